@@ -1,0 +1,1 @@
+"""Measures, each shown beside its upper bound."""

@@ -1,0 +1,1 @@
+"""magihuman: training, distillation and inference for the daVinci-MagiHuman audio-video transformer."""

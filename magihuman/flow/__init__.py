@@ -1,0 +1,1 @@
+"""Flow-matching mathematics: plain fp32 functions that know no model."""

@@ -1,0 +1,1 @@
+"""Networks: pure `nn.Module`s without I/O or distributed code."""

@@ -1,0 +1,1 @@
+"""Engine pieces that the recipes share."""

@@ -1,0 +1,1 @@
+"""The model zoo: names to configs, networks and weights."""
