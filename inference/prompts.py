@@ -1,0 +1,179 @@
+"""What to generate: one prompt from the command line, or a file of them.
+
+A file is read as lines (`.txt`), as JSON objects (`.jsonl`), or as a table with a header (`.csv`). A request
+keeps its name and its seed whatever happens to its neighbours, so an interrupted batch continues where it was.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magihuman.errors import UserError
+
+FIELDS = ("prompt", "seed", "name", "image", "audio", "seconds", "negative_prompt")
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to make.
+
+    Attributes:
+        name: file name without ending, unique in a batch.
+        prompt: text as given.
+        seed: seeds this clip's own noise generator, whatever batch it is computed in.
+        image: first frame, or None; audio: given sound track, or None.
+        seconds: length, or None for the run's setting.
+        negative_prompt: text for the other side of the guidance, or None for the run's setting.
+    """
+
+    name: str
+    prompt: str
+    seed: int
+    image: str | None = None
+    audio: str | None = None
+    seconds: float | None = None
+    negative_prompt: str | None = None
+
+
+def slug(text: str, length: int = 40) -> str:
+    """A readable piece of file name from `text`: lower-case ASCII letters, digits and dashes, cut at a word.
+
+    A prompt may hold slashes, quotes or any script, so it never becomes a path as it is (compare SPEC O11).
+    """
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    name = ""
+    for word in words:
+        if name and len(name) + 1 + len(word) > length:
+            break
+        name = f"{name}-{word}" if name else word[:length]
+    return name or "clip"
+
+
+def read_requests(path: str | Path, seed: int) -> list[Request]:
+    """All requests of a prompt file.
+
+    Args:
+        path: `.txt` (a prompt a line), `.jsonl` (an object a line) or `.csv` (a header, then a row each);
+            objects and rows know the fields of `FIELDS`, of which only `prompt` is needed. Relative
+            image and audio paths start at the file's folder.
+        seed: request i (counted from 0) without a seed of its own gets `seed + i`.
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8 or of another kind; a line that is not valid, named
+            by its number.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"prompts={path}: cannot tell the format; name the file .txt, .jsonl or .csv")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts={path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"prompts={path} cannot be read: {error.strerror}") from error
+    requests: list[Request] = []
+    line_of: dict[str, int] = {}
+    for line, values in readers[path.suffix.lower()](text, path):
+        request = _request(values, len(requests), seed, f"{path} line {line}", path.parent)
+        if request.name in line_of:
+            raise UserError(
+                f"{path}: the name {request.name!r} is used in line {line_of[request.name]} and again in "
+                f"line {line}; every clip needs its own"
+            )
+        line_of[request.name] = line
+        requests.append(request)
+    if not requests:
+        raise UserError(f"prompts={path} holds no prompt")
+    return requests
+
+
+def _read_txt(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _read_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Split at line feeds alone: JSON strings may hold U+2028, where str.splitlines would cut as well.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON: {error.msg}") from error
+        if not isinstance(values, dict):
+            raise UserError(f'{path} line {number}: expected an object such as {{"prompt": "..."}}')
+        yield number, values
+
+
+def _read_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(text.splitlines(keepends=True))
+    if "prompt" not in (rows.fieldnames or ()):
+        raise UserError(f"{path} line 1: the header needs a column 'prompt' (columns: {', '.join(FIELDS)})")
+    for row in rows:
+        if None in row:
+            raise UserError(
+                f"{path} line {rows.line_num} has more cells than the header; quote a prompt that has commas"
+            )
+        # An empty cell means: not given.
+        yield rows.line_num, {key: cell for key, cell in row.items() if cell not in (None, "")}
+
+
+def _request(values: dict[str, Any], index: int, seed: int, where: str, folder: Path) -> Request:
+    unknown = sorted(set(values) - set(FIELDS))
+    if unknown:
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
+    given = {key: value for key, value in values.items() if value is not None}
+    prompt = given.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: the prompt is missing or empty")
+    for key in ("name", "image", "audio", "negative_prompt"):
+        if key in given and not isinstance(given[key], str):
+            raise UserError(f"{where}: {key} must be text, not {given[key]!r}")
+    name = given.get("name", f"{index:04d}-{slug(prompt)}")
+    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,120}", name) or name.startswith("."):
+        raise UserError(f"{where}: {name!r} cannot be a file name; use up to 120 characters without slashes")
+    paths = {key: str(folder / given[key]) for key in ("image", "audio") if key in given}
+    for key, file in paths.items():
+        if not Path(file).is_file():
+            raise UserError(f"{where}: {key} {file} does not exist")
+    return Request(
+        name=name,
+        prompt=prompt,
+        seed=check_seed(given["seed"], where) if "seed" in given else seed + index,
+        seconds=_seconds(given["seconds"], where) if "seconds" in given else None,
+        negative_prompt=given.get("negative_prompt"),
+        **paths,
+    )
+
+
+def check_seed(value: Any, where: str) -> int:
+    """`value` as a seed in 0 .. 2**63 - 1.
+
+    Raises:
+        UserError: it is none; `where` says where it stands.
+    """
+    try:
+        seed = int(str(value))
+    except ValueError:
+        seed = -1
+    if isinstance(value, bool) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"{where}: seed must be a whole number from 0 to {MAX_SEED}, not {value!r}")
+    return seed
+
+
+def _seconds(value: Any, where: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = float("nan")
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{where}: seconds must be a positive number, not {value!r}")
+    return seconds
