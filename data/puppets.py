@@ -242,7 +242,7 @@ def _head(face: str, x: np.ndarray, y: np.ndarray, grow: float = 0.0) -> np.ndar
     return _ellipse(x, y, 0.205 + grow, 0.335 + grow)
 
 
-def _portrait(puppet: Puppet, size: int) -> np.ndarray:
+def portrait(puppet: Puppet, size: int) -> np.ndarray:
     """All that does not move: fp64 [size,size,3] in 0..255."""
     pixel = 1 / size
     grid = (np.arange(size) + 0.5) / size
@@ -271,14 +271,14 @@ def _portrait(puppet: Puppet, size: int) -> np.ndarray:
 def render(puppet: Puppet, size: int = 64) -> np.ndarray:
     """The puppet's frames: uint8 [FRAMES,size,size,3]."""
     pixel = 1 / size
-    portrait = _portrait(puppet, size)
+    still = portrait(puppet, size)
     half = 0.22  # the mouth never leaves this window, so only it is drawn per frame
     low = [int((c - half) * size) for c in MOUTH_CENTRE]
     high = [int(np.ceil((c + half) * size)) for c in MOUTH_CENTRE]
     gx = (np.arange(low[0], high[0]) + 0.5) / size - MOUTH_CENTRE[0]
     gy = (np.arange(low[1], high[1]) + 0.5) / size - MOUTH_CENTRE[1]
     y, x = np.meshgrid(gy, gx, indexing="ij")
-    frames = np.repeat(portrait[None], FRAMES, 0)
+    frames = np.repeat(still[None], FRAMES, 0)
     for frame, (width, height) in zip(frames, mouth_track(puppet), strict=True):
         window = frame[low[1] : high[1], low[0] : high[0]]
         lips = _cover(_ellipse(x, y, width + 0.022, height + 0.024), pixel)
