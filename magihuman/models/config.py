@@ -1,0 +1,206 @@
+"""Hyperparameters of the network and of its token packing, without torch so that listings start at once."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from typing import Any, TypeVar
+
+from magihuman.errors import UserError
+
+EXPERTS = 3
+"""Multi-modality layers hold one expert each for video, audio and text, stacked in this order (SPEC 1.2)."""
+
+COORDS_STYLES = ("v1", "v2")
+"""v2: base and distilled models; v1: super-resolution models (SPEC 2.1)."""
+
+_Config = TypeVar("_Config", bound="_FromDict")
+
+
+class _FromDict:
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """Make the config from plain values; lists become tuples.
+
+        Raises:
+            UserError: for an unknown or a missing key, naming it.
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
+            )
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise UserError(f"{cls.__name__}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, tuples as lists, ready for JSON or YAML."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class DiTConfig(_FromDict):
+    """Shape of the single-stream transformer (SPEC 1.1).
+
+    Attributes:
+        num_layers: blocks.
+        hidden_size: H; a multiple of head_dim.
+        head_dim: D; a multiple of 8, because each of three axes takes D/8 rotary bands.
+        num_query_groups: key/value heads; divides the H/D query heads.
+        video_in_channels: channels of a video token (latent channels x patch area); also its output width.
+        audio_in_channels, text_in_channels: widths of audio latents and text features.
+        mm_layers: layers with one expert per modality.
+        gelu7_layers: layers with GELU7; the others use SwiGLU7.
+        post_norm_layers: layers that normalise each half's output before the residual sum.
+        local_attn_layers: layers whose video tokens see a window of frames (SPEC 1.6).
+        enable_attn_gating: one sigmoid gate per token and query head on the attention output.
+
+    Raises:
+        UserError: at construction, for values that do not fit together.
+    """
+
+    num_layers: int
+    hidden_size: int
+    head_dim: int
+    num_query_groups: int
+    video_in_channels: int
+    audio_in_channels: int
+    text_in_channels: int
+    mm_layers: tuple[int, ...] = ()
+    gelu7_layers: tuple[int, ...] = ()
+    post_norm_layers: tuple[int, ...] = ()
+    local_attn_layers: tuple[int, ...] = ()
+    enable_attn_gating: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int or field.type == "int":
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise UserError(f"dit.{field.name} must be a positive whole number, not {value!r}")
+            elif field.name.endswith("_layers"):
+                object.__setattr__(self, field.name, self._layers(field.name, value))
+        if self.hidden_size % self.head_dim:
+            raise UserError(f"dit.hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}")
+        if self.head_dim % 8:
+            raise UserError(f"dit.head_dim must be a multiple of 8 (rotary bands), not {self.head_dim}")
+        if self.num_heads % self.num_query_groups:
+            raise UserError(
+                f"dit.num_query_groups {self.num_query_groups} does not divide the {self.num_heads} query heads "
+                f"(hidden_size / head_dim)"
+            )
+
+    def _layers(self, name: str, value: Any) -> tuple[int, ...]:
+        try:
+            layers = tuple(sorted({int(i) for i in value}))
+        except (TypeError, ValueError):
+            raise UserError(f"dit.{name} must be a list of layer numbers, not {value!r}") from None
+        wrong = [i for i in layers if not 0 <= i < self.num_layers]
+        if wrong:
+            raise UserError(f"dit.{name} names layer {wrong[0]}, but the layers are 0 to {self.num_layers - 1}")
+        return layers
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads, H/D."""
+        return self.hidden_size // self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """Rows of one expert's fused projection: queries, keys, values, gates."""
+        heads = self.num_heads + 2 * self.num_query_groups
+        return heads * self.head_dim + (self.num_heads if self.enable_attn_gating else 0)
+
+    def experts(self, layer: int) -> int:
+        """3 for a multi-modality layer, else 1."""
+        return EXPERTS if layer in self.mm_layers else 1
+
+    def intermediate_size(self, layer: int) -> int:
+        """Width between the two MLP products: 4H with GELU7, else int(8H/3) rounded down to a multiple of 4."""
+        if layer in self.gelu7_layers:
+            return 4 * self.hidden_size
+        return int(self.hidden_size * 4 * 2 / 3) // 4 * 4
+
+    def up_width(self, layer: int) -> int:
+        """Rows of one expert's up projection: the intermediate size, twice that with SwiGLU7."""
+        return self.intermediate_size(layer) * (1 if layer in self.gelu7_layers else 2)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Every entry of the state dict in order: (key, shape, whether the release stores it in bf16)."""
+        hidden = self.hidden_size
+        for name, width in (
+            ("video", self.video_in_channels),
+            ("text", self.text_in_channels),
+            ("audio", self.audio_in_channels),
+        ):
+            yield f"adapter.{name}_embedder.weight", (hidden, width), False
+            yield f"adapter.{name}_embedder.bias", (hidden,), False
+        yield "adapter.rope.bands", (self.head_dim // 8,), False
+        for i in range(self.num_layers):
+            m, layer = self.experts(i), f"block.layers.{i}"
+            yield f"{layer}.attention.pre_norm.weight", (m * hidden,), False
+            yield f"{layer}.attention.linear_qkv.weight", (m * self.qkv_width, hidden), True
+            yield f"{layer}.attention.linear_proj.weight", (m * hidden, hidden), True
+            yield f"{layer}.attention.q_norm.weight", (m * self.head_dim,), False
+            yield f"{layer}.attention.k_norm.weight", (m * self.head_dim,), False
+            yield f"{layer}.mlp.pre_norm.weight", (m * hidden,), False
+            yield f"{layer}.mlp.up_gate_proj.weight", (m * self.up_width(i), hidden), True
+            yield f"{layer}.mlp.down_proj.weight", (m * hidden, self.intermediate_size(i)), True
+            if i in self.post_norm_layers:
+                yield f"{layer}.attn_post_norm.weight", (m * hidden,), False
+                yield f"{layer}.mlp_post_norm.weight", (m * hidden,), False
+        for name, width in (("video", self.video_in_channels), ("audio", self.audio_in_channels)):
+            yield f"final_norm_{name}.weight", (hidden,), False
+            yield f"final_linear_{name}.weight", (width, hidden), False
+
+    def parameter_count(self) -> int:
+        """Trainable numbers, so without the rotary bands."""
+        return sum(prod(shape) for key, shape, _ in self.tensors() if key != "adapter.rope.bands")
+
+
+@dataclass(frozen=True)
+class PackConfig(_FromDict):
+    """How latents become tokens (SPEC 2).
+
+    Attributes:
+        patch_size: latent rows and columns per video token; one latent frame deep.
+        coords_style: "v2" (base, distilled) or "v1" (super-resolution).
+        frame_receptive_field: frames seen to each side in local layers.
+        text_offset: added to text positions, v1 only.
+    """
+
+    patch_size: int = 2
+    coords_style: str = "v2"
+    frame_receptive_field: int = 11
+    text_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1:
+            raise UserError(f"pack.patch_size must be at least 1, not {self.patch_size}")
+        if self.coords_style not in COORDS_STYLES:
+            raise UserError(f"pack.coords_style {self.coords_style!r} is unknown; choose v1 or v2")
+
+
+@dataclass(frozen=True)
+class TreadConfig(_FromDict):
+    """Token routing during training: unselected tokens skip a span of layers and rejoin after it (TREAD).
+
+    Krause et al. 2025, arXiv 2501.04765. The release carries these settings unused: rate 0.5, layers 2 to 25.
+
+    Attributes:
+        selection_rate: share of each sample's tokens, per modality, that passes through the span.
+        start_layer, end_layer: first and last layer of the span, both included.
+    """
+
+    selection_rate: float = 0.5
+    start_layer: int = 2
+    end_layer: int = 25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.selection_rate <= 1:
+            raise UserError(f"tread.selection_rate must be above 0 and at most 1, not {self.selection_rate}")
+        if not 0 <= self.start_layer <= self.end_layer:
+            raise UserError(f"tread needs 0 <= start_layer <= end_layer, not {self.start_layer}, {self.end_layer}")

@@ -1,0 +1,292 @@
+"""The single-stream transformer: video, audio and text tokens in one sequence, velocity out (SPEC 1).
+
+It takes no timestep: the noise level is to be seen from the tokens themselves.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from magihuman.models.attention import attention
+from magihuman.models.config import DiTConfig, TreadConfig
+from magihuman.models.layers import ExpertLinear, RMSNorm, gelu7, linear_fp32, projection_std, rms_norm, swiglu7
+from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
+from magihuman.tokens import Layout
+
+__all__ = ["DiTConfig", "SingleStreamDiT", "TreadConfig"]
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Rope(nn.Module):
+    bands: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("bands", rotary_bands(head_dim))
+
+
+class Adapter(nn.Module):
+    """Each modality's tokens to the hidden width, fp32 (SPEC 1.3)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.video_embedder = nn.Linear(config.video_in_channels, config.hidden_size, dtype=torch.float32)
+        self.text_embedder = nn.Linear(config.text_in_channels, config.hidden_size, dtype=torch.float32)
+        self.audio_embedder = nn.Linear(config.audio_in_channels, config.hidden_size, dtype=torch.float32)
+        self.rope = _Rope(config.head_dim)
+
+    def forward(self, video: Tensor, audio: Tensor, text: Tensor) -> Tensor:
+        """[Nv,Cv], [Na,Ca], [Nt,Ct] -> fp32 [L,H] in packed order."""
+        parts = zip(
+            (self.video_embedder, self.audio_embedder, self.text_embedder), (video, audio, text), strict=True
+        )
+        return torch.cat([linear_fp32(embedder, tokens) for embedder, tokens in parts])
+
+
+class Attention(nn.Module):
+    """Attention half of a block (SPEC 1.5); the residual sum is the block's."""
+
+    def __init__(self, config: DiTConfig, experts: int, linear_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        hidden, dim = config.hidden_size, config.head_dim
+        self.pre_norm = RMSNorm(hidden, experts)
+        self.linear_qkv = ExpertLinear(hidden, config.qkv_width, experts, linear_dtype)
+        self.linear_proj = ExpertLinear(hidden, hidden, experts, linear_dtype)
+        self.q_norm = RMSNorm(dim, experts)
+        self.k_norm = RMSNorm(dim, experts)
+
+    def forward(
+        self,
+        parts: tuple[Tensor, ...],
+        tables: tuple[Tensor, ...],
+        layout: Layout,
+        backend: str,
+        window: int | None,
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`."""
+        heads, shared, dim = self.config.num_heads, self.config.num_query_groups, self.config.head_dim
+        widths = [heads * dim, shared * dim, shared * dim, self.linear_qkv.weight.shape[0] // len(parts)]
+        widths[-1] -= sum(widths[:-1])
+        queries, keys, values, gates = [], [], [], []
+        weights = zip(
+            parts,
+            tables,
+            self.pre_norm.slices(),
+            self.linear_qkv.slices(dtype),
+            self.q_norm.slices(),
+            self.k_norm.slices(),
+            strict=True,
+        )
+        for x, table, norm, weight, q_norm, k_norm in weights:
+            y = F.linear(rms_norm(x, norm).to(dtype), weight).float()
+            q, k, v, gate = y.split(widths, dim=-1)
+            queries.append(apply_rotary(rms_norm(q.unflatten(-1, (heads, dim)), q_norm), table).to(dtype))
+            keys.append(apply_rotary(rms_norm(k.unflatten(-1, (shared, dim)), k_norm), table).to(dtype))
+            values.append(v.unflatten(-1, (shared, dim)).to(dtype))
+            gates.append(gate)
+        out = attention(_join(queries), _join(keys), _join(values), layout, backend, window)
+        results = []
+        pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
+        for o, gate, weight in zip(pieces, gates, self.linear_proj.slices(dtype), strict=True):
+            if self.config.enable_attn_gating:
+                o = o * torch.sigmoid(gate).unsqueeze(-1)  # fp32, also where o is bf16
+            results.append(F.linear(o.flatten(1).to(dtype), weight))
+        return results
+
+
+class MLP(nn.Module):
+    """Feed-forward half of a block (SPEC 1.5)."""
+
+    def __init__(self, config: DiTConfig, layer: int, linear_dtype: torch.dtype) -> None:
+        super().__init__()
+        experts, hidden = config.experts(layer), config.hidden_size
+        self.gelu = layer in config.gelu7_layers
+        self.pre_norm = RMSNorm(hidden, experts)
+        self.up_gate_proj = ExpertLinear(hidden, config.up_width(layer), experts, linear_dtype)
+        self.down_proj = ExpertLinear(config.intermediate_size(layer), hidden, experts, linear_dtype)
+
+    def forward(self, parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """fp32 [n,H] of each expert's rows -> fp32 [n,H]."""
+        activation = gelu7 if self.gelu else swiglu7
+        weights = zip(
+            parts, self.pre_norm.slices(), self.up_gate_proj.slices(dtype), self.down_proj.slices(dtype), strict=True
+        )
+        results = []
+        for x, norm, up, down in weights:
+            y = activation(F.linear(rms_norm(x, norm).to(dtype), up).float())
+            results.append(F.linear(y.to(dtype), down).float())
+        return results
+
+
+class Block(nn.Module):
+    """One layer on the fp32 residual stream."""
+
+    def __init__(self, config: DiTConfig, layer: int, linear_dtype: torch.dtype) -> None:
+        super().__init__()
+        experts = config.experts(layer)
+        self.multimodal = experts > 1
+        self.local = layer in config.local_attn_layers
+        self.attention = Attention(config, experts, linear_dtype)
+        self.mlp = MLP(config, layer, linear_dtype)
+        self.attn_post_norm: RMSNorm | None = None
+        self.mlp_post_norm: RMSNorm | None = None
+        if layer in config.post_norm_layers:
+            self.attn_post_norm = RMSNorm(config.hidden_size, experts)
+            self.mlp_post_norm = RMSNorm(config.hidden_size, experts)
+
+    def forward(
+        self, x: Tensor, table: Tensor, layout: Layout, backend: str, window: int | None, dtype: torch.dtype
+    ) -> Tensor:
+        """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]."""
+        parts: tuple[Tensor, ...] = x.split(layout.sizes) if self.multimodal else (x,)
+        tables = table.split(layout.sizes) if self.multimodal else (table,)
+        window = window if self.local else None
+        attended = self.attention(parts, tables, layout, backend, window, dtype)
+        middle = _add(parts, attended, self.attn_post_norm)
+        return _join(_add(middle, self.mlp(middle, dtype), self.mlp_post_norm))
+
+
+def _add(parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None) -> list[Tensor]:
+    if norm is not None:
+        change = [rms_norm(y, weight) for y, weight in zip(change, norm.slices(), strict=True)]
+    return [x + y for x, y in zip(parts, change, strict=True)]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _Blocks(nn.Module):
+    # Only a level of names: the released keys read "block.layers.0...".
+    def __init__(self, layers: list[Block]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class SingleStreamDiT(nn.Module):
+    """Packed tokens of noisy video, noisy audio and text -> velocities of video and audio.
+
+    State-dict keys and shapes are the release's (SPEC 1.2).
+
+    Args:
+        config: shape of the network.
+        compute_dtype: bf16 casts exactly where SPEC 1.5 places them; fp32 casts nowhere.
+        linear_dtype: storage of the block matrices: bf16 as released, fp32 as master weights for training.
+            Embedders, norms and heads are always fp32.
+
+    Attributes:
+        gradient_checkpointing: recompute each block in the backward pass.
+        tread: token routing, in training mode only; None for none.
+        tread_generator: source of the routing's draws; None takes torch's default one.
+        attention_backend: see `magihuman.models.attention`.
+        frame_receptive_field: window of the local layers, in frames to each side; negative turns windows off.
+
+    Raises:
+        ValueError: for a compute dtype other than fp32 and bf16.
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        linear_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16, not {compute_dtype}")
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.gradient_checkpointing = False
+        self.tread: TreadConfig | None = None
+        self.tread_generator: torch.Generator | None = None
+        self.attention_backend = "auto"
+        self.frame_receptive_field = 11
+        self.adapter = Adapter(config)
+        self.block = _Blocks([Block(config, i, linear_dtype) for i in range(config.num_layers)])
+        self.final_norm_video = RMSNorm(config.hidden_size)
+        self.final_norm_audio = RMSNorm(config.hidden_size)
+        hidden = config.hidden_size
+        self.final_linear_video = nn.Linear(hidden, config.video_in_channels, bias=False, dtype=torch.float32)
+        self.final_linear_audio = nn.Linear(hidden, config.audio_in_channels, bias=False, dtype=torch.float32)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Draw fresh weights: variance-keeping products, residual branches scaled by depth, zero heads.
+
+        Args:
+            seed: of the draw; None continues torch's default generator.
+        """
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=self.final_linear_video.weight.device).manual_seed(seed)
+        hidden, depth = self.config.hidden_size, 2 * self.config.num_layers
+        for embedder in (self.adapter.video_embedder, self.adapter.audio_embedder, self.adapter.text_embedder):
+            nn.init.normal_(embedder.weight, std=projection_std(embedder.in_features), generator=generator)
+            nn.init.zeros_(embedder.bias)
+        self.adapter.rope.bands.copy_(rotary_bands(self.config.head_dim))
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                nn.init.zeros_(module.weight)
+        for i, layer in enumerate(self.block.layers):
+            assert isinstance(layer, Block)
+            layer.attention.linear_qkv.init(projection_std(hidden), generator)
+            layer.attention.linear_proj.init(projection_std(hidden, depth), generator)
+            layer.mlp.up_gate_proj.init(projection_std(hidden), generator)
+            layer.mlp.down_proj.init(projection_std(self.config.intermediate_size(i), depth), generator)
+        nn.init.zeros_(self.final_linear_video.weight)
+        nn.init.zeros_(self.final_linear_audio.weight)
+
+    def rotary(self, layout: Layout) -> Tensor:
+        """Rotary table fp32 [L,3D/4] for the layout's coordinates."""
+        return rotary_table(layout.coords, self.adapter.rope.bands)
+
+    def forward(
+        self, video: Tensor, audio: Tensor, text: Tensor, layout: Layout, *, rotary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predict velocities.
+
+        Args:
+            video: [Nv,Cv], all samples' patchified video tokens; audio: [Na,Ca]; text: [Nt,Ct].
+            rotary: fp32 [L,3D/4] made earlier for this layout; computed where absent.
+
+        Returns:
+            fp32 [Nv,Cv] in the output's channel order (`magihuman.tokens.unpatchify`) and fp32 [Na,Ca].
+        """
+        table = rotary if rotary is not None else layout.rotary
+        if table is None:
+            table = self.rotary(layout)
+        x = self.adapter(video, audio, text)
+        tread = self.tread if self.training else None
+        if tread is None:
+            x = self._run(x, table, layout, 0, self.config.num_layers)
+        else:
+            x = self._run_routed(x, table, layout, tread)
+        video_x, audio_x, _ = x.split(layout.sizes)
+        return (
+            linear_fp32(self.final_linear_video, self.final_norm_video(video_x)),
+            linear_fp32(self.final_linear_audio, self.final_norm_audio(audio_x)),
+        )
+
+    def _run(self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
+        window = self.frame_receptive_field if self.frame_receptive_field >= 0 else None
+        for layer in self.block.layers[start:stop]:
+            inputs = (x, table, layout, self.attention_backend, window, self.compute_dtype)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
+        return x
+
+    def _run_routed(self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig) -> Tensor:
+        stop = min(tread.end_layer + 1, self.config.num_layers)
+        x = self._run(x, table, layout, 0, min(tread.start_layer, stop))
+        if tread.start_layer < stop:
+            rows, kept = layout.route(tread.selection_rate, self.tread_generator)
+            through = self._run(x[rows], table[rows], kept, tread.start_layer, stop)
+            x = x.index_copy(0, rows, through)
+        return self._run(x, table, layout, stop, self.config.num_layers)

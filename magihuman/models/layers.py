@@ -1,0 +1,125 @@
+"""Parts of a block: normalisation and products with one expert per modality, and the two activations.
+
+A weight with m experts stacks them along dimension 0 in the order video, audio, text (SPEC 1.2). Callers split
+the tokens the same way, so an expert is a slice of the weight applied to a slice of the rows.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6
+ALPHA = 1.702
+LIMIT = 7.0
+
+
+def rms_norm(x: Tensor, offset: Tensor) -> Tensor:
+    """x / rms(x) * (1 + offset) over the last dimension, computed in fp32, returned in the dtype of x (SPEC 1.3).
+
+    Args:
+        x: [..., n]; offset: fp32 [n], the stored weight, 0 at initialisation.
+    """
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + EPS) * (1 + offset.float())
+    return y.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Holds the offsets of `rms_norm`: `weight` fp32 [experts * width]."""
+
+    def __init__(self, width: int, experts: int = 1) -> None:
+        super().__init__()
+        self.experts = experts
+        self.weight = nn.Parameter(torch.zeros(experts * width, dtype=torch.float32))
+
+    def slices(self) -> tuple[Tensor, ...]:
+        """One offset vector per expert."""
+        return self.weight.chunk(self.experts) if self.experts > 1 else (self.weight,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise with the only expert."""
+        return rms_norm(x, self.weight)
+
+
+class ExpertLinear(nn.Module):
+    """Product without bias: `weight` [experts * rows, columns], cast to the compute dtype when used."""
+
+    def __init__(self, columns: int, rows: int, experts: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts = experts
+        self.weight = nn.Parameter(torch.empty(experts * rows, columns, dtype=dtype))
+
+    def slices(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """One matrix [rows, columns] per expert in `dtype`."""
+        weight = self.weight.to(dtype)
+        return weight.chunk(self.experts) if self.experts > 1 else (weight,)
+
+    def init(self, std: float, generator: torch.Generator | None = None) -> None:
+        """Draw from a normal distribution cut at three standard deviations."""
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+class _Gelu7(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        u = y.clamp(max=LIMIT)
+        return (u * ALPHA).sigmoid_().mul_(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return _silu_slope(grad, y) * (y <= LIMIT)
+
+
+class _Swiglu7(torch.autograd.Function):
+    # Saves its input only: left to autograd, the same formula keeps five tensors of half its size for backward.
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        gate, linear = y[..., 0::2].clamp(max=LIMIT), y[..., 1::2].clamp(-LIMIT, LIMIT)
+        return (gate * ALPHA).sigmoid_().mul_(gate).mul_(linear.add_(1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        gate, linear = y[..., 0::2], y[..., 1::2]
+        clamped = gate.clamp(max=LIMIT)
+        toward_gate = _silu_slope(grad * (linear.clamp(-LIMIT, LIMIT) + 1), gate) * (gate <= LIMIT)
+        toward_linear = grad * (clamped * torch.sigmoid(ALPHA * clamped)) * (linear.abs() <= LIMIT)
+        return torch.stack([toward_gate, toward_linear], dim=-1).flatten(-2)
+
+
+def _silu_slope(grad: Tensor, u: Tensor) -> Tensor:
+    """grad times the derivative of u sigmoid(alpha u), which is silu' at alpha u."""
+    return torch.ops.aten.silu_backward(grad, u * ALPHA)
+
+
+def gelu7(y: Tensor) -> Tensor:
+    """u sigmoid(1.702 u) with u = min(y, 7). fp32 [..., n] -> [..., n] (SPEC 1.5)."""
+    return _Gelu7.apply(y)
+
+
+def swiglu7(y: Tensor) -> Tensor:
+    """g sigmoid(1.702 g) (l + 1), g = min(even, 7), l = clamp(odd, -7, 7). fp32 [..., 2n] -> [..., n] (SPEC 1.5)."""
+    return _Swiglu7.apply(y)
+
+
+def projection_std(columns: int, depth: int = 1) -> float:
+    """Standard deviation that keeps variance through a product, reduced for sums over `depth` residual branches."""
+    return 1.0 / math.sqrt(columns * depth)
+
+
+def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Embedder or head in fp32 whatever dtype its parameters are kept in."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(x.float(), layer.weight.float(), bias)

@@ -1,0 +1,46 @@
+"""Element-wise Fourier rotary embedding over time, row and column (SPEC 1.4)."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_bands(head_dim: int, device: torch.device | str | None = None) -> Tensor:
+    """Frequencies of one axis: 1 / 10000^(j / nb), nb = head_dim / 8. fp32 [nb]."""
+    count = head_dim // 8
+    exponent = torch.arange(count, dtype=torch.int64, device=device).to(torch.float32) / count
+    return 1.0 / 10000.0**exponent
+
+
+def rotary_table(coords: Tensor, bands: Tensor) -> Tensor:
+    """Sines and cosines of each token's angles.
+
+    Args:
+        coords: fp32 [L,9], rows (t, row, column, three sizes, three reference sizes).
+        bands: fp32 [nb].
+
+    Returns:
+        fp32 [L, 6 nb]: sines of the t, row and column bands, then the cosines in the same order.
+    """
+    position, size, reference = coords.unflatten(-1, (3, 3)).unbind(-2)  # [L,3] each
+    scale = (reference - 1) / (size - 1)
+    scale = torch.where((reference == 1) & (size == 1), torch.ones_like(scale), scale)
+    centre = (size - 1) / 2
+    centre = torch.cat([torch.zeros_like(centre[:, :1]), centre[:, 1:]], dim=-1)  # time is not centred
+    angle = ((position - centre) * scale).unsqueeze(-1) * bands  # [L,3,nb]
+    return torch.cat([angle.sin().flatten(1), angle.cos().flatten(1)], dim=-1)
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first 3/4 of each head's channels; channel i is paired with i + 3 nb.
+
+    Args:
+        x: fp32 [..., L, heads, D].
+        table: fp32 [L, 6 nb], nb = D / 8.
+
+    Returns:
+        fp32, shape of x.
+    """
+    sin, cos = table.unsqueeze(-2).chunk(2, dim=-1)  # [L,1,3nb]
+    half = sin.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
