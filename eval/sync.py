@@ -1,53 +1,33 @@
-"""Lip sync in the tiny world: does the mouth in the picture follow the loudness of the voice?
+"""Lip sync in the tiny world: does the mouth in the picture do what the voice calls for?
 
-Pearson correlation of mouth openness and voice envelope at frame rate. Two clips that have nothing to do with each
-other still correlate, since every clip begins and ends in silence, so a bare correlation is never reported alone: it
-stands beside the mean over circular shifts of the same clip and the mean over other clips' audio.
+Pearson correlation, at frame rate, of the mouth's visible opening (`eval.sight`) with the opening that the voice calls
+for (`eval.speech.called_opening`). A bare correlation says little: clips share their rhythm (silence at both ends,
+three syllables), so a mouth beside another clip's voice still reaches about .6. Each correlation therefore stands
+beside two chance levels: the mean over circular shifts of the clip's own voice, and the mean over other clips' voices.
+The second is the harder and the right one for "the mouth follows *this* voice".
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.puppets import FPS, SAMPLE_RATE
-
 MAX_LAG = 8  # frames
 NEAREST_SHIFT = 4  # a syllable lasts 5 to 7 frames: shifts nearer than this are not chance
-BAND = (200.0, 3600.0)  # Hz: vowels, without the hum's fundamental and the hiss
-SILENT_ENVELOPE = 2e-3
 
 
 @dataclass(frozen=True)
 class Sync:
-    """Sync of one clip. `r` is the correlation at lag 0, `chance` the mean over circular shifts of at least
+    """Sync of one clip. `r` is the correlation at lag 0, `shifted` the mean over circular shifts of at least
     `NEAREST_SHIFT` frames, `lag` the best lag in frames (positive: the picture is late) and `r_best` its correlation.
 
     All four are None unless `status` is "ok"; otherwise it is "static" (the mouth does not move) or "silent".
     """
 
     status: str
-    r: float | None
-    chance: float | None
-    lag: int | None
-    r_best: float | None
-
-
-def voice_envelope(wave: np.ndarray, frames: int) -> np.ndarray:
-    """Loudness of the voice band during each of `frames` pictures at 25 fps, from fp32 [N] at 16 kHz: fp64 [frames].
-
-    Square root of the band's RMS over a raised-cosine window of two frames, centred on the picture's middle; sound
-    that ends early counts as silence.
-    """
-    hop = SAMPLE_RATE // FPS
-    wave = np.nan_to_num(np.asarray(wave, np.float64))[: frames * hop]
-    padded = np.pad(wave, (hop // 2, frames * hop - len(wave) + hop // 2))
-    pieces = padded[hop * np.arange(frames)[:, None] + np.arange(2 * hop)] * np.hanning(2 * hop)
-    spectrum = np.fft.rfft(pieces, axis=1)
-    frequency = np.fft.rfftfreq(2 * hop, 1 / SAMPLE_RATE)
-    band = (frequency >= BAND[0]) & (frequency <= BAND[1])
-    # Parseval, with 3/8 as the mean square of the window.
-    power = 2 * np.sum(np.abs(spectrum[:, band]) ** 2, 1) / (2 * hop) ** 2 / 0.375
-    return np.sqrt(np.sqrt(power))
+    r: float | None = None
+    shifted: float | None = None
+    lag: int | None = None
+    r_best: float | None = None
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -57,19 +37,19 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / scale if scale > 1e-12 else 0.0
 
 
-def measure(openness: np.ndarray, envelope: np.ndarray, static: bool) -> Sync:
-    """Sync of a clip's mouth openness [F] with a voice envelope [F]."""
-    if float(envelope.max()) ** 2 < SILENT_ENVELOPE:
-        return Sync("silent", None, None, None, None)
+def measure(shown: np.ndarray, called: np.ndarray | None, static: bool) -> Sync:
+    """Sync of the opening that is shown [F] with the one that the voice calls for [F], None where it is silent."""
+    if called is None:
+        return Sync("silent")
     if static:
-        return Sync("static", None, None, None, None)
-    frames = len(openness)
+        return Sync("static")
+    frames = len(shown)
     shifts = range(NEAREST_SHIFT, frames - NEAREST_SHIFT + 1)
-    chance = float(np.mean([correlation(openness, np.roll(envelope, k)) for k in shifts])) if shifts else 0.0
+    shifted = float(np.mean([correlation(shown, np.roll(called, k)) for k in shifts])) if shifts else 0.0
     limit = min(MAX_LAG, frames // 2)
     by_lag = {}
     for lag in sorted(range(-limit, limit + 1), key=abs):  # ties go to the smaller lag
-        late = openness[max(lag, 0) : frames + min(lag, 0)]
-        by_lag[lag] = correlation(late, envelope[max(-lag, 0) : frames - max(lag, 0)])
+        late = shown[max(lag, 0) : frames + min(lag, 0)]
+        by_lag[lag] = correlation(late, called[max(-lag, 0) : frames - max(lag, 0)])
     best = max(by_lag, key=lambda lag: by_lag[lag])
-    return Sync("ok", by_lag[0], chance, best, by_lag[best])
+    return Sync("ok", by_lag[0], shifted, best, by_lag[best])
