@@ -1,4 +1,4 @@
-"""The tiny world: cartoon faces that speak syllables, written as ordinary mp4 files with a caption beside each.
+"""The tiny world: cartoon faces that speak syllables, written as mp4 files with a caption beside each.
 
 A puppet is drawn from signed distances (any size, anti-aliased) and speaks by formant synthesis; its mouth
 follows the same articulation that drives the sound. Everything is a pure function of (seed, index), so a clip
@@ -6,8 +6,8 @@ can be made again anywhere. From the mp4 on, nothing knows that these clips are 
 
     python -m data.puppets output=clips clips=200
 
-What the caption states: face shape, hair, shirt, wall and the syllables. What it leaves open: skin tone, pitch
-and timing (skin tone measures the diversity of a model's samples).
+What the caption states: face shape, hair, shirt, wall and the syllables. What it leaves open: skin tone,
+pitch and timing (skin tone measures the diversity of a model's samples).
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,13 @@ FORMANTS = {
     "o": (500, 850, 2450),
     "u": (310, 700, 2300),
 }
-MOUTHS = {"a": (0.125, 0.115), "e": (0.145, 0.080), "i": (0.150, 0.052), "o": (0.085, 0.100), "u": (0.060, 0.065)}
+MOUTHS = {
+    "a": (0.125, 0.115),
+    "e": (0.145, 0.080),
+    "i": (0.150, 0.052),
+    "o": (0.085, 0.100),
+    "u": (0.060, 0.065),
+}
 REST_WIDTH = 0.105
 LIP = (185, 50, 65)
 MOUTH_INSIDE = (70, 8, 28)
@@ -97,9 +103,8 @@ class Puppet:
 
     @property
     def caption(self) -> str:
-        return (
-            f"{self.face} face, {self.hair} hair, {self.shirt} shirt, {self.wall} wall, says {' '.join(self.words)}"
-        )
+        look = f"{self.face} face, {self.hair} hair, {self.shirt} shirt, {self.wall} wall"
+        return f"{look}, says {' '.join(self.words)}"
 
 
 def draw_puppet(seed: int, index: int) -> Puppet:
@@ -142,20 +147,22 @@ def draw_puppet(seed: int, index: int) -> Puppet:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Sound
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _ramp(time: np.ndarray, start: float, end: float, rise: float, fall: float) -> np.ndarray:
-    """0 outside [start, end], 1 inside, raised-cosine edges of `rise` and `fall` seconds inside the interval."""
+    """0 outside [start, end], 1 inside; raised-cosine edges of `rise` and `fall` seconds within."""
     up = np.clip((time - start) / rise, 0, 1)
     down = np.clip((end - time) / fall, 0, 1)
     return (0.5 - 0.5 * np.cos(np.pi * up)) * (0.5 - 0.5 * np.cos(np.pi * down))
 
 
-def _voice(time: np.ndarray, pitch: np.ndarray, formants: tuple[float, ...], widths: tuple[float, ...]) -> np.ndarray:
-    """A harmonic tone of instantaneous `pitch` whose partials are weighted by resonances at `formants` (Hz)."""
+def _voice(
+    time: np.ndarray, pitch: np.ndarray, formants: tuple[float, ...], widths: tuple[float, ...]
+) -> np.ndarray:
+    """A harmonic tone of instantaneous `pitch`, its partials weighted by resonances at `formants` (Hz)."""
     phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
     mean = float(pitch.mean())
     wave = np.zeros_like(time)
@@ -183,9 +190,13 @@ def synthesise(puppet: Puppet) -> np.ndarray:
         sound = 0.45 * vowel / np.sqrt(np.mean(vowel**2)) * 0.4 * _ramp(time, opening, s.end, 0.02, 0.05)
         if s.onset == "m":
             hum = _voice(time, pitch, (250, 1000, 2200), (80, 60, 60))
-            sound += 0.07 * hum / np.sqrt(np.mean(hum**2)) * _ramp(time, s.start, opening + 0.01, 0.015, 0.015)
+            sound += (
+                0.07 * hum / np.sqrt(np.mean(hum**2)) * _ramp(time, s.start, opening + 0.01, 0.015, 0.015)
+            )
         elif s.onset == "b":
-            burst = rng.standard_normal(len(time)) * _ramp(time, opening - 0.018, opening + 0.006, 0.003, 0.02)
+            burst = rng.standard_normal(len(time)) * _ramp(
+                time, opening - 0.018, opening + 0.006, 0.003, 0.02
+            )
             prevoice = np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE)
             sound += 0.10 * burst + 0.05 * prevoice * _ramp(time, opening - 0.05, opening, 0.01, 0.01)
         else:
@@ -196,9 +207,9 @@ def synthesise(puppet: Puppet) -> np.ndarray:
     return (0.8 * np.tanh(wave / 0.8)).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Picture
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def mouth_track(puppet: Puppet) -> np.ndarray:
@@ -299,7 +310,13 @@ def parse_caption(caption: str) -> dict[str, str | tuple[str, ...]]:
         kinds = (face[1], hair[1], shirt[1], wall[1], says[0])
         if kinds != ("face", "hair", "shirt", "wall", "says"):
             raise ValueError
-        return {"face": face[0], "hair": hair[0], "shirt": shirt[0], "wall": wall[0], "words": tuple(says[1:])}
+        return {
+            "face": face[0],
+            "hair": hair[0],
+            "shirt": shirt[0],
+            "wall": wall[0],
+            "words": tuple(says[1:]),
+        }
     except (ValueError, IndexError):
         raise ValueError(
             f"not a tiny-world caption: {caption!r}; expected the form "

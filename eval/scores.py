@@ -1,12 +1,12 @@
 """Scores of tiny-world clips: what they show, say and how mouth and voice agree, with intervals over clips.
 
-    scores = score_clips(frames, waves, captions, reference=bound)
-    scores.table["vowels"].value, scores.table["sync_skill"].low
+scores = score_clips(frames, waves, captions, reference=bound)
+scores.table["vowels"].value, scores.table["sync_skill"].low
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from eval.speech import Edits, Heard, called_opening, edits, hear
 from eval.stats import Measure, unavailable
 from eval.sync import Sync, correlation, measure
 
-# Other clips' voices that each clip is compared with: a fixed number, so that retrieval means the same for every n.
+# Other clips' voices that each clip is compared with: a fixed number, so that retrieval means the same for
+# every n.
 CANDIDATES = 20
 
 # Every row of the table: what it says and which way is better ("" where neither is).
@@ -51,7 +52,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class ClipScore:
-    """One clip: its caption, what was seen and heard, and the agreement of both with the caption and each other."""
+    """One clip: its caption, what was seen and heard, and how both agree with the caption and each other."""
 
     caption: str
     seen: Seen
@@ -71,7 +72,7 @@ class ClipScore:
             "vowel_hits": self.vowels.hits,
             "vowels_exact": self.vowels.errors == 0,
             "syllable_errors": self.syllables.errors,
-            "sync": {"status": self.sync.status, "r": self.sync.r, "shifted": self.sync.shifted, "lag": self.sync.lag},
+            "sync": asdict(self.sync),
             "amplitude": self.seen.amplitude,
             "sharpness": self.seen.sharpness,
             "mouth_sharpness": self.seen.mouth_sharpness,
@@ -81,8 +82,8 @@ class ClipScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a set of clips. `table` has every name of `ROWS`; `own`, `other` and `shifted` [n] are each clip's
-    correlations, in which a static or silent clip counts 0: it does not follow its voice."""
+    """Scores of a set of clips. `table` has every name of `ROWS`; `own`, `other` and `shifted` [n] are each
+    clip's correlations, in which a static or silent clip counts 0: it does not follow its voice."""
 
     clips: tuple[ClipScore, ...]
     table: dict[str, Measure]
@@ -176,16 +177,17 @@ def score_clips(
     """Score clips against their captions.
 
     Args:
-        frames: uint8 [F,H,W,3] per clip, square, 25 fps.
-        waves: fp32 [N] at 16 kHz per clip; None where there is no sound.
-        truths: captions, or the puppets whose captions were asked for.
-        reference: scores of ground truth through the codec, on which sync skill is 1; without it skill is unavailable.
+        frames: uint8 [F,H,W,3] per clip, square, 25 fps. waves: fp32 [N] at 16 kHz per clip; None where
+        there is no sound. truths: captions, or the puppets whose captions were asked for. reference: scores
+        of ground truth through the codec, on which sync skill is 1; without it skill is unavailable.
 
     Raises:
         ValueError: lists of different lengths, or a clip that `score_clip` refuses.
     """
     if not len(frames) == len(waves) == len(truths):
-        raise ValueError(f"{len(frames)} pictures, {len(waves)} waves and {len(truths)} captions do not pair up")
+        raise ValueError(
+            f"{len(frames)} pictures, {len(waves)} waves and {len(truths)} captions do not pair up"
+        )
     captions = [truth.caption if isinstance(truth, Puppet) else truth for truth in truths]
     clips = tuple(score_clip(f, w, c) for f, w, c in zip(frames, waves, captions, strict=True))
     own = np.array([clip.sync.r or 0.0 for clip in clips])
@@ -200,9 +202,8 @@ def score_clips(
         table[name] = stats.share(np.array([clip.right[name] for clip in clips]))
     table["vowels"] = stats.share(np.array([clip.vowels.hits / clip.vowels.reference for clip in clips]))
     table["vowels_exact"] = stats.share(np.array([clip.vowels.errors == 0 for clip in clips]))
-    table["syllable_error"] = stats.ratio(
-        np.array([clip.syllables.errors for clip in clips]), np.array([clip.syllables.reference for clip in clips])
-    )
+    errors = np.array([clip.syllables.errors for clip in clips])
+    table["syllable_error"] = stats.ratio(errors, np.array([clip.syllables.reference for clip in clips]))
     table["words_exact"] = stats.share(np.array([clip.syllables.errors == 0 for clip in clips]))
     measurable = sum(clip.sync.status == "ok" for clip in clips)
     if measurable == 0:
@@ -214,10 +215,10 @@ def score_clips(
         table["sync_r"] = stats.mean(own)
         table["sync_other"] = stats.mean(other) if len(clips) > 1 else alone
         table["sync_shifted"] = stats.mean(shifted)
-        table["sync_skill"] = (
-            _skill(own - other, reference and reference.own - reference.other, paired) if len(clips) > 1 else alone
-        )
-        table["sync_skill_shifted"] = _skill(own - shifted, reference and reference.own - reference.shifted, paired)
+        bound = None if reference is None else reference.own - reference.other
+        table["sync_skill"] = _skill(own - other, bound, paired) if len(clips) > 1 else alone
+        bound = None if reference is None else reference.own - reference.shifted
+        table["sync_skill_shifted"] = _skill(own - shifted, bound, paired)
         table["sync_lag0"] = stats.share(lags)
         table["sync_retrieval"] = stats.share(found) if len(clips) > 1 else alone
     table["static"] = stats.share(np.array([clip.seen.static for clip in clips]))

@@ -1,8 +1,8 @@
 """Sees the tiny world's pictures: attributes, mouth openness, sharpness, flicker.
 
-All places are shares of the picture, so clips of any square size are measured alike (sharpness alone depends on the
-size). Colours are decided by the nearest palette entry of a region's median over space and time; the face shape by
-which of the three drawn silhouettes explains the median frame best.
+All places are shares of the picture, so clips of any square size are measured alike (sharpness alone depends
+on the size). Colours are decided by the nearest palette entry of a region's median over space and time; the
+face shape by which of the three drawn silhouettes explains the median frame best.
 """
 
 from collections.abc import Mapping
@@ -34,9 +34,10 @@ STATIC_AMPLITUDE = 0.004  # of the picture's area; the smallest vowel (u) opens 
 class Seen:
     """What one clip shows. `attributes` has face, hair, shirt, wall and skin.
 
-    `openness` [F] is the area of the mouth's inside as a share of the picture; `amplitude` its 5 % to 95 % range;
-    `static` says that the mouth does not move. `sharpness` and `mouth_sharpness` are variances of the Laplacian of the
-    luma in [0,1]; `flicker` is the mean absolute change of the luma between frames, away from the mouth.
+    `openness` [F] is the area of the mouth's inside as a share of the picture; `amplitude` its 5 % to 95 %
+    range; `static` says that the mouth does not move. `sharpness` and `mouth_sharpness` are variances of the
+    Laplacian of the luma in [0,1]; `flicker` is the mean absolute change of the luma between frames, away
+    from the mouth.
     """
 
     attributes: dict[str, str]
@@ -104,9 +105,9 @@ def attributes(frames: np.ndarray) -> dict[str, str]:
 def mouth_openness(frames: np.ndarray) -> np.ndarray:
     """Visible mouth inside per frame, as a share of the picture's area: fp64 [F].
 
-    Every pixel around the mouth is unmixed into skin (as the clip shows it), lip and inside, with shares that sum to
-    one by least squares. The result is linear in the pixels, so blur moves the share about but keeps its sum, and noise
-    averages out.
+    Every pixel around the mouth is unmixed into skin (as the clip shows it), lip and inside, with shares
+    that sum to one by least squares. The result is linear in the pixels, so blur moves the share about but
+    keeps its sum, and noise averages out.
     """
     size = frames.shape[1]
     regions = _regions(size)
@@ -132,13 +133,19 @@ def see(frames: np.ndarray) -> Seen:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
     if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
-        raise ValueError(f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}")
+        raise ValueError(
+            f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}"
+        )
     mouth = _regions(frames.shape[1])["mouth"]
     openness = mouth_openness(frames)
     amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))
     luma = _luma(frames)
     laplacian = (
-        luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * luma[:, 1:-1, 1:-1]
+        luma[:, :-2, 1:-1]
+        + luma[:, 2:, 1:-1]
+        + luma[:, 1:-1, :-2]
+        + luma[:, 1:-1, 2:]
+        - 4 * luma[:, 1:-1, 1:-1]
     )
     return Seen(
         attributes=attributes(frames),
@@ -149,5 +156,3 @@ def see(frames: np.ndarray) -> Seen:
         mouth_sharpness=float(laplacian[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
         flicker=float(np.abs(np.diff(luma, axis=0))[:, ~mouth].mean()),
     )
-
-

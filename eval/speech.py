@@ -1,10 +1,11 @@
 """Hears the tiny world's syllables: a deterministic recogniser, and edit distance with its parts.
 
-Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence, three
-onsets and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations turns them into
-syllables. The number of syllables is free. The same features tell which mouth opening the voice calls for, which lip
-sync is measured against. Both are fitted on utterances drawn from `RECOGNISER_SEED`, a world that neither training nor
-evaluation uses, in about two seconds; nothing is stored.
+Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence,
+three onsets and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations
+turns them into syllables. The number of syllables is free. The same features tell which mouth opening the
+voice calls for, which lip sync is measured against. Both are fitted on utterances drawn from
+`RECOGNISER_SEED`, a world that neither training nor evaluation uses, in about two seconds; nothing is
+stored.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.puppets import FPS, FRAMES, ONSETS, SAMPLE_RATE, VOWELS, Puppet, draw_puppet, mouth_track, synthesise
+from data.puppets import (
+    FPS,
+    FRAMES,
+    ONSETS,
+    SAMPLE_RATE,
+    VOWELS,
+    Puppet,
+    draw_puppet,
+    mouth_track,
+    synthesise,
+)
 
 RECOGNISER_SEED = 4_000_037
 UTTERANCES = 240
@@ -49,7 +60,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Edits:
-    """Edit distance of a recognised against a reference sequence, by kind. error = (S + D + I) / reference."""
+    """Edit distance of a recognised from a reference sequence, by kind; rate = errors / reference."""
 
     substitutions: int
     deletions: int
@@ -91,6 +102,7 @@ def edits(reference: tuple[str, ...], heard: tuple[str, ...]) -> Edits:
 @lru_cache(maxsize=1)
 def _mel_filters() -> np.ndarray:
     """Triangular filters between 80 Hz and 7.6 kHz: fp64 [BANDS, WINDOW // 2 + 1]."""
+
     def mel(hertz: float) -> float:
         return float(2595 * np.log10(1 + hertz / 700))
 
@@ -131,14 +143,14 @@ def _labels(puppet: Puppet, frames: int) -> np.ndarray:
 
 
 def _ridge(inputs: np.ndarray, shrink: float) -> np.ndarray:
-    """Covariance of centred `inputs` [N, D] with its mean variance times `shrink` added to the diagonal: [D, D]."""
+    """Covariance of centred `inputs` [N, D] plus `shrink` times its mean variance on the diagonal: [D, D]."""
     covariance = inputs.T @ inputs / len(inputs)
     return covariance + shrink * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Class scores of features f are f @ weights + bias; the mouth's opening is f @ opening + opening_bias."""
+    """Class scores of features f are f @ weights + bias, the mouth opening is f @ opening + opening_bias."""
 
     weights: np.ndarray  # [features, classes]
     bias: np.ndarray  # [classes]
@@ -169,7 +181,8 @@ def _fitted() -> _Fit:
     centre = pictures.mean(0)
     pull = (pictures - centre).T @ (target - target.mean()) / len(target)
     opening = np.linalg.solve(_ridge(pictures - centre, 0.01), pull)
-    return _Fit(weights, -0.5 * np.sum(means.T * weights, 0), opening, float(target.mean() - centre @ opening))
+    bias = -0.5 * np.sum(means.T * weights, 0)
+    return _Fit(weights, bias, opening, float(target.mean() - centre @ opening))
 
 
 def _per_picture(rows: np.ndarray, frames: int) -> np.ndarray:
@@ -178,11 +191,13 @@ def _per_picture(rows: np.ndarray, frames: int) -> np.ndarray:
 
 
 def called_opening(wave: np.ndarray, frames: int) -> np.ndarray | None:
-    """The mouth opening that a voice calls for, per picture at 25 fps, as a share of the picture's area: fp64 [frames].
+    """The mouth opening that a voice calls for, per picture at 25 fps, as a share of the picture's area:
+    fp64 [frames].
 
-    A linear regression from the same features that the syllables are recognised by, floored at 0: an open mouth sounds
-    different from a rounded one, so this follows the drawn mouth far closer than loudness does (r = .98 against .88).
-    `wave` is [N] at 16 kHz, cut or filled with silence to the pictures' length. None where it is silent.
+    A linear regression from the same features that the syllables are recognised by, floored at 0: an open
+    mouth sounds different from a rounded one, so this follows the drawn mouth far closer than loudness does
+    (r = .98 against .88). `wave` is [N] at 16 kHz, cut or filled with silence to the pictures' length. None
+    where it is silent.
     """
     needed = frames * PER_PICTURE * HOP
     wave = _clean(wave)[:needed]
@@ -205,9 +220,11 @@ def _is_silent(wave: np.ndarray) -> bool:
 def _grammar() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chains of states that realise the grammar and the shortest stays.
 
-    Returns (class of each state [K], log transition [K, K], states in which a clip may end [E]); state 0 is silence.
+    Returns (class of each state [K], log transition [K, K], states in which a clip may end [E]); state 0 is
+    silence.
     """
-    owner, first, last = [], {}, {}
+    owner: list[int] = []
+    first, last = {}, {}
     for k, name in enumerate(CLASSES):
         first[name] = len(owner)
         owner += [k] * SHORTEST[name]
@@ -230,7 +247,7 @@ def _grammar() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _search(scores: np.ndarray) -> np.ndarray:
-    """Best path through the grammar for class scores [frames, classes]: class per state visit, int [frames]."""
+    """Best path through the grammar for class scores [frames, classes]: state per frame, int [frames]."""
     owner, transition, ends = _grammar()
     emission = scores[:, owner]
     best = np.full(len(owner), -np.inf)

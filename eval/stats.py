@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Measure:
-    """A value with a 95 % interval over n clips. `value` is None where `status` is not "ok", and `reason` says why."""
+    """A value with its 95 % interval over n clips; None where `status` is not "ok", and `reason` says why."""
 
     value: float | None
     low: float | None = None
@@ -33,7 +33,7 @@ def unavailable(reason: str, n: int = 0) -> Measure:
 
 
 def resample(n: int, seed: int = 0) -> np.ndarray:
-    """Clip indices drawn with replacement: int [RESAMPLES, n]. Same n and seed, same draw, so differences pair up."""
+    """Clip indices drawn with replacement, int [RESAMPLES, n]; same n and seed, same draw."""
     return np.random.Generator(np.random.PCG64([seed, n])).integers(n, size=(RESAMPLES, n))
 
 
@@ -61,7 +61,8 @@ def mean(values: np.ndarray, seed: int = 0) -> Measure:
 
 
 def share(values: np.ndarray, seed: int = 0) -> Measure:
-    """Mean of values in [0,1], one per clip [n]: Wilson where every clip is all right or all wrong, else bootstrap.
+    """Mean of values in [0,1], one per clip [n]: Wilson where every clip is all right or all wrong, else
+    bootstrap.
 
     Resampling clips that are all right can only say "1.000 to 1.000"; Wilson over the clips keeps the doubt.
     """
@@ -96,7 +97,7 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Measure:
 
 
 def proportion(hits: int, n: int) -> Measure:
-    """Wilson's interval for a share of independent yes/no outcomes; honest near 0 and 1, where a bootstrap is not."""
+    """Share of independent yes/no outcomes with Wilson's interval, which stays honest near 0 and 1."""
     if n == 0:
         return unavailable("no clips")
     z = 1.959964
@@ -109,7 +110,8 @@ def proportion(hits: int, n: int) -> Measure:
 def distance_to_uniform(counts: np.ndarray, seed: int = 0) -> Measure:
     """Total-variation distance, 0 to 1 - 1/k, of counts [k] from equal shares, with its bootstrap interval.
 
-    A sample of n from the uniform itself has a positive expected distance: compare with the ground truth's row.
+    A sample of n from the uniform itself has a positive expected distance: compare with the ground truth's
+    row.
     """
     counts = np.asarray(counts, int)
     n, k = int(counts.sum()), len(counts)

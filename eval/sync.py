@@ -1,10 +1,11 @@
 """Lip sync in the tiny world: does the mouth in the picture do what the voice calls for?
 
-Pearson correlation, at frame rate, of the mouth's visible opening (`eval.sight`) with the opening that the voice calls
-for (`eval.speech.called_opening`). A bare correlation says little: clips share their rhythm (silence at both ends,
-three syllables), so a mouth beside another clip's voice still reaches about .6. Each correlation therefore stands
-beside two chance levels: the mean over circular shifts of the clip's own voice, and the mean over other clips' voices.
-The second is the harder and the right one for "the mouth follows *this* voice".
+Pearson correlation, at frame rate, of the mouth's visible opening (`eval.sight`) with the opening that the
+voice calls for (`eval.speech.called_opening`). A bare correlation says little: clips share their rhythm
+(silence at both ends, three syllables), so a mouth beside another clip's voice still reaches about .6. Each
+correlation therefore stands beside two chance levels: the mean over circular shifts of the clip's own voice,
+and the mean over other clips' voices. The second is the harder and the right one for "the mouth follows
+*this* voice".
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ NEAREST_SHIFT = 4  # a syllable lasts 5 to 7 frames: shifts nearer than this are
 @dataclass(frozen=True)
 class Sync:
     """Sync of one clip. `r` is the correlation at lag 0, `shifted` the mean over circular shifts of at least
-    `NEAREST_SHIFT` frames, `lag` the best lag in frames (positive: the picture is late) and `r_best` its correlation.
+    `NEAREST_SHIFT` frames, `lag` the best lag in frames (positive: the picture is late) and `r_best` its
+    correlation.
 
     All four are None unless `status` is "ok"; otherwise it is "static" (the mouth does not move) or "silent".
     """
@@ -38,7 +40,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def measure(shown: np.ndarray, called: np.ndarray | None, static: bool) -> Sync:
-    """Sync of the opening that is shown [F] with the one that the voice calls for [F], None where it is silent."""
+    """Sync of the opening shown [F] with the one that the voice calls for [F] (None: silent)."""
     if called is None:
         return Sync("silent")
     if static:
