@@ -1,0 +1,59 @@
+"""Classifier-free guidance: a scale for each modality and timestep (SPEC 4.3)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from magihuman.errors import UserError
+
+MODALITIES = ("video", "audio")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Released rule: video takes `video_high` while the timestep is above `threshold`, else `video_low`.
+
+    Attributes:
+        threshold: on the truncated integer timestep, 0 to 1000.
+        audio: scale of the audio at every timestep.
+    """
+
+    video_high: float = 5.0
+    video_low: float = 2.0
+    threshold: int = 500
+    audio: float = 5.0
+
+    def __call__(self, modality: str, timestep: int) -> float:
+        """Scale for "video" or "audio" at an integer timestep.
+
+        Raises:
+            ValueError: for another modality.
+        """
+        if modality not in MODALITIES:
+            raise ValueError(f"unknown modality {modality!r}; choose video or audio")
+        if modality == "audio":
+            return self.audio
+        return self.video_high if timestep > self.threshold else self.video_low
+
+    @property
+    def needed(self) -> bool:
+        """False when every scale is 1, so that the negative prompt need not run."""
+        return not self.video_high == self.video_low == self.audio == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Guidance":
+        """Raises UserError for an unknown key."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"guidance: {error}") from None
+
+
+def combine(positive: Tensor, negative: Tensor, scale: Tensor | float) -> Tensor:
+    """negative + scale (positive - negative), fp32; scale may be a tensor, one value per latent frame say."""
+    negative = negative.float()
+    return negative + scale * (positive.float() - negative)

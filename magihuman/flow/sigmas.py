@@ -1,0 +1,124 @@
+"""Noise levels: priors to train on, grids to sample on, and the table that noises the super-resolution input."""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magihuman.errors import UserError
+
+KINDS = ("shifted", "logit_normal", "uniform")
+COUPLINGS = ("shared", "independent")
+
+_TRAIN_STEPS = 1000
+
+
+def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1 for shift > 1: s u / (1 + (s - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def sigma_grid(steps: int, shift: float) -> Tensor:
+    """Released inference grid (SPEC 3.1): fp32 [steps + 1], from just under 1 down to exactly 0.
+
+    Raises:
+        UserError: for fewer than one step or a shift that is not positive.
+    """
+    return _grid(steps, shift).to(torch.float32)
+
+
+def grid_timesteps(steps: int, shift: float) -> Tensor:
+    """Integer timesteps of the grid, int64 [steps]: 1000 sigma, truncated before sigma is rounded to fp32."""
+    return (_grid(steps, shift)[:-1] * _TRAIN_STEPS).to(torch.int64)
+
+
+def _grid(steps: int, shift: float) -> Tensor:
+    if steps < 1:
+        raise UserError(f"a sampling grid needs at least one step, not {steps}")
+    if not shift > 0:
+        raise UserError(f"the shift of a sampling grid must be positive, not {shift}")
+    # The solver is built with shift 1, whose first sigma is 0.999 rounded to fp32, not 1.
+    first = torch.tensor(1 - 1 / _TRAIN_STEPS, dtype=torch.float32).double()
+    u = first * (1 - torch.arange(steps + 1, dtype=torch.float64) / steps)
+    return shift_sigma(u, shift)
+
+
+@dataclass(frozen=True)
+class SigmaPrior:
+    """Distribution of training noise levels. A model without timestep input depends on it, so it is stored.
+
+    Attributes:
+        kind: "uniform"; "shifted", uniform moved by `shift`; "logit_normal", the logistic of a normal draw,
+            then moved by `shift`.
+        shift: of `shift_sigma`; 1 changes nothing.
+        mean, std: of the normal draw, logit_normal only.
+        coupling: "shared", video and audio of a sample are equally noisy; "independent", the audio's level is
+            drawn apart for a share of the samples.
+        independent_fraction: that share.
+
+    Raises:
+        UserError: at construction, for values that do not fit together.
+    """
+
+    kind: str = "shifted"
+    shift: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    coupling: str = "shared"
+    independent_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"sigma prior {self.kind!r} is unknown; choose from {', '.join(KINDS)}")
+        if self.coupling not in COUPLINGS:
+            raise UserError(f"sigma coupling {self.coupling!r} is unknown; choose from {', '.join(COUPLINGS)}")
+        if not self.shift > 0 or not self.std > 0:
+            raise UserError(f"sigma prior needs shift > 0 and std > 0, not {self.shift} and {self.std}")
+        if self.kind == "uniform" and self.shift != 1:
+            raise UserError("a uniform sigma prior has no shift; set kind to shifted, or shift to 1")
+        if not 0 <= self.independent_fraction <= 1:
+            raise UserError(f"independent_fraction must be within 0 and 1, not {self.independent_fraction}")
+
+    def sample(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Noise levels of video and of audio, fp32 [batch] each.
+
+        The number of draws does not depend on the coupling, so that a generator's stream stays comparable.
+        """
+        video, own = self._draw(batch, generator, device), self._draw(batch, generator, device)
+        apart = torch.rand(batch, generator=generator, device=device) < self.independent_fraction
+        if self.coupling == "shared":
+            return video, video.clone()
+        return video, torch.where(apart, own, video)
+
+    def _draw(self, batch: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        if self.kind == "logit_normal":
+            draw = torch.randn(batch, generator=generator, device=device)
+            return shift_sigma(torch.sigmoid(self.mean + self.std * draw), self.shift)
+        return shift_sigma(torch.rand(batch, generator=generator, device=device), self.shift)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SigmaPrior":
+        """Raises UserError for an unknown key."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"sigma prior: {error}") from None
+
+
+@cache
+def zero_snr_table() -> Tensor:
+    """Signal amplitudes of the zero-terminal-SNR diffusion, fp32 [1000]; 0 is the cleanest (SPEC 4.4).
+
+    Super-resolution noises its input as z a + noise sqrt(1 - a^2) with a = table[220].
+    """
+    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, _TRAIN_STEPS, dtype=torch.float64) ** 2
+    amplitude = torch.cumprod(1 - betas, dim=0).to(torch.float32).sqrt()
+    first, last = amplitude[0].clone(), amplitude[-1].clone()
+    return (amplitude - last) * (first / (first - last))
