@@ -1,0 +1,167 @@
+"""Finding and reading the files of the released codecs and text encoder, strictly and without network.
+
+Everything here looks at this machine only: a path, or the cache of the Hugging Face Hub. What is absent is
+named together with the command that fetches it.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from magihuman.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LISTED = 4  # names shown per kind of mismatch before "and N more"
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` can be an `owner/name` of the Hub, rather than a path that exists."""
+    return bool(_HUB_ID.fullmatch(str(source))) and not Path(source).expanduser().exists()
+
+
+def locate(source: str | Path, wanted: Sequence[str], repo: str) -> Path:
+    """Find one weight file.
+
+    Args:
+        source: the file itself, a folder that holds one of `wanted`, or a Hub id whose snapshot is cached.
+        wanted: names relative to the folder or repository, best first.
+        repo: where the file is published; named in the error.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        UserError: nothing found; the message holds the command that fetches it.
+    """
+    path = Path(source).expanduser()
+    fetch = f"fetch it with: hf download {repo} {wanted[0]} --local-dir FOLDER"
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in wanted:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path} holds none of {', '.join(wanted)}; {fetch}")
+    if is_hub_id(source):
+        from huggingface_hub import try_to_load_from_cache
+
+        for name in wanted:
+            cached = try_to_load_from_cache(str(source), name)
+            if isinstance(cached, str):
+                return Path(cached)
+        raise UserError(
+            f"{source} is not on this machine; fetch it with: hf download {source} {wanted[0]} "
+            "(accept its licence on the Hub and run `hf auth login` first where it is gated)"
+        )
+    raise UserError(f"no file or folder {source}; {fetch}")
+
+
+def read_json(path: Path, purpose: str) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UserError: absent, not JSON, or not an object; `purpose` says what the file is for.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: it holds {purpose}; copy it beside the weights")
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; fetch it again")
+    return values
+
+
+def read_state(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Read tensors from a safetensors file or a pickled state dict, on CPU.
+
+    Pickles are opened with `weights_only=True` and nothing else, so that no code in them can run.
+
+    Args:
+        prefix: only keys that start with it are read; it is removed from the names.
+
+    Raises:
+        UserError: unreadable, truncated, or not a plain dictionary of tensors.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {
+                    key.removeprefix(prefix): file.get_tensor(key)
+                    for key in file.keys()  # noqa: SIM118 (the handle is not iterable)
+                    if key.startswith(prefix)
+                }
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is truncated or damaged ({error}); fetch it again") from error
+
+    import pickle
+
+    try:
+        # Only the zip format can be mapped into memory; the older one is read in full.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a plain state dict: it holds objects other than tensors, or is damaged; nothing "
+            "in it was executed. Use the file as published, or its safetensors version"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a plain dictionary of tensors; use the file as published")
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def load_strict(
+    module: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    key_map: Mapping[str, str],
+    source: str | Path,
+    dtype: torch.dtype,
+) -> None:
+    """Put `state` into `module`, which may be on the meta device, after comparing every name and shape.
+
+    Args:
+        key_map: name in the file -> name in the module, complete for the module.
+        dtype: of the module afterwards.
+        source: what to call the file in the message.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors by their names in the file.
+    """
+    expected = module.state_dict()
+    missing = [key for key in key_map if key not in state]
+    unexpected = [key for key in state if key not in key_map]
+    wrong = [
+        f"{key} is {list(state[key].shape)}, expected {list(expected[inner].shape)}"
+        for key, inner in key_map.items()
+        if key in state and state[key].shape != expected[inner].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({_some(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"{source} does not fit the network; tensors: {', '.join(problems)}; use the file as published"
+        )
+    named = {key_map[key]: value.to(dtype) for key, value in state.items()}
+    module.load_state_dict(named, strict=True, assign=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _LISTED
+    return "; ".join(names[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
