@@ -1,0 +1,148 @@
+"""Checkpoints that a resumed run continues from, bit by bit.
+
+    checkpoints/step-00000100.ckpt   complete state: a file, or a folder for sharded strategies
+    checkpoints/last.ckpt            link to the newest complete one
+
+A checkpoint is written under a temporary name and renamed when it is whole, and the link moves only after that, so
+a kill at any moment leaves the previous one in force. Checkpoints are saved at step boundaries only: in the middle of
+an accumulation the gradients would be lost.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from magihuman.config import CheckpointSettings
+from magihuman.errors import UserError
+
+LAST = "last.ckpt"
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*.ckpt"))
+
+
+def point_to(folder: Path, target: Path) -> None:
+    """Make `last.ckpt` name `target`, in one step."""
+    temporary = folder / (LAST + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, folder / LAST)
+
+
+def find_resume(resume: str, checkpoints: Path) -> Path | None:
+    """The checkpoint that a run starts from.
+
+    Args:
+        resume: `auto` takes the folder's newest complete checkpoint if there is one, `none` starts anew, anything
+            else is a path to a checkpoint or a run folder.
+        checkpoints: of the run folder.
+
+    Raises:
+        UserError: when a given path holds no checkpoint.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        last = checkpoints / LAST
+        if last.exists():
+            return last.resolve()
+        found = complete(checkpoints)
+        return found[-1] if found else None
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / LAST
+    if not path.exists():
+        raise UserError(f"resume={resume}: no checkpoint there; give a .ckpt, a run folder, `auto` or `none`")
+    return path.resolve()
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes one-file checkpoints under the final name only when every byte is on disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(final.name + ".tmp")
+        with temporary.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, final)
+
+
+class Checkpointer(L.Callback):
+    """Saves every so many steps or minutes, when asked to, and at the end; keeps the newest few.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        settings: intervals and number kept.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._saved_at = -1
+        self._clock = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = trainer.global_step if trainer.ckpt_path else -1
+        self._clock = time.monotonic()
+        if trainer.is_global_zero:  # what a kill during saving left behind
+            for leftover in self.folder.glob("*.tmp"):
+                remove(leftover)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = self._step(pl_module)
+        due = self.settings.every_steps > 0 and step % self.settings.every_steps == 0
+        if self.settings.every_minutes is not None:
+            late = time.monotonic() - self._clock > 60 * self.settings.every_minutes
+            due = due or bool(trainer.strategy.broadcast(late))
+        if due or trainer.should_stop or step >= pl_module.max_steps:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Path:
+        """Save now (on all processes); returns the checkpoint's path. Once per step."""
+        step = self._step(pl_module)
+        path = self.folder / f"step-{step:08d}.ckpt"
+        if step == self._saved_at:
+            return path
+        temporary = path.with_name(path.name + ".tmp")
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove(temporary)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(temporary)  # ends with a barrier
+        if trainer.is_global_zero:
+            remove(path)
+            os.replace(temporary, path)
+            point_to(self.folder, path)
+            for old in complete(self.folder)[: -self.settings.keep]:
+                remove(old)
+        trainer.strategy.barrier()
+        self._saved_at = step
+        self._clock = time.monotonic()
+        return path
+
+    @staticmethod
+    def _step(pl_module: L.LightningModule) -> int:
+        return int(pl_module.step)  # type: ignore[arg-type]

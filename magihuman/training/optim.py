@@ -1,0 +1,196 @@
+"""Optimisers, learning-rate schedules and gradient clipping.
+
+Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`, with two additions.
+A weight that stacks several experts is orthogonalised per expert, because a joint step would couple their singular
+values; and one optimiser object serves the matrices (Muon) and everything else (AdamW), because Lightning's automatic
+optimisation and its checkpoints count on one.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from magihuman.config import OptimSettings
+from magihuman.models.config import DiTConfig
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration."""
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int, eps: float = 1e-7) -> torch.Tensor:
+    """Replace the singular values of every matrix [E,n,m] by about 1 (Newton-Schulz in bf16); same shape, bf16."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for the rest, in one object.
+
+    Groups hold `experts` (0: AdamW; n >= 1: Muon on a weight [n*rows, columns] of n stacked experts) beside the
+    usual settings. The Muon step is scaled by sqrt(max(1, rows / columns)) of one expert. Sharded weights (DTensor)
+    are gathered for the orthogonalisation, matrix by matrix, and every process does the whole of it: exact, and
+    costlier with more processes only in communication.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], settings: OptimSettings) -> None:
+        defaults = {
+            "lr": settings.lr,
+            "experts": 0,
+            "betas": settings.betas,
+            "eps": settings.eps,
+            "weight_decay": settings.weight_decay,
+            "momentum": settings.momentum,
+            "steps": settings.newton_schulz_steps,
+        }
+        super().__init__(list(groups), defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            update = self._muon if group["experts"] else self._adamw
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    update(weight, group)
+        return loss
+
+    def _muon(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[weight], weight.grad
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        average = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(average, group["momentum"])  # Nesterov
+        whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
+        matrices = whole.unflatten(0, (group["experts"], -1))  # [experts, rows, columns]
+        update = orthogonalise(matrices, group["steps"]).flatten(0, 1).to(weight.dtype)
+        if isinstance(direction, DTensor):
+            # No source rank: every process holds the same matrix and keeps its own part of it.
+            update = distribute_tensor(update, direction.device_mesh, direction.placements, src_data_rank=None)
+        rows, columns = matrices.shape[-2:]
+        weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+    def _adamw(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[weight], weight.grad
+        assert gradient is not None
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        n = state["step"].item()
+        state["mean"].lerp_(gradient, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = (state["square"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
+        weight.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
+
+
+def experts_by_name(config: DiTConfig) -> dict[str, int]:
+    """State-dict key -> stacked experts, for the matrices of the blocks (what Muon orthogonalises)."""
+    return {
+        name: config.experts(int(name.split(".")[2]))
+        for name, shape, _ in config.tensors()
+        if name.startswith("block.layers.") and len(shape) == 2
+    }
+
+
+def build_optimizer(model: nn.Module, config: DiTConfig, settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimiser of `settings` over `model`'s trainable weights.
+
+    Args:
+        model: the `SingleStreamDiT`, or a module that holds one (keys are matched by their ends).
+        config: its shape, which says where experts are stacked.
+    """
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    if settings.algorithm == "adamw":
+        decayed = [w for _, w in named if w.ndim > 1]
+        plain = [w for _, w in named if w.ndim <= 1]  # norms and biases are not pulled to zero
+        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+    experts = experts_by_name(config)
+    matrices: dict[int, list[torch.Tensor]] = {}
+    rest: list[torch.Tensor] = []
+    for name, weight in named:
+        start = name.find("block.layers.")
+        count = experts.get(name[start:]) if start >= 0 else None
+        (rest if count is None else matrices.setdefault(count, [])).append(weight)
+    groups = [{"params": weights, "experts": n} for n, weights in sorted(matrices.items())]
+    groups.append({"params": rest, "lr": settings.adamw_lr, "weight_decay": 0.0})
+    return Muon([g for g in groups if g["params"]], settings)
+
+
+def schedule_factor(settings: OptimSettings, step: int, max_steps: int) -> float:
+    """Share of the peak learning rate at optimiser step `step` = 0, 1, ... of `max_steps`."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    after = max_steps - settings.warmup
+    progress = min(1.0, (step - settings.warmup) / max(1, after))
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "cosine":
+        fall = 0.5 * (1 + math.cos(math.pi * progress))
+    elif settings.schedule == "linear":
+        fall = 1 - progress
+    else:  # wsd: stable, then linear over the last share of all steps
+        start = max_steps * (1 - settings.decay)
+        fall = min(1.0, max(0.0, (max_steps - step) / max(1.0, max_steps - start)))
+    return settings.final + (1 - settings.final) * fall
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, settings: OptimSettings, max_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """`schedule_factor` as a scheduler; its state is the step number alone."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_factor(settings, step, max_steps)
+    )
+
+
+def gradient_norm(weights: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients together, over all shards; 0-dimensional fp32."""
+    gradients = [w.grad for w in weights if w.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(weights: list[nn.Parameter], max_norm: float | None) -> float:
+    """Scale gradients down to `max_norm` and return their norm before that.
+
+    A norm that is not finite drops the gradients altogether, so that the step changes nothing.
+    """
+    norm = gradient_norm(weights)
+    value = float(norm)
+    if not math.isfinite(value):
+        for weight in weights:
+            weight.grad = None
+    elif max_norm is not None and value > max_norm:
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad.mul_(max_norm / (value + 1e-6))
+    return value

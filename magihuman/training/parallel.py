@@ -1,0 +1,63 @@
+"""Spreading one network over devices: FSDP2 sharding, per-block compilation.
+
+The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network itself,
+exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block into bf16 too.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from magihuman.denoiser import Denoiser
+
+
+def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
+    """The transformer's layers."""
+    yield from denoiser.model.block.layers
+
+
+def shard(denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False) -> None:
+    """Shard every block and then the rest with FSDP2, in place.
+
+    Args:
+        mesh: one-dimensional device mesh of the data-parallel processes.
+        reshard_after_forward: free a block's gathered weights after its forward pass (less memory, one more gather).
+        offload: keep shards and optimiser on the CPU.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for block in blocks(denoiser):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+    fully_shard(denoiser.model, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+
+
+def fill(module: nn.Module, weights: Mapping[str, torch.Tensor] | None, device: torch.device) -> None:
+    """Give a sharded module on the meta device real memory and the weights that rank 0 holds.
+
+    Args:
+        weights: whole state dict on rank 0; None elsewhere. Only one process ever holds all of it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    module.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(module, dict(weights or {}), options=options)
+
+
+def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Gather a (sharded or whole) module's state on the CPU; complete on rank 0, empty on other ranks if sharded."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    options = StateDictOptions(full_state_dict=distributed, cpu_offload=distributed)
+    state = get_model_state_dict(module, options=options)
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def compile_blocks(denoiser: Denoiser) -> None:
+    """Compile every block in place; state-dict keys stay as they are, equal blocks share one compilation."""
+    for block in blocks(denoiser):
+        block.compile(dynamic=None)

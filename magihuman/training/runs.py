@@ -1,0 +1,278 @@
+"""The run folder: what was run, from what, and what came of it, readable by a person.
+
+    runs/<recipe>/<name>/
+      config.yaml     the whole configuration; `train.py` can be given it again
+      run.json        the source of truth: status, parents with sha256, metrics, provenance
+      metrics.csv     one line per log step
+      samples/        clips and contact sheets made on the way
+      checkpoints/    what a resumed run reads (see magihuman.training.checkpoint)
+      export/         weights in the released layout
+"""
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from magihuman.config import CONFIGS
+from magihuman.errors import UserError
+
+FORMAT = "magihuman-run/1"
+HASHED_BYTES = 2 << 30
+"""Parents larger than this are identified by their index and file sizes instead of every byte."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of a configuration, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Identity of a parent (file, export folder or shard folder).
+
+    Returns:
+        {"sha256", "of"}: over every byte of its weights and indices, or over index files, names and sizes where
+        there is more than `HASHED_BYTES`.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    indices = [p for p in files if p.suffix == ".json"]
+    total = sum(p.stat().st_size for p in files)
+    hashed = files if total <= HASHED_BYTES else indices
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path) if file != path else file.name} {file.stat().st_size}\n".encode())
+    for file in hashed:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return {"sha256": digest.hexdigest(), "of": "all bytes" if hashed is files else "index files, names and sizes"}
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code and whether it was changed since; empty outside a git checkout."""
+    try:
+        root = CONFIGS.parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit, "changed": bool(changed)}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that decide a result."""
+    import lightning
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }
+
+
+class RunFolder:
+    """One training run on disk. Only the main process writes.
+
+    Args:
+        path: the folder; made when it is first written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def read(self) -> dict[str, Any]:
+        """run.json, or {} where there is none.
+
+        Raises:
+            UserError: when the file is not valid.
+        """
+        file = self.path / "run.json"
+        if not file.exists():
+            return {}
+        try:
+            record = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is damaged ({error}); move the folder away or choose another name=") from error
+        return dict(record)
+
+    @rank_zero_only
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json; mappings are merged one level deep."""
+        record = self.read()
+        for key, value in fields.items():
+            old = record.get(key)
+            record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        record["updated"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "run.json", json.dumps(record, indent=2, default=str) + "\n")
+
+    @rank_zero_only
+    def start(self, config: Mapping[str, Any], config_yaml: str, parents: list[dict[str, Any]]) -> None:
+        """Record a beginning or a continuation."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.yaml", config_yaml)
+        previous = self.read()
+        self.update(
+            format=FORMAT,
+            recipe=str(config["recipe"]["_target_"]),
+            name=self.path.name,
+            status="running",
+            created=previous.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
+            starts=previous.get("starts", 0) + 1,
+            config_sha256=config_hash(config),
+            parents=parents,
+            provenance={
+                "command": ["python", "-m", "magihuman.train", *sys.argv[1:]],
+                "seed": config.get("seed"),
+                "code": code_version(),
+                "libraries": library_versions(),
+            },
+        )
+
+
+class CSVLog(Logger):
+    """metrics.csv that survives a resume.
+
+    A resumed run repeats the steps after its checkpoint: `rewind` drops their lines first, so that every step is
+    there once. New columns are added as they appear.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.file = Path(folder) / "metrics.csv"
+        self._columns: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as stream:
+            return [row for row in csv.DictReader(stream) if row.get("step", "").isdigit()]
+
+    def _write(self, rows: list[dict[str, str]], columns: list[str]) -> None:
+        temporary = self.file.with_name(self.file.name + ".tmp")
+        with temporary.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.file)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Forget lines after `step`."""
+        rows = self._rows()
+        if rows:
+            self._columns = list(rows[0])
+            self._write([row for row in rows if int(row["step"]) <= step], self._columns)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        """Append one line."""
+        row = {"step": str(step or 0), **{k: f"{v:.6g}" for k, v in metrics.items()}}
+        if self._columns is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            rows = self._rows()
+            self._columns = list(rows[0]) if rows else []
+        new = [key for key in row if key not in self._columns]
+        if new:
+            self._columns += new
+            self._write([*self._rows(), row], self._columns)
+            return
+        with self.file.open("a", newline="") as stream:
+            csv.DictWriter(stream, self._columns, restval="", lineterminator="\n").writerow(row)
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The configuration is in config.yaml."""
+
+
+def build_loggers(folder: RunFolder, wandb: Any, config: Mapping[str, Any]) -> list[Logger]:
+    """metrics.csv, and W&B where its settings are given (offline unless the user is logged in).
+
+    Args:
+        wandb: `magihuman.config.WandbSettings` or None.
+        config: mirrored to W&B.
+    """
+    loggers: list[Logger] = [CSVLog(folder.path)]
+    if wandb is None:
+        return loggers
+    from lightning.pytorch.loggers import WandbLogger
+
+    mode = os.environ.get("WANDB_MODE") or wandb.mode
+    if mode == "auto":
+        mode = "online" if _wandb_login() else "offline"
+    identifier = folder.read().get("wandb") or hashlib.sha256(os.urandom(16)).hexdigest()[:8]
+    folder.update(wandb=identifier)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    loggers.append(
+        WandbLogger(
+            name=f"{folder.path.parent.name}/{folder.path.name}",
+            save_dir=str(folder.path),
+            project=wandb.project,
+            entity=wandb.entity,
+            tags=list(wandb.tags),
+            id=identifier,
+            resume="allow",
+            mode=mode,
+            config=dict(config),
+        )
+    )
+    return loggers
+
+
+def _wandb_login() -> bool:
+    """Whether W&B has a key, without asking anybody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,38 @@
+"""What the program hands to every recipe beside the recipe's own settings."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
+from magihuman.models.codecs import Contract
+from magihuman.models.config import DiTConfig, PackConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The network to train, the latents it works on, and how.
+
+    Attributes:
+        model, pack: shape of the network and of its tokens.
+        world: name of the world; contract: of the latents in the shards.
+        size: {"frames", "height", "width"} of a usual clip in pixels, for exports and sample clips.
+        null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
+        seed: of initial weights and of all draws.
+        init: checkpoint (zoo name, export or run folder) that the weights start from, or None.
+        provenance: stored in exports.
+    """
+
+    model: DiTConfig
+    pack: PackConfig
+    world: str
+    contract: Contract
+    size: dict[str, int]
+    null_text: Tensor
+    optim: OptimSettings
+    trainer: TrainerSettings
+    strategy: StrategySettings
+    seed: int = 0
+    init: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,68 @@
+"""What moves in a clip, and whether the network uses the sound to predict it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from magihuman.flow.path import add_noise, x0_from_velocity
+
+CLAMP = 6.0
+"""Largest weight of a place, so that a few lively places cannot carry the whole loss."""
+
+
+def motion_weight(x0: Tensor, floor: float) -> Tensor:
+    """Loss weight of each place: floor + (1 - floor) * its variance over time, relative to the clip's mean variance.
+
+    Args:
+        x0: clean video latents [B,C,T,h,w].
+        floor: weight of a place where nothing moves, in [0, 1]; 1 weighs all places alike.
+
+    Returns:
+        fp32 [B,1,1,h,w]; all ones for a clip without motion or with a single frame.
+    """
+    frames, height, width = x0.shape[2:]
+    if floor >= 1 or frames == 1:
+        return x0.new_ones(len(x0), 1, 1, height, width, dtype=torch.float32)
+    variance = x0.float().var(dim=2, correction=0).mean(dim=1)  # [B,h,w]
+    mean = variance.mean(dim=(1, 2), keepdim=True)
+    relative = torch.where(mean > 1e-8, variance / mean.clamp(min=1e-8), torch.ones_like(variance))
+    return (floor + (1 - floor) * relative.clamp(max=CLAMP))[:, None, None]
+
+
+@torch.no_grad()
+def sync_gap(
+    denoiser: nn.Module,
+    video: Tensor,
+    audio: Tensor,
+    text: Sequence[Tensor],
+    noise: tuple[Tensor, Tensor],
+    sigmas: tuple[float, float] = (0.95, 0.5),
+) -> float:
+    """How much better the moving part of the video is predicted from its own sound than from another clip's.
+
+    Both predictions see the same noisy video; in the second, the sounds are handed on by one place in the batch.
+    With e the motion-weighted error of the predicted x0, the gap is (e_other - e_own) / e_other: 0 for a network
+    that does not listen (its samples will not be in sync, whatever its loss), positive for one that does.
+
+    Args:
+        denoiser: (video, audio, text) -> velocities.
+        video: clean latents [B,C,T,h,w] with B >= 2; audio: [B,A,Ca]; text: B tensors [S,Ct].
+        noise: of the shapes of video and audio.
+        sigmas: of video and audio.
+
+    Returns:
+        The gap, or nan without sound or with fewer than two clips.
+    """
+    if len(video) < 2 or audio.shape[1] == 0:
+        return float("nan")
+    sigma_video, sigma_audio = sigmas
+    noisy_video = add_noise(video, noise[0], sigma_video)
+    noisy_audio = add_noise(audio, noise[1], sigma_audio)
+    weight = motion_weight(video, floor=0.0)
+    errors = []
+    for sound in (noisy_audio, noisy_audio.roll(1, dims=0)):
+        velocity, _ = denoiser(noisy_video, sound, text)
+        errors.append((weight * (x0_from_velocity(noisy_video, velocity, sigma_video) - video).square()).mean())
+    own, other = (float(e) for e in errors)
+    return (other - own) / max(other, 1e-12)

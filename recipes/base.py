@@ -1,0 +1,214 @@
+"""What every recipe repeats: make the network, average it, clip, count, save, export. No algorithm lives here."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from magihuman.denoiser import Denoiser
+from magihuman.errors import UserError
+from magihuman.models.dit import SingleStreamDiT
+from magihuman.training import parallel
+from magihuman.training.draws import Draws, stream
+from magihuman.training.ema import EMA
+from magihuman.training.meters import Meter
+from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
+from magihuman.training.setup import Setup
+
+NOT_FINITE_LIMIT = 20
+"""Steps in a row without a finite gradient after which a training gives up."""
+
+
+class Recipe(L.LightningModule):
+    """Base of the recipes. A recipe implements `loss`; everything random in it comes from the draws it is given.
+
+    Args:
+        setup: network, latents and engine settings.
+
+    Attributes:
+        denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
+        ema: average of its weights, or None.
+        step: optimiser steps done; batches: batches seen by this process. Both survive a resume.
+        meter: averages for the next log line.
+        optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
+    """
+
+    optimizers_needed = 1
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.given = setup
+        self.max_steps = setup.trainer.max_steps
+        self.denoiser: Denoiser | None = None
+        self.ema: EMA | None = None
+        self.step = 0
+        self.batches = 0
+        self.meter = Meter()
+        self._not_finite = 0
+
+    # What a recipe is about
+
+    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        """The objective of one batch, a scalar; also fills the meter."""
+        raise NotImplementedError
+
+    def held_out(self, denoiser: Denoiser, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        """Figures of `denoiser` on a batch that is never trained on."""
+        return {}
+
+    def export_settings(self) -> dict[str, Any]:
+        """`sigma_prior` and `sampling` of the exported checkpoint."""
+        raise NotImplementedError
+
+    # The network
+
+    def configure_model(self) -> None:
+        """Make the network with its initial weights, its average, and spread both as the strategy asks."""
+        if self.denoiser is not None:
+            return
+        if self.given.strategy.name == "fsdp2":
+            self._make_sharded()
+        else:
+            self.denoiser = self.make_network()
+            if self.given.optim.ema_decay > 0:
+                self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
+        assert self.denoiser is not None
+        self.denoiser.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
+        if self.given.trainer.compile:
+            parallel.compile_blocks(self.denoiser)
+
+    def _shell(self) -> Denoiser:
+        dtype = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
+        model = SingleStreamDiT(self.given.model, compute_dtype=dtype, linear_dtype=torch.float32)
+        return Denoiser(model, self.given.pack)
+
+    def make_network(self) -> Denoiser:
+        """The network with the weights that training starts from: `init`'s, or drawn from the seed."""
+        denoiser = self._shell()
+        if self.given.init is None:
+            denoiser.model.init_weights(seed=stream(self.given.seed, "weights"))
+        else:
+            from magihuman import zoo
+
+            loaded = zoo.load(self.given.init)
+            denoiser.model.load_state_dict(loaded.denoiser.model.state_dict())
+        return denoiser
+
+    def _make_sharded(self) -> None:
+        assert self.device_mesh is not None
+        mesh, strategy = self.device_mesh["data_parallel"], self.given.strategy
+        weights = self.make_network().state_dict() if self.global_rank == 0 else None
+        with torch.device("meta"):
+            self.denoiser = self._shell()
+            if self.given.optim.ema_decay > 0:
+                self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
+        device = torch.device("cpu") if strategy.offload else self.trainer.strategy.root_device
+        for network in (self.denoiser, self.ema.module if self.ema else None):
+            if network is not None:
+                assert isinstance(network, Denoiser)
+                parallel.shard(
+                    network,
+                    mesh,
+                    reshard_after_forward=strategy.reshard_after_forward,
+                    offload=strategy.offload,
+                )
+                parallel.fill(network, weights, device)
+
+    @property
+    def network(self) -> Denoiser:
+        """The network that is sampled from, judged and exported: the average, or the trained one without it."""
+        chosen = self.ema.module if self.ema is not None else self.denoiser
+        assert isinstance(chosen, Denoiser)
+        return chosen
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        return min(1.0, self.step / self.max_steps)
+
+    # One step
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        draws = Draws(self.given.seed, self.batches, batch["index"])
+        # Whatever draws from torch's own generators (token routing) is a function of the same key.
+        torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
+        self.batches += 1
+        self.meter.add("samples", float(len(batch["video"])))
+        return self.loss(batch, draws)
+
+    def configure_optimizers(self) -> Any:
+        assert self.denoiser is not None
+        optimizer = build_optimizer(self.denoiser, self.given.model, self.given.optim)
+        schedule = build_schedule(optimizer, self.given.optim, self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        norm = clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.given.optim.clip_norm)
+        self.count_norm("grad_norm", norm)
+
+    def count_norm(self, name: str, norm: float) -> None:
+        """Log a gradient norm; give up when it was not finite for too long.
+
+        Raises:
+            UserError: after `NOT_FINITE_LIMIT` steps in a row.
+        """
+        finite = math.isfinite(norm)
+        self.meter.add(name, norm if finite else 0.0, torch.tensor([float(finite)]))
+        self.meter.add("not_finite", 0.0 if finite else 1.0)
+        self._not_finite = 0 if finite else self._not_finite + 1
+        if self._not_finite >= NOT_FINITE_LIMIT:
+            raise UserError(
+                f"the gradient was not finite for {NOT_FINITE_LIMIT} steps up to step {self.step}; "
+                "lower optim.lr, lengthen optim.warmup, or set trainer.precision=fp32"
+            )
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Count an optimiser step and let the average follow."""
+        self.step += 1
+        if self.ema is not None:
+            assert self.denoiser is not None
+            self.ema.update(self.denoiser)
+
+    # Saving
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = {
+            "step": self.step,
+            "batches": self.batches,
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["recipe"]
+        self.step, self.batches = state["step"], state["batches"]
+        if self.ema is not None:
+            self.ema.updates = state["ema_updates"]
+
+    def export_config(self) -> Any:
+        """What an exported checkpoint says about itself (`magihuman.weights.ExportConfig`)."""
+        from magihuman.weights import ExportConfig
+
+        return ExportConfig(
+            model=self.given.model,
+            pack=self.given.pack,
+            world=self.given.world,
+            contract=self.given.contract,
+            size=self.given.size,
+            provenance={**self.given.provenance, "steps": self.step, "averaged": self.ema is not None},
+            **self.export_settings(),
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write the network in the released layout; called on every process, written by the main one."""
+        from magihuman.weights import save_export
+
+        weights = parallel.whole_state_dict(self.network.model)
+        if self.global_rank == 0:
+            save_export(folder, weights, self.export_config())

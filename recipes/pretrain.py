@@ -1,0 +1,185 @@
+"""Pretraining: joint flow matching of video and audio.
+
+Both modalities go along the straight path x_s = (1 - s) x0 + s eps, and one network predicts both velocities
+eps - x0 from the noisy pair and the text (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003).
+It is not told the noise levels, so it learns E[v | x] under the sigma prior of training; the prior is part of the
+checkpoint.
+
+One batch:
+  1. draw a noise level for each modality of each sample, shared or apart;
+  2. condition some samples: the first latent frame, the whole sound or the whole video stays clean;
+  3. drop some texts, for classifier-free guidance;
+  4. loss: squared velocity error, averaged per sample and modality over what was not given, then weighted. Moving
+     places may count more (motion_floor < 1): they carry the lips, and they are few.
+A missing or given modality adds nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magihuman.denoiser import Denoiser
+from magihuman.errors import UserError
+from magihuman.flow.path import masked_mean_per_sample, velocity_target
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.models.config import TreadConfig
+from magihuman.training.draws import Draws
+from magihuman.training.ramp import Ramp, value_at
+from magihuman.training.setup import Setup
+from magihuman.training.sync import motion_weight, sync_gap
+from recipes.base import Recipe
+
+BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Edges of the noise levels that losses are logged for."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch on the path.
+
+    Attributes:
+        video, audio: network inputs [B,C,T,h,w], [B,A,Ca]; text: B tensors [S,Ct].
+        video_target, audio_target: velocities.
+        video_mask [B,1,T,1,1], audio_mask [B,1,1]: 1 where the loss counts, 0 where the input was given clean.
+        video_sigma, audio_sigma: [B].
+    """
+
+    video: Tensor
+    audio: Tensor
+    text: list[Tensor]
+    video_target: Tensor
+    audio_target: Tensor
+    video_mask: Tensor
+    audio_mask: Tensor
+    video_sigma: Tensor
+    audio_sigma: Tensor
+
+
+class Pretrain(Recipe):
+    """Flow-matching pretraining.
+
+    Args:
+        sigma: prior of the noise levels.
+        video_weight, audio_weight: of the modalities' losses.
+        motion_floor: loss weight of still places against moving ones; 1 weighs all alike. May be a ramp.
+        text_drop: probability that the text is replaced by the empty prompt's.
+        first_frame, given_audio, given_video: probabilities of each conditioning. May be ramps.
+        tread: token routing, or None.
+        sampling: settings stored in the export for inference.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        sigma: SigmaPrior,
+        sampling: dict[str, Any],
+        video_weight: float = 1.0,
+        audio_weight: float = 1.0,
+        motion_floor: float | Ramp = 1.0,
+        text_drop: float = 0.1,
+        first_frame: float | Ramp = 0.1,
+        given_audio: float | Ramp = 0.1,
+        given_video: float | Ramp = 0.0,
+        tread: TreadConfig | None = None,
+    ) -> None:
+        super().__init__(setup)
+        self.sigma = sigma
+        self.sampling = sampling
+        self.video_weight, self.audio_weight = video_weight, audio_weight
+        self.motion_floor = motion_floor
+        self.text_drop = text_drop
+        self.first_frame, self.given_audio, self.given_video = first_frame, given_audio, given_video
+        self.tread = tread
+        for share in (0.0, 1.0):
+            given = value_at(given_audio, share) + value_at(given_video, share)
+            if given > 1:
+                raise UserError(f"recipe.given_audio + recipe.given_video = {given:g} exceeds 1; lower one of them")
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        assert self.denoiser is not None
+        self.denoiser.model.tread = self.tread
+
+    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        noised = self.noised(batch, draws, conditioned=True)
+        assert self.denoiser is not None
+        video_velocity, audio_velocity = self.denoiser(noised.video, noised.audio, noised.text)
+
+        video_error = (video_velocity - noised.video_target).square()
+        audio_error = (audio_velocity - noised.audio_target).square()
+        moving = motion_weight(batch["video"], value_at(self.motion_floor, self.progress))
+        video_loss = masked_mean_per_sample(moving * video_error, noised.video_mask)  # [B]
+        audio_loss = masked_mean_per_sample(audio_error, noised.audio_mask)  # [B]
+
+        total = (self.video_weight * video_loss + self.audio_weight * audio_loss).mean()
+        self._count(noised, masked_mean_per_sample(video_error, noised.video_mask), audio_loss, total)
+        return total
+
+    def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
+        """Put a batch on the path, with conditions and dropped texts where `conditioned`."""
+        video, audio = batch["video"], batch["audio"]
+        device, samples, frames = video.device, len(video), video.shape[2]
+
+        levels = [self.sigma.sample(1, generator) for generator in draws.generators]
+        video_sigma = torch.cat([level[0] for level in levels]).to(device)
+        audio_sigma = torch.cat([level[1] for level in levels]).to(device)
+        video_noise = draws.normal(video.shape[1:]).to(device)
+        audio_noise = draws.normal(audio.shape[1:]).to(device)
+        first, which, dropped = draws.uniform(), draws.uniform(), draws.uniform()
+
+        text, progress = list(batch["text"]), self.progress
+        video_mask = torch.ones(samples, 1, frames, 1, 1, device=device)
+        audio_mask = torch.ones(samples, 1, 1, device=device)
+        if conditioned:
+            if frames > 1:
+                given = (first < value_at(self.first_frame, progress)).to(device)
+                video_mask[:, :, 0] = (~given).float().view(-1, 1, 1, 1)
+            if audio.shape[1]:  # one modality at most is given, and only beside the other
+                give_audio = which < value_at(self.given_audio, progress)
+                give_video = which >= 1 - value_at(self.given_video, progress)
+                audio_mask *= (~give_audio).float().view(-1, 1, 1).to(device)
+                video_mask *= (~give_video).float().view(-1, 1, 1, 1, 1).to(device)
+            null = self.given.null_text.to(device)
+            text = [null if drop else t for t, drop in zip(text, dropped < self.text_drop, strict=True)]
+
+        # What is given has noise level 0, by frame for the video.
+        video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
+        audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
+        return Noised(
+            video=(1 - video_level) * video + video_level * video_noise,
+            audio=(1 - audio_level) * audio + audio_level * audio_noise,
+            text=text,
+            video_target=velocity_target(video, video_noise),
+            audio_target=velocity_target(audio, audio_noise),
+            video_mask=video_mask,
+            audio_mask=audio_mask,
+            video_sigma=video_sigma,
+            audio_sigma=audio_sigma,
+        )
+
+    def _count(self, noised: Noised, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
+        heard = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
+        seen = noised.video_mask.flatten(1).amax(1)
+        self.meter.add("loss", total)
+        self.meter.add("loss/video", video_loss, seen)
+        self.meter.add("loss/audio", audio_loss, heard)
+        self.meter.add_bands("video", video_loss, noised.video_sigma, BANDS, seen)
+        self.meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, heard)
+
+    @torch.no_grad()
+    def held_out(self, denoiser: Denoiser, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        """Plain losses, and the own-minus-other-audio gap that says whether lips will follow the sound."""
+        noised = self.noised(batch, draws, conditioned=False)
+        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
+        figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
+        if batch["audio"].shape[1]:
+            figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
+            noise = (noised.video_target + batch["video"], noised.audio_target + batch["audio"])
+            figures["val/sync_gap"] = sync_gap(denoiser, batch["video"], batch["audio"], batch["text"], noise)
+        return figures
+
+    def export_settings(self) -> dict[str, Any]:
+        return {"sigma_prior": self.sigma.to_dict(), "sampling": dict(self.sampling)}
