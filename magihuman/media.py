@@ -1,7 +1,7 @@
 """Media files in and out: what a file holds, clips at a wanted rate and size, H.264 + AAC mp4.
 
-Everything goes through PyAV, pictures through Pillow; no external program is started. Times are seconds from the
-first picture. Shapes: frames uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N] in [-1,1].
+Everything goes through PyAV, pictures through Pillow; no external program is started. Times are seconds from
+the first picture. Shapes: frames uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N] in [-1,1].
 """
 
 import os
@@ -158,8 +158,8 @@ def read_clip(
 ) -> Clip:  # fmt: skip
     """A clip of a video file at the wanted frame rate, size and sample rate.
 
-    Frames are picked by display time (no blending), rotation flags and pixel aspect are applied; sound is mixed
-    to `channels`, resampled, kept in sync with the picture and padded with silence where the file has none.
+    Frames are picked by display time (no blending), rotation flags and pixel aspect are applied; sound is
+    mixed to `channels`, resampled, kept in sync with the picture and padded with silence where there is none.
 
     Args:
         start, frames: where the clip begins [s] and how many pictures it has; None: up to the end.

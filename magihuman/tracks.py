@@ -1,8 +1,8 @@
 """Decoding of one picture or sound track of a file along one clock (the lower floor of `magihuman.media`).
 
 Times are seconds from the first picture of the file (from the first sound where there is no picture), so that
-sound and picture keep the offset a player would show, whatever the container's own clock says. Edit lists and the
-priming samples of AAC are honoured by the demuxer; what is left is to trust time stamps and not to count frames.
+sound and picture keep the offset a player would show, whatever the container's own clock says. The demuxer
+honours edit lists and the priming samples of AAC; what is left is to trust time stamps and not to count frames.
 
 Shapes: pictures uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N].
 """
@@ -19,8 +19,8 @@ import numpy as np
 
 from magihuman.errors import UserError
 
-# Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a text
-# file named .mp4 must not make us open other files or the network. So are `tty`, subtitles and image patterns.
+# Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a
+# text file named .mp4 must not make us open other files or the network. So are `tty` and image patterns.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,aiff,mp3,flac,aac,"
     "ivf,mxf,caf,amr,ac3,eac3,obu,dv,rm,nut,au"
@@ -278,7 +278,7 @@ class AudioTrack(_Track):
     """The sound of any range of time, resampled; silence where the track has none."""
 
     def __init__(self, container: Any, stream: Any, origin: float | None = None, threads: int = 1) -> None:
-        """Args: origin: the first picture's time on the container's clock [s]; None: the track's own start."""
+        """Args: origin: the first picture's time on the container's clock [s]; None: own start."""
         import av
 
         own = float((stream.start_time or 0) * stream.time_base)
@@ -390,9 +390,10 @@ def _filtered(wave: np.ndarray, layout: str, rate: int, filters: str) -> np.ndar
     frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
     source.push(frame)
     source.push(None)
+    sink: Any = nodes[-1]
     parts = []
     while True:
         try:
-            parts.append(nodes[-1].pull().to_ndarray())
+            parts.append(sink.pull().to_ndarray())
         except (av.error.EOFError, av.error.BlockingIOError):
             return np.concatenate(parts, axis=1) if parts else wave[:, :0]
