@@ -1,1 +1,141 @@
-"""The model zoo: names to configs, networks and weights."""
+"""Names to networks: the only constructor of models.
+
+`arch(name)` reads hyperparameters from configs/model, `build` makes a network, `load` opens a checkpoint: one
+that ships with the package ("tiny/base"), an exported folder, or a run folder.
+
+    python -m magihuman.zoo list | inspect PATH | verify DIR [--strict]
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magihuman.errors import UserError
+from magihuman.models.config import DiTConfig, PackConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from magihuman.denoiser import Denoiser
+    from magihuman.weights import ExportConfig
+
+__all__ = ["Loaded", "arch", "arch_names", "build", "checkpoint_names", "find", "load", "pack"]
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint ready to run: the denoiser in eval mode, its config, and the folder it came from."""
+
+    denoiser: "Denoiser"
+    config: "ExportConfig"
+    folder: Path
+
+
+def arch_names() -> list[str]:
+    """Names of the architectures in configs/model."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def arch(name: str) -> DiTConfig:
+    """Hyperparameters of a named network.
+
+    Raises:
+        UserError: for an unknown name, listing the choices.
+    """
+    return DiTConfig.from_dict(_hyperparameters(name)["dit"])
+
+
+def pack(name: str) -> PackConfig:
+    """Token packing that belongs to a named network. Raises UserError as `arch` does."""
+    return PackConfig.from_dict(_hyperparameters(name).get("pack", {}))
+
+
+def _hyperparameters(name: str) -> dict[str, Any]:
+    import yaml
+
+    path = CONFIGS / f"{name}.yaml"
+    if name not in arch_names():
+        raise UserError(f"architecture {name!r} is unknown; choose from {', '.join(arch_names())}")
+    return yaml.safe_load(path.read_text())
+
+
+def build(
+    config: DiTConfig,
+    pack_config: PackConfig,
+    *,
+    compute_dtype: "torch.dtype",
+    linear_dtype: "torch.dtype | None" = None,
+    device: "torch.device | str" = "cpu",
+    seed: int | None = None,
+) -> "Denoiser":
+    """Make a network with fresh weights.
+
+    Args:
+        compute_dtype: torch.float32 or torch.bfloat16; linear_dtype: storage of the block matrices, fp32 where
+            absent (master weights).
+        device: "meta" makes shapes only.
+        seed: of the initial weights; None draws from torch's default generator.
+    """
+    import torch
+
+    from magihuman.denoiser import Denoiser
+    from magihuman.models.dit import SingleStreamDiT
+
+    with torch.device(device):
+        model = SingleStreamDiT(config, compute_dtype=compute_dtype, linear_dtype=linear_dtype or torch.float32)
+    if torch.device(device).type != "meta":
+        model.init_weights(seed)
+    return Denoiser(model, pack_config)
+
+
+def checkpoint_names() -> list[str]:
+    """Names of the checkpoints that ship with the package."""
+    return sorted(path.parent.relative_to(WEIGHTS).as_posix() for path in WEIGHTS.glob("**/config.json"))
+
+
+def find(checkpoint: str | Path) -> Path:
+    """Folder of an exported checkpoint: a shipped name, an exported folder, or a run folder with export/.
+
+    Raises:
+        UserError: when it is none of these, saying what it is or what there is to choose from.
+    """
+    if str(checkpoint) in checkpoint_names():
+        return WEIGHTS / str(checkpoint)
+    folder = Path(checkpoint)
+    for candidate in (folder, folder / "export"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if folder.is_dir():
+        raise UserError(f"{folder} holds no exported checkpoint (config.json, or export/config.json of a run)")
+    names = ", ".join(checkpoint_names()) or "none yet"
+    raise UserError(f"checkpoint {str(checkpoint)!r} is neither a folder nor a shipped name ({names})")
+
+
+def load(
+    checkpoint: str | Path, device: "torch.device | str" = "cpu", compute_dtype: "torch.dtype | None" = None
+) -> Loaded:
+    """Open a checkpoint for use.
+
+    Args:
+        checkpoint: see `find`.
+        compute_dtype: bf16 on a GPU and fp32 elsewhere where absent; the block matrices are kept in it.
+
+    Raises:
+        UserError: when it cannot be found or does not fit its own config.
+    """
+    import torch
+
+    from magihuman.weights import load_config, load_state_dict
+
+    folder = find(checkpoint)
+    config = load_config(folder)
+    device = torch.device(device)
+    dtype = compute_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    denoiser = build(config.model, config.pack, compute_dtype=dtype, linear_dtype=dtype, device="meta")
+    kinds = {key: tensor.dtype for key, tensor in denoiser.model.state_dict().items()}
+    state = {k: v.to(device, kinds[k]) for k, v in load_state_dict(folder, config.model).items()}
+    denoiser.model.load_state_dict(state, assign=True)
+    return Loaded(denoiser.eval(), config, folder)

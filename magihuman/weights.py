@@ -1,0 +1,275 @@
+"""Exported checkpoints: the released layout (SPEC 9) on disk, with a config that says all that loading needs.
+
+A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json` and `config.json`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.models.codecs import Contract
+from magihuman.models.config import DiTConfig, PackConfig
+
+FORMAT = "magihuman/1"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a checkpoint is meant to be sampled; command lines override it."""
+
+    solver: str = "unipc"
+    steps: int = 32
+    shift: float = 5.0
+    guidance: Guidance = field(default_factory=Guidance)
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a checkpoint was trained on: pixel frames and pixel size of a clip."""
+
+    frames: int = 25
+    height: int = 64
+    width: int = 64
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Content of config.json.
+
+    Attributes:
+        world: name of the codecs and text encoder (`magihuman.world`); contract: their latents.
+        sigma_prior: noise levels the model was trained on.
+        provenance: free facts about the training (command, seed, parents by sha256, metrics).
+    """
+
+    model: DiTConfig
+    pack: PackConfig
+    world: str
+    contract: Contract
+    sigma_prior: SigmaPrior = field(default_factory=SigmaPrior)
+    sampling: Sampling = field(default_factory=Sampling)
+    size: Size = field(default_factory=Size)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.model.to_dict(),
+            "pack": self.pack.to_dict(),
+            "world": self.world,
+            "contract": self.contract.to_dict(),
+            "sigma_prior": self.sigma_prior.to_dict(),
+            "sampling": asdict(self.sampling),
+            "size": asdict(self.size),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExportConfig":
+        """Raises UserError for another format, a missing part or an unknown key."""
+        found = values.get("format")
+        if found != FORMAT:
+            raise UserError(f"the checkpoint's format is {found!r}, this version reads {FORMAT!r}")
+        try:
+            sampling = dict(values["sampling"])
+            return cls(
+                model=DiTConfig.from_dict(values["model"]),
+                pack=PackConfig.from_dict(values["pack"]),
+                world=values["world"],
+                contract=Contract.from_dict(values["contract"]),
+                sigma_prior=SigmaPrior.from_dict(values["sigma_prior"]),
+                sampling=Sampling(**{**sampling, "guidance": Guidance.from_dict(sampling["guidance"])}),
+                size=Size(**values["size"]),
+                provenance=values.get("provenance", {}),
+            )
+        except KeyError as error:
+            raise UserError(f"the checkpoint's config.json has no {error}") from None
+        except TypeError as error:
+            raise UserError(f"the checkpoint's config.json does not fit: {error}") from None
+
+
+def released_dtypes(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
+    """Block matrices in bf16, everything else in fp32, as the release stores them (SPEC 1.2)."""
+    matrices = {key for key, _, is_bf16 in config.tensors() if is_bf16}
+    return {k: v.to(torch.bfloat16 if k in matrices else torch.float32) for k, v in state.items()}
+
+
+def save_export(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: ExportConfig,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write an exported checkpoint; a reader sees the old folder or the whole new one, never a part.
+
+    Args:
+        state: tensors under the released names, in the dtypes to store.
+        max_shard_bytes: upper bound of a file, except for a single larger tensor.
+
+    Raises:
+        UserError: when the state does not fit config.model.
+    """
+    _check_fit({k: tuple(v.shape) for k, v in state.items()}, config.model, "the state to export")
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        shards = _shards(state, max_shard_bytes)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+            save_file(tensors, new / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(names, file))
+        total = sum(v.numel() * v.element_size() for v in state.values())
+        _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(new / CONFIG, config.to_dict())
+        new.chmod(0o755)  # mkdtemp makes private folders
+        _replace(folder, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_config(folder: str | Path) -> ExportConfig:
+    """Read config.json of an exported checkpoint.
+
+    Raises:
+        UserError: when it is absent, no JSON, or does not fit.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no exported checkpoint: it has no {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; export the checkpoint again")
+    try:
+        return ExportConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def load_state_dict(folder: str | Path, config: DiTConfig) -> dict[str, Tensor]:
+    """Read all tensors of an exported checkpoint, after comparing every name and shape with the config.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors, or the file that cannot be read.
+    """
+    files = weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        shapes.update({name: shape for name, (shape, _) in read_header(path).items()})
+    _check_fit(shapes, config, str(folder))
+    state: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as shard:
+            state.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+    return state
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Safetensors files of a checkpoint folder, by its index or the single-file name.
+
+    Raises:
+        UserError: when there are none, or the index names a file that is not there.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of safetensors files ({error!r})") from None
+    elif (folder / SINGLE).exists():
+        names = [SINGLE]
+    else:
+        raise UserError(f"{folder} holds no weights: neither {INDEX} nor {SINGLE} is there")
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index} names the shard {name!r}, which is not in {folder}; copy it there")
+    return [folder / name for name in names]
+
+
+def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a safetensors file, without reading the tensors.
+
+    Raises:
+        UserError: when the file is absent, cut short or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def _check_fit(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, what: str) -> None:
+    expected = {key: shape for key, shape, _ in config.tensors()}
+    faults = []
+    for title, names in (
+        ("missing", sorted(expected.keys() - shapes.keys())),
+        ("unexpected", sorted(shapes.keys() - expected.keys())),
+        (
+            "wrong shape",
+            [
+                f"{k} is {list(shapes[k])}, not {list(expected[k])}"
+                for k in expected
+                if k in shapes and shapes[k] != expected[k]
+            ],
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            faults.append(f"{title}: {', '.join(names[:3])}{more}")
+    if faults:
+        raise UserError(f"{what} does not fit the model ({'; '.join(faults)}); use the config it was made with")
+
+
+def _shards(state: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _replace(folder: Path, new: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / folder.name)
+    new.rename(folder)
+    shutil.rmtree(old)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
