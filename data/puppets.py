@@ -322,3 +322,10 @@ def parse_caption(caption: str) -> dict[str, str | tuple[str, ...]]:
             f"not a tiny-world caption: {caption!r}; expected the form "
             "'round face, ginger hair, blue shirt, green wall, says ma bi so'"
         ) from None
+
+
+if __name__ == "__main__":
+    from data.puppet_clips import make_clips
+    from magihuman.command import run
+
+    run(make_clips, "python -m data.puppets")

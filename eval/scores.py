@@ -1,7 +1,6 @@
 """Scores of tiny-world clips: what they show, say and how mouth and voice agree, with intervals over clips.
 
-scores = score_clips(frames, waves, captions, reference=bound)
-scores.table["vowels"].value, scores.table["sync_skill"].low
+`score_clips(frames, waves, captions, reference=bound).table["vowels"].value`, and so on for the names in `ROWS`.
 """
 
 from collections import Counter
