@@ -1,7 +1,7 @@
 """What to generate: one prompt from the command line, or a file of them.
 
 A file is read as lines (`.txt`), as JSON objects (`.jsonl`), or as a table with a header (`.csv`). A request
-keeps its name and its seed whatever happens to its neighbours, so an interrupted batch continues where it was.
+keeps its name and seed whatever happens to its neighbours, so an interrupted batch continues where it was.
 """
 
 import csv
