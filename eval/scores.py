@@ -35,8 +35,8 @@ ROWS = {
     "sync_r": ("mouth against own voice, correlation at lag 0", "up"),
     "sync_other": ("mouth against other clips' voices: chance", ""),
     "sync_shifted": ("mouth against its own voice shifted in a circle", ""),
-    "sync_skill": ("(own - other) as a share of the codec bound's", "up"),
-    "sync_skill_shifted": ("(own - shifted) as a share of the codec bound's", "up"),
+    "sync_skill": ("0: a real mouth beside another's voice, 1: the codec bound", "up"),
+    "sync_skill_shifted": ("0: a real mouth beside its voice shifted, 1: the codec bound", "up"),
     "sync_lag0": ("best lag is 0 frames, of clips with mouth and voice", "up"),
     "sync_retrieval": (f"own voice found among {CANDIDATES}", "up"),
     "static": ("clips whose mouth does not move", "down"),
@@ -156,15 +156,21 @@ def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]
     return other, found
 
 
-def _skill(above: np.ndarray, reference_above: np.ndarray | None, paired: bool) -> Measure:
-    """Share of the reference's margin over chance; pairs clips where both sets have the same captions."""
-    if reference_above is None:
-        return unavailable("needs the bound: ground truth through the codec", len(above))
-    if float(reference_above.mean()) < 0.05:
-        return unavailable("the bound itself is not above chance", len(above))
+def _skill(own: np.ndarray, reference: Scores | None, chance: str, paired: bool) -> Measure:
+    """(own - chance) / (bound - chance), chance being the reference's mean `other` or `shifted`.
+
+    Chance is the reference's for both, because one's own can be low for a bad reason: pictures that lose the
+    rhythm of speech agree less with every voice. Clips are resampled in pairs where both sets have the same
+    captions, else the reference counts as known.
+    """
+    if reference is None:
+        return unavailable("needs the bound: ground truth through the codec", len(own))
+    level = getattr(reference, chance)
+    if float((reference.own - level).mean()) < 0.05:
+        return unavailable("the bound itself is not above chance", len(own))
     if paired:
-        return stats.ratio(above, reference_above)
-    return stats.ratio(above, np.full(len(above), reference_above.mean()))
+        return stats.ratio(own - level, reference.own - level)
+    return stats.ratio(own - level.mean(), np.full(len(own), (reference.own - level).mean()))
 
 
 def score_clips(
@@ -176,16 +182,17 @@ def score_clips(
     """Score clips against their captions.
 
     Args:
-        frames: uint8 [F,H,W,3] per clip, square, 25 fps. waves: fp32 [N] at 16 kHz per clip; None where
-        there is no sound. truths: captions, or the puppets whose captions were asked for. reference: scores
-        of ground truth through the codec, on which sync skill is 1; without it skill is unavailable.
+        frames: uint8 [F,H,W,3] per clip, square, 25 fps.
+        waves: fp32 [N] at 16 kHz per clip; None where there is no sound.
+        truths: captions, or the puppets whose captions were asked for.
+        reference: scores of ground truth through the codec (skill 1); without it, skill is unavailable.
 
     Raises:
         ValueError: lists of different lengths, or a clip that `score_clip` refuses.
     """
     if not len(frames) == len(waves) == len(truths):
         raise ValueError(
-            f"{len(frames)} pictures, {len(waves)} waves and {len(truths)} captions do not pair up"
+            f"{len(frames)} clips, {len(waves)} waves, {len(truths)} captions: not the same number"
         )
     captions = [truth.caption if isinstance(truth, Puppet) else truth for truth in truths]
     clips = tuple(score_clip(f, w, c) for f, w, c in zip(frames, waves, captions, strict=True))
@@ -214,10 +221,8 @@ def score_clips(
         table["sync_r"] = stats.mean(own)
         table["sync_other"] = stats.mean(other) if len(clips) > 1 else alone
         table["sync_shifted"] = stats.mean(shifted)
-        bound = None if reference is None else reference.own - reference.other
-        table["sync_skill"] = _skill(own - other, bound, paired) if len(clips) > 1 else alone
-        bound = None if reference is None else reference.own - reference.shifted
-        table["sync_skill_shifted"] = _skill(own - shifted, bound, paired)
+        table["sync_skill"] = _skill(own, reference, "other", paired)
+        table["sync_skill_shifted"] = _skill(own, reference, "shifted", paired)
         table["sync_lag0"] = stats.share(lags)
         table["sync_retrieval"] = stats.share(found) if len(clips) > 1 else alone
     table["static"] = stats.share(np.array([clip.seen.static for clip in clips]))
