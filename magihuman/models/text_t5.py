@@ -57,10 +57,13 @@ class T5GemmaEncoder(nn.Module):
         folder = _complete_folder(source)
         from transformers import AutoTokenizer, T5GemmaEncoderModel
 
+        class EncoderHalf(T5GemmaEncoderModel):  # the decoder is left over on purpose: no news to users
+            _keys_to_ignore_on_load_unexpected = {r"^model\.decoder\.", r"^lm_head\."}  # noqa: RUF012
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             # Eager attention: the encoder caps its attention logits, which SDPA cannot.
-            loaded: Any = T5GemmaEncoderModel.from_pretrained(
+            loaded: Any = EncoderHalf.from_pretrained(
                 folder,
                 is_encoder_decoder=False,
                 dtype=dtype,
