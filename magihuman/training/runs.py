@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -24,61 +23,16 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from magihuman.config import CONFIGS
 from magihuman.errors import UserError
+from magihuman.provenance import code_version, write_atomically
+from magihuman.provenance import fingerprint as fingerprint
 
 FORMAT = "magihuman-run/1"
-HASHED_BYTES = 2 << 30
-"""Parents larger than this are identified by their index and file sizes instead of every byte."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """sha256 of a configuration, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Identity of a parent (file, export folder or shard folder).
-
-    Returns:
-        {"sha256", "of"}: over every byte of its weights and indices, or over index files, names and sizes where
-        there is more than `HASHED_BYTES`.
-    """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    indices = [p for p in files if p.suffix == ".json"]
-    total = sum(p.stat().st_size for p in files)
-    hashed = files if total <= HASHED_BYTES else indices
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path) if file != path else file.name} {file.stat().st_size}\n".encode())
-    for file in hashed:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return {"sha256": digest.hexdigest(), "of": "all bytes" if hashed is files else "index files, names and sizes"}
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code and whether it was changed since; empty outside a git checkout."""
-    try:
-        root = CONFIGS.parent
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root, capture_output=True, text=True, check=True, timeout=10,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"commit": commit, "changed": bool(changed)}
 
 
 def library_versions() -> dict[str, str]:
