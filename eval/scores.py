@@ -1,6 +1,6 @@
 """Scores of tiny-world clips: what they show, say and how mouth and voice agree, with intervals over clips.
 
-`score_clips(frames, waves, captions, reference=bound).table["vowels"].value`, and so on for the names in `ROWS`.
+`score_clips(frames, waves, captions, reference=bound).table["vowels"].value`, and so on for all of `ROWS`.
 """
 
 from collections import Counter
@@ -173,6 +173,14 @@ def _skill(own: np.ndarray, reference: Scores | None, chance: str, paired: bool)
     return stats.ratio(own - level.mean(), np.full(len(own), (reference.own - level).mean()))
 
 
+def skills(own: np.ndarray, reference: Scores | None, paired: bool) -> dict[str, Measure]:
+    """The table's two skill rows for correlations `own` [n]; see `_skill`."""
+    return {
+        "sync_skill": _skill(own, reference, "other", paired),
+        "sync_skill_shifted": _skill(own, reference, "shifted", paired),
+    }
+
+
 def score_clips(
     frames: Sequence[np.ndarray],
     waves: Sequence[np.ndarray | None],
@@ -221,8 +229,7 @@ def score_clips(
         table["sync_r"] = stats.mean(own)
         table["sync_other"] = stats.mean(other) if len(clips) > 1 else alone
         table["sync_shifted"] = stats.mean(shifted)
-        table["sync_skill"] = _skill(own, reference, "other", paired)
-        table["sync_skill_shifted"] = _skill(own, reference, "shifted", paired)
+        table |= skills(own, reference, paired)
         table["sync_lag0"] = stats.share(lags)
         table["sync_retrieval"] = stats.share(found) if len(clips) > 1 else alone
     table["static"] = stats.share(np.array([clip.seen.static for clip in clips]))

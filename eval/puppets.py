@@ -1,0 +1,281 @@
+"""Measures a tiny-world checkpoint on held-out prompts, beside its upper bounds.
+
+    python -m eval.puppets checkpoint=tiny/base
+    python -m eval.puppets clips=FOLDER_OF_MP4_AND_TXT
+
+The prompts are those of puppets 0, 1, 2, ... of the world of `HELD_OUT_SEED`; no recipe trains on that seed.
+Two columns are bounds: the puppets themselves, and the puppets through the codec, which no model of its
+latents can beat.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
+from eval import report
+from eval.report import Column
+from eval.scores import Scores, score_clips, skills
+from magihuman.errors import UserError
+
+if TYPE_CHECKING:
+    from magihuman.world import World
+
+HELD_OUT_SEED = 1_000_003
+BOUND = "through codec"
+
+
+@dataclass
+class Clips:
+    """Pictures uint8 [F,H,W,3], waves fp32 [N] or None, and captions of a set of clips."""
+
+    frames: list[np.ndarray] = field(default_factory=list)
+    waves: list[np.ndarray | None] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+
+    def score(self, reference: Scores | None = None) -> Scores:
+        return score_clips(self.frames, self.waves, self.captions, reference)
+
+
+def held_out(count: int) -> list[Puppet]:
+    """The first `count` puppets that no training sees."""
+    return [draw_puppet(HELD_OUT_SEED, index) for index in range(count)]
+
+
+def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:
+    """The puppets as they are drawn and spoken."""
+    waves: list[np.ndarray | None] = [synthesise(p) for p in puppets]
+    return Clips([render(p, size) for p in puppets], waves, [p.caption for p in puppets])
+
+
+def through_codec(clips: Clips, world: "World", batch: int = 8) -> Clips:
+    """The same clips encoded and decoded again by the world's codecs."""
+    import torch
+
+    from magihuman.postprocess import frames_to_uint8
+
+    result = Clips(captions=list(clips.captions))
+    for start in range(0, len(clips.frames), batch):
+        part = slice(start, start + batch)
+        frames = torch.from_numpy(np.stack(clips.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        waves = torch.from_numpy(
+            np.stack([np.zeros(0) if w is None else w for w in clips.waves[part]])
+        ).float()
+        codecs = world.video_codec, world.audio_codec
+        result.frames += list(frames_to_uint8(codecs[0].decode(codecs[0].encode(frames))).numpy())
+        result.waves += list(codecs[1].decode(codecs[1].encode(waves[:, None]))[:, 0].clamp(-1, 1).numpy())
+    return result
+
+
+def bounds(count: int, world: "World", size: int = 64) -> list[Column]:
+    """Columns of the ground truth and of the ground truth through the codec, the reference of sync skill."""
+    truth = ground_truth(held_out(count), size)
+    coded = through_codec(truth, world).score()
+    coded = replace(coded, table={**coded.table, **skills(coded.own, coded, paired=True)})  # 1 by definition
+    return [Column("ground truth", truth.score(coded)), Column(BOUND, coded)]
+
+
+def generate(
+    checkpoint: str,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    batch: int = 20,
+    device: str = "auto",
+    progress: bool = True,
+    **overrides: Any,
+) -> tuple[Clips, dict[str, Any], "World"]:
+    """Sample a checkpoint of the tiny world.
+
+    Prompt i gets seed * 1000003 + i, so a clip does not depend on the batch or on the number of prompts.
+
+    Args:
+        overrides: of the checkpoint's sampling settings, see `inference.pipeline.Pipeline.settings`.
+
+    Returns:
+        clips, facts (settings, seconds), world.
+
+    Raises:
+        UserError: unknown checkpoint, another world, or a setting that cannot be.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from inference.pipeline import Pipeline
+    from magihuman import zoo
+    from magihuman.world import load_world
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = zoo.load(checkpoint, chosen)
+    if loaded.config.world != "tiny":
+        raise UserError(
+            f"eval.puppets measures the tiny world, and {checkpoint} is of {loaded.config.world!r}"
+        )
+    world = load_world(loaded.config.world)
+    pipeline = Pipeline(loaded, world)
+    settings = pipeline.settings(**overrides)
+    clips, start = Clips(), time.perf_counter()
+    with tqdm(total=len(prompts), desc="sampling", unit="clip", disable=not progress) as bar:
+        for first in range(0, len(prompts), batch):
+            part = list(prompts[first : first + batch])
+            for clip in pipeline.make(
+                part, [seed * 1_000_003 + first + k for k in range(len(part))], settings
+            ):
+                clips.frames.append(clip.frames.numpy())
+                clips.waves.append(clip.wave.numpy().mean(0) if clip.wave.numel() else None)
+                clips.captions.append(clip.prompt)
+            bar.update(len(part))
+    facts = {
+        "checkpoint": str(checkpoint),
+        "sampling": settings.to_dict(),
+        "sampling_seed": seed,
+        "seconds": round(time.perf_counter() - start, 2),
+        "seconds_by_stage": {stage: round(value, 2) for stage, value in pipeline.times.items()},
+        "device": str(pipeline.device),
+    }
+    return clips, facts, world
+
+
+def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[Clips, dict[str, str]]:
+    """The first `limit` mp4 files of a folder with the captions beside them, and why others could not be
+    used.
+
+    Raises:
+        UserError: no folder, no mp4 in it, or none that can be used.
+    """
+    from tqdm import tqdm
+
+    from magihuman.media import MediaError, read_clip
+
+    movies = sorted(Path(folder).glob("*.mp4"))[:limit]
+    if not movies:
+        raise UserError(
+            f"clips={folder} holds no .mp4; give a folder of mp4 files with a .txt caption beside each"
+        )
+    clips, refused = Clips(), {}
+    for movie in tqdm(movies, desc="reading", unit="clip", disable=not progress):
+        try:
+            caption = movie.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            parse_caption(caption)
+            clip = read_clip(movie, fps=FPS, rate=SAMPLE_RATE)
+            if clip.frames.shape[1] != clip.frames.shape[2]:
+                raise ValueError(
+                    f"is {clip.frames.shape[2]}x{clip.frames.shape[1]}; the tiny world is square"
+                )
+        except (OSError, ValueError, MediaError) as error:
+            refused[movie.name] = str(error)
+            continue
+        clips.frames.append(clip.frames.numpy())
+        clips.waves.append(None if clip.wave is None else clip.wave.numpy().mean(0))
+        clips.captions.append(caption)
+    if not clips.captions:
+        name, why = next(iter(refused.items()))
+        raise UserError(f"clips={folder}: none of {len(movies)} files can be used; the first, {name}: {why}")
+    return clips, refused
+
+
+def run(
+    checkpoint: str | None = None,
+    clips: str | None = None,
+    prompts: int = 200,
+    steps: int | None = None,
+    solver: str | None = None,
+    cfg: float | None = None,
+    seed: int = 0,
+    batch: int = 20,
+    output: str | None = None,
+    device: str = "auto",
+    keep: int = 8,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a tiny-world checkpoint, or a folder of clips, beside its upper bounds.
+
+    Prints the table; writes scores.json, scores.md, scores.png, clips.json, clips.png and a few mp4 files.
+
+    Args:
+        checkpoint: shipped name, exported folder or run folder; its clips are sampled from held-out prompts
+        clips: instead of a checkpoint, a folder of mp4 files with .txt captions
+        prompts: how many prompts (of `clips`: at most so many files)
+        steps: solver steps; none takes the checkpoint's
+        solver: none takes the checkpoint's
+        cfg: guidance scale, 1 is no guidance; none takes the checkpoint's
+        seed: of the sampling noise
+        batch: clips sampled at once; changes memory and speed only
+        output: folder; none is eval/ in a run folder, else runs/eval/NAME
+        device: auto, cpu or cuda
+        keep: how many clips to save and show
+        progress: show bars
+
+    Returns:
+        The content of scores.json.
+
+    Raises:
+        UserError: not exactly one of checkpoint and clips, or a value that cannot be used.
+    """
+    from magihuman.world import load_world
+
+    if (checkpoint is None) == (clips is None):
+        raise UserError("give either checkpoint=NAME_OR_FOLDER or clips=FOLDER")
+    for name, value, least in (
+        ("prompts", prompts, 1),
+        ("batch", batch, 1),
+        ("keep", keep, 0),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name}={value} is impossible; give at least {least}")
+    start = time.perf_counter()
+    refused: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    if checkpoint is not None:
+        made, facts, world = generate(
+            checkpoint, [p.caption for p in held_out(prompts)], seed=seed, batch=batch, device=device,
+            progress=progress, steps=steps, solver=solver, guidance=cfg,
+        )  # fmt: skip
+    else:
+        made, refused = read_folder(str(clips), prompts, progress)
+        world, facts = load_world("tiny"), {"clips": str(clips), "refused": refused}
+    folder = Path(output) if output else _output_of(checkpoint, clips)
+    limits = bounds(prompts if checkpoint else len(made.captions), world, made.frames[0].shape[1])
+    name = str(checkpoint or clips).rstrip("/").rsplit("/", 1)[-1]
+    scores = made.score(limits[1].scores)
+    columns = [*limits, Column(name, scores, facts)]
+    seconds = round(time.perf_counter() - start, 1)
+    result = report.write(columns, folder, {"held_out_seed": HELD_OUT_SEED, "seconds": seconds})
+    _keep(made, scores, folder, name, keep)
+    print(report.text(columns))
+    for file, why in refused.items():
+        print(f"not used: {file}: {why}")
+    print(f"written to {folder} ({seconds:.0f} s)")
+    return result
+
+
+def _output_of(checkpoint: str | None, clips: str | None) -> Path:
+    if checkpoint is not None and (Path(checkpoint) / "export").is_dir():
+        return Path(checkpoint) / "eval"
+    return Path("runs") / "eval" / str(checkpoint or clips).strip("./").replace("/", "-")
+
+
+def _keep(clips: Clips, scores: Scores, folder: Path, title: str, keep: int) -> None:
+    """Save the first clips as mp4 with their captions, and show them on one sheet."""
+    from magihuman.media import write_mp4
+
+    for index in range(min(keep, len(clips.captions))):
+        path = folder / "clips" / f"clip-{index:06d}.mp4"
+        wave = clips.waves[index]
+        write_mp4(path, clips.frames[index], FPS, None if wave is None else wave[None], SAMPLE_RATE)
+        path.with_suffix(".txt").write_text(clips.captions[index] + "\n", encoding="utf-8")
+    if keep:
+        report.contact_sheet(scores.clips[:keep], clips.frames[:keep], title).savefig(
+            folder / "clips.png", dpi=90
+        )
+
+
+if __name__ == "__main__":
+    from magihuman.command import run as command
+
+    command(run, "python -m eval.puppets")
