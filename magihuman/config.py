@@ -7,6 +7,8 @@ the target). `check` compares either with a node and names an unknown key, a mis
 """
 
 import difflib
+import functools
+import importlib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +17,31 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError
+from magihuman.models.config import DiTConfig, PackConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_RESERVED = ("_target_", "_partial_")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of the network and of its tokens."""
+
+    dit: DiTConfig
+    pack: PackConfig = PackConfig()
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where clips come from.
+
+    Attributes:
+        module: `_target_` of the LightningDataModule; `shards` is its folder of shards.
+        make: `_target_` of a function that makes the shards where they are missing and returns their folder, or null.
+    """
+
+    module: Any
+    make: Any = None
 
 
 @dataclass(frozen=True)
@@ -116,21 +141,21 @@ class TrainSettings:
     """The whole configuration of `python -m magihuman.train`; see configs/train.yaml for what each part is."""
 
     recipe: Any
-    model: Any
-    data: Any
+    model: ModelSettings
+    data: DataSettings
     optim: OptimSettings
     trainer: TrainerSettings
     strategy: StrategySettings
     logger: LoggerSettings
     checkpoint: CheckpointSettings
     callbacks: dict[str, Any]
+    after_fit: dict[str, Any]
     seed: int
-    world: str
     runs: str
     name: str | None
+    folder: str | None
     resume: str
     init: str | None
-    after_fit: list[Any] | dict[str, Any]
 
 
 def available(group: str) -> list[str]:
@@ -196,9 +221,10 @@ def _fits(value: Any, hint: Any, path: str) -> bool:
     if origin is Literal:
         return value in args
     if origin in (Union, types.UnionType):
-        if value is None or not any(is_dataclass(a) for a in args):
-            return any(_fits(value, a, path) for a in args)
-        return _fits(value, next(a for a in args if is_dataclass(a)), path)
+        nested = next((a for a in args if is_dataclass(a)), None)
+        if nested is not None and isinstance(value, Mapping):
+            return _fits(value, nested, path)
+        return any(_fits(value, a, path) for a in args)
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             check(value, hint, path)
@@ -266,7 +292,7 @@ def check(node: Any, schema: Callable[..., Any], path: str, provided: Sequence[s
         raise UserError(f"{path}={node!r} is not a group of settings")
     names, required, open_ended = _schema(schema)
     for key, value in node.items():
-        if key in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
+        if key in _RESERVED:
             continue
         if key in provided:
             raise UserError(f"{dot}{key} is set by the program; remove it from the configuration")
@@ -293,11 +319,10 @@ def locate(target: str, path: str) -> Callable[..., Any]:
     Raises:
         UserError: when it cannot be imported.
     """
-    from hydra.utils import get_object
-
+    module, _, name = target.rpartition(".")
     try:
-        found = get_object(target)
-    except Exception as error:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{path}._target_={target} cannot be imported: {one_line(str(error))}") from error
     return found  # type: ignore[no-any-return]
 
@@ -310,18 +335,45 @@ def check_call(node: Mapping[str, Any], path: str, provided: Sequence[str] = ())
 
 
 def build(schema: type, node: Mapping[str, Any]) -> Any:
-    """A settings dataclass from its (checked) node; nested dataclasses and tuples included."""
+    """A settings dataclass from its (checked) node; nested dataclasses and tuples included, calls left as they are."""
     hints = get_type_hints(schema)
-    values = {}
-    for key, value in node.items():
-        hint = hints[key]
-        inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
-        if inner is not None and isinstance(value, Mapping):
-            value = build(inner, value)  # type: ignore[arg-type]
-        elif get_origin(hint) is tuple and value is not None:
-            value = tuple(value)
-        values[key] = value
-    return schema(**values)
+    return schema(**{key: _convert(value, hints[key], calls=False) for key, value in node.items()})
+
+
+def _convert(value: Any, hint: Any, calls: bool) -> Any:
+    """A plain value as its hint wants it; only conversions that lose nothing.
+
+    Args:
+        calls: whether nodes with `_target_` are called.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        return call(value) if calls else value
+    inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
+    if inner is not None and isinstance(value, Mapping):
+        return build(inner, value)  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        items = [_convert(v, Any, calls) for v in value]
+        return tuple(items) if get_origin(hint) is tuple else items
+    if isinstance(value, Mapping):
+        return {k: _convert(v, Any, calls) for k, v in value.items()}
+    return value
+
+
+def call(node: Mapping[str, Any], path: str = "call", **provided: Any) -> Any:
+    """Call the target of a (checked) node: its settings, converted by the target's type hints, and `provided`.
+
+    With `_partial_: true` the result takes the remaining arguments later.
+    """
+    target = locate(node["_target_"], path)
+    names, _, _ = _schema(target)
+    settings = {
+        key: _convert(value, names.get(key, Any), calls=True)
+        for key, value in node.items()
+        if key not in _RESERVED
+    }
+    if node.get("_partial_", False):
+        return functools.partial(target, **settings, **provided)
+    return target(**settings, **provided)
 
 
 def validate(node: Mapping[str, Any]) -> TrainSettings:
@@ -338,10 +390,13 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     check(node, TrainSettings, "")
     settings: TrainSettings = build(TrainSettings, node)
     check_call(settings.recipe, "recipe", provided=("setup",))
-    check_call(settings.data["module"], "data.module", provided=())
-    for name, call in settings.callbacks.items():
-        if call is not None:
-            check_call(call, f"callbacks.{name}")
+    check_call(settings.data.module, "data.module")
+    if settings.data.make is not None:
+        check_call(settings.data.make, "data.make")
+    for group, calls in (("callbacks", settings.callbacks), ("after_fit", settings.after_fit)):
+        for name, call in calls.items():
+            if call is not None:
+                check_call(call, f"{group}.{name}")
     _check_pairs(settings)
     return settings
 

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from magihuman import zoo
 from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
 from magihuman.models.dit import SingleStreamDiT
@@ -17,6 +18,7 @@ from magihuman.training.ema import EMA
 from magihuman.training.meters import Meter
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
 from magihuman.training.setup import Setup
+from magihuman.weights import ExportConfig, released_dtypes, save_export
 
 NOT_FINITE_LIMIT = 20
 """Steps in a row without a finite gradient after which a training gives up."""
@@ -32,7 +34,7 @@ class Recipe(L.LightningModule):
         denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
         ema: average of its weights, or None.
         step: optimiser steps done; batches: batches seen by this process. Both survive a resume.
-        meter: averages for the next log line.
+        meter: averages for the next log line; aside: seconds that callbacks took since the last one.
         optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
     """
 
@@ -47,6 +49,7 @@ class Recipe(L.LightningModule):
         self.step = 0
         self.batches = 0
         self.meter = Meter()
+        self.aside = 0.0
         self._not_finite = 0
 
     # What a recipe is about
@@ -60,7 +63,7 @@ class Recipe(L.LightningModule):
         return {}
 
     def export_settings(self) -> dict[str, Any]:
-        """`sigma_prior` and `sampling` of the exported checkpoint."""
+        """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.weights.ExportConfig`)."""
         raise NotImplementedError
 
     # The network
@@ -91,9 +94,7 @@ class Recipe(L.LightningModule):
         if self.given.init is None:
             denoiser.model.init_weights(seed=stream(self.given.seed, "weights"))
         else:
-            from magihuman import zoo
-
-            loaded = zoo.load(self.given.init)
+            loaded = zoo.load(self.given.init, compute_dtype=torch.float32)
             denoiser.model.load_state_dict(loaded.denoiser.model.state_dict())
         return denoiser
 
@@ -136,7 +137,6 @@ class Recipe(L.LightningModule):
         # Whatever draws from torch's own generators (token routing) is a function of the same key.
         torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
         self.batches += 1
-        self.meter.add("samples", float(len(batch["video"])))
         return self.loss(batch, draws)
 
     def configure_optimizers(self) -> Any:
@@ -191,10 +191,8 @@ class Recipe(L.LightningModule):
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
 
-    def export_config(self) -> Any:
-        """What an exported checkpoint says about itself (`magihuman.weights.ExportConfig`)."""
-        from magihuman.weights import ExportConfig
-
+    def export_config(self) -> ExportConfig:
+        """What an exported checkpoint says about itself."""
         return ExportConfig(
             model=self.given.model,
             pack=self.given.pack,
@@ -207,8 +205,6 @@ class Recipe(L.LightningModule):
 
     def export(self, folder: Path) -> None:
         """Write the network in the released layout; called on every process, written by the main one."""
-        from magihuman.weights import save_export
-
         weights = parallel.whole_state_dict(self.network.model)
         if self.global_rank == 0:
-            save_export(folder, weights, self.export_config())
+            save_export(folder, released_dtypes(weights, self.given.model), self.export_config())

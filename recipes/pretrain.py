@@ -29,6 +29,7 @@ from magihuman.training.draws import Draws
 from magihuman.training.ramp import Ramp, value_at
 from magihuman.training.setup import Setup
 from magihuman.training.sync import motion_weight, sync_gap
+from magihuman.weights import Sampling
 from recipes.base import Recipe
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -75,7 +76,7 @@ class Pretrain(Recipe):
         setup: Setup,
         *,
         sigma: SigmaPrior,
-        sampling: dict[str, Any],
+        sampling: Sampling,
         video_weight: float = 1.0,
         audio_weight: float = 1.0,
         motion_floor: float | Ramp = 1.0,
@@ -182,4 +183,4 @@ class Pretrain(Recipe):
         return figures
 
     def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.sigma.to_dict(), "sampling": dict(self.sampling)}
+        return {"sigma_prior": self.sigma, "sampling": self.sampling}

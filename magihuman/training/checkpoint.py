@@ -117,7 +117,7 @@ class Checkpointer(L.Callback):
         if self.settings.every_minutes is not None:
             late = time.monotonic() - self._clock > 60 * self.settings.every_minutes
             due = due or bool(trainer.strategy.broadcast(late))
-        if due or trainer.should_stop or step >= pl_module.max_steps:
+        if due or trainer.should_stop:
             self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Path:

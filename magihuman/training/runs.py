@@ -25,7 +25,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from magihuman.errors import UserError
 from magihuman.provenance import code_version, write_atomically
-from magihuman.provenance import fingerprint as fingerprint
 
 FORMAT = "magihuman-run/1"
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.models.codecs import Contract
 from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.weights import Size
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Setup:
     Attributes:
         model, pack: shape of the network and of its tokens.
         world: name of the world; contract: of the latents in the shards.
-        size: {"frames", "height", "width"} of a usual clip in pixels, for exports and sample clips.
+        size: of a usual clip, for exports and sample clips.
         null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
         seed: of initial weights and of all draws.
         init: checkpoint (zoo name, export or run folder) that the weights start from, or None.
@@ -28,7 +29,7 @@ class Setup:
     pack: PackConfig
     world: str
     contract: Contract
-    size: dict[str, int]
+    size: Size
     null_text: Tensor
     optim: OptimSettings
     trainer: TrainerSettings

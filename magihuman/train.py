@@ -1,0 +1,202 @@
+"""`python -m magihuman.train +recipe=NAME`: data, training, export, and what follows, in stages.
+
+Thin on purpose: the configuration is checked by `magihuman.config`, the objects of a training are made by
+`magihuman.training.session`, the algorithm is a recipe, and everything outside this package is reached through
+`_target_` strings.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from magihuman.config import CONFIGS, TrainSettings, call, explain, validate
+from magihuman.errors import UserError, report_and_exit
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks and writes for the job; from the launchers' variables, before any group exists."""
+    rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
+    return int(rank) == 0
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Announce a stage and its time."""
+    say(f"== {title}")
+    start = time.monotonic()
+    yield
+    say(f"   {title}: {time.monotonic() - start:.0f} s")
+
+
+def make_data(settings: TrainSettings) -> Any:
+    """The data module, its shards made first where the configuration says how."""
+    module = dict(settings.data.module)
+    if settings.data.make is not None:
+        with stage("clips and shards"):
+            module["shards"] = str(call(settings.data.make, "data.make"))
+    return call(module, "data.module")
+
+
+def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: TrainSettings) -> Path:
+    """Run every stage; returns the run folder.
+
+    Args:
+        node: the resolved configuration; config_yaml: as text, for the run folder.
+        folder: of the run.
+
+    Raises:
+        UserError: anything a user can put right.
+        SystemExit: with status 75 when a signal stopped the training and it can be continued.
+    """
+    from magihuman.training import cpu, session
+    from magihuman.training.checkpoint import find_resume
+    from magihuman.training.runs import RunFolder
+
+    cpu.tune(settings.trainer.threads)
+    session.quiet()
+    run = RunFolder(folder)
+    resume = find_resume(settings.resume, run.checkpoints)
+    record = run.read()
+    if settings.resume == "none" and record:
+        raise UserError(f"{folder} holds a training already; remove it, choose another name=, or use resume=auto")
+    if record.get("status") == "finished" and record.get("steps", 0) >= settings.trainer.max_steps:
+        say(f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name=")
+        return folder
+
+    data = make_data(settings)
+    provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
+    setup = session.build_setup(settings, data, provenance)
+    recipe = call(settings.recipe, "recipe", setup=setup)
+    if is_main_process():
+        run.start(node, config_yaml, session.parents(settings, Path(data.shards)))
+    trained = session.Session(settings, run, node)
+    try:
+        with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
+            fit(trained, recipe, data, resume, folder)
+        if trained.preemption.stopped_at is not None:
+            stopped(trained, run)
+        with stage("export"):
+            recipe.export(run.export)
+            run.update(status="trained", steps=recipe.step, metrics=trained.lines.last)
+        if trained.trainer.is_global_zero:
+            after_fit(settings, run)
+            run.update(status="finished")
+    except BaseException as error:
+        if is_main_process() and not isinstance(error, SystemExit):
+            run.update(status="failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        for logger in trained.loggers:
+            logger.finalize("success" if sys.exc_info()[0] is None else "failed")
+    say(f"done: {folder}")
+    return folder
+
+
+def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
+    """Train from `resume` (or from the start), leaving the checkpoint of the last step behind."""
+    from magihuman.training.runs import CSVLog
+    from magihuman.training.session import RUN_NAME
+
+    if resume is not None:
+        say(f"   continuing from {resume.name}")
+        step = int(resume.stem.split("-")[-1])
+        for logger in trained.loggers:
+            if isinstance(logger, CSVLog):
+                logger.rewind(step)
+    os.environ[RUN_NAME] = folder.name
+    try:
+        trained.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
+    finally:
+        del os.environ[RUN_NAME]
+
+
+def stopped(trained: Any, run: Any) -> None:
+    """Record a preemption, requeue under Slurm, and leave."""
+    from magihuman.training.preempt import EXIT_STATUS, requeue
+
+    at, reason = trained.preemption.stopped_at, trained.preemption.received
+    run.update(status="preempted", steps=at, metrics=trained.lines.last)
+    say(f"stopped by {reason} after step {at}; the same command with folder={run.path} continues")
+    requeue()
+    raise SystemExit(EXIT_STATUS)
+
+
+def after_fit(settings: TrainSettings, run: Any) -> None:
+    """Evaluations and reports of the configuration, in its order; their figures go to run.json."""
+    for name, node in settings.after_fit.items():
+        if node is None:
+            continue
+        with stage(name):
+            result = call(node, f"after_fit.{name}")
+        if isinstance(result, Mapping):
+            run.update(results={name: dict(result)})
+
+
+def main() -> None:
+    """The command line."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def job(config: Any) -> None:
+        from magihuman.training.session import choose_folder
+
+        try:
+            job_number = HydraConfig.get().job.get("num") if HydraConfig.get().mode.name == "MULTIRUN" else None
+            settings = validate(plain(config))
+            config.folder = str(choose_folder(settings, job_number))
+            node = plain(config)
+            train(node, OmegaConf.to_yaml(config), Path(config.folder), validate(node))
+        except UserError as error:
+            report_and_exit(error)
+        except KeyboardInterrupt:
+            print("interrupted; the checkpoints are kept", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and leave as one line
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not isinstance(error, HydraException | OmegaConfBaseException) and not _from_hydra(error):
+            raise
+        report_and_exit(UserError(explain(error)))
+
+
+def _from_hydra(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "hydra" in trace.tb_frame.f_code.co_filename
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The configuration as dictionaries and lists, interpolations resolved.
+
+    Raises:
+        UserError: an interpolation that cannot be resolved.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        node = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""What happens beside the training steps: log lines, progress, held-out figures, sample clips, limits."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from magihuman.errors import UserError
+from magihuman.training.draws import Draws
+from magihuman.training.flops import peak_flops, training_flops
+from magihuman.training.samples import contact_sheet
+
+
+@contextmanager
+def aside(recipe: Any) -> Iterator[None]:
+    """Keep the time that the block takes out of the throughput."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        recipe.aside += time.monotonic() - start
+
+
+def at_step_boundary(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether this batch completed an optimiser step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Hand metrics to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step)
+
+
+def resident_gb() -> float:
+    """Memory of this process in GB (10^9 bytes), 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return pages * 4096 / 1e9
+
+
+class LogLines(L.Callback):
+    """Every `every` steps: averages since the last line, learning rate, throughput, memory, MFU; and the progress.
+
+    The bar is drawn on a terminal; elsewhere a line is printed every half minute.
+
+    Attributes:
+        last: the metrics of the last line and of the last held-out figures, for run.json.
+    """
+
+    def __init__(self, every: int, progress: bool) -> None:
+        self.every = every
+        self.progress = progress
+        self.last: dict[str, float] = {}
+        self._bar: Any = None
+        self._clock = 0.0
+        self._printed = 0.0
+        self._begun = (0.0, 0)
+        self._flops = 0.0
+        self._samples = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        recipe: Any = pl_module
+        recipe.aside = 0.0
+        self._clock = self._printed = time.monotonic()
+        self._begun = (self._clock, recipe.step)
+        if self.progress and trainer.is_global_zero and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        recipe: Any = pl_module
+        self._flops += self._batch_flops(recipe, batch)
+        self._samples += len(batch["video"]) * trainer.world_size
+        if not at_step_boundary(trainer, batch_idx):
+            return
+        if recipe.step % self.every == 0 or recipe.step >= recipe.max_steps:
+            self._line(trainer, recipe, recipe.device)
+        if self._bar is not None:
+            self._bar.update(1)
+
+    @staticmethod
+    def _batch_flops(recipe: Any, batch: dict[str, Any]) -> float:
+        video, audio = batch["video"], batch["audio"]
+        patch = recipe.given.pack.patch_size**2
+        tokens = math.prod(video.shape[2:]) // patch
+        return sum(training_flops(recipe.given.model, tokens, audio.shape[1], len(text)) for text in batch["text"])
+
+    def _line(self, trainer: L.Trainer, recipe: Any, device: torch.device) -> None:
+        metrics = recipe.meter.flush(device)
+        now = time.monotonic()
+        seconds = max(1e-9, now - self._clock - recipe.aside)
+        metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["samples_per_s"] = self._samples / seconds
+        metrics["tflops"] = self._flops / seconds / 1e12
+        peak = peak_flops(device)
+        if peak is not None:
+            metrics["mfu"] = self._flops / seconds / peak
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        else:
+            metrics["memory_gb"] = resident_gb()
+        self._clock, self._flops, self._samples, recipe.aside = now, 0.0, 0, 0.0
+        self.last.update(metrics)
+        log(trainer, metrics, recipe.step)
+        self._show(trainer, recipe, now)
+
+    def _show(self, trainer: L.Trainer, recipe: Any, now: float) -> None:
+        if not (self.progress and trainer.is_global_zero):
+            return
+        names = ("loss/video", "loss/audio", "val/sync_gap", "loss")
+        shown = {n.split("/")[-1]: f"{self.last[n]:.3f}" for n in names if n in self.last}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        elif now - self._printed > 30 or recipe.step >= recipe.max_steps:
+            self._printed = now
+            done = max(1, recipe.step - self._begun[1])
+            left = (now - self._begun[0]) / done * (recipe.max_steps - recipe.step)
+            figures = "  ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"step {recipe.step}/{recipe.max_steps}  {figures}  about {left / 60:.1f} min left", flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Limits(L.Callback):
+    """Ends the training after `steps`, or when it has run for `seconds`, counting the time before a resume.
+
+    Args:
+        seconds: None for no limit.
+
+    Attributes:
+        out_of_time: whether the time ended it.
+    """
+
+    def __init__(self, steps: int, seconds: float | None) -> None:
+        self.steps = steps
+        self.seconds = seconds
+        self.out_of_time = False
+        self._before = 0.0
+        self._start = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self.elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["elapsed"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.monotonic()
+        recipe: Any = pl_module
+        trainer.should_stop = recipe.step >= self.steps
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_step_boundary(trainer, batch_idx):
+            return
+        recipe: Any = pl_module
+        if self.seconds is not None:
+            self.out_of_time = bool(trainer.strategy.broadcast(self.elapsed > self.seconds))
+        if recipe.step >= self.steps or self.out_of_time:
+            trainer.should_stop = True
+
+
+class HeldOut(L.Callback):
+    """Every so many steps: the recipe's figures on one fixed batch that is never trained on.
+
+    Args:
+        every_steps: interval.
+        seed: of the fixed noise and noise levels.
+    """
+
+    def __init__(self, every_steps: int = 100, seed: int = 0) -> None:
+        self.every_steps = every_steps
+        self.seed = seed
+        self._batch: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        batch = next(iter(loader), None) if loader is not None else None
+        if batch is not None:
+            self._batch = trainer.strategy.batch_to_device(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        recipe: Any = pl_module
+        due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
+        if self._batch is None or not due or not at_step_boundary(trainer, batch_idx):
+            return
+        with aside(recipe), evaluating(recipe.network):
+            draws = Draws(self.seed, 0, range(len(self._batch["video"])))
+            figures = recipe.held_out(recipe.network, self._batch, draws)
+        for name, figure in figures.items():
+            if math.isfinite(figure):
+                recipe.meter.add(name, figure)
+
+
+@contextmanager
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, without gradients."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+class Samples(L.Callback):
+    """Every so many steps: clips as mp4, and one contact sheet, in samples/ of the run.
+
+    Args:
+        pipeline: made from (checkpoint, world), with `generate(prompts, seeds, **settings)` that returns clips with
+            `frames` uint8 [F,H,W,3] and `save(path)`; injected, so that the core needs no inference code.
+        prompts: one clip each; seeds are 0, 1, ...
+        every_steps: interval; the last step always samples.
+        settings: for `generate`, for example steps.
+    """
+
+    def __init__(
+        self,
+        pipeline: Callable[..., Any],
+        prompts: Sequence[str],
+        every_steps: int = 1000,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        if not prompts:
+            raise UserError("callbacks.samples.prompts is empty; give at least one prompt or set callbacks.samples=null")
+        self.pipeline = pipeline
+        self.prompts = list(prompts)
+        self.every_steps = every_steps
+        self.settings = dict(settings or {})
+        self.folder: Path | None = None
+        self._world: Any = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        recipe: Any = pl_module
+        due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
+        if not due or not at_step_boundary(trainer, batch_idx):
+            return
+        # A sharded network is sampled by all processes together; a whole one by the main process alone.
+        if trainer.is_global_zero or recipe.given.strategy.name in ("fsdp2", "zero3"):
+            with aside(recipe):
+                self.sample(trainer, recipe)
+
+    def sample(self, trainer: L.Trainer, recipe: Any) -> None:
+        """Make and write the clips of this step."""
+        from magihuman.world import load_world
+        from magihuman.zoo import Loaded
+
+        assert self.folder is not None
+        if self._world is None:
+            self._world = load_world(recipe.given.world)
+        network = recipe.network
+        with evaluating(network):
+            pipeline = self.pipeline(Loaded(network, recipe.export_config(), self.folder), self._world)
+            clips = pipeline.generate(self.prompts, list(range(len(self.prompts))), **self.settings)
+        if not trainer.is_global_zero:
+            return
+        here = self.folder / f"step-{recipe.step:08d}"
+        here.mkdir(parents=True, exist_ok=True)
+        for number, clip in enumerate(clips):
+            clip.save(here / f"{number:02d}.mp4")
+        sheet = here.with_suffix(".png")
+        contact_sheet([clip.frames for clip in clips], self.prompts).save(sheet)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [str(sheet)], step=recipe.step)

@@ -1,0 +1,170 @@
+"""From checked settings to the objects of one training: setup, callbacks, trainer."""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from magihuman import zoo
+from magihuman.config import TrainSettings, call, parse_time
+from magihuman.errors import UserError
+from magihuman.provenance import fingerprint
+from magihuman.training.callbacks import Limits, LogLines, Samples
+from magihuman.training.checkpoint import Checkpointer
+from magihuman.training.preempt import Preemption
+from magihuman.training.runs import RunFolder, build_loggers
+from magihuman.training.setup import Setup
+from magihuman.training.strategies import build_strategy, check_device, plugins
+
+RUN_NAME = "MAGIHUMAN_RUN"
+"""Environment variable by which a process that Lightning starts learns the run's name."""
+
+
+def processes_launched() -> int:
+    """Processes that torchrun or srun started for this job; 1 when Lightning starts them itself, or there is one."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def choose_folder(settings: TrainSettings, job_number: int | None = None) -> Path:
+    """The run folder: `folder`, or runs/<recipe>/<name>; without a name, the Slurm job or the time.
+
+    Args:
+        job_number: of a sweep's job, so that jobs of one second differ.
+
+    Raises:
+        UserError: several processes were started from outside and could not agree on a time.
+    """
+    if settings.folder is not None:
+        return Path(settings.folder)
+    recipe = settings.recipe["_target_"].split(".")[-2]
+    name = settings.name or os.environ.get(RUN_NAME)
+    if name is None and "SLURM_JOB_ID" in os.environ:
+        name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+        name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
+    if name is None and processes_launched() > 1:
+        raise UserError("several processes were started and need one run folder; give it a name with name=...")
+    if name is None:
+        name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
+    return Path(settings.runs) / recipe / name
+
+
+def quiet() -> None:
+    """Keep Lightning's tips and warnings about what is on purpose here out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*")
+
+
+def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> Setup:
+    """Network, latents and engine settings, checked against each other.
+
+    Args:
+        data: the data module, with `world`, `contract`, `size` (frames, height, width) and `null_text` or None.
+
+    Raises:
+        UserError: the model is not made for these latents, or `init` is not this model.
+    """
+    import torch
+
+    from magihuman.weights import Size, load_config
+
+    contract, model = data.contract, settings.model
+    patch_area = model.pack.patch_size**2
+    for name, has, needs, why in (
+        ("video", model.dit.video_in_channels, contract.video_channels * patch_area, f" x patch area {patch_area}"),
+        ("audio", model.dit.audio_in_channels, contract.audio_channels, ""),
+        ("text", model.dit.text_in_channels, contract.text_channels, ""),
+    ):
+        if has != needs:
+            raise UserError(
+                f"the model takes {name}_in_channels={has}, the shards hold {getattr(contract, f'{name}_channels')} "
+                f"{name} channels{why}: set model.dit.{name}_in_channels={needs}, or choose the shards' own world"
+            )
+    if settings.init is not None:
+        parent = load_config(zoo.find(settings.init))
+        parent.contract.require(contract, f"init={settings.init}", "the shards")
+        for part, mine, theirs in (
+            ("dit", model.dit.to_dict(), parent.model.to_dict()),
+            ("pack", model.pack.to_dict(), parent.pack.to_dict()),
+        ):
+            wrong = [f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k]]
+            if wrong:
+                raise UserError(
+                    f"init={settings.init} is a model of another size than model.{part} ({'; '.join(wrong)}); "
+                    "choose the model it was trained as, or another init"
+                )
+    null_text = data.null_text
+    if null_text is None:
+        from magihuman.world import load_world
+
+        null_text = load_world(data.world).text_encoder.encode([""])[0]
+    return Setup(
+        model=model.dit,
+        pack=model.pack,
+        world=data.world,
+        contract=contract,
+        size=Size(*data.size),
+        null_text=torch.as_tensor(null_text, dtype=torch.float32),
+        optim=settings.optim,
+        trainer=settings.trainer,
+        strategy=settings.strategy,
+        seed=settings.seed,
+        init=settings.init,
+        provenance=dict(provenance),
+    )
+
+
+def parents(settings: TrainSettings, shards: Path) -> list[dict[str, Any]]:
+    """What the run is made from, by content: shards and initial weights."""
+    index = shards / "index.json"
+    found = [{"role": "shards", "name": shards.name, **fingerprint(index if index.exists() else shards)}]
+    if settings.init is not None:
+        found.append({"role": "init", "name": settings.init, **fingerprint(zoo.find(settings.init))})
+    return found
+
+
+class Session:
+    """One training's trainer with the callbacks that the program asks about afterwards."""
+
+    def __init__(self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any]) -> None:
+        check_device(settings.trainer)
+        options = settings.trainer
+        seconds = None if options.max_time is None else parse_time(options.max_time)
+        self.loggers = build_loggers(run, settings.logger.wandb, config)
+        self.lines = LogLines(options.log_every, options.progress)
+        self.limits = Limits(options.max_steps, seconds)
+        self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
+        self.preemption = Preemption(self.checkpointer)
+        extra = [call(node, f"callbacks.{name}") for name, node in settings.callbacks.items() if node is not None]
+        for callback in extra:
+            if isinstance(callback, Samples):
+                callback.folder = run.samples
+        self.trainer = L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.nodes,
+            strategy=build_strategy(settings.strategy, options),
+            plugins=plugins(settings.strategy),
+            precision="32-true",  # the network casts for itself (SPEC 1.5)
+            max_steps=-1,  # `Limits` counts steps: Lightning counts those of every optimiser
+            max_epochs=-1,
+            accumulate_grad_batches=options.accumulate,
+            # DeepSpeed clips by itself; elsewhere the recipe does.
+            gradient_clip_val=settings.optim.clip_norm if settings.strategy.name.startswith("zero") else None,
+            logger=self.loggers,
+            # Order matters: stop decisions, then what is logged of this step, then the checkpoint that holds it all.
+            callbacks=[self.limits, *extra, self.lines, self.checkpointer, self.preemption],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=run.path,
+        )
