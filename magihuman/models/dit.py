@@ -69,8 +69,8 @@ class Attention(nn.Module):
     ) -> list[Tensor]:
         """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`."""
         heads, shared, dim = self.config.num_heads, self.config.num_query_groups, self.config.head_dim
-        widths = [heads * dim, shared * dim, shared * dim, self.linear_qkv.weight.shape[0] // len(parts)]
-        widths[-1] -= sum(widths[:-1])
+        # Columns: queries and keys (normalised and rotated together), values, gates.
+        widths = [(heads + shared) * dim, shared * dim, heads if self.config.enable_attn_gating else 0]
         queries, keys, values, gates = [], [], [], []
         weights = zip(
             parts,
@@ -82,18 +82,20 @@ class Attention(nn.Module):
             strict=True,
         )
         for x, table, norm, weight, q_norm, k_norm in weights:
-            y = F.linear(rms_norm(x, norm).to(dtype), weight).float()
-            q, k, v, gate = y.split(widths, dim=-1)
-            queries.append(apply_rotary(rms_norm(q.unflatten(-1, (heads, dim)), q_norm), table).to(dtype))
-            keys.append(apply_rotary(rms_norm(k.unflatten(-1, (shared, dim)), k_norm), table).to(dtype))
-            values.append(v.unflatten(-1, (shared, dim)).to(dtype))
+            qk, v, gate = F.linear(rms_norm(x, norm).to(dtype), weight).split(widths, dim=-1)
+            offset = torch.cat([q_norm.expand(heads, dim), k_norm.expand(shared, dim)])
+            qk = rms_norm(qk.float().unflatten(-1, (heads + shared, dim)), offset)
+            q, k = apply_rotary(qk, table).to(dtype).split([heads, shared], dim=-2)
+            queries.append(q)
+            keys.append(k)
+            values.append(v.unflatten(-1, (shared, dim)))
             gates.append(gate)
         out = attention(_join(queries), _join(keys), _join(values), layout, backend, window)
         results = []
         pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
         for o, gate, weight in zip(pieces, gates, self.linear_proj.slices(dtype), strict=True):
             if self.config.enable_attn_gating:
-                o = o * torch.sigmoid(gate).unsqueeze(-1)  # fp32, also where o is bf16
+                o = o * torch.sigmoid(gate.float()).unsqueeze(-1)  # fp32, also where o is bf16
             results.append(F.linear(o.flatten(1).to(dtype), weight))
         return results
 
@@ -117,8 +119,8 @@ class MLP(nn.Module):
         )
         results = []
         for x, norm, up, down in weights:
-            y = activation(F.linear(rms_norm(x, norm).to(dtype), up).float())
-            results.append(F.linear(y.to(dtype), down).float())
+            y = activation(F.linear(rms_norm(x, norm).to(dtype), up))
+            results.append(F.linear(y, down).float())
         return results
 
 

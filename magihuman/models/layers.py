@@ -65,8 +65,8 @@ class ExpertLinear(nn.Module):
 class _Gelu7(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor) -> Tensor:
-        u = y.clamp(max=LIMIT)
-        return (u * ALPHA).sigmoid_().mul_(u)
+        u = y.float().clamp(max=LIMIT)
+        return (u * ALPHA).sigmoid_().mul_(u).to(y.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -74,16 +74,19 @@ class _Gelu7(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return _silu_slope(grad, y) * (y <= LIMIT)
+        (saved,) = ctx.saved_tensors
+        y = saved.float()
+        slope = _silu_slope(grad.float(), y.clamp(max=LIMIT))
+        return _within(slope, y, -math.inf).to(saved.dtype)
 
 
 class _Swiglu7(torch.autograd.Function):
-    # Saves its input only: left to autograd, the same formula keeps five tensors of half its size for backward.
+    # Memory-bound, so it saves its input only (autograd would keep five tensors of half its size), and its backward
+    # works on contiguous planes: interleaved operands and boolean masks are several times slower on CPU.
     @staticmethod
     def forward(y: Tensor) -> Tensor:
-        gate, linear = y[..., 0::2].clamp(max=LIMIT), y[..., 1::2].clamp(-LIMIT, LIMIT)
-        return (gate * ALPHA).sigmoid_().mul_(gate).mul_(linear.add_(1))
+        gate, linear = y[..., 0::2].float().clamp(max=LIMIT), y[..., 1::2].float().clamp(-LIMIT, LIMIT)
+        return (gate * ALPHA).sigmoid_().mul_(gate).mul_(linear.add_(1)).to(y.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -92,11 +95,25 @@ class _Swiglu7(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        gate, linear = y[..., 0::2], y[..., 1::2]
+        planes = y.unflatten(-1, (-1, 2)).movedim(-1, 0).to(torch.float32)
+        gate, linear = planes.contiguous().unbind(0)
+        grad = grad.float()
         clamped = gate.clamp(max=LIMIT)
-        toward_gate = _silu_slope(grad * (linear.clamp(-LIMIT, LIMIT) + 1), gate) * (gate <= LIMIT)
-        toward_linear = grad * (clamped * torch.sigmoid(ALPHA * clamped)) * (linear.abs() <= LIMIT)
-        return torch.stack([toward_gate, toward_linear], dim=-1).flatten(-2)
+        toward_gate = _silu_slope(grad * (linear.clamp(-LIMIT, LIMIT) + 1), clamped)
+        toward_linear = (clamped * ALPHA).sigmoid() * clamped * grad
+        result = torch.empty_like(y).unflatten(-1, (-1, 2))
+        result[..., 0] = _within(toward_gate, gate, -math.inf)
+        result[..., 1] = _within(toward_linear, linear, -_ABOVE_LIMIT)
+        return result.flatten(-2)
+
+
+_ABOVE_LIMIT = LIMIT + 2.0**-21
+"""Next fp32 number above the limit: the masking kernel is strict, clamping is not."""
+
+
+def _within(grad: Tensor, y: Tensor, low: float) -> Tensor:
+    """grad where low < y <= limit, else 0."""
+    return torch.ops.aten.hardtanh_backward(grad, y, low, _ABOVE_LIMIT)
 
 
 def _silu_slope(grad: Tensor, u: Tensor) -> Tensor:
@@ -105,12 +122,15 @@ def _silu_slope(grad: Tensor, u: Tensor) -> Tensor:
 
 
 def gelu7(y: Tensor) -> Tensor:
-    """u sigmoid(1.702 u) with u = min(y, 7). fp32 [..., n] -> [..., n] (SPEC 1.5)."""
+    """u sigmoid(1.702 u) with u = min(y, 7), in fp32. [..., n] -> [..., n] of the same dtype (SPEC 1.5)."""
     return _Gelu7.apply(y)
 
 
 def swiglu7(y: Tensor) -> Tensor:
-    """g sigmoid(1.702 g) (l + 1), g = min(even, 7), l = clamp(odd, -7, 7). fp32 [..., 2n] -> [..., n] (SPEC 1.5)."""
+    """g sigmoid(1.702 g) (l + 1) in fp32, with g = min(even, 7) and l = clamp(odd, -7, 7) (SPEC 1.5).
+
+    [..., 2n] -> [..., n] of the same dtype.
+    """
     return _Swiglu7.apply(y)
 
 
