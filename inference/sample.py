@@ -152,8 +152,8 @@ def sample(
             v_video, v_audio = denoiser(video, audio, text, layout)
         else:
             both = denoiser(torch.cat([video, video]), torch.cat([audio, audio]), text, layout)
-            v_video = combine(*both[0].chunk(2), guidance("video", timestep))
-            v_audio = combine(*both[1].chunk(2), guidance("audio", timestep))
+            v_video = combine(both[0][:batch], both[0][batch:], guidance("video", timestep))
+            v_audio = combine(both[1][:batch], both[1][batch:], guidance("audio", timestep))
         fresh_video, fresh_audio = noise.steps[i] if noise.steps else (None, None)
         video = video_solver.step(v_video, i, video, fresh_video)
         if audio_latent is None:

@@ -64,9 +64,8 @@ class Case:
         draws = [self.tensors[key] for key in sorted(self.tensors) if key.startswith("noise/")]
         given = self.tensors["in/audio_latent"].transpose(1, 2) if self.meta["a2v"] else None
         audio, video = (None, draws[0]) if self.meta["a2v"] else (draws[0], draws[1])
-        steps = (
-            [(draws[i], draws[i + 1]) for i in range(2, 2 + 2 * self.meta["steps"], 2)] if not guided else []
-        )
+        fresh = [] if guided else draws[2 : 2 + 2 * self.meta["steps"]]
+        steps = list(zip(fresh[0::2], fresh[1::2], strict=True))
         sound = (given if given is not None else audio).shape
         shape = LatentShape(*video.shape[1:], sound[1], sound[2])
         height, width = self.meta["br"]

@@ -1,0 +1,328 @@
+"""The command line: from a prompt or a file of them to mp4s with records; kills; bad input."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_world import FRAMES, SIDE, fake_checkpoint, fake_world
+from PIL import Image
+
+from magihuman import infer
+from magihuman.media import probe
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an export."""
+    folder = tmp_path_factory.mktemp("run")
+    fake_checkpoint(folder / "export")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magihuman.world.load_world", fake_world)
+
+
+def run(*arguments: object) -> None:
+    given = [str(argument) for argument in arguments]
+    here = [] if any(argument.startswith("device=") for argument in given) else ["device=cpu"]
+    infer.main([*given, *here, "progress=false"])
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The error line of a command that must fail with status 2."""
+    with pytest.raises(SystemExit) as left:
+        run(*arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------- one prompt
+
+
+PROMPT = 'round face, "ginger" hair = red; says: ma ${bi} {so} [x]'
+
+
+def test_one_prompt_makes_a_clip_and_its_record(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "x.mp4"
+    run(f"checkpoint={checkpoint}", f"prompt={PROMPT}", f"output={output}", "seed=3")
+    info = probe(output)
+    assert (info.width, info.height, info.audio_rate) == (SIDE, SIDE, 16000)
+    assert info.seconds == pytest.approx(FRAMES / 25, abs=0.01)
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["prompt"], record["seed"], record["settings"]["steps"]) == (PROMPT, 3, 2)
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["checkpoint"]["sha256"]) == 64
+    summary = capsys.readouterr().err
+    assert "1 made" in summary
+    assert all(stage in summary for stage in ("load", "text", "sample", "decode", "write"))
+    assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.mp4"]
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(f"checkpoint={checkpoint}", "prompt=x y", f"output={tmp_path / name / 'x.mp4'}", f"seed={seed}")
+    a, b, c = ((tmp_path / name / "x.mp4").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_the_recorded_command_repeats_the_clip(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "green").save(tmp_path / "p.png")
+    run(
+        f"checkpoint={checkpoint}",
+        f"prompt={PROMPT}",
+        f"output={tmp_path / 'x.mp4'}",
+        f"image={tmp_path / 'p.png'}",
+        "cfg={video_high: 4, audio: 2.5}",
+        "seconds=0.36",
+        "solver=renoise",
+        "steps=3",
+    )
+    before = (tmp_path / "x.mp4").read_bytes(), (tmp_path / "x.json").read_bytes()
+    command = shlex.split(json.loads(before[1])["command"])
+    assert command[:3] == ["python", "-m", "magihuman.infer"]
+    (tmp_path / "x.mp4").unlink()
+    infer.main(command[3:])
+    assert ((tmp_path / "x.mp4").read_bytes(), (tmp_path / "x.json").read_bytes()) == before
+
+
+def test_a_sound_steers_the_clip(checkpoint: Path, tmp_path: Path) -> None:
+    run(f"checkpoint={checkpoint}", "prompt=a", f"output={tmp_path / 'x.mp4'}", "seed=1")
+    run(
+        f"checkpoint={checkpoint}",
+        "prompt=a",
+        f"output={tmp_path / 'y.mp4'}",
+        "seed=2",
+        f"audio={tmp_path / 'x.mp4'}",
+    )
+    record = json.loads((tmp_path / "y.json").read_text())
+    assert record["audio"]["path"] == str(tmp_path / "x.mp4")
+    assert record["audio"]["sha256"] == json.loads((tmp_path / "x.json").read_text())["sha256"]
+
+
+# --------------------------------------------------------------------------------------------- many prompts
+
+
+def write_prompts(folder: Path, count: int = 5) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"prompt number {i}\n" for i in range(count)))
+    return path
+
+
+def test_many_prompts_make_files_a_manifest_and_can_be_continued(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = write_prompts(tmp_path), tmp_path / "clips"
+    command = [f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={output}", "batch=2", "seed=10"]
+    run(*command)
+    lines = manifest(output)
+    assert [line["prompt"] for line in lines] == [f"prompt number {i}" for i in range(5)]
+    assert [line["seed"] for line in lines] == [10, 11, 12, 13, 14]
+    assert len({line["sha256"] for line in lines}) == 5
+    assert all((output / line["file"]).exists() for line in lines)
+    stamps = {path.name: path.stat().st_mtime_ns for path in output.glob("*.mp4")}
+
+    # What a kill may leave: a torn line, a clip cut short, a clip without record, a half-written file.
+    (output / lines[1]["file"]).write_bytes(b"cut")
+    (output / lines[2]["file"]).with_suffix(".json").unlink()
+    (output / f".{lines[2]['file']}.99.part").touch()
+    text = (output / "manifest.jsonl").read_text()
+    (output / "manifest.jsonl").write_text(text[: text.rindex('"seed"')])
+    capsys.readouterr()
+    run(*command)
+    assert "2 made, 3 done before" in capsys.readouterr().err
+    assert sorted(map(str, manifest(output))) == sorted(map(str, lines))
+    assert not list(output.glob(".*"))
+    made_again = {p.name for p in output.glob("*.mp4") if p.stat().st_mtime_ns != stamps[p.name]}
+    assert made_again == {lines[1]["file"], lines[2]["file"]}
+
+    run(*command, "steps=3")  # another request: nothing of the old one counts
+    assert "5 made in" in capsys.readouterr().err
+    assert {line["name"]: line["sha256"] for line in manifest(output)} != {
+        line["name"]: line["sha256"] for line in lines
+    }
+    assert len(manifest(output)) == 5
+
+
+def test_requests_of_a_file_may_differ(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "p.png")
+    requests: list[dict[str, Any]] = [
+        {"prompt": "a", "name": "one", "seed": 1},
+        {"prompt": "b", "name": "two", "seconds": 0.36},
+        {"prompt": "c", "name": "three", "image": "p.png"},
+        {"prompt": "d", "name": "four"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    run(f"checkpoint={checkpoint}", f"prompts={tmp_path / 'p.jsonl'}", f"output={tmp_path / 'out'}")
+    records = {r["name"]: json.loads((tmp_path / "out" / f"{r['name']}.json").read_text()) for r in requests}
+    assert [records[r["name"]]["seed"] for r in requests] == [1, 43, 44, 45]
+    assert [records[r["name"]]["settings"]["frames"] for r in requests] == [17, 9, 17, 17]
+    assert probe(tmp_path / "out" / "two.mp4").seconds == pytest.approx(9 / 25, abs=0.01)
+    assert [bool(records[r["name"]]["image"]) for r in requests] == [False, False, True, False]
+
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import magihuman.world, fake_world, inference.records
+magihuman.world.load_world = fake_world.fake_world
+append = inference.records.append_line
+def slowly(path, line):
+    append(path, line)
+    time.sleep(0.2)
+inference.records.append_line = slowly
+from magihuman.infer import main
+main(sys.argv[2:])
+"""
+
+
+def test_sigkill_in_the_middle_loses_nothing_and_repeats_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    prompts, output = write_prompts(tmp_path, 6), tmp_path / "clips"
+    arguments = [f"checkpoint={checkpoint}", f"prompts={prompts}", "batch=2", "device=cpu", "progress=false"]
+    command = [sys.executable, "-c", DRIVER, str(REPO / "tests"), *arguments, f"output={output}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPO, env=environment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "manifest.jsonl").exists() and len((output / "manifest.jsonl").read_text()) > 300:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    done = {line["file"]: (output / line["file"]).stat().st_mtime_ns for line in manifest(output)}
+    assert 0 < len(done) < 6
+    run(*arguments[:3], f"output={output}")
+    lines = manifest(output)
+    assert sorted(line["seed"] for line in lines) == list(range(42, 48))
+    assert all((output / name).stat().st_mtime_ns == stamp for name, stamp in done.items())
+    run(*arguments[:3], f"output={tmp_path / 'through'}")
+    through = {line["name"]: line["sha256"] for line in manifest(tmp_path / "through")}
+    assert {line["name"]: line["sha256"] for line in lines} == through
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["output=x.mp4"], "give either prompt="),
+        (["prompt=a", "prompts=b.txt", "output=x"], "give either prompt="),
+        (["prompt=a"], "say where to write"),
+        (["prompt= ", "output=x.mp4"], "the prompt is empty"),
+        (["prompt=a", "output=x.avi"], "must be a file that ends in .mp4"),
+        (["prompts=none.txt", "output=x"], "none.txt cannot be read"),
+        (["prompts=none.txt", "output=x.mp4"], "must be a folder"),
+        (["prompt=a", "output=x.mp4", "step=5"], "did you mean 'steps'"),
+        (["prompt=a", "output=x.mp4", "steps=many"], "steps='many' should be an integer"),
+        (["prompt=a", "output=x.mp4", "steps=0"], "steps=0 is impossible"),
+        (["prompt=a", "output=x.mp4", "steps=5", "steps=6"], "steps is given twice"),
+        (["prompt=a", "output=x.mp4", "solver=heun"], "choose one of unipc"),
+        (["prompt=a", "output=x.mp4", "cfg={video: 5}"], "guidance"),
+        (["prompt=a", "output=x.mp4", "cfg={audio: loud}"], "needs numbers"),
+        (["prompt=a", "output=x.mp4", "cfg=0.2"], "scales start at 1"),
+        (["prompt=a", "output=x.mp4", "seed=-1"], "seed must be a whole number"),
+        (["prompt=a", "output=x.mp4", "seconds=0"], "seconds=0 must be positive"),
+        (["prompt=a", "output=x.mp4", "seconds=600"], "too long for this checkpoint"),
+        (["prompt=a", "output=x.mp4", "height=33"], "height=33 is not a multiple of 8"),
+        (["prompt=a", "output=x.mp4", "image=none.png"], "image=none.png does not exist"),
+        (["prompt=a", "output=x.mp4", "audio=none.wav"], "audio=none.wav does not exist"),
+        (["prompt=a", "output=x.mp4", "batch=0"], "batch=0 is impossible"),
+        (["prompt=a", "output=x.mp4", "dtype=int8"], "choose float32 or bfloat16"),
+        (["prompt=a", "output=x.mp4", "device=tpu"], "choose auto, cpu"),
+        (["prompt=a", "output=x.mp4", "device=cuda:99"], "but torch"),
+        (["prompt=a", "output=x.mp4", "checkpoint=nowhere"], "'nowhere' is neither a folder nor"),
+        (["a prompt without key"], "is not of the form key=value"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not any(argument.startswith("checkpoint=") for argument in arguments):
+        arguments = [f"checkpoint={checkpoint}", *arguments]
+    assert message in failure(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_conditions_and_checkpoints(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.png").write_text("no picture")
+    (tmp_path / "s.wav").write_bytes(b"RIFF....")
+    common = ["prompt=a", f"output={tmp_path / 'out' / 'x.mp4'}"]
+    good = f"checkpoint={checkpoint}"
+    assert "not a readable picture" in failure(capsys, good, *common, f"image={tmp_path / 'p.png'}")
+    assert "cannot be read" in failure(capsys, good, *common, f"audio={tmp_path / 's.wav'}")
+    broken = fake_checkpoint(tmp_path / "broken")
+    next(broken.glob("*.safetensors")).write_bytes(b"\0" * 10)
+    assert "no readable safetensors file" in failure(capsys, f"checkpoint={broken}", *common)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "x.mp4"
+    assert "cannot write to the folder" in failure(
+        capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}"
+    )
+
+
+def test_a_full_disk_leaves_no_half_clip(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("magihuman.media.write_mp4", full)
+    prompts = write_prompts(tmp_path, 2)
+    error = failure(capsys, f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={tmp_path / 'out'}")
+    assert "No space left on device" in error
+    assert manifest(tmp_path / "out") == []
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+# ------------------------------------------------------------------------------------------------------ help
+
+
+def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    import inspect
+
+    from inference.batch import run as target
+
+    infer.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in inspect.signature(target).parameters)
+    code = "import sys; from magihuman.infer import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True)
+    assert done.returncode == 0, "help imports torch"
