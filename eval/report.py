@@ -47,14 +47,15 @@ def cell(measure: Measure) -> str:
 
 
 def table_lines(columns: Sequence[Column]) -> list[list[str]]:
-    """Header and body of the table as cells; the last two columns say which way is better and what a row is."""
+    """Header and body of the table as cells; the last two say which way is better and what a row is."""
     lines = [
         ["", *(f"{c.name} (n={len(c.scores.clips)})" for c in columns), "", "(+ higher, - lower is better)"]
     ]
     for name, (about, better) in ROWS.items():
         lines.append([name, *(cell(c.scores.table[name]) for c in columns), ARROWS[better], about])
-    skins = [", ".join(f"{k} {v}" for k, v in c.scores.skins.items()) for c in columns]
-    return [*lines, ["skin tones", *skins, " ", "not prompted; equal shares in the data"]]
+    skins = [" ".join(f"{k} {v}" for k, v in c.scores.skins.items()) for c in columns]
+    skins = [f"{s}, p={c.scores.skin_p:.2g}" for s, c in zip(skins, columns, strict=True)]
+    return [*lines, ["skin tones", *skins, " ", "not prompted; p that they come from equal shares"]]
 
 
 def text(columns: Sequence[Column]) -> str:

@@ -87,7 +87,7 @@ class Scores:
     clips: tuple[ClipScore, ...]
     table: dict[str, Measure]
     skins: dict[str, int]
-    skin_p: float | None
+    skin_p: float
     own: np.ndarray
     other: np.ndarray
     shifted: np.ndarray
@@ -196,12 +196,14 @@ def score_clips(
         reference: scores of ground truth through the codec (skill 1); without it, skill is unavailable.
 
     Raises:
-        ValueError: lists of different lengths, or a clip that `score_clip` refuses.
+        ValueError: lists of different lengths, no clips, or a clip that `score_clip` refuses.
     """
     if not len(frames) == len(waves) == len(truths):
         raise ValueError(
             f"{len(frames)} clips, {len(waves)} waves, {len(truths)} captions: not the same number"
         )
+    if not frames:
+        raise ValueError("no clips to score")
     captions = [truth.caption if isinstance(truth, Puppet) else truth for truth in truths]
     clips = tuple(score_clip(f, w, c) for f, w, c in zip(frames, waves, captions, strict=True))
     own = np.array([clip.sync.r or 0.0 for clip in clips])
@@ -217,7 +219,8 @@ def score_clips(
     table["vowels"] = stats.share(np.array([clip.vowels.hits / clip.vowels.reference for clip in clips]))
     table["vowels_exact"] = stats.share(np.array([clip.vowels.errors == 0 for clip in clips]))
     errors = np.array([clip.syllables.errors for clip in clips])
-    table["syllable_error"] = stats.ratio(errors, np.array([clip.syllables.reference for clip in clips]))
+    syllables = np.array([clip.syllables.reference for clip in clips])
+    table["syllable_error"] = stats.ratio(errors, syllables) if errors.any() else stats.share(errors)
     table["words_exact"] = stats.share(np.array([clip.syllables.errors == 0 for clip in clips]))
     measurable = sum(clip.sync.status == "ok" for clip in clips)
     if measurable == 0:

@@ -104,7 +104,9 @@ def proportion(hits: int, n: int) -> Measure:
     p, square = hits / n, z * z / n
     centre = (p + square / 2) / (1 + square)
     half = z * np.sqrt(p * (1 - p) / n + square / n / 4) / (1 + square)
-    return Measure(p, float(max(0.0, centre - half)), float(min(1.0, centre + half)), n)
+    low = 0.0 if hits == 0 else float(centre - half)  # exact at the ends, whatever the rounding
+    high = 1.0 if hits == n else float(centre + half)
+    return Measure(p, low, high, n)
 
 
 def distance_to_uniform(counts: np.ndarray, seed: int = 0) -> Measure:
@@ -123,9 +125,8 @@ def distance_to_uniform(counts: np.ndarray, seed: int = 0) -> Measure:
     return Measure(float(0.5 * np.abs(counts / n - 1 / k).sum()), float(low), float(high), n)
 
 
-def uniformity(counts: np.ndarray) -> float | None:
-    """Chi-square p-value that counts [k] come from equal shares; None without counts."""
+def uniformity(counts: np.ndarray) -> float:
+    """Chi-square p-value that counts [k], not all 0, come from equal shares."""
     from scipy.stats import chisquare
 
-    counts = np.asarray(counts, float)
-    return float(chisquare(counts).pvalue) if counts.sum() > 0 else None
+    return float(chisquare(np.asarray(counts, float)).pvalue)
