@@ -184,7 +184,7 @@ class Trap:
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": Trap()}, tmp_path / "trap.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
     for name in ("trap.pth", "plain.pth"):
         with pytest.raises(UserError, match="nothing in it was executed"):
             WanCodec.load(tmp_path / name)
@@ -220,3 +220,16 @@ def test_absence_names_the_command_that_fetches_it(
         WanCodec.load(source)
     with pytest.raises(UserError, match="holds none of Wan2"):
         WanCodec.load(tmp_path)
+
+
+def test_finds_the_file_in_the_hub_cache(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--Wan-AI--Wan2.2-TI2V-5B"
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc" / "Wan2.2_VAE.pth").write_bytes(checkpoint.read_bytes())
+    wanted = WanCodec.load(checkpoint).encode(frames())
+    assert torch.equal(WanCodec.load("Wan-AI/Wan2.2-TI2V-5B").encode(frames()), wanted)

@@ -168,3 +168,23 @@ def test_absence_names_the_command_and_never_downloads(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=f"hf download {text_t5.REPO}"):
         T5GemmaEncoder.load(source)
+
+
+def test_finds_the_folder_in_the_hub_cache(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = tmp_path / "hub" / "models--google--t5gemma-9b-9b-ul2"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.is_file():
+            (snapshot / path.name).write_bytes(path.read_bytes())
+    assert T5GemmaEncoder.load(text_t5.REPO).encode(["hello"])[0].shape == (2, 16)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=rf"missing model\.safetensors; fetch it with: hf download {text_t5.REPO} "
+    ):
+        T5GemmaEncoder.load(text_t5.REPO)
