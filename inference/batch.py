@@ -113,7 +113,7 @@ def _requests(
         return read_requests(prompts, seed), path
     if prompt is None or not prompt.strip():
         raise UserError('the prompt is empty; say what to show, for example prompt="round face, says ma"')
-    if path.suffix.lower() != ".mp4" or path.is_dir():
+    if path.suffix != ".mp4" or path.is_dir():
         raise UserError(f"output={output} must be a file that ends in .mp4")
     return [Request(path.stem, prompt, seed)], path.parent
 

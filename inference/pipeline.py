@@ -267,6 +267,11 @@ class Pipeline:
                 audio_latent=_for_all(audio_latent, count),
                 progress=progress,
             )
+        if not (video.isfinite().all() and sound.isfinite().all()):
+            raise UserError(
+                f"the network's output is not finite at solver={settings.solver}, steps={settings.steps}; "
+                "its training diverged, or the guidance is far too strong"
+            )
         with self.stage("decode"):
             codecs = self.world.video_codec, self.world.audio_codec
             frames = frames_to_uint8(codecs[0].decode(video.to(_device(codecs[0])))).cpu()

@@ -107,6 +107,14 @@ def test_another_world_is_refused(pipeline: Pipeline) -> None:
         Pipeline(loaded, replace(other, contract=wrong))
 
 
+def test_a_diverged_checkpoint_is_named_not_written(tmp_path: Path) -> None:
+    loaded = zoo.load(fake_checkpoint(tmp_path / "export"))
+    with torch.no_grad():
+        loaded.denoiser.model.final_linear_audio.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="output is not finite"):
+        Pipeline(loaded, fake_world()).generate(["a"], [0])
+
+
 # ---------------------------------------------------------------------------------------------- conditions
 
 
