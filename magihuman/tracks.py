@@ -2,7 +2,7 @@
 
 Times are seconds from the first picture of the file (from the first sound where there is no picture), so that
 sound and picture keep the offset a player would show, whatever the container's own clock says. The demuxer
-honours edit lists and the priming samples of AAC; what is left is to trust time stamps and not to count frames.
+honours edit lists and the priming samples of AAC; what is left is to trust time stamps, not to count frames.
 
 Shapes: pictures uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N].
 """

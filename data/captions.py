@@ -1,0 +1,122 @@
+"""Captions for media files: a .txt beside the file, or a table (.csv, .tsv, .jsonl) with files and captions.
+
+A text beside the file wins over a table. Tables found in the input folder name files relative to themselves.
+"""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE_COLUMNS = ("file", "path", "file_name", "filename", "video", "video_path", "media")
+CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
+TABLES = (".csv", ".tsv", ".jsonl")
+
+
+class CaptionError(Exception):
+    """A caption that cannot be used; the message is a reason fit for the report."""
+
+
+@dataclass
+class Tables:
+    """The rows of all caption tables.
+
+    Attributes:
+        captions: absolute path of a media file -> its caption.
+        named: absolute path -> "table.csv line 3", for files that may not exist.
+        problems: (table, reason) for tables or rows that could not be read.
+    """
+
+    captions: dict[str, str] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)
+    problems: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def tidy(text: str) -> str:
+    """One line, single spaces, without control characters."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in text).split())
+
+
+def read_text(path: Path) -> str:
+    """The contents of a UTF-8 file (a byte-order mark is dropped).
+
+    Raises:
+        CaptionError: unreadable or not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CaptionError(
+            f"caption {path.name} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); "
+            "save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise CaptionError(f"caption {path.name} cannot be read: {error.strerror}") from error
+
+
+def _pick(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    lowered = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
+    return next((str(lowered[name]) for name in names if lowered.get(name) is not None), None)
+
+
+def _rows(table: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
+    """(line number, row) pairs; a row that is no mapping becomes the reason why."""
+    if table.suffix.lower() == ".jsonl":
+        rows: list[tuple[int, dict[str, Any] | str]] = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                rows.append((number, f"is not JSON ({error.msg})"))
+                continue
+            rows.append((number, row if isinstance(row, dict) else "is not a JSON object"))
+        return rows
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+    return [(reader.line_num, row) for row in reader]
+
+
+def read_tables(tables: list[Path]) -> Tables:
+    """Read every table; nothing is fatal, faults are listed in `problems`."""
+    found = Tables()
+    for table in tables:
+        try:
+            rows = _rows(table, read_text(table))
+        except (CaptionError, csv.Error) as error:
+            found.problems.append((table, str(error)))
+            continue
+        for number, row in rows:
+            where = f"{table.name} line {number}"
+            if isinstance(row, str):
+                found.problems.append((table, f"line {number} {row}"))
+                continue
+            file, caption = _pick(row, FILE_COLUMNS), _pick(row, CAPTION_COLUMNS)
+            if file is None or caption is None:
+                missing, names = ("file", FILE_COLUMNS) if file is None else ("caption", CAPTION_COLUMNS)
+                found.problems.append(
+                    (table, f"line {number} has no {missing}: a column {' or '.join(names[:3])}")
+                )
+                if file is None and table.suffix.lower() != ".jsonl":
+                    break  # the header lacks the column, so every row does
+                continue
+            key = str((table.parent / file.strip()).absolute())
+            if key in found.captions and found.captions[key] != tidy(caption):
+                found.problems.append((table, f"line {number} names {file} again; the first caption is used"))
+                continue
+            found.captions[key], found.named[key] = tidy(caption), where
+    return found
+
+
+def caption_of(path: Path, tables: Tables) -> str:
+    """The caption of a media file, "" where there is none.
+
+    Raises:
+        CaptionError: its text file cannot be read.
+    """
+    for beside in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
+        if beside.is_file():
+            return tidy(read_text(beside))
+    return tables.captions.get(str(path), "")

@@ -1,0 +1,218 @@
+"""Planned clips to a shard of latents: the part of `data.prepare` that runs in the workers."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.buckets import Bucket
+from data.plan import PlannedClip
+from data.scan import Found, look
+from data.shards import NULL_TEXT, Entry, ShardWriter, write_atomically
+from data.workers import Tick
+from magihuman.errors import UserError
+from magihuman.media import Clip, MediaError, MediaReader, read_image
+from magihuman.world import World, load_world
+
+SILENCE = 1e-4  # peak below which a sound track counts as none (-80 dB)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """How clips become samples.
+
+    Attributes:
+        world: name for `load_world`, or "package.module:function" that returns a World of your own.
+        device: where the codecs run; silent: whether clips whose sound is silence are taken;
+        batch: clips per encoder call.
+    """
+
+    world: str
+    device: str
+    silent: bool
+    batch: int
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard: where it goes and what goes in."""
+
+    path: str
+    clips: Sequence[PlannedClip]
+    encode: EncodeJob
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Samples written (none: there is no file), and the reasons of what was refused, by key."""
+
+    entries: list[Entry]
+    refused: dict[str, str]
+
+
+@lru_cache(maxsize=1)
+def open_world(name: str, device: str) -> World:
+    """The world of an `EncodeJob`, built once per process.
+
+    Raises:
+        UserError: it does not exist or cannot be built.
+    """
+    if ":" not in name:
+        return load_world(name, device)
+    module, _, function = name.partition(":")
+    try:
+        world: World = getattr(importlib.import_module(module), function)(device)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"world={name}: {error}; give package.module:function") from error
+    return world
+
+
+def describe_world(payload: tuple[str, str, str], tick: Tick, excluded: frozenset[str]) -> dict[str, Any]:
+    """Task: the facts about a world that planning needs; stores its null text in a folder.
+
+    Args:
+        payload: (world, device, output folder).
+    """
+    from safetensors.torch import save
+
+    name, device, folder = payload
+    world = open_world(name, device)
+    null = world.text_encoder.encode([""])[0]
+    write_atomically(Path(folder) / NULL_TEXT, save({"text": null.half().cpu().contiguous()}))
+    return {
+        "contract": world.contract.to_dict(),
+        "height": world.height,
+        "width": world.width,
+        "frames": world.frames,
+    }
+
+
+def look_at(files: Sequence[Found], tick: Tick, excluded: frozenset[str]) -> list[Found]:
+    """Task: `data.scan.look` at files."""
+    results = []
+    for found in files:
+        tick(found.path)
+        if found.path in excluded:
+            problem = "crashes the decoder (its process died twice)"
+            results.append(Found(found.path, found.relative, found.size, found.modified, None, problem))
+        else:
+            results.append(look(found))
+    return results
+
+
+def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardResult:
+    """Task: read, encode and store the clips of one shard."""
+    world = open_world(job.encode.world, job.encode.device)
+    refused: dict[str, str] = {}
+    waiting: dict[Bucket, list[tuple[PlannedClip, Clip]]] = {}
+    with ShardWriter(Path(job.path)) as writer:
+        for planned, clip in _read(job.clips, world, tick, excluded):
+            if isinstance(clip, str):
+                refused[planned.key] = clip
+                continue
+            sound = clip.wave is not None and float(clip.wave.abs().max()) >= SILENCE
+            if not sound and not planned.still and not job.encode.silent:
+                state = "is silent" if clip.wave is not None else "is missing"
+                refused[planned.key] = f"its sound {state} (silent=true takes it)"
+                continue
+            bucket = Bucket(planned.frames, planned.height, planned.width, sound)
+            group = waiting.setdefault(bucket, [])
+            group.append((planned, clip))
+            if len(group) == job.encode.batch:
+                refused |= _encode(world, job.encode.device, bucket, waiting.pop(bucket), writer)
+        for bucket, group in waiting.items():
+            refused |= _encode(world, job.encode.device, bucket, group, writer)
+    return ShardResult(writer.entries, refused)
+
+
+def _read(
+    clips: Sequence[PlannedClip], world: World, tick: Tick, excluded: frozenset[str]
+) -> Iterator[tuple[PlannedClip, Clip | str]]:
+    """Every clip, or the reason why it cannot be had; neighbours of one file are read in one pass."""
+    contract = world.contract
+    reader: MediaReader | None = None
+    open_path, problem = "", ""
+    try:
+        for planned in clips:
+            tick(planned.path)
+            if planned.path in excluded:
+                yield planned, "crashes the decoder (its process died twice)"
+                continue
+            size = (planned.height, planned.width)
+            try:
+                if planned.still:
+                    yield planned, Clip(_still(planned.path, size), contract.fps, None, 0)
+                    continue
+                if planned.path != open_path:
+                    if reader is not None:
+                        reader.__exit__(None, None, None)
+                    reader, open_path, problem = None, planned.path, ""
+                    reader = MediaReader(planned.path).__enter__()
+                if reader is None:
+                    raise MediaError(problem)
+                yield planned, reader.read(
+                    fps=contract.fps, start=planned.start, frames=planned.frames, size=size,
+                    rate=contract.audio_rate, channels=contract.waveform_channels,
+                )  # fmt: skip
+            except MediaError as error:
+                problem = str(error)
+                yield planned, problem
+            except Exception as error:  # a decoder's bug is one file's problem, not the end of the run
+                problem = f"cannot be decoded: {type(error).__name__}: {error}"[:200]
+                yield planned, problem
+    finally:
+        if reader is not None:
+            reader.__exit__(None, None, None)
+
+
+def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
+    """A picture file, or the only picture of a video file: uint8 [1,H,W,3]."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        return read_image(path, size)
+    except MediaError as error:
+        if not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+    with MediaReader(path) as reader:
+        return reader.read(fps=1000.0, frames=1, size=size).frames
+
+
+def _encode(
+    world: World, device: str, bucket: Bucket, group: list[tuple[PlannedClip, Clip]], writer: ShardWriter
+) -> dict[str, str]:
+    """Encode clips of one bucket and add them to the shard; returns refusals by key."""
+    frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
+    video = world.video_codec.encode(frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).cpu()
+    audio = None
+    if bucket.sound:
+        # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
+        length = world.audio_codec.hop * bucket.frames
+        waves = [clip.wave[:, :length] for _, clip in group if clip.wave is not None]
+        audio = world.audio_codec.encode(torch.stack(waves).to(device)).cpu()
+    texts = world.text_encoder.encode([planned.caption for planned, _ in group])
+    refused = {}
+    for i, (planned, _) in enumerate(group):
+        tensors = {"video": video[i], "text": texts[i].cpu()}
+        if audio is not None:
+            tensors["audio"] = audio[i]
+        if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
+            refused[planned.key] = "its latents are not finite in half precision"
+            continue
+        meta = {
+            "caption": planned.caption,
+            "source": planned.relative.encode("utf-8", "backslashreplace").decode(),
+            "fps": world.contract.fps,
+            "seconds": bucket.frames / world.contract.fps,
+            "width": bucket.width,
+            "height": bucket.height,
+            "bucket": str(bucket),
+            "has_audio": bucket.sound,
+            "start": round(planned.start, 6),
+        }
+        writer.add(planned.key, str(bucket), tensors, meta)
+    return refused

@@ -1,0 +1,152 @@
+"""A look at shards: statistics, and a contact sheet of decoded samples.
+
+python -m data.inspect shards=SHARDS [output=sheet.png]
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.shards import Sample, SampleError, Shards
+from data.stream import permutation
+from magihuman.errors import UserError
+
+STATISTICS_FROM = 256  # samples that the statistics are computed from
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the samples looked at.
+
+    Attributes:
+        samples: in the shards; looked_at: read for the figures below; corrupt: unreadable among those.
+        buckets: samples per bucket, of all.
+        video, audio: (mean, standard deviation) per channel, [C,2] and [Ca,2].
+        caption_words: (fewest, median, most); text_tokens: likewise.
+    """
+
+    samples: int
+    looked_at: int
+    corrupt: list[str]
+    buckets: dict[str, int]
+    video: np.ndarray
+    audio: np.ndarray
+    caption_words: tuple[int, int, int]
+    text_tokens: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        lines = [f"{self.samples} samples, {self.looked_at} looked at, {len(self.corrupt)} corrupt"]
+        lines += [f"  bucket {name}: {number}" for name, number in self.buckets.items()]
+        for name, table in (("video", self.video), ("audio", self.audio)):
+            if len(table):
+                (low, least), (high, most) = table.min(0), table.max(0)
+                lines.append(
+                    f"  {name} latents: {len(table)} channels, mean {low:.2f} to {high:.2f}, "
+                    f"deviation {least:.2f} to {most:.2f}"
+                )
+        lines.append("  words per caption: {} to {} (median {})".format(*_reordered(self.caption_words)))
+        lines.append("  text tokens: {} to {} (median {})".format(*_reordered(self.text_tokens)))
+        return "\n".join(lines + [f"  corrupt: {reason}" for reason in self.corrupt])
+
+
+def _reordered(spread: tuple[int, int, int]) -> tuple[int, int, int]:
+    return spread[0], spread[2], spread[1]
+
+
+def inspect(
+    shards: str, output: str | None = None, samples: int = 12, world: str | None = None, seed: int = 0
+) -> str:
+    """Print statistics of shards and draw a contact sheet of some decoded samples.
+
+    Args:
+        shards: folder made by data.prepare
+        output: PNG to write; none puts contact_sheet.png into the folder of shards
+        samples: how many to decode, 0 for statistics alone
+        world: whose codecs decode; none takes the one that the shards name
+        seed: of the choice of samples
+
+    Raises:
+        UserError: shards that cannot be read, or a world that is not theirs.
+    """
+    reader = Shards(shards)
+    text = str(statistics(reader, seed))
+    if samples < 1:
+        return text
+    path = Path(output) if output else Path(shards) / "contact_sheet.png"
+    draw_sheet(reader, path, samples, world, seed)
+    return f"{text}\ncontact sheet: {path}"
+
+
+def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str]]:
+    """Up to `count` samples by chance, and what could not be read among them."""
+    found, corrupt = [], []
+    for number in permutation(len(reader), seed)[:count]:
+        try:
+            found.append(reader.read(int(number)))
+        except SampleError as error:
+            corrupt.append(str(error))
+    if not found:
+        raise UserError(f"no sample in {reader.folder} can be read ({corrupt[0]}); copy the shards again")
+    return found, corrupt
+
+
+def statistics(reader: Shards, seed: int = 0) -> Statistics:
+    """Figures of up to STATISTICS_FROM samples, chosen by chance."""
+    found, corrupt = _some(reader, STATISTICS_FROM, seed)
+    buckets = Counter(entry.bucket for entry in reader.entries)
+    video = [s.tensors["video"].float().flatten(1).double() for s in found]
+    audio = [s.tensors["audio"].double().T for s in found if "audio" in s.tensors]
+    return Statistics(
+        samples=len(reader),
+        looked_at=len(found) + len(corrupt),
+        corrupt=corrupt,
+        buckets=dict(sorted(buckets.items())),
+        video=_moments(video),
+        audio=_moments(audio),
+        caption_words=_spread([len(str(s.meta.get("caption", "")).split()) for s in found]),
+        text_tokens=_spread([len(s.tensors["text"]) for s in found]),
+    )
+
+
+def _moments(parts: list[torch.Tensor]) -> np.ndarray:
+    """(mean, deviation) over the second axis of [channels,n] parts."""
+    if not parts:
+        return np.zeros((0, 2))
+    everything = torch.cat(parts, 1)
+    return torch.stack([everything.mean(1), everything.std(1)], 1).numpy()
+
+
+def _spread(values: list[int]) -> tuple[int, int, int]:
+    return min(values), int(np.median(values)), max(values)
+
+
+def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed: int) -> None:
+    """Decode some samples and write their pictures with captions."""
+    from data.encode import open_world
+    from magihuman.pictures import contact_sheet
+
+    name = world or reader.index.world
+    if not name:
+        raise UserError(f"{reader.folder} does not say which world its latents belong to; give world=")
+    codecs = open_world(name, "cpu")
+    if reader.index.contract is not None:
+        reader.index.contract.require(codecs.contract, f"shards {reader.folder}", f"world {name}")
+    found, _ = _some(reader, samples, seed)
+    clips = []
+    for sample in found:
+        frames = codecs.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
+        clips.append(((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
+    captions: list[Any] = [sample.meta.get("caption", "") for sample in found]
+    contact_sheet(
+        path, clips, captions, columns=2 if len(clips) > 3 else 1, title=f"{reader.folder.name}: {name}"
+    )
+
+
+if __name__ == "__main__":
+    from magihuman.command import run
+
+    print(run(inspect, "python -m data.inspect"))

@@ -1,0 +1,314 @@
+"""Any folder of video files to webdataset shards of latents, text features and metadata.
+
+    python -m data.prepare input=VIDEOS output=SHARDS [world=tiny] [workers=2]
+
+A run that was stopped, also by SIGKILL, goes on where it was when the same command is given again; its shards
+have the same bytes as those of an uninterrupted run, whatever the number of workers.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from data.buckets import check_lengths, parse_sizes
+from data.captions import read_tables
+from data.plan import Plan, Rules, make_plan
+from data.report import Report, make_report
+from data.scan import Found, Listing, list_files, repeated
+from data.shards import INDEX, Entry, Index, write_atomically
+from data.workers import Workers
+from magihuman.errors import UserError
+from magihuman.models.codecs import Contract
+
+WORK = ".work"  # folder inside the output for what an unfinished run knows
+LOOK_CHUNK = 32  # files per task while looking at them
+
+
+def prepare(
+    input: str,
+    output: str,
+    world: str = "tiny",
+    workers: int = 0,
+    device: str = "cpu",
+    sizes: str | None = None,
+    frames: str | None = None,
+    captions: Literal["required", "optional"] = "required",
+    table: str | None = None,
+    silent: bool = False,
+    images: bool = False,
+    duplicates: Literal["skip", "keep"] = "skip",
+    max_crop: float = 0.5,
+    max_enlarge: float = 2.0,
+    max_windows: int | None = None,
+    shard_clips: int = 100,
+    batch: int = 8,
+    progress: bool = True,
+) -> Report:
+    """Turn a folder of media files into shards of latents.
+
+    Captions come from a .txt beside each file or from a .csv, .tsv or .jsonl with a file and a caption
+    column. Long files are cut into several clips. What cannot be used is listed in report.md with its
+    reason.
+
+    Args:
+        input: folder of video files, searched with its subfolders
+        output: folder for the shards, made if need be
+        world: codecs and text encoder: tiny, released, or package.module:function for your own
+        workers: processes, 0 for one per CPU core
+        device: where the codecs run: cpu, cuda, cuda:1
+        sizes: width x height choices such as 448x256,256x448; a clip goes to the one nearest in shape
+        frames: lengths to cut to, such as 101,49,25; none for the world's own
+        captions: required refuses files without a caption, optional takes them with an empty one
+        table: a caption table elsewhere than in the input folder
+        silent: take clips without sound; the model's audio is masked out for them
+        images: take still pictures as clips of one frame
+        duplicates: skip or keep files with the same bytes
+        max_crop: share of a picture's area that cropping to a size may cost
+        max_enlarge: how many times a picture may be scaled up
+        max_windows: clips per file at most, none for all
+        shard_clips: clips per shard
+        batch: clips per encoder call
+        progress: show a bar
+
+    Raises:
+        UserError: a folder that cannot be used, a setting out of range, or nothing that could be taken.
+    """
+    settings = {key: value for key, value in locals().items() if key not in ("workers", "progress", "device")}
+    source, target = Path(input).absolute(), Path(output).absolute()
+    if not source.is_dir():
+        raise UserError(f"input={input} is not a folder; give the folder that holds the video files")
+    for name, value in (("shard_clips", shard_clips), ("batch", batch), ("max_windows", max_windows)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} is impossible; give at least 1")
+    if workers < 0 or not 0 <= max_crop < 1 or max_enlarge <= 0:
+        raise UserError("workers must not be negative, max_crop in [0, 1), max_enlarge above 0")
+    if table is not None and not Path(table).is_file():
+        raise UserError(f"table={table} is not a file; give a .csv, .tsv or .jsonl")
+    with _claimed(target) as work:
+        return _Run(source, target, work, settings, workers or os.cpu_count() or 1, device, progress).run()
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[Path]:
+    """The work folder, held against a second run at the same time."""
+    work = output / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise UserError(
+            f"output={output} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another data.prepare is writing to {output}; wait for it or choose another"
+            ) from error
+        yield work
+
+
+class _Run:
+    """One run: look at the files, plan, encode what is missing, report."""
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        work: Path,
+        settings: dict[str, Any],
+        workers: int,
+        device: str,
+        bar: bool,
+    ) -> None:
+        self.source, self.target, self.work, self.settings = source, target, work, settings
+        self.device, self.workers, self.bar = device, workers, bar
+        crashed = work / "crashed.json"
+        self.crashed: set[str] = set(json.loads(crashed.read_text())) if crashed.exists() else set()
+
+    def run(self) -> Report:
+        started = time.monotonic()
+        listing = list_files(self.source, self.target)
+        if not listing.media:
+            raise UserError(
+                f"input={self.source} holds no media file ({len(listing.passed_over)} files of other kinds)"
+            )
+        world = self._describe_world()
+        contract = Contract.from_dict(world["contract"])
+        files = self._look(listing.media)
+        table = self.settings["table"]
+        tables = read_tables([*listing.tables, *([Path(table).absolute()] if table else [])])
+        repeats = {} if self.settings["duplicates"] == "keep" else repeated(files)
+        plan = make_plan(files, tables, repeats, self._rules(world, contract))
+        fingerprint = self._claim_output(files, plan, world)
+        if (self.target / INDEX).exists():
+            shutil.rmtree(self.work)
+            return Report.load(self.target)
+        entries, refused, shards = self._encode(plan)
+        listing = Listing(files, listing.tables, listing.passed_over)
+        shown = {key: value for key, value in self.settings.items() if value is not None}
+        report = make_report(shown, listing, tables, self.source, plan, entries, refused, contract.fps)
+        report.save(self.target)
+        if not entries:
+            most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
+            raise UserError(
+                f"no clip could be taken from {self.source}{most}; {self.target}/report.md says why, per file"
+            )
+        Index(self.settings["world"], contract, shards, fingerprint).save(self.target)
+        shutil.rmtree(self.work)
+        if self.bar:
+            spent = time.monotonic() - started
+            print(
+                f"prepared in {spent:.1f} s, {1000 * spent / max(1, len(plan.clips)):.0f} ms a clip",
+                file=sys.stderr,
+            )
+        return report
+
+    def _pool(self, progress: Any) -> Workers:
+        return Workers(self.workers, self.work, self.crashed, progress)
+
+    def _describe_world(self) -> dict[str, Any]:
+        from data.encode import describe_world
+
+        payload = (self.settings["world"], self.device, str(self.work))
+        return next(self._pool(lambda _: None).run(describe_world, {"world": payload}))[1]
+
+    def _rules(self, world: dict[str, Any], contract: Contract) -> Rules:
+        chosen = self.settings
+        sizes = str(chosen["sizes"] or f"{world['width']}x{world['height']}").replace(" ", "").split(",")
+        try:
+            lengths = [int(part) for part in str(chosen["frames"] or world["frames"]).split(",")]
+        except ValueError as error:
+            raise UserError(f"frames={chosen['frames']!r} should be numbers such as 101,49,25") from error
+        stride = contract.video_stride
+        return Rules(
+            sizes=parse_sizes(sizes, stride[1:]), lengths=check_lengths(lengths, stride[0]), fps=contract.fps,
+            captions_required=chosen["captions"] == "required",
+            **{key: chosen[key] for key in ("silent", "images", "max_crop", "max_enlarge", "max_windows")},
+        )  # fmt: skip
+
+    def _look(self, media: list[Found]) -> list[Found]:
+        """The files with what they hold; what an earlier, interrupted run saw is not looked at again."""
+        from tqdm import tqdm
+
+        from data.encode import look_at
+
+        journal = self.work / "seen.jsonl"
+        seen = _read_journal(journal)
+        known = {found.path: seen.get((found.path, found.size, found.modified)) for found in media}
+        new = [found for found in media if known[found.path] is None]
+        with tqdm(
+            total=len(media), initial=len(media) - len(new), desc="looking", disable=not self.bar
+        ) as bar:
+            chunks = {f"look-{i:07d}": new[i : i + LOOK_CHUNK] for i in range(0, len(new), LOOK_CHUNK)}
+            with open(journal, "a") as file:
+                for _, results in self._pool(bar.update).run(look_at, chunks):
+                    self._save_crashed()
+                    file.writelines(json.dumps(found.to_dict()) + "\n" for found in results)
+                    file.flush()
+                    known |= {found.path: found for found in results}
+        return [known[found.path] or found for found in media]
+
+    def _save_crashed(self) -> None:
+        if self.crashed:
+            write_atomically(self.work / "crashed.json", json.dumps(sorted(self.crashed)).encode())
+
+    def _claim_output(self, files: list[Found], plan: Plan, world: dict[str, Any]) -> str:
+        """Make sure that shards which are already there belong to this plan; returns its fingerprint."""
+        sizes = {found.relative: found.size for found in files}
+        clips = [{**asdict(clip), "path": sizes[clip.relative]} for clip in plan.clips]
+        settings = {key: value for key, value in self.settings.items() if key not in ("input", "output")}
+        content = json.dumps([clips, settings, world], sort_keys=True)
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        note = self.work / "plan.json"
+        if note.exists():
+            known = json.loads(note.read_text())["fingerprint"]
+        elif (self.target / INDEX).exists():
+            known = Index.load(self.target).fingerprint
+        elif any(self.target.glob("*.tar")):
+            known = "unknown"
+        else:
+            known = fingerprint
+        if known != fingerprint:
+            raise UserError(
+                f"output={self.target} holds shards of other files or settings; delete it or choose another"
+            )
+        write_atomically(note, json.dumps({"fingerprint": fingerprint}).encode())
+        os.replace(self.work / "null_text.safetensors", self.target / "null_text.safetensors")
+        return fingerprint
+
+    def _encode(self, plan: Plan) -> tuple[list[Entry], dict[str, str], list[tuple[str, list[Entry]]]]:
+        """Write the shards that are missing; returns all samples, refusals by key, and samples by shard."""
+        from tqdm import tqdm
+
+        from data.encode import EncodeJob, ShardJob, ShardResult, write_shard
+
+        chosen, size = self.settings, self.settings["shard_clips"]
+        job = EncodeJob(chosen["world"], self.device, chosen["silent"], chosen["batch"])
+        names = [f"shard-{i:06d}" for i in range(-(-len(plan.clips) // size))]
+        slices = {name: plan.clips[i * size : (i + 1) * size] for i, name in enumerate(names)}
+        results: dict[str, ShardResult] = {}
+        for name in names:
+            done = self._finished(name)
+            if done is not None:
+                results[name] = done
+        todo = {
+            name: ShardJob(str(self.target / f"{name}.tar"), slices[name], job)
+            for name in names
+            if name not in results
+        }
+        ready = sum(len(slices[name]) for name in results)
+        with tqdm(
+            total=len(plan.clips), initial=ready, desc="encoding", unit="clip", disable=not self.bar
+        ) as bar:
+            for name, result in self._pool(bar.update).run(write_shard, todo):
+                self._save_crashed()
+                content = {"entries": [asdict(e) for e in result.entries], "refused": result.refused}
+                write_atomically(self.work / f"{name}.json", json.dumps(content).encode())
+                results[name] = result
+        entries = [entry for name in names for entry in results[name].entries]
+        refused = {key: why for name in names for key, why in results[name].refused.items()}
+        shards = [(f"{name}.tar", results[name].entries) for name in names if results[name].entries]
+        return entries, refused, shards
+
+    def _finished(self, name: str) -> Any:
+        """The result of a shard that an earlier run completed, or None."""
+        from data.encode import ShardResult
+
+        manifest, tar = self.work / f"{name}.json", self.target / f"{name}.tar"
+        if manifest.exists():
+            content = json.loads(manifest.read_text())
+            result = ShardResult([Entry(**entry) for entry in content["entries"]], content["refused"])
+            needed = max((entry.offset + entry.bytes for entry in result.entries), default=0)
+            if not needed or (tar.exists() and tar.stat().st_size >= needed):
+                return result
+        return None
+
+
+def _read_journal(path: Path) -> dict[tuple[str, int, int], Found]:
+    """Files seen by an interrupted run; a line that was cut off by the interruption is dropped."""
+    seen = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                found = Found.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue
+            seen[(found.path, found.size, found.modified)] = found
+    return seen
+
+
+if __name__ == "__main__":
+    from magihuman.command import run
+
+    print(run(prepare, "python -m data.prepare").summary())

@@ -1,0 +1,171 @@
+"""What `data.prepare` did with every file: report.json for programs, report.md for people."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.buckets import Bucket
+from data.captions import Tables
+from data.plan import Plan
+from data.scan import Found, Listing
+from data.shards import Entry, write_atomically
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """One file: status taken | partly (some windows) | rejected | ignored, clips made, and why not more."""
+
+    file: str
+    status: str
+    clips: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is told at the end."""
+
+    settings: Mapping[str, Any]
+    files: Sequence[FileResult]
+    buckets: Mapping[str, int]
+    seconds: float
+    table_problems: Sequence[tuple[str, str]]
+
+    def count(self, status: str) -> int:
+        return sum(result.status == status for result in self.files)
+
+    @property
+    def clips(self) -> int:
+        return sum(result.clips for result in self.files)
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """Kinds of refusal, most frequent first (numbers and names in a reason are left out)."""
+        kinds = Counter(_kind(r.reason) for r in self.files if r.status in ("rejected", "partly"))
+        return sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+
+    def save(self, folder: Path) -> None:
+        content = {
+            "settings": dict(self.settings),
+            "clips": self.clips,
+            "seconds": round(self.seconds, 3),
+            "files": {s: self.count(s) for s in ("taken", "partly", "rejected", "ignored")},
+            "buckets": dict(self.buckets),
+            "reasons": dict(self.reasons),
+            "table_problems": [
+                {"table": table, "problem": problem} for table, problem in self.table_problems
+            ],
+            "per_file": [vars(result) for result in self.files],
+        }
+        write_atomically(folder / "report.json", (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(folder / "report.md", self.markdown().encode("utf-8", "backslashreplace"))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Report":
+        """The report of a finished run."""
+        content = json.loads((folder / "report.json").read_bytes())
+        return cls(
+            content["settings"],
+            [FileResult(**values) for values in content["per_file"]],
+            content["buckets"],
+            content["seconds"],
+            [(row["table"], row["problem"]) for row in content["table_problems"]],
+        )
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = [
+            f"{self.clips} clips ({self.seconds:.0f} s); files: {self.count('taken')} taken, "
+            f"{self.count('partly')} partly, {self.count('rejected')} rejected, "
+            f"{self.count('ignored')} ignored",
+            *(f"  {number:>6} clips in bucket {name}" for name, number in self.buckets.items()),
+            *(f"  {number:>6} x {kind}" for kind, number in self.reasons[:8]),
+            *(f"  {table}: {problem}" for table, problem in self.table_problems[:5]),
+        ]
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.settings.items())
+        lines = [
+            "# Report of data.prepare",
+            "",
+            f"Settings: {settings}",
+            "",
+            "```",
+            self.summary(),
+            "```",
+            "",
+        ]
+        lines += ["| file | result | clips | reason |", "|---|---|---|---|"]
+        order = {"rejected": 0, "partly": 1, "ignored": 2, "taken": 3}
+        for result in sorted(self.files, key=lambda r: (order[r.status], r.file)):
+            lines.append(
+                f"| {_cell(result.file)} | {result.status} | {result.clips} | {_cell(result.reason)} |"
+            )
+        return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text for a table cell: one line, whatever a file's name holds."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown.replace("|", "\\|")
+
+
+def _kind(reason: str) -> str:
+    """The part of a reason that is the same for many files."""
+    kind = reason.split(":")[0].split(" (")[0]
+    if kind.startswith("caption "):
+        return "caption cannot be read"
+    for start in ("same contents as", "its picture ends", "its picture is damaged", "its sound is damaged"):
+        if kind.startswith(start):
+            return start
+    return " ".join(word for word in kind.split() if not word[0].isdigit())
+
+
+def make_report(
+    settings: Mapping[str, Any], listing: Listing, tables: Tables, root: Path, plan: Plan,
+    entries: Sequence[Entry], refused: Mapping[str, str], fps: float,
+) -> Report:  # fmt: skip
+    """Put together what planning and encoding said about every file."""
+    taken = Counter[str]()
+    stored = {entry.key for entry in entries}
+    trouble: dict[str, list[str]] = {}
+    for clip in plan.clips:
+        if clip.key in stored:
+            taken[clip.relative] += 1
+        else:
+            trouble.setdefault(clip.relative, []).append(refused.get(clip.key, "lost"))
+    files = []
+    for found in listing.media:
+        name, lost = found.relative, trouble.get(found.relative, [])
+        if name in plan.refused:
+            files.append(FileResult(name, "rejected", 0, plan.refused[name]))
+        elif not lost:
+            files.append(FileResult(name, "taken", taken[name], ""))
+        elif taken[name]:
+            files.append(FileResult(name, "partly", taken[name], f"{lost[0]} ({len(lost)} windows lost)"))
+        else:
+            files.append(FileResult(name, "rejected", 0, lost[0]))
+    files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.passed_over]
+    files += _named_but_missing(listing.media, tables, root)
+    buckets = Counter(entry.bucket for entry in entries)
+    seconds = sum(Bucket.parse(name).frames * number for name, number in buckets.items()) / fps
+    problems = [(table.name, problem) for table, problem in tables.problems]
+    return Report(settings, files, dict(sorted(buckets.items())), seconds, problems)
+
+
+def _named_but_missing(media: Sequence[Found], tables: Tables, root: Path) -> list[FileResult]:
+    """Rows of caption tables whose file is not among the media files."""
+    known = {found.path for found in media}
+    results = []
+    for path, where in tables.named.items():
+        if path in known:
+            continue
+        name = Path(path)
+        shown = str(name.relative_to(root)) if name.is_relative_to(root) else path
+        why = "is not a media file in the input folder" if name.exists() else "there is no such file"
+        results.append(FileResult(shown, "rejected", 0, f"named in {where}, but {why}"))
+    return results
