@@ -211,7 +211,8 @@ def run(
         progress: show bars
 
     Returns:
-        The content of scores.json.
+        Where scores.json is, and per row of the table value, low, high and the bound's value (None: not
+        available; scores.json says why).
 
     Raises:
         UserError: not exactly one of checkpoint and clips, or a value that cannot be used.
@@ -245,13 +246,24 @@ def run(
     scores = made.score(limits[1].scores)
     columns = [*limits, Column(name, scores, facts)]
     seconds = round(time.perf_counter() - start, 1)
-    result = report.write(columns, folder, {"held_out_seed": HELD_OUT_SEED, "seconds": seconds})
+    report.write(columns, folder, {"held_out_seed": HELD_OUT_SEED, "seconds": seconds})
     _keep(made, scores, folder, name, keep)
     print(report.text(columns))
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
     print(f"written to {folder} ({seconds:.0f} s)")
-    return result
+    return {
+        "scores": str(folder / "scores.json"),
+        "n": len(scores.clips),
+        **_summary(scores, limits[1].scores),
+    }
+
+
+def _summary(scores: Scores, bound: Scores) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"value": m.value, "low": m.low, "high": m.high, "bound": bound.table[name].value}
+        for name, m in scores.table.items()
+    }
 
 
 def _output_of(checkpoint: str | None, clips: str | None) -> Path:

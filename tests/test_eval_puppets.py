@@ -63,8 +63,16 @@ def test_the_codec_takes_a_batch_as_it_takes_one(world):
 
 
 def test_real_clips_in_a_folder_score_like_the_truth(folder, tmp_path, capsys):
-    report = program.run(clips=str(folder), output=str(tmp_path / "out"), keep=2, progress=False)
+    result = program.run(clips=str(folder), output=str(tmp_path / "out"), keep=2, progress=False)
     name = folder.name
+    report = json.loads(Path(result["scores"]).read_text())
+    assert result["n"] == 24
+    assert result["vowels"] == {
+        "value": 1.0,
+        "low": pytest.approx(0.862, abs=1e-3),
+        "high": 1.0,
+        "bound": 1.0,
+    }
     assert list(report["columns"]) == ["ground truth", "through codec", name]
     for row in ("attributes", "vowels", "vowels_exact", "words_exact"):
         assert value(report, name, row) == 1
@@ -76,7 +84,6 @@ def test_real_clips_in_a_folder_score_like_the_truth(folder, tmp_path, capsys):
         "scores.json", "scores.md", "scores.png", "clips.json", "clips.png",
         "clips/clip-000000.mp4", "clips/clip-000000.txt", "clips/clip-000001.mp4", "clips/clip-000001.txt",
     }  # fmt: skip
-    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == json.loads(json.dumps(report))
     assert {"command", "code", "machine", "date", "libraries"} <= set(report["provenance"])
     printed = capsys.readouterr().out
     for row in ("attributes", "sync_skill", "skin tones"):
@@ -95,7 +102,8 @@ def test_bad_clips_of_a_folder_are_named_and_skipped(folder, tmp_path, capsys):
     (tmp_path / "clip-000002.txt").write_text("a man speaks")
     (tmp_path / "clip-000003.mp4").write_bytes(b"no video")
     (tmp_path / "clip-000003.txt").write_bytes((folder / "clip-000000.txt").read_bytes())
-    report = program.run(clips=str(tmp_path), output=str(tmp_path / "out"), keep=0, progress=False)
+    result = program.run(clips=str(tmp_path), output=str(tmp_path / "out"), keep=0, progress=False)
+    report = json.loads(Path(result["scores"]).read_text())
     column = report["columns"][tmp_path.name]
     assert column["n"] == 1
     assert set(column["refused"]) == {"clip-000001.mp4", "clip-000002.mp4", "clip-000003.mp4"}
@@ -146,14 +154,12 @@ def untrained(world, tmp_path_factory) -> Path:
 
 
 def test_a_run_folder_is_sampled_scored_and_gets_its_eval_folder(untrained):
-    report = program.run(
-        checkpoint=str(untrained), prompts=3, steps=1, cfg=1, batch=2, keep=1, progress=False
-    )
+    program.run(checkpoint=str(untrained), prompts=3, steps=1, cfg=1, batch=2, keep=1, progress=False)
+    report = json.loads((untrained / "eval" / "scores.json").read_text())
     column = report["columns"][untrained.name]
     assert column["n"] == 3
     assert column["sampling"]["steps"] == 1
     assert column["sampling"]["guidance"] is None
-    assert (untrained / "eval" / "scores.json").exists()
     assert report["held_out_seed"] == HELD_OUT_SEED
     assert column["table"]["vowels"]["value"] < 0.7
     captions = [
