@@ -5,6 +5,7 @@ reconstruction at two sizes and on *upsampling*: decode(up(encode(small))) must 
 and up(encode(small)) must equal encode(large), so that the super-resolution recipe starts from usable latents.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from data.puppets import MOUTH_CENTRE, draw_puppet, render, synthesise
 from magihuman.models.codecs_tiny import TinyAudioCodec, TinyVideoCodec
+from magihuman.provenance import code_version, write_atomically
 
 FIT_SEED = 7001  # puppets of this seed serve no other purpose
 
@@ -38,7 +40,7 @@ def _normalising_scale(variance: torch.Tensor, whitening: float) -> torch.Tensor
     return factor / (variance * factor**2).mean().sqrt()
 
 
-def fit_audio(clips: int = 1500, channels: int = 64, whitening: float = 0.5) -> TinyAudioCodec:
+def fit_audio(clips: int = 800, channels: int = 64, whitening: float = 0.5) -> TinyAudioCodec:
     """PCA of weighted log-spectrum columns of `clips` puppets."""
     codec = TinyAudioCodec(channels)
     waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i)) for i in range(clips)]))
@@ -82,7 +84,12 @@ def _mouth_weight(size: int) -> torch.Tensor:
 
 
 def fit_video(
-    channels: int = 12, steps: int = 700, clips: int = 300, batch: int = 6, whitening: float = 0.5, log: bool = True
+    channels: int = 12,
+    steps: int = 700,
+    clips: int = 300,
+    batch: int = 6,
+    whitening: float = 0.5,
+    log: bool = True,
 ) -> TinyVideoCodec:
     """Train the video codec; loss and construction are described in the module's docstring."""
     torch.manual_seed(FIT_SEED)
@@ -94,7 +101,7 @@ def fit_video(
     optimiser = torch.optim.AdamW(
         [{"params": matrices}, {"params": vectors}], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [3e-3, 2e-3], total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [4e-3, 3e-3], total_steps=steps, pct_start=0.1)
     weights = {size: _mouth_weight(size) for size in (64, 128)}
     weights = {size: weight / weight.mean() for size, weight in weights.items()}
     order = torch.Generator().manual_seed(FIT_SEED)
@@ -117,7 +124,7 @@ def fit_video(
         loss = (
             error(codec.frames(codec.decode_blocks(jitter(low)), batch), little)
             + error(codec.frames(codec.decode_blocks(jitter(high)), batch), big)
-            + error(codec.frames(codec.decode_blocks(jitter(lifted)), batch), big)
+            + 2 * error(codec.frames(codec.decode_blocks(jitter(lifted)), batch), big)
             + 0.02 * (lifted - high).square().mean() / high.detach().var()
         )
         optimiser.zero_grad()
@@ -126,7 +133,10 @@ def fit_video(
         optimiser.step()
         schedule.step()
         if log and (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.5f}  {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{steps}  loss {loss.item():.5f}  {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     with torch.no_grad():
         latents = codec.encode_blocks(codec.blocks(_float(small))).movedim(1, -1).flatten(0, -2)
         codec.mean.copy_(latents.mean(0))
@@ -163,26 +173,44 @@ def report(codec: TinyVideoCodec, clips: int = 16) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Command line: `python -m data.tiny_codec output=FOLDER [channels=12 steps=700]`."""
-    import argparse
-    import sys
-
+def _save(codec: torch.nn.Module, file: Path) -> None:
+    """Matrices in fp16, vectors (means and scales) in fp32."""
     from safetensors.torch import save_file
 
-    parser = argparse.ArgumentParser(prog="python -m data.tiny_codec", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the two safetensors files")
-    parser.add_argument("--channels", type=int, default=12, help="video latent channels")
-    parser.add_argument("--steps", type=int, default=700, help="training steps of the video codec")
-    arguments = parser.parse_args([a if a.startswith("-") else f"--{a}" for a in sys.argv[1:]])
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    audio = fit_audio()
-    save_file({k: v.contiguous() for k, v in audio.state_dict().items()}, arguments.output / "audio_codec.safetensors")
-    video = fit_video(arguments.channels, arguments.steps)
-    save_file({k: v.contiguous() for k, v in video.state_dict().items()}, arguments.output / "video_codec.safetensors")
-    for name, value in report(video).items():
+    save_file(
+        {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file
+    )
+
+
+def fit(output: Path, channels: int = 12, steps: int = 900) -> dict[str, float]:
+    """Fit the tiny world's codecs and write them with a report of what they keep.
+
+    Args:
+        output: folder for video_codec.safetensors, audio_codec.safetensors and codecs.json.
+        channels: video latent channels.
+        steps: training steps of the video codec (about half a CPU-second each).
+    """
+    torch.set_num_threads(1)
+    output.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    _save(fit_audio(), output / "audio_codec.safetensors")
+    video = fit_video(channels, steps)
+    _save(video, output / "video_codec.safetensors")
+    figures = report(video)
+    record = {
+        "command": f"python -m data.tiny_codec output={output.name} channels={channels} steps={steps}",
+        "psnr_db": {name: round(value, 2) for name, value in figures.items()},
+        "seconds": round(time.monotonic() - began),
+        "torch": torch.__version__,
+        **code_version(),
+    }
+    write_atomically(output / "codecs.json", json.dumps(record, indent=1) + "\n")
+    for name, value in figures.items():
         print(f"{name:12s} {value:6.2f} dB")
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    from magihuman.command import run
+
+    run(fit, "python -m data.tiny_codec")

@@ -36,8 +36,8 @@ class TinyVideoCodec(nn.Module):
         self.encode_wide = nn.Conv2d(channels, encoder_width, 3, padding=1, padding_mode="replicate")
         self.encode_narrow = nn.Conv2d(encoder_width, channels, 1)
         self.decode_linear = nn.Conv2d(channels, self.block_values, 1)
-        self.decode_wide = nn.Conv2d(channels, decoder_width, 3, padding=1, padding_mode="replicate")
-        self.decode_middle = nn.Conv2d(decoder_width, decoder_width, 3, padding=1, padding_mode="replicate")
+        self.decode_wide = nn.Conv2d(channels, decoder_width, 5, padding=2, padding_mode="replicate")
+        self.decode_middle = nn.Conv2d(decoder_width, decoder_width, 1)
         self.decode_narrow = nn.Conv2d(decoder_width, self.block_values, 1)
         for last in (self.encode_narrow, self.decode_middle, self.decode_narrow):
             nn.init.zeros_(last.weight)
