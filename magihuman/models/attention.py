@@ -4,7 +4,7 @@ Tokens arrive modality-major (`magihuman.tokens.Layout`). Samples of equal lengt
 dense batch; a ragged batch is one dense batch per distinct length, or one variable-length kernel call.
 
 Back ends, all with forward and backward:
-    math       softmax(q k') v in plain fp32 matrix products; fastest for short sequences on CPU
+    math       softmax(q k') v in plain matrix products of the given dtype; fastest for short sequences on CPU
     sdpa       torch's fused kernels
     flash      flash-attn's variable-length kernel; needs the package and a CUDA device
     flex       FlexAttention with a block mask, where samples or windows need one
@@ -173,10 +173,11 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     b, n, heads, dim = q.shape
     shared = k.shape[2]
     # Query heads that share a key head are stacked as more rows of one product: keys are never repeated.
-    rows = (q.float() * dim**-0.5).unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(b * shared, -1, dim)
-    keys = k.float().permute(0, 2, 3, 1).reshape(b * shared, dim, -1)
-    values = v.float().permute(0, 2, 1, 3).reshape(b * shared, -1, dim)
-    out = torch.bmm(torch.bmm(rows, keys).softmax(dim=-1), values).to(q.dtype)
+    rows = q.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(b * shared, -1, dim)
+    keys = k.permute(0, 2, 3, 1).reshape(b * shared, dim, -1)
+    values = v.permute(0, 2, 1, 3).reshape(b * shared, -1, dim)
+    scores = torch.baddbmm(rows.new_zeros(()), rows, keys, beta=0, alpha=dim**-0.5)
+    out = torch.bmm(scores.softmax(dim=-1), values)
     return out.view(b, shared, heads // shared, n, dim).permute(0, 3, 1, 2, 4).reshape(b, n, heads, dim)
 
 

@@ -10,7 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from magihuman.models.attention import attention
 from magihuman.models.config import DiTConfig, TreadConfig
-from magihuman.models.layers import ExpertLinear, RMSNorm, gelu7, linear_fp32, projection_std, rms_norm, swiglu7
+from magihuman.models.layers import (
+    ExpertLinear,
+    RMSNorm,
+    gelu7_projection,
+    linear_fp32,
+    projection_std,
+    rms_norm,
+    swiglu7_projection,
+)
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.tokens import Layout
 
@@ -113,14 +121,13 @@ class MLP(nn.Module):
 
     def forward(self, parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """fp32 [n,H] of each expert's rows -> fp32 [n,H]."""
-        activation = gelu7 if self.gelu else swiglu7
+        project = gelu7_projection if self.gelu else swiglu7_projection
         weights = zip(
             parts, self.pre_norm.slices(), self.up_gate_proj.slices(dtype), self.down_proj.slices(dtype), strict=True
         )
         results = []
         for x, norm, up, down in weights:
-            y = activation(F.linear(rms_norm(x, norm).to(dtype), up))
-            results.append(F.linear(y, down).float())
+            results.append(F.linear(project(rms_norm(x, norm).to(dtype), up), down).float())
         return results
 
 

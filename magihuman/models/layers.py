@@ -20,11 +20,32 @@ def rms_norm(x: Tensor, offset: Tensor) -> Tensor:
     """x / rms(x) * (1 + offset) over the last dimension, computed in fp32, returned in the dtype of x (SPEC 1.3).
 
     Args:
-        x: [..., n]; offset: fp32 [n], the stored weight, 0 at initialisation.
+        x: [n,...,width]; offset: the stored weight, 0 at initialisation, of the shape of x without its first
+            dimension or of its last alone.
     """
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + EPS) * (1 + offset.float())
-    return y.to(x.dtype)
+    normed, _ = _RMSNorm.apply(x.float(), 1 + offset.float())
+    return normed.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    # Half the passes over memory of what autograd derives from the formula.
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
+        return x * inverse * scale, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale, inverse = ctx.saved_tensors
+        normed = x * inverse
+        toward_normed = grad * scale
+        along = (toward_normed * normed).mean(dim=-1, keepdim=True)
+        return (toward_normed - normed * along) * inverse, (grad * normed).sum_to_size(scale.shape)
 
 
 class RMSNorm(nn.Module):
@@ -81,30 +102,29 @@ class _Gelu7(torch.autograd.Function):
 
 
 class _Swiglu7(torch.autograd.Function):
-    # Memory-bound, so it saves its input only (autograd would keep five tensors of half its size), and its backward
-    # works on contiguous planes: interleaved operands and boolean masks are several times slower on CPU.
+    # Memory-bound, so it saves its inputs only (autograd would keep five more tensors) and masks gradients by
+    # kernels that fuse the comparison: a product with a boolean is several times slower on CPU.
     @staticmethod
-    def forward(y: Tensor) -> Tensor:
-        gate, linear = y[..., 0::2].float().clamp(max=LIMIT), y[..., 1::2].float().clamp(-LIMIT, LIMIT)
-        return (gate * ALPHA).sigmoid_().mul_(gate).mul_(linear.add_(1)).to(y.dtype)
+    def forward(gate: Tensor, linear: Tensor) -> Tensor:
+        g, shifted = gate.float().clamp(max=LIMIT), linear.float().clamp(-LIMIT, LIMIT).add_(1)
+        return (g * ALPHA).sigmoid_().mul_(g).mul_(shifted).to(gate.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        planes = y.unflatten(-1, (-1, 2)).movedim(-1, 0).to(torch.float32)
-        gate, linear = planes.contiguous().unbind(0)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, linear = (saved.float() for saved in ctx.saved_tensors)
         grad = grad.float()
         clamped = gate.clamp(max=LIMIT)
         toward_gate = _silu_slope(grad * (linear.clamp(-LIMIT, LIMIT) + 1), clamped)
         toward_linear = (clamped * ALPHA).sigmoid() * clamped * grad
-        result = torch.empty_like(y).unflatten(-1, (-1, 2))
-        result[..., 0] = _within(toward_gate, gate, -math.inf)
-        result[..., 1] = _within(toward_linear, linear, -_ABOVE_LIMIT)
-        return result.flatten(-2)
+        dtype = ctx.saved_tensors[0].dtype
+        return (
+            _within(toward_gate, gate, -math.inf).to(dtype),
+            _within(toward_linear, linear, -_ABOVE_LIMIT).to(dtype),
+        )
 
 
 _ABOVE_LIMIT = LIMIT + 2.0**-21
@@ -126,12 +146,26 @@ def gelu7(y: Tensor) -> Tensor:
     return _Gelu7.apply(y)
 
 
-def swiglu7(y: Tensor) -> Tensor:
-    """g sigmoid(1.702 g) (l + 1) in fp32, with g = min(even, 7) and l = clamp(odd, -7, 7) (SPEC 1.5).
+def swiglu7(gate: Tensor, linear: Tensor) -> Tensor:
+    """g sigmoid(1.702 g) (l + 1) in fp32, with g = min(gate, 7) and l = clamp(linear, -7, 7) (SPEC 1.5).
 
-    [..., 2n] -> [..., n] of the same dtype.
+    [..., n] twice -> [..., n] of the same dtype.
     """
-    return _Swiglu7.apply(y)
+    return _Swiglu7.apply(gate, linear)
+
+
+def swiglu7_projection(x: Tensor, weight: Tensor) -> Tensor:
+    """`swiglu7` of x @ weight', whose rows alternate between gate and linear: [n,H], [2I,H] -> [n,I]."""
+    if weight.device.type == "cpu":
+        # Sorting the rows of the weight costs far less than reading every second column of the product twice.
+        planes = weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+        return swiglu7(*F.linear(x, planes).chunk(2, dim=-1))
+    return swiglu7(*F.linear(x, weight).unflatten(-1, (-1, 2)).unbind(-1))
+
+
+def gelu7_projection(x: Tensor, weight: Tensor) -> Tensor:
+    """`gelu7` of x @ weight': [n,H], [I,H] -> [n,I]."""
+    return gelu7(F.linear(x, weight))
 
 
 def projection_std(columns: int, depth: int = 1) -> float:
