@@ -159,9 +159,9 @@ def test_a_run_folder_is_sampled_scored_and_gets_its_eval_folder(untrained):
     column = report["columns"][untrained.name]
     assert column["n"] == 3
     assert column["sampling"]["steps"] == 1
-    assert column["sampling"]["guidance"] is None
+    assert column["seconds"] > 0
     assert report["held_out_seed"] == HELD_OUT_SEED
-    assert column["table"]["vowels"]["value"] < 0.7
+    assert column["table"]["vowels_exact"]["value"] == 0
     captions = [
         clip["caption"]
         for clip in json.loads((untrained / "eval" / "clips.json").read_text())[untrained.name]
