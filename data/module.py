@@ -7,7 +7,8 @@ wrong.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,33 +24,33 @@ from magihuman.models.codecs import Contract
 
 
 class Loader:
-    """Batches of one rank from a position on, to the end of the epoch.
+    """Batches of one rank from a position on, without end.
 
-    Not a DataLoader, so that Lightning puts no sampler of its own into it.
+    Not a DataLoader, so that Lightning puts no sampler of its own into it; and without a length, so that
+    Lightning sees a single epoch: it does not count on from a checkpoint of an epoch's last batch, which makes
+    a second resume go wrong, and it cuts an accumulation short at every epoch's end.
 
     Args:
         position: number of the global batch that comes next, counted over all epochs.
     """
 
-    def __init__(self, batches: Batches, per_epoch: int, workers: int, position: int = 0) -> None:
-        self._batches, self._per_epoch, self._workers = batches, per_epoch, workers
+    def __init__(self, batches: Batches, workers: int, position: int = 0) -> None:
+        self._batches, self._workers = batches, workers
         self.position = position
 
-    def __len__(self) -> int:
-        return self._per_epoch
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        end = (self.position // self._per_epoch + 1) * self._per_epoch
-        numbers = range(self.position, end)
+        return self._read(count(self.position))
+
+    def _read(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             self._batches,
-            sampler=numbers,
+            sampler=numbers,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
         )
-        for number, batch in zip(numbers, loader, strict=True):
-            self.position = number + 1
+        for batch in loader:
+            self.position += 1
             yield batch
 
 
@@ -142,7 +143,7 @@ class LatentDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         batches = Batches(self.reader, self.order, *self._ranks())
-        self._loader = Loader(batches, self.order.batches_per_epoch, self.num_workers, self._position)
+        self._loader = Loader(batches, self.num_workers, self._position)
         return self._loader
 
     def val_dataloader(self) -> Loader | list[Any]:
@@ -150,7 +151,7 @@ class LatentDataModule(LightningDataModule):
             return []
         rank, ranks = self._ranks()
         order = FixedOrder(self._val, self.batch_size, ranks)
-        return _Repeated(Batches(self.reader, order, rank, ranks), order.batches_per_epoch, self.num_workers)
+        return _Repeated(Batches(self.reader, order, rank, ranks), self.num_workers, order.batches_per_epoch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count what training takes (not what was read ahead), and what had to be skipped."""
@@ -190,11 +191,17 @@ class LatentDataModule(LightningDataModule):
 
 
 class _Repeated(Loader):
-    """A loader that begins anew each time."""
+    """The first `length` batches, from the first one each time."""
+
+    def __init__(self, batches: Batches, workers: int, length: int) -> None:
+        super().__init__(batches, workers)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.position = 0
-        return super().__iter__()
+        return self._read(range(self._length))
 
 
 def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:

@@ -125,7 +125,9 @@ class Batches(Dataset[dict[str, Any]]):
         if None in samples:
             samples = self._replaced(samples, int(mine[0]))
         first = number * self._order.batch_size + self._rank * each
-        batch = collate([sample for sample in samples if sample is not None], range(first, first + each))
+        contract = self._shards.index.contract
+        silent = torch.zeros(0, contract.audio_channels if contract else 0)
+        batch = collate([s for s in samples if s is not None], range(first, first + each), silent)
         return {**batch, "skipped": skipped}
 
     def _replaced(self, samples: list[Any], near: int) -> list[Any]:
@@ -148,10 +150,11 @@ class Batches(Dataset[dict[str, Any]]):
         raise UserError(f"no sample of bucket {bucket} in {self._shards.folder} can be read; copy it again")
 
 
-def collate(samples: Sequence[tuple[str, Sample]], index: range) -> dict[str, Any]:
-    """Samples of one bucket to a batch (see `Batches`)."""
+def collate(
+    samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor
+) -> dict[str, Any]:
+    """Samples of one bucket to a batch (see `Batches`); `silent` [0,Ca] stands for a missing sound."""
     tensors = [sample.tensors for _, sample in samples]
-    silent = torch.zeros(0, 0)
     batch: dict[str, Any] = {
         "video": torch.stack([t["video"].float() for t in tensors]),
         "audio": torch.stack([t.get("audio", silent).float() for t in tensors]),

@@ -148,8 +148,8 @@ class TrainSettings:
     strategy: StrategySettings
     logger: LoggerSettings
     checkpoint: CheckpointSettings
-    callbacks: dict[str, Any]
-    after_fit: dict[str, Any]
+    callbacks: dict[str, Any] | None
+    after_fit: dict[str, Any] | None
     seed: int
     runs: str
     name: str | None
@@ -394,7 +394,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     if settings.data.make is not None:
         check_call(settings.data.make, "data.make")
     for group, calls in (("callbacks", settings.callbacks), ("after_fit", settings.after_fit)):
-        for name, call in calls.items():
+        for name, call in (calls or {}).items():
             if call is not None:
                 check_call(call, f"{group}.{name}")
     _check_pairs(settings)

@@ -38,13 +38,13 @@ def stage(title: str) -> Iterator[None]:
     say(f"   {title}: {time.monotonic() - start:.0f} s")
 
 
-def make_data(settings: TrainSettings) -> Any:
-    """The data module, its shards made first where the configuration says how."""
+def make_data(settings: TrainSettings) -> tuple[Any, Path]:
+    """The data module and its folder of shards, made first where the configuration says how."""
     module = dict(settings.data.module)
     if settings.data.make is not None:
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
-    return call(module, "data.module")
+    return call(module, "data.module"), Path(module["shards"])
 
 
 def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: TrainSettings) -> Path:
@@ -73,12 +73,12 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         say(f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name=")
         return folder
 
-    data = make_data(settings)
+    data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
     setup = session.build_setup(settings, data, provenance)
     recipe = call(settings.recipe, "recipe", setup=setup)
     if is_main_process():
-        run.start(node, config_yaml, session.parents(settings, Path(data.shards)))
+        run.start(node, config_yaml, session.parents(settings, shards))
     trained = session.Session(settings, run, node)
     try:
         with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
@@ -104,15 +104,17 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 
 def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from `resume` (or from the start), leaving the checkpoint of the last step behind."""
+    from magihuman.training.checkpoint import step_of
     from magihuman.training.runs import CSVLog
     from magihuman.training.session import RUN_NAME
 
+    step = 0
     if resume is not None:
         say(f"   continuing from {resume.name}")
-        step = int(resume.stem.split("-")[-1])
-        for logger in trained.loggers:
-            if isinstance(logger, CSVLog):
-                logger.rewind(step)
+        step = step_of(resume)
+    for logger in trained.loggers:
+        if isinstance(logger, CSVLog):
+            logger.rewind(step)
     os.environ[RUN_NAME] = folder.name
     try:
         trained.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
@@ -133,7 +135,7 @@ def stopped(trained: Any, run: Any) -> None:
 
 def after_fit(settings: TrainSettings, run: Any) -> None:
     """Evaluations and reports of the configuration, in its order; their figures go to run.json."""
-    for name, node in settings.after_fit.items():
+    for name, node in (settings.after_fit or {}).items():
         if node is None:
             continue
         with stage(name):

@@ -34,6 +34,7 @@ class Recipe(L.LightningModule):
         denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
         ema: average of its weights, or None.
         step: optimiser steps done; batches: batches seen by this process. Both survive a resume.
+        stepped: whether the latest batch completed a step, which is when to log, save and stop.
         meter: averages for the next log line; aside: seconds that callbacks took since the last one.
         optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
     """
@@ -48,6 +49,7 @@ class Recipe(L.LightningModule):
         self.ema: EMA | None = None
         self.step = 0
         self.batches = 0
+        self.stepped = False
         self.meter = Meter()
         self.aside = 0.0
         self._not_finite = 0
@@ -137,6 +139,7 @@ class Recipe(L.LightningModule):
         # Whatever draws from torch's own generators (token routing) is a function of the same key.
         torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
         self.batches += 1
+        self.stepped = False
         return self.loss(batch, draws)
 
     def configure_optimizers(self) -> Any:
@@ -172,6 +175,7 @@ class Recipe(L.LightningModule):
     def after_step(self) -> None:
         """Count an optimiser step and let the average follow."""
         self.step += 1
+        self.stepped = True
         if self.ema is not None:
             assert self.denoiser is not None
             self.ema.update(self.denoiser)

@@ -1,6 +1,9 @@
-"""A data module of synthetic latents for tests of the engine: batches are a pure function of their position."""
+"""Small shards and a small model for tests of the engine, and callbacks that break a training."""
 
-from collections.abc import Iterator
+import os
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,62 +16,98 @@ CONTRACT = Contract(
     text_channels=5, video_stride=(4, 4, 4), fps=25.0, audio_rate=16000, waveform_channels=1,
 )  # fmt: skip
 
+SMALL = [
+    "data=shards", "trainer=debug", "logger=csv", "trainer.progress=false", "trainer.max_steps=3",
+    "data.module.batch_size=2", "data.module.val_fraction=0.2",
+    "model.dit.num_layers=2", "model.dit.hidden_size=16", "model.dit.head_dim=8", "model.dit.num_query_groups=1",
+    "model.dit.video_in_channels=12", "model.dit.audio_in_channels=4", "model.dit.text_in_channels=5",
+    "model.dit.mm_layers=[0]", "model.dit.gelu7_layers=[0]", "model.pack.patch_size=2",
+    "callbacks.samples=null", "after_fit=null", "optim.warmup=2",
+]  # fmt: skip
+"""Overrides with which any recipe trains on `write_shards` in a second."""
 
-def make_batch(position: int, size: int, sound: bool = True, frames: int = 3) -> dict[str, Any]:
-    """Samples position .. position + size - 1: clips whose moving part follows their sound."""
-    video, audio, text = [], [], []
-    for number in range(position, position + size):
-        draw = torch.Generator().manual_seed(number)
-        loud = torch.rand(frames, generator=draw)
-        clip = torch.full((3, frames, 4, 4), 0.5)
-        clip[:, :, 2:, 1:3] = 2 * loud[None, :, None, None]
-        video.append(clip)
-        audio.append(loud.repeat_interleave(4)[: 4 * (frames - 1) + 1, None].expand(-1, 4).clone())
-        text.append(torch.randn(1 + number % 3, 5, generator=draw))
+
+def sample(number: int, frames: int = 3, sound: bool = True) -> dict[str, torch.Tensor]:
+    """A clip whose moving part follows its sound."""
+    draw = torch.Generator().manual_seed(number)
+    loud = torch.rand(frames, generator=draw)
+    video = torch.full((3, frames, 4, 4), 0.5)
+    video[:, :, 2:, 1:3] = 2 * loud[None, :, None, None]
+    tensors = {"video": video, "text": torch.randn(1 + number % 3, 5, generator=draw)}
+    if sound:
+        tensors["audio"] = loud.repeat_interleave(4)[: 4 * (frames - 1) + 1, None].expand(-1, 4).contiguous()
+    return tensors
+
+
+def write_shards(folder: Path) -> Path:
+    """Three buckets: 8 clips with sound, 5 without, 3 still pictures."""
+    from data.shards import Index, ShardWriter
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    with ShardWriter(folder / "shard-000000.tar") as writer:
+        for number in range(16):
+            frames, sound = (3, number < 8) if number < 13 else (1, False)
+            bucket = f"{4 * frames - 3}x16x16{'+a' if sound else ''}"
+            writer.add(f"clip-{number:02d}_0000", bucket, sample(number, frames, sound), {"caption": ""})
+    Index("tiny", CONTRACT, [("shard-000000.tar", writer.entries)]).save(folder)
+    save_file({"text": torch.zeros(1, 5)}, folder / "null_text.safetensors")
+    return folder
+
+
+def batch(numbers: range, **kind: Any) -> dict[str, Any]:
+    """Clips as the data module gives them."""
+    samples = [sample(number, **kind) for number in numbers]
+    silent = torch.zeros(0, 4)
     return {
-        "video": torch.stack(video),
-        "audio": torch.stack(audio) if sound else torch.zeros(size, 0, 4),
-        "text": text,
-        "caption": [""] * size,
-        "key": [str(position + i) for i in range(size)],
-        "index": torch.arange(position, position + size),
+        "video": torch.stack([s["video"] for s in samples]),
+        "audio": torch.stack([s.get("audio", silent) for s in samples]),
+        "text": [s["text"] for s in samples],
+        "index": torch.tensor(list(numbers)),
     }
 
 
-class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, module: "StubData") -> None:
-        self.module = module
+def compose(overrides: list[str]) -> Any:
+    """The configuration that `python -m magihuman.train` would see."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer = self.module.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        position = self.module.position
-        while True:
-            yield make_batch(position + rank * self.module.batch_size, self.module.batch_size, self.module.sound)
-            position += world * self.module.batch_size
+    from magihuman.config import CONFIGS
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose("train", overrides)
 
 
-class StubData(L.LightningDataModule):
-    """See the module's docstring; `position` counts samples over all processes."""
+def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
+    """Train in this process as the command line does."""
+    from magihuman.config import validate
+    from magihuman.train import plain, train
+    from omegaconf import OmegaConf
 
-    world = "stub"
-    contract = CONTRACT
-    size = (9, 16, 16)
-    null_text = torch.zeros(1, 5)
+    config = compose([*SMALL, f"folder={folder}", f"data.module.shards={shards}", *overrides])
+    node = plain(config)
+    return train(node, OmegaConf.to_yaml(config), folder, validate(node))
 
-    def __init__(self, shards: str = "stub", batch_size: int = 2, sound: bool = True) -> None:
-        super().__init__()
-        self.shards, self.batch_size, self.sound, self.position = shards, batch_size, sound, 0
 
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(Stream(self), batch_size=None)
+class DieAt(L.Callback):
+    """Kills its own process: before a batch, or while the checkpoint of a step is being written.
 
-    def val_dataloader(self) -> Any:
-        return [make_batch(10_000, 4, self.sound)]
+    Args:
+        batch: number of batches after which to die; -1 never. saving: step whose checkpoint dies half-way.
+        delay: seconds that each batch takes longer, for tests that signal from outside.
+    """
 
-    def state_dict(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        return {"position": self.trainer.lightning_module.batches * self.trainer.world_size * self.batch_size}
+    def __init__(self, batch: int = -1, saving: int = -1, delay: float = 0.0) -> None:
+        self.batch, self.saving, self.delay = batch, saving, delay
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.delay)
+        if pl_module.batches == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        if pl_module.step == self.saving:
+            target = Path(trainer.default_root_dir) / "checkpoints" / f"step-{self.saving:08d}.ckpt.tmp"
+            torch.save(checkpoint["state_dict"], target)
+            os.truncate(target, target.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from magihuman.errors import UserError
 from magihuman.training.draws import Draws
@@ -25,11 +26,6 @@ def aside(recipe: Any) -> Iterator[None]:
         yield
     finally:
         recipe.aside += time.monotonic() - start
-
-
-def at_step_boundary(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether this batch completed an optimiser step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
@@ -83,7 +79,7 @@ class LogLines(L.Callback):
         recipe: Any = pl_module
         self._flops += self._batch_flops(recipe, batch)
         self._samples += len(batch["video"]) * trainer.world_size
-        if not at_step_boundary(trainer, batch_idx):
+        if not recipe.stepped:
             return
         if recipe.step % self.every == 0 or recipe.step >= recipe.max_steps:
             self._line(trainer, recipe, recipe.device)
@@ -169,9 +165,9 @@ class Limits(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not at_step_boundary(trainer, batch_idx):
-            return
         recipe: Any = pl_module
+        if not recipe.stepped:
+            return
         if self.seconds is not None:
             self.out_of_time = bool(trainer.strategy.broadcast(self.elapsed > self.seconds))
         if recipe.step >= self.steps or self.out_of_time:
@@ -195,14 +191,15 @@ class HeldOut(L.Callback):
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         batch = next(iter(loader), None) if loader is not None else None
         if batch is not None:
-            self._batch = trainer.strategy.batch_to_device(batch)
+            # Not through the trainer: its hooks would count the batch as trained on.
+            self._batch = move_data_to_device(batch, pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         recipe: Any = pl_module
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
-        if self._batch is None or not due or not at_step_boundary(trainer, batch_idx):
+        if self._batch is None or not due or not recipe.stepped:
             return
         with aside(recipe), evaluating(recipe.network):
             draws = Draws(self.seed, 0, range(len(self._batch["video"])))
@@ -256,7 +253,7 @@ class Samples(L.Callback):
     ) -> None:
         recipe: Any = pl_module
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
-        if not due or not at_step_boundary(trainer, batch_idx):
+        if not due or not recipe.stepped:
             return
         # A sharded network is sampled by all processes together; a whole one by the main process alone.
         if trainer.is_global_zero or recipe.given.strategy.name in ("fsdp2", "zero3"):

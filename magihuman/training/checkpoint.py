@@ -37,6 +37,18 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name.
+
+    Raises:
+        UserError: for a file that this program did not name.
+    """
+    digits = checkpoint.stem.removeprefix("step-")
+    if not digits.isdigit():
+        raise UserError(f"{checkpoint.name} is not named step-NNNNNNNN.ckpt; resume from a checkpoint of a run folder")
+    return int(digits)
+
+
 def point_to(folder: Path, target: Path) -> None:
     """Make `last.ckpt` name `target`, in one step."""
     temporary = folder / (LAST + ".tmp")
@@ -72,18 +84,14 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
     return path.resolve()
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes one-file checkpoints under the final name only when every byte is on disk."""
+class SyncedFiles(TorchCheckpointIO):
+    """Writes a one-file checkpoint straight to the disk; it is there when the call returns."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(final.name + ".tmp")
-        with temporary.open("wb") as stream:
+        with Path(path).open("wb") as stream:
             torch.save(checkpoint, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, final)
 
 
 class Checkpointer(L.Callback):
@@ -110,7 +118,7 @@ class Checkpointer(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not pl_module.stepped:
             return
         step = self._step(pl_module)
         due = self.settings.every_steps > 0 and step % self.settings.every_steps == 0

@@ -43,7 +43,7 @@ class Preemption(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not pl_module.stepped:
             return
         stop = self.received is not None
         if trainer.world_size > 1:  # a scheduler may signal some processes only, and all must stop at one step

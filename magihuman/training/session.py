@@ -70,11 +70,11 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
     Raises:
         UserError: the model is not made for these latents, or `init` is not this model.
     """
-    import torch
-
     from magihuman.weights import Size, load_config
 
     contract, model = data.contract, settings.model
+    if contract is None:
+        raise UserError("the shards have no index.json, so nothing says what their latents are; copy it beside the tars")
     patch_area = model.pack.patch_size**2
     for name, has, needs, why in (
         ("video", model.dit.video_in_channels, contract.video_channels * patch_area, f" x patch area {patch_area}"),
@@ -110,7 +110,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
         world=data.world,
         contract=contract,
         size=Size(*data.size),
-        null_text=torch.as_tensor(null_text, dtype=torch.float32),
+        null_text=null_text,
         optim=settings.optim,
         trainer=settings.trainer,
         strategy=settings.strategy,
@@ -141,7 +141,8 @@ class Session:
         self.limits = Limits(options.max_steps, seconds)
         self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
         self.preemption = Preemption(self.checkpointer)
-        extra = [call(node, f"callbacks.{name}") for name, node in settings.callbacks.items() if node is not None]
+        chosen = {name: node for name, node in (settings.callbacks or {}).items() if node is not None}
+        extra = [call(node, f"callbacks.{name}") for name, node in chosen.items()]
         for callback in extra:
             if isinstance(callback, Samples):
                 callback.folder = run.samples

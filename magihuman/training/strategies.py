@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
-from magihuman.training.checkpoint import WholeFiles
+from magihuman.training.checkpoint import SyncedFiles
 
 
 def check_device(trainer: TrainerSettings) -> None:
@@ -65,12 +65,12 @@ def _zero(stage: int, offload: bool) -> Strategy:
 
 
 def plugins(settings: StrategySettings) -> list[Any]:
-    """Lightning plugins: whole-file checkpoints, and Slurm without Lightning's own requeue (see `preempt`)."""
+    """Lightning plugins: synced checkpoint files, and Slurm without Lightning's own requeue (see `preempt`)."""
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     found: list[Any] = []
     if settings.name in ("single", "ddp"):
-        found.append(WholeFiles())
+        found.append(SyncedFiles())
     if SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ:
         found.append(SLURMEnvironment(auto_requeue=False))
     return found

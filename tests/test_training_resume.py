@@ -1,0 +1,158 @@
+"""A training that was stopped, anyhow and anywhere, ends as one that ran through."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import training_stub
+
+MORE = ["trainer.max_steps=12", "trainer.accumulate=2", "checkpoint.every_steps=3", "callbacks.held_out.every_steps=4"]
+
+
+def _child(folder: str, shards: str, overrides: list[str]) -> None:
+    torch.set_num_threads(1)
+    training_stub.train_here(Path(folder), Path(shards), overrides)
+
+
+class Processes:
+    """Trainings in processes of their own, on shards of three buckets with epochs of an odd number of batches."""
+
+    def __init__(self, shards: Path) -> None:
+        self.shards = shards
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
+
+    def start(self, folder: Path, *overrides: str):
+        arguments = (str(folder), str(self.shards), ["+recipe=pretrain", *MORE, *overrides])
+        process = self.context.Process(target=_child, args=arguments)
+        process.start()
+        return process
+
+    def run(self, folder: Path, *overrides: str) -> int:
+        process = self.start(folder, *overrides)
+        process.join(60)
+        assert process.exitcode is not None
+        return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Processes:
+    return Processes(training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards"))
+
+
+def final_state(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    """Bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_training(folder: Path, reference: Path) -> None:
+    mine, theirs = final_state(folder), final_state(reference)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "recipe", "LatentDataModule", "global_step"):
+        assert_same(mine[part], theirs[part], part)
+    assert any(key.startswith("ema.") for key in mine["state_dict"])
+    exported = "export/model-00001-of-00001.safetensors"
+    assert (folder / exported).read_bytes() == (reference / exported).read_bytes()
+    steps = [line.split(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == [str(n) for n in range(1, 13)]
+
+
+@pytest.fixture(scope="module")
+def reference(processes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "through"
+    assert processes.run(folder) == 0
+    return folder
+
+
+KILL = "+callbacks.die={_target_: training_stub.DieAt, %s}"
+
+
+@pytest.mark.parametrize("overrides", [["batch: 5"], ["batch: 8", "batch: 17", "batch: 23"]], ids=["once", "three"])
+def test_sigkill_between_and_inside_accumulations(processes, reference, tmp_path, overrides) -> None:
+    folder = tmp_path / "killed"
+    for override in overrides:
+        assert processes.run(folder, KILL % override) == -signal.SIGKILL
+    assert processes.run(folder) == 0
+    assert_same_training(folder, reference)
+    assert json.loads((folder / "run.json").read_text())["starts"] == len(overrides) + 1
+
+
+def test_sigkill_at_random_moments(processes, reference, tmp_path) -> None:
+    folder = tmp_path / "killed"
+    draw = torch.Generator().manual_seed(int(time.time()))
+    for _ in range(3):
+        process = processes.start(folder, KILL % "delay: 0.02")
+        deadline = time.monotonic() + 30
+        while not (folder / "metrics.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(float(torch.rand((), generator=draw)) * 0.5)
+        process.kill()
+        process.join()
+    assert processes.run(folder) == 0
+    assert_same_training(folder, reference)
+
+
+def test_sigkill_while_a_checkpoint_is_written(processes, reference, tmp_path) -> None:
+    folder = tmp_path / "killed"
+    assert processes.run(folder, KILL % "saving: 6") == -signal.SIGKILL
+    checkpoints = folder / "checkpoints"
+    assert (checkpoints / "step-00000006.ckpt.tmp").exists()  # half a file, under a name that nobody reads
+    assert os.readlink(checkpoints / "last.ckpt") == "step-00000003.ckpt"
+    assert processes.run(folder) == 0
+    assert_same_training(folder, reference)
+    assert not list(checkpoints.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(processes, reference, tmp_path, number) -> None:
+    folder = tmp_path / "stopped"
+    process = processes.start(folder, KILL % "delay: 0.03")
+    while not (folder / "metrics.csv").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 75
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "preempted"
+    assert 1 <= record["steps"] < 12
+    assert final_state(folder)["recipe"]["step"] == record["steps"]
+    assert processes.run(folder) == 0
+    assert_same_training(folder, reference)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_continue_it(processes, reference, tmp_path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(reference, folder, symlinks=True)
+    before = (folder / "export/config.json").stat().st_mtime_ns
+    assert processes.run(folder) == 0
+    assert (folder / "export/config.json").stat().st_mtime_ns == before
+    assert processes.run(folder, "resume=none") == 1  # never overwritten
+    assert processes.run(folder, "trainer.max_steps=14") == 0
+    assert final_state(folder)["recipe"]["step"] == 14
+    assert json.loads((folder / "run.json").read_text())["steps"] == 14
+
+
+def test_only_the_newest_checkpoints_are_kept(reference) -> None:
+    names = sorted(path.name for path in (reference / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-00000009.ckpt", "step-00000012.ckpt"]
