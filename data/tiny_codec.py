@@ -62,7 +62,8 @@ def _initialise_by_pca(codec: TinyVideoCodec, blocks: torch.Tensor) -> None:
     basis = vectors.flip(1)[:, : codec.channels].float()  # [192,C]
     with torch.no_grad():
         codec.encode_linear.weight.copy_(basis.T[:, :, None, None])
-        assert codec.encode_linear.bias is not None and codec.decode_linear.bias is not None
+        assert codec.encode_linear.bias is not None
+        assert codec.decode_linear.bias is not None
         codec.encode_linear.bias.copy_(-(mean.float() @ basis))
         codec.decode_linear.weight.copy_(basis[:, :, None, None])
         codec.decode_linear.bias.copy_(mean.float())
@@ -177,9 +178,7 @@ def _save(codec: torch.nn.Module, file: Path) -> None:
     """Matrices in fp16, vectors (means and scales) in fp32."""
     from safetensors.torch import save_file
 
-    save_file(
-        {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file
-    )
+    save_file({k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file)
 
 
 def fit(output: Path, channels: int = 12, steps: int = 900) -> dict[str, float]:

@@ -75,7 +75,9 @@ def _tiny_world(device: torch.device) -> World:
 
     video_file, audio_file = TINY_FILES / "video_codec.safetensors", TINY_FILES / "audio_codec.safetensors"
     if not video_file.exists():
-        raise UserError(f"the tiny world's codec {video_file} is missing; make it with `python -m data.tiny_codec`")
+        raise UserError(
+            f"the tiny world's codec {video_file} is missing; make it with `python -m data.tiny_codec`"
+        )
     with safe_open(video_file, "pt") as tensors:
         channels = tensors.get_slice("mean").get_shape()[0]
     video, audio, text = TinyVideoCodec(channels), TinyAudioCodec(), ByteTextEncoder()
@@ -104,11 +106,17 @@ def _released_world(device: torch.device, paths: dict[str, str | None]) -> World
 
     unknown = set(paths) - set(RELEASED_VARIABLES)
     if unknown:
-        raise UserError(f"the released world has no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}")
-    found = {part: paths.get(part) or os.environ.get(variable) for part, variable in RELEASED_VARIABLES.items()}
+        raise UserError(
+            f"the released world has no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}"
+        )
+    found = {
+        part: paths.get(part) or os.environ.get(variable) for part, variable in RELEASED_VARIABLES.items()
+    }
     missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part, path in found.items() if not path]
     if missing:
-        raise UserError(f"the released world needs a path for {', '.join(missing)}; the README says where to get them")
+        raise UserError(
+            f"the released world needs a path for {', '.join(missing)}; the README says where to get them"
+        )
     video = WanCodec.load(str(found["video_codec"]), device=device)
     audio = OobleckCodec.load(str(found["audio_codec"]), device=device)
     text = T5GemmaEncoder.load(str(found["text_encoder"]), device=device)

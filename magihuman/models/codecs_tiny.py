@@ -50,9 +50,11 @@ class TinyVideoCodec(nn.Module):
 
     def blocks(self, frames: torch.Tensor) -> torch.Tensor:
         """[B,3,F,H,W] -> [B*T,192,H/4,W/4]: one column of pixel values per latent cell."""
-        batch, _, count, height, width = frames.shape
+        count, height, width = frames.shape[2:]
         if count % 4 != 1 or height % 4 or width % 4:
-            raise ValueError(f"need 4k+1 frames and sides divisible by 4, got {count} frames of {height}x{width}")
+            raise ValueError(
+                f"need 4k+1 frames and sides divisible by 4, got {count} frames of {height}x{width}"
+            )
         held = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)  # [B,3,4T,H,W]
         grouped = held.unflatten(2, (-1, 4)).permute(0, 2, 3, 1, 4, 5)  # [B,T,4,3,H,W]
         return F.pixel_unshuffle(grouped.flatten(0, 1).flatten(1, 2), 4)  # [B*T,192,h,w]
@@ -125,7 +127,9 @@ class TinyAudioCodec(nn.Module):
         self.register_buffer("window", torch.hann_window(self.window_length), persistent=False)
         # The ear resolves low frequencies better: bins count by the slope of the mel scale.
         frequency = torch.linspace(0, self.sample_rate / 2, bins)
-        self.register_buffer("weight", (700 / (700 + frequency)).sqrt().repeat(self.columns), persistent=False)
+        self.register_buffer(
+            "weight", (700 / (700 + frequency)).sqrt().repeat(self.columns), persistent=False
+        )
 
     @property
     def _margin(self) -> int:
