@@ -122,7 +122,9 @@ class Layout:
         return cls._assemble(frames * rows * columns, audio, tuple(text), frames, coords.to(device))
 
     @classmethod
-    def _assemble(cls, video: int, audio: int, text: tuple[int, ...], frames: int, coords: Tensor) -> "Layout":
+    def _assemble(
+        cls, video: int, audio: int, text: tuple[int, ...], frames: int, coords: Tensor
+    ) -> "Layout":
         device, batch = coords.device, len(text)
         sizes = torch.tensor([batch * video, batch * audio, sum(text)])
         modality = torch.repeat_interleave(torch.arange(3), sizes).to(device)
@@ -218,10 +220,14 @@ def _coords(grid: tuple[int, int, int], audio: int, text: Sequence[int], style: 
     if not text:
         raise ValueError("a batch needs at least one sample; text holds one length per sample")
     if style == "v1" and 1 in text:
-        raise ValueError("coordinates v1 have no position for a single text token; use two or more, or style v2")
+        raise ValueError(
+            "coordinates v1 have no position for a single text token; use two or more, or style v2"
+        )
     if style == "v1" and audio == 1 and frames > 1:
         raise ValueError("coordinates v1 have no scale for a single audio token beside several video frames")
-    position = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(-1, 3)
+    position = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(
+        -1, 3
+    )
     video = _coordinate_rows(position, grid, grid)
     audio_frames = frames if style == "v1" else (audio - 1) // 4 + 1
     sound = _coordinate_rows(_on_time_axis(audio), (audio, 1, 1), (audio_frames, 1, 1))

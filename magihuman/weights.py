@@ -245,7 +245,9 @@ def _check_fit(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, what: s
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             faults.append(f"{title}: {', '.join(names[:3])}{more}")
     if faults:
-        raise UserError(f"{what} does not fit the model ({'; '.join(faults)}); use the config it was made with")
+        raise UserError(
+            f"{what} does not fit the model ({'; '.join(faults)}); use the config it was made with"
+        )
 
 
 def _shards(state: Mapping[str, Tensor], limit: int) -> list[list[str]]:

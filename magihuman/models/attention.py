@@ -54,7 +54,9 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention back end {backend!r}; choose from {', '.join(BACKENDS)}")
     if window is not None and layout.frames == 0:
-        raise ValueError("local attention needs whole frames; this layout holds a routed subset of the tokens")
+        raise ValueError(
+            "local attention needs whole frames; this layout holds a routed subset of the tokens"
+        )
     if backend == "auto":
         backend = _choose(q, layout, window)
     if window is not None and backend not in LOCAL_BACKENDS:
@@ -86,7 +88,8 @@ def local_ranges(video: int, others: int, frames: int, receptive: int) -> tuple[
     per_frame = video // frames
     queries = [(i * per_frame, (i + 1) * per_frame) for i in range(frames)]
     keys = [
-        (max(0, (i - receptive) * per_frame), min(video, (i + receptive + 1) * per_frame)) for i in range(frames)
+        (max(0, (i - receptive) * per_frame), min(video, (i + receptive + 1) * per_frame))
+        for i in range(frames)
     ]
     end = video + others
     queries += [(0, video), (video, end)]

@@ -123,7 +123,11 @@ class MLP(nn.Module):
         """fp32 [n,H] of each expert's rows -> fp32 [n,H]."""
         project = gelu7_projection if self.gelu else swiglu7_projection
         weights = zip(
-            parts, self.pre_norm.slices(), self.up_gate_proj.slices(dtype), self.down_proj.slices(dtype), strict=True
+            parts,
+            self.pre_norm.slices(),
+            self.up_gate_proj.slices(dtype),
+            self.down_proj.slices(dtype),
+            strict=True,
         )
         results = []
         for x, norm, up, down in weights:
@@ -159,7 +163,9 @@ class Block(nn.Module):
         return _join(_add(middle, self.mlp(middle, dtype), self.mlp_post_norm))
 
 
-def _add(parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None) -> list[Tensor]:
+def _add(
+    parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None
+) -> list[Tensor]:
     if norm is not None:
         change = [rms_norm(y, weight) for y, weight in zip(change, norm.slices(), strict=True)]
     return [x + y for x, y in zip(parts, change, strict=True)]
@@ -234,7 +240,11 @@ class SingleStreamDiT(nn.Module):
         if seed is not None:
             generator = torch.Generator(device=self.final_linear_video.weight.device).manual_seed(seed)
         hidden, depth = self.config.hidden_size, 2 * self.config.num_layers
-        for embedder in (self.adapter.video_embedder, self.adapter.audio_embedder, self.adapter.text_embedder):
+        for embedder in (
+            self.adapter.video_embedder,
+            self.adapter.audio_embedder,
+            self.adapter.text_embedder,
+        ):
             nn.init.normal_(embedder.weight, std=projection_std(embedder.in_features), generator=generator)
             nn.init.zeros_(embedder.bias)
         self.adapter.rope.bands.copy_(rotary_bands(self.config.head_dim))

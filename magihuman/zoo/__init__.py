@@ -85,7 +85,9 @@ def build(
     from magihuman.models.dit import SingleStreamDiT
 
     with torch.device(device):
-        model = SingleStreamDiT(config, compute_dtype=compute_dtype, linear_dtype=linear_dtype or torch.float32)
+        model = SingleStreamDiT(
+            config, compute_dtype=compute_dtype, linear_dtype=linear_dtype or torch.float32
+        )
     if torch.device(device).type != "meta":
         model.init_weights(seed)
     return Denoiser(model, pack_config)
@@ -93,7 +95,10 @@ def build(
 
 def checkpoint_names() -> list[str]:
     """Names of the checkpoints that ship with the package."""
-    return sorted(path.parent.relative_to(WEIGHTS).as_posix() for path in WEIGHTS.glob("**/config.json"))
+    return sorted(
+        path.parent.relative_to(WEIGHTS).as_posix()
+        for path in WEIGHTS.glob("**/model.safetensors.index.json")
+    )
 
 
 def find(checkpoint: str | Path) -> Path:
@@ -109,7 +114,9 @@ def find(checkpoint: str | Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if folder.is_dir():
-        raise UserError(f"{folder} holds no exported checkpoint (config.json, or export/config.json of a run)")
+        raise UserError(
+            f"{folder} holds no exported checkpoint (config.json, or export/config.json of a run)"
+        )
     names = ", ".join(checkpoint_names()) or "none yet"
     raise UserError(f"checkpoint {str(checkpoint)!r} is neither a folder nor a shipped name ({names})")
 

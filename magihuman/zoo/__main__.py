@@ -1,0 +1,87 @@
+"""Command line of the zoo: python -m magihuman.zoo list | inspect PATH | verify DIR [--strict]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from magihuman.errors import UserError, report_and_exit
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m magihuman.zoo",
+        description="Architectures, checkpoints, and proof that the code is right.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "list",
+        help="architectures with their sizes, and the checkpoints that ship with the package",
+        description="Print every architecture of configs/model with its size, and every shipped checkpoint.",
+    )
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in a checkpoint",
+        description="Print tensors, shapes, dtypes, sizes, config and provenance of a checkpoint.",
+    )
+    inspect.add_argument(
+        "path", help="safetensors file, exported folder, run folder, or a shipped name (tiny/base)"
+    )
+    verify = commands.add_parser(
+        "verify",
+        help="run stored vectors against this implementation",
+        description=(
+            "Run every case of a vector folder (manifest.json and safetensors files) and print case, kind, largest "
+            "absolute error, tolerance and pass. Exit status: 0 all passed, 1 something failed, 2 no such folder."
+        ),
+    )
+    verify.add_argument("folder", type=Path, help="folder that holds manifest.json")
+    verify.add_argument("--strict", action="store_true", help="count unsupported cases as failures")
+    return parser
+
+
+def _list() -> str:
+    from magihuman import zoo
+
+    lines = ["architectures"]
+    for name in sorted(zoo.arch_names(), key=lambda n: zoo.arch(n).parameter_count()):
+        config = zoo.arch(name)
+        lines.append(
+            f"  {name:<8} {config.parameter_count():>14,} parameters  {config.num_layers} layers, "
+            f"hidden {config.hidden_size}, {config.num_heads} heads, {config.num_query_groups} key/value heads, "
+            f"patch {zoo.pack(name).patch_size}"
+        )
+    lines.append("checkpoints")
+    names = zoo.checkpoint_names()
+    for name in names:
+        size = sum(f.stat().st_size for f in (zoo.WEIGHTS / name).glob("*.safetensors"))
+        lines.append(f"  {name:<8} {size / 1e6:.1f} MB")
+    return "\n".join(lines if names else [*lines, "  none yet"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "list":
+        print(_list())
+        return 0
+    if arguments.command == "inspect":
+        from magihuman import zoo
+        from magihuman.zoo.inspect import describe
+
+        name = arguments.path
+        print(describe(zoo.WEIGHTS / name if name in zoo.checkpoint_names() else name))
+        return 0
+    from magihuman.zoo.verify import report, verify
+
+    text, status = report(verify(arguments.folder), arguments.strict)
+    print(text)
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        report_and_exit(error)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,96 @@
+"""Checks of this implementation against stored vectors, one small function per kind of case.
+
+To add a kind: write `check(case) -> list[Result]` in a module here and name it in KINDS. A case whose file name
+starts with none of the prefixes is reported as unsupported, as is one whose check raises `Unsupported`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = {
+    "dit_": "dit:check_dit",
+    "coords_": "packing:check_coords",
+    "data_proxy": "packing:check_data_proxy",
+    "local_ranges": "packing:check_local_ranges",
+    "text_pad": "packing:check_text_pad",
+    "unipc_": "sampling:check_unipc",
+    "ddim_": "sampling:check_renoise",
+    "sde_": "sampling:check_sde",
+    "sr_sigma_table": "sampling:check_sr_sigma_table",
+    "wan22_": "codecs:check_wan",
+    "wan22_latent_stats": "codecs:check_wan_statistics",
+    "oobleck_": "codecs:check_oobleck",
+    "audio_encode_": "codecs:check_audio_encode",
+    "audio_utils": "codecs:check_audio_utils",
+    "image_": "pictures:check_image",
+    "video_uint8": "pictures:check_video_uint8",
+    "sr_prepare": "pictures:check_sr_prepare",
+}
+"""Prefix of a case's name -> module here and function."""
+
+
+class Unsupported(Exception):
+    """This case asks for something that the implementation cannot run; the message says what."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file of a vector folder: its name, its meta data and its tensors."""
+
+    name: str
+    meta: dict[str, Any]
+    tensors: "dict[str, Tensor]"
+
+    def group(self, prefix: str) -> "dict[str, Tensor]":
+        """Tensors whose name starts with the prefix, without it."""
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison: what was compared, the error found and the error allowed (0: equal bit for bit)."""
+
+    what: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+Check = Callable[[Case], list[Result]]
+
+
+def kind_of(name: str) -> str | None:
+    """Longest prefix in KINDS that the case's name starts with."""
+    matching = [prefix for prefix in KINDS if name.startswith(prefix)]
+    return max(matching, key=len) if matching else None
+
+
+def checker(kind: str) -> Check:
+    """The function that checks a kind."""
+    module, function = KINDS[kind].split(":")
+    return getattr(import_module(f"{__name__}.{module}"), function)
+
+
+def compare(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float = 0.0) -> Result:
+    """Largest absolute difference; infinite where the shapes differ."""
+    if ours.shape != theirs.shape:
+        return Result(
+            f"{what} (shape {list(ours.shape)}, expected {list(theirs.shape)})", float("inf"), tolerance
+        )
+    if not ours.numel():
+        return Result(what, 0.0, tolerance)
+    return Result(what, (ours.double() - theirs.double()).abs().max().item(), tolerance)
+
+
+def compare_relative(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float) -> Result:
+    """Relative L2 distance."""
+    distance = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+    return Result(f"{what} (relative L2)", distance.item(), tolerance)

@@ -1,0 +1,111 @@
+"""The video and audio VAEs against stored encodings and decodings, weights in the names of the original files."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magihuman.models import codecs_oobleck, codecs_wan
+from magihuman.models.audio_windows import cross_fade
+from magihuman.models.codecs_oobleck import OobleckCodec
+from magihuman.models.codecs_wan import WanCodec
+from magihuman.postprocess import to_playback_rate
+from magihuman.zoo.checks import Case, Result, compare
+from magihuman.zoo.checks.dit import vector_arithmetic
+
+VAE = 1e-4
+RESAMPLE = 1e-5
+AUDIO_RATE = 51200
+
+
+def check_wan(case: Case) -> list[Result]:
+    """Key map, normalised latents and unclamped frames at every stored length."""
+    codec = WanCodec.from_released(case.group("w/"), case.name, case.tensors["mean"], case.tensors["std"])
+    results = _key_map(case, codecs_wan.key_map(codec.vae))
+    with vector_arithmetic():
+        for name in sorted(key.removesuffix("/video") for key in case.tensors if key.endswith("/video")):
+            stored = case.group(f"{name}/")
+            results.append(compare(f"{name}/latent", codec.encode(stored["video"]), stored["latent"], VAE))
+            results.append(compare(f"{name}/decoded", codec.decode(stored["latent"]), stored["decoded"], VAE))
+    return results
+
+
+def check_wan_statistics(case: Case) -> list[Result]:
+    """The published means and standard deviations of the latent channels."""
+    ours = {"mean": codecs_wan.LATENT_MEAN, "std": codecs_wan.LATENT_STD}
+    return [
+        compare(name, torch.tensor(values, dtype=torch.float64), case.tensors[name])
+        for name, values in ours.items()
+    ]
+
+
+def check_oobleck(case: Case) -> list[Result]:
+    """Key map, a sample of the bottleneck with the stored noise, and a decoded sound."""
+    codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
+    sound, noise = case.tensors["enc/wav"][None], case.tensors["enc/noise"].transpose(1, 2)
+    latent = case.tensors["dec/latent"].T[None]
+    return [
+        *_key_map(case, codecs_oobleck.key_map(codec.vae)),
+        _compare_sound(
+            "enc/latent", codec, lambda: _encode(codec, sound, [noise]), case.tensors["enc/latent"]
+        ),
+        _compare_sound("dec/wav", codec, lambda: codec.decode(latent), case.tensors["dec/wav"]),
+    ]
+
+
+def check_audio_encode(case: Case) -> list[Result]:
+    """A given sound, in one piece or in cross-faded windows, with the stored noise per window."""
+    codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
+    sound = _test_sound(case.meta["samples"])[: case.meta["seconds"] * AUDIO_RATE]
+    stored = case.group("noise/")
+    noise = [stored[str(index)].transpose(1, 2) for index in range(len(stored))]
+    return [
+        _compare_sound("out", codec, lambda: _encode(codec, sound[None, None], noise), case.tensors["out"])
+    ]
+
+
+def check_audio_utils(case: Case) -> list[Result]:
+    """Cross-fading of blocks, and the way back from the model's time base to 44.1 kHz."""
+    results = [
+        compare(f"{i}/out", cross_fade(list(case.tensors[f"{i}/in"])), case.tensors[f"{i}/out"], 1e-6)
+        for i in range(len(case.meta["cases"]))
+    ]
+    resampled = to_playback_rate(case.tensors["resample/in"].T, AUDIO_RATE).T
+    return [*results, compare("resample/out", resampled, case.tensors["resample/out"], RESAMPLE)]
+
+
+def _encode(codec: OobleckCodec, sound: Tensor, noise: list[Tensor]) -> Tensor:
+    return codec.encode(sound, noise=noise).transpose(1, 2)  # the vectors keep [B,Ca,A]
+
+
+def _test_sound(samples: int) -> Tensor:
+    """The tone and the rising chirp that the cases describe; the order of products decides on last digits."""
+    t = np.arange(samples) / AUDIO_RATE
+    sound = 0.5 * np.sin(2 * np.pi * 220 * t) + 0.3 * np.sin(2 * np.pi * 50 * t * t)
+    return torch.from_numpy(sound.astype(np.float32))
+
+
+def _key_map(case: Case, ours: dict[str, str]) -> list[Result]:
+    stored = case.meta.get("key_map_to_diffusers")
+    if stored is None:
+        return []
+    different = {key for key in ours.keys() | stored.keys() if ours.get(key) != stored.get(key)}
+    return [Result("key map (names that differ)", float(len(different)), 0.0)]
+
+
+def _compare_sound(what: str, codec: OobleckCodec, run: Callable[[], Tensor], stored: Tensor) -> Result:
+    """Compare at VAE; where kernels differ from the vectors', allow for fp32 rounding.
+
+    sin^2 of exponentials makes random weights chaotic: the fp32 rounding of outputs near 100 can exceed 1e-4. It
+    is measured as our distance from our own fp64 run, which no error of ours can enlarge.
+    """
+    with vector_arithmetic():
+        ours = run()
+        result = compare(what, ours, stored, VAE)
+        if result.passed:
+            return result
+        codec.vae.double()
+        rounding = (run() - ours).abs().max().item()
+        codec.vae.float()
+    return compare(f"{what} (fp32 rounds by {rounding:.0e})", ours, stored, max(VAE, 2 * rounding))

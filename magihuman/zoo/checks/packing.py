@@ -1,0 +1,122 @@
+"""Coordinates, rotary tables, packing, local windows, text padding. Integers and layouts must match exactly."""
+
+import torch
+from torch import Tensor
+
+from magihuman.models.attention import local_mask, local_ranges
+from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
+from magihuman.tokens import Layout, pad_or_trim, patchify, unpatchify
+from magihuman.zoo.checks import Case, Result, compare
+
+ROTARY = 1e-6
+RECEPTIVE_FIELD = 11  # the data proxy's default; the cases do not name it
+
+
+def check_coords(case: Case) -> list[Result]:
+    """Coordinates, modality ids and rotary tables of several grids; one application of a table."""
+    results = []
+    tables = {}
+    for i, grid in enumerate(case.meta["cases"]):
+        layout = Layout.build(
+            (grid["T"], grid["H"] // 2, grid["W"] // 2),
+            grid["La"],
+            [grid["Lt"]],
+            coords_style=grid["style"],
+            text_offset=grid.get("text_offset", 0),
+        )
+        results.append(compare(f"{i}/coords", layout.coords, case.tensors[f"{i}/coords"]))
+        results.append(compare(f"{i}/modality", layout.modality, case.tensors[f"{i}/modality"]))
+        for name, stored in case.group(f"{i}/rope_hd").items():
+            tables[i, name] = rotary_table(layout.coords, rotary_bands(int(name)))
+            results.append(compare(f"{i}/rope_hd{name}", tables[i, name], stored, ROTARY))
+    for name, stored in case.group("bands_hd").items():
+        results.append(compare(f"bands_hd{name}", rotary_bands(int(name)), stored, ROTARY))
+    if "apply/q" in case.tensors:
+        q = case.tensors["apply/q"]
+        rotated = apply_rotary(q, tables[0, str(q.shape[-1])])
+        results.append(compare("apply/out", rotated, case.tensors["apply/out"], ROTARY))
+    return results
+
+
+def check_data_proxy(case: Case) -> list[Result]:
+    """Latents to the packed sequence of all samples one after another, and the model's output back."""
+    meta, patch = case.meta, case.meta["patch"]
+    video, audio = case.tensors["in/x_t"], case.tensors["in/audio"][:, : meta["audio_len"]]
+    grid = (video.shape[2], video.shape[3], video.shape[4])
+    text = [
+        features[:length] for features, length in zip(case.tensors["in/text"], meta["text_lens"], strict=True)
+    ]
+    layout = Layout.build(
+        (grid[0], grid[1] // patch, grid[2] // patch),
+        audio.shape[1],
+        [len(t) for t in text],
+        coords_style=meta["style"],
+    )
+    tokens = patchify(video, patch)
+    width = max(tokens.shape[-1], audio.shape[-1], text[0].shape[-1])
+    rows = [*tokens.flatten(0, 1).split(1), *audio.flatten(0, 1).split(1), *torch.cat(text).split(1)]
+    packed = torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+    # The vectors keep samples one after another; ours are modality-major.
+    order = torch.cat([layout.sample_rows(i) for i in range(layout.batch)])
+    lengths = layout.cu_seqlens.diff()
+    results = [
+        compare("video_tokens", tokens, case.tensors["out/video_tokens"]),
+        compare("packed", packed[order], case.tensors["out/packed"]),
+        compare("coords", layout.coords[order], case.tensors["out/coords"]),
+        compare("modality", layout.modality[order], case.tensors["out/modality"]),
+        compare("sample lengths", lengths, case.tensors["out/cu_seqlens"].diff().sort().values),
+        compare("max_seqlen", torch.tensor(layout.max_seqlen), case.tensors["out/max_seqlen"]),
+    ]
+    output = torch.empty_like(case.tensors["unpack_in"])
+    output[order] = case.tensors["unpack_in"]  # into our packing, from which the model's output is unpacked
+    video_rows, audio_rows, _ = output.split(layout.sizes)
+    channels = video.shape[1]
+    video_out = video_rows[:, : channels * patch**2].unflatten(0, (layout.batch, -1))
+    audio_out = audio_rows[:, : audio.shape[-1]].unflatten(0, (layout.batch, -1))
+    results += [
+        compare("unpack_video", unpatchify(video_out, grid, patch, channels), case.tensors["unpack_video"]),
+        compare("unpack_audio", audio_out, case.tensors["unpack_audio"]),
+    ]
+    return results + range_results(case, layout, RECEPTIVE_FIELD, "out")
+
+
+def range_results(case: Case, layout: Layout, receptive: int, prefix: str) -> list[Result]:
+    """Compare stored query and key ranges, where the case has them."""
+    if f"{prefix}/q_ranges" not in case.tensors:
+        return []
+    others = layout.audio_len + layout.text_lens[0]
+    queries, keys = local_ranges(layout.video_len, others, layout.frames, receptive)
+    return [
+        compare("q_ranges", queries, case.tensors[f"{prefix}/q_ranges"]),
+        compare("k_ranges", keys, case.tensors[f"{prefix}/k_ranges"]),
+    ]
+
+
+def check_local_ranges(case: Case) -> list[Result]:
+    """Range pairs, the mask, and that the pairs cover the mask without touching a key twice."""
+    results = []
+    for i, (video, others, frames, receptive) in enumerate(case.meta["cases"]):
+        queries, keys = local_ranges(video, others, frames, receptive)
+        covered = _cover(queries, keys, video + others)
+        stored = case.tensors[f"{i}/mask"]
+        results += [
+            compare(f"{i}/q", queries, case.tensors[f"{i}/q"]),
+            compare(f"{i}/k", keys, case.tensors[f"{i}/k"]),
+            compare(f"{i}/mask", local_mask(video, others, frames, receptive), stored),
+            compare(f"{i}/mask from ranges", covered, stored),
+        ]
+    return results
+
+
+def _cover(queries: Tensor, keys: Tensor, length: int) -> Tensor:
+    counts = torch.zeros(length, length, dtype=torch.int64)
+    for (q0, q1), (k0, k1) in zip(queries.tolist(), keys.tolist(), strict=True):
+        counts[q0:q1, k0:k1] += 1
+    return counts
+
+
+def check_text_pad(case: Case) -> list[Result]:
+    """Text features padded or cut to a fixed length."""
+    padded, length = pad_or_trim(case.tensors["in"], case.tensors["out"].shape[1])
+    true_length = torch.tensor(case.meta["length_returned"])
+    return [compare("out", padded, case.tensors["out"]), compare("length", torch.tensor(length), true_length)]

@@ -1,0 +1,55 @@
+"""Pictures in and out, and what super-resolution starts from."""
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from magihuman.flow.sigmas import zero_snr_table
+from magihuman.postprocess import frames_to_uint8, resize_frames
+from magihuman.preprocess import crop_to_aspect, image_to_frame
+from magihuman.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
+from magihuman.zoo.checks import Case, Result, compare
+
+OTHER_PILLOW = 2 / 255 * 2
+"""Allowed where another Pillow made the vectors: its Lanczos filter may round by two levels."""
+SUPER_RESOLUTION = 1e-6
+
+
+def check_image(case: Case) -> list[Result]:
+    """The crop to the aspect ratio, then resizing and scaling."""
+    tolerance = 0.0 if case.meta.get("pillow") == PIL.__version__ else OTHER_PILLOW
+    results = []
+    for i, sizes in enumerate(case.meta["cases"]):
+        image = Image.fromarray(case.tensors[f"{i}/image"].numpy())
+        height, width = sizes["target_h"], sizes["target_w"]
+        cropped = torch.from_numpy(np.array(crop_to_aspect(image, height, width)))
+        frame = image_to_frame(image, height, width)[:, :, 0]
+        results.append(compare(f"{i}/cropped", cropped, case.tensors[f"{i}/cropped"]))
+        results.append(compare(f"{i}/preprocessed", frame, case.tensors[f"{i}/preprocessed"], tolerance))
+    return results
+
+
+def check_video_uint8(case: Case) -> list[Result]:
+    """8-bit frames, and finished frames resized (`up_MODE_wW_hH`)."""
+    frames = frames_to_uint8(case.tensors["video"])[0]
+    results = [compare("uint8", frames, case.tensors["uint8"])]
+    for name, stored in case.group("up_").items():
+        mode = name.split("_")[0]
+        resized = resize_frames(frames, stored.shape[1], stored.shape[2], mode)  # type: ignore[arg-type]
+        results.append(compare(f"up_{name}", resized, stored))
+    return results
+
+
+def check_sr_prepare(case: Case) -> list[Result]:
+    """Upsampled latents, their noised version, and the noised sound."""
+    tensors = case.tensors
+    height, width = tensors["upsampled"].shape[-2:]
+    upsampled = upsample_latents(tensors["br_video"], height, width)
+    video = noise_video(upsampled, tensors["video_noise"], zero_snr_table()[NOISE_INDEX].item())
+    audio = noise_audio(tensors["br_audio"], tensors["audio_noise"])
+    return [
+        compare("upsampled", upsampled, tensors["upsampled"], SUPER_RESOLUTION),
+        compare("sr_video_init", video, tensors["sr_video_init"], SUPER_RESOLUTION),
+        compare("sr_audio", audio, tensors["sr_audio"], SUPER_RESOLUTION),
+    ]

@@ -1,0 +1,90 @@
+"""What is in a checkpoint: a safetensors file, an exported folder or a run folder."""
+
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from magihuman.errors import UserError
+from magihuman.weights import CONFIG, INDEX, SINGLE, read_header, weight_files
+
+BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+def describe(path: str | Path) -> str:
+    """Readable account of a checkpoint: run facts, config, tensors, totals.
+
+    Raises:
+        UserError: when there is nothing there that can be described.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _tensor_table([path])
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a safetensors file, an exported folder or a run folder")
+    parts = []
+    if (path / "run.json").is_file():
+        parts.append(_json_block("run", _read_json(path / "run.json")))
+    export = path / "export" if (path / "export").is_dir() else path
+    if (export / CONFIG).is_file():
+        parts.append(_json_block(f"config ({export / CONFIG})", _read_json(export / CONFIG)))
+    if (export / INDEX).is_file() or (export / SINGLE).is_file():
+        parts.append(_tensor_table(weight_files(export)))
+    elif loose := sorted(export.glob("*.safetensors")):
+        parts.append(_tensor_table(loose))
+    checkpoints = sorted((path / "checkpoints").glob("*")) if (path / "checkpoints").is_dir() else []
+    if checkpoints:
+        parts.append("checkpoints\n" + "\n".join(f"  {file.name}" for file in checkpoints))
+    if not parts:
+        raise UserError(f"{path} holds no checkpoint: no run.json, no {CONFIG}, no safetensors files")
+    return "\n\n".join(parts)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable JSON: {error}") from None
+
+
+def _json_block(title: str, values: Any) -> str:
+    return title + "\n" + "\n".join(_flat_lines(values, "  "))
+
+
+def _flat_lines(values: Any, indent: str) -> list[str]:
+    if not isinstance(values, dict):
+        return [f"{indent}{json.dumps(values)}"]
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{key}:", *_flat_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {value if isinstance(value, str) else json.dumps(value)}")
+    return lines
+
+
+def _tensor_table(files: list[Path]) -> str:
+    rows, numbers, sizes = [], Counter[str](), Counter[str]()
+    for file in files:
+        for name, (shape, dtype) in read_header(file).items():
+            count = prod(shape)
+            rows.append((name, str(list(shape)), dtype, _size(count * BYTES.get(dtype, 0))))
+            numbers[dtype] += count
+            sizes[dtype] += count * BYTES.get(dtype, 0)
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    kinds = ", ".join(f"{numbers[dtype]:,} {dtype}" for dtype in sorted(numbers))
+    total = f"{len(rows)} tensors in {len(files)} files, {numbers.total():,} numbers ({kinds})"
+    return "tensors\n" + "\n".join(f"  {line}" for line in lines) + f"\n{total}, {_size(sizes.total())}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

@@ -1,0 +1,138 @@
+"""Run a folder of stored vectors against this implementation and print what passes."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magihuman.errors import UserError
+from magihuman.zoo.checks import Case, Result, Unsupported, checker, kind_of
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report. status: "pass", "FAIL" or "unsupported"; result is absent where nothing ran."""
+
+    case: str
+    kind: str
+    status: str
+    detail: str
+    result: Result | None = None
+
+
+def verify(folder: str | Path) -> list[Row]:
+    """Check every case of a vector folder.
+
+    A file that is missing, altered or unreadable is a failure of its case.
+
+    Raises:
+        UserError: when the folder has no readable manifest of cases.
+    """
+    folder = Path(folder)
+    rows: list[Row] = []
+    for name, entry in read_manifest(folder).items():
+        rows += _verify_case(folder, name, entry)
+    return rows
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cases of a vector folder: name -> file, sha256, meta, tensors.
+
+    Raises:
+        UserError: for a missing folder, or one without a readable manifest.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the folder that holds {MANIFEST} and the vector files")
+    try:
+        files = json.loads(path.read_text())["files"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {MANIFEST}; give the folder of the vector files") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of vectors ({error!r}); copy the folder again") from None
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{path} lists no cases; copy the folder again")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or "file" not in entry:
+            raise UserError(f"{path}: case {name!r} names no file; copy the folder again")
+    return files
+
+
+def _verify_case(folder: Path, name: str, entry: dict[str, Any]) -> list[Row]:
+    kind = kind_of(name)
+    fault = _file_fault(folder, entry)
+    if fault:
+        return [Row(name, kind or "-", "FAIL", fault)]
+    if kind is None:
+        return [Row(name, "-", "unsupported", "no check for this kind yet")]
+    try:
+        results = checker(kind)(Case(name, entry.get("meta", {}), _tensors(folder / entry["file"])))
+    except Unsupported as reason:
+        return [Row(name, kind, "unsupported", str(reason))]
+    except Exception as error:  # a broken case must not hide the others
+        return [
+            Row(
+                name,
+                kind,
+                "FAIL",
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            )
+        ]
+    return [Row(name, kind, "pass" if r.passed else "FAIL", r.what, r) for r in results]
+
+
+def _file_fault(folder: Path, entry: dict[str, Any]) -> str:
+    path = folder / str(entry["file"])
+    if not path.is_file():
+        return f"{entry['file']} is missing"
+    if "sha256" in entry:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != entry["sha256"]:
+            return f"{entry['file']} differs from the manifest's sha256"
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        return f"{entry['file']} is no readable safetensors file: {error}"
+    for key, expected in entry.get("tensors", {}).items():
+        if shapes.get(key) != expected["shape"]:
+            return f"{entry['file']}: tensor {key} is {shapes.get(key, 'missing')}, not {expected['shape']}"
+    return ""
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    # Copies, because fp32 products of unaligned mapped memory may differ in the last bit.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def report(rows: list[Row], strict: bool) -> tuple[str, int]:
+    """Table and exit status: 1 after any failure, or under `strict` after anything unsupported."""
+    header = ("case", "kind", "what", "max abs error", "tolerance", "pass")
+    lines = [header, *(_line(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+    cases: dict[str, str] = {}
+    for row in rows:
+        cases[row.case] = max(
+            cases.get(row.case, ""), row.status, key=("", "pass", "unsupported", "FAIL").index
+        )
+    counts = {status: list(cases.values()).count(status) for status in ("pass", "FAIL", "unsupported")}
+    text += f"\n{counts['pass']} cases pass, {counts['FAIL']} fail, {counts['unsupported']} unsupported"
+    return text, int(counts["FAIL"] > 0 or (strict and counts["unsupported"] > 0))
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    kind = row.kind.rstrip("_")
+    if row.result is None:
+        return row.case, kind, row.detail, "", "", row.status
+    tolerance = f"{row.result.tolerance:g}" if row.result.tolerance else "exact"
+    return row.case, kind, row.detail, f"{row.result.error:.3g}", tolerance, row.status
