@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
@@ -28,7 +28,7 @@ class ModelSettings:
     """Shape of the network and of its tokens."""
 
     dit: DiTConfig
-    pack: PackConfig = PackConfig()
+    pack: PackConfig = field(default_factory=PackConfig)
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class TrainSettings:
     logger: LoggerSettings
     checkpoint: CheckpointSettings
     callbacks: dict[str, Any] | None
+    prompts: list[str]
     after_fit: dict[str, Any] | None
     seed: int
     runs: str
@@ -175,7 +176,9 @@ def explain(error: BaseException) -> str:
     if cause is not None and str(cause) and one_line(str(cause)) not in text:
         text = f"{text}; {one_line(str(cause))}"
     if "Could not override 'recipe'" in text:
-        return f"a recipe is added, not replaced: write +recipe=NAME, one of: {', '.join(available('recipe'))}"
+        return (
+            f"a recipe is added, not replaced: write +recipe=NAME, one of: {', '.join(available('recipe'))}"
+        )
     if "is not in struct" in text:
         key = text.split("Key '")[1].split("'")[0] if "Key '" in text else "?"
         return f"unknown setting {key!r}; see `python -m magihuman.train +recipe=NAME --cfg job` for all ({text})"
@@ -186,7 +189,7 @@ def explain(error: BaseException) -> str:
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
-    """", did you mean ...?" or nothing."""
+    """ ", did you mean ...?" or nothing."""
     close = difflib.get_close_matches(key, known, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -227,9 +230,9 @@ def _fits(value: Any, hint: Any, path: str) -> bool:
         return any(_fits(value, a, path) for a in args)
     if is_dataclass(hint):
         if isinstance(value, Mapping):
-            check(value, hint, path)
+            check(value, cast(type, hint), path)
             return True
-        return isinstance(value, hint)  # type: ignore[arg-type]
+        return isinstance(value, cast(type, hint))
     if hint is bool:
         return isinstance(value, bool)
     if hint is int:
@@ -259,7 +262,7 @@ def _schema(target: Callable[..., Any]) -> tuple[dict[str, Any], set[str], bool]
             f.name for f in fields(target) if f.init and f.default is MISSING and f.default_factory is MISSING
         }
         return {f.name: hints[f.name] for f in fields(target) if f.init}, required, False
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = get_type_hints(function)
     except (NameError, TypeError):
@@ -324,7 +327,7 @@ def locate(target: str, path: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{path}._target_={target} cannot be imported: {one_line(str(error))}") from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def check_call(node: Mapping[str, Any], path: str, provided: Sequence[str] = ()) -> None:
@@ -390,9 +393,10 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     check(node, TrainSettings, "")
     settings: TrainSettings = build(TrainSettings, node)
     check_call(settings.recipe, "recipe", provided=("setup",))
-    check_call(settings.data.module, "data.module")
-    if settings.data.make is not None:
+    made = settings.data.make is not None
+    if made:
         check_call(settings.data.make, "data.make")
+    check_call(settings.data.module, "data.module", provided=("shards",) if made else ())
     for group, calls in (("callbacks", settings.callbacks), ("after_fit", settings.after_fit)):
         for name, call in (calls or {}).items():
             if call is not None:
@@ -405,7 +409,11 @@ def _check_pairs(settings: TrainSettings) -> None:
     optim, trainer, strategy = settings.optim, settings.trainer, settings.strategy
     if trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={trainer.max_steps} trains nothing; give at least 1")
-    for name, value in (("accumulate", trainer.accumulate), ("devices", trainer.devices), ("nodes", trainer.nodes)):
+    for name, value in (
+        ("accumulate", trainer.accumulate),
+        ("devices", trainer.devices),
+        ("nodes", trainer.nodes),
+    ):
         if value < 1:
             raise UserError(f"trainer.{name}={value} is impossible; give at least 1")
     if trainer.log_every < 1:
@@ -413,7 +421,9 @@ def _check_pairs(settings: TrainSettings) -> None:
     if trainer.max_time is not None:
         parse_time(trainer.max_time)
     if optim.algorithm == "muon" and optim.adamw_lr is None:
-        raise UserError("optim.algorithm=muon also needs optim.adamw_lr (embedders, norms, heads), for example 1e-3")
+        raise UserError(
+            "optim.algorithm=muon also needs optim.adamw_lr (embedders, norms, heads), for example 1e-3"
+        )
     if not 0 <= optim.ema_decay < 1:
         raise UserError(f"optim.ema_decay={optim.ema_decay} should be in [0, 1); 0 switches the average off")
     if optim.lr <= 0:
@@ -431,7 +441,9 @@ def _check_pairs(settings: TrainSettings) -> None:
                 "choose optim=adamw or strategy=fsdp2"
             )
         if strategy.name == "zero3" and optim.ema_decay > 0:
-            raise UserError("strategy=zero3 keeps no weight average; set optim.ema_decay=0 or choose strategy=fsdp2")
+            raise UserError(
+                "strategy=zero3 keeps no weight average; set optim.ema_decay=0 or choose strategy=fsdp2"
+            )
         optimizers = getattr(locate(settings.recipe["_target_"], "recipe"), "optimizers_needed", 1)
         if optimizers > 1:
             raise UserError(

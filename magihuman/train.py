@@ -68,9 +68,13 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     resume = find_resume(settings.resume, run.checkpoints)
     record = run.read()
     if settings.resume == "none" and record:
-        raise UserError(f"{folder} holds a training already; remove it, choose another name=, or use resume=auto")
+        raise UserError(
+            f"{folder} holds a training already; remove it, choose another name=, or use resume=auto"
+        )
     if record.get("status") == "finished" and record.get("steps", 0) >= settings.trainer.max_steps:
-        say(f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name=")
+        say(
+            f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name="
+        )
         return folder
 
     data, shards = make_data(settings)
@@ -105,8 +109,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from `resume` (or from the start), leaving the checkpoint of the last step behind."""
     from magihuman.training.checkpoint import step_of
+    from magihuman.training.naming import RUN_NAME
     from magihuman.training.runs import CSVLog
-    from magihuman.training.session import RUN_NAME
 
     step = 0
     if resume is not None:
@@ -149,18 +153,21 @@ def main() -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     def job(config: Any) -> None:
-        from magihuman.training.session import choose_folder
+        from magihuman.training.naming import choose_folder
 
         try:
-            job_number = HydraConfig.get().job.get("num") if HydraConfig.get().mode.name == "MULTIRUN" else None
-            settings = validate(plain(config))
-            config.folder = str(choose_folder(settings, job_number))
+            of_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+            job_number = HydraConfig.get().job.num if of_sweep else None
+            if "_target_" in (config.recipe or {}):
+                config.folder = str(choose_folder(plain(config), job_number))
             node = plain(config)
-            train(node, OmegaConf.to_yaml(config), Path(config.folder), validate(node))
+            settings = validate(node)
+            train(node, OmegaConf.to_yaml(config), Path(config.folder), settings)
         except UserError as error:
             report_and_exit(error)
         except KeyboardInterrupt:

@@ -149,7 +149,9 @@ class Recipe(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        norm = clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.given.optim.clip_norm)
+        norm = clip_gradients(
+            [p for g in optimizer.param_groups for p in g["params"]], self.given.optim.clip_norm
+        )
         self.count_norm("grad_norm", norm)
 
     def count_norm(self, name: str, norm: float) -> None:
@@ -168,7 +170,9 @@ class Recipe(L.LightningModule):
                 "lower optim.lr, lengthen optim.warmup, or set trainer.precision=fp32"
             )
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.after_step()
 

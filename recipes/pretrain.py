@@ -97,7 +97,9 @@ class Pretrain(Recipe):
         for share in (0.0, 1.0):
             given = value_at(given_audio, share) + value_at(given_video, share)
             if given > 1:
-                raise UserError(f"recipe.given_audio + recipe.given_video = {given:g} exceeds 1; lower one of them")
+                raise UserError(
+                    f"recipe.given_audio + recipe.given_video = {given:g} exceeds 1; lower one of them"
+                )
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -12,7 +12,12 @@ import pytest
 import torch
 import training_stub
 
-MORE = ["trainer.max_steps=12", "trainer.accumulate=2", "checkpoint.every_steps=3", "callbacks.held_out.every_steps=4"]
+MORE = [
+    "trainer.max_steps=12",
+    "trainer.accumulate=2",
+    "checkpoint.every_steps=3",
+    "callbacks.held_out.every_steps=4",
+]
 
 
 def _child(folder: str, shards: str, overrides: list[str]) -> None:
@@ -68,7 +73,14 @@ def assert_same(a: object, b: object, where: str = "") -> None:
 
 def assert_same_training(folder: Path, reference: Path) -> None:
     mine, theirs = final_state(folder), final_state(reference)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "recipe", "LatentDataModule", "global_step"):
+    for part in (
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "recipe",
+        "LatentDataModule",
+        "global_step",
+    ):
         assert_same(mine[part], theirs[part], part)
     assert any(key.startswith("ema.") for key in mine["state_dict"])
     exported = "export/model-00001-of-00001.safetensors"
@@ -87,7 +99,9 @@ def reference(processes, tmp_path_factory) -> Path:
 KILL = "+callbacks.die={_target_: training_stub.DieAt, %s}"
 
 
-@pytest.mark.parametrize("overrides", [["batch: 5"], ["batch: 8", "batch: 17", "batch: 23"]], ids=["once", "three"])
+@pytest.mark.parametrize(
+    "overrides", [["batch: 5"], ["batch: 8", "batch: 17", "batch: 23"]], ids=["once", "three"]
+)
 def test_sigkill_between_and_inside_accumulations(processes, reference, tmp_path, overrides) -> None:
     folder = tmp_path / "killed"
     for override in overrides:
@@ -124,7 +138,9 @@ def test_sigkill_while_a_checkpoint_is_written(processes, reference, tmp_path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(processes, reference, tmp_path, number) -> None:
+def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(
+    processes, reference, tmp_path, number
+) -> None:
     folder = tmp_path / "stopped"
     process = processes.start(folder, KILL % "delay: 0.03")
     while not (folder / "metrics.csv").exists():

@@ -41,8 +41,9 @@ def sample(number: int, frames: int = 3, sound: bool = True) -> dict[str, torch.
 
 def write_shards(folder: Path) -> Path:
     """Three buckets: 8 clips with sound, 5 without, 3 still pictures."""
-    from data.shards import Index, ShardWriter
     from safetensors.torch import save_file
+
+    from data.shards import Index, ShardWriter
 
     folder.mkdir(parents=True)
     with ShardWriter(folder / "shard-000000.tar") as writer:
@@ -80,9 +81,10 @@ def compose(overrides: list[str]) -> Any:
 
 def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
     """Train in this process as the command line does."""
+    from omegaconf import OmegaConf
+
     from magihuman.config import validate
     from magihuman.train import plain, train
-    from omegaconf import OmegaConf
 
     config = compose([*SMALL, f"folder={folder}", f"data.module.shards={shards}", *overrides])
     node = plain(config)

@@ -71,7 +71,9 @@ class LogLines(L.Callback):
         if self.progress and trainer.is_global_zero and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05)
+            self._bar = tqdm(
+                total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,7 +93,9 @@ class LogLines(L.Callback):
         video, audio = batch["video"], batch["audio"]
         patch = recipe.given.pack.patch_size**2
         tokens = math.prod(video.shape[2:]) // patch
-        return sum(training_flops(recipe.given.model, tokens, audio.shape[1], len(text)) for text in batch["text"])
+        return sum(
+            training_flops(recipe.given.model, tokens, audio.shape[1], len(text)) for text in batch["text"]
+        )
 
     def _line(self, trainer: L.Trainer, recipe: Any, device: torch.device) -> None:
         metrics = recipe.meter.flush(device)
@@ -123,7 +127,10 @@ class LogLines(L.Callback):
             done = max(1, recipe.step - self._begun[1])
             left = (now - self._begun[0]) / done * (recipe.max_steps - recipe.step)
             figures = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"step {recipe.step}/{recipe.max_steps}  {figures}  about {left / 60:.1f} min left", flush=True)
+            print(
+                f"step {recipe.step}/{recipe.max_steps}  {figures}  about {left / 60:.1f} min left",
+                flush=True,
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:
@@ -240,7 +247,9 @@ class Samples(L.Callback):
         settings: dict[str, Any] | None = None,
     ) -> None:
         if not prompts:
-            raise UserError("callbacks.samples.prompts is empty; give at least one prompt or set callbacks.samples=null")
+            raise UserError(
+                "callbacks.samples.prompts is empty; give at least one prompt or set callbacks.samples=null"
+            )
         self.pipeline = pipeline
         self.prompts = list(prompts)
         self.every_steps = every_steps

@@ -1,6 +1,7 @@
 """Averages between two log lines, kept on the device so that no step waits for them."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -24,10 +25,15 @@ class Meter:
 
     @torch.no_grad()
     def add_bands(
-        self, name: str, values: torch.Tensor, position: torch.Tensor, edges: Sequence[float], weights: torch.Tensor
+        self,
+        name: str,
+        values: torch.Tensor,
+        position: torch.Tensor,
+        edges: Sequence[float],
+        weights: torch.Tensor,
     ) -> None:
         """Count values [N] in bands of `position` [N]: one mean per interval between edges, the last closed."""
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             inside = (position >= low) & ((position < high) | ((high == edges[-1]) & (position <= high)))
             self.add(f"{name}/sigma_{low:.1f}_{high:.1f}", values, weights * inside)
 

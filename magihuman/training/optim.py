@@ -83,7 +83,9 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalise(matrices, group["steps"]).flatten(0, 1).to(weight.dtype)
         if isinstance(direction, DTensor):
             # No source rank: every process holds the same matrix and keeps its own part of it.
-            update = distribute_tensor(update, direction.device_mesh, direction.placements, src_data_rank=None)
+            update = distribute_tensor(
+                update, direction.device_mesh, direction.placements, src_data_rank=None
+            )
         rows, columns = matrices.shape[-2:]
         weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
@@ -118,6 +120,7 @@ def build_optimizer(model: nn.Module, config: DiTConfig, settings: OptimSettings
         model: the `SingleStreamDiT`, or a module that holds one (keys are matched by their ends).
         config: its shape, which says where experts are stacked.
     """
+    groups: list[dict[str, Any]]
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     if settings.algorithm == "adamw":
         decayed = [w for _, w in named if w.ndim > 1]

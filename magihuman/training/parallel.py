@@ -18,7 +18,9 @@ def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
     yield from denoiser.model.block.layers
 
 
-def shard(denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False) -> None:
+def shard(
+    denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False
+) -> None:
     """Shard every block and then the rest with FSDP2, in place.
 
     Args:
@@ -54,7 +56,7 @@ def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     options = StateDictOptions(full_state_dict=distributed, cpu_offload=distributed)
     state = get_model_state_dict(module, options=options)
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def compile_blocks(denoiser: Denoiser) -> None:

@@ -20,7 +20,9 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin <= self.finish <= 1:
-            raise UserError(f"a ramp needs 0 <= begin <= finish <= 1, not begin={self.begin}, finish={self.finish}")
+            raise UserError(
+                f"a ramp needs 0 <= begin <= finish <= 1, not begin={self.begin}, finish={self.finish}"
+            )
 
     def at(self, progress: float) -> float:
         """Value at `progress` in [0, 1] of the training."""

@@ -1,12 +1,12 @@
 """The run folder: what was run, from what, and what came of it, readable by a person.
 
-    runs/<recipe>/<name>/
-      config.yaml     the whole configuration; `train.py` can be given it again
-      run.json        the source of truth: status, parents with sha256, metrics, provenance
-      metrics.csv     one line per log step
-      samples/        clips and contact sheets made on the way
-      checkpoints/    what a resumed run reads (see magihuman.training.checkpoint)
-      export/         weights in the released layout
+runs/<recipe>/<name>/
+  config.yaml     the whole configuration; `train.py` can be given it again
+  run.json        the source of truth: status, parents with sha256, metrics, provenance
+  metrics.csv     one line per log step
+  samples/        clips and contact sheets made on the way
+  checkpoints/    what a resumed run reads (see magihuman.training.checkpoint)
+  export/         weights in the released layout
 """
 
 import csv
@@ -80,7 +80,9 @@ class RunFolder:
         try:
             record = json.loads(file.read_text())
         except json.JSONDecodeError as error:
-            raise UserError(f"{file} is damaged ({error}); move the folder away or choose another name=") from error
+            raise UserError(
+                f"{file} is damaged ({error}); move the folder away or choose another name="
+            ) from error
         return dict(record)
 
     @rank_zero_only

@@ -1,8 +1,6 @@
 """From checked settings to the objects of one training: setup, callbacks, trainer."""
 
 import logging
-import os
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,37 +18,6 @@ from magihuman.training.preempt import Preemption
 from magihuman.training.runs import RunFolder, build_loggers
 from magihuman.training.setup import Setup
 from magihuman.training.strategies import build_strategy, check_device, plugins
-
-RUN_NAME = "MAGIHUMAN_RUN"
-"""Environment variable by which a process that Lightning starts learns the run's name."""
-
-
-def processes_launched() -> int:
-    """Processes that torchrun or srun started for this job; 1 when Lightning starts them itself, or there is one."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def choose_folder(settings: TrainSettings, job_number: int | None = None) -> Path:
-    """The run folder: `folder`, or runs/<recipe>/<name>; without a name, the Slurm job or the time.
-
-    Args:
-        job_number: of a sweep's job, so that jobs of one second differ.
-
-    Raises:
-        UserError: several processes were started from outside and could not agree on a time.
-    """
-    if settings.folder is not None:
-        return Path(settings.folder)
-    recipe = settings.recipe["_target_"].split(".")[-2]
-    name = settings.name or os.environ.get(RUN_NAME)
-    if name is None and "SLURM_JOB_ID" in os.environ:
-        name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-        name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
-    if name is None and processes_launched() > 1:
-        raise UserError("several processes were started and need one run folder; give it a name with name=...")
-    if name is None:
-        name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
-    return Path(settings.runs) / recipe / name
 
 
 def quiet() -> None:
@@ -74,10 +41,17 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
 
     contract, model = data.contract, settings.model
     if contract is None:
-        raise UserError("the shards have no index.json, so nothing says what their latents are; copy it beside the tars")
+        raise UserError(
+            "the shards have no index.json, so nothing says what their latents are; copy it beside the tars"
+        )
     patch_area = model.pack.patch_size**2
     for name, has, needs, why in (
-        ("video", model.dit.video_in_channels, contract.video_channels * patch_area, f" x patch area {patch_area}"),
+        (
+            "video",
+            model.dit.video_in_channels,
+            contract.video_channels * patch_area,
+            f" x patch area {patch_area}",
+        ),
         ("audio", model.dit.audio_in_channels, contract.audio_channels, ""),
         ("text", model.dit.text_in_channels, contract.text_channels, ""),
     ):

@@ -46,9 +46,13 @@ def build_strategy(settings: StrategySettings, trainer: TrainerSettings) -> Stra
         return "auto"
     if settings.name == "ddp":
         # All weights take part in every step (a missing modality contributes zero), so none has to be searched for.
-        return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DDPStrategy(
+            find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     if settings.name == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1)
+        return ModelParallelStrategy(
+            data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1
+        )
     return _zero(int(settings.name[-1]), settings.offload)
 
 
@@ -61,7 +65,9 @@ def _zero(stage: int, offload: bool) -> Strategy:
         )
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    return DeepSpeedStrategy(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
+    return DeepSpeedStrategy(
+        stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3
+    )
 
 
 def plugins(settings: StrategySettings) -> list[Any]:

@@ -1,0 +1,49 @@
+"""The tiny world's clips and shards, made on first use and kept."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.prepare import prepare
+from data.puppet_clips import make_clips
+from data.shards import INDEX
+from magihuman.errors import UserError
+
+
+def ensure(folder: str, clips: int, seed: int = 0, size: int = 64, workers: int = 2) -> str:
+    """Clips in FOLDER/clips-..., their shards in FOLDER/shards-...; returns the folder of the shards.
+
+    Names carry what the clips depend on, so other settings make other folders. What an interrupted call left is
+    completed; processes that ask at the same time wait for the first.
+
+    Args:
+        folder: for both, made if need be
+        clips: how many
+        seed: of the world; evaluation and the recogniser have seeds of their own
+        size: width and height in pixels
+        workers: processes
+
+    Raises:
+        UserError: a value out of range, or a folder that cannot be written.
+    """
+    root = Path(folder)
+    name = f"{clips}-seed{seed}-{size}px"
+    shards = root / f"shards-{name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.make.folder={folder} cannot be made: {error.strerror}; choose another") from error
+    with _alone(root / f".{name}.lock"):
+        if not (shards / INDEX).exists():
+            make_clips(str(root / f"clips-{name}"), clips, seed, size, workers=workers)
+            prepare(str(root / f"clips-{name}"), str(shards), world="tiny", workers=workers)
+    return str(shards)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

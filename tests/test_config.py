@@ -1,0 +1,141 @@
+"""Settings: every recipe composes, and what is wrong is said in one line before anything is allocated."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import training_stub
+
+from magihuman.config import CONFIGS, OptimSettings, available, build, call, check, parse_time, validate
+from magihuman.errors import UserError
+from magihuman.train import plain
+
+
+def node(*overrides: str) -> dict[str, Any]:
+    return plain(training_stub.compose(["folder=run", *overrides]))
+
+
+@pytest.mark.parametrize("recipe", available("recipe"))
+def test_every_recipe_composes_with_every_size(recipe) -> None:
+    settings = validate(node(f"+recipe={recipe}"))
+    assert settings.recipe["_target_"].startswith(f"recipes.{recipe}.")
+    assert settings.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(g, n) for g in ("optim", "trainer", "logger", "callbacks", "strategy") for n in available(g)],
+)
+def test_every_choice_of_every_group_is_valid(group, name) -> None:
+    overrides = [f"{group}={name}", "optim=adamw"] if group == "strategy" else [f"{group}={name}"]
+    overrides += ["strategy=fsdp2"] if name == "node" else []
+    overrides += ["optim.ema_decay=0"] if name == "zero3" else []
+    assert validate(node("+recipe=pretrain", *overrides))
+
+
+@pytest.mark.parametrize("size", available("model"))
+def test_every_model_size_builds_its_settings(size) -> None:
+    settings = validate(node("+recipe=pretrain", f"model={size}"))
+    assert settings.model.dit.num_layers == node("+recipe=pretrain", f"model={size}")["model"]["dit"]["num_layers"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "no recipe given; add +recipe=NAME, one of: "),
+        (["+recipe=pretrain", "+trainer.max_stepz=3"], "unknown setting trainer.max_stepz, did you mean 'max_steps'?"),
+        (["+recipe=pretrain", "+recipe.text_drap=0.1"], "unknown setting recipe.text_drap, did you mean 'text_drop'?"),
+        (["+recipe=pretrain", "+extra=1"], "unknown setting extra"),
+        (["+recipe=pretrain", "+recipe.sigma.knd=x"], "unknown setting recipe.sigma.knd, did you mean 'kind'?"),
+        (["+recipe=pretrain", "trainer.max_steps=many"], "trainer.max_steps='many' should be an integer"),
+        (["+recipe=pretrain", "optim.lr=fast"], "optim.lr='fast' should be a number"),
+        (["+recipe=pretrain", "optim.betas=[0.9]"], "optim.betas=[0.9] should be a list of a number"),
+        (["+recipe=pretrain", "trainer.precision=fp8"], "trainer.precision='fp8' should be one of bf16, fp32"),
+        (["+recipe=pretrain", "recipe.first_frame=often"], "recipe.first_frame='often' should be a number or Ramp"),
+        (["+recipe=pretrain", "+recipe.setup=1"], "recipe.setup is set by the program"),
+        (["+recipe=pretrain", "data=shards"], "data.module.shards is not given; set it with data.module.shards=VALUE"),
+        (["+recipe=pretrain", "recipe._target_=recipes.nothing.X"], "recipe._target_=recipes.nothing.X cannot be imported"),
+        (["+recipe=pretrain", "trainer.max_steps=0"], "trainer.max_steps=0 trains nothing"),
+        (["+recipe=pretrain", "trainer.max_time=soon"], "trainer.max_time='soon' should look like 01:30:00"),
+        (["+recipe=pretrain", "trainer.devices=4"], "choose strategy=ddp or strategy=fsdp2"),
+        (["+recipe=pretrain", "optim.adamw_lr=null"], "optim.algorithm=muon also needs optim.adamw_lr"),
+        (["+recipe=pretrain", "optim.ema_decay=1"], "optim.ema_decay=1 should be in [0, 1)"),
+        (["+recipe=pretrain", "strategy=zero2"], "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2"),
+        (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
+        (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
+    ],
+)
+def test_mistakes_are_named_with_their_remedy(overrides, message) -> None:
+    with pytest.raises(UserError) as error:
+        validate(node(*overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "magihuman.train", *arguments],
+        capture_output=True, text=True, cwd=CONFIGS.parent, env=environment, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: no recipe given; add +recipe=NAME, one of: "),
+        (("recipe=pretrain",), "error: a recipe is added, not replaced: write +recipe=NAME"),
+        (("+recipe=nothing",), "error: no recipe 'nothing'; recipes: "),
+        (("+recipe=pretrain", "trainer.max_stepz=3"), "error: unknown setting 'max_stepz'"),
+        (("+recipe=pretrain", "optim=sgd"), "adamw"),
+        (("+recipe=pretrain", "optim.lr=[1,"), "error: "),
+    ],
+)
+def test_the_command_line_fails_with_one_line_and_status_2(arguments, message) -> None:
+    result = command(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_groups_and_starts_without_torch() -> None:
+    result = command("--help")
+    assert result.returncode == 0, result.stderr
+    for text in ("+recipe=pretrain", "recipe: ", "strategy: ", "ema_decay", "continues after an interruption"):
+        assert text in result.stdout
+    probe = "import sys, magihuman.train, magihuman.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=CONFIGS.parent).returncode == 0
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    y: float = 0.0
+
+
+def _area(corner: _Point | float, names: list[str], scale: int = 1) -> tuple[Any, list[str], int]:
+    return corner, names, scale
+
+
+def test_calls_get_dataclasses_where_their_hints_say_so() -> None:
+    target = {"_target_": f"{__name__}._area", "corner": {"x": 1}, "names": ["a"]}
+    check(target, _area, "call")
+    assert call(target) == (_Point(1), ["a"], 1)
+    assert call({**target, "corner": 2.5}) == (2.5, ["a"], 1)
+    partial = call({**target, "_partial_": True})
+    assert partial(scale=3) == (_Point(1), ["a"], 3)
+    with pytest.raises(UserError, match=r"unknown setting call.corner.z; call.corner has: x, y"):
+        check({**target, "corner": {"x": 1, "z": 2}}, _area, "call")
+    with pytest.raises(UserError, match=r"call.names=\[1\] should be a list of a string"):
+        check({**target, "names": [1]}, _area, "call")
+
+
+def test_settings_keep_their_types() -> None:
+    settings = build(OptimSettings, {"lr": 1e-3, "betas": [0.9, 0.99]})
+    assert settings.betas == (0.9, 0.99)
+    assert settings.schedule == "cosine"
+    assert parse_time("01:00:05") == 3605
+    assert parse_time("1:00:00:00") == 86400
