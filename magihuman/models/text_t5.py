@@ -1,7 +1,7 @@
 """The T5-Gemma text encoder through transformers (SPEC 5).
 
 Only the encoder half of the checkpoint is loaded. Features are rounded to fp16 as in the release, and at
-most 640 tokens reach the model.
+most 640 tokens reach the model (`magihuman.tokens.pad_or_trim` makes the release's padded form).
 """
 
 import json
@@ -11,19 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from magihuman.errors import UserError
 from magihuman.models.released_files import is_hub_id, read_json
 
 REPO = "google/t5gemma-9b-9b-ul2"
 MAX_TOKENS = 640
-
-
-def pad_or_trim(features: torch.Tensor, length: int) -> tuple[torch.Tensor, int]:
-    """[B,n,Ct] -> ([B,length,Ct] zero-padded or cut, min(n, length)) (SPEC 5)."""
-    n = features.shape[1]
-    return F.pad(features[:, :length], (0, 0, 0, max(length - n, 0))), min(n, length)
 
 
 class T5GemmaEncoder(nn.Module):
