@@ -1,8 +1,6 @@
 """The denoising loop: against the released implementation's traces, and what a batch must not change."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,141 +11,43 @@ from magihuman.denoiser import Denoiser, PackConfig
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.models.dit import DiTConfig, SingleStreamDiT
-from magihuman.super_resolution import noise_audio, noise_video, upsample_latents
+from magihuman.zoo.checks import Case, Result, checker, kind_of
+from magihuman.zoo.verify import read_manifest
 
 SHAPE = LatentShape(channels=4, frames=3, height=4, width=4, audio=9, audio_channels=6)
-FP32_TOLERANCE = 2e-4  # of the vectors' manifest
-BF16_TOLERANCE = 0.08  # relative L2
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+@pytest.mark.parametrize(
+    ("name", "comparisons"),
+    [
+        ("loop_base_t2v", 8),
+        ("loop_distill_t2v", 8),
+        ("loop_a2v_base", 8),
+        ("loop_base_ti2v_sr", 12),
+        ("loop_distill_sr_cfg1", 12),
+    ],
+)
+def test_the_loop_follows_the_released_one(golden: Path, name: str, comparisons: int) -> None:
+    results = check(golden, name)
+    assert [result for result in results if not result.passed] == []
+    assert len(results) == comparisons
 
 
-class Case:
-    """A stored run of the released sampling loop."""
-
-    def __init__(self, folder: Path, name: str, dtype: torch.dtype) -> None:
-        self.meta = json.loads((folder / "manifest.json").read_text())["files"][name]["meta"]
-        self.tensors = load_file(folder / f"{name}.safetensors")
-        self.dtype = dtype
-        self.settings = self.meta["evaluation_config"]
-
-    def denoiser(self, stage: str, coords: str) -> Denoiser:
-        values = self.meta["model_config" if stage == "base" else "sr_model_config"]
-        fields = DiTConfig.__dataclass_fields__
-        model = SingleStreamDiT(
-            DiTConfig.from_dict({key: value for key, value in values.items() if key in fields}),
-            compute_dtype=self.dtype,
-            linear_dtype=torch.bfloat16,
-        )
-        prefix = f"w/{stage}/"
-        model.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
-        )
-        field = self.settings["data_proxy_config"]["frame_receptive_field"]
-        return Denoiser(model, PackConfig(coords_style=coords, frame_receptive_field=field)).eval()
-
-    def text(self, key: str) -> list[torch.Tensor]:
-        return [self.tensors[f"in/{key}"][0, : self.meta[f"{key}_len"]]]
-
-    def trace(self, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
-        prefix = "trace" if self.dtype == torch.float32 else "trace_bf16"
-        return self.tensors[f"{prefix}/{stage}/video_out"], self.tensors[f"{prefix}/{stage}/audio_out"]
-
-    def image(self, height: int, width: int) -> torch.Tensor | None:
-        return self.tensors.get(f"in/image_latent_h{height}_w{width}")
-
-    def base(self) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Run our loop on the stored noise: video, audio, and the state after every step."""
-        guided = self.settings["cfg_number"] == 2
-        draws = [self.tensors[key] for key in sorted(self.tensors) if key.startswith("noise/")]
-        given = self.tensors["in/audio_latent"].transpose(1, 2) if self.meta["a2v"] else None
-        audio, video = (None, draws[0]) if self.meta["a2v"] else (draws[0], draws[1])
-        fresh = [] if guided else draws[2 : 2 + 2 * self.meta["steps"]]
-        steps = list(zip(fresh[0::2], fresh[1::2], strict=True))
-        sound = (given if given is not None else audio).shape
-        shape = LatentShape(*video.shape[1:], sound[1], sound[2])
-        height, width = self.meta["br"]
-        states: list[tuple[torch.Tensor, torch.Tensor]] = []
-        video, sounds = sample(
-            self.denoiser("base", "v2"),
-            self.text("context"),
-            self.text("context_null") if guided else None,
-            shape,
-            self.meta["steps"],
-            "unipc" if guided else "renoise",
-            Guidance() if guided else None,
-            image_latent=self.image(height, width) if self.meta["image"] else None,
-            audio_latent=given,
-            noise=Noise(video, audio, steps),
-            progress=lambda i, n, video, audio: states.append((video, audio)),
-        )
-        return video, sounds, states
+def check(folder: Path, name: str) -> list[Result]:
+    """One case of a vector folder, as `python -m magihuman.zoo verify` checks it."""
+    kind = kind_of(name)
+    assert kind is not None
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+    return checker(kind)(Case(name, read_manifest(folder)[name]["meta"], tensors))
 
 
-CASES = ["loop_base_t2v", "loop_distill_t2v", "loop_a2v_base"]
-STAGED = ["loop_base_ti2v_sr", "loop_distill_sr_cfg1"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", [*CASES, *STAGED])
-def test_base_stage_follows_the_released_loop(golden: Path, name: str, dtype: torch.dtype) -> None:
-    case = Case(golden, name, dtype)
-    video, audio, states = case.base()
-    traced_video, traced_audio = case.trace("base")
-    assert len(states) == case.meta["steps"]
-    pairs = [
-        pair
-        for i, (v, a) in enumerate(states)
-        for pair in ((v, traced_video[i]), (a, traced_audio[i]))
-        if dtype == torch.float32 or i == len(states) - 1
-    ]
-    if name in CASES:
-        prefix = "out" if dtype == torch.float32 else "out_bf16"
-        pairs += [(video, case.tensors[f"{prefix}/video"]), (audio, case.tensors[f"{prefix}/audio"])]
-    for ours, theirs in pairs:
-        if dtype == torch.float32:
-            assert (ours - theirs).abs().max() <= FP32_TOLERANCE
-        else:
-            assert relative(ours, theirs) <= BF16_TOLERANCE
-    if case.meta["image"]:
-        image = case.image(*case.meta["br"])
-        assert torch.equal(video[:, :, :1], image)
-        assert not torch.equal(states[-1][0][:, :, :1], image)  # the loop's last step moved it
-
-
-class StageGuidance(Guidance):
-    """The second stage's scales: one value per latent frame, lower at the start (SPEC 4.4)."""
-
-    def __call__(self, modality: str, timestep: int) -> Any:
-        return torch.tensor([2.0, 3.5, 3.5]).view(1, 1, 3, 1, 1)
-
-
-@pytest.mark.parametrize("name", STAGED)
-def test_the_loop_serves_the_second_stage_too(golden: Path, name: str) -> None:
-    """Another start, frozen audio, scales per frame: all given as arguments."""
-    case = Case(golden, name, torch.float32)
-    video, audio, _ = case.base()
-    draws = sorted(key for key in case.tensors if key.startswith("noise/"))[-2:]
-    target = case.tensors["trace/sr/video_in"].shape[-2:]
-    start = noise_video(upsample_latents(video, *target), case.tensors[draws[0]], 0.8389104008674622)
-    sound = noise_audio(audio, case.tensors[draws[1]])
-    guided = case.settings["sr_cfg_number"] == 2
-    result, untouched = sample(
-        case.denoiser("sr", "v1"),
-        case.text("context"),
-        case.text("context_null") if guided else None,
-        LatentShape(*start.shape[1:], *sound.shape[1:]),
-        case.meta["sr_steps"],
-        guidance=StageGuidance() if guided else None,
-        image_latent=case.image(target[0] * 16, target[1] * 16) if case.meta["image"] else None,
-        audio_latent=sound,
-        noise=Noise(start, None),
-    )
-    assert (result - case.tensors["out/video"]).abs().max() <= FP32_TOLERANCE
-    assert torch.equal(untouched, sound)
-    assert (audio - case.tensors["out/audio"]).abs().max() <= FP32_TOLERANCE
+def test_a_wrong_loop_would_be_noticed(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One guidance scale moved by a hundredth, or the last overwrite of the first frame left out."""
+    monkeypatch.setattr("inference.vectors.Guidance", lambda **scales: Guidance(**{**scales, "audio": 5.05}))
+    assert "out/audio" in {result.what for result in check(golden, "loop_base_t2v") if not result.passed}
+    monkeypatch.undo()
+    monkeypatch.setattr("inference.sample._with_first_frame", lambda video, image: video)
+    assert "out/video" in {result.what for result in check(golden, "loop_base_ti2v_sr") if not result.passed}
 
 
 # ------------------------------------------------------------------------------- without the stored vectors

@@ -30,8 +30,9 @@ KINDS = {
     "image_": "pictures:check_image",
     "video_uint8": "pictures:check_video_uint8",
     "sr_prepare": "pictures:check_sr_prepare",
+    "loop_": "inference.vectors:check_loop",
 }
-"""Prefix of a case's name -> module here and function."""
+"""Prefix of a case's name -> module (here, or of a package that this one must not import) and function."""
 
 
 class Unsupported(Exception):
@@ -76,7 +77,7 @@ def kind_of(name: str) -> str | None:
 def checker(kind: str) -> Check:
     """The function that checks a kind."""
     module, function = KINDS[kind].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), function)
+    return getattr(import_module(module if "." in module else f"{__name__}.{module}"), function)
 
 
 def compare(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float = 0.0) -> Result:
