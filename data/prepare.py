@@ -24,7 +24,7 @@ from data.captions import read_tables
 from data.plan import Plan, Rules, make_plan
 from data.report import Report, make_report
 from data.scan import Found, Listing, list_files, repeated
-from data.shards import INDEX, Entry, Index, write_atomically
+from data.shards import INDEX, NULL_TEXT, Entry, Index, write_atomically
 from data.workers import Workers
 from magihuman.errors import UserError
 from magihuman.models.codecs import Contract
@@ -115,7 +115,15 @@ def _claimed(output: Path) -> Iterator[Path]:
             raise UserError(
                 f"another data.prepare is writing to {output}; wait for it or choose another"
             ) from error
+        _sweep(output)
         yield work
+        _sweep(output)
+
+
+def _sweep(output: Path) -> None:
+    """Remove what killed processes had begun to write."""
+    for partial in output.glob(".*.part"):
+        partial.unlink(missing_ok=True)
 
 
 class _Run:
@@ -154,6 +162,7 @@ class _Run:
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
             return Report.load(self.target)
+        os.replace(self.work / NULL_TEXT, self.target / NULL_TEXT)
         entries, refused, shards = self._encode(plan)
         listing = Listing(files, listing.tables, listing.passed_over)
         shown = {key: value for key, value in self.settings.items() if value is not None}
@@ -244,7 +253,6 @@ class _Run:
                 f"output={self.target} holds shards of other files or settings; delete it or choose another"
             )
         write_atomically(note, json.dumps({"fingerprint": fingerprint}).encode())
-        os.replace(self.work / "null_text.safetensors", self.target / "null_text.safetensors")
         return fingerprint
 
     def _encode(self, plan: Plan) -> tuple[list[Entry], dict[str, str], list[tuple[str, list[Entry]]]]:

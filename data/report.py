@@ -122,6 +122,8 @@ def _kind(reason: str) -> str:
     for start in ("same contents as", "its picture ends", "its picture is damaged", "its sound is damaged"):
         if kind.startswith(start):
             return start
+    if kind.startswith("named in"):
+        return "named in a caption table but not there"
     return " ".join(word for word in kind.split() if not word[0].isdigit())
 
 
@@ -146,7 +148,14 @@ def make_report(
         elif not lost:
             files.append(FileResult(name, "taken", taken[name], ""))
         elif taken[name]:
-            files.append(FileResult(name, "partly", taken[name], f"{lost[0]} ({len(lost)} windows lost)"))
+            files.append(
+                FileResult(
+                    name,
+                    "partly",
+                    taken[name],
+                    f"{lost[0]} ({len(lost)} of {taken[name] + len(lost)} windows lost)",
+                )
+            )
         else:
             files.append(FileResult(name, "rejected", 0, lost[0]))
     files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.passed_over]

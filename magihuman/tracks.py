@@ -41,6 +41,8 @@ def reason(error: BaseException) -> str:
         return "no permission to read it"
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if type(error).__name__ == "InvalidDataError":
+        return "no valid media in it (damaged, cut off, or another kind of file)"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]
 
@@ -90,9 +92,9 @@ def seconds_of(container: Any, stream: Any) -> float:
         with contextlib.suppress(ValueError):
             end = int(clock[0]) * 3600 + int(clock[1]) * 60 + float(clock[2])
             return end - float((stream.start_time or 0) * stream.time_base)
-    ends = [
-        packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None
-    ]
+    rate = getattr(stream, "average_rate", None)
+    usual = round(1 / (rate * stream.time_base)) if rate else 0  # for FLV and others without packet durations
+    ends = [p.pts + (p.duration or usual) for p in container.demux(stream) if p.pts is not None]
     return float((max(ends, default=0) - (stream.start_time or 0)) * stream.time_base)
 
 
@@ -234,7 +236,8 @@ class VideoTrack(_Track):
             if self._next is None and moment >= self._end(self._shown):
                 if count is None:
                     break
-                raise MediaError(f"its picture ends at {self._end(self._shown):.2f} s")
+                end = self._end(self._shown)
+                raise MediaError(f"its picture ends at {end:.2f} s, before {start + count / fps:.2f} s")
             same = made_of is self._shown
             pictures.append(pictures[-1] if same else self._to_rgb(self._shown, size))
             made_of = self._shown
