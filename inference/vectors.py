@@ -16,7 +16,7 @@ from magihuman.flow.sigmas import zero_snr_table
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
 from magihuman.zoo.checks import Case, Result, compare, compare_relative
-from magihuman.zoo.checks.dit import dit_config, vector_arithmetic
+from magihuman.zoo.checks.dit import dit_config
 
 FP32 = 2e-4
 BF16 = 0.08  # relative L2
@@ -30,19 +30,18 @@ def check_loop(case: Case) -> list[Result]:
     Starts, fresh noise and encoded conditions are the stored ones.
     """
     results = []
-    with vector_arithmetic():
-        for dtype, trace, out in (
-            (torch.float32, "trace/", "out/"),
-            (torch.bfloat16, "trace_bf16/", "out_bf16/"),
-        ):
-            run = _Run(case, dtype)
-            states, video, audio = run.base()
-            results += _compare_steps(case, states, f"{trace}base", dtype)
-            if case.meta["sr"][0] is not None:
-                states, video = run.second(video, audio)
-                results += _compare_steps(case, states, f"{trace}sr", dtype)
-            results.append(_compare(f"{out}video", video, case.tensors[f"{out}video"], dtype))
-            results.append(_compare(f"{out}audio", audio, case.tensors[f"{out}audio"], dtype))
+    for dtype, trace, out in (
+        (torch.float32, "trace/", "out/"),
+        (torch.bfloat16, "trace_bf16/", "out_bf16/"),
+    ):
+        run = _Run(case, dtype)
+        states, video, audio = run.base()
+        results += _compare_steps(case, states, f"{trace}base", dtype)
+        if case.meta["sr"][0] is not None:
+            states, video = run.second(video, audio)
+            results += _compare_steps(case, states, f"{trace}sr", dtype)
+        results.append(_compare(f"{out}video", video, case.tensors[f"{out}video"], dtype))
+        results.append(_compare(f"{out}audio", audio, case.tensors[f"{out}audio"], dtype))
     return results
 
 
