@@ -10,7 +10,7 @@ expert owns one contiguous slice and no permutation is needed around token-wise 
 is the released order. Samples of a batch share T, h, w and A; only their text lengths differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -186,7 +186,7 @@ class Layout:
             kept = score.argsort(dim=1)[:, : keep(length)].sort(dim=1).values
             return (kept + start + length * torch.arange(samples, device=device).unsqueeze(1)).flatten()
 
-        video, audio, text = self.sizes
+        video, audio, _ = self.sizes
         parts = [draw(self.batch, self.video_len, 0), draw(self.batch, self.audio_len, video)]
         start = video + audio
         runs = [(self.batch, self.text_lens[0])] if self.uniform else [(1, n) for n in self.text_lens]
@@ -194,10 +194,17 @@ class Layout:
             parts.append(draw(samples, length, start))
             start += samples * length
         rows = torch.cat(parts)
-        kept_text = tuple(keep(n) for n in self.text_lens)
-        # Frames are no longer of equal size, so windows of frames have no meaning here: frames = 0.
-        layout = self._assemble(keep(self.video_len), keep(self.audio_len), kept_text, 0, self.coords[rows])
-        return rows, layout if self.rotary is None else layout.with_rotary(self.rotary[rows])
+        table = None if self.rotary is None else self.rotary[rows]
+        return rows, replace(self._routed(keep), coords=self.coords[rows], rotary=table)
+
+    def _routed(self, keep: Callable[[int], int]) -> "Layout":
+        """Layout of the kept tokens without their coordinates; the same for every draw, so kept on this one."""
+        lengths = keep(self.video_len), keep(self.audio_len), tuple(keep(n) for n in self.text_lens)
+        known = self.__dict__.setdefault("_known_routes", {})
+        if lengths not in known:
+            # Frames lose tokens unequally, so windows of frames have no meaning here: frames = 0.
+            known[lengths] = self._assemble(*lengths, 0, self.coords[:0])
+        return known[lengths]
 
 
 def _rows(sample: int, video: int, audio: int, text: Sequence[int]) -> Tensor:

@@ -11,7 +11,6 @@ a device.
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from magihuman.errors import UserError

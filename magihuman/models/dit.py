@@ -26,6 +26,10 @@ __all__ = ["DiTConfig", "SingleStreamDiT", "TreadConfig"]
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
+# Under torch.compile a ragged batch would be compiled again for each new set of text lengths; left out of the graph,
+# attention sees them as plain numbers while the token-wise parts stay compiled for any number of tokens.
+_attention_untraced = torch.compiler.disable(attention)
+
 
 class _Rope(nn.Module):
     bands: Tensor
@@ -98,7 +102,8 @@ class Attention(nn.Module):
             keys.append(k)
             values.append(v.unflatten(-1, (shared, dim)))
             gates.append(gate)
-        out = attention(_join(queries), _join(keys), _join(values), layout, backend, window)
+        attend = attention if layout.uniform else _attention_untraced
+        out = attend(_join(queries), _join(keys), _join(values), layout, backend, window)
         results = []
         pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
         for o, gate, weight in zip(pieces, gates, self.linear_proj.slices(dtype), strict=True):

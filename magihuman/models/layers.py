@@ -115,12 +115,12 @@ class _Swiglu7(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, linear = (saved.float() for saved in ctx.saved_tensors)
-        grad = grad.float()
+        saved = ctx.saved_tensors  # to be read once only: checkpointing recomputes it at each reading
+        dtype = saved[0].dtype
+        gate, linear, grad = saved[0].float(), saved[1].float(), grad.float()
         clamped = gate.clamp(max=LIMIT)
         toward_gate = _silu_slope(grad * (linear.clamp(-LIMIT, LIMIT) + 1), clamped)
         toward_linear = (clamped * ALPHA).sigmoid() * clamped * grad
-        dtype = ctx.saved_tensors[0].dtype
         return (
             _within(toward_gate, gate, -math.inf).to(dtype),
             _within(toward_linear, linear, -_ABOVE_LIMIT).to(dtype),

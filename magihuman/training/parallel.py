@@ -61,5 +61,10 @@ def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def compile_blocks(denoiser: Denoiser) -> None:
     """Compile every block in place; state-dict keys stay as they are, equal blocks share one compilation."""
+    from torch import _dynamo
+
+    # All blocks share one cache: three kinds of block, ragged batches or not, with and without gradients, and a
+    # static before a dynamic version of each.
+    _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
     for block in blocks(denoiser):
         block.compile(dynamic=None)
