@@ -133,8 +133,8 @@ def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed
     if not name:
         raise UserError(f"{reader.folder} does not say which world its latents belong to; give world=")
     codecs = open_world(name, "cpu")
-    if reader.index.contract is not None:
-        reader.index.contract.require(codecs.contract, f"shards {reader.folder}", f"world {name}")
+    if reader.contract is not None:
+        reader.contract.require(codecs.contract, f"shards {reader.folder}", f"world {name}")
     found, _ = _some(reader, samples, seed)
     clips = []
     for sample in found:

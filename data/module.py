@@ -44,7 +44,7 @@ class Loader:
     def _read(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             self._batches,
-            sampler=numbers,  # type: ignore[arg-type]
+            sampler=numbers,
             batch_size=None,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
@@ -110,12 +110,12 @@ class LatentDataModule(LightningDataModule):
         Raises:
             UserError: shards without an index do not say.
         """
-        if self.reader.index.contract is None:
+        if self.reader.contract is None:
             raise UserError(
                 f"the shards in {self.shards} have no index.json and so no latent contract; copy it from "
                 "where they were made, or prepare them again"
             )
-        return self.reader.index.contract
+        return self.reader.contract
 
     @property
     def size(self) -> tuple[int, int, int]:

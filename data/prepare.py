@@ -27,7 +27,6 @@ from data.scan import Found, Listing, list_files, repeated
 from data.shards import INDEX, NULL_TEXT, Entry, Index, write_atomically
 from data.workers import Workers
 from magihuman.errors import UserError
-from magihuman.models.codecs import Contract
 
 WORK = ".work"  # folder inside the output for what an unfinished run knows
 LOOK_CHUNK = 32  # files per task while looking at them
@@ -152,12 +151,12 @@ class _Run:
                 f"input={self.source} holds no media file ({len(listing.passed_over)} files of other kinds)"
             )
         world = self._describe_world()
-        contract = Contract.from_dict(world["contract"])
+        fps = world["contract"]["fps"]
         files = self._look(listing.media)
         table = self.settings["table"]
         tables = read_tables([*listing.tables, *([Path(table).absolute()] if table else [])])
         repeats = {} if self.settings["duplicates"] == "keep" else repeated(files)
-        plan = make_plan(files, tables, repeats, self._rules(world, contract))
+        plan = make_plan(files, tables, repeats, self._rules(world))
         fingerprint = self._claim_output(files, plan, world)
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
@@ -166,14 +165,14 @@ class _Run:
         entries, refused, shards = self._encode(plan)
         listing = Listing(files, listing.tables, listing.passed_over)
         shown = {key: value for key, value in self.settings.items() if value is not None}
-        report = make_report(shown, listing, tables, self.source, plan, entries, refused, contract.fps)
+        report = make_report(shown, listing, tables, self.source, plan, entries, refused, fps)
         report.save(self.target)
         if not entries:
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
             raise UserError(
                 f"no clip could be taken from {self.source}{most}; {self.target}/report.md says why, per file"
             )
-        Index(self.settings["world"], contract, shards, fingerprint).save(self.target)
+        Index(self.settings["world"], world["contract"], shards, fingerprint).save(self.target)
         shutil.rmtree(self.work)
         if self.bar:
             spent = time.monotonic() - started
@@ -192,16 +191,16 @@ class _Run:
         payload = (self.settings["world"], self.device, str(self.work))
         return next(self._pool(lambda _: None).run(describe_world, {"world": payload}))[1]
 
-    def _rules(self, world: dict[str, Any], contract: Contract) -> Rules:
+    def _rules(self, world: dict[str, Any]) -> Rules:
         chosen = self.settings
         sizes = str(chosen["sizes"] or f"{world['width']}x{world['height']}").replace(" ", "").split(",")
         try:
             lengths = [int(part) for part in str(chosen["frames"] or world["frames"]).split(",")]
         except ValueError as error:
             raise UserError(f"frames={chosen['frames']!r} should be numbers such as 101,49,25") from error
-        stride = contract.video_stride
+        stride, fps = world["contract"]["video_stride"], world["contract"]["fps"]
         return Rules(
-            sizes=parse_sizes(sizes, stride[1:]), lengths=check_lengths(lengths, stride[0]), fps=contract.fps,
+            sizes=parse_sizes(sizes, stride[1:]), lengths=check_lengths(lengths, stride[0]), fps=fps,
             captions_required=chosen["captions"] == "required",
             **{key: chosen[key] for key in ("silent", "images", "max_crop", "max_enlarge", "max_windows")},
         )  # fmt: skip

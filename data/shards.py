@@ -6,6 +6,8 @@ height, bucket, has_audio, start). Any webdataset reader can read them; `index.j
 sample begins, its length and checksum. A folder of tars without an index is scanned.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -14,12 +16,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from magihuman.errors import UserError
-from magihuman.models.codecs import Contract
+
+if TYPE_CHECKING:  # torch takes a second to import and the parent process of data.prepare does not need it
+    import torch
+
+    from magihuman.models.codecs import Contract
 
 FORMAT = "magihuman-shards/1"
 INDEX = "index.json"
@@ -74,7 +78,7 @@ class ShardWriter:
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by __exit__)
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> ShardWriter:
         return self
 
     def add(
@@ -121,13 +125,13 @@ class Index:
     """Contents of index.json.
 
     Attributes:
-        world, contract: what the latents were made with; contract is None for tars without an index.
+        world, contract: what the latents were made with (`Contract.to_dict`); None for tars without an index.
         shards: (file name, its samples) in order.
         fingerprint: of the files and settings the shards were made from.
     """
 
     world: str
-    contract: Contract | None
+    contract: dict[str, Any] | None
     shards: list[tuple[str, list[Entry]]]
     fingerprint: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +140,7 @@ class Index:
         content = {
             "format": FORMAT,
             "world": self.world,
-            "contract": self.contract.to_dict() if self.contract else None,
+            "contract": self.contract,
             "null_text": NULL_TEXT,
             "fingerprint": self.fingerprint,
             "shards": [
@@ -147,7 +151,7 @@ class Index:
         write_atomically(folder / INDEX, json.dumps(content).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> "Index":
+    def load(cls, folder: Path) -> Index:
         """Read index.json, or scan the tars where there is none.
 
         Raises:
@@ -162,9 +166,8 @@ class Index:
                 raise UserError(
                     f"{path} has the format {content['format']!r}, not {FORMAT!r}; prepare the data again"
                 )
-            contract = Contract.from_dict(content["contract"]) if content["contract"] else None
             shards = [(s["name"], [Entry(**entry) for entry in s["samples"]]) for s in content["shards"]]
-            return cls(content["world"], contract, shards, content.get("fingerprint", ""))
+            return cls(content["world"], content["contract"], shards, content.get("fingerprint", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); copy it again, or delete it "
@@ -172,7 +175,7 @@ class Index:
             ) from error
 
     @classmethod
-    def _scan(cls, folder: Path) -> "Index":
+    def _scan(cls, folder: Path) -> Index:
         tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
         if not tars:
             raise UserError(
@@ -275,6 +278,13 @@ class Shards:
         if "video" not in tensors or "text" not in tensors:
             raise SampleError(f"{entry.key}: holds {sorted(tensors)}, not video and text")
         return Sample(tensors, meta)
+
+    @property
+    def contract(self) -> Contract | None:
+        """Of the latents; None for tars without an index."""
+        from magihuman.models.codecs import Contract
+
+        return None if self.index.contract is None else Contract.from_dict(self.index.contract)
 
     def null_text(self) -> torch.Tensor | None:
         """[S,Ct] fp32 features of the empty prompt, None where the folder has none."""

@@ -126,7 +126,7 @@ class Batches(Dataset[dict[str, Any]]):
             samples = self._replaced(samples, int(mine[0]))
         first = number * self._order.batch_size + self._rank * each
         contract = self._shards.index.contract
-        silent = torch.zeros(0, contract.audio_channels if contract else 0)
+        silent = torch.zeros(0, contract["audio_channels"] if contract else 0)
         batch = collate([s for s in samples if s is not None], range(first, first + each), silent)
         return {**batch, "skipped": skipped}
 

@@ -37,7 +37,7 @@ def ensure(folder: str, clips: int, seed: int = 0, size: int = 64, workers: int 
     with _alone(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
             make_clips(str(root / f"clips-{name}"), clips, seed, size, workers=workers)
-            prepare(str(root / f"clips-{name}"), str(shards), world="tiny", workers=workers)
+            prepare(str(root / f"clips-{name}"), str(shards), world="tiny", workers=workers, sizes=f"{size}x{size}")
     return str(shards)
 
 

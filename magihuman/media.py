@@ -4,14 +4,15 @@ Everything goes through PyAV, pictures through Pillow; no external program is st
 the first picture. Shapes: frames uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N] in [-1,1].
 """
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from magihuman.errors import UserError
 from magihuman.tracks import (
@@ -27,6 +28,9 @@ from magihuman.tracks import (
     sound_stream,
     square_pixels,
 )
+
+if TYPE_CHECKING:  # torch takes a second to import and looking at files does not need it
+    import torch
 
 __all__ = [
     "Clip", "MediaError", "MediaInfo", "MediaReader", "Mp4Writer",
@@ -114,7 +118,7 @@ class MediaReader:
     def __init__(self, path: str | Path, threads: int = 1) -> None:
         self._path, self._threads = path, threads
 
-    def __enter__(self) -> "MediaReader":
+    def __enter__(self) -> MediaReader:
         self._pictures = opened(self._path)
         container = self._pictures.__enter__()
         stream = picture_stream(container)
@@ -140,6 +144,7 @@ class MediaReader:
     ) -> Clip:  # fmt: skip
         """One clip; arguments and errors as for `read_clip`."""
         import av
+        import torch
 
         try:
             pictures = self._video.read(start, frames, fps, size)
@@ -179,6 +184,8 @@ def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:
     Raises:
         MediaError: no sound track, unreadable or damaged.
     """
+    import torch
+
     with opened(path) as container:
         stream = sound_stream(container)
         if stream is None:
@@ -226,6 +233,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
     Raises:
         MediaError: not a readable picture.
     """
+    import torch
     from PIL import Image, ImageOps
 
     try:
@@ -272,7 +280,7 @@ class Mp4Writer:
         self._rate, self._channels, self._crf, self._threads = rate, channels, crf, threads
         self._written = self._samples = 0
 
-    def __enter__(self) -> "Mp4Writer":
+    def __enter__(self) -> Mp4Writer:
         import av
         from av.video.reformatter import VideoReformatter
 
@@ -343,7 +351,8 @@ class Mp4Writer:
 
 
 def _numpy(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    """An array of an array or a tensor on any device."""
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
 def write_mp4(
