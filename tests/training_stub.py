@@ -51,7 +51,7 @@ def write_shards(folder: Path) -> Path:
             frames, sound = (3, number < 8) if number < 13 else (1, False)
             bucket = f"{4 * frames - 3}x16x16{'+a' if sound else ''}"
             writer.add(f"clip-{number:02d}_0000", bucket, sample(number, frames, sound), {"caption": ""})
-    Index("tiny", CONTRACT, [("shard-000000.tar", writer.entries)]).save(folder)
+    Index("tiny", CONTRACT.to_dict(), [("shard-000000.tar", writer.entries)]).save(folder)
     save_file({"text": torch.zeros(1, 5)}, folder / "null_text.safetensors")
     return folder
 
