@@ -14,8 +14,8 @@ from magihuman.errors import UserError
 def ensure(folder: str, clips: int, seed: int = 0, size: int = 64, workers: int = 2) -> str:
     """Clips in FOLDER/clips-..., their shards in FOLDER/shards-...; returns the folder of the shards.
 
-    Names carry what the clips depend on, so other settings make other folders. What an interrupted call left is
-    completed; processes that ask at the same time wait for the first.
+    Names carry what the clips depend on, so other settings make other folders. What an interrupted call left
+    is completed; processes that ask at the same time wait for the first.
 
     Args:
         folder: for both, made if need be
@@ -33,11 +33,19 @@ def ensure(folder: str, clips: int, seed: int = 0, size: int = 64, workers: int 
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.make.folder={folder} cannot be made: {error.strerror}; choose another") from error
+        raise UserError(
+            f"data.make.folder={folder} cannot be made: {error.strerror}; choose another"
+        ) from error
     with _alone(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
             make_clips(str(root / f"clips-{name}"), clips, seed, size, workers=workers)
-            prepare(str(root / f"clips-{name}"), str(shards), world="tiny", workers=workers, sizes=f"{size}x{size}")
+            prepare(
+                str(root / f"clips-{name}"),
+                str(shards),
+                world="tiny",
+                workers=workers,
+                sizes=f"{size}x{size}",
+            )
     return str(shards)
 
 

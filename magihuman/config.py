@@ -1,9 +1,11 @@
 """Settings: their schemas, the checks between them, and one-line messages for what is wrong with them.
 
-Everything here runs before a network, a process group or a file exists. It imports neither torch nor Lightning.
+Everything here runs before a network, a process group or a file exists. It imports neither torch nor
+Lightning.
 
-A configuration has *sections* (dataclasses below) and *calls* (nodes with `_target_`, whose schema is the signature of
-the target). `check` compares either with a node and names an unknown key, a missing one or a wrong type.
+A configuration has *sections* (dataclasses below) and *calls* (nodes with `_target_`, whose schema is the
+signature of the target). `check` compares either with a node and names an unknown key, a missing one or a
+wrong type.
 """
 
 import difflib
@@ -37,7 +39,8 @@ class DataSettings:
 
     Attributes:
         module: `_target_` of the LightningDataModule; `shards` is its folder of shards.
-        make: `_target_` of a function that makes the shards where they are missing and returns their folder, or null.
+        make: `_target_` of a function that makes the shards where they are missing and returns their folder,
+            or null.
     """
 
     module: Any
@@ -82,8 +85,8 @@ class TrainerSettings:
         max_steps: optimiser steps; the schedule ends there. max_time: "HH:MM:SS", stops earlier.
         accumulate: batches per optimiser step.
         devices: processes per node; nodes: machines.
-        precision: of the blocks' matrix products (`bf16` as released, `fp32`); weights, residual stream, losses
-            and optimiser are always fp32.
+        precision: of the blocks' matrix products (`bf16` as released, `fp32`); weights, residual stream,
+            losses and optimiser are always fp32.
         threads: CPU threads per process; null leaves torch's choice.
     """
 
@@ -363,9 +366,12 @@ def _convert(value: Any, hint: Any, calls: bool) -> Any:
 
 
 def call(node: Mapping[str, Any], path: str = "call", **provided: Any) -> Any:
-    """Call the target of a (checked) node: its settings, converted by the target's type hints, and `provided`.
+    """Call the target of a (checked) node with its settings, converted by the target's type hints.
 
     With `_partial_: true` the result takes the remaining arguments later.
+
+    Args:
+        provided: arguments that the program passes itself.
     """
     target = locate(node["_target_"], path)
     names, _, _ = _schema(target)

@@ -1,8 +1,8 @@
 """`python -m magihuman.train +recipe=NAME`: data, training, export, and what follows, in stages.
 
 Thin on purpose: the configuration is checked by `magihuman.config`, the objects of a training are made by
-`magihuman.training.session`, the algorithm is a recipe, and everything outside this package is reached through
-`_target_` strings.
+`magihuman.training.session`, the algorithm is a recipe, and everything outside this package is reached
+through `_target_` strings.
 """
 
 import os

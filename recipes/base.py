@@ -25,7 +25,7 @@ NOT_FINITE_LIMIT = 20
 
 
 class Recipe(L.LightningModule):
-    """Base of the recipes. A recipe implements `loss`; everything random in it comes from the draws it is given.
+    """Base of the recipes. A recipe implements `loss`, where everything random comes from the draws it gets.
 
     Args:
         setup: network, latents and engine settings.

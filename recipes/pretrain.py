@@ -1,16 +1,16 @@
 """Pretraining: joint flow matching of video and audio.
 
 Both modalities go along the straight path x_s = (1 - s) x0 + s eps, and one network predicts both velocities
-eps - x0 from the noisy pair and the text (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003).
-It is not told the noise levels, so it learns E[v | x] under the sigma prior of training; the prior is part of the
-checkpoint.
+eps - x0 from the noisy pair and the text (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv
+2209.03003). It is not told the noise levels, so it learns E[v | x] under the sigma prior of training; the
+prior is part of the checkpoint.
 
 One batch:
   1. draw a noise level for each modality of each sample, shared or apart;
   2. condition some samples: the first latent frame, the whole sound or the whole video stays clean;
   3. drop some texts, for classifier-free guidance;
-  4. loss: squared velocity error, averaged per sample and modality over what was not given, then weighted. Moving
-     places may count more (motion_floor < 1): they carry the lips, and they are few.
+  4. loss: squared velocity error, averaged per sample and modality over what was not given, then weighted.
+     Moving places may count more (motion_floor < 1): they carry the lips, and they are few.
 A missing or given modality adds nothing.
 """
 
@@ -43,7 +43,7 @@ class Noised:
     Attributes:
         video, audio: network inputs [B,C,T,h,w], [B,A,Ca]; text: B tensors [S,Ct].
         video_target, audio_target: velocities.
-        video_mask [B,1,T,1,1], audio_mask [B,1,1]: 1 where the loss counts, 0 where the input was given clean.
+        video_mask [B,1,T,1,1], audio_mask [B,1,1]: 1 where the loss counts, 0 where the input is clean.
         video_sigma, audio_sigma: [B].
     """
 

@@ -39,32 +39,62 @@ def test_every_choice_of_every_group_is_valid(group, name) -> None:
 @pytest.mark.parametrize("size", available("model"))
 def test_every_model_size_builds_its_settings(size) -> None:
     settings = validate(node("+recipe=pretrain", f"model={size}"))
-    assert settings.model.dit.num_layers == node("+recipe=pretrain", f"model={size}")["model"]["dit"]["num_layers"]
+    assert (
+        settings.model.dit.num_layers
+        == node("+recipe=pretrain", f"model={size}")["model"]["dit"]["num_layers"]
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ([], "no recipe given; add +recipe=NAME, one of: "),
-        (["+recipe=pretrain", "+trainer.max_stepz=3"], "unknown setting trainer.max_stepz, did you mean 'max_steps'?"),
-        (["+recipe=pretrain", "+recipe.text_drap=0.1"], "unknown setting recipe.text_drap, did you mean 'text_drop'?"),
+        (
+            ["+recipe=pretrain", "+trainer.max_stepz=3"],
+            "unknown setting trainer.max_stepz, did you mean 'max_steps'?",
+        ),
+        (
+            ["+recipe=pretrain", "+recipe.text_drap=0.1"],
+            "unknown setting recipe.text_drap, did you mean 'text_drop'?",
+        ),
         (["+recipe=pretrain", "+extra=1"], "unknown setting extra"),
-        (["+recipe=pretrain", "+recipe.sigma.knd=x"], "unknown setting recipe.sigma.knd, did you mean 'kind'?"),
+        (
+            ["+recipe=pretrain", "+recipe.sigma.knd=x"],
+            "unknown setting recipe.sigma.knd, did you mean 'kind'?",
+        ),
         (["+recipe=pretrain", "trainer.max_steps=many"], "trainer.max_steps='many' should be an integer"),
         (["+recipe=pretrain", "optim.lr=fast"], "optim.lr='fast' should be a number"),
         (["+recipe=pretrain", "optim.betas=[0.9]"], "optim.betas=[0.9] should be a list of a number"),
-        (["+recipe=pretrain", "trainer.precision=fp8"], "trainer.precision='fp8' should be one of bf16, fp32"),
-        (["+recipe=pretrain", "recipe.first_frame=often"], "recipe.first_frame='often' should be a number or Ramp"),
+        (
+            ["+recipe=pretrain", "trainer.precision=fp8"],
+            "trainer.precision='fp8' should be one of bf16, fp32",
+        ),
+        (
+            ["+recipe=pretrain", "recipe.first_frame=often"],
+            "recipe.first_frame='often' should be a number or Ramp",
+        ),
         (["+recipe=pretrain", "+recipe.setup=1"], "recipe.setup is set by the program"),
-        (["+recipe=pretrain", "data=shards"], "data.module.shards is not given; set it with data.module.shards=VALUE"),
-        (["+recipe=pretrain", "recipe._target_=recipes.nothing.X"], "recipe._target_=recipes.nothing.X cannot be imported"),
+        (
+            ["+recipe=pretrain", "data=shards"],
+            "data.module.shards is not given; set it with data.module.shards=VALUE",
+        ),
+        (
+            ["+recipe=pretrain", "recipe._target_=recipes.nothing.X"],
+            "recipe._target_=recipes.nothing.X cannot be imported",
+        ),
         (["+recipe=pretrain", "trainer.max_steps=0"], "trainer.max_steps=0 trains nothing"),
         (["+recipe=pretrain", "trainer.max_time=soon"], "trainer.max_time='soon' should look like 01:30:00"),
         (["+recipe=pretrain", "trainer.devices=4"], "choose strategy=ddp or strategy=fsdp2"),
         (["+recipe=pretrain", "optim.adamw_lr=null"], "optim.algorithm=muon also needs optim.adamw_lr"),
         (["+recipe=pretrain", "optim.ema_decay=1"], "optim.ema_decay=1 should be in [0, 1)"),
-        (["+recipe=pretrain", "strategy=zero2"], "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2"),
-        (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
+        (
+            ["+recipe=pretrain", "strategy=zero2"],
+            "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2",
+        ),
+        (
+            ["+recipe=pretrain", "strategy=zero3", "optim=adamw"],
+            "set optim.ema_decay=0 or choose strategy=fsdp2",
+        ),
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
     ],
 )
@@ -104,7 +134,13 @@ def test_the_command_line_fails_with_one_line_and_status_2(arguments, message) -
 def test_help_names_groups_and_starts_without_torch() -> None:
     result = command("--help")
     assert result.returncode == 0, result.stderr
-    for text in ("+recipe=pretrain", "recipe: ", "strategy: ", "ema_decay", "continues after an interruption"):
+    for text in (
+        "+recipe=pretrain",
+        "recipe: ",
+        "strategy: ",
+        "ema_decay",
+        "continues after an interruption",
+    ):
         assert text in result.stdout
     probe = "import sys, magihuman.train, magihuman.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=CONFIGS.parent).returncode == 0

@@ -31,7 +31,8 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, tmp_path) -> None
     assert record["parents"][0]["role"] == "shards"
     assert len(record["parents"][0]["sha256"]) == 64
     states = [
-        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (through, halves)
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for run in (through, halves)
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

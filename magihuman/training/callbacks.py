@@ -44,7 +44,7 @@ def resident_gb() -> float:
 
 
 class LogLines(L.Callback):
-    """Every `every` steps: averages since the last line, learning rate, throughput, memory, MFU; and the progress.
+    """Every `every` steps: averages since the last line, learning rate, throughput, memory, MFU; progress.
 
     The bar is drawn on a terminal; elsewhere a line is printed every half minute.
 
@@ -232,8 +232,9 @@ class Samples(L.Callback):
     """Every so many steps: clips as mp4, and one contact sheet, in samples/ of the run.
 
     Args:
-        pipeline: made from (checkpoint, world), with `generate(prompts, seeds, **settings)` that returns clips with
-            `frames` uint8 [F,H,W,3] and `save(path)`; injected, so that the core needs no inference code.
+        pipeline: made from (checkpoint, world), with `generate(prompts, seeds, **settings)` that returns
+            clips with `frames` uint8 [F,H,W,3] and `save(path)`; injected, so that the core needs no
+            inference code.
         prompts: one clip each; seeds are 0, 1, ...
         every_steps: interval; the last step always samples.
         settings: for `generate`, for example steps.

@@ -3,9 +3,9 @@
     checkpoints/step-00000100.ckpt   complete state: a file, or a folder for sharded strategies
     checkpoints/last.ckpt            link to the newest complete one
 
-A checkpoint is written under a temporary name and renamed when it is whole, and the link moves only after that, so
-a kill at any moment leaves the previous one in force. Checkpoints are saved at step boundaries only: in the middle of
-an accumulation the gradients would be lost.
+A checkpoint is written under a temporary name and renamed when it is whole, and the link moves only after
+that, so a kill at any moment leaves the previous one in force. Checkpoints are saved at step boundaries only:
+in the middle of an accumulation the gradients would be lost.
 """
 
 import os
@@ -63,8 +63,8 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
     """The checkpoint that a run starts from.
 
     Args:
-        resume: `auto` takes the folder's newest complete checkpoint if there is one, `none` starts anew, anything
-            else is a path to a checkpoint or a run folder.
+        resume: `auto` takes the folder's newest complete checkpoint if there is one, `none` starts anew,
+            anything else is a path to a checkpoint or a run folder.
         checkpoints: of the run folder.
 
     Raises:

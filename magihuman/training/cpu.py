@@ -10,8 +10,8 @@ _GB = 1 << 30
 def tune(threads: int | None) -> None:
     """Keep freed memory in the process and use large pages; optionally fix the number of threads.
 
-    Activations are freed and allocated anew in every step. glibc returns large blocks to the system at once, and
-    getting them back costs page faults, which took over a quarter of a small model's step.
+    Activations are freed and allocated anew in every step. glibc returns large blocks to the system at once,
+    and getting them back costs page faults, which took over a quarter of a small model's step.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:

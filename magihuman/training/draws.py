@@ -1,7 +1,8 @@
 """Random draws that are a pure function of (seed, batch number, sample index).
 
-Neither the number of processes, nor the order in which samples meet, nor an interruption changes what a sample gets,
-and nothing has to be stored in a checkpoint. Draws are made on the CPU, so every device gets the same numbers.
+Neither the number of processes, nor the order in which samples meet, nor an interruption changes what a
+sample gets, and nothing has to be stored in a checkpoint. Draws are made on the CPU, so every device gets the
+same numbers.
 """
 
 import hashlib

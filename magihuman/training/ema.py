@@ -13,10 +13,10 @@ def _local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class EMA(nn.Module):
-    """shadow <- d * shadow + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ...
+    """shadow <- d * shadow + (1 - d) * weights, d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ...
 
-    The growing decay lets a short run forget its random start. The shadow is a network of its own (`module`), so it
-    can be sampled from, exported and saved like any other; its tensors are never trained.
+    The growing decay lets a short run forget its random start. The shadow is a network of its own (`module`),
+    so it can be sampled from, exported and saved like any other; its tensors are never trained.
 
     Args:
         model: network to follow; copied.

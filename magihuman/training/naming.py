@@ -35,7 +35,9 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
         name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
         name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
     if name is None and processes_launched() > 1:
-        raise UserError("several processes were started and need one run folder; give it a name with name=...")
+        raise UserError(
+            "several processes were started and need one run folder; give it a name with name=..."
+        )
     if name is None:
         name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
     return Path(node["runs"]) / recipe / str(name)

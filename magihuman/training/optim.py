@@ -1,9 +1,9 @@
 """Optimisers, learning-rate schedules and gradient clipping.
 
-Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`, with two additions.
-A weight that stacks several experts is orthogonalised per expert, because a joint step would couple their singular
-values; and one optimiser object serves the matrices (Muon) and everything else (AdamW), because Lightning's automatic
-optimisation and its checkpoints count on one.
+Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`, with two
+additions. A weight that stacks several experts is orthogonalised per expert, because a joint step would
+couple their singular values; and one optimiser object serves the matrices (Muon) and everything else (AdamW),
+because Lightning's automatic optimisation and its checkpoints count on one.
 """
 
 import math
@@ -38,10 +38,10 @@ def orthogonalise(matrices: torch.Tensor, steps: int, eps: float = 1e-7) -> torc
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, AdamW for the rest, in one object.
 
-    Groups hold `experts` (0: AdamW; n >= 1: Muon on a weight [n*rows, columns] of n stacked experts) beside the
-    usual settings. The Muon step is scaled by sqrt(max(1, rows / columns)) of one expert. Sharded weights (DTensor)
-    are gathered for the orthogonalisation, matrix by matrix, and every process does the whole of it: exact, and
-    costlier with more processes only in communication.
+    Groups hold `experts` (0: AdamW; n >= 1: Muon on a weight [n*rows, columns] of n stacked experts) beside
+    the usual settings. The Muon step is scaled by sqrt(max(1, rows / columns)) of one expert. Sharded weights
+    (DTensor) are gathered for the orthogonalisation, matrix by matrix, and every process does the whole of it:
+    exact, and costlier with more processes only in communication.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], settings: OptimSettings) -> None:

@@ -1,7 +1,8 @@
 """Spreading one network over devices: FSDP2 sharding, per-block compilation.
 
-The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network itself,
-exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block into bf16 too.
+The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network
+itself, exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block
+into bf16 too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,8 @@ def shard(
 
     Args:
         mesh: one-dimensional device mesh of the data-parallel processes.
-        reshard_after_forward: free a block's gathered weights after its forward pass (less memory, one more gather).
+        reshard_after_forward: free a block's gathered weights after its forward pass (less memory, one more
+            gather).
         offload: keep shards and optimiser on the CPU.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -63,8 +65,8 @@ def compile_blocks(denoiser: Denoiser) -> None:
     """Compile every block in place; state-dict keys stay as they are, equal blocks share one compilation."""
     from torch import _dynamo
 
-    # All blocks share one cache: three kinds of block, ragged batches or not, with and without gradients, and a
-    # static before a dynamic version of each.
+    # All blocks share one cache: three kinds of block, ragged batches or not, with and without gradients, and
+    # a static before a dynamic version of each.
     _dynamo.config.recompile_limit = max(64, _dynamo.config.recompile_limit)
     for block in blocks(denoiser):
         block.compile(dynamic=None)

@@ -1,7 +1,8 @@
 """Preemption has one owner: a signal sets a flag, the next step boundary saves, then the job is requeued.
 
-Lightning's own handler saves inside the signal, in the middle of a step, which loses the position of the data by one
-batch; so its Slurm requeue is switched off (see `magihuman.training.strategies`) and this one takes its place.
+Lightning's own handler saves inside the signal, in the middle of a step, which loses the position of the data
+by one batch; so its Slurm requeue is switched off (see `magihuman.training.strategies`) and this one takes
+its place.
 """
 
 import os
@@ -65,7 +66,7 @@ class Preemption(L.Callback):
 def requeue() -> bool:
     """Ask Slurm to run this job again; True when it was asked. Does nothing outside Slurm.
 
-    An array's element is requeued alone. `scontrol requeue` ends the job, so this is the last thing to be done.
+    An array's element is requeued alone. `scontrol requeue` ends the job, so this comes last.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or int(os.environ.get("SLURM_PROCID", "0")) != 0:

@@ -7,7 +7,8 @@ from magihuman.errors import UserError
 
 @dataclass(frozen=True)
 class Ramp:
-    """`start` until the share `begin` of the training is done, then linearly to `end`, reached at share `finish`.
+    """`start` until the share `begin` of the training is done, then linearly to `end`, reached at share
+    `finish`.
 
     Raises:
         UserError: unless 0 <= begin <= finish <= 1.

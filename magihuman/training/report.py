@@ -58,7 +58,14 @@ def write_report(run: str) -> dict[str, Any]:
         lines += [f"## {name}", "", "```json", json.dumps(result, indent=2), "```", ""]
     sheets = sorted(path.relative_to(folder).as_posix() for path in folder.glob("samples/*.png"))
     if sheets:
-        lines += ["## Samples on the way", "", f"![{sheets[-1]}]({sheets[-1]})", "", *(f"- {s}" for s in sheets), ""]
+        lines += [
+            "## Samples on the way",
+            "",
+            f"![{sheets[-1]}]({sheets[-1]})",
+            "",
+            *(f"- {s}" for s in sheets),
+            "",
+        ]
     (folder / "report.md").write_text("\n".join(lines))
     return {"report": str(folder / "report.md")}
 

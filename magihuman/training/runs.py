@@ -123,8 +123,8 @@ class RunFolder:
 class CSVLog(Logger):
     """metrics.csv that survives a resume.
 
-    A resumed run repeats the steps after its checkpoint: `rewind` drops their lines first, so that every step is
-    there once. New columns are added as they appear.
+    A resumed run repeats the steps after its checkpoint: `rewind` drops their lines first, so that every step
+    is there once. New columns are added as they appear.
 
     Args:
         folder: of the run.

@@ -32,7 +32,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
     """Network, latents and engine settings, checked against each other.
 
     Args:
-        data: the data module, with `world`, `contract`, `size` (frames, height, width) and `null_text` or None.
+        data: the data module, with `world`, `contract`, `size` (frames, height, width), `null_text` or None.
 
     Raises:
         UserError: the model is not made for these latents, or `init` is not this model.
@@ -133,7 +133,7 @@ class Session:
             # DeepSpeed clips by itself; elsewhere the recipe does.
             gradient_clip_val=settings.optim.clip_norm if settings.strategy.name.startswith("zero") else None,
             logger=self.loggers,
-            # Order matters: stop decisions, then what is logged of this step, then the checkpoint that holds it all.
+            # Order matters: stop decisions, then what is logged of this step, then the checkpoint of it.
             callbacks=[self.limits, *extra, self.lines, self.checkpointer, self.preemption],
             enable_checkpointing=False,
             enable_progress_bar=False,

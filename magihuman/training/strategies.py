@@ -45,7 +45,8 @@ def build_strategy(settings: StrategySettings, trainer: TrainerSettings) -> Stra
     if settings.name == "single":
         return "auto"
     if settings.name == "ddp":
-        # All weights take part in every step (a missing modality contributes zero), so none has to be searched for.
+        # All weights take part in every step (a missing modality contributes zero), so none has to be
+        # searched for.
         return DDPStrategy(
             find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
         )

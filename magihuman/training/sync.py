@@ -12,7 +12,7 @@ CLAMP = 6.0
 
 
 def motion_weight(x0: Tensor, floor: float) -> Tensor:
-    """Loss weight of each place: floor + (1 - floor) * its variance over time, relative to the clip's mean variance.
+    """Loss weight of each place: floor + (1 - floor) * its variance over time / the clip's mean variance.
 
     Args:
         x0: clean video latents [B,C,T,h,w].
@@ -41,9 +41,10 @@ def sync_gap(
 ) -> float:
     """How much better the moving part of the video is predicted from its own sound than from another clip's.
 
-    Both predictions see the same noisy video; in the second, the sounds are handed on by one place in the batch.
-    With e the motion-weighted error of the predicted x0, the gap is (e_other - e_own) / e_other: 0 for a network
-    that does not listen (its samples will not be in sync, whatever its loss), positive for one that does.
+    Both predictions see the same noisy video; in the second, the sounds are handed on by one place in the
+    batch. With e the motion-weighted error of the predicted x0, the gap is (e_other - e_own) / e_other: 0 for
+    a network that does not listen (its samples will not be in sync, whatever its loss), positive for one that
+    does.
 
     Args:
         denoiser: (video, audio, text) -> velocities.
