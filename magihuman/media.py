@@ -288,7 +288,9 @@ class Mp4Writer:
         self._container = av.open(
             str(self._partial.absolute()), "w", format="mp4", container_options={"movflags": "+faststart"}
         )
-        video = self._container.add_stream("libx264", rate=self._fps, options={"crf": str(self._crf)})
+        # x264's macroblock tree reads beyond rows of odd lengths: with it, equal pictures gave unequal files.
+        options = {"crf": str(self._crf), "x264-params": "mbtree=0"}
+        video = self._container.add_stream("libx264", rate=self._fps, options=options)
         video.height, video.width, video.pix_fmt = *self._size, "yuv420p"
         context = video.codec_context
         context.thread_count = self._threads

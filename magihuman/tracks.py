@@ -216,7 +216,7 @@ class VideoTrack(_Track):
         Raises:
             MediaError: the track ends before, or a picture in the range is damaged.
         """
-        begin = start + 0.5 / fps
+        begin = start + 0.5 / fps + 1e-6  # on a boundary the later picture counts
         here = self._time(self._shown.pts) if self._shown is not None else 0.0
         if begin < here or begin > here + _SEEK_AFTER:
             self._seek(begin)
