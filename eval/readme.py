@@ -1,0 +1,114 @@
+"""Tables of the README, rendered from committed result files: `python -m eval.readme` (check=true: compare only).
+
+A block of the README between `<!-- scores FILE -->` or `<!-- cost FILE ... -->` and `<!-- end -->` belongs to
+this command; a figure outside such a block is not to be trusted.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from eval.stats import Measure
+from magihuman.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"<!-- (scores|cost) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+
+# Rows of scores.json that the README shows, in words for a reader who has not met them.
+SHOWN = {
+    "attributes": "face, hair, shirt and wall as prompted",
+    "vowels": "vowels right",
+    "vowels_exact": "whole vowel sequence right",
+    "syllable_error": "syllable error rate",
+    "sync_skill": "lip-sync skill (chance 0, codec bound 1)",
+    "sync_r": "mouth against own voice, correlation",
+    "sharpness": "sharpness (Laplacian variance)",
+    "skin_distance": "unprompted skin tone, distance from equal shares",
+}
+
+
+def _cell(values: dict[str, Any]) -> str:
+    measure = Measure(**values)
+    if measure.value is None:
+        return "n/a"
+    digits = 4 if abs(measure.value) < 0.1 and measure.value else 3
+    if measure.low is None or measure.high is None:
+        return f"{measure.value:.{digits}f}"
+    return f"{measure.value:.{digits}f} [{measure.low:.{digits}f}, {measure.high:.{digits}f}]"
+
+
+def _made(provenance: dict[str, Any]) -> str:
+    code = provenance["code"]
+    commit = code.get("commit", "unknown")[:12] + (" with changes" if code.get("changed") else "")
+    torch = provenance["libraries"]["torch"]
+    return f"{provenance['date'][:10]}, {provenance['machine']}, torch {torch}, commit {commit}"
+
+
+def scores_table(file: str) -> str:
+    """Markdown of one scores.json (`eval.puppets`): a column per set of clips, 95 % intervals over clips."""
+    values = json.loads((REPO / file).read_text())
+    columns = values["columns"]
+    lines = [
+        "| | " + " | ".join(f"{name} (n={c['n']})" for name, c in columns.items()) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for row, words in SHOWN.items():
+        lines.append(f"| {words} | " + " | ".join(_cell(c["table"][row]) for c in columns.values()) + " |")
+    lines += ["", f"From [{file}]({file}): {_made(values['provenance'])}."]
+    return "\n".join(lines)
+
+
+def cost_table(*files: str) -> str:
+    """Markdown of files written by `eval.cost`: a row per command."""
+    lines = ["| command | wall | CPU | memory of all processes | measured |", "|---|---|---|---|---|"]
+    for file in files:
+        values = json.loads((REPO / file).read_text())
+        lines.append(
+            f"| `{values['command']}` | {values['seconds'] / 60:.1f} min | {values['cpu_seconds'] / 60:.1f} min | "
+            f"{values['peak_memory_bytes'] / 1e9:.2f} GB | [{_made(values['provenance'])}]({file}) |"
+        )
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    """The README with every block made anew.
+
+    Raises:
+        UserError: a block names a file that is missing or of another form.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        kind, files = match[1], match[2].split()
+        try:
+            table = scores_table(*files) if kind == "scores" else cost_table(*files)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"README block '{kind} {match[2]}' cannot be rendered: {error!r}") from error
+        return f"<!-- {kind} {match[2]} -->\n{table}\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+def update(check: bool = False) -> None:
+    """Render the README's tables from the result files they name.
+
+    Args:
+        check: change nothing; fail if the README differs from what would be rendered
+
+    Raises:
+        UserError: with check, a README that is out of date; or a block that cannot be rendered.
+    """
+    file = REPO / "README.md"
+    old = file.read_text(encoding="utf-8")
+    new = render(old)
+    if check and new != old:
+        raise UserError("README.md differs from its result files; run `python -m eval.readme`")
+    if new != old:
+        file.write_text(new, encoding="utf-8")
+    print("README.md is up to date")
+
+
+if __name__ == "__main__":
+    from magihuman.command import run
+
+    run(update, "python -m eval.readme")

@@ -1,0 +1,44 @@
+"""The README's figures come from committed files, and what a command costs is measured as said."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval import cost, readme
+from magihuman.errors import UserError
+
+
+def test_readme_is_rendered_from_its_files() -> None:
+    readme.update(check=True)
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    text = (readme.REPO / "README.md").read_text()
+    block = readme.BLOCK.search(text)
+    assert block is not None
+    tampered = text.replace(block[0], block[0].replace("0.", "0.9", 1).replace(" min", "0 min", 1))
+    assert tampered != text
+    assert readme.render(tampered) == text
+
+
+def test_block_without_file_says_which() -> None:
+    with pytest.raises(UserError, match=r"no/such\.json"):
+        readme.render("<!-- scores no/such.json -->\n<!-- end -->")
+
+
+def test_cost_counts_children_and_time(tmp_path: Path) -> None:
+    held = 120_000_000
+    child = f"import time; held = b'x' * {held}; time.sleep(1.2)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    figures = cost.measure(f'{sys.executable} -c "{parent}"', str(tmp_path / "cost.json"))
+    assert held < figures["peak_memory_bytes"] < held + 100_000_000
+    assert 1.2 < figures["seconds"] < 15
+    assert json.loads((tmp_path / "cost.json").read_text()) == figures
+
+
+def test_failed_command_records_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="status 3"):
+        cost.measure(f'{sys.executable} -c "raise SystemExit(3)"', str(tmp_path / "cost.json"))
+    assert not (tmp_path / "cost.json").exists()
