@@ -113,3 +113,19 @@ class DieAt(L.Callback):
             torch.save(checkpoint["state_dict"], target)
             os.truncate(target, target.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Spy(L.Callback):
+    """Writes down the positions of the samples that this process trained on, to seen-RANK.json in the run folder."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen += batch["index"].tolist()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        import json
+
+        file = Path(trainer.default_root_dir) / f"seen-{trainer.global_rank}.json"
+        file.write_text(json.dumps(self.seen))

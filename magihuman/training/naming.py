@@ -13,8 +13,14 @@ RUN_NAME = "MAGIHUMAN_RUN"
 
 
 def processes_launched() -> int:
-    """Processes that torchrun or srun started for this job; 1 when Lightning starts them itself, or there is one."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    """Processes that torchrun or srun started; 1 when Lightning starts them itself, or there is one."""
+    tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
+    return int(os.environ.get("WORLD_SIZE") or tasks or 1)
+
+
+def in_batch_job() -> bool:
+    """Whether a Slurm job runs this, not a person in an allocation of theirs (who may run several trainings)."""
+    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Path:
@@ -31,7 +37,7 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
         return Path(node["folder"])
     recipe = str(node["recipe"]["_target_"]).split(".")[-2]
     name = node.get("name") or os.environ.get(RUN_NAME)
-    if name is None and "SLURM_JOB_ID" in os.environ:
+    if name is None and in_batch_job():
         name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
         name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
     if name is None and processes_launched() > 1:
