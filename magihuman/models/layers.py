@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     # Half the passes over memory of what autograd derives from the formula.
     @staticmethod
     def forward(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
+        inverse = _inverse_rms(x)
         return x * inverse * scale, inverse
 
     @staticmethod
@@ -42,10 +42,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         x, scale, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative runs through the norm, too
+            inverse = _inverse_rms(x)
         normed = x * inverse
         toward_normed = grad * scale
         along = (toward_normed * normed).mean(dim=-1, keepdim=True)
         return (toward_normed - normed * along) * inverse, (grad * normed).sum_to_size(scale.shape)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
 
 
 class RMSNorm(nn.Module):
@@ -138,6 +144,9 @@ def _within(grad: Tensor, y: Tensor, low: float) -> Tensor:
 
 def _silu_slope(grad: Tensor, u: Tensor) -> Tensor:
     """grad times the derivative of u sigmoid(alpha u), which is silu' at alpha u."""
+    if torch.is_grad_enabled():  # the fused kernel has no derivative of its own
+        gate = torch.sigmoid(u * ALPHA)
+        return grad * gate * (1 + ALPHA * u * (1 - gate))
     return torch.ops.aten.silu_backward(grad, u * ALPHA)
 
 

@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", type=Path, help="folder that holds manifest.json")
     verify.add_argument("--strict", action="store_true", help="count unsupported cases as failures")
+    verify.add_argument(
+        "--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_"
+    )
     return parser
 
 
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from magihuman.zoo.verify import report, verify
 
-    text, status = report(verify(arguments.folder), arguments.strict)
+    text, status = report(verify(arguments.folder, arguments.only), arguments.strict)
     print(text)
     return status
 

@@ -23,19 +23,20 @@ class Row:
     result: Result | None = None
 
 
-def verify(folder: str | Path) -> list[Row]:
-    """Check every case of a vector folder.
+def verify(folder: str | Path, only: str = "") -> list[Row]:
+    """Check every case of a vector folder whose name starts with `only`.
 
     A file that is missing, altered or unreadable is a failure of its case.
 
     Raises:
-        UserError: when the folder has no readable manifest of cases.
+        UserError: when the folder has no readable manifest, or no case of that name.
     """
     folder = Path(folder)
-    rows: list[Row] = []
-    for name, entry in read_manifest(folder).items():
-        rows += _verify_case(folder, name, entry)
-    return rows
+    files = read_manifest(folder)
+    names = [name for name in files if name.startswith(only)]
+    if not names:
+        raise UserError(f"no case of {folder} starts with {only!r}; its cases are {', '.join(files)}")
+    return [row for name in names for row in _verify_case(folder, name, files[name])]
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
