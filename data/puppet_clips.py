@@ -14,6 +14,7 @@ SIZES = (32, 512)
 
 
 def clip_name(index: int) -> str:
+    """File name without ending of clip `index`."""
     return f"clip-{index:06d}"
 
 

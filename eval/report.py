@@ -1,6 +1,7 @@
 """A table of scores as text, JSON and pictures: one column per set of clips, bounds first."""
 
 import json
+import os
 import platform
 import sys
 import time
@@ -78,6 +79,7 @@ def text(columns: Sequence[Column]) -> str:
 
 
 def markdown(columns: Sequence[Column]) -> str:
+    """The table as Markdown."""
     lines = ["| " + " | ".join(line) + " |" for line in table_lines(columns)]
     return "\n".join([lines[0], "|" + "---|" * len(table_lines(columns)[0]), *lines[1:]])
 
@@ -88,7 +90,7 @@ def provenance() -> dict[str, Any]:
 
     from magihuman.training.runs import code_version
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "code": code_version(),
@@ -101,6 +103,20 @@ def provenance() -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
+
+
+def _processor() -> str:
+    """The CPU's name and how many of its cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{cores} cores of {name}"
 
 
 def write(columns: Sequence[Column], output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

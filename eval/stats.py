@@ -29,6 +29,7 @@ class Measure:
 
 
 def unavailable(reason: str, n: int = 0) -> Measure:
+    """A measure that could not be taken, and why."""
     return Measure(None, None, None, n, "unavailable", reason)
 
 
