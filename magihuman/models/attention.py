@@ -268,7 +268,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -
 
 
 @cache
-def _flex_kernel(compiled: bool) -> Callable[..., Tensor]:
+def _flex_kernel(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if compiled else flex_attention
