@@ -59,7 +59,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
     from magihuman.training import cpu, session
-    from magihuman.training.checkpoint import find_resume
+    from magihuman.training.checkpoint import find_resume, require_same_training
     from magihuman.training.runs import RunFolder
 
     cpu.tune(settings.trainer.threads)
@@ -77,6 +77,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         )
         return folder
 
+    if resume is not None:
+        require_same_training(resume, node)
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
     setup = session.build_setup(settings, data, provenance)

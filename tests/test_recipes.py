@@ -1,6 +1,7 @@
 """Every recipe in configs/recipe trains, exports and continues exactly."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from magihuman import zoo
 from magihuman.config import available
+from magihuman.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +50,74 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, tmp_path) -> None
     assert exported["adapter.video_embedder.weight"].dtype == torch.float32
     average = states[0]["ema.module.model.adapter.video_embedder.weight"]
     assert torch.equal(exported["adapter.video_embedder.weight"], average)
+
+
+def test_a_training_starts_from_another_ones_weights(shards, tmp_path) -> None:
+    parent = training_stub.train_here(tmp_path / "a", shards, ["+recipe=pretrain"])
+    child = training_stub.train_here(
+        tmp_path / "b", shards, ["+recipe=pretrain", f"init={parent}", "optim.lr=1e-12"]
+    )
+    old, new = (load_file(run / "export" / "model-00001-of-00001.safetensors") for run in (parent, child))
+    assert all(torch.allclose(old[k].float(), new[k].float(), atol=1e-6) for k in old)
+    record = json.loads((child / "run.json").read_text())
+    assert [p["role"] for p in record["parents"]] == ["shards", "init"]
+
+
+def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, tmp_path) -> None:
+    parent = training_stub.train_here(tmp_path / "a", shards, ["+recipe=pretrain"])
+    folder = tmp_path / "b"
+    cases = {
+        (
+            "model.dit.audio_in_channels=8",
+        ): "the model takes audio_in_channels=8, the shards hold 4 audio channels",
+        ("model.pack.patch_size=4",): "set model.dit.video_in_channels=48",
+        (
+            f"init={parent}",
+            "model.dit.hidden_size=32",
+        ): "is a model of another size than model.dit (hidden_size 16",
+        ("init=nothing/here",): "neither a folder nor a shipped name",
+        (
+            "data.module.shards=/nowhere",
+        ): "holds no index.json and no .tar; make them with `python -m data.prepare",
+        (
+            f"resume={parent}",
+            "model.dit.num_layers=3",
+        ): "was saved with another model.dit (num_layers 2 then, 3 now)",
+        (
+            f"resume={parent}",
+            "strategy=fsdp2",
+        ): "was saved with another strategy.name (files then, fsdp2 now)",
+        (f"resume={parent}", "data.module.batch_size=4"): "cannot go on in the middle of other data",
+        (f"resume={tmp_path}/none",): "no checkpoint there",
+        ("strategy=zero2", "optim=adamw"): "needs DeepSpeed",
+    }
+    for overrides, message in cases.items():
+        with pytest.raises(UserError) as error:
+            training_stub.train_here(folder, shards, ["+recipe=pretrain", "trainer.max_steps=4", *overrides])
+        assert message in str(error.value), overrides
+        assert "\n" not in str(error.value)
+        assert not (folder / "checkpoints").exists()
+
+
+def test_a_missing_shard_is_one_line(shards, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    (broken / "shard-000000.tar").unlink()
+    with pytest.raises(
+        UserError, match=r"shard .*shard-000000.tar is missing or unreadable .*; copy it again"
+    ):
+        training_stub.train_here(tmp_path / "a", broken, ["+recipe=pretrain"])
+
+
+def test_gradients_that_stay_infinite_end_the_training_with_advice(shards, tmp_path) -> None:
+    overrides = [
+        "+recipe=pretrain",
+        "trainer.max_steps=40",
+        "recipe.video_weight=inf",
+        "callbacks.held_out=null",
+    ]
+    with pytest.raises(UserError, match=r"not finite for 20 steps.*lower optim.lr"):
+        training_stub.train_here(tmp_path / "a", shards, overrides)
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "not finite" in record["error"]

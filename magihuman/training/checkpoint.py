@@ -11,6 +11,7 @@ in the middle of an accumulation the gradients would be lost.
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,42 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
     if not path.exists():
         raise UserError(f"resume={resume}: no checkpoint there; give a .ckpt, a run folder, `auto` or `none`")
     return path.resolve()
+
+
+def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint was saved by a training of the same network, optimiser and recipe.
+
+    Args:
+        node: the configuration of now; the checkpoint's is the config.yaml of its run folder, where there is one.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    import yaml
+
+    file = checkpoint.parent.parent / "config.yaml"
+    if not file.exists():
+        return
+    then = yaml.safe_load(file.read_text())
+    for path in ("recipe._target_", "model.dit", "model.pack", "optim.algorithm", "strategy.name"):
+        old, new = _entry(then, path), _entry(node, path)
+        if path == "strategy.name":  # single and ddp read each other's files; the others shard in their own ways
+            old, new = ("files" if name in ("single", "ddp") else name for name in (old, new))
+        if old != new:
+            what = ""
+            if isinstance(old, dict) and isinstance(new, dict):
+                wrong = [f"{k} {old.get(k)} then, {new.get(k)} now" for k in new if old.get(k) != new.get(k)]
+                what = f" ({'; '.join(wrong)})"
+            raise UserError(
+                f"{checkpoint.name} was saved with another {path}{what or f' ({old} then, {new} now)'}; continue with "
+                "the settings of its config.yaml, or give another name= (and init= to start from its weights)"
+            )
+
+
+def _entry(node: Any, path: str) -> Any:
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
 
 
 class SyncedFiles(TorchCheckpointIO):
