@@ -1,13 +1,13 @@
 """Planned clips to a shard of latents: the part of `data.prepare` that runs in the workers."""
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from data.buckets import Bucket
 from data.plan import PlannedClip
@@ -16,7 +16,11 @@ from data.shards import NULL_TEXT, Entry, ShardWriter, write_atomically
 from data.workers import Tick
 from magihuman.errors import UserError
 from magihuman.media import Clip, MediaError, MediaReader, read_image
-from magihuman.world import World, load_world
+
+if TYPE_CHECKING:  # the parent process only names the tasks
+    import torch
+
+    from magihuman.world import World
 
 SILENCE = 1e-4  # peak below which a sound track counts as none (-80 dB)
 
@@ -61,6 +65,8 @@ def open_world(name: str, device: str) -> World:
     Raises:
         UserError: it does not exist or cannot be built.
     """
+    from magihuman.world import load_world
+
     if ":" not in name:
         return load_world(name, device)
     module, _, function = name.partition(":")
@@ -186,6 +192,8 @@ def _encode(
     world: World, device: str, bucket: Bucket, group: list[tuple[PlannedClip, Clip]], writer: ShardWriter
 ) -> dict[str, str]:
     """Encode clips of one bucket and add them to the shard; returns refusals by key."""
+    import torch
+
     frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
     video = world.video_codec.encode(frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).cpu()
     audio = None

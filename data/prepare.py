@@ -93,7 +93,9 @@ def prepare(
     if table is not None and not Path(table).is_file():
         raise UserError(f"table={table} is not a file; give a .csv, .tsv or .jsonl")
     with _claimed(target) as work:
-        return _Run(source, target, work, settings, workers or os.cpu_count() or 1, device, progress).run()
+        task = _Run(source, target, work, settings, device, progress)
+        with Workers(workers or os.cpu_count() or 1, work, task.crashed) as pool:
+            return task.run(pool)
 
 
 @contextmanager
@@ -129,30 +131,23 @@ class _Run:
     """One run: look at the files, plan, encode what is missing, report."""
 
     def __init__(
-        self,
-        source: Path,
-        target: Path,
-        work: Path,
-        settings: dict[str, Any],
-        workers: int,
-        device: str,
-        bar: bool,
+        self, source: Path, target: Path, work: Path, settings: dict[str, Any], device: str, bar: bool
     ) -> None:
         self.source, self.target, self.work, self.settings = source, target, work, settings
-        self.device, self.workers, self.bar = device, workers, bar
+        self.device, self.bar = device, bar
         crashed = work / "crashed.json"
         self.crashed: set[str] = set(json.loads(crashed.read_text())) if crashed.exists() else set()
 
-    def run(self) -> Report:
+    def run(self, pool: Workers) -> Report:
         started = time.monotonic()
         listing = list_files(self.source, self.target)
         if not listing.media:
             raise UserError(
                 f"input={self.source} holds no media file ({len(listing.passed_over)} files of other kinds)"
             )
-        world = self._describe_world()
+        world = self._describe_world(pool)
         fps = world["contract"]["fps"]
-        files = self._look(listing.media)
+        files = self._look(pool, listing.media)
         table = self.settings["table"]
         tables = read_tables([*listing.tables, *([Path(table).absolute()] if table else [])])
         repeats = {} if self.settings["duplicates"] == "keep" else repeated(files)
@@ -162,7 +157,7 @@ class _Run:
             shutil.rmtree(self.work)
             return Report.load(self.target)
         os.replace(self.work / NULL_TEXT, self.target / NULL_TEXT)
-        entries, refused, shards = self._encode(plan)
+        entries, refused, shards = self._encode(pool, plan)
         listing = Listing(files, listing.tables, listing.passed_over)
         shown = {key: value for key, value in self.settings.items() if value is not None}
         report = make_report(shown, listing, tables, self.source, plan, entries, refused, fps)
@@ -182,14 +177,11 @@ class _Run:
             )
         return report
 
-    def _pool(self, progress: Any) -> Workers:
-        return Workers(self.workers, self.work, self.crashed, progress)
-
-    def _describe_world(self) -> dict[str, Any]:
+    def _describe_world(self, pool: Workers) -> dict[str, Any]:
         from data.encode import describe_world
 
         payload = (self.settings["world"], self.device, str(self.work))
-        return next(self._pool(lambda _: None).run(describe_world, {"world": payload}))[1]
+        return dict(pool.run(describe_world, {"world": payload}))["world"]
 
     def _rules(self, world: dict[str, Any]) -> Rules:
         chosen = self.settings
@@ -205,7 +197,7 @@ class _Run:
             **{key: chosen[key] for key in ("silent", "images", "max_crop", "max_enlarge", "max_windows")},
         )  # fmt: skip
 
-    def _look(self, media: list[Found]) -> list[Found]:
+    def _look(self, pool: Workers, media: list[Found]) -> list[Found]:
         """The files with what they hold; what an earlier, interrupted run saw is not looked at again."""
         from tqdm import tqdm
 
@@ -220,7 +212,7 @@ class _Run:
         ) as bar:
             chunks = {f"look-{i:07d}": new[i : i + LOOK_CHUNK] for i in range(0, len(new), LOOK_CHUNK)}
             with open(journal, "a") as file:
-                for _, results in self._pool(bar.update).run(look_at, chunks):
+                for _, results in pool.run(look_at, chunks, bar.update):
                     self._save_crashed()
                     file.writelines(json.dumps(found.to_dict()) + "\n" for found in results)
                     file.flush()
@@ -239,22 +231,23 @@ class _Run:
         content = json.dumps([clips, settings, world], sort_keys=True)
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         note = self.work / "plan.json"
-        if note.exists():
-            known = json.loads(note.read_text())["fingerprint"]
-        elif (self.target / INDEX).exists():
+        if (self.target / INDEX).exists():
             known = Index.load(self.target).fingerprint
-        elif any(self.target.glob("*.tar")):
-            known = "unknown"
         else:
-            known = fingerprint
+            known = json.loads(note.read_text())["fingerprint"] if note.exists() else ""
         if known != fingerprint:
-            raise UserError(
-                f"output={self.target} holds shards of other files or settings; delete it or choose another"
-            )
+            if any(self.target.glob("*.tar")):
+                raise UserError(
+                    f"output={self.target} holds shards of other files or settings; delete it or choose another"
+                )
+            for manifest in self.work.glob("shard-*.json"):  # of a plan that gave no clip
+                manifest.unlink()
         write_atomically(note, json.dumps({"fingerprint": fingerprint}).encode())
         return fingerprint
 
-    def _encode(self, plan: Plan) -> tuple[list[Entry], dict[str, str], list[tuple[str, list[Entry]]]]:
+    def _encode(
+        self, pool: Workers, plan: Plan
+    ) -> tuple[list[Entry], dict[str, str], list[tuple[str, list[Entry]]]]:
         """Write the shards that are missing; returns all samples, refusals by key, and samples by shard."""
         from tqdm import tqdm
 
@@ -278,7 +271,7 @@ class _Run:
         with tqdm(
             total=len(plan.clips), initial=ready, desc="encoding", unit="clip", disable=not self.bar
         ) as bar:
-            for name, result in self._pool(bar.update).run(write_shard, todo):
+            for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
                 content = {"entries": [asdict(e) for e in result.entries], "refused": result.refused}
                 write_atomically(self.work / f"{name}.json", json.dumps(content).encode())

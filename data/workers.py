@@ -16,6 +16,8 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
 
+from magihuman.errors import UserError
+
 T = TypeVar("T")
 
 Tick = Callable[[str], None]
@@ -41,7 +43,7 @@ def _leave_with_parent() -> None:
     torch.set_num_threads(1)
 
 
-def _attempt(task: Task[T], payload: Any, note: str, excluded: frozenset[str]) -> T:
+def _attempt(task: Task[Any], payload: Any, note: str, excluded: frozenset[str]) -> Any:
     """Run one task and keep `note` a file with "items begun" and the present item."""
     begun = 0
     with open(note, "wb", buffering=0) as file:
@@ -65,78 +67,92 @@ def _read_note(note: Path) -> tuple[int, str | None]:
 
 
 class Workers:
-    """Processes for the tasks of one run.
+    """The processes of one run; a context manager.
 
     Args:
         count: processes; folder: for the notes about work under way.
-        excluded: items known to kill their process.
-        progress: called with the number of items newly begun.
+        excluded: items known to kill their process; grows.
     """
 
-    def __init__(self, count: int, folder: Path, excluded: set[str], progress: Callable[[int], None]) -> None:
-        self._count, self._folder, self.excluded, self._progress = count, folder, excluded, progress
+    def __init__(self, count: int, folder: Path, excluded: set[str]) -> None:
+        self._count, self._folder, self.excluded = count, folder, excluded
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["data.encode"])
+        self._context.set_forkserver_preload(["data.encode", "torch", "magihuman.world"])
+        self._pool: ProcessPoolExecutor | None = None  # kept between runs, for what workers have loaded
 
-    def _pool(self, count: int) -> ProcessPoolExecutor:
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()  # an interrupted user does not want to wait for shards under way
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _new_pool(self, count: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(count, mp_context=self._context, initializer=_leave_with_parent)
 
     def _note(self, name: str) -> Path:
         return self._folder / f"{name}.doing"
 
-    def run(self, task: Task[T], payloads: Mapping[str, Any]) -> Iterator[tuple[str, T]]:
-        """(name, result) of every task, as they end."""
+    def run(
+        self, task: Task[T], payloads: Mapping[str, Any], progress: Callable[[int], Any] = lambda _: None
+    ) -> Iterator[tuple[str, T]]:
+        """(name, result) of every task, as they end.
+
+        Args:
+            progress: called with the number of items newly begun.
+        """
         left = dict(payloads)
-        seen = dict.fromkeys(left, 0)
+        begun = dict.fromkeys(left, 0)
+
+        def report(name: str) -> None:
+            now, _ = _read_note(self._note(name))
+            progress(max(0, now - begun[name]))
+            begun[name] = max(now, begun[name])
+
         while left:
-            pool = self._pool(min(self._count, len(left)))
+            if self._pool is None:
+                self._pool = self._new_pool(self._count)
+            waiting: dict[Future[Any], str] = {}
+            pending = iter(list(left.items()))
             try:
-                waiting: dict[Future[T], str] = {}
-                pending = iter(list(left.items()))
                 while True:
                     # A short queue, so that a crash interrupts few tasks.
                     while len(waiting) < self._count + 1 and (following := next(pending, None)) is not None:
                         name, payload = following
-                        note = str(self._note(name))
-                        waiting[pool.submit(_attempt, task, payload, note, frozenset(self.excluded))] = name
+                        arguments = (payload, str(self._note(name)), frozenset(self.excluded))
+                        waiting[self._pool.submit(_attempt, task, *arguments)] = name
                     if not waiting:
                         return
                     done, _ = wait(waiting, timeout=0.3, return_when=FIRST_COMPLETED)
                     for name in waiting.values():
-                        self._count_items(name, seen)
+                        report(name)
                     for future in done:
-                        name = waiting[future]
-                        result = future.result()
-                        del waiting[future], left[name]
-                        self._count_items(name, seen)
+                        result, name = future.result(), waiting.pop(future)
+                        del left[name]
                         self._note(name).unlink(missing_ok=True)
                         yield name, result
             except BrokenProcessPool:
-                pool.shutdown(wait=True, cancel_futures=True)
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._pool = None
                 for name in [name for name in waiting.values() if self._note(name).exists()]:
-                    yield name, self._alone(task, name, left.pop(name))
-                    self._count_items(name, seen)
+                    result = self._alone(task, name, left.pop(name))
+                    report(name)
                     self._note(name).unlink(missing_ok=True)
-            finally:
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _count_items(self, name: str, seen: dict[str, int]) -> None:
-        begun, _ = _read_note(self._note(name))
-        if begun > seen[name]:
-            self._progress(begun - seen[name])
-            seen[name] = begun
+                    yield name, result
 
     def _alone(self, task: Task[T], name: str, payload: Any) -> T:
         """Repeat a task in a process of its own, excluding items until it lives through it."""
         while True:
-            with self._pool(1) as pool:
+            with self._new_pool(1) as pool:
                 try:
                     note, excluded = str(self._note(name)), frozenset(self.excluded)
                     return pool.submit(_attempt, task, payload, note, excluded).result()
                 except BrokenProcessPool:
                     _, culprit = _read_note(self._note(name))
                     if culprit is None or culprit in self.excluded:
-                        raise
+                        raise UserError(
+                            "a worker died before it began (out of memory?); use fewer workers= or a smaller batch="
+                        ) from None
                     self.excluded.add(culprit)

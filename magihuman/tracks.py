@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from magihuman.errors import UserError
+from magihuman.resampling import mix, resample
 
-# Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a
-# text file named .mp4 must not make us open other files or the network. So are `tty` and image patterns.
+# Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a text
+# file named .mp4 must not make us open other files or the network. So are `tty` and image patterns.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,aiff,mp3,flac,aac,"
     "ivf,mxf,caf,amr,ac3,eac3,obu,dv,rm,nut,au"
@@ -293,6 +294,7 @@ class AudioTrack(_Track):
             tuple[int, np.ndarray]
         ] = []  # (first sample on the file's clock, fp32 [channels,n])
         self._done = False
+        self._gone = -(1 << 60)  # samples before this one were passed over or dropped
 
     def _seek(self, seconds: float) -> None:
         super()._seek(seconds)
@@ -337,10 +339,10 @@ class AudioTrack(_Track):
         begin = first // up - blocks
         source_first = begin * down
         source_last = 1 << 60 if count is None else ((first + count) // up + blocks + 1) * down
-        if self._chunks and source_first < self._chunks[0][0] and source_first >= 0:
-            self._seek(source_first / self._rate - 0.2)
-        elif source_first > max(self._reached, 0) + _SEEK_AFTER * self._rate:
-            self._seek(source_first / self._rate - 0.2)  # 0.2 s: decoders need a frame or two to settle
+        ahead = source_first > max(self._reached, 0) + _SEEK_AFTER * self._rate
+        if ahead or source_first < self._gone:
+            self._seek(source_first / self._rate - 0.2)  # decoders need a frame or two to settle
+            self._gone = source_first if source_first > 0 else -(1 << 60)
         self._decode_until(source_last)
         if any(
             start - 0.1 < broken and (count is None or broken < start + count / rate)
@@ -350,53 +352,15 @@ class AudioTrack(_Track):
         if count is None:
             source_last = max(self._reached, source_first)
             count = max(0, round(source_last / self._rate * rate) - first)
-        self._chunks = [chunk for chunk in self._chunks if chunk[0] + chunk[1].shape[1] > source_first]
+        while self._chunks and (end := self._chunks[0][0] + self._chunks[0][1].shape[1]) <= source_first:
+            self._chunks.pop(0)
+            self._gone = max(self._gone, end)
         lanes = self._chunks[0][1].shape[0] if self._chunks else 1
         timeline = np.zeros((lanes, max(0, source_last - source_first)), dtype=np.float32)
         for at, values in self._chunks:
             low, high = max(at, source_first), min(at + values.shape[1], source_last)
             if high > low:
                 timeline[:, low - source_first : high - source_first] = values[:, low - at : high - at]
-        wave = _resample(_mix(timeline, self._layout, self._rate, channels), self._rate, rate)
+        wave = resample(mix(timeline, self._layout, self._rate, channels), self._rate, rate)
         wave = wave[:, first - begin * up :][:, :count]
         return np.clip(np.pad(wave, ((0, 0), (0, count - wave.shape[1]))), -1.0, 1.0)
-
-
-def _mix(wave: np.ndarray, layout: str, rate: int, channels: int) -> np.ndarray:
-    """[lanes,n] -> [channels,n] for one or two channels; a mono signal keeps its level."""
-    if wave.shape[0] > 2:
-        wave = _filtered(wave, layout, rate, "aresample=rematrix_maxval=1.0,aformat=channel_layouts=stereo")
-    if channels == 1:
-        return wave.mean(axis=0, keepdims=True)
-    return np.repeat(wave, 2, axis=0) if wave.shape[0] == 1 else wave
-
-
-def _resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
-    if source == target or not wave.shape[1]:
-        return wave
-    return _filtered(wave, "mono" if wave.shape[0] == 1 else "stereo", source, f"aresample={target}")
-
-
-def _filtered(wave: np.ndarray, layout: str, rate: int, filters: str) -> np.ndarray:
-    """A waveform fp32 [lanes,n] through a chain of ffmpeg audio filters."""
-    import av
-
-    graph = av.filter.Graph()
-    source = graph.add_abuffer(sample_rate=rate, format="fltp", layout=layout, time_base=Fraction(1, rate))
-    nodes = [source]
-    for item in filters.split(","):
-        name, _, arguments = item.partition("=")
-        nodes.append(graph.add(name, arguments))
-    nodes.append(graph.add("abuffersink"))
-    graph.link_nodes(*nodes).configure()
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout=layout)
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-    source.push(frame)
-    source.push(None)
-    sink: Any = nodes[-1]
-    parts = []
-    while True:
-        try:
-            parts.append(sink.pull().to_ndarray())
-        except (av.error.EOFError, av.error.BlockingIOError):
-            return np.concatenate(parts, axis=1) if parts else wave[:, :0]

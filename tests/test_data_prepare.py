@@ -307,3 +307,65 @@ def test_buckets_by_length_and_shape(tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.buckets == {"13x128x64+a": 1, "13x64x64+a": 1, "25x64x128+a": 1, "25x64x64+a": 2}
     assert report.seconds == pytest.approx((3 * 25 + 2 * 13) / 25)
+
+
+def test_tiny_world_end_to_end(tmp_path: Path) -> None:
+    """Puppets to mp4 to latents and back: the picture and the sound's spectrum survive."""
+    from data.inspect import inspect
+    from data.puppet_clips import make_clips
+    from magihuman.media import read_clip
+    from magihuman.world import load_world
+
+    make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
+    prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, progress=False)
+    reader, world = Shards(tmp_path / "shards"), load_world("tiny")
+    assert reader.contract == world.contract
+    for i in range(4):
+        sample = reader.read(i)
+        truth = read_clip(tmp_path / "clips" / sample.meta["source"], fps=25, rate=16000)
+        decoded = world.video_codec.decode(sample.tensors["video"].float()[None])[0].permute(1, 2, 3, 0)
+        error = (decoded.clamp(-1, 1) - (truth.frames.float() / 127.5 - 1)).square().mean()
+        assert 10 * torch.log10(4 / error) > 26  # dB; the codec itself reaches about 30
+        assert truth.wave is not None
+        again = world.audio_codec.encode(truth.wave[None])[0]
+        assert (again - sample.tensors["audio"].float()).abs().max() < 0.02 * again.abs().max()
+        assert (
+            sample.meta["caption"]
+            == (tmp_path / "clips" / sample.meta["source"]).with_suffix(".txt").read_text().strip()
+        )
+        words = world.text_encoder.encode([sample.meta["caption"]])[0]
+        assert torch.equal(words.half(), sample.tensors["text"])
+    text = inspect(str(tmp_path / "shards"), str(tmp_path / "sheet.png"), samples=3)
+    assert "4 samples, 4 looked at, 0 corrupt" in text
+    assert "bucket 25x64x64+a: 4" in text
+    assert f"video latents: {world.contract.video_channels} channels" in text
+    assert (tmp_path / "sheet.png").stat().st_size > 3000
+    large = prepare(
+        str(tmp_path / "clips"), str(tmp_path / "large"), sizes="128x128", workers=1, progress=False
+    )
+    assert large.buckets == {"25x128x128+a": 4}
+    assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (
+        world.contract.video_channels,
+        7,
+        32,
+        32,
+    )
+
+
+def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from data.inspect import inspect
+
+    copy = tmp_path / "shards"
+    shutil.copytree(whole, copy)
+    data = bytearray((copy / "shard-000001.tar").read_bytes())
+    data[1000] ^= 0xFF
+    (copy / "shard-000001.tar").write_bytes(bytes(data))
+    text = inspect(str(copy), str(tmp_path / "x.png"), samples=2)
+    assert "12 samples, 12 looked at, 1 corrupt" in text
+    assert "checksum differs" in text
+    with pytest.raises(
+        UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"
+    ):
+        inspect(str(copy), str(tmp_path / "x.png"), world="tiny")

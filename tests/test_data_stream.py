@@ -296,3 +296,22 @@ def test_lightning_resumes_on_the_next_sample(shards: Path, tmp_path: Path) -> N
     third, saved = fit(24, saved)  # and of the next
     fourth, _ = fit(30, saved)
     assert first + second + third + fourth == whole
+
+
+def test_further_tensors_travel_with_the_batch(tmp_path: Path) -> None:
+    """Paired latents of another size, or the frames themselves, need nothing but their names."""
+    path = tmp_path / "shard-000000.tar"
+    with ShardWriter(path) as writer:
+        for i in range(4):
+            tensors = {
+                "video": torch.zeros(3, 1, 4, 4), "text": torch.zeros(1, 26),
+                "video_sr": torch.full((3, 1, 8, 8), i / 7), "frames": torch.full((1, 16, 16, 3), i, dtype=torch.uint8),
+            }  # fmt: skip
+            writer.add(f"k{i}_0000", "1x16x16", tensors, {"bucket": "1x16x16"})
+    Index("pooled", pooled_world("cpu").contract.to_dict(), [(path.name, writer.entries)]).save(tmp_path)
+    data = LatentDataModule(str(tmp_path), batch_size=4, val_fraction=0.0)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["video_sr"].shape == (4, 3, 1, 8, 8)
+    assert batch["frames"].dtype == torch.uint8
+    assert sorted(batch["frames"][:, 0, 0, 0, 0].tolist()) == [0, 1, 2, 3]
+    assert data.size == (1, 16, 16)

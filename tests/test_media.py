@@ -194,11 +194,14 @@ def test_pictures_are_the_ones_on_display(tmp_path: Path, fps: int) -> None:
 def test_long_files_are_read_by_seeking(tmp_path: Path) -> None:
     frames = np.zeros((25 * 40, 16, 16, 3), np.uint8)
     frames += (np.arange(25 * 40) // 25 * 6).astype(np.uint8)[:, None, None, None]
-    write_mp4(tmp_path / "a.mp4", frames, 25, np.zeros((1, RATE * 40), np.float32), RATE, crf=4)
+    louder = np.repeat(np.arange(40) * 0.02, RATE)[None] * np.sin(np.arange(40 * RATE) / 5)
+    write_mp4(tmp_path / "a.mp4", frames, 25, louder.astype(np.float32), RATE, crf=4)
     with MediaReader(tmp_path / "a.mp4") as reader:
-        for start in (3, 30, 12, 39):
+        for start in (3, 30, 12, 39, 0):
             clip = reader.read(fps=25, start=float(start), frames=25, rate=RATE)
             assert float(clip.frames.float().mean()) == pytest.approx(start * 6, abs=2)
+            assert clip.wave is not None
+            assert float(clip.wave.abs().max()) == pytest.approx(0.02 * start, abs=0.02)
     with pytest.raises(MediaError, match=r"its picture ends at 40.00 s, before 40.50 s"):
         read_clip(tmp_path / "a.mp4", fps=25, start=39.5, frames=25)
 
