@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.errors import UserError
+from magihuman.models.attention import prepare
 from magihuman.models.config import PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.tokens import Layout, patchify, unpatchify
@@ -79,7 +80,7 @@ class Denoiser(nn.Module):
                     text_offset=self.pack.text_offset,
                     device=device,
                 )
-                self._layouts[key] = layout.with_rotary(self.model.rotary(layout))
+                self._layouts[key] = prepare(layout.with_rotary(self.model.rotary(layout)), self.model.window)
         return self._layouts[key]
 
     def forward(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magihuman.models.attention import attention, has_flash_attn, local_mask, local_ranges
+from magihuman.models.attention import HAS_FLASH_ATTN, attention, local_mask, local_ranges
 from magihuman.tokens import Layout
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -111,7 +111,7 @@ def test_refusals_name_the_choices() -> None:
     rows, kept = layout.route(0.5)
     with pytest.raises(ValueError, match="whole frames"):
         attention(*(x[rows] for x in inputs), kept, "windowed", 1)
-    if not has_flash_attn():
+    if not HAS_FLASH_ATTN:
         with pytest.raises(ValueError, match="flash-attn"):
             attention(*inputs, layout, "flash")
 
@@ -128,7 +128,7 @@ def test_backends_on_cuda(backend: str, window: int | None, name: str) -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.skipif(not has_flash_attn(), reason="flash-attn is not installed")
+@pytest.mark.skipif(not HAS_FLASH_ATTN, reason="flash-attn is not installed")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flash_on_cuda(name: str) -> None:
     layout, inputs = make(LAYOUTS[name], device="cuda")

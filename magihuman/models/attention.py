@@ -27,6 +27,8 @@ from magihuman.tokens import VIDEO, Layout
 BACKENDS = ("auto", "math", "sdpa", "flash", "flex", "windowed", "reference")
 LOCAL_BACKENDS = ("flex", "windowed", "reference")
 
+HAS_FLASH_ATTN = find_spec("flash_attn") is not None
+
 _MATH_LIMIT = 1 << 25
 """Scores (batch x heads x n x n) up to which plain products beat the fused CPU kernel."""
 
@@ -106,17 +108,18 @@ def local_mask(video: int, others: int, frames: int, receptive: int) -> Tensor:
     return mask
 
 
-@cache
-def has_flash_attn() -> bool:
-    """flash-attn is installed."""
-    return find_spec("flash_attn") is not None
+def prepare(layout: Layout, window: int | None) -> Layout:
+    """Make what local layers need of this layout on a GPU, outside of any loop or compiled region."""
+    if window is not None and layout.coords.is_cuda:
+        _block_mask(layout, window)
+    return layout
 
 
 def _choose(q: Tensor, layout: Layout, window: int | None) -> str:
     if window is not None:
         return "flex" if q.is_cuda else "windowed"
     if q.is_cuda:
-        return "flash" if q.dtype != torch.float32 and has_flash_attn() else "sdpa"
+        return "flash" if q.dtype != torch.float32 and HAS_FLASH_ATTN else "sdpa"
     scores = sum(samples * n * n for samples, n in layout.groups) * q.shape[1]
     return "math" if scores <= _MATH_LIMIT else "sdpa"
 
@@ -252,7 +255,7 @@ def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    if not has_flash_attn():
+    if not HAS_FLASH_ATTN:
         raise ValueError("back end 'flash' needs the flash-attn package: pip install 'magihuman[cuda]'")
     from flash_attn import flash_attn_varlen_func
 
@@ -296,5 +299,8 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
             near = (frame[i] - frame[j]).abs() <= reach
             return (sample[i] == sample[j]) & (near | ~video[i] | ~video[j])
 
-        masks[window] = create_block_mask(visible, None, None, length, length, device=device)
+        # Compiled on a GPU: plainly it would hold length x length booleans, several GB at 1080p.
+        masks[window] = create_block_mask(
+            visible, None, None, length, length, device=device, _compile=device.type == "cuda"
+        )
     return masks[window]

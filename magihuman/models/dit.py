@@ -265,6 +265,12 @@ class SingleStreamDiT(nn.Module):
         nn.init.zeros_(self.final_linear_video.weight)
         nn.init.zeros_(self.final_linear_audio.weight)
 
+    @property
+    def window(self) -> int | None:
+        """Receptive field of the local layers; None where no layer is local or windows are off."""
+        used = bool(self.config.local_attn_layers) and self.frame_receptive_field >= 0
+        return self.frame_receptive_field if used else None
+
     def rotary(self, layout: Layout) -> Tensor:
         """Rotary table fp32 [L,3D/4] for the layout's coordinates."""
         return rotary_table(layout.coords, self.adapter.rope.bands)
@@ -297,9 +303,8 @@ class SingleStreamDiT(nn.Module):
         )
 
     def _run(self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
-        window = self.frame_receptive_field if self.frame_receptive_field >= 0 else None
         for layer in self.block.layers[start:stop]:
-            inputs = (x, table, layout, self.attention_backend, window, self.compute_dtype)
+            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
