@@ -19,7 +19,6 @@ from magihuman.tracks import (
     AudioTrack,
     MediaError,
     VideoTrack,
-    one_scaler_thread,
     opened,
     orientation,
     picture_stream,
@@ -317,7 +316,7 @@ class Mp4Writer:
         for picture in array:
             frame = self._reformatter.reformat(
                 av.VideoFrame.from_ndarray(picture, format="rgb24"), format="yuv420p", interpolation=quality,
-                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, **one_scaler_thread(),
+                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1,
             )  # fmt: skip
             frame.pts, frame.time_base = self._written, 1 / self._fps
             self._written += 1

@@ -119,13 +119,6 @@ def square_pixels(frame: Any, stream: Any) -> tuple[int, int]:
     return frame.height, max(1, round(frame.width * aspect)) if 0.1 < aspect < 10 else frame.width
 
 
-def one_scaler_thread() -> dict[str, int]:
-    """One scaler thread, where PyAV lets us say so (17 on): its default starts several."""
-    import av
-
-    return {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-
-
 class _Track:
     """One stream of an opened container, decoded forwards with seeks over long gaps."""
 
@@ -267,7 +260,7 @@ class VideoTrack(_Track):
             "rgb24",
             src_colorspace=colours,
             interpolation=quality,
-            **one_scaler_thread(),
+            threads=1,  # the default starts several for every picture
         ).to_ndarray()
         rgb = rgb.transpose(1, 0, 2) if transpose else rgb
         rgb = rgb[:, ::-1] if mirror else rgb
