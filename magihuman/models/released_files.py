@@ -78,13 +78,14 @@ def read_json(path: Path, purpose: str) -> dict:
     return values
 
 
-def read_state(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+def read_state(path: Path, prefix: str = "", wrappers: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Read tensors from a safetensors file or a pickled state dict, on CPU.
 
     Pickles are opened with `weights_only=True` and nothing else, so that no code in them can run.
 
     Args:
         prefix: only keys that start with it are read; it is removed from the names.
+        wrappers: keys under which a pickle of a whole training may keep its weights; the first found is read.
 
     Raises:
         UserError: unreadable, truncated, or not a plain dictionary of tensors.
@@ -114,6 +115,8 @@ def read_state(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in wrappers if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} is not a plain dictionary of tensors; use the file as published")
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -137,12 +140,29 @@ def load_strict(
         UserError: naming missing, unexpected and wrong-shaped tensors by their names in the file.
     """
     expected = module.state_dict()
-    missing = [key for key in key_map if key not in state]
-    unexpected = [key for key in state if key not in key_map]
+    require_fit(
+        {key: tuple(value.shape) for key, value in state.items()},
+        {key: tuple(expected[inner].shape) for key, inner in key_map.items()},
+        source,
+    )
+    named = {key_map[key]: value.to(dtype) for key, value in state.items()}
+    module.load_state_dict(named, strict=True, assign=True)
+
+
+def require_fit(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str | Path
+) -> None:
+    """Compare every name and shape in a file with what a network has.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors.
+    """
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
     wrong = [
-        f"{key} is {list(state[key].shape)}, expected {list(expected[inner].shape)}"
-        for key, inner in key_map.items()
-        if key in state and state[key].shape != expected[inner].shape
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
     ]
     problems = [
         f"{len(names)} {kind} ({_some(names)})"
@@ -153,8 +173,6 @@ def load_strict(
         raise UserError(
             f"{source} does not fit the network; tensors: {', '.join(problems)}; use the file as published"
         )
-    named = {key_map[key]: value.to(dtype) for key, value in state.items()}
-    module.load_state_dict(named, strict=True, assign=True)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ KINDS = {
     "oobleck_": "codecs:check_oobleck",
     "audio_encode_": "codecs:check_audio_encode",
     "audio_utils": "codecs:check_audio_utils",
+    "turbo_vaed_": "turbo:check_turbo",
     "image_": "pictures:check_image",
     "video_uint8": "pictures:check_video_uint8",
     "sr_prepare": "pictures:check_sr_prepare",
