@@ -4,6 +4,7 @@ The VAE was made for 44.1 kHz; the model feeds it at 25 latents a second x hop 2
 audio latent belongs to one video frame. `magihuman.postprocess.to_playback_rate` undoes this for playback.
 """
 
+import json
 import math
 import re
 import warnings
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from magihuman.errors import UserError
 from magihuman.models.audio_windows import WINDOW_LATENTS, cross_fade, split_windows
-from magihuman.models.released_files import load_strict, locate, read_json, read_state
+from magihuman.models.released_files import load_strict, locate, read_json, read_state, require_fit
 
 # `AutoencoderOobleck` is written as Any: its module is imported where a codec is built, and has no types.
 REPO = "stabilityai/stable-audio-open-1.0"
@@ -56,14 +57,7 @@ class OobleckCodec(nn.Module):
         """
         path = locate(source, FILES, REPO)
         if path.with_name("model_config.json").is_file() or path.name == FILES[0]:
-            config = read_json(path.with_name("model_config.json"), "the shape of the audio VAE")
-            try:
-                autoencoder = config["model"]["pretransform"]["config"]
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f"model_config.json beside {path} has no model.pretransform.config; use that of {REPO}"
-                ) from error
-            return cls.from_released(read_state(path, PREFIX), autoencoder, path).to(device)
+            return cls.from_released(read_state(path, PREFIX), autoencoder_config(path), path).to(device)
         config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
         if config.get("_class_name") != "AutoencoderOobleck":
             raise UserError(
@@ -151,6 +145,21 @@ class OobleckCodec(nn.Module):
         return self.vae.decoder(latents.transpose(1, 2).to(parameter.device, parameter.dtype))
 
 
+def autoencoder_config(path: Path) -> dict[str, Any]:
+    """The autoencoder's part of the `model_config.json` beside a file of Stable Audio.
+
+    Raises:
+        UserError: absent, no JSON, or without that part.
+    """
+    config = read_json(path.with_name("model_config.json"), "the shape of the audio VAE")
+    try:
+        return config["model"]["pretransform"]["config"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"model_config.json beside {path} has no model.pretransform.config; use that of {REPO}"
+        ) from error
+
+
 def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """Translate a stable-audio-tools autoencoder configuration to the arguments of `AutoencoderOobleck`.
 
@@ -194,6 +203,29 @@ def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[
 def key_map(vae: Any) -> dict[str, str]:
     """Names in the original file (no prefix) -> names in diffusers, for every tensor of `vae` (SPEC 7)."""
     return {_released_name(key, len(vae.config.downsampling_ratios)): key for key in vae.state_dict()}
+
+
+def to_diffusers(
+    shapes: Mapping[str, tuple[int, ...]], autoencoder: Mapping[str, Any], source: str | Path
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """How the tensors of an original file are called and shaped in diffusers; snake parameters get two axes more.
+
+    Args:
+        shapes: by their names without the prefix; autoencoder: as in `OobleckCodec.from_released`.
+
+    Returns:
+        config.json of the diffusers folder, and: name in the file -> (name, shape) in diffusers.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors.
+    """
+    vae = _build(released_config(autoencoder, source))
+    inner = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
+    names = {name: (key, inner[key]) for name, key in key_map(vae).items()}
+    snakes = (".alpha", ".beta")
+    expected = {n: (math.prod(shape),) if n.endswith(snakes) else shape for n, (_, shape) in names.items()}
+    require_fit(shapes, expected, source)
+    return json.loads(vae.to_json_string()), names
 
 
 _UNIT = {"snake1": 0, "conv1": 1, "snake2": 2, "conv2": 3}

@@ -5,6 +5,7 @@ the network; the statistics, the file names and the decoding loop are ours (diff
 whole clip before it returns).
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from magihuman.errors import UserError
-from magihuman.models.released_files import load_strict, locate, read_json, read_state
+from magihuman.models.released_files import load_strict, locate, read_json, read_state, require_fit
 
 # `AutoencoderKLWan` is written as Any: its module is imported where a codec is built, and has no types.
 REPO = "Wan-AI/Wan2.2-TI2V-5B"
@@ -209,6 +210,25 @@ def diffusers_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def key_map(vae: Any) -> dict[str, str]:
     """Names in the original file -> names in diffusers, for every tensor of `vae` (SPEC 6, table)."""
     return {_released_name(key, vae.config.num_res_blocks): key for key in vae.state_dict()}
+
+
+def to_diffusers(
+    shapes: Mapping[str, tuple[int, ...]], source: str | Path
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """How the tensors of an original file are called and shaped in diffusers.
+
+    Returns:
+        config.json of the diffusers folder, and: name in the file -> (name, shape) in diffusers.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors.
+    """
+    vae = _build(released_config({k: torch.empty(v, device="meta") for k, v in shapes.items()}, source))
+    inner = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
+    names = {name: (key, inner[key]) for name, key in key_map(vae).items()}
+    require_fit(shapes, {name: shape for name, (_, shape) in names.items()}, source)
+    vae.register_to_config(latents_mean=list(LATENT_MEAN), latents_std=list(LATENT_STD))
+    return json.loads(vae.to_json_string()), names
 
 
 _IN_BLOCK = {

@@ -37,7 +37,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
     Raises:
         UserError: the model is not made for these latents, or `init` is not this model.
     """
-    from magihuman.weights import Size, load_config
+    from magihuman.weights import Size
 
     contract, model = data.contract, settings.model
     if contract is None:
@@ -61,7 +61,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
                 f"{name} channels{why}: set model.dit.{name}_in_channels={needs}, or choose the shards' own world"
             )
     if settings.init is not None:
-        parent = load_config(zoo.find(settings.init))
+        parent = zoo.config_of(settings.init)
         parent.contract.require(contract, f"init={settings.init}", "the shards")
         for part, mine, theirs in (
             ("dit", model.dit.to_dict(), parent.model.to_dict()),

@@ -1,9 +1,9 @@
 """Names to networks: the only constructor of models.
 
 `arch(name)` reads hyperparameters from configs/model, `build` makes a network, `load` opens a checkpoint: one
-that ships with the package ("tiny/base"), an exported folder, or a run folder.
+that ships with the package ("tiny/base"), an exported folder, a run folder, or the published weights.
 
-    python -m magihuman.zoo list | inspect PATH | verify DIR [--strict]
+    python -m magihuman.zoo list | inspect PATH | verify DIR [--strict] | convert SRC DST
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from magihuman.denoiser import Denoiser
     from magihuman.weights import ExportConfig
 
-__all__ = ["Loaded", "arch", "arch_names", "build", "checkpoint_names", "find", "load", "pack"]
+__all__ = ["Loaded", "arch", "arch_names", "build", "checkpoint_names", "config_of", "find", "load", "pack"]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -102,23 +102,29 @@ def checkpoint_names() -> list[str]:
 
 
 def find(checkpoint: str | Path) -> Path:
-    """Folder of an exported checkpoint: a shipped name, an exported folder, or a run folder with export/.
+    """Folder of a checkpoint: a shipped name, an exported folder, a run folder, a published folder (base, distill,
+    540p_sr, 1080p_sr), or OWNER/NAME[/FOLDER] in the cache of the Hugging Face Hub.
 
     Raises:
-        UserError: when it is none of these, saying what it is or what there is to choose from.
+        UserError: when it is none of these, saying what it is, what there is to choose from, or what fetches it.
     """
-    if str(checkpoint) in checkpoint_names():
+    shipped = checkpoint_names()
+    if str(checkpoint) in shipped:
         return WEIGHTS / str(checkpoint)
-    folder = Path(checkpoint)
-    for candidate in (folder, folder / "export"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if folder.is_dir():
-        raise UserError(
-            f"{folder} holds no exported checkpoint (config.json, or export/config.json of a run)"
-        )
-    names = ", ".join(checkpoint_names()) or "none yet"
-    raise UserError(f"checkpoint {str(checkpoint)!r} is neither a folder nor a shipped name ({names})")
+    from magihuman.zoo.sources import locate
+
+    return locate(checkpoint, shipped)
+
+
+def config_of(checkpoint: str | Path) -> "ExportConfig":
+    """The config of a checkpoint, see `find`; published weights get the config that belongs to them.
+
+    Raises:
+        UserError: when it cannot be found or read.
+    """
+    from magihuman.zoo.sources import read_config
+
+    return read_config(find(checkpoint))
 
 
 def load(
@@ -135,10 +141,11 @@ def load(
     """
     import torch
 
-    from magihuman.weights import load_config, load_state_dict
+    from magihuman.weights import load_state_dict
+    from magihuman.zoo.sources import read_config
 
     folder = find(checkpoint)
-    config = load_config(folder)
+    config = read_config(folder)
     device = torch.device(device)
     dtype = compute_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     denoiser = build(config.model, config.pack, compute_dtype=dtype, linear_dtype=dtype, device="meta")

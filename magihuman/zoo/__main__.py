@@ -1,4 +1,4 @@
-"""Command line of the zoo: python -m magihuman.zoo list | inspect PATH | verify DIR [--strict]."""
+"""Command line of the zoo: python -m magihuman.zoo list | inspect PATH | verify DIR | convert SRC DST."""
 
 import argparse
 import sys
@@ -39,7 +39,27 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_"
     )
+    convert = commands.add_parser(
+        "convert",
+        help="a checkpoint into another layout: export, released, diffusers",
+        add_help=False,  # the function's own help says more
+    )
+    convert.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
+
+
+def _convert(arguments: list[str]) -> str:
+    from magihuman.command import settings, usage
+    from magihuman.zoo.convert import convert
+
+    program = "python -m magihuman.zoo convert"
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        return usage(convert, program).replace("src=... dst=...", "SRC DST")
+    # The first two may come without their names, as with any program that copies.
+    for position, name in enumerate(("src", "dst")):
+        if position < len(arguments) and not arguments[position].startswith(f"{name}="):
+            arguments[position] = f"{name}={arguments[position]}"
+    return convert(**settings(convert, arguments, program))
 
 
 def _list() -> str:
@@ -74,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         name = arguments.path
         print(describe(zoo.WEIGHTS / name if name in zoo.checkpoint_names() else name))
         return 0
+    if arguments.command == "convert":
+        print(_convert(arguments.arguments))
+        return 0
     from magihuman.zoo.verify import report, verify
 
     text, status = report(verify(arguments.folder, arguments.only), arguments.strict)
@@ -86,5 +109,8 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as error:
         report_and_exit(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

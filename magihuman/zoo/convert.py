@@ -1,0 +1,233 @@
+"""Checkpoints from one layout into another, tensor by tensor: the published one (SPEC 9), ours, diffusers-style.
+
+The network's tensors keep their names everywhere. Memory is that of one piece of one tensor (`tensor_files`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from magihuman.errors import UserError
+from magihuman.models.config import DiTConfig
+from magihuman.staging import NEW, staged
+from magihuman.tensor_files import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
+from magihuman.weights import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
+from magihuman.zoo import diffusers_style
+from magihuman.zoo.released import ROLES, config_for
+from magihuman.zoo.sources import DIFFUSERS_INDEX, read_config
+
+LAYOUTS = ("export", "released", "diffusers")
+DTYPES = {"keep": None, "bf16": "BF16", "fp32": "F32"}
+READABLE = ("F32", "BF16", "F16", "F64")
+FILES = (".safetensors", ".zst", *PICKLES)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert: its files, what they hold, and its config."""
+
+    label: str
+    files: Sequence[Path]
+    specs: Mapping[str, Spec]
+    config: ExportConfig
+
+
+def convert(
+    src: str,
+    dst: str,
+    to: str = "export",
+    dtype: str = "keep",
+    max_shard: str = "5GB",
+    role: str | None = None,
+    vae: str | None = None,
+    audio_vae: str | None = None,
+) -> str:
+    """Turn a checkpoint into another layout; DST appears whole or not at all.
+
+    Args:
+        src: published folder (base, distill, ...; shards may be .zst), export, run folder, shipped name, Hub id,
+            diffusers-style folder, or one file (.safetensors, or a pickle: .ckpt .pth .pt .bin)
+        dst: folder to make; or, from one file, a NEW.safetensors with the same tensors
+        to: export (ours), released (as published), or diffusers
+        dtype: of the block matrices: keep, bf16 or fp32; all other tensors are fp32 always
+        max_shard: upper bound of a file, such as 5GB or 500MB
+        role: base, distill, 540p_sr or 1080p_sr, where the name of SRC does not say it
+        vae: Wan 2.2 VAE for to=diffusers; none takes MAGIHUMAN_WAN_VAE, or leaves it out
+        audio_vae: Stable Audio VAE for to=diffusers; none takes MAGIHUMAN_STABLE_AUDIO, or leaves it out
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: SRC is damaged or not this network, or DST cannot be written.
+    """
+    if to not in LAYOUTS:
+        raise UserError(f"to={to} is unknown; choose one of {', '.join(LAYOUTS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
+    if to != "diffusers" and (vae or audio_vae):
+        raise UserError("vae= and audio_vae= belong to to=diffusers; the other layouts hold no codecs")
+    limit, target = parse_size(max_shard), Path(dst).expanduser()
+    if target.suffix == ".safetensors":
+        if not Path(src).is_file() or (to, dtype, role) != ("export", "keep", None):
+            raise UserError(
+                f"{dst} is a file: SRC must be one too, and its tensors stay as they are (no to=, dtype=)"
+            )
+        return _convert_file(Path(src), target)
+    source = open_source(src, role)
+    specs = target_specs(source.specs, source.config.model, DTYPES[dtype], source.label)
+    if to == "released" and source.config.world != "released":
+        raise UserError(
+            f"{src} belongs to the world {source.config.world!r}, which the published layout has no place for; "
+            "use to=export or to=diffusers"
+        )
+    codecs = diffusers_style.find_codecs(vae, audio_vae) if to == "diffusers" else {}
+    total = sum(spec.nbytes for spec in specs.values())
+    with staged(target, total + sum(codec.nbytes for codec in codecs.values())) as work:
+        new = work / NEW
+        inner, stem = (new / "transformer", diffusers_style.STEM) if to == "diffusers" else (new, "model")
+        inner.mkdir(parents=True)
+        shards = _write_shards(inner, stem, specs, limit, source.files, work)
+        if to == "export":
+            write_json(new / CONFIG, source.config.to_dict())
+        elif to == "diffusers":
+            for name, codec in codecs.items():
+                diffusers_style.write_codec(new / name, codec, work)
+            diffusers_style.write_configs(new, source.config, codecs)
+    lines = [f"{target}: {len(specs)} tensors in {shards} files, {total / 1e9:.2f} GB"]
+    rounded = [n for n in specs if specs[n].dtype == "F32" and source.specs[n].dtype in ("BF16", "F16")]
+    kept = [n for n, _, is_matrix in source.config.model.tensors() if n in set(rounded) and not is_matrix]
+    if kept:
+        lines.append(
+            f"warning: {len(kept)} tensors that the release keeps in fp32 came rounded ({kept[0]} as "
+            f"{source.specs[kept[0]].dtype}); fp32 again, but their last bits are gone"
+        )
+    if to == "diffusers" and len(codecs) < 2:
+        absent = [name for name in ("vae", "audio_vae") if name not in codecs]
+        lines.append(f"without {' and '.join(absent)}: give {'= and '.join(absent)}= to put them in")
+    return "\n".join(lines)
+
+
+def open_source(src: str, role: str | None = None) -> Source:
+    """Find a checkpoint and compare every name and shape with its config.
+
+    Raises:
+        UserError: absent, damaged, or naming missing, unexpected and wrong-shaped tensors.
+    """
+    path = Path(src).expanduser()
+    if path.is_file():
+        if path.suffix not in FILES:
+            raise UserError(f"{src} is no file of tensors; those end in {', '.join(FILES)}")
+        files, specs = [path], read_specs(path)
+        if role is None:
+            raise UserError(f"{src} does not say which model it holds; add role= one of {', '.join(ROLES)}")
+        config = config_for(role, _shapes(specs), src)
+    elif (path / DIFFUSERS_INDEX).is_file():
+        files = weight_files(path / "transformer", compressed=True, stem=diffusers_style.STEM)
+        specs = _read_all(files)
+        own = diffusers_style.our_config(path)
+        config = own if own and role is None else config_for(_role(path, role), _shapes(specs), src)
+    else:
+        from magihuman import zoo
+
+        folder = zoo.find(src)
+        files = weight_files(folder, compressed=True)
+        specs = _read_all(files)
+        config = read_config(folder, role, _shapes(specs))
+    check_fit(_shapes(specs), config.model, src)
+    return Source(src, files, specs, config)
+
+
+def target_specs(
+    specs: Mapping[str, Spec], model: DiTConfig, matrices: str | None, label: str
+) -> dict[str, Spec]:
+    """What to write, in the network's order: block matrices as asked, everything else fp32 (SPEC 1.2).
+
+    Args:
+        matrices: "BF16", "F32", or None to keep each as it is.
+
+    Raises:
+        UserError: a tensor of a type that holds no plain numbers, of a quantised port say.
+    """
+    for name, spec in specs.items():
+        if spec.dtype not in READABLE:
+            raise UserError(
+                f"{label}: {name} is stored as {spec.dtype}; weights must be {', '.join(READABLE)}, so take the "
+                "checkpoint from before it was quantised"
+            )
+    return {
+        name: Spec(shape, (matrices or specs[name].dtype) if is_matrix else "F32")
+        for name, shape, is_matrix in model.tensors()
+    }
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "64kB" or a plain number.
+
+    Raises:
+        UserError: anything else, or less than one byte.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), flags=re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " ")) if found else 0
+    if size < 1:
+        raise UserError(f"max_shard={text} is no size; write 5GB or 500MB")
+    return size
+
+
+def _convert_file(source: Path, target: Path) -> str:
+    """All tensors of one file as safetensors, names and types as they are."""
+    if source.suffix not in FILES:
+        raise UserError(f"{source} is no file of tensors; those end in {', '.join(FILES)}")
+    specs = read_specs(source)
+    total = sum(spec.nbytes for spec in specs.values())
+    with staged(target, total) as work:
+        with open_tensors(source, work) as reader, SafetensorsWriter(work / NEW, specs) as writer:
+            for name in specs:
+                writer.write(name, reader.blocks(name))
+    return f"{target}: {len(specs)} tensors, {total / 1e9:.2f} GB"
+
+
+def _write_shards(
+    folder: Path, stem: str, specs: Mapping[str, Spec], limit: int, files: Sequence[Path], scratch: Path
+) -> int:
+    """Write the files and their index; returns how many. Each source file is read once, whatever the order."""
+    plan = plan_shards({name: spec.nbytes for name, spec in specs.items()}, limit)
+    weight_map = {}
+    with ExitStack() as stack:
+        writers = {}
+        for number, names in enumerate(plan, 1):
+            file = f"{stem}-{number:05d}-of-{len(plan):05d}.safetensors"
+            writer = SafetensorsWriter(folder / file, {name: specs[name] for name in names})
+            stack.enter_context(writer)
+            writers.update(dict.fromkeys(names, writer))
+            weight_map.update(dict.fromkeys(names, file))
+        for path in files:
+            with open_tensors(path, scratch) as reader:
+                for name in reader.specs:
+                    writers[name].write(name, reader.blocks(name))
+    total = sum(spec.nbytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
+    return len(plan)
+
+
+def _read_all(files: Sequence[Path]) -> dict[str, Spec]:
+    found: dict[str, Spec] = {}
+    for path in files:
+        specs = read_specs(path)
+        if twice := sorted(found.keys() & specs.keys()):
+            raise UserError(f"{twice[0]} is in {path.name} and in another shard too; fetch the folder again")
+        found.update(specs)
+    return found
+
+
+def _shapes(specs: Mapping[str, Spec]) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for name, spec in specs.items()}
+
+
+def _role(folder: Path, role: str | None) -> str:
+    if role is None and folder.name not in ROLES:
+        raise UserError(f"{folder} has no {diffusers_style.OUR_CONFIG}; add role= one of {', '.join(ROLES)}")
+    return role or folder.name

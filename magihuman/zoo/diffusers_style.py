@@ -1,0 +1,141 @@
+"""A checkpoint as a diffusers-style folder: transformer/, vae/, audio_vae/, scheduler/, model_index.json.
+
+diffusers has no class for this network. The class names are those of the public port that uses the same layout
+(FastVideo), whose transformer keeps the release's tensor names; vae/ and audio_vae/ are true diffusers models.
+`magihuman.json` beside model_index.json is our whole config, so that nothing is lost on the way back.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magihuman.errors import UserError
+from magihuman.models.released_files import locate, read_json
+from magihuman.tensor_files import SafetensorsWriter, Spec, open_tensors, read_specs
+from magihuman.weights import ExportConfig, write_json
+from magihuman.world import RELEASED_VARIABLES
+
+STEM = "diffusion_pytorch_model"
+OUR_CONFIG = "magihuman.json"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec to be written: the file it comes from, its config.json, name there -> (name, spec) here."""
+
+    path: Path
+    config: dict[str, Any]
+    names: dict[str, tuple[str, Spec]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors."""
+        return sum(spec.nbytes for _, spec in self.names.values())
+
+
+def our_config(folder: Path) -> ExportConfig | None:
+    """The config that `write_configs` left in a diffusers-style folder; None in somebody else's.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / OUR_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        return ExportConfig.from_dict(read_json(path, "the settings of the checkpoint"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def write_configs(folder: Path, config: ExportConfig, codecs: Mapping[str, Codec]) -> None:
+    """Write every JSON file but the codecs'.
+
+    Args:
+        codecs: by subfolder name.
+    """
+    parts = {
+        "transformer": ["diffusers", "MagiHumanDiT"],
+        "scheduler": ["diffusers", "FlowUniPCMultistepScheduler"],
+    }
+    parts |= {name: ["diffusers", codec.config["_class_name"]] for name, codec in codecs.items()}
+    write_json(folder / "model_index.json", {"_class_name": "MagiHumanPipeline", **parts})
+    patch = config.pack.patch_size
+    transformer = {"_class_name": "MagiHumanDiT", **config.model.to_dict(), "patch_size": [1, patch, patch]}
+    write_json(folder / "transformer" / "config.json", transformer)
+    (folder / "scheduler").mkdir()
+    scheduler = {
+        "_class_name": "FlowUniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "solver_order": 2,
+        "prediction_type": "flow_prediction",
+        "shift": config.sampling.shift,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / OUR_CONFIG, config.to_dict())
+
+
+def find_codecs(vae: str | None, audio_vae: str | None) -> dict[str, Codec]:
+    """The codecs to put into the folder: those given, or else those that the environment names.
+
+    Raises:
+        UserError: a given one is absent (with the command that fetches it) or does not fit its network.
+    """
+    found = {}
+    for name, source, part, make in (
+        ("vae", vae, "video_codec", _wan),
+        ("audio_vae", audio_vae, "audio_codec", _oobleck),
+    ):
+        source = source or os.environ.get(RELEASED_VARIABLES[part])
+        if source:
+            found[name] = make(source)
+    return found
+
+
+def write_codec(folder: Path, codec: Codec, scratch: Path) -> None:
+    """Write one codec as diffusers saves it."""
+    folder.mkdir()
+    write_json(folder / "config.json", codec.config)
+    with SafetensorsWriter(folder / f"{STEM}.safetensors", dict(codec.names.values())) as writer:
+        with open_tensors(codec.path, scratch) as reader:
+            for name, (inner, _) in codec.names.items():
+                writer.write(inner, reader.blocks(name))
+
+
+def _wan(source: str) -> Codec:
+    from magihuman.models import codecs_wan
+
+    path = locate(source, codecs_wan.FILES, codecs_wan.REPO)
+    specs = read_specs(path)
+    if "quant_conv.weight" in specs:
+        return _already(path, specs, "AutoencoderKLWan")
+    config, names = codecs_wan.to_diffusers({name: spec.shape for name, spec in specs.items()}, path)
+    return Codec(path, config, {n: (key, Spec(shape, specs[n].dtype)) for n, (key, shape) in names.items()})
+
+
+def _oobleck(source: str) -> Codec:
+    from magihuman.models import codecs_oobleck
+
+    path = locate(source, codecs_oobleck.FILES, codecs_oobleck.REPO)
+    specs = read_specs(path)
+    prefix = codecs_oobleck.PREFIX
+    own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
+    if not own:
+        return _already(path, specs, "AutoencoderOobleck")
+    shapes = {name: spec.shape for name, spec in own.items()}
+    config, names = codecs_oobleck.to_diffusers(shapes, codecs_oobleck.autoencoder_config(path), path)
+    return Codec(
+        path, config, {prefix + n: (key, Spec(shape, own[n].dtype)) for n, (key, shape) in names.items()}
+    )
+
+
+def _already(path: Path, specs: Mapping[str, Spec], kind: str) -> Codec:
+    config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
+    if config.get("_class_name") != kind:
+        raise UserError(f"{path} is no {kind}: its config.json names {config.get('_class_name')!r}")
+    return Codec(path, config, {name: (name, spec) for name, spec in specs.items()})

@@ -1,0 +1,129 @@
+"""Where a checkpoint argument points: a folder, a run folder, a published folder, or a Hub id. Never the network."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from magihuman.errors import UserError
+from magihuman.models.released_files import is_hub_id
+from magihuman.weights import CONFIG, INDEX, SINGLE, ExportConfig, load_config, read_header, weight_files
+from magihuman.zoo.released import REPO, ROLES, Shapes, config_for
+
+DIFFUSERS_INDEX = "model_index.json"
+
+
+def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
+    """Folder of a checkpoint: an exported folder, a run folder (its export/), a published folder such as base/,
+    or OWNER/NAME[/FOLDER] in the cache of the Hugging Face Hub.
+
+    Args:
+        shipped: names to list when nothing is found.
+
+    Raises:
+        UserError: when it is none of these, saying what there is to choose from, or what fetches it.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return _within(folder, str(checkpoint))
+    if folder.exists():
+        raise UserError(
+            f"{folder} is a file; a checkpoint is a folder. Make one of it with: "
+            f"python -m magihuman.zoo convert {folder} NEW"
+        )
+    repo, _, inner = _split_hub_id(str(checkpoint))
+    # A first part that exists here means a misspelt path, not a name of the Hub.
+    if repo and not Path(repo).parent.exists():
+        return _in_hub_cache(repo, inner, shipped)
+    names = ", ".join(shipped) or "none yet"
+    raise UserError(f"checkpoint {str(checkpoint)!r} is neither a folder nor a shipped name ({names})")
+
+
+def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = None) -> ExportConfig:
+    """The config of a folder found by `locate`: its own, or that of the published model which it holds.
+
+    Args:
+        role: which published model, where the folder's name does not say it.
+        shapes: of its tensors, where they are known already.
+
+    Raises:
+        UserError: it does not fit, or nothing says which model it is.
+    """
+    if (folder / CONFIG).is_file() and not _is_foreign(folder / CONFIG):
+        return load_config(folder)
+    if not _has_weights(folder):
+        return load_config(folder)  # whose message says what is amiss
+    if role is None:
+        role = next((name for name in (folder.name, folder.resolve().name) if name in ROLES), None)
+    if role is None:
+        raise UserError(
+            f"{folder} is no exported checkpoint (no config of ours), and its name does not say which published "
+            f"model it is; rename it to one of {', '.join(ROLES)}, or convert it with role=ONE_OF_THESE"
+        )
+    if shapes is None:
+        headers = [read_header(path) for path in weight_files(folder)]
+        shapes = {name: shape for header in headers for name, (shape, _) in header.items()}
+    return config_for(role, shapes, folder)
+
+
+def _within(folder: Path, label: str) -> Path:
+    for candidate in (folder, folder / "export"):
+        if _has_weights(candidate):
+            return candidate
+    choices = [name for name in ROLES if _has_weights(folder / name)]
+    if choices:
+        listed = ", ".join(f"{label.rstrip('/')}/{name}" for name in choices)
+        raise UserError(f"{folder} holds several checkpoints; choose one: {listed}")
+    if (folder / DIFFUSERS_INDEX).is_file():
+        raise UserError(
+            f"{folder} is a diffusers-style folder; make an export of it with: "
+            f"python -m magihuman.zoo convert {folder} NEW"
+        )
+    for candidate in (folder, folder / "export"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise UserError(f"{folder} holds no exported checkpoint (config.json, or export/config.json of a run)")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (INDEX, SINGLE, f"{SINGLE}.zst"))
+
+
+def _is_foreign(config: Path) -> bool:
+    """Whether a config.json is somebody else's: a JSON object that names no format."""
+    try:
+        values = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "format" not in values
+
+
+def _split_hub_id(text: str) -> tuple[str, str, str]:
+    owner, _, rest = text.partition("/")
+    name, slash, inner = rest.partition("/")
+    repo = f"{owner}/{name}"
+    return (repo if is_hub_id(repo) else ""), slash, inner.strip("/")
+
+
+def _in_hub_cache(repo: str, inner: str, shipped: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    part = f" --include '{inner}/*'" if inner else ""
+    fetch = f"fetch it with: hf download {repo}{part}"
+    try:
+        root = Path(snapshot_download(repo, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        names = ", ".join(shipped) or "none yet"
+        raise UserError(
+            f"checkpoint {'/'.join(filter(None, (repo, inner)))!r} is neither a folder nor a shipped name ({names}), "
+            f"and the Hub's {repo} is not on this machine; {fetch}"
+        ) from None
+    if not (root / inner).is_dir():
+        known = f" (published are {', '.join(ROLES)})" if repo == REPO else ""
+        raise UserError(f"the part {inner!r} of {repo} is not on this machine{known}; {fetch}")
+    folder = _within(root / inner, "/".join(filter(None, (repo, inner))))
+    try:
+        weight_files(folder, compressed=True)
+    except UserError as error:
+        raise UserError(f"{error}; {fetch}") from None
+    return folder
