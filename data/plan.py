@@ -128,6 +128,8 @@ def _clips_of(found: Found, tables: Tables, repeats: Mapping[str, str], rules: R
         raise _Refused(
             "has no caption: put a .txt beside it or a row into a table (captions=optional takes it)"
         )
+    if info.seconds > found.size:
+        raise _Refused(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
     size, why = choose_size(info.height, info.width, rules.sizes, rules.max_crop, rules.max_enlarge)
     if size is None:
         raise _Refused(why)

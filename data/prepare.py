@@ -62,7 +62,7 @@ def prepare(
         input: folder of video files, searched with its subfolders
         output: folder for the shards, made if need be
         world: codecs and text encoder: tiny, released, or package.module:function for your own
-        workers: processes, 0 for one per CPU core
+        workers: processes, 0 for one per CPU core, or a single one with device=cuda
         device: where the codecs run: cpu, cuda, cuda:1
         sizes: width x height choices such as 448x256,256x448; a clip goes to the one nearest in shape
         frames: lengths to cut to, such as 101,49,25; none for the world's own
@@ -94,8 +94,14 @@ def prepare(
         raise UserError(f"table={table} is not a file; give a .csv, .tsv or .jsonl")
     with _claimed(target) as work:
         task = _Run(source, target, work, settings, device, progress)
-        with Workers(workers or os.cpu_count() or 1, work, task.crashed) as pool:
-            return task.run(pool)
+        usual = (os.cpu_count() or 1) if device == "cpu" else 1
+        try:
+            with Workers(workers or usual, work, task.crashed) as pool:
+                return task.run(pool)
+        except OSError as error:
+            raise UserError(
+                f"output={output} cannot be written ({error.strerror}); make room and give the same command again"
+            ) from error
 
 
 @contextmanager

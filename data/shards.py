@@ -62,11 +62,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; make room or choose another output="
-        ) from error
 
 
 class ShardWriter:

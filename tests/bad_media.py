@@ -275,6 +275,7 @@ def _broken(clip: Callable[..., None], put: Callable[..., None]) -> None:
     still = Expected("rejected", "still picture", 0, "taken")
     put("png-named.mp4", still, lambda path: Image.fromarray(picture(0, 64, 64)).save(path, "PNG"))
     clip("one-frame.mp4", still, moments=[0.0], sound=None)
+    put("claims-hours.mp4", Expected("rejected", "has no sound", 0, "rejected", 0), _claims_hours)
     put("no-frames.mp4", Expected("rejected", "", 0), _without_frames)
     put("folder.mp4/inside.mp4", Expected("taken"), lambda path: movie(path, sound=Sound(seconds=0.77)))
 
@@ -284,6 +285,16 @@ def _without_frames(path: Path) -> None:
         video: Any = container.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
         container.start_encoding()
+
+
+def _claims_hours(path: Path) -> None:
+    """A second of pictures whose index says that each is shown for three minutes."""
+    movie(path, gop=25, sound=None)
+    data = bytearray(path.read_bytes())
+    for box, place in ((b"mdhd", 20), (b"mvhd", 20), (b"tkhd", 24), (b"elst", 12), (b"stts", 16)):
+        at = data.index(box) + place
+        data[at : at + 4] = (0x0FFFFFF if box == b"stts" else 0x7FFFFFF0).to_bytes(4)
+    path.write_bytes(bytes(data))
 
 
 def _cut_webm(path: Path) -> None:

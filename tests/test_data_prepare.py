@@ -200,6 +200,26 @@ def test_output_of_other_settings_is_refused(clips: Path, whole: Path) -> None:
         prepare(str(clips), str(whole), world=WORLD[6:], shard_clips=4, progress=False)
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(clips: Path, whole: Path, tmp_path: Path) -> None:
+    import resource
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a shard has 45 kB, other files less
+
+    output = tmp_path / "shards"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(clips, output), cwd=REPO, env=environment, capture_output=True, text=True,
+        preexec_fn=small_files_only,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: output={output} cannot be written (File too large); make room")
+    assert result.stderr.count("\n") == 1
+    assert not list(output.glob("*.tar"))
+    assert run(clips, output).returncode == 0
+    assert contents(output) == contents(whole)
+
+
 def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None:
     clips = folder_of_clips(tmp_path / "media", 7)
     deadly = clips / "c03.mp4"
