@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from magihuman.errors import UserError
 from magihuman.models.codecs_turbo import CONFIG_FILES, REPO, TurboCodec, Window, windows
-from magihuman.models.turbo_decoder import Stage, TurboConfig, TurboDecoder, rms_norm, unpatchify
+from magihuman.models.turbo_decoder import (
+    ResidualBlock,
+    Stage,
+    TurboConfig,
+    TurboDecoder,
+    rms_norm,
+    unpatchify,
+)
 from magihuman.zoo.checks import Case
 from magihuman.zoo.checks.turbo import check_turbo
 
@@ -286,6 +293,17 @@ def test_norm(dtype: torch.dtype) -> None:
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), exact, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=0)
     assert torch.equal(rms_norm(torch.zeros(1, 4, 1, 1, 1), 1e-8), torch.zeros(1, 4, 1, 1, 1))
+
+
+def test_a_shortcut_is_normalised_with_the_configured_constant() -> None:
+    # The vectors cannot tell: their inputs are large against 1e-6.
+    block = ResidualBlock(3, 2, depthwise=None, shortcut_eps=1e-6)
+    torch.nn.init.zeros_(block.conv2.conv.weight)
+    torch.nn.init.zeros_(block.conv2.conv.bias)
+    torch.nn.init.ones_(block.conv_shortcut.conv.weight)
+    torch.nn.init.zeros_(block.conv_shortcut.conv.bias)
+    y = block(torch.full((1, 3, 1, 1, 1), 1e-3))
+    torch.testing.assert_close(y, torch.full((1, 2, 1, 1, 1), 3 / math.sqrt(2)))
 
 
 def test_columns_vary_slower_than_rows_in_a_patch() -> None:
