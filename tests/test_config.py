@@ -85,10 +85,13 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=pretrain", "trainer.max_steps=0"], "trainer.max_steps=0 trains nothing"),
         (["+recipe=pretrain", "trainer.max_time=soon"], "trainer.max_time='soon' should look like 01:30:00"),
         (["+recipe=pretrain", "trainer.devices=4"], "choose strategy=ddp or strategy=fsdp2"),
-        (["+recipe=pretrain", "optim.adamw_lr=null"], "optim.algorithm=muon also needs optim.adamw_lr"),
+        (
+            ["+recipe=pretrain", "optim=muon", "optim.adamw_lr=null"],
+            "optim.algorithm=muon also needs optim.adamw_lr",
+        ),
         (["+recipe=pretrain", "optim.ema_decay=1"], "optim.ema_decay=1 should be in [0, 1)"),
         (
-            ["+recipe=pretrain", "strategy=zero2"],
+            ["+recipe=pretrain", "optim=muon", "strategy=zero2"],
             "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2",
         ),
         (
