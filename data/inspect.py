@@ -1,7 +1,4 @@
-"""A look at shards: statistics, and a contact sheet of decoded samples.
-
-python -m data.inspect shards=SHARDS [output=sheet.png]
-"""
+"""A look at shards, `python -m data.inspect SHARDS [output=sheet.png]`: statistics and a contact sheet."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -147,6 +144,11 @@ def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed
 
 
 if __name__ == "__main__":
+    import sys
+
     from magihuman.command import run
 
-    print(run(inspect, "python -m data.inspect"))
+    words = sys.argv[1:]
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        words[0] = f"shards={words[0]}"  # the folder may come without its key
+    print(run(inspect, "python -m data.inspect", words))
