@@ -1,0 +1,24 @@
+"""How a request fits into a GPU: where weights live, in which form, and what stays there between stages.
+
+`Stages` brings a stage's modules to the device and takes them away; `prepare_transformer` gives the network its
+place (resident, or streamed layer by layer) and its storage (bf16, fp8, int4); `CachedText` keeps prompts' features
+on disk. `python -m magihuman.zoo plan` computes what each choice needs.
+"""
+
+from inference.memory.stages import MODES, Resident, Stages, check_memory, prepare_transformer
+from inference.memory.storage import FORMS, store_weights
+from inference.memory.streaming import LayerStream
+from inference.memory.text_cache import CachedText, encoder_identity
+
+__all__ = [
+    "FORMS",
+    "MODES",
+    "CachedText",
+    "LayerStream",
+    "Resident",
+    "Stages",
+    "check_memory",
+    "encoder_identity",
+    "prepare_transformer",
+    "store_weights",
+]

@@ -1,0 +1,120 @@
+"""Features of prompts on disk, so that a prompt is encoded once per machine and not once per run."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkstemp
+
+import torch
+from torch import Tensor, nn
+
+from magihuman.models.codecs import TextEncoder
+
+VARIABLE = "MAGIHUMAN_CACHE"
+_SAMPLED = 256  # numbers of every weight that go into an encoder's identity
+
+
+def default_folder() -> Path:
+    """$MAGIHUMAN_CACHE/text, or ~/.cache/magihuman/text."""
+    return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "magihuman") / "text"
+
+
+def encoder_identity(encoder: TextEncoder, name: str) -> str:
+    """What decides a prompt's features beside the prompt: name, weights, dtype, and kind of device.
+
+    Every weight counts with its name, shape and first numbers, so two encoders of one name are told apart without
+    reading all of them.
+
+    Args:
+        name: of the encoder in the latent contract.
+    """
+    digest = hashlib.sha256(name.encode())
+    if isinstance(encoder, nn.Module):
+        for key, tensor in encoder.state_dict().items():
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
+            start = tensor.flatten()[:_SAMPLED].contiguous().cpu()
+            digest.update(start.view(torch.uint8).numpy().tobytes())
+    return f"{name}-{digest.hexdigest()[:16]}"
+
+
+class CachedText:
+    """A text encoder behind a folder of features. Implements `magihuman.models.codecs.TextEncoder`.
+
+    A file is named sha256(encoder, prompt) and appears whole or not at all, so several processes may share the folder.
+    A file that cannot be read is made again; a folder that cannot be written is done without.
+
+    Args:
+        encode: encodes new prompts; called with none of the known ones.
+        identity: from `encoder_identity`.
+        channels: Ct.
+        folder: made when first needed.
+
+    Attributes:
+        hits, misses: prompts found and encoded so far.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], list[Tensor]],
+        identity: str,
+        channels: int,
+        folder: str | Path | None = None,
+    ) -> None:
+        self._encode = encode
+        self.identity = identity
+        self.channels = channels
+        self.folder = Path(folder) if folder is not None else default_folder()
+        self.hits = self.misses = 0
+
+    def path(self, prompt: str) -> Path:
+        """The prompt's file."""
+        key = hashlib.sha256(f"{self.identity}\0{prompt}".encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def known(self, prompt: str) -> bool:
+        """The prompt's features are on disk, so that no encoder is needed for it."""
+        return self.path(prompt).is_file()
+
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """Each prompt -> [S,Ct] fp32: on the CPU where it was known, else where the encoder left it."""
+        features = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
+        new = [prompt for prompt, found in features.items() if found is None]
+        self.hits += len(features) - len(new)
+        self.misses += len(new)
+        if new:
+            for prompt, made in zip(new, self._encode(new), strict=True):
+                self._write(prompt, made)
+                features[prompt] = made
+        return [found for prompt in prompts if (found := features[prompt]) is not None]
+
+    def _read(self, prompt: str) -> Tensor | None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path(prompt)
+        if not path.is_file():
+            return None
+        try:
+            found = load_file(path)["features"]
+        except (SafetensorError, OSError, KeyError):
+            return None
+        return found.float() if found.ndim == 2 and found.shape[1] == self.channels else None
+
+    def _write(self, prompt: str, features: Tensor) -> None:
+        from safetensors.torch import save
+
+        kept = features.detach().float().cpu().contiguous()
+        half = kept.half()
+        # T5-Gemma's features are rounded to fp16 (SPEC 5), so half the space holds them exactly.
+        data = save({"features": half if torch.equal(half.float(), kept) else kept})
+        temporary = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = mkstemp(prefix=".", suffix=".part", dir=self.folder)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, self.path(prompt))
+        except OSError:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
