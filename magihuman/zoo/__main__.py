@@ -39,12 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_"
     )
-    convert = commands.add_parser(
-        "convert",
-        help="a checkpoint into another layout: export, released, diffusers",
-        add_help=False,  # the function's own help says more
-    )
-    convert.add_argument("arguments", nargs=argparse.REMAINDER)
+    # Its settings are key=value, read by `_convert`; here it is for the list of commands only.
+    commands.add_parser("convert", help="a checkpoint into another layout: export, released, diffusers")
     return parser
 
 
@@ -83,7 +79,11 @@ def _list() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["convert"]:
+        print(_convert(given[1:]))
+        return 0
+    arguments = _parser().parse_args(given)
     if arguments.command == "list":
         print(_list())
         return 0
@@ -93,9 +93,6 @@ def main(argv: list[str] | None = None) -> int:
 
         name = arguments.path
         print(describe(zoo.WEIGHTS / name if name in zoo.checkpoint_names() else name))
-        return 0
-    if arguments.command == "convert":
-        print(_convert(arguments.arguments))
         return 0
     from magihuman.zoo.verify import report, verify
 

@@ -15,7 +15,8 @@ from magihuman.staging import NEW, staged
 from magihuman.tensor_files import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
 from magihuman.weights import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
 from magihuman.zoo import diffusers_style
-from magihuman.zoo.released import ROLES, config_for
+from magihuman.zoo.inspect import readable_size
+from magihuman.zoo.released import ROLES, config_for, infer_model
 from magihuman.zoo.sources import DIFFUSERS_INDEX, read_config
 
 LAYOUTS = ("export", "released", "diffusers")
@@ -96,7 +97,7 @@ def convert(
             for name, codec in codecs.items():
                 diffusers_style.write_codec(new / name, codec, work)
             diffusers_style.write_configs(new, source.config, codecs)
-    lines = [f"{target}: {len(specs)} tensors in {shards} files, {total / 1e9:.2f} GB"]
+    lines = [f"{target}: {len(specs)} tensors in {shards} files, {readable_size(total)}"]
     rounded = [n for n in specs if specs[n].dtype == "F32" and source.specs[n].dtype in ("BF16", "F16")]
     kept = [n for n, _, is_matrix in source.config.model.tensors() if n in set(rounded) and not is_matrix]
     if kept:
@@ -122,13 +123,16 @@ def open_source(src: str, role: str | None = None) -> Source:
             raise UserError(f"{src} is no file of tensors; those end in {', '.join(FILES)}")
         files, specs = [path], read_specs(path)
         if role is None:
+            infer_model(_shapes(specs), src)  # another network than this one is the worse error
             raise UserError(f"{src} does not say which model it holds; add role= one of {', '.join(ROLES)}")
         config = config_for(role, _shapes(specs), src)
     elif (path / DIFFUSERS_INDEX).is_file():
         files = weight_files(path / "transformer", compressed=True, stem=diffusers_style.STEM)
         specs = _read_all(files)
         own = diffusers_style.our_config(path)
-        config = own if own and role is None else config_for(_role(path, role), _shapes(specs), src)
+        if own and role:
+            raise UserError(f"{src} says itself what it is ({diffusers_style.OUR_CONFIG}); leave role= out")
+        config = own or config_for(_role(path, role), _shapes(specs), src)
     else:
         from magihuman import zoo
 
@@ -186,7 +190,7 @@ def _convert_file(source: Path, target: Path) -> str:
         with open_tensors(source, work) as reader, SafetensorsWriter(work / NEW, specs) as writer:
             for name in specs:
                 writer.write(name, reader.blocks(name))
-    return f"{target}: {len(specs)} tensors, {total / 1e9:.2f} GB"
+    return f"{target}: {len(specs)} tensors, {readable_size(total)}"
 
 
 def _write_shards(

@@ -72,17 +72,20 @@ def _tensor_table(files: list[Path]) -> str:
     for file in files:
         for name, (shape, dtype) in read_header(file).items():
             count = prod(shape)
-            rows.append((name, str(list(shape)), dtype, _size(count * BYTES.get(dtype, 0))))
+            rows.append((name, str(list(shape)), dtype, readable_size(count * BYTES.get(dtype, 0))))
             numbers[dtype] += count
             sizes[dtype] += count * BYTES.get(dtype, 0)
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     kinds = ", ".join(f"{numbers[dtype]:,} {dtype}" for dtype in sorted(numbers))
     total = f"{len(rows)} tensors in {len(files)} files, {numbers.total():,} numbers ({kinds})"
-    return "tensors\n" + "\n".join(f"  {line}" for line in lines) + f"\n{total}, {_size(sizes.total())}"
+    return (
+        "tensors\n" + "\n".join(f"  {line}" for line in lines) + f"\n{total}, {readable_size(sizes.total())}"
+    )
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """Bytes in words, such as 30.64 GB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"

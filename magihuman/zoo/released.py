@@ -35,6 +35,7 @@ class Role:
     local: bool = False
 
 
+_NOT_IT = "give the folder of a network, such as base or distill"
 _NONE = Guidance(1.0, 1.0, audio=1.0)
 # The published settings run super-resolution without guidance (SPEC 4.4).
 _SR = Sampling("unipc", steps=5, shift=5.0, guidance=_NONE)
@@ -106,14 +107,14 @@ def infer_model(shapes: Shapes, source: object) -> DiTConfig:
         found = shapes.get(key)
         if found is None or len(found) != ndim or 0 in found:
             what = "lacks" if found is None else f"has an odd shape {list(found)} for"
-            raise UserError(f"{source} is no daVinci-MagiHuman network: it {what} {key}")
+            raise UserError(f"{source} is no daVinci-MagiHuman network: it {what} {key}; {_NOT_IT}")
         return found
 
     hidden, video = shape("adapter.video_embedder.weight", 2)
     head_dim = 8 * shape("adapter.rope.bands", 1)[0]
     layers = {int(part) for key in shapes if (part := _layer(key)).isdigit()}
     if not layers:
-        raise UserError(f"{source} is no daVinci-MagiHuman network: it lacks block.layers.0")
+        raise UserError(f"{source} is no daVinci-MagiHuman network: it lacks block.layers.0; {_NOT_IT}")
     count = max(layers) + 1
     experts, gelu, post_norm = [], [], []
     for i in range(count):

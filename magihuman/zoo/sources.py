@@ -49,6 +49,8 @@ def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = N
         UserError: it does not fit, or nothing says which model it is.
     """
     if (folder / CONFIG).is_file() and not _is_foreign(folder / CONFIG):
+        if role is not None:
+            raise UserError(f"{folder} says itself what it is ({CONFIG}); leave role= out")
         return load_config(folder)
     if not _has_weights(folder):
         return load_config(folder)  # whose message says what is amiss
