@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(groups), defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every weight that has a gradient."""
         loss = None
         if closure is not None:

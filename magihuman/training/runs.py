@@ -166,7 +166,7 @@ class CSVLog(Logger):
             self._write([row for row in rows if int(row["step"]) <= step], self._columns)
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line."""
         row = {"step": str(step or 0), **{k: f"{v:.6g}" for k, v in metrics.items()}}
         if self._columns is None:
