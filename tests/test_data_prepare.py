@@ -385,6 +385,8 @@ def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path
     text = inspect(str(copy), str(tmp_path / "x.png"), samples=2)
     assert "12 samples, 12 looked at, 1 corrupt" in text
     assert "checksum differs" in text
+    bare = [sys.executable, "-m", "data.inspect", str(copy), "samples=0"]
+    assert "1 corrupt" in subprocess.run(bare, cwd=REPO, capture_output=True, text=True, check=True).stdout
     with pytest.raises(
         UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"
     ):
