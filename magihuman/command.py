@@ -42,7 +42,7 @@ def settings(function: Callable[..., Any], arguments: Sequence[str], program: st
     Raises:
         UserError: not key=value, given twice, unknown, missing or of the wrong type.
     """
-    from magihuman.config import check
+    from magihuman.schema import check
 
     hints = get_type_hints(function)
     values: dict[str, Any] = {}

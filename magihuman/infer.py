@@ -41,7 +41,8 @@ def configured() -> tuple[Callable[..., Any], dict[str, Any]]:
     """
     import yaml
 
-    from magihuman.config import CONFIGS, check_call, locate
+    from magihuman.config import CONFIGS
+    from magihuman.schema import check_call, locate
 
     node = yaml.safe_load((CONFIGS / "infer.yaml").read_text(encoding="utf-8"))
     check_call(node, "infer")

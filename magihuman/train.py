@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from magihuman.config import CONFIGS, TrainSettings, call, explain, validate
+from magihuman.config import CONFIGS, TrainSettings, explain, validate
 from magihuman.errors import UserError, report_and_exit
+from magihuman.schema import call
 
 
 def is_main_process() -> bool:
@@ -58,6 +59,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         UserError: anything a user can put right.
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
+    from magihuman import zoo
     from magihuman.training import cpu, session
     from magihuman.training.checkpoint import find_resume, require_same_training
     from magihuman.training.runs import RunFolder
@@ -79,6 +81,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 
     if resume is not None:
         require_same_training(resume, node)
+    if settings.init is not None:
+        zoo.find(settings.init)  # a wrong name is to fail before the data is made
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
     setup = session.build_setup(settings, data, provenance)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import training_stub
 
-from magihuman.config import CONFIGS, OptimSettings, available, build, call, check, parse_time, validate
+from magihuman.config import CONFIGS, OptimSettings, available, parse_time, validate
 from magihuman.errors import UserError
+from magihuman.schema import build, call, check
 from magihuman.train import plain
 
 

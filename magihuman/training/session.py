@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 
 from magihuman import zoo
-from magihuman.config import TrainSettings, call, parse_time
+from magihuman.config import TrainSettings, parse_time
 from magihuman.errors import UserError
 from magihuman.provenance import fingerprint
+from magihuman.schema import call
 from magihuman.training.callbacks import Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer
 from magihuman.training.preempt import Preemption

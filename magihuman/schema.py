@@ -1,0 +1,222 @@
+"""Plain settings against the types of what they are for: check, name the mistake, convert, call.
+
+A schema is a dataclass, a class or a function; a *call* is a node with `_target_`, whose schema is the signature of
+the target. Messages name the setting and what to write instead. Imports neither torch nor Lightning by itself.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from magihuman.errors import UserError
+
+_RESERVED = ("_target_", "_partial_")
+
+
+def one_line(text: str) -> str:
+    """Any message as one line."""
+    return "; ".join(line.strip() for line in str(text).splitlines() if line.strip())
+
+
+def suggest(key: str, known: Sequence[str]) -> str:
+    """ ", did you mean ...?" or nothing."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _expected(hint: Any) -> str:
+    if hint is None or hint is types.NoneType:
+        return "null"
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_expected(a) for a in args)
+    if origin in (list, tuple, Sequence):
+        inner = [a for a in args if a is not Ellipsis]
+        return "a list" + (f" of {_expected(inner[0])}" if inner else "")
+    if hint is dict or origin is dict:
+        return "a mapping"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _fits(value: Any, hint: Any, path: str) -> bool:
+    """Whether a plain value satisfies a type hint; nested dataclasses and calls are checked by `check`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, str):
+        return True
+    if isinstance(value, Mapping) and "_target_" in value:
+        check_call(value, path)
+        return True
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if origin is Literal:
+        return value in args
+    if origin in (Union, types.UnionType):
+        nested = next((a for a in args if is_dataclass(a)), None)
+        if nested is not None and isinstance(value, Mapping):
+            return _fits(value, nested, path)
+        return any(_fits(value, a, path) for a in args)
+    if is_dataclass(hint):
+        if isinstance(value, Mapping):
+            check(value, cast(type, hint), path)
+            return True
+        return isinstance(value, cast(type, hint))
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if hint in (list, tuple) or origin in (list, tuple, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        if origin is tuple and args and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(
+                _fits(v, a, f"{path}.{i}") for i, (v, a) in enumerate(zip(value, args, strict=True))
+            )
+        return not args or all(_fits(v, args[0], f"{path}.{i}") for i, v in enumerate(value))
+    if hint is dict or origin is dict:
+        return isinstance(value, Mapping)
+    return True
+
+
+def _schema(target: Callable[..., Any]) -> tuple[dict[str, Any], set[str], bool]:
+    """(name -> hint, required names, whether any further name is taken) of a dataclass or callable."""
+    if is_dataclass(target):
+        hints = get_type_hints(target)
+        required = {
+            f.name for f in fields(target) if f.init and f.default is MISSING and f.default_factory is MISSING
+        }
+        return {f.name: hints[f.name] for f in fields(target) if f.init}, required, False
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):
+        hints = {}
+    names, required, open_ended = {}, set(), False
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            open_ended = True
+        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            names[parameter.name] = hints.get(parameter.name, Any)
+            if parameter.default is parameter.empty:
+                required.add(parameter.name)
+    return names, required, open_ended
+
+
+def check(node: Any, schema: Callable[..., Any], path: str, provided: Sequence[str] = ()) -> None:
+    """Raise unless `node` has exactly the settings that `schema` takes, with their types.
+
+    Args:
+        node: plain containers (from `OmegaConf.to_container`).
+        schema: a dataclass, class or function.
+        path: where the node stands, for messages ("" at the top).
+        provided: arguments that the program passes itself.
+
+    Raises:
+        UserError: unknown key, missing key, or wrong type.
+    """
+    dot = f"{path}." if path else ""
+    if not isinstance(node, Mapping):
+        raise UserError(f"{path}={node!r} is not a group of settings")
+    names, required, open_ended = _schema(schema)
+    for key, value in node.items():
+        if key in _RESERVED:
+            continue
+        if key in provided:
+            raise UserError(f"{dot}{key} is set by the program; remove it from the configuration")
+        if key not in names:
+            if open_ended:
+                continue
+            known = sorted(set(names) - set(provided))
+            where = path or "the configuration"
+            raise UserError(
+                f"unknown setting {dot}{key}{suggest(key, known)}; {where} has: {', '.join(known)}"
+            )
+        if value == "???":
+            raise UserError(f"{dot}{key} is not given; set it with {dot}{key}=VALUE")
+        if not _fits(value, names[key], f"{dot}{key}"):
+            raise UserError(f"{dot}{key}={value!r} should be {_expected(names[key])}")
+    missing = sorted(required - set(node) - set(provided))
+    if missing and not node.get("_partial_", False):
+        raise UserError(f"{dot}{missing[0]} is not given; set it with {dot}{missing[0]}=VALUE")
+
+
+def locate(target: str, path: str) -> Callable[..., Any]:
+    """The object that a `_target_` string names.
+
+    Raises:
+        UserError: when it cannot be imported.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}._target_={target} cannot be imported: {one_line(str(error))}") from error
+    return found
+
+
+def check_call(node: Mapping[str, Any], path: str, provided: Sequence[str] = ()) -> None:
+    """`check` a node with `_target_` against the signature of its target."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UserError(f"{path} needs a _target_ (the dotted name of a class or function)")
+    target = locate(node["_target_"], path)
+    check(node, target, path, provided)
+    names, _, _ = _schema(target)
+    for key, value in node.items():  # settings that are dataclasses check their own values when they are made
+        if key in names:
+            _convert(value, names[key], calls=False)
+
+
+def build(schema: type, node: Mapping[str, Any]) -> Any:
+    """A settings dataclass from its (checked) node; nested dataclasses and tuples included, calls left as they are."""
+    hints = get_type_hints(schema)
+    return schema(**{key: _convert(value, hints[key], calls=False) for key, value in node.items()})
+
+
+def _convert(value: Any, hint: Any, calls: bool) -> Any:
+    """A plain value as its hint wants it; only conversions that lose nothing.
+
+    Args:
+        calls: whether nodes with `_target_` are called.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        return call(value) if calls else value
+    inner = next((a for a in (hint, *get_args(hint)) if is_dataclass(a)), None)
+    if inner is not None and isinstance(value, Mapping):
+        return build(inner, value)  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        items = [_convert(v, Any, calls) for v in value]
+        return tuple(items) if get_origin(hint) is tuple else items
+    if isinstance(value, Mapping):
+        return {k: _convert(v, Any, calls) for k, v in value.items()}
+    return value
+
+
+def call(node: Mapping[str, Any], path: str = "call", **provided: Any) -> Any:
+    """Call the target of a (checked) node with its settings, converted by the target's type hints.
+
+    With `_partial_: true` the result takes the remaining arguments later.
+
+    Args:
+        provided: arguments that the program passes itself.
+    """
+    target = locate(node["_target_"], path)
+    names, _, _ = _schema(target)
+    settings = {
+        key: _convert(value, names.get(key, Any), calls=True)
+        for key, value in node.items()
+        if key not in _RESERVED
+    }
+    if node.get("_partial_", False):
+        return functools.partial(target, **settings, **provided)
+    return target(**settings, **provided)
