@@ -131,12 +131,13 @@ def test_the_whole_release_loads_by_name(tmp_path: Path, role: str, matrices: st
     assert len(specs) == 331
     assert sum(spec.nbytes for spec in specs.values()) == total
     assert sum(prod(s.shape) for n, s in specs.items() if n != "adapter.rope.bands") == 15_299_419_136
-    loaded = zoo.load(tmp_path / role, device="meta", compute_dtype=torch.bfloat16)
-    state = loaded.denoiser.model.state_dict()
-    assert state.keys() == specs.keys()
-    assert sum(t.numel() * t.element_size() for t in state.values()) == 30_642_008_128
-    assert loaded.config.model == zoo.arch("15b")
+    assert zoo.config_of(tmp_path / role).model == zoo.arch("15b")
     assert f"331 tensors in {SHARDS[role]} files" in describe(tmp_path / role)
+    if role == "base":
+        loaded = zoo.load(tmp_path / role, device="meta", compute_dtype=torch.bfloat16)
+        state = loaded.denoiser.model.state_dict()
+        assert state.keys() == specs.keys()
+        assert sum(t.numel() * t.element_size() for t in state.values()) == total
 
 
 class TestFind:
