@@ -1,20 +1,25 @@
 """The command `python -m magihuman.infer`: requests in, clips on disk, a summary at the end."""
 
-import re
+import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.prompts import Request, check_seed, read_requests
-from inference.records import FORMAT, MANIFEST, Job, repair_manifest, write
+from inference.prompts import Request, check_length, check_seconds, check_seed, read_requests
+from inference.records import MANIFEST, Job, repair_manifest, write
 from magihuman.errors import UserError
-from magihuman.provenance import file_hash, fingerprint
 
 if TYPE_CHECKING:
-    from inference.pipeline import Pipeline, Settings
+    from inference.pipeline import Pipeline
     from magihuman.flow.guidance import Guidance
+
+BATCH = 8
 
 
 def run(
@@ -26,27 +31,43 @@ def run(
     steps: int | None = None,
     solver: str | None = None,
     cfg: float | dict[str, float] | None = None,
+    cfg_passes: int = 1,
     shift: float | None = None,
     negative_prompt: str | None = None,
+    negative_prompt_file: str | None = None,
     image: str | None = None,
     audio: str | None = None,
-    seconds: float | None = None,
+    seconds: float | str | None = None,
+    resolution: str | None = None,
     height: int | None = None,
     width: int | None = None,
-    batch: int = 8,
+    sr: str | None = None,
+    sr_steps: int | None = None,
+    sr_cfg: float | None = None,
+    sr_height: int | None = None,
+    sr_width: int | None = None,
+    turbo: str | None = None,
+    video_codec: str | None = None,
+    audio_codec: str | None = None,
+    text_encoder: str | None = None,
+    batch: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    memory: str = "fast",
+    weights: str | None = None,
+    compat: str | None = None,
     progress: bool = True,
 ) -> None:
     """Generate video clips with sound from text.
 
     Writes H.264 + AAC mp4, and beside each a JSON record with all that is needed to make it again. The same
     command on the same machine gives the same bytes. With prompts= a run that was stopped continues where it
-    was: clips that are done are skipped.
+    was: clips that are done are skipped. Started by torchrun, each process makes its share of the prompts.
 
     Args:
-        checkpoint: a name of `python -m magihuman.zoo list`, an exported folder, or a run folder
-        prompt: what to show and say
+        checkpoint: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of
+            the published weights
+        prompt: what to show and say, up to 640 tokens
         prompts: a file of many: .txt (one a line), .jsonl or .csv (prompt, and if you like seed, name, image,
             audio, seconds, negative_prompt)
         output: the mp4 to write; with prompts= the folder
@@ -55,46 +76,160 @@ def run(
         solver: unipc, renoise (distilled models), euler or sde
         cfg: guidance scale, 1 is off; or by part:
             cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"
+        cfg_passes: 1 computes both sides of the guidance at once, 2 one after the other in less memory
         shift: of the noise levels; higher spends more steps on noisy ones
         negative_prompt: what to stay away from
+        negative_prompt_file: the same from a text file; the released one is recognised by its hash
         image: picture for the first frame, cropped to the clip's shape
-        audio: sound file or clip whose sound is used, cut or padded to the clip's length
-        seconds: length, rounded to the nearest possible number of frames
-        height: of the clip in pixels
-        width: of the clip in pixels
-        batch: clips of a prompt file that are computed at once
+        audio: sound file or clip whose sound is used, cut to the clip's length; it is the clip's sound
+        seconds: length, rounded to the nearest possible number of frames; auto takes the given sound's, or what
+            the prompt's dialogue needs in its language
+        resolution: 256p, 540p or 1080p with the published weights (the second stage is found beside the base)
+        height: of the clip in pixels, before super-resolution
+        width: of the clip in pixels, before super-resolution
+        sr: checkpoint of the second stage (super-resolution), such as the folder 540p_sr or 1080p_sr
+        sr_steps: its solver steps
+        sr_cfg: its guidance scale, 1 is off; the release also knows 3.5
+        sr_height: of the finished clip in pixels
+        sr_width: of the finished clip in pixels
+        turbo: the small, fast decoder: folder turbo_vae of the published weights
+        video_codec: Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE
+        audio_codec: Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO
+        text_encoder: T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA
+        batch: clips of a prompt file that are computed at once; none is 8, with the published weights 1
         device: auto, cpu, cuda or cuda:N
         dtype: of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU
+        memory: fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)
+        weights: store the network's matrices in bf16, fp8 or int4; none keeps them
+        compat: o2 lets unguided sampling change the given sound, as the released code does
         progress: show a progress bar
 
     Raises:
-        UserError: bad input; found before the first clip is made wherever that is possible.
+        UserError: bad input; found before any weights are loaded wherever that is possible.
     """
-    if batch < 1:
+    from inference.jobs import Resolver, batches
+    from inference.opening import find, ranks
+
+    if batch is not None and batch < 1:
         raise UserError(f"batch={batch} is impossible; give at least 1")
     for key, file in (("image", image), ("audio", audio)):
         if file is not None and not Path(file).is_file():
             raise UserError(f"{key}={file} does not exist")
     requests, folder = _requests(prompt, prompts, output, check_seed(seed, "the command line"))
     requests = [replace(r, image=r.image or image, audio=r.audio or audio) for r in requests]
-    start = time.perf_counter()
-    pipeline = _load(checkpoint, device, dtype)
-    loaded = time.perf_counter() - start
-    overrides = {
-        "steps": steps,
-        "solver": solver,
-        "guidance": guidance_from(cfg),
-        "shift": shift,
-        "negative_prompt": None if negative_prompt is None else negative_prompt.strip(),
-        "seconds": seconds,
-        "height": height,
-        "width": width,
-    }
-    jobs = _jobs(pipeline, checkpoint, requests, folder, overrides)
-    manifest = None if prompts is None else folder / MANIFEST
-    waiting = _unfinished(jobs, folder, manifest)
-    written = _make(pipeline, batches(jobs, batch), waiting, manifest, progress)
-    _summary(output, len(waiting), len(jobs), {"load": loaded, **pipeline.times, "write": written})
+    rank, world, _ = ranks()
+    with _plain_warnings():
+        codecs = {"video_codec": video_codec, "audio_codec": audio_codec, "text_encoder": text_encoder}
+        source = find(
+            checkpoint,
+            sr,
+            turbo,
+            resolution,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            weights=weights,
+            codecs=codecs,
+        )
+        overrides = {
+            "steps": steps,
+            "solver": solver,
+            "guidance": guidance_from(cfg),
+            "cfg_passes": cfg_passes,
+            "shift": shift,
+            "negative_prompt": _negative(negative_prompt, negative_prompt_file),
+            "seconds": _number(seconds),
+            "resolution": resolution,
+            "height": height,
+            "width": width,
+            "sr_steps": sr_steps,
+            "sr_guidance": sr_cfg,
+            "sr_height": sr_height,
+            "sr_width": sr_width,
+            "compat": compat,
+        }
+        resolver = Resolver(source, folder, overrides)
+        jobs = [resolver.job(request) for request in requests]
+        manifest = None if prompts is None else folder / MANIFEST
+        _check_folder(folder)
+        with together(world):
+            finished = {} if manifest is None else {job.request.name: job.finished() for job in jobs}
+            waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
+            mine = jobs[rank::world]
+            own = waiting & {job.request.name for job in mine}
+            start, pipeline = time.perf_counter(), source.load() if own else None
+            times = {"load": time.perf_counter() - start}
+            _prepare(folder, manifest, finished, rank)
+            if pipeline is not None:
+                size = batch or (1 if source.config.world == "released" else BATCH)
+                _make(pipeline, batches(mine, size), own, manifest, progress and rank == 0)
+                times |= pipeline.times
+    share = f", process {rank} of {world}" if world > 1 else ""
+    _summary(f"{output}{share}", len(own), len(mine), times)
+
+
+@contextmanager
+def together(world: int) -> Iterator[None]:
+    """Start and end with all processes of a torchrun command; nothing for one process."""
+    if world == 1:
+        yield
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def meet() -> None:
+    """Wait for all processes inside `together`."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as lines for people, without file names and code."""
+    from inference.jobs import note
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning) and not issubclass(category, DeprecationWarning | FutureWarning):
+            note(str(message))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _negative(text: str | None, file: str | None) -> str | None:
+    from inference.conditions import read_negative_prompt
+    from inference.jobs import note
+
+    if text is not None and file is not None:
+        raise UserError("give negative_prompt= or negative_prompt_file=, not both")
+    if file is not None:
+        text, warning = read_negative_prompt(file)
+        if warning is not None:
+            note(warning)
+    if text is not None:
+        text = text.strip() if file is None else text
+        check_length(text, "the negative prompt")
+    return text
+
+
+def _number(seconds: float | str | None) -> float | str | None:
+    """The setting seconds=, which reaches us as text."""
+    if seconds is None:
+        return None
+    try:
+        return float(seconds)  # its range is judged with the checkpoint
+    except ValueError:
+        return check_seconds(seconds, "the command line")
 
 
 def _requests(
@@ -113,30 +248,10 @@ def _requests(
         return read_requests(prompts, seed), path
     if prompt is None or not prompt.strip():
         raise UserError('the prompt is empty; say what to show, for example prompt="round face, says ma"')
+    check_length(prompt, "the prompt")
     if path.suffix != ".mp4" or path.is_dir():
         raise UserError(f"output={output} must be a file that ends in .mp4")
     return [Request(path.stem, prompt, seed)], path.parent
-
-
-def _load(checkpoint: str, device: str, dtype: str | None) -> "Pipeline":
-    import torch
-
-    from inference.pipeline import Pipeline
-    from magihuman import zoo
-    from magihuman.world import load_world
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"device={device} is unknown; choose auto, cpu, cuda or cuda:0")
-    if device != "cpu" and torch.device(device).index not in (None, *range(torch.cuda.device_count())):
-        raise UserError(f"device={device}, but torch sees {torch.cuda.device_count()} GPUs here")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but torch finds no GPU here; use device=cpu")
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype} is unknown; choose float32 or bfloat16")
-    loaded = zoo.load(checkpoint, device, None if dtype is None else getattr(torch, dtype))
-    return Pipeline(loaded, load_world(loaded.config.world, device))
 
 
 def guidance_from(cfg: float | dict[str, float] | None) -> "Guidance | float | None":
@@ -156,153 +271,73 @@ def guidance_from(cfg: float | dict[str, float] | None) -> "Guidance | float | N
     return Guidance.from_dict(cfg)
 
 
-def _jobs(
-    pipeline: "Pipeline", checkpoint: str, requests: list[Request], folder: Path, overrides: dict[str, Any]
-) -> list[Job]:
-    """Resolve every request; conditions are read once, so that bad ones stop the run at its start."""
-    from inference.conditions import read_picture, read_sound
-
-    hashes: dict[str, str] = {}
-    checked: set[tuple[Any, ...]] = set()
-    codec = pipeline.world.audio_codec
-
-    def described(path: str | None) -> dict[str, str] | None:
-        if path is None:
-            return None
-        if path not in hashes:
-            hashes[path] = file_hash(Path(path))
-        return {"path": path, "sha256": hashes[path]}
-
-    parent = {"name": checkpoint, **fingerprint(pipeline.folder)}
-    jobs = []
-    for request in requests:
-        own = {"seconds": request.seconds, "negative_prompt": request.negative_prompt}
-        settings = pipeline.settings(**overrides | {k: v for k, v in own.items() if v is not None})
-        for read, wanted in (
-            (read_picture, (request.image, settings.height, settings.width)),
-            (read_sound, (request.audio, codec.sample_rate, codec.waveform_channels, codec.hop)),
-        ):
-            if wanted[0] is not None and wanted not in checked:
-                read(*wanted)
-                checked.add(wanted)
-        identity = {
-            "format": FORMAT,
-            "prompt": request.prompt,
-            "seed": request.seed,
-            "image": described(request.image),
-            "audio": described(request.audio),
-            "settings": settings.to_dict(),
-            "checkpoint": parent,
-            "dtype": pipeline.dtype,
-            "device": pipeline.device.type,
-        }
-        path = folder / f"{request.name}.mp4"
-        jobs.append(
-            Job(request, settings, identity, path, _command(pipeline, checkpoint, request, settings, path))
-        )
-    return jobs
+def _check_folder(folder: Path) -> None:
+    """Raises UserError where a folder cannot be made or written, without making it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write to the folder {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to the folder {folder}: no permission")
 
 
-def _command(
-    pipeline: "Pipeline", checkpoint: str, request: Request, settings: "Settings", path: Path
-) -> list[str]:
-    """The command line that makes this clip alone, every setting written out."""
-    scales = settings.guidance.to_dict()
-    values: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "prompt": request.prompt,
-        # On the command line nothing means the checkpoint's own, a space means nothing.
-        "negative_prompt": settings.negative_prompt or " ",
-        "output": path,
-        "seed": request.seed,
-        "steps": settings.steps,
-        "solver": settings.solver,
-        "shift": settings.shift,
-        "cfg": "{" + ", ".join(f"{key}: {value}" for key, value in scales.items()) + "}",
-        "seconds": settings.frames / pipeline.world.contract.fps,
-        "height": settings.height,
-        "width": settings.width,
-        "image": request.image,
-        "audio": request.audio,
-        "device": pipeline.device.type,
-        "dtype": pipeline.dtype,
-    }
-    given = [f"{key}={value}" for key, value in values.items() if value is not None]
-    return ["python", "-m", "magihuman.infer", *given]
-
-
-def _unfinished(jobs: list[Job], folder: Path, manifest: Path | None) -> set[str]:
-    """Names of the clips to make: all without a manifest (a command for one file makes that file)."""
+def _prepare(folder: Path, manifest: Path | None, finished: dict[str, Any], rank: int) -> None:
+    """The folder, and a manifest that says what is done; by one process, after all have looked."""
+    meet()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if manifest is None:
-            return {job.request.name for job in jobs}
-        finished = {job.request.name: job.finished() for job in jobs}
-        repair_manifest(manifest, finished)
+        if manifest is not None and rank == 0:
+            repair_manifest(manifest, finished)
     except OSError as error:
         raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
-    return {name for name, record in finished.items() if record is None}
-
-
-def batches(jobs: list[Job], size: int) -> list[list[Job]]:
-    """Neighbours that can be computed together: same settings, same kinds of condition, at most `size`."""
-    parts: list[list[Job]] = []
-    for job in jobs:
-        if not parts or len(parts[-1]) == size or _kind(job) != _kind(parts[-1][0]):
-            parts.append([])
-        parts[-1].append(job)
-    return parts
-
-
-def _kind(job: Job) -> tuple[Any, ...]:
-    return job.settings, job.request.image is None, job.request.audio is None
+    meet()  # nobody adds lines while the manifest is replaced
 
 
 def _make(
     pipeline: "Pipeline", parts: list[list[Job]], waiting: set[str], manifest: Path | None, progress: bool
-) -> float:
+) -> None:
     """Generate the batches in which a clip is waiting, and write what is waiting.
 
     A batch that was half done is computed as a whole: its members' last bits depend on each other, and a run
     that was killed shall end with the same files as one that ran through.
-
-    Returns:
-        seconds spent writing.
     """
-    import torch
     from tqdm import tqdm
 
-    written, made = 0.0, 0
+    made = 0
     parts = [part for part in parts if any(job.request.name in waiting for job in part)]
-    total = sum(job.settings.steps for part in parts for job in part)
+    # All texts at once: the text encoder, the largest network of all, comes once.
+    pipeline.text([job.request.prompt for part in parts for job in part])
+    pipeline.text([j.settings.negative_prompt for part in parts for j in part if j.settings.needs_negative])
+    total = sum(_steps(job) for part in parts for job in part)
     with tqdm(total=total, unit="step", disable=not (progress and parts)) as bar:
         for part in parts:
-            bar.set_description(f"clip {made + 1} of {len(waiting)}")
-            settings = part[0].settings
-            images = [pipeline.encode_image(job.request.image, settings) for job in part if job.request.image]
-            sounds = [pipeline.encode_audio(job.request.audio, settings) for job in part if job.request.audio]
+            settings, requests = part[0].settings, [job.request for job in part]
+            here = f"clip {made + 1} of {len(waiting)}"
 
-            def advance(*_: Any, count: int = len(part)) -> None:
+            def advance(stage: str, step: int, of: int, count: int = len(part), here: str = here) -> None:
+                bar.set_description(f"{here}, {stage} {step}/{of}")
                 bar.update(count)
 
-            clips = pipeline.make(
-                [job.request.prompt for job in part],
-                [job.request.seed for job in part],
+            bar.set_description(here)
+            drafts = pipeline.draft(
+                [request.prompt for request in requests],
+                [request.seed for request in requests],
                 settings,
-                torch.cat(images) if images else None,
-                torch.cat(sounds) if sounds else None,
+                [r.image for r in requests if r.image] or None,
+                [r.audio for r in requests if r.audio] or None,
                 advance,
             )
-            start = time.perf_counter()
-            for job, clip in zip(part, clips, strict=True):
+            bar.set_description(f"{here}, decode and write")
+            for job, draft in zip(part, drafts, strict=True):
                 if job.request.name in waiting:
-                    write(job, clip, manifest)
+                    write(job, partial(pipeline.write, draft), manifest)
                     made += 1
-            written += time.perf_counter() - start
-    return written
 
 
-def _summary(output: str | None, made: int, asked: int, times: dict[str, float]) -> None:
+def _steps(job: Job) -> int:
+    return job.settings.steps + (job.settings.sr.steps if job.settings.sr else 0)
+
+
+def _summary(output: str, made: int, asked: int, times: dict[str, float]) -> None:
     before = f", {asked - made} done before" if asked > made else ""
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
     print(f"{output}: {made} made{before} in {sum(times.values()):.1f} s ({stages})", file=sys.stderr)

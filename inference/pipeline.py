@@ -1,184 +1,118 @@
-"""From prompts to clips: encode the conditions, denoise, decode (SPEC 4.1 to 4.5, base stage)."""
+"""From prompts to clips: encode the conditions, denoise, enlarge, decode (SPEC 4).
 
-import math
+Stages follow each other (text, condition, sample, refine, decode), and each says which networks it needs, so
+that `inference.memory.Stages` can keep one of them on the device at a time.
+"""
+
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from inference.sample import LatentShape, Progress, sample, seeded
-from magihuman.errors import UserError
-from magihuman.flow.guidance import Guidance
-from magihuman.flow.solvers import SOLVERS
-from magihuman.postprocess import PLAYBACK_RATE, frames_to_uint8, to_playback_rate
+from inference import clip as clips
+from inference.checks import require_decoder, require_finite, require_positions, require_role
+from inference.clip import Clip
+from inference.geometry import frames_for
+from inference.memory import Stages
+from inference.sample import draw_noise, sample, seeded
+from inference.second_stage import draw, frame_scales, refine
+from inference.settings import Settings, latent_shape, resolve
+from magihuman.flow.solvers import make_solver
+from magihuman.postprocess import frames_to_uint8
+from magihuman.weights import ExportConfig
 from magihuman.world import World
 from magihuman.zoo import Loaded
 
-# A clip far longer than what a model was trained on is noise at best and exhausts the memory at worst.
-LONGEST = 16
-AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+__all__ = ["Clip", "Draft", "Pipeline", "Settings", "StageProgress", "frames_for"]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a clip beside prompt, seed, conditions and checkpoint.
-
-    Attributes:
-        solver, steps, shift, guidance: as in `inference.sample.sample`.
-        negative_prompt: the other side of the guidance; "" is the null text of training.
-        frames, height, width: of the clip, in pixels; frames = stride (T - 1) + 1.
-    """
-
-    solver: str
-    steps: int
-    shift: float
-    guidance: Guidance
-    negative_prompt: str
-    frames: int
-    height: int
-    width: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+# Called when a step of a stage is done: (stage, step, of how many).
+StageProgress = Callable[[str, int, int], None]
+Files = Sequence[str | Path] | None
 
 
 @dataclass
-class Clip:
-    """One generated clip.
-
-    Attributes:
-        frames: uint8 [F,H,W,3]; wave: fp32 [channels,N] in [-1,1].
-        sample_rate: Hz; fps: frames per second.
-        video: the latents [C,T,h,w] fp32 it was decoded from; audio: [A,Ca] fp32.
-    """
+class Draft:
+    """A clip as latents: video [C,T,h,w], audio [A,Ca], fp32 on the CPU; `sound`: the given sound file."""
 
     prompt: str
     seed: int
-    frames: torch.Tensor
-    wave: torch.Tensor
-    sample_rate: int
-    fps: float
     video: torch.Tensor
     audio: torch.Tensor
-
-    def save(self, path: str | Path) -> None:
-        """Write an mp4 (H.264, and AAC where there is sound).
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        from magihuman.media import write_mp4
-
-        wave, rate = self.wave, self.sample_rate
-        if rate not in AAC_RATES:  # the released codec works at 51.2 kHz (SPEC 4.5)
-            wave, rate = to_playback_rate(wave, rate), PLAYBACK_RATE
-        write_mp4(path, self.frames, self.fps, wave if wave.numel() else None, rate)
+    sound: str | Path | None = None
 
 
 class Pipeline:
-    """A checkpoint in its world, ready to generate.
+    """Checkpoints in their world, ready to generate.
+
+    Args:
+        loaded: the base stage; second: super-resolution, or None.
+        decoder: decodes instead of the world's video codec (the Turbo decoder), or None.
+        stages: keeps networks on the device while they are needed; None leaves everything where it is.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: of the base checkpoint.
         dtype: of the network's products, such as "float32".
-        times: seconds spent per stage so far: text, condition, sample, decode.
+        times: seconds spent per stage so far: text, condition, sample, refine, decode.
 
     Raises:
-        UserError: the checkpoint was trained on latents of another world.
+        UserError: a checkpoint was trained on latents of another world, or is for the other stage.
     """
 
-    def __init__(self, loaded: Loaded, world: World) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        world: World,
+        *,
+        second: Loaded | None = None,
+        decoder: Any = None,
+        stages: Stages | None = None,
+    ) -> None:
         loaded.config.contract.require(world.contract, "the checkpoint", f"the world {world.name!r}")
+        require_role(loaded.config, loaded.folder, first=True)
+        if second is not None:
+            second.config.contract.require(
+                world.contract, "the checkpoint of sr=", f"the world {world.name!r}"
+            )
+            require_role(second.config, second.folder, first=False)
+        if decoder is not None:
+            require_decoder(decoder, world.contract)
         self.denoiser = loaded.denoiser.eval()
         self.config = loaded.config
         self.folder = loaded.folder
         self.world = world
-        self.device = next(self.denoiser.parameters()).device
+        self.second = second
+        self.decoder = world.video_codec if decoder is None else decoder
+        self.stages = stages
+        self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
         self.dtype = str(self.denoiser.model.compute_dtype).removeprefix("torch.")
         self.times: dict[str, float] = defaultdict(float)
         self._texts: dict[str, torch.Tensor] = {}
 
-    def settings(
-        self,
-        *,
-        steps: int | None = None,
-        solver: str | None = None,
-        shift: float | None = None,
-        guidance: Guidance | float | None = None,
-        negative_prompt: str | None = None,
-        seconds: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> Settings:
-        """The checkpoint's own sampling settings with the given ones in their place.
+    @property
+    def second_config(self) -> ExportConfig | None:
+        """Of the second stage's checkpoint."""
+        return None if self.second is None else self.second.config
 
-        Args:
-            guidance: one scale for both modalities at every step (1 is none), or a `Guidance`.
-            seconds: rounded to the nearest possible number of frames.
+    def settings(self, **given: Any) -> Settings:
+        """The checkpoints' own sampling settings with the given ones in their place, see
+        `inference.settings.resolve`.
 
         Raises:
             UserError: a value that cannot be, with what can.
         """
-        own, size, contract = self.config.sampling, self.config.size, self.world.contract
-        scales = own.guidance if guidance is None else guidance
-        if not isinstance(scales, Guidance):
-            scales = Guidance(scales, scales, audio=scales)
-        chosen = Settings(
-            solver=own.solver if solver is None else solver,
-            steps=own.steps if steps is None else steps,
-            shift=own.shift if shift is None else shift,
-            guidance=scales,
-            negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
-            frames=size.frames,
-            height=size.height if height is None else height,
-            width=size.width if width is None else width,
-        )
-        if seconds is not None:
-            frames = frames_for(seconds, contract.fps, contract.video_stride[0])
-            if frames > LONGEST * size.frames:
-                limit = LONGEST * size.frames / contract.fps
-                raise UserError(
-                    f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}"
-                )
-            chosen = replace(chosen, frames=frames)
-        if chosen.solver not in SOLVERS:
-            raise UserError(f"solver={chosen.solver} is unknown; choose one of {', '.join(SOLVERS)}")
-        if not 1 <= chosen.steps <= 1000:
-            raise UserError(f"steps={chosen.steps} is impossible; give 1 to 1000")
-        if not 0 < chosen.shift < math.inf:
-            raise UserError(f"shift={chosen.shift:g} is impossible; give a positive number")
-        if not all(1 <= scale < math.inf for scale in (scales.video_high, scales.video_low, scales.audio)):
-            raise UserError(f"guidance {scales.to_dict()} is impossible; scales start at 1, which is none")
-        self._latent_shape(chosen)
-        return chosen
-
-    def _latent_shape(self, settings: Settings) -> LatentShape:
-        contract, patch = self.world.contract, self.config.pack.patch_size
-        stride_t, *strides = contract.video_stride
-        for name, stride in zip(("height", "width"), strides, strict=True):
-            pixels, unit = getattr(settings, name), stride * patch
-            if pixels < unit or pixels % unit:
-                nearest = max(1, round(pixels / unit)) * unit
-                raise UserError(f"{name}={pixels} is not a multiple of {unit}; the nearest is {nearest}")
-        return LatentShape(
-            channels=contract.video_channels,
-            frames=(settings.frames - 1) // stride_t + 1,
-            height=settings.height // strides[0],
-            width=settings.width // strides[1],
-            audio=settings.frames,
-            audio_channels=contract.audio_channels,
-        )
+        return resolve(self.config, self.second_config, **given)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to `times[name]`, waiting for the device at its end."""
+        """A stage's networks on the device; adds the time to `times[name]`, waiting for the device at its end."""
         start = time.perf_counter()
+        if self.stages is not None:
+            self.stages.enter(name)
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -188,25 +122,10 @@ class Pipeline:
         """Features [S,Ct] fp32 of each prompt on the model's device; every prompt is encoded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
-            self._texts.update(zip(new, self.world.text_encoder.encode(new), strict=True))
-        return [self._texts[prompt].to(self.device) for prompt in prompts]
-
-    def encode_image(self, path: str | Path, settings: Settings) -> torch.Tensor:
-        """A picture file as the first latent frame [1,C,1,h,w]; it is encoded alone (SPEC 4.3)."""
-        from inference.conditions import read_picture
-
-        frame = read_picture(path, settings.height, settings.width)
-        with self.stage("condition"):
-            return self.world.video_codec.encode(frame.to(_device(self.world.video_codec))).to(self.device)
-
-    def encode_audio(self, path: str | Path, settings: Settings) -> torch.Tensor:
-        """The sound of a media file as audio latents [1,A,Ca], cut or padded to the clip's length."""
-        from inference.conditions import read_sound
-
-        codec = self.world.audio_codec
-        wave = read_sound(path, codec.sample_rate, codec.waveform_channels, codec.hop * settings.frames)
-        with self.stage("condition"):
-            return codec.encode(wave.to(_device(codec))).to(self.device)
+            with self.stage("text"):
+                features = self.world.text_encoder.encode(new)
+                self._texts.update(zip(new, (f.to(self.device) for f in features), strict=True))
+        return [self._texts[prompt] for prompt in prompts]
 
     def generate(
         self,
@@ -216,7 +135,7 @@ class Pipeline:
         batch: int = 8,
         image: str | Path | None = None,
         audio: str | Path | None = None,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
         **overrides: Any,
     ) -> list[Clip]:
         """Make a clip per prompt.
@@ -224,79 +143,234 @@ class Pipeline:
         Args:
             batch: how many are computed at once; it changes memory and speed, not the clips.
             image, audio: given first frame and sound track, the same for all prompts.
-            overrides: of the checkpoint's settings, see `settings`.
+            overrides: of the checkpoint's settings, see `inference.settings.resolve`.
 
         Raises:
             UserError: a setting or condition that cannot be used.
         """
+        if audio is not None:
+            from inference.conditions import sound_seconds
+
+            overrides["sound"] = sound_seconds(audio, self.world.audio_codec.sample_rate)
         chosen = self.settings(**overrides)
-        first = None if image is None else self.encode_image(image, chosen)
-        sound = None if audio is None else self.encode_audio(audio, chosen)
-        clips = []
+        made = []
         for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
-            clips += self.make(prompts[part], seeds[part], chosen, first, sound, progress)
-        return clips
+            part = prompts[start : start + batch]
+            made += self.make(
+                part,
+                seeds[start : start + batch],
+                chosen,
+                None if image is None else [image] * len(part),
+                None if audio is None else [audio] * len(part),
+                progress,
+            )
+        return made
 
     def make(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: Settings,
-        image_latent: torch.Tensor | None = None,
-        audio_latent: torch.Tensor | None = None,
-        progress: Progress | None = None,
+        images: Files = None,
+        sounds: Files = None,
+        progress: StageProgress | None = None,
     ) -> list[Clip]:
-        """One batch, all with the same settings; conditions [B,...] or [1,...] for all."""
+        """One batch, all with the same settings; arguments and errors as for `draft`."""
+        return [
+            self.decode(draft) for draft in self.draft(prompts, seeds, settings, images, sounds, progress)
+        ]
+
+    def draft(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        images: Files = None,
+        sounds: Files = None,
+        progress: StageProgress | None = None,
+    ) -> list[Draft]:
+        """Latents of one batch, all with the same settings.
+
+        Args:
+            images, sounds: a first frame and a sound track for each, or None.
+
+        Raises:
+            UserError: a condition that cannot be used, or a network whose output is not finite.
+        """
         count = len(prompts)
-        with self.stage("text"):
-            text = self.text(prompts)
-            negative = self.text([settings.negative_prompt]) * count if settings.guidance.needed else None
+        generators = seeded(seeds)
+        text = self.text(prompts)
+        negative = self.text([settings.negative_prompt]) * count if settings.needs_negative else None
+        if self.second is not None and settings.sr is not None:
+            other = negative if settings.sr.guidance != 1 else None
+            require_positions(self.second.denoiser.pack, text, other, settings.audio)
+        image = self.encode_images(images, settings.height, settings.width)
+        large = None if settings.sr is None else self.encode_images(images, *settings.size)
+        sound = self.encode_sounds(sounds, settings, generators)
+        shape = latent_shape(self.config, settings, (settings.height, settings.width))
         with self.stage("sample"):
-            video, sound = sample(
+            noise = None
+            if sound is not None and settings.compat == "o2" and not settings.guidance.needed:
+                steps = settings.steps if make_solver(settings.solver, 1).stochastic else 0
+                noise = draw_noise(shape, generators, steps, sound, self.device, overwrite=True)
+            video, audio = sample(
                 self.denoiser,
                 text,
                 negative,
-                self._latent_shape(settings),
+                shape,
                 settings.steps,
                 settings.solver,
                 settings.guidance,
                 settings.shift,
-                seeded(seeds),
-                image_latent=_for_all(image_latent, count),
-                audio_latent=_for_all(audio_latent, count),
-                progress=progress,
+                generators,
+                image_latent=image,
+                audio_latent=sound if noise is None else None,
+                progress=_told(progress, "sample"),
+                noise=noise,
+                cfg_passes=settings.cfg_passes,
+                device=self.device,
             )
-        if not (video.isfinite().all() and sound.isfinite().all()):
-            raise UserError(
-                f"the network's output is not finite at solver={settings.solver}, steps={settings.steps}; "
-                "its training diverged, or the guidance is far too strong"
-            )
-        with self.stage("decode"):
-            codecs = self.world.video_codec, self.world.audio_codec
-            frames = frames_to_uint8(codecs[0].decode(video.to(_device(codecs[0])))).cpu()
-            waves = codecs[1].decode(sound.to(_device(codecs[1]))).float().clamp(-1, 1).cpu()
-        rate, fps = codecs[1].sample_rate, self.world.contract.fps
-        video, sound = video.cpu(), sound.cpu()
+        require_finite(video, audio, settings)
+        if settings.sr is not None:
+            video = self._refine(video, audio, text, negative, settings, generators, large, progress)
+        video, audio = video.cpu(), audio.cpu()
+        given = [None] * count if sounds is None or noise is not None else list(sounds)
         return [
-            Clip(prompt, seed, frames[i], waves[i], rate, fps, video[i], sound[i])
+            Draft(prompt, seed, video[i], audio[i], given[i])
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
 
+    def _refine(
+        self,
+        video: torch.Tensor,
+        audio: torch.Tensor,
+        text: list[torch.Tensor],
+        negative: list[torch.Tensor] | None,
+        settings: Settings,
+        generators: list[torch.Generator],
+        image: torch.Tensor | None,
+        progress: StageProgress | None,
+    ) -> torch.Tensor:
+        assert settings.sr is not None
+        if self.second is None:
+            raise ValueError("settings with a second stage need a checkpoint for it")
+        denoiser, stage = self.second.denoiser, settings.sr
+        shape = latent_shape(self.second.config, settings, settings.size)
+        guidance = None
+        if stage.guidance != 1:
+            guidance = frame_scales(stage.guidance, shape.frames, device=self.device)
+        with self.stage("refine"):
+            video = refine(
+                denoiser,
+                video,
+                audio,
+                text,
+                negative,
+                shape,
+                draw(shape, generators, self.device),
+                steps=stage.steps,
+                shift=stage.shift,
+                guidance=guidance,
+                image_latent=image,
+                progress=_told(progress, "refine"),
+                cfg_passes=settings.cfg_passes,
+                device=self.device,
+            )
+        require_finite(video, audio, settings)
+        return video
 
-def frames_for(seconds: float, fps: float, stride: int) -> int:
-    """The number of frames stride * k + 1 that is nearest to `seconds` at `fps`, at least 1.
+    def encode_images(self, paths: Files, height: int, width: int) -> torch.Tensor | None:
+        """Picture files as first latent frames [B,C,1,h,w]; each is encoded alone (SPEC 4.3)."""
+        from inference.conditions import read_picture
 
-    Raises:
-        UserError: seconds is not positive.
-    """
-    if not 0 < seconds < float("inf"):
-        raise UserError(f"seconds={seconds} must be positive")
-    return max(0, round((seconds * fps - 1) / stride)) * stride + 1
+        if paths is None:
+            return None
+        codec = self.world.video_codec
+        with self.stage("condition"):
+            latents = [codec.encode(read_picture(path, height, width).to(_device(codec))) for path in paths]
+        return torch.cat(latents).to(self.device)
+
+    def encode_sounds(
+        self, paths: Files, settings: Settings, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor | None:
+        """The sounds of media files as audio latents [B,A,Ca], cut or padded to the clip's length.
+
+        They are read as one channel (SPEC 4.7). A codec with a random bottleneck draws from each clip's
+        generator, before all other noise (SPEC 4.2).
+        """
+        from inference.conditions import read_sound
+
+        if paths is None:
+            return None
+        codec: Any = self.world.audio_codec
+        latents = []
+        with self.stage("condition"):
+            for path, generator in zip(paths, generators, strict=True):
+                wave = read_sound(path, codec.sample_rate, 1, codec.hop * settings.audio).to(_device(codec))
+                drawn = {"generator": generator} if getattr(codec, "samples_bottleneck", False) else {}
+                latents.append(codec.encode(wave, **drawn))
+        return torch.cat(latents).to(self.device)
+
+    def decode(self, draft: Draft) -> Clip:
+        """A draft's pictures and sound."""
+        frames = torch.cat(list(self.frames(draft)))
+        wave, rate = self.wave(draft)
+        fps = self.world.contract.fps
+        return Clip(draft.prompt, draft.seed, frames, wave, rate, fps, draft.video, draft.audio)
+
+    def write(self, draft: Draft, path: str | Path) -> dict[str, Any]:
+        """Decode a draft into an mp4, picture by picture where the decoder can; adds to `times["write"]`.
+
+        Returns:
+            what the file holds, for its record.
+
+        Raises:
+            UserError: odd size.
+            OSError: the file cannot be written.
+        """
+        wave, rate = clips.playable(*self.wave(draft))
+        start, before = time.perf_counter(), self.times["decode"]
+        fps = self.world.contract.fps
+        frames, height, width = clips.write(path, self.frames(draft), fps, wave, rate)
+        self.times["write"] += time.perf_counter() - start - (self.times["decode"] - before)
+        facts = {"fps": fps, "frames": frames, "height": height, "width": width}
+        return facts | {"sample_rate": rate if wave.numel() else 0, "samples": wave.shape[1]}
+
+    def frames(self, draft: Draft) -> Iterator[torch.Tensor]:
+        """A draft's pictures, uint8 [n,H,W,3] on the CPU each, in as many parts as the decoder makes."""
+        decoder = self.decoder
+        with self.stage("decode"):  # what is not yet timed: the generator's own preparations
+            video = draft.video[None].to(_device(decoder))
+            stream = decoder.decode_stream if hasattr(decoder, "decode_stream") else _at_once(decoder)
+            parts = stream(video)
+        while True:
+            with self.stage("decode"):
+                part = next(parts, None)
+                if part is None:
+                    return
+                pictures = frames_to_uint8(part)[0].cpu()
+            yield pictures
+
+    def wave(self, draft: Draft) -> tuple[torch.Tensor, int]:
+        """A draft's sound, fp32 [channels,N], and its rate: the given sound itself, or the decoded latents."""
+        codec = self.world.audio_codec
+        if draft.sound is not None:
+            from inference.conditions import read_sound
+
+            rate = clips.playback_rate(codec.sample_rate)
+            samples = round(len(draft.audio) / self.world.contract.fps * rate)
+            return read_sound(draft.sound, rate, codec.waveform_channels, samples)[0], rate
+        with self.stage("decode"):
+            wave = codec.decode(draft.audio[None].to(_device(codec)))[0]
+            return wave.float().clamp(-1, 1).cpu(), codec.sample_rate
 
 
-def _for_all(condition: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if condition is None else condition.expand(count, *condition.shape[1:])
+def _at_once(decoder: Any) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
+    return lambda video: iter([decoder.decode(video)])
+
+
+def _told(progress: StageProgress | None, stage: str) -> Callable[..., None] | None:
+    return None if progress is None else lambda step, of, *_: progress(stage, step, of)
 
 
 def _device(codec: Any) -> torch.device:

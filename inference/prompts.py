@@ -16,6 +16,9 @@ from magihuman.errors import UserError
 
 FIELDS = ("prompt", "seed", "name", "image", "audio", "seconds", "negative_prompt")
 MAX_SEED = 2**63 - 1
+AUTO = "auto"
+# The text encoders read 640 tokens (SPEC 5), and a word is at least one; scripts without spaces have long words.
+MAX_WORDS, MAX_CHARACTERS = 640, 10_000
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Request:
         prompt: text as given.
         seed: seeds this clip's own noise generator, whatever batch it is computed in.
         image: first frame, or None; audio: given sound track, or None.
-        seconds: length, or None for the run's setting.
+        seconds: length, "auto", or None for the run's setting.
         negative_prompt: text for the other side of the guidance, or None for the run's setting.
     """
 
@@ -36,7 +39,7 @@ class Request:
     seed: int
     image: str | None = None
     audio: str | None = None
-    seconds: float | None = None
+    seconds: float | str | None = None
     negative_prompt: str | None = None
 
 
@@ -134,6 +137,7 @@ def _request(values: dict[str, Any], index: int, seed: int, where: str, folder: 
     prompt = given.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: the prompt is missing or empty")
+    check_length(prompt, f"{where}: the prompt")
     for key in ("name", "image", "audio", "negative_prompt"):
         if key in given and not isinstance(given[key], str):
             raise UserError(f"{where}: {key} must be text, not {given[key]!r}")
@@ -148,7 +152,7 @@ def _request(values: dict[str, Any], index: int, seed: int, where: str, folder: 
         name=name,
         prompt=prompt,
         seed=check_seed(given["seed"], where) if "seed" in given else seed + index,
-        seconds=_seconds(given["seconds"], where) if "seconds" in given else None,
+        seconds=check_seconds(given["seconds"], where) if "seconds" in given else None,
         negative_prompt=given.get("negative_prompt"),
         **paths,
     )
@@ -169,11 +173,35 @@ def check_seed(value: Any, where: str) -> int:
     return seed
 
 
-def _seconds(value: Any, where: str) -> float:
+def check_seconds(value: Any, where: str) -> float | str:
+    """`value` as a length: a positive number, or "auto".
+
+    Raises:
+        UserError: it is none; `where` says where it stands.
+    """
+    if value == AUTO:
+        return AUTO
     try:
         seconds = float(value)
     except (TypeError, ValueError):
         seconds = float("nan")
     if not 0 < seconds < float("inf"):
-        raise UserError(f"{where}: seconds must be a positive number, not {value!r}")
+        raise UserError(f"{where}: seconds must be a positive number or auto, not {value!r}")
     return seconds
+
+
+def check_length(text: str, what: str) -> None:
+    """Refuse a text that is certainly longer than the text encoder reads.
+
+    What lies below, and still has more than 640 tokens, is cut by the encoder with a warning.
+
+    Raises:
+        UserError: more than `MAX_WORDS` words or `MAX_CHARACTERS` characters.
+    """
+    words = len(text.split())
+    if words > MAX_WORDS:
+        raise UserError(
+            f"{what} has {words} words, and the text encoder reads {MAX_WORDS} tokens; shorten it"
+        )
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{what} has {len(text)} characters, and {MAX_CHARACTERS} is the most; shorten it")

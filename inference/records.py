@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from glob import escape
@@ -21,7 +22,7 @@ from magihuman.errors import UserError
 from magihuman.provenance import code_version, file_hash, write_atomically
 
 if TYPE_CHECKING:
-    from inference.pipeline import Clip, Settings
+    from inference.settings import Settings
 
 FORMAT = "magihuman-clip/1"
 MANIFEST = "manifest.jsonl"
@@ -61,8 +62,11 @@ class Job:
             return None
 
 
-def write(job: Job, clip: "Clip", manifest: Path | None) -> None:
+def write(job: Job, save: Callable[[Path], dict[str, Any]], manifest: Path | None) -> None:
     """Write a clip's mp4, then its record, then its line of the manifest, each whole or not at all.
+
+    Args:
+        save: writes the mp4 and returns facts about it for the record.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or the like.
@@ -70,13 +74,12 @@ def write(job: Job, clip: "Clip", manifest: Path | None) -> None:
     try:
         for leftover in job.path.parent.glob(f".{escape(job.path.name)}.*.part"):  # of a killed run
             leftover.unlink(missing_ok=True)
-        clip.save(job.path)
+        facts = save(job.path)
         record = {
             **job.identity,
             "file": job.path.name,
             "sha256": file_hash(job.path),
-            "fps": clip.fps,
-            "sample_rate": clip.sample_rate,
+            **facts,
             "versions": versions(),
             "command": shlex.join(job.command),
         }

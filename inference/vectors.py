@@ -3,18 +3,14 @@
 The zoo reaches this module by name (`magihuman.zoo.checks.KINDS`), since it may not import the inference package.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from inference.sample import LatentShape, Noise, sample
+from inference.second_stage import frame_scales, refine
 from magihuman.denoiser import Denoiser, PackConfig
 from magihuman.flow.guidance import Guidance
-from magihuman.flow.sigmas import zero_snr_table
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
 from magihuman.zoo.checks import Case, Result, compare, compare_relative
 from magihuman.zoo.checks.dit import dit_config
 
@@ -57,16 +53,6 @@ def _compare_steps(case: Case, states: list[State], trace: str, dtype: torch.dty
         _compare(f"{trace}/video_out", videos, case.tensors[f"{trace}/video_out"], dtype),
         _compare(f"{trace}/audio_out", audios, case.tensors[f"{trace}/audio_out"], dtype),
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class _StageGuidance(Guidance):
-    """Scales of the second stage: one value per latent frame, lower for the first ones (SPEC 4.4)."""
-
-    per_frame: Tensor | float = 1.0
-
-    def __call__(self, modality: str, timestep: int) -> Any:
-        return self.per_frame if modality == "video" else 1.0
 
 
 class _Run:
@@ -117,20 +103,31 @@ class _Run:
 
     def second(self, video: Tensor, audio: Tensor) -> tuple[list[State], Tensor]:
         """State after every step, then the resulting video; the audio of the base stage stays the clip's."""
-        video_noise, sound_noise = self.noise[-2:]
-        signal = zero_snr_table()[NOISE_INDEX].item()
-        start = noise_video(upsample_latents(video, *video_noise.shape[-2:]), video_noise, signal)
-        sound = noise_audio(audio, sound_noise, self.settings["sr_audio_noise_scale"])
+        noise = (self.noise[-2], self.noise[-1])
         guidance = None
         if self.settings["sr_cfg_number"] == 2:
-            scale, low = self.settings["sr_video_txt_guidance_scale"], self.settings["cfg_trick_value"]
-            scales = torch.full((1, 1, video.shape[2], 1, 1), float(scale))
-            if self.settings["use_cfg_trick"]:
-                scales[:, :, : self.settings["cfg_trick_start_frame"]] = min(low, scale)
-            guidance = _StageGuidance(per_frame=scales)
-        denoiser = self.denoiser("sr", "sr_model_config", "v1")
-        steps = self.meta["sr_steps"]
-        return self.sample(denoiser, steps, "unipc", guidance, Noise(start, None), sound)[:2]
+            guidance = frame_scales(
+                self.settings["sr_video_txt_guidance_scale"],
+                video.shape[2],
+                self.settings["cfg_trick_start_frame"] if self.settings["use_cfg_trick"] else 0,
+                self.settings["cfg_trick_value"],
+            )
+        states: list[State] = []
+        video = refine(
+            self.denoiser("sr", "sr_model_config", "v1"),
+            video,
+            audio,
+            self.text("context"),
+            self.text("context_null") if guidance else None,
+            LatentShape(*noise[0].shape[1:], *audio.shape[1:]),
+            noise,
+            steps=self.meta["sr_steps"],
+            shift=self.settings["shift"],
+            guidance=guidance,
+            image_latent=self.image(noise[0]),
+            progress=lambda i, n, video, audio: states.append((video, audio)),
+        )
+        return states, video
 
     def sample(
         self,

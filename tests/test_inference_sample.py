@@ -96,7 +96,7 @@ def test_noise_is_drawn_in_the_released_order() -> None:
 
 
 def test_given_audio_draws_nothing() -> None:
-    noise = draw_noise(SHAPE, seeded([3]), stochastic_steps=1, given_audio=True)
+    noise = draw_noise(SHAPE, seeded([3]), stochastic_steps=1, given_audio=torch.zeros(1, 9, 6))
     g = torch.Generator().manual_seed(3)
     assert noise.audio is None
     assert torch.equal(noise.video[0], torch.randn(4, 3, 4, 4, generator=g))

@@ -39,6 +39,9 @@ class OobleckCodec(nn.Module):
     (51,200 Hz in the release).
     """
 
+    samples_bottleneck = True
+    """`encode` takes a generator, and inference gives it one (SPEC 4.2)."""
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)

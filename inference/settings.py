@@ -1,0 +1,237 @@
+"""What decides a clip beside prompt, seed, conditions and checkpoint; and how it follows from what is given."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from inference.geometry import RESOLUTIONS, Length, fit_side, released_length, tiny_length
+from inference.sample import LatentShape
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.solvers import SOLVERS
+from magihuman.weights import ExportConfig
+
+# A clip far longer than what a model was trained on is noise at best and exhausts the memory at worst.
+LONGEST = 16
+COMPATIBLE = ("o2",)
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """Settings of super-resolution (SPEC 4.4).
+
+    Attributes:
+        steps, shift: of its UniPC solver.
+        guidance: scale for the video, 1 is none.
+        height, width: of the clip in pixels.
+    """
+
+    steps: int
+    shift: float
+    guidance: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a clip beside prompt, seed, conditions and checkpoint.
+
+    Attributes:
+        solver, steps, shift, guidance: as in `inference.sample.sample`.
+        negative_prompt: the other side of the guidance; "" is the null text of training.
+        seconds: as asked for; frames, audio: pictures and audio latents that follow from it.
+        height, width: of the first stage in pixels.
+        cfg_passes: 1, both sides of the guidance in one batch; 2, one after the other (less memory).
+        compat: "o2" lets an unguided first stage change the given sound, as the released code does.
+        sr: the second stage, or None.
+    """
+
+    solver: str
+    steps: int
+    shift: float
+    guidance: Guidance
+    negative_prompt: str
+    seconds: float
+    frames: int
+    audio: int
+    height: int
+    width: int
+    cfg_passes: int = 1
+    compat: str | None = None
+    sr: SecondStage | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the finished clip in pixels."""
+        return (self.sr.height, self.sr.width) if self.sr else (self.height, self.width)
+
+    @property
+    def needs_negative(self) -> bool:
+        """A stage is guided away from the negative prompt."""
+        return self.guidance.needed or (self.sr is not None and self.sr.guidance != 1)
+
+
+def longest(config: ExportConfig) -> float:
+    """Seconds of the longest clip that is made with a checkpoint."""
+    return LONGEST * config.size.frames / config.contract.fps
+
+
+def resolve(
+    config: ExportConfig,
+    second: ExportConfig | None = None,
+    *,
+    steps: int | None = None,
+    solver: str | None = None,
+    shift: float | None = None,
+    guidance: Guidance | float | None = None,
+    negative_prompt: str | None = None,
+    seconds: float | None = None,
+    resolution: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    sr_steps: int | None = None,
+    sr_guidance: float | None = None,
+    sr_height: int | None = None,
+    sr_width: int | None = None,
+    cfg_passes: int = 1,
+    compat: str | None = None,
+    sound: float | None = None,
+) -> Settings:
+    """The checkpoints' own sampling settings with the given ones in their place.
+
+    Args:
+        config, second: of the checkpoints of both stages.
+        guidance: one scale for both modalities at every step (1 is none), or a `Guidance`.
+        resolution: a name of `RESOLUTIONS`, instead of sizes.
+        sound: seconds of the given sound.
+
+    Raises:
+        UserError: a value that cannot be, with what can.
+    """
+    own = config.sampling
+    scales = own.guidance if guidance is None else guidance
+    if not isinstance(scales, Guidance):
+        scales = Guidance(scales, scales, audio=scales)
+    sizes = {"height": height, "width": width, "sr_height": sr_height, "sr_width": sr_width}
+    if resolution is not None:
+        sizes = _named_sizes(resolution, config, second, sizes)
+    length = _length(config, seconds, sound)
+    chosen = Settings(
+        solver=own.solver if solver is None else solver,
+        steps=own.steps if steps is None else steps,
+        shift=own.shift if shift is None else shift,
+        guidance=scales,
+        negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
+        seconds=_seconds(config, length) if seconds is None else seconds,
+        frames=length.frames,
+        audio=length.audio,
+        height=_side(config, "height", sizes["height"], config.size.height),
+        width=_side(config, "width", sizes["width"], config.size.width),
+        cfg_passes=cfg_passes,
+        compat=compat,
+    )
+    _check(chosen)
+    if second is not None:
+        scale = second.sampling.guidance.video_high if sr_guidance is None else sr_guidance
+        stage = SecondStage(
+            steps=second.sampling.steps if sr_steps is None else sr_steps,
+            shift=second.sampling.shift,
+            guidance=float(scale),
+            height=_side(config, "sr_height", sizes["sr_height"], second.size.height),
+            width=_side(config, "sr_width", sizes["sr_width"], second.size.width),
+        )
+        if not 1 <= stage.steps <= 1000:
+            raise UserError(f"sr_steps={stage.steps} is impossible; give 1 to 1000")
+        if not 1 <= stage.guidance < math.inf:
+            raise UserError(f"sr_cfg={stage.guidance:g} is impossible; scales start at 1, which is none")
+        return replace(chosen, sr=stage)
+    given = {
+        "sr_steps": sr_steps,
+        "sr_cfg": sr_guidance,
+        **{k: v for k, v in sizes.items() if k[:3] == "sr_"},
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}={value} needs a checkpoint for the second stage; give sr=CHECKPOINT")
+    return chosen
+
+
+def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]) -> LatentShape:
+    """Latents of one clip at `size` (height, width) in pixels, multiples of the codec's strides."""
+    contract = config.contract
+    time, *space = contract.video_stride
+    return LatentShape(
+        channels=contract.video_channels,
+        frames=(settings.frames - 1) // time + 1,
+        height=size[0] // space[0],
+        width=size[1] // space[1],
+        audio=settings.audio,
+        audio_channels=contract.audio_channels,
+    )
+
+
+def _named_sizes(
+    name: str, config: ExportConfig, second: ExportConfig | None, given: Mapping[str, int | None]
+) -> dict[str, int | None]:
+    if name not in RESOLUTIONS:
+        raise UserError(
+            f"resolution={name} is unknown; choose one of {', '.join(RESOLUTIONS)}, or give sizes"
+        )
+    if config.world != "released":
+        raise UserError(f"resolution={name} is for the released checkpoints; give height= and width= instead")
+    both = [key for key, value in given.items() if value is not None]
+    if both:
+        raise UserError(f"resolution={name} and {both[0]}= contradict each other; give one of them")
+    base, large = RESOLUTIONS[name]
+    if large is not None and second is None:
+        raise UserError(f"resolution={name} needs a second stage; give sr=CHECKPOINT, the folder {name}_sr")
+    if large is None and second is not None:
+        raise UserError(f"resolution={name} is the first stage alone; leave sr= out, or choose 540p or 1080p")
+    sizes = dict(
+        zip(("height", "width", "sr_height", "sr_width"), (*base, *(large or (None, None))), strict=True)
+    )
+    return sizes
+
+
+def _side(config: ExportConfig, name: str, given: int | None, usual: int) -> int:
+    stride = config.contract.video_stride[1 if name.endswith("height") else 2]
+    return fit_side(name, usual if given is None else given, stride, config.pack.patch_size)
+
+
+def _seconds(config: ExportConfig, length: Length) -> float:
+    """The length that gives a checkpoint's usual clip."""
+    if config.world == "released":
+        return (config.size.frames - 1) / config.contract.fps
+    return length.frames / config.contract.fps
+
+
+def _length(config: ExportConfig, seconds: float | None, sound: float | None) -> Length:
+    contract, usual = config.contract, config.size.frames
+    limit = longest(config)
+    if seconds is not None and limit < seconds < math.inf:
+        raise UserError(f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}")
+    if config.world != "released":
+        return Length(usual, usual) if seconds is None else tiny_length(seconds, contract)
+    return released_length((usual - 1) / contract.fps if seconds is None else seconds, contract, sound)
+
+
+def _check(chosen: Settings) -> None:
+    scales = chosen.guidance
+    if chosen.solver not in SOLVERS:
+        raise UserError(f"solver={chosen.solver} is unknown; choose one of {', '.join(SOLVERS)}")
+    if not 1 <= chosen.steps <= 1000:
+        raise UserError(f"steps={chosen.steps} is impossible; give 1 to 1000")
+    if not 0 < chosen.shift < math.inf:
+        raise UserError(f"shift={chosen.shift:g} is impossible; give a positive number")
+    if not all(1 <= scale < math.inf for scale in (scales.video_high, scales.video_low, scales.audio)):
+        raise UserError(f"guidance {scales.to_dict()} is impossible; scales start at 1, which is none")
+    if chosen.cfg_passes not in (1, 2):
+        raise UserError(f"cfg_passes={chosen.cfg_passes} is impossible; choose 1 (faster) or 2 (less memory)")
+    if chosen.compat is not None and chosen.compat not in COMPATIBLE:
+        raise UserError(f"compat={chosen.compat} is unknown; choose {', '.join(COMPATIBLE)}, or leave it out")
