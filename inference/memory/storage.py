@@ -73,9 +73,7 @@ class Int4Linear(nn.Module):
     def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """One matrix [rows, columns] per expert in `dtype`, restored when it is asked for."""
         for codes, scales in _by_expert(self.experts, self.codes, self.scales):
-            pairs = torch.stack([codes & 15, codes >> 4], dim=-1)  # [rows, groups, 32, 2]
-            values = pairs.flatten(-2).to(dtype).sub_(INT4_LARGEST).mul_(scales)
-            yield values.flatten(1)[:, : self.columns]
+            yield _from_int4(codes, scales, dtype)[:, : self.columns]
 
 
 _STORED: dict[str, Callable[[Tensor, int], nn.Module]] = {"fp8": Fp8Linear, "int4": Int4Linear}
@@ -127,3 +125,8 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     whole = (groups / scales.float()).round_().clamp_(-INT4_LARGEST, INT4_LARGEST).add_(INT4_LARGEST)
     pairs = whole.to(torch.uint8).unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4), scales
+
+
+def _from_int4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    pairs = torch.stack([codes & 15, codes >> 4], dim=-1)  # [rows, groups, 32, 2]
+    return pairs.flatten(-2).to(dtype).sub_(INT4_LARGEST).mul_(scales).flatten(1)

@@ -1,0 +1,234 @@
+"""Bytes that networks need, by formulas from their configs. No torch, so that a plan is there at once.
+
+The transformer's formulas follow the code line by line: they name what is alive at the worst moment. Those of the
+released codecs are one coefficient per pixel or latent, counted on shapes alone. Tests count the same on the "meta"
+device. What kernels take for themselves (workspaces of convolutions and attention) is not in them.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from magihuman.models.config import DiTConfig
+
+BF16, FP32 = 2, 4
+FP8_SCALE = 4  # bytes per row
+INT4_GROUP, INT4_SCALE = 64, 2
+ROPE_SHARE = 3 / 4  # of a head, times one fp32 number each for the table
+ADAM = 16
+"""Bytes per trained number: fp32 master, fp32 gradient, two fp32 moments."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Packed tokens of a batch: all samples' video, audio and text."""
+
+    video: int
+    audio: int
+    text: int
+
+    @property
+    def total(self) -> int:
+        return self.video + self.audio + self.text
+
+    def times(self, samples: int) -> "Tokens":
+        """Of that many equal samples."""
+        return Tokens(self.video * samples, self.audio * samples, self.text * samples)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def stored_bytes(shape: tuple[int, ...], is_matrix: bool, form: str) -> int:
+    """One entry of the state dict in memory; only block matrices change with the form (fp32, bf16, fp8, int4)."""
+    if not is_matrix or form == "fp32":
+        return FP32 * prod(shape)
+    if form == "bf16":
+        return BF16 * prod(shape)
+    rows, columns = shape
+    if form == "fp8":
+        return rows * (columns + FP8_SCALE)
+    groups = -(-columns // INT4_GROUP)
+    return rows * groups * (INT4_GROUP // 2 + INT4_SCALE)
+
+
+def weight_bytes(config: DiTConfig, form: str) -> int:
+    """The whole network."""
+    return sum(stored_bytes(shape, is_matrix, form) for _, shape, is_matrix in config.tensors())
+
+
+def layer_bytes(config: DiTConfig, form: str) -> list[int]:
+    """Each block."""
+    sizes = [0] * config.num_layers
+    for key, shape, is_matrix in config.tensors():
+        if key.startswith("block.layers."):
+            sizes[int(key.split(".")[2])] += stored_bytes(shape, is_matrix, form)
+    return sizes
+
+
+def streamed_bytes(config: DiTConfig, form: str) -> int:
+    """With streamed layers: embedders, heads, and one slot each for the even and the odd layers."""
+    layers = layer_bytes(config, form)
+    return weight_bytes(config, form) - sum(layers) + max(layers[0::2]) + max(layers[1::2], default=0)
+
+
+def restored_bytes(config: DiTConfig, form: str, compute: int) -> int:
+    """The largest matrix that is alive in the compute dtype beside its stored form; one expert's where possible."""
+    if form == ("bf16" if compute == BF16 else "fp32"):
+        return 0
+    widest = 0
+    for i in range(config.num_layers):
+        hidden, inner, experts = config.hidden_size, config.intermediate_size(i), config.experts(i)
+        for rows, columns in ((config.qkv_width, hidden), (config.up_width(i), hidden), (hidden, inner)):
+            if form == "fp8":
+                size = rows * columns * compute
+            elif form == "int4":  # in whole groups; beside it the unpacked codes, one byte each
+                size = rows * -(-columns // INT4_GROUP) * INT4_GROUP * (compute + 1)
+            else:
+                size = rows * columns * experts * compute
+            widest = max(widest, size)
+    return widest
+
+
+def lora_count(config: DiTConfig, rank: int) -> int:
+    """Numbers of an adapter on every block matrix, each expert its own."""
+    total = 0
+    for i in range(config.num_layers):
+        hidden, inner = config.hidden_size, config.intermediate_size(i)
+        sides = (hidden + config.qkv_width) + 2 * hidden + (hidden + config.up_width(i)) + (inner + hidden)
+        total += config.experts(i) * rank * sides
+    return total
+
+
+# -- activations of the transformer ----------------------------------------------------------------------------------
+
+
+def forward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
+    """Peak of one forward pass without gradients: in the MLP of the widest layer.
+
+    Alive are the embedded input, the block's input and middle (fp32 residuals), the attention's result and the
+    normalised input (compute dtype), and the activation's temporaries: the product y, fp32 copies of it, the result.
+    Experts run one after another, video first; results of earlier ones are fp32.
+
+    Args:
+        compute: bytes of the compute dtype.
+    """
+    hidden, copy = config.hidden_size, compute if compute < FP32 else 0
+    worst = 0
+    for i in range(config.num_layers):
+        inner = config.intermediate_size(i)
+        if i in config.gelu7_layers:
+            activation = (compute + 2 * FP32 + copy) * inner
+        else:
+            activation = (2 * compute + 3 * FP32 + copy) * inner
+        residuals = 3 if i else 2
+        base = (residuals * FP32 + compute) * hidden * tokens.total
+        done = 0
+        groups = (tokens.video, tokens.audio, tokens.text) if config.experts(i) > 1 else (tokens.total,)
+        for rows in groups:
+            worst = max(worst, base + FP32 * hidden * done + (compute * hidden + activation) * rows)
+            done += rows
+    return worst + _table_bytes(config, tokens)
+
+
+def saved_bytes(config: DiTConfig, layer: int, tokens: Tokens, compute: int) -> int:
+    """What a block keeps for its backward pass."""
+    hidden, dim = config.hidden_size, config.head_dim
+    rotated = (config.num_heads + config.num_query_groups) * dim
+    # Residuals before both norms; normalised inputs; attention's result before and after the gate.
+    per_token = 2 * FP32 * hidden + 4 * compute * hidden
+    # qkv product (the values are a view of it), its fp32 copy for the norm, rotated queries and keys.
+    per_token += compute * config.qkv_width + (FP32 * rotated if compute < FP32 else 0) + compute * rotated
+    # Log-sum-exp and gates; inverse norms of heads and tokens.
+    per_token += 2 * FP32 * config.num_heads + FP32 * (config.num_heads + config.num_query_groups + 2)
+    per_token += compute * (config.up_width(layer) + config.intermediate_size(layer))
+    return per_token * tokens.total
+
+
+def backward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
+    """Temporaries of a block's backward pass beyond what it saved: the activation's fp32 gradients."""
+    half = compute < FP32
+    factors = {True: 18 if half else 10, False: 29 if half else 17}  # numbers of bytes per inner channel
+    widest = max(
+        factors[i in config.gelu7_layers] * config.intermediate_size(i) for i in range(config.num_layers)
+    )
+    return (FP32 * config.hidden_size + widest) * tokens.total
+
+
+def training_bytes(config: DiTConfig, tokens: Tokens, compute: int, checkpointing: bool) -> int:
+    """Peak of activations in a training step, without weights and gradients.
+
+    Args:
+        checkpointing: blocks are recomputed in the backward pass, so only their inputs are kept.
+    """
+    hidden, layers = config.hidden_size, range(config.num_layers)
+    saved = [saved_bytes(config, i, tokens, compute) for i in layers]
+    kept = (
+        FP32 * hidden * tokens.total * (config.num_layers - 1) + max(saved) if checkpointing else sum(saved)
+    )
+    heads = 2 * FP32 * hidden * tokens.total
+    return kept + heads + backward_bytes(config, tokens, compute) + _table_bytes(config, tokens)
+
+
+def cast_bytes(config: DiTConfig, compute: int, checkpointing: bool) -> int:
+    """Copies of fp32 master matrices in the compute dtype that wait for the backward pass."""
+    if compute == FP32:
+        return 0
+    layers = [size // FP32 * compute for size in layer_bytes(config, "fp32")]
+    return max(layers) if checkpointing else sum(layers)
+
+
+def _table_bytes(config: DiTConfig, tokens: Tokens) -> int:
+    """Rotary table and coordinates."""
+    return int(tokens.total * FP32 * (ROPE_SHARE * config.head_dim + 9))
+
+
+# -- the released world ------------------------------------------------------------------------------------------------
+
+T5GEMMA_LAYERS, T5GEMMA_WIDTH, T5GEMMA_INNER, T5GEMMA_WORDS = 42, 3584, 14336, 256_000
+T5GEMMA_QUERIES, T5GEMMA_KEYS = 16 * 256, 8 * 256
+TEXT_LIMIT = 640
+
+
+def text_encoder_bytes() -> int:
+    """Encoder half of T5-Gemma 9B-9B in bf16."""
+    attention = 2 * T5GEMMA_WIDTH * (T5GEMMA_QUERIES + T5GEMMA_KEYS)
+    layer = attention + 3 * T5GEMMA_WIDTH * T5GEMMA_INNER + 4 * T5GEMMA_WIDTH
+    return BF16 * (T5GEMMA_WORDS * T5GEMMA_WIDTH + T5GEMMA_LAYERS * layer + T5GEMMA_WIDTH)
+
+
+def text_activation_bytes(tokens: int) -> int:
+    """One prompt through it: the MLP's two products, the residual, and eager attention's fp32 scores."""
+    return tokens * (BF16 * 3 * T5GEMMA_INNER + 8 * T5GEMMA_WIDTH) + 2 * FP32 * 16 * tokens * tokens
+
+
+@dataclass(frozen=True)
+class Coder:
+    """A codec half: weights; activations = fixed + per_unit * units, where a unit is a pixel of one frame's area
+    for pictures and a latent for sound."""
+
+    weights: int
+    per_unit: float
+    fixed: int = 0
+
+    def activations(self, units: int) -> int:
+        return int(self.fixed + self.per_unit * units)
+
+
+# Wan 2.2 works in bf16, one latent frame at a time, and keeps two frames before every convolution.
+WAN_PARAMETERS = 704_688_668
+WAN_ENCODER = Coder(BF16 * WAN_PARAMETERS, 984)
+WAN_DECODER = Coder(BF16 * WAN_PARAMETERS, 10_850)
+# The Turbo decoder works in bf16 on nine latents at once.
+TURBO_DECODER = Coder(BF16 * 107_122_892, 12_800)
+# Oobleck works in fp32 on the whole clip; the fixed part is its normalised weights.
+OOBLECK_PARAMETERS = 156_112_514
+OOBLECK_ENCODER = Coder(FP32 * OOBLECK_PARAMETERS, 4.69e6, 75_000_000)
+OOBLECK_DECODER = Coder(FP32 * OOBLECK_PARAMETERS, 4.72e6, 313_000_000)
+# The tiny world's codecs are linear maps; a few copies of the clip.
+TINY_VIDEO = Coder(219_200, 12 * FP32)
+TINY_AUDIO = Coder(136_160, 8 * FP32 * 640)
+
+
+def clip_bytes(frames: int, height: int, width: int, copies: int) -> int:
+    """Decoded pixels in fp32, that many copies of the clip."""
+    return copies * FP32 * 3 * frames * height * width
