@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from magihuman import zoo
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.tensor_files import SafetensorsWriter, Spec
-from magihuman.weights import INDEX, plan_shards, released_dtypes
+from magihuman.weights import INDEX, plan_shards, released_dtypes, weight_files
 
 SHARDS = {"base": 7, "distill": 13, "540p_sr": 13, "1080p_sr": 13}
 AUDIO_CHANNELS, TEXT_CHANNELS = 4, 16
@@ -273,6 +273,18 @@ def make_t5gemma(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
+
+
+def tensors_of(folder: Path, stem: str = "model") -> dict[str, Tensor]:
+    """All tensors of a sharded checkpoint."""
+    return {k: v for file in weight_files(folder, stem=stem) for k, v in load_file(file).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal names, types, shapes and bits."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 if __name__ == "__main__":
