@@ -70,6 +70,12 @@ class Recipe(L.LightningModule):
 
     # The network
 
+    def setup(self, stage: str) -> None:
+        # Made here, DeepSpeed shards a network that has its weights; made in configure_model, it would cut up
+        # tensors before they are drawn.
+        if self.given.strategy.name.startswith("zero"):
+            self.configure_model()
+
     def configure_model(self) -> None:
         """Make the network with its initial weights, its average, and spread both as the strategy asks."""
         if self.denoiser is not None:
@@ -81,6 +87,8 @@ class Recipe(L.LightningModule):
             if self.given.optim.ema_decay > 0:
                 self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
         assert self.denoiser is not None
+        if self.given.strategy.name == "zero3":
+            parallel.zero3_units(self.denoiser)
         self.denoiser.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
         if self.given.trainer.compile:
             parallel.compile_blocks(self.denoiser)

@@ -31,6 +31,8 @@ def _child(folder: str, shards: str, overrides: list[str], environment: dict[str
 class World:
     """Trainings by one or two processes."""
 
+    child = staticmethod(_child)
+
     def __init__(self, shards: Path) -> None:
         self.shards = shards
         self.context = multiprocessing.get_context("forkserver")
@@ -47,7 +49,7 @@ class World:
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
             environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if size > 1 else {}
             arguments = (str(folder), str(self.shards), [*chosen, *overrides], environment)
-            processes.append(self.context.Process(target=_child, args=arguments))
+            processes.append(self.context.Process(target=self.child, args=arguments))
             processes[-1].start()
         processes[0].join(60)
         for process in processes:
@@ -94,7 +96,9 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     # Recomputing activations changes memory and time, not one bit.
     assert world.run(killed, strategy, 2, "trainer.activation_checkpointing=true") == [0, 0]
     for rank in (0, 1):
-        assert seen(killed)[rank] == [p for p in shared[rank] if p >= 12]  # goes on at the fourth batch of four
+        assert seen(killed)[rank] == [
+            p for p in shared[rank] if p >= 12
+        ]  # goes on at the fourth batch of four
 
     one, whole, resumed = exported(single), exported(through), exported(killed)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

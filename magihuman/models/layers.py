@@ -184,5 +184,7 @@ def projection_std(columns: int, depth: int = 1) -> float:
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """Embedder or head in fp32 whatever dtype its parameters are kept in."""
+    if layer.weight.dtype == torch.float32:
+        return layer(x.float())  # called as a module: what shards weights by module (ZeRO-3) has to see it
     bias = None if layer.bias is None else layer.bias.float()
     return F.linear(x.float(), layer.weight.float(), bias)

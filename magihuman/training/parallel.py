@@ -51,14 +51,34 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor] | None, device: 
     set_model_state_dict(module, dict(weights or {}), options=options)
 
 
+def zero3_units(denoiser: Denoiser) -> None:
+    """Tell DeepSpeed to fetch a block's weights together: its attention reads the weights of its parts itself."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    model = denoiser.model
+    set_z3_leaf_modules(denoiser, [type(model.block.layers[0])])
+
+
 def whole_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """Gather a (sharded or whole) module's state on the CPU; complete on rank 0, empty on other ranks if sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if any(hasattr(weight, "ds_id") for weight in module.parameters()):
+        return _whole_zero3(module)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     options = StateDictOptions(full_state_dict=distributed, cpu_offload=distributed)
     state = get_model_state_dict(module, options=options)
     return {name: tensor.detach().cpu() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _whole_zero3(module: nn.Module) -> dict[str, torch.Tensor]:
+    from deepspeed import zero
+
+    state = {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
+    for name, weight in module.named_parameters():
+        with zero.GatheredParameters([weight]):
+            state[name] = weight.detach().cpu().clone()
+    return {name: state[name] for name in module.state_dict()}
 
 
 def compile_blocks(denoiser: Denoiser) -> None:
