@@ -135,5 +135,5 @@ def test_unknown_world_lists_the_choices() -> None:
 def test_released_world_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("MAGIHUMAN_WAN_VAE", "MAGIHUMAN_STABLE_AUDIO", "MAGIHUMAN_T5GEMMA"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(UserError, match="MAGIHUMAN_WAN_VAE.*MAGIHUMAN_STABLE_AUDIO.*MAGIHUMAN_T5GEMMA"):
+    with pytest.raises(UserError, match=r"MAGIHUMAN_WAN_VAE.*MAGIHUMAN_STABLE_AUDIO.*MAGIHUMAN_T5GEMMA"):
         load_world("released")
