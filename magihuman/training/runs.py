@@ -23,6 +23,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from magihuman.config import WandbSettings
 from magihuman.errors import UserError
 from magihuman.provenance import code_version, write_atomically
 
@@ -186,11 +187,10 @@ class CSVLog(Logger):
         """The configuration is in config.yaml."""
 
 
-def build_loggers(folder: RunFolder, wandb: Any, config: Mapping[str, Any]) -> list[Logger]:
+def build_loggers(folder: RunFolder, wandb: WandbSettings | None, config: Mapping[str, Any]) -> list[Logger]:
     """metrics.csv, and W&B where its settings are given (offline unless the user is logged in).
 
     Args:
-        wandb: `magihuman.config.WandbSettings` or None.
         config: mirrored to W&B.
     """
     loggers: list[Logger] = [CSVLog(folder.path)]
@@ -198,27 +198,33 @@ def build_loggers(folder: RunFolder, wandb: Any, config: Mapping[str, Any]) -> l
         return loggers
     from lightning.pytorch.loggers import WandbLogger
 
-    mode = os.environ.get("WANDB_MODE") or wandb.mode
+    return [*loggers, WandbLogger(experiment=_wandb_run(folder, wandb, config), save_dir=str(folder.path))]
+
+
+@rank_zero_only
+def _wandb_run(folder: RunFolder, settings: WandbSettings, config: Mapping[str, Any]) -> Any:
+    """The W&B run of this folder, continued where it was begun before; its files go to wandb/ in the folder."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or settings.mode
     if mode == "auto":
         mode = "online" if _wandb_login() else "offline"
     identifier = folder.read().get("wandb") or hashlib.sha256(os.urandom(16)).hexdigest()[:8]
     folder.update(wandb=identifier)
     os.environ.setdefault("WANDB_SILENT", "true")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    loggers.append(
-        WandbLogger(
-            name=f"{folder.path.parent.name}/{folder.path.name}",
-            save_dir=str(folder.path),
-            project=wandb.project,
-            entity=wandb.entity,
-            tags=list(wandb.tags),
-            id=identifier,
-            resume="allow",
-            mode=mode,
-            config=dict(config),
-        )
+    run = wandb.init(
+        name=f"{folder.path.parent.name}/{folder.path.name}",
+        dir=str(folder.path),
+        project=settings.project,
+        entity=settings.entity,
+        tags=list(settings.tags),
+        id=identifier,
+        resume="allow" if mode == "online" else None,
+        mode=mode,  # type: ignore[arg-type]
+        config=dict(config),
     )
-    return loggers
+    run.define_metric("*", step_metric="trainer/global_step")
+    return run
 
 
 def _wandb_login() -> bool:
