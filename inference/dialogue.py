@@ -59,7 +59,7 @@ def seconds_for(prompt: str) -> int | None:
     text = spoken_text(prompt)
     if not re.search(r"\w", text):
         return None
-    return max(2, math.ceil(speaking_seconds(text) + _AROUND))
+    return max(2, math.ceil(round(speaking_seconds(text) + _AROUND, 6)))
 
 
 def _word(word: str) -> list[float]:

@@ -255,6 +255,14 @@ def test_sigkill_in_the_middle_loses_nothing_and_repeats_nothing(checkpoint: Pat
         (["prompt=a", "output=x.mp4", "device=tpu"], "choose auto, cpu"),
         (["prompt=a", "output=x.mp4", "device=cuda:99"], "but torch"),
         (["prompt=a", "output=x.mp4", "checkpoint=nowhere"], "'nowhere' is neither a folder nor"),
+        (["output=x.mp4", "prompt=" + 5000 * "word "], "the prompt has 5000 words"),
+        (["output=x.mp4", "prompt=" + 10001 * "\u8bdd"], "the prompt has 10001 characters"),
+        (["prompt=a", "output=x.mp4", "seconds=long"], "positive number or auto, not 'long'"),
+        (["prompt=a", "output=x.mp4", "resolution=540p"], "540p_sr is not there"),
+        (["prompt=a", "output=x.mp4", "resolution=256p"], "is for the released checkpoints"),
+        (["prompt=a", "output=x.mp4", "sr_steps=3"], "sr_steps=3 needs a checkpoint"),
+        (["prompt=a", "output=x.mp4", "cfg_passes=3"], "cfg_passes=3 is impossible"),
+        (["prompt=a", "output=x.mp4", "video_codec=x"], "is for released checkpoints"),
         (["a prompt without key"], "is not of the form key=value"),
     ],
 )
@@ -310,6 +318,108 @@ def test_a_full_disk_leaves_no_half_clip(
     assert "No space left on device" in error
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.jsonl"]
     assert manifest(tmp_path / "out") == []
+
+
+def test_a_disk_that_fills_up_while_writing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system itself refuses to write more than a kilobyte."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as left:
+            run(f"checkpoint={checkpoint}", "prompt=a", f"output={tmp_path / 'out' / 'x.mp4'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert left.value.code == 2
+    assert "File too large" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_sounds_that_cannot_be_used(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wave
+
+    (tmp_path / "empty.wav").touch()
+    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
+        file.setparams((1, 1, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(600 * 8000))
+    for name, message in (("empty.wav", "the file is empty (0 bytes)"), ("long.wav", "it lasts 600 s")):
+        output = tmp_path / "out" / "x.mp4"
+        error = failure(
+            capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}", f"audio={tmp_path / name}"
+        )
+        assert message in error
+        assert not output.parent.exists()
+
+
+def test_the_length_can_follow_the_dialogue(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        '{"prompt": "a face", "seconds": "auto"}',
+        '{"prompt": "says \\"ma bi so\\"", "seconds": "auto"}',
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    output = tmp_path / "out"
+    run(f"checkpoint={checkpoint}", f"prompts={tmp_path / 'p.jsonl'}", f"output={output}")
+    frames = [probe(path).seconds * 25 for path in sorted(output.glob("*.mp4"))]
+    assert frames == pytest.approx([FRAMES, 49], abs=0.3)  # three syllables: 2 s
+    assert "the prompt has no dialogue" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_from_a_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "n.txt").write_text("grey wall\n")
+    output = tmp_path / "x.mp4"
+    common = [
+        f"checkpoint={checkpoint}",
+        "prompt=a",
+        f"output={output}",
+        f"negative_prompt_file={tmp_path / 'n.txt'}",
+    ]
+    run(*common)
+    assert "not the released negative prompt: 9 characters" in capsys.readouterr().err
+    assert json.loads(output.with_suffix(".json").read_text())["settings"]["negative_prompt"] == "grey wall"
+    assert "not both" in failure(capsys, *common, "negative_prompt=x")
+    assert "cannot be read" in failure(capsys, *common[:3], "negative_prompt_file=nowhere.txt")
+
+
+RANKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import magihuman.world, fake_world
+magihuman.world.load_world = fake_world.fake_world
+from magihuman.infer import main
+main(sys.argv[2:])
+"""
+
+
+def test_processes_share_the_prompts_and_one_manifest(checkpoint: Path, tmp_path: Path) -> None:
+    prompts, script = write_prompts(tmp_path, 5), tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    arguments = [f"checkpoint={checkpoint}", f"prompts={prompts}", "batch=1", "device=cpu", "progress=false"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    command = [*launch, str(REPO / "tests"), *arguments, f"output={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "process 0 of 2: 3 made" in done.stderr
+    assert "process 1 of 2: 2 made" in done.stderr
+    run(*arguments[:3], f"output={tmp_path / 'one'}")
+    one, two = (sorted(map(str, manifest(tmp_path / name))) for name in ("one", "two"))
+    assert one == two
 
 
 # ------------------------------------------------------------------------------------------------------ help
