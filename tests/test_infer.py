@@ -71,7 +71,7 @@ def test_one_prompt_makes_a_clip_and_its_record(
     assert info.seconds == pytest.approx(FRAMES / 25, abs=0.01)
     record = json.loads(output.with_suffix(".json").read_text())
     assert (record["prompt"], record["seed"], record["settings"]["steps"]) == (PROMPT, 3, 2)
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # the build (+cu130) may be left out
     assert len(record["checkpoint"]["sha256"]) == 64
     summary = capsys.readouterr().err
     assert "1 made" in summary
