@@ -108,6 +108,7 @@ def run(
         UserError: bad input; found before any weights are loaded wherever that is possible.
     """
     from inference.jobs import Resolver, batches
+    from inference.memory.room import check_room
     from inference.opening import find, ranks
 
     if batch is not None and batch < 1:
@@ -157,11 +158,14 @@ def run(
             waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
             mine = jobs[rank::world]
             own = waiting & {job.request.name for job in mine}
+            size = batch or (1 if source.config.world == "released" else BATCH)
+            check_room(
+                source, [job.settings for job in mine if job.request.name in own], min(size, len(mine))
+            )
             start, pipeline = time.perf_counter(), source.load() if own else None
             times = {"load": time.perf_counter() - start}
             _prepare(folder, manifest, finished, rank)
             if pipeline is not None:
-                size = batch or (1 if source.config.world == "released" else BATCH)
                 _make(pipeline, batches(mine, size), own, manifest, progress and rank == 0)
                 times |= pipeline.times
     share = f", process {rank} of {world}" if world > 1 else ""

@@ -180,6 +180,29 @@ class TestStages:
         assert torch.equal(module.inner.weight, expected)
         assert module.steps.tolist() == [0, 1, 2]
 
+    def test_deep_networks_are_streamed_in_low(self) -> None:
+        class Deep(nn.Module):
+            def __init__(self, layers: int) -> None:
+                super().__init__()
+                self.first = nn.Linear(4, 4)
+                self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for layer in (self.first, *self.layers):
+                    x = layer(x)
+                return x
+
+        for layers, streamed in ((9, True), (7, False)):
+            network = Deep(layers)
+            x = torch.ones(2, 4)
+            with torch.no_grad():
+                expected = network(x)
+                stages = Stages("low", "cpu")
+                stages.add("text", network)
+                assert (network.layers[0].weight.numel() == 0) is streamed
+                stages.enter("text")
+                assert torch.equal(network(x), expected)
+
     def test_unknown_choices_list_what_there_is(self) -> None:
         with pytest.raises(UserError, match="fast, balanced, low"):
             Stages("tiny", "cpu")

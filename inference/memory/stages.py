@@ -16,6 +16,7 @@ from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
 
 MODES = ("fast", "balanced", "low")
+DEEP = 8  # layers from which a network is worth streaming
 
 
 def check_memory(memory: str, weights: str | None) -> None:
@@ -87,15 +88,18 @@ class Resident:
 
 
 class Streamed:
-    """A transformer of which only embedders, heads and two layers are on the device."""
+    """A network of which two layers, and what is not in layers, are on the device.
 
-    def __init__(self, denoiser: Denoiser, device: torch.device | str) -> None:
-        layers = denoiser.model.block.layers
-        self._rest = Resident(denoiser, device, skip=(denoiser.model.block,))
+    Args:
+        layers: the list inside `module` whose members run in this order.
+    """
+
+    def __init__(self, module: nn.Module, layers: nn.ModuleList, device: torch.device | str) -> None:
+        self._rest = Resident(module, device, skip=(layers,))
         self.stream = LayerStream(list(layers), device)
 
     def enter(self) -> None:
-        """Bring embedders and heads and start the first layer's copy."""
+        """Bring what is not in layers and start the first layer's copy."""
         self._rest.enter()
         self.stream.enter()
 
@@ -127,7 +131,9 @@ def prepare_transformer(
     if memory == "fast":
         denoiser.to(device)
         return None
-    return Streamed(denoiser, device) if memory == "low" else Resident(denoiser, device)
+    if memory == "low":
+        return Streamed(denoiser, denoiser.model.block.layers, device)
+    return Resident(denoiser, device)
 
 
 class Stages:
@@ -158,10 +164,16 @@ class Stages:
             if isinstance(member, nn.Module):
                 if self.memory == "fast":
                     member.to(self.device)
-                else:
-                    parts.append(self._parts.setdefault(id(member), Resident(member, self.device)))
+                    continue
+                if id(member) not in self._parts:
+                    self._parts[id(member)] = self._part(member)
+                parts.append(self._parts[id(member)])
             elif hasattr(member, "enter"):
                 parts.append(member)
+
+    def _part(self, module: nn.Module) -> Part:
+        layers = _long_list(module) if self.memory == "low" else None
+        return Resident(module, self.device) if layers is None else Streamed(module, layers, self.device)
 
     @property
     def present(self) -> list[str]:
@@ -193,6 +205,16 @@ class Stages:
         for part in self._present:
             part.leave()
         self._present = []
+
+
+def _long_list(module: nn.Module) -> nn.ModuleList | None:
+    """The layers of a deep transformer such as the text encoder: the longest list of one kind of module.
+
+    Codecs have short lists of unlike blocks, which they run once per latent frame: too often to be streamed.
+    """
+    lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList)]
+    deep = [inner for inner in lists if len(inner) >= DEEP and len({type(layer) for layer in inner}) == 1]
+    return max(deep, key=len, default=None)
 
 
 def _bind(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -3,7 +3,7 @@
 `arch(name)` reads hyperparameters from configs/model, `build` makes a network, `load` opens a checkpoint: one
 that ships with the package ("tiny/base"), an exported folder, a run folder, or the published weights.
 
-    python -m magihuman.zoo list | inspect PATH | verify DIR [--strict] | convert SRC DST
+    python -m magihuman.zoo list | inspect PATH | verify DIR [--strict] | convert SRC DST | plan MODEL
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Command line of the zoo: python -m magihuman.zoo list | inspect PATH | verify DIR | convert SRC DST."""
+"""Command line of the zoo: python -m magihuman.zoo list | inspect | verify | convert | plan."""
 
 import argparse
 import sys
@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     # Its settings are key=value, read by `_convert`; here it is for the list of commands only.
     commands.add_parser("convert", help="a checkpoint into another layout: export, released, diffusers")
+    commands.add_parser(
+        "plan", help="the memory that a run will need, and what to change when it does not fit"
+    )
     return parser
 
 
@@ -56,6 +59,18 @@ def _convert(arguments: list[str]) -> str:
         if position < len(arguments) and not arguments[position].startswith(f"{name}="):
             arguments[position] = f"{name}={arguments[position]}"
     return convert(**settings(convert, arguments, program))
+
+
+def _plan(arguments: list[str]) -> str:
+    from magihuman.command import settings, usage
+    from magihuman.zoo.plan_command import plan
+
+    program = "python -m magihuman.zoo plan"
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        return usage(plan, program).replace("model=...", "MODEL")
+    if "=" not in arguments[0]:
+        arguments[0] = f"model={arguments[0]}"
+    return plan(**settings(plan, arguments, program))
 
 
 def _list() -> str:
@@ -82,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["convert"]:
         print(_convert(given[1:]))
+        return 0
+    if given[:1] == ["plan"]:
+        print(_plan(given[1:]))
         return 0
     arguments = _parser().parse_args(given)
     if arguments.command == "list":

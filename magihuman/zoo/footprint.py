@@ -189,11 +189,12 @@ T5GEMMA_QUERIES, T5GEMMA_KEYS = 16 * 256, 8 * 256
 TEXT_LIMIT = 640
 
 
-def text_encoder_bytes() -> int:
-    """Encoder half of T5-Gemma 9B-9B in bf16."""
+def text_encoder_bytes(streamed: bool = False) -> int:
+    """Encoder half of T5-Gemma 9B-9B in bf16; with streamed layers two of them at a time."""
     attention = 2 * T5GEMMA_WIDTH * (T5GEMMA_QUERIES + T5GEMMA_KEYS)
     layer = attention + 3 * T5GEMMA_WIDTH * T5GEMMA_INNER + 4 * T5GEMMA_WIDTH
-    return BF16 * (T5GEMMA_WORDS * T5GEMMA_WIDTH + T5GEMMA_LAYERS * layer + T5GEMMA_WIDTH)
+    layers = 2 if streamed else T5GEMMA_LAYERS
+    return BF16 * (T5GEMMA_WORDS * T5GEMMA_WIDTH + layers * layer + T5GEMMA_WIDTH)
 
 
 def text_activation_bytes(tokens: int) -> int:

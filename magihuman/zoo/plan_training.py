@@ -1,0 +1,109 @@
+"""What each GPU of a training run has to hold; see `magihuman.zoo.plan`."""
+
+from dataclasses import dataclass
+
+from magihuman.models.config import DiTConfig
+from magihuman.zoo import footprint
+from magihuman.zoo.footprint import ADAM, BF16, FP32, Tokens
+from magihuman.zoo.plan import GB, RESERVE
+
+CLUSTERS = (1, 8, 16, 32, 64)
+
+HOLDINGS = ("full", "lora_critic", "lora")
+"""Ways to hold DMD-2's networks: three of them; the critic as an adapter on the teacher; both as adapters on one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training step.
+
+    Attributes:
+        tokens: of the samples that one GPU sees at once.
+        compute: bytes of the compute dtype.
+        ema: "gpu" or "cpu"; rank: of adapters.
+    """
+
+    config: DiTConfig
+    tokens: Tokens
+    compute: int = BF16
+    checkpointing: bool = True
+    ema: str = "gpu"
+    rank: int = 128
+
+
+def state_bytes(run: Run, task: str, holding: str = "full") -> int:
+    """Weights, gradients, optimiser and average of all GPUs together, by fp32 masters and Adam.
+
+    Args:
+        task: "pretrain" or "dmd2"; holding: of the latter, one of HOLDINGS.
+    """
+    count, lora = run.config.parameter_count(), footprint.lora_count(run.config, run.rank)
+    ema = FP32 if run.ema == "gpu" else 0
+    if task == "pretrain":
+        return (ADAM + ema) * count
+    return {
+        "full": (2 * ADAM + BF16 + ema) * count,
+        "lora_critic": (ADAM + BF16 + ema) * count + ADAM * lora,
+        "lora": BF16 * count + (2 * ADAM + ema) * lora,
+    }[holding]
+
+
+def gathered_bytes(run: Run, gpus: int) -> int:
+    """Beside its shards: this and the next block's weights in fp32, and one block's gradient to be reduced."""
+    if gpus == 1:
+        return 0
+    return 3 * max(footprint.layer_bytes(run.config, "fp32"))
+
+
+def work_bytes(run: Run) -> int:
+    """Activations and copies of weights in the compute dtype."""
+    activations = footprint.training_bytes(run.config, run.tokens, run.compute, run.checkpointing)
+    return activations + footprint.cast_bytes(run.config, run.compute, run.checkpointing)
+
+
+def per_gpu(run: Run, task: str, gpus: int, holding: str = "full") -> int:
+    """Peak of one GPU when the state is sharded over all of them."""
+    return state_bytes(run, task, holding) // gpus + gathered_bytes(run, gpus) + work_bytes(run) + RESERVE
+
+
+def report(run: Run, task: str, gpus: int, title: str, available: int) -> str:
+    """The parts, a table over cluster sizes, and what to change when it does not fit."""
+    ways = ("full",) if task == "pretrain" else HOLDINGS
+    lines = [f"{title}; every number is computed, none measured"]
+    lines.append(f"{'activations':<28}{work_bytes(run) / GB:>10.2f}  GB per GPU")
+    lines.append(f"{'gathered blocks':<28}{gathered_bytes(run, max(gpus, 2)) / GB:>10.2f}  with several GPUs")
+    lines.append(f"{'assumed for CUDA itself':<28}{RESERVE / GB:>10.2f}")
+    clusters = sorted({*CLUSTERS, gpus})
+    header = "".join(f"{f'{n} GPU':>10}" for n in clusters)
+    for name, value in (("state (sharded)", 0), ("peak", work_bytes(run) + RESERVE)):
+        lines.append(f"{name:<18}{'total':>10}{header}  GB per GPU")
+        for way in ways:
+            total = state_bytes(run, task, way)
+            row = [total // n + (value + gathered_bytes(run, n) if value else 0) for n in clusters]
+            label = task if task == "pretrain" else way
+            cells = "".join(f"{cell / GB:>10.1f}" for cell in row)
+            lines.append(f"  {label:<16}{total / GB:>10.1f}{cells}")
+    for way in ways:
+        label = f"{gpus} GPU" + ("" if task == "pretrain" else f", holding {way}")
+        needed = per_gpu(run, task, gpus, way)
+        if needed <= available:
+            lines.append(f"fits: {label} needs {needed / GB:.1f} GB of {available / GB:.1f} GB")
+        else:
+            lines.append(
+                f"does not fit: {label} needs {needed / GB:.1f} GB, there are {available / GB:.1f} GB"
+            )
+            lines.append(f"  {_advice(run, task, gpus, way, available)}")
+    return "\n".join(lines)
+
+
+def _advice(run: Run, task: str, gpus: int, holding: str, available: int) -> str:
+    from dataclasses import replace
+
+    if not run.checkpointing:
+        return "recompute blocks in the backward pass: checkpointing=true"
+    if run.ema == "gpu" and per_gpu(replace(run, ema="cpu"), task, gpus, holding) <= available:
+        return "keep the average on the CPU: ema=cpu"
+    for n in (2, 4, 8, 16, 32, 64, 128, 256):
+        if n > gpus and per_gpu(run, task, n, holding) <= available:
+            return f"shard over {n} GPUs: gpus={n}"
+    return "the activations alone are too large: fewer clips per GPU, or smaller ones"

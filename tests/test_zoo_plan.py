@@ -1,0 +1,166 @@
+"""zoo plan: what it computes, what it advises, what it refuses."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from magihuman import zoo
+from magihuman.errors import UserError
+from magihuman.zoo import plan_training
+from magihuman.zoo.__main__ import main
+from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.plan import GB, MEMORY, RESERVE, Request, needs, peak, remedies, require_room
+from magihuman.zoo.plan_command import plan
+
+BIG = zoo.arch("15b")
+# 5 s at 256p, then 1080p.
+REQUEST = Request(BIG, 2, (4, 16, 16), True, 125, 126, 256, 448)
+LARGE = replace(REQUEST, second=BIG, enlarged=(1088, 1920))
+
+
+class TestInference:
+    def test_tokens_are_the_published_ones(self) -> None:
+        assert REQUEST.tokens(256, 448) == Tokens(3584, 126, 340)
+        assert REQUEST.tokens(512, 896).total == 14802
+        assert REQUEST.tokens(1088, 1920).total == 65746
+
+    def test_each_mode_needs_less(self) -> None:
+        for request in (REQUEST, LARGE):
+            for weights in (None, "fp8", "int4"):
+                sizes = [peak(replace(request, memory=memory, weights=weights)) for memory in MEMORY]
+                assert sizes[0] > sizes[1] > sizes[2]
+            fast = [peak(replace(request, weights=weights)) for weights in (None, "fp8", "int4")]
+            assert fast[0] > fast[1] > fast[2]
+
+    def test_sums(self) -> None:
+        stages = {need.stage: need for need in needs(LARGE)}
+        assert list(stages) == ["text", "condition", "sample", "refine", "decode"]
+        weights = 30_642_008_128 * 2 + sum(
+            sum(stages[name].weights.values()) for name in ("text", "condition")
+        )
+        most = max(need.activations for need in stages.values())
+        assert peak(LARGE) == RESERVE + weights + most
+        balanced = replace(LARGE, memory="balanced")
+        assert peak(balanced) == RESERVE + 30_642_008_128 + stages["refine"].activations
+        # The Wan decoder at 1080p needs about as much beside its weights as the second stage.
+        assert most == stages["decode"].activations == pytest.approx(stages["refine"].activations, rel=0.1)
+
+    def test_guidance_and_batches_cost_activations(self) -> None:
+        def work(**changes: object) -> int:
+            return needs(replace(REQUEST, **changes))[2].activations  # type: ignore[arg-type]
+
+        assert work(guided=True) == pytest.approx(2 * work(), rel=0.02)
+        assert work(guided=True, cfg_passes=2) == work()
+        assert work(batch=4) == pytest.approx(4 * work(), rel=1e-6)
+
+    def test_advice_fits_and_prefers_exact_ways(self) -> None:
+        ways = remedies(LARGE, 40 * GB)
+        assert ways
+        assert all(size <= 40 * GB for _, size in ways)
+        assert "weights" not in ways[0][0]
+        told = dict(part.split("=") for part in ways[0][0].split())
+        assert peak(replace(LARGE, memory=told["memory"])) == ways[0][1]
+        # Much less memory: a shorter clip, until nothing helps.
+        many = replace(LARGE, batch=4)
+        assert "batch=1" in remedies(many, peak(replace(LARGE, memory="low")))[0][0]
+        assert remedies(LARGE, 3 * GB) == []
+
+    def test_shorter_clips_are_proposed(self) -> None:
+        long = replace(REQUEST, frames=25 * 60 + 1, audio=25 * 60 + 1, height=512, width=896)
+        ((told, size),) = remedies(long, peak(replace(REQUEST, memory="low")) + 4 * GB)
+        assert "seconds=" in told
+        assert size <= peak(replace(REQUEST, memory="low")) + 4 * GB
+
+    def test_refusal_is_one_line_with_the_remedy(self) -> None:
+        require_room(REQUEST, 80 * GB)
+        with pytest.raises(
+            UserError, match=r"needs \d+\.\d GB .*computed.*40\.0 GB; use memory=balanced"
+        ) as e:
+            require_room(REQUEST, 40 * GB)
+        assert "\n" not in str(e.value)
+        with pytest.raises(UserError, match="larger GPU"):
+            require_room(LARGE, 4 * GB)
+
+
+class TestTraining:
+    """The table of research on DMD-2 (its section 5.6) and that on pretraining."""
+
+    RUN = plan_training.Run(BIG, Tokens(3584, 126, 340))
+
+    @pytest.mark.parametrize(
+        ("holding", "ema", "rank", "total", "shards"),
+        [
+            ("full", "gpu", 128, 581, (72.7, 36.3, 18.2, 9.1)),
+            ("full", "cpu", 128, 520, (65.0, 32.5, 16.3, 8.1)),
+            ("lora_critic", "gpu", 128, 345, (43.1, 21.6, 10.8, 5.4)),
+            ("lora_critic", "cpu", 128, 284, (35.5, 17.7, 8.9, 4.4)),
+            ("lora", "gpu", 128, 50, (6.2, 3.1, 1.6, 0.8)),
+            ("lora", "gpu", 64, 40, (5.0, 2.5, 1.25, 0.6)),
+        ],
+    )
+    def test_dmd2_state(
+        self, holding: str, ema: str, rank: int, total: float, shards: tuple[float, ...]
+    ) -> None:
+        state = plan_training.state_bytes(replace(self.RUN, ema=ema, rank=rank), "dmd2", holding)
+        assert state / GB == pytest.approx(total, abs=0.6)
+        for gpus, size in zip((8, 16, 32, 64), shards, strict=True):
+            assert state / gpus / GB == pytest.approx(size, abs=0.08)
+
+    def test_pretraining_state(self) -> None:
+        state = plan_training.state_bytes(replace(self.RUN, ema="cpu"), "pretrain")
+        assert state == 16 * 15_299_419_136
+
+    def test_recomputing_saves(self) -> None:
+        kept = plan_training.work_bytes(replace(self.RUN, checkpointing=False))
+        assert kept > 5 * plan_training.work_bytes(self.RUN)
+        assert plan_training.gathered_bytes(self.RUN, 1) == 0
+
+
+class TestCommand:
+    def test_it_needs_no_torch(self) -> None:
+        code = (
+            "import sys; from magihuman.zoo.__main__ import main; main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, "plan", "15b", "resolution=540p", "gpu_gb=40"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "every number is computed, none measured" in done.stdout
+        assert "refine 896x512, 14802 tokens" in done.stdout
+        assert "does not fit: memory=fast needs" in done.stdout
+        assert "memory=balanced needs" in done.stdout
+
+    def test_training_and_names(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", "15b", "task=dmd2", "gpus=8"]) == 0
+        shown = capsys.readouterr().out
+        assert "does not fit: 8 GPU, holding full" in shown
+        assert "shard over 16 GPUs" in shown
+        assert "fits: 8 GPU, holding lora_critic" in shown
+        assert main(["plan", "tiny", "task=pretrain"]) == 0
+        assert "fits: 1 GPU" in capsys.readouterr().out
+        assert main(["plan", "--help"]) == 0
+        assert "resolution" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"resolution": "8k"}, "256p, 540p, 1080p"),
+            ({"task": "sing"}, "infer, pretrain, dmd2"),
+            ({"memory": "none"}, "fast, balanced, low"),
+            ({"height": 250}, "multiple of 32"),
+            ({"resolution": "256p", "height": 256}, "contradict"),
+            ({"seconds": -1.0}, "positive"),
+        ],
+    )
+    def test_mistakes(self, settings: dict[str, object], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            plan("15b", **settings)  # type: ignore[arg-type]
+
+    def test_tiny_has_no_resolutions(self) -> None:
+        with pytest.raises(UserError, match="height= and width="):
+            plan("tiny", resolution="256p")
