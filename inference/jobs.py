@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from inference.conditions import read_picture, sound_seconds
 from inference.dialogue import seconds_for
+from inference.opening import ranks
 from inference.prompts import AUTO, Request
 from inference.records import FORMAT, Job
 from inference.settings import longest, resolve
@@ -119,7 +120,8 @@ class Resolver:
             self._say("guidance without a negative prompt; the release has one: see negative_prompt_file=")
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
+        # Every process of a torchrun command resolves all requests; one of them speaks.
+        if text not in self._said and ranks()[0] == 0:
             self._said.add(text)
             note(text)
 

@@ -202,6 +202,22 @@ def test_draws_come_in_the_released_order(
     assert torch.equal(draft.video[:, :1], seen["image"][0])
 
 
+def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Above 29 s: one draw per window, and a started latent counts (SPEC 4.2, 4.7)."""
+    wave = 0.3 * np.sin(np.arange(30 * 44100 + 441, dtype=np.float32) * 0.02)[None]
+    write_mp4(tmp_path / "s.mp4", np.zeros((2, 16, 16, 3), np.uint8), 25, wave, 44100)
+    small = {"height": 32, "width": 32, "sr_height": 32, "sr_width": 32}
+    settings = pipeline.settings(steps=1, sr_steps=1, seconds=40, sound=30.01, **small)
+    (draft,) = pipeline.draft(["a song"], [3], settings, sounds=[tmp_path / "s.mp4"])
+    assert (settings.audio, settings.frames) == (751, 749)
+    assert draft.video.shape[1] == 188
+    codec: Any = pipeline.world.audio_codec
+    samples = 751 * codec.hop
+    sound = read_audio(tmp_path / "s.mp4", codec.sample_rate)[:, :samples]
+    sound = torch.nn.functional.pad(sound, (0, samples - sound.shape[1]))
+    assert torch.equal(draft.audio, codec.encode(sound[None], *seeded([3]))[0])
+
+
 def test_the_released_flaw_can_be_asked_for(pipeline: Pipeline, given: dict[str, Path]) -> None:
     """O2: without guidance the released code changes the given sound; here only with compat=o2."""
     (fixed,), (flawed,) = drafts(pipeline, [0], given), drafts(pipeline, [0], given, compat="o2")
@@ -222,6 +238,13 @@ def test_decoding_in_parts_is_decoding_at_once(pipeline: Pipeline, given: dict[s
 
 
 # ------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_prompt_of_many_tokens_is_cut_and_said_so(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(**common(release, output=tmp_path / "x.mp4", prompt="x" * 700, steps=1))
+    assert "note: a prompt of 701 tokens is cut to 640" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
