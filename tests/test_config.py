@@ -37,6 +37,11 @@ def test_every_choice_of_every_group_is_valid(group, name) -> None:
     assert validate(node("+recipe=pretrain", *overrides))
 
 
+@pytest.mark.parametrize("experiment", available("experiment"))
+def test_every_experiment_composes(experiment) -> None:
+    assert validate(node(f"+experiment={experiment}")).name == experiment
+
+
 @pytest.mark.parametrize("size", available("model"))
 def test_every_model_size_builds_its_settings(size) -> None:
     settings = validate(node("+recipe=pretrain", f"model={size}"))

@@ -121,3 +121,28 @@ def test_gradients_that_stay_infinite_end_the_training_with_advice(shards, tmp_p
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["status"] == "failed"
     assert "not finite" in record["error"]
+
+
+def test_samples_and_held_out_figures_are_made_on_the_way_and_change_nothing(shards, tmp_path) -> None:
+    common = [
+        "+recipe=pretrain",
+        "optim.ema_decay=0",
+    ]  # without an average the trained network itself is sampled
+    bare = training_stub.train_here(tmp_path / "a", shards, [*common, "callbacks.held_out=null"])
+    samples = (
+        "callbacks.samples={_target_: magihuman.training.callbacks.Samples, every_steps: 2, prompts: [one, two], "
+        "pipeline: {_target_: training_stub.FakePipeline, _partial_: true}, settings: {steps: 4}}"
+    )
+    full = training_stub.train_here(
+        tmp_path / "b", shards, [*common, samples, "callbacks.held_out.every_steps=2"]
+    )
+    names = sorted(path.relative_to(full / "samples").as_posix() for path in (full / "samples").rglob("*.*"))
+    assert names == [
+        "step-00000002.png", "step-00000002/00.mp4", "step-00000002/01.mp4",
+        "step-00000003.png", "step-00000003/00.mp4", "step-00000003/01.mp4",
+    ]  # fmt: skip
+    metrics = (full / "metrics.csv").read_text().splitlines()
+    column = metrics[0].split(",").index("val/video")
+    assert [bool(line.split(",")[column]) for line in metrics[1:]] == [False, True, True]
+    weights = "export/model-00001-of-00001.safetensors"
+    assert (bare / weights).read_bytes() == (full / weights).read_bytes()

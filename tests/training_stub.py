@@ -129,3 +129,26 @@ class Spy(L.Callback):
 
         file = Path(trainer.default_root_dir) / f"seen-{trainer.global_rank}.json"
         file.write_text(json.dumps(self.seen))
+
+
+class FakeClip:
+    """Four grey frames."""
+
+    frames = torch.full((4, 8, 8, 3), 128, dtype=torch.uint8)
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(b"mp4")
+
+
+class FakePipeline:
+    """Stands in for inference.pipeline.Pipeline, and uses up random numbers as sampling might."""
+
+    def __init__(self, loaded: Any, world: Any) -> None:
+        assert not loaded.denoiser.training
+        assert loaded.config.size.frames == 9
+        assert world.name == "tiny"
+
+    def generate(self, prompts: list[str], seeds: list[int], steps: int) -> list[FakeClip]:
+        assert (len(prompts), seeds, steps) == (2, [0, 1], 4)
+        torch.randn(100)
+        return [FakeClip() for _ in prompts]
