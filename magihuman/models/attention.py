@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magihuman.models.context_parallel import Spread
 from magihuman.tokens import VIDEO, Layout
 
 BACKENDS = ("auto", "math", "sdpa", "flash", "flex", "windowed", "reference")
@@ -53,6 +54,8 @@ def attention(
     Raises:
         ValueError: for an unknown back end, or one that cannot do what is asked.
     """
+    if isinstance(layout, Spread):
+        return layout.attend(attention, q, k, v, backend, window)
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention back end {backend!r}; choose from {', '.join(BACKENDS)}")
     if window is not None and layout.frames == 0:
