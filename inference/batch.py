@@ -62,7 +62,8 @@ def run(
 
     Writes H.264 + AAC mp4, and beside each a JSON record with all that is needed to make it again. The same
     command on the same machine gives the same bytes. With prompts= a run that was stopped continues where it
-    was: clips that are done are skipped. Started by torchrun, each process makes its share of the prompts.
+    was: clips that are done are skipped. Started by torchrun, each process makes its share of the prompts; with
+    prompt= all of them compute the one clip together.
 
     Args:
         checkpoint: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of
@@ -110,6 +111,7 @@ def run(
     from inference.jobs import Resolver, batches
     from inference.memory.room import check_room
     from inference.opening import find, ranks
+    from inference.spreading import check_spread, spread
 
     if batch is not None and batch < 1:
         raise UserError(f"batch={batch} is impossible; give at least 1")
@@ -152,11 +154,14 @@ def run(
         resolver = Resolver(source, folder, overrides)
         jobs = [resolver.job(request) for request in requests]
         manifest = None if prompts is None else folder / MANIFEST
+        shared = world > 1 and prompts is None
+        if shared:
+            check_spread(source, world)
         _check_folder(folder)
         with together(world):
             finished = {} if manifest is None else {job.request.name: job.finished() for job in jobs}
             waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
-            mine = jobs[rank::world]
+            mine = jobs if shared else jobs[rank::world]
             own = waiting & {job.request.name for job in mine}
             size = batch or (1 if source.config.world == "released" else BATCH)
             check_room(
@@ -166,7 +171,10 @@ def run(
             times = {"load": time.perf_counter() - start}
             _prepare(folder, manifest, finished, rank)
             if pipeline is not None:
-                _make(pipeline, batches(mine, size), own, manifest, progress and rank == 0)
+                if shared:
+                    spread(pipeline)
+                written = own if rank == 0 or not shared else set()
+                _make(pipeline, batches(mine, size), own, written, manifest, progress and rank == 0)
                 times |= pipeline.times
     share = f", process {rank} of {world}" if world > 1 else ""
     _summary(f"{output}{share}", len(own), len(mine), times)
@@ -297,9 +305,14 @@ def _prepare(folder: Path, manifest: Path | None, finished: dict[str, Any], rank
 
 
 def _make(
-    pipeline: "Pipeline", parts: list[list[Job]], waiting: set[str], manifest: Path | None, progress: bool
+    pipeline: "Pipeline",
+    parts: list[list[Job]],
+    waiting: set[str],
+    written: set[str],
+    manifest: Path | None,
+    progress: bool,
 ) -> None:
-    """Generate the batches in which a clip is waiting, and write what is waiting.
+    """Generate the batches in which a clip is waiting, and write those that this process has to write.
 
     A batch that was half done is computed as a whole: its members' last bits depend on each other, and a run
     that was killed shall end with the same files as one that ran through.
@@ -332,7 +345,7 @@ def _make(
             )
             bar.set_description(f"{here}, decode and write")
             for job, draft in zip(part, drafts, strict=True):
-                if job.request.name in waiting:
+                if job.request.name in written:
                     write(job, partial(pipeline.write, draft), manifest)
                     made += 1
 
