@@ -38,7 +38,9 @@ def test_a_script_is_valid_and_so_is_its_command(script: Path, tmp_path) -> None
     assert settings.seed == 5
     if "data=shards" in words:
         assert settings.data.module["shards"] == "some where"
-        missing = subprocess.run(["bash", script], env={**environment, "SHARDS": ""}, capture_output=True, text=True)
+        missing = subprocess.run(
+            ["bash", script], env={**environment, "SHARDS": ""}, capture_output=True, text=True
+        )
         assert missing.returncode != 0
         assert "give the folder of shards" in missing.stderr
 

@@ -104,7 +104,9 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     then = yaml.safe_load(file.read_text())
     for path in ("recipe._target_", "model.dit", "model.pack", "optim.algorithm", "strategy.name"):
         old, new = _entry(then, path), _entry(node, path)
-        if path == "strategy.name":  # single and ddp read each other's files; the others shard in their own ways
+        if (
+            path == "strategy.name"
+        ):  # single and ddp read each other's files; the others shard in their own ways
             old, new = ("files" if name in ("single", "ddp") else name for name in (old, new))
         if old != new:
             what = ""
