@@ -23,7 +23,7 @@ import re
 import unicodedata
 
 _BLOCK = re.compile(r"\bdialogues?\s*:(.*?)(?=\bbackground\s+sounds?\s*:|\Z)", re.IGNORECASE | re.DOTALL)
-_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|「([^」]+)」|『([^』]+)』')
+QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|「([^」]+)」|『([^』]+)』')
 _TAG = re.compile(r"<[^<>\n]*>\s*:?|\[[^\[\]\n]*\]\s*:?|\([^()\n]*\)\s*:?")
 _SPEAKER = re.compile(r"^[^\S\n]*[^:：\n]{1,40}[:：]", re.MULTILINE)
 _VOWELS = re.compile("[aeiouyœæøıаеёиоуыэюяєіїαεηιουω]+")
@@ -38,7 +38,7 @@ def spoken_text(prompt: str) -> str:
     """The words that are to be said; empty where the prompt does not mark any."""
     blocks = _BLOCK.findall(prompt)
     text = "\n".join(blocks) if blocks else prompt
-    quoted = [next(filter(None, groups)) for groups in _QUOTED.findall(text)]
+    quoted = [next(filter(None, groups)) for groups in QUOTED.findall(text)]
     if quoted:
         return "\n".join(quoted).strip()
     # In a block without quotation marks, who speaks and how stands before a colon or in brackets.
