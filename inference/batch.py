@@ -56,6 +56,7 @@ def run(
     memory: str = "fast",
     weights: str | None = None,
     compat: str | None = None,
+    gallery: bool = False,
     progress: bool = True,
 ) -> None:
     """Generate video clips with sound from text.
@@ -103,11 +104,13 @@ def run(
         memory: fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)
         weights: store the network's matrices in bf16, fp8 or int4; none keeps them
         compat: o2 lets unguided sampling change the given sound, as the released code does
+        gallery: with prompts=: also write index.html into the folder, a page of its clips for any browser
         progress: show a progress bar
 
     Raises:
         UserError: bad input; found before any weights are loaded wherever that is possible.
     """
+    from inference.gallery import check_page, write_page
     from inference.jobs import Resolver, batches
     from inference.memory.room import check_room
     from inference.opening import find, ranks
@@ -120,6 +123,10 @@ def run(
             raise UserError(f"{key}={file} does not exist")
     requests, folder = _requests(prompt, prompts, output, check_seed(seed, "the command line"))
     requests = [replace(r, image=r.image or image, audio=r.audio or audio) for r in requests]
+    if gallery:
+        if prompts is None:
+            raise UserError("gallery=true is for many clips, with prompts=FILE")
+        check_page(folder)
     rank, world, _ = ranks()
     with _plain_warnings():
         codecs = {"video_codec": video_codec, "audio_codec": audio_codec, "text_encoder": text_encoder}
@@ -170,12 +177,17 @@ def run(
             start, pipeline = time.perf_counter(), source.load() if own else None
             times = {"load": time.perf_counter() - start}
             _prepare(folder, manifest, finished, rank)
-            if pipeline is not None:
-                if shared:
-                    spread(pipeline)
-                written = own if rank == 0 or not shared else set()
-                _make(pipeline, batches(mine, size), own, written, manifest, progress and rank == 0)
-                times |= pipeline.times
+            try:
+                if pipeline is not None:
+                    if shared:
+                        spread(pipeline)
+                    written = own if rank == 0 or not shared else set()
+                    _make(pipeline, batches(mine, size), own, written, manifest, progress and rank == 0)
+                    times |= pipeline.times
+                meet()  # the page shows the clips of all processes
+            finally:
+                if gallery and rank == 0:  # a run that is stopped leaves one, too
+                    write_page(folder, requests)
     share = f", process {rank} of {world}" if world > 1 else ""
     _summary(f"{output}{share}", len(own), len(mine), times)
 
