@@ -1,6 +1,7 @@
 """The README's figures come from committed files, and what a command costs is measured as said."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_cost_counts_children_and_time(tmp_path: Path) -> None:
     held = 120_000_000
     child = f"import time; held = b'x' * {held}; time.sleep(1.2)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-    figures = cost.measure(f'{sys.executable} -c "{parent}"', str(tmp_path / "cost.json"))
+    figures = cost.measure(shlex.join([sys.executable, "-c", parent]), str(tmp_path / "cost.json"))
     assert held < figures["peak_memory_bytes"] < held + 100_000_000
     assert 1.2 < figures["seconds"] < 15
     assert json.loads((tmp_path / "cost.json").read_text()) == figures
