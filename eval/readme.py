@@ -1,11 +1,12 @@
 """Tables of the README, rendered from committed result files: `python -m eval.readme` (check=true: compare only).
 
-A block of the README between `<!-- scores FILE -->` or `<!-- cost FILE ... -->` and `<!-- end -->` belongs to
-this command; a figure outside such a block is not to be trusted.
+A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->` or `<!-- peaks FILE -->` and
+`<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from eval.stats import Measure
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"<!-- (scores|cost) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (scores|cost|peaks) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 # Rows of scores.json that the README shows, in words for a reader who has not met them.
 SHOWN = {
@@ -71,6 +72,44 @@ def cost_table(*files: str) -> str:
     return "\n".join(lines)
 
 
+def peaks_table(file: str) -> str:
+    """Markdown of a file written by `magihuman.zoo.peaks`: a row per resolution and storage of the weights."""
+    values = json.loads((REPO / file).read_text())
+    rows, settings, made = values["peaks"], values["settings"], values["provenance"]
+    if any(row["how"] != "computed" for row in rows):
+        raise ValueError("a number that is not computed")
+    modes = list(dict.fromkeys((row["decoder"], row["memory"]) for row in rows))
+    sizes: dict[tuple[str, str], dict[tuple[str, str], int]] = {}
+    for row in rows:
+        sizes.setdefault((row["resolution"], row["weights"]), {})[row["decoder"], row["memory"]] = row[
+            "bytes"
+        ]
+    lines = [
+        "| computed, GB | " + " | ".join(f"{decoder}, {memory}" for decoder, memory in modes) + " |",
+        "|---" + "|---:" * len(modes) + "|",
+    ]
+    for (resolution, weights), cells in sizes.items():
+        figures = " | ".join(f"{cells[mode] / 1e9:.1f}" for mode in modes)
+        lines.append(f"| {resolution}, {weights} | {figures} |")
+    commit = made["code"].get("commit", "unknown")[:12] + (
+        " with changes" if made["code"].get("changed") else ""
+    )
+    guidance = (
+        f"with guidance in {settings['cfg_passes']} pass(es)" if settings["guided"] else "without guidance"
+    )
+    lines += [
+        "",
+        f"Computed, not measured: {values['model']}, {settings['seconds']:g} s, {guidance}, prompts of "
+        f"{settings['text']} tokens, {settings['batch']} clip(s) at once; "
+        f"{values['assumed_for_cuda_bytes'] / 1e9:g} GB in each are assumed for CUDA itself. From [{file}]({file}): "
+        f"{made['date'][:10]}, commit {commit}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {"scores": scores_table, "cost": cost_table, "peaks": peaks_table}
+
+
 def render(text: str) -> str:
     """The README with every block made anew.
 
@@ -81,7 +120,7 @@ def render(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         kind, files = match[1], match[2].split()
         try:
-            table = scores_table(*files) if kind == "scores" else cost_table(*files)
+            table = TABLES[kind](*files)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"README block '{kind} {match[2]}' cannot be rendered: {error!r}") from error
         return f"<!-- {kind} {match[2]} -->\n{table}\n<!-- end -->"

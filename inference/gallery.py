@@ -194,8 +194,9 @@ def render(title: str, cards: list[Card]) -> str:
 def _card(card: Card, shared: dict[str, str]) -> str:
     if card.video:
         shape = f' width="{card.size[1]}" height="{card.size[0]}"' if card.size else ""
+        # With the metadata alone a browser may show black; asked for a moment, it shows that picture.
         picture = (
-            f'<video src="{_link(card.name, ".mp4")}"{shape} controls loop playsinline '
+            f'<video src="{_link(card.name, ".mp4")}#t=0.001"{shape} controls loop playsinline '
             f'preload="metadata" aria-label="{_text(card.name)}"></video>'
         )
     else:

@@ -9,6 +9,7 @@ import pytest
 
 from eval import cost, readme
 from magihuman.errors import UserError
+from magihuman.zoo.peaks import peaks
 
 
 def test_readme_is_rendered_from_its_files() -> None:
@@ -27,6 +28,28 @@ def test_a_changed_figure_is_noticed() -> None:
 def test_block_without_file_says_which() -> None:
     with pytest.raises(UserError, match=r"no/such\.json"):
         readme.render("<!-- scores no/such.json -->\n<!-- end -->")
+
+
+def test_peaks_are_shown_by_mode_and_only_if_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "REPO", tmp_path)
+    file = tmp_path / "peaks.json"
+    peaks("15b", output=str(file))
+    values = json.loads(file.read_text())
+    table = readme.peaks_table("peaks.json").splitlines()
+    assert table[0] == (
+        "| computed, GB | wan, fast | wan, balanced | wan, low | turbo, fast | turbo, balanced | turbo, low |"
+    )
+    assert len(table) == 2 + 9 + 2
+    largest = [
+        row["bytes"] for row in values["peaks"] if (row["resolution"], row["weights"]) == ("1080p", "int4")
+    ]
+    assert table[10] == f"| 1080p, int4 | {' | '.join(f'{size / 1e9:.1f}' for size in largest)} |"
+    values["peaks"][0]["how"] = "measured"
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="cannot be rendered"):
+        readme.render("<!-- peaks peaks.json -->\n<!-- end -->")
 
 
 def test_cost_counts_children_and_time(tmp_path: Path) -> None:

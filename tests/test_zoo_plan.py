@@ -1,8 +1,11 @@
 """zoo plan: what it computes, what it advises, what it refuses."""
 
+import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +137,38 @@ class TestCommand:
         assert "refine 896x512, 14802 tokens" in done.stdout
         assert "does not fit: memory=fast needs" in done.stdout
         assert "memory=balanced needs" in done.stdout
+
+    def test_peaks_are_those_of_the_plan_and_say_how_they_were_found(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "new" / "peaks.json"
+        assert main(["peaks", "15b", "guided=false", f"output={file}"]) == 0
+        assert "1080p     turbo     int4" in capsys.readouterr().out
+        values = json.loads(file.read_text())
+        assert {row["how"] for row in values["peaks"]} == {"computed"}
+        names = ("resolution", "decoder", "weights", "memory")
+        sizes = {tuple(row[name] for name in names): row["bytes"] for row in values["peaks"]}
+        assert len(sizes) == len(values["peaks"]) == 3 * 2 * 3 * 3
+        assert sizes["256p", "wan", "bf16", "fast"] == peak(REQUEST)
+        assert sizes["1080p", "wan", "int4", "low"] == peak(replace(LARGE, memory="low", weights="int4"))
+        assert sizes["1080p", "turbo", "fp8", "balanced"] == peak(
+            replace(LARGE, memory="balanced", weights="fp8", turbo=True)
+        )
+        shown = plan("15b", resolution="1080p", guided=False)
+        assert f"{sizes['1080p', 'wan', 'bf16', 'fast'] / GB:>10.2f}" in shown
+        assert shlex.split(values["provenance"]["command"])[3:6] == ["peaks", "15b", "seconds=5.0"]
+        assert {"code", "date"} <= values["provenance"].keys()
+
+    def test_peaks_refuse(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        for settings, message in (
+            (["tiny"], "codecs of its own"),
+            (["15b", "seconds=0"], "seconds=0 is impossible"),
+            (["15b", "cfg_passes=3"], "choose one of 1, 2"),
+            (["15b", f"output={tmp_path / 'file' / 'x.json'}"], "cannot write output="),
+        ):
+            with pytest.raises(UserError, match=message):
+                main(["peaks", *settings])
 
     def test_training_and_names(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", "15b", "task=dmd2", "gpus=8"]) == 0

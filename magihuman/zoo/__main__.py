@@ -1,7 +1,8 @@
-"""Command line of the zoo: python -m magihuman.zoo list | inspect | verify | convert | plan."""
+"""Command line of the zoo: python -m magihuman.zoo list | inspect | verify | convert | plan | peaks."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from magihuman.errors import UserError, report_and_exit
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "plan", help="the memory that a run will need, and what to change when it does not fit"
     )
+    commands.add_parser("peaks", help="the peak memory of inference in every mode, as a table and as JSON")
     return parser
 
 
@@ -61,16 +63,16 @@ def _convert(arguments: list[str]) -> str:
     return convert(**settings(convert, arguments, program))
 
 
-def _plan(arguments: list[str]) -> str:
+def _sized(function: Callable[..., str], name: str, arguments: list[str]) -> str:
+    """Run `plan` or `peaks`, whose first setting, the model, may come without its name."""
     from magihuman.command import settings, usage
-    from magihuman.zoo.plan_command import plan
 
-    program = "python -m magihuman.zoo plan"
+    program = f"python -m magihuman.zoo {name}"
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        return usage(plan, program).replace("model=...", "MODEL")
+        return usage(function, program).replace("model=...", "MODEL")
     if "=" not in arguments[0]:
         arguments[0] = f"model={arguments[0]}"
-    return plan(**settings(plan, arguments, program))
+    return function(**settings(function, arguments, program))
 
 
 def _list() -> str:
@@ -99,7 +101,14 @@ def main(argv: list[str] | None = None) -> int:
         print(_convert(given[1:]))
         return 0
     if given[:1] == ["plan"]:
-        print(_plan(given[1:]))
+        from magihuman.zoo.plan_command import plan
+
+        print(_sized(plan, "plan", given[1:]))
+        return 0
+    if given[:1] == ["peaks"]:
+        from magihuman.zoo.peaks import peaks
+
+        print(_sized(peaks, "peaks", given[1:]))
         return 0
     arguments = _parser().parse_args(given)
     if arguments.command == "list":

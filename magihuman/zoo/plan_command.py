@@ -1,6 +1,6 @@
 """The command `python -m magihuman.zoo plan`: from names and settings to a report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from magihuman import zoo
 from magihuman.errors import UserError
@@ -16,7 +16,9 @@ FPS = 25.0
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
+    """What planning knows of a network: `guided` is its usual way, `size` (height, width) its first stage's."""
+
     name: str
     config: DiTConfig
     patch: int
@@ -88,28 +90,12 @@ def plan(
         if value not in allowed:
             listed = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise UserError(f"{name}={value} is unknown; choose one of {listed}")
-    numbers = {"text": text, "batch": batch, "gpus": gpus, "rank": rank, "seconds": seconds, "gpu_gb": gpu_gb}
-    for name, number in numbers.items():
-        if not 0 < number < float("inf"):
-            raise UserError(f"{name}={number:g} is impossible; give a positive number")
-    known = _model(model)
+    check_numbers(text=text, batch=batch, gpus=gpus, rank=rank, seconds=seconds, gpu_gb=gpu_gb)
+    known = model_of(model)
     size, enlarged = _sizes(known, resolution, height, width)
-    audio = round(seconds * FPS) + 1
-    request = Request(
-        base=known.config,
-        patch=known.patch,
-        stride=known.stride,
-        released=known.released,
-        frames=(audio - 1) // known.stride[0] * known.stride[0] + 1,
-        audio=audio,
-        height=size[0],
-        width=size[1],
-        text=text,
-        batch=batch,
-        guided=known.guided if guided is None else guided,
-        cfg_passes=cfg_passes,
-        second=known.config if enlarged else None,
-        enlarged=enlarged or (0, 0),
+    guided = known.guided if guided is None else guided
+    request = replace(
+        infer_request(known, size, enlarged, seconds, text, batch, guided, cfg_passes),
         turbo=turbo,
         compute=BF16 if dtype == "bfloat16" else FP32,
         memory=memory,
@@ -128,14 +114,60 @@ def plan(
     return training.report(run, task, gpus, title, available)
 
 
-def _model(name: str) -> _Model:
+def check_numbers(**numbers: float) -> None:
+    """Refuse settings that are not positive and finite.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    for name, number in numbers.items():
+        if not 0 < number < float("inf"):
+            raise UserError(f"{name}={number:g} is impossible; give a positive number")
+
+
+def infer_request(
+    model: Model,
+    size: tuple[int, int],
+    enlarged: tuple[int, int] | None,
+    seconds: float,
+    text: int,
+    batch: int,
+    guided: bool,
+    cfg_passes: int,
+) -> Request:
+    """A clip of a length; (height, width) of the first stage, and of the second if there is one."""
+    audio = round(seconds * FPS) + 1
+    return Request(
+        base=model.config,
+        patch=model.patch,
+        stride=model.stride,
+        released=model.released,
+        frames=(audio - 1) // model.stride[0] * model.stride[0] + 1,
+        audio=audio,
+        height=size[0],
+        width=size[1],
+        text=text,
+        batch=batch,
+        guided=guided,
+        cfg_passes=cfg_passes,
+        second=model.config if enlarged else None,
+        enlarged=enlarged or (0, 0),
+    )
+
+
+def model_of(name: str) -> Model:
+    """A network by the name of an architecture, of a checkpoint, or by its folder.
+
+    Raises:
+        UserError: there is none.
+    """
     if name in zoo.arch_names():
         config = zoo.arch(name)
         released = config.text_in_channels == RELEASED_TEXT
         stride, size = ((4, 16, 16), (256, 448)) if released else ((4, 4, 4), (64, 64))
-        return _Model(name, config, zoo.pack(name).patch_size, stride, released, True, size)
+        return Model(name, config, zoo.pack(name).patch_size, stride, released, True, size)
     found = zoo.config_of(name)
-    return _Model(
+    return Model(
         name,
         found.model,
         found.pack.patch_size,
@@ -147,7 +179,7 @@ def _model(name: str) -> _Model:
 
 
 def _sizes(
-    model: _Model, resolution: str | None, height: int | None, width: int | None
+    model: Model, resolution: str | None, height: int | None, width: int | None
 ) -> tuple[tuple[int, int], tuple[int, int] | None]:
     """Pixels (height, width) of the first stage, and of the second."""
     if resolution is not None:
