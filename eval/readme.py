@@ -94,13 +94,11 @@ def peaks_table(file: str) -> str:
     commit = made["code"].get("commit", "unknown")[:12] + (
         " with changes" if made["code"].get("changed") else ""
     )
-    guidance = (
-        f"with guidance in {settings['cfg_passes']} pass(es)" if settings["guided"] else "without guidance"
-    )
+    guidance = f"guidance with cfg_passes={settings['cfg_passes']}" if settings["guided"] else "no guidance"
     lines += [
         "",
         f"Computed, not measured: {values['model']}, {settings['seconds']:g} s, {guidance}, prompts of "
-        f"{settings['text']} tokens, {settings['batch']} clip(s) at once; "
+        f"{settings['text']} tokens, batch={settings['batch']}; "
         f"{values['assumed_for_cuda_bytes'] / 1e9:g} GB in each are assumed for CUDA itself. From [{file}]({file}): "
         f"{made['date'][:10]}, commit {commit}.",
     ]
