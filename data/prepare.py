@@ -29,6 +29,7 @@ from data.workers import Workers
 from magihuman.errors import UserError
 
 WORK = ".work"  # folder inside the output for what an unfinished run knows
+SEEN = "seen.jsonl"  # in it: what each file holds
 LOOK_CHUNK = 32  # files per task while looking at them
 
 
@@ -107,7 +108,7 @@ def prepare(
 @contextmanager
 def _claimed(output: Path) -> Iterator[Path]:
     """The work folder, held against a second run at the same time."""
-    work = output / WORK
+    work, new = output / WORK, not output.exists()
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / "lock", "w")  # noqa: SIM115 (held until the end)
@@ -123,7 +124,13 @@ def _claimed(output: Path) -> Iterator[Path]:
                 f"another data.prepare is writing to {output}; wait for it or choose another"
             ) from error
         _sweep(output)
-        yield work
+        try:
+            yield work
+        except UserError:
+            # Refused before anything was found out that a next run could use: as if it had not been.
+            if new and list(output.iterdir()) == [work] and not (work / SEEN).exists():
+                shutil.rmtree(output)
+            raise
         _sweep(output)
 
 
@@ -209,7 +216,7 @@ class _Run:
 
         from data.encode import look_at
 
-        journal = self.work / "seen.jsonl"
+        journal = self.work / SEEN
         seen = _read_journal(journal)
         known = {found.path: seen.get((found.path, found.size, found.modified)) for found in media}
         new = [found for found in media if known[found.path] is None]

@@ -150,9 +150,7 @@ class Batches(Dataset[dict[str, Any]]):
         raise UserError(f"no sample of bucket {bucket} in {self._shards.folder} can be read; copy it again")
 
 
-def collate(
-    samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor
-) -> dict[str, Any]:
+def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor) -> dict[str, Any]:
     """Samples of one bucket to a batch (see `Batches`); `silent` [0,Ca] stands for a missing sound."""
     tensors = [sample.tensors for _, sample in samples]
     batch: dict[str, Any] = {

@@ -11,7 +11,9 @@ from data.shards import INDEX
 from magihuman.errors import UserError
 
 
-def ensure(folder: str, clips: int, seed: int = 0, size: int = 64, workers: int = 2) -> str:
+def ensure(
+    folder: str, clips: int, seed: int = 0, size: int = 64, workers: int = 2, world: str = "tiny"
+) -> str:
     """Clips in FOLDER/clips-..., their shards in FOLDER/shards-...; returns the folder of the shards.
 
     Names carry what the clips depend on, so other settings make other folders. What an interrupted call left
@@ -23,13 +25,14 @@ def ensure(folder: str, clips: int, seed: int = 0, size: int = 64, workers: int 
         seed: of the world; evaluation and the recogniser have seeds of their own
         size: width and height in pixels
         workers: processes
+        world: whose codecs and text encoder make the latents
 
     Raises:
         UserError: a value out of range, or a folder that cannot be written.
     """
     root = Path(folder)
     name = f"{clips}-seed{seed}-{size}px"
-    shards = root / f"shards-{name}"
+    shards = root / f"shards-{world}-{name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -242,7 +242,7 @@ def run(
         world, facts = load_world("tiny"), {"clips": str(clips), "refused": refused}
     folder = Path(output) if output else _output_of(checkpoint, clips)
     limits = bounds(prompts if checkpoint else len(made.captions), world, made.frames[0].shape[1])
-    name = str(checkpoint or clips).rstrip("/").rsplit("/", 1)[-1]
+    name = _name_of(checkpoint, clips)
     scores = made.score(limits[1].scores)
     columns = [*limits, Column(name, scores, facts)]
     seconds = round(time.perf_counter() - start, 1)
@@ -264,6 +264,14 @@ def _summary(scores: Scores, bound: Scores) -> dict[str, dict[str, float | None]
         name: {"value": m.value, "low": m.low, "high": m.high, "bound": bound.table[name].value}
         for name, m in scores.table.items()
     }
+
+
+def _name_of(checkpoint: str | None, clips: str | None) -> str:
+    """Of the column: a shipped name as it is, of a folder the last part."""
+    from magihuman.zoo import checkpoint_names
+
+    name = str(checkpoint or clips).rstrip("/")
+    return name if checkpoint is not None and name in checkpoint_names() else name.rsplit("/", 1)[-1]
 
 
 def _output_of(checkpoint: str | None, clips: str | None) -> Path:

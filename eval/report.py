@@ -161,9 +161,17 @@ def bars(columns: Sequence[Column]) -> "Figure":
         axes.axhline(0, color="black", linewidth=0.6)
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylim(0, 1.08)
-    figure.axes[0].legend(fontsize=8, loc="lower left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(columns))
     figure.suptitle("Tiny world: measured beside its bounds (95 % intervals over clips)", fontsize=11)
     return figure
+
+
+def _said_of(clip: ClipScore) -> str:
+    """A clip's caption, what is heard, and what of its looks is not as the caption says."""
+    parts = [clip.caption, f"heard: {' '.join(clip.heard.words) or 'nothing'}"]
+    wrong = [f"{name} {clip.seen.attributes[name]}" for name, right in clip.right.items() if not right]
+    return " | ".join([*parts, f"wrong: {', '.join(wrong)}"] if wrong else parts)
 
 
 def contact_sheet(
@@ -179,9 +187,7 @@ def contact_sheet(
         chosen = np.linspace(0, len(movie) - 1, pictures).round().astype(int)
         axes.imshow(np.concatenate(list(movie[chosen]), axis=1), aspect="equal")
         axes.axis("off")
-        wrong = [f"{name} is {clip.seen.attributes[name]}" for name, right in clip.right.items() if not right]
-        heard = " ".join(clip.heard.words) or "nothing"
-        axes.set_title(f"{clip.caption}  |  heard: {heard}  {' '.join(wrong)}", fontsize=8, loc="left", pad=2)
+        axes.set_title(_said_of(clip), fontsize=8, loc="left", pad=2)
         axes = figure.add_subplot(grid[line, 1])
         axes.plot(clip.seen.openness - clip.seen.openness.min(), color="C3", label="mouth seen")
         if clip.called is not None:
@@ -190,6 +196,9 @@ def contact_sheet(
         axes.text(0.02, 0.86, agreement, transform=axes.transAxes, fontsize=7)
         axes.set_ylim(-0.004, 0.062)
         axes.tick_params(labelsize=6)
+        axes.set_ylabel("opening", fontsize=6)
+        if line == len(clips) - 1:
+            axes.set_xlabel("frame", fontsize=6)
         if line == 0:
             axes.legend(fontsize=6, loc="upper right")
     figure.suptitle(title, fontsize=10)

@@ -179,6 +179,7 @@ def run(
             _prepare(folder, manifest, finished, rank)
             try:
                 if pipeline is not None:
+                    resolver.check_prompts(pipeline.world, [r.prompt for r in requests if r.name in waiting])
                     if shared:
                         spread(pipeline)
                     written = own if rank == 0 or not shared else set()

@@ -1,6 +1,8 @@
 """Requests with everything resolved: settings, identity for the record, the command that makes each alone."""
 
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from magihuman.provenance import file_hash
 if TYPE_CHECKING:
     from inference.opening import Source
     from inference.settings import Settings
+    from magihuman.world import World
 
 
 def note(text: str) -> None:
@@ -67,6 +70,19 @@ class Resolver:
         path = self.folder / f"{request.name}.mp4"
         return Job(request, settings, identity, path, command(self.source, request, settings, path))
 
+    def check_prompts(self, world: "World", prompts: Sequence[str]) -> None:
+        """Say once if there are prompts that mean nothing in this world."""
+        if world.prompt_pattern is None:
+            return
+        strange = [p for p in prompts if not re.fullmatch(world.prompt_pattern, " ".join(p.split()))]
+        if strange:
+            short = strange[0] if len(strange[0]) <= 60 else strange[0][:57] + "..."
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            self._say(
+                f"the prompt {short!r}{more} is not of the only form that the {world.name} world knows, such as "
+                f"{world.prompt_example!r}"
+            )
+
     def _settings(self, request: Request) -> "Settings":
         config, second = self.source.config, self.source.second
         given = dict(self.overrides)
@@ -115,7 +131,15 @@ class Resolver:
                 self._say(
                     f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)"
                 )
-        released = self.source.config.world == "released"
+        config = self.source.config
+        released = config.world == "released"
+        # The published networks were trained on many lengths; which, nobody says.
+        if not released and settings.frames > config.size.frames:
+            asked, usual = (frames / config.contract.fps for frames in (settings.frames, config.size.frames))
+            self._say(
+                f"{asked:g} s is longer than the {usual:g} s that this checkpoint was trained on; the clip may "
+                "fall apart (see seconds=)"
+            )
         if released and settings.guidance.needed and not settings.negative_prompt.strip():
             self._say("guidance without a negative prompt; the release has one: see negative_prompt_file=")
 

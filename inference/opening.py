@@ -46,13 +46,13 @@ def choose_device(device: str) -> "torch.device":
     return torch.device(device)
 
 
-def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None) -> str | None:
-    """The second stage's checkpoint: the given one, or the published one beside the base.
+def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, world: str) -> str | None:
+    """The second stage's checkpoint: the given one, or the published one beside a base of the released world.
 
     Raises:
         UserError: resolution= needs one, and none is given or found.
     """
-    if sr is not None or resolution not in ("540p", "1080p"):
+    if sr is not None or world != "released" or resolution not in ("540p", "1080p"):
         return sr
     from magihuman import zoo
 
@@ -206,7 +206,7 @@ def find(
         raise UserError(
             f"{next(iter(given))}= is for released checkpoints, and {checkpoint} is of {config.world!r}"
         )
-    sr = second_checkpoint(checkpoint, sr, resolution)
+    sr = second_checkpoint(checkpoint, sr, resolution, config.world)
     second = None
     if sr is not None:
         second = zoo.config_of(sr)

@@ -184,7 +184,7 @@ def _named_sizes(
             f"resolution={name} is unknown; choose one of {', '.join(RESOLUTIONS)}, or give sizes"
         )
     if config.world != "released":
-        raise UserError(f"resolution={name} is for the released checkpoints; give height= and width= instead")
+        raise UserError(f"resolution={name} is for the published weights; give height= and width= instead")
     both = [key for key, value in given.items() if value is not None]
     if both:
         raise UserError(f"resolution={name} and {both[0]}= contradict each other; give one of them")

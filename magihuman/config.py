@@ -7,13 +7,13 @@ either with what it is for.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
-from magihuman.schema import build, check, check_call, locate, one_line
+from magihuman.schema import build, check, check_call, locate, one_line, suggest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -172,7 +172,15 @@ def explain(error: BaseException) -> str:
         )
     if "is not in struct" in text:
         key = text.split("Key '")[1].split("'")[0] if "Key '" in text else "?"
-        return f"unknown setting {key!r}; see `python -m magihuman.train +recipe=NAME --cfg job` for all ({text})"
+        full = text.split("full_key: ")[1].split(";")[0] if "full_key: " in text else key
+        section = get_type_hints(TrainSettings).get(full.split(".")[0])
+        known = (
+            [f.name for f in fields(section)]
+            if is_dataclass(section)
+            else list(get_type_hints(TrainSettings))
+        )
+        where = "`python -m magihuman.train +recipe=NAME --cfg job`"
+        return f"unknown setting {full}{suggest(key, known)}; see {where} for all"
     if "Could not find 'recipe/" in text:
         name = text.split("Could not find 'recipe/")[1].split("'")[0]
         return f"no recipe {name!r}; recipes: {', '.join(available('recipe'))}"

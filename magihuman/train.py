@@ -6,6 +6,7 @@ through `_target_` strings.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -41,8 +42,15 @@ def stage(title: str) -> Iterator[None]:
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     """The data module and its folder of shards, made first where the configuration says how."""
+    from magihuman.training.session import require_fit
+    from magihuman.world import load_world
+
     module = dict(settings.data.module)
     if settings.data.make is not None:
+        if (
+            settings.data.make.get("world") == "tiny"
+        ):  # its contract is at hand, so a misfit fails before the work
+            require_fit(settings.model, load_world("tiny").contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
     return call(module, "data.module"), Path(module["shards"])
@@ -116,6 +124,7 @@ def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
     """Train from `resume` (or from the start), leaving the checkpoint of the last step behind."""
     from magihuman.training.checkpoint import step_of
     from magihuman.training.naming import RUN_NAME
+    from magihuman.training.preempt import SIGNALS
     from magihuman.training.runs import CSVLog
 
     step = 0
@@ -126,9 +135,13 @@ def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
         if isinstance(logger, CSVLog):
             logger.rewind(step)
     os.environ[RUN_NAME] = folder.name
+    # Lightning and the preemption callback both take the signals; what follows the training is to end by them.
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         trained.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         del os.environ[RUN_NAME]
 
 

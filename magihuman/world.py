@@ -16,6 +16,12 @@ from magihuman.errors import UserError
 from magihuman.models.codecs import AudioCodec, Contract, TextEncoder, VideoCodec
 
 NAMES = ("tiny", "released")
+# What the tiny world's captions say (data/puppets.py); its text encoder knows no words beyond them.
+TINY_CAPTION = (
+    r"(round|square|long) face, (black|brown|ginger|blond|grey) hair, (red|blue|green|yellow|purple|white) shirt, "
+    r"(blue|green|pink|yellow|orange|grey) wall, says( [bms][aeiou])+"
+)
+TINY_EXAMPLE = "round face, ginger hair, blue shirt, green wall, says ma bi so"
 TINY_FILES = Path(__file__).parent / "zoo" / "weights" / "tiny" / "codecs"
 
 # Where the released world's parts are looked for when no path is given.
@@ -28,7 +34,11 @@ RELEASED_VARIABLES = {
 
 @dataclass(frozen=True)
 class World:
-    """Codecs, text encoder and contract; `height`, `width` and `frames` are the world's usual clip."""
+    """Codecs, text encoder and contract; `height`, `width` and `frames` are the world's usual clip.
+
+    Where only prompts of one form mean anything, `prompt_pattern` is a regular expression that matches them whole
+    and `prompt_example` is one of them.
+    """
 
     name: str
     contract: Contract
@@ -38,6 +48,8 @@ class World:
     height: int
     width: int
     frames: int
+    prompt_pattern: str | None = None
+    prompt_example: str | None = None
 
 
 def load_world(name: str, device: str | torch.device = "cpu", **paths: str | None) -> World:
@@ -96,7 +108,10 @@ def _tiny_world(device: torch.device) -> World:
     )
     video.to(device).eval().requires_grad_(False)
     audio.to(device).eval().requires_grad_(False)
-    return World("tiny", contract, video, audio, text, height=64, width=64, frames=25)
+    return World(
+        "tiny", contract, video, audio, text, height=64, width=64, frames=25,
+        prompt_pattern=TINY_CAPTION, prompt_example=TINY_EXAMPLE,
+    )  # fmt: skip
 
 
 def _released_world(device: torch.device, paths: dict[str, str | None]) -> World:

@@ -128,7 +128,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         ((), "error: no recipe given; add +recipe=NAME, one of: "),
         (("recipe=pretrain",), "error: a recipe is added, not replaced: write +recipe=NAME"),
         (("+recipe=nothing",), "error: no recipe 'nothing'; recipes: "),
-        (("+recipe=pretrain", "trainer.max_stepz=3"), "error: unknown setting 'max_stepz'"),
+        (
+            ("+recipe=pretrain", "trainer.max_stepz=3"),
+            "error: unknown setting trainer.max_stepz, did you mean 'max_steps'?",
+        ),
         (("+recipe=pretrain", "optim=sgd"), "adamw"),
         (("+recipe=pretrain", "optim.lr=[1,"), "error: "),
     ],

@@ -289,6 +289,11 @@ def test_folders_without_use_are_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no media file"):
         prepare(str(tmp_path / "empty"), str(tmp_path / "out"), world=WORLD[6:])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="holds no media file"):
+        prepare(str(tmp_path / "empty"), str(tmp_path / "mine"), world=WORLD[6:])
+    assert (tmp_path / "mine").exists()
     clips = folder_of_clips(tmp_path / "media", 1)
     (clips / "c00.txt").unlink()
     with pytest.raises(UserError, match=r"no clip could be taken .* most often: has no caption; .*report.md"):

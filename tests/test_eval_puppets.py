@@ -169,6 +169,36 @@ def test_a_run_folder_is_sampled_scored_and_gets_its_eval_folder(untrained):
     assert captions == [p.caption for p in held_out(3)]
 
 
+def test_a_shipped_name_stays_whole_and_a_folder_gives_its_last_part():
+    assert program._name_of("tiny/base", None) == "tiny/base"
+    assert program._name_of("runs/pretrain/first/", None) == "first"
+    assert program._name_of(None, "tiny/base") == "base"
+
+
+def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard(world):
+    from eval.report import Column, bars, contact_sheet
+
+    puppets = held_out(2)
+    clips = ground_truth(puppets)
+    scores = clips.score()
+    clip = scores.clips[0]
+    clip.right.update(face=False, shirt=False)
+    sheet = contact_sheet(scores.clips, clips.frames, "t")
+    face, shirt, heard = (
+        clip.seen.attributes["face"],
+        clip.seen.attributes["shirt"],
+        " ".join(clip.heard.words),
+    )
+    title = sheet.axes[0].get_title(loc="left")
+    assert title == f"{puppets[0].caption} | heard: {heard} | wrong: face {face}, shirt {shirt}"
+    assert "wrong" not in sheet.axes[2].get_title(loc="left")
+    assert (sheet.axes[3].get_xlabel(), sheet.axes[3].get_ylabel()) == ("frame", "opening")
+    picture = bars([Column("a", scores), Column("b", scores)])
+    picture.canvas.draw()
+    legend = picture.legends[0].get_window_extent()
+    assert all(not legend.overlaps(axes.get_tightbbox()) for axes in picture.axes)
+
+
 def test_a_clip_depends_on_its_prompt_and_the_seed_only(untrained):
     prompts = [p.caption for p in held_out(3)]
     settings = {"steps": 1, "guidance": 1.0, "progress": False}

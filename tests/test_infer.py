@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,27 @@ def test_one_prompt_makes_a_clip_and_its_record(
     assert "1 made" in summary
     assert all(stage in summary for stage in ("load", "text", "sample", "decode", "write"))
     assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.mp4"]
+
+
+def test_what_the_world_does_not_know_is_said_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(*arguments: Any, **named: Any) -> Any:
+        return replace(
+            fake_world(*arguments, **named), prompt_pattern="face( m[ai])+", prompt_example="face ma"
+        )
+
+    monkeypatch.setattr("magihuman.world.load_world", strict)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\nface  ma mi\na dog\n")
+    run(f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={tmp_path / 'out'}", "seconds=1")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "1 s is longer than the 0.68 s that this checkpoint was trained on" in notes[0]
+    assert "the prompt 'a cat' and 1 more is not of the only form" in notes[1]
+    assert notes[1].endswith("such as 'face ma'")
+    run(f"checkpoint={checkpoint}", "prompt=face mi", f"output={tmp_path / 'y.mp4'}")
+    assert "note: " not in capsys.readouterr().err
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(
@@ -258,8 +280,8 @@ def test_sigkill_in_the_middle_loses_nothing_and_repeats_nothing(checkpoint: Pat
         (["output=x.mp4", "prompt=" + 5000 * "word "], "the prompt has 5000 words"),
         (["output=x.mp4", "prompt=" + 10001 * "\u8bdd"], "the prompt has 10001 characters"),
         (["prompt=a", "output=x.mp4", "seconds=long"], "positive number or auto, not 'long'"),
-        (["prompt=a", "output=x.mp4", "resolution=540p"], "540p_sr is not there"),
-        (["prompt=a", "output=x.mp4", "resolution=256p"], "is for the released checkpoints"),
+        (["prompt=a", "output=x.mp4", "resolution=540p"], "is for the published weights; give height= and"),
+        (["prompt=a", "output=x.mp4", "resolution=256p"], "is for the published weights; give height= and"),
         (["prompt=a", "output=x.mp4", "sr_steps=3"], "sr_steps=3 needs a checkpoint"),
         (["prompt=a", "output=x.mp4", "cfg_passes=3"], "cfg_passes=3 is impossible"),
         (["prompt=a", "output=x.mp4", "video_codec=x"], "is for released checkpoints"),

@@ -137,3 +137,15 @@ def test_released_world_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match=r"MAGIHUMAN_WAN_VAE.*MAGIHUMAN_STABLE_AUDIO.*MAGIHUMAN_T5GEMMA"):
         load_world("released")
+
+
+def test_the_worlds_pattern_is_that_of_its_captions() -> None:
+    import re
+
+    from data.puppets import draw_puppet
+    from magihuman.world import TINY_CAPTION, TINY_EXAMPLE
+
+    captions = [draw_puppet(5, index).caption for index in range(300)]
+    assert all(re.fullmatch(TINY_CAPTION, caption) for caption in [*captions, TINY_EXAMPLE])
+    for other in ("a cat on a sofa", captions[0] + "x", captions[0].replace("face", "head")):
+        assert not re.fullmatch(TINY_CAPTION, other)

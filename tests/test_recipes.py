@@ -87,7 +87,11 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
             f"resume={parent}",
             "strategy=fsdp2",
         ): "was saved with another strategy.name (files then, fsdp2 now)",
-        (f"resume={parent}", "data.module.batch_size=4"): "cannot go on in the middle of other data",
+        (
+            f"resume={parent}",
+            "data.module.batch_size=4",
+        ): "was saved with another data.module.batch_size (2 then, 4 now)",
+        (f"resume={parent}", "seed=5"): "was saved with another seed (0 then, 5 now)",
         (f"resume={tmp_path}/none",): "no checkpoint there",
         ("strategy=zero2", "optim=adamw"): "needs DeepSpeed",
     }

@@ -220,3 +220,24 @@ def test_the_report_shows_figures_and_curves(tmp_path) -> None:
     assert '"sync": 0.5' in text
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "scores.md").write_text("| a table |\n")
+    (tmp_path / "eval" / "clips.png").write_bytes(b"")
+    run.update(results={"eval": {"scores": str(tmp_path / "eval" / "scores.json")}})
+    write_report(str(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "| a table |" in text
+    assert "![clips](eval/clips.png)" in text
+
+
+def test_a_continuation_keeps_the_settings_it_replaces(tmp_path) -> None:
+    run, config = RunFolder(tmp_path), {"recipe": {"_target_": "recipes.x.X"}, "seed": 3}
+    run.start(config, "lr: 1\n", [])
+    run.update(steps=6)
+    run.start(config, "lr: 1\n", [])
+    assert run.read()["earlier"] == []
+    run.start(config, "lr: 2\n", [])
+    assert (tmp_path / "config.yaml").read_text() == "lr: 2\n"
+    assert (tmp_path / "config-1.yaml").read_text() == "lr: 1\n"
+    assert run.read()["earlier"][0]["config"] == "config-1.yaml"
+    assert run.read()["earlier"][0]["steps"] == 6

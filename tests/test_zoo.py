@@ -312,7 +312,7 @@ class TestCommandLine:
         assert "world: tiny" in out
         assert "seed: 3" in out
         count = MODEL.parameter_count() + 2
-        assert f"{len(state)} tensors in 1 files, {count:,} numbers" in out
+        assert f"{len(state)} tensors in 1 file, {count:,} numbers, of which 2 in buffers (" in out
         assert "block.layers.0.attention.linear_proj.weight" in out
 
     def test_inspect_a_file_and_refusals(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,3 +323,5 @@ class TestCommandLine:
         for path in (tmp_path / "nothing", tmp_path / "empty"):
             with pytest.raises(UserError):
                 main(["inspect", str(path)])
+        with pytest.raises(UserError, match=r"shipped name \(.*tiny/base.*; did you mean 'tiny/base'\?\)"):
+            main(["inspect", "tiny/bse"])

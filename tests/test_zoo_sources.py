@@ -219,6 +219,26 @@ class TestFind:
         with pytest.raises(UserError, match=r"the part 'bass' .* \(published are base, distill"):
             zoo.find("GAIR/daVinci-MagiHuman/bass")
 
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_missing_folder_of_the_release_is_named_with_its_command(
+        self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        if there:
+            (tmp_path / "weights").mkdir()
+        with pytest.raises(UserError, match="neither a folder nor a shipped name") as caught:
+            zoo.find("weights/base")
+        command = "hf download GAIR/daVinci-MagiHuman --include 'base/*' --local-dir weights"
+        assert str(caught.value).endswith(f"; fetch it with: {command}")
+
+    def test_misspelt_shipped_name_is_no_hub_id(
+        self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="did you mean 'tiny/base'") as caught:
+            zoo.find("tiny/bse")
+        assert "hf download" not in str(caught.value)
+
     def test_misspelt_path_is_no_hub_id(
         self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -102,7 +102,15 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     if not file.exists():
         return
     then = yaml.safe_load(file.read_text())
-    for path in ("recipe._target_", "model.dit", "model.pack", "optim.algorithm", "strategy.name"):
+    for path in (
+        "recipe._target_",
+        "model.dit",
+        "model.pack",
+        "optim.algorithm",
+        "strategy.name",
+        "seed",
+        "data.module.batch_size",
+    ):
         old, new = _entry(then, path), _entry(node, path)
         if (
             path == "strategy.name"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def write_report(run: str) -> dict[str, Any]:
         *(f"| {name} | {value:.4g} |" for name, value in record.get("metrics", {}).items()),
         "",
     ]
+    for start in record.get("earlier", []):
+        lines += [f"Up to step {start['steps']} with `{start['config']}`: `{' '.join(start['command'])}`", ""]
     for name, result in record.get("results", {}).items():
-        lines += [f"## {name}", "", "```json", json.dumps(result, indent=2), "```", ""]
+        lines += [f"## {name}", "", *_result(result, folder), ""]
     sheets = sorted(path.relative_to(folder).as_posix() for path in folder.glob("samples/*.png"))
     if sheets:
         lines += [
@@ -63,11 +66,22 @@ def write_report(run: str) -> dict[str, Any]:
             "",
             f"![{sheets[-1]}]({sheets[-1]})",
             "",
-            *(f"- {s}" for s in sheets),
+            *(f"- [{s}]({s})" for s in sheets[:-1]),
             "",
         ]
     (folder / "report.md").write_text("\n".join(lines))
     return {"report": str(folder / "report.md")}
+
+
+def _result(result: dict[str, Any], folder: Path) -> list[str]:
+    """An evaluation's own table and pictures where it wrote some, else its figures as they are."""
+    scores = Path(str(result.get("scores", "scores.json")))
+    table = scores.with_name("scores.md")
+    if "scores" not in result or not table.exists():
+        return ["```json", json.dumps(result, indent=2), "```"]
+    pictures = [scores.with_name(name) for name in ("scores.png", "clips.png")]
+    links = [f"![{p.stem}]({os.path.relpath(p, folder)})" for p in pictures if p.exists()]
+    return [table.read_text(encoding="utf-8").strip(), "", *(line for link in links for line in (link, ""))]
 
 
 def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
@@ -80,10 +94,15 @@ def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
     for axis, (title, names) in zip(axes, PANELS, strict=True):
         for name in names:
             if name in series:
-                axis.plot(*zip(*series[name], strict=True), label=name, linewidth=1)
+                marker = "." if len(series[name]) < 20 else ""  # a single point has no line
+                axis.plot(*zip(*series[name], strict=True), label=name, linewidth=1, marker=marker)
         axis.set_title(title)
         axis.set_xlabel("step")
         if axis.lines:
             axis.legend(fontsize=8)
+        else:
+            axis.text(
+                0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes
+            )
     figure.savefig(file, dpi=100)
     pyplot.close(figure)

@@ -99,10 +99,20 @@ class RunFolder:
 
     @rank_zero_only
     def start(self, config: Mapping[str, Any], config_yaml: str, parents: list[dict[str, Any]]) -> None:
-        """Record a beginning or a continuation."""
+        """Record a beginning or a continuation.
+
+        A continuation with other settings keeps the earlier ones as config-1.yaml, config-2.yaml, ..., and
+        `earlier` in run.json says which command they belonged to and up to which step it came.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "config.yaml", config_yaml)
         previous = self.read()
+        earlier, settings = list(previous.get("earlier", [])), self.path / "config.yaml"
+        if settings.exists() and settings.read_text(encoding="utf-8") != config_yaml:
+            kept = f"config-{len(earlier) + 1}.yaml"
+            os.replace(settings, self.path / kept)
+            command = previous.get("provenance", {}).get("command", [])
+            earlier.append({"config": kept, "command": command, "steps": previous.get("steps")})
+        write_atomically(settings, config_yaml)
         self.update(
             format=FORMAT,
             recipe=str(config["recipe"]["_target_"]),
@@ -110,6 +120,7 @@ class RunFolder:
             status="running",
             created=previous.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
             starts=previous.get("starts", 0) + 1,
+            earlier=earlier,
             config_sha256=config_hash(config),
             parents=parents,
             provenance={

@@ -9,8 +9,9 @@ from typing import Any
 import lightning as L
 
 from magihuman import zoo
-from magihuman.config import TrainSettings, parse_time
+from magihuman.config import ModelSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
+from magihuman.models.codecs import Contract
 from magihuman.provenance import fingerprint
 from magihuman.schema import call
 from magihuman.training.callbacks import Limits, LogLines, Samples
@@ -29,22 +30,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*")
 
 
-def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> Setup:
-    """Network, latents and engine settings, checked against each other.
-
-    Args:
-        data: the data module, with `world`, `contract`, `size` (frames, height, width), `null_text` or None.
+def require_fit(model: ModelSettings, contract: Contract) -> None:
+    """Raise unless a model takes the channels of these latents.
 
     Raises:
-        UserError: the model is not made for these latents, or `init` is not this model.
+        UserError: naming the setting that would fit.
     """
-    from magihuman.weights import Size
-
-    contract, model = data.contract, settings.model
-    if contract is None:
-        raise UserError(
-            "the shards have no index.json, so nothing says what their latents are; copy it beside the tars"
-        )
     patch_area = model.pack.patch_size**2
     for name, has, needs, why in (
         (
@@ -61,6 +52,25 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
                 f"the model takes {name}_in_channels={has}, the shards hold {getattr(contract, f'{name}_channels')} "
                 f"{name} channels{why}: set model.dit.{name}_in_channels={needs}, or choose the shards' own world"
             )
+
+
+def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> Setup:
+    """Network, latents and engine settings, checked against each other.
+
+    Args:
+        data: the data module, with `world`, `contract`, `size` (frames, height, width), `null_text` or None.
+
+    Raises:
+        UserError: the model is not made for these latents, or `init` is not this model.
+    """
+    from magihuman.weights import Size
+
+    contract, model = data.contract, settings.model
+    if contract is None:
+        raise UserError(
+            "the shards have no index.json, so nothing says what their latents are; copy it beside the tars"
+        )
+    require_fit(model, contract)
     if settings.init is not None:
         parent = zoo.config_of(settings.init)
         parent.contract.require(contract, f"init={settings.init}", "the shards")

@@ -14,6 +14,8 @@ BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
+BUFFERS = ("adapter.rope.bands",)  # which `DiTConfig.parameter_count` leaves out
+
 
 def describe(path: str | Path) -> str:
     """Readable account of a checkpoint: run facts, config, tensors, totals.
@@ -25,7 +27,13 @@ def describe(path: str | Path) -> str:
     if path.is_file():
         return _tensor_table([path])
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a safetensors file, an exported folder or a run folder")
+        from magihuman import zoo
+        from magihuman.zoo.sources import choices
+
+        raise UserError(
+            f"{path} does not exist; give a safetensors file, an exported folder, a run folder or a shipped name "
+            f"({choices(str(path), zoo.checkpoint_names())})"
+        )
     parts = []
     if (path / "run.json").is_file():
         parts.append(_json_block("run", _read_json(path / "run.json")))
@@ -68,17 +76,20 @@ def _flat_lines(values: Any, indent: str) -> list[str]:
 
 
 def _tensor_table(files: list[Path]) -> str:
-    rows, numbers, sizes = [], Counter[str](), Counter[str]()
+    rows, numbers, sizes, buffered = [], Counter[str](), Counter[str](), 0
     for file in files:
         for name, (shape, dtype) in read_header(file).items():
             count = prod(shape)
+            buffered += count if name in BUFFERS else 0
             rows.append((name, str(list(shape)), dtype, readable_size(count * BYTES.get(dtype, 0))))
             numbers[dtype] += count
             sizes[dtype] += count * BYTES.get(dtype, 0)
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     kinds = ", ".join(f"{numbers[dtype]:,} {dtype}" for dtype in sorted(numbers))
-    total = f"{len(rows)} tensors in {len(files)} files, {numbers.total():,} numbers ({kinds})"
+    apart = f", of which {buffered:,} in buffers" if buffered else ""
+    where = f"{len(files)} file{'s' * (len(files) != 1)}"
+    total = f"{len(rows)} tensors in {where}, {numbers.total():,} numbers{apart} ({kinds})"
     return (
         "tensors\n" + "\n".join(f"  {line}" for line in lines) + f"\n{total}, {readable_size(sizes.total())}"
     )

@@ -1,5 +1,6 @@
 """Where a checkpoint argument points: a folder, a run folder, a published folder, or a Hub id. Never the network."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,16 @@ def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
             f"{folder} is a file; a checkpoint is a folder. Make one of it with: "
             f"python -m magihuman.zoo convert {folder} NEW"
         )
-    repo, _, inner = _split_hub_id(str(checkpoint))
+    text = str(checkpoint)
+    repo, _, inner = _split_hub_id(text)
+    ours = text.partition("/")[0] in {name.partition("/")[0] for name in shipped}
     # A first part that exists here means a misspelt path, not a name of the Hub.
-    if repo and not Path(repo).parent.exists():
+    if repo and not ours and not Path(repo).parent.exists():
         return _in_hub_cache(repo, inner, shipped)
-    names = ", ".join(shipped) or "none yet"
-    raise UserError(f"checkpoint {str(checkpoint)!r} is neither a folder nor a shipped name ({names})")
+    fetch = f"; {_fetch_into(folder)}" if folder.name in ROLES and not ours else ""
+    raise UserError(
+        f"checkpoint {text!r} is neither a folder nor a shipped name ({choices(text, shipped)}){fetch}"
+    )
 
 
 def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = None) -> ExportConfig:
@@ -67,13 +72,24 @@ def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = N
     return config_for(role, shapes, folder)
 
 
+def choices(name: str, shipped: Sequence[str]) -> str:
+    """The shipped names for a message, and which of them may have been meant by `name`."""
+    close = difflib.get_close_matches(name, shipped, n=1)
+    return (", ".join(shipped) or "none yet") + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _fetch_into(folder: Path) -> str:
+    """What brings the published weights to `folder`, whose name is that of one of them."""
+    return f"fetch it with: hf download {REPO} --include '{folder.name}/*' --local-dir {folder.parent}"
+
+
 def _within(folder: Path, label: str) -> Path:
     for candidate in (folder, folder / "export"):
         if _has_weights(candidate):
             return candidate
-    choices = [name for name in ROLES if _has_weights(folder / name)]
-    if choices:
-        listed = ", ".join(f"{label.rstrip('/')}/{name}" for name in choices)
+    held = [name for name in ROLES if _has_weights(folder / name)]
+    if held:
+        listed = ", ".join(f"{label.rstrip('/')}/{name}" for name in held)
         raise UserError(f"{folder} holds several checkpoints; choose one: {listed}")
     if (folder / DIFFUSERS_INDEX).is_file():
         raise UserError(
@@ -115,11 +131,11 @@ def _in_hub_cache(repo: str, inner: str, shipped: Sequence[str]) -> Path:
     try:
         root = Path(snapshot_download(repo, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-        names = ", ".join(shipped) or "none yet"
-        raise UserError(
-            f"checkpoint {'/'.join(filter(None, (repo, inner)))!r} is neither a folder nor a shipped name ({names}), "
-            f"and the Hub's {repo} is not on this machine; {fetch}"
-        ) from None
+        name = "/".join(filter(None, (repo, inner)))
+        missing = f"checkpoint {name!r} is neither a folder nor a shipped name ({choices(name, shipped)})"
+        if not inner and Path(repo).name in ROLES:  # as in weights/base: a folder for the published weights
+            raise UserError(f"{missing}; {_fetch_into(Path(repo))}") from None
+        raise UserError(f"{missing}, and the Hub's {repo} is not on this machine; {fetch}") from None
     if not (root / inner).is_dir():
         known = f" (published are {', '.join(ROLES)})" if repo == REPO else ""
         raise UserError(f"the part {inner!r} of {repo} is not on this machine{known}; {fetch}")

@@ -48,7 +48,9 @@ def main() -> None:
     with vector_arithmetic(), torch.no_grad():
         for seed, (name, (config, pack)) in enumerate(DITS.items()):
             entries[name] = _write(name, *_dit(config, pack, seed))
-        entries["unipc_own"] = _write("unipc_own", *_trajectory(FlowUniPC(6, 3.0), {"steps": 6, "shift": 3.0}))
+        entries["unipc_own"] = _write(
+            "unipc_own", *_trajectory(FlowUniPC(6, 3.0), {"steps": 6, "shift": 3.0})
+        )
         entries["ddim_own"] = _write("ddim_own", *_trajectory(ReNoise(4, 5.0), {"steps": 4, "shift": 5.0}))
         entries["sde_own"] = _write("sde_own", *_trajectory(SDE(6, 2.0), {"steps": 6, "shift": 2.0}))
         entries["coords_own"] = _write("coords_own", *_coords())
@@ -59,7 +61,9 @@ def main() -> None:
 def _write(name: str, meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     path = HERE / f"{name}.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    shapes = {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()}
+    shapes = {
+        k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()
+    }
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "sha256": digest, "meta": meta, "tensors": shapes}
 
