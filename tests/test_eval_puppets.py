@@ -194,7 +194,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard(world):
     assert "wrong" not in sheet.axes[2].get_title(loc="left")
     assert (sheet.axes[3].get_xlabel(), sheet.axes[3].get_ylabel()) == ("frame", "opening")
     picture = bars([Column("a", scores), Column("b", scores)])
-    picture.canvas.draw()
+    picture.draw_without_rendering()
     legend = picture.legends[0].get_window_extent()
     assert all(not legend.overlaps(axes.get_tightbbox()) for axes in picture.axes)
 

@@ -182,7 +182,7 @@ class TestLoad:
         monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
         assert zoo.checkpoint_names() == ["tiny/toy"]
         assert zoo.load("tiny/toy").folder == tmp_path / "tiny" / "toy"
-        with pytest.raises(UserError, match=r"shipped name \(tiny/toy\)"):
+        with pytest.raises(UserError, match=r"shipped name \(tiny/toy; did you mean 'tiny/toy'\?\)"):
             zoo.load("tiny/boy")
         with pytest.raises(UserError, match="holds no exported checkpoint"):
             zoo.load(tmp_path / "tiny")
