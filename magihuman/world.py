@@ -69,6 +69,22 @@ def load_world(name: str, device: str | torch.device = "cpu", **paths: str | Non
     raise UserError(f"unknown world {name!r}; choose one of {', '.join(NAMES)}")
 
 
+def _contract(
+    names: tuple[str, str, str], video: VideoCodec, audio: AudioCodec, text: TextEncoder
+) -> Contract:
+    """The contract of these parts at 25 fps; `names` of video codec, audio codec and text encoder."""
+    return Contract(
+        *names,
+        video_channels=video.channels,
+        audio_channels=audio.channels,
+        text_channels=text.channels,
+        video_stride=video.stride,
+        fps=25.0,
+        audio_rate=audio.sample_rate,
+        waveform_channels=audio.waveform_channels,
+    )
+
+
 def _fitted(module: Any, file: Path) -> str:
     """Load `file` strictly into `module`; returns a short content hash for the contract."""
     from safetensors.torch import load_file
@@ -94,18 +110,8 @@ def _tiny_world(device: torch.device) -> World:
         channels = tensors.get_slice("mean").get_shape()[0]
     video, audio, text = TinyVideoCodec(channels), TinyAudioCodec(), ByteTextEncoder()
     video_hash, audio_hash = _fitted(video, video_file), _fitted(audio, audio_file)
-    contract = Contract(
-        video_codec=f"tiny-{video_hash}",
-        audio_codec=f"tiny-{audio_hash}",
-        text_encoder="bytes-1",
-        video_channels=video.channels,
-        audio_channels=audio.channels,
-        text_channels=text.channels,
-        video_stride=video.stride,
-        fps=25.0,
-        audio_rate=audio.sample_rate,
-        waveform_channels=audio.waveform_channels,
-    )
+    names = (f"tiny-{video_hash}", f"tiny-{audio_hash}", "bytes-1")
+    contract = _contract(names, video, audio, text)
     video.to(device).eval().requires_grad_(False)
     audio.to(device).eval().requires_grad_(False)
     return World(
@@ -135,16 +141,6 @@ def _released_world(device: torch.device, paths: dict[str, str | None]) -> World
     video = WanCodec.load(str(found["video_codec"]), device=device)
     audio = OobleckCodec.load(str(found["audio_codec"]), device=device)
     text = T5GemmaEncoder.load(str(found["text_encoder"]), device=device)
-    contract = Contract(
-        video_codec="wan2.2",
-        audio_codec="stable-audio-oobleck",
-        text_encoder="t5gemma-9b-9b-ul2",
-        video_channels=video.channels,
-        audio_channels=audio.channels,
-        text_channels=text.channels,
-        video_stride=video.stride,
-        fps=25.0,
-        audio_rate=audio.sample_rate,
-        waveform_channels=audio.waveform_channels,
-    )
+    names = ("wan2.2", "stable-audio-oobleck", "t5gemma-9b-9b-ul2")
+    contract = _contract(names, video, audio, text)
     return World("released", contract, video, audio, text, height=256, width=448, frames=101)
