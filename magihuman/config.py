@@ -134,10 +134,12 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The whole configuration of `python -m magihuman.train`; see configs/train.yaml for what each part is."""
+    """The whole configuration of `python -m magihuman.train`; see configs/train.yaml for what each part is.
+
+    `model` is the transformer's, and absent where a recipe trains another network and names it itself.
+    """
 
     recipe: Any
-    model: ModelSettings
     data: DataSettings
     optim: OptimSettings
     trainer: TrainerSettings
@@ -153,6 +155,7 @@ class TrainSettings:
     folder: str | None
     resume: str
     init: str | None
+    model: ModelSettings | None = None
 
 
 def available(group: str) -> list[str]:
@@ -242,6 +245,10 @@ def _check_pairs(settings: TrainSettings) -> None:
             f"strategy=single runs one process but trainer.devices * trainer.nodes = {processes}; "
             "choose strategy=ddp or strategy=fsdp2"
         )
+    recipe = locate(settings.recipe["_target_"], "recipe")
+    strategies = getattr(recipe, "strategies", (strategy.name,))
+    if strategy.name not in strategies:
+        raise UserError(f"this recipe runs with strategy={' or '.join(strategies)}, not {strategy.name}")
     if strategy.name.startswith("zero"):
         if optim.algorithm == "muon":
             raise UserError(
@@ -252,7 +259,7 @@ def _check_pairs(settings: TrainSettings) -> None:
             raise UserError(
                 "strategy=zero3 keeps no weight average; set optim.ema_decay=0 or choose strategy=fsdp2"
             )
-        optimizers = getattr(locate(settings.recipe["_target_"], "recipe"), "optimizers_needed", 1)
+        optimizers = getattr(recipe, "optimizers_needed", 1)
         if optimizers > 1:
             raise UserError(
                 f"strategy={strategy.name} drives one optimiser (a limit of Lightning's DeepSpeed strategy) and this "

@@ -47,9 +47,8 @@ def make_data(settings: TrainSettings) -> tuple[Any, Path]:
 
     module = dict(settings.data.module)
     if settings.data.make is not None:
-        if (
-            settings.data.make.get("world") == "tiny"
-        ):  # its contract is at hand, so a misfit fails before the work
+        # The tiny world's contract is at hand, so a misfit fails before the work.
+        if settings.model is not None and settings.data.make.get("world") == "tiny":
             require_fit(settings.model, load_world("tiny").contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magihuman import zoo
 from magihuman.denoiser import Denoiser
@@ -15,6 +15,7 @@ from magihuman.models.dit import SingleStreamDiT
 from magihuman.training import parallel
 from magihuman.training.draws import Draws, stream
 from magihuman.training.ema import EMA
+from magihuman.training.flops import training_flops
 from magihuman.training.meters import Meter
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
 from magihuman.training.setup import Setup
@@ -37,9 +38,11 @@ class Recipe(L.LightningModule):
         stepped: whether the latest batch completed a step, which is when to log, save and stop.
         meter: averages for the next log line; aside: seconds that callbacks took since the last one.
         optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
+        strategies: those that the recipe can be trained with.
     """
 
     optimizers_needed = 1
+    strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
@@ -60,9 +63,15 @@ class Recipe(L.LightningModule):
         """The objective of one batch, a scalar; also fills the meter."""
         raise NotImplementedError
 
-    def held_out(self, denoiser: Denoiser, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
-        """Figures of `denoiser` on a batch that is never trained on."""
+    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        """Figures of `network` on a batch that is never trained on."""
         return {}
+
+    def batch_flops(self, batch: dict[str, Any]) -> float:
+        """Model FLOPs of training on a batch, forward and backward."""
+        model, pack = self.given.transformer
+        tokens = math.prod(batch["video"].shape[2:]) // pack.patch_size**2
+        return sum(training_flops(model, tokens, batch["audio"].shape[1], len(t)) for t in batch["text"])
 
     def export_settings(self) -> dict[str, Any]:
         """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.weights.ExportConfig`)."""
@@ -95,8 +104,8 @@ class Recipe(L.LightningModule):
 
     def _shell(self) -> Denoiser:
         dtype = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
-        model = SingleStreamDiT(self.given.model, compute_dtype=dtype, linear_dtype=torch.float32)
-        return Denoiser(model, self.given.pack)
+        shape, pack = self.given.transformer
+        return Denoiser(SingleStreamDiT(shape, compute_dtype=dtype, linear_dtype=torch.float32), pack)
 
     def make_network(self) -> Denoiser:
         """The network with the weights that training starts from: `init`'s, or drawn from the seed."""
@@ -129,11 +138,15 @@ class Recipe(L.LightningModule):
                 parallel.fill(network, weights, device)
 
     @property
-    def network(self) -> Denoiser:
+    def trained(self) -> nn.Module:
+        """The network that the optimiser moves and the average follows; a recipe may bring another one."""
+        assert self.denoiser is not None
+        return self.denoiser
+
+    @property
+    def network(self) -> nn.Module:
         """The network that is sampled from, judged and exported: the average, or the trained one without it."""
-        chosen = self.ema.module if self.ema is not None else self.denoiser
-        assert isinstance(chosen, Denoiser)
-        return chosen
+        return self.ema.module if self.ema is not None else self.trained
 
     @property
     def progress(self) -> float:
@@ -151,8 +164,7 @@ class Recipe(L.LightningModule):
         return self.loss(batch, draws)
 
     def configure_optimizers(self) -> Any:
-        assert self.denoiser is not None
-        optimizer = build_optimizer(self.denoiser, self.given.model, self.given.optim)
+        optimizer = build_optimizer(self.trained, self.given.transformer[0], self.given.optim)
         schedule = build_schedule(optimizer, self.given.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -189,8 +201,7 @@ class Recipe(L.LightningModule):
         self.step += 1
         self.stepped = True
         if self.ema is not None:
-            assert self.denoiser is not None
-            self.ema.update(self.denoiser)
+            self.ema.update(self.trained)
 
     # Saving
 
@@ -209,9 +220,10 @@ class Recipe(L.LightningModule):
 
     def export_config(self) -> ExportConfig:
         """What an exported checkpoint says about itself."""
+        model, pack = self.given.transformer
         return ExportConfig(
-            model=self.given.model,
-            pack=self.given.pack,
+            model=model,
+            pack=pack,
             world=self.given.world,
             contract=self.given.contract,
             size=self.given.size,
@@ -221,6 +233,8 @@ class Recipe(L.LightningModule):
 
     def export(self, folder: Path) -> None:
         """Write the network in the released layout; called on every process, written by the main one."""
-        weights = parallel.whole_state_dict(self.network.model)
+        chosen = self.network
+        assert isinstance(chosen, Denoiser)
+        weights = parallel.whole_state_dict(chosen.model)
         if self.global_rank == 0:
-            save_export(folder, released_dtypes(weights, self.given.model), self.export_config())
+            save_export(folder, released_dtypes(weights, self.given.transformer[0]), self.export_config())

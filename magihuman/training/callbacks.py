@@ -14,7 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from magihuman.errors import UserError
 from magihuman.training.draws import Draws
-from magihuman.training.flops import peak_flops, training_flops
+from magihuman.training.flops import peak_flops
 from magihuman.training.samples import contact_sheet
 
 
@@ -79,7 +79,7 @@ class LogLines(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         recipe: Any = pl_module
-        self._flops += self._batch_flops(recipe, batch)
+        self._flops += recipe.batch_flops(batch)
         self._samples += len(batch["video"]) * trainer.world_size
         if not recipe.stepped:
             return
@@ -87,15 +87,6 @@ class LogLines(L.Callback):
             self._line(trainer, recipe, recipe.device)
         if self._bar is not None:
             self._bar.update(1)
-
-    @staticmethod
-    def _batch_flops(recipe: Any, batch: dict[str, Any]) -> float:
-        video, audio = batch["video"], batch["audio"]
-        patch = recipe.given.pack.patch_size**2
-        tokens = math.prod(video.shape[2:]) // patch
-        return sum(
-            training_flops(recipe.given.model, tokens, audio.shape[1], len(text)) for text in batch["text"]
-        )
 
     def _line(self, trainer: L.Trainer, recipe: Any, device: torch.device) -> None:
         metrics = recipe.meter.flush(device)

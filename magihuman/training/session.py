@@ -70,8 +70,9 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
         raise UserError(
             "the shards have no index.json, so nothing says what their latents are; copy it beside the tars"
         )
-    require_fit(model, contract)
-    if settings.init is not None:
+    if model is not None:
+        require_fit(model, contract)
+    if model is not None and settings.init is not None:
         parent = zoo.config_of(settings.init)
         parent.contract.require(contract, f"init={settings.init}", "the shards")
         for part, mine, theirs in (
@@ -90,8 +91,8 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
 
         null_text = load_world(data.world).text_encoder.encode([""])[0]
     return Setup(
-        model=model.dit,
-        pack=model.pack,
+        model=model.dit if model is not None else None,
+        pack=model.pack if model is not None else None,
         world=data.world,
         contract=contract,
         size=Size(*data.size),

@@ -16,7 +16,7 @@ class Setup:
     """The network to train, the latents it works on, and how.
 
     Attributes:
-        model, pack: shape of the network and of its tokens.
+        model, pack: shape of the transformer and of its tokens; None where the recipe trains another network.
         world: name of the world; contract: of the latents in the shards.
         size: of a usual clip, for exports and sample clips.
         null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
@@ -25,8 +25,8 @@ class Setup:
         provenance: stored in exports.
     """
 
-    model: DiTConfig
-    pack: PackConfig
+    model: DiTConfig | None
+    pack: PackConfig | None
     world: str
     contract: Contract
     size: Size
@@ -37,3 +37,10 @@ class Setup:
     seed: int = 0
     init: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def transformer(self) -> tuple[DiTConfig, PackConfig]:
+        """`model` and `pack`, for recipes that train the transformer."""
+        assert self.model is not None
+        assert self.pack is not None
+        return self.model, self.pack
