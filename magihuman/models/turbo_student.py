@@ -1,0 +1,293 @@
+"""Our light decoder: a causal, streaming student of a video codec's decoder.
+
+Normalised latents go in, frames come out. Residual blocks run before the upsampling, which is a 1x1 convolution
+and a shuffle of channels into time and space, so that no wide convolution runs at a high resolution; convolutions
+over time and space together are kept for the first stages, and there is no attention. Every convolution over time
+looks back only, so what it needs of the past is a state of fixed size: decoding in chunks of any length yields the
+frames of the whole clip, and a prefix of the latents yields the prefix of the frames.
+
+Inside, clips are [B,T,H,W,C]: what the norms and 1x1 convolutions read in one piece, and the layout in which
+convolutions are fastest on recent GPUs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from magihuman.errors import UserError
+
+NORM_EPS = 1e-6
+REACH = 2  # frames before the present one that a convolution over time sees
+
+State = tuple[Tensor, ...]
+"""The last frames before every convolution over time, [B,2,H,W,C] each: all that a clip's future needs of its past."""
+
+
+@dataclass(frozen=True)
+class StudentStage:
+    """Residual blocks at one resolution, then upsampling.
+
+    Attributes:
+        width: channels.
+        blocks: residual blocks.
+        kind: of their convolutions, two a block: `full` 3x3x3, both; `split` 1x3x3 and 3x1x1 for the first, 1x3x3
+            for the second.
+        up: (time, space) factors behind the blocks; (1, 1) in the last stage only.
+    """
+
+    width: int
+    blocks: int
+    kind: Literal["full", "split"]
+    up: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Hyperparameters of a `TurboStudent`.
+
+    Attributes:
+        latent_channels: C.
+        stages: from the latents' resolution to the pixels'.
+        patch: (time, space) size of the block of pixels that one position of the last stage becomes.
+
+    Raises:
+        UserError: sizes that cannot be.
+    """
+
+    latent_channels: int
+    stages: tuple[StudentStage, ...]
+    patch: tuple[int, int] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.latent_channels < 1:
+            raise UserError("a student decoder needs latent_channels of at least 1 and at least one stage")
+        for number, stage in enumerate(self.stages):
+            numbers = (stage.width, stage.blocks, *stage.up)
+            if stage.kind not in ("full", "split") or len(stage.up) != 2 or min(numbers) < 1:
+                raise UserError(
+                    f"student decoder: stage {number} is {asdict(stage)}; kind is full or split, up is two numbers, "
+                    "and all numbers are at least 1"
+                )
+            last = number == len(self.stages) - 1
+            if last != (tuple(stage.up) == (1, 1)):
+                raise UserError(
+                    f"student decoder: stage {number} upsamples by {list(stage.up)}; the last stage does not "
+                    "upsample (patch does it), all others do"
+                )
+        if len(self.patch) != 2 or min(self.patch) < 1:
+            raise UserError(f"student decoder: patch {list(self.patch)} must be two numbers of at least 1")
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of pixels per latent."""
+        time = prod(stage.up[0] for stage in self.stages) * self.patch[0]
+        space = prod(stage.up[1] for stage in self.stages) * self.patch[1]
+        return time, space, space
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "latent_channels": self.latent_channels,
+            "stages": [{**asdict(stage), "up": list(stage.up)} for stage in self.stages],
+            "patch": list(self.patch),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StudentConfig":
+        """Raises UserError for unknown, missing or impossible settings."""
+        try:
+            stages = tuple(
+                StudentStage(**{**stage, "up": tuple(stage.get("up", (1, 1)))}) for stage in values["stages"]
+            )
+            given = {**values, "stages": stages}
+            if "patch" in given:
+                given["patch"] = tuple(given["patch"])
+            return cls(**given)
+        except (KeyError, TypeError) as error:
+            known = ", ".join(field.name for field in fields(cls))
+            raise UserError(f"these are not the settings of a student decoder ({known}): {error}") from error
+
+
+class TurboStudent(nn.Module):
+    """Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W], about [-1,1], not clamped; differentiable.
+
+    F = s (T - 1) + 1 for a stride of s frames. It computes in the dtype of its weights and returns it.
+
+    `forward` is for whole clips, `taps` for losses on features, `step` for streaming: all three run the same code.
+    """
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.latent_channels
+        self.stride = config.stride
+        widths = [stage.width for stage in config.stages]
+        self.conv_in = CausalConv(config.latent_channels, widths[0], spatial=True)
+        self.stages = nn.ModuleList(
+            Stage(stage, after) for stage, after in zip(config.stages, [*widths[1:], None], strict=True)
+        )
+        time, space = config.patch
+        self.conv_out = nn.Conv2d(widths[-1], 3 * time * space**2, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """A whole clip."""
+        return self._run(latents, None)[0]
+
+    def taps(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Frames, and what every stage's blocks yield before upsampling: [B,width,T_i,h_i,w_i] each.
+
+        A stage behind upsampling by (t, s) has T_i = t (T_(i-1) - 1) + 1 frames and h_i = s h_(i-1) rows: those of
+        the Wan decoder's blocks.
+        """
+        frames, _, taps = self._run(latents, None)
+        return frames, [tap.permute(0, 4, 1, 2, 3) for tap in taps]
+
+    def step(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The next latents of a clip.
+
+        Args:
+            latents: [B,C,n,h,w], n >= 1.
+            state: what the previous call returned; None at the start of a clip.
+
+        Returns:
+            frames [B,3,s n,H,W] (s - 1 less at the start of a clip), and the state for the next call. The state is
+            a value: the given one stays as it was, so a clip may be continued in two ways.
+
+        Raises:
+            ValueError: latents of another shape than the network's or the state's.
+        """
+        frames, after, _ = self._run(latents, state)
+        return frames, after
+
+    def _run(self, latents: Tensor, state: State | None) -> tuple[Tensor, State, list[Tensor]]:
+        if latents.ndim != 5 or latents.shape[1] != self.channels or not latents.shape[2]:
+            raise ValueError(
+                f"latents {list(latents.shape)}: this decoder takes [B,{self.channels},T,h,w] with T >= 1"
+            )
+        memory = Memory(state)
+        x = latents.to(self.conv_out.weight.dtype).permute(0, 2, 3, 4, 1)  # [B,T,h,w,C]
+        x = self.conv_in(x, memory)
+        taps = []
+        for stage in self.stages:
+            x, tap = stage(x, memory)
+            taps.append(tap)
+        time, space = self.config.patch
+        x = shuffle(over_frames(self.conv_out, norm_silu(x)), time, space)
+        if state is None:
+            x = x[:, time - 1 :]
+        return x.permute(0, 4, 1, 2, 3), tuple(memory.after), taps
+
+
+class Memory:
+    """One call's walk through the state: convolutions take and leave their past in the order in which they run."""
+
+    def __init__(self, state: State | None) -> None:
+        self.before = state
+        self.after: list[Tensor] = []
+
+    @property
+    def start(self) -> bool:
+        """Whether a clip starts here."""
+        return self.before is None
+
+    def extend(self, x: Tensor) -> Tensor:
+        """[B,T,H,W,C] -> [B,2+T,H,W,C]: the past in front; before a clip its first frame has stood still."""
+        if self.before is None:
+            past = x[:, :1].expand(-1, REACH, -1, -1, -1)
+        else:
+            past = self.before[len(self.after)]
+            if past.shape[0] != x.shape[0] or past.shape[2:] != x.shape[2:]:
+                raise ValueError(
+                    f"latents do not continue this clip: activations are {list(x.shape)}, the state has "
+                    f"{list(past.shape)} (batch, frames, rows, columns, channels)"
+                )
+        whole = torch.cat([past, x], dim=1)
+        self.after.append(whole[:, -REACH:].clone())  # a view would keep the whole chunk alive
+        return whole
+
+
+class Stage(nn.Module):
+    """Residual blocks, then a 1x1 convolution and a shuffle, where `after` is the next stage's width."""
+
+    def __init__(self, config: StudentStage, after: int | None) -> None:
+        super().__init__()
+        self.time, self.space = config.up
+        block = FullBlock if config.kind == "full" else SplitBlock
+        self.blocks = nn.ModuleList(block(config.width) for _ in range(config.blocks))
+        self.up = None if after is None else nn.Linear(config.width, after * self.time * self.space**2)
+
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """[B,T,H,W,C] -> (the next stage's input, what the blocks yield)."""
+        for block in self.blocks:
+            x = block(x, memory)
+        if self.up is None:
+            return x, x
+        y = shuffle(self.up(x), self.time, self.space)
+        # A clip's first latent is one frame; the others of its group lie before the clip.
+        return (y[:, self.time - 1 :] if memory.start else y), x
+
+
+class FullBlock(nn.Module):
+    """Norm, SiLU, 3x3x3 convolution, twice, plus the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = CausalConv(width, width, spatial=True)
+        self.conv2 = CausalConv(width, width, spatial=True)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv1(norm_silu(x), memory)
+        return x + self.conv2(norm_silu(y), memory)
+
+
+class SplitBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, plus the input: first 1x3x3 and 3x1x1, then 1x3x3."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.over_time = CausalConv(width, width, spatial=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.over_time(over_frames(self.conv1, norm_silu(x)), memory)
+        return x + over_frames(self.conv2, norm_silu(y))
+
+
+class CausalConv(nn.Module):
+    """Convolution over the present frame and the two before it, 3x3x3 or 3x1x1; zeros around the picture."""
+
+    def __init__(self, channels_in: int, channels_out: int, spatial: bool) -> None:
+        super().__init__()
+        size = 3 if spatial else 1
+        self.conv = nn.Conv3d(
+            channels_in, channels_out, (REACH + 1, size, size), padding=(0, size // 2, size // 2)
+        )
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B,T,H,W,C] -> the same, with the output's channels."""
+        return self.conv(memory.extend(x).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+def norm_silu(x: Tensor) -> Tensor:
+    """Root mean square over channels to 1 (statistics in fp32, no parameters), then SiLU."""
+    return F.silu(F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), inplace=not torch.is_grad_enabled())
+
+
+def over_frames(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of pictures on every frame of [B,T,H,W,C]."""
+    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
+    return convolution(pictures).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def shuffle(x: Tensor, time: int, space: int) -> Tensor:
+    """Channels into time and space: [B,T,H,W,time*space*space*C] -> [B,T*time,H*space,W*space,C].
+
+    Channels vary fastest, then columns, rows, frames.
+    """
+    x = x.unflatten(-1, (time, space, space, -1))  # [B,T,H,W,t,y,x,C]
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
