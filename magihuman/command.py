@@ -37,7 +37,7 @@ def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None =
 
 
 def settings(function: Callable[..., Any], arguments: Sequence[str], program: str) -> dict[str, Any]:
-    """Values by name from key=value texts, checked against the signature of `function`.
+    """Values by name from key=value texts (or --key value), checked against the signature of `function`.
 
     Raises:
         UserError: not key=value, given twice, unknown, missing or of the wrong type.
@@ -46,7 +46,7 @@ def settings(function: Callable[..., Any], arguments: Sequence[str], program: st
 
     hints = get_type_hints(function)
     values: dict[str, Any] = {}
-    for argument in arguments:
+    for argument in _joined(arguments, hints):
         key, equals, text = argument.lstrip("-").partition("=")
         if not equals:
             raise UserError(f"{argument!r} is not of the form key=value; see `{program} --help`")
@@ -57,9 +57,23 @@ def settings(function: Callable[..., Any], arguments: Sequence[str], program: st
     return values
 
 
+def _joined(arguments: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """`--key value` as key=value, and `--key` alone, where a truth value is wanted, as key=true."""
+    joined, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("--") and "=" not in argument:
+            if hints.get(argument[2:]) is bool:
+                argument += "=true"
+            elif rest and not rest[0].startswith("--"):
+                argument += f"={rest.pop(0)}"
+        joined.append(argument)
+    return joined
+
+
 def _value(text: str, hint: Any) -> Any:
     """`text` as a string where the hint wants one, else as YAML reads it."""
-    import yaml
+    from magihuman.settings_text import parse
 
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if text in ("", "null", "none") and types.NoneType in choices:
@@ -67,8 +81,8 @@ def _value(text: str, hint: Any) -> Any:
     if str in choices:
         return text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse(text)
+    except ValueError:
         return text
     if isinstance(value, str) and float in choices:  # YAML reads 1e-3 as a string
         try:

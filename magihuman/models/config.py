@@ -165,6 +165,12 @@ class DiTConfig(_FromDict):
         return sum(prod(shape) for key, shape, _ in self.tensors() if key != "adapter.rope.bands")
 
 
+def local_layers(count: int) -> tuple[int, ...]:
+    """Layers with local attention in the released 1080p network: all but the fourth of every four, and all of the
+    last eight (SPEC 1.6)."""
+    return tuple(i for i in range(count) if i % 4 != 3 or i >= count - 8)
+
+
 @dataclass(frozen=True)
 class PackConfig(_FromDict):
     """How latents become tokens (SPEC 2).

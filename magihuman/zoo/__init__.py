@@ -54,12 +54,12 @@ def pack(name: str) -> PackConfig:
 
 
 def _hyperparameters(name: str) -> dict[str, Any]:
-    import yaml
+    from magihuman.settings_text import parse
 
     path = CONFIGS / f"{name}.yaml"
     if name not in arch_names():
         raise UserError(f"architecture {name!r} is unknown; choose from {', '.join(arch_names())}")
-    return yaml.safe_load(path.read_text())
+    return parse(path.read_text())
 
 
 def build(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.models.codecs import Contract
-from magihuman.models.config import EXPERTS, DiTConfig, PackConfig
+from magihuman.models.config import EXPERTS, DiTConfig, PackConfig, local_layers
 from magihuman.weights import ExportConfig, Sampling, Size
 
 REPO = "GAIR/daVinci-MagiHuman"
@@ -84,11 +84,6 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
         size=facts.size,
         provenance={"released": role, "repository": REPO},
     )
-
-
-def local_layers(count: int) -> tuple[int, ...]:
-    """Layers with local attention: all but the fourth of every four, and all of the last eight (SPEC 1.6)."""
-    return tuple(i for i in range(count) if i % 4 != 3 or i >= count - 8)
 
 
 def infer_model(shapes: Shapes, source: object) -> DiTConfig:

@@ -1,0 +1,68 @@
+"""What graphics processors can do at most, from their makers' data sheets; no torch."""
+
+from dataclasses import dataclass
+
+from magihuman.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Limits of a device.
+
+    Attributes:
+        bf16, fp8: dense FLOP/s of matrix products that are summed in fp32; fp8 is None where there is no such unit.
+        bandwidth: bytes per second of the device's memory; memory: its bytes.
+        link: bytes per second to the host in one direction.
+        units: multiprocessors.
+    """
+
+    name: str
+    bf16: float
+    fp8: float | None
+    bandwidth: float
+    memory: float
+    link: float
+    units: int
+
+
+_GEN4, _GEN5 = 32e9, 64e9
+
+GPUS = {
+    "h100": Gpu("H100 SXM", 989e12, 1979e12, 3.35e12, 80e9, _GEN5, 132),
+    "h100-pcie": Gpu("H100 PCIe", 756e12, 1513e12, 2.0e12, 80e9, _GEN5, 114),
+    "h200": Gpu("H200 SXM", 989e12, 1979e12, 4.8e12, 141e9, _GEN5, 132),
+    "b200": Gpu("B200 SXM", 2250e12, 4500e12, 8.0e12, 180e9, _GEN5, 148),
+    "a100": Gpu("A100 SXM 80 GB", 312e12, None, 2.04e12, 80e9, _GEN4, 108),
+    "l40s": Gpu("L40S", 362e12, 733e12, 0.864e12, 48e9, _GEN4, 142),
+    "4090": Gpu("RTX 4090", 165e12, 330e12, 1.008e12, 24e9, _GEN4, 128),
+    "5090": Gpu("RTX 5090", 210e12, 419e12, 1.792e12, 32e9, _GEN5, 170),
+}
+
+# What torch calls a device -> key, the more special one first.
+_DEVICE_NAMES = {
+    "H100 PCIe": "h100-pcie",
+    "H100": "h100",
+    "H800": "h100",
+    "H200": "h200",
+    "B200": "b200",
+    "A100": "a100",
+    "L40S": "l40s",
+    "RTX 4090": "4090",
+    "RTX 5090": "5090",
+}
+
+
+def gpu(name: str) -> Gpu:
+    """The device called `name`.
+
+    Raises:
+        UserError: an unknown one, listing the choices.
+    """
+    if name not in GPUS:
+        raise UserError(f"gpu={name} is unknown; choose one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def recognise(device_name: str) -> Gpu | None:
+    """The device that torch gives this name, or None."""
+    return next((GPUS[key] for part, key in _DEVICE_NAMES.items() if part in device_name), None)
