@@ -5,7 +5,8 @@ A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
@@ -128,9 +129,7 @@ def save_export(
     """
     check_fit({k: tuple(v.shape) for k, v in state.items()}, config.model, "the state to export")
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with replacing(folder) as new:
         shards = plan_shards({k: v.numel() * v.element_size() for k, v in state.items()}, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
@@ -141,12 +140,21 @@ def save_export(
         total = sum(v.numel() * v.element_size() for v in state.values())
         write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(new / CONFIG, config.to_dict())
+    return folder
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill; at the end of the block it takes the place of `folder`, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield new
         new.chmod(0o755)  # mkdtemp makes private folders
         _replace(folder, new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return folder
 
 
 def load_config(folder: str | Path) -> ExportConfig:

@@ -171,8 +171,12 @@ class TurboCodec(nn.Module):
     def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the network takes them: its dtype and device, the statistics applied in fp32."""
         dtype = self.decoder.conv_in.conv.weight.dtype
-        latents = latents.to(self.mean.device, dtype)
-        return (latents / (1.0 / self.std) + self.mean).to(dtype)
+        return denormalise(latents.to(self.mean.device, dtype), self.mean, self.std)
+
+
+def denormalise(latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Latents in the network's dtype with their statistics, [1,C,1,1,1] fp32, undone in fp32 (SPEC 8.3)."""
+    return (latents / (1.0 / std) + mean).to(latents.dtype)
 
 
 def decoder_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

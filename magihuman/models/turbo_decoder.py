@@ -181,6 +181,16 @@ class TurboDecoder(nn.Module):
         x = self.mid_block["resnets"](self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x, first)
+        return self._head(x)
+
+    def taps(self, latents: torch.Tensor, first: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`forward`, and what the middle block and every up block yield, [B,width,T_i,h_i,w_i] each."""
+        taps = [self.mid_block["resnets"](self.conv_in(latents))]
+        for block in self.up_blocks:
+            taps.append(block(taps[-1], first))
+        return self._head(taps[-1]), taps
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
         if not self.unpatchify:
             x = _per_frame(self._shuffle_up, _silu(rms_norm(x, NORM_EPS)))
         x = self.conv_out(_silu(rms_norm(x, NORM_EPS)))

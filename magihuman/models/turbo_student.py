@@ -135,7 +135,7 @@ class TurboStudent(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """A whole clip."""
-        return self._run(latents, None)[0]
+        return self.step(latents)[0]
 
     def taps(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Frames, and what every stage's blocks yield before upsampling: [B,width,T_i,h_i,w_i] each.
@@ -143,7 +143,8 @@ class TurboStudent(nn.Module):
         A stage behind upsampling by (t, s) has T_i = t (T_(i-1) - 1) + 1 frames and h_i = s h_(i-1) rows: those of
         the Wan decoder's blocks.
         """
-        frames, _, taps = self._run(latents, None)
+        taps: list[Tensor] = []
+        frames, _ = self._run(latents, None, taps)
         return frames, [tap.permute(0, 4, 1, 2, 3) for tap in taps]
 
     def step(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -160,10 +161,11 @@ class TurboStudent(nn.Module):
         Raises:
             ValueError: latents of another shape than the network's or the state's.
         """
-        frames, after, _ = self._run(latents, state)
-        return frames, after
+        return self._run(latents, state)
 
-    def _run(self, latents: Tensor, state: State | None) -> tuple[Tensor, State, list[Tensor]]:
+    def _run(
+        self, latents: Tensor, state: State | None, taps: list[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
         if latents.ndim != 5 or latents.shape[1] != self.channels or not latents.shape[2]:
             raise ValueError(
                 f"latents {list(latents.shape)}: this decoder takes [B,{self.channels},T,h,w] with T >= 1"
@@ -171,15 +173,13 @@ class TurboStudent(nn.Module):
         memory = Memory(state)
         x = latents.to(self.conv_out.weight.dtype).permute(0, 2, 3, 4, 1)  # [B,T,h,w,C]
         x = self.conv_in(x, memory)
-        taps = []
         for stage in self.stages:
-            x, tap = stage(x, memory)
-            taps.append(tap)
+            x = stage(x, memory, taps)
         time, space = self.config.patch
         x = shuffle(over_frames(self.conv_out, norm_silu(x)), time, space)
         if state is None:
             x = x[:, time - 1 :]
-        return x.permute(0, 4, 1, 2, 3), tuple(memory.after), taps
+        return x.permute(0, 4, 1, 2, 3), tuple(memory.after)
 
 
 class Memory:
@@ -220,15 +220,17 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(block(config.width) for _ in range(config.blocks))
         self.up = None if after is None else nn.Linear(config.width, after * self.time * self.space**2)
 
-    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """[B,T,H,W,C] -> (the next stage's input, what the blocks yield)."""
+    def forward(self, x: Tensor, memory: Memory, taps: list[Tensor] | None = None) -> Tensor:
+        """[B,T,H,W,C] -> the next stage's input; what the blocks yield is added to `taps`."""
         for block in self.blocks:
             x = block(x, memory)
+        if taps is not None:
+            taps.append(x)
         if self.up is None:
-            return x, x
-        y = shuffle(self.up(x), self.time, self.space)
+            return x
+        x = shuffle(self.up(x), self.time, self.space)
         # A clip's first latent is one frame; the others of its group lie before the clip.
-        return (y[:, self.time - 1 :] if memory.start else y), x
+        return x[:, self.time - 1 :] if memory.start else x
 
 
 class FullBlock(nn.Module):

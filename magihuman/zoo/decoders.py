@@ -1,0 +1,319 @@
+"""Light decoders by name: architectures of configs/turbo, exported folders, run folders, the published Turbo VAE.
+
+An export is a folder with `model.safetensors` and `config.json`, which says the layout (ours, `causal`, or the
+`released` one), its hyperparameters, and whose latents the decoder takes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from magihuman.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from magihuman.models.codecs import Contract
+    from magihuman.models.codecs_student import ReleasedStudent, StudentCodec
+    from magihuman.models.codecs_turbo import TurboCodec
+    from magihuman.models.turbo_student import TurboStudent
+    from magihuman.models.wan_teacher import WanTeacher
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "turbo"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+FORMAT = "magihuman-decoder/1"
+CONFIG, MODEL = "config.json", "model.safetensors"
+LAYOUTS = ("causal", "released", "wan")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latent contract of a decoder: normalised latents of the codec of this name and shape.
+
+    Attributes:
+        codec: `Contract.video_codec`, with a content hash where the codec is fitted.
+        channels: C; stride: (frames, rows, columns) of pixels per latent.
+    """
+
+    codec: str
+    channels: int
+    stride: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, contract: "Contract") -> "Latents":
+        """Those of a world."""
+        return cls(contract.video_codec, contract.video_channels, contract.video_stride)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"codec": self.codec, "channels": self.channels, "stride": list(self.stride)}
+
+    def require(self, other: "Latents", mine: str, theirs: str) -> None:
+        """Raises UserError unless both are equal; `mine` and `theirs` say whose they are."""
+        if self != other:
+            raise UserError(
+                f"{mine} takes latents {_words(self)}, but {theirs} has those {_words(other)}; choose the decoder that "
+                "was trained for this codec"
+            )
+
+
+def _words(latents: Latents) -> str:
+    return f"of {latents.codec!r} ({latents.channels} channels, stride {list(latents.stride)})"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Content of an export's config.json.
+
+    Attributes:
+        layout: `causal` (ours), `released`, or `wan` (a teacher); network: its hyperparameters, as
+            `StudentConfig.to_dict`, as the release's JSON, or as `TeacherConfig.to_dict`.
+        latents: what it decodes.
+        provenance: free facts about the training (teacher and data by sha256, command, seed, metrics).
+
+    Raises:
+        UserError: an unknown layout, hyperparameters that cannot be, or a network of other latents.
+    """
+
+    layout: str
+    network: dict[str, Any]
+    latents: Latents
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"decoder layout {self.layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
+        channels, stride = _shape_of(self.layout, self.network)
+        if (channels, stride) != (self.latents.channels, self.latents.stride):
+            raise UserError(
+                f"the decoder's network takes {channels} channels and upsamples by {list(stride)}, but its latents "
+                f"are {_words(self.latents)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "layout": self.layout,
+            "network": self.network,
+            "latents": self.latents.to_dict(),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DecoderConfig":
+        """Raises UserError for another format or settings that do not fit."""
+        if values.get("format") != FORMAT:
+            raise UserError(f"format is {values.get('format')!r}, this version reads {FORMAT!r}")
+        try:
+            latents = values["latents"]
+            found = Latents(latents["codec"], latents["channels"], tuple(latents["stride"]))
+            return cls(values["layout"], values["network"], found, values.get("provenance", {}))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"a decoder's setting is missing or of the wrong type: {error}") from None
+
+
+def _shape_of(layout: str, network: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
+    if layout == "causal":
+        from magihuman.models.turbo_student import StudentConfig
+
+        ours = StudentConfig.from_dict(network)
+        return ours.latent_channels, ours.stride
+    if layout == "wan":
+        from magihuman.models.wan_teacher import TeacherConfig
+
+        teacher = TeacherConfig.from_dict(network)
+        return teacher.latent_channels, teacher.stride
+    from magihuman.models.turbo_decoder import TurboConfig
+
+    theirs = TurboConfig.from_json(network)
+    space = theirs.spatial_compression_ratio
+    return theirs.latent_channels, (theirs.temporal_compression_ratio, space, space)
+
+
+# -- architectures -------------------------------------------------------------------------------------------------
+
+
+def arch_names() -> list[str]:
+    """Names of the architectures in configs/turbo."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def arch(name: str) -> dict[str, Any]:
+    """An architecture: {"layout", "world", "network"} of configs/turbo/NAME.yaml.
+
+    Raises:
+        UserError: for an unknown name, listing the choices.
+    """
+    import yaml
+
+    if name not in arch_names():
+        raise UserError(f"student decoder {name!r} is unknown; choose from {', '.join(arch_names())}")
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def config_for(name: str, contract: "Contract") -> DecoderConfig:
+    """The config of an architecture for a world's latents.
+
+    Raises:
+        UserError: unknown name, or an architecture for other latents.
+    """
+    described = arch(name)
+    return DecoderConfig(described["layout"], described["network"], Latents.of(contract))
+
+
+def build(
+    config: DecoderConfig, device: "torch.device | str" = "cpu", seed: int | None = None
+) -> "TurboStudent | ReleasedStudent | WanTeacher":
+    """Make a network to train, with fresh fp32 weights: normalised latents to frames, with `taps` for features.
+
+    Args:
+        device: "meta" makes shapes only.
+        seed: of the initial weights; None draws from torch's default generator.
+    """
+    import torch
+
+    from magihuman.models.codecs_student import ReleasedStudent
+    from magihuman.models.turbo_decoder import TurboConfig
+    from magihuman.models.turbo_student import StudentConfig, TurboStudent
+    from magihuman.models.wan_teacher import TeacherConfig, WanTeacher
+
+    with torch.random.fork_rng(enabled=seed is not None), torch.device(device):
+        if seed is not None:
+            torch.manual_seed(seed)
+        if config.layout == "causal":
+            return TurboStudent(StudentConfig.from_dict(config.network))
+        if config.layout == "wan":
+            return WanTeacher.build(TeacherConfig.from_dict(config.network))
+        return ReleasedStudent(TurboConfig.from_json(config.network), *_statistics(config.latents))
+
+
+def _statistics(latents: Latents) -> "tuple[Tensor, Tensor] | tuple[None, None]":
+    """Mean and standard deviation that the released layout undoes: Wan's own (None), and none for other codecs."""
+    import torch
+
+    if latents.codec == "wan2.2":
+        return None, None
+    return torch.zeros(latents.channels), torch.ones(latents.channels)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Names of the decoders that ship with the package."""
+    configs = (path for path in WEIGHTS.glob(f"**/{CONFIG}") if is_decoder(path.parent))
+    return sorted(path.parent.relative_to(WEIGHTS).as_posix() for path in configs)
+
+
+def is_decoder(folder: str | Path) -> bool:
+    """Whether a folder is a decoder's export."""
+    try:
+        values = json.loads((Path(folder) / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and str(values.get("format", "")).startswith("magihuman-decoder")
+
+
+def find(decoder: str | Path) -> Path | None:
+    """Folder of a decoder of ours: a shipped name, an exported folder, or a run folder; None where it is none of
+    these, as the published Turbo VAE is."""
+    if str(decoder) in names():
+        return WEIGHTS / str(decoder)
+    folder = Path(decoder).expanduser()
+    return next((path for path in (folder, folder / "export") if is_decoder(path)), None)
+
+
+def config_of(decoder: str | Path) -> DecoderConfig | None:
+    """The config of a decoder of ours, see `find`; None for others.
+
+    Raises:
+        UserError: a config that does not fit.
+    """
+    folder = find(decoder)
+    if folder is None:
+        return None
+    try:
+        return DecoderConfig.from_dict(json.loads((folder / CONFIG).read_text()))
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+
+
+def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfig) -> Path:
+    """Write an export; a reader sees the old folder or the whole new one, never a part.
+
+    Args:
+        state: of the network that `build` makes, in the dtypes to store.
+
+    Raises:
+        UserError: when the state does not fit the config.
+    """
+    from safetensors.torch import save_file
+
+    from magihuman.models.released_files import require_fit
+    from magihuman.weights import replacing, write_json
+
+    expected = build(config, "meta").state_dict()
+    require_fit(
+        {key: tuple(value.shape) for key, value in state.items()},
+        {key: tuple(value.shape) for key, value in expected.items()},
+        "the state to export",
+    )
+    with replacing(Path(folder)) as new:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, new / MODEL, metadata={"format": "pt"})
+        write_json(new / CONFIG, config.to_dict())
+    return Path(folder)
+
+
+def load(
+    decoder: str | Path,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
+) -> "StudentCodec | TurboCodec | WanTeacher":
+    """Open a decoder for use.
+
+    Args:
+        decoder: a name or folder, see `find`, or what `TurboCodec.load` takes.
+        dtype: in which it computes; bf16 on a GPU and fp32 elsewhere where absent, but bf16 for the published one.
+
+    Raises:
+        UserError: when it cannot be found or does not fit.
+    """
+    import torch
+
+    from magihuman.models.codecs_student import StudentCodec
+    from magihuman.models.codecs_turbo import TurboCodec
+    from magihuman.models.released_files import load_strict, read_state
+    from magihuman.models.turbo_decoder import TurboConfig
+    from magihuman.models.turbo_student import StudentConfig, TurboStudent
+
+    folder, config = find(decoder), config_of(decoder)
+    if folder is None or config is None:
+        return _load_published(decoder, device, dtype or torch.bfloat16)
+    usual = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    state, chosen = read_state(folder / MODEL), dtype or usual
+    if config.layout == "released":
+        layout, (mean, std) = TurboConfig.from_json(config.network), _statistics(config.latents)
+        return TurboCodec.from_released(state, layout, folder / MODEL, mean, std, chosen).to(device)
+    if config.layout == "wan":
+        teacher = build(config, "meta")
+        load_strict(teacher, state, {key: key for key in teacher.state_dict()}, folder / MODEL, chosen)
+        return cast("WanTeacher", teacher.eval().requires_grad_(False).to(device))
+    with torch.device("meta"):
+        network = TurboStudent(StudentConfig.from_dict(config.network))
+    load_strict(network, state, {key: key for key in network.state_dict()}, folder / MODEL, chosen)
+    return StudentCodec(network).to(device)
+
+
+def _load_published(decoder: str | Path, device: "torch.device | str", dtype: "torch.dtype") -> "TurboCodec":
+    from magihuman.models.codecs_turbo import TurboCodec
+
+    try:
+        return TurboCodec.load(decoder, device, dtype)
+    except UserError as error:
+        if Path(decoder).expanduser().exists():
+            raise
+        known = ", ".join(names()) or "none yet"
+        raise UserError(f"{error}; decoders that ship with the package: {known}") from None
