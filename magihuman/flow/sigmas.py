@@ -114,6 +114,29 @@ class SigmaPrior:
             raise UserError(f"sigma prior: {error}") from None
 
 
+@dataclass(frozen=True)
+class ScoreLevels:
+    """Noise levels at which a distillation compares two scores: uniform, moved by `shift`, cut at both ends.
+
+    Raises:
+        UserError: at construction, unless 0 <= low < high <= 1 and shift > 0.
+    """
+
+    shift: float = 5.0
+    low: float = 0.02
+    high: float = 0.98
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low < self.high <= 1 and self.shift > 0):
+            raise UserError(
+                f"score levels need 0 <= low < high <= 1 and shift > 0, not {self.low}, {self.high}, {self.shift}"
+            )
+
+    def at(self, u: Tensor) -> Tensor:
+        """Levels for uniform draws u in [0, 1)."""
+        return shift_sigma(u, self.shift).clamp(self.low, self.high)
+
+
 @cache
 def zero_snr_table() -> Tensor:
     """Signal amplitudes of the zero-terminal-SNR diffusion, fp32 [1000]; 0 is the cleanest (SPEC 4.4).

@@ -1,0 +1,1 @@
+"""Distribution matching distillation of joint audio and video: pieces that `recipes/dmd2.py` puts together."""

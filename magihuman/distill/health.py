@@ -1,0 +1,140 @@
+"""Whether a distillation is still healthy: the student against its teacher at fixed prompts and fixed noise.
+
+Distribution matching is a mode-seeking game with a moving critic, and its losses say little: a student that
+gives everybody the same face has a small gradient. So the samples themselves are compared. Before the first
+step the teacher samples a few prompts, several times each, as it is meant to be sampled; every so many cycles
+the student does so in its own way, from the same noise.
+
+    std      standard deviation of the latents, student / teacher: above 1 it saturates, below it goes grey
+    spread   distance between samples of one prompt, student / teacher: towards 0 it forgets modes
+    lag      error of the critic on student samples / the teacher's there: from 1 upwards it says nothing
+    balance  size of the audio's gradient / the video's: one modality drowns the other
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magihuman.distill.latents import MODALITIES, Pair
+from magihuman.errors import UserError
+
+Sampler = Callable[[list[Tensor], list[torch.Generator]], Pair]
+"""Latents of a batch of texts, the noise of each from a generator of its own."""
+
+ADVICE = {
+    "std": "lower recipe.guidance or optim.lr, or raise recipe.critic.updates",
+    "spread": "it forgets modes: raise recipe.critic.updates or recipe.critic.lr, or lower optim.lr",
+    "lag": "the critic lags behind: raise recipe.critic.lr, .updates or .warmup, or lower optim.lr",
+    "balance": "change recipe.video_weight and recipe.audio_weight towards the modality that is drowned",
+}
+
+
+@dataclass(frozen=True)
+class HealthLimits:
+    """What has to hold, looked at every `every` cycles; `patience` looks in a row outside of it end the run.
+
+    Attributes:
+        every: 0 switches all of it off.
+        prompts, samples: texts, and samples of each.
+        std, spread, lag, balance: lowest and highest value of each signal.
+    """
+
+    every: int = 20
+    prompts: int = 4
+    samples: int = 6
+    patience: int = 3
+    std: tuple[float, float] = (0.8, 1.25)
+    spread: tuple[float, float] = (0.7, 1.5)
+    lag: tuple[float, float] = (0.0, 1.1)
+    balance: tuple[float, float] = (0.05, 20.0)
+
+    def __post_init__(self) -> None:
+        if self.every and (self.prompts < 1 or self.samples < 2):
+            raise UserError(
+                f"health needs at least 1 prompt and 2 samples of it, not {self.prompts} and {self.samples}"
+            )
+
+
+def standard_deviation(latents: Tensor) -> float:
+    """Of all entries together."""
+    return float(latents.float().std())
+
+
+def spread(latents: Tensor, samples: int) -> float:
+    """Mean distance (root mean square over entries) between samples of one prompt.
+
+    Video is averaged over time first: what a clip shows tells prompts and people apart, not when a mouth opens.
+
+    Args:
+        latents: [prompts * samples, ...], samples of a prompt side by side.
+    """
+    x = latents.float().mean(2) if latents.ndim == 5 else latents.float()
+    x = x.flatten(1).unflatten(0, (-1, samples))  # [prompts, samples, entries]
+    squared = (x[:, :, None] - x[:, None]).square().mean(-1)  # [prompts, samples, samples]
+    row, column = torch.triu_indices(samples, samples, 1)
+    return float(squared[:, row, column].sqrt().mean())
+
+
+class Health:
+    """Compares, remembers how often in a row a signal was bad, and ends the run.
+
+    Attributes:
+        reference: texts and the teacher's figures, once made; part of the checkpoint.
+        strikes: looks in a row outside of the limits, by signal.
+    """
+
+    def __init__(self, limits: HealthLimits, seed: int) -> None:
+        self.limits = limits
+        self.seed = seed
+        self.reference: dict[str, Any] | None = None
+        self.strikes: dict[str, int] = {}
+
+    def due(self, step: int) -> bool:
+        return self.limits.every > 0 and step % self.limits.every == 0
+
+    def refer(self, texts: Sequence[Tensor], teacher: Sampler) -> None:
+        """Sample the teacher, once per run; later calls do nothing."""
+        if self.reference is None:
+            texts = [text.cpu() for text in texts[: self.limits.prompts]]
+            self.reference = {"texts": texts, **self._measure(texts, teacher)}
+
+    def look(self, student: Sampler) -> dict[str, float]:
+        """`health/std_video` and so on: the student's figures over the teacher's."""
+        assert self.reference is not None
+        mine = self._measure(self.reference["texts"], student)
+        return {f"health/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
+
+    def _measure(self, texts: Sequence[Tensor], sampler: Sampler) -> dict[str, float]:
+        many = [text for text in texts for _ in range(self.limits.samples)]
+        latents = sampler(many, [torch.Generator().manual_seed(self.seed + i) for i in range(len(many))])
+        figures = {}
+        for name, values in zip(MODALITIES, latents, strict=True):
+            if values.numel():
+                figures[f"std_{name}"] = standard_deviation(values)
+                figures[f"spread_{name}"] = spread(values, self.limits.samples)
+        return figures
+
+    def judge(self, figures: Mapping[str, float], step: int) -> None:
+        """Count what is out of its limits.
+
+        Raises:
+            UserError: when a signal was bad `patience` times in a row, with what to change.
+        """
+        for name, value in figures.items():
+            signal = name.split("/")[-1].split("_")[0]
+            low, high = getattr(self.limits, signal)
+            self.strikes[name] = 0 if low <= value <= high else self.strikes.get(name, 0) + 1
+            if self.strikes[name] >= self.limits.patience:
+                raise UserError(
+                    f"the student collapses: {name} is {value:.3g} at step {step}, outside of {low:g} to {high:g} for "
+                    f"{self.limits.patience} looks in a row; {ADVICE[signal]} (recipe.health.{signal} sets the limits)"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference, "strikes": dict(self.strikes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reference, self.strikes = state["reference"], dict(state["strikes"])

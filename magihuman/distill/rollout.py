@@ -1,0 +1,106 @@
+"""Backward simulation: the student's own sampling trajectory, kept for training on.
+
+One rollout without gradients serves a whole cycle. The critic learns from the data estimates of random steps
+of it, and the student's gradient is taken through one more call at a stored state: the networks see exactly
+what inference will show them (Yin et al. 2024, arXiv 2405.14867, section 4.4), for the price of K calls.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magihuman.distill.latents import Given, Pair, each
+from magihuman.flow.path import x0_from_velocity
+from magihuman.flow.solvers import Solver
+
+Velocity = Callable[[Pair, Pair], Pair]
+"""Velocities of a batch at (latents, noise levels [B] of both modalities)."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """States and data estimates of all steps of a trajectory.
+
+    Attributes:
+        states: K network inputs x_k; estimates: K data estimates, conditions inserted; both [B,...].
+        end: what the sampler returns.
+        sigmas: [K+1] noise levels of the sampler.
+    """
+
+    states: list[Pair]
+    estimates: list[Pair]
+    end: Pair
+    sigmas: Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.states)
+
+    def state(self, step: Tensor) -> Pair:
+        """x_k, where every sample has a k of its own, [B] on the CPU."""
+        return _pick(self.states, step)
+
+    def estimate(self, step: Tensor) -> Pair:
+        """The data estimate of step k, per sample."""
+        return _pick(self.estimates, step)
+
+    def sigma(self, step: Tensor) -> Tensor:
+        """[B] noise levels of x_k, on the device of the latents."""
+        return self.sigmas[step].to(self.end.video.device)
+
+
+def _pick(pairs: Sequence[Pair], step: Tensor) -> Pair:
+    steps = step.tolist()
+    return Pair(*(torch.stack([pairs[k][m][b] for b, k in enumerate(steps)]) for m in (0, 1)))
+
+
+@torch.no_grad()
+def simulate(
+    velocity: Velocity, solvers: tuple[Solver, Solver], start: Pair, fresh: Sequence[Pair], given: Given
+) -> Rollout:
+    """Sample with the solvers that inference samples with.
+
+    Args:
+        velocity: of the network, guided or not.
+        solvers: one object per modality (multistep ones have a state each), as inference holds them.
+        start: noise; fresh: noise of every step, for stochastic solvers; else empty.
+        given: conditions, inserted before every call and at the end.
+    """
+    for solver in solvers:
+        solver.reset()
+    sigmas = solvers[0].sigmas
+    states, estimates, x = [], [], given.insert(start)
+    for k, sigma in enumerate(sigmas[:-1].tolist()):
+        level = torch.full((len(x.video),), sigma, device=x.video.device)
+        v = velocity(x, Pair(level, level))
+        states.append(x)
+        estimates.append(given.insert(each(lambda a, b, s=sigma: x0_from_velocity(a, b, s), x, v)))
+        noise = fresh[k] if fresh else (None, None)
+        stepped = (solver.step(v[m], k, x[m], noise[m]) for m, solver in enumerate(solvers))
+        x = given.insert(Pair(*stepped))
+    return Rollout(states, estimates, x, sigmas)
+
+
+def draw_noise(
+    generators: Sequence[torch.Generator], shape: Pair, steps: int, device: torch.device
+) -> tuple[Pair, list[Pair]]:
+    """Start and fresh noise of a rollout, each sample's from its own generator, in the order of SPEC 4.2.
+
+    Audio comes first at the start and last in the steps, as in inference, so that a generator in the same
+    state gives the same trajectory there.
+
+    Args:
+        shape: latents of the batch, read for their shape only; steps: with fresh noise.
+    """
+
+    def one(generator: torch.Generator) -> list[Tensor]:
+        video, audio = shape.video.shape[1:], shape.audio.shape[1:]
+        draws = [torch.randn(audio, generator=generator), torch.randn(video, generator=generator)]
+        for _ in range(steps):
+            draws += [torch.randn(video, generator=generator), torch.randn(audio, generator=generator)]
+        return draws
+
+    audio, video, *rest = (torch.stack(draw).to(device) for draw in zip(*map(one, generators), strict=True))
+    return Pair(video, audio), [Pair(*pair) for pair in zip(rest[0::2], rest[1::2], strict=True)]

@@ -1,0 +1,381 @@
+"""DMD-2: a few-step student without guidance, for joint audio and video and without timestep input.
+
+Improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867) of a flow-matching teacher.
+Three networks of one shape, all started from the teacher:
+
+    student  v_G   samples in K steps with the released re-noising solver; what is exported
+    teacher  v_T   frozen, with its own guidance s_m(sigma) for each modality m
+    critic   v_C   learns, by flow matching, what the student's samples look like: the "fake score"
+
+One cycle, all of it on the student's current samples:
+  1. simulate: K steps of the student from noise, without gradients; all states x_k and estimates x0_k are kept.
+  2. critic, R times: noise the x0_k of a random k to a level of the teacher's prior, fit v_C to eps - x0_k.
+  3. student, once: repeat the call at one x_k with gradients, noise its estimate x0 to y at a level s, and move
+     x0 along   g_m = s (v_T - v_C)_m / mean |x0 - (y - s v_T)|_m,   v_T guided.
+The critic is two time scales ahead (R updates per cycle, and a warm-up before the student's first): with
+critic = teacher the first gradient would be a pure push of the guidance.
+
+What is peculiar here:
+  - The networks are not told the noise level, so v_C equals v_T at p_student = p_data only when both were
+    trained under the same prior of levels. The critic's prior is the teacher's, by assertion. The level of
+    step 3 may be drawn at will: it weighs the integral, nothing else.
+  - Audio has a hundredth of the video's entries. Every mean and every normaliser is of one modality.
+  - Given first frames and given sounds stay clean in the inputs of all three networks, and count nowhere.
+  - Distribution matching forgets modes when the critic lags behind. `magihuman.distill.health` compares the
+    student's samples with the teacher's at fixed prompts and noise, and ends a run that collapses.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magihuman import zoo
+from magihuman.denoiser import Denoiser
+from magihuman.distill.health import Health, HealthLimits, Sampler
+from magihuman.distill.latents import MODALITIES, Given, Pair, each
+from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
+from magihuman.distill.rollout import Rollout, Velocity, draw_noise, simulate
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance, combine
+from magihuman.flow.path import add_noise, masked_mean_per_sample, velocity_target, x0_from_velocity
+from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
+from magihuman.flow.solvers import make_solver
+from magihuman.training.callbacks import evaluating
+from magihuman.training.draws import Draws, stream
+from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
+from magihuman.training.setup import Setup
+from magihuman.weights import Sampling
+from recipes.base import Recipe
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """How the critic keeps up with the student.
+
+    Attributes:
+        lr: peak learning rate; the rest of the optimiser is the student's.
+        updates: R, per cycle.
+        warmup: cycles at the start in which the student stands still.
+        samples_per_rollout: how often one rollout is drawn from before the student is simulated again.
+    """
+
+    lr: float = 5e-4
+    updates: int = 5
+    warmup: int = 10
+    samples_per_rollout: int = 6
+
+
+SCORE, CRITIC, HEALTH = ScoreLevels(), CriticSettings(), HealthLimits()
+
+
+@dataclass
+class Part:
+    """A slice of the batch that fits into memory, with its rollout."""
+
+    text: list[Tensor]
+    given: Given
+    generators: list[torch.Generator]
+    position: Tensor
+    rollout: Rollout | None = None
+    uses: int = 0
+
+    def uniform(self) -> Tensor:
+        """[B] in [0, 1), each sample's own draw."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.generators])
+
+    def normal(self) -> Pair:
+        """Noise of the shape of the latents."""
+        return draw_noise(self.generators, self.given.latents, 0, self.given.latents.video.device)[0]
+
+
+class DMD2(Recipe):
+    """Distribution matching distillation.
+
+    Args:
+        sampling: of the student: solver, steps K, shift; guidance is off.
+        sigma: the critic's prior of noise levels; None takes the teacher's, and another one is refused.
+        score: noise levels of the student's objective.
+        guidance: of the teacher in the objective; None takes what its checkpoint is sampled with.
+        critic: how it keeps up.
+        health: what a run has to hold, and how often that is looked at.
+        video_weight, audio_weight: of the modalities, in both objectives.
+        first_frame, given_audio: probabilities of conditions, taken from the batch's latents.
+        micro_batch: samples that go through the networks together; None for the whole batch.
+    """
+
+    optimizers_needed = 2
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        sampling: Sampling,
+        sigma: SigmaPrior | None = None,
+        score: ScoreLevels = SCORE,
+        guidance: Guidance | None = None,
+        critic: CriticSettings = CRITIC,
+        health: HealthLimits = HEALTH,
+        video_weight: float = 1.0,
+        audio_weight: float = 1.0,
+        first_frame: float = 0.1,
+        given_audio: float = 0.1,
+        micro_batch: int | None = None,
+    ) -> None:
+        super().__init__(setup)
+        self.automatic_optimization = False
+        if setup.init is None:
+            raise UserError(
+                "dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
+            )
+        teacher = zoo.config_of(setup.init)
+        if sigma is not None and sigma != teacher.sigma_prior:
+            raise UserError(
+                f"recipe.sigma={sigma.to_dict()} is not the prior that {setup.init} was trained with "
+                f"({teacher.sigma_prior.to_dict()}); without timestep input the critic needs the teacher's: remove it"
+            )
+        if setup.trainer.accumulate != 1:
+            raise UserError(
+                f"trainer.accumulate={setup.trainer.accumulate} does not go with dmd2, which updates two networks; "
+                "raise data.module.batch_size and set recipe.micro_batch to what fits into memory"
+            )
+        self.sigma = teacher.sigma_prior
+        self.teacher_sampling = teacher.sampling
+        self.guidance = guidance or teacher.sampling.guidance
+        self.sampling = replace(sampling, guidance=Guidance(1, 1, 0, 1))
+        self.score = score
+        self.critic_settings = critic
+        self.modality_weights = {"video": video_weight, "audio": audio_weight}
+        self.first_frame, self.given_audio = first_frame, given_audio
+        self.micro_batch = micro_batch
+        self.health = Health(health, stream(setup.seed, "health") % 2**40)
+        self.signals: dict[str, float] = {}
+        self.student_updates = self.critic_updates = 0
+        self.teacher: Denoiser | None = None
+        self.critic: Denoiser | None = None
+        self.roles: dict[str, Any] = {}
+
+    # The three networks
+
+    def configure_model(self) -> None:
+        if self.denoiser is not None:
+            return
+        super().configure_model()
+        self.teacher = self.make_network().requires_grad_(False).eval()
+        self.critic = self.make_network()
+        self.critic.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
+        self.roles = {
+            "student": self.denoiser,
+            "average": self.network,
+            "critic": self.critic,
+            "teacher": self.teacher,
+        }
+
+    def configure_optimizers(self) -> Any:
+        assert self.denoiser is not None
+        assert self.critic is not None
+        given, settings = self.given, self.critic_settings
+        shape, _ = given.transformer
+        critic_optim = replace(given.optim, lr=settings.lr, schedule="constant", warmup=1)
+        student = build_optimizer(self.denoiser, shape, given.optim)
+        critic = build_optimizer(self.critic, shape, critic_optim)
+        updates = max(1, self.max_steps - settings.warmup)
+        schedule = build_schedule(student, given.optim, updates)
+        return [student, critic], [{"scheduler": schedule, "interval": "step"}]
+
+    def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
+        """v of the student, its average, the critic or the teacher without guidance; [B,...] like x.
+
+        Args:
+            sigma: noise levels [B], for networks that are told them; these are not.
+        """
+        return Pair(*self.roles[role](x.video, x.audio, text))
+
+    @torch.no_grad()
+    def teacher_velocity(self, x: Pair, text: list[Tensor], sigma: Pair) -> tuple[Pair, Pair]:
+        """v_T at noise levels [B]: with guidance, and without."""
+        plain = self.velocity("teacher", text, x, sigma)
+        if not self.guidance.needed:
+            return plain, plain
+        null = [self.given.null_text.to(x.video.device)] * len(text)
+        other = self.velocity("teacher", null, x, sigma)
+        guided = []
+        for name, positive, negative, levels in zip(MODALITIES, plain, other, sigma, strict=True):
+            scales = torch.tensor([self.guidance(name, int(1000 * s)) for s in levels.tolist()])
+            guided.append(
+                combine(positive, negative, scales.to(x.video).view(-1, *[1] * (positive.ndim - 1)))
+            )
+        return Pair(*guided), plain
+
+    # One cycle
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
+        assert self.denoiser is not None
+        assert self.critic is not None
+        self.stepped = False
+        draws = Draws(self.given.seed, self.batches, batch["index"])
+        student, critic = self.optimizers()  # type: ignore[attr-defined]
+        self.look(batch)
+        parts = list(self.parts(batch, draws))
+        for turn in range(self.critic_settings.updates):
+            for part in parts:
+                self.manual_backward(self.critic_turn(part, turn) * (len(part.text) / len(draws)))
+            self.update(self.critic, critic, "grad_norm/critic")
+            self.critic_updates += 1
+        if self.step >= self.critic_settings.warmup:
+            for part in parts:
+                self.manual_backward(self.student_turn(part) * (len(part.text) / len(draws)))
+            self.update(self.denoiser, student, "grad_norm")
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+            self.student_updates += 1
+        self.batches += 1
+        self.after_step()
+
+    def update(self, network: nn.Module, optimizer: Any, name: str) -> None:
+        """Clip, step, and free the gradients: those of two networks never lie in memory together."""
+        norm = clip_gradients(list(network.parameters()), self.given.optim.clip_norm)
+        self.count_norm(name, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def parts(self, batch: dict[str, Any], draws: Draws) -> Iterator[Part]:
+        """Cut the batch, and choose what is given."""
+        latents = Pair(batch["video"], batch["audio"])
+        given = Given.nothing(latents)
+        first, sound = draws.chance(self.first_frame), draws.chance(self.given_audio)
+        if latents.video.shape[2] > 1:
+            given.mask.video[first.to(latents.video.device), :, 0] = 0
+        given.mask.audio[sound.to(latents.audio.device)] = 0
+        size = self.micro_batch or len(draws)
+        for start in range(0, len(draws), size):
+            some = slice(start, start + size)
+            position = batch["index"][some].cpu()
+            yield Part(list(batch["text"][some]), given.select(some), draws.generators[some], position)
+
+    def simulated(self, part: Part) -> Rollout:
+        """The part's rollout; a fresh one when it was drawn from often enough."""
+        if part.rollout is None or part.uses >= self.critic_settings.samples_per_rollout:
+            part.rollout, part.uses = self.rollout(part), 0
+        part.uses += 1
+        return part.rollout
+
+    def rollout(self, part: Part) -> Rollout:
+        """Sample with the student as inference does."""
+        velocity = partial(self.velocity, "student", part.text)
+        return self.sample(self.sampling, velocity, part.generators, part.given)
+
+    @staticmethod
+    def sample(
+        settings: Sampling, velocity: Velocity, generators: list[torch.Generator], given: Given
+    ) -> Rollout:
+        """A trajectory with the solver of `settings`."""
+        solvers = [make_solver(settings.solver, settings.steps, settings.shift) for _ in MODALITIES]
+        fresh_steps = settings.steps if solvers[0].stochastic else 0
+        start, fresh = draw_noise(generators, given.latents, fresh_steps, given.latents.video.device)
+        return simulate(velocity, (solvers[0], solvers[1]), start, fresh, given)
+
+    def step_of(self, part: Part, turn: int) -> Tensor:
+        """[B] on the CPU: the step k of every sample, uniform and as different as can be over the whole batch."""
+        offset = stream(self.given.seed, "step", self.batches, turn)
+        return (part.position + offset % self.sampling.steps) % self.sampling.steps
+
+    def critic_turn(self, part: Part, turn: int) -> Tensor:
+        """The critic's loss on student samples."""
+        rollout, given = self.simulated(part), part.given
+        x0 = rollout.estimate(self.step_of(part, turn))
+        levels = [self.sigma.sample(1, g) for g in part.generators]
+        noise = part.normal()
+        sigma = Pair(*(torch.cat([level[m] for level in levels]).to(x0.video.device) for m in (0, 1)))
+        noisy = given.insert(each(add_noise, x0, noise, sigma))
+        velocity = self.velocity("critic", part.text, noisy, sigma)
+        losses = each(critic_loss, velocity, x0, noise, given.mask)
+        for name, loss, mask in zip(MODALITIES, losses, given.mask, strict=True):
+            self.meter.add(f"critic/{name}", loss, mask.flatten(1).amax(1))
+        return self.weighted(losses)
+
+    def student_turn(self, part: Part) -> Tensor:
+        """The student's loss; its gradient is the distribution matching gradient."""
+        rollout, given, text = self.simulated(part), part.given, part.text
+        k = self.step_of(part, self.critic_settings.updates)
+        x, level = rollout.state(k), rollout.sigma(k)
+        velocity = self.velocity("student", text, x, Pair(level, level))
+        x0 = given.insert(each(lambda a, b: x0_from_velocity(a, b, level), x, velocity))
+
+        sigma = self.score.at(part.uniform()).to(level.device)
+        noise = part.normal()
+        with torch.no_grad():
+            noisy = given.insert(each(lambda a, b: add_noise(a, b, sigma), x0, noise))
+            both = Pair(sigma, sigma)
+            real, plain = self.teacher_velocity(noisy, text, both)
+            fake = self.velocity("critic", text, noisy, both)
+            found = [
+                matching_gradient(x0[m], noisy[m], real[m], fake[m], sigma, given.mask[m]) for m in (0, 1)
+            ]
+        gradient = Pair(found[0][0], found[1][0])
+        self.count(x0, noise, gradient, (plain, fake), torch.stack([f[1] for f in found]), given.mask)
+        return self.weighted(each(surrogate_loss, x0, gradient, given.mask))
+
+    def weighted(self, losses: Pair) -> Tensor:
+        """Sum over modalities, mean over samples."""
+        return sum(
+            self.modality_weights[name] * loss.mean() for name, loss in zip(MODALITIES, losses, strict=True)
+        )  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def count(
+        self, x0: Pair, noise: Pair, gradient: Pair, velocities: tuple[Pair, Pair], finite: Tensor, mask: Pair
+    ) -> None:
+        """Signals of the student's turn."""
+        plain, fake = velocities
+        self.meter.add("dm_not_finite", 1 - finite.float().min(0).values)
+        sizes = {}
+        for m, name in enumerate(MODALITIES):
+            used = mask[m].flatten(1).amax(1)
+            size = masked_mean_per_sample(gradient[m].square(), mask[m]).sqrt()
+            target = velocity_target(x0[m], noise[m])
+            errors = [masked_mean_per_sample((v[m] - target).square(), mask[m]) for v in (fake, plain)]
+            self.meter.add(f"dm/{name}", size, used)
+            self.meter.add(f"critic_error/{name}", errors[0], used)
+            self.meter.add(f"teacher_error/{name}", errors[1], used)
+            sizes[name] = (size * used).sum() / used.sum().clamp(min=1)
+        self.meter.add("loss", sizes["video"] + sizes["audio"])
+        self.meter.add("dm/audio_to_video", sizes["audio"] / sizes["video"].clamp(min=1e-12))
+
+    def look(self, batch: dict[str, Any]) -> None:
+        """Compare the student's samples with the teacher's; see `magihuman.distill.health`."""
+        if not self.health.due(self.step):
+            return
+        latents = Pair(batch["video"][:1], batch["audio"][:1])
+
+        def sampler(settings: Sampling, velocity: Callable[..., Pair]) -> Sampler:
+            def run(texts: list[Tensor], generators: list[torch.Generator]) -> Pair:
+                texts = [text.to(latents.video.device) for text in texts]
+                like = each(lambda x: x.expand(len(texts), *x.shape[1:]), latents)
+                return self.sample(settings, partial(velocity, texts), generators, Given.nothing(like)).end
+
+            return run
+
+        def guided(text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
+            return self.teacher_velocity(x, text, sigma)[0]
+
+        self.health.refer(batch["text"], sampler(self.teacher_sampling, guided))
+        with evaluating(self.network):
+            self.signals.update(self.health.look(sampler(self.sampling, partial(self.velocity, "average"))))
+        for name, value in self.signals.items():
+            self.meter.add(name, value)
+        self.health.judge(self.signals, self.step)
+        self.signals = {}
+
+    def after_step(self) -> None:
+        """Count a cycle; the average follows the student's updates only."""
+        self.step += 1
+        self.stepped = True
+        if self.ema is not None and self.student_updates:
+            assert self.denoiser is not None
+            self.ema.update(self.denoiser)
+
+    def export_settings(self) -> dict[str, Any]:
+        return {"sigma_prior": self.sigma, "sampling": self.sampling}
