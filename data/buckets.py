@@ -28,8 +28,10 @@ class Bucket:
         return cls(int(frames), int(height), int(width), name.endswith("+a"))
 
 
-def parse_sizes(texts: Sequence[str], stride: tuple[int, int]) -> list[tuple[int, int]]:
-    """ "448x256" (width x height, as people write it) -> (256, 448).
+def parse_sizes(
+    texts: Sequence[str], stride: tuple[int, int], setting: str = "sizes"
+) -> list[tuple[int, int]]:
+    """ "448x256" (width x height, as people write it) -> (256, 448); `setting` is what messages call it.
 
     Raises:
         UserError: not of that form, or not divisible by the codec's `stride`.
@@ -38,14 +40,39 @@ def parse_sizes(texts: Sequence[str], stride: tuple[int, int]) -> list[tuple[int
     for text in texts:
         width, _, height = text.lower().partition("x")
         if not (width.isdigit() and height.isdigit()):
-            raise UserError(f"sizes={text!r} should look like 448x256 (width x height)")
+            raise UserError(f"{setting}={text!r} should look like 448x256 (width x height)")
         size = (int(height), int(width))
         if any(side == 0 or side % unit for side, unit in zip(size, stride, strict=True)):
             raise UserError(
-                f"sizes={text}: the codec needs height divisible by {stride[0]} and width by {stride[1]}"
+                f"{setting}={text}: the codec needs height divisible by {stride[0]} and width by {stride[1]}"
             )
         sizes.append(size)
     return sizes
+
+
+SHAPE_TOLERANCE = 0.03
+"""How much the aspects of a size and of its larger partner may differ: 1920x1088 to 448x256 is 0.8 %."""
+
+
+def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """`large`, after a look at whether it holds a larger size of the same shape for each of `small`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if len(large) != len(small):
+        raise UserError(
+            f"sr_sizes has {len(large)} sizes and sizes has {len(small)}; give one for each, in the same order"
+        )
+    for (height, width), (tall, wide) in zip(small, large, strict=True):
+        names = f"sr_sizes={wide}x{tall} for {width}x{height}"
+        if tall < height or wide < width:
+            raise UserError(f"{names} is smaller; give the size of the second stage")
+        if abs(log(wide * height / (tall * width))) > SHAPE_TOLERANCE:
+            raise UserError(f"{names} has another shape; choose one within {SHAPE_TOLERANCE:.0%} of it")
+    if len(set(large)) < len(large):
+        raise UserError("sr_sizes names a size twice; a clip could not tell which of two sizes it belongs to")
+    return list(large)
 
 
 def check_lengths(lengths: Sequence[int], stride: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data.buckets import Bucket
 from data.plan import PlannedClip
 from data.scan import Found, look
-from data.shards import NULL_TEXT, Entry, ShardWriter, write_atomically
+from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter, write_atomically
 from data.workers import Tick
 from magihuman.errors import UserError
 from magihuman.media import Clip, MediaError, MediaReader, read_image
@@ -114,7 +114,7 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
     """Task: read, encode and store the clips of one shard."""
     world = open_world(job.encode.world, job.encode.device)
     refused: dict[str, str] = {}
-    waiting: dict[Bucket, list[tuple[PlannedClip, Clip]]] = {}
+    waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, Clip]]] = {}
     with ShardWriter(Path(job.path)) as writer:
         for planned, clip in _read(job.clips, world, tick, excluded):
             if isinstance(clip, str):
@@ -126,11 +126,12 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
                 refused[planned.key] = f"its sound {state} (silent=true takes it)"
                 continue
             bucket = Bucket(planned.frames, planned.height, planned.width, sound)
-            group = waiting.setdefault(bucket, [])
+            kind = (bucket, planned.large)
+            group = waiting.setdefault(kind, [])
             group.append((planned, clip))
             if len(group) == job.encode.batch:
-                refused |= _encode(world, job.encode.device, bucket, waiting.pop(bucket), writer)
-        for bucket, group in waiting.items():
+                refused |= _encode(world, job.encode.device, bucket, waiting.pop(kind), writer)
+        for (bucket, _), group in waiting.items():
             refused |= _encode(world, job.encode.device, bucket, group, writer)
     return ShardResult(writer.entries, refused)
 
@@ -148,7 +149,7 @@ def _read(
             if planned.path in excluded:
                 yield planned, "crashes the decoder (its process died twice)"
                 continue
-            size = (planned.height, planned.width)
+            size = planned.large or (planned.height, planned.width)
             try:
                 if planned.still:
                     yield planned, Clip(_still(planned.path, size), contract.fps, None, 0)
@@ -194,8 +195,16 @@ def _encode(
     """Encode clips of one bucket and add them to the shard; returns refusals by key."""
     import torch
 
+    from magihuman.super_resolution import shrink_pictures
+
     frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
-    video = world.video_codec.encode(frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).cpu()
+    pictures = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    large = None
+    if group[0][0].large is not None:
+        large = world.video_codec.encode(pictures).cpu()
+        # From the same pixels, so that both show the same part of the scene to a fraction of a pixel.
+        pictures = shrink_pictures(pictures, bucket.height, bucket.width)
+    video = world.video_codec.encode(pictures).cpu()
     audio = None
     if bucket.sound:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
@@ -208,6 +217,8 @@ def _encode(
         tensors = {"video": video[i], "text": texts[i].cpu()}
         if audio is not None:
             tensors["audio"] = audio[i]
+        if large is not None:
+            tensors[LARGE] = large[i]
         if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
             refused[planned.key] = "its latents are not finite in half precision"
             continue

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from data.buckets import Bucket
 from data.plan import source_of
-from data.shards import Shards
+from data.shards import LARGE, Shards
 from data.stream import Batches, FixedOrder, Order
 from magihuman.errors import UserError
 from magihuman.models.codecs import Contract
@@ -123,6 +123,18 @@ class LatentDataModule(LightningDataModule):
         names = Counter(entry.bucket for entry in self.reader.entries)
         bucket = Bucket.parse(names.most_common(1)[0][0])
         return bucket.frames, bucket.height, bucket.width
+
+    @property
+    def sr_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels at which most clips are stored too (`data.prepare` with sr_sizes), or None."""
+        buckets = Counter(entry.bucket for entry in self.reader.entries)
+        usual = buckets.most_common(1)[0][0]
+        number = next(i for i, entry in enumerate(self.reader.entries) if entry.bucket == usual)
+        large = self.reader.read(number).tensors.get(LARGE)
+        if large is None:
+            return None
+        stride = self.contract.video_stride
+        return large.shape[-2] * stride[1], large.shape[-1] * stride[2]
 
     @property
     def null_text(self) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ class Rules:
 
     Attributes:
         sizes: (height, width) choices; lengths: pixel frames, longest first; fps: of the world.
+        large: for each of `sizes` the size of the second stage, or empty. Files are judged by the larger size.
         captions_required: whether a file without a caption is refused.
         silent, images: whether clips without sound, and still pictures, are taken.
         max_crop, max_enlarge: see `data.buckets.choose_size`.
@@ -37,6 +38,7 @@ class Rules:
     max_crop: float
     max_enlarge: float
     max_windows: int | None
+    large: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class PlannedClip:
         key: unique name: words of the file's name, a hash of its place, the window's number.
         start: seconds into the file; frames, height, width: pixel frames and size of the clip.
         still: whether the file is a still picture.
+        large: (height, width) at which the clip is stored too, or None.
     """
 
     key: str
@@ -58,6 +61,7 @@ class PlannedClip:
     height: int
     width: int
     still: bool
+    large: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,11 @@ def _clips_of(found: Found, tables: Tables, repeats: Mapping[str, str], rules: R
         )
     if info.seconds > found.size:
         raise _Refused(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
-    size, why = choose_size(info.height, info.width, rules.sizes, rules.max_crop, rules.max_enlarge)
-    if size is None:
+    choices = rules.large or rules.sizes
+    best, why = choose_size(info.height, info.width, choices, rules.max_crop, rules.max_enlarge)
+    if best is None:
         raise _Refused(why)
+    size = rules.sizes[list(choices).index(best)]
     still = info.kind == "image"
     if still:
         windows = [(0, 1)]
@@ -148,6 +154,7 @@ def _clips_of(found: Found, tables: Tables, repeats: Mapping[str, str], rules: R
         PlannedClip(
             key=key_of(found.relative, number), path=found.path, relative=found.relative, caption=caption,
             start=first / rules.fps, frames=frames, height=size[0], width=size[1], still=still,
+            large=best if rules.large else None,
         )
         for number, (first, frames) in enumerate(windows)
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from data.buckets import check_lengths, parse_sizes
+from data.buckets import check_lengths, pair_sizes, parse_sizes
 from data.captions import read_tables
 from data.plan import Plan, Rules, make_plan
 from data.report import Report, make_report
@@ -40,6 +40,7 @@ def prepare(
     workers: int = 0,
     device: str = "cpu",
     sizes: str | None = None,
+    sr_sizes: str | None = None,
     frames: str | None = None,
     captions: Literal["required", "optional"] = "required",
     table: str | None = None,
@@ -66,6 +67,8 @@ def prepare(
         workers: processes, 0 for one per CPU core, or a single one with device=cuda
         device: where the codecs run: cpu, cuda, cuda:1
         sizes: width x height choices such as 448x256,256x448; a clip goes to the one nearest in shape
+        sr_sizes: sizes of the second stage, one for each of sizes, such as 896x512,512x896; clips are stored
+            at both, for training super-resolution
         frames: lengths to cut to, such as 101,49,25; none for the world's own
         captions: required refuses files without a caption, optional takes them with an empty one
         table: a caption table elsewhere than in the input folder
@@ -204,9 +207,12 @@ class _Run:
         except ValueError as error:
             raise UserError(f"frames={chosen['frames']!r} should be numbers such as 101,49,25") from error
         stride, fps = world["contract"]["video_stride"], world["contract"]["fps"]
+        small = parse_sizes(sizes, stride[1:])
+        large = str(chosen["sr_sizes"] or "").replace(" ", "")
         return Rules(
-            sizes=parse_sizes(sizes, stride[1:]), lengths=check_lengths(lengths, stride[0]), fps=fps,
+            sizes=small, lengths=check_lengths(lengths, stride[0]), fps=fps,
             captions_required=chosen["captions"] == "required",
+            large=pair_sizes(small, parse_sizes(large.split(","), stride[1:], "sr_sizes")) if large else (),
             **{key: chosen[key] for key in ("silent", "images", "max_crop", "max_enlarge", "max_windows")},
         )  # fmt: skip
 

@@ -12,7 +12,13 @@ from magihuman.errors import UserError
 
 
 def ensure(
-    folder: str, clips: int, seed: int = 0, size: int = 64, workers: int = 2, world: str = "tiny"
+    folder: str,
+    clips: int,
+    seed: int = 0,
+    size: int = 64,
+    workers: int = 2,
+    world: str = "tiny",
+    sr_size: int | None = None,
 ) -> str:
     """Clips in FOLDER/clips-..., their shards in FOLDER/shards-...; returns the folder of the shards.
 
@@ -26,13 +32,15 @@ def ensure(
         size: width and height in pixels
         workers: processes
         world: whose codecs and text encoder make the latents
+        sr_size: width and height of the second stage: the clips are drawn at it and stored at both
 
     Raises:
         UserError: a value out of range, or a folder that cannot be written.
     """
     root = Path(folder)
-    name = f"{clips}-seed{seed}-{size}px"
-    shards = root / f"shards-{world}-{name}"
+    drawn = size if sr_size is None else sr_size
+    name = f"{clips}-seed{seed}-{drawn}px"
+    shards = root / f"shards-{world}-{name}{'' if sr_size is None else f'-and-{size}px'}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,13 +49,14 @@ def ensure(
         ) from error
     with _alone(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
-            make_clips(str(root / f"clips-{name}"), clips, seed, size, workers=workers)
+            make_clips(str(root / f"clips-{name}"), clips, seed, drawn, workers=workers)
             prepare(
                 str(root / f"clips-{name}"),
                 str(shards),
                 world="tiny",
                 workers=workers,
                 sizes=f"{size}x{size}",
+                sr_sizes=None if sr_size is None else f"{sr_size}x{sr_size}",
             )
     return str(shards)
 

@@ -74,6 +74,11 @@ def _regions(size: int) -> dict[str, np.ndarray]:
     }
 
 
+def mouth_region(size: int) -> np.ndarray:
+    """Where the mouth is in a picture of `size` x `size`: boolean [size, size]."""
+    return _regions(size)["mouth"]
+
+
 def _nearest(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float(np.sum((np.array(palette[name]) - colour) ** 2)))
 

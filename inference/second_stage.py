@@ -9,7 +9,7 @@ from torch import Tensor
 from inference.sample import LatentShape, Noise, Progress, Scales, sample
 from magihuman.denoiser import Denoiser
 from magihuman.flow.sigmas import zero_snr_table
-from magihuman.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
+from magihuman.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 
 # The first latent frames are guided less, whatever the scale of the others.
 EARLY_FRAMES, EARLY_SCALE = 13, 2.0
@@ -64,6 +64,7 @@ def refine(
     steps: int,
     shift: float = 5.0,
     guidance: Scales | None = None,
+    audio_noise: float = AUDIO_NOISE,
     image_latent: Tensor | None = None,
     progress: Progress | None = None,
     cfg_passes: int = 1,
@@ -79,14 +80,14 @@ def refine(
         noise: for both, from `draw`.
         steps, shift: of the solver, which is UniPC.
         guidance: from `frame_scales`, or None.
+        audio_noise: noise level of the sound; the released one, where nothing is to be studied.
         image_latent: the first frame [B,C,1,h,w], encoded at this stage's size.
         progress, cfg_passes, device: as in `inference.sample.sample`.
 
     Returns:
         the clip's video latents at the new size, fp32; its audio stays that of the first stage.
     """
-    signal = zero_snr_table()[NOISE_INDEX].item()
-    start = noise_video(upsample_latents(video, shape.height, shape.width), noise[0], signal)
+    video, heard = start(video, audio, noise, zero_snr_table()[NOISE_INDEX].item(), audio_noise)
     return sample(
         denoiser,
         text,
@@ -97,9 +98,9 @@ def refine(
         guidance,
         shift,
         image_latent=image_latent,
-        audio_latent=noise_audio(audio, noise[1]),
+        audio_latent=heard,
         progress=progress,
-        noise=Noise(start, None),
+        noise=Noise(video, None),
         cfg_passes=cfg_passes,
         device=device,
     )[0]

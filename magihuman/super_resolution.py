@@ -1,5 +1,7 @@
 """What the super-resolution stage starts from (SPEC 4.4). Noise is given, never drawn here."""
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -13,17 +15,70 @@ def upsample_latents(latents: torch.Tensor, height: int, width: int) -> torch.Te
     return F.interpolate(latents, size=size, mode="trilinear", align_corners=True)
 
 
-def noise_video(upsampled: torch.Tensor, noise: torch.Tensor, signal: float) -> torch.Tensor:
+def noise_video(upsampled: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor | float) -> torch.Tensor:
     """Variance-preserving noise: z * signal + eps * sqrt(1 - signal^2), shapes of `upsampled`.
 
-    Not the flow path (oddity O7): the release runs the solver from its first sigma on this.
+    Not the flow path from data to noise (oddity O7): the release runs the solver from its first sigma on this,
+    which makes it the source of a path of its own (derived in recipes/sr.py).
 
     Args:
-        signal: the table's value at `NOISE_INDEX`, 0.83891 in the release.
+        signal: the table's value at `NOISE_INDEX`, 0.83891 in the release; or one per sample [B].
     """
-    return upsampled * signal + noise * (1.0 - signal**2) ** 0.5
+    added = (1.0 - _exact(signal) ** 2) ** 0.5
+    return upsampled * _spread(signal, upsampled) + noise * _spread(added, noise)
 
 
-def noise_audio(audio: torch.Tensor, noise: torch.Tensor, scale: float = AUDIO_NOISE) -> torch.Tensor:
+def noise_audio(
+    audio: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor | float = AUDIO_NOISE
+) -> torch.Tensor:
     """[B,A,Ca] -> scale * eps + (1 - scale) * audio; the stage reads it and never updates it."""
-    return noise * scale + audio * (1.0 - scale)
+    return noise * _spread(scale, noise) + audio * _spread(1.0 - _exact(scale), audio)
+
+
+def start(
+    video: torch.Tensor,
+    audio: torch.Tensor,
+    noise: tuple[torch.Tensor, torch.Tensor],
+    signal: torch.Tensor | float,
+    audio_scale: torch.Tensor | float = AUDIO_NOISE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the second stage begins with, in training and in inference alike.
+
+    Args:
+        video: latents of the first stage [B,C,T,h,w]; audio: [B,A,Ca].
+        noise: for both, the video's at the size of the second stage.
+        signal, audio_scale: as for `noise_video` and `noise_audio`; numbers, or one per sample [B].
+
+    Returns:
+        video [B,C,T,H,W] with H, W of the noise, audio [B,A,Ca], fp32.
+    """
+    upsampled = upsample_latents(video, noise[0].shape[-2], noise[0].shape[-1])
+    return noise_video(upsampled, noise[0], signal), noise_audio(audio, noise[1], audio_scale)
+
+
+def coarsen(latents: torch.Tensor, factor: int) -> torch.Tensor:
+    """[B,C,T,h,w] with the detail of a picture `factor` times smaller: averages of cells, spread out again."""
+    if factor == 1:
+        return latents
+    frames, height, width = latents.shape[2:]
+    size = (frames, max(1, height // factor), max(1, width // factor))
+    return upsample_latents(F.adaptive_avg_pool3d(latents, size), height, width)
+
+
+def shrink_pictures(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pictures [B,3,F,H,W] in [-1,1] -> [B,3,F,height,width], bicubic with anti-aliasing."""
+    flat = frames.transpose(1, 2).flatten(0, 1)
+    small = F.interpolate(flat, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+    return small.unflatten(0, (len(frames), -1)).transpose(1, 2)
+
+
+def _exact(value: torch.Tensor | float) -> Any:
+    """In fp64, so that numbers and tensors are rounded once and give the same bits."""
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+def _spread(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:
+    """A number, or one per sample [B] in fp32, shaped to broadcast over `like`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
+    return value

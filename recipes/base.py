@@ -38,10 +38,12 @@ class Recipe(L.LightningModule):
         stepped: whether the latest batch completed a step, which is when to log, save and stop.
         meter: averages for the next log line; aside: seconds that callbacks took since the last one.
         optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
+        may_change: settings of the model in which it may differ from what it starts from (`init`).
         strategies: those that the recipe can be trained with.
     """
 
     optimizers_needed = 1
+    may_change: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
     def __init__(self, setup: Setup) -> None:

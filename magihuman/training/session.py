@@ -13,7 +13,7 @@ from magihuman.config import ModelSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
 from magihuman.models.codecs import Contract
 from magihuman.provenance import fingerprint
-from magihuman.schema import call
+from magihuman.schema import call, locate
 from magihuman.training.callbacks import Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer
 from magihuman.training.preempt import Preemption
@@ -79,7 +79,10 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
             ("dit", model.dit.to_dict(), parent.model.to_dict()),
             ("pack", model.pack.to_dict(), parent.pack.to_dict()),
         ):
-            wrong = [f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k]]
+            free = getattr(locate(settings.recipe["_target_"], "recipe"), "may_change", ())
+            wrong = [
+                f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in free
+            ]
             if wrong:
                 raise UserError(
                     f"init={settings.init} is a model of another size than model.{part} ({'; '.join(wrong)}); "
@@ -96,6 +99,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
         world=data.world,
         contract=contract,
         size=Size(*data.size),
+        sr_size=getattr(data, "sr_size", None),
         null_text=null_text,
         optim=settings.optim,
         trainer=settings.trainer,

@@ -19,6 +19,7 @@ class Setup:
         model, pack: shape of the transformer and of its tokens; None where the recipe trains another network.
         world: name of the world; contract: of the latents in the shards.
         size: of a usual clip, for exports and sample clips.
+        sr_size: (height, width) in pixels at which the shards hold the clips too, or None.
         null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
         seed: of initial weights and of all draws.
         init: checkpoint (zoo name, export or run folder) that the weights start from, or None.
@@ -36,6 +37,7 @@ class Setup:
     strategy: StrategySettings
     seed: int = 0
     init: str | None = None
+    sr_size: tuple[int, int] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property

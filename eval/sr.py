@@ -1,0 +1,368 @@
+"""Measures a super-resolution checkpoint of the tiny world: against enlarging without it, and with and without sound.
+
+    python -m eval.sr checkpoint=tiny/sr output=eval/results/tiny_sr
+
+The clips are those of held-out puppets (`eval.puppets`), first in two ways at the first stage's size:
+
+clip    the puppet drawn at 64 pixels, through the codec. The truth at 128 pixels is known, so PSNR and SSIM are.
+base    samples of the first stage for the puppet's caption, with its own sound. There is no truth; what can be
+        measured is sharpness and whether the mouth follows the sound.
+
+Columns: bicubic (decoded, then enlarged), latents (enlarged trilinearly, then decoded: the second stage's input
+without noise), sr, and as the bound the puppet drawn at 128 pixels, through the codec.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.puppets import synthesise
+from eval import sr_report
+from eval.fidelity import psnr, ssim
+from eval.puppets import HELD_OUT_SEED, ground_truth, held_out
+from eval.report import provenance
+from eval.scores import CANDIDATES
+from eval.sight import mouth_region, see
+from eval.speech import called_opening
+from eval.sync import correlation
+from magihuman.errors import UserError
+from magihuman.postprocess import frames_to_uint8
+from magihuman.super_resolution import AUDIO_NOISE, coarsen, upsample_latents
+
+if TYPE_CHECKING:
+    from magihuman.world import World
+    from magihuman.zoo import Loaded
+
+PARTS = ("table", "audio", "steps")
+COARSE = (1, 2, 4, 8)
+STEPS = (1, 2, 3, 5, 8, 16)
+
+
+@dataclass
+class Held:
+    """Held-out clips as the second stage meets them.
+
+    Attributes:
+        video [n,C,T,h,w], audio [n,A,Ca]: first-stage latents; text: n tensors [S,Ct].
+        called: per clip the mouth opening that its sound calls for, [F].
+        truth: pictures uint8 [F,H,W,3] at the second stage's size, or None where there are none.
+    """
+
+    video: Tensor
+    audio: Tensor
+    text: list[Tensor]
+    called: list[np.ndarray | None]
+    truth: list[np.ndarray] | None
+
+
+# Latents of a set of clips, a batch (slice) at a time, to latents or pictures.
+Method = Callable[[slice], Tensor]
+
+
+def drawn_clips(count: int, world: "World", size: int, sr_size: int) -> Held:
+    """The puppets themselves, drawn at the first stage's size and encoded."""
+    puppets = held_out(count)
+    waves = [synthesise(p) for p in puppets]
+    audio = torch.cat([world.audio_codec.encode(torch.from_numpy(w)[None, None].float()) for w in waves])
+    return Held(
+        video=encode(world, ground_truth(puppets, size).frames),
+        audio=audio,
+        text=world.text_encoder.encode([p.caption for p in puppets]),
+        called=[called_opening(w, world.frames) for w in waves],
+        truth=ground_truth(puppets, sr_size).frames,
+    )
+
+
+def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: bool) -> Held:
+    """The first stage's samples for the puppets' captions; what they call for is read from their own sound."""
+    from tqdm import tqdm
+
+    from inference.pipeline import Pipeline
+    from magihuman import zoo
+    from magihuman.world import load_world
+
+    loaded = zoo.load(checkpoint)
+    world = load_world(loaded.config.world)
+    pipeline = Pipeline(loaded, world)
+    settings, captions = pipeline.settings(), [p.caption for p in held_out(count)]
+    drafts = []
+    for first in tqdm(range(0, count, batch), desc="first stage", disable=not progress):
+        part = captions[first : first + batch]
+        drafts += pipeline.draft(part, [seed * 1_000_003 + first + k for k in range(len(part))], settings)
+    waves = [pipeline.wave(draft)[0].numpy().mean(0) for draft in drafts]
+    return Held(
+        video=torch.stack([draft.video for draft in drafts]),
+        audio=torch.stack([draft.audio for draft in drafts]),
+        text=world.text_encoder.encode(captions),
+        called=[called_opening(wave, world.frames) for wave in waves],
+        truth=None,
+    )
+
+
+def encode(world: "World", frames: Sequence[np.ndarray], batch: int = 10) -> Tensor:
+    """Pictures uint8 [F,H,W,3] of n clips -> latents [n,C,T,h,w]."""
+    parts = []
+    for first in range(0, len(frames), batch):
+        pictures = torch.from_numpy(np.stack(frames[first : first + batch])).permute(0, 4, 1, 2, 3)
+        parts.append(world.video_codec.encode(pictures.float() / 127.5 - 1))
+    return torch.cat(parts)
+
+
+def bicubic(frames: Tensor, size: int) -> Tensor:
+    """Pictures uint8 [B,F,h,w,3] -> uint8 [B,F,size,size,3]."""
+    flat = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
+    large = F.interpolate(flat, (size, size), mode="bicubic", align_corners=False)
+    return large.add(0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
+
+
+def refined(
+    second: "Loaded",
+    held: Held,
+    part: slice,
+    *,
+    steps: int,
+    size: int,
+    seed: int = 0,
+    audio_noise: float = AUDIO_NOISE,
+    video: Tensor | None = None,
+) -> Tensor:
+    """Latents of a part of the clips, refined as inference does it; clip i has its own noise.
+
+    Args:
+        audio_noise: noise level of the sound; 1 replaces it by noise.
+        video: first-stage latents [n,C,T,h,w] in the place of the clips' own.
+    """
+    from inference.sample import LatentShape, seeded
+    from inference.second_stage import draw, refine
+
+    low, sound = (held.video if video is None else video)[part], held.audio[part]
+    stride = second.config.contract.video_stride[1]
+    shape = LatentShape(*low.shape[1:3], size // stride, size // stride, *sound.shape[1:])
+    numbers = range(len(held.text))[part]
+    noise = draw(shape, seeded([seed * 1_000_003 + 500_000 + i for i in numbers]), "cpu")
+    return refine(
+        second.denoiser, low, sound, held.text[part], None, shape, noise,
+        steps=steps, shift=second.config.sampling.shift, audio_noise=audio_noise,
+    )  # fmt: skip
+
+
+def measure(
+    method: Method, held: Held, world: "World", size: int, batch: int = 10
+) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
+    """What `method` makes of the clips: values per clip [n] by name, the first pictures, seconds of the method.
+
+    `own` and `other` are the mouth's correlation with the clip's own sound and, in the mean, with those of the next
+    clips; a mouth that does not move counts 0, since it follows nothing.
+    """
+    values: dict[str, list[float]] = {}
+    kept: list[np.ndarray] = []
+    spent, count = 0.0, len(held.text)
+    mouth = mouth_region(size)
+    for first in range(0, count, batch):
+        part = slice(first, min(count, first + batch))
+        start = time.perf_counter()
+        made = method(part)
+        spent += time.perf_counter() - start
+        if made.dtype != torch.uint8:
+            made = frames_to_uint8(world.video_codec.decode(made))
+        for i, frames in enumerate(made.numpy(), first):
+            seen = see(frames)
+            called = [held.called[(i + k) % count] for k in range(min(CANDIDATES, count))]
+            follows = [0.0 if seen.static or c is None else correlation(seen.openness, c) for c in called]
+            row = {
+                "sharpness": seen.sharpness,
+                "mouth_sharpness": seen.mouth_sharpness,
+                "flicker": seen.flicker,
+                "own": follows[0],
+                "other": float(np.mean(follows[1:])) if count > 1 else 0.0,
+            }
+            if held.truth is not None:
+                row["psnr"] = psnr(frames, held.truth[i])
+                row["mouth_psnr"] = psnr(frames, held.truth[i], mouth)
+                row["ssim"] = ssim(frames, held.truth[i])
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+            if len(kept) < 8:
+                kept.append(frames)
+    return {name: np.array(column) for name, column in values.items()}, kept, spent
+
+
+def run(
+    checkpoint: str = "tiny/sr",
+    base: str = "tiny/base",
+    clips: int = 200,
+    parts: str = "table,audio,steps",
+    steps: int | None = None,
+    seed: int = 0,
+    batch: int = 10,
+    output: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a super-resolution checkpoint of the tiny world on held-out clips.
+
+    Prints the tables; writes, for each part, PART.json and PART.md, and pictures: clips.png, audio.png, steps.png.
+
+    Args:
+        checkpoint: shipped name, exported folder or run folder of the second stage
+        base: of the first stage, whose samples are refined, too
+        clips: how many
+        parts: any of table, audio, steps, with commas: against enlarging without a network; with and without sound
+            on coarser and coarser first stages; over the number of solver steps
+        steps: solver steps; none takes the checkpoint's
+        seed: of all noise
+        batch: clips computed at once; changes memory and speed only
+        output: folder; none is eval/ in a run folder, else runs/eval/NAME
+        progress: show bars
+
+    Returns:
+        Per part its table, as in the JSON.
+
+    Raises:
+        UserError: a checkpoint of another world, or a value that cannot be used.
+    """
+    from magihuman import zoo
+    from magihuman.world import load_world
+
+    chosen = [part.strip() for part in parts.split(",")]
+    for part in chosen:
+        if part not in PARTS:
+            raise UserError(f"parts={parts}: {part!r} is unknown; choose from {', '.join(PARTS)}")
+    if clips < 2 or batch < 1:
+        raise UserError(
+            f"clips={clips} and batch={batch} are impossible; give at least 2 clips and a batch of 1"
+        )
+    second = zoo.load(checkpoint)
+    if second.config.world != "tiny":
+        raise UserError(f"eval.sr measures the tiny world, and {checkpoint} is of {second.config.world!r}")
+    world, size = load_world("tiny"), second.config.size.height
+    folder = Path(output) if output else _output_of(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = second.config.sampling.steps if steps is None else steps
+    drawn = drawn_clips(clips, world, zoo.config_of(base).size.height, size)
+    setting = _Setting(second, world, drawn, size, count, seed, batch)
+    results: dict[str, Any] = {}
+    for part in chosen:
+        start = time.perf_counter()
+        if part == "table":
+            sampled = sampled_clips(clips, base, seed, batch, progress)
+            values, pictures = _table(setting, sampled)
+            sr_report.comparison(pictures, folder / "clips.png")
+        elif part == "audio":
+            values = _audio(setting)
+            sr_report.audio_figure(values, folder / "audio.png")
+        else:
+            values = _steps(setting)
+            sr_report.steps_figure(values, folder / "steps.png")
+        facts = {
+            "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
+            "steps": count, "sampling_seed": seed, "held_out_seed": HELD_OUT_SEED,
+            "seconds": round(time.perf_counter() - start, 1), **values, "provenance": provenance(),
+        }  # fmt: skip
+        (folder / f"{part}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        text = sr_report.markdown(facts)
+        (folder / f"{part}.md").write_text(text + "\n", encoding="utf-8")
+        print(text, flush=True)
+        results[part] = values["sets"]
+    return results
+
+
+@dataclass
+class _Setting:
+    second: "Loaded"
+    world: "World"
+    drawn: Held
+    size: int
+    steps: int
+    seed: int
+    batch: int
+
+    def measure(self, method: Method, held: Held | None = None) -> tuple[Any, list[np.ndarray], float]:
+        return measure(method, held or self.drawn, self.world, self.size, self.batch)
+
+    def refiner(self, held: Held | None = None, steps: int | None = None, **options: Any) -> Method:
+        chosen, count = held or self.drawn, steps or self.steps
+        return lambda part: refined(
+            self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options
+        )
+
+    def bicubic(self, held: Held) -> Method:
+        codec = self.world.video_codec
+        return lambda part: bicubic(frames_to_uint8(codec.decode(held.video[part])), self.size)
+
+    def upsampled(self, video: Tensor) -> Method:
+        edge = self.size // self.second.config.contract.video_stride[1]
+        return lambda part: upsample_latents(video[part], edge, edge)
+
+    def bound(self) -> dict[str, np.ndarray]:
+        assert self.drawn.truth is not None
+        truth = self.drawn.truth
+        return self.measure(lambda part: encode(self.world, truth[part], self.batch))[0]
+
+
+def _table(setting: _Setting, sampled: Held) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+    """Both first stages enlarged in three ways, and the bound."""
+    bound = setting.bound()
+    sets, pictures, seconds = {}, {}, {}
+    for name, held in (("clip", setting.drawn), ("base", sampled)):
+        columns = {"bound": bound}
+        methods = {
+            "bicubic": setting.bicubic(held),
+            "latents": setting.upsampled(held.video),
+            "sr": setting.refiner(held),
+        }
+        for column, method in methods.items():
+            columns[column], kept, spent = setting.measure(method, held)
+            pictures[f"{name}: {column}"] = kept
+            seconds[f"{name}: {column}"] = round(spent / len(held.text), 4)
+        sets[name] = sr_report.columns(columns, order=("bicubic", "latents", "sr", "bound"), against="sr")
+    assert setting.drawn.truth is not None
+    pictures["truth"] = setting.drawn.truth[:8]
+    return {"sets": sets, "seconds_per_clip": seconds}, pictures
+
+
+def _audio(setting: _Setting) -> dict[str, Any]:
+    """Coarser and coarser first stages, refined with the sound and with noise in its place."""
+    bound, sets = setting.bound(), {}
+    for factor in COARSE:
+        video = coarsen(setting.drawn.video, factor)
+        columns = {
+            "latents": setting.measure(setting.upsampled(video))[0],
+            "sr": setting.measure(setting.refiner(video=video))[0],
+            "sr, noise for sound": setting.measure(setting.refiner(video=video, audio_noise=1.0))[0],
+            "bound": bound,
+        }
+        sets[str(factor)] = sr_report.columns(columns, order=tuple(columns), against="sr")
+    return {"sets": sets}
+
+
+def _steps(setting: _Setting) -> dict[str, Any]:
+    """The second stage with different numbers of solver steps."""
+    columns, seconds = {"bound": setting.bound()}, {}
+    for count in STEPS:
+        columns[str(count)], _, spent = setting.measure(setting.refiner(steps=count))
+        seconds[str(count)] = round(spent / len(setting.drawn.text), 4)
+    order = (*map(str, STEPS), "bound")
+    return {
+        "sets": {"clip": sr_report.columns(columns, order=order, against=str(setting.steps))},
+        "seconds_per_clip": seconds,
+    }
+
+
+def _output_of(checkpoint: str) -> Path:
+    if (Path(checkpoint) / "export").is_dir():
+        return Path(checkpoint) / "eval"
+    return Path("runs") / "eval" / checkpoint.strip("./").replace("/", "-")
+
+
+if __name__ == "__main__":
+    from magihuman.command import run as command
+
+    command(run, "python -m eval.sr")

@@ -1,0 +1,246 @@
+"""Super-resolution: the second stage, which refines enlarged latents of the first while it hears the clip's sound.
+
+What inference does (SPEC 4.4). Let u be the first stage's latents, enlarged; a = table[k] and b = sqrt(1 - a^2)
+the variance-preserving weights of index k = 220 (.839 and .544). The solver is started at its first noise level,
+sigma_0 = .9998, on X = a u + b eps, and reads the network's output as a velocity, so that its data estimate is
+m_i = x_i - sigma_i v_i. This is no point of the flow path between data and noise (oddity O7): there a clip at
+sigma = .9998 is noise, while X is a clip with the noise-to-signal ratio of sigma = b / (a + b) = .39, scaled
+by a + b = 1.38.
+
+Which path to train on. One step of the solver (first order; higher orders add differences of the m_i) is
+    x_{i+1} = r x_i + (1 - r) m_i,    r = sigma_{i+1} / sigma_i.
+If the estimates are right, m_i = z, then by induction x_i = s X + (1 - s) z with s = sigma_i / sigma_0: the states
+that inference visits lie on the straight line from X to the clip z, whatever X is. The field that carries the
+distribution of X to that of z along these lines is
+    v(x, s) = E[X - z | x_s = x],    x_s = (1 - s) z + s X,
+flow matching with a coupled source (Albergo et al. 2023, arXiv 2310.03725). So the source of the path is X, and
+the target is X - z. With the usual target eps - z the first estimate would be z + a u - (1 - b) eps, about
+1.84 z - .46 eps, even for a perfect network: training on the plain path (`path: flow`, kept for the ablation)
+cannot work with this solver. The network is told no noise level and needs none: x_s holds noise of size s b.
+
+Which noise levels. The grid of K steps is sigma(u) = 5u / (1 + 4u) at u = 1, 1 - 1/K, ..., 1/K. Over all K these
+fill the prior `shifted` with shift 5, the distribution of the places where the network will be asked.
+
+Which weights. Euler's result is X - sum_i d_i v_i with d_i = sigma_i - sigma_{i+1}, so velocity errors e_i give
+the error sum_i d_i e_i, and since the d_i sum to one, Jensen's inequality bounds its square by sum_i d_i |e_i|^2:
+an error counts as much as the step that is taken with it. Under the shifted prior that is the weight
+d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform prior with weight one, estimated
+at the places that are visited. `weight: one` counts all drawn places alike and so stresses the first steps, where
+u is read through the most noise. eval/results/tiny_sr/ablation.md shows what the choices do.
+
+One batch: first-stage latents of each clip (`magihuman.training.first_stage`); index k and audio noise drawn from
+ranges around the released values; X by the very function that inference calls (`magihuman.super_resolution.start`);
+sound s eps + (1 - s) a, a point of the audio's own flow path, whose velocity is a small auxiliary task; for some clips
+the first latent frame is given, clean and at the size of this stage. Text stays: no guidance is needed afterwards.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from magihuman import zoo
+from magihuman.denoiser import Denoiser
+from magihuman.errors import UserError
+from magihuman.flow.path import masked_mean_per_sample
+from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
+from magihuman.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
+from magihuman.training.draws import Draws
+from magihuman.training.first_stage import FirstStage, FirstStageSettings
+from magihuman.training.ramp import Ramp, value_at
+from magihuman.training.setup import Setup
+from magihuman.training.sync import motion_weight
+from magihuman.weights import ExportConfig, Sampling
+from magihuman.world import load_world
+from recipes.base import Recipe
+
+BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Edges of the noise levels that losses are logged for."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch on the path.
+
+    Attributes:
+        video [B,C,T,H,W], audio [B,A,Ca]: network inputs.
+        video_target, audio_target: velocities.
+        mask [B,1,T,1,1]: 1 where the loss counts, 0 where the frame is given.
+        sigma [B]: place on the path.
+    """
+
+    video: Tensor
+    audio: Tensor
+    video_target: Tensor
+    audio_target: Tensor
+    mask: Tensor
+    sigma: Tensor
+
+
+class SuperResolution(Recipe):
+    """Training of the second stage.
+
+    Args:
+        first_stage: what is refined.
+        sigma: prior of the place on the path (its audio part plays no role).
+        weight: of a velocity error at a place of the path: "step" or "one", see above.
+        path: "bridge" from the solver's true start; "flow" from plain noise, for comparison only.
+        noise_index: range of the index into the noise table; audio_noise: range of the audio's noise level.
+        audio_weight: of the audio's loss beside the video's.
+        motion_floor: loss weight of still places against moving ones; 1 weighs all alike. May be a ramp.
+        first_frame: probability that the first frame is given.
+        sampling: settings stored in the export for inference.
+
+    Raises:
+        UserError: shards without a second size, or a range that is none.
+    """
+
+    may_change = ("coords_style", "frame_receptive_field", "local_attn_layers")
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        sigma: SigmaPrior,
+        sampling: Sampling,
+        first_stage: FirstStageSettings,
+        weight: Literal["step", "one"] = "step",
+        path: Literal["bridge", "flow"] = "bridge",
+        noise_index: tuple[int, int] = (180, 260),
+        audio_noise: tuple[float, float] = (0.6, 0.8),
+        audio_weight: float = 0.1,
+        motion_floor: float | Ramp = 1.0,
+        first_frame: float = 0.1,
+    ) -> None:
+        if first_stage.size is None and setup.sr_size is None:
+            raise UserError(
+                "these shards hold clips at one size; prepare them with sr_sizes=, or set "
+                "recipe.first_stage.size=[HEIGHT,WIDTH] to have the first stage's latents made from them"
+            )
+        super().__init__(setup)
+        self.settings, self.sigma, self.sampling = first_stage, sigma, sampling
+        self.weight, self.path = weight, path
+        self.noise_index, self.audio_noise = noise_index, audio_noise
+        self.audio_weight, self.motion_floor, self.first_frame = audio_weight, motion_floor, first_frame
+        self._first_stage: FirstStage | None = None
+        if not 0 <= noise_index[0] <= noise_index[1] < 1000 or not 0 <= audio_noise[0] <= audio_noise[1] <= 1:
+            raise UserError(
+                f"recipe.noise_index={list(noise_index)} should be a range within 0 to 999 and "
+                f"recipe.audio_noise={list(audio_noise)} one within 0 to 1"
+            )
+
+    @property
+    def first_stage(self) -> FirstStage:
+        """Made when it is first needed, on the training's device."""
+        if self._first_stage is None:
+            chosen, base, codec = self.settings, None, None
+            if chosen.base_share > 0:
+                assert chosen.base is not None
+                loaded = zoo.load(chosen.base, self.device, torch.bfloat16)
+                loaded.config.contract.require(self.given.contract, "recipe.first_stage.base", "the shards")
+                base = loaded.denoiser.requires_grad_(False)
+            if chosen.size is not None:
+                codec = load_world(self.given.world, self.device).video_codec
+            self._first_stage = FirstStage(chosen, base, codec)
+        return self._first_stage
+
+    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        batch = self.paired(batch)
+        noised = self.noised(batch, draws, conditioned=True)
+        assert self.denoiser is not None
+        video_velocity, audio_velocity = self.denoiser(noised.video, noised.audio, batch["text"])
+
+        video_error = (video_velocity - noised.video_target).square()
+        audio_error = (audio_velocity - noised.audio_target).square()
+        moving = motion_weight(batch["video_sr"], value_at(self.motion_floor, self.progress))
+        video_loss = masked_mean_per_sample(moving * video_error, noised.mask)  # [B]
+        audio_loss = masked_mean_per_sample(audio_error)  # [B]; 0 without sound
+
+        weight = self.step_weight(noised.sigma) if self.weight == "step" else 1.0
+        total = (weight * video_loss + self.audio_weight * audio_loss).mean()
+        plain = masked_mean_per_sample(video_error, noised.mask)
+        self.meter.add("loss", total)
+        self.meter.add("loss/video", plain)
+        self.meter.add("loss/audio", audio_loss)
+        self.meter.add_bands("video", plain, noised.sigma, BANDS, torch.ones_like(plain))
+        return total
+
+    def step_weight(self, sigma: Tensor) -> Tensor:
+        """d sigma / d u of the solver's grid at sigma [B]: s / (1 + (s - 1) u)^2, of mean 1 over the grid."""
+        shift = self.sampling.shift
+        u = sigma / (shift - (shift - 1) * sigma)
+        return shift / (1 + (shift - 1) * u).square()
+
+    def paired(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `video` at the first stage's size and `video_sr` at the second's, fp32."""
+        if self.settings.size is None:
+            large = batch["video_sr"].float()
+            return {**batch, "video_sr": large}
+        return {**batch, "video": self.first_stage.remade(batch["video"]), "video_sr": batch["video"]}
+
+    def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
+        """Put a paired batch on the path; with a given first frame for some clips where `conditioned`."""
+        clean, audio = batch["video_sr"], batch["audio"]
+        device, samples, frames = clean.device, len(clean), clean.shape[2]
+        sigma = torch.cat([self.sigma.sample(1, g)[0] for g in draws.generators]).to(device)
+        index, scale, first = draws.uniform().double(), draws.uniform().double(), draws.uniform()
+        noise = draws.normal(clean.shape[1:]).to(device), draws.normal(audio.shape[1:]).to(device)
+
+        low, high = self.noise_index
+        index = (low + (high + 1 - low) * index).long()
+        scale = self.audio_noise[0] + (self.audio_noise[1] - self.audio_noise[0]) * scale
+        self.meter.add("noise_index", index)
+        self.meter.add("audio_noise", scale)
+
+        given = self.first_stage(batch["video"], audio, batch["text"], draws)
+        source, heard = start(given, audio, noise, zero_snr_table()[index], scale)
+        if self.path == "flow":
+            source = noise[0]
+        mask = torch.ones(samples, 1, frames, 1, 1, device=device)
+        if conditioned and frames > 1:
+            mask[:, :, 0] = (first >= self.first_frame).float().view(-1, 1, 1, 1).to(device)
+        place = sigma.view(-1, 1, 1, 1, 1) * mask
+        return Noised(
+            video=(1 - place) * clean + place * source,
+            audio=heard,
+            video_target=source - clean,
+            audio_target=noise[1] - audio,
+            mask=mask,
+            sigma=sigma,
+        )
+
+    @torch.no_grad()
+    def held_out(self, denoiser: Denoiser, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        """Losses; and how much worse moving places are predicted from the released start when the sound is noise."""
+        batch = self.paired(batch)
+        noised = self.noised(batch, draws, conditioned=False)
+        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, batch["text"])
+        figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
+        if not batch["audio"].shape[1]:
+            return figures
+        figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
+        noise = draws.normal(batch["video_sr"].shape[1:]), draws.normal(batch["audio"].shape[1:])
+        noise = noise[0].to(self.device), noise[1].to(self.device)
+        signal = zero_snr_table()[NOISE_INDEX].item()
+        moving = motion_weight(batch["video_sr"], floor=0.0)
+        errors = []
+        for scale in (AUDIO_NOISE, 1.0):
+            video, heard = start(batch["video"], batch["audio"], noise, signal, scale)
+            velocity, _ = denoiser(video, heard, batch["text"])
+            errors.append(float((moving * (video - velocity - batch["video_sr"]).square()).mean()))
+        return figures | {
+            "val/start": errors[0],
+            "val/audio_gap": (errors[1] - errors[0]) / max(errors[1], 1e-12),
+        }
+
+    def export_settings(self) -> dict[str, Any]:
+        return {"sigma_prior": self.sigma, "sampling": self.sampling}
+
+    def export_config(self) -> ExportConfig:
+        """As of every recipe, with the size of the second stage as the clip's."""
+        config = super().export_config()
+        if self.settings.size is None and self.given.sr_size is not None:
+            height, width = self.given.sr_size
+            config = replace(config, size=replace(config.size, height=height, width=width))
+        return config
