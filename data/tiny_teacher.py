@@ -1,0 +1,122 @@
+"""Train the tiny world's teacher decoder: `python -m data.tiny_teacher output=FOLDER` (about 25 CPU-minutes).
+
+The tiny video codec decodes with an almost linear map, which leaves a student nothing to learn. The teacher is a
+decoder in Wan 2.2's layout for the same latents: convolutions over time and space, attention in the middle, sixty
+times the arithmetic, and a sharper picture. As the latents are the same, its students decode what the tiny models
+make.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.puppets import draw_puppet, render
+from data.tiny_codec import FIT_SEED, psnr
+from magihuman.models.wan_teacher import TeacherConfig, WanTeacher
+from magihuman.provenance import code_version
+from magihuman.training.decoder_losses import charbonnier, flicker, laplacian
+from magihuman.training.ema import EMA
+from magihuman.world import load_world
+
+HELD_OUT = range(100_000, 100_016)  # puppets that the training does not see
+EVERY = 200  # steps between two looks at them
+
+
+def _frames(indices: range, size: int) -> Tensor:
+    """Puppets' frames: uint8 [N,3,F,size,size]."""
+    stack = np.stack([render(draw_puppet(FIT_SEED, i), size) for i in indices])
+    return torch.from_numpy(stack).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warm-up over 3 % of the steps, then a cosine to nothing."""
+    warm = max(1, steps * 3 // 100)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def train(
+    output: Path,
+    steps: int = 2000,
+    clips: int = 300,
+    batch: int = 2,
+    width: int = 16,
+    lr: float = 2e-3,
+    threads: int = 1,
+) -> dict[str, float]:
+    """Train the teacher decoder and write it, with a record of how good it is.
+
+    Args:
+        output: folder for config.json and model.safetensors; written on the way too
+        steps: training steps, each of 0.7 CPU-seconds
+        clips: puppets to train on
+        batch: clips per step
+        width: channels of the last block; the first have four times as many
+        lr: peak learning rate
+        threads: CPU threads
+    """
+    from magihuman.zoo import decoders
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(FIT_SEED)
+    began, draw = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
+    world = load_world("tiny")
+    size = world.height
+    frames, truth = _frames(range(clips), size), _frames(HELD_OUT, size).float() / 127.5 - 1
+    held_out = world.video_codec.encode(truth)
+    figures = {"codec": psnr(world.video_codec.decode(held_out), truth)}
+    config = TeacherConfig(
+        world.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
+    )
+    teacher = WanTeacher.build(config)
+    average = EMA(teacher, 0.995)
+    optimiser = torch.optim.AdamW(teacher.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(1, steps + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * _rate(step - 1, steps)
+        target = frames[torch.randint(clips, (batch,), generator=draw)].float() / 127.5 - 1
+        latents = world.video_codec.encode(target)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = teacher(latents)
+        decoded = decoded.float()
+        loss = charbonnier(decoded, target) + laplacian(decoded, target) + 0.25 * flicker(decoded, target)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        optimiser.step()
+        average.update(teacher)
+        if step % 20 == 0:
+            print(
+                f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True
+            )
+        if step % EVERY == 0 or step == steps:
+            with torch.no_grad():
+                figures["teacher"] = psnr(torch.cat([average.module(z) for z in held_out.split(4)]), truth)
+            print("  ".join(f"{name} {value:.2f} dB" for name, value in figures.items()), flush=True)
+            record = {
+                "command": f"python -m data.tiny_teacher output={output.name} steps={steps} clips={clips} "
+                f"batch={batch} width={width} lr={lr:g}",
+                "steps": step,
+                "held_out_psnr_db": {name: round(value, 2) for name, value in figures.items()},
+                "cpu_seconds": round(time.process_time()),
+                "torch": torch.__version__,
+                **code_version(),
+            }
+            latents_of = decoders.Latents.of(world.contract)
+            decoders.save(
+                output,
+                {key: value.half() for key, value in average.module.state_dict().items()},
+                decoders.DecoderConfig("wan", config.to_dict(), latents_of, record),
+            )
+    return figures
+
+
+if __name__ == "__main__":
+    from magihuman.command import run
+
+    run(train, "python -m data.tiny_teacher")
