@@ -66,7 +66,6 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         UserError: anything a user can put right.
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
-    from magihuman import zoo
     from magihuman.training import cpu, session
     from magihuman.training.checkpoint import find_resume, require_same_training
     from magihuman.training.runs import RunFolder
@@ -88,15 +87,14 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 
     if resume is not None:
         require_same_training(resume, node)
-    if settings.init is not None:
-        zoo.find(settings.init)  # a wrong name is to fail before the data is made
+    session.find_init(settings)  # a wrong name is to fail before the data is made
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
     setup = session.build_setup(settings, data, provenance)
     recipe = call(settings.recipe, "recipe", setup=setup)
     if is_main_process():
         run.start(node, config_yaml, session.parents(settings, shards))
-    trained = session.Session(settings, run, node)
+    trained = session.Session(settings, run, node, recipe)
     try:
         with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
             fit(trained, recipe, data, resume, folder)

@@ -1,6 +1,7 @@
 """What every recipe repeats: make the network, average it, clip, count, save, export. No algorithm lives here."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +121,29 @@ class Recipe(L.LightningModule):
         return denoiser
 
     def _make_sharded(self) -> None:
-        assert self.device_mesh is not None
-        mesh, strategy = self.device_mesh["data_parallel"], self.given.strategy
         weights = self.make_network().state_dict() if self.global_rank == 0 else None
         with torch.device("meta"):
             self.denoiser = self._shell()
             if self.given.optim.ema_decay > 0:
                 self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
+        self.shard(self.denoiser, weights)
+        if self.ema is not None:
+            assert isinstance(self.ema.module, Denoiser)
+            self.shard(self.ema.module, weights)
+
+    def shard(self, network: Denoiser, weights: Mapping[str, Tensor] | None) -> None:
+        """Spread a network that was made on the meta device over the processes (FSDP2).
+
+        Args:
+            weights: whole, on rank 0; None elsewhere.
+        """
+        assert self.device_mesh is not None
+        mesh, strategy = self.device_mesh["data_parallel"], self.given.strategy
+        parallel.shard(
+            network, mesh, reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload
+        )
         device = torch.device("cpu") if strategy.offload else self.trainer.strategy.root_device
-        for network in (self.denoiser, self.ema.module if self.ema else None):
-            if network is not None:
-                assert isinstance(network, Denoiser)
-                parallel.shard(
-                    network,
-                    mesh,
-                    reshard_after_forward=strategy.reshard_after_forward,
-                    offload=strategy.offload,
-                )
-                parallel.fill(network, weights, device)
+        parallel.fill(network, weights, device)
 
     @property
     def trained(self) -> nn.Module:

@@ -44,6 +44,7 @@ from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, masked_mean_per_sample, velocity_target, x0_from_velocity
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.flow.solvers import make_solver
+from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.draws import Draws, stream
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
@@ -154,7 +155,6 @@ class DMD2(Recipe):
         self.health = Health(health, stream(setup.seed, "health") % 2**40)
         self.signals: dict[str, float] = {}
         self.student_updates = self.critic_updates = 0
-        self.teacher: Denoiser | None = None
         self.critic: Denoiser | None = None
         self.roles: dict[str, Any] = {}
 
@@ -164,15 +164,54 @@ class DMD2(Recipe):
         if self.denoiser is not None:
             return
         super().configure_model()
-        self.teacher = self.make_network().requires_grad_(False).eval()
-        self.critic = self.make_network()
+        self.critic = self.another(torch.float32)
         self.critic.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
+        if self.given.trainer.compile:
+            parallel.compile_blocks(self.critic)
+        # Frozen matrices are kept as the network computes with them. In a dictionary, the teacher is no part
+        # of what is saved: init names it.
+        kept = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
+        teacher = self.another(kept).requires_grad_(False).eval()
         self.roles = {
             "student": self.denoiser,
             "average": self.network,
             "critic": self.critic,
-            "teacher": self.teacher,
+            "teacher": teacher,
         }
+
+    def another(self, linear_dtype: torch.dtype) -> Denoiser:
+        """One more network with the teacher's weights, spread like the student."""
+        assert self.given.init is not None
+        compute = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
+        shape, pack = self.given.transformer
+        sharded = self.given.strategy.name == "fsdp2"
+        weights = None
+        if not sharded or self.global_rank == 0:
+            loaded = zoo.load(self.given.init, compute_dtype=torch.float32).denoiser
+            weights = loaded.state_dict()
+        network = zoo.build(shape, pack, compute_dtype=compute, linear_dtype=linear_dtype, device="meta")
+        if sharded:
+            self.shard(network, weights)
+        else:
+            network.to_empty(device="cpu").load_state_dict(weights or {})
+        return network
+
+    def on_fit_start(self) -> None:
+        self.roles["teacher"].to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["recipe"] |= {
+            "student_updates": self.student_updates,
+            "critic_updates": self.critic_updates,
+            "health": self.health.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["recipe"]
+        self.student_updates, self.critic_updates = state["student_updates"], state["critic_updates"]
+        self.health.load_state_dict(state["health"])
 
     def configure_optimizers(self) -> Any:
         assert self.denoiser is not None

@@ -54,6 +54,25 @@ def require_fit(model: ModelSettings, contract: Contract) -> None:
             )
 
 
+def find_init(settings: TrainSettings) -> Path | None:
+    """Folder of what `init` names: a checkpoint, or a decoder where the recipe trains no transformer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from magihuman.zoo import decoders
+
+    if settings.init is None:
+        return None
+    if settings.model is not None:
+        return zoo.find(settings.init)
+    folder = decoders.find(settings.init)
+    if folder is None:
+        known = ", ".join(decoders.names())
+        raise UserError(f"init={settings.init} is no decoder; choose a run folder, an export, or from {known}")
+    return folder
+
+
 def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> Setup:
     """Network, latents and engine settings, checked against each other.
 
@@ -114,15 +133,18 @@ def parents(settings: TrainSettings, shards: Path) -> list[dict[str, Any]]:
     """What the run is made from, by content: shards and initial weights."""
     index = shards / "index.json"
     found = [{"role": "shards", "name": shards.name, **fingerprint(index if index.exists() else shards)}]
-    if settings.init is not None:
-        found.append({"role": "init", "name": settings.init, **fingerprint(zoo.find(settings.init))})
+    start = find_init(settings)
+    if start is not None:
+        found.append({"role": "init", "name": settings.init, **fingerprint(start)})
     return found
 
 
 class Session:
     """One training's trainer with the callbacks that the program asks about afterwards."""
 
-    def __init__(self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any
+    ) -> None:
         check_device(settings.trainer)
         options = settings.trainer
         seconds = None if options.max_time is None else parse_time(options.max_time)
@@ -140,7 +162,7 @@ class Session:
             accelerator=options.accelerator,
             devices=options.devices,
             num_nodes=options.nodes,
-            strategy=build_strategy(settings.strategy, options),
+            strategy=build_strategy(settings.strategy, options, recipe.optimizers_needed > 1),
             plugins=plugins(settings.strategy),
             precision="32-true",  # the network casts for itself (SPEC 1.5)
             max_steps=-1,  # `Limits` counts steps: Lightning counts those of every optimiser

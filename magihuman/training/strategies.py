@@ -36,8 +36,13 @@ def check_device(trainer: TrainerSettings) -> None:
         )
 
 
-def build_strategy(settings: StrategySettings, trainer: TrainerSettings) -> Strategy | str:
+def build_strategy(
+    settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False
+) -> Strategy | str:
     """The Lightning strategy for `settings`.
+
+    Args:
+        alternating: whether the recipe's steps train one of several networks each.
 
     Raises:
         UserError: DeepSpeed is asked for and not installed.
@@ -46,9 +51,9 @@ def build_strategy(settings: StrategySettings, trainer: TrainerSettings) -> Stra
         return "auto"
     if settings.name == "ddp":
         # All weights take part in every step (a missing modality contributes zero), so none has to be
-        # searched for.
+        # searched for; unless networks take turns.
         return DDPStrategy(
-            find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
+            find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     if settings.name == "fsdp2":
         return ModelParallelStrategy(
