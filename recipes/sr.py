@@ -41,7 +41,6 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
-from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample
 from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
@@ -184,17 +183,10 @@ class SuperResolution(Recipe):
         clean, audio = batch["video_sr"], batch["audio"]
         device, samples, frames = clean.device, len(clean), clean.shape[2]
         sigma = torch.cat([self.sigma.sample(1, g)[0] for g in draws.generators]).to(device)
-        index, scale, first = draws.uniform().double(), draws.uniform().double(), draws.uniform()
+        first = draws.uniform()
         noise = draws.normal(clean.shape[1:]).to(device), draws.normal(audio.shape[1:]).to(device)
-
-        low, high = self.noise_index
-        index = (low + (high + 1 - low) * index).long()
-        scale = self.audio_noise[0] + (self.audio_noise[1] - self.audio_noise[0]) * scale
-        self.meter.add("noise_index", index)
-        self.meter.add("audio_noise", scale)
-
         given = self.first_stage(batch["video"], audio, batch["text"], draws)
-        source, heard = start(given, audio, noise, zero_snr_table()[index], scale)
+        source, heard = self.source(given, audio, noise, draws)
         if self.path == "flow":
             source = noise[0]
         mask = torch.ones(samples, 1, frames, 1, 1, device=device)
@@ -210,12 +202,29 @@ class SuperResolution(Recipe):
             sigma=sigma,
         )
 
+    def source(
+        self, video: Tensor, audio: Tensor, noise: tuple[Tensor, Tensor], draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """What inference would begin with, at a random noise index and noise level of the sound.
+
+        Args:
+            video: first-stage latents [B,C,T,h,w]; audio: [B,A,Ca].
+            noise: for both, the video's at the size of the second stage.
+        """
+        place, level = draws.uniform().double(), draws.uniform().double()
+        low, high = self.noise_index
+        index = (low + (high + 1 - low) * place).long()
+        scale = self.audio_noise[0] + (self.audio_noise[1] - self.audio_noise[0]) * level
+        self.meter.add("noise_index", index)
+        self.meter.add("audio_noise", scale)
+        return start(video, audio, noise, zero_snr_table()[index], scale)
+
     @torch.no_grad()
-    def held_out(self, denoiser: Denoiser, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
         """Losses; and how much worse moving places are predicted from the released start when the sound is noise."""
         batch = self.paired(batch)
         noised = self.noised(batch, draws, conditioned=False)
-        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, batch["text"])
+        video_velocity, audio_velocity = network(noised.video, noised.audio, batch["text"])
         figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
         if not batch["audio"].shape[1]:
             return figures
@@ -227,12 +236,16 @@ class SuperResolution(Recipe):
         errors = []
         for scale in (AUDIO_NOISE, 1.0):
             video, heard = start(batch["video"], batch["audio"], noise, signal, scale)
-            velocity, _ = denoiser(video, heard, batch["text"])
+            velocity, _ = network(video, heard, batch["text"])
             errors.append(float((moving * (video - velocity - batch["video_sr"]).square()).mean()))
         return figures | {
             "val/start": errors[0],
             "val/audio_gap": (errors[1] - errors[0]) / max(errors[1], 1e-12),
         }
+
+    def batch_flops(self, batch: dict[str, Any]) -> float:
+        """As of every recipe, with the tokens of the second stage."""
+        return super().batch_flops({**batch, "video": batch.get("video_sr", batch["video"])})
 
     def export_settings(self) -> dict[str, Any]:
         return {"sigma_prior": self.sigma, "sampling": self.sampling}
