@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError, report_and_exit
@@ -34,6 +34,31 @@ def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None =
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def run_one(
+    functions: Mapping[str, Callable[..., Any]], program: str, argv: Sequence[str] | None = None
+) -> Any:
+    """`run` the function that the first argument names; the first of `functions` where it names none.
+
+    --help alone lists the names; behind a name it is that function's help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-") and "=" not in arguments[0] and arguments[0] != "help":
+        name = arguments.pop(0)
+        if name not in functions:
+            report_and_exit(UserError(f"{program} has no command {name!r}; it has {', '.join(functions)}"))
+        return run(functions[name], f"{program} {name}", arguments)
+    first = next(iter(functions))
+    if arguments not in (["-h"], ["--help"], ["help"]):
+        return run(functions[first], program, arguments)
+    lines = [f"usage: {program} [COMMAND] [key=value ...]", "", "commands (COMMAND --help tells more):"]
+    for name, function in functions.items():
+        about = (inspect.getdoc(function) or "").partition("\n\n")[0]
+        usual = " (the usual one)" if name == first else ""
+        lines.append(f"  {name:<10} {' '.join(about.split())}{usual}")
+    print("\n".join(lines))
+    raise SystemExit(0)
 
 
 def settings(function: Callable[..., Any], arguments: Sequence[str], program: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def gpu(name: str) -> Gpu:
         UserError: an unknown one, listing the choices.
     """
     if name not in GPUS:
-        raise UserError(f"gpu={name} is unknown; choose one of {', '.join(GPUS)}")
+        raise UserError(f"device={name} is unknown; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
