@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from inference.fast.denoiser import FastDenoiser
 from magihuman.denoiser import Denoiser
 from magihuman.flow.guidance import combine
 from magihuman.flow.solvers import make_solver
@@ -173,6 +174,8 @@ def sample(
     if cfg_passes == 1:
         sides = [[features for side in sides for features in side]]
     passes = [(side, _layout(denoiser, side, shape, device)) for side in sides]
+    if isinstance(denoiser, FastDenoiser):
+        denoiser.begin(steps)
 
     for i, timestep in enumerate(video_solver.timesteps.tolist()):
         video = _with_first_frame(video, image_latent)

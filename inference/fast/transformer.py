@@ -1,0 +1,263 @@
+"""The transformer run fast: the same weights and mathematics as `SingleStreamDiT`, arranged for repeated calls."""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from inference.fast.graphs import LONGEST, Graphs
+from inference.fast.kernels import Kernel, choose
+from inference.fast.regions import Projected, Regions, Tokens
+from inference.fast.reuse import StepCache
+from inference.fast.tiers import Options
+from inference.fast.weights import FastLayer
+from inference.fast.windows import windowed
+from magihuman.models.attention import attention
+from magihuman.models.dit import Block, SingleStreamDiT
+from magihuman.models.layers import linear_fp32
+from magihuman.models.rotary import rotary_table
+from magihuman.tokens import Layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the layers need to know of a layout, made once and kept beside it.
+
+    Attributes:
+        packed: tokens modality by modality, as layers with experts want them.
+        by_sample: the same sample by sample, as attention wants them; the very same for one sample.
+        order, inverse: see `magihuman.tokens.Layout`; None where rows are never moved.
+    """
+
+    packed: Tokens
+    by_sample: Tokens
+    order: Tensor | None
+    inverse: Tensor | None
+
+
+class FastTransformer(nn.Module):
+    """Runs a network's blocks as a tier's options say. For inference: nothing here has a gradient.
+
+    Takes and gives what `SingleStreamDiT` does and has the attributes of it that `Denoiser` reads.
+
+    Args:
+        model: gives embedders, heads and, where their form does not change, matrices, which are then shared.
+        options: see `inference.fast.tiers`.
+        device: where it will run.
+        release: take the blocks away from `model` one by one, so that nothing is held twice.
+
+    Raises:
+        UserError: an attention kernel that cannot run on the device, or weights that cannot take the form.
+    """
+
+    def __init__(
+        self, model: SingleStreamDiT, options: Options, device: torch.device, release: bool = False
+    ) -> None:
+        super().__init__()
+        config = model.config
+        self.config, self.options = config, options
+        self.compute_dtype = model.compute_dtype
+        self.frame_receptive_field = model.frame_receptive_field
+        self.attention_backend = model.attention_backend
+        self.kernel: Kernel | None = None
+        if options.attention != "reference":
+            shape = config.num_heads, config.num_query_groups, config.head_dim
+            self.kernel = choose(options.attention, device, self.compute_dtype, *shape)
+        self.adapter = model.adapter
+        self.final_norm_video, self.final_norm_audio = model.final_norm_video, model.final_norm_audio
+        self.final_linear_video, self.final_linear_audio = model.final_linear_video, model.final_linear_audio
+        layers = []
+        for i, block in enumerate(model.block.layers):
+            assert isinstance(block, Block)
+            layers.append(FastLayer(block, config, i, options, self.compute_dtype))
+            if release:
+                model.block.layers[i] = _Released()
+        self.layers = nn.ModuleList(layers)
+        # The middle: from the first to the last layer without experts, or all but one at either end.
+        plain = [i for i in range(config.num_layers) if i not in config.mm_layers]
+        start = max(1, plain[0]) if plain else 1
+        self._middle = start, max(start, min(config.num_layers - 1, plain[-1] + 1) if plain else start)
+        self._regions = Regions(options.compile)
+        self._graphs = Graphs() if options.graphs else None
+        self.cache = StepCache() if options.cache else None
+        self._plans: WeakKeyDictionary[Layout, Plan] = WeakKeyDictionary()
+
+    @property
+    def local_window(self) -> int | None:
+        """Receptive field of the local layers in frames; None where no layer is local or windows are off."""
+        used = bool(self.config.local_attn_layers) and self.frame_receptive_field >= 0
+        return self.frame_receptive_field if used else None
+
+    @property
+    def window(self) -> int | None:
+        """What `magihuman.models.attention.prepare` has to prepare: nothing for kernels chosen here."""
+        return self.local_window if self.kernel is None else None
+
+    def rotary(self, layout: Layout) -> Tensor:
+        """Rotary table fp32 [L,3D/4] for the layout's coordinates."""
+        return rotary_table(layout.coords, self.adapter.rope.bands)
+
+    def plan(self, layout: Layout) -> Plan:
+        """What the layers need to know of this layout; made on first use, so do that outside the loop."""
+        if layout not in self._plans:
+            self._plans[layout] = self._make_plan(layout)
+        return self._plans[layout]
+
+    def _make_plan(self, layout: Layout) -> Plan:
+        table = layout.rotary if layout.rotary is not None else self.rotary(layout)
+        sizes = layout.sizes
+        ends = None
+        if self.options.grouped:
+            ends = torch.tensor(sizes).cumsum(0).to(torch.int32).to(table.device)
+        packed = _tokens(table, sizes, ends)
+        if not self.options.sort or layout.order is None or self.kernel is None:
+            return Plan(packed, packed, None, None)
+        return Plan(packed, _tokens(table[layout.order], sizes, ends), layout.order, layout.inverse)
+
+    def forward(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        layout: Layout,
+        *,
+        rotary: Tensor | None = None,
+        adapter: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `SingleStreamDiT.forward`; the rotary table is the layout's.
+
+        Raises:
+            RuntimeError: gradients are on.
+            ValueError: a rotary table of its own, or an adapter, which has to be merged beforehand.
+        """
+        if adapter is not None:
+            raise ValueError(f"a faster tier has no adapters; merge {adapter!r} into the weights first")
+        if torch.is_grad_enabled():
+            raise RuntimeError("a faster tier is for inference: call the network under torch.no_grad()")
+        if rotary is not None:
+            raise ValueError("give the rotary table with the layout: layout.with_rotary(table)")
+        if self._graphs is None or layout.length > LONGEST:
+            return self._run(video, audio, text, layout)
+        return self._graphs(layout, lambda v, a, t: self._run(v, a, t, layout), video, audio, text)
+
+    def _run(self, video: Tensor, audio: Tensor, text: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        plan, count = self.plan(layout), len(self.layers)
+        x = self.adapter(video, audio, text)
+        if self.cache is None:
+            x = self._span(x, 0, count, plan, layout)
+        else:
+            x = self._span_with_cache(x, plan, layout)
+        video_rows, audio_rows, _ = layout.sizes
+        if self._sorted(count - 1, plan):
+            assert plan.inverse is not None
+            x = x.index_select(0, plan.inverse[: video_rows + audio_rows])
+        video_x, audio_x = x[: video_rows + audio_rows].split([video_rows, audio_rows])
+        return (
+            linear_fp32(self.final_linear_video, self.final_norm_video(video_x)),
+            linear_fp32(self.final_linear_audio, self.final_norm_audio(audio_x)),
+        )
+
+    def _span_with_cache(self, x: Tensor, plan: Plan, layout: Layout) -> Tensor:
+        assert self.cache is not None
+        start, stop = self._middle
+        x = self._span(x, 0, start, plan, layout)
+        change = self.cache.change()
+        if change is not None:
+            x = x + change
+        else:
+            entered = x
+            x = self._span(x, start, stop, plan, layout, entering=self._sorted(start - 1, plan))
+            x = _arranged(x, self._sorted(stop - 1, plan), self._sorted(start - 1, plan), plan)
+            self.cache.keep(entered, x)
+        return self._span(x, stop, len(self.layers), plan, layout, entering=self._sorted(start - 1, plan))
+
+    def _span(
+        self, x: Tensor, start: int, stop: int, plan: Plan, layout: Layout, entering: bool = False
+    ) -> Tensor:
+        """Layers start to stop on the residual stream, whose rows enter sorted by sample or not."""
+        inputs: Projected | None = None
+        for i in range(start, stop):
+            layer: Any = self.layers[i]
+            by_sample = self._sorted(i, plan)
+            tokens = plan.by_sample if by_sample else plan.packed
+            if inputs is None:
+                x = _arranged(x, entering if i == start else self._sorted(i - 1, plan), by_sample, plan)
+                inputs = self._regions.before(x, tokens, layer.tensors(), layer.kind)
+            out = self._attend(inputs, plan, layout, layer, by_sample)
+            gates = inputs.gates
+            if i + 1 == len(self.layers) and layer.kind.experts > 1:
+                # Text is not decoded: after the last attention its rows have no use.
+                tokens = tokens._replace(sizes=tokens.sizes[:2])
+                rows = sum(tokens.sizes)
+                x, out, gates = x[:rows], out[:rows], gates[:2]
+            if i + 1 < stop and self._sorted(i + 1, plan) == by_sample:
+                following: Any = self.layers[i + 1]
+                own, other = layer.tensors(), following.tensors()
+                x, inputs = self._regions.between(
+                    x, out, gates, tokens, own, layer.kind, other, following.kind
+                )
+            else:
+                x = self._regions.after(x, out, gates, tokens, layer.tensors(), layer.kind)
+                inputs = None
+        return x
+
+    def _sorted(self, layer: int, plan: Plan) -> bool:
+        """Whether a layer's rows lie sample by sample."""
+        return plan.order is not None and layer not in self.config.mm_layers
+
+    def _attend(
+        self, inputs: Projected, plan: Plan, layout: Layout, layer: FastLayer, by_sample: bool
+    ) -> Tensor:
+        window = self.local_window if layer.local else None
+        q, k, v = inputs.q, inputs.k, inputs.v
+        if self.kernel is None:
+            return attention(q, k, v, layout, self.attention_backend, window)
+        order, inverse = (None, None) if by_sample or layout.order is None else (layout.order, layout.inverse)
+        q, k, v = (_rows(x, order) for x in (q, k, v))
+        outs, start = [], 0
+        for samples, n in layout.groups:
+            rows = slice(start, start + samples * n)
+            queries, keys, values = (x[rows].unflatten(0, (samples, n)) for x in (q, k, v))
+            outs.append(self._dense(queries, keys, values, layout, window, layer.attention_scales))
+            start += samples * n
+        return _rows(torch.cat(outs) if len(outs) > 1 else outs[0], inverse)
+
+    def _dense(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scales: Tensor | None
+    ) -> Tensor:
+        """[b,n,heads,D] of samples of equal length -> [b n,Hq,D]."""
+        assert self.kernel is not None
+        if window is None:
+            return self.kernel.run(q, k, v, False, scales)[0].flatten(0, 1)
+        out = windowed(self.kernel, q, k, v, layout.video_len, layout.frames, window, scales)
+        return out.flatten(0, 1)
+
+
+class _Released(nn.Module):
+    # Stands where a block was that a faster tier took.
+    def forward(self, *_: Any) -> Tensor:
+        raise RuntimeError("this network gave its layers to a faster tier; load the checkpoint again")
+
+
+def _tokens(table: Tensor, sizes: tuple[int, ...], ends: Tensor | None) -> Tokens:
+    sin, cos = table.unsqueeze(-2).chunk(2, dim=-1)
+    return Tokens(sizes, sin, cos, ends)
+
+
+def _arranged(x: Tensor, now: bool, wanted: bool, plan: Plan) -> Tensor:
+    """Rows from modality by modality to sample by sample, or back."""
+    if now == wanted:
+        return x
+    order = plan.order if wanted else plan.inverse
+    assert order is not None
+    return x.index_select(0, order)
+
+
+def _rows(x: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return x
+    if x.element_size() > 1:
+        return x.index_select(0, order)
+    return x.view(torch.uint8).index_select(0, order).view(x.dtype)  # not every device gathers 8-bit floats
