@@ -32,13 +32,14 @@ class EncodeJob:
     Attributes:
         world: name for `load_world`, or "package.module:function" that returns a World of your own.
         device: where the codecs run; silent: whether clips whose sound is silence are taken;
-        batch: clips per encoder call.
+        batch: clips per encoder call. pixels: whether the frames are stored beside the latents.
     """
 
     world: str
     device: str
     silent: bool
     batch: int
+    pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
             group = waiting.setdefault(kind, [])
             group.append((planned, clip))
             if len(group) == job.encode.batch:
-                refused |= _encode(world, job.encode.device, bucket, waiting.pop(kind), writer)
+                refused |= _encode(world, job.encode, bucket, waiting.pop(kind), writer)
         for (bucket, _), group in waiting.items():
-            refused |= _encode(world, job.encode.device, bucket, group, writer)
+            refused |= _encode(world, job.encode, bucket, group, writer)
     return ShardResult(writer.entries, refused)
 
 
@@ -190,13 +191,14 @@ def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _encode(
-    world: World, device: str, bucket: Bucket, group: list[tuple[PlannedClip, Clip]], writer: ShardWriter
+    world: World, job: EncodeJob, bucket: Bucket, group: list[tuple[PlannedClip, Clip]], writer: ShardWriter
 ) -> dict[str, str]:
     """Encode clips of one bucket and add them to the shard; returns refusals by key."""
     import torch
 
     from magihuman.super_resolution import shrink_pictures
 
+    device = job.device
     frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
     pictures = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     large = None
@@ -205,6 +207,7 @@ def _encode(
         # From the same pixels, so that both show the same part of the scene to a fraction of a pixel.
         pictures = shrink_pictures(pictures, bucket.height, bucket.width)
     video = world.video_codec.encode(pictures).cpu()
+    shown = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().cpu() if job.pixels else None  # [B,3,F,H,W]
     audio = None
     if bucket.sound:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
@@ -219,6 +222,8 @@ def _encode(
             tensors["audio"] = audio[i]
         if large is not None:
             tensors[LARGE] = large[i]
+        if shown is not None:
+            tensors["frames"] = shown[i]
         if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
             refused[planned.key] = "its latents are not finite in half precision"
             continue

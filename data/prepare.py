@@ -46,6 +46,7 @@ def prepare(
     table: str | None = None,
     silent: bool = False,
     images: bool = False,
+    pixels: bool = False,
     duplicates: Literal["skip", "keep"] = "skip",
     max_crop: float = 0.5,
     max_enlarge: float = 2.0,
@@ -74,6 +75,7 @@ def prepare(
         table: a caption table elsewhere than in the input folder
         silent: take clips without sound; the model's audio is masked out for them
         images: take still pictures as clips of one frame
+        pixels: store the frames too, for training a decoder; 7 to 27 times the space
         duplicates: skip or keep files with the same bytes
         max_crop: share of a picture's area that cropping to a size may cost
         max_enlarge: how many times a picture may be scaled up
@@ -273,7 +275,7 @@ class _Run:
         from data.encode import EncodeJob, ShardJob, ShardResult, write_shard
 
         chosen, size = self.settings, self.settings["shard_clips"]
-        job = EncodeJob(chosen["world"], self.device, chosen["silent"], chosen["batch"])
+        job = EncodeJob(chosen["world"], self.device, chosen["silent"], chosen["batch"], chosen["pixels"])
         names = [f"shard-{i:06d}" for i in range(-(-len(plan.clips) // size))]
         slices = {name: plan.clips[i * size : (i + 1) * size] for i, name in enumerate(names)}
         results: dict[str, ShardResult] = {}

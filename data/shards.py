@@ -1,10 +1,10 @@
 """Shards on disk: webdataset tar files of latents, with an index that makes every sample reachable at random.
 
 A sample is two members of a tar: `KEY.safetensors` (video fp16 [C,T,h,w]; audio fp16 [A,Ca], absent without
-sound; text fp16 [S,Ct]; video_sr, the same clip at the second stage's size, where it is prepared for; further
-tensors are allowed) and `KEY.json` (caption, source, fps, seconds, width, height, bucket, has_audio, start). Any
-webdataset reader can read them; `index.json` only adds where each sample begins, its length and checksum. A
-folder of tars without an index is scanned.
+sound; text fp16 [S,Ct]; where they are prepared, video_sr, the same clip at the second stage's size, and frames
+uint8 [3,F,H,W]; further tensors are allowed) and `KEY.json` (caption, source, fps, seconds, width, height, bucket,
+has_audio, start). Any webdataset reader can read them; `index.json` only adds where each sample begins, its length
+and checksum. A folder of tars without an index is scanned.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def ensure(
     workers: int = 2,
     world: str = "tiny",
     sr_size: int | None = None,
+    pixels: bool = False,
 ) -> str:
     """Clips in FOLDER/clips-..., their shards in FOLDER/shards-...; returns the folder of the shards.
 
@@ -33,6 +34,7 @@ def ensure(
         workers: processes
         world: whose codecs and text encoder make the latents
         sr_size: width and height of the second stage: the clips are drawn at it and stored at both
+        pixels: store the frames too, for training a decoder
 
     Raises:
         UserError: a value out of range, or a folder that cannot be written.
@@ -40,7 +42,8 @@ def ensure(
     root = Path(folder)
     drawn = size if sr_size is None else sr_size
     name = f"{clips}-seed{seed}-{drawn}px"
-    shards = root / f"shards-{world}-{name}{'' if sr_size is None else f'-and-{size}px'}"
+    kind = ("" if sr_size is None else f"-and-{size}px") + ("-pixels" if pixels else "")
+    shards = root / f"shards-{world}-{name}{kind}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,6 +60,7 @@ def ensure(
                 workers=workers,
                 sizes=f"{size}x{size}",
                 sr_sizes=None if sr_size is None else f"{sr_size}x{sr_size}",
+                pixels=pixels,
             )
     return str(shards)
 

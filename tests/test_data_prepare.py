@@ -342,7 +342,7 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     from magihuman.world import load_world
 
     make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
-    prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, progress=False)
+    prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, pixels=True, progress=False)
     reader, world = Shards(tmp_path / "shards"), load_world("tiny")
     assert reader.contract == world.contract
     for i in range(4):
@@ -360,6 +360,7 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
         )
         words = world.text_encoder.encode([sample.meta["caption"]])[0]
         assert torch.equal(words.half(), sample.tensors["text"])
+        assert torch.equal(sample.tensors["frames"], truth.frames.permute(3, 0, 1, 2))
     text = inspect(str(tmp_path / "shards"), str(tmp_path / "sheet.png"), samples=3)
     assert "4 samples, 4 looked at, 0 corrupt" in text
     assert "bucket 25x64x64+a: 4" in text

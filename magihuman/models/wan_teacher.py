@@ -54,8 +54,9 @@ class TeacherConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TeacherConfig":
         """Raises UserError for unknown, missing or impossible settings."""
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         try:
-            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+            return cls(**given)
         except TypeError as error:
             raise UserError(f"these are not the settings of a teacher decoder: {error}") from error
 
@@ -95,6 +96,19 @@ class WanTeacher(nn.Module):
     def from_codec(cls, codec: WanCodec) -> "WanTeacher":
         """The decoder of a codec, which shares its weights."""
         return cls(codec.vae.decoder, codec.vae.config.patch_size or 1, Denormalise(codec))
+
+    def truncated(self, blocks: int) -> "WanTeacher":
+        """The same weights without what lies behind the first `blocks` up blocks: for `features`, not for frames.
+
+        Raises:
+            UserError: the decoder has fewer.
+        """
+        has = len(self.decoder.up_blocks)
+        if not 0 <= blocks <= has:
+            raise UserError(f"teacher_blocks={blocks}, but this teacher has {has} up blocks")
+        self.decoder.up_blocks = self.decoder.up_blocks[:blocks]
+        self.decoder.norm_out = self.decoder.conv_out = None
+        return self
 
     def features(self, latents: Tensor, blocks: int = 1) -> list[Tensor]:
         """What the middle block yields, then each of the first `blocks` up blocks: [B,width,T_i,h_i,w_i].

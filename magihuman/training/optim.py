@@ -113,12 +113,14 @@ def experts_by_name(config: DiTConfig) -> dict[str, int]:
     }
 
 
-def build_optimizer(model: nn.Module, config: DiTConfig, settings: OptimSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: DiTConfig | None, settings: OptimSettings
+) -> torch.optim.Optimizer:
     """The optimiser of `settings` over `model`'s trainable weights.
 
     Args:
         model: the `SingleStreamDiT`, or a module that holds one (keys are matched by their ends).
-        config: its shape, which says where experts are stacked.
+        config: its shape, which says where experts are stacked; not needed for AdamW.
     """
     groups: list[dict[str, Any]]
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -134,6 +136,7 @@ def build_optimizer(model: nn.Module, config: DiTConfig, settings: OptimSettings
             weight_decay=settings.weight_decay,
             foreach=True,
         )
+    assert config is not None
     experts = experts_by_name(config)
     matrices: dict[int, list[torch.Tensor]] = {}
     rest: list[torch.Tensor] = []
