@@ -11,7 +11,7 @@ from magihuman.models.config import PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.tokens import Layout, patchify, unpatchify
 
-__all__ = ["Denoiser", "PackConfig"]
+__all__ = ["Adapted", "Denoiser", "PackConfig"]
 
 _KEPT_LAYOUTS = 16
 
@@ -84,19 +84,25 @@ class Denoiser(nn.Module):
         return self._layouts[key]
 
     def forward(
-        self, video: Tensor, audio: Tensor, text: Sequence[Tensor], layout: Layout | None = None
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Sequence[Tensor],
+        layout: Layout | None = None,
+        adapter: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict velocities of a batch.
 
         Args:
             video: [B,C,T,h,w]; audio: [B,A,Ca], A = 0 without sound; text: B tensors [S_i,Ct].
             layout: from `layout_for`; looked up where absent.
+            adapter: the one to compute with (`magihuman.models.lora`); None is the base.
 
         Returns:
             fp32 [B,C,T,h,w] and fp32 [B,A,Ca].
 
         Raises:
-            ValueError: when the three disagree about the batch size.
+            ValueError: when the three disagree about the batch size, or there is no such adapter.
         """
         if not len(video) == len(audio) == len(text):
             raise ValueError(f"batch sizes differ: video {len(video)}, audio {len(audio)}, text {len(text)}")
@@ -104,9 +110,35 @@ class Denoiser(nn.Module):
             layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
         words = torch.cat(list(text)) if len(text) > 1 else text[0]
-        video_v, audio_v = self.model(tokens, audio.flatten(0, 1), words, layout)
+        video_v, audio_v = self.model(tokens, audio.flatten(0, 1), words, layout, adapter=adapter)
         grid = (video.shape[2], video.shape[3], video.shape[4])
         return (
             unpatchify(video_v.unflatten(0, (len(video), -1)), grid, self.pack.patch_size, video.shape[1]),
             audio_v.unflatten(0, (len(audio), -1)) if len(audio_v) else audio_v.view(audio.shape),
         )
+
+
+class Adapted(Denoiser):
+    """A denoiser seen through one of its adapters: what takes a `Denoiser` gets the adapter's velocities.
+
+    It shares the network and the kept layouts with the denoiser it looks at, and adds nothing of its own.
+
+    Args:
+        adapter: name of the adapter.
+    """
+
+    def __init__(self, denoiser: Denoiser, adapter: str) -> None:
+        super().__init__(denoiser.model, denoiser.pack)
+        self._layouts = denoiser._layouts
+        self.adapter = adapter
+
+    def forward(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Sequence[Tensor],
+        layout: Layout | None = None,
+        adapter: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Denoiser.forward`, with the adapter of this view unless another is named."""
+        return super().forward(video, audio, text, layout, adapter or self.adapter)

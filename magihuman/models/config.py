@@ -216,3 +216,33 @@ class TreadConfig(_FromDict):
             raise UserError(
                 f"tread needs 0 <= start_layer <= end_layer, not {self.start_layer}, {self.end_layer}"
             )
+
+
+@dataclass(frozen=True)
+class LoraConfig(_FromDict):
+    """Size of a low-rank adapter (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        rank: r of every block matrix, per expert.
+        alpha: the change is alpha / r B A; None takes alpha = r.
+        heads: the adapter owns a copy of the embedders, final norms and final linears, trained whole; these are small
+            beside the block matrices, and a low rank would not make them smaller.
+
+    Raises:
+        UserError: at construction, for values that make no adapter.
+    """
+
+    rank: int
+    alpha: float | None = None
+    heads: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise UserError(f"lora.rank must be a positive whole number, not {self.rank!r}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"lora.alpha must be positive, not {self.alpha!r}; null takes the rank")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank

@@ -4,20 +4,21 @@ It takes no timestep: the noise level is to be seen from the tokens themselves.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from magihuman.models.attention import attention
-from magihuman.models.config import DiTConfig, TreadConfig
+from magihuman.models.config import DiTConfig, LoraConfig, TreadConfig
 from magihuman.models.layers import (
     ExpertLinear,
     RMSNorm,
     gelu7_projection,
     linear_fp32,
+    product,
     projection_std,
     rms_norm,
     swiglu7_projection,
+    updates,
 )
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.tokens import Layout
@@ -78,8 +79,9 @@ class Attention(nn.Module):
         backend: str,
         window: int | None,
         dtype: torch.dtype,
+        adapter: str | None = None,
     ) -> list[Tensor]:
-        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`."""
+        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with an adapter."""
         heads, shared, dim = self.config.num_heads, self.config.num_query_groups, self.config.head_dim
         # Columns: queries and keys (normalised and rotated together), values, gates.
         widths = [(heads + shared) * dim, shared * dim, heads if self.config.enable_attn_gating else 0]
@@ -89,27 +91,30 @@ class Attention(nn.Module):
             tables,
             self.pre_norm.slices(),
             self.linear_qkv.slices(dtype),
+            updates(self.linear_qkv, adapter, dtype),
             self.q_norm.slices(),
             self.k_norm.slices(),
             strict=True,
         )
-        for x, table, norm, weight, q_norm, k_norm in weights:
-            qk, v, gate = F.linear(rms_norm(x, norm).to(dtype), weight).split(widths, dim=-1)
+        for x, table, norm, weight, update, q_norm, k_norm in weights:
+            qk, v, gate = product(rms_norm(x, norm).to(dtype), weight, update).split(widths, dim=-1)
             offset = torch.cat([q_norm.expand(heads, dim), k_norm.expand(shared, dim)])
             qk = rms_norm(qk.float().unflatten(-1, (heads + shared, dim)), offset)
             q, k = apply_rotary(qk, table).to(dtype).split([heads, shared], dim=-2)
             queries.append(q)
             keys.append(k)
-            values.append(v.unflatten(-1, (shared, dim)))
+            values.append(v.to(dtype).unflatten(-1, (shared, dim)))
             gates.append(gate)
         attend = attention if layout.uniform else _attention_untraced
         out = attend(_join(queries), _join(keys), _join(values), layout, backend, window)
         results = []
         pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
-        for o, gate, weight in zip(pieces, gates, self.linear_proj.slices(dtype), strict=True):
+        linear = self.linear_proj
+        matrices = zip(linear.slices(dtype), updates(linear, adapter, dtype), strict=True)
+        for o, gate, (weight, update) in zip(pieces, gates, matrices, strict=True):
             if self.config.enable_attn_gating:
                 o = o * torch.sigmoid(gate.float()).unsqueeze(-1)  # fp32, also where o is bf16
-            results.append(F.linear(o.flatten(1).to(dtype), weight))
+            results.append(product(o.flatten(1).to(dtype), weight, update))
         return results
 
 
@@ -124,19 +129,20 @@ class MLP(nn.Module):
         self.up_gate_proj = ExpertLinear(hidden, config.up_width(layer), experts, linear_dtype)
         self.down_proj = ExpertLinear(config.intermediate_size(layer), hidden, experts, linear_dtype)
 
-    def forward(self, parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def forward(self, parts: list[Tensor], dtype: torch.dtype, adapter: str | None = None) -> list[Tensor]:
         """fp32 [n,H] of each expert's rows -> fp32 [n,H]."""
         project = gelu7_projection if self.gelu else swiglu7_projection
         weights = zip(
             parts,
             self.pre_norm.slices(),
-            self.up_gate_proj.slices(dtype),
-            self.down_proj.slices(dtype),
+            zip(self.up_gate_proj.slices(dtype), updates(self.up_gate_proj, adapter, dtype), strict=True),
+            zip(self.down_proj.slices(dtype), updates(self.down_proj, adapter, dtype), strict=True),
             strict=True,
         )
         results = []
         for x, norm, up, down in weights:
-            results.append(F.linear(project(rms_norm(x, norm).to(dtype), up), down).float())
+            y = project(rms_norm(x, norm).to(dtype), *up).to(dtype)
+            results.append(product(y, *down).float())
         return results
 
 
@@ -157,22 +163,29 @@ class Block(nn.Module):
             self.mlp_post_norm = RMSNorm(config.hidden_size, experts)
 
     def forward(
-        self, x: Tensor, table: Tensor, layout: Layout, backend: str, window: int | None, dtype: torch.dtype
+        self,
+        x: Tensor,
+        table: Tensor,
+        layout: Layout,
+        backend: str,
+        window: int | None,
+        dtype: torch.dtype,
+        adapter: str | None = None,
     ) -> Tensor:
         """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]."""
         parts: tuple[Tensor, ...] = x.split(layout.sizes) if self.multimodal else (x,)
         tables = table.split(layout.sizes) if self.multimodal else (table,)
         window = window if self.local else None
-        attended = self.attention(parts, tables, layout, backend, window, dtype)
-        middle = _add(parts, attended, self.attn_post_norm)
-        return _join(_add(middle, self.mlp(middle, dtype), self.mlp_post_norm))
+        attended = self.attention(parts, tables, layout, backend, window, dtype, adapter)
+        middle = _add(parts, attended, self.attn_post_norm, dtype)
+        return _join(_add(middle, self.mlp(middle, dtype, adapter), self.mlp_post_norm, torch.float32))
 
 
 def _add(
-    parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None
+    parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    if norm is not None:
-        change = [rms_norm(y, weight) for y, weight in zip(change, norm.slices(), strict=True)]
+    if norm is not None:  # its result is rounded to `dtype`, also where an adapter left the change in fp32
+        change = [rms_norm(y, weight).to(dtype) for y, weight in zip(change, norm.slices(), strict=True)]
     return [x + y for x, y in zip(parts, change, strict=True)]
 
 
@@ -185,6 +198,23 @@ class _Blocks(nn.Module):
     def __init__(self, layers: list[Block]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+
+
+class Ends(nn.Module):
+    """What lies before and after the blocks, under the released names: embedders, final norms, final linears.
+
+    An adapter may own a whole set of them (`magihuman.models.lora`).
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.adapter = Adapter(config)
+        del self.adapter.rope  # a buffer of the network, not trained
+        self.final_norm_video = RMSNorm(hidden)
+        self.final_norm_audio = RMSNorm(hidden)
+        self.final_linear_video = nn.Linear(hidden, config.video_in_channels, bias=False, dtype=torch.float32)
+        self.final_linear_audio = nn.Linear(hidden, config.audio_in_channels, bias=False, dtype=torch.float32)
 
 
 class SingleStreamDiT(nn.Module):
@@ -204,6 +234,7 @@ class SingleStreamDiT(nn.Module):
         tread_generator: source of the routing's draws; None takes torch's default one.
         attention_backend: see `magihuman.models.attention`.
         frame_receptive_field: window of the local layers, in frames to each side; negative turns windows off.
+        adapters: names and ranks of the adapters that `magihuman.models.lora.add_adapter` put in.
 
     Raises:
         ValueError: for a compute dtype other than fp32 and bf16.
@@ -226,6 +257,7 @@ class SingleStreamDiT(nn.Module):
         self.tread_generator: torch.Generator | None = None
         self.attention_backend = "auto"
         self.frame_receptive_field = 11
+        self.adapters: dict[str, LoraConfig] = {}
         self.adapter = Adapter(config)
         self.block = _Blocks([Block(config, i, linear_dtype) for i in range(config.num_layers)])
         self.final_norm_video = RMSNorm(config.hidden_size)
@@ -233,6 +265,7 @@ class SingleStreamDiT(nn.Module):
         hidden = config.hidden_size
         self.final_linear_video = nn.Linear(hidden, config.video_in_channels, bias=False, dtype=torch.float32)
         self.final_linear_audio = nn.Linear(hidden, config.audio_in_channels, bias=False, dtype=torch.float32)
+        self.lora = nn.ModuleDict()  # name -> Ends, of adapters that have their own
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -275,47 +308,77 @@ class SingleStreamDiT(nn.Module):
         """Rotary table fp32 [L,3D/4] for the layout's coordinates."""
         return rotary_table(layout.coords, self.adapter.rope.bands)
 
+    def _ends(self, adapter: str | None) -> "SingleStreamDiT | Ends":
+        if adapter is None:
+            return self
+        if adapter not in self.adapters:
+            raise ValueError(
+                f"no adapter {adapter!r} in this network; it has {sorted(self.adapters) or 'none'}"
+            )
+        if adapter not in self.lora:
+            return self
+        own = self.lora[adapter]
+        assert isinstance(own, Ends)
+        return own
+
     def forward(
-        self, video: Tensor, audio: Tensor, text: Tensor, layout: Layout, *, rotary: Tensor | None = None
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        layout: Layout,
+        *,
+        rotary: Tensor | None = None,
+        adapter: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict velocities.
 
         Args:
             video: [Nv,Cv], all samples' patchified video tokens; audio: [Na,Ca]; text: [Nt,Ct].
             rotary: fp32 [L,3D/4] made earlier for this layout; computed where absent.
+            adapter: the one to compute with; None is the base. An argument and no state, so that a pass recomputed for
+                its gradients is the same pass, whatever was called in between.
 
         Returns:
             fp32 [Nv,Cv] in the output's channel order (`magihuman.tokens.unpatchify`) and fp32 [Na,Ca].
+
+        Raises:
+            ValueError: no such adapter.
         """
         table = rotary if rotary is not None else layout.rotary
         if table is None:
             table = self.rotary(layout)
-        x = self.adapter(video, audio, text)
+        ends = self._ends(adapter)
+        x = ends.adapter(video, audio, text)
         tread = self.tread if self.training else None
         if tread is None:
-            x = self._run(x, table, layout, 0, self.config.num_layers)
+            x = self._run(x, table, layout, 0, self.config.num_layers, adapter)
         else:
-            x = self._run_routed(x, table, layout, tread)
+            x = self._run_routed(x, table, layout, tread, adapter)
         video_x, audio_x, _ = x.split(layout.sizes)
         return (
-            linear_fp32(self.final_linear_video, self.final_norm_video(video_x)),
-            linear_fp32(self.final_linear_audio, self.final_norm_audio(audio_x)),
+            linear_fp32(ends.final_linear_video, ends.final_norm_video(video_x)),
+            linear_fp32(ends.final_linear_audio, ends.final_norm_audio(audio_x)),
         )
 
-    def _run(self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
+    def _run(
+        self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, adapter: str | None
+    ) -> Tensor:
         for layer in self.block.layers[start:stop]:
-            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype)
+            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, adapter)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*inputs)
         return x
 
-    def _run_routed(self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig) -> Tensor:
+    def _run_routed(
+        self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig, adapter: str | None
+    ) -> Tensor:
         stop = min(tread.end_layer + 1, self.config.num_layers)
-        x = self._run(x, table, layout, 0, min(tread.start_layer, stop))
+        x = self._run(x, table, layout, 0, min(tread.start_layer, stop), adapter)
         if tread.start_layer < stop:
             rows, kept = layout.route(tread.selection_rate, self.tread_generator)
-            through = self._run(x[rows], table[rows], kept, tread.start_layer, stop)
+            through = self._run(x[rows], table[rows], kept, tread.start_layer, stop, adapter)
             x = x.index_copy(0, rows, through)
-        return self._run(x, table, layout, stop, self.config.num_layers)
+        return self._run(x, table, layout, stop, self.config.num_layers, adapter)

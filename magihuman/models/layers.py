@@ -5,7 +5,8 @@ the tokens the same way, so an expert is a slice of the weight applied to a slic
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +72,60 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
+class Update(NamedTuple):
+    """Low-rank change of one expert's matrix: W + scale * up @ down, never summed.
+
+    Attributes:
+        down: [r, columns]; up: [rows, r]; both in the compute dtype.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def product(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
+    """x W' (+ scale (x down') up'): [n, columns] -> [n, rows], in the dtype of x; fp32 with an update.
+
+    Rounded to bf16, the sum W + scale up @ down would lose changes below 1/256 of a weight, and so would the sum of the
+    products. So it is left in fp32, which is what nearly all its readers compute in.
+    """
+    y = F.linear(x, weight)
+    if update is None:
+        return y
+    return torch.add(y.float(), F.linear(F.linear(x, update.down), update.up), alpha=update.scale)
+
+
+class LowRank(nn.Module):
+    """One adapter's share in an `ExpertLinear`: fp32 A [experts * rank, columns] and B [experts * rows, rank].
+
+    A is drawn by `magihuman.models.lora.add_adapter`; B starts at 0, so the product is the base's.
+    """
+
+    def __init__(self, columns: int, rows: int, experts: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.experts = experts
+        self.scale = scale
+        self.A = nn.Parameter(torch.empty(experts * rank, columns, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(experts * rows, rank, dtype=torch.float32))
+
+    def updates(self, dtype: torch.dtype) -> list[Update]:
+        """One per expert, cast to `dtype`."""
+        downs, ups = self.A.to(dtype).chunk(self.experts), self.B.to(dtype).chunk(self.experts)
+        return [Update(down, up, self.scale) for down, up in zip(downs, ups, strict=True)]
+
+
 class ExpertLinear(nn.Module):
-    """Product without bias: `weight` [experts * rows, columns], cast to the compute dtype when used."""
+    """Product without bias: `weight` [experts * rows, columns], cast to the compute dtype when used.
+
+    `lora` holds the `LowRank` of each adapter by name; none, as a rule.
+    """
 
     def __init__(self, columns: int, rows: int, experts: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.experts = experts
         self.weight = nn.Parameter(torch.empty(experts * rows, columns, dtype=dtype))
+        self.lora = nn.ModuleDict()
 
     def slices(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """One matrix [rows, columns] per expert in `dtype`."""
@@ -87,6 +135,15 @@ class ExpertLinear(nn.Module):
     def init(self, std: float, generator: torch.Generator | None = None) -> None:
         """Draw from a normal distribution cut at three standard deviations."""
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def updates(linear: ExpertLinear, adapter: str | None, dtype: torch.dtype) -> Sequence[Update | None]:
+    """The changes that an adapter makes to the matrices of `linear.slices`; None for each without an adapter."""
+    if adapter is None:  # asks for nothing but `experts`, so that other storage of the base can stand here
+        return (None,) * linear.experts
+    low = linear.lora[adapter]
+    assert isinstance(low, LowRank)
+    return low.updates(dtype)
 
 
 class _Gelu7(torch.autograd.Function):
@@ -163,18 +220,24 @@ def swiglu7(gate: Tensor, linear: Tensor) -> Tensor:
     return _Swiglu7.apply(gate, linear)
 
 
-def swiglu7_projection(x: Tensor, weight: Tensor) -> Tensor:
-    """`swiglu7` of x @ weight', whose rows alternate between gate and linear: [n,H], [2I,H] -> [n,I]."""
+def swiglu7_projection(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
+    """`swiglu7` of `product`, whose columns alternate between gate and linear: [n,H], [2I,H] -> [n,I]."""
     if weight.device.type == "cpu":
         # Sorting the rows of the weight costs far less than reading every second column of the product twice.
-        planes = weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
-        return swiglu7(*F.linear(x, planes).chunk(2, dim=-1))
-    return swiglu7(*F.linear(x, weight).unflatten(-1, (-1, 2)).unbind(-1))
+        if update is not None:
+            update = update._replace(up=_planes(update.up))
+        return swiglu7(*product(x, _planes(weight), update).chunk(2, dim=-1))
+    return swiglu7(*product(x, weight, update).unflatten(-1, (-1, 2)).unbind(-1))
 
 
-def gelu7_projection(x: Tensor, weight: Tensor) -> Tensor:
-    """`gelu7` of x @ weight': [n,H], [I,H] -> [n,I]."""
-    return gelu7(F.linear(x, weight))
+def _planes(rows: Tensor) -> Tensor:
+    """Even rows first, then odd ones."""
+    return rows.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+
+def gelu7_projection(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
+    """`gelu7` of `product`: [n,H], [I,H] -> [n,I]."""
+    return gelu7(product(x, weight, update))
 
 
 def projection_std(columns: int, depth: int = 1) -> float:
