@@ -47,6 +47,7 @@ def run(
     sr_height: int | None = None,
     sr_width: int | None = None,
     turbo: str | None = None,
+    tile: int | None = None,
     video_codec: str | None = None,
     audio_codec: str | None = None,
     text_encoder: str | None = None,
@@ -94,7 +95,9 @@ def run(
         sr_cfg: its guidance scale, 1 is off; the release also knows 3.5
         sr_height: of the finished clip in pixels
         sr_width: of the finished clip in pixels
-        turbo: the small, fast decoder: folder turbo_vae of the published weights
+        turbo: a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or
+            the folder turbo_vae of the published weights
+        tile: decode in tiles of so many pixels a side, for cards that cannot hold the whole picture; none is whole
         video_codec: Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE
         audio_codec: Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO
         text_encoder: T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA
@@ -135,6 +138,7 @@ def run(
             sr,
             turbo,
             resolution,
+            tile,
             device=device,
             dtype=dtype,
             memory=memory,

@@ -1,6 +1,8 @@
 """Finished clips, in memory or written while they are decoded."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import torch
 
 from magihuman.postprocess import PLAYBACK_RATE, to_playback_rate
 
+AHEAD = 2
+"""Chunks of pictures that may wait for the encoder; the decoder then waits for it, so that memory does not grow."""
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
@@ -55,7 +59,9 @@ def playable(wave: torch.Tensor, rate: int) -> tuple[torch.Tensor, int]:
 def write(
     path: str | Path, chunks: Iterator[torch.Tensor], fps: float, wave: torch.Tensor, rate: int
 ) -> tuple[int, ...]:
-    """Write an mp4 in one pass while its pictures arrive; it appears when it is whole.
+    """Write an mp4 while its pictures are made: they are encoded in a thread beside the one that makes the next.
+
+    The bytes are those of encoding everything afterwards. The file appears when it is whole.
 
     Args:
         chunks: uint8 [n,H,W,3] each; the sound is added in step with them.
@@ -74,13 +80,23 @@ def write(
     size = (int(first.shape[1]), int(first.shape[2]))
     frames = heard = 0
     with Mp4Writer(path, size, fps, rate if wave.numel() else 0, wave.shape[0] or 1) as writer:
-        for chunk in _chain(first, chunks):
+
+        def add(chunk: torch.Tensor, sound: torch.Tensor) -> None:
             writer.add_frames(chunk)
-            frames += len(chunk)
-            until = min(round(frames / fps * rate), wave.shape[1])
-            if until > heard:
-                writer.add_wave(wave[:, heard:until])
+            if sound.shape[1]:
+                writer.add_wave(sound)
+
+        waiting: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as encoder:
+            for chunk in _chain(first, chunks):
+                frames += len(chunk)
+                until = max(heard, min(round(frames / fps * rate), wave.shape[1]))
+                waiting.append(encoder.submit(add, chunk, wave[:, heard:until]))
                 heard = until
+                if len(waiting) > AHEAD:
+                    waiting.popleft().result()
+            for future in waiting:
+                future.result()
         if heard < wave.shape[1]:
             writer.add_wave(wave[:, heard:])
     return frames, *size

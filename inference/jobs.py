@@ -66,6 +66,7 @@ class Resolver:
             "dtype": self.source.dtype_name,
             "device": self.source.device.type,
             "weights": self.source.weights,
+            "tile": self.source.tile,
         }
         path = self.folder / f"{request.name}.mp4"
         return Job(request, settings, identity, path, command(self.source, request, settings, path))
@@ -169,6 +170,7 @@ def command(source: "Source", request: Request, settings: "Settings", path: Path
         "checkpoint": source.checkpoint,
         "sr": source.sr,
         "turbo": source.turbo,
+        "tile": source.tile,
         **source.codecs,
         "prompt": request.prompt,
         # On the command line nothing means the checkpoint's own, a space means nothing.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inference.pipeline import Pipeline
     from magihuman.weights import ExportConfig
     from magihuman.world import World
+    from magihuman.zoo.decoders import DecoderConfig
 
 
 def ranks() -> tuple[int, int, int]:
@@ -72,6 +73,7 @@ class Source:
     Attributes:
         checkpoint, sr, turbo: as named by the user; sr also as found beside the base.
         folder, second_folder: of the checkpoints; config, second: their configs.
+        decoder: config of the decoder, where it is one of ours; tile: see `inference.decode`.
         dtype: of the networks' products.
         memory, weights: see `inference.memory`.
         codecs: paths of the released world's parts; empty for other worlds.
@@ -84,6 +86,8 @@ class Source:
     second_folder: Path | None
     config: "ExportConfig"
     second: "ExportConfig | None"
+    decoder: "DecoderConfig | None"
+    tile: int | None
     device: "torch.device"
     dtype: "torch.dtype"
     memory: str
@@ -98,6 +102,7 @@ class Source:
     def parents(self) -> dict[str, Any]:
         """Identity of all that is loaded, for the record."""
         from magihuman.provenance import fingerprint
+        from magihuman.zoo import decoders
 
         def identity(name: str, path: Path) -> dict[str, Any]:
             return {"name": name, **(fingerprint(path) if path.exists() else {})}
@@ -107,7 +112,9 @@ class Source:
             "sr": None
             if self.sr is None or self.second_folder is None
             else identity(self.sr, self.second_folder),
-            "turbo": None if self.turbo is None else identity(self.turbo, Path(self.turbo)),
+            "turbo": None
+            if self.turbo is None
+            else identity(self.turbo, decoders.find(self.turbo) or Path(self.turbo)),
             "world": self.config.contract.to_dict(),
             "codecs": {part: identity(path, Path(path)) for part, path in self.codecs.items()},
         }
@@ -123,15 +130,18 @@ class Source:
         from inference.memory import Stages, prepare_transformer
         from inference.pipeline import Pipeline
         from magihuman import zoo
-        from magihuman.models.codecs_turbo import TurboCodec
         from magihuman.world import load_world
+        from magihuman.zoo import decoders
 
         fast, cpu = self.memory == "fast", torch.device("cpu")
         stages = Stages(self.memory, self.device)
         # What shall not be on the device at once, or in another form, is read into CPU memory first.
         codec_place = self.device if fast else cpu
         weights_place = self.device if fast and self.weights in (None, "bf16") else cpu
-        decoder = None if self.turbo is None else TurboCodec.load(self.turbo, codec_place)
+        decoder: Any = None
+        if self.turbo is not None:
+            ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            decoder = decoders.load(self.turbo, codec_place, None if self.decoder is None else ours)
         world = load_world(self.config.world, codec_place, **self.codecs)
         loaded = zoo.load(self.checkpoint, weights_place, self.dtype)
         stages.add("sample", prepare_transformer(loaded.denoiser, self.memory, self.weights, self.device))
@@ -141,7 +151,8 @@ class Source:
             stages.add("refine", prepare_transformer(second.denoiser, self.memory, self.weights, self.device))
         stages.add("condition", world.video_codec, world.audio_codec)
         stages.add("decode", world.audio_codec, decoder or world.video_codec)
-        return Pipeline(loaded, _with_cache(world, stages), second=second, decoder=decoder, stages=stages)
+        world = _with_cache(world, stages)
+        return Pipeline(loaded, world, second=second, decoder=decoder, tile=self.tile, stages=stages)
 
 
 def _with_cache(world: "World", stages: "Stages") -> "World":
@@ -169,6 +180,7 @@ def find(
     sr: str | None = None,
     turbo: str | None = None,
     resolution: str | None = None,
+    tile: int | None = None,
     *,
     device: str = "auto",
     dtype: str | None = None,
@@ -188,8 +200,10 @@ def find(
     import torch
 
     from inference.memory import check_memory
+    from inference.tiles import latents_per_tile
     from magihuman import zoo
     from magihuman.world import RELEASED_VARIABLES
+    from magihuman.zoo import decoders
 
     place = choose_device(device)
     check_memory(memory, weights)
@@ -212,6 +226,11 @@ def find(
         second = zoo.config_of(sr)
         require_role(second, sr, first=False)
         second.contract.require(config.contract, f"sr={sr}", f"checkpoint={checkpoint}")
+    decoder = None if turbo is None else decoders.config_of(turbo)
+    if decoder is not None:
+        wanted = decoders.Latents.of(config.contract)
+        decoder.latents.require(wanted, f"turbo={turbo}", f"checkpoint={checkpoint}")
+    latents_per_tile(tile, config.contract.video_stride)
     return Source(
         checkpoint=checkpoint,
         sr=sr,
@@ -220,6 +239,8 @@ def find(
         second_folder=None if sr is None else zoo.find(sr),
         config=config,
         second=second,
+        decoder=decoder,
+        tile=tile,
         device=place,
         dtype=usual if dtype is None else getattr(torch, dtype),
         memory=memory,

@@ -17,13 +17,13 @@ import torch
 from inference import clip as clips
 from inference.checks import require_decoder, require_finite, require_positions, require_role
 from inference.clip import Clip
+from inference.decode import Decoder, device_of
 from inference.geometry import frames_for
 from inference.memory import Stages
 from inference.sample import draw_noise, sample, seeded
 from inference.second_stage import draw, frame_scales, refine
 from inference.settings import Settings, latent_shape, resolve
 from magihuman.flow.solvers import make_solver
-from magihuman.postprocess import frames_to_uint8
 from magihuman.weights import ExportConfig
 from magihuman.world import World
 from magihuman.zoo import Loaded
@@ -51,7 +51,8 @@ class Pipeline:
 
     Args:
         loaded: the base stage; second: super-resolution, or None.
-        decoder: decodes instead of the world's video codec (the Turbo decoder), or None.
+        decoder: decodes instead of the world's video codec (a Turbo decoder), or None.
+        tile: pixels a side of the tiles in which large pictures are decoded, or None, see `inference.decode`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
 
     Attributes:
@@ -70,6 +71,7 @@ class Pipeline:
         *,
         second: Loaded | None = None,
         decoder: Any = None,
+        tile: int | None = None,
         stages: Stages | None = None,
     ) -> None:
         loaded.config.contract.require(world.contract, "the checkpoint", f"the world {world.name!r}")
@@ -86,7 +88,7 @@ class Pipeline:
         self.folder = loaded.folder
         self.world = world
         self.second = second
-        self.decoder = world.video_codec if decoder is None else decoder
+        self.decoder = Decoder(world.video_codec if decoder is None else decoder, tile)
         self.stages = stages
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
         self.dtype = str(self.denoiser.model.compute_dtype).removeprefix("torch.")
@@ -108,13 +110,17 @@ class Pipeline:
         return resolve(self.config, self.second_config, **given)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A stage's networks on the device; adds the time to `times[name]`, waiting for the device at its end."""
+    def stage(self, name: str, wait: bool = True) -> Iterator[None]:
+        """A stage's networks on the device; adds the time to `times[name]`.
+
+        Args:
+            wait: for the device at the end, so that the time is the stage's own.
+        """
         start = time.perf_counter()
         if self.stages is not None:
             self.stages.enter(name)
         yield
-        if self.device.type == "cuda":
+        if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times[name] += time.perf_counter() - start
 
@@ -287,7 +293,7 @@ class Pipeline:
             return None
         codec = self.world.video_codec
         with self.stage("condition"):
-            latents = [codec.encode(read_picture(path, height, width).to(_device(codec))) for path in paths]
+            latents = [codec.encode(read_picture(path, height, width).to(device_of(codec))) for path in paths]
         return torch.cat(latents).to(self.device)
 
     def encode_sounds(
@@ -306,7 +312,7 @@ class Pipeline:
         latents = []
         with self.stage("condition"):
             for path, generator in zip(paths, generators, strict=True):
-                wave = read_sound(path, codec.sample_rate, 1, codec.hop * settings.audio).to(_device(codec))
+                wave = read_sound(path, codec.sample_rate, 1, codec.hop * settings.audio).to(device_of(codec))
                 drawn = {"generator": generator} if getattr(codec, "samples_bottleneck", False) else {}
                 latents.append(codec.encode(wave, **drawn))
         return torch.cat(latents).to(self.device)
@@ -338,17 +344,13 @@ class Pipeline:
 
     def frames(self, draft: Draft) -> Iterator[torch.Tensor]:
         """A draft's pictures, uint8 [n,H,W,3] on the CPU each, in as many parts as the decoder makes."""
-        decoder = self.decoder
-        with self.stage("decode"):  # what is not yet timed: the generator's own preparations
-            video = draft.video[None].to(_device(decoder))
-            stream = decoder.decode_stream if hasattr(decoder, "decode_stream") else _at_once(decoder)
-            parts = stream(video)
+        parts = self.decoder.stream(draft.video)
         while True:
-            with self.stage("decode"):
-                part = next(parts, None)
-                if part is None:
-                    return
-                pictures = frames_to_uint8(part)[0].cpu()
+            # The next chunk may be on the device while this one is written: waiting for it would end that.
+            with self.stage("decode", wait=False):
+                pictures = next(parts, None)
+            if pictures is None:
+                return
             yield pictures
 
     def wave(self, draft: Draft) -> tuple[torch.Tensor, int]:
@@ -361,21 +363,9 @@ class Pipeline:
             samples = round(len(draft.audio) / self.world.contract.fps * rate)
             return read_sound(draft.sound, rate, codec.waveform_channels, samples)[0], rate
         with self.stage("decode"):
-            wave = codec.decode(draft.audio[None].to(_device(codec)))[0]
+            wave = codec.decode(draft.audio[None].to(device_of(codec)))[0]
             return wave.float().clamp(-1, 1).cpu(), codec.sample_rate
-
-
-def _at_once(decoder: Any) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
-    return lambda video: iter([decoder.decode(video)])
 
 
 def _told(progress: StageProgress | None, stage: str) -> Callable[..., None] | None:
     return None if progress is None else lambda step, of, *_: progress(stage, step, of)
-
-
-def _device(codec: Any) -> torch.device:
-    """Where a codec's tensors are; codecs without any work on the CPU."""
-    if isinstance(codec, torch.nn.Module):
-        for tensor in (*codec.parameters(), *codec.buffers()):
-            return tensor.device
-    return torch.device("cpu")

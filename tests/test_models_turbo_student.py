@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import Allocations
 from torch.utils.flop_counter import FlopCounterMode
 
+from magihuman.allocations import Allocations
 from magihuman.errors import UserError
 from magihuman.models.codecs_student import LONGEST_CHUNK, POSITIONS, ReleasedStudent, StudentCodec
 from magihuman.models.turbo_decoder import TurboConfig

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import Allocations
 from torch import Tensor
 
 import magihuman.models.dit as dit
 from inference.memory import LayerStream, store_weights
 from magihuman import zoo
+from magihuman.allocations import Allocations
 from magihuman.models.config import DiTConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.tokens import Layout

@@ -45,17 +45,22 @@ class StudentCodec(nn.Module):
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     @torch.no_grad()
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
         """Decode chunk by chunk: yields [B,3,n,H,W] fp32, not clamped; concatenated, they are `decode`.
 
         Memory does not grow with the length of the clip.
+
+        Args:
+            chunk: latents at once; None as `chunk_for` says.
 
         Raises:
             ValueError: latents are not [B,C,T,h,w] with the decoder's C and T >= 1.
         """
         weight = self.network.conv_out.weight
         state: State | None = None
-        chunk = self.chunk_for(latents) if latents.ndim == 5 else 1
+        if latents.ndim == 5 and chunk is None:
+            chunk = self.chunk_for(latents)
+        chunk = chunk or 1  # with a wrong rank, `step` says what is wrong
         for start in range(0, max(1, latents.shape[2]), chunk):
             part = latents[:, :, start : start + chunk].to(weight.device, weight.dtype)
             frames, state = self.network.step(part, state)

@@ -10,106 +10,20 @@ Inside, clips are [B,T,H,W,C]: what the norms and 1x1 convolutions read in one p
 convolutions are fastest on recent GPUs.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from math import prod
-from typing import Any, Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magihuman.errors import UserError
+from magihuman.models.student_config import RGB, StudentConfig, StudentStage
 
 NORM_EPS = 1e-6
+FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 REACH = 2  # frames before the present one that a convolution over time sees
+
+__all__ = ["State", "StudentConfig", "StudentStage", "TurboStudent"]
 
 State = tuple[Tensor, ...]
 """The last frames before every convolution over time, [B,2,H,W,C] each: all that a clip's future needs of its past."""
-
-
-@dataclass(frozen=True)
-class StudentStage:
-    """Residual blocks at one resolution, then upsampling.
-
-    Attributes:
-        width: channels.
-        blocks: residual blocks.
-        kind: of their convolutions, two a block: `full` 3x3x3, both; `split` 1x3x3 and 3x1x1 for the first, 1x3x3
-            for the second.
-        up: (time, space) factors behind the blocks; (1, 1) in the last stage only.
-    """
-
-    width: int
-    blocks: int
-    kind: Literal["full", "split"]
-    up: tuple[int, int] = (1, 1)
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Hyperparameters of a `TurboStudent`.
-
-    Attributes:
-        latent_channels: C.
-        stages: from the latents' resolution to the pixels'.
-        patch: (time, space) size of the block of pixels that one position of the last stage becomes.
-
-    Raises:
-        UserError: sizes that cannot be.
-    """
-
-    latent_channels: int
-    stages: tuple[StudentStage, ...]
-    patch: tuple[int, int] = (1, 2)
-
-    def __post_init__(self) -> None:
-        if not self.stages or self.latent_channels < 1:
-            raise UserError("a student decoder needs latent_channels of at least 1 and at least one stage")
-        for number, stage in enumerate(self.stages):
-            numbers = (stage.width, stage.blocks, *stage.up)
-            if stage.kind not in ("full", "split") or len(stage.up) != 2 or min(numbers) < 1:
-                raise UserError(
-                    f"student decoder: stage {number} is {asdict(stage)}; kind is full or split, up is two numbers, "
-                    "and all numbers are at least 1"
-                )
-            last = number == len(self.stages) - 1
-            if last != (tuple(stage.up) == (1, 1)):
-                raise UserError(
-                    f"student decoder: stage {number} upsamples by {list(stage.up)}; the last stage does not "
-                    "upsample (patch does it), all others do"
-                )
-        if len(self.patch) != 2 or min(self.patch) < 1:
-            raise UserError(f"student decoder: patch {list(self.patch)} must be two numbers of at least 1")
-
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        """(frames, rows, columns) of pixels per latent."""
-        time = prod(stage.up[0] for stage in self.stages) * self.patch[0]
-        space = prod(stage.up[1] for stage in self.stages) * self.patch[1]
-        return time, space, space
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "latent_channels": self.latent_channels,
-            "stages": [{**asdict(stage), "up": list(stage.up)} for stage in self.stages],
-            "patch": list(self.patch),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "StudentConfig":
-        """Raises UserError for unknown, missing or impossible settings."""
-        try:
-            stages = tuple(
-                StudentStage(**{**stage, "up": tuple(stage.get("up", (1, 1)))}) for stage in values["stages"]
-            )
-            given = {**values, "stages": stages}
-            if "patch" in given:
-                given["patch"] = tuple(given["patch"])
-            return cls(**given)
-        except (KeyError, TypeError) as error:
-            known = ", ".join(field.name for field in fields(cls))
-            raise UserError(f"these are not the settings of a student decoder ({known}): {error}") from error
 
 
 class TurboStudent(nn.Module):
@@ -131,7 +45,7 @@ class TurboStudent(nn.Module):
             Stage(stage, after) for stage, after in zip(config.stages, [*widths[1:], None], strict=True)
         )
         time, space = config.patch
-        self.conv_out = nn.Conv2d(widths[-1], 3 * time * space**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], RGB * time * space**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         """A whole clip."""
@@ -277,7 +191,14 @@ class CausalConv(nn.Module):
 
 def norm_silu(x: Tensor) -> Tensor:
     """Root mean square over channels to 1 (statistics in fp32, no parameters), then SiLU."""
-    return F.silu(F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), inplace=not torch.is_grad_enabled())
+    if torch.is_grad_enabled() or (x.is_cuda and FUSED):
+        return F.silu(F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), inplace=not torch.is_grad_enabled())
+    # Where it is no kernel of its own, F.rms_norm makes three fp32 copies of x.
+    norm = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    scale = torch.rsqrt(norm.square() / x.shape[-1] + NORM_EPS)
+    return F.silu(torch.mul(x, scale, out=torch.empty_like(x)), inplace=True)
 
 
 def over_frames(convolution: nn.Conv2d, x: Tensor) -> Tensor:

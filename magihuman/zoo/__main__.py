@@ -77,6 +77,7 @@ def _sized(function: Callable[..., str], name: str, arguments: list[str]) -> str
 
 def _list() -> str:
     from magihuman import zoo
+    from magihuman.zoo import decoders
 
     lines = ["architectures"]
     for name in sorted(zoo.arch_names(), key=lambda n: zoo.arch(n).parameter_count()):
@@ -86,12 +87,16 @@ def _list() -> str:
             f"hidden {config.hidden_size}, {config.num_heads} heads, {config.num_query_groups} key/value heads, "
             f"patch {zoo.pack(name).patch_size}"
         )
-    lines.append("checkpoints")
-    names = zoo.checkpoint_names()
-    for name in names:
-        size = sum(f.stat().st_size for f in (zoo.WEIGHTS / name).glob("*.safetensors"))
-        lines.append(f"  {name:<8} {size / 1e6:.1f} MB")
-    return "\n".join(lines if names else [*lines, "  none yet"])
+    lines.append("student decoders")
+    for name in decoders.arch_names():
+        lines.append(f"  {name:<8} {decoders.summary(name)}")
+    for title, names in (("checkpoints", zoo.checkpoint_names()), ("decoders", decoders.names())):
+        lines.append(title)
+        for name in names:
+            size = sum(f.stat().st_size for f in (zoo.WEIGHTS / name).glob("*.safetensors"))
+            lines.append(f"  {name:<8} {size / 1e6:.1f} MB")
+        lines += [] if names else ["  none yet"]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

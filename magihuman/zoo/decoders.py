@@ -116,7 +116,7 @@ class DecoderConfig:
 
 def _shape_of(layout: str, network: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
     if layout == "causal":
-        from magihuman.models.turbo_student import StudentConfig
+        from magihuman.models.student_config import StudentConfig
 
         ours = StudentConfig.from_dict(network)
         return ours.latent_channels, ours.stride
@@ -146,11 +146,27 @@ def arch(name: str) -> dict[str, Any]:
     Raises:
         UserError: for an unknown name, listing the choices.
     """
-    import yaml
+    from magihuman.settings_text import parse
 
     if name not in arch_names():
         raise UserError(f"student decoder {name!r} is unknown; choose from {', '.join(arch_names())}")
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    return parse((CONFIGS / f"{name}.yaml").read_text())
+
+
+def summary(name: str) -> str:
+    """Size and kind of an architecture in a line; without torch."""
+    from magihuman.models.student_config import StudentConfig
+    from magihuman.zoo.footprint import TURBO_PARAMETERS
+
+    described = arch(name)
+    if described["layout"] == "released":
+        return f"{TURBO_PARAMETERS:>14,} parameters  the published Turbo decoder, in windows"
+    config = StudentConfig.from_dict(described["network"])
+    widths = ", ".join(str(stage.width) for stage in config.stages)
+    return (
+        f"{config.parameter_count():>14,} parameters  causal, widths {widths}, stride {list(config.stride)}, "
+        f"for the {described['world']} world"
+    )
 
 
 def config_for(name: str, contract: "Contract") -> DecoderConfig:
@@ -175,8 +191,9 @@ def build(
     import torch
 
     from magihuman.models.codecs_student import ReleasedStudent
+    from magihuman.models.student_config import StudentConfig
     from magihuman.models.turbo_decoder import TurboConfig
-    from magihuman.models.turbo_student import StudentConfig, TurboStudent
+    from magihuman.models.turbo_student import TurboStudent
     from magihuman.models.wan_teacher import TeacherConfig, WanTeacher
 
     with torch.random.fork_rng(enabled=seed is not None), torch.device(device):
@@ -286,8 +303,9 @@ def load(
     from magihuman.models.codecs_student import StudentCodec
     from magihuman.models.codecs_turbo import TurboCodec
     from magihuman.models.released_files import load_strict, read_state
+    from magihuman.models.student_config import StudentConfig
     from magihuman.models.turbo_decoder import TurboConfig
-    from magihuman.models.turbo_student import StudentConfig, TurboStudent
+    from magihuman.models.turbo_student import TurboStudent
 
     folder, config = find(decoder), config_of(decoder)
     if folder is None or config is None:

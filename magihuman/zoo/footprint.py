@@ -220,7 +220,8 @@ WAN_PARAMETERS = 704_688_668
 WAN_ENCODER = Coder(BF16 * WAN_PARAMETERS, 984)
 WAN_DECODER = Coder(BF16 * WAN_PARAMETERS, 10_850)
 # The Turbo decoder works in bf16 on nine latents at once.
-TURBO_DECODER = Coder(BF16 * 107_122_892, 12_800)
+TURBO_PARAMETERS = 107_122_892
+TURBO_DECODER = Coder(BF16 * TURBO_PARAMETERS, 12_800)
 # Oobleck works in fp32 on the whole clip; the fixed part is its normalised weights.
 OOBLECK_PARAMETERS = 156_112_514
 OOBLECK_ENCODER = Coder(FP32 * OOBLECK_PARAMETERS, 4.69e6, 75_000_000)

@@ -1,0 +1,120 @@
+"""Hyperparameters of our light decoders, and what follows from them: stride, parameters, arithmetic; no torch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from typing import Any, Literal
+
+from magihuman.errors import UserError
+
+RGB = 3
+
+
+@dataclass(frozen=True)
+class StudentStage:
+    """Residual blocks at one resolution, then upsampling.
+
+    Attributes:
+        width: channels.
+        blocks: residual blocks.
+        kind: of their convolutions, two a block: `full` 3x3x3, both; `split` 1x3x3 and 3x1x1 for the first, 1x3x3
+            for the second.
+        up: (time, space) factors behind the blocks; (1, 1) in the last stage only.
+    """
+
+    width: int
+    blocks: int
+    kind: Literal["full", "split"]
+    up: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Hyperparameters of a `turbo_student.TurboStudent`.
+
+    Attributes:
+        latent_channels: C.
+        stages: from the latents' resolution to the pixels'.
+        patch: (time, space) size of the block of pixels that one position of the last stage becomes.
+
+    Raises:
+        UserError: sizes that cannot be.
+    """
+
+    latent_channels: int
+    stages: tuple[StudentStage, ...]
+    patch: tuple[int, int] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.latent_channels < 1:
+            raise UserError("a student decoder needs latent_channels of at least 1 and at least one stage")
+        for number, stage in enumerate(self.stages):
+            numbers = (stage.width, stage.blocks, *stage.up)
+            if stage.kind not in ("full", "split") or len(stage.up) != 2 or min(numbers) < 1:
+                raise UserError(
+                    f"student decoder: stage {number} is {asdict(stage)}; kind is full or split, up is two "
+                    "numbers, and all numbers are at least 1"
+                )
+            last = number == len(self.stages) - 1
+            if last != (tuple(stage.up) == (1, 1)):
+                raise UserError(
+                    f"student decoder: stage {number} upsamples by {list(stage.up)}; the last stage does not "
+                    "upsample (patch does it), all others do"
+                )
+        if len(self.patch) != 2 or min(self.patch) < 1:
+            raise UserError(f"student decoder: patch {list(self.patch)} must be two numbers of at least 1")
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of pixels per latent."""
+        time = prod(stage.up[0] for stage in self.stages) * self.patch[0]
+        space = prod(stage.up[1] for stage in self.stages) * self.patch[1]
+        return time, space, space
+
+    def layers(self) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+        """Every convolution and linear map: (channels in, channels out, taps of its kernel, (frames, positions of a
+        frame) of its output per latent frame and latent position)."""
+        time, area = 1, 1
+        width = self.stages[0].width
+        yield self.latent_channels, width, 27, (time, area)
+        for stage, after in zip(self.stages, [*self.stages[1:], None], strict=True):
+            for _ in range(stage.blocks):
+                for taps in (27, 27) if stage.kind == "full" else (9, 3, 9):
+                    yield stage.width, stage.width, taps, (time, area)
+            if after is not None:
+                yield stage.width, after.width * stage.up[0] * stage.up[1] ** 2, 1, (time, area)
+                time, area = time * stage.up[0], area * stage.up[1] ** 2
+        yield self.stages[-1].width, RGB * self.patch[0] * self.patch[1] ** 2, 9, (time, area)
+
+    def parameter_count(self) -> int:
+        """Weights and biases."""
+        return sum(out * (into * taps + 1) for into, out, taps, _ in self.layers())
+
+    def flops(self, frames: int, height: int, width: int) -> int:
+        """Multiply-adds x 2 of the convolutions for latents [T,h,w]; those of a clip's first latent are fewer."""
+        return sum(
+            2 * into * out * taps * (time * (frames - 1) + 1) * area * height * width
+            for into, out, taps, (time, area) in self.layers()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "latent_channels": self.latent_channels,
+            "stages": [{**asdict(stage), "up": list(stage.up)} for stage in self.stages],
+            "patch": list(self.patch),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StudentConfig":
+        """Raises UserError for unknown, missing or impossible settings."""
+        try:
+            stages = tuple(
+                StudentStage(**{**stage, "up": tuple(stage.get("up", (1, 1)))}) for stage in values["stages"]
+            )
+            given = {**values, "stages": stages}
+            if "patch" in given:
+                given["patch"] = tuple(given["patch"])
+            return cls(**given)
+        except (KeyError, TypeError) as error:
+            known = ", ".join(field.name for field in fields(cls))
+            raise UserError(f"these are not the settings of a student decoder ({known}): {error}") from error
