@@ -1,7 +1,8 @@
 """Tables of the README, rendered from committed result files: `python -m eval.readme` (check=true: compare only).
 
-A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->` or `<!-- peaks FILE -->` and
-`<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
+A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->` or
+`<!-- sr FILE SET ROW ... -->` and `<!-- end -->` belongs to this command; a figure outside such a block is not to
+be trusted.
 """
 
 import json
@@ -10,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval.sr_report import ROWS as SR_ROWS
 from eval.stats import Measure
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"<!-- (scores|cost|peaks) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
-
 # Rows of scores.json that the README shows, in words for a reader who has not met them.
 SHOWN = {
     "attributes": "face, hair, shirt and wall as prompted",
@@ -105,7 +105,34 @@ def peaks_table(file: str) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[..., str]] = {"scores": scores_table, "cost": cost_table, "peaks": peaks_table}
+def sr_table(file: str, name: str = "clip", *rows: str) -> str:
+    """Markdown of one set of clips in a file written by `eval.sr`: a column per way of enlarging.
+
+    Args:
+        name: of the set, such as clip or base; rows: those to show, all where none is given.
+    """
+    values = json.loads((REPO / file).read_text())
+    columns = values["sets"][name]["columns"]
+    known = [row for row in SR_ROWS if any(row in table for table in columns.values())]
+    lines = [
+        f"| n={values['clips']}, {values['steps']} steps | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for row in rows or known:
+        cells = [_cell(table[row]) if row in table else "n/a" for table in columns.values()]
+        lines.append(f"| {SR_ROWS[row][0]} | " + " | ".join(cells) + " |")
+    lines += ["", f"From [{file}]({file}): {_made(values['provenance'])}."]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "scores": scores_table,
+    "cost": cost_table,
+    "peaks": peaks_table,
+    "sr": sr_table,
+}
+
+BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def render(text: str) -> str:

@@ -14,8 +14,8 @@ without noise), sr, and as the bound the puppet drawn at 128 pixels, through the
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from magihuman.world import World
     from magihuman.zoo import Loaded
 
-PARTS = ("table", "audio", "steps")
+PARTS = ("table", "audio", "steps", "others")
 COARSE = (1, 2, 4, 8)
 STEPS = (1, 2, 3, 5, 8, 16)
 
@@ -200,6 +200,7 @@ def run(
     base: str = "tiny/base",
     clips: int = 200,
     parts: str = "table,audio,steps",
+    others: str | None = None,
     steps: int | None = None,
     seed: int = 0,
     batch: int = 10,
@@ -214,8 +215,10 @@ def run(
         checkpoint: shipped name, exported folder or run folder of the second stage
         base: of the first stage, whose samples are refined, too
         clips: how many
-        parts: any of table, audio, steps, with commas: against enlarging without a network; with and without sound
-            on coarser and coarser first stages; over the number of solver steps
+        parts: any of table, audio, steps, others, with commas: against enlarging without a network; with and
+            without sound on coarser and coarser first stages; over the number of solver steps; against other
+            checkpoints
+        others: run folders or names of the other checkpoints, with commas, for parts=others
         steps: solver steps; none takes the checkpoint's
         seed: of all noise
         batch: clips computed at once; changes memory and speed only
@@ -223,7 +226,7 @@ def run(
         progress: show bars
 
     Returns:
-        Per part its table, as in the JSON.
+        Where the first part's JSON is, and per part its table.
 
     Raises:
         UserError: a checkpoint of another world, or a value that cannot be used.
@@ -239,6 +242,8 @@ def run(
         raise UserError(
             f"clips={clips} and batch={batch} are impossible; give at least 2 clips and a batch of 1"
         )
+    if ("others" in chosen) != (others is not None):
+        raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
     second = zoo.load(checkpoint)
     if second.config.world != "tiny":
         raise UserError(f"eval.sr measures the tiny world, and {checkpoint} is of {second.config.world!r}")
@@ -248,7 +253,7 @@ def run(
     count = second.config.sampling.steps if steps is None else steps
     drawn = drawn_clips(clips, world, zoo.config_of(base).size.height, size)
     setting = _Setting(second, world, drawn, size, count, seed, batch)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"scores": str(folder / f"{chosen[0]}.json")}
     for part in chosen:
         start = time.perf_counter()
         if part == "table":
@@ -258,6 +263,8 @@ def run(
         elif part == "audio":
             values = _audio(setting)
             sr_report.audio_figure(values, folder / "audio.png")
+        elif part == "others":
+            values = _others(setting, {checkpoint: second} | {o: zoo.load(o) for o in str(others).split(",")})
         else:
             values = _steps(setting)
             sr_report.steps_figure(values, folder / "steps.png")
@@ -292,6 +299,9 @@ class _Setting:
         return lambda part: refined(
             self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options
         )
+
+    def measured(self) -> dict[str, np.ndarray]:
+        return self.measure(self.refiner())[0]
 
     def bicubic(self, held: Held) -> Method:
         codec = self.world.video_codec
@@ -354,6 +364,19 @@ def _steps(setting: _Setting) -> dict[str, Any]:
         "sets": {"clip": sr_report.columns(columns, order=order, against=str(setting.steps))},
         "seconds_per_clip": seconds,
     }
+
+
+def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str, Any]:
+    """Several second stages on the same clips with the same noise."""
+    columns = {"bound": setting.bound()}
+    for name, loaded in checkpoints.items():
+        columns[_short(name)] = replace(setting, second=loaded).measured()
+    order = (*(_short(name) for name in checkpoints), "bound")
+    return {"sets": {"clip": sr_report.columns(columns, order=order, against=order[0])}}
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _output_of(checkpoint: str) -> Path:

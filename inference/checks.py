@@ -13,12 +13,12 @@ from magihuman.weights import ExportConfig
 
 
 def require_role(config: ExportConfig, name: object, first: bool) -> None:
-    """Raises UserError for published weights of the other stage; all others are taken at their word."""
-    role = str(config.provenance.get("released", ""))
-    if not role or first != role.endswith("_sr"):
-        return
-    use = "second stage; give it as sr=" if first else "first stage; give it as checkpoint="
-    raise UserError(f"{name} is {role}, for the {use}")
+    """Raises UserError for published weights of the other stage, and for a second stage of ours given as the first."""
+    released = str(config.provenance.get("released", ""))
+    second = released.endswith("_sr") or config.provenance.get("stage") == "second"
+    if first == second and (second or released):
+        use = "second stage; give it as sr=" if second else "first stage; give it as checkpoint="
+        raise UserError(f"{name} is {released or 'a checkpoint'}, for the {use}")
 
 
 def require_decoder(decoder: Any, contract: Contract) -> None:

@@ -172,7 +172,16 @@ class SuperResolution(Recipe):
         return shift / (1 + (shift - 1) * u).square()
 
     def paired(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `video` at the first stage's size and `video_sr` at the second's, fp32."""
+        """The batch with `video` at the first stage's size and `video_sr` at the second's, fp32.
+
+        Raises:
+            UserError: a caption of one token.
+        """
+        if self.given.transformer[1].coords_style == "v1" and min(len(text) for text in batch["text"]) < 2:
+            raise UserError(
+                "a clip's caption is a single token, which has no place in coordinates v1 (SPEC 2.1); give every "
+                "clip a caption (data.prepare captions=required)"
+            )
         if self.settings.size is None:
             large = batch["video_sr"].float()
             return {**batch, "video_sr": large}
@@ -251,8 +260,9 @@ class SuperResolution(Recipe):
         return {"sigma_prior": self.sigma, "sampling": self.sampling}
 
     def export_config(self) -> ExportConfig:
-        """As of every recipe, with the size of the second stage as the clip's."""
+        """As of every recipe, with the size of the second stage as the clip's, and known as one."""
         config = super().export_config()
+        config = replace(config, provenance={**config.provenance, "stage": "second"})
         if self.settings.size is None and self.given.sr_size is not None:
             height, width = self.given.sr_size
             config = replace(config, size=replace(config.size, height=height, width=width))

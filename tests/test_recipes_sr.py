@@ -330,3 +330,59 @@ def test_the_released_settings_compose(name: str, local: int) -> None:
     if local:
         assert settings.model.dit.local_attn_layers == tuple(local_layers(40))
         assert settings.model.pack.frame_receptive_field == 11
+
+
+def test_infer_takes_the_run_folder_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inference.opening import find
+
+    shards = training_stub.write_shards(tmp_path / "shards")
+    base = training_stub.train_here(tmp_path / "base", shards, ["+recipe=pretrain", "trainer.max_steps=1"])
+    run = training_stub.train_here(tmp_path / "sr", shards, ["+recipe=sr", "trainer.max_steps=1"])
+    source = find(str(base), str(run))
+    assert source.second is not None
+    from inference.settings import resolve
+
+    settings = resolve(source.config, source.second)
+    assert settings.sr is not None
+    assert (settings.height, settings.sr.height, settings.sr.width) == (16, 32, 32)
+    assert (settings.sr.steps, settings.sr.shift, settings.sr.guidance) == (5, 5.0, 1.0)
+    with pytest.raises(UserError, match="for the second stage; give it as sr="):
+        find(str(run))
+
+
+def test_the_released_clips_size_can_be_made_from_large_shards_alone(tmp_path: Path) -> None:
+    made = recipe(first_stage=FirstStageSettings(size=(8, 8)))
+
+    class Halves:
+        """Decodes to pictures as large as the latents times four, encodes by averages."""
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return z.repeat_interleave(4, -2).repeat_interleave(4, -1)
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool3d(x, (1, 4, 4))
+
+    made._first_stage = FirstStage(made.settings, codec=Halves())  # type: ignore[arg-type]
+    batch = made.paired(training_stub.batch(range(2)))
+    assert batch["video_sr"].shape == (2, 3, 3, 4, 4)
+    assert batch["video"].shape == (2, 3, 3, 2, 2)
+    assert torch.isfinite(made.loss(training_stub.batch(range(2)), Draws(0, 0, range(2))))
+    assert made.export_config().size.height == 16
+
+
+def test_a_caption_of_one_token_is_one_line() -> None:
+    batch = clips()
+    batch["text"][2] = batch["text"][2][:1]
+    made = recipe()
+    with pytest.raises(UserError, match="a single token, which has no place in coordinates v1"):
+        made.loss(batch, Draws(0, 0, range(4)))
+
+
+def test_figures_on_held_out_clips() -> None:
+    made = recipe()
+    with torch.no_grad():
+        figures = made.held_out(made.network, clips(), Draws(0, 0, range(4)))
+    assert set(figures) == {"val/video", "val/audio", "val/start", "val/audio_gap"}
+    # Zero heads leave the start as it is, whatever is heard.
+    assert figures["val/audio_gap"] == 0
+    assert figures["val/start"] > 0

@@ -76,7 +76,7 @@ def write_report(run: str) -> dict[str, Any]:
 def _result(result: dict[str, Any], folder: Path) -> list[str]:
     """An evaluation's own table and pictures where it wrote some, else its figures as they are."""
     scores = Path(str(result.get("scores", "scores.json")))
-    table = scores.with_name("scores.md")
+    table = scores.with_suffix(".md")
     if "scores" not in result or not table.exists():
         return ["```json", json.dumps(result, indent=2), "```"]
     pictures = [scores.with_name(name) for name in ("scores.png", "clips.png")]

@@ -1,0 +1,121 @@
+"""The measures of super-resolution: columns, differences, and what known ways of enlarging score."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import sr, sr_report
+from eval.puppets import ground_truth, held_out
+from eval.sight import see
+from magihuman.errors import UserError
+from magihuman.postprocess import frames_to_uint8
+from magihuman.super_resolution import upsample_latents
+from magihuman.world import World, load_world
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world("tiny")
+
+
+@pytest.fixture(scope="module")
+def held(world: World) -> sr.Held:
+    return sr.drawn_clips(6, world, 64, 128)
+
+
+def values(own: list[float], other: list[float], sharp: list[float]) -> dict[str, np.ndarray]:
+    return {"own": np.array(own), "other": np.array(other), "sharpness": np.array(sharp)}
+
+
+def test_skills_and_differences_of_known_values() -> None:
+    bound = values([0.9, 0.9, 0.9, 0.9], [0.4, 0.4, 0.4, 0.4], [4, 4, 4, 4])
+    columns = {
+        "bicubic": values([0.65] * 4, [0.4] * 4, [1, 1, 1, 1]),
+        "sr": values([0.8, 0.8, 0.8, 0.8], [0.4] * 4, [2, 3, 3, 4]),
+        "bound": bound,
+    }
+    made = sr_report.columns(columns, order=("bicubic", "sr", "bound"), against="sr")
+    skill = {name: made["columns"][name]["sync_skill"]["value"] for name in columns}
+    assert skill == pytest.approx({"bicubic": 0.5, "sr": 0.8, "bound": 1.0})
+    difference = made["differences"]["bicubic"]
+    assert difference["sync_skill"]["value"] == pytest.approx(0.3)
+    assert difference["sharpness"]["value"] == pytest.approx(2.0)
+    assert difference["sharpness"]["low"] >= 1.0
+    assert list(made["differences"]) == ["bicubic"]
+
+
+def test_known_ways_of_enlarging_score_as_they_should(world: World, held: sr.Held) -> None:
+    assert held.truth is not None
+    truth, codec = held.truth, world.video_codec
+    bound, kept, _ = sr.measure(lambda part: sr.encode(world, truth[part]), held, world, 128)
+    assert len(kept) == 6
+    assert kept[0].shape == (25, 128, 128, 3)
+    small = sr.measure(
+        lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128), held, world, 128
+    )[0]
+    latents = sr.measure(lambda part: upsample_latents(held.video[part], 32, 32), held, world, 128)[0]
+    exact = sr.measure(lambda part: torch.from_numpy(np.stack(truth[part])), held, world, 128)[0]
+    for name in ("psnr", "mouth_psnr", "ssim", "sharpness"):
+        assert (bound[name] > latents[name]).all(), name
+        assert (latents[name] > small[name]).mean() > 0.8, name
+    assert (exact["psnr"] == 99).all()
+    assert bound["own"].mean() > 0.95
+    assert bound["other"].mean() < 0.8
+
+
+def test_the_mouth_is_measured_alike_at_both_sizes() -> None:
+    puppets = held_out(4)
+    for size in (64, 128):
+        seen = [see(frames) for frames in ground_truth(puppets, size).frames]
+        if size == 64:
+            first = seen
+    for small, large in zip(first, seen, strict=True):
+        assert float(np.abs(small.openness - large.openness).max()) < 0.004
+        assert np.corrcoef(small.openness, large.openness)[0, 1] > 0.999
+        assert small.attributes == large.attributes
+
+
+def test_bicubic_keeps_flat_pictures_and_size() -> None:
+    flat = torch.full((2, 3, 8, 8, 3), 77, dtype=torch.uint8)
+    assert torch.equal(sr.bicubic(flat, 16), torch.full((2, 3, 16, 16, 3), 77, dtype=torch.uint8))
+
+
+def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sr, "STEPS", (1, 2))
+    monkeypatch.setattr(sr, "COARSE", (1, 8))
+    monkeypatch.setattr(sr, "sampled_clips", lambda count, *_: sr.drawn_clips(count, world, 64, 128))
+    results = sr.run("tiny/sr", clips=3, steps=1, output=str(tmp_path), progress=False)
+    assert set(results) == {"scores", "table", "audio", "steps"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {
+        "clips.png",
+        "audio.png",
+        "steps.png",
+    }
+    facts = json.loads((tmp_path / "table.json").read_text())
+    assert facts["clips"] == 3
+    assert list(facts["sets"]["clip"]["columns"]) == ["bicubic", "latents", "sr", "bound"]
+    assert facts["sets"]["clip"]["columns"]["bound"]["sync_skill"]["value"] == pytest.approx(1)
+    assert "psnr" not in facts["sets"]["base"]["columns"]["sr"]
+    assert facts["provenance"]["libraries"]["torch"] == torch.__version__
+    assert list(json.loads((tmp_path / "audio.json").read_text())["sets"]) == ["1", "8"]
+    text = (tmp_path / "steps.md").read_text()
+    assert text.startswith("### first stage: the clip itself")
+    assert "| sync_skill |" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": "tables"}, "choose from table, audio, steps"),
+        ({"clips": 1}, "at least 2 clips"),
+        ({"parts": "others"}, "belong together"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sr.run(**settings)
