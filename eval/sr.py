@@ -145,7 +145,8 @@ def refined(
 
     low, sound = (held.video if video is None else video)[part], held.audio[part]
     stride = second.config.contract.video_stride[1]
-    shape = LatentShape(*low.shape[1:3], size // stride, size // stride, *sound.shape[1:])
+    channels, frames, edge = low.shape[1], low.shape[2], size // stride
+    shape = LatentShape(channels, frames, edge, edge, sound.shape[1], sound.shape[2])
     numbers = range(len(held.text))[part]
     noise = draw(shape, seeded([seed * 1_000_003 + 500_000 + i for i in numbers]), "cpu")
     return refine(

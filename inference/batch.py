@@ -90,7 +90,7 @@ def run(
         resolution: 256p, 540p or 1080p with the published weights (the second stage is found beside the base)
         height: of the clip in pixels, before super-resolution
         width: of the clip in pixels, before super-resolution
-        sr: checkpoint of the second stage (super-resolution), such as the folder 540p_sr or 1080p_sr
+        sr: checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr
         sr_steps: its solver steps
         sr_cfg: its guidance scale, 1 is off; the release also knows 3.5
         sr_height: of the finished clip in pixels

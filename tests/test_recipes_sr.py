@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from inference.sample import LatentShape, seeded
 from inference.second_stage import draw, refine
 from magihuman import zoo
+from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior, sigma_grid
 from magihuman.flow.solvers import make_solver
@@ -90,6 +91,7 @@ def test_training_and_inference_begin_with_the_same_bits() -> None:
         seen.append((inputs[0].clone(), inputs[1].clone()))
 
     denoiser = made.network.eval()
+    assert isinstance(denoiser, Denoiser)
     handle = denoiser.register_forward_pre_hook(spy)
     refine(denoiser, batch["video"], batch["audio"], batch["text"], None, shape, noise, steps=2)
     handle.remove()
@@ -97,7 +99,7 @@ def test_training_and_inference_begin_with_the_same_bits() -> None:
     assert torch.equal(video, seen[0][0])
     assert torch.equal(audio, seen[0][1])
     assert torch.equal(audio, seen[1][1])  # never updated
-    assert made.network.pack.coords_style == "v1"
+    assert denoiser.pack.coords_style == "v1"
 
 
 def test_indices_and_levels_fill_their_ranges_and_are_logged() -> None:

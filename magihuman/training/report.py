@@ -8,7 +8,7 @@ from typing import Any
 
 PANELS = (
     ("loss", ("loss/video", "loss/audio", "val/video", "val/audio")),
-    ("own-minus-other-audio gap", ("val/sync_gap",)),
+    ("error that the own sound saves", ("val/sync_gap", "val/audio_gap")),
     ("gradient norm", ("grad_norm",)),
 )
 
