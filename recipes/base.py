@@ -239,10 +239,14 @@ class Recipe(L.LightningModule):
             **self.export_settings(),
         )
 
-    def export(self, folder: Path) -> None:
-        """Write the network in the released layout; called on every process, written by the main one."""
+    def exported_weights(self) -> dict[str, Tensor]:
+        """The whole network under the released keys; complete on rank 0."""
         chosen = self.network
         assert isinstance(chosen, Denoiser)
-        weights = parallel.whole_state_dict(chosen.model)
+        return parallel.whole_state_dict(chosen.model)
+
+    def export(self, folder: Path) -> None:
+        """Write the network in the released layout; called on every process, written by the main one."""
+        weights = self.exported_weights()
         if self.global_rank == 0:
             save_export(folder, released_dtypes(weights, self.given.transformer[0]), self.export_config())

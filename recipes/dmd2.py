@@ -25,7 +25,7 @@ What is peculiar here:
     student's samples with the teacher's at fixed prompts and noise, and ends a run that collapses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,16 +37,21 @@ from magihuman import zoo
 from magihuman.denoiser import Denoiser
 from magihuman.distill.health import Health, HealthLimits, Sampler
 from magihuman.distill.latents import MODALITIES, Given, Pair, each
+from magihuman.distill.networks import HOLDINGS, Networks, follow, hold, without_base
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
+from magihuman.distill.parts import Part, parts
 from magihuman.distill.rollout import Rollout, Velocity, draw_noise, simulate
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, masked_mean_per_sample, velocity_target, x0_from_velocity
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.flow.solvers import make_solver
+from magihuman.models.config import LoraConfig
+from magihuman.models.lora import adapter_state, base_state, merge
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.draws import Draws, stream
+from magihuman.training.ema import decay_at
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
 from magihuman.training.setup import Setup
 from magihuman.weights import Sampling
@@ -62,35 +67,17 @@ class CriticSettings:
         updates: R, per cycle.
         warmup: cycles at the start in which the student stands still.
         samples_per_rollout: how often one rollout is drawn from before the student is simulated again.
+        first_step: the critic learns the estimates of this step and later ones.
     """
 
     lr: float = 5e-4
     updates: int = 5
     warmup: int = 10
     samples_per_rollout: int = 6
+    first_step: int = 0
 
 
-SCORE, CRITIC, HEALTH = ScoreLevels(), CriticSettings(), HealthLimits()
-
-
-@dataclass
-class Part:
-    """A slice of the batch that fits into memory, with its rollout."""
-
-    text: list[Tensor]
-    given: Given
-    generators: list[torch.Generator]
-    position: Tensor
-    rollout: Rollout | None = None
-    uses: int = 0
-
-    def uniform(self) -> Tensor:
-        """[B] in [0, 1), each sample's own draw."""
-        return torch.cat([torch.rand(1, generator=g) for g in self.generators])
-
-    def normal(self) -> Pair:
-        """Noise of the shape of the latents."""
-        return draw_noise(self.generators, self.given.latents, 0, self.given.latents.video.device)[0]
+SCORE, CRITIC, HEALTH, LORA = ScoreLevels(), CriticSettings(), HealthLimits(), LoraConfig(64)
 
 
 class DMD2(Recipe):
@@ -102,10 +89,15 @@ class DMD2(Recipe):
         score: noise levels of the student's objective.
         guidance: of the teacher in the objective; None takes what its checkpoint is sampled with.
         critic: how it keeps up.
+        networks: full, lora_critic or lora, see `magihuman.distill.networks`; lora: size of adapters.
         health: what a run has to hold, and how often that is looked at.
         video_weight, audio_weight: of the modalities, in both objectives.
         first_frame, given_audio: probabilities of conditions, taken from the batch's latents.
+        first_step: the student learns this step and later ones.
         micro_batch: samples that go through the networks together; None for the whole batch.
+
+    Raises:
+        UserError: settings that cannot be distilled with.
     """
 
     optimizers_needed = 2
@@ -119,11 +111,14 @@ class DMD2(Recipe):
         score: ScoreLevels = SCORE,
         guidance: Guidance | None = None,
         critic: CriticSettings = CRITIC,
+        networks: str = "full",
+        lora: LoraConfig = LORA,
         health: HealthLimits = HEALTH,
         video_weight: float = 1.0,
         audio_weight: float = 1.0,
         first_frame: float = 0.1,
         given_audio: float = 0.1,
+        first_step: int = 0,
         micro_batch: int | None = None,
     ) -> None:
         super().__init__(setup)
@@ -143,156 +138,60 @@ class DMD2(Recipe):
                 f"trainer.accumulate={setup.trainer.accumulate} does not go with dmd2, which updates two networks; "
                 "raise data.module.batch_size and set recipe.micro_batch to what fits into memory"
             )
+        if networks not in HOLDINGS:
+            raise UserError(f"recipe.networks={networks!r} is unknown; choose from {', '.join(HOLDINGS)}")
+        for name, step in (
+            ("recipe.first_step", first_step),
+            ("recipe.critic.first_step", critic.first_step),
+        ):
+            if not 0 <= step < sampling.steps:
+                raise UserError(
+                    f"{name}={step} is none of {sampling.steps} steps; give 0 to {sampling.steps - 1}"
+                )
         self.sigma = teacher.sigma_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
         self.sampling = replace(sampling, guidance=Guidance(1, 1, 0, 1))
-        self.score = score
-        self.critic_settings = critic
+        self.score, self.critic_settings = score, critic
+        self.holding, self.lora = networks, lora
         self.modality_weights = {"video": video_weight, "audio": audio_weight}
         self.first_frame, self.given_audio = first_frame, given_audio
-        self.micro_batch = micro_batch
+        self.first_step, self.micro_batch = first_step, micro_batch
         self.health = Health(health, stream(setup.seed, "health") % 2**40)
-        self.signals: dict[str, float] = {}
         self.student_updates = self.critic_updates = 0
-        self.critic: Denoiser | None = None
-        self.roles: dict[str, Any] = {}
-
-    # The three networks
-
-    def configure_model(self) -> None:
-        if self.denoiser is not None:
-            return
-        super().configure_model()
-        self.critic = self.another(torch.float32)
-        self.critic.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
-        if self.given.trainer.compile:
-            parallel.compile_blocks(self.critic)
-        # Frozen matrices are kept as the network computes with them. In a dictionary, the teacher is no part
-        # of what is saved: init names it.
-        kept = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
-        teacher = self.another(kept).requires_grad_(False).eval()
-        self.roles = {
-            "student": self.denoiser,
-            "average": self.network,
-            "critic": self.critic,
-            "teacher": teacher,
-        }
-
-    def another(self, linear_dtype: torch.dtype) -> Denoiser:
-        """One more network with the teacher's weights, spread like the student."""
-        assert self.given.init is not None
-        compute = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
-        shape, pack = self.given.transformer
-        sharded = self.given.strategy.name == "fsdp2"
-        weights = None
-        if not sharded or self.global_rank == 0:
-            loaded = zoo.load(self.given.init, compute_dtype=torch.float32).denoiser
-            weights = loaded.state_dict()
-        network = zoo.build(shape, pack, compute_dtype=compute, linear_dtype=linear_dtype, device="meta")
-        if sharded:
-            self.shard(network, weights)
-        else:
-            network.to_empty(device="cpu").load_state_dict(weights or {})
-        return network
-
-    def on_fit_start(self) -> None:
-        self.roles["teacher"].to(self.device)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["recipe"] |= {
-            "student_updates": self.student_updates,
-            "critic_updates": self.critic_updates,
-            "health": self.health.state_dict(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        state = checkpoint["recipe"]
-        self.student_updates, self.critic_updates = state["student_updates"], state["critic_updates"]
-        self.health.load_state_dict(state["health"])
-
-    def configure_optimizers(self) -> Any:
-        assert self.denoiser is not None
-        assert self.critic is not None
-        given, settings = self.given, self.critic_settings
-        shape, _ = given.transformer
-        critic_optim = replace(given.optim, lr=settings.lr, schedule="constant", warmup=1)
-        student = build_optimizer(self.denoiser, shape, given.optim)
-        critic = build_optimizer(self.critic, shape, critic_optim)
-        updates = max(1, self.max_steps - settings.warmup)
-        schedule = build_schedule(student, given.optim, updates)
-        return [student, critic], [{"scheduler": schedule, "interval": "step"}]
-
-    def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
-        """v of the student, its average, the critic or the teacher without guidance; [B,...] like x.
-
-        Args:
-            sigma: noise levels [B], for networks that are told them; these are not.
-        """
-        return Pair(*self.roles[role](x.video, x.audio, text))
-
-    @torch.no_grad()
-    def teacher_velocity(self, x: Pair, text: list[Tensor], sigma: Pair) -> tuple[Pair, Pair]:
-        """v_T at noise levels [B]: with guidance, and without."""
-        plain = self.velocity("teacher", text, x, sigma)
-        if not self.guidance.needed:
-            return plain, plain
-        null = [self.given.null_text.to(x.video.device)] * len(text)
-        other = self.velocity("teacher", null, x, sigma)
-        guided = []
-        for name, positive, negative, levels in zip(MODALITIES, plain, other, sigma, strict=True):
-            scales = torch.tensor([self.guidance(name, int(1000 * s)) for s in levels.tolist()])
-            guided.append(
-                combine(positive, negative, scales.to(x.video).view(-1, *[1] * (positive.ndim - 1)))
-            )
-        return Pair(*guided), plain
+        self.networks: Networks | None = None
+        self.strict_loading = networks == "full"  # else the frozen base is not in the checkpoint
 
     # One cycle
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
-        assert self.denoiser is not None
-        assert self.critic is not None
         self.stepped = False
         draws = Draws(self.given.seed, self.batches, batch["index"])
         student, critic = self.optimizers()  # type: ignore[attr-defined]
-        self.look(batch)
-        parts = list(self.parts(batch, draws))
+        if self.health.due(self.step):
+            self.look(batch)
+        some = list(parts(batch, draws, self.first_frame, self.given_audio, self.micro_batch))
         for turn in range(self.critic_settings.updates):
-            for part in parts:
+            for part in some:
                 self.manual_backward(self.critic_turn(part, turn) * (len(part.text) / len(draws)))
-            self.update(self.critic, critic, "grad_norm/critic")
+            self.update("critic", critic)
             self.critic_updates += 1
         if self.step >= self.critic_settings.warmup:
-            for part in parts:
+            for part in some:
                 self.manual_backward(self.student_turn(part) * (len(part.text) / len(draws)))
-            self.update(self.denoiser, student, "grad_norm")
+            self.update("student", student)
             self.lr_schedulers().step()  # type: ignore[union-attr]
             self.student_updates += 1
         self.batches += 1
         self.after_step()
 
-    def update(self, network: nn.Module, optimizer: Any, name: str) -> None:
+    def update(self, role: str, optimizer: Any) -> None:
         """Clip, step, and free the gradients: those of two networks never lie in memory together."""
-        norm = clip_gradients(list(network.parameters()), self.given.optim.clip_norm)
-        self.count_norm(name, norm)
+        assert self.networks is not None
+        norm = clip_gradients(list(self.networks.weights(role).values()), self.given.optim.clip_norm)
+        self.count_norm("grad_norm" if role == "student" else "grad_norm/critic", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-    def parts(self, batch: dict[str, Any], draws: Draws) -> Iterator[Part]:
-        """Cut the batch, and choose what is given."""
-        latents = Pair(batch["video"], batch["audio"])
-        given = Given.nothing(latents)
-        first, sound = draws.chance(self.first_frame), draws.chance(self.given_audio)
-        if latents.video.shape[2] > 1:
-            given.mask.video[first.to(latents.video.device), :, 0] = 0
-        given.mask.audio[sound.to(latents.audio.device)] = 0
-        size = self.micro_batch or len(draws)
-        for start in range(0, len(draws), size):
-            some = slice(start, start + size)
-            position = batch["index"][some].cpu()
-            yield Part(list(batch["text"][some]), given.select(some), draws.generators[some], position)
 
     def simulated(self, part: Part) -> Rollout:
         """The part's rollout; a fresh one when it was drawn from often enough."""
@@ -316,15 +215,16 @@ class DMD2(Recipe):
         start, fresh = draw_noise(generators, given.latents, fresh_steps, given.latents.video.device)
         return simulate(velocity, (solvers[0], solvers[1]), start, fresh, given)
 
-    def step_of(self, part: Part, turn: int) -> Tensor:
-        """[B] on the CPU: the step k of every sample, uniform and as different as can be over the whole batch."""
-        offset = stream(self.given.seed, "step", self.batches, turn)
-        return (part.position + offset % self.sampling.steps) % self.sampling.steps
+    def step_of(self, part: Part, turn: int, first: int) -> Tensor:
+        """[B] on the CPU: the step k >= first of every sample, uniform, and stratified over the whole batch."""
+        count = self.sampling.steps - first
+        offset = stream(self.given.seed, "step", self.batches, turn) % count
+        return first + (part.position + offset) % count
 
     def critic_turn(self, part: Part, turn: int) -> Tensor:
         """The critic's loss on student samples."""
         rollout, given = self.simulated(part), part.given
-        x0 = rollout.estimate(self.step_of(part, turn))
+        x0 = rollout.estimate(self.step_of(part, turn, self.critic_settings.first_step))
         levels = [self.sigma.sample(1, g) for g in part.generators]
         noise = part.normal()
         sigma = Pair(*(torch.cat([level[m] for level in levels]).to(x0.video.device) for m in (0, 1)))
@@ -338,7 +238,7 @@ class DMD2(Recipe):
     def student_turn(self, part: Part) -> Tensor:
         """The student's loss; its gradient is the distribution matching gradient."""
         rollout, given, text = self.simulated(part), part.given, part.text
-        k = self.step_of(part, self.critic_settings.updates)
+        k = self.step_of(part, self.critic_settings.updates, self.first_step)
         x, level = rollout.state(k), rollout.sigma(k)
         velocity = self.velocity("student", text, x, Pair(level, level))
         x0 = given.insert(each(lambda a, b: x0_from_velocity(a, b, level), x, velocity))
@@ -383,10 +283,33 @@ class DMD2(Recipe):
         self.meter.add("loss", sizes["video"] + sizes["audio"])
         self.meter.add("dm/audio_to_video", sizes["audio"] / sizes["video"].clamp(min=1e-12))
 
+    def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
+        """v of the student, its average, the critic or the teacher without guidance; [B,...] like x.
+
+        Args:
+            sigma: noise levels [B], for networks that are told them; these are not.
+        """
+        assert self.networks is not None
+        return Pair(*self.networks.role(role)(x.video, x.audio, text))
+
+    @torch.no_grad()
+    def teacher_velocity(self, x: Pair, text: list[Tensor], sigma: Pair) -> tuple[Pair, Pair]:
+        """v_T at noise levels [B]: with guidance, and without."""
+        plain = self.velocity("teacher", text, x, sigma)
+        if not self.guidance.needed:
+            return plain, plain
+        null = [self.given.null_text.to(x.video.device)] * len(text)
+        other = self.velocity("teacher", null, x, sigma)
+        guided = []
+        for name, positive, negative, levels in zip(MODALITIES, plain, other, sigma, strict=True):
+            scales = torch.tensor([self.guidance(name, int(1000 * s)) for s in levels.tolist()])
+            guided.append(
+                combine(positive, negative, scales.to(x.video).view(-1, *[1] * (positive.ndim - 1)))
+            )
+        return Pair(*guided), plain
+
     def look(self, batch: dict[str, Any]) -> None:
         """Compare the student's samples with the teacher's; see `magihuman.distill.health`."""
-        if not self.health.due(self.step):
-            return
         latents = Pair(batch["video"][:1], batch["audio"][:1])
 
         def sampler(settings: Sampling, velocity: Callable[..., Pair]) -> Sampler:
@@ -402,19 +325,116 @@ class DMD2(Recipe):
 
         self.health.refer(batch["text"], sampler(self.teacher_sampling, guided))
         with evaluating(self.network):
-            self.signals.update(self.health.look(sampler(self.sampling, partial(self.velocity, "average"))))
-        for name, value in self.signals.items():
+            signals = self.health.look(sampler(self.sampling, partial(self.velocity, "average")))
+        for name, value in signals.items():
             self.meter.add(name, value)
-        self.health.judge(self.signals, self.step)
-        self.signals = {}
+        self.health.judge(signals, self.step)
 
     def after_step(self) -> None:
         """Count a cycle; the average follows the student's updates only."""
         self.step += 1
         self.stepped = True
-        if self.ema is not None and self.student_updates:
+        if self.networks is None or not self.student_updates:
+            return
+        if self.ema is not None:
+            self.ema.update(self.trained)
+        elif self.holding == "lora":
+            average, student = (self.networks.weights(role).values() for role in ("average", "student"))
+            follow(average, student, decay_at(self.student_updates - 1, self.given.optim.ema_decay))
+
+    # The networks
+
+    def configure_model(self) -> None:
+        if self.networks is not None:
+            return
+        student = None
+        if self.holding != "lora":
+            super().configure_model()
             assert self.denoiser is not None
-            self.ema.update(self.denoiser)
+            assert isinstance(self.network, Denoiser)
+            student = self.denoiser, self.network
+        networks = hold(self.holding, self.another, student, self.lora, stream(self.given.seed, "lora"))
+        if networks.shared is None:
+            self.critic = networks.critic
+        else:
+            self.shared = networks.shared
+        # The teacher is no part of what is saved, since `init` names it: a frozen dataclass keeps it from Lightning.
+        self.networks = networks
+
+    def another(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
+        """One more network with the teacher's weights, spread like the student."""
+        assert self.given.init is not None
+        compute = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
+        shape, pack = self.given.transformer
+        # Frozen matrices are kept as the network computes with them.
+        kept = compute if frozen else torch.float32
+        network = zoo.build(shape, pack, compute_dtype=compute, linear_dtype=kept, device="meta")
+        sharded = self.given.strategy.name == "fsdp2"
+        if not sharded or self.global_rank == 0:
+            weights = zoo.load(self.given.init, compute_dtype=kept).denoiser.state_dict()
+            network.to_empty(device="cpu").load_state_dict(weights)
+        network.requires_grad_(not frozen)
+        prepare(network)
+        if sharded:
+            whole = network.state_dict() if self.global_rank == 0 else None
+            self.shard(network.to("meta"), whole)
+        network.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
+        if self.given.trainer.compile:
+            parallel.compile_blocks(network)
+        return network
+
+    @property
+    def network(self) -> nn.Module:
+        if self.holding == "lora":
+            assert self.networks is not None
+            return self.networks.average
+        return super().network
+
+    def on_fit_start(self) -> None:
+        assert self.networks is not None
+        self.networks.teacher.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        assert self.networks is not None
+        given, settings = self.given, self.critic_settings
+        shape, _ = given.transformer
+        critic_optim = replace(given.optim, lr=settings.lr, schedule="constant", warmup=1)
+        student = build_optimizer(self.networks.weights("student"), shape, given.optim)
+        critic = build_optimizer(self.networks.weights("critic"), shape, critic_optim)
+        schedule = build_schedule(student, given.optim, max(1, self.max_steps - settings.warmup))
+        return [student, critic], [{"scheduler": schedule, "interval": "step"}]
+
+    # Saving
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Everything but the frozen base, which `init` names."""
+        return without_base(super().state_dict(*args, **kwargs), "shared.")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["recipe"] |= {
+            "student_updates": self.student_updates,
+            "critic_updates": self.critic_updates,
+            "health": self.health.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "state_dict" in checkpoint and checkpoint["state_dict"].keys() != self.state_dict().keys():
+            raise UserError(
+                f"the checkpoint is of another way to hold the networks than recipe.networks={self.holding} "
+                "with these adapters; continue with the settings of its config.yaml"
+            )
+        state = checkpoint["recipe"]
+        self.student_updates, self.critic_updates = state["student_updates"], state["critic_updates"]
+        self.health.load_state_dict(state["health"])
+
+    def exported_weights(self) -> dict[str, Tensor]:
+        if self.holding != "lora":
+            return super().exported_weights()
+        assert self.networks is not None
+        state = parallel.whole_state_dict(self.networks.teacher.model)
+        return dict(merge(base_state(state), adapter_state(state, "average"), self.lora))
 
     def export_settings(self) -> dict[str, Any]:
         return {"sigma_prior": self.sigma, "sampling": self.sampling}

@@ -12,6 +12,11 @@ def _local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
+def decay_at(updates: int, final: float) -> float:
+    """min(final, (1 + n) / (10 + n)) at update n = 0, 1, ..."""
+    return min(final, (1 + updates) / (10 + updates))
+
+
 class EMA(nn.Module):
     """shadow <- d * shadow + (1 - d) * weights, d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ...
 
@@ -39,7 +44,7 @@ class EMA(nn.Module):
     @property
     def decay(self) -> float:
         """Decay of the next update."""
-        return min(self.final_decay, (1 + self.updates) / (10 + self.updates))
+        return decay_at(self.updates, self.final_decay)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

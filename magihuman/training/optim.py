@@ -7,7 +7,7 @@ because Lightning's automatic optimisation and its checkpoints count on one.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -114,16 +114,17 @@ def experts_by_name(config: DiTConfig) -> dict[str, int]:
 
 
 def build_optimizer(
-    model: nn.Module, config: DiTConfig | None, settings: OptimSettings
+    model: nn.Module | Mapping[str, nn.Parameter], config: DiTConfig | None, settings: OptimSettings
 ) -> torch.optim.Optimizer:
     """The optimiser of `settings` over `model`'s trainable weights.
 
     Args:
-        model: the `SingleStreamDiT`, or a module that holds one (keys are matched by their ends).
+        model: the `SingleStreamDiT`, a module that holds one (keys are matched by their ends), or weights by name.
         config: its shape, which says where experts are stacked; not needed for AdamW.
     """
     groups: list[dict[str, Any]]
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    weights = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    named = [(name, weight) for name, weight in weights if weight.requires_grad]
     if settings.algorithm == "adamw":
         decayed = [w for _, w in named if w.ndim > 1]
         plain = [w for _, w in named if w.ndim <= 1]  # norms and biases are not pulled to zero
