@@ -47,8 +47,8 @@ class TurboVAE(Recipe):
 
     Args:
         student: an architecture of configs/turbo by name, or {layout, network} as such a file has them.
-        teacher: decoder whose features are matched and whose frames sampled latents get: a name or folder of layout
-            `wan`, or the file of the Wan 2.2 VAE; None for none.
+        teacher: decoder whose features are matched, where `align` is not 0: a name or folder of layout `wan`, or the
+            file of the Wan 2.2 VAE.
         teacher_blocks: up blocks of the teacher whose features are matched, beside the middle block's.
         pixel, perceptual, temporal, align: weights of the losses; `align` may be a ramp.
         lpips: weight of LPIPS; lpips_backbone: file of its VGG-16.
@@ -86,17 +86,24 @@ class TurboVAE(Recipe):
         self.heads = nn.ModuleList()
         self.taps: list[int] = []
         self.discriminator: Discriminator | None = None
-        if max(value_at(align, 0.0), value_at(align, 1.0)) > 0 and teacher is None:
+        aligning = max(value_at(align, 0.0), value_at(align, 1.0)) > 0
+        if aligning and teacher is None:
             raise UserError("recipe.align needs recipe.teacher; give one, or set recipe.align=0")
-        if setup.optim.algorithm != "adamw" or setup.trainer.activation_checkpointing:
-            raise UserError("this recipe takes optim=adamw and trainer.activation_checkpointing=false")
+        if (
+            setup.optim.algorithm != "adamw"
+            or setup.trainer.activation_checkpointing
+            or setup.trainer.compile
+        ):
+            raise UserError(
+                "this recipe takes optim=adamw, trainer.activation_checkpointing=false and trainer.compile=false"
+            )
         if lpips and lpips_backbone is None:
             raise UserError(
                 "recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights"
             )
         # Frozen parts, in tuples so that neither checkpoints nor optimisers see them.
         self._teacher: tuple[WanTeacher, ...] = (
-            () if teacher is None else (self._open_teacher(teacher, teacher_blocks),)
+            (self._open_teacher(teacher, teacher_blocks),) if aligning and teacher is not None else ()
         )
         self._judge: tuple[LPIPS, ...] = (
             (LPIPS(lpips_backbone),) if lpips and lpips_backbone is not None else ()
@@ -126,8 +133,6 @@ class TurboVAE(Recipe):
         decoder = cast(nn.Module, decoders.build(self.config, seed=stream(seed, "weights")))
         if self.given.init is not None:
             decoder.load_state_dict(_start(self.given.init, self.config))
-        if self.given.trainer.compile:
-            decoder.compile(dynamic=None)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, "heads"))
             if self._teacher and not self.heads:

@@ -1,0 +1,111 @@
+"""How near a clip is to the true one over time: frame by frame, from frame to frame, and at seams.
+
+Clips are uint8 [F,H,W,3]. Everything is on the fixed range of 8 bits and nothing is normalised by a clip's own values,
+so a wrong gain or offset costs what it costs. Differences are in 8-bit levels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.fidelity import psnr, ssim
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """One clip against the truth.
+
+    Attributes:
+        psnr (dB), ssim: means over frames; frame_psnr: of every frame.
+        change: mean absolute error of the change from frame to frame.
+        flicker: mean absolute change where the truth stands still; None where nothing does.
+        seam: change error at the seams over that at the other boundaries of latents; None without either.
+        drift: how much further off the mean luma is in the last frame than in the first.
+        sharpness: variance of the luma's Laplacian, as a share of the truth's.
+    """
+
+    psnr: float
+    ssim: float
+    change: float
+    flicker: float | None
+    seam: float | None
+    drift: float
+    sharpness: float
+    frame_psnr: tuple[float, ...]
+
+
+def compare(
+    frames: np.ndarray, truth: np.ndarray, seams: Sequence[int], boundaries: Sequence[int]
+) -> Nearness:
+    """Measure a clip.
+
+    Args:
+        seams: numbers of the frames that begin a chunk of the decoder; boundaries: of all frames that begin a latent.
+
+    Raises:
+        ValueError: clips of different shapes, or too small for SSIM.
+    """
+    each = [psnr(frames[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
+    similar = [ssim(frames[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
+    luma, true_luma = _luma(frames), _luma(truth)
+    offset = (luma - true_luma).mean((1, 2))
+    return Nearness(
+        psnr=float(np.mean(each)),
+        ssim=float(np.mean(similar)),
+        change=float(change_errors(frames, truth).mean()) if len(truth) > 1 else 0.0,
+        flicker=flicker(frames, truth),
+        seam=seam(frames, truth, seams, boundaries),
+        drift=float(abs(offset[-1]) - abs(offset[0])),
+        sharpness=_detail(luma) / max(_detail(true_luma), 1e-9),
+        frame_psnr=tuple(each),
+    )
+
+
+def change_errors(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Mean absolute error of every change from frame to frame: fp32 [F-1]."""
+    wrong = np.diff(frames.astype(np.float32), axis=0) - np.diff(truth.astype(np.float32), axis=0)
+    return np.abs(wrong).mean((1, 2, 3))
+
+
+def flicker(frames: np.ndarray, truth: np.ndarray) -> float | None:
+    """Mean absolute change of what does not change in the truth; None where everything does."""
+    still = (np.diff(truth.astype(np.int16), axis=0) == 0).all(-1)  # [F-1,H,W]
+    if not still.any():
+        return None
+    change = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(-1)
+    return float(change[still].mean())
+
+
+def seam(
+    frames: np.ndarray, truth: np.ndarray, seams: Sequence[int], boundaries: Sequence[int]
+) -> float | None:
+    """Change error into the frames `seams` over that into the other `boundaries`: 1 where chunks leave no trace.
+
+    Decoders make several frames of a latent together, so that errors change where the next latent begins, whether a
+    chunk ends there or not. Hence the comparison with the other beginnings.
+    """
+    others = sorted(set(boundaries) - set(seams))
+    if not seams or not others:
+        return None
+    errors = change_errors(frames, truth)
+    usual = float(errors[[i - 1 for i in others]].mean())
+    return float(errors[[i - 1 for i in seams]].mean()) / max(usual, 1e-9)
+
+
+def latent_starts(frames: int, stride: int) -> list[int]:
+    """Numbers of the frames that begin a latent, without the clip's first: 1, 1 + s, 1 + 2 s, ..."""
+    return list(range(1, frames, stride))
+
+
+def _luma(frames: np.ndarray) -> np.ndarray:
+    return frames.astype(np.float32) @ LUMA
+
+
+def _detail(luma: np.ndarray) -> float:
+    """Variance of the Laplacian, mean over frames."""
+    middle = luma[:, 1:-1, 1:-1]
+    around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
+    return float((around - 4 * middle).var((1, 2)).mean())

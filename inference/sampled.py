@@ -1,0 +1,134 @@
+"""Latents sampled from a checkpoint, with a teacher's frames of them, for training and judging light decoders.
+
+    python -m inference.sampled checkpoint=tiny/base prompts=FILE output=sampled.safetensors
+
+Encoded films are not what a decoder meets: a diffusion model's latents are smoother here and odder there. The truth
+for them is what the teacher decodes.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from magihuman.errors import UserError
+
+
+def make(
+    prompts: str,
+    output: str,
+    checkpoint: str = "tiny/base",
+    teacher: str = "tiny/teacher",
+    clips: int = 200,
+    seed: int = 0,
+    batch: int = 20,
+    steps: int | None = None,
+    cfg: float | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> str:
+    """Sample latents, decode them with a teacher, and write both into one file; an existing file is kept.
+
+    Args:
+        prompts: a prompt file as for infer, or a folder of .txt captions
+        output: the safetensors file: video [N,C,T,h,w] fp16 and frames [N,3,F,H,W] uint8
+        checkpoint: what samples, as for infer
+        teacher: decoder of layout wan, or the Wan 2.2 VAE's file
+        clips: how many; prompts are taken in turn
+        seed: clip i gets seed + i
+        batch: clips at once
+        steps: solver steps; none takes the checkpoint's setting
+        cfg: guidance scale, 1 is off; none takes the checkpoint's setting
+        device: auto, cpu or cuda
+        progress: show a bar
+
+    Returns:
+        the file's path.
+
+    Raises:
+        UserError: prompts, a checkpoint or a teacher that cannot be used.
+    """
+    target = Path(output)
+    if target.exists():
+        return str(target)
+    if clips < 1 or batch < 1:
+        raise UserError(f"clips={clips} and batch={batch} must be at least 1")
+    texts = read_prompts(prompts)
+
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from inference.batch import guidance_from
+    from inference.pipeline import Pipeline
+    from magihuman import zoo
+    from magihuman.world import load_world
+
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    loaded = zoo.load(checkpoint, device=chosen)
+    world = load_world(loaded.config.world, chosen)
+    decoder = open_teacher(teacher, world, chosen)
+    pipeline = Pipeline(loaded, world)
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance_from(cfg)}
+    settings = pipeline.settings(**{key: value for key, value in given.items() if value is not None})
+    videos, frames = [], []
+    with tqdm(total=clips, desc="sampling", unit="clip", disable=not progress) as bar:
+        for start in range(0, clips, batch):
+            numbers = range(start, min(clips, start + batch))
+            drafts = pipeline.draft(
+                [texts[i % len(texts)] for i in numbers], [seed + i for i in numbers], settings
+            )
+            for draft in drafts:
+                latents = draft.video.half()  # decoded as it is stored
+                decoded = decoder.decode(latents[None].float().to(chosen))[0].clamp(-1, 1)
+                videos.append(latents)
+                frames.append(((decoded + 1) * 127.5).round().byte().cpu())
+            bar.update(len(numbers))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed), "steps": str(settings.steps)}
+    save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
+    os.replace(partial, target)
+    return str(target)
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a file, or of all captions in a folder in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    from inference.prompts import read_requests
+
+    path = Path(source)
+    if not path.is_dir():
+        return [request.prompt for request in read_requests(path, 0)]
+    texts = [file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))]
+    if not texts:
+        raise UserError(f"prompts={source} is a folder without .txt captions; give one, or a prompt file")
+    return texts
+
+
+def open_teacher(source: str, world: Any, device: Any) -> Any:
+    """A teacher decoder of a world's latents: one of ours, or the world's own codec where `source` is its file.
+
+    Raises:
+        UserError: it takes other latents.
+    """
+    import torch
+
+    from magihuman.models.codecs_wan import WanCodec
+    from magihuman.zoo import decoders
+
+    config = decoders.config_of(source)
+    if config is None:
+        return WanCodec.load(source, device=device)
+    config.latents.require(
+        decoders.Latents.of(world.contract), f"teacher={source}", f"the world {world.name!r}"
+    )
+    return decoders.load(source, device, torch.float32)
+
+
+if __name__ == "__main__":
+    from magihuman.command import run
+
+    run(make, "python -m inference.sampled")
