@@ -117,6 +117,30 @@ class Denoiser(nn.Module):
             audio_v.unflatten(0, (len(audio), -1)) if len(audio_v) else audio_v.view(audio.shape),
         )
 
+    def features(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Sequence[Tensor],
+        taps: Sequence[int],
+        adapter: str | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The residual stream of both modalities after some layers, as `forward` sees them.
+
+        Args:
+            taps: layers, ascending.
+
+        Returns:
+            per tap fp32 [B,Nv,H] and [B,A,H].
+        """
+        layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
+        tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
+        *_, streams = self.model(
+            tokens, audio.flatten(0, 1), torch.cat(list(text)), layout, adapter=adapter, taps=taps
+        )
+        parts = [stream.split(layout.sizes)[:2] for stream in streams]
+        return [(v.unflatten(0, (len(video), -1)), a.unflatten(0, (len(video), -1))) for v, a in parts]
+
 
 class Adapted(Denoiser):
     """A denoiser seen through one of its adapters: what takes a `Denoiser` gets the adapter's velocities.
@@ -142,3 +166,14 @@ class Adapted(Denoiser):
     ) -> tuple[Tensor, Tensor]:
         """As `Denoiser.forward`, with the adapter of this view unless another is named."""
         return super().forward(video, audio, text, layout, adapter or self.adapter)
+
+    def features(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Sequence[Tensor],
+        taps: Sequence[int],
+        adapter: str | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `Denoiser.features`, with the adapter of this view unless another is named."""
+        return super().features(video, audio, text, taps, adapter or self.adapter)

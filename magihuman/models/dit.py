@@ -3,6 +3,8 @@
 It takes no timestep: the noise level is to be seen from the tokens themselves.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -330,7 +332,8 @@ class SingleStreamDiT(nn.Module):
         *,
         rotary: Tensor | None = None,
         adapter: str | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
         """Predict velocities.
 
         Args:
@@ -338,12 +341,15 @@ class SingleStreamDiT(nn.Module):
             rotary: fp32 [L,3D/4] made earlier for this layout; computed where absent.
             adapter: the one to compute with; None is the base. An argument and no state, so that a pass recomputed for
                 its gradients is the same pass, whatever was called in between.
+            taps: layers, ascending, after which the residual stream is wanted too; as a value and not by a hook, so
+                that it survives recomputation and sharding.
 
         Returns:
-            fp32 [Nv,Cv] in the output's channel order (`magihuman.tokens.unpatchify`) and fp32 [Na,Ca].
+            fp32 [Nv,Cv] in the output's channel order (`magihuman.tokens.unpatchify`), fp32 [Na,Ca], and with taps a
+            list of fp32 [L,H] in packed order.
 
         Raises:
-            ValueError: no such adapter.
+            ValueError: no such adapter, or taps together with token routing.
         """
         table = rotary if rotary is not None else layout.rotary
         if table is None:
@@ -351,15 +357,23 @@ class SingleStreamDiT(nn.Module):
         ends = self._ends(adapter)
         x = ends.adapter(video, audio, text)
         tread = self.tread if self.training else None
-        if tread is None:
-            x = self._run(x, table, layout, 0, self.config.num_layers, adapter)
-        else:
+        tapped, done = [], 0
+        if tread is not None:
+            if taps:
+                raise ValueError("token routing leaves nothing whole to tap; switch it off")
             x = self._run_routed(x, table, layout, tread, adapter)
+            done = self.config.num_layers
+        for tap in taps:
+            x = self._run(x, table, layout, done, tap + 1, adapter)
+            tapped.append(x)
+            done = tap + 1
+        x = self._run(x, table, layout, done, self.config.num_layers, adapter)
         video_x, audio_x, _ = x.split(layout.sizes)
-        return (
+        velocities = (
             linear_fp32(ends.final_linear_video, ends.final_norm_video(video_x)),
             linear_fp32(ends.final_linear_audio, ends.final_norm_audio(audio_x)),
         )
+        return (*velocities, tapped) if taps else velocities
 
     def _run(
         self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, adapter: str | None
