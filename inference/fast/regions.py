@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     Attributes:
         sizes: rows of each expert in a layer with experts.
         sin, cos: fp32 [L,1,3D/8] each, in the order of the rows.
-        ends: int32 [3], running sums of `sizes`, for one product over all experts; None for one product each.
+        ends: int32 [3], running sums of `sizes`, for one product over all experts; None for a product each.
     """
 
     sizes: tuple[int, ...]
@@ -153,6 +153,13 @@ def multiply(
     count = len(parts)
     y = _grouped_mm(torch.cat(parts), matrix.weight[:count].transpose(1, 2), ends[:count])
     return y.split([len(part) for part in parts])
+
+
+def can_group(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one product over all experts exists here: bf16, and on a GPU Hopper or later."""
+    if dtype != torch.bfloat16 or not (hasattr(F, "grouped_mm") or hasattr(torch, "_grouped_mm")):
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

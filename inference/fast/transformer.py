@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inference.fast.graphs import LONGEST, Graphs
 from inference.fast.kernels import Kernel, choose
-from inference.fast.regions import Projected, Regions, Tokens
+from inference.fast.regions import Projected, Regions, Tokens, can_group
 from inference.fast.reuse import StepCache
 from inference.fast.tiers import Options
 from inference.fast.weights import FastLayer
@@ -109,7 +109,7 @@ class FastTransformer(nn.Module):
         table = layout.rotary if layout.rotary is not None else self.rotary(layout)
         sizes = layout.sizes
         ends = None
-        if self.options.grouped:
+        if self.options.grouped and can_group(table.device, self.compute_dtype):
             ends = torch.tensor(sizes).cumsum(0).to(torch.int32).to(table.device)
         packed = _tokens(table, sizes, ends)
         if not self.options.sort or layout.order is None or self.kernel is None:

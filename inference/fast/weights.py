@@ -208,12 +208,12 @@ def _padded_mlp(
     first, second = _stacked(up, dtype), _stacked(down, dtype)
     width = second.shape[2]
     wanted = padded_width(width) if pad else width
-    if not kind.gelu and kind.planes:
+    if kind.gelu:
+        first = _with_rows(first, wanted)
+    elif kind.planes:
         # [experts, 2 width, H], gate and linear alternating -> one block each
         blocks = first.unflatten(1, (-1, 2)).transpose(1, 2)
         first = F.pad(blocks, (0, 0, 0, wanted - width)).flatten(1, 2)
-    else:
-        first = _with_rows(first, wanted)
     if wanted != width:
         second = F.pad(second, (0, wanted - width))
     return first, second
