@@ -10,6 +10,7 @@ import torch
 
 from eval import sr, sr_report
 from eval.puppets import ground_truth, held_out
+from eval.readme import sr_table
 from eval.sight import see
 from magihuman.errors import UserError
 from magihuman.postprocess import frames_to_uint8
@@ -103,6 +104,10 @@ def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, mo
     assert "psnr" not in facts["sets"]["base"]["columns"]["sr"]
     assert facts["provenance"]["libraries"]["torch"] == torch.__version__
     assert list(json.loads((tmp_path / "audio.json").read_text())["sets"]) == ["1", "8"]
+    table = sr_table(str(tmp_path / "table.json"), "clip", "psnr", "sync_skill").splitlines()
+    assert table[0] == "| n=3, 1 steps | bicubic | latents | sr | bound |"
+    assert table[2].startswith("| PSNR against the truth, dB | ")
+    assert len(table) == 6
     text = (tmp_path / "steps.md").read_text()
     assert text.startswith("### first stage: the clip itself")
     assert "| sync_skill |" in text
