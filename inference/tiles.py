@@ -28,7 +28,7 @@ class Span:
 
 
 def spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
-    """Equal spans of at most `tile` latents that cover `length`, neighbours sharing at least `overlap`.
+    """The fewest equal spans of at most `tile` latents that cover `length`, neighbours sharing at least `overlap`.
 
     Towards a border inside the picture a span's weight falls linearly over the middle half of the overlap and is 0 in
     the outer quarter: there the zeros beyond the border, which the whole picture does not have, weigh the most.
@@ -44,6 +44,9 @@ def spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
     if not 0 <= overlap < tile:
         raise ValueError(f"an overlap of {overlap} latents does not fit into tiles of {tile}")
     count = -(-(length - overlap) // (tile - overlap))
+    tile = -(
+        -(length + (count - 1) * overlap) // count
+    )  # as many smaller ones, so that none overlaps more than needed
     starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
     pixels = torch.arange(tile * stride) + 0.5
     margin, ramp = overlap * stride / 4, max(overlap * stride / 2, 1)
