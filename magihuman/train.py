@@ -41,7 +41,7 @@ def stage(title: str) -> Iterator[None]:
 
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
-    """The data module and its folder of shards, made first where the configuration says how."""
+    """The data module and its shards (or file of prompts), made first where the configuration says how."""
     from magihuman.training.session import require_fit
     from magihuman.world import load_world
 
@@ -52,7 +52,7 @@ def make_data(settings: TrainSettings) -> tuple[Any, Path]:
             require_fit(settings.model, load_world("tiny").contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
-    return call(module, "data.module"), Path(module["shards"])
+    return call(module, "data.module"), Path(module["shards"] if "shards" in module else module["file"])
 
 
 def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: TrainSettings) -> Path:

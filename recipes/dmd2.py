@@ -26,7 +26,7 @@ What is peculiar here:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,17 +35,18 @@ from torch import Tensor, nn
 
 from magihuman import zoo
 from magihuman.denoiser import Denoiser
-from magihuman.distill.health import Health, HealthLimits, Sampler
+from magihuman.distill.adversary import Adversary, AdversarySettings
+from magihuman.distill.health import Health, HealthLimits, Shape, turn_signals
 from magihuman.distill.latents import MODALITIES, Given, Pair, each
-from magihuman.distill.networks import HOLDINGS, Networks, follow, hold, without_base
+from magihuman.distill.networks import Networks, follow, hold, resting, without_base
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
 from magihuman.distill.parts import Part, parts
-from magihuman.distill.rollout import Rollout, Velocity, draw_noise, simulate
+from magihuman.distill.rollout import Rollout, trajectory
+from magihuman.distill.settings import CriticSettings, require_possible
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
-from magihuman.flow.path import add_noise, masked_mean_per_sample, velocity_target, x0_from_velocity
+from magihuman.flow.path import add_noise, x0_from_velocity
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
-from magihuman.flow.solvers import make_solver
 from magihuman.models.config import LoraConfig
 from magihuman.models.lora import adapter_state, base_state, merge
 from magihuman.training import parallel
@@ -57,27 +58,8 @@ from magihuman.training.setup import Setup
 from magihuman.weights import Sampling
 from recipes.base import Recipe
 
-
-@dataclass(frozen=True)
-class CriticSettings:
-    """How the critic keeps up with the student.
-
-    Attributes:
-        lr: peak learning rate; the rest of the optimiser is the student's.
-        updates: R, per cycle.
-        warmup: cycles at the start in which the student stands still.
-        samples_per_rollout: how often one rollout is drawn from before the student is simulated again.
-        first_step: the critic learns the estimates of this step and later ones.
-    """
-
-    lr: float = 5e-4
-    updates: int = 5
-    warmup: int = 10
-    samples_per_rollout: int = 6
-    first_step: int = 0
-
-
-SCORE, CRITIC, HEALTH, LORA = ScoreLevels(), CriticSettings(), HealthLimits(), LoraConfig(64)
+SCORE, CRITIC, LORA = ScoreLevels(), CriticSettings(), LoraConfig(64)
+HEALTH, GAN = HealthLimits(), AdversarySettings()
 
 
 class DMD2(Recipe):
@@ -91,6 +73,7 @@ class DMD2(Recipe):
         critic: how it keeps up.
         networks: full, lora_critic or lora, see `magihuman.distill.networks`; lora: size of adapters.
         health: what a run has to hold, and how often that is looked at.
+        gan: the adversary, see `magihuman.distill.adversary`; without weight there is none.
         video_weight, audio_weight: of the modalities, in both objectives.
         first_frame, given_audio: probabilities of conditions, taken from the batch's latents.
         first_step: the student learns this step and later ones.
@@ -114,6 +97,7 @@ class DMD2(Recipe):
         networks: str = "full",
         lora: LoraConfig = LORA,
         health: HealthLimits = HEALTH,
+        gan: AdversarySettings = GAN,
         video_weight: float = 1.0,
         audio_weight: float = 1.0,
         first_frame: float = 0.1,
@@ -128,26 +112,8 @@ class DMD2(Recipe):
                 "dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
             )
         teacher = zoo.config_of(setup.init)
-        if sigma is not None and sigma != teacher.sigma_prior:
-            raise UserError(
-                f"recipe.sigma={sigma.to_dict()} is not the prior that {setup.init} was trained with "
-                f"({teacher.sigma_prior.to_dict()}); without timestep input the critic needs the teacher's: remove it"
-            )
-        if setup.trainer.accumulate != 1:
-            raise UserError(
-                f"trainer.accumulate={setup.trainer.accumulate} does not go with dmd2, which updates two networks; "
-                "raise data.module.batch_size and set recipe.micro_batch to what fits into memory"
-            )
-        if networks not in HOLDINGS:
-            raise UserError(f"recipe.networks={networks!r} is unknown; choose from {', '.join(HOLDINGS)}")
-        for name, step in (
-            ("recipe.first_step", first_step),
-            ("recipe.critic.first_step", critic.first_step),
-        ):
-            if not 0 <= step < sampling.steps:
-                raise UserError(
-                    f"{name}={step} is none of {sampling.steps} steps; give 0 to {sampling.steps - 1}"
-                )
+        first = {"recipe.first_step": first_step, "recipe.critic.first_step": critic.first_step}
+        require_possible(setup, teacher, sigma, networks, first, sampling.steps)
         self.sigma = teacher.sigma_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
@@ -158,6 +124,8 @@ class DMD2(Recipe):
         self.first_frame, self.given_audio = first_frame, given_audio
         self.first_step, self.micro_batch = first_step, micro_batch
         self.health = Health(health, stream(setup.seed, "health") % 2**40)
+        self.gan = gan
+        self.adversary: Adversary | None = None
         self.student_updates = self.critic_updates = 0
         self.networks: Networks | None = None
         self.strict_loading = networks == "full"  # else the frozen base is not in the checkpoint
@@ -165,7 +133,9 @@ class DMD2(Recipe):
     # One cycle
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
+        assert self.networks is not None
         self.stepped = False
+        torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
         draws = Draws(self.given.seed, self.batches, batch["index"])
         student, critic = self.optimizers()  # type: ignore[attr-defined]
         if self.health.due(self.step):
@@ -177,8 +147,10 @@ class DMD2(Recipe):
             self.update("critic", critic)
             self.critic_updates += 1
         if self.step >= self.critic_settings.warmup:
-            for part in some:
-                self.manual_backward(self.student_turn(part) * (len(part.text) / len(draws)))
+            adversary = [] if self.adversary is None else list(self.adversary.parameters())
+            with resting([*self.networks.weights("critic").values(), *adversary]):
+                for part in some:
+                    self.manual_backward(self.student_turn(part) * (len(part.text) / len(draws)))
             self.update("student", student)
             self.lr_schedulers().step()  # type: ignore[union-attr]
             self.student_updates += 1
@@ -203,17 +175,7 @@ class DMD2(Recipe):
     def rollout(self, part: Part) -> Rollout:
         """Sample with the student as inference does."""
         velocity = partial(self.velocity, "student", part.text)
-        return self.sample(self.sampling, velocity, part.generators, part.given)
-
-    @staticmethod
-    def sample(
-        settings: Sampling, velocity: Velocity, generators: list[torch.Generator], given: Given
-    ) -> Rollout:
-        """A trajectory with the solver of `settings`."""
-        solvers = [make_solver(settings.solver, settings.steps, settings.shift) for _ in MODALITIES]
-        fresh_steps = settings.steps if solvers[0].stochastic else 0
-        start, fresh = draw_noise(generators, given.latents, fresh_steps, given.latents.video.device)
-        return simulate(velocity, (solvers[0], solvers[1]), start, fresh, given)
+        return trajectory(self.sampling, velocity, part.generators, part.given)
 
     def step_of(self, part: Part, turn: int, first: int) -> Tensor:
         """[B] on the CPU: the step k >= first of every sample, uniform, and stratified over the whole batch."""
@@ -231,9 +193,16 @@ class DMD2(Recipe):
         noisy = given.insert(each(add_noise, x0, noise, sigma))
         velocity = self.velocity("critic", part.text, noisy, sigma)
         losses = each(critic_loss, velocity, x0, noise, given.mask)
-        for name, loss, mask in zip(MODALITIES, losses, given.mask, strict=True):
-            self.meter.add(f"critic/{name}", loss, mask.flatten(1).amax(1))
-        return self.weighted(losses)
+        for name, values, mask in zip(MODALITIES, losses, given.mask, strict=True):
+            self.meter.add(f"critic/{name}", values, mask.flatten(1).amax(1))
+        loss = self.weighted(losses)
+        if self.judged:
+            assert self.adversary is not None
+            level = self.score.at(part.uniform()).to(x0.video.device)
+            judgement = self.adversary.loss(partial(self.features, part.text), x0, noise, level, given)
+            self.meter.add("gan/heads", judgement)
+            loss = loss + judgement
+        return loss
 
     def student_turn(self, part: Part) -> Tensor:
         """The student's loss; its gradient is the distribution matching gradient."""
@@ -245,8 +214,8 @@ class DMD2(Recipe):
 
         sigma = self.score.at(part.uniform()).to(level.device)
         noise = part.normal()
+        noisy = given.insert(each(lambda a, b: add_noise(a, b, sigma), x0, noise))
         with torch.no_grad():
-            noisy = given.insert(each(lambda a, b: add_noise(a, b, sigma), x0, noise))
             both = Pair(sigma, sigma)
             real, plain = self.teacher_velocity(noisy, text, both)
             fake = self.velocity("critic", text, noisy, both)
@@ -254,34 +223,25 @@ class DMD2(Recipe):
                 matching_gradient(x0[m], noisy[m], real[m], fake[m], sigma, given.mask[m]) for m in (0, 1)
             ]
         gradient = Pair(found[0][0], found[1][0])
-        self.count(x0, noise, gradient, (plain, fake), torch.stack([f[1] for f in found]), given.mask)
-        return self.weighted(each(surrogate_loss, x0, gradient, given.mask))
+        figures = turn_signals(x0, noise, gradient, plain, fake, given.mask)
+        self.health.remember(figures)
+        for name, (values, weights) in figures.items():
+            self.meter.add(name, values, weights)
+        self.meter.add("loss", figures["dm/video"][0], figures["dm/video"][1])
+        self.meter.add("dm_not_finite", torch.stack([1 - f[1].float() for f in found]).amax(0))
+        loss = self.weighted(each(surrogate_loss, x0, gradient, given.mask))
+        if self.judged:
+            assert self.adversary is not None
+            against = self.adversary.student_loss(partial(self.features, text), noisy, sigma)
+            self.meter.add("gan/student", against)
+            loss = loss + self.gan.weight * against
+        return loss
 
     def weighted(self, losses: Pair) -> Tensor:
         """Sum over modalities, mean over samples."""
         return sum(
             self.modality_weights[name] * loss.mean() for name, loss in zip(MODALITIES, losses, strict=True)
         )  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def count(
-        self, x0: Pair, noise: Pair, gradient: Pair, velocities: tuple[Pair, Pair], finite: Tensor, mask: Pair
-    ) -> None:
-        """Signals of the student's turn."""
-        plain, fake = velocities
-        self.meter.add("dm_not_finite", 1 - finite.float().min(0).values)
-        sizes = {}
-        for m, name in enumerate(MODALITIES):
-            used = mask[m].flatten(1).amax(1)
-            size = masked_mean_per_sample(gradient[m].square(), mask[m]).sqrt()
-            target = velocity_target(x0[m], noise[m])
-            errors = [masked_mean_per_sample((v[m] - target).square(), mask[m]) for v in (fake, plain)]
-            self.meter.add(f"dm/{name}", size, used)
-            self.meter.add(f"critic_error/{name}", errors[0], used)
-            self.meter.add(f"teacher_error/{name}", errors[1], used)
-            sizes[name] = (size * used).sum() / used.sum().clamp(min=1)
-        self.meter.add("loss", sizes["video"] + sizes["audio"])
-        self.meter.add("dm/audio_to_video", sizes["audio"] / sizes["video"].clamp(min=1e-12))
 
     def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
         """v of the student, its average, the critic or the teacher without guidance; [B,...] like x.
@@ -292,40 +252,53 @@ class DMD2(Recipe):
         assert self.networks is not None
         return Pair(*self.networks.role(role)(x.video, x.audio, text))
 
+    @property
+    def judged(self) -> bool:
+        """Whether the adversary takes part in this cycle."""
+        return self.adversary is not None and self.step >= self.gan.start
+
+    def features(self, text: list[Tensor], x: Pair) -> list[tuple[Tensor, Tensor]]:
+        """What the adversary's heads look at."""
+        assert self.networks is not None
+        taps = self.gan.layers(self.given.transformer[0].num_layers)
+        return self.networks.role(self.gan.network).features(x.video, x.audio, text, taps)
+
     @torch.no_grad()
-    def teacher_velocity(self, x: Pair, text: list[Tensor], sigma: Pair) -> tuple[Pair, Pair]:
-        """v_T at noise levels [B]: with guidance, and without."""
+    def teacher_velocity(
+        self, x: Pair, text: list[Tensor], sigma: Pair, guidance: Guidance | None = None
+    ) -> tuple[Pair, Pair]:
+        """v_T at noise levels [B]: with guidance (of the objective, or another), and without."""
+        guidance = guidance or self.guidance
         plain = self.velocity("teacher", text, x, sigma)
-        if not self.guidance.needed:
+        if not guidance.needed:
             return plain, plain
         null = [self.given.null_text.to(x.video.device)] * len(text)
         other = self.velocity("teacher", null, x, sigma)
-        guided = []
-        for name, positive, negative, levels in zip(MODALITIES, plain, other, sigma, strict=True):
-            scales = torch.tensor([self.guidance(name, int(1000 * s)) for s in levels.tolist()])
-            guided.append(
-                combine(positive, negative, scales.to(x.video).view(-1, *[1] * (positive.ndim - 1)))
-            )
-        return Pair(*guided), plain
+        scales = (guidance.at(name, levels, x.video) for name, levels in zip(MODALITIES, sigma, strict=True))
+        return Pair(*map(combine, plain, other, scales)), plain
 
     def look(self, batch: dict[str, Any]) -> None:
         """Compare the student's samples with the teacher's; see `magihuman.distill.health`."""
-        latents = Pair(batch["video"][:1], batch["audio"][:1])
+        latents = Pair(batch["video"], batch["audio"])
 
-        def sampler(settings: Sampling, velocity: Callable[..., Pair]) -> Sampler:
-            def run(texts: list[Tensor], generators: list[torch.Generator]) -> Pair:
-                texts = [text.to(latents.video.device) for text in texts]
-                like = each(lambda x: x.expand(len(texts), *x.shape[1:]), latents)
-                return self.sample(settings, partial(velocity, texts), generators, Given.nothing(like)).end
-
-            return run
+        def sample(
+            settings: Sampling,
+            velocity: Callable[..., Pair],
+            texts: list[Tensor],
+            noise: list[torch.Generator],
+            shape: Shape,
+        ) -> Pair:
+            texts = [text.to(self.device) for text in texts]
+            like = Pair(*(torch.zeros(len(texts), *one, device=self.device) for one in shape))
+            return trajectory(settings, partial(velocity, texts), noise, Given.nothing(like)).end
 
         def guided(text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
-            return self.teacher_velocity(x, text, sigma)[0]
+            return self.teacher_velocity(x, text, sigma, self.teacher_sampling.guidance)[0]
 
-        self.health.refer(batch["text"], sampler(self.teacher_sampling, guided))
+        self.health.refer(batch["text"], latents, partial(sample, self.teacher_sampling, guided))
         with evaluating(self.network):
-            signals = self.health.look(sampler(self.sampling, partial(self.velocity, "average")))
+            signals = self.health.look(partial(sample, self.sampling, partial(self.velocity, "average")))
+        signals |= self.health.ratios()
         for name, value in signals.items():
             self.meter.add(name, value)
         self.health.judge(signals, self.step)
@@ -358,6 +331,14 @@ class DMD2(Recipe):
             self.critic = networks.critic
         else:
             self.shared = networks.shared
+        if self.gan.weight:
+            width, taps = (
+                self.given.transformer[0].hidden_size,
+                self.gan.layers(self.given.transformer[0].num_layers),
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream(self.given.seed, "adversary"))
+                self.adversary = Adversary(width, len(taps), self.gan)
         # The teacher is no part of what is saved, since `init` names it: a frozen dataclass keeps it from Lightning.
         self.networks = networks
 
@@ -401,6 +382,8 @@ class DMD2(Recipe):
         critic_optim = replace(given.optim, lr=settings.lr, schedule="constant", warmup=1)
         student = build_optimizer(self.networks.weights("student"), shape, given.optim)
         critic = build_optimizer(self.networks.weights("critic"), shape, critic_optim)
+        if self.adversary is not None:
+            critic.add_param_group({"params": list(self.adversary.parameters()), "lr": self.gan.lr})
         schedule = build_schedule(student, given.optim, max(1, self.max_steps - settings.warmup))
         return [student, critic], [{"scheduler": schedule, "interval": "step"}]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from magihuman.distill.latents import MODALITIES, Given, Pair, each
 from magihuman.errors import UserError
+from magihuman.flow.path import add_noise
 
 Features = Callable[[Pair], list[tuple[Tensor, Tensor]]]
 """Latents of a batch to features of both modalities per tap, [B,N,H] and [B,A,H]."""
@@ -39,7 +40,7 @@ class AdversarySettings:
     taps: tuple[int, ...] | None = None
     network: str = "teacher"
     lr: float = 1e-3
-    slope: float = 1.0
+    slope: float = 0.1
     step: float = 0.05
 
     def __post_init__(self) -> None:
@@ -112,21 +113,24 @@ class Adversary(nn.Module):
         logits = self.score(features, noisy, sigma)
         return torch.stack([F.softplus(-value).mean() for value in logits.values()]).sum()
 
-    def loss(self, features: Features, real: Pair, fake: Pair, sigma: Tensor, given: Given) -> Tensor:
+    def loss(self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, given: Given) -> Tensor:
         """softplus(-D(real)) + softplus(D(fake)), and the penalty on the slope at real samples.
 
         Args:
-            real, fake: noised to the same level with the same noise, conditions inserted.
+            x0: student samples; the real ones are the latents of `given`. Both get this noise at this level [B].
         """
         with torch.no_grad():
-            noise = each(torch.randn_like, real)
-            moved = given.insert(each(lambda x, n: x + self.settings.step * n, real, noise))
-            found = [features(latents) for latents in (real, fake, moved)]
+            noisy = [
+                given.insert(each(lambda a, b: add_noise(a, b, sigma), clean, noise))
+                for clean in (given.latents, x0)
+            ]
+            moved = each(lambda x: x + self.settings.step * torch.randn_like(x), noisy[0])
+            found = [features(latents) for latents in (*noisy, given.insert(moved))]
         terms = []
         for m, name in enumerate(MODALITIES):
             if found[0][0][m].shape[1]:
                 head = self.heads[name]
                 high, low, near = (head([tap[m] for tap in taps], sigma) for taps in found)
-                slope = ((high - near) / self.settings.step).square().mean() * self.settings.step**2
+                slope = ((high - near) / self.settings.step).square().mean()
                 terms.append(F.softplus(-high).mean() + F.softplus(low).mean() + self.settings.slope * slope)
         return torch.stack(terms).sum()

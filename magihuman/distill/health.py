@@ -7,7 +7,7 @@ the student does so in its own way, from the same noise.
 
     std      standard deviation of the latents, student / teacher: above 1 it saturates, below it goes grey
     spread   distance between samples of one prompt, student / teacher: towards 0 it forgets modes
-    lag      error of the critic on student samples / the teacher's there: from 1 upwards it says nothing
+    lag      error of the critic on student samples / the teacher's there: well above 1 it says nothing
     balance  size of the audio's gradient / the video's: one modality drowns the other
 """
 
@@ -20,8 +20,12 @@ from torch import Tensor
 
 from magihuman.distill.latents import MODALITIES, Pair
 from magihuman.errors import UserError
+from magihuman.flow.path import masked_mean_per_sample, velocity_target
 
-Sampler = Callable[[list[Tensor], list[torch.Generator]], Pair]
+Shape = tuple[list[int], list[int]]
+"""Of one sample's video and audio latents."""
+
+Sampler = Callable[[list[Tensor], list[torch.Generator], Shape], Pair]
 """Latents of a batch of texts, the noise of each from a generator of its own."""
 
 ADVICE = {
@@ -48,7 +52,7 @@ class HealthLimits:
     patience: int = 3
     std: tuple[float, float] = (0.8, 1.25)
     spread: tuple[float, float] = (0.7, 1.5)
-    lag: tuple[float, float] = (0.0, 1.1)
+    lag: tuple[float, float] = (0.0, 1.25)
     balance: tuple[float, float] = (0.05, 20.0)
 
     def __post_init__(self) -> None:
@@ -78,6 +82,27 @@ def spread(latents: Tensor, samples: int) -> float:
     return float(squared[:, row, column].sqrt().mean())
 
 
+@torch.no_grad()
+def turn_signals(
+    x0: Pair, noise: Pair, gradient: Pair, plain: Pair, fake: Pair, mask: Pair
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Figures of a student's turn, [B] each with weights [B] (0 where a modality is wholly given).
+
+    Args:
+        x0: student samples, noised with noise; gradient: their matching gradient.
+        plain, fake: velocities of teacher (without guidance) and critic there.
+    """
+    figures = {}
+    for m, name in enumerate(MODALITIES):
+        used = mask[m].flatten(1).amax(1) * (1.0 if x0[m].numel() else 0.0)
+        target = velocity_target(x0[m], noise[m])
+        figures[f"dm/{name}"] = masked_mean_per_sample(gradient[m].square(), mask[m]).sqrt(), used
+        for network, velocity in (("critic", fake[m]), ("teacher", plain[m])):
+            error = masked_mean_per_sample((velocity - target).square(), mask[m])
+            figures[f"{network}_error/{name}"] = error, used
+    return figures
+
+
 class Health:
     """Compares, remembers how often in a row a signal was bad, and ends the run.
 
@@ -91,25 +116,44 @@ class Health:
         self.seed = seed
         self.reference: dict[str, Any] | None = None
         self.strikes: dict[str, int] = {}
+        self.sums: dict[str, float] = {}
+
+    def remember(self, figures: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add a turn's figures to those since the last look."""
+        for name, (values, weights) in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float((values * weights).sum())
+
+    def ratios(self) -> dict[str, float]:
+        """`health/lag_video`, `health/balance` and so on since the last look."""
+        found, self.sums = self.sums, {}
+
+        def ratio(over: str, under: str) -> float | None:
+            return found[over] / found[under] if found.get(under, 0.0) > 0 else None
+
+        figures = {f"health/lag_{m}": ratio(f"critic_error/{m}", f"teacher_error/{m}") for m in MODALITIES}
+        figures["health/balance"] = ratio("dm/audio", "dm/video")
+        return {name: value for name, value in figures.items() if value is not None}
 
     def due(self, step: int) -> bool:
         return self.limits.every > 0 and step % self.limits.every == 0
 
-    def refer(self, texts: Sequence[Tensor], teacher: Sampler) -> None:
-        """Sample the teacher, once per run; later calls do nothing."""
+    def refer(self, texts: Sequence[Tensor], latents: Pair, teacher: Sampler) -> None:
+        """Sample the teacher, once per run, on some of a batch's texts; later calls do nothing."""
         if self.reference is None:
-            texts = [text.cpu() for text in texts[: self.limits.prompts]]
-            self.reference = {"texts": texts, **self._measure(texts, teacher)}
+            kept = [text.cpu() for text in texts[: self.limits.prompts]]
+            shape = (list(latents.video.shape[1:]), list(latents.audio.shape[1:]))
+            self.reference = {"texts": kept, "shape": shape, **self._measure(kept, shape, teacher)}
 
     def look(self, student: Sampler) -> dict[str, float]:
         """`health/std_video` and so on: the student's figures over the teacher's."""
         assert self.reference is not None
-        mine = self._measure(self.reference["texts"], student)
+        mine = self._measure(self.reference["texts"], self.reference["shape"], student)
         return {f"health/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
 
-    def _measure(self, texts: Sequence[Tensor], sampler: Sampler) -> dict[str, float]:
+    def _measure(self, texts: Sequence[Tensor], shape: Shape, sampler: Sampler) -> dict[str, float]:
         many = [text for text in texts for _ in range(self.limits.samples)]
-        latents = sampler(many, [torch.Generator().manual_seed(self.seed + i) for i in range(len(many))])
+        noise = [torch.Generator().manual_seed(self.seed + i) for i in range(len(many))]
+        latents = sampler(many, noise, shape)
         figures = {}
         for name, values in zip(MODALITIES, latents, strict=True):
             if values.numel():
@@ -134,7 +178,8 @@ class Health:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference, "strikes": dict(self.strikes)}
+        return {"reference": self.reference, "strikes": dict(self.strikes), "sums": dict(self.sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.reference, self.strikes = state["reference"], dict(state["strikes"])
+        self.sums = dict(state["sums"])

@@ -8,7 +8,8 @@ A critic that is an adapter starts exactly at the teacher and costs a hundredth 
 it may lose is rank. Memory at 15 B: `python -m magihuman.zoo plan 15b task=dmd2`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +107,15 @@ def without_base(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for key, tensor in state.items()
         if not key.startswith(prefix) or adapter_of(key) is not None
     }
+
+
+@contextmanager
+def resting(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradients for weights that something else is trained through."""
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from magihuman.distill.latents import Given, Pair
 from magihuman.distill.rollout import Rollout, draw_noise
+from magihuman.errors import UserError
 from magihuman.training.draws import Draws
 
 
@@ -44,10 +45,19 @@ def parts(
     """Cut a batch and choose what is given.
 
     Args:
-        batch: `video`, `audio`, `text`, `index`, as data modules give them.
+        batch: `video`, `audio`, `text`, `index`, as data modules give them; with `real` false, the latents are
+            there for their shape only.
         first_frame, given_audio: probabilities of conditions.
         size: samples of a part; None for all.
+
+    Raises:
+        UserError: a condition on latents that are not real.
     """
+    if not batch.get("real", True) and (first_frame or given_audio):
+        raise UserError(
+            f"recipe.first_frame={first_frame} and recipe.given_audio={given_audio} need latents, and the data are "
+            "prompts alone; set both to 0, or choose data=shards"
+        )
     latents = Pair(batch["video"], batch["audio"])
     given = Given.nothing(latents)
     first, sound = draws.chance(first_frame), draws.chance(given_audio)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magihuman.distill.latents import Given, Pair, each
+from magihuman.distill.latents import MODALITIES, Given, Pair, each
 from magihuman.flow.path import x0_from_velocity
-from magihuman.flow.solvers import Solver
+from magihuman.flow.solvers import Solver, make_solver
+from magihuman.weights import Sampling
 
 Velocity = Callable[[Pair, Pair], Pair]
 """Velocities of a batch at (latents, noise levels [B] of both modalities)."""
@@ -104,3 +105,13 @@ def draw_noise(
 
     audio, video, *rest = (torch.stack(draw).to(device) for draw in zip(*map(one, generators), strict=True))
     return Pair(video, audio), [Pair(*pair) for pair in zip(rest[0::2], rest[1::2], strict=True)]
+
+
+def trajectory(
+    settings: Sampling, velocity: Velocity, generators: list[torch.Generator], given: Given
+) -> Rollout:
+    """`simulate` with the solver of `settings` and noise from the generators, one per sample."""
+    video, audio = (make_solver(settings.solver, settings.steps, settings.shift) for _ in MODALITIES)
+    fresh_steps = settings.steps if video.stochastic else 0
+    start, fresh = draw_noise(generators, given.latents, fresh_steps, given.latents.video.device)
+    return simulate(velocity, (video, audio), start, fresh, given)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magihuman.errors import UserError
@@ -35,6 +36,15 @@ class Guidance:
         if modality == "audio":
             return self.audio
         return self.video_high if timestep > self.threshold else self.video_low
+
+    def at(self, modality: str, sigma: Tensor, like: Tensor) -> Tensor:
+        """Scales at noise levels [B], shaped to broadcast over the latents of the modality.
+
+        Args:
+            like: a tensor on the device where they are wanted.
+        """
+        scales = [self(modality, int(1000 * level)) for level in sigma.tolist()]
+        return torch.tensor(scales, device=like.device).view(-1, *[1] * (4 if modality == "video" else 2))
 
     @property
     def needed(self) -> bool:

@@ -69,7 +69,9 @@ def find_init(settings: TrainSettings) -> Path | None:
     folder = decoders.find(settings.init)
     if folder is None:
         known = ", ".join(decoders.names())
-        raise UserError(f"init={settings.init} is no decoder; choose a run folder, an export, or from {known}")
+        raise UserError(
+            f"init={settings.init} is no decoder; choose a run folder, an export, or from {known}"
+        )
     return folder
 
 
@@ -132,7 +134,8 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
 def parents(settings: TrainSettings, shards: Path) -> list[dict[str, Any]]:
     """What the run is made from, by content: shards and initial weights."""
     index = shards / "index.json"
-    found = [{"role": "shards", "name": shards.name, **fingerprint(index if index.exists() else shards)}]
+    role = "prompts" if shards.is_file() else "shards"
+    found = [{"role": role, "name": shards.name, **fingerprint(index if index.exists() else shards)}]
     start = find_init(settings)
     if start is not None:
         found.append({"role": "init", "name": settings.init, **fingerprint(start)})
