@@ -24,6 +24,7 @@ BATCH = 8
 
 def run(
     checkpoint: str = "tiny/base",
+    lora: str | None = None,
     prompt: str | None = None,
     prompts: str | None = None,
     output: str | None = None,
@@ -70,6 +71,7 @@ def run(
     Args:
         checkpoint: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of
             the published weights
+        lora: adapter that changes it: the folder adapter/ of a run with recipe=lora, or the run
         prompt: what to show and say, up to 640 tokens
         prompts: a file of many: .txt (one a line), .jsonl or .csv (prompt, and if you like seed, name, image,
             audio, seconds, negative_prompt)
@@ -144,6 +146,7 @@ def run(
             memory=memory,
             weights=weights,
             codecs=codecs,
+            lora=lora,
         )
         overrides = {
             "steps": steps,

@@ -168,6 +168,7 @@ def command(source: "Source", request: Request, settings: "Settings", path: Path
     scales, second = settings.guidance.to_dict(), settings.sr
     values: dict[str, Any] = {
         "checkpoint": source.checkpoint,
+        "lora": source.lora,
         "sr": source.sr,
         "turbo": source.turbo,
         "tile": source.tile,

@@ -71,7 +71,7 @@ class Source:
     """What a command computes with, found and read but for the weights, so that mistakes show before they load.
 
     Attributes:
-        checkpoint, sr, turbo: as named by the user; sr also as found beside the base.
+        checkpoint, lora, sr, turbo: as named by the user; sr also as found beside the base.
         folder, second_folder: of the checkpoints; config, second: their configs.
         decoder: config of the decoder, where it is one of ours; tile: see `inference.decode`.
         dtype: of the networks' products.
@@ -80,6 +80,7 @@ class Source:
     """
 
     checkpoint: str
+    lora: str | None
     sr: str | None
     turbo: str | None
     folder: Path
@@ -102,13 +103,14 @@ class Source:
     def parents(self) -> dict[str, Any]:
         """Identity of all that is loaded, for the record."""
         from magihuman.provenance import fingerprint
-        from magihuman.zoo import decoders
+        from magihuman.zoo import adapters, decoders
 
         def identity(name: str, path: Path) -> dict[str, Any]:
             return {"name": name, **(fingerprint(path) if path.exists() else {})}
 
         return {
             "checkpoint": identity(self.checkpoint, self.folder),
+            "lora": None if self.lora is None else identity(self.lora, adapters.find(self.lora)),
             "sr": None
             if self.sr is None or self.second_folder is None
             else identity(self.sr, self.second_folder),
@@ -143,7 +145,7 @@ class Source:
             ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             decoder = decoders.load(self.turbo, codec_place, None if self.decoder is None else ours)
         world = load_world(self.config.world, codec_place, **self.codecs)
-        loaded = zoo.load(self.checkpoint, weights_place, self.dtype)
+        loaded = zoo.load(self.checkpoint, weights_place, self.dtype, self.lora)
         stages.add("sample", prepare_transformer(loaded.denoiser, self.memory, self.weights, self.device))
         second = None
         if self.sr is not None:
@@ -187,10 +189,12 @@ def find(
     memory: str = "fast",
     weights: str | None = None,
     codecs: dict[str, str | None] | None = None,
+    lora: str | None = None,
 ) -> Source:
     """Look at everything that the command names, without reading weights.
 
     Args:
+        lora: adapter of the base, see `magihuman.zoo.adapters`.
         codecs: paths of the released world's parts, by the names of `magihuman.world.load_world`; what is None
             comes from the environment.
 
@@ -203,7 +207,7 @@ def find(
     from inference.tiles import latents_per_tile
     from magihuman import zoo
     from magihuman.world import RELEASED_VARIABLES
-    from magihuman.zoo import decoders
+    from magihuman.zoo import adapters, decoders
 
     place = choose_device(device)
     check_memory(memory, weights)
@@ -212,6 +216,8 @@ def find(
     usual = torch.bfloat16 if place.type == "cuda" else torch.float32
     folder, config = zoo.find(checkpoint), zoo.config_of(checkpoint)
     require_role(config, checkpoint, first=True)
+    if lora is not None:
+        config = adapters.adapted_config(config, lora, checkpoint)
     given = {part: path for part, path in (codecs or {}).items() if path is not None}
     if config.world == "released":
         known = {part: os.environ.get(name) for part, name in RELEASED_VARIABLES.items()}
@@ -233,6 +239,7 @@ def find(
     latents_per_tile(tile, config.contract.video_stride)
     return Source(
         checkpoint=checkpoint,
+        lora=lora,
         sr=sr,
         turbo=turbo,
         folder=folder,

@@ -26,9 +26,9 @@ LARGE = Settings(
 
 def _source(**changes: Any) -> Source:
     values: dict[str, Any] = {
-        "checkpoint": "base", "sr": "1080p_sr", "turbo": None, "folder": Path("base"), "second_folder": None,
+        "checkpoint": "base", "lora": None, "sr": "1080p_sr", "turbo": None, "folder": Path("base"), "second_folder": None,
         "config": CONFIG, "second": CONFIG, "device": torch.device("cuda"), "dtype": torch.bfloat16,
-        "memory": "fast", "weights": None, "codecs": {},
+        "memory": "fast", "weights": None, "codecs": {}, "decoder": None, "tile": None,
     }  # fmt: skip
     return Source(**(values | changes))
 

@@ -6,6 +6,7 @@ that ships with the package ("tiny/base"), an exported folder, a run folder, or 
     python -m magihuman.zoo list | inspect PATH | verify DIR [--strict] | convert SRC DST | plan MODEL
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,20 +129,25 @@ def config_of(checkpoint: str | Path) -> "ExportConfig":
 
 
 def load(
-    checkpoint: str | Path, device: "torch.device | str" = "cpu", compute_dtype: "torch.dtype | None" = None
+    checkpoint: str | Path,
+    device: "torch.device | str" = "cpu",
+    compute_dtype: "torch.dtype | None" = None,
+    lora: str | Path | None = None,
 ) -> Loaded:
     """Open a checkpoint for use.
 
     Args:
         checkpoint: see `find`.
         compute_dtype: bf16 on a GPU and fp32 elsewhere where absent; the block matrices are kept in it.
+        lora: folder of an adapter (`magihuman.zoo.adapters`) to merge into the weights; the config is then its own.
 
     Raises:
-        UserError: when it cannot be found or does not fit its own config.
+        UserError: when one cannot be found or does not fit.
     """
     import torch
 
     from magihuman.weights import load_state_dict
+    from magihuman.zoo import adapters
     from magihuman.zoo.sources import read_config
 
     folder = find(checkpoint)
@@ -150,6 +156,10 @@ def load(
     dtype = compute_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     denoiser = build(config.model, config.pack, compute_dtype=dtype, linear_dtype=dtype, device="meta")
     kinds = {key: tensor.dtype for key, tensor in denoiser.model.state_dict().items()}
-    state = {k: v.to(device, kinds[k]) for k, v in load_state_dict(folder, config.model).items()}
+    stored: Iterable[tuple[str, torch.Tensor]] = load_state_dict(folder, config.model).items()
+    if lora is not None:
+        config = adapters.adapted_config(config, lora, str(checkpoint))
+        stored = adapters.apply(dict(stored), lora, config.model)
+    state = {key: tensor.to(device, kinds[key]) for key, tensor in stored}
     denoiser.model.load_state_dict(state, assign=True)
     return Loaded(denoiser.eval(), config, folder)

@@ -44,6 +44,7 @@ def convert(
     role: str | None = None,
     vae: str | None = None,
     audio_vae: str | None = None,
+    lora: str | None = None,
 ) -> str:
     """Turn a checkpoint into another layout; DST appears whole or not at all.
 
@@ -57,6 +58,7 @@ def convert(
         role: base, distill, 540p_sr or 1080p_sr, where the name of SRC does not say it
         vae: Wan 2.2 VAE for to=diffusers; none takes MAGIHUMAN_WAN_VAE, or leaves it out
         audio_vae: Stable Audio VAE for to=diffusers; none takes MAGIHUMAN_STABLE_AUDIO, or leaves it out
+        lora: adapter to merge into the weights, with to=export; the whole network is then held in memory
 
     Returns:
         What was written, in words.
@@ -71,6 +73,12 @@ def convert(
     if to != "diffusers" and (vae or audio_vae):
         raise UserError("vae= and audio_vae= belong to to=diffusers; the other layouts hold no codecs")
     limit, target = parse_size(max_shard), Path(dst).expanduser()
+    if lora is not None:
+        if (to, dtype) != ("export", "keep"):
+            raise UserError(
+                "lora= makes an export with the release's types; convert that one further (to=, dtype=)"
+            )
+        return _merge(src, target, lora, limit, role)
     if target.suffix == ".safetensors":
         if not Path(src).is_file() or (to, dtype, role) != ("export", "keep", None):
             raise UserError(
@@ -178,6 +186,21 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"max_shard={text} is no size; write 5GB or 500MB")
     return size
+
+
+def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> str:
+    from magihuman import zoo
+    from magihuman.weights import load_state_dict, released_dtypes, save_export
+    from magihuman.zoo import adapters
+
+    folder = zoo.find(src)
+    config = adapters.adapted_config(read_config(folder, role), lora, src)
+    state = adapters.apply(load_state_dict(folder, config.model), lora, config.model)
+    merged = released_dtypes(dict(state), config.model)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in merged.values())
+    with staged(target, total) as work:
+        save_export(work / NEW, merged, config, limit)
+    return f"{target}: {len(merged)} tensors with {lora} merged, {readable_size(total)}"
 
 
 def _convert_file(source: Path, target: Path) -> str:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: a safetensors file, an exported folder or a run folder."""
+"""What is in a checkpoint: a safetensors file, an exported folder, an adapter or a run folder."""
 
 import json
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.weights import CONFIG, INDEX, SINGLE, read_header, weight_files
+from magihuman.zoo.adapters import ADAPTER_CONFIG, is_adapter
 
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -31,8 +32,8 @@ def describe(path: str | Path) -> str:
         from magihuman.zoo.sources import choices
 
         raise UserError(
-            f"{path} does not exist; give a safetensors file, an exported folder, a run folder or a shipped name "
-            f"({choices(str(path), zoo.checkpoint_names())})"
+            f"{path} does not exist; give a safetensors file, an exported folder, an adapter, a run folder or a "
+            f"shipped name ({choices(str(path), zoo.checkpoint_names())})"
         )
     parts = []
     if (path / "run.json").is_file():
@@ -44,6 +45,12 @@ def describe(path: str | Path) -> str:
         parts.append(_tensor_table(weight_files(export)))
     elif loose := sorted(export.glob("*.safetensors")):
         parts.append(_tensor_table(loose))
+    adapter = next((folder for folder in (path, path / "adapter") if is_adapter(folder)), None)
+    if adapter is not None:
+        file = adapter / ADAPTER_CONFIG
+        parts.append(_json_block(f"adapter ({file})", _read_json(file)))
+        if adapter != path:
+            parts.append(_tensor_table(sorted(adapter.glob("*.safetensors"))))
     checkpoints = sorted((path / "checkpoints").glob("*")) if (path / "checkpoints").is_dir() else []
     if checkpoints:
         parts.append("checkpoints\n" + "\n".join(f"  {file.name}" for file in checkpoints))
