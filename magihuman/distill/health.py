@@ -56,7 +56,7 @@ class HealthLimits:
     balance: tuple[float, float] = (0.05, 20.0)
 
     def __post_init__(self) -> None:
-        if self.every and (self.prompts < 1 or self.samples < 2):
+        if self.prompts < 1 or self.samples < 2:
             raise UserError(
                 f"health needs at least 1 prompt and 2 samples of it, not {self.prompts} and {self.samples}"
             )

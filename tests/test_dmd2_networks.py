@@ -1,0 +1,152 @@
+"""The three ways to hold the networks: same algorithm, frozen base, exact continuation, honest exports."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import training_stub
+from safetensors.torch import load_file
+
+from magihuman import zoo
+from magihuman.errors import UserError
+
+SETTINGS = {
+    "full": ["recipe.networks=full"],
+    "full, teacher judges": ["recipe.networks=full", "recipe.gan={weight: 0.1, slope: 1.0}"],
+    "full, critic judges, parts": ["recipe.gan={weight: 0.1, network: critic}", "recipe.micro_batch=1"],
+    "lora_critic": ["recipe.networks=lora_critic", "recipe.lora.rank=2"],
+    "lora": ["recipe.networks=lora", "recipe.lora.rank=2", "recipe.gan={weight: 0.1, network: critic}"],
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def parent(shards, tmp_path_factory) -> Path:
+    return training_stub.train_here(tmp_path_factory.mktemp("parent") / "run", shards, ["+recipe=pretrain"])
+
+
+def distil(folder: Path, shards: Path, parent: Path, *more: str) -> Path:
+    common = ["+recipe=dmd2", f"init={parent}", "recipe.critic.warmup=1", "recipe.health.every=0"]
+    return training_stub.train_here(folder, shards, [*common, "callbacks.held_out=null", *more])
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_holding_continues_exactly_and_moves_only_what_it_should(
+    name, shards, parent, tmp_path
+) -> None:
+    through = distil(tmp_path / "a", shards, parent, *SETTINGS[name])
+    halves = distil(tmp_path / "b", shards, parent, *SETTINGS[name], "trainer.max_time=00:00:00")
+    distil(halves, shards, parent, *SETTINGS[name])
+    one, two = state(through), state(halves)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+    # The frozen base is in no checkpoint: without adapters' keys, a shared network leaves nothing behind.
+    assert not [k for k in one if k.startswith("shared.") and ".lora." not in k]
+    student, base = (load_file(r / "export" / "model-00001-of-00001.safetensors") for r in (through, parent))
+    assert student.keys() == base.keys()
+    assert any(not torch.equal(student[k], base[k]) for k in student)
+    sampling = zoo.load(through).config.sampling
+    assert (sampling.solver, sampling.steps, sampling.guidance.needed) == ("renoise", 8, False)
+
+
+def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, parent, tmp_path) -> None:
+    from magihuman.config import validate
+    from magihuman.distill.networks import ADAPTERS, hold
+    from magihuman.models.config import LoraConfig
+    from magihuman.schema import call
+    from magihuman.train import make_data, plain
+    from magihuman.training.session import build_setup
+    from recipes.dmd2 import DMD2
+
+    for kind in ADAPTERS:
+        config = training_stub.compose(
+            [*training_stub.SMALL, "+recipe=dmd2", f"init={parent}", f"data.module.shards={shards}"]
+        )
+        settings = validate(plain(config))
+        data, _ = make_data(settings)
+        recipe = call(settings.recipe, "recipe", setup=build_setup(settings, data, {}))
+        assert isinstance(recipe, DMD2)
+        own = recipe.another(False, lambda network: None)
+        networks = hold(kind, recipe.another, None if kind == "lora" else (own, own), LoraConfig(2), seed=3)
+        batch = training_stub.batch(range(2))
+        inputs = batch["video"], batch["audio"], batch["text"]
+        before = [networks.teacher(*inputs), networks.critic(*inputs), networks.student(*inputs)]
+        for m in (0, 1):
+            assert torch.equal(before[0][m], before[1][m])  # critic at step 0 is the teacher
+            assert torch.equal(before[0][m], before[2][m])
+        for role in ("critic", "student"):
+            optimizer = torch.optim.SGD(list(networks.weights(role).values()), lr=0.5)
+            for _ in range(2):  # the second step moves A too, whose gradient is 0 while B is
+                optimizer.zero_grad()
+                sum(v.square().mean() for v in networks.role(role)(*inputs)).backward()
+                optimizer.step()
+        after = [networks.teacher(*inputs), networks.critic(*inputs), networks.student(*inputs)]
+        for m in (0, 1):
+            assert torch.equal(before[0][m], after[0][m])  # bit-equal, whatever was trained on the same base
+            assert not torch.equal(before[1][m], after[1][m])
+            assert not torch.equal(before[2][m], after[2][m])
+
+
+def test_what_cannot_be_distilled_is_one_line(shards, parent, tmp_path) -> None:
+    cases = {
+        "recipe.networks=half": "choose from full, lora_critic, lora",
+        "recipe.first_step=8": "recipe.first_step=8 is none of 8 steps",
+        "recipe.critic.first_step=-1": "recipe.critic.first_step=-1 is none of 8 steps",
+        "trainer.accumulate=2": "set recipe.micro_batch",
+        "init=null": "give init=NAME_OR_FOLDER",
+        "recipe.sigma={kind: uniform}": "the critic needs the teacher's: remove it",
+        "strategy=zero2": "choose strategy=fsdp2",
+        "recipe.gan={weight: 0.1, taps: [7]}": "recipe.gan.taps=[7] are not layers",
+        "recipe.gan.network=student": "choose teacher or critic",
+        "recipe.health.samples=1": "at least 1 prompt and 2 samples",
+    }
+    for override, message in cases.items():
+        with pytest.raises(UserError) as error:
+            distil(tmp_path / "x", shards, parent, override)
+        assert message in str(error.value), override
+        assert "\n" not in str(error.value)
+
+
+def test_another_holding_does_not_continue_a_run(shards, parent, tmp_path) -> None:
+    run = distil(tmp_path / "a", shards, parent, "recipe.networks=lora", "recipe.lora.rank=2")
+    with pytest.raises(UserError, match="another way to hold the networks"):
+        distil(
+            run, shards, parent, "recipe.networks=lora_critic", "recipe.lora.rank=2", "trainer.max_steps=4"
+        )
+
+
+def test_prompts_alone_are_enough(tmp_path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("round face, ginger hair, blue shirt, green wall, says ma bi so\n" * 3)
+    common = ["+recipe=dmd2", "data=prompts", f"data.module.file={file}", "trainer=debug", "logger=csv"]
+    small = ["data.module.batch_size=1", "trainer.max_steps=1", "callbacks=none", "after_fit=null"]
+    fast = ["recipe.sampling.steps=2", "recipe.critic.updates=1", "recipe.critic.warmup=0"]
+    steps = ["recipe.first_step=0", "recipe.critic.first_step=0", "recipe.health.every=0"]
+    given = ["recipe.first_frame=0", "recipe.given_audio=0"]
+
+    def train(folder: Path, overrides: list[str]) -> Path:
+        from omegaconf import OmegaConf
+
+        from magihuman.config import validate
+        from magihuman.train import plain
+        from magihuman.train import train as run
+
+        node = training_stub.compose([*overrides, f"folder={folder}"])
+        return run(plain(node), OmegaConf.to_yaml(node), folder, validate(plain(node)))
+
+    done = train(tmp_path / "a", [*common, *small, *fast, *steps, *given])
+    record = json.loads((done / "run.json").read_text())
+    assert (record["status"], record["parents"][0]["role"]) == ("finished", "prompts")
+    assert zoo.load(done).config.provenance["steps"] == 1
+    with pytest.raises(UserError, match="set both to 0, or choose data=shards"):
+        train(tmp_path / "b", [*common, *small, *fast, *steps])
