@@ -28,6 +28,7 @@ What is peculiar here:
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ from magihuman.training.ema import decay_at
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
 from magihuman.training.setup import Setup
 from magihuman.weights import Sampling
+from magihuman.zoo.adapters import save_adapter
 from recipes.base import Recipe
 
 SCORE, CRITIC, LORA = ScoreLevels(), CriticSettings(), LoraConfig(64)
@@ -418,6 +420,17 @@ class DMD2(Recipe):
         assert self.networks is not None
         state = parallel.whole_state_dict(self.networks.teacher.model)
         return dict(merge(base_state(state), adapter_state(state, "average"), self.lora))
+
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        if self.holding == "lora":  # beside the merged weights, whose bf16 rounds small changes away
+            assert self.networks is not None
+            state = parallel.whole_state_dict(self.networks.teacher.model)
+            if self.global_rank == 0:
+                adapter = adapter_state(state, "average")
+                save_adapter(
+                    folder.parent / "adapter", adapter, self.lora, self.export_config(), str(self.given.init)
+                )
 
     def export_settings(self) -> dict[str, Any]:
         return {"sigma_prior": self.sigma, "sampling": self.sampling}
