@@ -89,13 +89,9 @@ class TurboVAE(Recipe):
         aligning = max(value_at(align, 0.0), value_at(align, 1.0)) > 0
         if aligning and teacher is None:
             raise UserError("recipe.align needs recipe.teacher; give one, or set recipe.align=0")
-        if (
-            setup.optim.algorithm != "adamw"
-            or setup.trainer.activation_checkpointing
-            or setup.trainer.compile
-        ):
+        if setup.trainer.activation_checkpointing or setup.trainer.compile:
             raise UserError(
-                "this recipe takes optim=adamw, trainer.activation_checkpointing=false and trainer.compile=false"
+                "this recipe takes trainer.activation_checkpointing=false and trainer.compile=false"
             )
         if lpips and lpips_backbone is None:
             raise UserError(
@@ -174,8 +170,8 @@ class TurboVAE(Recipe):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(nn.ModuleList([self.trained, self.heads]), None, self.given.optim)
         if self.discriminator is not None and self.gan is not None:
-            group = {"params": list(self.discriminator.parameters()), "lr": self.gan.lr, "weight_decay": 0.0}
-            optimizer.add_param_group(group)
+            weights = list(self.discriminator.parameters())
+            optimizer.add_param_group({"params": weights, "lr": self.gan.lr, "weight_decay": 0.0})
         schedule = build_schedule(optimizer, self.given.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -16,6 +16,7 @@ from magihuman.models.wan_teacher import TeacherConfig, WanTeacher
 from magihuman.training import decoder_losses as losses
 from magihuman.training.discriminator import Discriminator, Gan, adversarial_losses
 from magihuman.training.draws import Draws
+from magihuman.training.optim import build_optimizer
 from magihuman.training.ramp import Ramp
 from magihuman.training.sampled import SampledLatents
 from magihuman.training.setup import Setup
@@ -150,6 +151,26 @@ def test_a_teacher_is_saved_with_its_contract_and_opened_again(teacher: Path) ->
 # The recipe
 
 
+def test_muon_takes_the_inner_convolutions_as_matrices() -> None:
+    made = recipe()
+    settings = OptimSettings("muon", lr=0.5, adamw_lr=1e-3, momentum=0.0)
+    optimizer = build_optimizer(made.trained, None, settings)
+    inner = {id(p) for group in optimizer.param_groups if group["experts"] for p in group["params"]}
+    named = dict(made.trained.named_parameters())
+    assert {name for name, p in named.items() if id(p) in inner} == {
+        "stages.0.blocks.0.conv1.conv.weight", "stages.0.blocks.0.conv2.conv.weight", "stages.0.up.weight",
+        "stages.1.blocks.0.conv1.weight", "stages.1.blocks.0.over_time.conv.weight",
+        "stages.1.blocks.0.conv2.weight",
+    }  # fmt: skip
+    weight = named["stages.0.blocks.0.conv1.conv.weight"]  # [8,8,3,3,3]
+    before = weight.detach().clone()
+    made.loss(batch(), draws(4)).backward()
+    optimizer.step()
+    spread = torch.linalg.svdvals((before - weight.detach()).flatten(1))
+    assert spread.min() > 0.5 * 0.6  # of lr 0.5 times about 1
+    assert spread.max() < 0.5 * 1.3
+
+
 def test_only_the_student_and_the_maps_move_and_the_maps_stay_behind(teacher: Path, tmp_path: Path) -> None:
     made = recipe(teacher=str(teacher), align=1.0)
     assert made.taps == [0, 1]  # the middle block's resolution, and that of the first up block
@@ -274,7 +295,9 @@ def test_everything_on_continues_exactly_and_starts_from_another_ones_weights(
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     child = training_stub.train_here(
-        tmp_path / "c", shards, ["+recipe=turbo_vae", f"init={through}", "optim.lr=1e-12"]
+        tmp_path / "c",
+        shards,
+        ["+recipe=turbo_vae", f"init={through}", "optim.lr=1e-12", "optim.adamw_lr=1e-12"],
     )
     old, new = (load_file(run / "export" / decoders.MODEL) for run in (through, child))
     assert all(torch.allclose(old[k], new[k], atol=1e-6) for k in old)

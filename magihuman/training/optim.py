@@ -20,6 +20,9 @@ from magihuman.models.config import DiTConfig
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration."""
 
+ENDS = ("conv_in", "conv_out")
+"""Names of a decoder's first and last layer, which see latents and pixels instead of features."""
+
 
 def orthogonalise(matrices: torch.Tensor, steps: int, eps: float = 1e-7) -> torch.Tensor:
     """Replace the singular values of every matrix [E,n,m] by about 1 (Newton-Schulz in bf16); same shape, bf16."""
@@ -79,8 +82,9 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(average, group["momentum"])  # Nesterov
         whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
-        matrices = whole.unflatten(0, (group["experts"], -1))  # [experts, rows, columns]
-        update = orthogonalise(matrices, group["steps"]).flatten(0, 1).to(weight.dtype)
+        # A convolution is a matrix from all that its kernel sees to its output channels.
+        matrices = whole.flatten(1).unflatten(0, (group["experts"], -1))  # [experts, rows, columns]
+        update = orthogonalise(matrices, group["steps"]).flatten(0, 1).to(weight.dtype).view(whole.shape)
         if isinstance(direction, DTensor):
             # No source rank: every process holds the same matrix and keeps its own part of it.
             update = distribute_tensor(
@@ -120,7 +124,8 @@ def build_optimizer(
 
     Args:
         model: the `SingleStreamDiT`, a module that holds one (keys are matched by their ends), or weights by name.
-        config: its shape, which says where experts are stacked; not needed for AdamW.
+        config: its shape, which says where experts are stacked; None for other networks, in which Muon takes every
+            matrix and convolution but the first and last (`ENDS`).
     """
     groups: list[dict[str, Any]]
     weights = model.named_parameters() if isinstance(model, nn.Module) else model.items()
@@ -137,13 +142,16 @@ def build_optimizer(
             weight_decay=settings.weight_decay,
             foreach=True,
         )
-    assert config is not None
-    experts = experts_by_name(config)
+    experts = {} if config is None else experts_by_name(config)
     matrices: dict[int, list[torch.Tensor]] = {}
     rest: list[torch.Tensor] = []
     for name, weight in named:
-        start = name.find("block.layers.")
-        count = experts.get(name[start:]) if start >= 0 else None
+        if config is None:
+            inner = weight.ndim > 1 and weight[0].numel() > 1 and not any(end in name for end in ENDS)
+            count = 1 if inner else None
+        else:
+            start = name.find("block.layers.")
+            count = experts.get(name[start:]) if start >= 0 else None
         (rest if count is None else matrices.setdefault(count, [])).append(weight)
     groups = [{"params": weights, "experts": n} for n, weights in sorted(matrices.items())]
     groups.append({"params": rest, "lr": settings.adamw_lr, "weight_decay": 0.0})
