@@ -110,7 +110,8 @@ class Denoiser(nn.Module):
             layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
         words = torch.cat(list(text)) if len(text) > 1 else text[0]
-        video_v, audio_v = self.model(tokens, audio.flatten(0, 1), words, layout, adapter=adapter)
+        chosen = {} if adapter is None else {"adapter": adapter}  # a model without adapters can stand here
+        video_v, audio_v = self.model(tokens, audio.flatten(0, 1), words, layout, **chosen)
         grid = (video.shape[2], video.shape[3], video.shape[4])
         return (
             unpatchify(video_v.unflatten(0, (len(video), -1)), grid, self.pack.patch_size, video.shape[1]),

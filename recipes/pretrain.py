@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.models.config import TreadConfig
 from magihuman.training.draws import Draws
+from magihuman.training.meters import Meter
 from magihuman.training.ramp import Ramp, value_at
 from magihuman.training.setup import Setup
 from magihuman.training.sync import motion_weight, sync_gap
@@ -58,15 +58,134 @@ class Noised:
     audio_sigma: Tensor
 
 
+@dataclass(frozen=True)
+class FlowMatching:
+    """The objective, for any recipe that trains a denoiser with it.
+
+    Attributes:
+        sigma: prior of the noise levels.
+        null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
+        video_weight, audio_weight: of the modalities' losses.
+        motion_floor: loss weight of still places against moving ones; 1 weighs all alike. May be a ramp.
+        text_drop: probability that the text is replaced.
+        first_frame, given_audio, given_video: probabilities of each conditioning. May be ramps.
+
+    Raises:
+        UserError: at construction, for probabilities that sum to more than one.
+    """
+
+    sigma: SigmaPrior
+    null_text: Tensor
+    video_weight: float = 1.0
+    audio_weight: float = 1.0
+    motion_floor: float | Ramp = 1.0
+    text_drop: float = 0.1
+    first_frame: float | Ramp = 0.1
+    given_audio: float | Ramp = 0.1
+    given_video: float | Ramp = 0.0
+
+    def __post_init__(self) -> None:
+        for share in (0.0, 1.0):
+            given = value_at(self.given_audio, share) + value_at(self.given_video, share)
+            if given > 1:
+                raise UserError(
+                    f"recipe.given_audio + recipe.given_video = {given:g} exceeds 1; lower one of them"
+                )
+
+    def loss(
+        self, denoiser: Any, batch: dict[str, Any], draws: Draws, progress: float, meter: Meter
+    ) -> Tensor:
+        """The loss of one batch, a scalar.
+
+        Args:
+            denoiser: (video, audio, text) -> velocities.
+            progress: share of the training that is done, for ramps.
+            meter: takes what is logged.
+        """
+        noised = self.noised(batch, draws, progress, conditioned=True)
+        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
+
+        video_error = (video_velocity - noised.video_target).square()
+        audio_error = (audio_velocity - noised.audio_target).square()
+        moving = motion_weight(batch["video"], value_at(self.motion_floor, progress))
+        video_loss = masked_mean_per_sample(moving * video_error, noised.video_mask)  # [B]
+        audio_loss = masked_mean_per_sample(audio_error, noised.audio_mask)  # [B]
+
+        total = (self.video_weight * video_loss + self.audio_weight * audio_loss).mean()
+        plain = masked_mean_per_sample(video_error, noised.video_mask)
+        self._count(meter, noised, plain, audio_loss, total)
+        return total
+
+    def noised(self, batch: dict[str, Any], draws: Draws, progress: float, conditioned: bool) -> Noised:
+        """Put a batch on the path, with conditions and dropped texts where `conditioned`."""
+        video, audio = batch["video"], batch["audio"]
+        device, samples, frames = video.device, len(video), video.shape[2]
+
+        levels = [self.sigma.sample(1, generator) for generator in draws.generators]
+        video_sigma = torch.cat([level[0] for level in levels]).to(device)
+        audio_sigma = torch.cat([level[1] for level in levels]).to(device)
+        video_noise = draws.normal(video.shape[1:]).to(device)
+        audio_noise = draws.normal(audio.shape[1:]).to(device)
+        first, which, dropped = draws.uniform(), draws.uniform(), draws.uniform()
+
+        text = list(batch["text"])
+        video_mask = torch.ones(samples, 1, frames, 1, 1, device=device)
+        audio_mask = torch.ones(samples, 1, 1, device=device)
+        if conditioned:
+            if frames > 1:
+                given = (first < value_at(self.first_frame, progress)).to(device)
+                video_mask[:, :, 0] = (~given).float().view(-1, 1, 1, 1)
+            if audio.shape[1]:  # one modality at most is given, and only beside the other
+                give_audio = which < value_at(self.given_audio, progress)
+                give_video = which >= 1 - value_at(self.given_video, progress)
+                audio_mask *= (~give_audio).float().view(-1, 1, 1).to(device)
+                video_mask *= (~give_video).float().view(-1, 1, 1, 1, 1).to(device)
+            null = self.null_text.to(device)
+            text = [null if drop else t for t, drop in zip(text, dropped < self.text_drop, strict=True)]
+
+        # What is given has noise level 0, by frame for the video.
+        video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
+        audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
+        return Noised(
+            video=(1 - video_level) * video + video_level * video_noise,
+            audio=(1 - audio_level) * audio + audio_level * audio_noise,
+            text=text,
+            video_target=velocity_target(video, video_noise),
+            audio_target=velocity_target(audio, audio_noise),
+            video_mask=video_mask,
+            audio_mask=audio_mask,
+            video_sigma=video_sigma,
+            audio_sigma=audio_sigma,
+        )
+
+    @staticmethod
+    def _count(meter: Meter, noised: Noised, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
+        heard = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
+        seen = noised.video_mask.flatten(1).amax(1)
+        meter.add("loss", total)
+        meter.add("loss/video", video_loss, seen)
+        meter.add("loss/audio", audio_loss, heard)
+        meter.add_bands("video", video_loss, noised.video_sigma, BANDS, seen)
+        meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, heard)
+
+    @torch.no_grad()
+    def held_out(self, denoiser: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        """Plain losses, and the own-minus-other-audio gap that says whether lips will follow the sound."""
+        noised = self.noised(batch, draws, progress=1.0, conditioned=False)
+        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
+        figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
+        if batch["audio"].shape[1]:
+            figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
+            noise = (noised.video_target + batch["video"], noised.audio_target + batch["audio"])
+            figures["val/sync_gap"] = sync_gap(denoiser, batch["video"], batch["audio"], batch["text"], noise)
+        return figures
+
+
 class Pretrain(Recipe):
     """Flow-matching pretraining.
 
     Args:
-        sigma: prior of the noise levels.
-        video_weight, audio_weight: of the modalities' losses.
-        motion_floor: loss weight of still places against moving ones; 1 weighs all alike. May be a ramp.
-        text_drop: probability that the text is replaced by the empty prompt's.
-        first_frame, given_audio, given_video: probabilities of each conditioning. May be ramps.
+        sigma, and from video_weight to given_video: see `FlowMatching`.
         tread: token routing, or None.
         sampling: settings stored in the export for inference.
     """
@@ -87,19 +206,19 @@ class Pretrain(Recipe):
         tread: TreadConfig | None = None,
     ) -> None:
         super().__init__(setup)
-        self.sigma = sigma
+        self.objective = FlowMatching(
+            sigma=sigma,
+            null_text=setup.null_text,
+            video_weight=video_weight,
+            audio_weight=audio_weight,
+            motion_floor=motion_floor,
+            text_drop=text_drop,
+            first_frame=first_frame,
+            given_audio=given_audio,
+            given_video=given_video,
+        )
         self.sampling = sampling
-        self.video_weight, self.audio_weight = video_weight, audio_weight
-        self.motion_floor = motion_floor
-        self.text_drop = text_drop
-        self.first_frame, self.given_audio, self.given_video = first_frame, given_audio, given_video
         self.tread = tread
-        for share in (0.0, 1.0):
-            given = value_at(given_audio, share) + value_at(given_video, share)
-            if given > 1:
-                raise UserError(
-                    f"recipe.given_audio + recipe.given_video = {given:g} exceeds 1; lower one of them"
-                )
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -107,82 +226,14 @@ class Pretrain(Recipe):
         self.denoiser.model.tread = self.tread
 
     def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
-        noised = self.noised(batch, draws, conditioned=True)
-        assert self.denoiser is not None
-        video_velocity, audio_velocity = self.denoiser(noised.video, noised.audio, noised.text)
-
-        video_error = (video_velocity - noised.video_target).square()
-        audio_error = (audio_velocity - noised.audio_target).square()
-        moving = motion_weight(batch["video"], value_at(self.motion_floor, self.progress))
-        video_loss = masked_mean_per_sample(moving * video_error, noised.video_mask)  # [B]
-        audio_loss = masked_mean_per_sample(audio_error, noised.audio_mask)  # [B]
-
-        total = (self.video_weight * video_loss + self.audio_weight * audio_loss).mean()
-        self._count(noised, masked_mean_per_sample(video_error, noised.video_mask), audio_loss, total)
-        return total
+        return self.objective.loss(self.denoiser, batch, draws, self.progress, self.meter)
 
     def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
-        """Put a batch on the path, with conditions and dropped texts where `conditioned`."""
-        video, audio = batch["video"], batch["audio"]
-        device, samples, frames = video.device, len(video), video.shape[2]
+        """The batch on the path, as `loss` sees it now."""
+        return self.objective.noised(batch, draws, self.progress, conditioned)
 
-        levels = [self.sigma.sample(1, generator) for generator in draws.generators]
-        video_sigma = torch.cat([level[0] for level in levels]).to(device)
-        audio_sigma = torch.cat([level[1] for level in levels]).to(device)
-        video_noise = draws.normal(video.shape[1:]).to(device)
-        audio_noise = draws.normal(audio.shape[1:]).to(device)
-        first, which, dropped = draws.uniform(), draws.uniform(), draws.uniform()
-
-        text, progress = list(batch["text"]), self.progress
-        video_mask = torch.ones(samples, 1, frames, 1, 1, device=device)
-        audio_mask = torch.ones(samples, 1, 1, device=device)
-        if conditioned:
-            if frames > 1:
-                given = (first < value_at(self.first_frame, progress)).to(device)
-                video_mask[:, :, 0] = (~given).float().view(-1, 1, 1, 1)
-            if audio.shape[1]:  # one modality at most is given, and only beside the other
-                give_audio = which < value_at(self.given_audio, progress)
-                give_video = which >= 1 - value_at(self.given_video, progress)
-                audio_mask *= (~give_audio).float().view(-1, 1, 1).to(device)
-                video_mask *= (~give_video).float().view(-1, 1, 1, 1, 1).to(device)
-            null = self.given.null_text.to(device)
-            text = [null if drop else t for t, drop in zip(text, dropped < self.text_drop, strict=True)]
-
-        # What is given has noise level 0, by frame for the video.
-        video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
-        audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
-        return Noised(
-            video=(1 - video_level) * video + video_level * video_noise,
-            audio=(1 - audio_level) * audio + audio_level * audio_noise,
-            text=text,
-            video_target=velocity_target(video, video_noise),
-            audio_target=velocity_target(audio, audio_noise),
-            video_mask=video_mask,
-            audio_mask=audio_mask,
-            video_sigma=video_sigma,
-            audio_sigma=audio_sigma,
-        )
-
-    def _count(self, noised: Noised, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
-        heard = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
-        seen = noised.video_mask.flatten(1).amax(1)
-        self.meter.add("loss", total)
-        self.meter.add("loss/video", video_loss, seen)
-        self.meter.add("loss/audio", audio_loss, heard)
-        self.meter.add_bands("video", video_loss, noised.video_sigma, BANDS, seen)
-        self.meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, heard)
-
-    @torch.no_grad()
-    def held_out(self, denoiser: Denoiser, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
-        """Plain losses, and the own-minus-other-audio gap that says whether lips will follow the sound."""
-        noised = self.noised(batch, draws, conditioned=False)
-        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
-        figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
-        if batch["audio"].shape[1]:
-            figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
-            noise = (noised.video_target + batch["video"], noised.audio_target + batch["audio"])
-            figures["val/sync_gap"] = sync_gap(denoiser, batch["video"], batch["audio"], batch["text"], noise)
-        return figures
+    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        return self.objective.held_out(network, batch, draws)
 
     def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.sigma, "sampling": self.sampling}
+        return {"sigma_prior": self.objective.sigma, "sampling": self.sampling}
