@@ -1,4 +1,4 @@
-"""Train the tiny world's teacher decoder: `python -m data.tiny_teacher output=FOLDER` (about 3 CPU-minutes).
+"""Train the tiny world's teacher decoder: `python -m data.tiny_teacher output=FOLDER` (about 6 CPU-minutes).
 
 The tiny video codec decodes with an almost linear map, which leaves a student nothing to learn. The teacher is a
 decoder in Wan 2.2's layout for the same latents: convolutions over time and space, attention in the middle, sixty
@@ -8,6 +8,7 @@ make.
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ def _cropped(latents: Tensor, frames: Tensor, side: int, draw: torch.Generator) 
 
 
 def train(
-    output: Path,
-    steps: int = 400,
+    output: str,
+    steps: int = 1000,
     clips: int = 300,
     batch: int = 2,
     crop: int = 8,
@@ -56,8 +57,10 @@ def train(
 ) -> dict[str, float]:
     """Train the teacher decoder and write it, with a record of how good it is.
 
+    A training that was stopped goes on from the last hundred steps when the same command is given again.
+
     Args:
-        output: folder for config.json and model.safetensors; written on the way too
+        output: folder for config.json and model.safetensors; written on the way too, with OUTPUT.state.pt beside it
         steps: training steps, each of 0.3 CPU-seconds
         clips: puppets to train on
         batch: clips per step
@@ -84,7 +87,15 @@ def train(
     settings = OptimSettings("muon", lr, adamw_lr=lr / 6, betas=(0.9, 0.98), warmup=10)
     optimiser = build_optimizer(teacher, None, settings)
     schedule = build_schedule(optimiser, settings, steps)
-    for step in range(1, steps + 1):
+    state, done, spent = Path(f"{output}.state.pt"), 0, 0.0
+    parts: dict[str, Any] = {"teacher": teacher, "average": average, "optimiser": optimiser, "schedule": schedule}
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        draw.set_state(saved["draw"])
+        done, average.updates, spent = saved["step"], saved["step"], saved["seconds"]
+    for step in range(done + 1, steps + 1):
         target = frames[torch.randint(clips, (batch,), generator=draw)].float() / 127.5 - 1
         latents, target = _cropped(world.video_codec.encode(target), target, crop, draw)
         with torch.autocast("cpu", torch.bfloat16):
@@ -106,11 +117,11 @@ def train(
                 figures["teacher"] = psnr(torch.cat([average.module(z) for z in held_out.split(4)]), truth)
             print("  ".join(f"{name} {value:.2f} dB" for name, value in figures.items()), flush=True)
             record = {
-                "command": f"python -m data.tiny_teacher output={output.name} steps={steps} clips={clips} "
+                "command": f"python -m data.tiny_teacher output={Path(output).name} steps={steps} clips={clips} "
                 f"batch={batch} crop={crop} width={width} lr={lr:g}",
                 "steps": step,
                 "held_out_psnr_db": {name: round(value, 2) for name, value in figures.items()},
-                "cpu_seconds": round(time.process_time()),
+                "cpu_seconds": round(spent + time.process_time()),
                 "torch": torch.__version__,
                 **code_version(),
             }
@@ -120,6 +131,16 @@ def train(
                 {key: value.half() for key, value in average.module.state_dict().items()},
                 decoders.DecoderConfig("wan", config.to_dict(), latents_of, record),
             )
+            torch.save(
+                {
+                    **{name: part.state_dict() for name, part in parts.items()},
+                    "draw": draw.get_state(),
+                    "step": step,
+                    "seconds": spent + time.process_time(),
+                },
+                state,
+            )
+    state.unlink(missing_ok=True)
     return figures
 
 

@@ -1,0 +1,166 @@
+"""What each part of a decoder's training is worth: trainings that differ in one part, over seeds.
+
+    python -m eval.ablation runs=runs/turbo_vae output=eval/results/tiny_turbo/ablation
+
+Run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.decoders`. The variant `full` is what the others
+are compared with, seed by seed, so that what a seed brings about cancels.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.decoders import ROWS
+from eval.report import provenance
+from magihuman.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FULL = "full"
+NAME = re.compile(r"(?P<variant>[a-z_]+)-s(?P<seed>\d+)")
+SHOWN = (
+    ("student", "psnr"),
+    ("student", "ssim"),
+    ("student", "change"),
+    ("student", "flicker"),
+    ("student", "sharpness"),
+    ("student, teacher as truth", "psnr"),
+    ("student, sampled latents, teacher as truth", "psnr"),
+)
+Figures = dict[str, dict[int, dict[str, float]]]
+"""variant -> seed -> "column: row" -> value."""
+
+
+def read(runs: Path) -> tuple[Figures, list[str]]:
+    """The figures of all run folders of that form, and the commands that made the runs.
+
+    Raises:
+        UserError: none of the variant `full`, or a variant without its seeds.
+    """
+    figures: Figures = defaultdict(dict)
+    commands = []
+    for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
+        match, scores = NAME.fullmatch(folder.name), folder / "eval" / "scores.json"
+        if match is None or not scores.exists():
+            continue
+        columns = json.loads(scores.read_text())["columns"]
+        figures[match["variant"]][int(match["seed"])] = {
+            f"{column}: {row}": columns[column]["table"][row]["value"]
+            for column, row in SHOWN
+            if column in columns and columns[column]["table"][row]["value"] is not None
+        }
+        record = json.loads((folder / "run.json").read_text())
+        commands.append(" ".join(record["provenance"]["command"]))
+    if FULL not in figures:
+        raise UserError(
+            f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`"
+        )
+    for variant, seeds in figures.items():
+        if seeds.keys() != figures[FULL].keys():
+            raise UserError(
+                f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(figures[FULL])}"
+            )
+    return dict(figures), commands
+
+
+def compare(figures: Figures) -> dict[str, dict[str, dict[str, float]]]:
+    """variant -> figure -> its mean and standard deviation over seeds, and of its difference to `full` by seed."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for variant, seeds in figures.items():
+        table[variant] = {}
+        for name in figures[FULL][min(figures[FULL])]:
+            values = np.array([seeds[seed][name] for seed in sorted(seeds)])
+            against = np.array([figures[FULL][seed][name] for seed in sorted(seeds)])
+            spread = {"sd": values.std(ddof=1), "difference_sd": (values - against).std(ddof=1)}
+            table[variant][name] = {
+                "mean": float(values.mean()),
+                "difference": float((values - against).mean()),
+                **{key: float(value) if len(values) > 1 else 0.0 for key, value in spread.items()},
+            }
+    return table
+
+
+def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[str, Any]:
+    """Make the table of an ablation.
+
+    Args:
+        runs: folder of the run folders VARIANT-sSEED, one variant called full
+        output: folder for ablation.json, ablation.md and ablation.png; none prints the table only
+
+    Raises:
+        UserError: runs that cannot be compared.
+    """
+    figures, commands = read(Path(runs))
+    table = compare(figures)
+    seeds = sorted(figures[FULL])
+    text = markdown(table, len(seeds))
+    print(text)
+    if output is not None:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = {
+            "format": "magihuman-ablation/1",
+            "seeds": seeds,
+            "table": table,
+            "figures": {
+                variant: {str(s): row for s, row in rows.items()} for variant, rows in figures.items()
+            },
+            "commands": commands,
+            "rows": {row: about for row, (about, _) in ROWS.items()},
+            "provenance": provenance(),
+        }
+        (folder / "ablation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / "ablation.md").write_text(text + "\n", encoding="utf-8")
+        picture(table).savefig(folder / "ablation.png", dpi=110)
+    return {variant: {name: cell["mean"] for name, cell in row.items()} for variant, row in table.items()}
+
+
+def markdown(table: dict[str, dict[str, dict[str, float]]], seeds: int) -> str:
+    """A row per variant: the mean, and the difference to `full` with its standard deviation over seeds."""
+    names = list(table[FULL])
+    lines = ["| | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for variant in [FULL, *sorted(set(table) - {FULL})]:
+        cells = []
+        for name in names:
+            cell = table[variant][name]
+            digits = 2 if abs(cell["mean"]) >= 2 else 4
+            off = (
+                ""
+                if variant == FULL
+                else f" ({cell['difference']:+.{digits}f} ± {cell['difference_sd']:.{digits}f})"
+            )
+            cells.append(f"{cell['mean']:.{digits}f}{off}")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", f"Means over {seeds} seeds; in brackets the difference to full, seed by seed, ± its sd."]
+    )
+
+
+def picture(table: dict[str, dict[str, dict[str, float]]]) -> "Figure":
+    """Differences to `full` as bars with their spread over seeds, a panel per figure."""
+    from matplotlib.figure import Figure
+
+    variants, names = sorted(set(table) - {FULL}), list(table[FULL])
+    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        cells = [table[variant][name] for variant in variants]
+        axes.bar(
+            range(len(variants)), [c["difference"] for c in cells], yerr=[c["difference_sd"] for c in cells],
+            capsize=3, color=[f"C{i}" for i in range(len(variants))],
+        )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set_xticks(range(len(variants)), [v.replace("_", "\n") for v in variants], fontsize=8)
+        axes.set_title(f"{name}\nagainst {FULL} ({table[FULL][name]['mean']:.4g})", fontsize=8)
+        axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    from magihuman.command import run
+
+    run(summarise, "python -m eval.ablation")

@@ -1,0 +1,71 @@
+"""eval.decoders and eval.ablation: the whole table from a small student, and what differences between seeds are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import ablation, decoders
+from magihuman.errors import UserError
+from magihuman.world import load_world
+from magihuman.zoo import decoders as zoo
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    contract = load_world("tiny").contract
+    config = zoo.config_for("tiny", contract)
+    network = zoo.build(config, seed=0)
+    return zoo.save(tmp_path_factory.mktemp("student") / "export", network.state_dict(), config)
+
+
+def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) -> None:
+    decoders.run(student=str(student), teacher=None, clips=2, output=str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    codec, mine = report["columns"]["codec"], report["columns"]["student"]
+    assert 29 < codec["table"]["psnr"]["value"] < 35  # codecs.json says 31.9
+    assert codec["table"]["ssim"]["value"] > 0.9
+    assert mine["table"]["psnr"]["value"] < 20  # it has learned nothing
+    assert 0 <= mine["cost"]["streaming"] < 1e-4
+    assert mine["table"]["seam"]["value"] == pytest.approx(1, abs=0.5)
+    assert codec["table"]["seam"]["value"] is None
+    assert 0.1 < codec["cost"]["flops"] < 1
+    assert 2 < mine["cost"]["flops"] < 5
+    for name in ("scores.md", "scores.png", "clips.png", "clips.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    with pytest.raises(UserError, match="student=nothing is no decoder"):
+        decoders.run(student="nothing", teacher=None)
+
+
+def test_a_perfect_decoder_is_perfect() -> None:
+    truth = torch.randint(0, 256, (1, 5, 16, 16, 3), dtype=torch.uint8)
+    frames = truth.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    judged, made = decoders.judge("same", lambda _: frames, torch.zeros(1, 3, 2, 4, 4), truth.numpy())
+    assert (made == truth.numpy()).all()
+    assert judged.table["psnr"].value == 99
+    assert judged.table["change"].value == 0
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    def write(name: str, psnr: float) -> None:
+        folder = tmp_path / name
+        (folder / "eval").mkdir(parents=True)
+        values = {row: {"value": psnr} for row in decoders.ROWS}
+        (folder / "eval" / "scores.json").write_text(json.dumps({"columns": {"student": {"table": values}}}))
+        (folder / "run.json").write_text(json.dumps({"provenance": {"command": ["train", name]}}))
+
+    with pytest.raises(UserError, match="no evaluated run named full-s0"):
+        ablation.summarise(str(tmp_path))
+    for seed, level in enumerate((20.0, 25.0, 33.0)):  # seeds differ by much, the variant by one
+        write(f"full-s{seed}", level)
+        write(f"no_align-s{seed}", level - 1)
+    ablation.summarise(str(tmp_path), str(tmp_path / "out"))
+    table = json.loads((tmp_path / "out" / "ablation.json").read_text())["table"]
+    cell = table["no_align"]["student: psnr"]
+    assert cell["difference"] == pytest.approx(-1)
+    assert cell["difference_sd"] == pytest.approx(0)
+    assert cell["sd"] > 5
+    (tmp_path / "no_align-s2" / "eval" / "scores.json").unlink()
+    with pytest.raises(UserError, match=r"no_align was run with seeds \[0, 1\]"):
+        ablation.summarise(str(tmp_path))
