@@ -142,7 +142,16 @@ class DMD2(Recipe):
         student, critic = self.optimizers()  # type: ignore[attr-defined]
         if self.health.due(self.step):
             self.look(batch)
-        some = list(parts(batch, draws, self.first_frame, self.given_audio, self.micro_batch))
+        some = list(
+            parts(
+                batch,
+                draws,
+                first_frame=self.first_frame,
+                given_audio=self.given_audio,
+                judged=self.adversary is not None,
+                size=self.micro_batch,
+            )
+        )
         for turn in range(self.critic_settings.updates):
             for part in some:
                 self.manual_backward(self.critic_turn(part, turn) * (len(part.text) / len(draws)))
@@ -190,8 +199,8 @@ class DMD2(Recipe):
         rollout, given = self.simulated(part), part.given
         x0 = rollout.estimate(self.step_of(part, turn, self.critic_settings.first_step))
         levels = [self.sigma.sample(1, g) for g in part.generators]
-        noise = part.normal()
         sigma = Pair(*(torch.cat([level[m] for level in levels]).to(x0.video.device) for m in (0, 1)))
+        noise = part.normal()
         noisy = given.insert(each(add_noise, x0, noise, sigma))
         velocity = self.velocity("critic", part.text, noisy, sigma)
         losses = each(critic_loss, velocity, x0, noise, given.mask)

@@ -12,11 +12,18 @@ from magihuman import zoo
 from magihuman.errors import UserError
 
 SETTINGS = {
-    "full": ["recipe.networks=full"],
-    "full, teacher judges": ["recipe.networks=full", "recipe.gan={weight: 0.1, slope: 1.0}"],
-    "full, critic judges, parts": ["recipe.gan={weight: 0.1, network: critic}", "recipe.micro_batch=1"],
+    "full": ["recipe.networks=full", "recipe.gan.weight=0"],
+    "full, teacher judges": ["recipe.networks=full", "recipe.gan={weight: 0.1, slope: 1.0, start: 0}"],
+    "full, critic judges, parts": [
+        "recipe.gan={weight: 0.1, network: critic, start: 0}",
+        "recipe.micro_batch=1",
+    ],
     "lora_critic": ["recipe.networks=lora_critic", "recipe.lora.rank=2"],
-    "lora": ["recipe.networks=lora", "recipe.lora.rank=2", "recipe.gan={weight: 0.1, network: critic}"],
+    "lora": [
+        "recipe.networks=lora",
+        "recipe.lora.rank=2",
+        "recipe.gan={weight: 0.1, network: critic, start: 0}",
+    ],
 }
 
 
@@ -136,7 +143,7 @@ def test_prompts_alone_are_enough(tmp_path) -> None:
     small = ["data.module.batch_size=1", "trainer.max_steps=1", "callbacks=none", "after_fit=null"]
     fast = ["recipe.sampling.steps=2", "recipe.critic.updates=1", "recipe.critic.warmup=0"]
     steps = ["recipe.first_step=0", "recipe.critic.first_step=0", "recipe.health.every=0"]
-    given = ["recipe.first_frame=0", "recipe.given_audio=0"]
+    given = ["recipe.first_frame=0", "recipe.given_audio=0", "recipe.gan.weight=0"]
 
     def train(folder: Path, overrides: list[str]) -> Path:
         from omegaconf import OmegaConf
@@ -152,5 +159,5 @@ def test_prompts_alone_are_enough(tmp_path) -> None:
     record = json.loads((done / "run.json").read_text())
     assert (record["status"], record["parents"][0]["role"]) == ("finished", "prompts")
     assert zoo.load(done).config.provenance["steps"] == 1
-    with pytest.raises(UserError, match="set both to 0, or choose data=shards"):
+    with pytest.raises(UserError, match="set all three to 0, or choose data=shards"):
         train(tmp_path / "b", [*common, *small, *fast, *steps])

@@ -40,7 +40,13 @@ class Part:
 
 
 def parts(
-    batch: dict[str, Any], draws: Draws, first_frame: float, given_audio: float, size: int | None
+    batch: dict[str, Any],
+    draws: Draws,
+    *,
+    first_frame: float,
+    given_audio: float,
+    judged: bool,
+    size: int | None,
 ) -> Iterator[Part]:
     """Cut a batch and choose what is given.
 
@@ -48,15 +54,16 @@ def parts(
         batch: `video`, `audio`, `text`, `index`, as data modules give them; with `real` false, the latents are
             there for their shape only.
         first_frame, given_audio: probabilities of conditions.
+        judged: whether an adversary looks at the latents.
         size: samples of a part; None for all.
 
     Raises:
-        UserError: a condition on latents that are not real.
+        UserError: something needs latents that are not real.
     """
-    if not batch.get("real", True) and (first_frame or given_audio):
+    if not batch.get("real", True) and (first_frame or given_audio or judged):
         raise UserError(
-            f"recipe.first_frame={first_frame} and recipe.given_audio={given_audio} need latents, and the data are "
-            "prompts alone; set both to 0, or choose data=shards"
+            "recipe.first_frame, recipe.given_audio and recipe.gan.weight need latents, and the data are prompts alone; "
+            "set all three to 0, or choose data=shards"
         )
     latents = Pair(batch["video"], batch["audio"])
     given = Given.nothing(latents)
