@@ -62,7 +62,7 @@ def parts(
     """
     if not batch.get("real", True) and (first_frame or given_audio or judged):
         raise UserError(
-            "recipe.first_frame, recipe.given_audio and recipe.gan.weight need latents, and the data are prompts alone; "
+            "recipe.first_frame, recipe.given_audio and recipe.gan.weight need latents and there are prompts alone; "
             "set all three to 0, or choose data=shards"
         )
     latents = Pair(batch["video"], batch["audio"])
