@@ -3,14 +3,36 @@
 import json
 import multiprocessing
 import os
+from collections.abc import Mapping
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
-from data.puppets import FPS, SAMPLE_RATE, draw_puppet, render, synthesise
+from data.puppets import (
+    FACES,
+    FPS,
+    HAIR,
+    SAMPLE_RATE,
+    SHIRTS,
+    SKINS,
+    WALLS,
+    Puppet,
+    draw_puppet,
+    render,
+    synthesise,
+)
 from magihuman.errors import UserError
 
 SETTINGS_FILE = ".puppets.json"
 SIZES = (32, 512)
+LOOKS = {
+    "face": FACES,
+    "hair": tuple(HAIR),
+    "shirt": tuple(SHIRTS),
+    "wall": tuple(WALLS),
+    "skin": tuple(SKINS),
+}
 
 
 def clip_name(index: int) -> str:
@@ -43,6 +65,7 @@ def make_clips(
     size: int = 64,
     first: int = 0,
     workers: int = 2,
+    only: dict[str, str] | None = None,
     progress: bool = True,
 ) -> int:
     """Write clips of the tiny world: clip-000000.mp4 (H.264 + AAC) and clip-000000.txt (its caption) each.
@@ -57,6 +80,7 @@ def make_clips(
         size: width and height in pixels, even, 32 to 512
         first: number of the first clip
         workers: processes
+        only: take the first puppets that look so, for example only="{skin: dark}": a world to fine-tune on
         progress: show a bar
 
     Raises:
@@ -76,10 +100,13 @@ def make_clips(
     if size % 2 or not SIZES[0] <= size <= SIZES[1]:
         raise UserError(f"size={size} should be even (H.264) and between {SIZES[0]} and {SIZES[1]}")
     folder = Path(output)
-    _claim(folder, {"seed": seed, "size": size})
+    looks = dict(only or {})
+    check_looks(looks)
+    numbers = list(islice((i for i in count(first) if _looks(draw_puppet(seed, i), looks)), clips))
+    _claim(folder, {"seed": seed, "size": size, **looks})
     todo = [
         i
-        for i in range(first, first + clips)
+        for i in numbers
         if not all((folder / f"{clip_name(i)}.{ending}").exists() for ending in ("mp4", "txt"))
     ]
     job = partial(write_clip, output=folder, seed=seed, size=size)
@@ -99,8 +126,23 @@ def make_clips(
     return written
 
 
-def _claim(folder: Path, settings: dict[str, int]) -> None:
-    """Note the folder's seed and size, or refuse where they differ: a mix could not be told apart later."""
+def check_looks(looks: Mapping[str, str]) -> None:
+    """Raises UserError for a look that no puppet has, naming those that there are."""
+    for name, value in looks.items():
+        if name not in LOOKS:
+            raise UserError(
+                f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(LOOKS)}"
+            )
+        if value not in LOOKS[name]:
+            raise UserError(f"only={{{name}: {value}}}: choose {name} from {', '.join(LOOKS[name])}")
+
+
+def _looks(puppet: Puppet, looks: Mapping[str, str]) -> bool:
+    return all(getattr(puppet, name) == value for name, value in looks.items())
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note the folder's seed, size and looks, or refuse where they differ: a mix could not be told apart later."""
     note = folder / SETTINGS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.prepare import prepare
-from data.puppet_clips import make_clips
+from data.puppet_clips import check_looks, make_clips
 from data.shards import INDEX
 from magihuman.errors import UserError
 
@@ -20,6 +20,7 @@ def ensure(
     world: str = "tiny",
     sr_size: int | None = None,
     pixels: bool = False,
+    only: dict[str, str] | None = None,
 ) -> str:
     """Clips in FOLDER/clips-..., their shards in FOLDER/shards-...; returns the folder of the shards.
 
@@ -35,13 +36,16 @@ def ensure(
         world: whose codecs and text encoder make the latents
         sr_size: width and height of the second stage: the clips are drawn at it and stored at both
         pixels: store the frames too, for training a decoder
+        only: puppets that look so, for example {skin: dark}
 
     Raises:
         UserError: a value out of range, or a folder that cannot be written.
     """
     root = Path(folder)
     drawn = size if sr_size is None else sr_size
-    name = f"{clips}-seed{seed}-{drawn}px"
+    check_looks(only or {})
+    looks = "".join(f"-{value}-{key}" for key, value in sorted((only or {}).items()))
+    name = f"{clips}-seed{seed}-{drawn}px{looks}"
     kind = ("" if sr_size is None else f"-and-{size}px") + ("-pixels" if pixels else "")
     shards = root / f"shards-{world}-{name}{kind}"
     try:
@@ -52,7 +56,7 @@ def ensure(
         ) from error
     with _alone(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
-            make_clips(str(root / f"clips-{name}"), clips, seed, drawn, workers=workers)
+            make_clips(str(root / f"clips-{name}"), clips, seed, drawn, workers=workers, only=only)
             prepare(
                 str(root / f"clips-{name}"),
                 str(shards),

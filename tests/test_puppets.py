@@ -46,6 +46,19 @@ def test_pictures_and_sound_have_the_worlds_shape():
     assert 0.1 < np.abs(wave).max() < 1
 
 
+def test_only_some_looks_are_drawn(tmp_path) -> None:
+    looks = {"skin": "dark", "face": "round"}
+    first = [i for i in range(60) if all(getattr(draw_puppet(0, i), k) == v for k, v in looks.items())][:2]
+    assert make_clips(str(tmp_path / "a"), 2, workers=1, only=looks, progress=False) == 2
+    assert sorted(path.stem for path in (tmp_path / "a").glob("*.mp4")) == [f"clip-{i:06d}" for i in first]
+    with pytest.raises(UserError, match=r"holds clips of .*skin=dark"):
+        make_clips(str(tmp_path / "a"), 2, workers=1, progress=False)
+    with pytest.raises(UserError, match="choose skin from light, tan, dark"):
+        make_clips(str(tmp_path / "b"), 2, only={"skin": "green"}, progress=False)
+    with pytest.raises(UserError, match="puppets have no hat; choose from face"):
+        make_clips(str(tmp_path / "b"), 2, only={"hat": "green"}, progress=False)
+
+
 def test_twice_the_size_is_the_same_picture():
     puppet = draw_puppet(0, 1)
     small = render(puppet, 64).astype(float)
