@@ -1,7 +1,6 @@
 """A table of scores as text, JSON and pictures: one column per set of clips, bounds first."""
 
 import json
-import os
 import platform
 import sys
 import time
@@ -88,9 +87,10 @@ def provenance() -> dict[str, Any]:
     """Command, commit, machine, date and versions, so that a figure can be made again."""
     import torch
 
+    from magihuman.provenance import processor
     from magihuman.training.runs import code_version
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "code": code_version(),
@@ -103,20 +103,6 @@ def provenance() -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
-
-
-def _processor() -> str:
-    """The CPU's name and how many of its cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-    return f"{cores} cores of {name}"
 
 
 def write(columns: Sequence[Column], output: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

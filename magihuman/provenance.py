@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,27 @@ def code_version() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"commit": commit, "changed": bool(changed)}
+
+
+def sources_hash() -> str:
+    """Of every Python file of the packages that inference runs: finds the commit where a copy has no git."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for package in ("magihuman", "inference"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def processor() -> str:
+    """The CPU's name and how many of its cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{cores} cores of {name}"

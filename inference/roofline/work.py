@@ -6,6 +6,7 @@ from inference.roofline.cases import Case, Stage
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import ForwardFlops, forward_flops
+from magihuman.models.student_config import StudentConfig
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import BF16, FP32, Tokens
 
@@ -19,7 +20,7 @@ OOBLECK_DECODE, OOBLECK_ENCODE = 5_042_339_840, 5_042_077_696
 # Parameters of one half of a codec.
 WAN_ENCODER, WAN_DECODER = 149_637_088, 555_051_580
 OOBLECK_ENCODER, OOBLECK_DECODER = 77_989_888, 78_122_626
-DECODERS = ("turbo", "wan")
+PUBLISHED_DECODERS = ("turbo", "wan")
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,45 @@ def video_decoder(case: Case, decoder: str = "turbo") -> Work:
     """The last stage's latents to 8-bit pictures on the device."""
     last = case.stages[-1]
     flops = decoder_flops(decoder, last.frames, last.height, last.width)
-    weights = footprint.TURBO_DECODER.weights if decoder == "turbo" else BF16 * WAN_DECODER
-    passes = len(turbo_windows(last.frames)) if decoder == "turbo" else last.frames
-    return Work("video decode", flops, passes * weights + case.bytes_out, exact=False)
+    return Work("video decode", flops, BF16 * decoder_parameters(decoder) + case.bytes_out, exact=False)
+
+
+def decoders() -> tuple[str, ...]:
+    """Decoders of the released latents: the published two, and our students of configs/turbo."""
+    from magihuman.zoo import decoders as students
+
+    own = [name for name in students.arch_names() if _student(name) is not None]
+    return (*PUBLISHED_DECODERS, *own)
+
+
+def decoder_parameters(decoder: str) -> int:
+    """Raises UserError for an unknown decoder."""
+    published = {"turbo": footprint.TURBO_PARAMETERS, "wan": WAN_DECODER}
+    if decoder in published:
+        return published[decoder]
+    return _known_student(decoder).parameter_count()
+
+
+def _student(name: str) -> StudentConfig | None:
+    """An architecture of ours for the released latents; None for others."""
+    from magihuman.zoo.decoders import arch
+
+    described = arch(name)
+    if described["world"] != "released" or described["layout"] != "causal":
+        return None
+    return StudentConfig.from_dict(described["network"])
+
+
+def _known_student(name: str) -> StudentConfig:
+    if name not in decoders():
+        raise UserError(f"decoder={name} is unknown; choose one of {', '.join(decoders())}")
+    found = _student(name)
+    assert found is not None
+    return found
 
 
 def decoder_flops(decoder: str, frames: int, height: int, width: int) -> int:
-    """Of a released decoder for latents [T,h,w], in its own way: Turbo in overlapping windows (SPEC 8.3).
+    """Of a decoder for latents [T,h,w], in its own way: the released Turbo in overlapping windows (SPEC 8.3).
 
     Raises:
         UserError: unknown decoder.
@@ -157,7 +190,7 @@ def decoder_flops(decoder: str, frames: int, height: int, width: int) -> int:
     if decoder == "wan":
         return area * (WAN_FIRST + WAN_LATER * (frames - 1)) + frames * 4 * area**2 * WAN_MID
     if decoder != "turbo":
-        raise UserError(f"decoder={decoder} is unknown; choose one of {', '.join(DECODERS)}")
+        return _known_student(decoder).flops(frames, height, width)
     first, *later = turbo_windows(frames)
     return area * (TURBO_FIRST + TURBO_LATER * (first - 1 + sum(later)))
 

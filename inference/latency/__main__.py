@@ -1,0 +1,23 @@
+"""python -m inference.latency [measure|decode|micro|ladder|suite|table] [key=value ...]: see `inference.latency`."""
+
+from collections.abc import Callable
+
+from inference.latency.decoders import decode
+from inference.latency.ladder import ladder
+from inference.latency.measure import measure
+from inference.latency.micro import micro
+from inference.latency.suite import suite
+from inference.latency.tables import table
+from magihuman.command import run_one
+
+COMMANDS: dict[str, Callable[..., str]] = {
+    "measure": measure,
+    "decode": decode,
+    "micro": micro,
+    "ladder": ladder,
+    "suite": suite,
+    "table": table,
+}
+
+if __name__ == "__main__":
+    print(run_one(COMMANDS, "python -m inference.latency"))

@@ -1,0 +1,70 @@
+"""How far a faster network is from the reference, on the same inputs and weights. No time is shown without it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.latency.networks import Inputs, one_pass, with_dtype
+from magihuman.denoiser import Denoiser
+
+LONGEST_FP32 = 20_000
+"""Tokens up to which the fp32 reference is computed beside the bf16 one; a 1080p pass of it takes minutes."""
+
+Velocities = tuple[Tensor, Tensor]
+
+
+def distance(found: Velocities, wanted: Velocities) -> dict[str, float]:
+    """Relative L2 and largest absolute distance of video and audio velocities."""
+    values = {}
+    for name, a, b in zip(("video", "audio"), found, wanted, strict=True):
+        a, b = a.float().cpu(), b.float().cpu()
+        values[f"{name}_relative_l2"] = _rounded(float((a - b).norm() / b.norm()))
+        values[f"{name}_max_abs"] = _rounded(float((a - b).abs().max()))
+    return values
+
+
+class Truth:
+    """What the reference makes of a stage's inputs, kept on the CPU so that the reference may give up its layers.
+
+    Args:
+        reference: the network as written, in its dtype.
+    """
+
+    def __init__(self, reference: Denoiser, inputs: Inputs, tokens: int) -> None:
+        self.dtype = str(reference.model.compute_dtype).removeprefix("torch.")
+        self.own = _on_cpu(one_pass(reference, inputs))
+        self.exact: Velocities | None = None
+        self.why_not = ""
+        if self.dtype == "float32":
+            self.exact = self.own
+        elif tokens <= LONGEST_FP32:
+            self.exact = _on_cpu(one_pass(with_dtype(reference, torch.float32), inputs))
+        else:
+            self.why_not = f"not computed for {tokens} tokens: it takes too long"
+
+    def errors(self, found: Velocities) -> dict[str, Any]:
+        """Of a faster network's velocities: against the reference in its dtype, and against it in fp32 with the
+        reference's own distance from that beside it.
+
+        Raises:
+            ValueError: velocities that are not finite.
+        """
+        if not all(bool(torch.isfinite(part).all()) for part in found):
+            raise ValueError("the network's velocities are not finite")
+        values: dict[str, Any] = {f"against_{self.dtype}_reference": distance(found, self.own)}
+        if self.dtype != "float32":
+            if self.exact is None:
+                values["against_float32_reference"] = {"status": "n/a", "reason": self.why_not}
+            else:
+                values["against_float32_reference"] = distance(found, self.exact)
+                values["reference_against_float32"] = distance(self.own, self.exact)
+        return values
+
+
+def _on_cpu(velocities: Velocities) -> Velocities:
+    return velocities[0].float().cpu(), velocities[1].float().cpu()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

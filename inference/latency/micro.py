@@ -1,0 +1,247 @@
+"""Microbenchmarks: products, experts and attention at the shapes of a clip, each in the forms that tiers choose from.
+
+They answer single questions before whole networks run: what a badly aligned width costs, what 8 bits bring, which
+attention kernel is fastest, whether windows run at the speed of dense attention and merge without loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.fast import eight_bits, kernels
+from inference.fast.windows import windowed
+from inference.latency import records
+from inference.latency.clock import time_call
+from inference.latency.measure import Row, device_of, folder_of
+from inference.latency.networks import dtype_for
+from inference.latency.roof import measure_roof
+from inference.roofline.cases import Case, Stage, make
+from magihuman.errors import UserError
+from magihuman.models.attention import attention, local_mask
+from magihuman.models.flops import attention_pairs
+from magihuman.tokens import Layout
+
+GROUPS = ("products", "experts", "attention")
+PADDING = 128
+_FORMS = ("as is", "padded", "fp8")
+_CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
+
+
+def micro(
+    size: str = "256p",
+    what: str = ",".join(GROUPS),
+    model: str | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: str | None = None,
+) -> str:
+    """Time products, experts and attention alone, at the shapes of a clip's last stage.
+
+    Args:
+        size: as for measure
+        what: of products, experts, attention
+        model: another architecture of configs/model
+        seconds: length of the clip
+        text: tokens of the prompt
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        output: another folder for the result
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    groups = [name.strip() for name in what.split(",")]
+    unknown = [name for name in groups if name not in GROUPS]
+    if unknown:
+        raise UserError(f"what={unknown[0]} is unknown; choose from {', '.join(GROUPS)}")
+    case, place = make(size, seconds=seconds, text=text, model=model), device_of(device)
+    kind = dtype_for(dtype, case, place)
+    made, roof = records.provenance(place), measure_roof(place, kind)
+    bench = _Bench(case, place, kind)
+    rows = [row for name in groups for row in getattr(bench, name)()]
+    for row in rows:
+        row["size"] = size
+        if "tflops" in row:
+            row["of_roof"] = round(row["tflops"] / roof["tflops"], 4)
+    path = records.write(
+        "micro", f"{size}-{'-'.join(groups)}", [{"what": "roof", **roof}, *rows], made, folder_of(output)
+    )
+    return "\n".join([*map(_line, rows), f"written to {path}"])
+
+
+class _Bench:
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        self.stage: Stage = case.stages[-1]
+        self.generator = torch.Generator(device=device).manual_seed(0)
+
+    def products(self) -> list[Row]:
+        """Every matrix of a layer with each expert's rows: as it is, with padded width, and in 8 bits."""
+        config, tokens = self.stage.config, self.stage.tokens
+        layer = next((i for i in range(config.num_layers) if i not in config.gelu7_layers), 0)
+        hidden, inner = config.hidden_size, config.intermediate_size(layer)
+        wide = -(-inner // PADDING) * PADDING
+        shapes = {
+            "qkv": (hidden, config.qkv_width, hidden, -(-config.qkv_width // 16) * 16),
+            "proj": (hidden, hidden, hidden, hidden),
+            "up": (hidden, 2 * inner, hidden, 2 * wide),
+            "down": (inner, hidden, wide, hidden),
+        }
+        rows = []
+        for name, (columns, width, padded_columns, padded_width) in shapes.items():
+            for count in sorted({tokens.audio, tokens.text, tokens.total} - {0}):
+                useful = 2 * count * columns * width
+                for form in _FORMS:
+                    if form == "padded" and (columns, width) == (padded_columns, padded_width):
+                        continue
+                    size = (columns, width) if form == "as is" else (padded_columns, padded_width)
+                    found = self._try(partial(self._product, count, *size, form))
+                    facts = {"tokens": count, "columns": size[0], "width": size[1]}
+                    rows.append(self._row("product", name, form, useful, found, **facts))
+        return rows
+
+    def _product(self, count: int, columns: int, width: int, form: str) -> Callable[[], object]:
+        x, weight = self._normal(count, columns), self._normal(width, columns) / columns**0.5
+        if form != "fp8":
+            return lambda: F.linear(x, weight)
+        codes, scales = eight_bits.quantise_rows(weight)
+        own = torch.tensor([8.0 / eight_bits.LARGEST, 1.0], device=self.device)
+        exact = x.float()
+        return lambda: eight_bits.multiply(exact, codes, scales, own)
+
+    def experts(self) -> list[Row]:
+        """The up projection of an expert layer: one product each, or one for all."""
+        config, tokens = self.stage.config, self.stage.tokens
+        hidden, wide = (
+            config.hidden_size,
+            -(-config.intermediate_size(config.num_layers - 1) // PADDING) * PADDING,
+        )
+        counts = [tokens.video, tokens.audio, tokens.text]
+        useful = 2 * sum(counts) * hidden * 2 * wide
+
+        def separate() -> Callable[[], object]:
+            x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+            return lambda: torch.cat(
+                [F.linear(part, w) for part, w in zip(x.split(counts), weights, strict=True)]
+            )
+
+        def grouped() -> Callable[[], object]:
+            x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+            ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(self.device)
+            function: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
+            return lambda: function(x, weights.transpose(1, 2), offs=ends)
+
+        forms = {"separate": separate, "grouped": grouped}
+        return [
+            self._row("experts", "up", form, useful, self._try(make_call), tokens=sum(counts))
+            for form, make_call in forms.items()
+        ]
+
+    def attention(self) -> list[Row]:
+        """Dense attention by every kernel that runs here, then windows of frames where the clip has them."""
+        config, tokens = self.stage.config, self.stage.tokens
+        others = tokens.audio + tokens.text
+        q = self._normal(tokens.total, config.num_heads, config.head_dim)
+        k, v = (self._normal(tokens.total, config.num_query_groups, config.head_dim) for _ in range(2))
+        layout = self._layout()
+        rows: list[Row] = []
+        windows = [None] if self.stage.window is None else [None, self.stage.window]
+        for window in windows:
+            useful = 4 * attention_pairs(tokens.video, others, self.stage.frames, window) * config.hidden_size
+            name = "dense" if window is None else f"window {window}"
+            truth = self._truth(q, k, v, window)
+            calls: dict[str, Callable[[], Tensor]] = {
+                "reference": partial(attention, q, k, v, layout, "auto", window)
+            }
+            for kernel in ("plain", "sdpa", "cudnn", "flash2", "fa3"):
+                if kernel != "plain" or tokens.total <= _CHECKED:
+                    calls[kernel] = partial(self._kernel, kernel, q, k, v, layout, window)
+            for form, call in calls.items():
+                reason = None if form == "reference" else kernels.refusal(form, self.device, self.dtype)
+                found = self._time(call) if reason is None else reason
+                row = self._row("attention", name, form, useful, found, tokens=tokens.total)
+                if not isinstance(found, str) and truth is not None:
+                    distance = (call().float() - truth).norm() / truth.norm()
+                    row["relative_l2_to_fp32"] = float(f"{float(distance):.3g}")
+                rows.append(row)
+        return rows
+
+    def _kernel(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None
+    ) -> Tensor:
+        config = self.stage.config
+        shape = config.num_heads, config.num_query_groups, config.head_dim
+        kernel = kernels.choose(name, self.device, self.dtype, *shape)
+        if window is None:
+            return kernel.run(q[None], k[None], v[None], False, None)[0][0]
+        return windowed(kernel, q[None], k[None], v[None], layout.video_len, layout.frames, window, None)[0]
+
+    def _truth(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor | None:
+        """Attention in fp32 with all scores; None where those are too many."""
+        tokens = self.stage.tokens
+        if tokens.total > _CHECKED:
+            return None
+        group = q.shape[1] // k.shape[1]
+        mask = None
+        if window is not None:
+            mask = local_mask(tokens.video, tokens.audio + tokens.text, self.stage.frames, window).to(
+                self.device
+            )
+        outs = []
+        for head in range(q.shape[1]):  # one head at a time: the scores of all would be gigabytes
+            scores = q[:, head].float() @ k[:, head // group].float().T * q.shape[2] ** -0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            outs.append(scores.softmax(-1) @ v[:, head // group].float())
+        return torch.stack(outs, dim=1)
+
+    def _layout(self) -> Layout:
+        stage, patch = self.stage, self.stage.pack.patch_size
+        grid = (stage.frames, stage.height // patch, stage.width // patch)
+        return Layout.build(grid, stage.audio, [stage.text], device=self.device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device).to(self.dtype)
+
+    def _try(self, make_call: Callable[[], Callable[[], object]]) -> dict[str, Any] | str:
+        """Times of what `make_call` makes, see `_time`; making it may fail as well."""
+        call: list[Callable[[], object]] = []
+
+        def made() -> object:
+            if not call:
+                call.append(make_call())
+            return call[0]()
+
+        return self._time(made)
+
+    @torch.no_grad()
+    def _time(self, call: Callable[[], object]) -> dict[str, Any] | str:
+        """Times, or why there are none: a form that this device or torch does not have is a result too."""
+        try:
+            return time_call(call, self.device)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, UserError) as error:
+            return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+    def _row(
+        self, what: str, name: str, form: str, useful: int, found: dict[str, Any] | str, **facts: int
+    ) -> Row:
+        row: Row = {"what": what, "name": name, "form": form, **facts}
+        if isinstance(found, str):
+            return {**row, "status": "n/a", "reason": found}
+        return {**row, "seconds": found, "tflops": float(f"{useful / found['median'] / 1e12:.4g}")}
+
+
+def _line(row: Row) -> str:
+    head = f"{row['what']:<10}{row['name']:<10}{row['form']:<10}{row['tokens']:>8}"
+    if "reason" in row:
+        return f"{head}  n/a: {row['reason']}"
+    line = f"{head}{row['seconds']['median']:>12.3e} s{row['tflops']:>10.4g} TFLOP/s{row['of_roof']:>8.1%} of the roof"
+    if "relative_l2_to_fp32" in row:
+        line += f", {row['relative_l2_to_fp32']:.2g} from fp32"
+    return line

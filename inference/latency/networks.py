@@ -1,0 +1,182 @@
+"""The network that is timed: with random weights made on the device, or a checkpoint; one for all stages of a clip."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference.fast import TIERS, check_tier, prepare
+from inference.fast.denoiser import FastDenoiser
+from inference.roofline.cases import Case, Stage
+from magihuman import zoo
+from magihuman.denoiser import Denoiser
+from magihuman.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one pass of a stage takes: video [1,C,T,h,w], audio [1,A,Ca], text [S,Ct]."""
+
+    video: Tensor
+    audio: Tensor
+    text: Tensor
+
+
+def dtype_for(name: str, case: Case, device: torch.device) -> torch.dtype:
+    """Of products and matrices: `auto` is bf16 for the released sizes and on a GPU, else fp32.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if case.released or device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype={name} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def build(
+    case: Case, device: torch.device, dtype: torch.dtype, checkpoint: str | None
+) -> tuple[Denoiser, str]:
+    """The network of a clip's last stage, on the device, and what its weights are, in words.
+
+    The other stage runs on the same weights (`view`): times do not depend on them, memory does.
+
+    Args:
+        checkpoint: instead of random weights.
+
+    Raises:
+        UserError: a checkpoint that is not of this case's shape.
+    """
+    stage = case.stages[-1]
+    shared = ", the same for both stages" if len(case.stages) > 1 else ""
+    kind = str(dtype).removeprefix("torch.")
+    if checkpoint is not None:
+        loaded = zoo.load(checkpoint, device, dtype)
+        if loaded.config.model != case.stages[0].config:
+            raise UserError(
+                f"checkpoint={checkpoint} is not of the shape of {case.model}; leave checkpoint= out"
+            )
+        return loaded.denoiser, f"{checkpoint}, {kind}{shared}"
+    with torch.no_grad():
+        denoiser = zoo.build(
+            stage.config, stage.pack, compute_dtype=dtype, linear_dtype=dtype, device=device, seed=SEED
+        )
+        model = denoiser.model
+        generator = torch.Generator(device=device).manual_seed(SEED + 1)
+        for head in (
+            model.final_linear_video,
+            model.final_linear_audio,
+        ):  # at the start of a training they are zero
+            nn.init.normal_(head.weight, std=head.in_features**-0.5, generator=generator)
+    return denoiser.eval().requires_grad_(False), f"random, {kind}{shared}"
+
+
+def view(denoiser: Denoiser, stage: Stage) -> Denoiser:
+    """The same network and weights as the given stage's: its coordinates, its windows or none."""
+    windows_off = stage.window is None
+    pack = replace(stage.pack, frame_receptive_field=-1) if windows_off else stage.pack
+    seen: Any = _shallow(denoiser)
+    seen._modules["model"] = _shallow(denoiser.model)
+    seen.pack, seen._layouts = pack, {}
+    seen.model.frame_receptive_field = pack.frame_receptive_field
+    return seen
+
+
+def with_dtype(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The same weights, computed with in another dtype; reference network only."""
+    seen: Any = _shallow(denoiser)
+    seen._modules["model"] = _shallow(denoiser.model)
+    seen.model.compute_dtype = dtype
+    return seen
+
+
+def _shallow(module: nn.Module) -> Any:
+    """Another module of the same parameters and parts, with attributes of its own."""
+    seen = copy.copy(module)
+    seen._modules = dict(module._modules)
+    return seen
+
+
+def draw(stage: Stage, denoiser: Denoiser, device: torch.device, seed: int = SEED) -> Inputs:
+    """Standard normal inputs of one pass, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    config = stage.config
+    return Inputs(
+        normal(1, denoiser.latent_channels, stage.frames, stage.height, stage.width),
+        normal(1, stage.audio, config.audio_in_channels),
+        normal(stage.text, config.text_in_channels),
+    )
+
+
+@torch.no_grad()
+def one_pass(denoiser: Denoiser, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Velocities of video and audio."""
+    layout = denoiser.layout_for(
+        inputs.video.shape, inputs.audio.shape[1], [len(inputs.text)], inputs.video.device
+    )
+    return denoiser(inputs.video, inputs.audio, [inputs.text], layout)
+
+
+def facts(network: Denoiser) -> dict[str, Any]:
+    """What a tier switched on, and the attention kernel that it chose; nothing for the reference."""
+    if not isinstance(network, FastDenoiser):
+        return {"options": {}}
+    model: Any = network.model
+    kernel = "the reference's" if model.kernel is None else model.kernel.name
+    return {"options": asdict(network.options), "attention_kernel": kernel}
+
+
+def tiers(text: str) -> list[str]:
+    """Names from `a,b`, checked.
+
+    Raises:
+        UserError: an unknown tier, or none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"tier={text} names no tier; choose from {', '.join(TIERS)}")
+    for name in names:
+        check_tier(name)
+    return names
+
+
+def options_from(text: str | None) -> dict[str, Any]:
+    """Changes of a tier from `compile=static,graphs=false`.
+
+    Raises:
+        UserError: not of this form.
+    """
+    from magihuman.settings_text import parse
+
+    changes: dict[str, Any] = {}
+    for part in (text or "").split(","):
+        key, equals, value = part.strip().partition("=")
+        if part.strip() and not equals:
+            raise UserError(f"options={text}: {part!r} is not of the form name=value")
+        if equals:
+            # Words such as "off" are truth values to YAML and names to the options.
+            changes[key] = parse(value) if value in ("true", "false") else value
+    return changes
+
+
+def faster(
+    denoiser: Denoiser, tier: str, device: torch.device, release: bool, changes: Mapping[str, Any]
+) -> Denoiser:
+    """`inference.fast.prepare`; a clip's stages share the result (`view`).
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    with torch.no_grad():
+        return prepare(denoiser, tier, device=device, release=release, **changes)

@@ -1,0 +1,129 @@
+"""The measured stages as bars beside the published ones, and the predictions in a panel of their own."""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from inference.latency.ladder_table import SIZES
+from inference.roofline import predict
+from inference.roofline.bounds import PUBLISHED
+from inference.roofline.cases import make
+from inference.roofline.work import video_decoder
+from magihuman.errors import UserError
+
+NAME = "latency.png"
+KEY = "magihuman-values"
+_COLOURS = {"base": "#4878d0", "sr": "#ee854a", "decode": "#6acc64"}
+_DECODE_RATE = 350e12  # FLOP/s assumed of a tuned Turbo decoder, for predictions only
+_SHOWN_RUNGS = ("attention", "fp8", "fp8_attention")
+
+
+def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The bars: seconds of base, SR and decode with the copy to the host."""
+    from inference.latency.tables import measured, on_gpu
+
+    bars = []
+    for size in SIZES:
+        times = PUBLISHED[size]
+        bars.append({"size": size, "name": "published", **{k: times.get(k, 0.0) for k in _COLOURS}})
+        for row in measured(folder):
+            if row["size"] != size or not on_gpu(row) or "comparable" not in row:
+                continue
+            stages = row["stages"]
+            name = f"{row['tier']}, {row['made']['machine'].removeprefix('NVIDIA ')}"
+            seconds = {k: stages[k]["median"] if k in stages else 0.0 for k in ("base", "sr")}
+            decode = stages["video decode"]["median"] + stages["to host"]["median"]
+            bars.append({"size": size, "name": name, **seconds, "decode": decode})
+    predicted = []
+    for rung in predict.LADDER:
+        if rung.key in _SHOWN_RUNGS:
+            for size in SIZES:
+                case = make(size)
+                loops = predict.seconds(case, rung.rates, predict.H200)
+                decode = video_decoder(case).flops / _DECODE_RATE
+                cells = {"base": loops["base"], "sr": loops.get("sr", 0.0), "decode": decode}
+                predicted.append(
+                    {"size": size, "name": rung.key, **{k: round(v, 4) for k, v in cells.items()}}
+                )
+    return {"measured": bars, "predicted": predicted}
+
+
+def draw(folder: Path) -> Path:
+    """Draw the bars into the folder; the picture carries a hash of its values.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib; use picture=false") from error
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    shown = values(folder)
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots(2, len(SIZES), squeeze=False, height_ratios=[3, 2])
+    titles = {"measured": "published and measured", "predicted": "PREDICTED for one H200, not measured"}
+    for line, (panel, bars) in enumerate(shown.items()):
+        for column, size in enumerate(SIZES):
+            axis = axes[line][column]
+            own = [bar for bar in bars if bar["size"] == size]
+            left = [0.0] * len(own)
+            for part, colour in _COLOURS.items():
+                widths = [bar[part] for bar in own]
+                hatch = "//" if panel == "predicted" else None
+                axis.barh(
+                    [bar["name"] for bar in own], widths, left=left, color=colour, label=part, hatch=hatch,
+                    edgecolor="white", height=0.6,
+                )  # fmt: skip
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            for place, total in enumerate(left):
+                axis.text(total, place, f" {total:.2f}", va="center", fontsize=8)
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.2 * max(left))
+            axis.set_title(f"{size}: {titles[panel]}", fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(fontsize=7, loc="lower right")
+    figure.supxlabel("seconds of a 5-second clip: base + SR + decode with the copy to the host", fontsize=9)
+    path = folder / NAME
+    figure.savefig(path, dpi=110, metadata={KEY: digest(shown), "Software": None})
+    return path
+
+
+def digest(shown: dict[str, list[dict[str, Any]]]) -> str:
+    """Hash of the bars."""
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def check_pictures(folder: Path) -> list[str]:
+    """The folder's picture, if it has one.
+
+    Raises:
+        UserError: it does not show the folder's values.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return []
+    if text_of(path).get(KEY) != digest(values(folder)):
+        raise UserError(f"{path} does not show the result files; run `python -m inference.latency table`")
+    return [NAME]
+
+
+def text_of(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG file."""
+    data, found, place = path.read_bytes(), {}, 8
+    while place < len(data):
+        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        body = data[place + 8 : place + 8 + length]
+        if kind == b"tEXt":
+            key, _, value = body.partition(b"\0")
+            found[key.decode("latin-1")] = value.decode("latin-1")
+        elif kind == b"zTXt":
+            key, _, rest = body.partition(b"\0")
+            found[key.decode("latin-1")] = zlib.decompress(rest[1:]).decode("latin-1")
+        place += 12 + length
+    return found

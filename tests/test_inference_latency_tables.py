@@ -1,0 +1,178 @@
+"""Result files are only added to; tables and picture come from them and --check proves it; predictions stay apart."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference.latency import records, tables
+from inference.latency.measure import measure
+from inference.latency.picture import check_pictures, draw, values
+from magihuman.errors import UserError
+
+
+def spread(seconds: float) -> dict[str, float]:
+    return {"median": seconds, "min": 0.9 * seconds, "max": 1.1 * seconds, "cv": 0.01, "n": 5}
+
+
+def made(date: str = "2026-01-02T03:04:05+00:00", gpu: bool = True) -> dict[str, Any]:
+    machine = {"machine": "NVIDIA H100 80GB HBM3", "gpu": {}} if gpu else {"machine": "2 cores of X"}
+    code = {"commit": "0123456789abcdef", "changed": False, "sources": "ffff"}
+    return {
+        "how": "measured",
+        "command": "c",
+        "code": code,
+        "date": date,
+        "libraries": {"torch": "2.11"},
+    } | machine
+
+
+def row(size: str = "1080p", tier: str = "fast", base: float = 1.25, sr: float = 30.5) -> dict[str, Any]:
+    tokens = {"video": 1, "audio": 1, "text": 1}
+    geometry = {
+        "base": {"tokens": {**tokens, "total": 4050}, "steps": 8, "passes": 8},
+        "sr": {"tokens": {**tokens, "total": 65746}, "steps": 5, "passes": 5},
+    }
+    error = {"video_relative_l2": 2e-3, "audio_relative_l2": 5e-3}
+    own = {"video_relative_l2": 4e-3, "audio_relative_l2": 3e-3}
+    stages = {"base": base, "sr": sr, "video decode": 2.5, "to host": 0.25}
+    return {
+        "size": size, "model": "15b", "tier": tier, "exactness": "E1", "options": {}, "dtype": "bfloat16",
+        "weights": "random, bfloat16, the same for both stages", "decoder": {"name": "turbo", "weights": "random"},
+        "geometry": geometry, "steady": True, "comparable": spread(base + sr + 2.75),
+        "stages": {name: spread(seconds) for name, seconds in stages.items()},
+        "errors": {"sr": {"against_float32_reference": error, "reference_against_float32": own}},
+    }  # fmt: skip
+
+
+def test_files_are_only_added(tmp_path: Path) -> None:
+    first = records.write("measure", "1080p fast", [row()], made(), tmp_path)
+    assert first.name == "20260102t030405-nvidia-h100-80gb-hbm3-measure-1080p-fast-0123456.json"
+    before = first.read_bytes()
+    second = records.write("measure", "1080p fast", [row(base=9)], made(), tmp_path)
+    assert first.read_bytes() == before
+    assert second != first
+    assert [values["rows"][0]["stages"]["base"]["median"] for values in records.read(tmp_path)] == [1.25, 9]
+    for damaged in (
+        {**json.loads(before), "format": "x"},
+        {**json.loads(before), "provenance": {"how": "predicted"}},
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="no result file"):
+            records.read(tmp_path)
+
+
+def test_latency_table_shows_what_was_measured(tmp_path: Path) -> None:
+    records.write("measure", "a", [row()], made("2026-01-02T00:00:00+00:00"), tmp_path)
+    records.write("measure", "b", [row(base=1.5)], made("2026-02-02T00:00:00+00:00"), tmp_path)
+    records.write("measure", "c", [row(tier="fp8", base=0.75)], made(), tmp_path)
+    records.write("measure", "d", [row("tiny", base=7.77)], made(gpu=False), tmp_path)
+    table = tables.latency_table(str(tmp_path))
+    ours = [line for line in table.splitlines() if "NVIDIA H100" in line and line.startswith("|")]
+    assert len(ours) == 2  # the newest of equal ones
+    cells = [cell.strip() for cell in next(line for line in ours if "fast (E1)" in line).split("|")[1:-1]]
+    assert cells == [
+        "1080p", "NVIDIA H100 80GB HBM3", "fast (E1), turbo", "4050 / 65746", "8 / 5", "1.50 [1.35, 1.65]",
+        "30.50 [27.45, 33.55]", "2.750", "34.75", "5.0e-03 of fp32; the reference 4.0e-03", "random",
+    ]  # fmt: skip
+    assert "| 1080p | H100, published | not said | not said | 8 / 5 | 1.6 | 31.0 | 5.8 | 38.4 |" in table
+    assert "7.77" not in table
+    assert "7.77" in tables.cpu_table(str(tmp_path))
+    assert "predicted" not in table.lower()
+
+
+def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
+    def rung(key: str, seconds: float) -> dict[str, Any]:
+        return {
+            "key": key,
+            "size": "256p",
+            "model": "15b",
+            "stages": {"base": spread(seconds)},
+            "attention_kernel": "cudnn",
+        }
+
+    failed = {
+        "key": "fp8_attention",
+        "size": "256p",
+        "model": "15b",
+        "status": "n/a",
+        "reason": "no FlashAttention-3",
+    }
+    records.write("ladder", "256p", [rung("eager", 0.25), rung("pad", 0.2), failed], made(), tmp_path)
+    table = tables.gains_table(str(tmp_path))
+    lines = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in table.splitlines()[2:10]
+    }
+    rows = list(lines.values())
+    assert rows[0][:2] == ["2.10", "2.00"]
+    assert rows[1][:2] == ["1.72 (-0.38)", "1.60 (-0.40)"]
+    assert rows[2][:2] == ["1.45 (-0.27)", "-"]
+    assert rows[7][:2] == ["0.87 (-0.06)", "n/a"]
+    assert "attention cudnn" in table
+
+
+def _readme(folder: Path) -> Path:
+    file = folder / "README.md"
+    blocks = "\n\n".join(f"<!-- {kind} {folder} -->\n<!-- end -->" for kind in tables.TABLES)
+    file.write_text(f"# Title\n\n{blocks}\n\nend\n")
+    file.write_text(tables.render(file.read_text()))
+    return file
+
+
+def test_check_finds_every_difference(tmp_path: Path) -> None:
+    records.write("measure", "a", [row()], made(), tmp_path)
+    file = _readme(tmp_path)
+    assert tables.check_readme(file).startswith("4 tables of README.md and 0 pictures")
+    right = file.read_text()
+    file.write_text(right.replace("30.50", "29.50"))
+    with pytest.raises(UserError, match="differs from its result files"):
+        tables.check_readme(file)
+    file.write_text(right)
+    records.write("measure", "b", [row(tier="fp8")], made(), tmp_path)
+    with pytest.raises(UserError, match="differs from its result files"):
+        tables.check_readme(file)
+    file.write_text("# Title without tables\n")
+    with pytest.raises(UserError, match="has no block <!-- latency"):
+        tables.check_readme(file)
+
+
+def test_eval_readme_renders_the_same_blocks(tmp_path: Path) -> None:
+    from eval import readme
+
+    file = _readme(tmp_path)
+    assert readme.render(file.read_text()) == file.read_text()
+
+
+def test_picture_carries_its_values(tmp_path: Path) -> None:
+    records.write("measure", "a", [row()], made(), tmp_path)
+    bars = values(tmp_path)
+    ours = [bar for bar in bars["measured"] if bar["name"].startswith("fast")]
+    assert ours == [
+        {"size": "1080p", "name": "fast, H100 80GB HBM3", "base": 1.25, "sr": 30.5, "decode": 2.75}
+    ]
+    assert not any(bar["name"] in ("fp8", "attention") for bar in bars["measured"])
+    path = draw(tmp_path)
+    assert path.stat().st_size > 10_000
+    assert check_pictures(tmp_path) == ["latency.png"]
+    records.write("measure", "b", [row("256p")], made(), tmp_path)
+    with pytest.raises(UserError, match="does not show the result files"):
+        check_pictures(tmp_path)
+
+
+def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from magihuman.command import settings
+
+    assert settings(measure, ["--check"], "x") == {"check": True}
+    monkeypatch.setattr(tables, "REPO", tmp_path)
+    (tmp_path / "README.md").write_text("nothing\n")
+    with pytest.raises(UserError, match="has no block"):
+        measure(check=True)
+
+
+def test_committed_files_are_whole() -> None:
+    """The repository's own results can be read and shown."""
+    for kind, table in tables.TABLES.items():
+        assert table("inference/results/latency").count("\n") > 2, kind
+    assert all(found["provenance"]["code"]["sources"] for found in records.read())
