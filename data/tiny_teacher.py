@@ -88,7 +88,12 @@ def train(
     optimiser = build_optimizer(teacher, None, settings)
     schedule = build_schedule(optimiser, settings, steps)
     state, done, spent = Path(f"{output}.state.pt"), 0, 0.0
-    parts: dict[str, Any] = {"teacher": teacher, "average": average, "optimiser": optimiser, "schedule": schedule}
+    parts: dict[str, Any] = {
+        "teacher": teacher,
+        "average": average,
+        "optimiser": optimiser,
+        "schedule": schedule,
+    }
     if state.exists():
         saved = torch.load(state, weights_only=True)
         for name, part in parts.items():

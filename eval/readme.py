@@ -1,8 +1,8 @@
 """Tables of the README, rendered from committed result files: `python -m eval.readme` (check=true: compare only).
 
-A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->` or
-`<!-- sr FILE SET ROW ... -->` and `<!-- end -->` belongs to this command; a figure outside such a block is not to
-be trusted.
+A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->`,
+`<!-- sr FILE SET ROW ... -->`, `<!-- distill FILE ROW ... -->` or those of `inference.latency.tables` and
+`<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
 """
 
 import json
@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval import distill_report
 from eval.sr_report import ROWS as SR_ROWS
 from eval.stats import Measure
+from inference.latency.tables import TABLES as LATENCY_TABLES
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -125,11 +127,19 @@ def sr_table(file: str, name: str = "clip", *rows: str) -> str:
     return "\n".join(lines)
 
 
+def distill_table(file: str, *rows: str) -> str:
+    """Markdown of a compare.json (`eval.distill`): a column per sampler, rows by name, and the verdicts."""
+    values = json.loads((REPO / file).read_text())
+    return f"{distill_report.readme(values, rows)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+
+
 TABLES: dict[str, Callable[..., str]] = {
+    **LATENCY_TABLES,
     "scores": scores_table,
     "cost": cost_table,
     "peaks": peaks_table,
     "sr": sr_table,
+    "distill": distill_table,
 }
 
 BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)

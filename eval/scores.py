@@ -82,7 +82,8 @@ class ClipScore:
 @dataclass(frozen=True)
 class Scores:
     """Scores of a set of clips. `table` has every name of `ROWS`; `own`, `other` and `shifted` [n] are each
-    clip's correlations, in which a static or silent clip counts 0: it does not follow its voice."""
+    clip's correlations, in which a static or silent clip counts 0: it does not follow its voice; `found` [n] is 1
+    where a clip's own voice fits best."""
 
     clips: tuple[ClipScore, ...]
     table: dict[str, Measure]
@@ -91,6 +92,7 @@ class Scores:
     own: np.ndarray
     other: np.ndarray
     shifted: np.ndarray
+    found: np.ndarray
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -248,4 +250,5 @@ def score_clips(
         own=own,
         other=other,
         shifted=shifted,
+        found=found,
     )

@@ -57,6 +57,7 @@ def run(
     dtype: str | None = None,
     memory: str = "fast",
     weights: str | None = None,
+    tier: str | None = None,
     compat: str | None = None,
     gallery: bool = False,
     progress: bool = True,
@@ -108,6 +109,9 @@ def run(
         dtype: of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU
         memory: fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)
         weights: store the network's matrices in bf16, fp8 or int4; none keeps them
+        tier: how the network is computed: reference, exact (the same bits, sooner), fast (the same mathematics in
+            another order); approximate: fp8, fp8_attention, cached (for many steps); none is exact on the CPU,
+            reference on a GPU
         compat: o2 lets unguided sampling change the given sound, as the released code does
         gallery: with prompts=: also write index.html into the folder, a page of its clips for any browser
         progress: show a progress bar
@@ -133,6 +137,7 @@ def run(
             raise UserError("gallery=true is for many clips, with prompts=FILE")
         check_page(folder)
     rank, world, _ = ranks()
+    shared = world > 1 and prompts is None
     with _plain_warnings():
         codecs = {"video_codec": video_codec, "audio_codec": audio_codec, "text_encoder": text_encoder}
         source = find(
@@ -147,6 +152,8 @@ def run(
             weights=weights,
             codecs=codecs,
             lora=lora,
+            tier=tier,
+            shared=shared,
         )
         overrides = {
             "steps": steps,
@@ -168,7 +175,6 @@ def run(
         resolver = Resolver(source, folder, overrides)
         jobs = [resolver.job(request) for request in requests]
         manifest = None if prompts is None else folder / MANIFEST
-        shared = world > 1 and prompts is None
         if shared:
             check_spread(source, world)
         _check_folder(folder)

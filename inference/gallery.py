@@ -149,6 +149,7 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
         "checkpoint": record["checkpoint"]["name"],
         "weights": record["weights"] or "",
         "computed": f"{record['dtype']} on {record['device']}",
+        "tier": record.get("tier", ""),
     }
     return {label: value for label, value in facts.items() if value}
 

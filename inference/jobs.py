@@ -66,6 +66,7 @@ class Resolver:
             "dtype": self.source.dtype_name,
             "device": self.source.device.type,
             "weights": self.source.weights,
+            "tier": self.source.tier,
             "tile": self.source.tile,
         }
         path = self.folder / f"{request.name}.mp4"
@@ -197,6 +198,7 @@ def command(source: "Source", request: Request, settings: "Settings", path: Path
         "dtype": source.dtype_name,
         "memory": source.memory,
         "weights": source.weights,
+        "tier": source.tier,
     }
     given = [f"{key}={value}" for key, value in values.items() if value is not None]
     return ["python", "-m", "magihuman.infer", *given]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from inference.pipeline import Pipeline
     from magihuman.weights import ExportConfig
     from magihuman.world import World
+    from magihuman.zoo import Loaded
     from magihuman.zoo.decoders import DecoderConfig
 
 
@@ -75,7 +76,7 @@ class Source:
         folder, second_folder: of the checkpoints; config, second: their configs.
         decoder: config of the decoder, where it is one of ours; tile: see `inference.decode`.
         dtype: of the networks' products.
-        memory, weights: see `inference.memory`.
+        memory, weights: see `inference.memory`; tier: see `inference.fast`.
         codecs: paths of the released world's parts; empty for other worlds.
     """
 
@@ -93,6 +94,7 @@ class Source:
     dtype: "torch.dtype"
     memory: str
     weights: str | None
+    tier: str
     codecs: dict[str, str]
 
     @property
@@ -129,7 +131,7 @@ class Source:
         """
         import torch
 
-        from inference.memory import Stages, prepare_transformer
+        from inference.memory import Stages
         from inference.pipeline import Pipeline
         from magihuman import zoo
         from magihuman.world import load_world
@@ -146,15 +148,32 @@ class Source:
             decoder = decoders.load(self.turbo, codec_place, None if self.decoder is None else ours)
         world = load_world(self.config.world, codec_place, **self.codecs)
         loaded = zoo.load(self.checkpoint, weights_place, self.dtype, self.lora)
-        stages.add("sample", prepare_transformer(loaded.denoiser, self.memory, self.weights, self.device))
+        loaded = self._placed(loaded, stages, "sample")
         second = None
         if self.sr is not None:
-            second = zoo.load(self.sr, weights_place, self.dtype)
-            stages.add("refine", prepare_transformer(second.denoiser, self.memory, self.weights, self.device))
+            second = self._placed(zoo.load(self.sr, weights_place, self.dtype), stages, "refine")
         stages.add("condition", world.video_codec, world.audio_codec)
         stages.add("decode", world.audio_codec, decoder or world.video_codec)
         world = _with_cache(world, stages)
         return Pipeline(loaded, world, second=second, decoder=decoder, tile=self.tile, stages=stages)
+
+    def _placed(self, loaded: "Loaded", stages: "Stages", stage: str) -> "Loaded":
+        """A network in its form, tier and place."""
+        from inference.fast import prepare
+        from inference.memory import prepare_transformer, store_weights
+
+        denoiser = loaded.denoiser
+        if self.tier == "reference":
+            stages.add(stage, prepare_transformer(denoiser, self.memory, self.weights, self.device))
+            return loaded
+        if self.weights is not None:
+            place = denoiser.model.adapter.rope.bands.device
+            store_weights(denoiser.model, self.weights, place, place)
+        # A recorded graph knows where weights are, so it cannot be where they come and go.
+        fixed = {} if self.memory == "fast" else {"graphs": False}
+        denoiser = prepare(denoiser, self.tier, device=self.device, release=True, **fixed)
+        stages.add(stage, denoiser)
+        return replace(loaded, denoiser=denoiser)
 
 
 def _with_cache(world: "World", stages: "Stages") -> "World":
@@ -190,11 +209,14 @@ def find(
     weights: str | None = None,
     codecs: dict[str, str | None] | None = None,
     lora: str | None = None,
+    tier: str | None = None,
+    shared: bool = False,
 ) -> Source:
     """Look at everything that the command names, without reading weights.
 
     Args:
         lora: adapter of the base, see `magihuman.zoo.adapters`.
+        tier, shared: see `inference.fast.tiers.choose_tier`.
         codecs: paths of the released world's parts, by the names of `magihuman.world.load_world`; what is None
             comes from the environment.
 
@@ -203,6 +225,7 @@ def find(
     """
     import torch
 
+    from inference.fast import choose_tier, require_kernel
     from inference.memory import check_memory
     from inference.tiles import latents_per_tile
     from magihuman import zoo
@@ -214,6 +237,9 @@ def find(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype} is unknown; choose float32 or bfloat16")
     usual = torch.bfloat16 if place.type == "cuda" else torch.float32
+    own = usual if dtype is None else getattr(torch, dtype)
+    tier = choose_tier(tier, place.type, memory, weights, shared)
+    require_kernel(tier, place, own)
     folder, config = zoo.find(checkpoint), zoo.config_of(checkpoint)
     require_role(config, checkpoint, first=True)
     if lora is not None:
@@ -249,8 +275,9 @@ def find(
         decoder=decoder,
         tile=tile,
         device=place,
-        dtype=usual if dtype is None else getattr(torch, dtype),
+        dtype=own,
         memory=memory,
         weights=weights,
+        tier=tier,
         codecs=given,
     )

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from inference import clip as clips
 from inference.checks import require_decoder, require_finite, require_positions, require_role
 from inference.clip import Clip
 from inference.decode import Decoder, device_of
+from inference.fast import prepare, tier_of
 from inference.geometry import frames_for
 from inference.memory import Stages
 from inference.sample import draw_noise, sample, seeded
@@ -54,10 +55,12 @@ class Pipeline:
         decoder: decodes instead of the world's video codec (a Turbo decoder), or None.
         tile: pixels a side of the tiles in which large pictures are decoded, or None, see `inference.decode`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
+        tier: how both networks shall compute, see `inference.fast`; the default leaves them as they come.
 
     Attributes:
         folder: of the base checkpoint.
         dtype: of the network's products, such as "float32".
+        tier: that the base computes in.
         times: seconds spent per stage so far: text, condition, sample, refine, decode.
 
     Raises:
@@ -73,6 +76,7 @@ class Pipeline:
         decoder: Any = None,
         tile: int | None = None,
         stages: Stages | None = None,
+        tier: str = "reference",
     ) -> None:
         loaded.config.contract.require(world.contract, "the checkpoint", f"the world {world.name!r}")
         require_role(loaded.config, loaded.folder, first=True)
@@ -83,15 +87,16 @@ class Pipeline:
             require_role(second.config, second.folder, first=False)
         if decoder is not None:
             require_decoder(decoder, world.contract)
-        self.denoiser = loaded.denoiser.eval()
+        self.denoiser = prepare(loaded.denoiser.eval(), tier)
         self.config = loaded.config
         self.folder = loaded.folder
         self.world = world
-        self.second = second
+        self.second = None if second is None else replace(second, denoiser=prepare(second.denoiser, tier))
         self.decoder = Decoder(world.video_codec if decoder is None else decoder, tile)
         self.stages = stages
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
         self.dtype = str(self.denoiser.model.compute_dtype).removeprefix("torch.")
+        self.tier = tier_of(self.denoiser)
         self.times: dict[str, float] = defaultdict(float)
         self._texts: dict[str, torch.Tensor] = {}
 

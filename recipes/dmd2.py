@@ -21,8 +21,11 @@ What is peculiar here:
     step 3 may be drawn at will: it weighs the integral, nothing else.
   - Audio has a hundredth of the video's entries. Every mean and every normaliser is of one modality.
   - Given first frames and given sounds stay clean in the inputs of all three networks, and count nowhere.
-  - Distribution matching forgets modes when the critic lags behind. `magihuman.distill.health` compares the
-    student's samples with the teacher's at fixed prompts and noise, and ends a run that collapses.
+  - The critic cannot know which step made an estimate. Trained on all of them it learns a mixture, and final samples
+    overshoot to make up for early estimates, which are blurred: `critic.first_step` leaves those out.
+  - How often samples show what the prompt leaves open is read at high levels alone and drifts. An adversary on real
+    latents (`magihuman.distill.adversary`) holds it, `magihuman.distill.health` watches it: the student's samples
+    against the teacher's at fixed prompts and noise. A run that collapses ends with advice.
 """
 
 from collections.abc import Callable

@@ -119,6 +119,12 @@ class TurboVAE(Recipe):
             if not isinstance(loaded, WanTeacher):
                 raise UserError(f"recipe.teacher={source} is no decoder of layout wan; choose tiny/teacher")
             teacher = loaded
+        wanted = self.config.latents
+        if (teacher.channels, teacher.stride) != (wanted.channels, wanted.stride):
+            raise UserError(
+                f"recipe.teacher={source} takes {teacher.channels} channels and upsamples by {list(teacher.stride)}, "
+                f"the student {wanted.channels} and {list(wanted.stride)}; choose the decoder of the shards' codec"
+            )
         return teacher.truncated(blocks).eval().requires_grad_(False)
 
     def configure_model(self) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from inference.fast import kernels, options_for, prepare
 from inference.fast.reuse import StepCache, reused_steps
 from inference.sample import LatentShape, Noise, sample, seeded
+from magihuman import zoo
 from magihuman.denoiser import Denoiser
 from magihuman.flow.guidance import Guidance
+from magihuman.world import load_world
 
 SANDWICH = replace(DEEP, num_layers=6, mm_layers=(0, 5), gelu7_layers=(0,), local_attn_layers=(2, 5))
 SHAPE = LatentShape(channels=3, frames=3, height=4, width=4, audio=5, audio_channels=6)
@@ -161,8 +163,7 @@ def test_few_steps_reuse_nothing() -> None:
     for steps in (1, 5, 8, 11):
         assert not any(reused_steps(steps))
     plan = reused_steps(32)
-    assert sum(plan) == 10
-    assert [i for i, reused in enumerate(plan) if reused] == list(range(9, 28, 2))
+    assert [i for i, reused in enumerate(plan) if reused] == list(range(5, 30, 2))
 
 
 def test_a_loop_runs_the_middle_layers_when_the_plan_says() -> None:
@@ -182,7 +183,7 @@ def test_a_loop_runs_the_middle_layers_when_the_plan_says() -> None:
         sample(
             cached, text, negative, SHAPE, 32, guidance=Guidance(), generator=seeded([1]), cfg_passes=passes
         )
-        assert middle[0] == passes * (32 - 10)
+        assert middle[0] == passes * (32 - 13)
         assert len(cached.model.cache._changes) == passes
 
 
@@ -219,11 +220,35 @@ def test_steps_that_change_nothing_reuse_exactly() -> None:
             assert error(part, theirs) < 1e-5
 
 
-def test_the_cache_forgets() -> None:
+def test_the_forecast_is_the_line_through_the_last_two_changes() -> None:
     cache = StepCache()
     cache.begin(16)
-    cache.enter("a")
-    cache.keep(torch.zeros(1), torch.ones(1))
-    assert cache.change() is None  # the first step of a trajectory runs everything
+    for step in range(16):
+        cache.enter("a")
+        forecast = cache.change()
+        assert (forecast is not None) == reused_steps(16)[step]
+        if forecast is None:
+            cache.keep(torch.zeros(1), torch.tensor([3.0 * step + 1]))
+        else:
+            assert torch.allclose(forecast, torch.tensor([3.0 * step + 1]))
     cache.begin(16)
     assert not cache._changes
+
+
+def test_forecasting_beats_fewer_steps_on_the_shipped_checkpoint() -> None:
+    """Six forecasts in 16 steps cost what 12 whole steps do; errors measured: 0.003 to 0.022, sound 0.008 to 0.033."""
+    loaded = zoo.load("tiny/base")
+    encode = load_world("tiny").text_encoder.encode
+    text, negative = encode(["round face, ginger hair, blue shirt, green wall, says ma bi so"]), encode([""])
+    shape = LatentShape(12, 2, 16, 16, 5, 64)
+
+    def latents(tier: str, steps: int) -> tuple[Tensor, Tensor]:
+        guidance = loaded.config.sampling.guidance
+        denoiser = prepare(loaded.denoiser, tier)
+        return sample(denoiser, text, negative, shape, steps, guidance=guidance, generator=seeded([1]))
+
+    assert sum(reused_steps(16)) == 6
+    for wanted, forecast, fewer in zip(
+        latents("fast", 16), latents("cached", 16), latents("fast", 12), strict=True
+    ):
+        assert error(forecast, wanted) < 0.4 * error(fewer, wanted) < 0.02

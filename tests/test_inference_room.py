@@ -15,6 +15,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.models.codecs import Contract
 from magihuman.weights import ExportConfig
+from magihuman.zoo.plan import needs
 
 CONTRACT = Contract("wan", "oobleck", "t5", 48, 64, 3584, (4, 16, 16), 25.0, 51200, 2)
 CONFIG = ExportConfig(zoo.arch("15b"), zoo.pack("15b"), "released", CONTRACT)
@@ -26,9 +27,10 @@ LARGE = Settings(
 
 def _source(**changes: Any) -> Source:
     values: dict[str, Any] = {
-        "checkpoint": "base", "lora": None, "sr": "1080p_sr", "turbo": None, "folder": Path("base"), "second_folder": None,
+        "checkpoint": "base", "lora": None, "sr": "1080p_sr", "turbo": None, "folder": Path("base"),
+        "second_folder": None,
         "config": CONFIG, "second": CONFIG, "device": torch.device("cuda"), "dtype": torch.bfloat16,
-        "memory": "fast", "weights": None, "codecs": {}, "decoder": None, "tile": None,
+        "memory": "fast", "weights": None, "tier": "reference", "codecs": {}, "decoder": None, "tile": None,
     }  # fmt: skip
     return Source(**(values | changes))
 
@@ -59,3 +61,24 @@ def test_a_batch_counts(gpu: SimpleNamespace) -> None:
 
 def test_on_the_cpu_nothing_is_asked() -> None:
     room.check_room(_source(device=torch.device("cpu")), [LARGE] * 3, 100)
+
+
+def test_a_light_decoder_counts_as_what_it_is(gpu: SimpleNamespace) -> None:
+    from magihuman.zoo import decoders
+
+    described = decoders.arch("b")
+    latents = decoders.Latents("wan", 48, (4, 16, 16))
+    ours = decoders.DecoderConfig(described["layout"], described["network"], latents)
+    decode = {
+        name: needs(room.request_for(_source(**changes), LARGE, 1))[-1].activations
+        for name, changes in {
+            "wan": {},
+            "published": {"turbo": "turbo_vae"},
+            "b": {"turbo": "run", "decoder": ours},
+            "tiled": {"turbo": "run", "decoder": ours, "tile": 512},
+            "published tiled": {"turbo": "turbo_vae", "tile": 512},
+        }.items()
+    }
+    assert decode["b"] < 2.5e9 < 20e9 < decode["wan"] < decode["published"]
+    assert decode["tiled"] < decode["b"]
+    assert decode["published tiled"] < 0.25 * decode["published"]

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from magihuman.allocations import Allocations
 from magihuman.errors import UserError
-from magihuman.models.codecs_student import LONGEST_CHUNK, POSITIONS, ReleasedStudent, StudentCodec
+from magihuman.models.codecs_student import ReleasedStudent, StudentCodec
+from magihuman.models.student_config import LONGEST_CHUNK, POSITIONS
 from magihuman.models.turbo_decoder import TurboConfig
 from magihuman.models.turbo_student import StudentConfig, StudentStage, TurboStudent, norm_silu, shuffle
 from magihuman.zoo import decoders

@@ -1,6 +1,7 @@
 """Turbo VAE: the losses, the teacher over whole clips, what moves and what is exported, and that it learns."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.errors import UserError
+from magihuman.models.codecs import Contract
 from magihuman.models.codecs_wan import WanCodec
 from magihuman.models.wan_teacher import TeacherConfig, WanTeacher
 from magihuman.training import decoder_losses as losses
@@ -49,9 +51,9 @@ def teacher(tmp_path_factory) -> Path:
     )
 
 
-def recipe(**settings: Any) -> TurboVAE:
+def recipe(contract: Contract = training_stub.CONTRACT, **settings: Any) -> TurboVAE:
     setup = Setup(
-        model=None, pack=None, world="stub", contract=training_stub.CONTRACT, size=Size(9, 16, 16),
+        model=None, pack=None, world="stub", contract=contract, size=Size(9, 16, 16),
         null_text=torch.zeros(1, 5), optim=OptimSettings(lr=1e-2, ema_decay=0.9),
         trainer=TrainerSettings(100, precision="fp32"), strategy=StrategySettings(),
     )  # fmt: skip
@@ -146,6 +148,41 @@ def test_a_teacher_is_saved_with_its_contract_and_opened_again(teacher: Path) ->
     assert opened.decode(torch.zeros(1, 3, 3, 2, 2)).shape == (1, 3, 9, 8, 8)
     with pytest.raises(UserError, match="teacher_blocks=4, but this teacher has 3 up blocks"):
         opened.truncated(4)
+
+
+def test_the_published_vae_teaches_students_of_its_latents(tmp_path: Path) -> None:
+    """Its file in the original layout, small; a student with B's stages; frames of the published stride."""
+    from diffusers import AutoencoderKLWan
+
+    from magihuman.models.codecs_wan import key_map
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=4, z_dim=48, dim_mult=[1, 2, 2, 2], num_res_blocks=1, is_residual=True,
+        temperal_downsample=[False, True, True], in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=16,
+    )  # fmt: skip
+    state = vae.state_dict()
+    file = tmp_path / "Wan2.2_VAE.pth"
+    torch.save({name: state[inner].contiguous() for name, inner in key_map(vae).items()}, file)
+    network = decoders.arch("b")["network"]
+    network["stages"] = [{**stage, "width": 8, "blocks": 1} for stage in network["stages"]]
+    contract = replace(
+        training_stub.CONTRACT, video_codec="wan2.2", video_channels=48, video_stride=(4, 16, 16)
+    )
+    made = recipe(
+        contract=contract, student={"layout": "causal", "network": network}, teacher=str(file), align=1.0
+    )
+    assert made.taps == [0, 1]
+    given = {
+        "video": torch.randn(1, 48, 2, 3, 2),
+        "frames": torch.randint(0, 256, (1, 3, 5, 48, 32)).byte(),
+    }
+    loss = made.loss(given, draws(1))
+    loss.backward()
+    assert all(p.grad is not None for p in made.heads.parameters())
+    with pytest.raises(UserError, match=r"takes 48 channels and upsamples by \[4, 16, 16\], the student 3"):
+        recipe(teacher=str(file), align=1.0)
 
 
 # The recipe

@@ -29,18 +29,22 @@ def _child(folder: str, shards: str, overrides: list[str], environment: dict[str
 
 
 class World:
-    """Trainings by one or two processes."""
+    """Trainings by one or two processes.
+
+    Args:
+        more: overrides of all of them; "%d" and "%s" become the number of processes and the strategy.
+    """
 
     child = staticmethod(_child)
 
-    def __init__(self, shards: Path) -> None:
-        self.shards = shards
+    def __init__(self, shards: Path, more: list[str] = MORE) -> None:
+        self.shards, self.more = shards, more
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
 
     def run(self, folder: Path, strategy: str, size: int, *overrides: str) -> list[int | None]:
         """Exit codes by rank; when one process dies the others are killed, as a launcher would."""
-        chosen = [o % (size if "devices" in o else strategy) if "%" in o else o for o in MORE]
+        chosen = [o % (size if "devices" in o else strategy) if "%" in o else o for o in self.more]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -174,6 +174,23 @@ def test_released_turbo_decoder() -> None:
     assert footprint.TURBO_DECODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("size", [(256, 448), (1088, 1920)])
+def test_our_decoders(name: str, size: tuple[int, int]) -> None:
+    from inference.decode_cost import decode_cost
+    from magihuman.models.student_config import StudentConfig
+    from magihuman.zoo import decoders
+
+    config = StudentConfig.from_dict(decoders.arch(name)["network"])
+    chunk = config.chunk(size[0] * size[1] // 256)
+    counted = decode_cost(name, *size, latents=chunk + 1)
+    computed = footprint.student_decoder(config, *size)
+    assert computed.weights == counted.weight_bytes
+    # The pictures of a chunk are counted, too; the plan adds them apart.
+    whole = computed.weights + computed.activations(0) + footprint.clip_bytes(4 * chunk, *size, 4)
+    assert counted.peak_bytes <= whole <= 1.5 * counted.peak_bytes
+
+
 def test_released_video_codec() -> None:
     from magihuman.models.codecs_wan import WanCodec, _build
 

@@ -10,14 +10,24 @@
 
 from typing import TYPE_CHECKING, Any
 
-from inference.fast.tiers import TIERS, Options, Tier, check_tier, options_for
+from inference.fast.tiers import TIERS, Options, Tier, check_tier, choose_tier, options_for
 
 if TYPE_CHECKING:
     import torch
 
     from magihuman.denoiser import Denoiser
 
-__all__ = ["TIERS", "Options", "Tier", "check_tier", "options_for", "prepare"]
+__all__ = [
+    "TIERS",
+    "Options",
+    "Tier",
+    "check_tier",
+    "choose_tier",
+    "options_for",
+    "prepare",
+    "require_kernel",
+    "tier_of",
+]
 
 
 def prepare(
@@ -46,7 +56,30 @@ def prepare(
     import torch
 
     from inference.fast.denoiser import FastDenoiser
+    from magihuman.errors import UserError
 
+    if isinstance(denoiser, FastDenoiser):
+        raise UserError(f"this network was prepared for tier={denoiser.tier.name}; load the checkpoint again")
     place = torch.device(device) if device is not None else denoiser.model.adapter.rope.bands.device
     options = options_for(tier, place.type, **changes)
     return FastDenoiser(denoiser, TIERS[tier], options, place, release)
+
+
+def tier_of(denoiser: "Denoiser") -> Tier:
+    """The tier that a denoiser computes in."""
+    return getattr(denoiser, "tier", TIERS["reference"])
+
+
+def require_kernel(tier: str, device: "torch.device", dtype: "torch.dtype") -> None:
+    """Ask before weights are loaded whether the attention kernel that a tier names can run.
+
+    Raises:
+        UserError: it cannot, with the reason and what to use instead.
+    """
+    from inference.fast.kernels import refusal
+    from magihuman.errors import UserError
+
+    name = options_for(tier, device.type).attention
+    reason = None if name in ("auto", "reference") else refusal(name, device, dtype)
+    if reason is not None:
+        raise UserError(f"tier={tier} cannot run here: {reason}")

@@ -79,7 +79,9 @@ def before(x: Tensor, tokens: Tokens, w: LayerTensors, kind: Kind) -> Projected:
     return Projected(q, k, _join(values), tuple(gates))
 
 
-def after(x: Tensor, out: Tensor, gates: tuple[Tensor, ...], tokens: Tokens, w: LayerTensors, kind: Kind) -> Tensor:
+def after(
+    x: Tensor, out: Tensor, gates: tuple[Tensor, ...], tokens: Tokens, w: LayerTensors, kind: Kind
+) -> Tensor:
     """Attention's output [L,Hq,D] into the residual stream, and the feed-forward half.
 
     x, out and gates may lack the last experts, whose weights then are not used.

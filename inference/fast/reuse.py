@@ -1,34 +1,35 @@
-"""Step cache: in some steps of a long trajectory the middle layers' change of the residual stream is reused.
+"""Step cache: in some steps of a long trajectory the middle layers' change of the residual stream is forecast.
 
-The idea is that of TeaCache (Liu et al. 2024, arXiv 2411.19108) and first-block caching, with the decision taken
-beforehand from the number of steps: a decision from the data would make the host wait for the device in every step,
-and the same request would not always cost the same.
+The forecast is the line through the last two changes that were computed (TaylorSeer of order 1, Liu et al. 2025, arXiv
+2503.06923). Which steps use it is decided beforehand from their number: a decision from the data (TeaCache, arXiv
+2411.19108) would make the host wait for the device in every step.
 """
 
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
 SHORTEST = 12
-"""Steps from which anything is reused: few-step students change too much between theirs."""
+"""Steps from which anything is forecast: few-step students change too much between theirs."""
 
 
 def reused_steps(steps: int) -> tuple[bool, ...]:
-    """Which steps of a trajectory reuse: every second one between the first quarter and the last eighth.
+    """Which steps of a trajectory forecast: every second one after the first eighth, but none of the last two.
 
     The first steps decide what is where, the last ones the detail.
     """
-    start, stop = -(-steps // 4), steps - max(2, steps // 8)
-    return tuple(steps >= SHORTEST and start <= i < stop and (i - start) % 2 == 1 for i in range(steps))
+    start = steps // 8
+    return tuple(steps >= SHORTEST and start <= i < steps - 2 and (i - start) % 2 == 1 for i in range(steps))
 
 
 class StepCache:
-    """The middle layers' last change for every pass of a trajectory: each side of the guidance may be a pass."""
+    """The middle layers' last two changes for every pass of a trajectory: each side of the guidance may be a pass."""
 
     def __init__(self) -> None:
         self._plan: tuple[bool, ...] = ()
         self._steps: dict[Hashable, int] = {}
-        self._changes: dict[Hashable, Tensor] = {}
+        self._changes: dict[Hashable, list[tuple[int, Tensor]]] = {}
         self._key: Hashable = None
 
     def begin(self, steps: int) -> None:
@@ -44,10 +45,14 @@ class StepCache:
 
     def change(self) -> Tensor | None:
         """What to add to the residual stream instead of running the middle layers now; None to run them."""
-        step = self._steps.get(self._key, len(self._plan))
-        return self._changes.get(self._key) if step < len(self._plan) and self._plan[step] else None
+        step, known = self._steps.get(self._key, 0), self._changes.get(self._key, [])
+        if step >= len(self._plan) or not self._plan[step] or len(known) < 2:
+            return None
+        (before, older), (last, newer) = known
+        return torch.lerp(older, newer, (step - before) / (last - before))
 
     def keep(self, entered: Tensor, left: Tensor) -> None:
         """Remember what the middle layers did to the residual stream, fp32 [L,H] before and after."""
         if any(self._plan):
-            self._changes[self._key] = left - entered
+            known = self._changes.setdefault(self._key, [])
+            self._changes[self._key] = [*known[-1:], (self._steps[self._key], left - entered)]

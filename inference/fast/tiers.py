@@ -41,7 +41,7 @@ TIERS = {
         ),
         Tier("fp8", "approximate", "fast, with block products in 8-bit floats at fixed scales"),
         Tier("fp8_attention", "approximate", "fp8, and attention in 8-bit floats (FlashAttention-3, Hopper)"),
-        Tier("cached", "approximate", "fast, reusing the middle layers' change in some of many steps"),
+        Tier("cached", "approximate", "fast, with the middle layers' change forecast in some of many steps"),
     )
 }
 
@@ -60,7 +60,7 @@ class Options:
         graphs: a CUDA graph per geometry, for short sequences.
         attention: a name of ATTENTION; "reference" is the reference's own choice.
         fp8: which layers multiply in 8 bits: "off", "shared" (those without experts), "all".
-        cache: reuse of the middle layers' change between steps.
+        cache: the middle layers' change is forecast in some steps, see `inference.fast.reuse`.
     """
 
     planes: bool = True
@@ -90,6 +90,34 @@ def check_tier(name: str) -> Tier:
     if name not in TIERS:
         raise UserError(f"tier={name} is unknown; choose one of {', '.join(TIERS)}")
     return TIERS[name]
+
+
+def choose_tier(tier: str | None, device_type: str, memory: str, weights: str | None, shared: bool) -> str:
+    """The tier of a command.
+
+    None is "exact" on the CPU, where tests hold it to the reference bit by bit on the released vectors, and
+    "reference" on a GPU and wherever something else decides how the network is kept or computed.
+
+    Args:
+        memory, weights: see `inference.memory`; shared: several processes compute one clip together.
+
+    Raises:
+        UserError: an unknown tier, or one that does not go with the rest.
+    """
+    if tier is not None:
+        check_tier(tier)
+    reason = None
+    if memory == "low":
+        reason = "memory=low streams the reference's layers; use memory=balanced"
+    elif weights in ("fp8", "int4"):
+        reason = f"weights={weights} is the reference's storage; leave weights= out"
+    elif shared:
+        reason = "several processes compute this clip together as the reference does; give many prompts, or start one"
+    if tier not in (None, "reference") and reason is not None:
+        raise UserError(f"tier={tier} cannot be used here: {reason}")
+    if tier is None:
+        return "exact" if device_type == "cpu" and reason is None else "reference"
+    return tier
 
 
 def options_for(tier: str, device_type: str, **changes: Any) -> Options:

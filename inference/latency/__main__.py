@@ -1,7 +1,8 @@
-"""python -m inference.latency [measure|decode|micro|ladder|suite|table] [key=value ...]: see `inference.latency`."""
+"""Commands of `inference.latency`: python -m inference.latency COMMAND [key=value ...]."""
 
 from collections.abc import Callable
 
+from inference.latency.calibrate import predict
 from inference.latency.decoders import decode
 from inference.latency.ladder import ladder
 from inference.latency.measure import measure
@@ -16,6 +17,7 @@ COMMANDS: dict[str, Callable[..., str]] = {
     "micro": micro,
     "ladder": ladder,
     "suite": suite,
+    "predict": predict,
     "table": table,
 }
 

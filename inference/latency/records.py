@@ -17,10 +17,8 @@ from magihuman.provenance import code_version, processor, sources_hash, write_at
 FORMAT = "magihuman-latency/1"
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "latency"
 KINDS = ("measure", "decode", "micro", "ladder")
-_QUERY = (
-    "driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,"
-    "clocks_event_reasons.active"
-)
+_QUERY = "driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
+_THROTTLED = "clocks_event_reasons.active"  # older drivers do not know it
 
 
 def provenance(device: Any) -> dict[str, Any]:
@@ -59,19 +57,22 @@ def provenance(device: Any) -> dict[str, Any]:
 
 def _gpu_state() -> dict[str, Any]:
     """Driver, power and clocks, and how many other processes compute on the GPU; empty without nvidia-smi."""
-    try:
-        state = _smi(f"--query-gpu={_QUERY}")
-        others = _smi("--query-compute-apps=pid")
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    found: dict[str, Any] = dict(zip(_QUERY.split(","), state[0].split(", "), strict=False)) if state else {}
-    found["other_processes"] = len({pid for pid in others if pid.strip() != str(os.getpid())})
-    return found
+    found: dict[str, Any] = {}
+    for query in (_QUERY, _THROTTLED):
+        state = _smi(f"--query-gpu={query}")
+        if state:
+            found |= dict(zip(query.split(","), state[0].split(", "), strict=False))
+    others = {pid.strip() for pid in _smi("--query-compute-apps=pid")} - {str(os.getpid())}
+    return {**found, "other_processes": len(others)} if found else {}
 
 
 def _smi(query: str) -> list[str]:
+    """Lines of an answer; none where there is no nvidia-smi or it does not know the question."""
     command = ["nvidia-smi", query, "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from magihuman.models.student_config import StudentConfig
 from magihuman.zoo.plan import Request, peak, require_room
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ TEXT = 340
 def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
     """What a batch of such clips asks of the GPU."""
     contract, second = source.config.contract, settings.sr
+    ours = source.decoder
+    student = StudentConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
     return Request(
         base=source.config.model,
         patch=source.config.pack.patch_size,
@@ -33,7 +36,9 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
         second=source.second.model if source.second is not None and second is not None else None,
         enlarged=settings.size if second is not None else (0, 0),
         sr_guided=second is not None and second.guidance != 1,
-        turbo=source.turbo is not None,
+        turbo=source.turbo is not None and student is None,
+        student=student,
+        tile=source.tile,
         compute=source.dtype.itemsize,
         memory=source.memory,
         weights=source.weights,

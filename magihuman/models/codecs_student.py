@@ -10,10 +10,6 @@ from magihuman.models.codecs_wan import LATENT_MEAN, LATENT_STD
 from magihuman.models.turbo_decoder import TurboConfig, TurboDecoder
 from magihuman.models.turbo_student import State, TurboStudent
 
-POSITIONS = 8192
-"""Latent positions that are decoded at once: one latent frame of 1080p."""
-LONGEST_CHUNK = 8
-
 
 class StudentCodec(nn.Module):
     """Normalised latents [B,C,T,h,w] -> frames, chunk by chunk: decoding as in `codecs.VideoCodec`.
@@ -37,7 +33,7 @@ class StudentCodec(nn.Module):
     def chunk_for(self, latents: Tensor) -> int:
         """How many of these latents are decoded at once."""
         batch, _, _, height, width = latents.shape
-        return self.chunk or min(LONGEST_CHUNK, max(1, POSITIONS // (batch * height * width)))
+        return self.chunk or self.network.config.chunk(batch * height * width)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

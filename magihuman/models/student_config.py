@@ -8,6 +8,11 @@ from typing import Any, Literal
 from magihuman.errors import UserError
 
 RGB = 3
+REACH = 2
+"""Frames before the present one that a convolution over time sees."""
+POSITIONS = 8192
+"""Latent positions that are decoded at once: one latent frame of 1080p."""
+LONGEST_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,40 @@ class StudentConfig:
         space = prod(stage.up[1] for stage in self.stages) * self.patch[1]
         return time, space, space
 
+    @staticmethod
+    def chunk(positions: int) -> int:
+        """How many latent frames of so many positions are decoded at once, where nobody says otherwise."""
+        return min(LONGEST_CHUNK, max(1, POSITIONS // positions))
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Of every stage: (frames, positions of a frame) per latent frame and latent position."""
+        grids = [(1, 1)]
+        for stage in self.stages[:-1]:
+            time, area = grids[-1]
+            grids.append((time * stage.up[0], area * stage.up[1] ** 2))
+        return grids
+
+    def state_size(self) -> int:
+        """Numbers that a stream keeps from chunk to chunk, per latent position of the picture."""
+        return sum(REACH * into * area for into, _, taps, (_, area) in self.layers() if taps in (3, 27))
+
+    def widest(self) -> int:
+        """Numbers of the largest activation, per latent frame and latent position."""
+        return max(
+            stage.width * time * area for stage, (time, area) in zip(self.stages, self.grids(), strict=True)
+        )
+
     def layers(self) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
         """Every convolution and linear map: (channels in, channels out, taps of its kernel, (frames, positions of a
         frame) of its output per latent frame and latent position)."""
-        time, area = 1, 1
-        width = self.stages[0].width
-        yield self.latent_channels, width, 27, (time, area)
-        for stage, after in zip(self.stages, [*self.stages[1:], None], strict=True):
+        yield self.latent_channels, self.stages[0].width, 27, (1, 1)
+        for stage, after, grid in zip(self.stages, [*self.stages[1:], None], self.grids(), strict=True):
             for _ in range(stage.blocks):
                 for taps in (27, 27) if stage.kind == "full" else (9, 3, 9):
-                    yield stage.width, stage.width, taps, (time, area)
+                    yield stage.width, stage.width, taps, grid
             if after is not None:
-                yield stage.width, after.width * stage.up[0] * stage.up[1] ** 2, 1, (time, area)
-                time, area = time * stage.up[0], area * stage.up[1] ** 2
-        yield self.stages[-1].width, RGB * self.patch[0] * self.patch[1] ** 2, 9, (time, area)
+                yield stage.width, after.width * stage.up[0] * stage.up[1] ** 2, 1, grid
+        yield self.stages[-1].width, RGB * self.patch[0] * self.patch[1] ** 2, 9, self.grids()[-1]
 
     def parameter_count(self) -> int:
         """Weights and biases."""

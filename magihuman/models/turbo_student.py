@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magihuman.models.student_config import RGB, StudentConfig, StudentStage
+from magihuman.models.student_config import REACH, RGB, StudentConfig, StudentStage
 
 NORM_EPS = 1e-6
 FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
-REACH = 2  # frames before the present one that a convolution over time sees
 
 __all__ = ["State", "StudentConfig", "StudentStage", "TurboStudent"]
 
@@ -157,7 +156,7 @@ class FullBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         y = self.conv1(norm_silu(x), memory)
-        return x + self.conv2(norm_silu(y), memory)
+        return added(self.conv2(norm_silu(y), memory), x)
 
 
 class SplitBlock(nn.Module):
@@ -171,7 +170,7 @@ class SplitBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         y = self.over_time(over_frames(self.conv1, norm_silu(x)), memory)
-        return x + over_frames(self.conv2, norm_silu(y))
+        return added(over_frames(self.conv2, norm_silu(y)), x)
 
 
 class CausalConv(nn.Module):
@@ -186,7 +185,8 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """[B,T,H,W,C] -> the same, with the output's channels."""
-        return self.conv(memory.extend(x).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        y = self.conv(memory.extend(x).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        return y.contiguous()  # which it is but for small inputs on the CPU
 
 
 def norm_silu(x: Tensor) -> Tensor:
@@ -201,10 +201,15 @@ def norm_silu(x: Tensor) -> Tensor:
     return F.silu(torch.mul(x, scale, out=torch.empty_like(x)), inplace=True)
 
 
+def added(fresh: Tensor, x: Tensor) -> Tensor:
+    """Their sum; without gradients in the place of `fresh`, which the caller has just made."""
+    return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
+
+
 def over_frames(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of pictures on every frame of [B,T,H,W,C]."""
     pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
-    return convolution(pictures).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+    return convolution(pictures).permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 
 
 def shuffle(x: Tensor, time: int, space: int) -> Tensor:

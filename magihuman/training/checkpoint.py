@@ -106,6 +106,7 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
         "recipe._target_",
         "model.dit",
         "model.pack",
+        "recipe.lora",
         "optim.algorithm",
         "strategy.name",
         "seed",

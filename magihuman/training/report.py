@@ -11,6 +11,11 @@ PANELS = (
     ("error that the own sound saves", ("val/sync_gap", "val/audio_gap")),
     ("gradient norm", ("grad_norm",)),
 )
+DECODER_PANELS = (
+    ("loss", ("loss/pixel", "loss/perceptual", "loss/temporal", "loss/align", "loss/lpips")),
+    ("held-out PSNR, dB", ("val/psnr",)),
+    ("gradient norm", ("grad_norm",)),
+)
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -38,16 +43,8 @@ def write_report(run: str) -> dict[str, Any]:
     record = json.loads((folder / "run.json").read_text())
     series = read_metrics(folder / "metrics.csv")
     _draw(series, folder / "curves.png")
-    provenance = record.get("provenance", {})
     lines = [
-        f"# {record['recipe'].split('.')[-1]}: {record['name']}",
-        "",
-        f"Command: `{' '.join(provenance.get('command', []))}`",
-        "",
-        f"Started {record['created']}, {record.get('steps', 0)} steps, seed {provenance.get('seed')}, "
-        f"code {str(provenance.get('code', {}).get('commit', 'unknown'))[:12]}"
-        f"{' with changes' if provenance.get('code', {}).get('changed') else ''}.",
-        "",
+        *heading(record),
         "![curves](curves.png)",
         "",
         "| last figure | value |",
@@ -59,18 +56,33 @@ def write_report(run: str) -> dict[str, Any]:
         lines += [f"Up to step {start['steps']} with `{start['config']}`: `{' '.join(start['command'])}`", ""]
     for name, result in record.get("results", {}).items():
         lines += [f"## {name}", "", *_result(result, folder), ""]
-    sheets = sorted(path.relative_to(folder).as_posix() for path in folder.glob("samples/*.png"))
-    if sheets:
-        lines += [
-            "## Samples on the way",
-            "",
-            f"![{sheets[-1]}]({sheets[-1]})",
-            "",
-            *(f"- [{s}]({s})" for s in sheets[:-1]),
-            "",
-        ]
+    lines += sample_sheets(folder)
     (folder / "report.md").write_text("\n".join(lines))
     return {"report": str(folder / "report.md")}
+
+
+def heading(record: dict[str, Any]) -> list[str]:
+    """First lines of a run's report, from its run.json: what was run, for how long, with which code."""
+    provenance = record.get("provenance", {})
+    return [
+        f"# {record['recipe'].split('.')[-1]}: {record['name']}",
+        "",
+        f"Command: `{' '.join(provenance.get('command', []))}`",
+        "",
+        f"Started {record['created']}, {record.get('steps', 0)} steps, seed {provenance.get('seed')}, "
+        f"code {str(provenance.get('code', {}).get('commit', 'unknown'))[:12]}"
+        f"{' with changes' if provenance.get('code', {}).get('changed') else ''}.",
+        "",
+    ]
+
+
+def sample_sheets(folder: Path) -> list[str]:
+    """Lines that show the last contact sheet made on the way and name the others; none where there are none."""
+    sheets = sorted(path.relative_to(folder).as_posix() for path in folder.glob("samples/*.png"))
+    if not sheets:
+        return []
+    others = (f"- [{s}]({s})" for s in sheets[:-1])
+    return ["## Samples on the way", "", f"![{sheets[-1]}]({sheets[-1]})", "", *others, ""]
 
 
 def _result(result: dict[str, Any], folder: Path) -> list[str]:
@@ -90,8 +102,9 @@ def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 3.5), layout="constrained")
-    for axis, (title, names) in zip(axes, PANELS, strict=True):
+    panels = DECODER_PANELS if "loss/pixel" in series else PANELS
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:
             if name in series:
                 marker = "." if len(series[name]) < 20 else ""  # a single point has no line

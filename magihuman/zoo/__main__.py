@@ -17,7 +17,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "list",
         help="architectures with their sizes, and the checkpoints that ship with the package",
-        description="Print every architecture of configs/model with its size, and every shipped checkpoint.",
+        description=(
+            "Print every architecture of configs/model and every student decoder of configs/turbo with its size, and "
+            "every shipped checkpoint and decoder."
+        ),
     )
     inspect = commands.add_parser(
         "inspect",
@@ -121,10 +124,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "inspect":
         from magihuman import zoo
+        from magihuman.zoo import decoders
         from magihuman.zoo.inspect import describe
 
-        name = arguments.path
-        print(describe(zoo.WEIGHTS / name if name in zoo.checkpoint_names() else name))
+        name, shipped = arguments.path, [*zoo.checkpoint_names(), *decoders.names()]
+        print(describe(zoo.WEIGHTS / name if name in shipped else name))
         return 0
     from magihuman.zoo.verify import report, verify
 

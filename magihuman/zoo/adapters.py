@@ -182,6 +182,14 @@ def apply(state: Mapping[str, Tensor], folder: str | Path, model: DiTConfig) -> 
     return merge(state, adapter, lora)
 
 
+def merged(
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: LoraConfig, model: DiTConfig
+) -> dict[str, Tensor]:
+    """A base with an adapter in it, in the release's types: summed in fp32, then rounded, one tensor at a time."""
+    dtypes = {key: torch.bfloat16 if is_bf16 else torch.float32 for key, _, is_bf16 in model.tensors()}
+    return {key: tensor.to(dtypes[key]) for key, tensor in merge(base, adapter, lora)}
+
+
 def _experts(model: DiTConfig) -> dict[str, int]:
     """Module -> stacked experts, of every matrix that an adapter changes."""
     return {

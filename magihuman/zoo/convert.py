@@ -190,13 +190,13 @@ def parse_size(text: str) -> int:
 
 def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> str:
     from magihuman import zoo
-    from magihuman.weights import load_state_dict, released_dtypes, save_export
+    from magihuman.weights import load_state_dict, save_export
     from magihuman.zoo import adapters
 
     folder = zoo.find(src)
     config = adapters.adapted_config(read_config(folder, role), lora, src)
-    state = adapters.apply(load_state_dict(folder, config.model), lora, config.model)
-    merged = released_dtypes(dict(state), config.model)
+    own, size = adapters.load_adapter(lora, config.model)
+    merged = adapters.merged(load_state_dict(folder, config.model), own, size, config.model)
     total = sum(tensor.numel() * tensor.element_size() for tensor in merged.values())
     with staged(target, total) as work:
         save_export(work / NEW, merged, config, limit)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from magihuman.models.config import DiTConfig
+from magihuman.models.student_config import REACH, StudentConfig
 
 BF16, FP32 = 2, 4
 FP8_SCALE = 4  # bytes per row
@@ -222,6 +223,26 @@ WAN_DECODER = Coder(BF16 * WAN_PARAMETERS, 10_850)
 # The Turbo decoder works in bf16 on nine latents at once.
 TURBO_PARAMETERS = 107_122_892
 TURBO_DECODER = Coder(BF16 * TURBO_PARAMETERS, 12_800)
+
+
+def student_decoder(config: StudentConfig, height: int, width: int, tile: int | None = None) -> "Coder":
+    """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
+
+    Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and
+    the state twice, before and after. Tiles share the state, of which their overlaps have more.
+    """
+    space = config.stride[1]
+    rows, columns = height // space, width // space
+    chunk = config.chunk(rows * columns)
+    state = 2 * config.state_size() * rows * columns
+    area = rows * columns
+    if tile is not None and tile < max(height, width):
+        state, area = 2 * state, min(rows, tile // space) * min(columns, tile // space)
+    past = 1 + REACH / (chunk * config.stride[0] / config.patch[0])
+    work = (3 + past) * config.widest() * chunk * area
+    return Coder(BF16 * config.parameter_count(), 0, int(BF16 * (state + work)))
+
+
 # Oobleck works in fp32 on the whole clip; the fixed part is its normalised weights.
 OOBLECK_PARAMETERS = 156_112_514
 OOBLECK_ENCODER = Coder(FP32 * OOBLECK_PARAMETERS, 4.69e6, 75_000_000)

@@ -29,11 +29,12 @@ def describe(path: str | Path) -> str:
         return _tensor_table([path])
     if not path.is_dir():
         from magihuman import zoo
+        from magihuman.zoo import decoders
         from magihuman.zoo.sources import choices
 
         raise UserError(
             f"{path} does not exist; give a safetensors file, an exported folder, an adapter, a run folder or a "
-            f"shipped name ({choices(str(path), zoo.checkpoint_names())})"
+            f"shipped name ({choices(str(path), [*zoo.checkpoint_names(), *decoders.names()])})"
         )
     parts = []
     if (path / "run.json").is_file():

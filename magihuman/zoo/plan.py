@@ -5,9 +5,11 @@ decimal.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
+from magihuman.models.student_config import StudentConfig
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import BF16, FP32, Tokens
 
@@ -32,6 +34,7 @@ class Request:
         frames, audio: of the clip; height, width: of the first stage in pixels; enlarged: of the second.
         text: tokens of a prompt; batch: clips at once; guided: prompts are joined by negative ones, in the same batch
             where cfg_passes is 1; sr_guided: also in the second stage.
+        turbo: the published Turbo decoder decodes; student: one of ours does; tile: pixels a side of its tiles.
         compute: bytes of the compute dtype; memory, weights: as infer's settings.
     """
 
@@ -51,6 +54,8 @@ class Request:
     enlarged: tuple[int, int] = (0, 0)
     sr_guided: bool = False
     turbo: bool = False
+    student: StudentConfig | None = None
+    tile: int | None = None
     compute: int = BF16
     memory: str = "fast"
     weights: str | None = None
@@ -90,15 +95,21 @@ def needs(request: Request) -> list[Need]:
         video = footprint.WAN_ENCODER
         decoder = footprint.TURBO_DECODER if request.turbo else footprint.WAN_DECODER
         chunk = TURBO_FRAMES if request.turbo else WAN_FRAMES
+        if request.student is not None:
+            decoder = footprint.student_decoder(request.student, *size, request.tile)
+            chunk = request.student.chunk(pixels // prod(request.stride[1:])) * request.stride[0]
         sound, sound_decoder = footprint.OOBLECK_ENCODER, footprint.OOBLECK_DECODER
     else:
         text, text_work, chunk = {}, 0, request.frames
         video = decoder = footprint.TINY_VIDEO
         sound = sound_decoder = footprint.TINY_AUDIO
     audio_codec = {"audio codec": sound.weights}
-    decoder_name = "Turbo decoder" if request.turbo else "video codec"
+    light = request.turbo or request.student is not None
+    decoder_name = "Turbo decoder" if light else "video codec"
+    # The Wan decoder's tiles all keep their past; how much of its memory that is was not counted.
+    area = min(pixels, request.tile**2) if request.tile and light else pixels
     # Four fp32 copies of a chunk while it becomes 8-bit pictures.
-    decode_work = decoder.activations(pixels) + footprint.clip_bytes(chunk, *size, 4)
+    decode_work = decoder.activations(area) + footprint.clip_bytes(chunk, *size, 4)
     return [
         Need("text", text, text_work),
         Need(

@@ -1,0 +1,149 @@
+"""The computed roofline at rates that this machine's microbenchmarks gave: how much of a pass they explain.
+
+Predicted seconds of a pass are those of its products, at the rates of the same shapes; its attention, at the rate of
+the kernel; and its pointwise kernels, at the bandwidth of a copy. What measured passes take beyond this is launching,
+waiting, and kernels that move more than they must. Predictions go to a folder of their own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from inference.fast import check_tier
+from inference.latency import records
+from inference.latency.tables import measured
+from inference.roofline.cases import Case, Stage, make
+from inference.roofline.work import forward, pointwise_bytes
+from magihuman.errors import UserError
+from magihuman.provenance import code_version, sources_hash, write_atomically
+
+FORMAT = "magihuman-predictions/1"
+FOLDER = records.FOLDER.parent / "predictions"
+_MATRICES = ("qkv", "proj", "up", "down")
+Row = dict[str, Any]
+
+
+def predict(
+    size: str = "tiny", tier: str = "fast", output: str | None = None, results: str | None = None
+) -> str:
+    """Predict a clip's passes from the newest microbenchmarks of its size, and compare with the newest measurement.
+
+    Args:
+        size: as for measure; `micro size=...` must have been measured
+        tier: whose forms of products are taken: fp8 for fp8, padded for others on a GPU
+        output: another folder for the prediction than inference/results/predictions
+        results: another folder of measurements
+
+    Raises:
+        UserError: there are no microbenchmarks of this size.
+    """
+    check_tier(tier)
+    case, folder = make(size), records.FOLDER if results is None else Path(results)
+    found = _newest_micro(folder, size)
+    kind = "fp8" if tier.startswith("fp8") else "padded" if "gpu" in found["provenance"] else "as is"
+    predicted = {stage.name: _one_pass(stage, found["rows"], kind) for stage in case.stages}
+    own = [r for r in measured(folder) if (r["size"], r["tier"]) == (size, tier) and _same_machine(r, found)]
+    values: Row = {
+        "format": FORMAT,
+        "kind": "predicted",
+        "size": size,
+        "tier": tier,
+        "rates_from": found["file"],
+        "forms": kind,
+        "stages": predicted,
+        "measured": _compared(case, own[-1], predicted) if own else None,
+        "provenance": {
+            "how": "computed from FLOPs and bytes at the rates of measured microbenchmarks; not measured itself",
+            "command": f"python -m inference.latency predict size={size} tier={tier}",
+            "code": {**code_version(), "sources": sources_hash()},
+            "machine": found["provenance"]["machine"],
+            "date": found["provenance"]["date"],
+        },
+    }
+    path = (FOLDER if output is None else Path(output)) / f"{size}-{tier}-{Path(found['file']).stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+    return "\n".join([*_lines(values), f"written to {path}"])
+
+
+def _newest_micro(folder: Path, size: str) -> Row:
+    """The newest file with products and attention of a size."""
+    for values in reversed(records.read(folder)):
+        kinds = {row.get("what") for row in values["rows"] if row.get("size", size) == size}
+        if values["kind"] == "micro" and {"roof", "product", "attention"} <= kinds and _size(values) == size:
+            return values
+    raise UserError(
+        f"there are no microbenchmarks of size={size}; run `python -m inference.latency micro size={size}`"
+    )
+
+
+def _size(values: Row) -> str | None:
+    return next((row["size"] for row in values["rows"] if "size" in row), None)
+
+
+def _same_machine(row: Row, found: Row) -> bool:
+    return row["made"]["machine"] == found["provenance"]["machine"]
+
+
+def seconds_of(row: Row) -> float:
+    """Of a microbenchmark: processor time where there is one, which other programs do not lengthen."""
+    return row["seconds"].get("processor_median", row["seconds"]["median"])
+
+
+def _one_pass(stage: Stage, rows: list[Row], form: str) -> Row:
+    """Predicted seconds of a pass, by part."""
+    work = forward(stage)
+    spent = useful = 0.0
+    for name in _MATRICES:
+        row = _largest(rows, name, form)
+        spent += seconds_of(row)
+        useful += row["tflops"] * row["seconds"]["median"] * 1e12
+    kernels = [row for row in rows if row.get("what") == "attention" and "seconds" in row]
+    wanted = "dense" if stage.window is None else f"window {stage.window}"
+    best = min((row for row in kernels if row["name"] == wanted), key=seconds_of, default=None)
+    best = best or min(kernels, key=seconds_of)
+    attention_rate = best["tflops"] * 1e12 * best["seconds"]["median"] / seconds_of(best)
+    copy = next(row["copy_tbps"] for row in rows if row.get("what") == "roof") * 1e12
+    parts = {
+        "products": work.products / (useful / spent),
+        "attention": work.attention / attention_rate,
+        "pointwise": pointwise_bytes(stage.config, stage.tokens.total) / copy,
+    }
+    return {
+        **{name: float(f"{value:.4g}") for name, value in parts.items()},
+        "total": float(f"{sum(parts.values()):.4g}"),
+    }
+
+
+def _largest(rows: list[Row], name: str, form: str) -> Row:
+    """The product of that matrix with the most rows, in the form or, where it has no other, as it is."""
+    found = [row for row in rows if row.get("what") == "product" and row["name"] == name and "seconds" in row]
+    own = [row for row in found if row["form"] == form] or [row for row in found if row["form"] == "as is"]
+    return max(own, key=lambda row: row["tokens"])
+
+
+def _compared(case: Case, row: Row, predicted: dict[str, Row]) -> Row:
+    """Seconds per pass of the measured loops, and which share of them is predicted."""
+    times: Row = row["processor_time"] if "processor_time" in row else row["stages"]
+    found = {}
+    for stage in case.stages:
+        seconds = times[stage.name]["median"] / stage.passes
+        share = predicted[stage.name]["total"] / seconds
+        found[stage.name] = {"seconds_per_pass": float(f"{seconds:.4g}"), "explained": round(share, 3)}
+    return {
+        "file": row["file"],
+        "of": "processor time" if "processor_time" in row else "clock",
+        "stages": found,
+    }
+
+
+def _lines(values: Row) -> list[str]:
+    lines = [f"{values['size']} {values['tier']}: predicted seconds per pass, from {values['rates_from']}"]
+    for name, parts in values["stages"].items():
+        line = f"  {name:<6}" + ", ".join(f"{part} {seconds:.4g}" for part, seconds in parts.items())
+        if values["measured"]:
+            own = values["measured"]["stages"][name]
+            line += f"; measured {own['seconds_per_pass']:.4g} ({values['measured']['of']})"
+            line += f", explained {own['explained']:.0%}"
+        lines.append(line)
+    return lines

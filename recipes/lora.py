@@ -1,0 +1,201 @@
+"""LoRA fine-tuning: flow matching with low-rank adapters on a frozen checkpoint (Hu et al. 2021, arXiv 2106.09685).
+
+The objective is pretraining's (`recipes.pretrain.FlowMatching`), the network is `init`'s, kept as it is stored (block
+matrices in bf16) and never changed. Two adapters lie on it (`magihuman.models.lora`): the trained one, and its moving
+average, which is sampled from and exported. Gradients, optimiser states and checkpoints hold adapters only; the base
+comes from `init` again at each start.
+
+What is left behind:
+    adapter/    the adapter in peft's format: infer checkpoint=BASE lora=RUN
+    export/     with `merge`, the whole network with the adapter in it: infer checkpoint=RUN
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magihuman import zoo
+from magihuman.denoiser import Adapted, Denoiser
+from magihuman.distill.networks import follow, without_base
+from magihuman.errors import UserError
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.models.config import LoraConfig
+from magihuman.models.lora import adapter_parameters, adapter_state, add_adapter, base_state, copy_adapter
+from magihuman.provenance import fingerprint
+from magihuman.training import parallel
+from magihuman.training.draws import Draws, stream
+from magihuman.training.ema import decay_at
+from magihuman.training.ramp import Ramp
+from magihuman.training.setup import Setup
+from magihuman.weights import ExportConfig, Sampling, save_export
+from magihuman.zoo import adapters
+from recipes.base import Recipe
+from recipes.pretrain import FlowMatching
+
+TUNED, AVERAGE = "tuned", "average"
+BASE = "denoiser.model."
+
+
+class Lora(Recipe):
+    """Low-rank fine-tuning of a checkpoint.
+
+    Args:
+        lora: size of the adapter.
+        merge: also export the whole network.
+        sigma: prior of the noise levels; None takes the checkpoint's. The network is told no noise level, so another
+            prior also changes what it takes its input for.
+        sampling: settings stored in the exports; None takes the checkpoint's.
+        from video_weight to given_video: see `recipes.pretrain.FlowMatching`.
+
+    Raises:
+        UserError: no `init`, or an optimiser that does not go with adapters.
+    """
+
+    strategies = ("single", "ddp", "fsdp2")
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        lora: LoraConfig,
+        merge: bool = True,
+        sigma: SigmaPrior | None = None,
+        sampling: Sampling | None = None,
+        video_weight: float = 1.0,
+        audio_weight: float = 1.0,
+        motion_floor: float | Ramp = 1.0,
+        text_drop: float = 0.1,
+        first_frame: float | Ramp = 0.1,
+        given_audio: float | Ramp = 0.1,
+        given_video: float | Ramp = 0.0,
+    ) -> None:
+        if setup.init is None:
+            raise UserError(
+                "lora changes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
+            )
+        if setup.optim.algorithm != "adamw":
+            raise UserError(
+                f"optim.algorithm={setup.optim.algorithm} has no rule for adapters; choose optim=adamw"
+            )
+        # The average is an adapter, too, and not another network.
+        super().__init__(replace(setup, optim=replace(setup.optim, ema_decay=0.0)))
+        self.decay = setup.optim.ema_decay
+        self.base, self.lora, self.merge = setup.init, lora, merge
+        parent = zoo.config_of(setup.init)
+        self.sampling = sampling or parent.sampling
+        self.objective = FlowMatching(
+            sigma=sigma or parent.sigma_prior,
+            null_text=setup.null_text,
+            video_weight=video_weight,
+            audio_weight=audio_weight,
+            motion_floor=motion_floor,
+            text_drop=text_drop,
+            first_frame=first_frame,
+            given_audio=given_audio,
+            given_video=given_video,
+        )
+        self.strict_loading = False  # checkpoints hold no base
+
+    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        return self.objective.loss(self.trained, batch, draws, self.progress, self.meter)
+
+    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+        return self.objective.held_out(network, batch, draws)
+
+    # The network
+
+    def make_network(self) -> Denoiser:
+        """The checkpoint as it is stored, frozen, with the adapters."""
+        denoiser = zoo.load(self.base, compute_dtype=torch.bfloat16).denoiser
+        denoiser.model.compute_dtype = self.compute_dtype
+        return self.adapted(denoiser)
+
+    def _shell(self) -> Denoiser:
+        shape, pack = self.given.transformer
+        return self.adapted(
+            zoo.build(
+                shape, pack, compute_dtype=self.compute_dtype, linear_dtype=torch.bfloat16, device="meta"
+            )
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the products."""
+        return torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
+
+    def adapted(self, denoiser: Denoiser) -> Denoiser:
+        """A network with both adapters, of which one is trained."""
+        denoiser.requires_grad_(False)
+        for name in {TUNED: None, self.shown: None}:
+            add_adapter(denoiser.model, name, self.lora, stream(self.given.seed, "lora"))
+        if self.shown == AVERAGE:
+            copy_adapter(denoiser.model, TUNED, AVERAGE)
+            for weight in adapter_parameters(denoiser.model, AVERAGE).values():
+                weight.requires_grad_(False)
+        return denoiser
+
+    @property
+    def shown(self) -> str:
+        """The adapter that is judged and exported."""
+        return AVERAGE if self.decay > 0 else TUNED
+
+    @property
+    def trained(self) -> Adapted:
+        assert self.denoiser is not None
+        return Adapted(self.denoiser, TUNED)
+
+    @property
+    def network(self) -> Adapted:
+        assert self.denoiser is not None
+        return Adapted(self.denoiser, self.shown)
+
+    def after_step(self) -> None:
+        """Count a step and let the average follow."""
+        super().after_step()
+        if self.shown == AVERAGE:
+            assert self.denoiser is not None
+            average, tuned = (adapter_parameters(self.denoiser, name).values() for name in (AVERAGE, TUNED))
+            follow(average, tuned, decay_at(self.step - 1, self.decay))
+
+    # Saving
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters; `init` names the base."""
+        return without_base(super().state_dict(*args, **kwargs), BASE)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["recipe"]["base"] = self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        base = checkpoint["recipe"]["base"]
+        if base != self.base:
+            raise UserError(
+                f"the checkpoint's adapters lie on init={base}, not on init={self.base}; give that one"
+            )
+
+    def export_config(self) -> ExportConfig:
+        config = super().export_config()
+        facts = {"averaged": self.decay > 0, "init": self.base, "lora": self.lora.to_dict()}
+        return replace(config, provenance=config.provenance | facts)
+
+    def export_settings(self) -> dict[str, Any]:
+        return {"sigma_prior": self.objective.sigma, "sampling": self.sampling}
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter beside `folder`, and there the merged network."""
+        assert self.denoiser is not None
+        whole = parallel.whole_state_dict(self.denoiser.model)
+        if self.global_rank != 0:
+            return
+        config = self.export_config()
+        facts = {"base": fingerprint(zoo.find(self.base))}
+        config = replace(config, provenance=config.provenance | facts)
+        own = adapter_state(whole, self.shown)
+        adapters.save_adapter(folder.parent / "adapter", own, self.lora, config, self.base)
+        if self.merge:
+            save_export(folder, adapters.merged(base_state(whole), own, self.lora, config.model), config)
