@@ -304,9 +304,9 @@ class _Setting:
     def measured(self) -> dict[str, np.ndarray]:
         return self.measure(self.refiner())[0]
 
-    def bicubic(self, held: Held) -> Method:
+    def bicubic(self, video: Tensor) -> Method:
         codec = self.world.video_codec
-        return lambda part: bicubic(frames_to_uint8(codec.decode(held.video[part])), self.size)
+        return lambda part: bicubic(frames_to_uint8(codec.decode(video[part])), self.size)
 
     def upsampled(self, video: Tensor) -> Method:
         edge = self.size // self.second.config.contract.video_stride[1]
@@ -325,7 +325,7 @@ def _table(setting: _Setting, sampled: Held) -> tuple[dict[str, Any], dict[str, 
     for name, held in (("clip", setting.drawn), ("base", sampled)):
         columns = {"bound": bound}
         methods = {
-            "bicubic": setting.bicubic(held),
+            "bicubic": setting.bicubic(held.video),
             "latents": setting.upsampled(held.video),
             "sr": setting.refiner(held),
         }
@@ -345,6 +345,7 @@ def _audio(setting: _Setting) -> dict[str, Any]:
     for factor in COARSE:
         video = coarsen(setting.drawn.video, factor)
         columns = {
+            "bicubic": setting.measure(setting.bicubic(video))[0],
             "latents": setting.measure(setting.upsampled(video))[0],
             "sr": setting.measure(setting.refiner(video=video))[0],
             "sr, noise for sound": setting.measure(setting.refiner(video=video, audio_noise=1.0))[0],
@@ -373,7 +374,20 @@ def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str,
     for name, loaded in checkpoints.items():
         columns[_short(name)] = replace(setting, second=loaded).measured()
     order = (*(_short(name) for name in checkpoints), "bound")
-    return {"sets": {"clip": sr_report.columns(columns, order=order, against=order[0])}}
+    return {
+        "sets": {"clip": sr_report.columns(columns, order=order, against=order[0])},
+        "trained": {_short(name): _training_of(name) for name in checkpoints},
+    }
+
+
+def _training_of(checkpoint: str) -> dict[str, Any]:
+    """What a run folder says about its training; empty for other checkpoints."""
+    file = Path(checkpoint) / "run.json"
+    if not file.exists():
+        return {}
+    record = json.loads(file.read_text(encoding="utf-8"))
+    made = record["provenance"]
+    return {"command": " ".join(made["command"]), "steps": record.get("steps"), "code": made["code"]}
 
 
 def _short(name: str) -> str:

@@ -133,7 +133,7 @@ def audio_figure(values: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = (("sync_skill", "lip-sync skill"), ("mouth_psnr", "mouth PSNR [dB]"))
     for axes, (row, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for name in ("latents", "sr", "sr, noise for sound"):
+        for name in ("bicubic", "latents", "sr", "sr, noise for sound"):
             points = [_points(values["sets"][f], [name], row) for f in factors]
             value = np.concatenate([p[0] for p in points])
             ends = np.concatenate([p[1] for p in points], axis=1)

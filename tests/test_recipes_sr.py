@@ -319,7 +319,7 @@ def test_it_starts_from_a_first_stage_and_exports_its_own_size(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "local"), [("sr_540p", 0), ("sr_1080p", 32)])
-def test_the_released_settings_compose(name: str, local: int) -> None:
+def test_the_released_settings_compose_and_build(name: str, local: int) -> None:
     from magihuman.config import validate
     from magihuman.train import plain
     from magihuman.zoo.released import local_layers
@@ -332,6 +332,12 @@ def test_the_released_settings_compose(name: str, local: int) -> None:
     if local:
         assert settings.model.dit.local_attn_layers == tuple(local_layers(40))
         assert settings.model.pack.frame_receptive_field == 11
+    denoiser = zoo.build(settings.model.dit, settings.model.pack, compute_dtype=torch.bfloat16, device="meta")
+    assert sum(p.numel() for p in denoiser.parameters()) == 15_299_419_136
+    assert denoiser.pack.coords_style == "v1"
+    assert denoiser.model.window == (11 if local else None)
+    windowed = [number for number, block in enumerate(denoiser.model.block.layers) if block.local]
+    assert windowed == list(settings.model.dit.local_attn_layers)
 
 
 def test_infer_takes_the_run_folder_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
