@@ -8,8 +8,10 @@ model made (`python -m inference.sampled`), for which the teacher's frames are t
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,7 @@ ROWS = {
     "ssim": ("SSIM", "up"),
     "change": ("error of the change from frame to frame, 8-bit levels", "down"),
     "flicker": ("change where nothing moves, 8-bit levels", "down"),
-    "seam": ("change error at chunk ends over that at other latents (1: no seam)", ""),
+    "seam": ("change error where chunks end over that elsewhere (1: no seam)", ""),
     "drift": ("how much further off the last frame's luma is than the first's, 8-bit levels", ""),
     "sharpness": ("variance of the Laplacian over the truth's", ""),
 }
@@ -69,28 +71,38 @@ def to_pictures(frames: Tensor) -> np.ndarray:
 
 
 def judge(
-    name: str, decode: Callable[[Tensor], Tensor], latents: Tensor, truth: np.ndarray, seams: bool = False
+    name: str,
+    decode: Callable[[Tensor], Tensor],
+    latents: Tensor,
+    truth: np.ndarray,
+    cut: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[Judged, np.ndarray]:
     """Decode latents [N,C,T,h,w], clip by clip, against truth uint8 [N,F,H,W,3]; also returns the decoded clips.
 
     Args:
-        seams: whether the decoder works in chunks of `CHUNK`.
+        cut: decodes in chunks of `CHUNK` latents, the first of as many as are given, for the seams.
     """
-    count, starts = (
-        truth.shape[1],
-        latent_starts(truth.shape[1], (truth.shape[1] - 1) // (latents.shape[2] - 1)),
-    )
-    ends = starts[CHUNK - 1 :: CHUNK] if seams else []
-    result, made, seconds = Judged(name), [], []
+    count = truth.shape[1]
+    starts = latent_starts(count, (count - 1) // (latents.shape[2] - 1))
+    result, made, seconds, apart = Judged(name), [], [], []
     for i in range(len(latents)):
+        z = latents[i : i + 1]
         began = time.perf_counter()
-        frames = decode(latents[i : i + 1])
+        frames = decode(z)
         seconds.append(time.perf_counter() - began)
         made.append(to_pictures(frames)[0])
         if len(made[-1]) != count:
             raise UserError(f"{name} makes {len(made[-1])} frames of latents that stand for {count}")
-        result.clips.append(compare(made[-1], truth[i], ends, starts))
+        cuts = []
+        for first in range(1, CHUNK + 1) if cut is not None else ():
+            assert cut is not None
+            streamed = cut(z, first)
+            apart.append(float((streamed - frames).abs().max()))
+            cuts.append((to_pictures(streamed)[0], starts[first - 1 :: CHUNK]))
+        result.clips.append(compare(made[-1], truth[i], starts, cuts))
     result.cost["seconds"] = float(np.median(seconds))
+    if apart:
+        result.cost["streaming"] = max(apart)
     return result, np.stack(made)
 
 
@@ -104,14 +116,13 @@ def cost(codec: Any, latents: Tensor) -> dict[str, float | None]:
     return {"parameters": sum(p.numel() for p in used) / 1e6, "flops": counter.get_total_flops() / 1e9}
 
 
-def in_chunks(codec: Any, latents: Tensor) -> tuple[Tensor, float]:
-    """Frames of a causal student decoded `CHUNK` latents at a time, and how far they are from those made at once."""
-    whole, state, parts = codec.network(latents).float(), None, []
-    for start in range(0, latents.shape[2], CHUNK):
-        frames, state = codec.network.step(latents[:, :, start : start + CHUNK], state)
+def in_chunks(codec: Any, latents: Tensor, first: int) -> Tensor:
+    """Frames of a causal student that decodes `first` latents, then `CHUNK` at a time."""
+    state, parts = None, []
+    for start, stop in pairwise([0, *range(first, latents.shape[2], CHUNK), latents.shape[2]]):
+        frames, state = codec.network.step(latents[:, :, start:stop], state)
         parts.append(frames.float())
-    streamed = torch.cat(parts, 2)
-    return streamed, float((streamed - whole).abs().max())
+    return torch.cat(parts, 2)
 
 
 def run(
@@ -162,16 +173,10 @@ def run(
     columns, shown = [], {"truth": truth}
     with torch.no_grad():
         for role, codec in opened.items():
-            judged, shown[role] = judge(role, codec.decode, latents, truth)
+            cut = partial(in_chunks, codec) if isinstance(codec, StudentCodec) else None
+            judged, shown[role] = judge(role, codec.decode, latents, truth, cut)
             judged.cost |= cost(codec, latents[:1])
             columns.append(judged)
-        causal = isinstance(opened["student"], StudentCodec)
-        if causal:
-            chunked, _ = judge(
-                "student", lambda z: in_chunks(opened["student"], z)[0], latents, truth, seams=True
-            )
-            columns[-1].clips = chunked.clips
-            columns[-1].cost["streaming"] = max(in_chunks(opened["student"], z)[1] for z in latents.split(1))
         if teacher is not None:
             columns.append(
                 judge("student, teacher as truth", opened["student"].decode, latents, shown["teacher"])[0]
@@ -228,18 +233,24 @@ def _on_sampled(path: str, opened: Mapping[str, Any]) -> list[Judged]:
     ]
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The table of a report: a column per decoder and truth."""
+def markdown(report: Mapping[str, Any], rows: Sequence[str] = ()) -> str:
+    """The table of a report: a column per decoder and truth.
+
+    Args:
+        rows: of `ROWS` and `COST`; all where none is given.
+    """
     columns = report["columns"]
     lines = [
         "| | " + " | ".join(f"{name} (n={c['n']})" for name, c in columns.items()) + " |",
         "|---" + "|---:" * len(columns) + "|",
     ]
-    for row, (about, _) in ROWS.items():
-        lines.append(f"| {about} | " + " | ".join(_cell(c["table"][row]) for c in columns.values()) + " |")
-    for row, about in COST.items():
-        values = [c["cost"].get(row) for c in columns.values()]
-        lines.append(f"| {about} | " + " | ".join("" if v is None else f"{v:.3g}" for v in values) + " |")
+    for row in rows or [*ROWS, *COST]:
+        if row in ROWS:
+            about, cells = ROWS[row][0], [_cell(c["table"][row]) for c in columns.values()]
+        else:
+            values = [c["cost"].get(row) for c in columns.values()]
+            about, cells = COST[row], ["" if v is None else f"{v:.3g}" for v in values]
+        lines.append(f"| {about} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

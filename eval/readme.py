@@ -1,7 +1,8 @@
 """Tables of the README, rendered from committed result files: `python -m eval.readme` (check=true: compare only).
 
 A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->`,
-`<!-- sr FILE SET ROW ... -->`, `<!-- distill FILE ROW ... -->` or those of `inference.latency.tables` and
+`<!-- sr FILE SET ROW ... -->`, `<!-- distill FILE ROW ... -->`, `<!-- decoding FILE ROW ... -->`,
+`<!-- ablation FILE -->`, `<!-- decode-cost FILE -->` or those of `inference.latency.tables` and
 `<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
 """
 
@@ -11,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval import distill_report
+from eval import ablation, decoders, distill_report
 from eval.sr_report import ROWS as SR_ROWS
 from eval.stats import Measure
+from inference import decode_table
 from inference.latency.tables import TABLES as LATENCY_TABLES
 from magihuman.errors import UserError
 
@@ -133,6 +135,29 @@ def distill_table(file: str, *rows: str) -> str:
     return f"{distill_report.readme(values, rows)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
 
 
+def decoding_table(file: str, *rows: str) -> str:
+    """Markdown of a scores.json of `eval.decoders`: a column per decoder and truth.
+
+    Args:
+        rows: measures and costs to show, all where none is given.
+    """
+    values = json.loads((REPO / file).read_text())
+    return f"{decoders.markdown(values, rows)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+
+
+def ablation_table(file: str) -> str:
+    """Markdown of a file written by `eval.ablation`."""
+    values = json.loads((REPO / file).read_text())
+    table = ablation.markdown(values["table"], len(values["seeds"]))
+    return f"{table}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+
+
+def decode_cost_table(file: str) -> str:
+    """Markdown of a file written by `inference.decode_cost`."""
+    values = json.loads((REPO / file).read_text())
+    return f"{decode_table.markdown(values)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **LATENCY_TABLES,
     "scores": scores_table,
@@ -140,6 +165,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "peaks": peaks_table,
     "sr": sr_table,
     "distill": distill_table,
+    "decoding": decoding_table,
+    "ablation": ablation_table,
+    "decode-cost": decode_cost_table,
 }
 
 BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)

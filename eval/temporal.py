@@ -37,13 +37,17 @@ class Nearness:
     frame_psnr: tuple[float, ...]
 
 
+Cuts = Sequence[tuple[np.ndarray, Sequence[int]]]
+"""One clip as a decoder makes it when it is cut into chunks here or there, with the frames that begin a chunk."""
+
+
 def compare(
-    frames: np.ndarray, truth: np.ndarray, seams: Sequence[int], boundaries: Sequence[int]
+    frames: np.ndarray, truth: np.ndarray, boundaries: Sequence[int] = (), cuts: Cuts = ()
 ) -> Nearness:
     """Measure a clip.
 
     Args:
-        seams: numbers of the frames that begin a chunk of the decoder; boundaries: of all frames that begin a latent.
+        boundaries: numbers of all frames that begin a latent; cuts: see `seam`.
 
     Raises:
         ValueError: clips of different shapes, or too small for SSIM.
@@ -57,7 +61,7 @@ def compare(
         ssim=float(np.mean(similar)),
         change=float(change_errors(frames, truth).mean()) if len(truth) > 1 else 0.0,
         flicker=flicker(frames, truth),
-        seam=seam(frames, truth, seams, boundaries),
+        seam=seam(cuts, truth, boundaries),
         drift=float(abs(offset[-1]) - abs(offset[0])),
         sharpness=_detail(luma) / max(_detail(true_luma), 1e-9),
         frame_psnr=tuple(each),
@@ -79,20 +83,22 @@ def flicker(frames: np.ndarray, truth: np.ndarray) -> float | None:
     return float(change[still].mean())
 
 
-def seam(
-    frames: np.ndarray, truth: np.ndarray, seams: Sequence[int], boundaries: Sequence[int]
-) -> float | None:
-    """Change error into the frames `seams` over that into the other `boundaries`: 1 where chunks leave no trace.
+def seam(cuts: Cuts, truth: np.ndarray, boundaries: Sequence[int]) -> float | None:
+    """Change error where chunks end over that where other latents begin: 1 where chunks leave no trace.
 
-    Decoders make several frames of a latent together, so that errors change where the next latent begins, whether a
-    chunk ends there or not. Hence the comparison with the other beginnings.
+    Decoders make several frames of a latent together, so errors change where the next latent begins, whether a chunk
+    ends there or not; hence the comparison with other beginnings. And some moments of a clip are harder than others;
+    hence several cuts, in which every boundary should be the end of a chunk once. None without any end.
     """
-    others = sorted(set(boundaries) - set(seams))
-    if not seams or not others:
+    ends: list[float] = []
+    others: list[float] = []
+    for frames, starts in cuts:
+        errors = change_errors(frames, truth)
+        for number in boundaries:
+            (ends if number in starts else others).append(float(errors[number - 1]))
+    if not ends or not others:
         return None
-    errors = change_errors(frames, truth)
-    usual = float(errors[[i - 1 for i in others]].mean())
-    return float(errors[[i - 1 for i in seams]].mean()) / max(usual, 1e-9)
+    return float(np.mean(ends)) / max(float(np.mean(others)), 1e-9)
 
 
 def latent_starts(frames: int, stride: int) -> list[int]:

@@ -217,7 +217,7 @@ def report(
     Raises:
         UserError: a size that cannot be, or a file that cannot be written.
     """
-    from magihuman.provenance import code_version, write_atomically
+    from magihuman.provenance import code_version, processor, write_atomically
 
     if side % 16 or side < 0 or latents < 1 or repeat < 1:
         raise UserError(
@@ -283,8 +283,8 @@ def report(
                 ["python", "-m", "inference.decode_cost", *(f"{k}={v}" for k, v in given.items())]
             ),
             "code": code_version(),
-            "machine": platform.machine(),
-            "torch": torch.__version__,
+            "machine": processor(),
+            "libraries": {"python": platform.python_version(), "torch": torch.__version__},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }

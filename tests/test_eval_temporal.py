@@ -13,7 +13,7 @@ STARTS = latent_starts(13, 4)
 
 
 def nearness(frames: np.ndarray, truth: np.ndarray = TRUTH):
-    return compare(frames, truth, seams=[5], boundaries=STARTS)
+    return compare(frames, truth, STARTS, [(frames, [5])])
 
 
 def test_a_wrong_gain_and_offset_cost_psnr() -> None:
@@ -22,14 +22,12 @@ def test_a_wrong_gain_and_offset_cost_psnr() -> None:
     truth = (unit * 255).round().astype(np.uint8)
     wrong = ((0.8 * unit + 0.15) * 255).round().astype(np.uint8)
     error = np.mean((0.15 - 0.2 * unit) ** 2)
-    found = compare(wrong, truth, [], [])
+    found = compare(wrong, truth)
     assert found.psnr == pytest.approx(-10 * math.log10(error), abs=0.1)
     assert 21 < found.psnr < 23
     assert found.ssim < 0.999
     stretched = (wrong.astype(float) - wrong.min()) / (np.ptp(wrong)) * 255
-    assert (
-        compare(stretched.round().astype(np.uint8), truth, [], []).psnr > 50
-    )  # what normalising would have hidden
+    assert compare(stretched.round().astype(np.uint8), truth).psnr > 50  # what normalising would have hidden
 
 
 def test_equal_clips_are_perfect_and_frames_are_averaged() -> None:
@@ -64,12 +62,25 @@ def test_flicker_is_what_moves_where_nothing_does() -> None:
 def test_a_jump_between_chunks_is_a_seam() -> None:
     noise = DRAW.integers(-4, 5, TRUTH.shape)
     decoded = (TRUTH.astype(int) + noise).astype(np.uint8)
-    assert seam(decoded, TRUTH, [5], STARTS) == pytest.approx(1, abs=0.1)
+    assert seam([(decoded, [5])], TRUTH, STARTS) == pytest.approx(1, abs=0.1)
     cut = decoded.copy()
     cut[5:] += 12
-    found = seam(cut, TRUTH, [5], STARTS)
+    found = seam([(cut, [5])], TRUTH, STARTS)
     assert found is not None
     assert found > 3
     assert change_errors(cut, TRUTH)[4] == pytest.approx(12, abs=1)
-    assert seam(cut, TRUTH, [], STARTS) is None
+    assert seam([], TRUTH, STARTS) is None
     assert STARTS == [1, 5, 9]
+
+
+def test_a_moment_that_is_hard_to_decode_is_no_seam() -> None:
+    decoded = TRUTH.copy()
+    decoded[5:] += 12  # the decoder errs there wherever chunks end
+    firsts = [[1], [5], [9]]
+    assert seam([(decoded, first) for first in firsts], TRUTH, STARTS) == pytest.approx(1)
+    jumps = []
+    for first in firsts:
+        jumping = TRUTH.copy()
+        jumping[first[0] :] += 12
+        jumps.append((jumping, first))
+    assert seam(jumps, TRUTH, STARTS) == pytest.approx(12 / 1e-9)  # nothing changes elsewhere
