@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.stats import Measure
+from eval.trained import PROCESS, STATE
 
 if TYPE_CHECKING:
     from eval.distill_pictures import Shown
@@ -141,6 +142,7 @@ def readme(values: Mapping[str, Any], rows: Sequence[str] = ()) -> str:
         lines.append([values["rows"][name]["about"], *(cell(c["rows"][name]) for c in columns.values())])
     times = [seconds(values, name) for name in columns]
     lines.append(["denoising, seconds per clip", *("" if t is None else f"{t:.3f}" for t in times)])
+    lines += _training(values)
     body = ["| " + " | ".join(line) + " |" for line in lines]
     counts = f"{values['prompts']} prompts x {len(values['seeds'])} seeds"
     note = (
@@ -148,6 +150,17 @@ def readme(values: Mapping[str, Any], rows: Sequence[str] = ()) -> str:
         "to it is better, from either side."
     )
     return "\n".join([body[0], "|---" * len(lines[0]) + "|", *body[1:], "", note, "", *claim_lines(values)])
+
+
+def _training(values: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of what the students' trainings held, where several are compared."""
+    made = [c.get("trained", {}) if c["role"] == "student" else {} for c in values["columns"].values()]
+    rows = {
+        STATE: [f"{m['state_mb']:.0f}" if "state_mb" in m else "" for m in made],
+        PROCESS: [f"{m['process_gb']:.2f}" if "process_gb" in m else "" for m in made],
+    }
+    several = len(values["claims"]) > 1
+    return [[about, *cells] for about, cells in rows.items() if several and any(cells)]
 
 
 # ----------------------------------------------------------------------------------------------------

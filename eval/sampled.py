@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eval.puppets import Clips
+from eval.trained import trained
 from inference.pipeline import Pipeline
 from inference.settings import Settings
 from magihuman.postprocess import frames_to_uint8
@@ -59,13 +60,15 @@ class Way:
 
     def facts(self) -> dict[str, Any]:
         """What was sampled, for a result file."""
+        folder = self.pipeline.folder
         return {
-            "checkpoint": {"name": _short(self.pipeline.folder), **fingerprint(self.pipeline.folder)},
+            "checkpoint": {"name": _short(folder), **fingerprint(folder)},
             "sampling": self.settings.to_dict(),
             "calls": self.calls,
             "seconds_per_clip": self.time(),
             "seconds_of_batches": [round(value, 4) for value in self.seconds],
             "kept": self.kept,
+            "trained": trained(folder.parent if folder.name == "export" else folder),
         }
 
     def clips(self, prompts: Sequence[str], first: int, batch: int = 10) -> Clips:

@@ -36,8 +36,15 @@ def runs(world, tmp_path_factory) -> Path:
         denoiser = zoo.build(zoo.arch("tiny"), zoo.pack("tiny"), compute_dtype=torch.float32, seed=seed)
         config = ExportConfig(zoo.arch("tiny"), zoo.pack("tiny"), "tiny", world.contract, sampling=sampling)
         save_export(folder / name / "export", denoiser.model.state_dict(), config)
-    record = {"recipe": "recipes.dmd2.DMD2", "name": "a", "created": "today", "steps": 20}
-    (folder / "a" / "run.json").write_text(json.dumps(record))
+    made = {
+        "command": ["python", "-m", "magihuman.train", "+recipe=dmd2"],
+        "seed": 5,
+        "code": {"commit": "c"},
+    }
+    record = {"recipe": "recipes.dmd2.DMD2", "name": "a", "created": "today", "steps": 20, "provenance": made}
+    (folder / "a" / "run.json").write_text(json.dumps({**record, "metrics": {"memory_gb": 1.23456}}))
+    (folder / "a" / "checkpoints").mkdir()
+    (folder / "a" / "checkpoints" / "last.ckpt").write_bytes(bytes(2_340_000))
     (folder / "a" / "metrics.csv").write_text(
         "step,dm/video,critic_error/video,teacher_error/video,health/std_video\n10,1,2,4,.9\n20,.5,1,4,1.1\n"
     )
@@ -79,6 +86,10 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     assert values["columns"]["ground truth"]["rows"]["vowels"]["value"] == 1
     student = values["columns"][COLUMNS[-1]]
     assert (student["n"], student["calls"], student["checkpoint"]["name"]) == (6, 1, f"{runs.name}/a")
+    assert student["trained"] == {
+        "command": "python -m magihuman.train +recipe=dmd2", "steps": 20, "seed": 5, "code": {"commit": "c"},
+        "process_gb": 1.235, "state_mb": 2.3,
+    }  # fmt: skip
     assert values["columns"][COLUMNS[2]]["calls"] == 4
     assert student["rows"]["vowels"]["value"] < 0.5
     assert values["against"][COLUMNS[-1]][COLUMNS[2]].keys() == values["rows"].keys()
@@ -180,6 +191,12 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     assert f"({off:+.0f}"[:4] in lines[4]
     assert lines[5].startswith("| denoising, seconds per clip |  |  | ")
     assert "- speed against teacher, 2 steps, CFG: **" in text
+    assert "training process" not in text
+    values["claims"]["another student"] = []
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    lines = readme.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
+    assert "| training state in a checkpoint, MB |  |  |  |  |  | 2 |" in lines
+    assert "| peak memory of the training process, GB |  |  |  |  |  | 1.23 |" in lines
     with pytest.raises(UserError, match="cannot be rendered"):
         readme.render("<!-- distill c.json no_such_row -->\n<!-- end -->")
 
