@@ -42,7 +42,7 @@ def runs(world, tmp_path_factory) -> Path:
         "code": {"commit": "c"},
     }
     record = {"recipe": "recipes.dmd2.DMD2", "name": "a", "created": "today", "steps": 20, "provenance": made}
-    (folder / "a" / "run.json").write_text(json.dumps({**record, "metrics": {"memory_gb": 1.23456}}))
+    (folder / "a" / "run.json").write_text(json.dumps({**record, "metrics": {"memory_gb": 1.23041}}))
     (folder / "a" / "checkpoints").mkdir()
     (folder / "a" / "checkpoints" / "last.ckpt").write_bytes(bytes(2_340_000))
     (folder / "a" / "metrics.csv").write_text(
@@ -88,7 +88,7 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     assert (student["n"], student["calls"], student["checkpoint"]["name"]) == (6, 1, f"{runs.name}/a")
     assert student["trained"] == {
         "command": "python -m magihuman.train +recipe=dmd2", "steps": 20, "seed": 5, "code": {"commit": "c"},
-        "process_gb": 1.235, "state_mb": 2.3,
+        "process_gb": 1.23, "state_mb": 2.3,
     }  # fmt: skip
     assert values["columns"][COLUMNS[2]]["calls"] == 4
     assert student["rows"]["vowels"]["value"] < 0.5
