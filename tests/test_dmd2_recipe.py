@@ -24,6 +24,7 @@ from magihuman.distill.parts import Part
 from magihuman.distill.settings import CriticSettings
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
+from magihuman.tokens import patchify, patchify_target
 from magihuman.weights import Sampling
 
 GUIDANCE = Guidance(3.0, 1.5, 500, 2.0)
@@ -119,6 +120,36 @@ def test_clips_without_sound_and_stills_are_distilled_too(tmp_path: Path) -> Non
         assert "dm/audio" not in figures
         assert all(w.isfinite().all() for w in recipe.networks.weights("student").values())
         assert recipe.student_updates == 1
+
+
+# T16: the networks write tokens in the order that inference reads, which is not the order in which they are read.
+
+
+def test_a_learned_sample_is_in_the_order_that_inference_reads(tmp_path: Path) -> None:
+    recipe = made(tmp_path)
+    batch, draw = training_stub.batch([0]), torch.Generator().manual_seed(3)
+    x0 = Pair(batch["video"], batch["audio"])
+    noise = Pair(*(torch.randn(x.shape, generator=draw) for x in x0))
+    sigma, everywhere = torch.tensor([0.6]), Given.nothing(x0).mask
+    noisy = Pair(*(add_noise(a, b, sigma) for a, b in zip(x0, noise, strict=True)))
+    critic = recipe.networks.critic
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    for _ in range(150):
+        velocity = recipe.velocity("critic", batch["text"], noisy, Pair(sigma, sigma))
+        losses = [critic_loss(*of) for of in zip(velocity, x0, noise, everywhere, strict=True)]
+        optimizer.zero_grad()
+        sum(loss.sum() for loss in losses).backward()
+        optimizer.step()
+    assert losses[0].item() < 1e-3
+
+    written: list[torch.Tensor] = []
+    critic.model.register_forward_hook(lambda _model, _inputs, outputs: written.append(outputs[0]))
+    with torch.no_grad():
+        recipe.velocity("critic", batch["text"], noisy, Pair(sigma, sigma))
+    target = noise.video - x0.video
+    tokens = written[0].reshape(1, -1, 12)
+    assert float((tokens - patchify_target(target, 2)).square().mean()) < 1e-3
+    assert float((tokens - patchify(target, 2)).square().mean()) > 0.1  # the input's order
 
 
 # T12: who is trained when, in which precision.
