@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval import ablation, decoders, distill_report
+from eval import ablation, conditions, decoders, distill_report
 from eval.sr_report import ROWS as SR_ROWS
 from eval.stats import Measure
 from inference import decode_table
@@ -158,6 +158,12 @@ def decode_cost_table(file: str) -> str:
     return f"{decode_table.markdown(values)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
 
 
+def conditions_table(file: str) -> str:
+    """Markdown of a file written by `eval.conditions`: a table per kind of condition."""
+    values = json.loads((REPO / file).read_text())
+    return f"{conditions.markdown(values)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **LATENCY_TABLES,
     "scores": scores_table,
@@ -165,6 +171,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "peaks": peaks_table,
     "sr": sr_table,
     "distill": distill_table,
+    "conditions": conditions_table,
     "decoding": decoding_table,
     "ablation": ablation_table,
     "decode-cost": decode_cost_table,
