@@ -9,6 +9,9 @@ import pytest
 from inference.latency import records, tables
 from inference.latency.measure import measure
 from inference.latency.picture import check_pictures, draw, values
+from inference.latency.predicted_table import predicted_table
+from inference.roofline import predict
+from inference.roofline.totals import predictions
 from magihuman.errors import UserError
 
 
@@ -115,7 +118,10 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
 
 def _readme(folder: Path) -> Path:
     file = folder / "README.md"
-    blocks = "\n\n".join(f"<!-- {kind} {folder} -->\n<!-- end -->" for kind in tables.TABLES)
+    blocks = "\n\n".join(
+        f"<!-- {kind} {tables.PREDICTED if kind == 'predicted' else folder} -->\n<!-- end -->"
+        for kind in tables.TABLES
+    )
     file.write_text(f"# Title\n\n{blocks}\n\nend\n")
     file.write_text(tables.render(file.read_text()))
     return file
@@ -124,7 +130,7 @@ def _readme(folder: Path) -> Path:
 def test_check_finds_every_difference(tmp_path: Path) -> None:
     records.write("measure", "a", [row()], made(), tmp_path)
     file = _readme(tmp_path)
-    assert tables.check_readme(file).startswith("4 tables of README.md and 0 pictures")
+    assert tables.check_readme(file).startswith("5 tables of README.md and 0 pictures")
     right = file.read_text()
     file.write_text(right.replace("30.50", "29.50"))
     with pytest.raises(UserError, match="differs from its result files"):
@@ -174,5 +180,34 @@ def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, t
 def test_committed_files_are_whole() -> None:
     """The repository's own results can be read and shown."""
     for kind, table in tables.TABLES.items():
-        assert table("inference/results/latency").count("\n") > 2, kind
+        argument = tables.PREDICTED if kind == "predicted" else "inference/results/latency"
+        assert table(argument).count("\n") > 2, kind
     assert all(found["provenance"]["code"]["sources"] for found in records.read())
+
+
+def test_committed_predictions_are_what_the_code_computes() -> None:
+    """Floors, targets and published times among them; the table is labelled."""
+    for device, machine in (("h100", predict.H100), ("h200", predict.H200)):
+        file = f"inference/results/predictions/{device}.json"
+        found = json.loads((tables.REPO / file).read_text())
+        computed = json.loads(json.dumps(predictions(machine)))
+        assert {key: found[key] for key in computed} == computed, (
+            "run python -m inference.roofline ladder output=..."
+        )
+        assert found["kind"] == "predicted"
+        assert "not measured" in found["provenance"]["how"]
+        table = predicted_table(file)
+        assert table.startswith("| PREDICTED for one " + machine.name)
+        assert "1.6 + 31.0 + 5.8 = **38.4**" in table
+        assert "1.03 + 24.25 + 1.51 = **26.78**" in table
+        assert "| *target, FP8 linears and attention* | 1 | 4 | 24 | |" in table
+    measured = next((tables.REPO / "inference/results/latency").glob("*-measure-*.json"))
+    with pytest.raises(ValueError, match="not predicted"):
+        predicted_table(str(measured))
+
+
+def test_the_readme_and_its_picture_come_from_the_files() -> None:
+    """What `python -m inference.latency --check` proves."""
+    if "<!-- latency " not in (tables.REPO / "README.md").read_text():
+        pytest.skip("README.md has no latency section yet")
+    assert "tables of README.md" in measure(check=True)

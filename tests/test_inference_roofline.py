@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from inference.roofline import predict, work
+from inference.roofline import predict, totals, work
 from inference.roofline.__main__ import COMMANDS, ladder
 from inference.roofline.bounds import Limits, bound, utilisation
 from inference.roofline.cases import make
@@ -52,6 +52,10 @@ def test_floors_of_the_study() -> None:
     assert least["256p"] == pytest.approx(1.03, abs=0.005)
     assert least["540p"] == pytest.approx(3.18, abs=0.005)
     assert least["1080p"] == pytest.approx(24.25, abs=0.01)
+    shown = {size: totals.floor(make(size)) for size in totals.SIZES}
+    assert [(cell["base"], cell["sr"]) for cell in shown.values()] == [
+        pytest.approx((1.03, loop), abs=0.006) for loop in (0, 3.18, 24.25)
+    ]
     assert all(bound(w, AT_790).by == "compute" for w in work.stages(make("1080p")) if w.passes > 1)
 
 
@@ -147,10 +151,15 @@ def test_ladder_is_that_of_the_study(tmp_path: Path) -> None:
     assert list(times) == list(expected)
     for key, row in expected.items():
         assert list(times[key].values()) == pytest.approx(row, abs=0.0051)
-    for rung in predict.LADDER:
-        for size in ("256p", "1080p"):
-            stage = make(size).stages[-1]
-            assert predict.one_pass(stage, rung.rates, predict.H200).total > 0
+    first, *_, last = values["rows"]
+    for size in totals.SIZES:
+        clip = last["clips"][size]
+        assert clip["total"] == pytest.approx(clip["base"] + clip["sr"] + clip["decode"], abs=2e-4)
+        assert values["floor"]["clips"][size]["total"] < first["clips"][size]["total"]
+        assert last["student_totals"][size] < clip["total"]
+    assert {row["key"]: row["target"]["1080p"] for row in values["rows"] if "target" in row} == {
+        "attention": 35.0, "fp8": 30.0, "fp8_attention": 24.0,
+    }  # fmt: skip
 
 
 def test_a_wave_is_full_or_not() -> None:

@@ -118,5 +118,5 @@ def time_call(
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float | int]]:
-    """Spread of every stage over requests."""
-    return {name: spread([row[name] for row in rows]) for name in rows[0]}
+    """Spread of every stage over requests; of those that ran in all of them."""
+    return {name: spread([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}

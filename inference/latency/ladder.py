@@ -51,6 +51,7 @@ def ladder(
     options: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    warm: int = 2,
     repeat: int = 3,
     output: str | None = None,
 ) -> str:
@@ -67,6 +68,7 @@ def ladder(
         options: changes of every rung's options, such as compile=off
         device: auto, cpu or cuda
         dtype: auto, bfloat16 or float32
+        warm: passes before the timed ones
         repeat: timed passes
         output: another folder for the result
 
@@ -99,7 +101,7 @@ def ladder(
         row["geometry"] = {s.name: {"tokens": s.tokens.total, "passes": s.passes} for s in case.stages}
         row["roof"] = roof
         try:
-            row |= _climbed(case, name, reference, inputs, truths, changes, place, repeat)
+            row |= _climbed(case, name, reference, inputs, truths, changes, place, warm, repeat)
         except Exception as error:  # compilers and kernels fail in many ways, and the other rungs still count
             row |= {"status": "n/a", "reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         rows.append(row)
@@ -119,6 +121,7 @@ def _climbed(
     truths: Mapping[str, Truth],
     changes: Mapping[str, Any],
     device: torch.device,
+    warm: int,
     repeat: int,
 ) -> Row:
     """Options, errors and times of one rung."""
@@ -131,7 +134,7 @@ def _climbed(
         row["errors"][stage.name] = truths[stage.name].errors(networks.one_pass(seen, given))
         row["first_pass"][stage.name] = round(time.perf_counter() - start, 3)
         call = partial(networks.one_pass, seen, given)
-        row["stages"][stage.name] = time_call(call, device, least=repeat, most=2 * repeat)
+        row["stages"][stage.name] = time_call(call, device, warm=warm, least=repeat, most=2 * repeat)
     return row
 
 

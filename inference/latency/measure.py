@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from inference.fast import TIERS
+from inference.fast import TIERS, require_kernel
 from inference.latency import networks, parts, records
 from inference.latency.clock import UNSTEADY, medians, spread
 from inference.latency.errors import Truth
@@ -51,7 +51,8 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device={name} is unknown; choose one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU; use device=cpu with size=tiny or size=layer")
-    return torch.device(name)
+    # With its number, as tensors name it: layouts are kept by device.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def refuse_hopeless(case: Case, device: torch.device) -> None:
@@ -122,6 +123,9 @@ def measure(
         checkpoint = "tiny/base"
     changes = networks.options_from(options)
     names = networks.tiers(tier)
+    for name in names:
+        if "attention" not in changes:
+            require_kernel(name, place, kind)
     small = case.stages[0].config.parameter_count() <= LARGE
     made, roof = records.provenance(place), measure_roof(place, kind)
     rows: list[Row] = []

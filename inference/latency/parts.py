@@ -153,7 +153,7 @@ def _tiny_decoder(name: str, device: torch.device) -> Any:
 
 
 def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
-    """The part, or why not: its library, or room for it."""
+    """The part, or why not: its library, room for it, or a version of the library that knows it by another name."""
     if find_spec(needs) is None:
         return Missing(f"{needs} is not installed")
     try:
@@ -161,6 +161,14 @@ def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
             return build()
     except torch.OutOfMemoryError:
         return Missing(f"the memory of {device} does not hold it")
+    except Exception as error:  # the networks' times are wanted all the same
+        return Missing(f"{needs} cannot build it ({reason_of(error)})")
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
 
 
 def _wan(device: torch.device) -> Any:

@@ -1,10 +1,11 @@
 """One request, stage by stage as inference runs it: text to an mp4 file with sound, nothing else in between."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from inference.decode import Decoder, to_pictures
 from inference.latency.clock import Stopwatch
 from inference.latency.networks import SEED
-from inference.latency.parts import Missing, Parts
+from inference.latency.parts import Missing, Parts, reason_of
 from inference.roofline.cases import FPS, Case
 from inference.sample import LatentShape, draw_noise, sample, seeded
 from inference.second_stage import draw, refine
@@ -20,6 +21,7 @@ from magihuman.denoiser import Denoiser
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.solvers import make_solver
 
+T = TypeVar("T")
 CONDITIONS = ("image", "sound")
 """Stages that run only where a picture or a sound is given; timed beside the request, not in it."""
 STAGES = ("text", "noise", "base", "sr", "video decode", "to host", "audio decode", "encode and mux")
@@ -85,23 +87,23 @@ class Request:
             ValueError: latents that are not finite.
         """
         watch, parts = Stopwatch(self.device), self.parts
-        text = self.words
-        if parts is not None and "text" not in self.missing:
-            with watch.stage("text", host=not self._on_device(parts.text)):
-                text = parts.text.encode([parts.prompt])[0].to(self.device)
-        video, audio = self._denoise(watch, text)
-        frames = wave = None
+        text = None
         if parts is not None:
-            if "video decode" not in self.missing:
-                frames = self._decode(watch, parts.decoder, video)
-            if "audio decode" not in self.missing:
-                with watch.stage("audio decode"):
-                    wave = parts.audio.decode(audio)[0].float().clamp(-1, 1).cpu()
-            if "encode and mux" not in self.missing:
-                assert frames is not None
-                assert wave is not None
-                with watch.stage("encode and mux", host=True):
-                    self._write(frames, wave)
+            text = self._apart(
+                watch,
+                "text",
+                lambda: parts.text.encode([parts.prompt])[0].to(self.device),
+                host=not self._on_device(parts.text),
+            )
+        video, audio = self._denoise(watch, self.words if text is None else text)
+        if parts is not None:
+            frames = self._decode(watch, parts.decoder, video)
+            wave = self._apart(
+                watch, "audio decode", lambda: parts.audio.decode(audio)[0].float().clamp(-1, 1).cpu()
+            )
+            if frames is None or wave is None:
+                self.missing.setdefault("encode and mux", "no pictures or no sound")
+            self._apart(watch, "encode and mux", lambda: self._write(frames, wave), host=True)
         times, self.worked = watch.finish(), watch.worked
         if not (torch.isfinite(video).all() and torch.isfinite(audio).all()):
             raise ValueError("the request's latents are not finite")
@@ -146,9 +148,14 @@ class Request:
                 )
         return video, audio
 
-    def _decode(self, watch: Stopwatch, codec: Any, video: Tensor) -> list[Tensor]:
-        with watch.stage("video decode"):
-            parts = [to_pictures(part) for part in Decoder(codec).frames(video)]
+    def _decode(self, watch: Stopwatch, codec: Any, video: Tensor) -> list[Tensor] | None:
+        """Pictures in the host's memory."""
+        parts = self._apart(
+            watch, "video decode", lambda: [to_pictures(part) for part in Decoder(codec).frames(video)]
+        )
+        if parts is None:
+            self.missing.setdefault("to host", "no pictures")
+            return None
         if not self._host:  # memory that the device can copy into, taken once
             self._host = [
                 torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda) for part in parts
@@ -158,10 +165,23 @@ class Request:
                 target.copy_(part, non_blocking=True)
         return self._host
 
-    def _write(self, frames: list[Tensor], wave: Tensor) -> None:
+    def _apart(self, watch: Stopwatch, stage: str, work: Callable[[], T], host: bool = False) -> T | None:
+        """Time a stage that the loops do not need. One that fails is `missing` from then on, with the reason."""
+        if stage in self.missing:
+            return None
+        try:
+            with watch.stage(stage, host):
+                return work()
+        except Exception as error:
+            self.missing[stage] = reason_of(error)
+            return None
+
+    def _write(self, frames: list[Tensor] | None, wave: Tensor | None) -> None:
         from inference import clip
 
         assert self.parts is not None
+        assert frames is not None
+        assert wave is not None
         with tempfile.TemporaryDirectory() as folder:
             sound = clip.playable(wave, self.parts.audio.sample_rate)
             clip.write(Path(folder) / "clip.mp4", iter(frames), FPS, *sound)
@@ -170,21 +190,19 @@ class Request:
         """A picture for every stage, and a sound of the clip's length."""
         if self.parts is None:
             return {}
-        watch = Stopwatch(self.device)
-        if "image" not in self.missing:
-            with watch.stage("image"):
-                for picture in self.pictures:
-                    self.parts.video.encode(picture.to(self.device))
-        if "sound" not in self.missing:
-            codec = self.parts.audio
-            wave = 0.1 * torch.randn(
-                1, codec.waveform_channels, codec.hop * self.case.audio, device=self.device
-            )
-            with watch.stage("sound"):
-                codec.encode(wave)
+        watch, parts = Stopwatch(self.device), self.parts
+        self._apart(
+            watch,
+            "image",
+            lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures],
+        )
+        self._apart(watch, "sound", lambda: parts.audio.encode(self._wave(parts.audio)))
         times = watch.finish()
         del times["request"]
         return times
+
+    def _wave(self, codec: Any) -> Tensor:
+        return 0.1 * torch.randn(1, codec.waveform_channels, codec.hop * self.case.audio, device=self.device)
 
     def _on_device(self, part: Any) -> bool:
         return isinstance(part, torch.nn.Module) and self.device.type == "cuda"

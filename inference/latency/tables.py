@@ -1,8 +1,8 @@
 """Tables of the README from result files: latency beside the published table, decoders, what optimisations bring.
 
-A block of the README between `<!-- latency FOLDER -->` (or `latency-cpu`, `decoders`, `gains`) and `<!-- end -->` is
-rendered from the files of that folder; `python -m inference.latency --check` proves it. Predictions stand in columns
-of their own and never in a row of measurements.
+A block of the README between `<!-- latency FOLDER -->` (or `latency-cpu`, `decoders`, `gains`; `predicted FILE`) and
+`<!-- end -->` is rendered from the files of that folder; `python -m inference.latency --check` proves it. Predictions
+stand in tables or columns of their own and never in a row of measurements.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 
 from inference.latency import records
 from inference.latency.ladder_table import gains_table
+from inference.latency.predicted_table import predicted_table
 from inference.roofline.bounds import PUBLISHED
 from magihuman.errors import UserError
 
@@ -232,7 +233,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "latency-cpu": cpu_table,
     "decoders": decoders_table,
     "gains": gains_table,
+    "predicted": predicted_table,
 }
+PREDICTED = "inference/results/predictions/h200.json"
 
 
 def render(text: str) -> str:
@@ -283,7 +286,10 @@ def table(output: str | None = None, picture: bool = True) -> str:
         picture: draw latency.png into it (needs matplotlib)
     """
     folder = records.FOLDER if output is None else Path(output)
-    parts = [f"## {kind}\n\n{render_one(str(folder.absolute()))}" for kind, render_one in TABLES.items()]
+    parts = []
+    for kind, render_one in TABLES.items():
+        argument = PREDICTED if kind == "predicted" else str(folder.absolute())
+        parts.append(f"## {kind}\n\n{render_one(argument)}")
     if picture:
         from inference.latency.picture import draw
 

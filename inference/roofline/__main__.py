@@ -11,7 +11,8 @@ from typing import Any
 from inference.roofline import predict
 from inference.roofline.bounds import PUBLISHED, Limits, bound, utilisation
 from inference.roofline.cases import make
-from inference.roofline.work import Work, forward
+from inference.roofline.totals import SIZES, predictions
+from inference.roofline.work import Work
 from inference.roofline.work import stages as stages_of
 from magihuman.command import run_one
 from magihuman.errors import UserError
@@ -19,7 +20,6 @@ from magihuman.gpus import GPUS, gpu
 from magihuman.provenance import code_version, write_atomically
 from magihuman.zoo.footprint import Tokens
 
-RELEASED = ("256p", "540p", "1080p")
 FORMAT = "magihuman-predictions/1"
 NOTE = "computed, not measured"
 
@@ -84,7 +84,7 @@ def stages(
 
 
 def _sizes(size: str) -> tuple[str, ...]:
-    return RELEASED if size == "all" else (size,)
+    return SIZES if size == "all" else (size,)
 
 
 def _line(work: Work, limits: Limits, seconds: float | None, peak: float) -> str:
@@ -151,7 +151,7 @@ def published(tflops: float = 790.0) -> str:
 
 
 def ladder(device: str = "h200", output: str | None = None) -> str:
-    """Predicted seconds of every denoising loop after each optimisation, at assumed rates of kernels.
+    """Predicted seconds of every denoising loop and clip after each optimisation, at assumed rates of kernels.
 
     Args:
         device: h100 or h200
@@ -163,46 +163,35 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
     machines = {"h100": predict.H100, "h200": predict.H200}
     if device not in machines:
         raise UserError(f"device={device} has no assumed rates; choose one of {', '.join(machines)}")
-    machine = machines[device]
-    cases = [make(name) for name in RELEASED]
-    columns = {case.size: case.stages[-1] for case in cases}
-    rows: list[dict[str, Any]] = []
-    for rung in predict.LADDER:
-        times = {
-            size: round(stage.passes * predict.one_pass(stage, rung.rates, machine).total, 4)
-            for size, stage in columns.items()
-        }
-        rows.append({"key": rung.key, "after": rung.name, "seconds": times})
+    values = predictions(machines[device])
     if output is not None:
-        _write(Path(output), device, machine.name, columns, rows)
-    heads = [f"{size} {stage.name} x{stage.steps}" for size, stage in columns.items()]
+        _write(Path(output), device, values)
+    heads = [f"{size} {stage['stage']} x{stage['steps']}" for size, stage in values["stages"].items()]
     lines = [
-        f"{machine.name}, seconds per loop; {NOTE}, at assumed rates",
-        f"{'after':<76}" + "".join(f"{h:>14}" for h in heads),
+        f"{values['machine']}, seconds per loop, and of base + sr + decode; {NOTE}, at assumed rates",
+        f"{'after':<76}" + "".join(f"{h:>14}" for h in heads) + "".join(f"{h:>10}" for h in SIZES),
     ]
-    for row in rows:
-        lines.append(f"{row['after']:<76}" + "".join(f"{cell:>14.2f}" for cell in row["seconds"].values()))
+    least = values["floor"]
+    cells = "".join(f"{clip['sr'] or clip['base']:>14.2f}" for clip in least["clips"].values())
+    cells += "".join(f"{clip['total']:>10.2f}" for clip in least["clips"].values())
+    name = f"least, at {least['tflops']:g} TFLOP/s"
+    lines.append(f"{name:<76}{cells}")
+    for row in values["rows"]:
+        cells = "".join(f"{cell:>14.2f}" for cell in row["seconds"].values())
+        cells += "".join(f"{clip['total']:>10.2f}" for clip in row["clips"].values())
+        lines.append(f"{row['after']:<76}{cells}")
+        if "target" in row:
+            wanted = "".join(f"{row['target'][size]:>10.2f}" for size in SIZES)
+            lines.append(f"{'  target':<76}{'':>14}{'':>14}{'':>14}{wanted}")
     return "\n".join(lines)
 
 
-def _write(
-    path: Path, device: str, machine: str, columns: dict[str, Any], rows: list[dict[str, Any]]
-) -> None:
-    stages = {
-        size: {
-            "stage": stage.name,
-            "steps": stage.steps,
-            "tokens": stage.tokens.total,
-            "flops_per_pass": forward(stage).total,
-        }
-        for size, stage in columns.items()
-    }
-    values = {
+def _write(path: Path, device: str, values: dict[str, Any]) -> None:
+    whole = {
         "format": FORMAT,
         "kind": "predicted",
-        "machine": machine,
-        "stages": stages,
-        "rows": rows,
+        **values,
+        "published": PUBLISHED,
         "provenance": {
             "how": "computed from the config at assumed rates (inference.roofline.predict), not measured",
             "command": shlex.join(
@@ -214,7 +203,7 @@ def _write(
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(values, indent=1) + "\n")
+        write_atomically(path, json.dumps(whole, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write output={path}: {error.strerror or error}") from error
 

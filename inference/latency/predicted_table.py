@@ -1,0 +1,85 @@
+"""Predictions as a table, of a file that `python -m inference.roofline ladder output=FILE` wrote, or of one that
+`python -m inference.latency predict` made of measured microbenchmarks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+_NAMES = {"attention": "exact", "fp8": "FP8 linears", "fp8_attention": "FP8 linears and attention"}
+
+
+def predicted_table(file: str) -> str:
+    """Markdown: predicted seconds, labelled so.
+
+    Raises:
+        ValueError: the file holds something that is not a prediction.
+    """
+    values: dict[str, Any] = json.loads((REPO / file).read_text())
+    if values["kind"] != "predicted":
+        raise ValueError("a number that is not predicted")
+    lines = _calibrated(values) if "rates_from" in values else _ladder(values)
+    made = values["provenance"]
+    commit = made["code"].get("commit", "unknown")[:12] + (
+        " with changes" if made["code"].get("changed") else ""
+    )
+    lines[-1] += f" From [{file}]({file}): {made['date'][:10]}, commit {commit}."
+    return "\n".join(lines)
+
+
+def _ladder(values: dict[str, Any]) -> list[str]:
+    """Seconds of base + SR + decode after each optimisation, beside published times, floors and targets."""
+    sizes, student = list(values["stages"]), values["assumed"]["student"]
+    heads = [f"{size}, N={values['stages'][size]['tokens']}" for size in sizes]
+    lines = [
+        f"| PREDICTED for one {values['machine']}, seconds: base + SR + decode = total | "
+        + " | ".join(heads)
+        + f" | total with our decoder {student} |",
+        "|---" + "|---:" * (len(sizes) + 1) + "|",
+        "| published, one H100 (measured by its authors) | "
+        + " | ".join(_cell(values["published"][size], 1) for size in sizes)
+        + " | |",
+        f"| least possible in bf16 at {values['floor']['tflops']:g} TFLOP/s | "
+        + " | ".join(_cell(values["floor"]["clips"][size]) for size in sizes)
+        + " | |",
+    ]
+    for row in values["rows"]:
+        cells = [_cell(row["clips"][size]) for size in sizes]
+        own = " / ".join(f"{row['student_totals'][size]:.2f}" for size in sizes)
+        lines.append(f"| {row['after']} | " + " | ".join(cells) + f" | {own} |")
+        if "target" in row:
+            wanted = [f"{row['target'][size]:g}" for size in sizes]
+            lines.append(f"| *target, {_NAMES[row['key']]}* | " + " | ".join(wanted) + " | |")
+    assumed = values["assumed"]
+    return [
+        *lines,
+        "",
+        "Computed from FLOPs and bytes at assumed rates of kernels, never measured; decoders at "
+        f"{assumed['decode_tflops']:g} TFLOP/s, pictures to the host at {assumed['link_gbps']:g} GB/s. Each row adds "
+        "to the one above.",
+    ]
+
+
+def _calibrated(values: dict[str, Any]) -> list[str]:
+    """Seconds of a pass by part, at rates of measured microbenchmarks, beside what a pass took."""
+    lines = [
+        f"| PREDICTED seconds of a pass, {values['size']} {values['tier']} | products | attention | pointwise | total "
+        "| measured | explained |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, parts in values["stages"].items():
+        cells = [f"{parts[part]:.4f}" for part in ("products", "attention", "pointwise", "total")]
+        found = values["measured"]
+        own = found["stages"][name] if found else None
+        cells += ["-", "-"] if own is None else [f"{own['seconds_per_pass']:.4f}", f"{own['explained']:.0%}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"Computed at the rates of {values['rates_from']}: {values['provenance']['machine']}.",
+    ]
+
+
+def _cell(clip: dict[str, float], digits: int = 2) -> str:
+    parts = [clip[name] for name in ("base", "sr", "decode") if clip.get(name)]
+    return " + ".join(f"{part:.{digits}f}" for part in parts) + f" = **{clip['total']:.{digits}f}**"
