@@ -132,35 +132,49 @@ README_ROWS = (
 def readme(values: Mapping[str, Any], rows: Sequence[str] = ()) -> str:
     """Table and verdicts for the README: `rows` by name, with names and calls in the header.
 
+    Of several students no more is shown than the bound, the teacher, the teacher in their sampler, themselves, and the
+    verdicts without their details.
+
     Raises:
         KeyError: a row that is none.
     """
     columns = values["columns"]
-    calls = [f"{name} ({c['calls']} calls)" if "calls" in c else name for name, c in columns.items()]
-    lines = [["", *calls]]
+    several = len(values["claims"]) > 1
+    header = {name: f"{name} ({c['calls']} calls)" if "calls" in c else name for name, c in columns.items()}
+    if several:
+        others = [name for name in columns if name not in values["claims"]]
+        shown = [*others[1:3], others[-1], *values["claims"]]
+        header = {name: name.split(",")[0] if name in values["claims"] else header[name] for name in shown}
+    lines = [["", *header.values()]]
     for name in rows or README_ROWS:
-        lines.append([values["rows"][name]["about"], *(cell(c["rows"][name]) for c in columns.values())])
-    times = [seconds(values, name) for name in columns]
+        lines.append([values["rows"][name]["about"], *(cell(columns[c]["rows"][name]) for c in header)])
+    times = [seconds(values, name) for name in header]
     lines.append(["denoising, seconds per clip", *("" if t is None else f"{t:.3f}" for t in times)])
-    lines += _training(values)
+    if several:
+        lines += _training(values, list(header))
     body = ["| " + " | ".join(line) + " |" for line in lines]
     counts = f"{values['prompts']} prompts x {len(values['seeds'])} seeds"
     note = (
         f"{counts}, 95 % intervals over prompts. Where a share of the bound (through codec) stands in brackets, nearer "
         "to it is better, from either side."
     )
-    return "\n".join([body[0], "|---" * len(lines[0]) + "|", *body[1:], "", note, "", *claim_lines(values)])
+    said = [
+        f"- {header[name]}: "
+        + "; ".join(f"{claim['about']}: **{claim['verdict'].upper()}**" for claim in found)
+        for name, found in values["claims"].items()
+    ]
+    verdicts = said if several else claim_lines(values)
+    return "\n".join([body[0], "|---" * len(lines[0]) + "|", *body[1:], "", note, "", *verdicts])
 
 
-def _training(values: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of what the students' trainings held, where several are compared."""
-    made = [c.get("trained", {}) if c["role"] == "student" else {} for c in values["columns"].values()]
+def _training(values: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Rows of what the students' trainings held."""
+    made = [values["columns"][name].get("trained", {}) for name in names]
     rows = {
         STATE: [f"{m['state_mb']:.0f}" if "state_mb" in m else "" for m in made],
         PROCESS: [f"{m['process_gb']:.2f}" if "process_gb" in m else "" for m in made],
     }
-    several = len(values["claims"]) > 1
-    return [[about, *cells] for about, cells in rows.items() if several and any(cells)]
+    return [[about, *cells] for about, cells in rows.items() if any(cells)]
 
 
 # ----------------------------------------------------------------------------------------------------

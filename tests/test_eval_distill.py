@@ -1,5 +1,6 @@
 """`python -m eval.distill`: sampling side by side, what is kept of it, and what is written."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -192,11 +193,17 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     assert lines[5].startswith("| denoising, seconds per clip |  |  | ")
     assert "- speed against teacher, 2 steps, CFG: **" in text
     assert "training process" not in text
-    values["claims"]["another student"] = []
+    other = COLUMNS[-1].replace("student", "student b")
+    values = copy.deepcopy(values)
+    for part in ("columns", "claims"):
+        values[part][other] = values[part][COLUMNS[-1]]
     (tmp_path / "c.json").write_text(json.dumps(values))
     lines = readme.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
-    assert "| training state in a checkpoint, MB |  |  |  |  |  | 2 |" in lines
-    assert "| peak memory of the training process, GB |  |  |  |  |  | 1.23 |" in lines
+    header = ["through codec", "teacher, 2 steps, CFG (4 calls)", "teacher, 1 re-noise steps, no CFG (1 calls)"]
+    assert lines[1] == f"|  | {' | '.join([*header, 'student', 'student b'])} |"
+    assert "| training state in a checkpoint, MB |  |  |  | 2 | 2 |" in lines
+    assert "| peak memory of the training process, GB |  |  |  | 1.23 | 1.23 |" in lines
+    assert sum(line.startswith("- student b: against teacher, 2 steps, CFG: **") for line in lines) == 1
     with pytest.raises(UserError, match="cannot be rendered"):
         readme.render("<!-- distill c.json no_such_row -->\n<!-- end -->")
 
