@@ -7,8 +7,9 @@ decoder; the student is ours, `magihuman.models.turbo_student`). One batch:
   1. latents and the frames that they were encoded from; some are replaced by latents that a diffusion model made,
      with the teacher's frames, because those are what the decoder will meet;
   2. pixels (Charbonnier), detail (Laplacian pyramid; LPIPS on request) and change from frame to frame against them;
-  3. the student's features, mapped linearly, against those of the teacher's middle and first up block. Only these
-     blocks of the teacher run. The term fades out before the end, so that the last word is the picture's;
+  3. on request, the student's features, mapped linearly, against those of the teacher's middle and first up block.
+     Only these blocks of the teacher run. The term fades out before the end, so that the last word is the picture's.
+     Published decoders are trained so; where true frames are at hand, it has only cost quality in the puppet world;
   4. in the last stage, on request, an adversarial loss.
 
 The maps and the discriminator stay behind: the average and the export hold the decoder alone.
@@ -53,7 +54,8 @@ class TurboVAE(Recipe):
         pixel, perceptual, temporal, align: weights of the losses; `align` may be a ramp.
         lpips: weight of LPIPS; lpips_backbone: file of its VGG-16.
         crop: side of the square of latents to train on, at a random place; None for whole pictures.
-        sampled: file of sampled latents (`inference.sampled`), or None; sampled_share: of the samples.
+        sampled: file of sampled latents (`inference.sampled`), or in a configuration the call that makes it; None:
+            none. sampled_share: of the samples.
         gan: the adversarial stage, or None.
     """
 
@@ -73,7 +75,7 @@ class TurboVAE(Recipe):
         lpips: float = 0.0,
         lpips_backbone: str | None = None,
         crop: int | None = None,
-        sampled: str | None = None,
+        sampled: str | dict[str, Any] | None = None,
         sampled_share: float = 0.25,
         gan: Gan | None = None,
     ) -> None:
@@ -105,7 +107,8 @@ class TurboVAE(Recipe):
             (LPIPS(lpips_backbone),) if lpips and lpips_backbone is not None else ()
         )
         self.blocks = teacher_blocks
-        self.sampled = None if sampled is None else SampledLatents(sampled, self.config.latents.channels)
+        channels = self.config.latents.channels
+        self.sampled = None if sampled is None else SampledLatents(str(sampled), channels)
 
     # The networks
 
