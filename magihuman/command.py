@@ -5,6 +5,7 @@ hints are what values are checked against; Hydra's `_target_` can call the same 
 """
 
 import inspect
+import os
 import re
 import sys
 import types
@@ -23,6 +24,7 @@ def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None =
     Args:
         program: what the user typed, such as "python -m data.puppets".
     """
+    calm_bars()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in arguments):
         print(usage(function, program))
@@ -34,6 +36,15 @@ def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None =
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def calm_bars() -> None:
+    """Progress bars that go to a file write a line every ten seconds; without this a log is mostly bars.
+
+    tqdm reads its environment when it is imported: call this before.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
 def run_one(

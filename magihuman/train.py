@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from magihuman.command import calm_bars
 from magihuman.config import CONFIGS, TrainSettings, explain, validate
 from magihuman.errors import UserError, report_and_exit
 from magihuman.schema import call
@@ -166,6 +167,7 @@ def after_fit(settings: TrainSettings, run: Any) -> None:
 
 def main() -> None:
     """The command line."""
+    calm_bars()
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
