@@ -1,0 +1,111 @@
+"""The GPU suite's commands at full size on a GPU that is not there: shapes, dtypes, devices and layouts are checked.
+
+Needs a torch that was built for CUDA, as GPU boxes have it; no driver and no GPU.
+"""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import fake_gpu
+from torch import Tensor
+
+from inference.latency import records
+from inference.latency.__main__ import COMMANDS
+from magihuman.command import settings
+
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is at hand"),
+]
+ONCE = "steps=1 sr_steps=1 warm=2 repeat=1 budget=0.001 options=compile=off"
+
+
+def run(line: str, folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Rows that a command of the suite writes."""
+    name, *arguments = line.split()
+    with fake_gpu(patch):
+        COMMANDS[name](**settings(COMMANDS[name], [*arguments, f"output={folder}"], "x"))
+    (values,) = records.read(folder)
+    assert values["provenance"]["machine"] == "NVIDIA FAKE"
+    json.dumps(values)
+    return values["rows"]
+
+
+@pytest.mark.parametrize("tier", ["fast", "fp8", "reference"])
+@pytest.mark.parametrize("size", ["256p", "540p"])
+def test_a_clip(size: str, tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = run(f"measure size={size} tier={tier} {ONCE}", tmp_path, monkeypatch)
+    _check_clip(row)
+    if tier != "reference":
+        assert row["attention_kernel"] == "cudnn"
+        assert (row["options"]["pad"], row["options"]["grouped"], row["options"]["graphs"]) == (
+            True,
+            True,
+            True,
+        )
+
+
+@pytest.mark.parametrize("tier", ["fast", "fp8"])
+def test_the_largest_clip(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of frames by cuDNN; the reference's own windows need a compiler, so its velocities are given."""
+    monkeypatch.setattr("magihuman.models.attention._flex", lambda q, k, v, layout, window: q)
+    monkeypatch.setattr("magihuman.models.attention._block_mask", lambda layout, window: None)
+    (row,) = run(f"measure size=1080p tier={tier} {ONCE}", tmp_path, monkeypatch)
+    _check_clip(row)
+    assert row["geometry"]["sr"]["tokens"]["total"] == 65746
+    assert row["geometry"]["sr"]["window"] == 11
+
+
+def _check_clip(row: dict[str, Any]) -> None:
+    for stage in (*row["geometry"], "video decode", "to host", "text", "audio decode", "image", "sound"):
+        assert "median" in row["stages"][stage], (stage, row["stages"][stage])
+    assert row["comparable"]["n"] == 1
+    assert row["peak_memory_bytes"] > 0
+    assert row["rates"]["base"]["mfu"] > 0
+
+
+def test_eight_bit_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-3's interface, as its users call it."""
+    calls = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, return_attn_probs: bool = False, **scales: Tensor) -> Any:
+        assert {x.dtype for x in (q, k, v)} == {torch.float8_e4m3fn}
+        assert [scales[f"{name}_descale"].shape for name in "qkv"] == [(1, 8)] * 3
+        calls.append(k.shape[1])
+        out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+        return (out, out.new_empty(q.shape[0], q.shape[2], q.shape[1])) if return_attn_probs else out
+
+    module: Any = ModuleType("flash_attn_interface")
+    module.__spec__, module.flash_attn_func = ModuleSpec("flash_attn_interface", None), attend
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    (row,) = run(f"measure size=540p tier=fp8_attention {ONCE}", tmp_path, monkeypatch)
+    assert row["attention_kernel"] == "fp8"
+    assert set(calls) == {4050, 14802}
+
+
+def test_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run("ladder size=256p warm=1 repeat=1 options=compile=off", tmp_path, monkeypatch)
+    missing = {row["key"]: row["reason"] for row in rows if "status" in row}
+    assert list(missing) == ["fp8_attention"]
+    assert "FlashAttention-3 is not installed" in missing["fp8_attention"]
+
+
+def test_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run("micro size=256p", tmp_path, monkeypatch)
+    missing = {(row["what"], row["name"], row["form"]) for row in rows if "reason" in row}
+    # 8-bit products need padded widths only; without FlashAttention-3 its kernels are named as missing.
+    assert missing == {("attention", "dense", "fa3")}
+
+
+def test_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run("decode size=256p repeat=1", tmp_path, monkeypatch)
+    assert {(row["decoder"], row["layout"]) for row in rows} >= {
+        ("turbo", "contiguous"), ("turbo", "channels_last"), ("b", "contiguous"),
+    }  # fmt: skip
+    assert [row["measured"] for row in rows if "seconds" not in row["measured"]] == []
