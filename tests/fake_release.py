@@ -138,34 +138,39 @@ def make_hollow(folder: Path, config: DiTConfig, matrices: str = "F32", limit: i
     (folder / INDEX).write_text(json.dumps(index))
 
 
+# The release's settings, with the leftovers of its distillation (SPEC 8.1).
+TURBO_SETTINGS: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 48,
+    "decoder_block_out_channels": [64, 128, 256, 512],
+    "decoder_layers_per_block": [2, 2, 2, 3, 3],
+    "decoder_spatio_temporal_scaling": [False, True, True, True],
+    "decoder_spatio_only": [False, True, False, False],
+    "decoder_is_dw_conv": [False] * 5,
+    "decoder_dw_kernel_size": 5,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "resnet_norm_eps": 1e-6,
+    "scaling_factor": 1.0,
+    "decoder_causal": False,
+    "use_unpatchify": True,
+    "first_chunk_size": 7,
+    "step_size": 7,
+    "spatial_compression_ratio": 16,
+    "temporal_compression_ratio": 4,
+    "aligned_feature_projection_mode": "conv-2layer",
+    "aligned_feature_projection_dim": [[512, 1024], [512, 1024]],
+    "aligned_blks_indices": [0, 1],
+}
+
+
 def make_turbo(folder: Path) -> None:
     """turbo_vae/: the pickle with its wrapping, and its settings."""
     from magihuman.models.turbo_decoder import TurboConfig, TurboDecoder
 
-    settings: dict[str, Any] = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 48,
-        "decoder_block_out_channels": [4, 4, 8, 8],
-        "decoder_layers_per_block": [2, 2, 2, 3, 3],
-        "decoder_spatio_temporal_scaling": [False, True, True, True],
-        "decoder_spatio_only": [False, True, False, False],
-        "decoder_is_dw_conv": [False] * 5,
-        "decoder_dw_kernel_size": 5,
-        "patch_size": 2,
-        "patch_size_t": 1,
-        "resnet_norm_eps": 1e-6,
-        "scaling_factor": 1.0,
-        "decoder_causal": False,
-        "use_unpatchify": True,
-        "first_chunk_size": 7,
-        "step_size": 7,
-        "spatial_compression_ratio": 16,
-        "temporal_compression_ratio": 4,
-        "aligned_feature_projection_mode": "conv-2layer",
-        "aligned_feature_projection_dim": [[512, 1024], [512, 1024]],
-        "aligned_blks_indices": [0, 1],
-    }
+    small = {"decoder_block_out_channels": [4, 4, 8, 8], "decoder_layers_per_block": [2, 2, 2, 3, 3]}
+    settings = {**TURBO_SETTINGS, **small}
     folder.mkdir(parents=True)
     (folder / "TurboV3-Wan22-TinyShallow_7_7.json").write_text(json.dumps(settings, indent=2))
     torch.manual_seed(0)

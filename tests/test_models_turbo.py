@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_release import TURBO_SETTINGS
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -23,33 +24,8 @@ from magihuman.models.turbo_decoder import (
 from magihuman.zoo.checks import Case
 from magihuman.zoo.checks.turbo import check_turbo
 
-# The release's settings, with the leftovers of its distillation (SPEC 8.1).
-RELEASE: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 48,
-    "decoder_block_out_channels": [64, 128, 256, 512],
-    "decoder_layers_per_block": [2, 2, 2, 3, 3],
-    "decoder_spatio_temporal_scaling": [False, True, True, True],
-    "decoder_spatio_only": [False, True, False, False],
-    "decoder_is_dw_conv": [False] * 5,
-    "decoder_dw_kernel_size": 5,
-    "patch_size": 2,
-    "patch_size_t": 1,
-    "resnet_norm_eps": 1e-6,
-    "scaling_factor": 1.0,
-    "decoder_causal": False,
-    "use_unpatchify": True,
-    "first_chunk_size": 7,
-    "step_size": 7,
-    "spatial_compression_ratio": 16,
-    "temporal_compression_ratio": 4,
-    "aligned_feature_projection_mode": "conv-2layer",
-    "aligned_feature_projection_dim": [[512, 1024], [512, 1024]],
-    "aligned_blks_indices": [0, 1],
-}
 SMALL = {
-    **RELEASE,
+    **TURBO_SETTINGS,
     "decoder_block_out_channels": [4, 4, 8, 8],
     "decoder_layers_per_block": [1, 1, 1, 1, 1],
     "first_chunk_size": 2,
@@ -140,7 +116,10 @@ def test_release_has_its_tensors_and_parameters(golden: Path) -> None:
     published = json.loads((golden.parent / "spec" / "turbo_release_keys.json").read_text())
     with torch.device("meta"):
         codec = TurboCodec(
-            TurboDecoder(TurboConfig.from_json(RELEASE)), TurboConfig.from_json(RELEASE), None, None
+            TurboDecoder(TurboConfig.from_json(TURBO_SETTINGS)),
+            TurboConfig.from_json(TURBO_SETTINGS),
+            None,
+            None,
         )
     assert {key: list(value.shape) for key, value in codec.state_dict().items()} == published
     assert len(published) == 80
@@ -149,13 +128,15 @@ def test_release_has_its_tensors_and_parameters(golden: Path) -> None:
 
 
 def test_lists_are_turned_round() -> None:
-    assert TurboConfig.from_json(RELEASE).stages == (
+    assert TurboConfig.from_json(TURBO_SETTINGS).stages == (
         Stage(512, 512, 3, "space_time", False),
         Stage(512, 256, 2, "space_time", False),
         Stage(256, 128, 2, "space", False),
         Stage(128, 64, 2, "none", False),
     )
-    depthwise = TurboConfig.from_json({**RELEASE, "decoder_is_dw_conv": [False, False, False, True, True]})
+    depthwise = TurboConfig.from_json(
+        {**TURBO_SETTINGS, "decoder_is_dw_conv": [False, False, False, True, True]}
+    )
     assert [stage.depthwise for stage in depthwise.stages] == [True, False, False, False]
 
 
@@ -198,14 +179,14 @@ def test_a_depthwise_stage_is_depthwise_throughout() -> None:
 )
 def test_refuses_other_settings(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        TurboConfig.from_json({**RELEASE, **change})
+        TurboConfig.from_json({**TURBO_SETTINGS, **change})
 
 
 def test_absent_and_unknown_settings_are_named() -> None:
     with pytest.raises(UserError, match="'step_size'"):
-        TurboConfig.from_json({key: value for key, value in RELEASE.items() if key != "step_size"})
+        TurboConfig.from_json({key: value for key, value in TURBO_SETTINGS.items() if key != "step_size"})
     with pytest.warns(UserWarning, match="without a meaning: shiny$"):
-        assert TurboConfig.from_json({**RELEASE, "shiny": 1}) == TurboConfig.from_json(RELEASE)
+        assert TurboConfig.from_json({**TURBO_SETTINGS, "shiny": 1}) == TurboConfig.from_json(TURBO_SETTINGS)
 
 
 def test_schedule_of_a_released_clip() -> None:
