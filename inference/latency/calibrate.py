@@ -85,24 +85,18 @@ def _same_machine(row: Row, found: Row) -> bool:
     return row["made"]["machine"] == found["provenance"]["machine"]
 
 
-def seconds_of(row: Row) -> float:
-    """Of a microbenchmark: processor time where there is one, which other programs do not lengthen."""
-    return row["seconds"].get("processor_median", row["seconds"]["median"])
-
-
 def _one_pass(stage: Stage, rows: list[Row], form: str) -> Row:
     """Predicted seconds of a pass, by part."""
     work = forward(stage)
     spent = useful = 0.0
     for name in _MATRICES:
         row = _largest(rows, name, form)
-        spent += seconds_of(row)
-        useful += row["tflops"] * row["seconds"]["median"] * 1e12
+        useful += row["flops"]
+        spent += row["flops"] / (row["tflops"] * 1e12)
     kernels = [row for row in rows if row.get("what") == "attention" and "seconds" in row]
     wanted = "dense" if stage.window is None else f"window {stage.window}"
-    best = min((row for row in kernels if row["name"] == wanted), key=seconds_of, default=None)
-    best = best or min(kernels, key=seconds_of)
-    attention_rate = best["tflops"] * 1e12 * best["seconds"]["median"] / seconds_of(best)
+    own = [row for row in kernels if row["name"] == wanted] or kernels
+    attention_rate = 1e12 * max(row["tflops"] for row in own)
     copy = next(row["copy_tbps"] for row in rows if row.get("what") == "roof") * 1e12
     parts = {
         "products": work.products / (useful / spent),

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,13 @@ def time_call(
         seconds.append(watch.finish()["call"])
         worked += watch.worked.values()
     return {**spread(seconds), **({"processor_median": statistics.median(worked)} if worked else {})}
+
+
+def undisturbed(found: Mapping[str, float | int]) -> float:
+    """Of a call's spread the seconds to compute rates with: the processor's time where one thread of it computed, which
+    other programs do not lengthen; else the clock's median."""
+    one = torch.get_num_threads() == 1
+    return found["processor_median"] if one and "processor_median" in found else found["median"]
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float | int]]:

@@ -239,8 +239,8 @@ def _described(case: Case, tier: str, network: Denoiser, weights: str, found: pa
 
 def _finished(case: Case, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
     """The row with its times."""
-    row, times = contender.row, contender.times
-    found = medians(times)
+    row, requests = contender.row, contender.times
+    found = medians(requests)
     missing = contender.request.missing
     names = [*STAGES, *CONDITIONS] if contender.request.parts is not None else [s.name for s in case.stages]
     stages: Row = {}
@@ -254,14 +254,16 @@ def _finished(case: Case, contender: Contender, roof: Mapping[str, float], devic
         row["processor_time"] = medians(contender.worked)
     row["request"] = found["request"]
     if all(name in found for name in PUBLISHED_STAGES if name != "sr"):
-        row["comparable"] = spread([sum(t.get(name, 0.0) for name in PUBLISHED_STAGES) for t in times])
+        row["comparable"] = spread([sum(t.get(name, 0.0) for name in PUBLISHED_STAGES) for t in requests])
     known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     work = {stage.name: stage.passes * forward(stage).total for stage in case.stages}
     if case.released and row["decoder"] and "video decode" in found:
         work["video decode"] = video_decoder(case, row["decoder"]["name"]).flops
     row["rates"] = {}
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1  # see `clock.undisturbed`
+    times = row["processor_time"] if one_thread else found
     for name, flops in work.items():
-        reached = flops / found[name]["median"] / 1e12
+        reached = flops / times[name]["median"] / 1e12
         row["rates"][name] = {"tflops": round(reached, 5), "of_roof": round(reached / roof["tflops"], 4)}
         if known is not None:
             row["rates"][name]["mfu"] = round(reached * 1e12 / known.bf16, 4)

@@ -15,7 +15,7 @@ from torch import Tensor
 from inference.fast import eight_bits, kernels
 from inference.fast.windows import windowed
 from inference.latency import records
-from inference.latency.clock import time_call
+from inference.latency.clock import time_call, undisturbed
 from inference.latency.measure import Row, device_of, folder_of
 from inference.latency.networks import dtype_for
 from inference.latency.roof import measure_roof
@@ -234,14 +234,16 @@ class _Bench:
         row: Row = {"what": what, "name": name, "form": form, **facts}
         if isinstance(found, str):
             return {**row, "status": "n/a", "reason": found}
-        return {**row, "seconds": found, "tflops": float(f"{useful / found['median'] / 1e12:.4g}")}
+        rate = useful / undisturbed(found) / 1e12
+        return {**row, "seconds": found, "flops": useful, "tflops": float(f"{rate:.4g}")}
 
 
 def _line(row: Row) -> str:
     head = f"{row['what']:<10}{row['name']:<10}{row['form']:<10}{row['tokens']:>8}"
     if "reason" in row:
         return f"{head}  n/a: {row['reason']}"
-    line = f"{head}{row['seconds']['median']:>12.3e} s{row['tflops']:>10.4g} TFLOP/s{row['of_roof']:>8.1%} of the roof"
+    line = f"{head}{undisturbed(row['seconds']):>12.3e} s{row['tflops']:>10.4g} TFLOP/s"
+    line += f"{row['of_roof']:>8.1%} of the roof"
     if "relative_l2_to_fp32" in row:
         line += f", {row['relative_l2_to_fp32']:.2g} from fp32"
     return line

@@ -67,9 +67,7 @@ _SHORT = "size=tiny seconds=0.36"
 TINY = (
     Step("products", f"micro {_SHORT} what=products,experts", 0.5),
     Step("attention", f"micro {_SHORT} what=attention", 0.5),
-    Step(
-        "tiny", f"measure {_SHORT} tier=reference,fast steps=1 sr_steps=1 repeat=2 warm=1 budget=0.1", 1.0
-    ),
+    Step("tiny", f"measure {_SHORT} tier=reference,fast steps=1 sr_steps=1 repeat=2 warm=1 budget=0.1", 1.0),
     Step("tiny fp8", f"measure {_SHORT} tier=fp8 steps=1 sr_steps=1 repeat=1 warm=1 budget=0.1", 1.0),
     Step("decoders", f"decode {_SHORT} repeat=1", 1.0),
     Step("ladder", f"ladder {_SHORT} warm=1 repeat=1 options=compile=off", 1.0),

@@ -1,0 +1,78 @@
+"""Predictions at measured rates: from microbenchmarks of the same machine and size, labelled, compared with a pass."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference.latency import calibrate, records
+from inference.latency.predicted_table import predicted_table
+from inference.roofline.cases import make
+from inference.roofline.work import forward, pointwise_bytes
+from magihuman.errors import UserError
+
+MADE = {
+    "how": "measured", "command": "c", "code": {"sources": "ffff"}, "date": "2026-01-02T03:04:05+00:00",
+    "machine": "2 cores of X", "libraries": {"torch": "2.11"},
+}  # fmt: skip
+
+
+def _micro(rate: float) -> list[dict[str, Any]]:
+    """Every product and kernel of the longest sequence at `rate` 10^12 FLOP/s."""
+    rows: list[dict[str, Any]] = [{"what": "roof", "tflops": 1.0, "copy_tbps": 0.01}]
+    for name in ("qkv", "proj", "up", "down"):
+        for tokens, form, own in ((12, "as is", 99.0), (485, "as is", rate), (485, "padded", 77.0)):
+            found = {"median": 1.0}
+            row = {"what": "product", "name": name, "form": form, "tokens": tokens, "tflops": own}
+            rows.append({**row, "seconds": found, "flops": own * 1e12, "size": "tiny"})
+    attention = {"what": "attention", "name": "dense", "tokens": 485, "size": "tiny"}
+    rows.append(
+        {**attention, "form": "sdpa", "tflops": rate, "seconds": {"median": 1.0}},
+    )
+    rows.append({**attention, "form": "plain", "tflops": rate / 9, "seconds": {"median": 9.0}})
+    rows.append({**attention, "form": "cudnn", "status": "n/a", "reason": "no GPU"})
+    return rows
+
+
+def test_a_pass_is_the_sum_of_its_parts(tmp_path: Path) -> None:
+    rate = 0.05
+    with pytest.raises(
+        UserError, match=r"no microbenchmarks of size=tiny; run `python -m inference\.latency"
+    ):
+        calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    path = records.write("micro", "tiny", _micro(rate), MADE, tmp_path)
+    told = calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    (file,) = (tmp_path / "p").glob("*.json")
+    values = json.loads(file.read_text())
+    assert (values["kind"], values["rates_from"], values["measured"]) == ("predicted", path.name, None)
+    assert "not measured itself" in values["provenance"]["how"]
+    for stage in make("tiny").stages:
+        parts, work = values["stages"][stage.name], forward(stage)
+        assert parts["products"] == pytest.approx(work.products / (rate * 1e12), rel=1e-3)
+        assert parts["attention"] == pytest.approx(work.attention / (rate * 1e12), rel=1e-3)
+        least = pointwise_bytes(stage.config, stage.tokens.total) / 0.01e12
+        assert parts["pointwise"] == pytest.approx(least, rel=1e-3)
+        assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"), rel=1e-3)
+    assert "predicted seconds per pass" in told
+    assert predicted_table(str(file)).startswith("| PREDICTED seconds of a pass, tiny fast |")
+
+
+def test_beside_the_newest_measurement_of_the_same_machine(tmp_path: Path) -> None:
+    records.write("micro", "tiny", _micro(0.05), MADE, tmp_path)
+    tokens = {"video": 1, "audio": 1, "text": 1, "total": 3}
+    seconds = {"median": 0.8}
+    row = {
+        "size": "tiny", "model": "tiny", "tier": "fast", "options": {}, "dtype": "float32", "decoder": None,
+        "geometry": {name: {"tokens": tokens, "steps": 8, "passes": 8} for name in ("base", "sr")},
+        "stages": {"base": {"median": 99.0}}, "processor_time": {"base": seconds, "sr": seconds},
+    }  # fmt: skip
+    records.write("measure", "tiny", [row], MADE, tmp_path)
+    records.write("measure", "tiny", [row], {**MADE, "machine": "another"}, tmp_path)
+    calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    values = json.loads(next((tmp_path / "p").glob("*.json")).read_text())
+    assert values["measured"]["of"] == "processor time"
+    assert "2-cores-of-x" in values["measured"]["file"]
+    base = values["measured"]["stages"]["base"]
+    assert base["seconds_per_pass"] == 0.1
+    assert base["explained"] == pytest.approx(values["stages"]["base"]["total"] / 0.1, abs=1e-3)
