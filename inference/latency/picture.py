@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from inference.latency.ladder_table import SIZES
-from inference.roofline import predict
+from inference.roofline import predict, totals
 from inference.roofline.bounds import PUBLISHED
 from inference.roofline.cases import make
-from inference.roofline.work import video_decoder
 from magihuman.errors import UserError
 
 NAME = "latency.png"
 KEY = "magihuman-values"
 _COLOURS = {"base": "#4878d0", "sr": "#ee854a", "decode": "#6acc64"}
-_DECODE_RATE = 350e12  # FLOP/s assumed of a tuned Turbo decoder, for predictions only
-_SHOWN_RUNGS = ("attention", "fp8", "fp8_attention")
+_SHOWN_RUNGS = {"attention": "exact", "fp8": "FP8 linears", "fp8_attention": "+ FP8 attention"}
 
 
 def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -32,7 +30,8 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
             if row["size"] != size or not on_gpu(row) or "comparable" not in row:
                 continue
             stages = row["stages"]
-            name = f"{row['tier']}, {row['made']['machine'].removeprefix('NVIDIA ')}"
+            own = "" if row["decoder"]["name"] == "turbo" else f" + {row['decoder']['name']}"
+            name = f"{row['tier']}{own}, {row['made']['machine'].removeprefix('NVIDIA ')}"
             seconds = {k: stages[k]["median"] if k in stages else 0.0 for k in ("base", "sr")}
             decode = stages["video decode"]["median"] + stages["to host"]["median"]
             bars.append({"size": size, "name": name, **seconds, "decode": decode})
@@ -40,12 +39,14 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for rung in predict.LADDER:
         if rung.key in _SHOWN_RUNGS:
             for size in SIZES:
-                case = make(size)
-                loops = predict.seconds(case, rung.rates, predict.H200)
-                decode = video_decoder(case).flops / _DECODE_RATE
-                cells = {"base": loops["base"], "sr": loops.get("sr", 0.0), "decode": decode}
+                cells = totals.clip(make(size), rung.rates, predict.H200)
                 predicted.append(
-                    {"size": size, "name": rung.key, **{k: round(v, 4) for k, v in cells.items()}}
+                    {
+                        "size": size,
+                        "name": _SHOWN_RUNGS[rung.key],
+                        **{k: cells[k] for k in _COLOURS},
+                        "target": totals.TARGETS[rung.key][size],
+                    }
                 )
     return {"measured": bars, "predicted": predicted}
 
@@ -65,8 +66,18 @@ def draw(folder: Path) -> Path:
 
     shown = values(folder)
     figure = Figure(figsize=(10, 5.5), layout="constrained")
-    axes = figure.subplots(2, len(SIZES), squeeze=False, height_ratios=[3, 2])
-    titles = {"measured": "published and measured", "predicted": "PREDICTED for one H200, not measured"}
+    most = {
+        panel: max(sum(bar["size"] == size for bar in bars) for size in SIZES)
+        for panel, bars in shown.items()
+    }
+    ratios = [1 + count for count in most.values()]
+    axes = figure.subplots(2, len(SIZES), squeeze=False, height_ratios=ratios)
+    titles = {
+        "measured": "published and measured"
+        if len(shown["measured"]) > len(SIZES)
+        else "published; none measured yet",
+        "predicted": "PREDICTED, H200 (line: target)",
+    }
     for line, (panel, bars) in enumerate(shown.items()):
         for column, size in enumerate(SIZES):
             axis = axes[line][column]
@@ -82,12 +93,16 @@ def draw(folder: Path) -> Path:
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             for place, total in enumerate(left):
                 axis.text(total, place, f" {total:.2f}", va="center", fontsize=8)
-            axis.invert_yaxis()
-            axis.set_xlim(0, 1.2 * max(left))
+            for place, bar in enumerate(own):
+                if "target" in bar:
+                    axis.plot([bar["target"]] * 2, [place - 0.4, place + 0.4], color="black", lw=1.5)
+            axis.set_ylim(most[panel] - 0.4, -0.6)
+            axis.set_xlim(0, 1.2 * max([*left, *(bar.get("target", 0.0) for bar in own)]))
             axis.set_title(f"{size}: {titles[panel]}", fontsize=8)
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(fontsize=7, loc="lower right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=len(labels))
     figure.supxlabel("seconds of a 5-second clip: base + SR + decode with the copy to the host", fontsize=9)
     path = folder / NAME
     figure.savefig(path, dpi=110, metadata={KEY: digest(shown), "Software": None})
