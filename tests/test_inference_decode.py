@@ -84,6 +84,9 @@ def test_pictures_come_before_later_latents_are_looked_at() -> None:
 def test_pictures_of_one_frame_at_a_time_are_those_of_all() -> None:
     frames = torch.randn(1, 3, 5, 6, 4)
     assert torch.equal(to_pictures(frames), frames_to_uint8(frames)[0])
+    there = to_pictures(frames.to("meta"))
+    # 8 bits before anything leaves the device.
+    assert (there.device.type, there.dtype) == ("meta", torch.uint8)
 
 
 @pytest.mark.parametrize("tile", [None, 32])

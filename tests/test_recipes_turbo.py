@@ -330,6 +330,8 @@ def test_everything_on_continues_exactly_and_starts_from_another_ones_weights(
         torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for run in (through, halves)
     ]
+    assert states[0].keys() == states[1].keys()
+    assert {key.partition(".")[0] for key in states[0]} == {"decoder", "ema", "heads", "discriminator"}
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     child = training_stub.train_here(
         tmp_path / "c",
