@@ -25,6 +25,8 @@ def made(date: str = "2026-01-02T03:04:05+00:00", gpu: bool = True) -> dict[str,
     return {
         "how": "measured",
         "command": "c",
+        "threads": 1,
+        "load_average": 2.5,
         "code": code,
         "date": date,
         "libraries": {"torch": "2.11"},
@@ -46,6 +48,7 @@ def row(size: str = "1080p", tier: str = "fast", base: float = 1.25, sr: float =
         "geometry": geometry, "steady": True, "comparable": spread(base + sr + 2.75),
         "stages": {name: spread(seconds) for name, seconds in stages.items()},
         "errors": {"sr": {"against_float32_reference": error, "reference_against_float32": own}},
+        "processor_time": {"base": spread(5.5), "sr": spread(6.5)},
     }  # fmt: skip
 
 
@@ -81,7 +84,9 @@ def test_latency_table_shows_what_was_measured(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "| 1080p | H100, published | not said | not said | 8 / 5 | 1.6 | 31.0 | 5.8 | 38.4 |" in table
     assert "7.77" not in table
-    assert "7.77" in tables.cpu_table(str(tmp_path))
+    cpu = tables.cpu_table(str(tmp_path))
+    assert "| 5.500; 7.77 [6.99, 8.55] |" in cpu
+    assert "load average of the machine at the start up to 2.5" in cpu
     assert "predicted" not in table.lower()
 
 

@@ -60,7 +60,9 @@ def predict(
             "date": found["provenance"]["date"],
         },
     }
-    path = (FOLDER if output is None else Path(output)) / f"{size}-{tier}-{Path(found['file']).stem}.json"
+    path = (
+        FOLDER if output is None else Path(output)
+    ) / f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(values, indent=1) + "\n")
     return "\n".join([*_lines(values), f"written to {path}"])

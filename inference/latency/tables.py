@@ -150,9 +150,9 @@ def _error(row: Row) -> str:
 def cpu_table(folder: str) -> str:
     """Markdown: the puppet world's clip and one full-width layer, measured on a CPU; ratios within a run."""
     lines = [
-        "| what | tier | N (base / SR) | passes | base s | SR s | speed against the reference, same run "
-        "(by clock; in processor time) | error |",
-        "|---|---|---|---|---:|---:|---|---:|",
+        "| what | tier | N (base / SR) | passes | base: processor s; clock s | SR: processor s; clock s | "
+        "speed against the reference, same run (in processor time; by clock) | error |",
+        "|---|---|---|---|---|---|---|---:|",
     ]
     rows = [row for row in measured(REPO / folder) if not on_gpu(row)]
     for row in rows:
@@ -163,22 +163,32 @@ def cpu_table(folder: str) -> str:
             f"{row['tier']} ({row['exactness']})",
             " / ".join(str(stage["tokens"]["total"]) for stage in geometry.values()),
             " / ".join(str(stage["passes"]) for stage in geometry.values()),
-            _cell(stages["base"]),
-            _cell(stages["sr"]) if "sr" in stages else "-",
+            _both(row, "base"),
+            _both(row, "sr") if "sr" in stages else "-",
             _ratio(row),
             _error(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Measured on a CPU, medians with extremes. {_made(rows)}" if rows else "Nothing measured yet.",
-    ]
+    lines.append("")
+    if not rows:
+        return "\n".join([*lines, "Nothing measured yet."])
+    threads = sorted({row["made"]["threads"] for row in rows})
+    load = max(row["made"].get("load_average", 0.0) for row in rows)
+    lines.append(
+        f"Measured on a CPU, medians; the clock's with extremes. {' or '.join(map(str, threads))} thread(s); load "
+        f"average of the machine at the start up to {load:g}: where it is above the threads, other programs lengthened "
+        f"the clock's times, not the processor's. {_made(rows)}"
+    )
     return "\n".join(lines)
+
+
+def _both(row: Row, stage: str) -> str:
+    return f"{row['processor_time'][stage]['median']:.3f}; {_cell(row['stages'][stage])}"
 
 
 def _ratio(row: Row) -> str:
     clock, worked = (row.get(f"faster_than_reference{end}", {}) for end in ("", "_in_processor_time"))
-    cells = [f"{name} {clock[name]:.2f}; {worked[name]:.2f}" for name in clock if name in worked]
+    cells = [f"{name} {worked[name]:.2f}; {clock[name]:.2f}" for name in clock if name in worked]
     return ", ".join(cells) or "-"
 
 
