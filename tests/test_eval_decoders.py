@@ -38,6 +38,21 @@ def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) 
         decoders.run(student="nothing", teacher=None)
 
 
+def test_the_shipped_student_is_what_its_table_says() -> None:
+    """tiny/turbo: far better than the linear codec, no seam, and no worse than its teacher where it was measured."""
+    table = json.loads(
+        (Path(decoders.__file__).with_name("results") / "tiny_turbo" / "scores.json").read_text()
+    )
+    told = {name: column["table"]["psnr"]["value"] for name, column in table["columns"].items()}
+    assert told["student"] > told["teacher"] > told["codec"] + 1
+    assert table["columns"]["student"]["cost"]["streaming"] < 1e-5
+    report = decoders.run(student="tiny/turbo", teacher=None, clips=3)
+    found = {name: column["table"]["psnr"]["value"] for name, column in report["columns"].items()}
+    assert found["student"] > found["codec"] + 1.5
+    assert found["student"] == pytest.approx(told["student"], abs=2)  # of 3 clips, not 24
+    assert report["columns"]["student"]["cost"]["streaming"] < 1e-5
+
+
 def test_a_perfect_decoder_is_perfect() -> None:
     truth = torch.randint(0, 256, (1, 5, 16, 16, 3), dtype=torch.uint8)
     frames = truth.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
