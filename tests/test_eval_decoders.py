@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import ablation, decoders
+from eval import ablation, decoders, readme
 from magihuman.errors import UserError
 from magihuman.world import load_world
 from magihuman.zoo import decoders as zoo
@@ -51,6 +51,20 @@ def test_the_shipped_student_is_what_its_table_says() -> None:
     assert found["student"] > found["codec"] + 1.5
     assert found["student"] == pytest.approx(told["student"], abs=2)  # of 3 clips, not 24
     assert report["columns"]["student"]["cost"]["streaming"] < 1e-5
+
+
+def test_the_readme_shows_the_rows_that_it_asks_for() -> None:
+    folder = "eval/results/tiny_turbo"
+    shown = readme.render(f"<!-- decoding {folder}/scores.json psnr seconds -->\n<!-- end -->").splitlines()
+    values = json.loads((readme.REPO / folder / "scores.json").read_text())["columns"]["student"]
+    assert [line.split(" | ")[0] for line in shown[3:5]] == ["| PSNR, dB", "| processor seconds per clip"]
+    assert f"{values['table']['psnr']['value']:.2f} [" in shown[3]
+    assert f"| {values['cost']['seconds']:.3g} |" in shown[4]
+    table = json.loads((readme.REPO / folder / "ablation_align" / "ablation.json").read_text())["table"]
+    shown = readme.render(
+        f"<!-- ablation {folder}/ablation_align/ablation.json -->\n<!-- end -->"
+    ).splitlines()
+    assert f"| no_align | {table['no_align']['student: psnr']['mean']:.2f} (+0.34" in "\n".join(shown)
 
 
 def test_a_perfect_decoder_is_perfect() -> None:
