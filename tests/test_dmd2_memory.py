@@ -38,7 +38,7 @@ def test_the_plan_counts_what_is_held(holding: str) -> None:
     weights = {id(weight): weight for module in modules for weight in module.parameters()}.values()
     held = sum(w.numel() * (w.element_size() + ADAM * w.requires_grad) for w in weights)
     planned = state_bytes(Run(zoo.arch("15b"), Tokens(3584, 126, 340), rank=128), "dmd2", holding)
-    # Beyond the plan's bf16 for all that is frozen, embedders and heads are fp32, and adapters own trained copies of them:
+    # Beyond the plan's bf16 for what is frozen, embedders and heads are fp32, and adapters own trained copies of them:
     # 0.8 of 50 GB where all else is an adapter (counted 581.4, 345.4, 50.4 against 581.4, 345.0, 49.6).
     assert planned <= held <= 1.02 * planned
     # Distinct networks are distinct in memory, and adapters share their base.
