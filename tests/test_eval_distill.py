@@ -199,7 +199,11 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
         values[part][other] = values[part][COLUMNS[-1]]
     (tmp_path / "c.json").write_text(json.dumps(values))
     lines = readme.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
-    header = ["through codec", "teacher, 2 steps, CFG (4 calls)", "teacher, 1 re-noise steps, no CFG (1 calls)"]
+    header = [
+        "through codec",
+        "teacher, 2 steps, CFG (4 calls)",
+        "teacher, 1 re-noise steps, no CFG (1 calls)",
+    ]
     assert lines[1] == f"|  | {' | '.join([*header, 'student', 'student b'])} |"
     assert "| training state in a checkpoint, MB |  |  |  | 2 | 2 |" in lines
     assert "| peak memory of the training process, GB |  |  |  | 1.23 | 1.23 |" in lines
