@@ -107,9 +107,13 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     one, whole, resumed = exported(single), exported(through), exported(killed)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     for key, weight in whole.items():
-        # Sums over processes are rounded in another order; Muon's bf16 iteration amplifies that a little.
-        tolerance = 0.02 if weight.dtype == torch.bfloat16 else 2e-4
-        assert (weight.float() - one[key].float()).abs().max() < tolerance, key
+        # Matrices' gradients are sums in bf16, rounded in another order here; Muon's iteration and Adam's division
+        # amplify that in single numbers. Norms and heads began at 0: 1 % is of all that they learned.
+        apart = (weight.float() - one[key].float()).norm()
+        assert apart <= (0.003 if weight.dtype == torch.bfloat16 else 0.01) * one[key].float().norm(), key
+    # Behind the sound is no matrix in bf16 but its own: equal but for the last bits.
+    sound = "final_linear_audio.weight"
+    assert (whole[sound] - one[sound]).norm() < 1e-6 * one[sound].norm()
     assert (whole["adapter.video_embedder.weight"] - one["adapter.video_embedder.weight"]).norm() < 1e-3
     assert json.loads((killed / "run.json").read_text())["status"] == "finished"
 

@@ -129,18 +129,16 @@ def test_training(fused: None, name: str, checkpointing: bool, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_a_real_forward_on_the_cpu(name: str) -> None:
-    config, grid = zoo.arch(name), (4, 8, 8)
-    tokens = Tokens(256, 13, 20)
+    config, grid = zoo.arch(name), (8, 12, 12)
+    tokens = Tokens(1152, 13, 20)
     denoiser = zoo.build(config, zoo.pack(name), compute_dtype=torch.float32, seed=0)
     model = denoiser.model.eval()
     model.attention_backend = "sdpa"
     inputs = _inputs(config, tokens, grid, "cpu")
     with torch.no_grad(), Allocations() as counted:
         model(*inputs)
-    # The CPU sorts the rows of the SwiGLU weight into a copy (magihuman.models.layers).
-    copy = 4 * config.hidden_size * config.up_width(config.num_layers - 2)
-    computed = footprint.forward_bytes(config, tokens, 4) + copy
-    assert computed == pytest.approx(counted.peak, rel=0.05)
+    # So many tokens that the peak is in the activation: the CPU's sorted copy of the weight is gone by then.
+    assert footprint.forward_bytes(config, tokens, 4) == pytest.approx(counted.peak, rel=0.05)
 
 
 def test_restored_matrices_on_the_cpu() -> None:
@@ -175,7 +173,7 @@ def test_released_turbo_decoder() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.parametrize("size", [(256, 448), (1088, 1920)])
+@pytest.mark.parametrize("size", [(256, 448), (512, 896), (1088, 1920)])
 def test_our_decoders(name: str, size: tuple[int, int]) -> None:
     from inference.decode_cost import decode_cost
     from magihuman.models.student_config import StudentConfig
@@ -183,12 +181,32 @@ def test_our_decoders(name: str, size: tuple[int, int]) -> None:
 
     config = StudentConfig.from_dict(decoders.arch(name)["network"])
     chunk = config.chunk(size[0] * size[1] // 256)
-    counted = decode_cost(name, *size, latents=chunk + 1)
+    counted = decode_cost(name, *size, latents=2 * chunk + 1)
     computed = footprint.student_decoder(config, *size)
     assert computed.weights == counted.weight_bytes
     # The pictures of a chunk are counted, too; the plan adds them apart.
     whole = computed.weights + computed.activations(0) + footprint.clip_bytes(4 * chunk, *size, 4)
     assert counted.peak_bytes <= whole <= 1.5 * counted.peak_bytes
+
+
+@pytest.mark.parametrize("tile", [256, 512, 1024])
+def test_our_decoders_in_tiles(tile: int) -> None:
+    from inference.decode import Decoder, to_pictures
+    from inference.decode_cost import random_codec
+    from magihuman.models.student_config import StudentConfig
+    from magihuman.zoo import decoders
+
+    height, width = 1088, 1920
+    config = StudentConfig.from_dict(decoders.arch("b")["network"])
+    codec, z = random_codec("b", "meta"), torch.empty(1, 48, 3, height // 16, width // 16, device="meta")
+    with torch.no_grad(), Allocations().ignore(*codec.parameters(), *codec.buffers(), z) as counted:
+        for part in Decoder(codec, tile=tile).frames(z):
+            to_pictures(part)
+            del part
+    computed = footprint.student_decoder(config, height, width, tile).activations(0)
+    # The tiles' own pictures are small; that those of 1024 pixels are cut to 816 and less is not computed.
+    whole = computed + footprint.clip_bytes(4, height, width, 4)
+    assert 0.95 * counted.peak <= whole <= 1.4 * counted.peak
 
 
 def test_released_video_codec() -> None:

@@ -60,7 +60,10 @@ class StudentCodec(nn.Module):
         for start in range(0, max(1, latents.shape[2]), chunk):
             part = latents[:, :, start : start + chunk].to(weight.device, weight.dtype)
             frames, state = self.network.step(part, state)
-            yield frames.float()
+            pixels = frames.float()
+            del frames
+            yield pixels
+            del pixels  # what the caller has let go of makes room for the next chunk
 
 
 class ReleasedStudent(nn.Module):

@@ -229,15 +229,18 @@ def student_decoder(config: StudentConfig, height: int, width: int, tile: int | 
     """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
 
     Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and
-    the state twice, before and after. Tiles share the state, of which their overlaps have more.
+    the state twice, before and after. Of tiles, which overlap by a quarter (inference.tiles), one is in work while all
+    of them keep a state; the blended pictures are the plan's.
     """
     space = config.stride[1]
     rows, columns = height // space, width // space
     chunk = config.chunk(rows * columns)
-    state = 2 * config.state_size() * rows * columns
     area = rows * columns
+    kept = config.state_size() * area
     if tile is not None and tile < max(height, width):
-        state, area = 2 * state, min(rows, tile // space) * min(columns, tile // space)
+        area = min(rows, tile // space) * min(columns, tile // space)
+        kept *= 4 / 3 * (4 / 3 if tile < min(height, width) else 1)
+    state = kept + config.state_size() * area
     past = 1 + REACH / (chunk * config.stride[0] / config.patch[0])
     work = (3 + past) * config.widest() * chunk * area
     return Coder(BF16 * config.parameter_count(), 0, int(BF16 * (state + work)))
