@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval import ablation, conditions, decoders, distill_report
-from eval.sr_report import ROWS as SR_ROWS
+from eval import ablation, conditions, decoders, distill_report, sr_report
 from eval.stats import Measure
 from inference import decode_table
 from inference.latency.tables import TABLES as LATENCY_TABLES
@@ -116,17 +115,9 @@ def sr_table(file: str, name: str = "clip", *rows: str) -> str:
         name: of the set, such as clip or base; rows: those to show, all where none is given.
     """
     values = json.loads((REPO / file).read_text())
-    columns = values["sets"][name]["columns"]
-    known = [row for row in SR_ROWS if any(row in table for table in columns.values())]
-    lines = [
-        f"| n={values['clips']}, {values['steps']} steps | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    for row in rows or known:
-        cells = [_cell(table[row]) if row in table else "n/a" for table in columns.values()]
-        lines.append(f"| {SR_ROWS[row][0]} | " + " | ".join(cells) + " |")
-    lines += ["", f"From [{file}]({file}): {_made(values['provenance'])}."]
-    return "\n".join(lines)
+    lines = sr_report.brief(values["sets"][name], rows)
+    about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
+    return "\n".join([*lines, "", f"{about} From [{file}]({file}): {_made(values['provenance'])}."])
 
 
 def distill_table(file: str, *rows: str) -> str:

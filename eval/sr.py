@@ -34,6 +34,7 @@ from eval.scores import CANDIDATES
 from eval.sight import mouth_region, see
 from eval.speech import called_opening
 from eval.sync import correlation
+from eval.trained import trained
 from magihuman.errors import UserError
 from magihuman.postprocess import frames_to_uint8
 from magihuman.super_resolution import AUDIO_NOISE, coarsen, upsample_latents
@@ -383,18 +384,8 @@ def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str,
     order = (*(_short(name) for name in checkpoints), "bound")
     return {
         "sets": {"clip": sr_report.columns(columns, order=order, against=order[0])},
-        "trained": {_short(name): _training_of(name) for name in checkpoints},
+        "trained": {_short(name): trained(name) for name in checkpoints},
     }
-
-
-def _training_of(checkpoint: str) -> dict[str, Any]:
-    """What a run folder says about its training; empty for other checkpoints."""
-    file = Path(checkpoint) / "run.json"
-    if not file.exists():
-        return {}
-    record = json.loads(file.read_text(encoding="utf-8"))
-    made = record["provenance"]
-    return {"command": " ".join(made["command"]), "steps": record.get("steps"), "code": made["code"]}
 
 
 def _short(name: str) -> str:

@@ -12,13 +12,20 @@ from eval.stats import Measure
 # Rows of the tables: what they say and which way is better ("" where neither is).
 ROWS = {
     "psnr": ("PSNR against the truth, dB", "up"),
-    "mouth_psnr": ("the same around the mouth, dB", "up"),
+    "mouth_psnr": ("PSNR around the mouth, dB", "up"),
     "ssim": ("SSIM against the truth", "up"),
-    "sharpness": ("variance of the Laplacian; too much is wrong, too: see the bound", "up"),
-    "mouth_sharpness": ("the same around the mouth", "up"),
+    "sharpness": ("sharpness: variance of the Laplacian; the bound is right, more is too much", "up"),
+    "mouth_sharpness": ("sharpness around the mouth", "up"),
     "sync_r": ("mouth against own sound, correlation", "up"),
-    "sync_skill": ("0: a real mouth beside another's sound, 1: the bound", "up"),
+    "sync_skill": ("lip-sync skill: another's sound 0, codec bound 1", "up"),
     "flicker": ("change between frames away from the mouth", "down"),
+}
+COLUMNS = {
+    "bicubic": "frames enlarged bicubically",
+    "latents": "latents enlarged",
+    "sr": "second stage",
+    "sr, noise for sound": "second stage, noise for sound",
+    "bound": "truth through the codec",
 }
 ARROWS = {"up": "+", "down": "-", "": " "}
 
@@ -92,6 +99,24 @@ def _table(tables: Mapping[str, Mapping[str, Any]], signed: bool) -> list[str]:
         about, better = ROWS[row]
         cells = [cell(table[row], signed) if row in table else "n/a" for table in tables.values()]
         lines.append(f"| {row} | " + " | ".join(cells) + f" | {ARROWS[better]} | {about} |")
+    return lines
+
+
+def brief(content: Mapping[str, Any], rows: Sequence[str]) -> list[str]:
+    """Lines of a table of one set: every column, then what the second stage has more than each, clip by clip.
+
+    Args:
+        rows: those to show, all where none is given.
+    """
+    tables, differences = content["columns"], content["differences"]
+    against = COLUMNS[content["against"]]
+    heads = [COLUMNS.get(name, name) for name in tables]
+    heads += [f"{against} minus {COLUMNS.get(name, name)}" for name in differences]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for row in rows or [row for row in ROWS if any(row in table for table in tables.values())]:
+        cells = [cell(table[row]) if row in table else "n/a" for table in tables.values()]
+        cells += [cell(table[row], signed=True) if row in table else "n/a" for table in differences.values()]
+        lines.append(f"| {ROWS[row][0]} | {' | '.join(cells)} |")
     return lines
 
 

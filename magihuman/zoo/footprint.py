@@ -236,7 +236,7 @@ def student_decoder(config: StudentConfig, height: int, width: int, tile: int | 
     rows, columns = height // space, width // space
     chunk = config.chunk(rows * columns)
     area = rows * columns
-    kept = config.state_size() * area
+    kept = 1.0 * config.state_size() * area
     if tile is not None and tile < max(height, width):
         area = min(rows, tile // space) * min(columns, tile // space)
         kept *= 4 / 3 * (4 / 3 if tile < min(height, width) else 1)
