@@ -1,9 +1,11 @@
-"""What each part of a decoder's training is worth: trainings that differ in one part, over seeds.
+"""What each part of a training is worth: trainings that differ in one part, over seeds.
 
     python -m eval.ablation runs=runs/turbo_vae output=eval/results/tiny_turbo/ablation
+    python -m eval.ablation runs=eval/results/tiny_sr/others.json output=eval/results/tiny_sr/ablation
 
-Run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.decoders`. The variant `full` is what the others
-are compared with, seed by seed, so that what a seed brings about cancels.
+Decoders: run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.decoders`. Second stages: the file that
+`eval.sr parts=others` made of such runs. The variant `full` is what the others are compared with, seed by seed, so that
+what a seed brings about cancels.
 """
 
 import json
@@ -16,6 +18,7 @@ import numpy as np
 
 from eval.decoders import ROWS
 from eval.report import provenance
+from eval.sr_report import ROWS as SR_ROWS
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,16 +35,31 @@ SHOWN = (
     ("student, teacher as truth", "psnr"),
     ("student, sampled latents, teacher as truth", "psnr"),
 )
+SHOWN_SR = ("psnr", "mouth_psnr", "ssim", "sharpness", "sync_skill")
 Figures = dict[str, dict[int, dict[str, float]]]
 """variant -> seed -> "column: row" -> value."""
 
 
 def read(runs: Path) -> tuple[Figures, list[str]]:
-    """The figures of all run folders of that form, and the commands that made the runs.
+    """The figures of all runs named in that form, and the commands that made them.
 
     Raises:
         UserError: none of the variant `full`, or a variant without its seeds.
     """
+    figures, commands = _of_second_stages(runs) if runs.suffix == ".json" else _of_decoders(runs)
+    if FULL not in figures:
+        raise UserError(
+            f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`"
+        )
+    for variant, seeds in figures.items():
+        if seeds.keys() != figures[FULL].keys():
+            raise UserError(
+                f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(figures[FULL])}"
+            )
+    return figures, commands
+
+
+def _of_decoders(runs: Path) -> tuple[Figures, list[str]]:
     figures: Figures = defaultdict(dict)
     commands = []
     for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
@@ -56,16 +74,18 @@ def read(runs: Path) -> tuple[Figures, list[str]]:
         }
         record = json.loads((folder / "run.json").read_text())
         commands.append(" ".join(record["provenance"]["command"]))
-    if FULL not in figures:
-        raise UserError(
-            f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`"
-        )
-    for variant, seeds in figures.items():
-        if seeds.keys() != figures[FULL].keys():
-            raise UserError(
-                f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(figures[FULL])}"
-            )
     return dict(figures), commands
+
+
+def _of_second_stages(file: Path) -> tuple[Figures, list[str]]:
+    figures: Figures = defaultdict(dict)
+    if not file.exists():
+        raise UserError(f"there is no file runs={file}; `python -m eval.sr parts=others ...` writes it")
+    compared = json.loads(file.read_text())
+    for name, table in compared["sets"]["clip"]["columns"].items():
+        if match := NAME.fullmatch(name):
+            figures[match["variant"]][int(match["seed"])] = {row: table[row]["value"] for row in SHOWN_SR}
+    return dict(figures), [run.get("command", "") for run in compared["trained"].values()]
 
 
 def compare(figures: Figures) -> dict[str, dict[str, dict[str, float]]]:
@@ -89,7 +109,7 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
     """Make the table of an ablation.
 
     Args:
-        runs: folder of the run folders VARIANT-sSEED, one variant called full
+        runs: folder of the run folders VARIANT-sSEED, one variant called full; or others.json of `eval.sr`
         output: folder for ablation.json, ablation.md and ablation.png; none prints the table only
 
     Raises:
@@ -111,7 +131,7 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
                 variant: {str(s): row for s, row in rows.items()} for variant, rows in figures.items()
             },
             "commands": commands,
-            "rows": {row: about for row, (about, _) in ROWS.items()},
+            "rows": {row: about for row, (about, _) in (SR_ROWS if runs.endswith(".json") else ROWS).items()},
             "provenance": provenance(),
         }
         (folder / "ablation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -98,3 +98,21 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     (tmp_path / "no_align-s2" / "eval" / "scores.json").unlink()
     with pytest.raises(UserError, match=r"no_align was run with seeds \[0, 1\]"):
         ablation.summarise(str(tmp_path))
+
+
+def test_second_stages_are_read_from_their_comparison(tmp_path: Path) -> None:
+    columns = {
+        f"{variant}-s{seed}": {row: {"value": 20 + 5 * seed + more} for row in ablation.SHOWN_SR}
+        for seed in (0, 1)
+        for variant, more in (("full", 0), ("plain_flow", -1 - seed))
+    }
+    columns["bound"] = columns["full-s0"]
+    trained = {name: {"command": f"train name={name}"} for name in columns if name != "bound"}
+    file = tmp_path / "others.json"
+    file.write_text(json.dumps({"sets": {"clip": {"columns": columns}}, "trained": trained}))
+    assert ablation.summarise(str(file), str(tmp_path))["full"]["psnr"] == 22.5
+    made = json.loads((tmp_path / "ablation.json").read_text())
+    assert made["table"]["plain_flow"]["psnr"]["difference"] == -1.5
+    assert "train name=plain_flow-s1" in made["commands"]
+    with pytest.raises(UserError, match="no file"):
+        ablation.summarise(str(tmp_path / "none.json"))
