@@ -102,7 +102,7 @@ def run(
     saved = distill_pictures.save_clips(shown, folder / "clips")
     report = None
     if len(names) == 1 and (Path(names[0]) / "metrics.csv").is_file():
-        report = distill_report.write_page(Path(names[0]), folder, values, shown, saved)
+        report = distill_pictures.write_page(Path(names[0]), folder, values, shown, saved)
     print(distill_report.text(values), flush=True)
     print(f"written to {folder} ({time.perf_counter() - start:.0f} s)")
     return {

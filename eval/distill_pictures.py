@@ -1,5 +1,7 @@
-"""Pictures of the comparison of `eval.distill`, and the clips that go with them."""
+"""Pictures of the comparison of `eval.distill`, the clips that go with them, and the page of a training run."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.puppets import FPS, SAMPLE_RATE
+from eval.distill_report import ARROWS, markdown, seconds, short_cell
 from eval.scores import ClipScore
 
 if TYPE_CHECKING:
@@ -203,8 +206,6 @@ def _points(
 
 def table(axes: "Axes", values: Mapping[str, Any]) -> None:
     """The table without intervals; a student's cell is green or red where it differs from the full teacher's."""
-    from eval.distill_report import ARROWS, seconds, short_cell
-
     columns = values["columns"]
     teacher = next(name for name, c in columns.items() if c["role"] == "teacher")
     tints = {"better": "#cfe8cf", "worse": "#f3cdcd"}
@@ -252,3 +253,34 @@ def save_clips(shown: Sequence[Shown], folder: Path) -> list[Path]:
             path.with_suffix(".txt").write_text(score.caption + "\n", encoding="utf-8")
             saved.append(path)
     return saved
+
+
+def write_page(
+    run: Path, folder: Path, values: Mapping[str, Any], shown: Sequence[Shown], saved: Sequence[Path]
+) -> Path:
+    """Write report.md and report.png into a run folder: the curves, the table, teacher and student side by side.
+
+    Args:
+        folder: of the comparison's own files; saved: its clips.
+    """
+    from magihuman.training.report import heading, sample_sheets
+
+    page(run / "metrics.csv", values, shown).savefig(run / "report.png", dpi=90)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    links = [os.path.relpath(path, run) for path in saved]
+    lines = [
+        *heading(record),
+        markdown(values),
+        "",
+        "![curves, table, clips](report.png)",
+        "",
+        f"Row by row: [compare.png]({os.path.relpath(folder / 'compare.png', run)}), all clips: "
+        f"[sheet.png]({os.path.relpath(folder / 'sheet.png', run)}), all figures: "
+        f"[compare.json]({os.path.relpath(folder / 'compare.json', run)}).",
+        "",
+        "Clips: " + ", ".join(f"[{Path(link).stem}]({link})" for link in links) + ".",
+        "",
+        *sample_sheets(run),
+    ]
+    (run / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    return run / "report.md"

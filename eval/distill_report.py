@@ -1,16 +1,10 @@
-"""The comparison of `eval.distill` in words: its table, a verdict per claim, and the page of a training run."""
+"""The comparison of `eval.distill` in words: its table, and a verdict per claim."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.stats import Measure
 from eval.trained import PROCESS, STATE
-
-if TYPE_CHECKING:
-    from eval.distill_pictures import Shown
 
 ARROWS = {"up": "+", "down": "-", "bound": "="}
 LEGEND = (
@@ -252,40 +246,3 @@ def claim_lines(values: Mapping[str, Any]) -> list[str]:
             lines += [f"  - {detail}" for detail in claim["details"]]
         lines.append("")
     return lines[:-1]
-
-
-# ----------------------------------------------------------------------------------------------------
-# The page of a run
-# ----------------------------------------------------------------------------------------------------
-
-
-def write_page(
-    run: Path, folder: Path, values: Mapping[str, Any], shown: Sequence["Shown"], saved: Sequence[Path]
-) -> Path:
-    """Write report.md and report.png into a run folder: the curves, the table, teacher and student side by side.
-
-    Args:
-        folder: of the comparison's own files; saved: its clips.
-    """
-    from eval import distill_pictures
-    from magihuman.training.report import heading, sample_sheets
-
-    distill_pictures.page(run / "metrics.csv", values, shown).savefig(run / "report.png", dpi=90)
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    links = [os.path.relpath(path, run) for path in saved]
-    lines = [
-        *heading(record),
-        markdown(values),
-        "",
-        "![curves, table, clips](report.png)",
-        "",
-        f"Row by row: [compare.png]({os.path.relpath(folder / 'compare.png', run)}), all clips: "
-        f"[sheet.png]({os.path.relpath(folder / 'sheet.png', run)}), all figures: "
-        f"[compare.json]({os.path.relpath(folder / 'compare.json', run)}).",
-        "",
-        "Clips: " + ", ".join(f"[{Path(link).stem}]({link})" for link in links) + ".",
-        "",
-        *sample_sheets(run),
-    ]
-    (run / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    return run / "report.md"

@@ -18,3 +18,23 @@ def golden() -> Path:
     if not (GOLDEN / "manifest.json").exists():
         pytest.skip(f"the released implementation's vectors are not at {GOLDEN}")
     return GOLDEN
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the released layout, eight layers deep."""
+    from fake_release import make_weights
+
+    root = tmp_path_factory.mktemp("release") / "weights"
+    make_weights(root, layers=8)
+    return root
+
+
+@pytest.fixture
+def base(release: Path, tmp_path: Path) -> Path:
+    """A copy of the first of them to damage."""
+    folder = tmp_path / "src" / "base"
+    folder.mkdir(parents=True)
+    for file in (release / "base").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

@@ -296,3 +296,8 @@ if __name__ == "__main__":
     made = make(Path(sys.argv[1]))
     print("\n".join(f"export {name}={value}" for name, value in made.environment.items()))
     print("\n".join(f"checkpoint={made.weights / role}" for role in SHARDS))
+
+
+def left_in(folder: Path) -> list[str]:
+    """Names of what lies there."""
+    return sorted(path.name for path in folder.iterdir())

@@ -9,11 +9,11 @@ import torch
 from fake_release import (
     SHARDS,
     dit_config,
+    left_in,
     make_hollow,
     make_stable_audio,
     make_turbo,
     make_wan,
-    make_weights,
     same,
     tensors_of,
 )
@@ -27,29 +27,8 @@ from magihuman.weights import INDEX, load_config, weight_files
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.convert import convert, parse_size
 
-MATRICES = {key for key, _, is_matrix in dit_config(8).tensors() if is_matrix}
 LAST = "model-00007-of-00007.safetensors"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("release") / "weights"
-    make_weights(root, layers=8)
-    return root
-
-
-@pytest.fixture
-def base(release: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    folder = tmp_path / "src" / "base"
-    folder.mkdir(parents=True)
-    for file in (release / "base").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+MATRICES = {key for key, _, is_matrix in dit_config(8).tensors() if is_matrix}
 
 
 class TestFiles:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_release import make_hollow, make_weights, same, tensors_of
+from fake_release import left_in, make_hollow, same, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,27 +25,6 @@ from magihuman.zoo.__main__ import main
 from magihuman.zoo.convert import convert
 
 LAST = "model-00007-of-00007.safetensors"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("release") / "weights"
-    make_weights(root, layers=8)
-    return root
-
-
-@pytest.fixture
-def base(release: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    folder = tmp_path / "src" / "base"
-    folder.mkdir(parents=True)
-    for file in (release / "base").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 class Trap:
