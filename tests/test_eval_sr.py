@@ -114,9 +114,12 @@ def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, mo
         audio["8"]["columns"]["bicubic"]["psnr"]["value"] < audio["1"]["columns"]["bicubic"]["psnr"]["value"]
     )
     table = sr_table(str(tmp_path / "table.json"), "clip", "psnr", "sync_skill").splitlines()
-    assert table[0] == "| n=3, 1 steps | bicubic | latents | sr | bound |"
+    ways = ["frames enlarged bicubically", "latents enlarged", "second stage", "truth through the codec"]
+    gains = [f"second stage minus {way}" for way in ways[:2]]
+    assert table[0] == f"| | {' | '.join(ways + gains)} |"
     assert table[2].startswith("| PSNR against the truth, dB | ")
     assert len(table) == 6
+    assert table[-1].startswith("3 clips, 1 steps, 95 % intervals over clips. From [")
     text = (tmp_path / "steps.md").read_text()
     assert text.startswith("### first stage: the clip itself")
     assert "| sync_skill |" in text
@@ -144,6 +147,7 @@ def test_other_checkpoints_are_compared_and_their_training_is_told(
     assert told["again"] == {
         "command": "python -m magihuman.train name=again",
         "steps": 7,
+        "seed": None,
         "code": {"commit": "abc"},
     }
 
