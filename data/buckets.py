@@ -72,6 +72,10 @@ def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]
             raise UserError(f"{names} has another shape; choose one within {SHAPE_TOLERANCE:.0%} of it")
     if len(set(large)) < len(large):
         raise UserError("sr_sizes names a size twice; a clip could not tell which of two sizes it belongs to")
+    if len(set(small)) < len(small):
+        raise UserError(
+            "sizes names a size twice: clips of a batch share both sizes; prepare each sr_sizes into its own folder"
+        )
     return list(large)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from data.buckets import Bucket
 from data.plan import source_of
-from data.shards import LARGE, Shards
+from data.shards import LARGE, SampleError, Shards
 from data.stream import Batches, FixedOrder, Order
 from magihuman.errors import UserError
 from magihuman.models.codecs import Contract
@@ -125,16 +125,27 @@ class LatentDataModule(LightningDataModule):
         return bucket.frames, bucket.height, bucket.width
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of all clips."""
+        buckets = (Bucket.parse(name) for name in {entry.bucket for entry in self.reader.entries})
+        return sorted({(bucket.height, bucket.width) for bucket in buckets})
+
+    @property
     def sr_size(self) -> tuple[int, int] | None:
         """(height, width) in pixels at which most clips are stored too (`data.prepare` with sr_sizes), or None."""
-        buckets = Counter(entry.bucket for entry in self.reader.entries)
-        usual = buckets.most_common(1)[0][0]
-        number = next(i for i, entry in enumerate(self.reader.entries) if entry.bucket == usual)
-        large = self.reader.read(number).tensors.get(LARGE)
-        if large is None:
-            return None
-        stride = self.contract.video_stride
-        return large.shape[-2] * stride[1], large.shape[-1] * stride[2]
+        usual = Counter(entry.bucket for entry in self.reader.entries).most_common(1)[0][0]
+        for number, entry in enumerate(self.reader.entries):
+            if entry.bucket != usual:
+                continue
+            try:
+                large = self.reader.read(number).tensors.get(LARGE)
+            except SampleError:  # training skips it, too
+                continue
+            if large is None:
+                return None
+            stride = self.contract.video_stride
+            return large.shape[-2] * stride[1], large.shape[-1] * stride[2]
+        return None
 
     @property
     def null_text(self) -> torch.Tensor | None:

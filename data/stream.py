@@ -162,5 +162,8 @@ def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.T
         "index": torch.tensor(list(index)),
     }
     for name in sorted(set(tensors[0]) - {"video", "audio", "text"}):
+        bare = [key for key, sample in samples if name not in sample.tensors]
+        if bare:
+            raise UserError(f"sample {bare[0]} holds no {name}, {samples[0][0]} does; prepare both alike")
         batch[name] = torch.stack([t[name] for t in tensors])
     return batch

@@ -178,7 +178,7 @@ class SuperResolution(Recipe):
         """The batch with `video` at the first stage's size and `video_sr` at the second's, fp32.
 
         Raises:
-            UserError: a caption of one token.
+            UserError: a caption of one token, or clips whose two sizes are missing or no pair.
         """
         if self.given.transformer[1].coords_style == "v1" and min(len(text) for text in batch["text"]) < 2:
             raise UserError(
@@ -186,9 +186,13 @@ class SuperResolution(Recipe):
                 "clip a caption (data.prepare captions=required)"
             )
         if self.settings.size is None:
-            large = batch["video_sr"].float()
-            return {**batch, "video_sr": large}
-        return {**batch, "video": self.first_stage.remade(batch["video"]), "video_sr": batch["video"]}
+            if "video_sr" not in batch:
+                raise UserError(
+                    f"clip {batch['key'][0]} is stored at one size and others at two; prepare all with sr_sizes="
+                )
+            return {**batch, "video_sr": batch["video_sr"].float()}
+        large = batch.get("video_sr", batch["video"]).float()
+        return {**batch, "video": self.first_stage.remade(large), "video_sr": large}
 
     def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
         """Put a paired batch on the path; with a given first frame for some clips where `conditioned`."""
@@ -266,7 +270,7 @@ class SuperResolution(Recipe):
         """As of every recipe, with the size of the second stage as the clip's, and known as one."""
         config = super().export_config()
         config = replace(config, provenance={**config.provenance, "stage": "second"})
-        if self.settings.size is None and self.given.sr_size is not None:
+        if self.given.sr_size is not None:
             height, width = self.given.sr_size
             config = replace(config, size=replace(config.size, height=height, width=width))
         return config

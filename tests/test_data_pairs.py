@@ -9,7 +9,8 @@ from data.buckets import pair_sizes, parse_sizes
 from data.module import LatentDataModule
 from data.prepare import prepare
 from data.puppet_clips import make_clips
-from data.shards import Shards
+from data.shards import SampleError, Shards
+from data.stream import collate
 from magihuman.errors import UserError
 from magihuman.media import read_clip
 from magihuman.super_resolution import shrink_pictures
@@ -56,6 +57,27 @@ def test_the_data_module_knows_the_second_size_and_stacks_it(clips: Path, tmp_pa
     assert "video_sr" not in Shards(one).read(0).tensors
 
 
+def test_a_damaged_first_sample_does_not_hide_the_second_size(clips: Path, tmp_path: Path) -> None:
+    both = prepared(clips, tmp_path / "both", sizes="64x64", sr_sizes="128x128")
+    entry, (shard,) = Shards(both).entries[0], both.glob("*.tar")
+    data = bytearray(shard.read_bytes())
+    data[entry.offset + 700] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    module = LatentDataModule(str(both), batch_size=2, val_fraction=0)
+    with pytest.raises(SampleError, match="checksum differs"):
+        module.reader.read(0)
+    assert module.sr_size == (128, 128)
+    assert module.sizes == [(64, 64)]
+
+
+def test_samples_of_one_and_of_two_sizes_do_not_mix(clips: Path, tmp_path: Path) -> None:
+    both = Shards(prepared(clips, tmp_path / "both", sizes="64x64", sr_sizes="128x128"))
+    first, second = both.read(0), both.read(1)
+    del second.tensors["video_sr"]
+    with pytest.raises(UserError, match="sample b holds no video_sr, a does; prepare both alike"):
+        collate([("a", first), ("b", second)], range(2), torch.zeros(0, 64))
+
+
 def test_files_are_judged_by_the_larger_size(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="most often: would be enlarged"):
         prepared(clips, tmp_path / "big", sizes="64x64", sr_sizes="512x512")
@@ -67,7 +89,8 @@ def test_files_are_judged_by_the_larger_size(clips: Path, tmp_path: Path) -> Non
         ("448x256,256x448", "896x512", "sr_sizes has 1 sizes and sizes has 2"),
         ("448x256", "224x128", "sr_sizes=224x128 for 448x256 is smaller"),
         ("448x256", "512x896", "has another shape"),
-        ("448x256,480x272", "896x512,896x512", "names a size twice"),
+        ("448x256,480x272", "896x512,896x512", "sr_sizes names a size twice"),
+        ("448x256,448x256", "896x512,1920x1088", "sizes names a size twice: clips of a batch share both"),
         ("448x256", "900x514", "sr_sizes=900x514: the codec needs height divisible by 16"),
         ("448x256", "large", "sr_sizes='large' should look like"),
     ],

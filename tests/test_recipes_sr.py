@@ -81,6 +81,21 @@ def test_the_source_equals_the_release(golden: Path) -> None:
     torch.testing.assert_close(audio, vector["sr_audio"], atol=1e-6, rtol=0)
 
 
+def test_a_training_s_inputs_at_the_path_s_start_equal_the_release(golden: Path) -> None:
+    vector = load_file(golden / "sr_prepare.safetensors")
+    # Such a shift puts every draw at the start of the path.
+    made = recipe(**RELEASED, sigma=SigmaPrior("shifted", shift=1e12), first_frame=0.0)
+    batch = {"video": vector["br_video"], "audio": vector["br_audio"], "text": [torch.zeros(2, 5)]}
+    batch["video_sr"] = torch.full_like(vector["video_noise"], 7.0)
+    unused = torch.zeros_like(vector["br_video"])  # of a first stage that resamples
+    draws = Fixed([vector["video_noise"], vector["audio_noise"], unused])
+    noised = made.noised(made.paired(batch), draws, conditioned=True)
+    assert noised.sigma.tolist() == [1.0]
+    torch.testing.assert_close(noised.video, vector["sr_video_init"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(noised.audio, vector["sr_audio"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(noised.video_target, vector["sr_video_init"] - 7, atol=1e-6, rtol=0)
+
+
 def test_training_and_inference_begin_with_the_same_bits() -> None:
     made, batch = recipe(**RELEASED), clips(2)
     shape = LatentShape(3, 3, 8, 8, 9, 4)
@@ -357,26 +372,6 @@ def test_infer_takes_the_run_folder_and_nothing_else(tmp_path: Path, monkeypatch
     assert (settings.sr.steps, settings.sr.shift, settings.sr.guidance) == (5, 5.0, 1.0)
     with pytest.raises(UserError, match="for the second stage; give it as sr="):
         find(str(run))
-
-
-def test_the_released_clips_size_can_be_made_from_large_shards_alone(tmp_path: Path) -> None:
-    made = recipe(first_stage=FirstStageSettings(size=(8, 8)))
-
-    class Halves:
-        """Decodes to pictures as large as the latents times four, encodes by averages."""
-
-        def decode(self, z: torch.Tensor) -> torch.Tensor:
-            return z.repeat_interleave(4, -2).repeat_interleave(4, -1)
-
-        def encode(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.avg_pool3d(x, (1, 4, 4))
-
-    made._first_stage = FirstStage(made.settings, codec=Halves())  # type: ignore[arg-type]
-    batch = made.paired(training_stub.batch(range(2)))
-    assert batch["video_sr"].shape == (2, 3, 3, 4, 4)
-    assert batch["video"].shape == (2, 3, 3, 2, 2)
-    assert torch.isfinite(made.loss(training_stub.batch(range(2)), Draws(0, 0, range(2))))
-    assert made.export_config().size.height == 16
 
 
 def test_a_caption_of_one_token_is_one_line() -> None:

@@ -50,8 +50,8 @@ def sample(number: int, frames: int = 3, sound: bool = True) -> dict[str, torch.
     return tensors
 
 
-def write_shards(folder: Path) -> Path:
-    """Three buckets: 8 clips with sound, 5 without, 3 still pictures."""
+def write_shards(folder: Path, large: int = 8) -> Path:
+    """Three buckets: 8 clips with sound, 5 without, 3 still pictures; their larger latents are `large` a side."""
     from safetensors.torch import save_file
 
     from data.shards import Index, ShardWriter
@@ -61,7 +61,9 @@ def write_shards(folder: Path) -> Path:
         for number in range(16):
             frames, sound = (3, number < 8) if number < 13 else (1, False)
             bucket = f"{4 * frames - 3}x16x16{'+a' if sound else ''}"
-            writer.add(f"clip-{number:02d}_0000", bucket, sample(number, frames, sound), {"caption": ""})
+            clip = sample(number, frames, sound)
+            clip["video_sr"] = clip["video_sr"][..., :large, :large].contiguous()
+            writer.add(f"clip-{number:02d}_0000", bucket, clip, {"caption": ""})
     Index("tiny", CONTRACT.to_dict(), [("shard-000000.tar", writer.entries)]).save(folder)
     save_file({"text": torch.zeros(1, 5)}, folder / "null_text.safetensors")
     return folder

@@ -7,6 +7,7 @@ missing, mouths are a little off. `FirstStage` makes such latents from the clip'
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log
 
 import torch
 from torch import Tensor
@@ -19,15 +20,18 @@ from magihuman.models.codecs import VideoCodec
 from magihuman.super_resolution import coarsen, shrink_pictures
 from magihuman.training.draws import Draws
 
+SHAPE_TOLERANCE = 0.03
+"""How much the aspects of both sizes of a clip may differ."""
+
 
 @dataclass(frozen=True)
 class FirstStageSettings:
     """Where the latents at base size come from, and what happens to them.
 
     Attributes:
-        size: (height, width) in pixels of the first stage; the shards hold clips at the second stage's size only,
-            and each is decoded, made smaller and encoded again. None: the shards hold both (`data.prepare`
-            with sr_sizes).
+        size: (height, width) in pixels of the first stage; each clip is decoded at the second stage's size, made
+            smaller and encoded again, so that the shards need not hold it. None: the shards hold both sizes
+            (`data.prepare` with sr_sizes).
         coarse: probability that a clip loses detail, by a factor drawn from `coarse_factors`.
         base: checkpoint of a first stage, or None; base_share: probability that a clip is noised to a level
             drawn from `base_sigma` and denoised again by it in `base_steps` steps with the clip's sound given, so
@@ -78,11 +82,30 @@ class FirstStage:
 
     @torch.no_grad()
     def remade(self, large: Tensor) -> Tensor:
-        """Latents [B,C,T,H,W] of clips at the second stage's size -> [B,C,T,h,w] at the first one's."""
+        """Latents [B,C,T,H,W] of clips at the second stage's size -> [B,C,T,h,w] at the first one's.
+
+        Raises:
+            UserError: the first stage's size is larger, of another shape, or none that the codec can make.
+        """
         assert self.codec is not None
         assert self.settings.size is not None
         pictures = self.codec.decode(large)
+        self._require_smaller(pictures.shape[-2:], large.shape[-2:])
         return self.codec.encode(shrink_pictures(pictures, *self.settings.size))
+
+    def _require_smaller(self, pixels: Sequence[int], cells: Sequence[int]) -> None:
+        assert self.settings.size is not None
+        (height, width), (tall, wide) = self.settings.size, pixels
+        stride = tall // cells[0], wide // cells[1]
+        known = (
+            f"recipe.first_stage.size={[height, width]} (height, width) and clips of {[tall, wide]} pixels"
+        )
+        if height % stride[0] or width % stride[1] or not 0 < height <= tall or not 0 < width <= wide:
+            raise UserError(f"{known}: give a smaller size, of multiples of {list(stride)}")
+        if abs(log(tall * width / (wide * height))) > SHAPE_TOLERANCE:
+            raise UserError(
+                f"{known} differ in shape; prepare clips of several shapes with sr_sizes= instead"
+            )
 
     @torch.no_grad()
     def __call__(self, video: Tensor, audio: Tensor, text: Sequence[Tensor], draws: Draws) -> Tensor:

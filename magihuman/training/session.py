@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,21 @@ def require_fit(model: ModelSettings, contract: Contract) -> None:
             )
 
 
+def require_patches(model: ModelSettings, contract: Contract, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise unless clips of these (height, width) in pixels can be cut into the model's patches.
+
+    Raises:
+        UserError: naming the first that cannot.
+    """
+    units = [stride * model.pack.patch_size for stride in contract.video_stride[1:]]
+    for height, width in sizes:
+        if height % units[0] or width % units[1]:
+            raise UserError(
+                f"the shards hold clips of {width}x{height} pixels, whose latents cannot be cut into patches of "
+                f"{model.pack.patch_size}; prepare them at multiples of {units[1]}x{units[0]}"
+            )
+
+
 def find_init(settings: TrainSettings) -> Path | None:
     """Folder of what `init` names: a checkpoint, or a decoder where the recipe trains no transformer.
 
@@ -91,8 +106,12 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
         raise UserError(
             "the shards have no index.json, so nothing says what their latents are; copy it beside the tars"
         )
+    sr_size = getattr(data, "sr_size", None)
     if model is not None:
         require_fit(model, contract)
+        require_patches(
+            model, contract, [*getattr(data, "sizes", ()), *([] if sr_size is None else [sr_size])]
+        )
     if model is not None and settings.init is not None:
         parent = zoo.config_of(settings.init)
         parent.contract.require(contract, f"init={settings.init}", "the shards")
@@ -120,7 +139,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
         world=data.world,
         contract=contract,
         size=Size(*data.size),
-        sr_size=getattr(data, "sr_size", None),
+        sr_size=sr_size,
         null_text=null_text,
         optim=settings.optim,
         trainer=settings.trainer,
