@@ -57,13 +57,16 @@ def test_the_largest_clip(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("magihuman.models.attention._flex", lambda q, k, v, layout, window: q)
     monkeypatch.setattr("magihuman.models.attention._block_mask", lambda layout, window: None)
     (row,) = run(f"measure size=1080p tier={tier} {ONCE}", tmp_path, monkeypatch)
-    _check_clip(row)
+    _check_clip(row, text=False)
+    # 80 GB: 31 of weights, 19 of the text encoder, and 27 or more while the pictures are decoded.
+    assert row["stages"]["text"]["reason"].startswith("86 GB do not hold it beside")
     assert row["geometry"]["sr"]["tokens"]["total"] == 65746
     assert row["geometry"]["sr"]["window"] == 11
 
 
-def _check_clip(row: dict[str, Any]) -> None:
-    for stage in (*row["geometry"], "video decode", "to host", "text", "audio decode", "image", "sound"):
+def _check_clip(row: dict[str, Any], text: bool = True) -> None:
+    stages = (*row["geometry"], "video decode", "to host", "audio decode", "image", "sound")
+    for stage in (*stages, "text") if text else stages:
         assert "median" in row["stages"][stage], (stage, row["stages"][stage])
     assert row["comparable"]["n"] == 1
     assert row["peak_memory_bytes"] > 0

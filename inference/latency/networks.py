@@ -89,11 +89,16 @@ def view(denoiser: Denoiser, stage: Stage) -> Denoiser:
     return seen
 
 
-def with_dtype(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
-    """The same weights, computed with in another dtype; reference network only."""
+def in_fp32(denoiser: Denoiser) -> Denoiser:
+    """The same weights, computed with in fp32 throughout; reference network only.
+
+    Attention goes frame by frame, in memory that grows with a frame: torch's fused kernels of a GPU take no shared
+    key heads in fp32, so that it would hold all scores instead, 70 GB of them for the 14,802 tokens of 540p.
+    """
     seen: Any = _shallow(denoiser)
     seen._modules["model"] = _shallow(denoiser.model)
-    seen.model.compute_dtype = dtype
+    seen.model.compute_dtype = torch.float32
+    seen.model.attention_backend = "windowed"
     return seen
 
 

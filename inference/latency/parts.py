@@ -31,6 +31,9 @@ T5GEMMA: dict[str, Any] = {
     "head_dim": 256, "vocab_size": footprint.T5GEMMA_WORDS,
 }  # fmt: skip
 
+_WORKSPACE = 1.3  # what a decoder's activations take with its convolutions' workspaces
+_USABLE = 0.95  # of the device's memory
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -98,6 +101,15 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
 def _text(case: Case, device: torch.device) -> Any:
     if device.type == "cpu":
         return Missing("its 9 B parameters are for a GPU")
+    last = case.stages[-1]
+    pixels = case.pixels[0] * case.pixels[1]
+    needed = footprint.weight_bytes(last.config, "bf16") + footprint.text_encoder_bytes()
+    needed += int(_WORKSPACE * footprint.TURBO_DECODER.activations(pixels))
+    memory = torch.cuda.get_device_properties(device).total_memory
+    if (
+        needed > _USABLE * memory
+    ):  # else a clip's decoder runs out of memory, and with it goes the clip's total
+        return Missing(f"{memory / 1e9:.0f} GB do not hold it beside the network and the decoder at work")
     return _had(lambda: _t5gemma(device, case.stages[0].text), "transformers", device)
 
 

@@ -1,0 +1,57 @@
+"""What goes wrong on a GPU costs the thing itself, not the measurement: memory, compilers, graphs, time that is up."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_inference_latency import small_case
+
+from inference.latency import errors, networks
+from magihuman import zoo
+from magihuman.allocations import Allocations
+from magihuman.models.config import DiTConfig, PackConfig
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def test_the_fp32_reference_of_540p_fits_beside_the_weights() -> None:
+    """14,802 tokens, 40 heads: all scores at once would be 35 GB, and their softmax another 35."""
+    config = DiTConfig(1, 5120, 128, 8, 192, 64, 3584)
+    network = zoo.build(config, PackConfig(), compute_dtype=torch.bfloat16, device=META)
+    video = torch.empty(1, 48, 32, 32, 56, device=META)
+    given = networks.Inputs(video, torch.empty(1, 126, 64, device=META), torch.empty(340, 3584, device=META))
+    with Allocations() as counted:
+        networks.one_pass(networks.in_fp32(network.requires_grad_(False)), given)
+    assert counted.peak < 12e9
+    assert network.model.attention_backend == "auto"
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_frame_by_frame_is_the_same_attention(window: int | None) -> None:
+    stage = small_case().stages[1]
+    pack = replace(stage.pack, frame_receptive_field=-1 if window is None else window)
+    network, _ = networks.build(small_case(), CPU, torch.float32, None)
+    seen = networks.view(network, replace(stage, pack=pack))
+    given = networks.draw(stage, network, CPU)
+    wanted = networks.one_pass(seen, given)
+    for ours, theirs in zip(networks.one_pass(networks.in_fp32(seen), given), wanted, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_a_reference_that_cannot_be_computed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small_case()
+    network, _ = networks.build(case, CPU, torch.bfloat16, None)
+    stage = case.stages[0]
+    given = networks.draw(stage, network, CPU)
+    velocities = networks.one_pass(networks.view(network, stage), given)
+
+    def failing(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 35 GiB.")
+
+    monkeypatch.setattr(errors, "one_pass", failing)
+    found = errors.Truth(network, given, stage.tokens.total).errors(velocities)
+    assert set(found) == {"against_bfloat16_reference", "against_float32_reference"}
+    for value in found.values():
+        assert value["status"] == "n/a"
+        assert "OutOfMemoryError: CUDA out of memory" in value["reason"]
