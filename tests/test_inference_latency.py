@@ -95,6 +95,7 @@ def test_distances_from_the_reference() -> None:
     network, _ = networks.build(case, CPU, torch.bfloat16, None)
     given = networks.draw(stage, network, CPU)
     truth = errors.Truth(networks.view(network, stage), given, stage.tokens.total)
+    assert truth.own is not None
     video, audio = truth.own
     found = truth.errors((1.5 * video, audio))
     own = found["against_bfloat16_reference"]

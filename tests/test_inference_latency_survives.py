@@ -1,13 +1,16 @@
 """What goes wrong on a GPU costs the thing itself, not the measurement: memory, compilers, graphs, time that is up."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_inference_latency import small_case
 
-from inference.latency import errors, networks
+from inference.latency import errors, networks, records, suite
+from inference.latency.decoders import decode
+from inference.latency.suite import Step
 from magihuman import zoo
 from magihuman.allocations import Allocations
 from magihuman.models.config import DiTConfig, PackConfig
@@ -55,3 +58,35 @@ def test_a_reference_that_cannot_be_computed_is_named(monkeypatch: pytest.Monkey
     for value in found.values():
         assert value["status"] == "n/a"
         assert "OutOfMemoryError: CUDA out of memory" in value["reason"]
+
+
+def test_a_step_whose_call_is_over_is_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed steps come last in the next call; the most valuable one must not, only because it began late."""
+    order: list[str] = []
+    limits: dict[str, float] = {}
+
+    def apart(step: Step, folder: Path, limit: float) -> str:
+        order.append(step.name)
+        limits[step.name] = limit
+        return "" if step.name == "good" else f"stopped after {limit:.0f} s"
+
+    plan = (Step("late", "measure", 5.5), Step("hanging", "micro", 1.0), Step("good", "decode", 0.5))
+    monkeypatch.setitem(suite.PLANS, "tiny", plan)
+    monkeypatch.setattr(suite, "_apart", apart)
+    told = suite.suite("tiny", minutes=6.0, output=str(tmp_path))
+    assert [line.split()[1] for line in told.splitlines()[:3]] == ["skipped", "failed", "done"]
+    assert limits["late"] == pytest.approx(355, abs=2)  # what is left of the call
+    suite.suite("tiny", minutes=25.0, output=str(tmp_path))
+    assert order == ["late", "hanging", "good", "late", "hanging"]
+    # A kernel that turns out to be there after all, in a step that is expected to end at once, has time to be timed.
+    assert limits["hanging"] == 360
+    assert limits["late"] == 630
+
+
+def test_decoders_write_a_file_for_every_size(tmp_path: Path) -> None:
+    """The published one takes six seconds for a 1080p clip and is timed twice in two layouts."""
+    told = decode(decoder="b", output=str(tmp_path), device="cpu")
+    files = records.read(tmp_path)
+    assert [values["rows"][0]["size"] for values in files] == ["256p", "540p", "1080p"]
+    assert {values["provenance"]["how"] for values in files} == {"computed, not measured"}
+    assert told.count("written to") == 3

@@ -19,6 +19,7 @@ from magihuman.gpus import GPUS
 from magihuman.zoo import footprint
 
 SIZES = ("256p", "540p", "1080p")
+COMPUTED = "computed, not measured"
 _COUNTED_LATENTS = 10  # frames after which no chunk is larger than those before
 
 
@@ -47,14 +48,14 @@ def decode(
     Raises:
         UserError: a setting that cannot be.
     """
-    place, rows = device_of(device), []
+    place, written = device_of(device), []
     wanted = [name.strip() for name in layouts.split(",")]
     for name in wanted:
         if name not in ("contiguous", "channels_last"):
             raise UserError(f"layouts={name} is unknown; choose from contiguous, channels_last")
     made = records.provenance(place)
     for case in [make(name, seconds=seconds) for name in (SIZES if size == "all" else (size,))]:
-        names = parts.decoder_names(case)
+        names, rows = parts.decoder_names(case), []
         if decoder != "all" and decoder not in names:
             raise UserError(f"decoder={decoder} is unknown; choose one of all, {', '.join(names)}")
         for name in names if decoder == "all" else (decoder,):
@@ -62,9 +63,10 @@ def decode(
                 row = _row(case, name, layout, place, dtype, repeat)
                 rows.append(row)
                 print(_line(row), flush=True)
-    if not any("seconds" in row.get("measured", {}) for row in rows):
-        made["how"] = "computed, not measured"
-    return f"written to {records.write('decode', f'{size}-{decoder}', rows, made, folder_of(output))}"
+        how = {} if any("seconds" in row.get("measured", {}) for row in rows) else {"how": COMPUTED}
+        # A file for every size: what is measured is kept if time is up before the largest is done.
+        written.append(records.write("decode", f"{case.size}-{decoder}", rows, made | how, folder_of(output)))
+    return "\n".join(f"written to {path}" for path in written)
 
 
 def _row(case: Case, name: str, layout: str, device: torch.device, dtype: str, repeat: int) -> Row:
@@ -167,12 +169,12 @@ def _measured(case: Case, codec: Any, device: torch.device, repeat: int) -> Row:
         torch.cuda.reset_peak_memory_stats(device)
     for name, call in (("seconds", on_device), ("to_host_seconds", to_host)):
         times = []
-        for number in range(repeat + 2):
+        for number in range(repeat + 1):  # the first one chooses the convolutions' kernels
             synchronise(device)
             start = time.perf_counter()
             call()
             synchronise(device)
-            if number > 1:
+            if number:
                 times.append(time.perf_counter() - start)
         row[name] = spread(times)
     if device.type == "cuda":

@@ -22,8 +22,10 @@ from magihuman.provenance import write_atomically
 
 REPO = Path(__file__).resolve().parents[2]
 STATE = Path("suite") / "steps.json"
+STOPPED = "stopped after"
 _MARGIN = 5.0  # seconds to stop a step in
 _NEEDED = 0.9
+_PATIENCE = 300.0  # seconds that a step may take beyond those expected
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Step:
     """One command of `inference.latency`.
 
     Attributes:
-        minutes: expected; it is not started with less time left than nine tenths of this. A step is stopped after
-            three times as long, or three minutes.
+        minutes: expected; it is not started with less time left than nine tenths of this. A step is stopped five
+            minutes after it should have been done.
     """
 
     name: str
@@ -46,12 +48,12 @@ RELEASED = (
     Step("attention", "micro size=256p what=attention", 0.4),
     Step("256p fast", "measure size=256p tier=fast options=compile=static budget=15", 2.0),
     Step("256p fp8", "measure size=256p tier=fp8 options=compile=static budget=15", 1.5),
-    Step("540p fast", "measure size=540p tier=fast options=compile=static budget=25", 2.5),
-    Step("540p fp8", "measure size=540p tier=fp8 options=compile=static budget=25", 2.2),
+    Step("540p fast", "measure size=540p tier=fast options=compile=static budget=25", 2.7),
+    Step("540p fp8", "measure size=540p tier=fp8 options=compile=static budget=25", 2.4),
     # 35 s a request: one to warm up, three timed.
     Step("1080p fast", "measure size=1080p tier=fast options=compile=static warm=1 repeat=3 budget=1", 4.6),
     Step("1080p fp8", "measure size=1080p tier=fp8 options=compile=static warm=1 repeat=3 budget=1", 3.6),
-    Step("decoders", "decode repeat=3", 1.8),
+    Step("decoders", "decode repeat=2", 2.3),
     Step("ladder 256p", "ladder size=256p", 2.0),
     # Refused within seconds where FlashAttention-3 is missing.
     Step("256p fp8 attention", "measure size=256p tier=fp8_attention options=compile=static budget=15", 0.2),
@@ -117,9 +119,13 @@ def suite(
             continue
         print(f"== {step.name}: {step.command}", flush=True)
         start = time.monotonic()
-        limit = min(180 * max(1, step.minutes), left - _MARGIN)
+        expected = 60 * step.minutes
+        limit = min(expected + _PATIENCE, left - _MARGIN)
         reason = _apart(step, folder, limit) if isolate else _here(step, folder)
-        state.keep(step, "failed" if reason else "done", reason, time.monotonic() - start)
+        status = "failed" if reason else "done"
+        if reason.startswith(STOPPED) and limit < 1.5 * expected:
+            status = "skipped"  # it had hardly more time than expected; the next call begins with it
+        state.keep(step, status, reason, time.monotonic() - start)
     return state.report(chosen)
 
 
@@ -154,7 +160,7 @@ def _apart(step: Step, folder: Path, limit: float) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with what it started to compile kernels
             process.wait()
-            return f"stopped after {limit:.0f} s"
+            return f"{STOPPED} {limit:.0f} s"
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
