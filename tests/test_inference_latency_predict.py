@@ -76,3 +76,44 @@ def test_beside_the_newest_measurement_of_the_same_machine(tmp_path: Path) -> No
     base = values["measured"]["stages"]["base"]
     assert base["seconds_per_pass"] == 0.1
     assert base["explained"] == pytest.approx(values["stages"]["base"]["total"] / 0.1, abs=1e-3)
+
+
+def test_products_and_attention_may_lie_in_a_file_each(tmp_path: Path) -> None:
+    """As the GPU suite writes them, one step after another; rates of another machine do not mix with them."""
+    rows = _micro(0.05)
+    roof, products, attention = rows[0], rows[1:13], rows[13:]
+    assert {row["what"] for row in attention} == {"attention"}
+    stranger = {**MADE, "machine": "another", "date": "2026-01-03T00:00:00+00:00"}
+    older = {**MADE, "date": "2026-01-01T00:00:00+00:00"}
+    records.write("micro", "tiny", [roof, *products], MADE, tmp_path)
+    records.write("micro", "tiny", [roof, *attention], stranger, tmp_path)
+    with pytest.raises(UserError, match="no microbenchmarks of size=tiny"):
+        calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    (tmp_path / records.read(tmp_path)[-1]["file"]).unlink()
+    records.write("micro", "tiny", [roof, *attention], older, tmp_path)
+    calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    values = json.loads(next((tmp_path / "p").glob("*.json")).read_text())
+    assert values["rates_from"].count(" and ") == 1
+    assert values["provenance"]["date"] == MADE["date"]
+    together = tmp_path / "together"
+    records.write("micro", "tiny", rows, MADE, together)
+    calibrate.predict(output=str(together / "p"), results=str(together))
+    assert json.loads(next((together / "p").glob("*.json")).read_text())["stages"] == values["stages"]
+
+
+def test_experts_stay_in_16_bits_and_layers_without_windows_see_everything() -> None:
+    def row(what: str, name: str, form: str, rate: float) -> dict[str, Any]:
+        found = {"seconds": {"median": 1.0}, "flops": 1e12 * rate, "tflops": rate, "tokens": 65746}
+        return {"what": what, "name": name, "form": form, **found}
+
+    rows: list[dict[str, Any]] = [{"what": "roof", "copy_tbps": 3.0}]
+    rows += [
+        row("product", n, f, r) for n in calibrate._MATRICES for f, r in (("padded", 600), ("fp8", 1200))
+    ]
+    rows += [row("attention", "dense", "cudnn", 500), row("attention", "window 11", "cudnn", 250)]
+    stage = make("1080p").stages[-1]
+    found = calibrate._one_pass(stage, rows, "fp8", "padded")
+    work = forward(stage)
+    assert found["products"] == pytest.approx(work.products * (32 / 40 / 1200e12 + 8 / 40 / 600e12), rel=1e-3)
+    # perf.md: 8 global layers of 88.5 TFLOP, 32 local ones of 52.7.
+    assert found["attention"] == pytest.approx(8 * 88.5 / 500 + 32 * 52.7 / 250, rel=2e-3)

@@ -15,6 +15,7 @@ from inference.latency.tables import measured
 from inference.roofline.cases import Case, Stage, make
 from inference.roofline.work import forward, pointwise_bytes
 from magihuman.errors import UserError
+from magihuman.models.flops import attention_pairs
 from magihuman.provenance import code_version, sources_hash, write_atomically
 
 FORMAT = "magihuman-predictions/1"
@@ -40,8 +41,9 @@ def predict(
     check_tier(tier)
     case, folder = make(size), records.FOLDER if results is None else Path(results)
     found = _newest_micro(folder, size)
-    kind = "fp8" if tier.startswith("fp8") else "padded" if "gpu" in found["provenance"] else "as is"
-    predicted = {stage.name: _one_pass(stage, found["rows"], kind) for stage in case.stages}
+    usual = "padded" if "gpu" in found["provenance"] else "as is"
+    kind = "fp8" if tier.startswith("fp8") else usual  # of layers without experts: those stay in bf16
+    predicted = {stage.name: _one_pass(stage, found["rows"], kind, usual) for stage in case.stages}
     own = [r for r in measured(folder) if (r["size"], r["tier"]) == (size, tier) and _same_machine(r, found)]
     values: Row = {
         "format": FORMAT,
@@ -69,46 +71,72 @@ def predict(
 
 
 def _newest_micro(folder: Path, size: str) -> Row:
-    """The newest file with products and attention of a size."""
+    """The newest products and the newest attention of a size on one machine, which may lie in a file each: rows, the
+    files' names, the newest one's provenance."""
+    wanted, rows, files = {"product", "attention"}, [], []
+    made: Row = {}
     for values in reversed(records.read(folder)):
-        kinds = {row.get("what") for row in values["rows"] if row.get("size", size) == size}
-        if values["kind"] == "micro" and {"roof", "product", "attention"} <= kinds and _size(values) == size:
-            return values
+        if values["kind"] != "micro" or not any(row.get("size") == size for row in values["rows"]):
+            continue
+        kinds = {row["what"] for row in values["rows"]} & wanted
+        if not kinds or (made and made["machine"] != values["provenance"]["machine"]):
+            continue
+        made = made or values["provenance"]
+        wanted -= kinds
+        rows += [row for row in values["rows"] if row["what"] in kinds or row["what"] == "roof"]
+        files.append(values["file"])
+        if not wanted:
+            return {"rows": rows, "file": " and ".join(files), "provenance": made}
     raise UserError(
         f"there are no microbenchmarks of size={size}; run `python -m inference.latency micro size={size}`"
     )
-
-
-def _size(values: Row) -> str | None:
-    return next((row["size"] for row in values["rows"] if "size" in row), None)
 
 
 def _same_machine(row: Row, found: Row) -> bool:
     return row["made"]["machine"] == found["provenance"]["machine"]
 
 
-def _one_pass(stage: Stage, rows: list[Row], form: str) -> Row:
-    """Predicted seconds of a pass, by part."""
-    work = forward(stage)
-    spent = useful = 0.0
-    for name in _MATRICES:
-        row = _largest(rows, name, form)
-        useful += row["flops"]
-        spent += row["flops"] / (row["tflops"] * 1e12)
-    kernels = [row for row in rows if row.get("what") == "attention" and "seconds" in row]
-    wanted = "dense" if stage.window is None else f"window {stage.window}"
-    own = [row for row in kernels if row["name"] == wanted] or kernels
-    attention_rate = 1e12 * max(row["tflops"] for row in own)
+def _one_pass(stage: Stage, rows: list[Row], form: str, experts_form: str) -> Row:
+    """Predicted seconds of a pass, by part. The products of all layers are equally many.
+
+    Args:
+        form: of products in layers that share their weights; experts_form: in those with experts.
+    """
+    config, tokens = stage.config, stage.tokens
+    shared = sum(config.experts(layer) == 1 for layer in range(config.num_layers)) / config.num_layers
+    flops = forward(stage).products
+    products = flops * shared / _rate(rows, form)
+    if shared < 1:
+        products += flops * (1 - shared) / _rate(rows, experts_form)
+    attention = 0.0
+    for layer in range(config.num_layers):
+        window = stage.window if layer in config.local_attn_layers else None
+        pairs = attention_pairs(tokens.video, tokens.audio + tokens.text, stage.frames, window)
+        attention += 4 * pairs * config.hidden_size / _attention_rate(rows, window)
     copy = next(row["copy_tbps"] for row in rows if row.get("what") == "roof") * 1e12
     parts = {
-        "products": work.products / (useful / spent),
-        "attention": work.attention / attention_rate,
-        "pointwise": pointwise_bytes(stage.config, stage.tokens.total) / copy,
+        "products": products,
+        "attention": attention,
+        "pointwise": pointwise_bytes(config, tokens.total) / copy,
     }
     return {
         **{name: float(f"{value:.4g}") for name, value in parts.items()},
         "total": float(f"{sum(parts.values()):.4g}"),
     }
+
+
+def _attention_rate(rows: list[Row], window: int | None) -> float:
+    """FLOP/s of the fastest kernel, with windows where those were measured."""
+    kernels = [row for row in rows if row.get("what") == "attention" and "seconds" in row]
+    wanted = "dense" if window is None else f"window {window}"
+    own = [row for row in kernels if row["name"] == wanted] or kernels
+    return 1e12 * max(row["tflops"] for row in own)
+
+
+def _rate(rows: list[Row], form: str) -> float:
+    """FLOP/s of a layer's products together."""
+    found = [_largest(rows, name, form) for name in _MATRICES]
+    return sum(row["flops"] for row in found) / sum(row["flops"] / (row["tflops"] * 1e12) for row in found)
 
 
 def _largest(rows: list[Row], name: str, form: str) -> Row:
