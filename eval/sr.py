@@ -35,6 +35,7 @@ from eval.sight import mouth_region, see
 from eval.speech import called_opening
 from eval.sync import correlation
 from eval.trained import trained
+from inference.checks import require_role
 from magihuman.errors import UserError
 from magihuman.postprocess import frames_to_uint8
 from magihuman.super_resolution import AUDIO_NOISE, coarsen, upsample_latents
@@ -232,7 +233,7 @@ def run(
         Where the first part's JSON is, and per part its table.
 
     Raises:
-        UserError: a checkpoint of another world, or a value that cannot be used.
+        UserError: a checkpoint of another world or stage, or a value that cannot be used.
     """
     from magihuman import zoo
     from magihuman.world import load_world
@@ -247,9 +248,13 @@ def run(
         )
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
+    compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
+    for name, first in [(base, True), *((name, False) for name in compared)]:
+        config = zoo.config_of(name)
+        require_role(config, name, first)
+        if config.world != "tiny":
+            raise UserError(f"eval.sr measures the tiny world, and {name} is of {config.world!r}")
     second = zoo.load(checkpoint)
-    if second.config.world != "tiny":
-        raise UserError(f"eval.sr measures the tiny world, and {checkpoint} is of {second.config.world!r}")
     world, size = load_world("tiny"), second.config.size.height
     folder = Path(output) if output else _output_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +272,7 @@ def run(
             values = _audio(setting)
             sr_report.audio_figure(values, folder / "audio.png")
         elif part == "others":
-            values = _others(setting, {checkpoint: second} | {o: zoo.load(o) for o in str(others).split(",")})
+            values = _others(setting, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
         else:
             values = _steps(setting)
             sr_report.steps_figure(values, folder / "steps.png")
@@ -378,13 +383,16 @@ def _steps(setting: _Setting) -> dict[str, Any]:
 
 def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str, Any]:
     """Several second stages on the same clips with the same noise."""
+    short = {name: _short(name) for name in checkpoints}
+    if len(set(short.values())) < len(short):  # runs of different folders
+        short = {name: name for name in checkpoints}
     columns = {"bound": setting.bound}
     for name, loaded in checkpoints.items():
-        columns[_short(name)] = replace(setting, second=loaded).result[0]
-    order = (*(_short(name) for name in checkpoints), "bound")
+        columns[short[name]] = replace(setting, second=loaded).result[0]
+    order = (*short.values(), "bound")
     return {
         "sets": {"clip": sr_report.columns(columns, order=order, against=order[0])},
-        "trained": {_short(name): trained(name) for name in checkpoints},
+        "trained": {short[name]: trained(name) for name in checkpoints},
     }
 
 

@@ -13,10 +13,15 @@ from magihuman.weights import ExportConfig
 
 
 def require_role(config: ExportConfig, name: object, first: bool) -> None:
-    """Raises UserError for published weights of the other stage, and for a second stage of ours given as the first."""
+    """Raises UserError for a checkpoint of the other stage.
+
+    A second stage says so in its provenance. All others of ours are first stages, unless they have a second's
+    coordinates: such a checkpoint may serve as either.
+    """
     released = str(config.provenance.get("released", ""))
     second = released.endswith("_sr") or config.provenance.get("stage") == "second"
-    if first == second and (second or released):
+    known = second or bool(released) or config.pack.coords_style == "v2"
+    if first == second and known:
         use = "second stage; give it as sr=" if second else "first stage; give it as checkpoint="
         raise UserError(f"{name} is {released or 'a checkpoint'}, for the {use}")
 

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from inference.opening import Source
     from inference.settings import Settings
     from magihuman.world import World
+
+
+SHAPE_TOLERANCE = 0.03
+"""How far the second stage's aspect may be from the first's without a word: 1920x1088 to 448x256 is 0.8 %."""
 
 
 def note(text: str) -> None:
@@ -126,6 +131,13 @@ class Resolver:
             if asked not in (None, found):
                 self._say(
                     f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
+                )
+        if settings.sr is not None:
+            small, large = settings.width / settings.height, settings.sr.width / settings.sr.height
+            if abs(log(large / small)) > SHAPE_TOLERANCE:
+                self._say(
+                    f"the second stage's {settings.sr.width}x{settings.sr.height} is of another shape than the first's "
+                    f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="
                 )
         if request.audio is not None:
             length, used = self._seconds[request.audio], settings.audio / self.source.config.contract.fps

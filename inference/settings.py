@@ -150,6 +150,11 @@ def resolve(
             raise UserError(f"sr_steps={stage.steps} is impossible; give 1 to 1000")
         if not 1 <= stage.guidance < math.inf:
             raise UserError(f"sr_cfg={stage.guidance:g} is impossible; scales start at 1, which is none")
+        if stage.height < chosen.height or stage.width < chosen.width:
+            raise UserError(
+                f"the second stage's {stage.width}x{stage.height} is smaller than the first's "
+                f"{chosen.width}x{chosen.height}; give a larger sr_width= and sr_height="
+            )
         return replace(chosen, sr=stage)
     given = {
         "sr_steps": sr_steps,

@@ -5,15 +5,17 @@ from magihuman import zoo
 from magihuman.world import World
 from magihuman.zoo import Loaded
 
-_first: dict[str, Loaded] = {}
+_first: dict[tuple[str, str], Loaded] = {}
 
 
 def with_first_stage(loaded: Loaded, world: World, first: str) -> Pipeline:
-    """The second stage `loaded` behind the checkpoint `first`, which is read once per process.
+    """The second stage `loaded` behind the checkpoint `first`, which is read once per process, to the same device.
 
     Raises:
         UserError: a checkpoint that cannot be found, or of another world.
     """
-    if first not in _first:
-        _first[first] = zoo.load(first)
-    return Pipeline(_first[first], world, second=loaded)
+    device = next(loaded.denoiser.parameters()).device
+    key = first, str(device)
+    if key not in _first:
+        _first[key] = zoo.load(first, device)
+    return Pipeline(_first[key], world, second=loaded)

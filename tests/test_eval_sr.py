@@ -125,9 +125,7 @@ def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, mo
     assert "| sync_skill |" in text
 
 
-def test_other_checkpoints_are_compared_and_their_training_is_told(
-    world: World, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_other_checkpoints_are_compared_and_their_training_is_told(world: World, tmp_path: Path) -> None:
     from magihuman import zoo
 
     run = tmp_path / "runs" / "again"
@@ -152,9 +150,28 @@ def test_other_checkpoints_are_compared_and_their_training_is_told(
     }
 
 
+def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
+    from magihuman import zoo
+
+    runs = [tmp_path / folder / "sr" for folder in "ab"]
+    for run in runs:
+        shutil.copytree(zoo.find("tiny/sr"), run / "export")
+    others = ",".join(map(str, runs))
+    results = sr.run(
+        "tiny/sr", clips=2, parts="others", others=others, steps=1, output=str(tmp_path), progress=False
+    )
+    assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bound"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"checkpoint": "tiny/base"}, "tiny/base is a checkpoint, for the first stage"),
+        ({"base": "tiny/sr"}, "tiny/sr is a checkpoint, for the second stage"),
+        (
+            {"parts": "others", "others": "tiny/sr,tiny/distill"},
+            "tiny/distill is a checkpoint, for the first",
+        ),
         ({"parts": "tables"}, "choose from table, audio, steps"),
         ({"clips": 1}, "at least 2 clips"),
         ({"parts": "others"}, "belong together"),

@@ -1,6 +1,7 @@
 """Both stages of the tiny world from the zoo: a clip of twice the size, with the first stage's sound."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,15 @@ from eval.sight import see
 from eval.speech import called_opening
 from eval.sr import bicubic
 from eval.sync import correlation
-from magihuman import infer
+from inference.checks import require_role
+from inference.jobs import Resolver
+from inference.opening import find
+from inference.prompts import Request
+from inference.two_stages import with_first_stage
+from magihuman import infer, zoo
+from magihuman.errors import UserError
 from magihuman.media import probe, read_clip
+from magihuman.world import load_world
 
 PROMPT = "round face, ginger hair, blue shirt, green wall, says ma bi so"
 SHARED = (f"prompt={PROMPT}", "checkpoint=tiny/base", "seed=1", "steps=16", "device=cpu", "progress=false")
@@ -44,3 +52,45 @@ def test_a_clip_of_both_stages(tmp_path: Path) -> None:
     called = called_opening(second.wave[0].numpy(), len(second.frames))
     assert called is not None
     assert correlation(refined.openness, called) > 0.8
+
+
+def test_samples_of_a_training_keep_both_stages_on_its_device() -> None:
+    pipeline = with_first_stage(zoo.load("tiny/sr", "meta"), load_world("tiny"), "tiny/base")
+    assert pipeline.second is not None
+    devices = {next(d.parameters()).device.type for d in (pipeline.denoiser, pipeline.second.denoiser)}
+    assert devices == {"meta"}
+    again = with_first_stage(zoo.load("tiny/sr"), load_world("tiny"), "tiny/base")
+    assert again.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["tiny/base", "tiny/distill"])
+def test_a_first_stage_is_no_second_one(name: str) -> None:
+    with pytest.raises(
+        UserError, match=f"{name} is a checkpoint, for the first stage; give it as checkpoint="
+    ):
+        find("tiny/base", name, device="cpu")
+
+
+def test_a_checkpoint_that_does_not_say_its_stage_may_be_either() -> None:
+    config = zoo.config_of("tiny/sr")
+    config = replace(config, provenance={})
+    for first in (True, False):
+        require_role(config, "x", first)
+
+
+def test_a_second_stage_enlarges_and_says_when_it_stretches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = find("tiny/base", "tiny/sr", device="cpu")
+    request = Request("x", PROMPT, 0)
+    with pytest.raises(
+        UserError, match="128x128 is smaller than the first's 144x64; give a larger sr_width="
+    ):
+        Resolver(source, tmp_path, {"width": 144}).job(request)
+    Resolver(source, tmp_path, {}).job(request)
+    assert capsys.readouterr().err == ""
+    Resolver(source, tmp_path, {"width": 96}).job(request)
+    said = capsys.readouterr().err
+    assert "the second stage's 128x128 is of another shape than the first's 96x64, so pictures are" in said
+    Resolver(source, tmp_path, {"width": 96, "sr_width": 192}).job(request)
+    assert capsys.readouterr().err == ""
