@@ -47,10 +47,16 @@ class Decoder:
 
         Yields:
             uint8 [n,H,W,3] on the CPU; all n together are s (T - 1) + 1.
+
+        Raises:
+            ValueError: more than one clip.
         """
+        if latents.ndim == 5 and len(latents) != 1:
+            raise ValueError(f"latents {list(latents.shape)}: pictures are streamed clip by clip")
         waiting: _Arriving | None = None
         for part in self.frames(latents if latents.ndim == 5 else latents[None]):
             pictures = to_pictures(part)
+            del part  # makes room for the next one
             if pictures.device.type != "cuda":
                 yield pictures.cpu()
                 continue

@@ -104,9 +104,8 @@ def stream_tiles(stream: Streamer, latents: Tensor, tile: int, stride: int) -> I
                 return
             if whole is None:
                 whole = part.new_zeros(*part.shape[:3], height * stride, width * stride)
-            area = whole[
-                ..., row.start * stride : row.stop * stride, column.start * stride : column.stop * stride
-            ]
-            area += part * weight.to(part.device)
+            high, wide = (slice(span.start * stride, span.stop * stride) for span in (row, column))
+            whole[..., high, wide] += part * weight.to(part.device)
+            del part  # a name for it, or for a view of `whole`, would keep it beside the next one
         assert whole is not None
         yield whole

@@ -3,6 +3,7 @@
 import json
 import shlex
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from fake_world import FRAMES, SIDE, FakeVideoCodec, fake_checkpoint, fake_world
 from inference import clip
 from inference.decode import Decoder, to_pictures
 from inference.pipeline import Pipeline
-from inference.tiles import latents_per_tile, spans
+from inference.tiles import latents_per_tile, spans, stream_tiles
 from magihuman import infer, zoo
 from magihuman.allocations import Allocations
 from magihuman.errors import UserError
@@ -87,6 +88,41 @@ def test_pictures_of_one_frame_at_a_time_are_those_of_all() -> None:
     there = to_pictures(frames.to("meta"))
     # 8 bits before anything leaves the device.
     assert (there.device.type, there.dtype) == ("meta", torch.uint8)
+
+
+def test_a_part_is_gone_before_the_next_is_made() -> None:
+    class Watched(FakeVideoCodec):
+        def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+            for _ in range(3):
+                part = torch.zeros(1, 3, 4, 8, 8)
+                made.append(weakref.ref(part))
+                yield part
+                del part
+                alive.append(sum(other() is not None for other in made))
+
+    made: list[Any] = []
+    alive: list[int] = []
+    for _ in Decoder(Watched()).stream(torch.zeros(3, 3, 2, 2)):
+        pass
+    assert alive == [0, 0, 0]
+
+
+def test_pictures_of_two_clips_are_not_one_stream() -> None:
+    with pytest.raises(ValueError, match=r"\[2, 3, 2, 3, 3\]: pictures are streamed clip by clip"):
+        next(Decoder(_student()).stream(torch.zeros(2, 3, 2, 3, 3)))
+
+
+def test_tiles_let_go_of_the_pictures_before_the_next() -> None:
+    def tiles(latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        for _ in range(latents.shape[2]):
+            yield torch.empty(1, 3, 4, *(4 * side for side in latents.shape[3:]), device="meta")
+
+    z = torch.empty(1, 3, 3, 30, 28, device="meta")
+    with Allocations().ignore(z) as memory:
+        for part in stream_tiles(tiles, z, 8, 4):
+            size = part.nbytes
+            del part
+    assert memory.peak < 1.5 * size  # the pictures, a tile, and the weights of all tiles
 
 
 @pytest.mark.parametrize("tile", [None, 32])
