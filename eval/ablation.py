@@ -44,7 +44,7 @@ def read(runs: Path) -> tuple[Figures, list[str]]:
     """The figures of all runs named in that form, and the commands that made them.
 
     Raises:
-        UserError: none of the variant `full`, or a variant without its seeds.
+        UserError: none of the variant `full`, a variant without its seeds, or runs with different figures.
     """
     figures, commands = _of_second_stages(runs) if runs.suffix == ".json" else _of_decoders(runs)
     if FULL not in figures:
@@ -56,6 +56,14 @@ def read(runs: Path) -> tuple[Figures, list[str]]:
             raise UserError(
                 f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(figures[FULL])}"
             )
+    wanted = figures[FULL][min(figures[FULL])].keys()
+    for variant, seeds in figures.items():
+        for seed, found in seeds.items():
+            if found.keys() != wanted:
+                raise UserError(
+                    f"{variant}-s{seed} was evaluated otherwise than {FULL}-s{min(figures[FULL])}: only one of them "
+                    f"has {', '.join(sorted(found.keys() ^ wanted))}; evaluate them alike"
+                )
     return figures, commands
 
 

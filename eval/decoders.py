@@ -182,7 +182,7 @@ def run(
                 judge("student, teacher as truth", opened["student"].decode, latents, shown["teacher"])[0]
             )
         if sampled is not None:
-            columns += _on_sampled(sampled, opened)
+            columns += _on_sampled(sampled, opened, mine.codec)
     report = {
         "format": FORMAT,
         "settings": {
@@ -219,12 +219,12 @@ def run(
     return {"scores": str(folder / "scores.json"), **values}
 
 
-def _on_sampled(path: str, opened: Mapping[str, Any]) -> list[Judged]:
+def _on_sampled(path: str, opened: Mapping[str, Any], codec: str) -> list[Judged]:
     """Codec and student on latents that a model made, against the frames that the file gives them."""
     from magihuman.training.sampled import SampledLatents
 
-    file = SampledLatents(path, opened["student"].channels)
-    pairs = [file.read(i / len(file)) for i in range(len(file))]
+    file = SampledLatents(path, opened["student"].channels, codec)
+    pairs = [file[i] for i in range(len(file))]
     latents = torch.stack([pair[0] for pair in pairs])
     truth = torch.stack([pair[1] for pair in pairs]).permute(0, 2, 3, 4, 1).numpy()
     return [

@@ -7,6 +7,7 @@ for them is what the teacher decodes.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def make(
     device: str = "auto",
     progress: bool = True,
 ) -> str:
-    """Sample latents, decode them with a teacher, and write both into one file; an existing file is kept.
+    """Sample latents, decode them with a teacher, and write both into one file; one that is there already is kept.
 
     Args:
         prompts: a prompt file as for infer, or a folder of .txt captions
@@ -45,13 +46,18 @@ def make(
         the file's path.
 
     Raises:
-        UserError: prompts, a checkpoint or a teacher that cannot be used.
+        UserError: prompts, a checkpoint or a teacher that cannot be used, or a file that was made otherwise.
     """
     target = Path(output)
-    if target.exists():
-        return str(target)
     if clips < 1 or batch < 1:
         raise UserError(f"clips={clips} and batch={batch} must be at least 1")
+    facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed)}
+    if target.exists():
+        asked = {"clips": clips, "steps": steps, "cfg": cfg}
+        _require_made_with(
+            target, facts | {key: str(value) for key, value in asked.items() if value is not None}
+        )
+        return str(target)
     texts = read_prompts(prompts)
 
     import torch
@@ -85,10 +91,29 @@ def make(
             bar.update(len(numbers))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed), "steps": str(settings.steps)}
+    facts |= {"steps": str(settings.steps), "codec": world.contract.video_codec}
+    facts |= {} if cfg is None else {"cfg": str(cfg)}
     save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
     os.replace(partial, target)
     return str(target)
+
+
+def _require_made_with(path: Path, wanted: Mapping[str, str]) -> None:
+    """Raises UserError where a file says of itself that it was made with another setting."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            made = {**(file.metadata() or {}), "clips": str(file.get_slice("video").get_shape()[0])}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"output={path} is there and cannot be read ({error}); remove it") from error
+    other = [
+        f"{key}={made[key]}, not {value}" for key, value in wanted.items() if made.get(key, value) != value
+    ]
+    if other:
+        raise UserError(
+            f"output={path} was made with {'; '.join(other)}; remove it, or choose another output="
+        )
 
 
 def read_prompts(source: str) -> list[str]:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from magihuman.errors import UserError
-from magihuman.models.codecs_wan import WanCodec
+from magihuman.models.codecs_wan import FILES, REPO, WanCodec
+from magihuman.models.released_files import locate, read_state
 from magihuman.models.wan_teacher import WanTeacher
 from magihuman.training import decoder_losses as losses
 from magihuman.training.discriminator import Discriminator, Gan, adversarial_losses
@@ -53,7 +54,8 @@ class TurboVAE(Recipe):
         teacher_blocks: up blocks of the teacher whose features are matched, beside the middle block's.
         pixel, perceptual, temporal, align: weights of the losses; `align` may be a ramp.
         lpips: weight of LPIPS; lpips_backbone: file of its VGG-16.
-        crop: side of the square of latents to train on, at a random place; None for whole pictures.
+        crop: side of the square of latents to train on, at a random place; None for whole pictures. A side of the
+            picture that is shorter is not cut.
         sampled: file of sampled latents (`inference.sampled`), or in a configuration the call that makes it; None:
             none. sampled_share: of the samples.
         gan: the adversarial stage, or None.
@@ -99,6 +101,10 @@ class TurboVAE(Recipe):
             raise UserError(
                 "recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights"
             )
+        if teacher is not None:
+            _teacher_config(
+                teacher
+            )  # what comes after the training needs it too: a wrong name is to fail now
         # Frozen parts, in tuples so that neither checkpoints nor optimisers see them.
         self._teacher: tuple[WanTeacher, ...] = (
             (self._open_teacher(teacher, teacher_blocks),) if aligning and teacher is not None else ()
@@ -108,12 +114,20 @@ class TurboVAE(Recipe):
         )
         self.blocks = teacher_blocks
         channels = self.config.latents.channels
-        self.sampled = None if sampled is None else SampledLatents(str(sampled), channels)
+        self.sampled = None
+        if sampled is not None:
+            self.sampled = SampledLatents(str(sampled), channels, self.config.latents.codec)
+            usual = [3, setup.size.frames, setup.size.height, setup.size.width]
+            if self.sampled.frames[1:] != usual:
+                raise UserError(
+                    f"recipe.sampled={sampled} holds frames {self.sampled.frames[1:]}, the shards mostly {usual}; "
+                    "sample clips of the shards' size, or set recipe.sampled=null"
+                )
 
     # The networks
 
     def _open_teacher(self, source: str, blocks: int) -> WanTeacher:
-        found = decoders.config_of(source)
+        found = _teacher_config(source)
         if found is None:
             teacher = WanTeacher.from_codec(WanCodec.load(source, dtype=torch.float32))
         else:
@@ -237,23 +251,27 @@ class TurboVAE(Recipe):
                 chosen = self.sampled.read(float(which[row]))
                 latents[row], frames[row] = (part.to(latents.device) for part in chosen)
             self.meter.add("sampled", len(rows) / len(latents))
-        if self.crop is not None and self.crop < min(latents.shape[-2:]):
+        if self._trained_on(latents) != tuple(latents.shape[-2:]):
             latents, frames = self._cropped(latents, frames, places)
         return latents, frames.float() / 127.5 - 1
+
+    def _trained_on(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of a batch's latents after cropping; a side that is shorter than `crop` stays."""
+        rows, columns = latents.shape[-2:]
+        return (rows, columns) if self.crop is None else (min(rows, self.crop), min(columns, self.crop))
 
     def _cropped(
         self, latents: Tensor, frames: Tensor, places: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        assert self.crop is not None
-        side, (rows, columns) = self.crop, self.config.latents.stride[1:]
+        sides, strides = self._trained_on(latents), self.config.latents.stride[1:]
         pairs = []
         for i in range(len(latents)):
-            top, left = (
-                int(place[i] * (size - side + 1))
-                for place, size in zip(places, latents.shape[-2:], strict=True)
-            )
-            high = slice(top * rows, (top + side) * rows), slice(left * columns, (left + side) * columns)
-            pairs.append((latents[i, ..., top : top + side, left : left + side], frames[i][..., *high]))
+            few, shown = [], []
+            for place, whole, side, stride in zip(places, latents.shape[-2:], sides, strides, strict=True):
+                first = int(place[i] * (whole - side + 1))
+                few.append(slice(first, first + side))
+                shown.append(slice(first * stride, (first + side) * stride))
+            pairs.append((latents[i, ..., few[0], few[1]], frames[i, ..., shown[0], shown[1]]))
         return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
 
     def run(self, decoder: nn.Module, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -288,9 +306,8 @@ class TurboVAE(Recipe):
         return self.gan.weight * wanted + judged
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        size = self.crop or 10**9
-        channels, frames, rows, columns = batch["video"].shape[1:]
-        shape = (channels, frames, min(rows, size), min(columns, size))
+        channels, frames = batch["video"].shape[1:3]
+        shape = (channels, frames, *self._trained_on(batch["video"]))
         return 3.0 * len(batch["video"]) * forward_flops(self.config, shape)
 
     @torch.no_grad()
@@ -339,10 +356,25 @@ def _config(student: str | dict[str, Any], setup: Setup) -> decoders.DecoderConf
     return decoders.DecoderConfig(student["layout"], student["network"], latents)
 
 
+def _teacher_config(source: str) -> decoders.DecoderConfig | None:
+    """The config of a teacher of ours; None for the published VAE's file.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = decoders.config_of(source)
+    if found is None:
+        try:
+            locate(source, FILES, REPO)
+        except UserError as error:
+            raise UserError(
+                f"recipe.teacher={source} is no decoder of ours ({', '.join(decoders.names())}), and {error}"
+            ) from None
+    return found
+
+
 def _start(init: str, config: decoders.DecoderConfig) -> dict[str, Tensor]:
     """Weights of another decoder of the same network."""
-    from magihuman.models.released_files import read_state
-
     folder, other = decoders.find(init), decoders.config_of(init)
     if folder is None or other is None:
         raise UserError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eval import ablation, decoders, readme
 from magihuman.errors import UserError
@@ -76,6 +77,28 @@ def test_a_perfect_decoder_is_perfect() -> None:
     assert judged.table["change"].value == 0
 
 
+def test_every_sampled_clip_is_judged_once(tmp_path: Path) -> None:
+    """50 of them: 29 / 50 * 50 is less than 29."""
+    marks = torch.arange(50).view(50, 1, 1, 1, 1)
+    video = marks.expand(50, 3, 2, 4, 4).half().contiguous()
+    frames = marks.expand(50, 3, 5, 16, 16).byte().contiguous()
+    save_file({"video": video, "frames": frames}, tmp_path / "sampled.safetensors")
+    seen: list[float] = []
+
+    class Codec:
+        channels = 3
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            seen.append(float(latents[0, 0, 0, 0, 0]))
+            return (latents[:, :, :1, :1, :1] / 127.5 - 1).expand(1, 3, 5, 16, 16)
+
+    columns = decoders._on_sampled(
+        str(tmp_path / "sampled.safetensors"), {"codec": Codec(), "student": Codec()}, ""
+    )
+    assert seen == [*range(50), *range(50)]
+    assert columns[1].table["psnr"].value == 99
+
+
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     def write(name: str, psnr: float) -> None:
         folder = tmp_path / name
@@ -95,6 +118,12 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert cell["difference"] == pytest.approx(-1)
     assert cell["difference_sd"] == pytest.approx(0)
     assert cell["sd"] > 5
+    scores = tmp_path / "no_align-s1" / "eval" / "scores.json"
+    report = json.loads(scores.read_text())
+    report["columns"]["student"]["table"]["flicker"]["value"] = None
+    scores.write_text(json.dumps(report))
+    with pytest.raises(UserError, match=r"no_align-s1 was evaluated otherwise .* has student: flicker"):
+        ablation.summarise(str(tmp_path))
     (tmp_path / "no_align-s2" / "eval" / "scores.json").unlink()
     with pytest.raises(UserError, match=r"no_align was run with seeds \[0, 1\]"):
         ablation.summarise(str(tmp_path))

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from inference import sampled
 from magihuman.errors import UserError
 from magihuman.training.sampled import SampledLatents
+from magihuman.world import load_world
 from magihuman.zoo import decoders
 
 PROMPT = "round face, ginger hair, blue shirt, green wall, says ma bi so"
@@ -32,11 +33,19 @@ def test_frames_are_the_teachers_of_the_stored_latents(tmp_path: Path) -> None:
     assert not torch.equal(clips[0][0], clips[2][0])
     with safe_open(output, "pt") as opened:
         assert opened.metadata() == {
-            "checkpoint": "tiny/base", "teacher": "tiny/teacher", "seed": "0", "steps": "2"
+            "checkpoint": "tiny/base", "teacher": "tiny/teacher", "seed": "0", "steps": "2", "cfg": "1.0",
+            "codec": load_world("tiny").contract.video_codec,
         }  # fmt: skip
     before = output.stat().st_mtime_ns
-    sampled.make(str(prompts), **{**given, "clips": 99})
+    sampled.make(str(prompts), **given)
     assert output.stat().st_mtime_ns == before
+    for other, words in (
+        ({"clips": 99}, "clips=3, not 99"),
+        ({"steps": 4, "seed": 1}, "seed=0, not 1; steps=2, not 4"),
+        ({"teacher": "other"}, "teacher=tiny/teacher, not other"),
+    ):
+        with pytest.raises(UserError, match=f"was made with {words}; remove it"):
+            sampled.make(str(prompts), **{**given, **other})
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
 
 

@@ -134,6 +134,8 @@ def test_a_whole_clip_equals_latent_by_latent_and_features_are_those_of_the_full
     assert whole.stride == codec.stride
     torch.testing.assert_close(whole.decode(latents), decoded, atol=2e-5, rtol=1e-4)
     features = whole.truncated(1).features(latents)
+    kept = {id(p) for p in whole.parameters()}
+    assert not any(id(p) in kept for p in (*vae.encoder.parameters(), *vae.quant_conv.parameters()))
     assert [f.shape for f in features] == [(2, 8, 4, 3, 2), (2, 8, 7, 6, 4)]
     for mine, theirs in zip(features, parts.values(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
@@ -250,6 +252,19 @@ def test_crops_of_latents_and_frames_show_the_same_place() -> None:
     assert torch.equal(latents, again)
 
 
+def test_a_crop_cuts_the_longer_side_of_a_picture_alone() -> None:
+    made = recipe(crop=4)
+    wide = torch.arange(6.0).expand(2, 3, 3, 4, 6)
+    shown = (wide * 10).repeat_interleave(4, 3).repeat_interleave(4, 4).repeat_interleave(4, 2)[:, :, 3:]
+    latents, frames = made.examples({"video": wide, "frames": shown.byte()}, draws(2))
+    assert (latents.shape, frames.shape) == ((2, 3, 3, 4, 4), (2, 3, 9, 16, 16))
+    assert torch.equal(
+        ((frames + 1) * 12.75).round()[..., ::4], latents[:, :, :1, :1].expand(-1, -1, 9, 16, -1)
+    )
+    square = {"video": torch.zeros(2, 3, 3, 4, 4)}
+    assert made.batch_flops({"video": wide}) == made.batch_flops(square) == recipe().batch_flops(square)
+
+
 def test_sampled_latents_take_their_share_with_their_own_frames(tmp_path: Path) -> None:
     file = tmp_path / "sampled.safetensors"
     marks = torch.arange(5).view(5, 1, 1, 1, 1)
@@ -274,6 +289,14 @@ def test_sampled_latents_take_their_share_with_their_own_frames(tmp_path: Path) 
     assert 60 <= count <= 100  # of 160
     with pytest.raises(UserError, match="needs 7 channels"):
         SampledLatents(file, 7)
+    small = tmp_path / "small.safetensors"  # clips that none of the shards' could be replaced by
+    tensors = {"video": torch.zeros(2, 3, 3, 2, 2), "frames": torch.zeros(2, 3, 9, 8, 8).byte()}
+    save_file(tensors, small, {"codec": "stub"})
+    with pytest.raises(UserError, match=r"holds frames \[3, 9, 8, 8\], the shards mostly \[3, 9, 16, 16\]"):
+        recipe(sampled=str(small))
+    save_file(tensors, small, {"codec": "another"})
+    with pytest.raises(UserError, match="holds latents of 'another', not of 'stub'"):
+        recipe(sampled=str(small))
     with pytest.raises(UserError, match=r"python -m inference\.sampled"):
         SampledLatents(tmp_path / "none", 3)
 
@@ -346,6 +369,8 @@ def test_everything_on_continues_exactly_and_starts_from_another_ones_weights(
         ("strategy=fsdp2",): "runs with strategy=single or ddp",
         ("trainer.compile=true",): "trainer.compile=false",
         ("recipe.align=1",): "recipe.align needs recipe.teacher",
+        ("recipe.teacher=tiny/techer",): r"no decoder of ours \(tiny/teacher, tiny/turbo\)",
+        ("recipe.gan={start: 1.0}",): "start=1.0 and width=32; start lies in",
         ("recipe.student=b",): "48 channels",
         ("recipe.lpips=1",): "needs recipe.lpips_backbone",
         ("recipe.lpips=1", "recipe.lpips_backbone=/nowhere"): "is not a file",

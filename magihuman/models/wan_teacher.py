@@ -144,16 +144,20 @@ class WanTeacher(nn.Module):
 
 
 class Denormalise(nn.Module):
-    """Normalised latents to what the published decoder takes."""
+    """Normalised latents to what the published decoder takes. Of the codec it keeps this alone, not the encoder."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, codec: WanCodec) -> None:
         super().__init__()
-        self.codec = codec
+        self.mix = codec.vae.post_quant_conv
+        self.register_buffer("mean", codec.mean, persistent=False)
+        self.register_buffer("std", codec.std, persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
         """[B,C,T,h,w] -> the same shape, in the codec's dtype."""
-        z = latents.to(self.codec.mean.dtype)
-        return self.codec.vae.post_quant_conv(z / (1.0 / self.codec.std) + self.codec.mean)
+        return self.mix(latents.to(self.mean.dtype) / (1.0 / self.std) + self.mean)
 
 
 def _up(block: Any, x: Tensor) -> Tensor:

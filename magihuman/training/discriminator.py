@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from magihuman.errors import UserError
+
 CAP = 10.0  # of the weight that balances gradients
 
 
@@ -22,13 +24,24 @@ class Gan:
     Attributes:
         start: share of the training after which it begins, in [0, 1).
         weight: of the adversarial loss, relative to a gradient as strong as the other losses'.
-        lr: peak learning rate of the discriminator. width: of its first layer.
+        lr: learning rate of the discriminator, times the schedule that it shares with the decoder: of a cosine little
+            is left where it begins late. width: of its first layer, a multiple of 4.
+
+    Raises:
+        UserError: a start after the end, or another width.
     """
 
     start: float = 0.8
     weight: float = 0.05
     lr: float = 2e-4
     width: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1 or self.width < 4 or self.width % 4:
+            raise UserError(
+                f"recipe.gan has start={self.start} and width={self.width}; start lies in [0, 1), width is a "
+                "multiple of 4"
+            )
 
 
 class Discriminator(nn.Module):
