@@ -114,7 +114,12 @@ def test_a_decoder_of_other_latents_is_refused() -> None:
 
 def test_what_is_no_decoder_is_taken_for_the_published_one(tmp_path: Path) -> None:
     assert decoders.find(tmp_path) is None
-    with pytest.raises(UserError, match=r"turbo_vae/checkpoint-340000\.ckpt"):
+    with pytest.raises(
+        UserError, match=r"turbo_vae/checkpoint-340000\.ckpt.*decoders that ship with the package"
+    ):
+        decoders.load(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="a run folder whose training has exported nothing yet"):
         decoders.load(tmp_path)
     with pytest.raises(UserError, match="decoders that ship with the package"):
         decoders.load("tiny/nosuch")

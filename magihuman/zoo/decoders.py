@@ -326,12 +326,15 @@ def load(
 
 
 def _load_published(decoder: str | Path, device: "torch.device | str", dtype: "torch.dtype") -> "TurboCodec":
-    from magihuman.models.codecs_turbo import TurboCodec
+    from magihuman.models.codecs_turbo import FILES, REPO, TurboCodec
+    from magihuman.models.released_files import locate
 
     try:
-        return TurboCodec.load(decoder, device, dtype)
+        locate(decoder, FILES, REPO)
     except UserError as error:
-        if Path(decoder).expanduser().exists():
-            raise
+        folder = Path(decoder).expanduser()
+        unfinished = "; it is a run folder whose training has exported nothing yet, or no decoder"
+        unfinished = unfinished if (folder / "run.json").is_file() else ""
         known = ", ".join(names()) or "none yet"
-        raise UserError(f"{error}; decoders that ship with the package: {known}") from None
+        raise UserError(f"{error}{unfinished}; decoders that ship with the package: {known}") from None
+    return TurboCodec.load(decoder, device, dtype)
