@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from test_inference_latency import small_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.latency import errors, networks, records, suite
+from inference.latency import errors, micro, networks, records, suite
 from inference.latency.decoders import decode
 from inference.latency.suite import Step
+from inference.roofline.cases import make
 from magihuman import zoo
 from magihuman.allocations import Allocations
 from magihuman.models.config import DiTConfig, PackConfig
@@ -90,3 +92,22 @@ def test_decoders_write_a_file_for_every_size(tmp_path: Path) -> None:
     assert [values["rows"][0]["size"] for values in files] == ["256p", "540p", "1080p"]
     assert {values["provenance"]["how"] for values in files} == {"computed, not measured"}
     assert told.count("written to") == 3
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8 rows"])
+def test_products_of_eight_bits_are_timed_without_what_a_tier_fuses(form: str) -> None:
+    """Casts and row scales in kernels of their own take longer than the product: rates would be of those."""
+    bench = micro._Bench(make("tiny"), CPU, torch.bfloat16)
+    call = bench._product(48, 64, 32, form)
+    seen: list[str] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watched():
+        product: Any = call()
+    assert seen == ["aten._scaled_mm.default"]
+    assert (product.shape, product.dtype) == ((48, 32), torch.bfloat16)
+    assert product.isfinite().all()

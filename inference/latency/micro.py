@@ -27,7 +27,7 @@ from magihuman.tokens import Layout
 
 GROUPS = ("products", "experts", "attention")
 PADDING = 128
-_FORMS = ("as is", "padded", "fp8")
+_FORMS = ("as is", "padded", "fp8", "fp8 rows")
 _CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
 
 
@@ -82,7 +82,8 @@ class _Bench:
         self.generator = torch.Generator(device=device).manual_seed(0)
 
     def products(self) -> list[Row]:
-        """Every matrix of a layer with each expert's rows: as it is, with padded width, and in 8 bits."""
+        """Every matrix of a layer with each expert's rows: as it is, with padded width, and in 8 bits with one scale
+        for each side or one per row and column."""
         config, tokens = self.stage.config, self.stage.tokens
         layer = next((i for i in range(config.num_layers) if i not in config.gelu7_layers), 0)
         hidden, inner = config.hidden_size, config.intermediate_size(layer)
@@ -108,12 +109,18 @@ class _Bench:
 
     def _product(self, count: int, columns: int, width: int, form: str) -> Callable[[], object]:
         x, weight = self._normal(count, columns), self._normal(width, columns) / columns**0.5
-        if form != "fp8":
+        if not form.startswith("fp8"):
             return lambda: F.linear(x, weight)
-        codes, scales = eight_bits.quantise_rows(weight)
-        own = torch.tensor([8.0 / eight_bits.LARGEST, 1.0], device=self.device)
-        exact = x.float()
-        return lambda: eight_bits.multiply(exact, codes, scales, own)
+        # The product alone: tiers make its inputs 8-bit, and scale its rows, in kernels that run anyway.
+        codes, row_scales = eight_bits.quantise_rows(weight)
+        one = torch.ones(1, device=self.device)
+        scale = one * (8.0 / eight_bits.LARGEST)
+        inputs = eight_bits.quantise(x.float(), scale)
+        scales = (scale, one)
+        if form == "fp8 rows":
+            scales = (scale.expand(count, 1).contiguous(), row_scales[None])
+        function: Any = torch._scaled_mm
+        return partial(function, inputs, codes.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     def experts(self) -> list[Row]:
         """The up projection of an expert layer: one product each, or one for all."""
