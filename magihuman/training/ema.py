@@ -1,15 +1,18 @@
 """An exponential moving average of a network's weights, fp32, sharded like the network."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-def _local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+def _local(network: nn.Module) -> list[torch.Tensor]:
+    for module in network.modules():
+        if isinstance(module, FSDPModule):  # a forward pass may have left gathered weights in their place
+            module.reshard()
+    return [t.to_local() if isinstance(t, DTensor) else t for t in network.parameters()]
 
 
 def decay_at(updates: int, final: float) -> float:
@@ -49,8 +52,8 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Follow `model` (same architecture, same sharding) by one step; buffers are copied."""
-        shadow = _local(self.module.parameters())
-        weights = [w.to(s.dtype) for s, w in zip(shadow, _local(model.parameters()), strict=True)]
+        shadow = _local(self.module)
+        weights = [w.to(s.dtype) for s, w in zip(shadow, _local(model), strict=True)]
         torch._foreach_lerp_(shadow, weights, 1.0 - self.decay)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
@@ -59,6 +62,6 @@ class EMA(nn.Module):
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
         """Start again from `model`'s weights."""
-        for shadow, weight in zip(_local(self.module.parameters()), _local(model.parameters()), strict=True):
+        for shadow, weight in zip(_local(self.module), _local(model), strict=True):
             shadow.copy_(weight)
         self.updates = 0
