@@ -58,7 +58,7 @@ class Recipe(L.LightningModule):
         self.stepped = False
         self.meter = Meter()
         self.aside = 0.0
-        self._not_finite = 0
+        self._not_finite: dict[str, int] = {}
 
     # What a recipe is about
 
@@ -191,10 +191,11 @@ class Recipe(L.LightningModule):
         finite = math.isfinite(norm)
         self.meter.add(name, norm if finite else 0.0, torch.tensor([float(finite)]))
         self.meter.add("not_finite", 0.0 if finite else 1.0)
-        self._not_finite = 0 if finite else self._not_finite + 1
-        if self._not_finite >= NOT_FINITE_LIMIT:
+        # By name: of two networks that take turns, one must not vouch for the other.
+        self._not_finite[name] = 0 if finite else self._not_finite.get(name, 0) + 1
+        if self._not_finite[name] >= NOT_FINITE_LIMIT:
             raise UserError(
-                f"the gradient was not finite for {NOT_FINITE_LIMIT} steps up to step {self.step}; "
+                f"the gradient ({name}) was not finite for {NOT_FINITE_LIMIT} steps up to step {self.step}; "
                 "lower optim.lr, lengthen optim.warmup, or set trainer.precision=fp32"
             )
 
@@ -235,7 +236,11 @@ class Recipe(L.LightningModule):
             world=self.given.world,
             contract=self.given.contract,
             size=self.given.size,
-            provenance={**self.given.provenance, "steps": self.step, "averaged": self.ema is not None},
+            provenance={
+                **self.given.provenance,
+                "steps": self.step,
+                "averaged": self.given.optim.ema_decay > 0,
+            },
             **self.export_settings(),
         )
 

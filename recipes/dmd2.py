@@ -40,13 +40,13 @@ from torch import Tensor, nn
 from magihuman import zoo
 from magihuman.denoiser import Denoiser
 from magihuman.distill.adversary import Adversary, AdversarySettings
-from magihuman.distill.health import Health, HealthLimits, Shape, turn_signals
-from magihuman.distill.latents import MODALITIES, Given, Pair, each
+from magihuman.distill.health import Health, HealthLimits, turn_signals
+from magihuman.distill.latents import MODALITIES, Pair, each
 from magihuman.distill.networks import Networks, follow, hold, resting, without_base
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
 from magihuman.distill.parts import Part, parts
-from magihuman.distill.rollout import Rollout, trajectory
-from magihuman.distill.settings import CriticSettings, require_possible
+from magihuman.distill.rollout import Rollout, sampler, trajectory
+from magihuman.distill.settings import CriticSettings, require_possible, require_same_parts
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, x0_from_velocity
@@ -118,7 +118,7 @@ class DMD2(Recipe):
             )
         teacher = zoo.config_of(setup.init)
         first = {"recipe.first_step": first_step, "recipe.critic.first_step": critic.first_step}
-        require_possible(setup, teacher, sigma, networks, first, sampling.steps)
+        require_possible(setup, teacher, sigma, networks, first, sampling.steps, micro_batch)
         self.sigma = teacher.sigma_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
@@ -143,8 +143,6 @@ class DMD2(Recipe):
         torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
         draws = Draws(self.given.seed, self.batches, batch["index"])
         student, critic = self.optimizers()  # type: ignore[attr-defined]
-        if self.health.due(self.step):
-            self.look(batch)
         some = list(
             parts(
                 batch,
@@ -155,6 +153,8 @@ class DMD2(Recipe):
                 size=self.micro_batch,
             )
         )
+        if self.health.due(self.step):
+            self.look(batch)
         for turn in range(self.critic_settings.updates):
             for part in some:
                 self.manual_backward(self.critic_turn(part, turn) * (len(part.text) / len(draws)))
@@ -176,6 +176,11 @@ class DMD2(Recipe):
         assert self.networks is not None
         norm = clip_gradients(list(self.networks.weights(role).values()), self.given.optim.clip_norm)
         self.count_norm("grad_norm" if role == "student" else "grad_norm/critic", norm)
+        if role == "critic" and self.adversary is not None and self.judged:  # its heads learn with the critic
+            heads = list(self.adversary.parameters())
+            if self.given.strategy.name == "fsdp2":
+                parallel.average_gradients(heads)
+            self.count_norm("grad_norm/gan", clip_gradients(heads, None))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -293,29 +298,22 @@ class DMD2(Recipe):
 
     def look(self, batch: dict[str, Any]) -> None:
         """Compare the student's samples with the teacher's; see `magihuman.distill.health`."""
-        latents = Pair(batch["video"], batch["audio"])
-
-        def sample(
-            settings: Sampling,
-            velocity: Callable[..., Pair],
-            texts: list[Tensor],
-            noise: list[torch.Generator],
-            shape: Shape,
-        ) -> Pair:
-            texts = [text.to(self.device) for text in texts]
-            like = Pair(*(torch.zeros(len(texts), *one, device=self.device) for one in shape))
-            return trajectory(settings, partial(velocity, texts), noise, Given.nothing(like)).end
+        sampled = partial(sampler, device=self.device, size=self.micro_batch)
 
         def guided(text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
             return self.teacher_velocity(x, text, sigma, self.teacher_sampling.guidance)[0]
 
-        self.health.refer(batch["text"], latents, partial(sample, self.teacher_sampling, guided))
+        latents = Pair(batch["video"], batch["audio"])
+        self.health.refer(batch["text"], latents, sampled(self.teacher_sampling, guided))
         with evaluating(self.network):
-            signals = self.health.look(partial(sample, self.sampling, partial(self.velocity, "average")))
-        signals |= self.health.ratios()
+            student = sampled(self.sampling, partial(self.velocity, "average"))
+            signals = self.health.look(student, self.device) | self.health.ratios(self.device)
         for name, value in signals.items():
             self.meter.add(name, value)
-        self.health.judge(signals, self.step)
+        if (
+            self.student_updates
+        ):  # before, it is the teacher in few steps: nothing that a setting could have spoilt
+            self.health.judge(signals, self.step)
 
     def after_step(self) -> None:
         """Count a cycle; the average follows the student's updates only."""
@@ -410,6 +408,7 @@ class DMD2(Recipe):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["recipe"] |= {
+            "init": self.given.init,
             "student_updates": self.student_updates,
             "critic_updates": self.critic_updates,
             "health": self.health.state_dict(),
@@ -417,11 +416,7 @@ class DMD2(Recipe):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "state_dict" in checkpoint and checkpoint["state_dict"].keys() != self.state_dict().keys():
-            raise UserError(
-                f"the checkpoint is of another way to hold the networks than recipe.networks={self.holding} "
-                "with these adapters; continue with the settings of its config.yaml"
-            )
+        require_same_parts(checkpoint, self.given.init, self.state_dict())
         state = checkpoint["recipe"]
         self.student_updates, self.critic_updates = state["student_updates"], state["critic_updates"]
         self.health.load_state_dict(state["health"])

@@ -66,8 +66,10 @@ def test_every_holding_continues_exactly_and_moves_only_what_it_should(
     if name == "lora":  # the adapter on its base is what was merged, up to the rounding of stored matrices
         with_adapter = zoo.load(parent, lora=through).denoiser.model.state_dict()
         assert all((with_adapter[k].float() - student[k].float()).abs().max() < 2e-3 for k in student)
-    sampling = zoo.load(through).config.sampling
+    config = zoo.config_of(through)
+    sampling = config.sampling
     assert (sampling.solver, sampling.steps, sampling.guidance.needed) == ("renoise", 8, False)
+    assert config.provenance["averaged"]
 
 
 def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, parent, tmp_path) -> None:
@@ -120,20 +122,30 @@ def test_what_cannot_be_distilled_is_one_line(shards, parent, tmp_path) -> None:
         "recipe.gan={weight: 0.1, taps: [7]}": "recipe.gan.taps=[7] are not layers",
         "recipe.gan.network=student": "choose teacher or critic",
         "recipe.health.samples=1": "at least 1 prompt and 2 samples",
+        "recipe.critic.updates=0": "updates and samples_per_rollout of at least 1",
+        "recipe.micro_batch=-1": "recipe.micro_batch=-1 is no number of samples",
+        ("strategy=fsdp2", "strategy.reshard_after_forward=false"): "leave it true",
+        ("recipe.networks=lora", "optim=muon"): "choose optim=adamw, or recipe.networks=full",
     }
     for override, message in cases.items():
         with pytest.raises(UserError) as error:
-            distil(tmp_path / "x", shards, parent, override)
+            distil(tmp_path / "x", shards, parent, *([override] if isinstance(override, str) else override))
         assert message in str(error.value), override
         assert "\n" not in str(error.value)
 
 
-def test_another_holding_does_not_continue_a_run(shards, parent, tmp_path) -> None:
-    run = distil(tmp_path / "a", shards, parent, "recipe.networks=lora", "recipe.lora.rank=2")
-    with pytest.raises(UserError, match="another way to hold the networks"):
-        distil(
-            run, shards, parent, "recipe.networks=lora_critic", "recipe.lora.rank=2", "trainer.max_steps=4"
-        )
+def test_other_networks_do_not_continue_a_run(shards, parent, tmp_path) -> None:
+    lora = ["recipe.networks=lora", "recipe.lora.rank=2"]
+    run = distil(tmp_path / "a", shards, parent, *lora)
+    for settings, message in {
+        ("recipe.networks=lora_critic",): "another recipe.networks (lora then, lora_critic now)",
+        ("recipe.gan.taps=[0]",): "another recipe.gan.taps",
+        ("recipe.gan.weight=0",): "continue with recipe.networks, recipe.lora, recipe.gan.weight",
+        (f"init={parent}/export",): f"was distilled from init={parent}, not from init={parent}/export",
+    }.items():
+        with pytest.raises(UserError) as error:
+            distil(run, shards, parent, *lora, "trainer.max_steps=4", *settings)
+        assert message in str(error.value), settings
 
 
 def test_prompts_alone_are_enough(tmp_path) -> None:

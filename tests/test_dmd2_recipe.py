@@ -18,10 +18,13 @@ from test_training_resume import assert_same, final_state
 from toy_dmd2 import Watched, setup
 
 from magihuman.distill.adversary import AdversarySettings
+from magihuman.distill.health import HealthLimits
 from magihuman.distill.latents import Given, Pair
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
 from magihuman.distill.parts import Part
+from magihuman.distill.rollout import Rollout
 from magihuman.distill.settings import CriticSettings
+from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
 from magihuman.tokens import patchify, patchify_target
@@ -207,6 +210,59 @@ def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_pat
     assert phases(tmp_path, **judged)[1][-1] == ("student", ["student", "critic"], ["critic"])
 
 
+def batch(cycle: int) -> dict[str, Any]:
+    return {**training_stub.batch(range(2)), "index": torch.tensor([0, 1]) + 2 * cycle}
+
+
+def test_a_student_that_never_has_a_finite_gradient_ends_the_run(tmp_path, monkeypatch) -> None:
+    """Its critic's gradients are finite, and do not vouch for it."""
+    recipe = made(tmp_path)
+    turn = recipe.student_turn
+    monkeypatch.setattr(recipe, "student_turn", lambda part: turn(part) * torch.nan)
+    for cycle in range(19):
+        recipe.training_step(batch(cycle), 0)
+    with pytest.raises(
+        UserError, match=r"gradient \(grad_norm\) was not finite for 20 steps.*lower optim.lr"
+    ):
+        recipe.training_step(batch(19), 0)
+
+
+def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> None:
+    recipe = made(tmp_path, gan=AdversarySettings(weight=0.1))
+    estimate, heads = Rollout.estimate, recipe.adversary.parameters
+
+    def broken(self: Rollout, step: torch.Tensor) -> Pair:
+        x0 = estimate(self, step)
+        return Pair(x0.video * torch.nan, x0.audio)
+
+    monkeypatch.setattr(Rollout, "estimate", broken)
+    before = [w.clone() for w in heads()]
+    recipe.training_step(batch(0), 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, heads(), strict=True))
+    monkeypatch.setattr(Rollout, "estimate", estimate)
+    recipe.training_step(batch(1), 0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, heads(), strict=True))
+    weights = [*heads(), *recipe.networks.critic.parameters(), *recipe.networks.student.parameters()]
+    assert all(w.isfinite().all() for w in weights)
+    assert recipe.meter.flush()["grad_norm/gan"] > 0
+
+
+def test_a_student_is_not_judged_before_its_first_update(tmp_path) -> None:
+    """The teacher in few steps without its guidance is far from the teacher here; that is where a student starts."""
+    recipe = Watched(
+        setup(tmp_path, guidance=Guidance(6.0, 6.0, 500, 6.0)),
+        sampling=RENOISE, critic=CriticSettings(updates=1, warmup=4), micro_batch=3,
+        health=HealthLimits(every=1, prompts=2, samples=4, patience=2),
+    )  # fmt: skip
+    recipe.configure_model()
+    for cycle in range(6):  # the first update is in the fifth cycle, the first look at it in the sixth
+        recipe.training_step(batch(cycle), 0)
+    assert max(recipe.health.strikes.values()) == 1
+    assert {len(call.text) for call in recipe.calls} == {2, 3}  # 8 samples of a look, 3 at once; the batch
+    with pytest.raises(UserError, match=r"health/std_video is .* at step 6"):
+        recipe.training_step(batch(6), 0)
+
+
 # T14: interrupted anywhere between cycles, a run ends as if it had not been.
 
 
@@ -273,7 +329,9 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path)
 def world(shards, teacher) -> World:
     exact = ["trainer.precision=fp32", "optim.lr=1e-4", "recipe.critic.lr=1e-4", "+optim.eps=1e-4"]
     size = ["data.module.batch_size=4", "trainer.log_every=1", "trainer.devices=%d", "strategy=%s"]
-    return World(shards, [*common(teacher), *exact, *size])
+    # Each process takes the penalty's random steps by itself, so it is left out.
+    judged = ["recipe.gan={weight: 0.1, slope: 0.0, start: 3}", "recipe.micro_batch=2"]
+    return World(shards, [*common(teacher), *exact, *size, *judged])
 
 
 @pytest.fixture(scope="module")
@@ -300,13 +358,15 @@ def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, st
     compared = 0
     for one, two in zip(*rows, strict=True):
         assert one.keys() == two.keys()
-        # Each process looks at the health of its own prompts.
-        for name in (n for n in one if not n.startswith(("health/", "samples_per_s", "tflops", "memory_gb"))):
+        # Each process looks at samples of its own prompts.
+        own = "health/std", "health/spread", "samples_per_s", "tflops", "memory_gb"
+        for name in (n for n in one if not n.startswith(own)):
             assert bool(one[name]) == bool(two[name])
             if one[name]:
                 assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5, abs=1e-7), name
                 compared += 1
     assert compared > 60
+    assert {"gan/heads", "health/lag_video", "health/balance"} <= set(rows[0][-1])
 
     (mine, by), (theirs, _) = moves(folder, teacher), moves(alone, teacher)
     assert by.norm() > 1e-4 * mine.norm()

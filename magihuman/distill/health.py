@@ -9,9 +9,11 @@ the student does so in its own way, from the same noise.
     spread   distance between samples of one prompt, student / teacher: towards 0 it forgets modes
     lag      error of the critic on student samples / the teacher's there: well above 1 it says nothing
     balance  size of the audio's gradient / the video's: one modality drowns the other
+
+Of several processes each looks at prompts of its own; all go by the mean, so that none ends the run alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,10 @@ import torch
 from torch import Tensor
 
 from magihuman.distill.latents import MODALITIES, Pair
+from magihuman.distill.rollout import Sampler, Shape
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
-
-Shape = tuple[list[int], list[int]]
-"""Of one sample's video and audio latents."""
-
-Sampler = Callable[[list[Tensor], list[torch.Generator], Shape], Pair]
-"""Latents of a batch of texts, the noise of each from a generator of its own."""
+from magihuman.training.parallel import average_figures
 
 ADVICE = {
     "std": "lower recipe.guidance or optim.lr, or raise recipe.critic.updates",
@@ -123,9 +121,13 @@ class Health:
         for name, (values, weights) in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + float((values * weights).sum())
 
-    def ratios(self) -> dict[str, float]:
-        """`health/lag_video`, `health/balance` and so on since the last look."""
-        found, self.sums = self.sums, {}
+    def ratios(self, device: torch.device | str = "cpu") -> dict[str, float]:
+        """`health/lag_video`, `health/balance` and so on since the last look, of all processes together.
+
+        Args:
+            device: where processes exchange sums.
+        """
+        found, self.sums = average_figures(self.sums, device), {}
 
         def ratio(over: str, under: str) -> float | None:
             return found[over] / found[under] if found.get(under, 0.0) > 0 else None
@@ -144,11 +146,12 @@ class Health:
             shape = (list(latents.video.shape[1:]), list(latents.audio.shape[1:]))
             self.reference = {"texts": kept, "shape": shape, **self._measure(kept, shape, teacher)}
 
-    def look(self, student: Sampler) -> dict[str, float]:
-        """`health/std_video` and so on: the student's figures over the teacher's."""
+    def look(self, student: Sampler, device: torch.device | str = "cpu") -> dict[str, float]:
+        """`health/std_video` and so on: the student's figures over the teacher's, the mean over processes."""
         assert self.reference is not None
         mine = self._measure(self.reference["texts"], self.reference["shape"], student)
-        return {f"health/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
+        ratios = {f"health/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
+        return average_figures(ratios, device)
 
     def _measure(self, texts: Sequence[Tensor], shape: Shape, sampler: Sampler) -> dict[str, float]:
         many = [text for text in texts for _ in range(self.limits.samples)]

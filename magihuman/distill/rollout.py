@@ -7,6 +7,7 @@ what inference will show them (Yin et al. 2024, arXiv 2405.14867, section 4.4), 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from magihuman.weights import Sampling
 
 Velocity = Callable[[Pair, Pair], Pair]
 """Velocities of a batch at (latents, noise levels [B] of both modalities)."""
+
+Shape = tuple[list[int], list[int]]
+"""Of one sample's video and audio latents."""
+
+Sampler = Callable[[list[Tensor], list[torch.Generator], Shape], Pair]
+"""Latents of a batch of texts, the noise of each from a generator of its own."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,27 @@ def trajectory(
     fresh_steps = settings.steps if video.stochastic else 0
     start, fresh = draw_noise(generators, given.latents, fresh_steps, given.latents.video.device)
     return simulate(velocity, (video, audio), start, fresh, given)
+
+
+def sampler(
+    settings: Sampling,
+    velocity: Callable[[list[Tensor], Pair, Pair], Pair],
+    device: torch.device,
+    size: int | None = None,
+) -> Sampler:
+    """Sampling without conditions.
+
+    Args:
+        velocity: of texts, latents and noise levels; size: samples that go through the network together, None for all.
+    """
+
+    def sample(texts: list[Tensor], noise: list[torch.Generator], shape: Shape) -> Pair:
+        ends = []
+        for start in range(0, len(texts), size or len(texts)):
+            some = slice(start, start + (size or len(texts)))
+            words = [text.to(device) for text in texts[some]]
+            like = Pair(*(torch.zeros(len(words), *one, device=device) for one in shape))
+            ends.append(trajectory(settings, partial(velocity, words), noise[some], Given.nothing(like)).end)
+        return Pair(*map(torch.cat, zip(*ends, strict=True))) if len(ends) > 1 else ends[0]
+
+    return sample

@@ -107,6 +107,8 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
         "model.dit",
         "model.pack",
         "recipe.lora",
+        "recipe.networks",
+        "recipe.gan.taps",
         "optim.algorithm",
         "strategy.name",
         "seed",

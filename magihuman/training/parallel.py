@@ -5,7 +5,7 @@ itself, exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision wou
 into bf16 too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,28 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor] | None, device: 
     module.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(module, dict(weights or {}), options=options)
+
+
+def average_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over processes: for small parts beside a sharded network, which FSDP2 leaves
+    to every process alone."""
+    for weight in weights:
+        if weight.grad is not None:
+            torch.distributed.all_reduce(weight.grad)
+            weight.grad /= torch.distributed.get_world_size()
+
+
+def average_figures(figures: Mapping[str, float], device: torch.device | str) -> dict[str, float]:
+    """Means over processes, which all have the same names.
+
+    Args:
+        device: where processes exchange them.
+    """
+    if not figures or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(figures)
+    values = torch.tensor(list(figures.values()), device=device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(figures, (values / torch.distributed.get_world_size()).tolist(), strict=True))
 
 
 def zero3_units(denoiser: Denoiser) -> None:
