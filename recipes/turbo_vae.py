@@ -97,6 +97,10 @@ class TurboVAE(Recipe):
             raise UserError(
                 "this recipe takes trainer.activation_checkpointing=false and trainer.compile=false"
             )
+        if (crop is not None and crop < 1) or not 0 <= sampled_share <= 1:
+            raise UserError(
+                f"recipe.crop={crop} is at least 1 or null, recipe.sampled_share={sampled_share} lies in [0, 1]"
+            )
         if lpips and lpips_backbone is None:
             raise UserError(
                 "recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights"
