@@ -73,8 +73,13 @@ class Recipe(L.LightningModule):
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """Model FLOPs of training on a batch, forward and backward."""
         model, pack = self.given.transformer
+        frames = batch["video"].shape[2]
         tokens = math.prod(batch["video"].shape[2:]) // pack.patch_size**2
-        return sum(training_flops(model, tokens, batch["audio"].shape[1], len(t)) for t in batch["text"])
+        window = pack.frame_receptive_field if pack.frame_receptive_field >= 0 else None
+        return sum(
+            training_flops(model, tokens, batch["audio"].shape[1], len(t), frames=frames, window=window)
+            for t in batch["text"]
+        )
 
     def export_settings(self) -> dict[str, Any]:
         """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.weights.ExportConfig`)."""

@@ -77,3 +77,19 @@ def test_sizes_that_the_patches_do_not_divide_are_one_line_before_the_training(t
     ):
         training_stub.train_here(tmp_path / "run", shards, ["+recipe=sr"])
     assert not (tmp_path / "run").exists()
+
+
+def test_windows_of_local_layers_are_counted() -> None:
+    """Utilisation is of what is computed: at 1080p windows leave out a third of the attention."""
+    batch = clips(2)
+    made = recipe()
+    model, pack = made.given.transformer
+    made.given = replace(made.given, model=replace(model, local_attn_layers=(0, 1)))
+    counted = []
+    for reach in (0, 1, 2, -1):
+        made.given = replace(made.given, pack=replace(pack, frame_receptive_field=reach))
+        counted.append(made.batch_flops(batch))
+    full = recipe().batch_flops(batch)
+    # Three frames of 16 tokens: 6 of 9 pairs of frames are not seen with reach 0, 2 with reach 1.
+    pair = 3 * 4 * 16 * 16 * model.hidden_size * 2 * len(batch["text"])
+    assert counted == [full - 6 * pair, full - 2 * pair, full, full]
