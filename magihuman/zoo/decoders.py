@@ -71,7 +71,7 @@ class DecoderConfig:
         layout: `causal` (ours), `released`, or `wan` (a teacher); network: its hyperparameters, as
             `StudentConfig.to_dict`, as the release's JSON, or as `TeacherConfig.to_dict`.
         latents: what it decodes.
-        provenance: free facts about the training (teacher and data by sha256, command, seed, metrics).
+        provenance: free facts about the training, such as recipe, seed and steps; its run.json has the data by sha256.
 
     Raises:
         UserError: an unknown layout, hyperparameters that cannot be, or a network of other latents.
