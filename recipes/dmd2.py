@@ -57,7 +57,7 @@ from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.draws import Draws, stream
 from magihuman.training.ema import decay_at
-from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
+from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, fill_state
 from magihuman.training.setup import Setup
 from magihuman.weights import Sampling
 from magihuman.zoo.adapters import save_adapter
@@ -396,6 +396,11 @@ class DMD2(Recipe):
         critic = build_optimizer(self.networks.weights("critic"), shape, critic_optim)
         if self.adversary is not None:
             critic.add_param_group({"params": list(self.adversary.parameters()), "lr": self.gan.lr})
+        if (
+            given.strategy.name == "fsdp2"
+        ):  # the student and the adversary may start after the first checkpoint
+            fill_state(student)
+            fill_state(critic)
         schedule = build_schedule(student, given.optim, max(1, self.max_steps - settings.warmup))
         return [student, critic], [{"scheduler": schedule, "interval": "step"}]
 

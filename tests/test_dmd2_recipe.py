@@ -353,6 +353,8 @@ def moves(run: Path, teacher: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, strategy) -> None:
     folder = tmp_path / "two"
+    # Stopped while neither the student nor the adversary has had a gradient, and continued.
+    assert world.run(folder, strategy, 2, "trainer.max_steps=2") == [0, 0]
     assert world.run(folder, strategy, 2) == [0, 0]
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (alone, folder)]
     compared = 0

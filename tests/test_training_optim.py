@@ -17,6 +17,7 @@ from magihuman.training.optim import (
     build_schedule,
     clip_gradients,
     experts_by_name,
+    fill_state,
     orthogonalise,
     schedule_factor,
 )
@@ -144,6 +145,30 @@ def test_schedules(schedule, expected) -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * schedule_factor(settings, step, 100))
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_a_state_that_is_there_from_the_start_changes_nothing(algorithm) -> None:
+    optim = OptimSettings(algorithm=algorithm, lr=0.02, adamw_lr=0.003, weight_decay=0.1)
+    weights, states = [], []
+    for filled in (False, True):
+        model = SingleStreamDiT(CONFIG)
+        model.init_weights(seed=0)
+        optimizer = build_optimizer(model, CONFIG, optim)
+        if filled:
+            fill_state(optimizer)
+            assert len(optimizer.state) == len(list(model.parameters()))
+        for step in range(3):
+            for place, weight in enumerate(model.parameters()):
+                if step or place % 2:  # some have no gradient at first
+                    weight.grad = draw(*weight.shape, seed=step)
+            optimizer.step()
+        weights.append([w.detach() for w in model.parameters()])
+        states.append([optimizer.state[w] for w in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    for lazy, ready in zip(*states, strict=True):
+        assert lazy.keys() == ready.keys()
+        assert all(torch.equal(lazy[k], ready[k]) and lazy[k].dtype == ready[k].dtype for k in lazy)
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:

@@ -158,6 +158,21 @@ def build_optimizer(
     return Muon([g for g in groups if g["params"]], settings)
 
 
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every weight of an optimiser from `build_optimizer` the state that its first step would make: zeros.
+
+    A sharded checkpoint is read by the names of all weights, so the state of one without a gradient so far must not be
+    missing; and for an optimiser that stands still, saving would make the state by a step that is counted.
+    """
+    for group in optimizer.param_groups:
+        names = ["exp_avg", "exp_avg_sq"]
+        if isinstance(optimizer, Muon):
+            names = ["momentum"] if group["experts"] else ["mean", "square"]
+        for weight in group["params"]:
+            state = {name: torch.zeros_like(weight, requires_grad=False) for name in names}
+            optimizer.state[weight] = state if "momentum" in state else {"step": torch.zeros(()), **state}
+
+
 def schedule_factor(settings: OptimSettings, step: int, max_steps: int) -> float:
     """Share of the peak learning rate at optimiser step `step` = 0, 1, ... of `max_steps`."""
     if step < settings.warmup:
