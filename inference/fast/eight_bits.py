@@ -52,7 +52,8 @@ def multiply(x: Tensor, codes: Tensor, row_scales: Tensor, scales: Tensor) -> Te
     """
     if len(x) == 0:
         return x.new_zeros(0, len(codes))
-    scale, one = scales.unbind()
+    # Scales without dimensions that are views fail to compile: torch 2.11 looks at the whole tensor behind them.
+    scale, one = scales.view(2, 1, 1).unbind()
     scaled_mm: Any = torch._scaled_mm
     y = scaled_mm(
         quantise(x, scale),
