@@ -356,6 +356,10 @@ def _config(student: str | dict[str, Any], setup: Setup) -> decoders.DecoderConf
         return decoders.config_for(student, setup.contract)
     if set(student) != {"layout", "network"}:
         raise UserError(f"recipe.student has {sorted(student)}; give layout and network, or a name")
+    if student["layout"] not in ("causal", "released"):
+        raise UserError(
+            f"recipe.student.layout={student['layout']} is no student's; choose causal or released"
+        )
     latents = decoders.Latents.of(setup.contract)
     return decoders.DecoderConfig(student["layout"], student["network"], latents)
 

@@ -372,6 +372,7 @@ def test_everything_on_continues_exactly_and_starts_from_another_ones_weights(
         ("recipe.teacher=tiny/techer",): r"no decoder of ours \(tiny/teacher, tiny/turbo\)",
         ("recipe.gan={start: 1.0}",): "start=1.0 and width=32; start lies in",
         ("recipe.student=b",): "48 channels",
+        ("recipe.student.layout=wan",): "is no student's; choose causal or released",
         ("recipe.crop=0",): "recipe.crop=0 is at least 1 or null",
         ("recipe.sampled_share=25",): r"recipe.sampled_share=25 lies in \[0, 1\]",
         ("recipe.lpips=1",): "needs recipe.lpips_backbone",
