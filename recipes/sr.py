@@ -28,8 +28,9 @@ d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform
 at the places that are visited. `weight: one` counts all drawn places alike and so stresses the first steps. The bound
 leaves out that errors differ in how far training can lower them: close to the clip v is the noise that x_s hardly shows
 any more, and that loss stays high (.24 below s = .2 against .02 above .8 in tiny/sr's last steps) and drowns the rest.
-Measured after 150 steps from tiny/base, one seed, 40 clips (eval/results/tiny_sr/others.md): `one` is .8 dB above
-`step` and better in lip sync, hence the default; the plain path is 7 to 8 dB below both.
+Measured after 150 steps from tiny/base, 3 seeds, 40 clips (eval/results/tiny_sr/ablation): `one` is .93 dB above
+`step` and better in lip sync, hence the default; the plain path is 8.2 dB below it, a uniform prior .53 dB, the start
+of the path alone .19 dB.
 
 One batch: first-stage latents of each clip (`magihuman.training.first_stage`); index k and audio noise drawn from
 ranges around the released values; X by the very function that inference calls (`magihuman.super_resolution.start`);

@@ -196,10 +196,12 @@ class TurboVAE(Recipe):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(nn.ModuleList([self.trained, self.heads]), None, self.given.optim)
+        adversaries = 0
         if self.discriminator is not None and self.gan is not None:
             weights = list(self.discriminator.parameters())
             optimizer.add_param_group({"params": weights, "lr": self.gan.lr, "weight_decay": 0.0})
-        schedule = build_schedule(optimizer, self.given.optim, self.max_steps)
+            adversaries = 1
+        schedule = build_schedule(optimizer, self.given.optim, self.max_steps, constant=adversaries)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:

@@ -310,6 +310,16 @@ def test_the_adversarial_stage_begins_late_and_its_gradients_do_not_meet() -> No
     made.loss(batch(), draws(4)).backward()
     assert sum(float(p.grad.abs().sum()) for p in made.discriminator.parameters()) > 0
 
+    made = recipe(gan=Gan(start=0.5, lr=0.01, width=8))
+    chosen = made.configure_optimizers()
+    groups = chosen["optimizer"].param_groups
+    decoders = {group["lr"] for group in groups[:-1]}
+    for _ in range(90):
+        chosen["optimizer"].step()
+        chosen["lr_scheduler"]["scheduler"].step()
+    assert {group["lr"] for group in groups[:-1]} != decoders
+    assert groups[-1]["lr"] == 0.01  # however little is left of the decoder's
+
     judge, last = Discriminator(8), torch.nn.Parameter(torch.ones(()))
     truth = torch.rand(1, 3, 5, 16, 16)
     decoded = truth * last

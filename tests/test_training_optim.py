@@ -140,9 +140,11 @@ def test_schedules(schedule, expected) -> None:
     for step, factor in expected.items():
         assert schedule_factor(settings, step, 100) == pytest.approx(factor)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = build_schedule(optimizer, settings, 100)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3})
+    scheduler = build_schedule(optimizer, settings, 100, constant=1)
     for step in range(20):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * schedule_factor(settings, step, 100))
+        assert optimizer.param_groups[1]["lr"] == 0.3
         optimizer.step()
         scheduler.step()
 

@@ -24,8 +24,8 @@ class Gan:
     Attributes:
         start: share of the training after which it begins, in [0, 1).
         weight: of the adversarial loss, relative to a gradient as strong as the other losses'.
-        lr: learning rate of the discriminator, times the schedule that it shares with the decoder: of a cosine little
-            is left where it begins late. width: of its first layer, a multiple of 4.
+        lr: learning rate of the discriminator, constant: where it begins late, little would be left of the decoder's.
+        width: of its first layer, a multiple of 4.
 
     Raises:
         UserError: a start after the end, or another width.

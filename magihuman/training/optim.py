@@ -192,12 +192,19 @@ def schedule_factor(settings: OptimSettings, step: int, max_steps: int) -> float
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, settings: OptimSettings, max_steps: int
+    optimizer: torch.optim.Optimizer, settings: OptimSettings, max_steps: int, constant: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`schedule_factor` as a scheduler; its state is the step number alone."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule_factor(settings, step, max_steps)
-    )
+    """`schedule_factor` as a scheduler; its state is the step number alone.
+
+    Args:
+        constant: so many of the optimiser's last groups keep their learning rate.
+    """
+
+    def factor(step: int) -> float:
+        return schedule_factor(settings, step, max_steps)
+
+    scheduled = len(optimizer.param_groups) - constant
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor] * scheduled + [lambda _: 1.0] * constant)
 
 
 def gradient_norm(weights: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.Tensor:
