@@ -137,6 +137,11 @@ def test_what_does_not_fit_is_one_line(tmp_path) -> None:
     save_file({k: t for k, t in tensors.items() if k != key}, file)
     with pytest.raises(UserError, match=r"lora_B.weight is nothing where \[96, 9\] belongs"):
         zoo.load(base, lora=folder)
+    save_file(tensors, file)
+    # peft would scale a stack of three by a third of alpha / r.
+    peft_file.write_text(json.dumps(values | {"alpha_pattern": {}}))
+    with pytest.raises(UserError, match="alpha_pattern scales stacked experts otherwise"):
+        zoo.load(base, lora=folder)
     peft_file.write_text(json.dumps(values | {"use_dora": True}))
     with pytest.raises(UserError, match="another kind of adapter"):
         zoo.load(base, lora=folder)

@@ -134,6 +134,11 @@ def load_adapter(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor
         key = wrong[0][0]
         has, wants = (list(s[key]) if key in s else "nothing" for s in (shapes, expected))
         raise UserError(f"{folder} does not fit this network: {key} is {has} where {wants} belongs")
+    scales = json.loads((folder / ADAPTER_CONFIG).read_text()).get("alpha_pattern") or {}
+    if scales != peft_config(model, lora, "")["alpha_pattern"]:
+        raise UserError(
+            f"{folder} does not fit this network: alpha_pattern scales stacked experts otherwise than alpha / r"
+        )
     state: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for key, count in _experts(model).items():
