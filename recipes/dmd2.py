@@ -72,7 +72,8 @@ class DMD2(Recipe):
 
     Args:
         sampling: of the student: solver, steps K, shift; guidance is off.
-        sigma: the critic's prior of noise levels; None takes the teacher's, and another one is refused.
+        sigma: the critic's prior of noise levels; None takes the teacher's, and another one is refused, unless the
+            teacher's is not known: published weights say none, and count as uniform.
         score: noise levels of the student's objective.
         guidance: of the teacher in the objective; None takes what its checkpoint is sampled with.
         critic: how it keeps up.
@@ -119,7 +120,7 @@ class DMD2(Recipe):
         teacher = zoo.config_of(setup.init)
         first = {"recipe.first_step": first_step, "recipe.critic.first_step": critic.first_step}
         require_possible(setup, teacher, sigma, networks, first, sampling.steps, micro_batch)
-        self.sigma = teacher.sigma_prior
+        self.sigma = sigma or teacher.sigma_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
         self.sampling = replace(sampling, guidance=Guidance(1, 1, 0, 1))
@@ -129,7 +130,7 @@ class DMD2(Recipe):
         self.first_frame, self.given_audio = first_frame, given_audio
         self.first_step, self.micro_batch = first_step, micro_batch
         self.health = Health(health, stream(setup.seed, "health") % 2**40)
-        self.gan = gan
+        self.gan, self.taps = gan, gan.layers(setup.transformer[0].num_layers)
         self.adversary: Adversary | None = None
         self.student_updates = self.critic_updates = 0
         self.networks: Networks | None = None
@@ -279,8 +280,7 @@ class DMD2(Recipe):
     def features(self, text: list[Tensor], x: Pair) -> list[tuple[Tensor, Tensor]]:
         """What the adversary's heads look at."""
         assert self.networks is not None
-        taps = self.gan.layers(self.given.transformer[0].num_layers)
-        return self.networks.role(self.gan.network).features(x.video, x.audio, text, taps)
+        return self.networks.role(self.gan.network).features(x.video, x.audio, text, self.taps)
 
     @torch.no_grad()
     def teacher_velocity(
@@ -344,13 +344,10 @@ class DMD2(Recipe):
         else:
             self.shared = networks.shared
         if self.gan.weight:
-            width, taps = (
-                self.given.transformer[0].hidden_size,
-                self.gan.layers(self.given.transformer[0].num_layers),
-            )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(stream(self.given.seed, "adversary"))
-                self.adversary = Adversary(width, len(taps), self.gan)
+                width = self.given.transformer[0].hidden_size
+                self.adversary = Adversary(width, len(self.taps), self.gan)
         # The teacher is no part of what is saved, since `init` names it: a frozen dataclass keeps it from Lightning.
         self.networks = networks
 

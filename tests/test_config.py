@@ -37,7 +37,7 @@ def test_every_choice_of_every_group_is_valid(group, name) -> None:
     assert validate(node("+recipe=pretrain", *overrides))
 
 
-NEEDED = {name: ["data.module.shards=x"] for name in ("sr_540p", "sr_1080p", "turbo_wan")}
+NEEDED = {name: ["data.module.shards=x"] for name in ("dmd2_15b", "sr_540p", "sr_1080p", "turbo_wan")}
 """Overrides without which an experiment does not begin: nobody but the user has its clips."""
 
 

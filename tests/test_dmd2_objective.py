@@ -1,5 +1,6 @@
 """The two objectives of DMD-2 against closed forms, and what must not change them (T1, T2, T3, T7, T8, T10)."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,11 @@ def test_a_critic_with_another_prior_is_refused(tmp_path: Path) -> None:  # T3
         toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0))
     assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=toy_dmd2.PRIOR).sigma == toy_dmd2.PRIOR
     assert toy_dmd2.DMD2(settings, sampling=sampling).sigma == toy_dmd2.PRIOR
+
+    # Of published weights nobody knows it.
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": {"released": "base"}}))
+    assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0)).sigma.shift == 1
 
 
 @pytest.mark.parametrize(("size", "dtype", "low", "high"), [

@@ -36,7 +36,8 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class HealthLimits:
-    """What has to hold, looked at every `every` cycles; `patience` looks in a row outside of it end the run.
+    """What has to hold, looked at every `every` cycles; `patience` looks in a row outside of it end the run, counted
+    from the student's first update on.
 
     Attributes:
         every: 0 switches all of it off.
@@ -54,9 +55,10 @@ class HealthLimits:
     balance: tuple[float, float] = (0.05, 20.0)
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or self.samples < 2:
+        if self.prompts < 1 or self.samples < 2 or self.patience < 1:
             raise UserError(
-                f"health needs at least 1 prompt and 2 samples of it, not {self.prompts} and {self.samples}"
+                "recipe.health needs at least 1 prompt, 2 samples of it and a patience of 1, not "
+                f"{self.prompts}, {self.samples} and {self.patience}"
             )
 
 

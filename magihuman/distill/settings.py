@@ -49,13 +49,14 @@ def require_possible(
     """Raise unless these settings go together.
 
     Args:
-        sigma: prior that the critic was asked to have, or None.
+        sigma: prior that the critic was asked to have, or None; where nobody knows the teacher's, any will do.
         first_steps: by setting, the first step that something is learned of; steps: K.
 
     Raises:
         UserError: naming the setting.
     """
-    if sigma is not None and sigma != teacher.sigma_prior:
+    # Published weights do not say what their prior was; config.json of one trained here does.
+    if sigma is not None and sigma != teacher.sigma_prior and "released" not in teacher.provenance:
         raise UserError(
             f"recipe.sigma={sigma.to_dict()} is not the prior that {setup.init} was trained with "
             f"({teacher.sigma_prior.to_dict()}); without timestep input the critic needs the teacher's: remove it"
