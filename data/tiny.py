@@ -1,14 +1,12 @@
 """The tiny world's clips and shards, made on first use and kept."""
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from data.prepare import prepare
 from data.puppet_clips import check_looks, make_clips
 from data.shards import INDEX
 from magihuman.errors import UserError
+from magihuman.staging import alone
 
 
 def ensure(
@@ -54,7 +52,7 @@ def ensure(
         raise UserError(
             f"data.make.folder={folder} cannot be made: {error.strerror}; choose another"
         ) from error
-    with _alone(root / f".{name}.lock"):
+    with alone(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
             make_clips(str(root / f"clips-{name}"), clips, seed, drawn, workers=workers, only=only)
             prepare(
@@ -67,11 +65,3 @@ def ensure(
                 pixels=pixels,
             )
     return str(shards)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
+from magihuman.staging import alone
 
 
 def make(
@@ -28,6 +29,8 @@ def make(
     progress: bool = True,
 ) -> str:
     """Sample latents, decode them with a teacher, and write both into one file; one that is there already is kept.
+
+    The processes of a training that want the same file wait for the one that makes it.
 
     Args:
         prompts: a prompt file as for infer, or a folder of .txt captions
@@ -52,14 +55,29 @@ def make(
     if clips < 1 or batch < 1:
         raise UserError(f"clips={clips} and batch={batch} must be at least 1")
     facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed)}
-    if target.exists():
-        asked = {"clips": clips, "steps": steps, "cfg": cfg}
-        _require_made_with(
-            target, facts | {key: str(value) for key, value in asked.items() if value is not None}
-        )
-        return str(target)
-    texts = read_prompts(prompts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with alone(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            asked = {"clips": clips, "steps": steps, "cfg": cfg}
+            _require_made_with(
+                target, facts | {key: str(value) for key, value in asked.items() if value is not None}
+            )
+        else:
+            _sample(target, read_prompts(prompts), facts, clips, batch, steps, cfg, device, progress)
+    return str(target)
 
+
+def _sample(
+    target: Path,
+    texts: list[str],
+    facts: dict[str, str],
+    clips: int,
+    batch: int,
+    steps: int | None,
+    cfg: float | None,
+    device: str,
+    progress: bool,
+) -> None:
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -70,9 +88,9 @@ def make(
     from magihuman.world import load_world
 
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    loaded = zoo.load(checkpoint, device=chosen)
+    loaded = zoo.load(facts["checkpoint"], device=chosen)
     world = load_world(loaded.config.world, chosen)
-    decoder = open_teacher(teacher, world, chosen)
+    decoder = open_teacher(facts["teacher"], world, chosen)
     pipeline = Pipeline(loaded, world)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance_from(cfg)}
     settings = pipeline.settings(**{key: value for key, value in given.items() if value is not None})
@@ -81,7 +99,7 @@ def make(
         for start in range(0, clips, batch):
             numbers = range(start, min(clips, start + batch))
             drafts = pipeline.draft(
-                [texts[i % len(texts)] for i in numbers], [seed + i for i in numbers], settings
+                [texts[i % len(texts)] for i in numbers], [int(facts["seed"]) + i for i in numbers], settings
             )
             for draft in drafts:
                 latents = draft.video.half()  # decoded as it is stored
@@ -89,13 +107,11 @@ def make(
                 videos.append(latents)
                 frames.append(((decoded + 1) * 127.5).round().byte().cpu())
             bar.update(len(numbers))
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     facts |= {"steps": str(settings.steps), "codec": world.contract.video_codec}
     facts |= {} if cfg is None else {"cfg": str(cfg)}
     save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
     os.replace(partial, target)
-    return str(target)
 
 
 def _require_made_with(path: Path, wanted: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Big results made whole or not at all: filled beside their place and moved there at the end."""
+"""Big results made whole or not at all, and by one process: filled beside their place and moved there at the end."""
 
 import errno
 import fcntl
@@ -54,6 +54,18 @@ def staged(target: Path, nbytes: int) -> Iterator[Path]:
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process of the machine at a time: those of a training would all make the same file, or read it half-made.
+
+    Args:
+        path: of a lock, which stays behind, empty.
+    """
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _remove_left_over(parent: Path, prefix: str) -> None:

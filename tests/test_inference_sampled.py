@@ -1,10 +1,13 @@
 """Sampled latents for decoders: the file holds what the teacher decodes of what it stores, and is not made twice."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from inference import sampled
 from magihuman.errors import UserError
@@ -56,3 +59,20 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(PROMPT)
     with pytest.raises(UserError, match="clips=0 and batch=20 must be at least 1"):
         sampled.make(str(tmp_path), output, clips=0)
+
+
+def test_who_comes_second_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "sampled.safetensors"
+    prompts.write_text(PROMPT)
+    made = []
+
+    def slowly(target: Path, *_: object) -> None:
+        made.append(target)
+        time.sleep(0.3)
+        save_file({"video": torch.zeros(200, 1)}, target)
+
+    monkeypatch.setattr(sampled, "_sample", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: sampled.make(str(prompts), str(output)), range(2)))
+    assert paths == [str(output)] * 2
+    assert made == [output]
