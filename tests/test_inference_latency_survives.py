@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.latency import errors, micro, networks, records, suite
 from inference.latency.decoders import decode
+from inference.latency.measure import measure
 from inference.latency.suite import Step
 from inference.roofline.cases import make
 from magihuman import zoo
@@ -111,3 +112,53 @@ def test_products_of_eight_bits_are_timed_without_what_a_tier_fuses(form: str) -
     assert seen == ["aten._scaled_mm.default"]
     assert (product.shape, product.dtype) == ((48, 32), torch.bfloat16)
     assert product.isfinite().all()
+
+
+def test_what_cannot_be_compiled_or_recorded_is_given_up_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of the slower way, whose options and reasons say so, instead of none."""
+
+    def refuse(what: str) -> Any:
+        def refusing(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(f"no {what} here")
+
+        return refusing
+
+    met: list[Any] = []
+
+    def record(self: Any, layout: Any, forward: Any, *given: Any) -> Any:
+        if layout in met:
+            refuse("capture")()
+        outputs = forward(*given)
+        met.append(layout)
+        return outputs
+
+    monkeypatch.setattr("inference.fast.regions.torch.compile", lambda *_, **__: refuse("compiler"))
+    monkeypatch.setattr("inference.fast.graphs.Graphs.__call__", record)
+    told = measure(
+        tier="fast", options="compile=static,graphs=true", steps=2, sr_steps=1, seconds=0.36, warm=1, repeat=1,
+        budget=0.001, output=str(tmp_path),
+    )  # fmt: skip
+    ((row,),) = [values["rows"] for values in records.read(tmp_path)]
+    assert row["gave_up"] == {
+        "compile": "RuntimeError: no compiler here",
+        "graphs": "RuntimeError: no capture here",
+    }
+    assert (row["options"]["compile"], row["options"]["graphs"]) == ("off", False)
+    assert row["errors"]["sr"]["against_float32_reference"]["video_relative_l2"] < 1e-5
+    assert row["comparable"]["n"] >= 1, told
+
+
+def test_a_pass_that_fails_anyway_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small_case()
+    network, _ = networks.build(case, CPU, torch.float32, None)
+    fast: Any = networks.faster(network, "fast", CPU, False, {})
+    given = networks.draw(case.stages[0], network, CPU)
+
+    def failing(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fast.model._regions, "before", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        networks.first_passes(fast, [fast], given)

@@ -40,8 +40,9 @@ class Graphs:
                 for its arguments.
         """
         if not video.is_cuda or layout not in self._met:
-            self._met.add(layout)
-            return forward(video, audio, text)
+            outputs = forward(video, audio, text)
+            self._met.add(layout)  # a call that failed has warmed up nothing
+            return outputs
         if layout not in self._recorded:
             while len(self._recorded) >= _KEPT:
                 self._recorded.pop(next(iter(self._recorded)))

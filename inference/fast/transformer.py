@@ -1,6 +1,6 @@
 """The transformer run fast: the same weights and mathematics as `SingleStreamDiT`, arranged for repeated calls."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -115,6 +115,14 @@ class FastTransformer(nn.Module):
         if not self.options.sort or layout.order is None or self.kernel is None:
             return Plan(packed, packed, None, None)
         return Plan(packed, _tokens(table[layout.order], sizes, ends), layout.order, layout.inverse)
+
+    def give_up(self, option: str) -> None:
+        """Go on without "compile" or "graphs", where this machine cannot do it; `options` say so."""
+        if option == "compile":
+            self.options, self._regions = replace(self.options, compile="off"), Regions("off")
+        else:
+            assert option == "graphs"
+            self.options, self._graphs = replace(self.options, graphs=False), None
 
     def forward(
         self,

@@ -174,14 +174,23 @@ def _prepare(
         prepared = time.perf_counter() - start
         denoisers = {stage.name: networks.view(network, stage) for stage in case.stages}
         errors, first = {}, {}
+        gave_up: dict[str, str] = {}
         for stage in case.stages:
             start = time.perf_counter()
-            velocities = networks.one_pass(denoisers[stage.name], inputs[stage.name])
+            seen = denoisers[stage.name]
+            velocities, reasons = networks.first_passes(
+                seen, (network, *denoisers.values()), inputs[stage.name]
+            )
+            gave_up |= reasons
             errors[stage.name] = truths[stage.name].errors(velocities)
             first[stage.name] = round(time.perf_counter() - start, 4)
             _say(f"  {name}, {stage.name}: first pass {first[stage.name]:.1f} s")
+            for option, reason in reasons.items():
+                _say(f"  without {option}: {reason}")
         row = _described(case, name, network, weights, found)
         row["errors"] = errors
+        if gave_up:
+            row["gave_up"] = gave_up
         row["cold"] = {"build": round(built, 3), "prepare": round(prepared, 4), "first_pass": first}
         contenders.append(Contender(name, network, Request(case, denoisers, found, device), row, [], []))
     return contenders

@@ -1,7 +1,7 @@
 """The network that is timed: with random weights made on the device, or a checkpoint; one for all stages of a clip."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inference.fast import TIERS, check_tier, prepare
 from inference.fast.denoiser import FastDenoiser
+from inference.latency.parts import reason_of
 from inference.roofline.cases import Case, Stage
 from magihuman import zoo
 from magihuman.denoiser import Denoiser
@@ -131,6 +132,46 @@ def one_pass(denoiser: Denoiser, inputs: Inputs) -> tuple[Tensor, Tensor]:
         inputs.video.shape, inputs.audio.shape[1], [len(inputs.text)], inputs.video.device
     )
     return denoiser(inputs.video, inputs.audio, [inputs.text], layout)
+
+
+def first_passes(
+    denoiser: Denoiser, every: Iterable[Denoiser], inputs: Inputs
+) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
+    """Velocities of a first pass; of a second one where that is recorded as a CUDA graph, which then is replayed.
+
+    What cannot be compiled or recorded here is given up in `every` view of the network: a row that names what it lacks
+    is worth more than none.
+
+    Returns:
+        and the reasons of what was given up, by option.
+
+    Raises:
+        Exception: of a pass that fails without compilation too, or for want of memory.
+    """
+    if not isinstance(denoiser, FastDenoiser):
+        return one_pass(denoiser, inputs), {}
+    reasons: dict[str, str] = {}
+
+    def give_up(option: str, error: Exception) -> None:
+        reasons[option] = reason_of(error)
+        for view in every:
+            model: Any = view.model
+            model.give_up(option)
+            view.options = model.options
+
+    try:
+        velocities = one_pass(denoiser, inputs)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or denoiser.options.compile == "off":
+            raise
+        give_up("compile", error)
+        velocities = one_pass(denoiser, inputs)
+    if denoiser.options.graphs:
+        try:
+            velocities = one_pass(denoiser, inputs)
+        except Exception as error:
+            give_up("graphs", error)
+    return velocities, reasons
 
 
 def facts(network: Denoiser) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _gpu_line(row: Row) -> str:
     cells = [
         row["size"],
         row["made"]["machine"],
-        f"{row['tier']} ({row['exactness']}), {row['decoder']['name']}",
+        f"{row['tier']} ({row['exactness']}), {row['decoder']['name']}" + _lacking(row),
         " / ".join(str(stage["tokens"]["total"]) for stage in geometry.values()),
         " / ".join(str(stage["steps"]) for stage in geometry.values()),
         _cell(stages["base"]),
@@ -113,6 +113,11 @@ def _gpu_line(row: Row) -> str:
         row["weights"].split(",")[0],
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _lacking(row: Row) -> str:
+    """What of the tier this machine could not do."""
+    return f", without {' and '.join(row['gave_up'])}" if "gave_up" in row else ""
 
 
 def _cell(found: Row) -> str:
