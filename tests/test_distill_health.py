@@ -22,10 +22,11 @@ def sampler(scale: float, modes: int):
     return run
 
 
-def health(**limits) -> Health:
+def health(begin: float = 1.0, **limits) -> Health:
     checked = Health(HealthLimits(prompts=3, samples=8, **limits), seed=5)
     like = Pair(torch.zeros(3, 2, 3, 4, 4), torch.zeros(3, 9, 4))
     checked.refer([torch.zeros(2, 5)] * 3, like, sampler(1.0, 3))
+    checked.look(sampler(begin, 3))
     return checked
 
 
@@ -63,6 +64,15 @@ def test_a_forgotten_mode_ends_the_run_after_as_many_looks_as_allowed_in_a_row()
         UserError, match=r"spread_video is .* at step 120.*it forgets modes: raise recipe.critic"
     ):
         again.judge(collapsed, 120)
+
+
+def test_a_student_that_begins_outside_of_the_limits_has_to_get_no_worse() -> None:
+    checked = health(begin=0.5, patience=1)
+    for scale in (0.5, 0.48, 0.7, 1.0):
+        checked.judge(checked.look(sampler(scale, 3)), 20)
+    for scale in (0.45, 1.4):  # worse, and too far on the other side
+        with pytest.raises(UserError, match=r"health/std_video is .*, outside of 0.475 to 1.25"):
+            checked.judge(checked.look(sampler(scale, 3)), 40)
 
 
 def test_ratios_come_from_all_turns_since_the_last_look() -> None:

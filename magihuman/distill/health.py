@@ -34,10 +34,15 @@ ADVICE = {
 }
 
 
+WORSE = 0.05
+"""Share by which std and spread may leave the place where the student began, when that is outside of the limits."""
+
+
 @dataclass(frozen=True)
 class HealthLimits:
     """What has to hold, looked at every `every` cycles; `patience` looks in a row outside of it end the run, counted
-    from the student's first update on.
+    from the student's first update on. An undistilled student may begin outside of std and spread, far from a guided
+    teacher; it then has to get no worse.
 
     Attributes:
         every: 0 switches all of it off.
@@ -107,7 +112,7 @@ class Health:
     """Compares, remembers how often in a row a signal was bad, and ends the run.
 
     Attributes:
-        reference: texts and the teacher's figures, once made; part of the checkpoint.
+        reference: texts and the teacher's figures, once made, and where the student began; part of the checkpoint.
         strikes: looks in a row outside of the limits, by signal.
     """
 
@@ -153,7 +158,9 @@ class Health:
         assert self.reference is not None
         mine = self._measure(self.reference["texts"], self.reference["shape"], student)
         ratios = {f"health/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
-        return average_figures(ratios, device)
+        found = average_figures(ratios, device)
+        self.reference.setdefault("start", found)
+        return found
 
     def _measure(self, texts: Sequence[Tensor], shape: Shape, sampler: Sampler) -> dict[str, float]:
         many = [text for text in texts for _ in range(self.limits.samples)]
@@ -175,6 +182,9 @@ class Health:
         for name, value in figures.items():
             signal = name.split("/")[-1].split("_")[0]
             low, high = getattr(self.limits, signal)
+            begun = (self.reference or {}).get("start", {}).get(name)
+            if begun is not None:
+                low, high = min(low, (1 - WORSE) * begun), max(high, (1 + WORSE) * begun)
             self.strikes[name] = 0 if low <= value <= high else self.strikes.get(name, 0) + 1
             if self.strikes[name] >= self.limits.patience:
                 raise UserError(
