@@ -86,6 +86,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, major: int = 9) -> Iterator[FakeTe
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
         "reset_peak_memory_stats": lambda device=None: None,
         "max_memory_allocated": lambda device=None: 40 << 30,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
         "Event": _Event,
         "CUDAGraph": _Graph,
         "graph": nullcontext,

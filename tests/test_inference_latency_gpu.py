@@ -68,6 +68,7 @@ def _check_clip(row: dict[str, Any], text: bool = True) -> None:
     stages = (*row["geometry"], "video decode", "to host", "audio decode", "image", "sound")
     for stage in (*stages, "text") if text else stages:
         assert "median" in row["stages"][stage], (stage, row["stages"][stage])
+    assert row["host_waits"] == {name: [] for name in row["geometry"]}
     assert row["comparable"]["n"] == 1
     assert row["peak_memory_bytes"] > 0
     assert row["rates"]["base"]["mfu"] > 0

@@ -1,5 +1,6 @@
 """What goes wrong on a GPU costs the thing itself, not the measurement: memory, compilers, graphs, time that is up."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from test_inference_latency import small_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.latency import errors, micro, networks, records, suite
+from inference.latency import clock, errors, micro, networks, records, suite
 from inference.latency.decoders import decode
 from inference.latency.measure import measure
 from inference.latency.suite import Step
@@ -162,3 +163,21 @@ def test_a_pass_that_fails_anyway_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fast.model._regions, "before", failing)
     with pytest.raises(torch.OutOfMemoryError):
         networks.first_passes(fast, [fast], given)
+
+
+def test_waits_are_found_by_torch_s_own_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(KeyError), clock.waits(torch.device("cuda")) as lost:
+        raise KeyError
+    assert lost == []
+    with clock.waits(torch.device("cuda")) as found:
+        assert modes[-1] == "warn"
+        for _ in range(2):  # the same place twice counts twice
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+    assert modes == [0, "warn", 0, "warn", 0]
+    assert len(found) == 2
+    assert len(set(found)) == 1
+    assert "test_inference_latency_survives.py:" in found[0]

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,26 @@ def synchronise(device: torch.device) -> None:
     """Wait for all that the device was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def waits(device: torch.device) -> Iterator[list[str]]:
+    """Where the host waits for a GPU inside of this, as torch sees it: `file:line` for each time, known at the end."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    usual: Any = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(usual)
+    for warning in caught:
+        if "called a synchronizing" in str(warning.message):
+            found.append(f"{warning.filename.rpartition('site-packages/')[2]}:{warning.lineno}")
 
 
 class Stopwatch:

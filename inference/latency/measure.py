@@ -200,7 +200,9 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
     """Warm up, then time; contenders take turns, so that what disturbs one disturbs all."""
     for contender in contenders:
         for number in range(warm):
-            times = contender.request.run()
+            times = contender.request.run(look_for_waits=number == warm - 1)
+            if device.type == "cuda":  # of the last one
+                contender.row["host_waits"] = contender.request.waits
             if not number:
                 contender.row["cold"]["first_request"] = {k: round(v, 4) for k, v in times.items()}
         _say(f"  {contender.tier}: warm, request {times['request']:.3g} s")
@@ -317,6 +319,10 @@ def describe(row: Row) -> str:
             line += f", {row['rates'][name]['tflops']:.4g} TFLOP/s"
         lines.append(line)
     lines.append(f"  {'request':<15}{row['request']['median']:>10.4g} s")
+    for name, where in row.get("host_waits", {}).items():
+        lines.append(
+            f"  {name}: the host waited {len(where)} times for the GPU {' '.join(sorted(set(where)))}"
+        )
     for key, words in (("", ""), ("_in_processor_time", " in processor time")):
         for name, ratio in row.get(f"faster_than_reference{key}", {}).items():
             lines.append(f"  {name}: {ratio:.2f} times the reference's speed in this run{words}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.decode import Decoder, to_pictures
-from inference.latency.clock import Stopwatch
+from inference.latency.clock import Stopwatch, waits
 from inference.latency.networks import SEED
 from inference.latency.parts import Missing, Parts, reason_of
 from inference.roofline.cases import FPS, Case
@@ -39,6 +39,7 @@ class Request:
     Attributes:
         missing: why a stage cannot run here.
         worked: processor time of the last run's stages, see `Stopwatch`.
+        waits: by loop, where the host waited for a GPU in the last run that looked.
     """
 
     case: Case
@@ -47,6 +48,7 @@ class Request:
     device: torch.device
     missing: dict[str, str] = field(default_factory=dict)
     worked: dict[str, float] = field(default_factory=dict)
+    waits: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         case, base = self.case, self.case.stages[0]
@@ -80,8 +82,11 @@ class Request:
         ]
 
     @torch.no_grad()
-    def run(self) -> dict[str, float]:
+    def run(self, look_for_waits: bool = False) -> dict[str, float]:
         """Seconds of every stage there is, and `request`, of all but the conditions.
+
+        Args:
+            look_for_waits: fill in `waits`; a run that does not count.
 
         Raises:
             ValueError: latents that are not finite.
@@ -95,7 +100,7 @@ class Request:
                 lambda: parts.text.encode([parts.prompt])[0].to(self.device),
                 host=not self._on_device(parts.text),
             )
-        video, audio = self._denoise(watch, self.words if text is None else text)
+        video, audio = self._denoise(watch, self.words if text is None else text, look_for_waits)
         if parts is not None:
             frames = self._decode(watch, parts.decoder, video)
             wave = self._apart(
@@ -109,7 +114,7 @@ class Request:
             raise ValueError("the request's latents are not finite")
         return times | self._conditions()
 
-    def _denoise(self, watch: Stopwatch, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _denoise(self, watch: Stopwatch, text: Tensor, look_for_waits: bool) -> tuple[Tensor, Tensor]:
         base, *further = self.case.stages
         shape = _shape(self.denoisers["base"], base)
         generators = seeded([SEED])
@@ -120,7 +125,8 @@ class Request:
                 draw(_shape(self.denoisers["sr"], further[0]), generators, self.device) if further else None
             )
         negative = None if self.guidance is None else [self.words]
-        with watch.stage("base"):
+        looked_at = self.device if look_for_waits else torch.device("cpu")
+        with watch.stage("base"), waits(looked_at) as found:
             video, audio = sample(
                 self.denoisers["base"],
                 [text],
@@ -132,8 +138,9 @@ class Request:
                 noise=noise,
                 device=self.device,
             )
+        self.waits = {"base": found}
         if large is not None:
-            with watch.stage("sr"):
+            with watch.stage("sr"), waits(looked_at) as found:
                 denoiser, stage = self.denoisers["sr"], further[0]
                 video = refine(
                     denoiser,
@@ -146,6 +153,7 @@ class Request:
                     steps=stage.steps,
                     device=self.device,
                 )
+            self.waits["sr"] = found
         return video, audio
 
     def _decode(self, watch: Stopwatch, codec: Any, video: Tensor) -> list[Tensor] | None:
