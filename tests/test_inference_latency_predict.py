@@ -60,15 +60,18 @@ def test_a_pass_is_the_sum_of_its_parts(tmp_path: Path) -> None:
 
 def test_beside_the_newest_measurement_of_the_same_machine(tmp_path: Path) -> None:
     records.write("micro", "tiny", _micro(0.05), MADE, tmp_path)
-    tokens = {"video": 1, "audio": 1, "text": 1, "total": 3}
+    totals = {stage.name: {"total": stage.tokens.total} for stage in make("tiny").stages}
     seconds = {"median": 0.8}
     row = {
         "size": "tiny", "model": "tiny", "tier": "fast", "options": {}, "dtype": "float32", "decoder": None,
-        "geometry": {name: {"tokens": tokens, "steps": 8, "passes": 8} for name in ("base", "sr")},
+        "geometry": {name: {"tokens": tokens, "steps": 8, "passes": 8} for name, tokens in totals.items()},
         "stages": {"base": {"median": 99.0}}, "processor_time": {"base": seconds, "sr": seconds},
     }  # fmt: skip
     records.write("measure", "tiny", [row], MADE, tmp_path)
     records.write("measure", "tiny", [row], {**MADE, "machine": "another"}, tmp_path)
+    shorter = {name: {"tokens": {"total": 9}, "steps": 8, "passes": 8} for name in totals}
+    later = {**MADE, "date": "2026-01-02T04:00:00+00:00"}
+    records.write("measure", "tiny", [{**row, "geometry": shorter}], later, tmp_path)
     calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
     values = json.loads(next((tmp_path / "p").glob("*.json")).read_text())
     assert values["measured"]["of"] == "processor time"

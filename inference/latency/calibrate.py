@@ -44,7 +44,9 @@ def predict(
     usual = "padded" if "gpu" in found["provenance"] else "as is"
     kind = "fp8" if tier.startswith("fp8") else usual  # of layers without experts: those stay in bf16
     predicted = {stage.name: _one_pass(stage, found["rows"], kind, usual) for stage in case.stages}
-    own = [r for r in measured(folder) if (r["size"], r["tier"]) == (size, tier) and _same_machine(r, found)]
+    own = [
+        r for r in measured(folder) if r["tier"] == tier and _same_clip(r, case) and _same_machine(r, found)
+    ]
     values: Row = {
         "format": FORMAT,
         "kind": "predicted",
@@ -90,6 +92,12 @@ def _newest_micro(folder: Path, size: str) -> Row:
     raise UserError(
         f"there are no microbenchmarks of size={size}; run `python -m inference.latency micro size={size}`"
     )
+
+
+def _same_clip(row: Row, case: Case) -> bool:
+    """Also as long: passes of another number of tokens are other passes."""
+    tokens = {name: stage["tokens"]["total"] for name, stage in row["geometry"].items()}
+    return row["size"] == case.size and tokens == {stage.name: stage.tokens.total for stage in case.stages}
 
 
 def _same_machine(row: Row, found: Row) -> bool:
@@ -151,7 +159,7 @@ def _compared(case: Case, row: Row, predicted: dict[str, Row]) -> Row:
     times: Row = row["processor_time"] if "processor_time" in row else row["stages"]
     found = {}
     for stage in case.stages:
-        seconds = times[stage.name]["median"] / stage.passes
+        seconds = times[stage.name]["median"] / row["geometry"][stage.name]["passes"]
         share = predicted[stage.name]["total"] / seconds
         found[stage.name] = {"seconds_per_pass": float(f"{seconds:.4g}"), "explained": round(share, 3)}
     return {
