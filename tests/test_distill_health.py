@@ -70,6 +70,8 @@ def test_a_student_that_begins_outside_of_the_limits_has_to_get_no_worse() -> No
     checked = health(begin=0.5, patience=1)
     for scale in (0.5, 0.48, 0.7, 1.0):
         checked.judge(checked.look(sampler(scale, 3)), 20)
+    with pytest.raises(UserError, match=r"health/spread_video .*in a row; raise recipe.critic"):
+        health(std=(0.0, 9.0), patience=1).judge({"health/spread_video": 1.6}, 20)  # too many is not too few
     for scale in (0.45, 1.4):  # worse, and too far on the other side
         with pytest.raises(UserError, match=r"health/std_video is .*, outside of 0.475 to 1.25"):
             checked.judge(checked.look(sampler(scale, 3)), 40)

@@ -28,7 +28,7 @@ from magihuman.training.parallel import average_figures
 
 ADVICE = {
     "std": "lower recipe.guidance or optim.lr, or raise recipe.critic.updates",
-    "spread": "it forgets modes: raise recipe.critic.updates or recipe.critic.lr, or lower optim.lr",
+    "spread": "raise recipe.critic.updates or recipe.critic.lr, or lower optim.lr",
     "lag": "the critic lags behind: raise recipe.critic.lr, .updates or .warmup, or lower optim.lr",
     "balance": "change recipe.video_weight and recipe.audio_weight towards the modality that is drowned",
 }
@@ -187,9 +187,10 @@ class Health:
                 low, high = min(low, (1 - WORSE) * begun), max(high, (1 + WORSE) * begun)
             self.strikes[name] = 0 if low <= value <= high else self.strikes.get(name, 0) + 1
             if self.strikes[name] >= self.limits.patience:
+                why = "it forgets modes: " if signal == "spread" and value < low else ""
                 raise UserError(
                     f"the student collapses: {name} is {value:.3g} at step {step}, outside of {low:g} to {high:g} for "
-                    f"{self.limits.patience} looks in a row; {ADVICE[signal]} (recipe.health.{signal} sets the limits)"
+                    f"{self.limits.patience} looks in a row; {why}{ADVICE[signal]} (recipe.health.{signal} sets the limits)"
                 )
 
     def state_dict(self) -> dict[str, Any]:
