@@ -190,7 +190,8 @@ class Health:
                 why = "it forgets modes: " if signal == "spread" and value < low else ""
                 raise UserError(
                     f"the student collapses: {name} is {value:.3g} at step {step}, outside of {low:g} to {high:g} for "
-                    f"{self.limits.patience} looks in a row; {why}{ADVICE[signal]} (recipe.health.{signal} sets the limits)"
+                    f"{self.limits.patience} looks in a row; {why}{ADVICE[signal]} "
+                    f"(recipe.health.{signal} sets the limits)"
                 )
 
     def state_dict(self) -> dict[str, Any]:
