@@ -38,7 +38,7 @@ def test_skills_and_differences_of_known_values() -> None:
     bound = values([0.9, 0.9, 0.9, 0.9], [0.4, 0.4, 0.4, 0.4], [4, 4, 4, 4])
     columns = {
         "bicubic": values([0.65] * 4, [0.4] * 4, [1, 1, 1, 1]),
-        "sr": values([0.8, 0.8, 0.8, 0.8], [0.4] * 4, [2, 3, 3, 4]),
+        "sr": values([0.8, 0.8, 0.8, 0.8], [0.1] * 4, [2, 3, 3, 4]),  # the level is the bound's for all
         "bound": bound,
     }
     made = sr_report.columns(columns, order=("bicubic", "sr", "bound"), against="sr")
@@ -113,6 +113,11 @@ def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, mo
     assert (
         audio["8"]["columns"]["bicubic"]["psnr"]["value"] < audio["1"]["columns"]["bicubic"]["psnr"]["value"]
     )
+    heard, unheard = (audio["8"]["columns"][name]["psnr"]["value"] for name in ("sr", "sr, noise for sound"))
+    assert heard != unheard
+    assert heard < audio["1"]["columns"]["sr"]["psnr"]["value"]
+    steps = json.loads((tmp_path / "steps.json").read_text())["sets"]["clip"]["columns"]
+    assert steps["1"]["psnr"] == facts["sets"]["clip"]["columns"]["sr"]["psnr"] != steps["2"]["psnr"]
     table = sr_table(str(tmp_path / "table.json"), "clip", "psnr", "sync_skill").splitlines()
     ways = ["frames enlarged bicubically", "latents enlarged", "second stage", "truth through the codec"]
     gains = [f"second stage minus {way}" for way in ways[:2]]
