@@ -23,11 +23,13 @@ fill the prior `shifted` with shift 5, the distribution of the places where the 
 
 Which weights. Euler's result is X - sum_i d_i v_i with d_i = sigma_i - sigma_{i+1}, so velocity errors e_i give
 the error sum_i d_i e_i, and since the d_i sum to one, Jensen's inequality bounds its square by sum_i d_i |e_i|^2:
-an error counts as much as the step that is taken with it. Under the shifted prior that is the weight
-d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform prior with weight one, estimated
-at the places that are visited. `weight: one` counts all drawn places alike and so stresses the first steps. The bound
-leaves out that errors differ in how far training can lower them: close to the clip v is the noise that x_s hardly shows
-any more, and that loss stays high (.24 below s = .2 against .02 above .8 in tiny/sr's last steps) and drowns the rest.
+an error counts as much as the step that is taken with it. For many steps and under the shifted prior that is the
+weight d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform prior with weight one. For five
+steps it is too much at the end: the last one goes from s = .556 to 0 with what is predicted at .556, and the weight
+below, .556 of the whole, is that of places which are never visited. `weight: one` counts all drawn places alike, a
+fifth of them below .556, and so stresses the first steps. The bound leaves out, too, that errors differ in how far
+training can lower them: close to the clip v is the noise that x_s hardly shows any more, and that loss stays high (.24
+below s = .2 against .02 above .8 in tiny/sr's last steps) and drowns the rest.
 Measured after 150 steps from tiny/base, 3 seeds, 40 clips (eval/results/tiny_sr/ablation): `one` is .93 dB above
 `step` and better in lip sync, hence the default; the plain path is 8.2 dB below it, a uniform prior .53 dB, the start
 of the path alone .19 dB.

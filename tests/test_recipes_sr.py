@@ -189,6 +189,10 @@ def test_step_weights_are_the_grid_s_step_lengths() -> None:
     weights = made.step_weight((sigmas[:-1] + sigmas[1:]) / 2)
     torch.testing.assert_close(weights, lengths, rtol=5e-3, atol=0)
     assert abs(float(weights.mean()) - 1) < 1e-3
+    # Most of the weight lies behind the place where the last of five steps begins, a fifth of the draws.
+    behind = sigmas[:-1] < sigma_grid(5, 5.0)[4]
+    assert float(weights[behind].sum() / weights.sum()) == pytest.approx(0.556, abs=2e-3)
+    assert float(behind.double().mean()) == pytest.approx(0.2, abs=2e-3)
 
 
 def test_weight_and_audio_weight_enter_the_loss() -> None:
