@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from torch import Tensor
 
-from magihuman.models.attention import HAS_FLASH_ATTN, attention, local_mask, local_ranges
+from magihuman.models.attention import HAS_FLASH_ATTN, _sdpa, attention, local_mask, local_ranges
 from magihuman.tokens import Layout
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -140,3 +141,22 @@ def test_flash_on_cuda(name: str) -> None:
     theirs = torch.autograd.grad((exact * weight).sum(), inputs)
     for a, b in zip(mine, theirs, strict=True):
         assert (a - b).norm() / b.norm() < 0.02
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is at hand")
+def test_a_gpu_gets_fp32_without_shared_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fused kernels take no others; plain mathematics would hold 35 GB of scores at 540p."""
+    given = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Tensor:
+        given.append((k.shape[1], v.shape[1], enable_gqa))
+        return q
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", kernel)
+    with fake_gpu(monkeypatch):
+        for dtype in (torch.float32, torch.bfloat16):
+            q = torch.empty(1, 14802, 40, 128, device="cuda", dtype=dtype)
+            k, v = torch.empty(2, 1, 14802, 8, 128, device="cuda", dtype=dtype).unbind()
+            assert _sdpa(q, k, v).shape == q.shape
+    assert given == [(40, 40, False), (8, 8, True)]

@@ -192,7 +192,12 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    shared = q.shape[1] != k.shape[1]
+    if shared and q.is_cuda and q.dtype == torch.float32:
+        # No fused kernel takes shared heads in fp32; plain mathematics would hold all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        shared = False
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared).transpose(1, 2)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -303,7 +308,6 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
             return (sample[i] == sample[j]) & (near | ~video[i] | ~video[j])
 
         # Compiled on a GPU: plainly it would hold length x length booleans, several GB at 1080p.
-        masks[window] = create_block_mask(
-            visible, None, None, length, length, device=device, _compile=device.type == "cuda"
-        )
+        build = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+        masks[window] = build(visible, None, None, length, length, device=device)
     return masks[window]
