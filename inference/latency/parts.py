@@ -101,15 +101,14 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
 def _text(case: Case, device: torch.device) -> Any:
     if device.type == "cpu":
         return Missing("its 9 B parameters are for a GPU")
-    last = case.stages[-1]
-    pixels = case.pixels[0] * case.pixels[1]
-    needed = footprint.weight_bytes(last.config, "bf16") + footprint.text_encoder_bytes()
-    needed += int(_WORKSPACE * footprint.TURBO_DECODER.activations(pixels))
-    memory = torch.cuda.get_device_properties(device).total_memory
-    if (
-        needed > _USABLE * memory
-    ):  # else a clip's decoder runs out of memory, and with it goes the clip's total
-        return Missing(f"{memory / 1e9:.0f} GB do not hold it beside the network and the decoder at work")
+    if device.type == "cuda":  # "meta" has room for everything
+        last = case.stages[-1]
+        needed = footprint.weight_bytes(last.config, "bf16") + footprint.text_encoder_bytes()
+        needed += int(_WORKSPACE * footprint.TURBO_DECODER.activations(case.pixels[0] * case.pixels[1]))
+        memory = torch.cuda.get_device_properties(device).total_memory
+        # Else a clip's decoder runs out of memory, and with it goes the clip's total.
+        if needed > _USABLE * memory:
+            return Missing(f"{memory / 1e9:.0f} GB do not hold it beside the network and the decoder at work")
     return _had(lambda: _t5gemma(device, case.stages[0].text), "transformers", device)
 
 
