@@ -163,6 +163,19 @@ def available(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
+def _recipe_keys() -> list[str]:
+    """Names of the settings of all recipes, at any depth."""
+    from omegaconf import OmegaConf
+
+    found: set[str] = set()
+    open_nodes = [OmegaConf.load(file).recipe for file in (CONFIGS / "recipe").glob("*.yaml")]
+    while open_nodes:
+        node = open_nodes.pop()
+        found |= {str(key) for key in node}
+        open_nodes += [node._get_node(key) for key in node if OmegaConf.is_dict(node._get_node(key))]
+    return sorted(found)
+
+
 def explain(error: BaseException) -> str:
     """A Hydra or OmegaConf error as one line that names the remedy."""
     text = one_line(str(error))
@@ -177,11 +190,11 @@ def explain(error: BaseException) -> str:
         key = text.split("Key '")[1].split("'")[0] if "Key '" in text else "?"
         full = text.split("full_key: ")[1].split(";")[0] if "full_key: " in text else key
         section = get_type_hints(TrainSettings).get(full.split(".")[0])
-        known = (
-            [f.name for f in fields(section)]
-            if is_dataclass(section)
-            else list(get_type_hints(TrainSettings))
-        )
+        known = list(get_type_hints(TrainSettings))
+        if is_dataclass(section):
+            known = [f.name for f in fields(section)]
+        elif full.startswith("recipe."):
+            known = _recipe_keys()
         where = "`python -m magihuman.train +recipe=NAME --cfg job`"
         return f"unknown setting {full}{suggest(key, known)}; see {where} for all"
     if "Could not find 'recipe/" in text:

@@ -136,6 +136,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
             ("+recipe=pretrain", "trainer.max_stepz=3"),
             "error: unknown setting trainer.max_stepz, did you mean 'max_steps'?",
         ),
+        (
+            ("+recipe=dmd2", "recipe.critic.update=3"),
+            "error: unknown setting recipe.critic.update, did you mean 'updates'?",
+        ),
         (("+recipe=pretrain", "optim=sgd"), "adamw"),
         (("+recipe=pretrain", "optim.lr=[1,"), "error: "),
     ],

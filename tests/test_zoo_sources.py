@@ -219,6 +219,14 @@ class TestFind:
         with pytest.raises(UserError, match=r"the part 'bass' .* \(published are base, distill"):
             zoo.find("GAIR/daVinci-MagiHuman/bass")
 
+    def test_a_missing_run_is_none_of_the_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=r"nor a shipped name \(.*\); newest finished runs here: none$"):
+            zoo.find("runs/sr/first")
+        (tmp_path / "runs" / "sr" / "second" / "export").mkdir(parents=True)
+        with pytest.raises(UserError, match=r"newest finished runs here: runs/sr/second$"):
+            zoo.find("runs/sr/first")
+
     @pytest.mark.parametrize("there", [False, True])
     def test_a_missing_folder_of_the_release_is_named_with_its_command(
         self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool

@@ -13,6 +13,9 @@ from magihuman.zoo.released import REPO, ROLES, Shapes, config_for
 
 DIFFUSERS_INDEX = "model_index.json"
 
+RUNS = "runs"
+"""Where trainings write by default, as RUNS/recipe/name."""
+
 
 def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
     """Folder of a checkpoint: an exported folder, a run folder (its export/), a published folder such as base/,
@@ -35,12 +38,17 @@ def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
     text = str(checkpoint)
     repo, _, inner = _split_hub_id(text)
     ours = text.partition("/")[0] in {name.partition("/")[0] for name in shipped}
-    # A first part that exists here means a misspelt path, not a name of the Hub.
-    if repo and not ours and not Path(repo).parent.exists():
+    a_run = folder.parts[:1] == (RUNS,)
+    # A first part that exists here means a misspelt path, not a name of the Hub; so does that of all runs.
+    if repo and not ours and not a_run and not Path(repo).parent.exists():
         return _in_hub_cache(repo, inner, shipped)
-    fetch = f"; {_fetch_into(folder)}" if folder.name in ROLES and not ours else ""
+    more = f"; {_fetch_into(folder)}" if folder.name in ROLES and not ours else ""
+    if a_run:
+        found = sorted(Path(RUNS).glob("*/*/export"), key=lambda path: path.stat().st_mtime)
+        names = [str(path.parent) for path in reversed(found[-5:])]
+        more = f"; newest finished runs here: {', '.join(names) or 'none'}"
     raise UserError(
-        f"checkpoint {text!r} is neither a folder nor a shipped name ({choices(text, shipped)}){fetch}"
+        f"checkpoint {text!r} is neither a folder nor a shipped name ({choices(text, shipped)}){more}"
     )
 
 
