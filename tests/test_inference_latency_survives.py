@@ -109,7 +109,12 @@ def test_products_of_eight_bits_are_timed_without_what_a_tier_fuses(form: str) -
             return func(*args, **(kwargs or {}))
 
     with Watched():
-        product: Any = call()
+        try:
+            product: Any = call()
+        except RuntimeError as error:
+            if form == "fp8 rows" and "per-tensor" in str(error):
+                pytest.skip("this torch has no scales of rows on the CPU")
+            raise
     assert seen == ["aten._scaled_mm.default"]
     assert (product.shape, product.dtype) == ((48, 32), torch.bfloat16)
     assert product.isfinite().all()

@@ -114,9 +114,9 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     for key, weight in whole.items():
         # Matrices' gradients are sums in bf16, rounded in another order here; Muon's iteration and Adam's division
-        # amplify that in single numbers. Norms and heads began at 0: 1 % is of all that they learned.
+        # amplify that in single numbers. Norms and heads began at 0: 3 % is of all that they learned.
         apart = (weight.float() - one[key].float()).norm()
-        assert apart <= (0.003 if weight.dtype == torch.bfloat16 else 0.01) * one[key].float().norm(), key
+        assert apart <= (0.003 if weight.dtype == torch.bfloat16 else 0.03) * one[key].float().norm(), key
     # Behind the sound is no matrix in bf16 but its own: equal but for the last bits.
     sound = "final_linear_audio.weight"
     assert (whole[sound] - one[sound]).norm() < 1e-6 * one[sound].norm()
