@@ -5,8 +5,8 @@ A bucket's name is "<frames>x<height>x<width>", with "+a" behind it when its cli
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
 
+from magihuman import aspect
 from magihuman.errors import UserError
 
 
@@ -50,10 +50,6 @@ def parse_sizes(
     return sizes
 
 
-SHAPE_TOLERANCE = 0.03
-"""How much the aspects of a size and of its larger partner may differ: 1920x1088 to 448x256 is 0.8 %."""
-
-
 def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """`large`, after a look at whether it holds a larger size of the same shape for each of `small`.
 
@@ -68,8 +64,8 @@ def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]
         names = f"sr_sizes={wide}x{tall} for {width}x{height}"
         if tall < height or wide < width:
             raise UserError(f"{names} is smaller; give the size of the second stage")
-        if abs(log(wide * height / (tall * width))) > SHAPE_TOLERANCE:
-            raise UserError(f"{names} has another shape; choose one within {SHAPE_TOLERANCE:.0%} of it")
+        if not aspect.same((height, width), (tall, wide)):
+            raise UserError(f"{names} has another shape; choose one within {aspect.SAME:.0%} of it")
     if len(set(large)) < len(large):
         raise UserError("sr_sizes names a size twice; a clip could not tell which of two sizes it belongs to")
     if len(set(small)) < len(small):
@@ -111,9 +107,8 @@ def choose_size(
         return max(size[0] / height, size[1] / width)
 
     def cost(size: tuple[int, int]) -> tuple[float, bool, int]:
-        aspect = abs(log(size[1] / size[0] * height / width))
         return (
-            round(aspect, 6),
+            round(aspect.difference(size, (height, width)), 6),
             cover(size) > 1,
             -size[0] * size[1] if cover(size) <= 1 else size[0] * size[1],
         )

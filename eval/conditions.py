@@ -17,7 +17,7 @@ import numpy as np
 from eval import stats
 from eval.distill import words_for
 from eval.puppets import Clips, ground_truth, held_out, through_codec
-from eval.report import provenance
+from eval.report import folder_for, provenance
 from eval.scores import CANDIDATES, Scores
 from magihuman.errors import UserError
 
@@ -100,7 +100,7 @@ def run(
         "sets": sets,
         "provenance": provenance(),
     }
-    folder = _output(student, output)
+    folder = Path(output) if output else folder_for("conditions", student)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "conditions.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     text = markdown(values)
@@ -192,14 +192,6 @@ def _sample(way: _Way, truth: Clips, part: slice, given: tuple[bool, bool], seed
     made.frames += list(frames_to_uint8(world.video_codec.decode(video)).numpy())
     made.waves += list(world.audio_codec.decode(audio).float().mean(1).clamp(-1, 1).numpy())
     made.captions += captions
-
-
-def _output(student: str, output: str | None) -> Path:
-    if output:
-        return Path(output)
-    if (Path(student) / "export").is_dir():
-        return Path(student) / "conditions"
-    return Path("runs") / "conditions" / student.strip("./").replace("/", "-")
 
 
 if __name__ == "__main__":

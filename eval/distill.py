@@ -22,7 +22,7 @@ from eval import distill_pictures, distill_report
 from eval.compare import ROWS, Column, Comparison, column
 from eval.distill_pictures import Shown
 from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec
-from eval.report import provenance
+from eval.report import folder_for, provenance
 from eval.sampled import Way, sample_all
 from eval.scores import Scores
 from eval.spread import Reference, by_prompt, embed, real_draw
@@ -85,7 +85,7 @@ def run(
         raise UserError(f"student={student} should name one or more checkpoints, each once, with commas")
     start = time.perf_counter()
     world, ways = _ways(names, teacher, device)
-    folder = Path(output) if output else _output_of(names)
+    folder = Path(output) if output else folder_for("compare", *names)
     captions = [puppet.caption for puppet in held_out(prompts)]
     sample_all(
         ways, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
@@ -176,12 +176,6 @@ def _short_names(names: Sequence[str]) -> list[str]:
     last = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
     twice = Counter(last)
     return [f"student {name if twice[end] > 1 else end}" for name, end in zip(names, last, strict=True)]
-
-
-def _output_of(names: Sequence[str]) -> Path:
-    if len(names) == 1 and (Path(names[0]) / "export").is_dir():
-        return Path(names[0]) / "compare"
-    return Path("runs") / "compare" / "+".join(name.strip("./").replace("/", "-") for name in names)[:100]
 
 
 def _measured(

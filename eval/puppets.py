@@ -18,7 +18,7 @@ import numpy as np
 
 from data.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
 from eval import report
-from eval.report import Column
+from eval.report import Column, folder_for
 from eval.scores import Scores, score_clips, skills
 from magihuman.errors import UserError
 
@@ -240,7 +240,7 @@ def run(
     else:
         made, refused = read_folder(str(clips), prompts, progress)
         world, facts = load_world("tiny"), {"clips": str(clips), "refused": refused}
-    folder = Path(output) if output else _output_of(checkpoint, clips)
+    folder = Path(output) if output else folder_for("eval", str(checkpoint or clips))
     limits = bounds(prompts if checkpoint else len(made.captions), world, made.frames[0].shape[1])
     name = _name_of(checkpoint, clips)
     scores = made.score(limits[1].scores)
@@ -272,12 +272,6 @@ def _name_of(checkpoint: str | None, clips: str | None) -> str:
 
     name = str(checkpoint or clips).rstrip("/")
     return name if checkpoint is not None and name in checkpoint_names() else name.rsplit("/", 1)[-1]
-
-
-def _output_of(checkpoint: str | None, clips: str | None) -> Path:
-    if checkpoint is not None and (Path(checkpoint) / "export").is_dir():
-        return Path(checkpoint) / "eval"
-    return Path("runs") / "eval" / str(checkpoint or clips).strip("./").replace("/", "-")
 
 
 def _keep(clips: Clips, scores: Scores, folder: Path, title: str, keep: int) -> None:

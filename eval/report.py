@@ -83,6 +83,13 @@ def markdown(columns: Sequence[Column]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table_lines(columns)[0]), *lines[1:]])
 
 
+def folder_for(what: str, *names: str) -> Path:
+    """Where results go by default: `what` in a run folder, else runs/`what` under the names of what was measured."""
+    if len(names) == 1 and (Path(names[0]) / "export").is_dir():
+        return Path(names[0]) / what
+    return Path("runs") / what / "+".join(name.strip("./").replace("/", "-") for name in names)[:100]
+
+
 def provenance() -> dict[str, Any]:
     """Command, commit, machine, date and versions, so that a figure can be made again."""
     import torch

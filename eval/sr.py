@@ -29,7 +29,7 @@ from data.puppets import synthesise
 from eval import sr_report
 from eval.fidelity import psnr, ssim
 from eval.puppets import HELD_OUT_SEED, ground_truth, held_out
-from eval.report import provenance
+from eval.report import folder_for, provenance
 from eval.scores import CANDIDATES
 from eval.sight import mouth_region, see
 from eval.speech import called_opening
@@ -256,7 +256,7 @@ def run(
             raise UserError(f"eval.sr measures the tiny world, and {name} is of {config.world!r}")
     second = zoo.load(checkpoint)
     world, size = load_world("tiny"), second.config.size.height
-    folder = Path(output) if output else _output_of(checkpoint)
+    folder = Path(output) if output else folder_for("eval", checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     count = second.config.sampling.steps if steps is None else steps
     drawn = drawn_clips(clips, world, zoo.config_of(base).size.height, size)
@@ -398,12 +398,6 @@ def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str,
 
 def _short(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _output_of(checkpoint: str) -> Path:
-    if (Path(checkpoint) / "export").is_dir():
-        return Path(checkpoint) / "eval"
-    return Path("runs") / "eval" / checkpoint.strip("./").replace("/", "-")
 
 
 if __name__ == "__main__":

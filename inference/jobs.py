@@ -4,7 +4,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +13,13 @@ from inference.opening import ranks
 from inference.prompts import AUTO, Request
 from inference.records import FORMAT, Job
 from inference.settings import longest, resolve
+from magihuman import aspect
 from magihuman.provenance import file_hash
 
 if TYPE_CHECKING:
     from inference.opening import Source
     from inference.settings import Settings
     from magihuman.world import World
-
-
-SHAPE_TOLERANCE = 0.03
-"""How far the second stage's aspect may be from the first's without a word: 1920x1088 to 448x256 is 0.8 %."""
 
 
 def note(text: str) -> None:
@@ -132,13 +128,12 @@ class Resolver:
                 self._say(
                     f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
                 )
-        if settings.sr is not None:
-            small, large = settings.width / settings.height, settings.sr.width / settings.sr.height
-            if abs(log(large / small)) > SHAPE_TOLERANCE:
-                self._say(
-                    f"the second stage's {settings.sr.width}x{settings.sr.height} is of another shape than the first's "
-                    f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="
-                )
+        small, sr = (settings.height, settings.width), settings.sr
+        if sr is not None and not aspect.same(small, (sr.height, sr.width)):
+            self._say(
+                f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
+                f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="
+            )
         if request.audio is not None:
             length, used = self._seconds[request.audio], settings.audio / self.source.config.contract.fps
             if length > used + 0.05:

@@ -44,9 +44,8 @@ def spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
     if not 0 <= overlap < tile:
         raise ValueError(f"an overlap of {overlap} latents does not fit into tiles of {tile}")
     count = -(-(length - overlap) // (tile - overlap))
-    tile = -(
-        -(length + (count - 1) * overlap) // count
-    )  # as many smaller ones, so that none overlaps more than needed
+    # As many smaller ones, so that none overlaps more than needed.
+    tile = -(-(length + (count - 1) * overlap) // count)
     starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
     pixels = torch.arange(tile * stride) + 0.5
     margin, ramp = overlap * stride / 4, max(overlap * stride / 2, 1)

@@ -310,9 +310,8 @@ class DMD2(Recipe):
             signals = self.health.look(student, self.device) | self.health.ratios(self.device)
         for name, value in signals.items():
             self.meter.add(name, value)
-        if (
-            self.student_updates
-        ):  # before, it is the teacher in few steps: nothing that a setting could have spoilt
+        # Before its first update it is the teacher in few steps: nothing that a setting could have spoilt.
+        if self.student_updates:
             self.health.judge(signals, self.step)
 
     def after_step(self) -> None:
@@ -393,9 +392,8 @@ class DMD2(Recipe):
         critic = build_optimizer(self.networks.weights("critic"), shape, critic_optim)
         if self.adversary is not None:
             critic.add_param_group({"params": list(self.adversary.parameters()), "lr": self.gan.lr})
-        if (
-            given.strategy.name == "fsdp2"
-        ):  # the student and the adversary may start after the first checkpoint
+        # The student and the adversary may start after the first checkpoint.
+        if given.strategy.name == "fsdp2":
             fill_state(student)
             fill_state(critic)
         schedule = build_schedule(student, given.optim, max(1, self.max_steps - settings.warmup))

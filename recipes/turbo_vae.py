@@ -106,9 +106,8 @@ class TurboVAE(Recipe):
                 "recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights"
             )
         if teacher is not None:
-            _teacher_config(
-                teacher
-            )  # what comes after the training needs it too: a wrong name is to fail now
+            # What comes after the training needs it, too: a wrong name is to fail now.
+            _teacher_config(teacher)
         # Frozen parts, in tuples so that neither checkpoints nor optimisers see them.
         self._teacher: tuple[WanTeacher, ...] = (
             (self._open_teacher(teacher, teacher_blocks),) if aligning and teacher is not None else ()
@@ -196,12 +195,12 @@ class TurboVAE(Recipe):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(nn.ModuleList([self.trained, self.heads]), None, self.given.optim)
-        adversaries = 0
         if self.discriminator is not None and self.gan is not None:
             weights = list(self.discriminator.parameters())
             optimizer.add_param_group({"params": weights, "lr": self.gan.lr, "weight_decay": 0.0})
-            adversaries = 1
-        schedule = build_schedule(optimizer, self.given.optim, self.max_steps, constant=adversaries)
+        schedule = build_schedule(
+            optimizer, self.given.optim, self.max_steps, constant=int(self.discriminator is not None)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:

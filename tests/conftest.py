@@ -38,3 +38,21 @@ def base(release: Path, tmp_path: Path) -> Path:
     for file in (release / "base").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an export, of the fake world."""
+    from fake_world import fake_checkpoint
+
+    folder = tmp_path_factory.mktemp("run")
+    fake_checkpoint(folder / "export")
+    return folder
+
+
+@pytest.fixture
+def in_a_fake_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every world that is opened is the fake one."""
+    from fake_world import fake_world
+
+    monkeypatch.setattr("magihuman.world.load_world", fake_world)

@@ -1,10 +1,13 @@
 """Scores of sets of clips: perfect on the truth, and degraded in the way in which the clips are."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.puppets import draw_puppet, render, synthesise
+from eval.report import folder_for
 from eval.scores import ROWS, score_clip, score_clips
 from eval.sync import measure
 
@@ -215,3 +218,10 @@ def test_scores_can_be_written_as_json(truth):
     assert content[0]["edits"] == {"substitutions": 0, "deletions": 0, "insertions": 0, "syllables": 3 * N}
     assert content[0]["table"]["sync_skill"]["value"] is None
     assert content[1][0]["heard"] == list(PUPPETS[0].words)
+
+
+def test_results_go_into_a_run_folder_or_under_runs(tmp_path: Path) -> None:
+    (tmp_path / "a" / "export").mkdir(parents=True)
+    assert folder_for("compare", str(tmp_path / "a")) == tmp_path / "a" / "compare"
+    assert folder_for("eval", "tiny/base") == Path("runs/eval/tiny-base")
+    assert folder_for("compare", "runs/dmd2/a", "tiny/b") == Path("runs/compare/runs-dmd2-a+tiny-b")

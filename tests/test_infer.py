@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_world import FRAMES, SIDE, fake_checkpoint, fake_world
+from fake_world import FRAMES, SIDE, fake_world
 from infer_command import failure, manifest, run, write_prompts
 from PIL import Image
 
@@ -23,17 +23,7 @@ from magihuman.media import probe
 REPO = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with an export."""
-    folder = tmp_path_factory.mktemp("run")
-    fake_checkpoint(folder / "export")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magihuman.world.load_world", fake_world)
+pytestmark = pytest.mark.usefixtures("in_a_fake_world")
 
 
 # ----------------------------------------------------------------------------------------------- one prompt

@@ -3,21 +3,10 @@
 from pathlib import Path
 
 import pytest
-from fake_world import fake_checkpoint, fake_world
+from fake_world import fake_checkpoint
 from infer_command import failure, manifest, run, write_prompts
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with an export."""
-    folder = tmp_path_factory.mktemp("run")
-    fake_checkpoint(folder / "export")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magihuman.world.load_world", fake_world)
+pytestmark = pytest.mark.usefixtures("in_a_fake_world")
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,8 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
         "data.module.batch_size",
     ):
         old, new = _entry(then, path), _entry(node, path)
-        if (
-            path == "strategy.name"
-        ):  # single and ddp read each other's files; the others shard in their own ways
+        # Single and ddp read each other's files; the others shard in their own ways.
+        if path == "strategy.name":
             old, new = ("files" if name in ("single", "ddp") else name for name in (old, new))
         if old != new:
             what = ""

@@ -7,11 +7,11 @@ missing, mouths are a little off. `FirstStage` makes such latents from the clip'
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
 
 import torch
 from torch import Tensor
 
+from magihuman import aspect
 from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
 from magihuman.flow.path import add_noise
@@ -19,9 +19,6 @@ from magihuman.flow.solvers import Euler
 from magihuman.models.codecs import VideoCodec
 from magihuman.super_resolution import coarsen, shrink_pictures
 from magihuman.training.draws import Draws
-
-SHAPE_TOLERANCE = 0.03
-"""How much the aspects of both sizes of a clip may differ."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class FirstStage:
         )
         if height % stride[0] or width % stride[1] or not 0 < height <= tall or not 0 < width <= wide:
             raise UserError(f"{known}: give a smaller size, of multiples of {list(stride)}")
-        if abs(log(tall * width / (wide * height))) > SHAPE_TOLERANCE:
+        if not aspect.same((height, width), (tall, wide)):
             raise UserError(
                 f"{known} differ in shape; prepare clips of several shapes with sr_sizes= instead"
             )

@@ -47,9 +47,8 @@ class Preemption(L.Callback):
         if not pl_module.stepped:
             return
         stop = self.received is not None
-        if (
-            trainer.world_size > 1
-        ):  # a scheduler may signal some processes only, and all must stop at one step
+        # A scheduler may signal some processes only, and all must stop at one step.
+        if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and self.stopped_at is None:
             self.received = self.received or "a signal to another process"
