@@ -15,6 +15,7 @@ from typing import Any
 from eval import ablation, conditions, decoders, distill_report, sr_report
 from eval.stats import Measure
 from inference import decode_table
+from inference.latency.tables import READMES
 from inference.latency.tables import TABLES as LATENCY_TABLES
 from magihuman.errors import UserError
 
@@ -190,22 +191,23 @@ def render(text: str) -> str:
 
 
 def update(check: bool = False) -> None:
-    """Render the README's tables from the result files they name.
+    """Render the tables of the READMEs from the result files they name.
 
     Args:
-        check: change nothing; fail if the README differs from what would be rendered
+        check: change nothing; fail if a page differs from what would be rendered
 
     Raises:
-        UserError: with check, a README that is out of date; or a block that cannot be rendered.
+        UserError: with check, a page that is out of date; or a block that cannot be rendered.
     """
-    file = REPO / "README.md"
-    old = file.read_text(encoding="utf-8")
-    new = render(old)
-    if check and new != old:
-        raise UserError("README.md differs from its result files; run `python -m eval.readme`")
-    if new != old:
-        file.write_text(new, encoding="utf-8")
-    print("README.md is up to date")
+    for name in READMES:
+        file = REPO / name
+        old = file.read_text(encoding="utf-8")
+        new = render(old)
+        if check and new != old:
+            raise UserError(f"{name} differs from its result files; run `python -m eval.readme`")
+        if new != old:
+            file.write_text(new, encoding="utf-8")
+        print(f"{name} is up to date")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from magihuman.errors import UserError
-from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.config import Checkpointing, DiTConfig, PackConfig
 from magihuman.schema import build, check, check_call, locate, one_line, suggest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -80,6 +80,9 @@ class TrainerSettings:
         devices: processes per node; nodes: machines.
         precision: of the blocks' matrix products (`bf16` as released, `fp32`); weights, residual stream,
             losses and optimiser are always fp32.
+        activation_checkpointing: what the backward pass recomputes of the blocks instead of keeping it: nothing
+            (false), everything (true), or all but attention (`attention`, which pays where sequences are long),
+            see `magihuman.models.recomputation`.
         threads: CPU threads per process; null leaves torch's choice.
     """
 
@@ -90,7 +93,7 @@ class TrainerSettings:
     devices: int = 1
     nodes: int = 1
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
     compile: bool = False
     log_every: int = 10
     progress: bool = True

@@ -34,7 +34,7 @@ def _expected(hint: Any) -> str:
         return "null"
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args)
+        return "one of " + ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in args)
     if origin in (Union, types.UnionType):
         return " or ".join(_expected(a) for a in args)
     if origin in (list, tuple, Sequence):
@@ -57,7 +57,7 @@ def _fits(value: Any, hint: Any, path: str) -> bool:
     if hint is None or hint is types.NoneType:
         return value is None
     if origin is Literal:
-        return value in args
+        return any(type(value) is type(a) and value == a for a in args)  # 1 is not true
     if origin in (Union, types.UnionType):
         nested = next((a for a in args if is_dataclass(a)), None)
         if nested is not None and isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from magihuman.models.dit import SingleStreamDiT
 from magihuman.training import parallel
 from magihuman.training.draws import Draws, stream
 from magihuman.training.ema import EMA
-from magihuman.training.flops import training_flops
+from magihuman.training.flops import Sample, passes, samples
 from magihuman.training.meters import Meter
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
 from magihuman.training.setup import Setup
@@ -71,15 +71,15 @@ class Recipe(L.LightningModule):
         return {}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """Model FLOPs of training on a batch, forward and backward."""
-        model, pack = self.given.transformer
-        frames = batch["video"].shape[2]
-        tokens = math.prod(batch["video"].shape[2:]) // pack.patch_size**2
-        window = pack.frame_receptive_field if pack.frame_receptive_field >= 0 else None
-        return sum(
-            training_flops(model, tokens, batch["audio"].shape[1], len(t), frames=frames, window=window)
-            for t in batch["text"]
-        )
+        """Model FLOPs (`magihuman.training.flops`) of the latest step, which was on this batch; here those of a network
+        that is trained whole by one forward and one backward pass."""
+        model, _ = self.given.transformer
+        return float(sum(passes(model, sample).update for sample in self.samples(batch)))
+
+    def samples(self, batch: dict[str, Any]) -> list[Sample]:
+        """Tokens of a batch; a text that is dropped counts with its own length."""
+        lengths = [len(text) for text in batch["text"]]
+        return samples(self.given.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)
 
     def export_settings(self) -> dict[str, Any]:
         """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.weights.ExportConfig`)."""

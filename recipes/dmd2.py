@@ -42,7 +42,7 @@ from magihuman.denoiser import Denoiser
 from magihuman.distill.adversary import Adversary, AdversarySettings
 from magihuman.distill.health import Health, HealthLimits, turn_signals
 from magihuman.distill.latents import MODALITIES, Pair, each
-from magihuman.distill.networks import Networks, follow, hold, resting, without_base
+from magihuman.distill.networks import ADAPTERS, Networks, follow, hold, resting, without_base
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
 from magihuman.distill.parts import Part, parts
 from magihuman.distill.rollout import Rollout, sampler, trajectory
@@ -57,6 +57,7 @@ from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.draws import Draws, stream
 from magihuman.training.ema import decay_at
+from magihuman.training.flops import dmd2_flops
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, fill_state
 from magihuman.training.setup import Setup
 from magihuman.weights import Sampling
@@ -144,16 +145,9 @@ class DMD2(Recipe):
         torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
         draws = Draws(self.given.seed, self.batches, batch["index"])
         student, critic = self.optimizers()  # type: ignore[attr-defined]
-        some = list(
-            parts(
-                batch,
-                draws,
-                first_frame=self.first_frame,
-                given_audio=self.given_audio,
-                judged=self.adversary is not None,
-                size=self.micro_batch,
-            )
-        )
+        first, sound = self.first_frame, self.given_audio
+        judged, size = self.adversary is not None, self.micro_batch
+        some = list(parts(batch, draws, first_frame=first, given_audio=sound, judged=judged, size=size))
         if self.health.due(self.step):
             self.look(batch)
         for turn in range(self.critic_settings.updates):
@@ -325,6 +319,18 @@ class DMD2(Recipe):
         elif self.holding == "lora":
             average, student = (self.networks.weights(role).values() for role in ("average", "student"))
             follow(average, student, decay_at(self.student_updates - 1, self.given.optim.ema_decay))
+
+    def batch_flops(self, batch: dict[str, Any]) -> float:
+        """Of the latest iteration, which `step` counts already; what the health watch samples is evaluation."""
+        critic, step = self.critic_settings, self.step - 1
+        judging = self.adversary is not None and step >= self.gan.start
+        count = partial(
+            dmd2_flops, self.given.transformer[0], adapters=ADAPTERS[self.holding], lora=self.lora,
+            steps=self.sampling.steps, updates=critic.updates, samples_per_rollout=critic.samples_per_rollout,
+            moves=step >= critic.warmup, null_text=len(self.given.null_text) if self.guidance.needed else None,
+            judge=self.gan.network if judging else None, judged_layers=self.taps[-1] + 1,
+        )  # fmt: skip
+        return float(sum(count(sample) for sample in self.samples(batch)))
 
     # The networks
 

@@ -28,6 +28,7 @@ from magihuman.provenance import fingerprint
 from magihuman.training import parallel
 from magihuman.training.draws import Draws, stream
 from magihuman.training.ema import decay_at
+from magihuman.training.flops import passes
 from magihuman.training.ramp import Ramp
 from magihuman.training.setup import Setup
 from magihuman.weights import ExportConfig, Sampling, save_export
@@ -104,6 +105,11 @@ class Lora(Recipe):
 
     def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
         return self.objective.held_out(network, batch, draws)
+
+    def batch_flops(self, batch: dict[str, Any]) -> float:
+        """As of every recipe, without the gradients of the base's weights, and with the adapter."""
+        model, _ = self.given.transformer
+        return float(sum(passes(model, sample, adapter=self.lora).update for sample in self.samples(batch)))
 
     # The network
 

@@ -25,6 +25,7 @@ from magihuman.flow.path import masked_mean_per_sample, velocity_target
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.models.config import TreadConfig
 from magihuman.training.draws import Draws
+from magihuman.training.flops import passes
 from magihuman.training.meters import Meter
 from magihuman.training.ramp import Ramp, value_at
 from magihuman.training.setup import Setup
@@ -227,6 +228,11 @@ class Pretrain(Recipe):
 
     def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         return self.objective.loss(self.denoiser, batch, draws, self.progress, self.meter)
+
+    def batch_flops(self, batch: dict[str, Any]) -> float:
+        """As of every recipe; routed tokens count in the layers that they run through."""
+        model, _ = self.given.transformer
+        return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
 
     def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
         """The batch on the path, as `loss` sees it now."""

@@ -53,6 +53,7 @@ from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
 from magihuman.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.training.draws import Draws
 from magihuman.training.first_stage import FirstStage, FirstStageSettings
+from magihuman.training.flops import passes, samples
 from magihuman.training.ramp import Ramp, value_at
 from magihuman.training.setup import Setup
 from magihuman.training.sync import motion_weight
@@ -263,8 +264,24 @@ class SuperResolution(Recipe):
         }
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """As of every recipe, with the tokens of the second stage."""
-        return super().batch_flops({**batch, "video": batch.get("video_sr", batch["video"])})
+        """As of every recipe, with the tokens of the second stage, and the first stage's passes on a share of clips: on
+        average, whichever were drawn. What the codec makes smaller is data, and does not count."""
+        total = super().batch_flops({**batch, "video": batch.get("video_sr", batch["video"])})
+        settings = self.settings
+        if settings.base_share == 0:
+            return total
+        base = self.first_stage.base
+        assert base is not None
+        shape = tuple(batch["video"].shape)
+        if settings.size is not None:
+            strides = self.given.contract.video_stride[1:]
+            shape = (*shape[:-2], *(side // by for side, by in zip(settings.size, strides, strict=True)))
+        lengths = [len(text) for text in batch["text"]]
+        once = sum(
+            passes(base.model.config, sample).forward
+            for sample in samples(base.pack, shape, batch["audio"].shape[1], lengths)
+        )
+        return total + settings.base_share * settings.base_steps * once
 
     def export_settings(self) -> dict[str, Any]:
         return {"sigma_prior": self.sigma, "sampling": self.sampling}

@@ -98,7 +98,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, major: int = 9) -> Iterator[FakeTe
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch, "Generator", _Generator)
     # A kernel's trial compares numbers.
-    monkeypatch.setattr("inference.fast.kernels.probe", lambda *_: None)
+    monkeypatch.setattr("inference.fast.choice.probe", lambda *_: None)
     monkeypatch.setattr(nn.Module, "_apply", _apply)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     for name, value in plain.items():

@@ -80,6 +80,14 @@ def test_every_model_size_builds_its_settings(size) -> None:
             "trainer.precision='fp8' should be one of bf16, fp32",
         ),
         (
+            ["+recipe=pretrain", "trainer.activation_checkpointing=atention"],
+            "trainer.activation_checkpointing='atention' should be one of false, true, attention",
+        ),
+        (
+            ["+recipe=pretrain", "trainer.activation_checkpointing=1"],
+            "trainer.activation_checkpointing=1 should be one of false, true, attention",
+        ),
+        (
             ["+recipe=pretrain", "recipe.first_frame=often"],
             "recipe.first_frame='often' should be a number or Ramp",
         ),

@@ -8,7 +8,7 @@ import torch
 from fast_networks import DEEP, error, inputs, network, velocities
 
 from inference.fast import eight_bits, prepare
-from inference.fast.kernels import _variants
+from inference.fast.kernels import variants
 from inference.fast.regions import activation, before, norm
 from magihuman import zoo
 from magihuman.errors import UserError
@@ -117,7 +117,7 @@ def test_the_shipped_checkpoint(tier: str, switches: dict[str, Any], bound: floa
 def test_the_emulation_of_attention_rounds_probabilities_too() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 24, heads, 16, generator=generator) for heads in (4, 2, 2))
-    (plain,), (emulated,) = _variants("plain"), _variants("fp8_emulated")
+    (plain,), (emulated,) = variants("plain"), variants("fp8_emulated")
     scales = torch.tensor([[0.01, 0.01], [0.02, 0.02], [0.01, 0.03]])
     given = [
         eight_bits.quantise(x, step.repeat_interleave(x.shape[2] // 2).unsqueeze(-1))

@@ -10,6 +10,7 @@ from host_syncs import HostSyncs
 from torch import Tensor
 
 from inference.fast import kernels, options_for, prepare
+from inference.fast.choice import Choice
 from inference.fast.reuse import StepCache, reused_steps
 from inference.sample import LatentShape, Noise, sample, seeded
 from magihuman import zoo
@@ -75,7 +76,9 @@ def test_a_whole_loop_without_values(tier: str, lengths: list[int], monkeypatch:
     """On torch's meta device reading a value or a shape that depends on one is an error."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     wanted = "fp8_emulated" if tier == "fp8_attention" else "cudnn"
-    monkeypatch.setattr("inference.fast.transformer.choose", lambda *_: kernels._variants(wanted)[0])
+    monkeypatch.setattr(
+        "inference.fast.transformer.choose", lambda *_: Choice(kernels.variants(wanted)[0], ())
+    )
     options = options_for(tier, "cuda")
     assert (options.grouped, options.pad, options.sort, options.compile) == (True, True, True, "auto")
     real = network(SANDWICH, torch.bfloat16)

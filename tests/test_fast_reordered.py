@@ -8,7 +8,8 @@ import torch
 from fast_networks import DEEP, error, inputs, network, velocities
 
 from inference.fast import options_for, prepare
-from inference.fast.kernels import _variants, choose, refusal
+from inference.fast.choice import choose, probe, refusal
+from inference.fast.kernels import variants
 from inference.fast.regions import Regions
 from inference.fast.weights import padded_width
 from inference.fast.windows import _runs, merge, windowed
@@ -93,7 +94,7 @@ def test_windows_are_the_masked_attention(
     layout = Layout.build((frames, 2, 2), others[0], [others[1]])
     generator = torch.Generator().manual_seed(frames)
     q, k, v = (torch.randn(layout.length, heads, 16, generator=generator) for heads in (6, 2, 2))
-    (kernel,) = _variants(name)
+    (kernel,) = variants(name)
     ours = windowed(kernel, q[None], k[None], v[None], layout.video_len, frames, reach)[0]
     assert (ours - attention(q, k, v, layout, "reference", reach)).abs().max() < 2e-6
 
@@ -106,7 +107,7 @@ def test_only_windows_off_both_ends_are_merged() -> None:
         calls.append((k.shape[1], lse))
         return q, q[..., 0] if lse else None
 
-    kernel = _variants("plain")[0]._replace(run=run)
+    kernel = variants("plain")[0]._replace(run=run)
     x = torch.zeros(1, 32 * 2 + 5, 1, 8)
     assert windowed(kernel, x, x, x, 64, 32, 11).shape == x.shape
     assert len([keys for keys, lse in calls if lse and keys == 5]) == 8
@@ -120,7 +121,7 @@ def test_only_windows_off_both_ends_are_merged() -> None:
 def test_merging_is_attention_over_the_union() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 8, generator=generator) for n in (3, 9, 9))
-    (kernel,) = _variants("plain")
+    (kernel,) = variants("plain")
     (a, a_lse), (b, b_lse) = (
         kernel.run(q, k[:, part], v[:, part], True, None) for part in (slice(4), slice(4, 9))
     )
@@ -162,9 +163,7 @@ def test_kernels_of_a_gpu_that_lacks_something(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_kernel_that_computes_something_else_is_not_used() -> None:
-    from inference.fast.kernels import probe
-
-    (plain,) = _variants("plain")
+    (plain,) = variants("plain")
 
     def wrong(q: Any, k: Any, v: Any, lse: bool, scales: Any = None) -> Any:
         return plain.run(q, k.flip(2), v, lse, scales)  # the wrong key head
@@ -174,9 +173,11 @@ def test_a_kernel_that_computes_something_else_is_not_used() -> None:
 
     cpu = torch.device("cpu")
     assert probe(plain, cpu, torch.bfloat16, 4, 2, 16) is None
-    assert "its trial was off by" in str(probe(plain._replace(run=wrong), cpu, torch.bfloat16, 4, 2, 16))
+    assert "its trial with 193 queries and 331 keys was off by" in str(
+        probe(plain._replace(run=wrong), cpu, torch.bfloat16, 4, 2, 16)
+    )
     said = probe(plain._replace(run=broken), cpu, torch.bfloat16, 4, 2, 16)
-    assert said == "its trial failed (no kernel for this)"
+    assert said == "its trial with 193 queries and 331 keys failed (no kernel for this)"
 
 
 # -------------------------------------------------------------------------------------------------- compilation

@@ -79,13 +79,24 @@ def test_it_runs_there(bare: Path, tmp_path: Path) -> None:
 import sys
 from importlib.util import find_spec
 assert not [name for name in {ABSENT!r} if find_spec(name)]
+from inference.latency.__main__ import COMMANDS
 from inference.latency.measure import measure
+from inference.latency.micro import micro
 from inference.latency.suite import suite
 from inference.latency.tables import latency_table
+from inference.latency.training import train
+from magihuman.errors import UserError
 from inference.latency import parts
 from inference.roofline.cases import make
 import torch
-print(suite("tiny", isolate=False, steps="tiny,attention", output={str(tmp_path)!r}))
+print(measure(tier="reference,fast", seconds=0.36, steps=1, sr_steps=1, repeat=2, warm=1, budget=0.1,
+              output={str(tmp_path)!r}))
+print(micro("tiny", seconds=0.36, what="attention", output={str(tmp_path)!r}))
+print(suite(dry=True, steps="fast 1080p,decode 256p b,fp8 256p", output={str(tmp_path / "suite")!r}))
+try:
+    train(dry=True, output={str(tmp_path)!r})
+except UserError as error:
+    print("refused:", error)
 released = parts.make(make("256p"), "b", torch.device("meta"), torch.bfloat16)
 print(released.video, released.audio, released.text)
 print(type(parts.released_decoder("turbo", torch.device("meta"), torch.bfloat16)).__name__)
@@ -98,6 +109,9 @@ print(latency_table({str(tmp_path)!r}))
     for stage in ("text", "base", "sr", "video decode", "to host", "audio decode", "image", "sound"):
         assert fast["stages"][stage]["median"] > 0
     assert fast["errors"]["base"]["against_float32_reference"]["video_relative_l2"] < 1e-5
+    assert "refused: train runs the recipes, which need lightning" in told
+    steps = [json.loads(line) for line in (tmp_path / "suite" / "suite.jsonl").read_text().splitlines()[1:]]
+    assert {line["status"] for line in steps} == {"run", "done"}
     assert "diffusers is not installed" in told
     assert "transformers is not installed" in told
     assert "TurboCodec" in told

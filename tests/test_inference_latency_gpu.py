@@ -15,8 +15,10 @@ import torch
 from fake_gpu import fake_gpu
 from torch import Tensor
 
-from inference.latency import records
+from inference.latency import budget, networks, records
 from inference.latency.__main__ import COMMANDS
+from inference.latency.budget import read_runs
+from inference.latency.collect import rows_of
 from magihuman.command import settings
 
 pytestmark = [
@@ -72,6 +74,64 @@ def _check_clip(row: dict[str, Any], text: bool = True) -> None:
     assert row["comparable"]["n"] == 1
     assert row["peak_memory_bytes"] > 0
     assert row["rates"]["base"]["mfu"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps at full size, but for compilation and the profiler."""
+    prepare = networks.faster
+
+    def uncompiled(denoiser: Any, tier: str, device: Any, release: bool, changes: Any) -> Any:
+        return prepare(denoiser, tier, device, release, {**changes, "compile": "off"} if changes else {})
+
+    monkeypatch.setattr(networks, "faster", uncompiled)
+    monkeypatch.setattr("inference.latency.suite.profile_pass", lambda call, device: {"ran": bool(call())})
+    monkeypatch.setattr(budget, "_GRACE", 600.0)  # nothing is computed here, but it is a CPU that does not
+    with fake_gpu(monkeypatch):
+        COMMANDS["suite"](minutes=600.0, output=str(tmp_path))
+    (found,) = read_runs(tmp_path / "suite.jsonl")
+    missing = {
+        name: line["reason"]
+        for name, line in found.steps.items()
+        if line["status"] != "done" and not name.startswith("fp8_attention")
+    }
+    assert missing == {}
+    assert "FlashAttention-3 is not installed" in found.steps["fp8_attention kernel"]["reason"]
+    rows = {(row["tier"], row["size"], row["decoder"]["name"]): row for row in rows_of(found)["measure"]}
+    assert len(rows) == 2 * (2 * 3 + 1)
+    assert rows["fast", "1080p", "turbo"]["geometry"]["sr"]["tokens"]["total"] == 65746
+    assert rows["fast", "1080p", "turbo"]["geometry"]["sr"]["window"] == 11
+    assert rows["fp8", "540p", "b"]["attention_kernel"] == "cudnn"
+    assert rows["fast", "256p", "turbo"]["rates"]["base"]["tflops"] > 0
+    assert rows["fast", "256p", "turbo"]["planned_bytes"] > 30e9
+    assert {name: len(runs) for name, runs in found.runs.items()}["fast 256p"] == 6
+    kernels = found.steps["kernels 1080p"]["rows"]
+    assert {row["form"] for row in kernels if row["what"] == "attention" and "tflops" in row} >= {
+        "cudnn",
+        "flash2",
+    }
+
+
+@pytest.mark.timeout(900)
+def test_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA and DMD-2 of 15 B parameters through Lightning, but for compilation."""
+    pytest.importorskip("lightning")
+    monkeypatch.setattr("magihuman.training.parallel.compile_blocks", lambda denoiser: None)
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(budget, "_GRACE", 600.0)
+    with fake_gpu(monkeypatch):
+        COMMANDS["train"](minutes=600.0, output=str(tmp_path))
+    (found,) = read_runs(tmp_path / "train.jsonl")
+    assert {name: line.get("reason") for name, line in found.steps.items() if line["status"] != "done"} == {}
+    rows = rows_of(found)["train"]
+    assert len(rows) == 8
+    by_mode = {(row["recipe"], row["activation_checkpointing"], row["batch"]): row for row in rows}
+    lora, dmd2 = by_mode["lora", "attention", 1], by_mode["dmd2", "attention", 1]
+    assert lora["tokens_per_clip"] == 4050
+    # The frozen base and the adapter's own products; with DMD-2 8 + 5 x 2 + 5 F and theirs.
+    assert 2.1 < lora["model_flops"] / lora["forward_flops"] < 2.3
+    assert 23 < dmd2["model_flops"] / dmd2["forward_flops"] < 26
 
 
 def test_eight_bit_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,10 @@ def test_a_pass_is_the_sum_of_its_parts(tmp_path: Path) -> None:
         assert parts["pointwise"] == pytest.approx(least, rel=1e-3)
         assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"), rel=1e-3)
     assert "predicted seconds per pass" in told
-    assert predicted_table(str(file)).startswith("| PREDICTED seconds of a pass, tiny fast |")
+    table = predicted_table(str(file))
+    assert table.startswith("| a pass of tiny fast |")
+    assert table.count("*PREDICTED at measured rates*") == 2
+    assert "| measured" not in table
 
 
 def test_beside_the_newest_measurement_of_the_same_machine(tmp_path: Path) -> None:

@@ -75,11 +75,11 @@ def test_latency_table_shows_what_was_measured(tmp_path: Path) -> None:
     records.write("measure", "c", [row(tier="fp8", base=0.75)], made(), tmp_path)
     records.write("measure", "d", [row("tiny", base=7.77)], made(gpu=False), tmp_path)
     table = tables.latency_table(str(tmp_path))
-    ours = [line for line in table.splitlines() if "NVIDIA H100" in line and line.startswith("|")]
+    ours = [line for line in table.splitlines() if line.startswith("| 1080p | H100 SXM |")]
     assert len(ours) == 2  # the newest of equal ones
     cells = [cell.strip() for cell in next(line for line in ours if "fast (E1)" in line).split("|")[1:-1]]
     assert cells == [
-        "1080p", "NVIDIA H100 80GB HBM3", "fast (E1), turbo", "4050 / 65746", "8 / 5", "1.50 [1.35, 1.65]",
+        "1080p", "H100 SXM", "fast (E1), turbo", "4050 / 65746", "8 / 5", "1.50 [1.35, 1.65]",
         "30.50 [27.45, 33.55]", "2.750", "34.75", "5.0e-03 of fp32; the reference 4.0e-03", "random",
     ]  # fmt: skip
     assert "| 1080p | H100, published | not said | not said | 8 / 5 | 1.6 | 31.0 | 5.8 | 38.4 |" in table
@@ -107,17 +107,26 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
         "status": "n/a",
         "reason": "no FlashAttention-3",
     }
-    records.write("ladder", "256p", [rung("eager", 0.25), rung("pad", 0.2), failed], made(), tmp_path)
+    records.write(
+        "ladder",
+        "256p",
+        [rung("eager", 0.25), rung("pad", 0.2), rung("attention", 0.1875), failed],
+        made(),
+        tmp_path,
+    )
     table = tables.gains_table(str(tmp_path))
-    lines = {
-        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-        for line in table.splitlines()[2:10]
-    }
-    rows = list(lines.values())
-    assert rows[0][:2] == ["2.10", "2.00"]
-    assert rows[1][:2] == ["1.72 (-0.38)", "1.60 (-0.40)"]
-    assert rows[2][:2] == ["1.45 (-0.27)", "-"]
-    assert rows[7][:2] == ["0.87 (-0.06)", "n/a"]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines()[2:] if "|" in line]
+    # Predicted and measured figures never share a row.
+    assert [row[1:] for row in rows[:5]] == [
+        ["*predicted*", "2.10"], ["measured", "2.00"], ["*predicted*", "1.72 (-0.38)"], ["measured", "1.60 (-0.40)"],
+        ["*predicted*", "1.45 (-0.27)"],
+    ]  # fmt: skip
+    assert rows[-2:] == [
+        ["FP8 attention", "*predicted*", "0.87 (-0.06)"],
+        ["FP8 attention", "measured", "n/a"],
+    ]
+    # Attention by cuDNN is measured against what is assumed of cuDNN.
+    assert ["windows as dense attention by cuDNN, merged by log-sum-exp", "measured", "1.50 (-0.10)"] in rows
     assert "attention cudnn" in table
 
 
@@ -135,7 +144,7 @@ def _readme(folder: Path) -> Path:
 def test_check_finds_every_difference(tmp_path: Path) -> None:
     records.write("measure", "a", [row()], made(), tmp_path)
     file = _readme(tmp_path)
-    assert tables.check_readme(file).startswith("5 tables of README.md and 0 pictures")
+    assert tables.check_readme(file).startswith(f"{len(tables.TABLES)} tables of README.md and 0 pictures")
     right = file.read_text()
     file.write_text(right.replace("30.50", "29.50"))
     with pytest.raises(UserError, match="differs from its result files"):
@@ -160,9 +169,7 @@ def test_picture_carries_its_values(tmp_path: Path) -> None:
     records.write("measure", "a", [row()], made(), tmp_path)
     bars = values(tmp_path)
     ours = [bar for bar in bars["measured"] if bar["name"].startswith("fast")]
-    assert ours == [
-        {"size": "1080p", "name": "fast, H100 80GB HBM3", "base": 1.25, "sr": 30.5, "decode": 2.75}
-    ]
+    assert ours == [{"size": "1080p", "name": "fast, H100 SXM", "base": 1.25, "sr": 30.5, "decode": 2.75}]
     assert not any(bar["name"] in ("fp8", "attention") for bar in bars["measured"])
     path = draw(tmp_path)
     assert path.stat().st_size > 10_000
@@ -177,6 +184,7 @@ def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, t
 
     assert settings(measure, ["--check"], "x") == {"check": True}
     monkeypatch.setattr(tables, "REPO", tmp_path)
+    monkeypatch.setattr(tables, "READMES", ("README.md",))
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(UserError, match="has no block"):
         measure(check=True)
@@ -215,4 +223,4 @@ def test_the_readme_and_its_picture_come_from_the_files() -> None:
     """What `python -m inference.latency --check` proves."""
     if "<!-- latency " not in (tables.REPO / "README.md").read_text():
         pytest.skip("README.md has no latency section yet")
-    assert "tables of README.md" in measure(check=True)
+    assert "tables of README.md and inference/latency/README.md" in measure(check=True)

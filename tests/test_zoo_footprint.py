@@ -11,7 +11,7 @@ import magihuman.models.dit as dit
 from inference.memory import LayerStream, store_weights
 from magihuman import zoo
 from magihuman.allocations import Allocations
-from magihuman.models.config import DiTConfig
+from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.tokens import Layout
 from magihuman.zoo import footprint
@@ -20,24 +20,14 @@ from magihuman.zoo.footprint import Tokens
 GRIDS = {"256p": (32, 8, 14), "540p": (32, 16, 28), "1080p": (32, 34, 60)}
 
 
-class _Fused(torch.autograd.Function):
-    # A fused attention kernel as far as memory goes: no scores, one log-sum-exp per query.
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused kernel on any device: no scores, one log-sum-exp per query."""
+
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-        return _Fused.apply(q, k, v)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out.squeeze(0).transpose(0, 1)
 
     monkeypatch.setattr(dit, "attention", attend)
     monkeypatch.setattr(dit, "_attention_untraced", attend)
@@ -108,8 +98,8 @@ def test_forward_at_full_size(fused: None, name: str, dtype: torch.dtype, resolu
     ("name", "dtype"),
     [("tiny", torch.float32), ("small", torch.float32), ("small", torch.bfloat16), ("15b", torch.bfloat16)],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training(fused: None, name: str, checkpointing: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "attention"])
+def test_training(fused: None, name: str, checkpointing: Checkpointing, dtype: torch.dtype) -> None:
     config = zoo.arch(name)
     if name == "15b":
         config = replace(config, num_layers=6, mm_layers=(0, 5), gelu7_layers=(0,))

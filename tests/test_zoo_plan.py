@@ -118,6 +118,13 @@ class TestTraining:
     def test_recomputing_saves(self) -> None:
         kept = plan_training.work_bytes(replace(self.RUN, checkpointing=False))
         assert kept > 5 * plan_training.work_bytes(self.RUN)
+        # Attention's results in bf16 and the log-sum-exps of 40 heads in fp32, of all layers but the one in work.
+        attention = replace(self.RUN, checkpointing="attention")
+        more = 39 * 4050 * (2 * 5120 + 4 * 40)
+        assert plan_training.work_bytes(attention) == plan_training.work_bytes(self.RUN) + more
+        available = plan_training.per_gpu(self.RUN, "pretrain", 8)
+        report = plan_training.report(attention, "pretrain", 8, "", available)
+        assert "  recompute attention in the backward pass, too: checkpointing=true" in report
         assert plan_training.gathered_bytes(self.RUN, 1) == 0
 
 

@@ -76,7 +76,7 @@ def require_kernel(tier: str, device: "torch.device", dtype: "torch.dtype") -> N
     Raises:
         UserError: it cannot, with the reason and what to use instead.
     """
-    from inference.fast.kernels import refusal
+    from inference.fast.choice import refusal
     from magihuman.errors import UserError
 
     name = options_for(tier, device.type).attention

@@ -38,7 +38,11 @@ class FastDenoiser(Denoiser):
         text_lens: Sequence[int],
         device: torch.device | str | None = None,
     ) -> Layout:
-        """See `Denoiser.layout_for`; also makes all else that does not change between steps."""
+        """See `Denoiser.layout_for`; also makes all else that does not change between steps.
+
+        Raises:
+            UserError: see `FastTransformer.plan`.
+        """
         layout = super().layout_for(video_shape, audio_len, text_lens, device)
         model: Any = self.model
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Dense attention through a kernel that was chosen, not guessed: what can run here, and why something cannot.
+"""Dense attention by several kernels under one interface; `inference.fast.choice` says which can run where.
 
 Every kernel takes q [b,n,Hq,D] and k, v [b,m,Hkv,D], gives [b,n,Hq,D], and on request the log-sum-exp of the scaled
 scores, fp32 [b,n,Hq], so that attention over disjoint sets of keys can be merged (`inference.fast.windows`).
@@ -13,27 +13,19 @@ scores, fp32 [b,n,Hq], so that attention over disjoint sets of keys can be merge
 """
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from inference.fast.eight_bits import FP8, quantise
-from magihuman.errors import UserError
+from inference.fast.eight_bits import FP8
 
 _MATH_LIMIT = 1 << 25
 """Scores up to which plain products beat the fused CPU kernel, as in magihuman.models.attention."""
 
 _PROBABILITY_SCALE = 256.0
 """FlashAttention-3 stretches probabilities by 2^8 before it rounds them to e4m3."""
-
-# Largest relative L2 distance of a kernel's probe from fp32 attention.
-_TOLERANCE, _TOLERANCE_FP8 = 0.02, 0.12
-
-_BUILD_FA3 = "build flash-attention/hopper (package flash_attn_interface)"
 
 Run = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], tuple[Tensor, Tensor | None]]
 
@@ -52,96 +44,30 @@ class Kernel(NamedTuple):
     eight_bits: bool = False
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, shared: int, dim: int) -> Kernel:
-    """The kernel of that name, or for "auto" the fastest that runs here; tried out once on this device.
-
-    Args:
-        dtype: of q, k, v (before they are made 8-bit); heads, shared: query and key heads.
-
-    Raises:
-        UserError: it cannot run here, with the reason and what to use instead.
-    """
-    if name == "auto" and device.type == "cpu":
-        return Kernel("auto", _by_size)
-    if name == "auto" and dtype != torch.bfloat16:
-        return Kernel("sdpa", _sdpa)
-    reasons = []
-    for wanted in ("fa3", "cudnn", "flash2") if name == "auto" else (name,):
-        reason = refusal(wanted, device, dtype)
-        if reason is None:
-            for kernel in _variants(wanted):
-                reason = probe(kernel, device, dtype, heads, shared, dim)
-                if reason is None:
-                    return kernel
-        reasons.append(f"attention={wanted} cannot run here: {reason}")
-    raise UserError("; ".join(reasons))
-
-
-def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a kernel cannot run on this device, or None; looks at versions only."""
-    if name in ("plain", "sdpa", "fp8_emulated"):
-        return None
-    if device.type != "cuda":
-        return f"it needs an NVIDIA GPU, this is {device.type}; use attention=auto"
-    if dtype != torch.bfloat16:
-        return f"it computes in bfloat16, not {dtype}; use dtype=bfloat16"
-    major = torch.cuda.get_device_capability(device)[0]
-    if name in ("fa3", "fp8"):
-        remedy = "tier=fp8" if name == "fp8" else "attention=cudnn"
-        if major != 9:
-            return f"it needs a Hopper GPU (compute capability 9), this has {major}; use {remedy}"
-        if find_spec("flash_attn_interface") is None:
-            return f"FlashAttention-3 is not installed; {_BUILD_FA3}, or use {remedy}"
-    if major < 8:
-        return f"it needs compute capability 8, this has {major}; use attention=sdpa"
-    if name == "cudnn" and not torch.backends.cudnn.is_available():
-        return "torch has no cuDNN; use attention=flash2"
-    return None
-
-
-@cache
-def probe(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, shared: int, dim: int
-) -> str | None:
-    """What is wrong with a kernel on this device, found by computing a small case; None if nothing is."""
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def draw(n: int, count: int) -> Tensor:
-        return torch.randn(1, n, count, dim, generator=generator, device=device).to(dtype)
-
-    q, k, v = draw(192, heads), draw(320, shared), draw(320, shared)
-    scales = torch.full((3, shared), 0.02, device=device) if kernel.eight_bits else None
-    given = [x if scales is None else quantise(x.float(), scales[0, 0]) for x in (q, k, v)]
-    try:
-        out, lse = kernel.run(given[0], given[1], given[2], True, scales)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return f"its trial failed ({str(error).strip().splitlines()[0][:120]})"
-    wanted, wanted_lse = _plain(q.float(), k.float(), v.float(), True)
-    assert lse is not None
-    assert wanted_lse is not None
-    distance = float((out.float() - wanted).norm() / wanted.norm())
-    lse_distance = float((lse - wanted_lse).abs().max())
-    limit = _TOLERANCE_FP8 if kernel.eight_bits else _TOLERANCE
-    if not max(distance, lse_distance) < limit:
-        return f"its trial was off by {distance:.2g} (sums by {lse_distance:.2g}), {limit} is allowed"
-    return None
-
-
-def _variants(name: str) -> tuple[Kernel, ...]:
+def variants(name: str) -> tuple[Kernel, ...]:
+    """Ways to run the kernel of that name, the better one first; "auto" is the CPU's choice by size."""
     if name == "cudnn":  # with fewer key heads where this cuDNN can, else with repeated ones
         return Kernel(name, _cudnn), Kernel("cudnn, repeated heads", _cudnn_repeated)
-    runs: dict[str, Run] = {"plain": _plain, "sdpa": _sdpa, "flash2": _flash2, "fa3": _fa3, "fp8": _fa3}
     if name == "fp8_emulated":
         return (Kernel(name, _emulated, eight_bits=True),)
+    runs: dict[str, Run] = {
+        "auto": _by_size,
+        "plain": plain,
+        "sdpa": _sdpa,
+        "flash2": _flash2,
+        "fa3": _fa3,
+        "fp8": _fa3,
+    }
     return (Kernel(name, runs[name], eight_bits=name == "fp8"),)
 
 
 # -- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def _plain(
+def plain(
     q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
+    """In the dtype of q, holding all scores; see the module for shapes."""
     b, n, _, dim = q.shape
     shared = k.shape[2]
     # Query heads of one key head are stacked as rows of one product.
@@ -177,7 +103,7 @@ def _by_size(
     q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
-    return (_plain if scores <= _MATH_LIMIT else _sdpa)(q, k, v, want_lse)
+    return (plain if scores <= _MATH_LIMIT else _sdpa)(q, k, v, want_lse)
 
 
 def _cudnn(

@@ -6,10 +6,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from inference.fast.choice import Call, choose, needs_trials, recording
 from inference.fast.graphs import LONGEST, Graphs
-from inference.fast.kernels import Kernel, choose
-from inference.fast.regions import Projected, Regions, Tokens, can_group
+from inference.fast.kernels import Kernel
+from inference.fast.regions import Projected, Regions, Tokens, before, can_group
 from inference.fast.reuse import StepCache
 from inference.fast.tiers import Options
 from inference.fast.weights import FastLayer
@@ -29,12 +31,16 @@ class Plan:
         packed: tokens modality by modality, as layers with experts want them.
         by_sample: the same sample by sample, as attention wants them; the very same for one sample.
         order, inverse: see `magihuman.tokens.Layout`; None where rows are never moved.
+        kernel: computes attention; None for the reference's own choice.
+        passed_over: why kernels that would be faster do not, "name: reason" each.
     """
 
     packed: Tokens
     by_sample: Tokens
     order: Tensor | None
     inverse: Tensor | None
+    kernel: Kernel | None
+    passed_over: tuple[str, ...]
 
 
 class FastTransformer(nn.Module):
@@ -61,10 +67,14 @@ class FastTransformer(nn.Module):
         self.compute_dtype = model.compute_dtype
         self.frame_receptive_field = model.frame_receptive_field
         self.attention_backend = model.attention_backend
+        # Of a small trial; the kernel that runs is each plan's.
         self.kernel: Kernel | None = None
+        self.passed_over: tuple[str, ...] = ()
+        self._shape = config.num_heads, config.num_query_groups, config.head_dim
         if options.attention != "reference":
-            shape = config.num_heads, config.num_query_groups, config.head_dim
-            self.kernel = choose(options.attention, device, self.compute_dtype, *shape)
+            self.kernel, self.passed_over = choose(
+                options.attention, device, self.compute_dtype, *self._shape
+            )
         self.adapter = model.adapter
         self.final_norm_video, self.final_norm_audio = model.final_norm_video, model.final_norm_audio
         self.final_linear_video, self.final_linear_audio = model.final_linear_video, model.final_linear_audio
@@ -100,7 +110,13 @@ class FastTransformer(nn.Module):
         return rotary_table(layout.coords, self.adapter.rope.bands)
 
     def plan(self, layout: Layout) -> Plan:
-        """What the layers need to know of this layout; made on first use, so do that outside the loop."""
+        """What the layers need to know of this layout; made on first use, so do that outside the loop.
+
+        On a GPU the attention kernel is chosen here, by trials of all calls that the layers will make of it.
+
+        Raises:
+            UserError: the kernel named in the options fails at a length of this layout, or every kernel does.
+        """
         if layout not in self._plans:
             self._plans[layout] = self._make_plan(layout)
         return self._plans[layout]
@@ -112,9 +128,46 @@ class FastTransformer(nn.Module):
         if self.options.grouped and can_group(table.device, self.compute_dtype):
             ends = torch.tensor(sizes).cumsum(0).to(torch.int32).to(table.device)
         packed = _tokens(table, sizes, ends)
-        if not self.options.sort or layout.order is None or self.kernel is None:
-            return Plan(packed, packed, None, None)
-        return Plan(packed, _tokens(table[layout.order], sizes, ends), layout.order, layout.inverse)
+        plan = Plan(packed, packed, None, None, self.kernel, self.passed_over)
+        if self.kernel is None:
+            return plan
+        if self.options.sort and layout.order is not None:
+            by_sample = _tokens(table[layout.order], sizes, ends)
+            plan = replace(plan, by_sample=by_sample, order=layout.order, inverse=layout.inverse)
+        if not needs_trials(table.device):
+            return plan
+        choice = choose(
+            self.options.attention, table.device, self.compute_dtype, *self._shape, self.calls(plan, layout)
+        )
+        return replace(plan, kernel=choice.kernel, passed_over=choice.passed_over)
+
+    def calls(self, plan: Plan, layout: Layout) -> list[Call]:
+        """Every distinct call of the attention kernel in a pass, small ones first.
+
+        The layers' own code makes them, on tensors without memory, so that a trial has the lengths and strides of the
+        real tensors. Compiled, that code gives its outputs the same strides.
+        """
+        kernel, calls = recording()
+        plan = replace(plan, kernel=kernel)
+        order, inverse = _without_memory((layout.order, layout.inverse))
+        layout = replace(layout, order=order, inverse=inverse)
+        x = torch.empty(layout.length, self.config.hidden_size, device="meta")
+        forms = set()
+        for i, each in enumerate(self.layers):
+            layer: Any = each
+            by_sample, w = self._sorted(i, plan), layer.tensors()
+            form = layer.kind, layer.local, by_sample, w.qkv.weight.shape, w.qkv.weight.dtype
+            if form not in forms:
+                forms.add(form)
+                tokens = plan.by_sample if by_sample else plan.packed
+                inputs = before(x, _without_memory(tokens), _without_memory(w), layer.kind)
+                self._attend(inputs, plan, layout, layer, by_sample)
+        return sorted(set(calls), key=lambda call: (call.queries * call.keys, call))
+
+    def kernels(self) -> list[str]:
+        """Names of the attention kernels of all layouts that are kept; before there is one, of the small trial."""
+        used = [plan.kernel for plan in self._plans.values()] or [self.kernel]
+        return sorted({"the reference's" if kernel is None else kernel.name for kernel in used})
 
     def give_up(self, option: str) -> None:
         """Go on without "compile" or "graphs", where this machine cannot do it; `options` say so."""
@@ -220,7 +273,7 @@ class FastTransformer(nn.Module):
     ) -> Tensor:
         window = self.local_window if layer.local else None
         q, k, v = inputs.q, inputs.k, inputs.v
-        if self.kernel is None:
+        if plan.kernel is None:
             return attention(q, k, v, layout, self.attention_backend, window)
         order, inverse = (None, None) if by_sample or layout.order is None else (layout.order, layout.inverse)
         q, k, v = (_rows(x, order) for x in (q, k, v))
@@ -228,25 +281,35 @@ class FastTransformer(nn.Module):
         for samples, n in layout.groups:
             rows = slice(start, start + samples * n)
             queries, keys, values = (x[rows].unflatten(0, (samples, n)) for x in (q, k, v))
-            outs.append(self._dense(queries, keys, values, layout, window, layer.attention_scales))
+            outs.append(_dense(plan.kernel, queries, keys, values, layout, window, layer.attention_scales))
             start += samples * n
         return _rows(torch.cat(outs) if len(outs) > 1 else outs[0], inverse)
-
-    def _dense(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scales: Tensor | None
-    ) -> Tensor:
-        """[b,n,heads,D] of samples of equal length -> [b n,Hq,D]."""
-        assert self.kernel is not None
-        if window is None:
-            return self.kernel.run(q, k, v, False, scales)[0].flatten(0, 1)
-        out = windowed(self.kernel, q, k, v, layout.video_len, layout.frames, window, scales)
-        return out.flatten(0, 1)
 
 
 class _Released(nn.Module):
     # Stands where a block was that a faster tier took.
     def forward(self, *_: Any) -> Tensor:
         raise RuntimeError("this network gave its layers to a faster tier; load the checkpoint again")
+
+
+def _without_memory(tree: Any) -> Any:
+    """The same with tensors of the meta device."""
+    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, tree)
+
+
+def _dense(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    window: int | None,
+    scales: Tensor | None,
+) -> Tensor:
+    """[b,n,heads,D] of samples of equal length -> [b n,Hq,D]."""
+    if window is None:
+        return kernel.run(q, k, v, False, scales)[0].flatten(0, 1)
+    return windowed(kernel, q, k, v, layout.video_len, layout.frames, window, scales).flatten(0, 1)
 
 
 def _tokens(table: Tensor, sizes: tuple[int, ...], ends: Tensor | None) -> Tokens:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 from inference.latency.calibrate import predict
+from inference.latency.collect import collect
 from inference.latency.decoders import decode
 from inference.latency.ladder import ladder
 from inference.latency.measure import measure
 from inference.latency.micro import micro
 from inference.latency.suite import suite
 from inference.latency.tables import table
+from inference.latency.training import train
 from magihuman.command import run_one
 
 COMMANDS: dict[str, Callable[..., str]] = {
@@ -17,6 +19,8 @@ COMMANDS: dict[str, Callable[..., str]] = {
     "micro": micro,
     "ladder": ladder,
     "suite": suite,
+    "train": train,
+    "collect": collect,
     "predict": predict,
     "table": table,
 }

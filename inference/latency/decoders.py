@@ -60,21 +60,39 @@ def decode(
             raise UserError(f"decoder={decoder} is unknown; choose one of all, {', '.join(names)}")
         for name in names if decoder == "all" else (decoder,):
             for layout in wanted if name == "turbo" and place.type == "cuda" else wanted[:1]:
-                row = _row(case, name, layout, place, dtype, repeat)
-                rows.append(row)
-                print(_line(row), flush=True)
+                for search in (False, True) if place.type == "cuda" else (False,):
+                    row = decoder_row(case, name, layout, place, dtype, repeat, search)
+                    rows.append(row)
+                    print(describe(row), flush=True)
         how = {} if any("seconds" in row.get("measured", {}) for row in rows) else {"how": COMPUTED}
         # A file for every size: what is measured is kept if time is up before the largest is done.
         written.append(records.write("decode", f"{case.size}-{decoder}", rows, made | how, folder_of(output)))
     return "\n".join(f"written to {path}" for path in written)
 
 
-def _row(case: Case, name: str, layout: str, device: torch.device, dtype: str, repeat: int) -> Row:
+def decoder_row(
+    case: Case,
+    name: str,
+    layout: str,
+    device: torch.device,
+    dtype: str,
+    repeat: int,
+    cudnn_benchmark: bool = False,
+) -> Row:
+    """What is computed of a decoder, and where a GPU is at hand its times.
+
+    Args:
+        layout: of the weights in memory, contiguous or channels_last.
+        dtype: of the weights, see `networks.dtype_for`; Wan is bfloat16 as released.
+        repeat: timed clips, after one to warm up.
+        cudnn_benchmark: let cuDNN time its convolution algorithms on the first clip instead of choosing by heuristics.
+    """
     last = case.stages[-1]
     row: Row = {
         "size": case.size,
         "decoder": name,
         "layout": layout,
+        "cudnn_benchmark": cudnn_benchmark,
         "latents": [last.frames, last.height, last.width],
         "pixels": list(case.pixels),
         "frames": case.frames,
@@ -95,10 +113,13 @@ def _row(case: Case, name: str, layout: str, device: torch.device, dtype: str, r
         row["parameters"] = sum(tensor.numel() for tensor in codec.parameters())
     if layout == "channels_last":
         _channels_last(codec)
+    usual, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
     try:
         row["measured"] = _measured(case, codec, device, repeat) | {"dtype": str(kind).removeprefix("torch.")}
     except RuntimeError as error:  # too large for the device's memory, or a kernel that it does not have
         row["measured"] = {"status": "n/a", "reason": str(error).strip().splitlines()[0][:200]}
+    finally:
+        torch.backends.cudnn.benchmark = usual
     return row
 
 
@@ -182,8 +203,10 @@ def _measured(case: Case, codec: Any, device: torch.device, repeat: int) -> Row:
     return row
 
 
-def _line(row: Row) -> str:
+def describe(row: Row) -> str:
+    """A row for the terminal."""
     line = f"{row['size']:<6} {row['decoder']:<8} {row['layout']:<14}{row['parameters'] / 1e6:>8.1f} M"
+    line += " cudnn.benchmark" if row["cudnn_benchmark"] else ""
     if "flops" in row:
         line += (
             f"{row['flops'] / 1e12:>9.1f} TFLOP{row['computed']['peak_memory_bytes'] / 1e9:>7.2f} GB computed"

@@ -7,12 +7,18 @@ from torch import Tensor
 
 from inference.latency.networks import Inputs, in_fp32, one_pass
 from inference.latency.parts import reason_of
+from inference.roofline.cases import Stage
 from magihuman.denoiser import Denoiser
 
 LONGEST_FP32 = 20_000
 """Tokens up to which the fp32 reference is computed beside the bf16 one; a 1080p pass of it takes minutes."""
 
 Velocities = tuple[Tensor, Tensor]
+
+
+def affordable(stage: Stage) -> bool:
+    """Whether one pass of a stage in fp32 takes seconds on a GPU."""
+    return stage.tokens.total <= LONGEST_FP32
 
 
 def distance(found: Velocities, wanted: Velocities) -> dict[str, float]:
@@ -30,19 +36,20 @@ class Truth:
 
     Args:
         reference: the network as written, in its dtype.
+        exact: compute it in fp32 too; `affordable` says when that takes seconds and not minutes.
     """
 
-    def __init__(self, reference: Denoiser, inputs: Inputs, tokens: int) -> None:
+    def __init__(self, reference: Denoiser, inputs: Inputs, exact: bool) -> None:
         self.dtype = str(reference.model.compute_dtype).removeprefix("torch.")
         self.why_not: dict[str, str] = {}
         self.own = self._computed(self.dtype, reference, inputs)
         self.exact: Velocities | None = None
         if self.dtype == "float32":
             self.exact = self.own
-        elif tokens <= LONGEST_FP32:
+        elif exact:
             self.exact = self._computed("float32", in_fp32(reference), inputs)
         else:
-            self.why_not["float32"] = f"not computed for {tokens} tokens: it takes too long"
+            self.why_not["float32"] = "not computed: fp32 takes too long at this size"
 
     def _computed(self, dtype: str, reference: Denoiser, inputs: Inputs) -> Velocities | None:
         """A pass of the reference, or None: the times of what is compared with it are worth having all the same."""

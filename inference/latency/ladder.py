@@ -10,7 +10,7 @@ import torch
 
 from inference.latency import networks, records
 from inference.latency.clock import time_call
-from inference.latency.errors import Truth
+from inference.latency.errors import Truth, affordable
 from inference.latency.measure import Row, device_of, folder_of, refuse_hopeless
 from inference.latency.roof import measure_roof
 from inference.roofline.cases import Case, make
@@ -86,7 +86,7 @@ def ladder(
     reference, weights = networks.build(case, place, kind, None)
     inputs = {stage.name: networks.draw(stage, reference, place) for stage in case.stages}
     truths = {
-        stage.name: Truth(networks.view(reference, stage), inputs[stage.name], stage.tokens.total)
+        stage.name: Truth(networks.view(reference, stage), inputs[stage.name], affordable(stage))
         for stage in case.stages
     }
     rows: list[Row] = []

@@ -12,7 +12,7 @@ import torch
 from inference.fast import TIERS, require_kernel
 from inference.latency import networks, parts, records
 from inference.latency.clock import UNSTEADY, medians, spread
-from inference.latency.errors import Truth
+from inference.latency.errors import Truth, affordable
 from inference.latency.request import CONDITIONS, PUBLISHED_STAGES, STAGES, Request
 from inference.latency.roof import measure_roof
 from inference.roofline.cases import Case, make
@@ -165,7 +165,7 @@ def _prepare(
     for stage in case.stages:
         seen = networks.view(reference, stage)
         inputs[stage.name] = networks.draw(stage, reference, device)
-        truths[stage.name] = Truth(seen, inputs[stage.name], stage.tokens.total)
+        truths[stage.name] = Truth(seen, inputs[stage.name], affordable(stage))
     found = None if case.size == "layer" else parts.make(case, decoder, device, dtype)
     contenders = []
     for name in names:
@@ -187,7 +187,7 @@ def _prepare(
             _say(f"  {name}, {stage.name}: first pass {first[stage.name]:.1f} s")
             for option, reason in reasons.items():
                 _say(f"  without {option}: {reason}")
-        row = _described(case, name, network, weights, found)
+        row = described(case, name, network, weights, found)
         row["errors"] = errors
         if gave_up:
             row["gave_up"] = gave_up
@@ -219,7 +219,7 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
             contender.row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
 
 
-def _described(case: Case, tier: str, network: Denoiser, weights: str, found: parts.Parts | None) -> Row:
+def described(case: Case, tier: str, network: Denoiser, weights: str, found: parts.Parts | None) -> Row:
     """All that a row says beside times."""
     geometry = {
         stage.name: {

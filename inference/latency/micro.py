@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference.fast import eight_bits, kernels
+from inference.fast import choice, eight_bits
 from inference.fast.windows import windowed
 from inference.latency import records
 from inference.latency.clock import time_call, undisturbed
@@ -63,7 +63,7 @@ def micro(
     case, place = make(size, seconds=seconds, text=text, model=model), device_of(device)
     kind = dtype_for(dtype, case, place)
     made, roof = records.provenance(place), measure_roof(place, kind)
-    bench = _Bench(case, place, kind)
+    bench = Microbenchmark(case, place, kind)
     rows = [row for name in groups for row in getattr(bench, name)()]
     for row in rows:
         row["size"] = size
@@ -75,9 +75,17 @@ def micro(
     return "\n".join([*map(_line, rows), f"written to {path}"])
 
 
-class _Bench:
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
-        self.case, self.device, self.dtype = case, device, dtype
+class Microbenchmark:
+    """Single operations at the shapes of a clip's last stage; each method returns a row per form.
+
+    Args:
+        case: the clip.
+        dtype: of the operands, where a form does not say otherwise.
+        budget: seconds of timed calls of a form, see `clock.time_call`.
+    """
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> None:
+        self.case, self.device, self.dtype, self.budget = case, device, dtype, budget
         self.stage: Stage = case.stages[-1]
         self.generator = torch.Generator(device=device).manual_seed(0)
 
@@ -150,8 +158,12 @@ class _Bench:
             for form, make_call in forms.items()
         ]
 
-    def attention(self) -> list[Row]:
-        """Dense attention by every kernel that runs here, then windows of frames where the clip has them."""
+    def attention(self, reference: bool = True) -> list[Row]:
+        """Dense attention by every kernel that runs here, then windows of frames where the clip has them.
+
+        Args:
+            reference: also as `magihuman.models.attention` computes it, which compiles windows on a GPU.
+        """
         config, tokens = self.stage.config, self.stage.tokens
         others = tokens.audio + tokens.text
         q = self._normal(tokens.total, config.num_heads, config.head_dim)
@@ -164,12 +176,14 @@ class _Bench:
             name = "dense" if window is None else f"window {window}"
             truth = self._truth(q, k, v, window)
             own = partial(attention, q, k, v, layout, "auto", window)
-            makes: dict[str, Callable[[], Callable[[], Tensor]]] = {"reference": partial(_given, own)}
+            makes: dict[str, Callable[[], Callable[[], Tensor]]] = {}
+            if reference:
+                makes["reference"] = partial(_given, own)
             for kernel in ("plain", "sdpa", "cudnn", "flash2", "fa3"):
                 if kernel != "plain" or tokens.total <= _CHECKED:
                     makes[kernel] = partial(self._kernel, kernel, q, k, v, layout, window)
             for form, make_call in makes.items():
-                reason = None if form == "reference" else kernels.refusal(form, self.device, self.dtype)
+                reason = None if form == "reference" else choice.refusal(form, self.device, self.dtype)
                 found = self._try(make_call) if reason is None else reason
                 row = self._row("attention", name, form, useful, found, tokens=tokens.total)
                 if not isinstance(found, str) and truth is not None:
@@ -188,11 +202,15 @@ class _Bench:
         """
         config = self.stage.config
         shape = config.num_heads, config.num_query_groups, config.head_dim
-        kernel = kernels.choose(name, self.device, self.dtype, *shape)
-        if window is None:
-            return lambda: kernel.run(q[None], k[None], v[None], False, None)[0][0]
         video, frames = layout.video_len, layout.frames
-        return lambda: windowed(kernel, q[None], k[None], v[None], video, frames, window, None)[0]
+        reach = frames if window is None else window
+        calls = [choice.SMALL]
+        if self.device.type == "cuda":
+            recorder, calls = choice.recording()
+            queries, keys, values = (x[None].to("meta") for x in (q, k, v))
+            windowed(recorder, queries, keys, values, video, frames, reach)
+        kernel = choice.choose(name, self.device, self.dtype, *shape, sorted(set(calls))).kernel
+        return lambda: windowed(kernel, q[None], k[None], v[None], video, frames, reach)[0]
 
     def _truth(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor | None:
         """Attention in fp32 with all scores; None where those are too many."""
@@ -236,7 +254,7 @@ class _Bench:
     def _time(self, call: Callable[[], object]) -> dict[str, Any] | str:
         """Times, or why there are none: a form that this device or torch does not have is a result too."""
         try:
-            return time_call(call, self.device)
+            return time_call(call, self.device, budget=self.budget)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, UserError) as error:
             return (str(error).strip() or repr(error)).splitlines()[0][:200]
 

@@ -15,6 +15,7 @@ from inference.roofline.cases import Case, Stage
 from magihuman import zoo
 from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
+from magihuman.tokens import Layout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SEED = 0
@@ -128,10 +129,13 @@ def draw(stage: Stage, denoiser: Denoiser, device: torch.device, seed: int = SEE
 @torch.no_grad()
 def one_pass(denoiser: Denoiser, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Velocities of video and audio."""
-    layout = denoiser.layout_for(
+    return denoiser(inputs.video, inputs.audio, [inputs.text], _layout(denoiser, inputs))
+
+
+def _layout(denoiser: Denoiser, inputs: Inputs) -> Layout:
+    return denoiser.layout_for(
         inputs.video.shape, inputs.audio.shape[1], [len(inputs.text)], inputs.video.device
     )
-    return denoiser(inputs.video, inputs.audio, [inputs.text], layout)
 
 
 def first_passes(
@@ -162,7 +166,7 @@ def first_passes(
     try:
         velocities = one_pass(denoiser, inputs)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or denoiser.options.compile == "off":
+        if isinstance(error, (torch.OutOfMemoryError, UserError)) or denoiser.options.compile == "off":
             raise
         give_up("compile", error)
         velocities = one_pass(denoiser, inputs)
@@ -175,12 +179,30 @@ def first_passes(
 
 
 def facts(network: Denoiser) -> dict[str, Any]:
-    """What a tier switched on, and the attention kernel that it chose; nothing for the reference."""
+    """What a tier switched on, and the attention kernels of all stages that have run; nothing for the reference."""
     if not isinstance(network, FastDenoiser):
         return {"options": {}}
     model: Any = network.model
-    kernel = "the reference's" if model.kernel is None else model.kernel.name
-    return {"options": asdict(network.options), "attention_kernel": kernel}
+    return {"options": asdict(network.options), "attention_kernel": " and ".join(model.kernels())}
+
+
+def kernel_of(denoiser: Denoiser, inputs: Inputs) -> dict[str, Any]:
+    """The attention kernel of one stage, and why faster ones were passed over ("name: reason" each).
+
+    Nothing for the reference.
+
+    Args:
+        denoiser: the stage's view of a network; inputs: what its passes take.
+
+    Raises:
+        UserError: the kernel named in the options fails at this stage's lengths.
+    """
+    if not isinstance(denoiser, FastDenoiser):
+        return {}
+    model: Any = denoiser.model
+    plan = model.plan(_layout(denoiser, inputs))
+    kernel = "the reference's" if plan.kernel is None else plan.kernel.name
+    return {"attention_kernel": kernel, "passed_over": list(plan.passed_over)}
 
 
 def tiers(text: str) -> list[str]:

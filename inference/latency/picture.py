@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from inference.latency.gpu_tables import card
 from inference.latency.ladder_table import SIZES
 from inference.roofline import predict, totals
 from inference.roofline.bounds import PUBLISHED
@@ -15,26 +16,34 @@ from magihuman.errors import UserError
 NAME = "latency.png"
 KEY = "magihuman-values"
 _COLOURS = {"base": "#4878d0", "sr": "#ee854a", "decode": "#6acc64"}
-_SHOWN_RUNGS = {"attention": "exact", "fp8": "FP8 linears", "fp8_attention": "+ FP8 attention"}
+_SHOWN_RUNGS = {
+    "windows": "exact, cuDNN",
+    "attention": "exact, FA3",
+    "fp8": "FP8 linears, FA3",
+    "fp8_attention": "+ FP8 attention",
+}
 
 
 def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The bars: seconds of base, SR and decode with the copy to the host."""
-    from inference.latency.tables import measured, on_gpu
+    """The bars: seconds of base, SR and decode with the copy to the host; of one card after the other."""
+    from inference.latency.tables import decode_seconds, measured, on_gpu
 
     bars = []
     for size in SIZES:
         times = PUBLISHED[size]
         bars.append({"size": size, "name": "published", **{k: times.get(k, 0.0) for k in _COLOURS}})
-        for row in measured(folder):
+        # The published card first.
+        rows = sorted(
+            measured(folder), key=lambda row: ("H100" not in row["made"]["machine"], row["made"]["machine"])
+        )
+        for row in rows:
             if row["size"] != size or not on_gpu(row) or "comparable" not in row:
                 continue
             stages = row["stages"]
             own = "" if row["decoder"]["name"] == "turbo" else f" + {row['decoder']['name']}"
-            name = f"{row['tier']}{own}, {row['made']['machine'].removeprefix('NVIDIA ')}"
+            name = f"{row['tier']}{own}, {card(row['made']['machine'])}"
             seconds = {k: stages[k]["median"] if k in stages else 0.0 for k in ("base", "sr")}
-            decode = stages["video decode"]["median"] + stages["to host"]["median"]
-            bars.append({"size": size, "name": name, **seconds, "decode": decode})
+            bars.append({"size": size, "name": name, **seconds, "decode": decode_seconds(stages)})
     predicted = []
     for rung in predict.LADDER:
         if rung.key in _SHOWN_RUNGS:
@@ -45,7 +54,7 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
                         "size": size,
                         "name": _SHOWN_RUNGS[rung.key],
                         **{k: cells[k] for k in _COLOURS},
-                        "target": totals.TARGETS[rung.key][size],
+                        **({"target": totals.TARGETS[rung.key][size]} if rung.key in totals.TARGETS else {}),
                     }
                 )
     return {"measured": bars, "predicted": predicted}
@@ -78,6 +87,12 @@ def draw(folder: Path) -> Path:
         else "published; none measured yet",
         "predicted": "PREDICTED, H200 (line: target)",
     }
+    # One scale for measured and predicted bars of a size.
+    everything = [bar for bars in shown.values() for bar in bars]
+    widest = {
+        size: 1.2 * max(sum(bar[part] for part in _COLOURS) for bar in everything if bar["size"] == size)
+        for size in SIZES
+    }
     for line, (panel, bars) in enumerate(shown.items()):
         for column, size in enumerate(SIZES):
             axis = axes[line][column]
@@ -97,7 +112,7 @@ def draw(folder: Path) -> Path:
                 if "target" in bar:
                     axis.plot([bar["target"]] * 2, [place - 0.4, place + 0.4], color="black", lw=1.5)
             axis.set_ylim(most[panel] - 0.4, -0.6)
-            axis.set_xlim(0, 1.2 * max([*left, *(bar.get("target", 0.0) for bar in own)]))
+            axis.set_xlim(0, widest[size])
             axis.set_title(f"{size}: {titles[panel]}", fontsize=8)
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)

@@ -61,22 +61,23 @@ def _ladder(values: dict[str, Any]) -> list[str]:
 
 
 def _calibrated(values: dict[str, Any]) -> list[str]:
-    """Seconds of a pass by part, at rates of measured microbenchmarks, beside what a pass took."""
+    """Seconds of a pass by part, at rates of measured microbenchmarks; below each row what a pass took."""
     lines = [
-        f"| PREDICTED seconds of a pass, {values['size']} {values['tier']} | products | attention | pointwise | total "
-        "| measured | explained |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| a pass of {values['size']} {values['tier']} | | products s | attention s | pointwise s | total s |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for name, parts in values["stages"].items():
         cells = [f"{parts[part]:.4f}" for part in ("products", "attention", "pointwise", "total")]
+        lines.append(f"| {name} | *PREDICTED at measured rates* | " + " | ".join(cells) + " |")
         found = values["measured"]
-        own = found["stages"][name] if found else None
-        cells += ["-", "-"] if own is None else [f"{own['seconds_per_pass']:.4f}", f"{own['explained']:.0%}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if found:
+            own = found["stages"][name]
+            told = f"{own['seconds_per_pass']:.4f}; {own['explained']:.0%} explained"
+            lines.append(f"| {name} | measured, {found['of']} | - | - | - | {told} |")
     return [
         *lines,
         "",
-        f"Computed at the rates of {values['rates_from']}: {values['provenance']['machine']}.",
+        f"Predicted at the rates of {values['rates_from']}: {values['provenance']['machine']}.",
     ]
 
 

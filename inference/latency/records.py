@@ -16,7 +16,7 @@ from magihuman.provenance import code_version, processor, sources_hash, write_at
 
 FORMAT = "magihuman-latency/1"
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "latency"
-KINDS = ("measure", "decode", "micro", "ladder")
+KINDS = ("measure", "decode", "micro", "ladder", "train", "profile", "steps")
 _QUERY = "driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
 _THROTTLED = "clocks_event_reasons.active"  # older drivers do not know it
 
@@ -51,11 +51,11 @@ def provenance(device: Any) -> dict[str, Any]:
             values["libraries"]["triton"] = triton.__version__
         except ImportError:
             pass
-        values["gpu"] = _gpu_state()
+        values["gpu"] = gpu_state()
     return values
 
 
-def _gpu_state() -> dict[str, Any]:
+def gpu_state() -> dict[str, Any]:
     """Driver, power and clocks, and how many other processes compute on the GPU; empty without nvidia-smi."""
     found: dict[str, Any] = {}
     for query in (_QUERY, _THROTTLED):

@@ -1,222 +1,407 @@
-"""Everything that a GPU is to be asked, in order of value, within a limit of time: `python -m inference.latency suite`.
+"""All inference measurements of a GPU in one process and one time budget: `python -m inference.latency suite`.
 
-Every step is a process of its own with its own limit: one that fails, hangs or runs out of memory ends alone. Each
-writes its result when it is done, and the list of steps is written after each, so that what is there when time is up
-is whole; started again with the same output, the command does what is missing.
+One network of 15 B random weights serves every size; only the faster forms of it (tiers) are made anew. Steps run in
+order of value, so that a run that is cut off has measured what matters most:
+
+    roof            a large matrix product and a large copy: what this device reaches at most
+    truth           the reference at 256p in fp32 and bf16, with and without windows: the error column
+    fast ...        256p, 540p and 1080p in bf16, compiled, CUDA graphs; where the time goes (profiler)
+    decode ...      the released decoder and ours, at three sizes, with and without cuDNN's algorithm search
+    fp8 ...         the three sizes with 8-bit matrix products
+    reference 256p  the network as written: the ratio to published code
+    kernels ...     matrix products and attention kernels alone, at each sequence length
+    fp8_attention   where a kernel for it is installed
+
+`python -m inference.latency collect input=FILE` turns the result into tables.
 """
 
-import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
+import gc
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference.latency.records import FOLDER
+import torch
+
+from inference.fast import require_kernel
+from inference.latency import networks, records
+from inference.latency.budget import BudgetedRun, Step, choose
+from inference.latency.clock import timed_calls
+from inference.latency.decoders import decoder_row
+from inference.latency.errors import Truth
+from inference.latency.measure import described, device_of
+from inference.latency.micro import Microbenchmark
+from inference.latency.profile import profile_pass
+from inference.latency.request import Request
+from inference.latency.roof import measure_roof
+from inference.roofline.cases import Case, Stage, make
+from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
-from magihuman.provenance import write_atomically
+from magihuman.models.config import local_layers
+from magihuman.zoo import plan
 
-REPO = Path(__file__).resolve().parents[2]
-STATE = Path("suite") / "steps.json"
-STOPPED = "stopped after"
-_MARGIN = 5.0  # seconds to stop a step in
-_NEEDED = 0.9
-_PATIENCE = 300.0  # seconds that a step may take beyond those expected
+Values = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Step:
-    """One command of `inference.latency`.
-
-    Attributes:
-        minutes: expected; it is not started with less time left than nine tenths of this. A step is stopped five
-            minutes after it should have been done.
-    """
-
-    name: str
-    command: str
-    minutes: float
-
-
-# Static: the two stages share one network here, and torch would make its second geometry's shapes symbolic.
-RELEASED = (
-    Step("products", "micro size=256p what=products,experts", 0.8),
-    Step("attention", "micro size=256p what=attention", 0.4),
-    Step("256p fast", "measure size=256p tier=fast options=compile=static budget=15", 2.0),
-    Step("256p fp8", "measure size=256p tier=fp8 options=compile=static budget=15", 1.5),
-    Step("540p fast", "measure size=540p tier=fast options=compile=static budget=25", 2.7),
-    Step("540p fp8", "measure size=540p tier=fp8 options=compile=static budget=25", 2.4),
-    # 35 s a request: one to warm up, three timed.
-    Step("1080p fast", "measure size=1080p tier=fast options=compile=static warm=1 repeat=3 budget=1", 4.6),
-    Step("1080p fp8", "measure size=1080p tier=fp8 options=compile=static warm=1 repeat=3 budget=1", 3.6),
-    Step("decoders", "decode repeat=2", 2.3),
-    Step("ladder 256p", "ladder size=256p", 2.0),
-    # Refused within seconds where FlashAttention-3 is missing.
-    Step("256p fp8 attention", "measure size=256p tier=fp8_attention options=compile=static budget=15", 0.2),
-    Step(
-        "1080p fp8 attention",
-        "measure size=1080p tier=fp8_attention options=compile=static warm=1 repeat=3 budget=1",
-        0.2,
-    ),
-    Step("1080p kernels", "micro size=1080p what=products,attention", 1.2),
-    Step("ladder 1080p", "ladder size=1080p rungs=eager,attention warm=1 repeat=1", 1.9),
-)
-_SHORT = "size=tiny seconds=0.36"
-TINY = (
-    Step("products", f"micro {_SHORT} what=products,experts", 0.5),
-    Step("attention", f"micro {_SHORT} what=attention", 0.5),
-    Step("tiny", f"measure {_SHORT} tier=reference,fast steps=1 sr_steps=1 repeat=2 warm=1 budget=0.1", 1.0),
-    Step("tiny fp8", f"measure {_SHORT} tier=fp8 steps=1 sr_steps=1 repeat=1 warm=1 budget=0.1", 1.0),
-    Step("decoders", f"decode {_SHORT} repeat=1", 1.0),
-    Step("ladder", f"ladder {_SHORT} warm=1 repeat=1 options=compile=off", 1.0),
-)
-PLANS = {"released": RELEASED, "tiny": TINY}
+SIZES = ("256p", "540p", "1080p")
+FOLDER = Path("runs") / "latency"
+DECODERS = ("turbo", "b")
+_REPEATS = {"256p": 5, "540p": 4, "1080p": 2}  # timed requests at most, after one that warms up
+_WARMED = ("256p", "540p")  # at 1080p a request takes half a minute, and two passes have run before
+_FORMS = {
+    "1080p": ("products", "attention"),
+    "540p": ("attention",),
+    "256p": ("products", "experts", "attention"),
+}
 
 
 def suite(
-    plan: str = "released",
-    minutes: float = 25.0,
+    minutes: float = 8.5,
+    dry: bool = False,
     steps: str | None = None,
-    isolate: bool = True,
-    again: bool = False,
     output: str | None = None,
 ) -> str:
-    """Do all measurements in order of value, as many as there is time for, and say what became of each.
+    """Measure everything about inference on one GPU within a time budget, the most valuable first.
 
-    Where a command may not last so long, start it several times with the same output: it does what is missing, then
-    what failed.
+    Each result is appended to OUTPUT/suite.jsonl as soon as it is known, with a log beside it. Then, on any machine:
+    `python -m inference.latency collect input=OUTPUT/suite.jsonl`.
+
+    Example:
+        python -m inference.latency suite
+        python -m inference.latency suite minutes=4 steps="fp8 256p,fp8 1080p"
 
     Args:
-        plan: released, or tiny for a CPU
-        minutes: after which nothing is started, and what runs is stopped
-        steps: names of some of the steps, separated by commas
-        isolate: every step in a process of its own
-        again: also steps that are done
-        output: folder for the results instead of inference/results/latency
+        minutes: time budget; what does not fit is skipped, and said
+        dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
+        steps: names of some of the steps, separated by commas; what they need is run too
+        output: folder of the results instead of runs/latency
 
     Raises:
-        UserError: a setting that cannot be.
+        UserError: no GPU, or a setting that cannot be.
     """
-    if plan not in PLANS:
-        raise UserError(f"plan={plan} is unknown; choose one of {', '.join(PLANS)}")
     if not 0 < minutes < 1000:
-        raise UserError(f"minutes={minutes:g} is impossible; give a number above 0")
-    chosen = _chosen(PLANS[plan], steps)
+        raise UserError(f"minutes={minutes:g} is impossible; give a number above 0 and below 1000")
+    device = torch.device("cpu") if dry else _gpu()
     folder = FOLDER if output is None else Path(output)
-    deadline = time.monotonic() + 60 * minutes
-    state = _Kept(folder, plan)
-    for step in sorted(chosen, key=state.failed):
-        if state.done(step) and not again:
-            continue
-        left = deadline - time.monotonic()
-        if left < _NEEDED * 60 * step.minutes:
-            reason = f"{max(0, left):.0f} s left, it takes about {60 * step.minutes:.0f}"
-            state.keep(step, "skipped", reason, 0.0)
-            continue
-        print(f"== {step.name}: {step.command}", flush=True)
-        start = time.monotonic()
-        expected = 60 * step.minutes
-        limit = min(expected + _PATIENCE, left - _MARGIN)
-        reason = _apart(step, folder, limit) if isolate else _here(step, folder)
-        status = "failed" if reason else "done"
-        if reason.startswith(STOPPED) and limit < 1.5 * expected:
-            status = "skipped"  # it had hardly more time than expected; the next call begins with it
-        state.keep(step, status, reason, time.monotonic() - start)
-    return state.report(chosen)
+    bench = SuiteBench(device, dry)
+    run = BudgetedRun(folder, "suite", 60 * minutes, before=bench.reset_peak, after=bench.memory)
+    bench.run = run
+    chosen = choose(bench.steps(), steps)
+    run.header("suite", dry, records.provenance(device))
+    table = run.run(chosen)
+    return f"{table}\nnext: python -m inference.latency collect input={run.results}"
 
 
-def _chosen(plan: tuple[Step, ...], names: str | None) -> list[Step]:
-    if names is None:
-        return list(plan)
-    wanted = [name.strip() for name in names.split(",")]
-    known = {step.name: step for step in plan}
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"steps={name} is unknown; choose from {', '.join(known)}")
-    return [known[name] for name in wanted]
-
-
-def _apart(step: Step, folder: Path, limit: float) -> str:
-    """Run a step in a process of its own; why it failed, or nothing."""
-    command = [
-        sys.executable,
-        "-m",
-        "inference.latency",
-        *shlex.split(step.command),
-        f"output={folder.absolute()}",
-    ]
-    logs = folder / STATE.parent
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / f"{step.name.replace(' ', '-')}.log").open("w+") as log:
-        process = subprocess.Popen(
-            command, cwd=REPO, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+def _gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise UserError(
+            "torch finds no GPU; `suite dry=true` runs the same steps with a tiny network on the CPU"
         )
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started to compile kernels
-            process.wait()
-            return f"{STOPPED} {limit:.0f} s"
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        log.seek(0)
-        lines = [line for line in log.read().splitlines() if line.strip()]
-    print("\n".join(lines[-12:]), flush=True)
-    if status:
-        return f"status {status}: {lines[-1][:300] if lines else 'it said nothing'}"
-    return ""
+    return device_of("cuda")
 
 
-def _here(step: Step, folder: Path) -> str:
-    from inference.latency.__main__ import COMMANDS
-    from magihuman.command import settings
+def cases(dry: bool) -> dict[str, Case]:
+    """The clip of each size; with `dry` a tiny one of the same structure: windows at 1080p, one stage at 256p."""
+    if not dry:
+        return {size: make(size) for size in SIZES}
+    tiny = make("tiny", steps=2, sr_steps=1, seconds=0.36)
+    base, sr = tiny.stages
+    sr = replace(sr, pack=replace(sr.pack, frame_receptive_field=1))
+    local = replace(sr, config=replace(sr.config, local_attn_layers=local_layers(sr.config.num_layers)))
+    stages = {"256p": (base,), "540p": (base, sr), "1080p": (base, local)}
+    return {size: replace(tiny, size=size, stages=stages[size]) for size in SIZES}
 
-    name, *arguments = shlex.split(step.command)
-    try:
-        print(
-            COMMANDS[name](**settings(COMMANDS[name], [*arguments, f"output={folder}"], "suite")), flush=True
+
+def windows_at_256p(largest: Case) -> Stage:
+    """The base stage's clip with the local layers of the largest size: local attention where fp32 is affordable."""
+    base, sr = largest.stages
+    pack = replace(sr.pack, coords_style=base.pack.coords_style)
+    return replace(base, name="windows", config=sr.config, pack=pack)
+
+
+def planned_bytes(case: Case) -> dict[str, int]:
+    """What `python -m magihuman.zoo plan` computes for each stage alone: `base`, `sr`, `decode`."""
+    base, *further = case.stages
+    (height, width), (_, rows, columns) = (base.height, base.width), case.stride
+    request = plan.Request(
+        base=base.config,
+        patch=base.pack.patch_size,
+        stride=case.stride,
+        released=case.released,
+        frames=case.frames,
+        audio=case.audio,
+        height=height * rows,
+        width=width * columns,
+        text=base.text,
+        second=further[0].config if further else None,
+        enlarged=case.pixels if further else (0, 0),
+        turbo=True,
+        compute=plan.BF16 if case.released else plan.FP32,
+    )
+    names = {"sample": "base", "refine": "sr", "decode": "decode"}
+    return {names[need.stage]: need.alone for need in plan.needs(request) if need.stage in names}
+
+
+class SuiteBench:
+    """The network in its present form, and the steps that measure it.
+
+    Args:
+        device: of the network.
+        dry: tiny sizes, fp32.
+
+    Attributes:
+        run: set before the first step.
+    """
+
+    run: BudgetedRun
+
+    def __init__(self, device: torch.device, dry: bool) -> None:
+        self.device, self.dry = device, dry
+        self.cases = cases(dry)
+        self.largest = self.cases["1080p"]
+        self.dtype = torch.float32 if dry else torch.bfloat16
+        base, sr = self.largest.stages
+        self.stages: dict[str, Stage] = {
+            "256p": base,
+            "windows": windows_at_256p(self.largest),
+            "540p": self.cases["540p"].stages[-1],
+            "1080p": sr,
+        }
+        self.inputs: dict[str, networks.Inputs] = {}
+        self.truths: dict[str, Truth] = {}
+        self.reference: Denoiser | None = None
+        self.network: Denoiser | None = None
+        self.views: dict[str, Denoiser] = {}
+        self.weights = ""
+        self.cold: Values = {}
+
+    # -- between steps
+
+    def reset_peak(self) -> None:
+        """Free what the last step left, and count the peak of memory anew."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def memory(self) -> Values:
+        """Peak of allocated and reserved device memory since `reset_peak`, in bytes."""
+        if self.device.type != "cuda":
+            return {}
+        peak, reserved = (
+            torch.cuda.max_memory_allocated(self.device),
+            torch.cuda.max_memory_reserved(self.device),
         )
-    except Exception as error:  # whatever a step does, the others are not to suffer
-        return f"{type(error).__name__}: {str(error)[:300]}"
-    return ""
+        return {"peak_bytes": peak, "reserved_bytes": reserved}
 
+    def drop(self) -> None:
+        """Free the network in all its forms."""
+        self.reference = self.network = None
+        self.views = {}
+        self.reset_peak()
 
-class _Kept:
-    """What became of every step, on disk."""
+    # -- steps
 
-    def __init__(self, folder: Path, plan: str) -> None:
-        self.path = folder / STATE
-        self.plan = plan
-        self.steps: dict[str, dict[str, Any]] = {}
-        try:
-            values = json.loads(self.path.read_text())
-            self.steps = values["steps"] if values["plan"] == plan else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # a first run, or a folder of something else
+    def steps(self) -> list[Step]:
+        """All steps in order of value, with the seconds that each should take on an H100: assumed until measured."""
+        found = [
+            Step("roof", 6, self.roof),
+            Step("build", 8, self.build),
+            Step("truth", 10, self.truth, ("build",)),
+            *self._of_tier("fast", "build", compile_seconds=32),
+            Step("profile fast 1080p", 9, partial(self.profile, "1080p"), ("fast 1080p first",)),
+            Step("profile fast 256p", 3, partial(self.profile, "256p"), ("fast 256p first",)),
+        ]
+        # The released decoder completes the three rows, so it comes first.
+        for name, seconds_of in (("turbo", (3, 8, 35)), ("b", (2, 3, 5))):
+            for size, seconds in zip(SIZES, seconds_of, strict=True):
+                found.append(Step(f"decode {size} {name}", seconds, partial(self.decode, size, name)))
+        # Weights of its own for every tier: the one before took those of the last network.
+        found += [
+            Step("fp8 build", 8, self.build),
+            *self._of_tier("fp8", "fp8 build", compile_seconds=18),
+            Step("reference build", 8, self.build),
+            Step("reference prepare", 1, partial(self.prepare, "reference"), ("reference build",)),
+            Step("reference 256p first", 6, partial(self.first, "reference", "256p"), ("reference prepare",)),
+            Step("reference 256p", 6, partial(self.clip, "reference", "256p"), ("reference 256p first",), 12),
+        ]
+        for size, seconds in (("256p", 20), ("1080p", 25), ("540p", 12)):
+            found.append(Step(f"kernels {size}", seconds, partial(self.kernels, size)))
+        return [
+            *found,
+            Step("fp8_attention kernel", 1, self.require_fp8_attention),
+            Step("fp8_attention build", 8, self.build, ("fp8_attention kernel",)),
+            *self._of_tier("fp8_attention", "fp8_attention build", compile_seconds=18),
+        ]
 
-    def done(self, step: Step) -> bool:
-        return self.steps.get(step.name, {}).get("status") == "done"
+    def _of_tier(self, tier: str, network: str, compile_seconds: float) -> list[Step]:
+        """First passes, which compile, record CUDA graphs and are compared with the reference; then whole requests."""
+        found = [Step(f"{tier} prepare", 4, partial(self.prepare, tier), (network,))]
+        for name, first, clip, most in (
+            ("256p", compile_seconds, 2, 9),
+            ("windows", 5, None, None),
+            ("540p", 0.8 * compile_seconds + 2, 11, 22),
+            (
+                "1080p",
+                0.8 * compile_seconds + 15,
+                36,
+                None,
+            ),  # one request; its passes show how steady they are
+        ):
+            passed = f"{tier} {name} first"
+            found.append(Step(passed, first, partial(self.first, tier, name), (f"{tier} prepare",)))
+            if clip is not None:
+                needs = tuple(dict.fromkeys((f"{tier} 256p first", passed)))
+                found.append(Step(f"{tier} {name}", clip, partial(self.clip, tier, name), needs, most))
+        return found
 
-    def failed(self, step: Step) -> bool:
-        return self.steps.get(step.name, {}).get("status") == "failed"
+    def roof(self) -> Values:
+        """What the device reaches in one large product and one large copy."""
+        return {"roof": measure_roof(self.device, self.dtype)}
 
-    def keep(self, step: Step, status: str, reason: str, seconds: float) -> None:
-        values = {"status": status, "seconds": round(seconds, 1), "command": step.command}
-        self.steps[step.name] = {**values, **({"reason": reason} if reason else {})}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps({"plan": self.plan, "steps": self.steps}, indent=1) + "\n")
-        if status != "done":
-            print(f"   {status}: {reason}", flush=True)
+    def build(self) -> Values:
+        """The network of the largest size with random weights."""
+        self.drop()
+        start = time.perf_counter()
+        self.reference, self.weights = networks.build(self.largest, self.device, self.dtype, None)
+        self._wait()
+        self.cold = {"build": round(time.perf_counter() - start, 3)}
+        return {"weights": self.weights, **self.cold}
 
-    def report(self, chosen: list[Step]) -> str:
-        lines = []
-        for step in chosen:
-            values = self.steps[step.name]
-            reason = f"  {values['reason']}" if "reason" in values else ""
-            lines.append(f"{step.name:<22}{values['status']:<9}{values['seconds']:>7.1f} s{reason}")
-        return "\n".join([*lines, f"results in {self.path.parents[1]}"])
+    def truth(self) -> Values:
+        """The reference's velocities on fixed inputs: in fp32 at 256p, in its own dtype at 540p too.
+
+        At 1080p the reference alone would compile FlexAttention and take minutes; its parts, windows and length, are
+        checked at 256p and when a kernel is chosen.
+        """
+        assert self.reference is not None
+        found: Values = {}
+        for name in ("256p", "windows", "540p"):
+            seen = networks.view(self.reference, self.stages[name])
+            if name == "windows":
+                seen.model.attention_backend = "windowed"  # plain products, nothing to compile
+            start = time.perf_counter()
+            self.inputs[name] = networks.draw(self.stages[name], self.reference, self.device)
+            self.truths[name] = Truth(seen, self.inputs[name], exact=name != "540p")
+            found[name] = {"seconds": round(time.perf_counter() - start, 2)}
+            if self.truths[name].why_not:
+                found[name]["missing"] = self.truths[name].why_not
+        return {"truth": found}
+
+    def prepare(self, tier: str) -> Values:
+        """The network in the form of a tier; on a GPU its layers are taken from the reference one by one."""
+        assert self.reference is not None
+        start = time.perf_counter()
+        # Static: the sizes share one network here, and torch would make the second size's shapes symbolic.
+        changes = {} if self.dry or tier == "reference" else {"compile": "static"}
+        release = not self.dry and tier != "reference"
+        self.network = networks.faster(self.reference, tier, self.device, release, changes)
+        if release:
+            self.reference = None
+        self._wait()
+        self.views = {name: networks.view(self.network, stage) for name, stage in self.stages.items()}
+        self.cold["prepare"] = round(time.perf_counter() - start, 3)
+        return {"prepare": self.cold["prepare"], **networks.facts(self.network)}
+
+    def first(self, tier: str, name: str) -> Values:
+        """The first pass of a size, which compiles; its error; and all that a row says beside times."""
+        assert self.network is not None
+        view, stage = self.views[name], self.stages[name]
+        if name not in self.inputs:
+            self.inputs[name] = networks.draw(stage, view, self.device)
+        start = time.perf_counter()
+        velocities, reasons = networks.first_passes(
+            view, (self.network, *self.views.values()), self.inputs[name]
+        )
+        self._wait()
+        values: Values = {"tier": tier, "size": name, "first_pass": round(time.perf_counter() - start, 3)}
+        if reasons:
+            values["gave_up"] = reasons
+        if name in self.truths:
+            values["errors"] = self.truths[name].errors(velocities)
+        elif not all(bool(torch.isfinite(part).all()) for part in velocities):
+            raise ValueError("the network's velocities are not finite")
+        start = time.perf_counter()
+        networks.one_pass(view, self.inputs[name])
+        self._wait()
+        values["second_pass"] = round(time.perf_counter() - start, 4)
+        if name in self.cases:
+            row = described(self.cases[name], tier, view, self.weights, None) | {"cold": dict(self.cold)}
+            values["row"] = row | networks.kernel_of(view, self.inputs[name])
+        return values
+
+    def clip(self, tier: str, size: str) -> Values:
+        """Whole requests without codecs: noise, the base loop, super-resolution."""
+        case = self.cases[size]
+        views = {"base": self.views["256p"]} | ({"sr": self.views[size]} if len(case.stages) > 1 else {})
+        request = Request(case, views, None, self.device)
+        warm = size in _WARMED and tier != "reference"
+        for number in self.run.repeat((1 if self.dry else _REPEATS[size]) + warm):
+            with timed_calls(views, self.device) as passes:
+                times = request.run(look_for_waits=number == 0)
+            counted = not (warm and number == 0)
+            rounded = {name: round(seconds, 5) for name, seconds in times.items()}
+            worked = {name: round(seconds, 5) for name, seconds in request.worked.items()}
+            processor = {"processor_time": worked} if worked else {}
+            self.run.add(f"{tier} {size}", "run", times=rounded, counted=counted, passes=passes, **processor)
+        state = records.gpu_state() if self.device.type == "cuda" else {}
+        return {
+            "tier": tier,
+            "size": size,
+            "host_waits": request.waits,
+            "gpu": state,
+            "planned_bytes": planned_bytes(case)["sr" if "sr" in views else "base"],
+        }
+
+    def profile(self, size: str) -> Values:
+        """Where the time of one pass goes, kernel by kernel."""
+        view, inputs = self.views[size], self.inputs[size]
+        return {"size": size, "profile": profile_pass(lambda: networks.one_pass(view, inputs), self.device)}
+
+    def decode(self, size: str, name: str) -> Values:
+        """A decoder alone, with and without cuDNN's algorithm search.
+
+        The network is freed first: at 1080p an 80 GB card does not hold it beside a decoder at work.
+        """
+        self.drop()
+        case, own = self.cases[size], name
+        if self.dry:
+            own = {"turbo": "codec", "b": "tiny"}[name]
+        repeat = 1 if size == "1080p" and name == "turbo" else 3
+        rows = []
+        for search in (False, True):
+            row = decoder_row(case, own, "contiguous", self.device, "auto", repeat, search)
+            rows.append({**row, "decoder": name})
+            self.reset_peak()
+        if all("reason" in row["measured"] for row in rows):
+            raise RuntimeError(rows[0]["measured"]["reason"])
+        return {"size": size, "rows": rows, "planned_bytes": planned_bytes(case)["decode"]}
+
+    def kernels(self, size: str) -> Values:
+        """Matrix products, experts and attention alone at a size's shapes."""
+        self.drop()
+        bench = Microbenchmark(self.cases[size], self.device, self.dtype, budget=0.0 if self.dry else 0.3)
+        groups: dict[str, Callable[[], list[Values]]] = {
+            "products": bench.products,
+            "experts": bench.experts,
+            # The reference's own windows would be compiled first, for half a minute.
+            "attention": partial(bench.attention, reference=size != "1080p"),
+        }
+        rows: list[Values] = []
+        for group in _FORMS[size]:
+            rows += groups[group]()
+        return {"size": size, "rows": [{**row, "size": size} for row in rows]}
+
+    def require_fp8_attention(self) -> Values:
+        """Whether 8-bit attention can run here.
+
+        Raises:
+            UserError: it cannot, with the reason.
+        """
+        require_kernel("fp8_attention", self.device, torch.bfloat16)
+        return {}
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

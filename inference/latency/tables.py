@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from inference.latency import records
+from inference.latency.gpu_tables import card, memory_table, newest, origin, profile_table, training_table
 from inference.latency.ladder_table import gains_table
 from inference.latency.predicted_table import predicted_table
 from inference.roofline.bounds import PUBLISHED
 from magihuman.errors import UserError
+from magihuman.gpus import GPUS
 
 REPO = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
@@ -23,20 +25,6 @@ Row = dict[str, Any]
 def block_pattern() -> re.Pattern[str]:
     """Of the README's blocks that are made here."""
     return re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n(.*?)<!-- end -->", re.DOTALL)
-
-
-def latest(folder: Path, kind: str, key: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
-    """Rows of a kind, each with its file's name and provenance; of rows with the same key the newest."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for values in records.read(folder):
-        if values["kind"] == kind:
-            for row in values["rows"]:
-                found[key(row), values["provenance"]["machine"]] = {
-                    **row,
-                    "file": values["file"],
-                    "made": values["provenance"],
-                }
-    return list(found.values())
 
 
 def measured(folder: Path) -> list[Row]:
@@ -57,7 +45,7 @@ def measured(folder: Path) -> list[Row]:
             tokens,
         )
 
-    return latest(folder, "measure", key)
+    return newest(folder, "measure", key)
 
 
 def on_gpu(row: Row) -> bool:
@@ -65,54 +53,88 @@ def on_gpu(row: Row) -> bool:
     return "gpu" in row["made"]
 
 
+_COLUMNS = (
+    "| clip | device | tier | N (base / SR) | steps | base s | SR s | decode + host s | total s | error "
+    "| weights |"
+)
+_RULER = "|---|---|---|---|---|---:|---:|---:|---:|---:|---|"
+
+
 def latency_table(folder: str) -> str:
-    """Markdown: the published table, and every measured row of the same clips on a GPU."""
-    lines = [
-        "| clip | device | tier | N (base / SR) | steps | base s | SR s | decode + host s | total s | "
-        "error vs reference | weights |",
-        "|---|---|---|---|---|---:|---:|---:|---:|---:|---|",
-    ]
-    rows = [row for row in measured(REPO / folder) if on_gpu(row)]
+    """Markdown: the published table with the rows of ours on the same card below it, and a table for every other card.
+
+    H100s and H200s stay apart: the published card is an H100.
+    """
+    rows = [row for row in measured(REPO / folder) if on_gpu(row) and row["model"] == "15b"]
+    same = [row for row in rows if _is_published_card(row)]
+    lines = [_COLUMNS, _RULER]
     for size, times in PUBLISHED.items():
         sr = f"{times['sr']:.1f}" if "sr" in times else "-"
         lines.append(
             f"| {size} | H100, published | not said | not said | 8{' / 5' if 'sr' in times else ''} | "
             f"{times['base']:.1f} | {sr} | {times['decode']:.1f} | {times['total']:.1f} | - | trained |"
         )
-        lines += [_gpu_line(row) for row in rows if row["size"] == size]
+        lines += [_gpu_line(row) for row in same if row["size"] == size]
     lines.append("")
-    if not rows:
+    if not same:
         lines.append(
-            "No GPU was at hand yet: there is no row of ours. `python -m inference.latency suite` measures them all."
+            "No row of ours: no H100 was available yet. `python -m inference.latency suite` measures them all."
         )
-        return "\n".join(lines)
-    lines.append(
-        f"Medians; the total is base + SR + decode + copy to the host's memory. {_made(rows)} N counts video, audio "
-        "and text tokens. Random weights: the times stand, the pictures mean nothing. An H200 is not the H100 of the "
-        "published table: its arithmetic is equal, its memory faster, which is worth 3 to 5 % here."
-    )
+    for machine in sorted({row["made"]["machine"] for row in rows if not _is_published_card(row)}):
+        own = [row for row in rows if row["made"]["machine"] == machine]
+        lines += ["", f"{card(machine)}, another card than the published one:", "", _COLUMNS, _RULER]
+        lines += [_gpu_line(row) for size in PUBLISHED for row in own if row["size"] == size]
+        lines.append("")
+    if rows:
+        lines.append(
+            "Medians with extremes of one process; the total is base + SR + decode with the copy to the host's memory. "
+            f"{origin(rows)} N counts video, audio and text tokens. Error: relative L2 distance of the velocities, at "
+            "256p from fp32, with windows for 1080p. Random weights: the times stand, the pictures mean nothing."
+        )
     return "\n".join(lines)
+
+
+def _is_published_card(row: Row) -> bool:
+    return card(row["made"]["machine"]) == GPUS["h100"].name
 
 
 def _gpu_line(row: Row) -> str:
     stages, geometry = row["stages"], row["geometry"]
-    host = _seconds(stages, "video decode", "to host")
     total = row.get("comparable")
     mark = "" if row["steady"] else " (unsteady)"
+    decoder = "no decoder" if row["decoder"] is None else row["decoder"]["name"]
     cells = [
         row["size"],
-        row["made"]["machine"],
-        f"{row['tier']} ({row['exactness']}), {row['decoder']['name']}" + _lacking(row),
+        card(row["made"]["machine"]),
+        ", ".join([f"{row['tier']} ({row['exactness']})", *_kernel(row), decoder]) + _lacking(row),
         " / ".join(str(stage["tokens"]["total"]) for stage in geometry.values()),
         " / ".join(str(stage["steps"]) for stage in geometry.values()),
         _cell(stages["base"]),
         _cell(stages["sr"]) if "sr" in stages else "-",
-        host,
+        _decode_cell(stages),
         (f"{total['median']:.2f}" if total else "n/a") + mark,
         _error(row),
         row["weights"].split(",")[0],
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def decode_seconds(stages: Row) -> float | None:
+    """Of the decoder with the copy to the host's memory, measured together or one after the other."""
+    names = ("decode to host",) if "decode to host" in stages else ("video decode", "to host")
+    if any("median" not in stages.get(name, {}) for name in names):
+        return None
+    return sum(stages[name]["median"] for name in names)
+
+
+def _decode_cell(stages: Row) -> str:
+    seconds = decode_seconds(stages)
+    return "n/a" if seconds is None else f"{seconds:.3f}"
+
+
+def _kernel(row: Row) -> list[str]:
+    """The attention kernel that ran; the reference leaves the choice to torch."""
+    return [row["attention_kernel"]] if "attention_kernel" in row else []
 
 
 def _lacking(row: Row) -> str:
@@ -126,12 +148,6 @@ def _cell(found: Row) -> str:
         return "n/a"
     digits = 2 if found["median"] >= 1 else 3
     return f"{found['median']:.{digits}f} [{found['min']:.{digits}f}, {found['max']:.{digits}f}]"
-
-
-def _seconds(stages: Row, *names: str) -> str:
-    if any("status" in stages.get(name, {"status": ""}) for name in names):
-        return "n/a"
-    return f"{sum(stages[name]['median'] for name in names):.3f}"
 
 
 def worst(errors: Row, key: str) -> float | None:
@@ -182,7 +198,7 @@ def cpu_table(folder: str) -> str:
     lines.append(
         f"Measured on a CPU, medians; the clock's with extremes. {' or '.join(map(str, threads))} thread(s); load "
         f"average of the machine at the start up to {load:g}: where it is above the threads, other programs lengthened "
-        f"the clock's times, not the processor's. {_made(rows)}"
+        f"the clock's times, not the processor's. {origin(rows)}"
     )
     return "\n".join(lines)
 
@@ -198,49 +214,37 @@ def _ratio(row: Row) -> str:
 
 
 def decoders_table(folder: str) -> str:
-    """Markdown: parameters and arithmetic of the video decoders, computed; their times where they were measured."""
+    """Markdown: parameters, FLOPs and memory of the video decoders, computed; below each what was measured."""
 
     def key(row: Row) -> tuple[Any, ...]:
-        return row["size"], row["decoder"], row["layout"], row["frames"]
+        return row["size"], row["decoder"], row["layout"], row["frames"], row.get("cudnn_benchmark", False)
 
-    rows = [row for row in latest(REPO / folder, "decode", key) if "flops" in row]
+    rows = [row for row in newest(REPO / folder, "decode", key) if "flops" in row]
     lines = [
-        "| clip | decoder | parameters | TFLOP, computed | memory, computed | least s on an H100, computed | "
-        "measured s |",
-        "|---|---|---:|---:|---:|---:|---|",
+        "| clip | decoder | | parameters | TFLOP | peak GB | s |",
+        "|---|---|---|---:|---:|---:|---|",
     ]
     order = list(PUBLISHED)
-    for row in sorted(rows, key=lambda r: (order.index(r["size"]), -r["flops"])):
-        found = row["measured"]
-        where = f"{row['made']['machine']}, {row['layout']}"
-        cells = [
-            row["size"],
-            row["decoder"],
-            f"{row['parameters'] / 1e6:.1f} M",
-            f"{row['flops'] / 1e12:.1f}",
-            f"{row['computed']['peak_memory_bytes'] / 1e9:.2f} GB",
-            f"{row['computed']['least_seconds_h100']:.3f}",
-            "-" if "status" in found else f"{_cell(found['seconds'])}, {where}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"5 s at 25 fps, random weights, bf16. {_made(rows)}" if rows else "Nothing computed yet.",
-    ]
-    return "\n".join(lines)
+    counted: set[tuple[str, str]] = set()
+    for row in sorted(rows, key=lambda r: (order.index(r["size"]), -r["flops"], not _timed(r))):
+        name, found = f"| {row['size']} | {row['decoder']} |", row["measured"]
+        if (row["size"], row["decoder"]) not in counted:
+            counted.add((row["size"], row["decoder"]))
+            least = f"at least {row['computed']['least_seconds_h100']:.3f} on an H100"
+            cells = [f"{row['parameters'] / 1e6:.1f} M", f"{row['flops'] / 1e12:.1f}"]
+            memory = f"{row['computed']['peak_memory_bytes'] / 1e9:.2f}"
+            lines.append(f"{name} *computed* | {' | '.join(cells)} | {memory} | {least} |")
+        if _timed(row):
+            where = f"measured, {card(row['made']['machine'])}, {row['layout'].replace('_', ' ')}"
+            where += ", cudnn.benchmark" if row.get("cudnn_benchmark") else ""
+            memory = f"{found['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in found else "-"
+            lines.append(f"{name} {where} | | | {memory} | {_cell(found['to_host_seconds'])} |")
+    told = "5 s at 25 fps, random weights, bf16; times are to pictures in the host's memory."
+    return "\n".join([*lines, "", f"{told} {origin(rows)}" if rows else "Nothing computed yet."])
 
 
-def _made(rows: list[Row]) -> str:
-    """Where rows come from: newest and oldest day, commits, machines."""
-    days = sorted({row["made"]["date"][:10] for row in rows})
-    commits = {
-        row["made"]["code"].get("commit", "sources " + row["made"]["code"].get("sources", "unknown"))[:12]
-        + (" with changes" if row["made"]["code"].get("changed") else "")
-        for row in rows
-    }
-    machines = {f"{row['made']['machine']}, torch {row['made']['libraries']['torch']}" for row in rows}
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"{'; '.join(sorted(machines))}; {when}; commit {', '.join(sorted(commits))}."
+def _timed(row: Row) -> bool:
+    return "to_host_seconds" in row["measured"]
 
 
 TABLES: dict[str, Callable[[str], str]] = {
@@ -249,6 +253,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decoders": decoders_table,
     "gains": gains_table,
     "predicted": predicted_table,
+    "profile": profile_table,
+    "memory-peaks": memory_table,
+    "training": training_table,
 }
 PREDICTED = "inference/results/predictions/h200.json"
 
@@ -271,26 +278,48 @@ def render(text: str) -> str:
     return block_pattern().sub(block, text)
 
 
+READMES = ("README.md", "inference/latency/README.md")
+"""Pages with rendered tables, relative to the repository's root."""
+
+
 def check_readme(readme: Path | None = None) -> str:
-    """Prove that the README's tables are those of the result files, and the picture too.
+    """Prove that the tables of the READMEs are those of the result files, and the picture too.
+
+    Args:
+        readme: only this page.
 
     Raises:
         UserError: a table differs, or there is none.
     """
     from inference.latency.picture import check_pictures
 
-    file = REPO / "README.md" if readme is None else readme
-    text = file.read_text(encoding="utf-8")
-    blocks = block_pattern().findall(text)
+    blocks: list[tuple[str, str, str]] = []
+    files = [REPO / name for name in READMES] if readme is None else [readme]
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        blocks += block_pattern().findall(text)
+        if render(text) != text:
+            raise UserError(f"{file.name} differs from its result files; run `python -m eval.readme`")
     if not any(kind == "latency" for kind, _, _ in blocks):
         raise UserError(
-            f"{file.name} has no block <!-- latency inference/results/latency --> ... <!-- end -->"
+            f"{files[0].name} has no block <!-- latency inference/results/latency --> ... <!-- end -->"
         )
-    if render(text) != text:
-        raise UserError(f"{file.name} differs from its result files; run `python -m eval.readme`")
     folders = {argument.strip() for kind, argument, _ in blocks if kind == "latency"}
     pictures = [name for folder in sorted(folders) for name in check_pictures(REPO / folder)]
-    return f"{len(blocks)} tables of {file.name} and {len(pictures)} pictures are those of the result files"
+    names = " and ".join(file.name if readme else str(file.relative_to(REPO)) for file in files)
+    return f"{len(blocks)} tables of {names} and {len(pictures)} pictures are those of the result files"
+
+
+def update_readmes() -> list[str]:
+    """Render the benchmark's tables in every page anew; a line for each page that changed."""
+    changed = []
+    for name in READMES:
+        old = (REPO / name).read_text(encoding="utf-8")
+        new = render(old)
+        if new != old:
+            (REPO / name).write_text(new, encoding="utf-8")
+            changed.append(f"rendered: {name}")
+    return changed
 
 
 def table(output: str | None = None, picture: bool = True) -> str:

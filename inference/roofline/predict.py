@@ -6,7 +6,7 @@ one measured product); they are to be replaced by measured ones. Nothing here is
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inference.roofline.cases import Case, Stage
 from inference.roofline.work import BF16, pointwise_bytes
@@ -69,6 +69,9 @@ class Rung:
     rates: Rates
 
 
+CUDNN = 580, 545
+"""10^12 FLOP/s assumed of cuDNN's attention, with all pairs and in windows: FlashAttention-3 is not on PyPI."""
+
 LADDER = (
     Rung(
         "eager",
@@ -91,8 +94,13 @@ LADDER = (
         Rates(685, 685, 580, 380, 1.05, False, False, 0.0007, 128),
     ),
     Rung(
+        "windows",
+        "windows as dense attention by cuDNN, merged by log-sum-exp",
+        Rates(685, 685, CUDNN[0], CUDNN[1], 1.05, False, False, 0.0007, 128),
+    ),
+    Rung(
         "attention",
-        "FlashAttention-3 or -4, windows as dense attention merged by log-sum-exp",
+        "FlashAttention-3 or -4 instead of cuDNN",
         Rates(685, 685, 640, 600, 1.05, False, False, 0.0007, 128),
     ),
     Rung(
@@ -103,6 +111,26 @@ LADDER = (
     Rung("fp8", "FP8 linears", Rates(1120, 1120, 650, 630, 1.0, False, False, 0.0005, 128)),
     Rung("fp8_attention", "FP8 attention", Rates(1120, 1120, 950, 900, 1.0, False, False, 0.0005, 128)),
 )
+
+
+_TIERS = {"fast": "attention", "fp8": "fp8", "fp8_attention": "fp8_attention"}
+
+
+def rates_of(tier: str, kernel: str) -> Rates:
+    """Assumed rates of a tier with the attention kernel that really ran; a rung of the ladder assumes the best one.
+
+    Args:
+        tier: fast, fp8 or fp8_attention; kernel: a name of `inference.fast.kernels`.
+    """
+    rates = next(rung.rates for rung in LADDER if rung.key == _TIERS[tier])
+    if kernel in ("fa3", "fp8"):
+        return rates
+    return replace(rates, attention=CUDNN[0], local=CUDNN[1])
+
+
+def machine_of(device_name: str) -> Machine | None:
+    """The machine that torch gives this name; None where no rates are assumed for it."""
+    return next((machine for machine in (H200, H100) if machine.name in device_name), None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from magihuman.errors import UserError
 
@@ -12,6 +12,10 @@ EXPERTS = 3
 
 COORDS_STYLES = ("v1", "v2")
 """v2: base and distilled models; v1: super-resolution models (SPEC 2.1)."""
+
+Checkpointing = Literal[False, True, "attention"]
+"""What the backward pass recomputes of the blocks: nothing, everything, or all but attention; see
+`magihuman.models.recomputation`."""
 
 _Config = TypeVar("_Config", bound="_FromDict")
 

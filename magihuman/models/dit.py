@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from magihuman.models.attention import attention
-from magihuman.models.config import DiTConfig, LoraConfig, TreadConfig
+from magihuman.models.config import Checkpointing, DiTConfig, LoraConfig, TreadConfig
 from magihuman.models.layers import (
     ExpertLinear,
     RMSNorm,
@@ -22,6 +21,7 @@ from magihuman.models.layers import (
     swiglu7_projection,
     updates,
 )
+from magihuman.models.recomputation import recomputed
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.tokens import Layout
 
@@ -82,8 +82,13 @@ class Attention(nn.Module):
         window: int | None,
         dtype: torch.dtype,
         adapter: str | None = None,
+        traced: bool = True,
     ) -> list[Tensor]:
-        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with an adapter."""
+        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with an adapter.
+
+        Args:
+            traced: whether a compiled graph may contain the attention itself.
+        """
         heads, shared, dim = self.config.num_heads, self.config.num_query_groups, self.config.head_dim
         # Columns: queries and keys (normalised and rotated together), values, gates.
         widths = [(heads + shared) * dim, shared * dim, heads if self.config.enable_attn_gating else 0]
@@ -107,7 +112,7 @@ class Attention(nn.Module):
             keys.append(k)
             values.append(v.to(dtype).unflatten(-1, (shared, dim)))
             gates.append(gate)
-        attend = attention if layout.uniform else _attention_untraced
+        attend = attention if traced and layout.uniform else _attention_untraced
         out = attend(_join(queries), _join(keys), _join(values), layout, backend, window)
         results = []
         pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
@@ -173,12 +178,13 @@ class Block(nn.Module):
         window: int | None,
         dtype: torch.dtype,
         adapter: str | None = None,
+        traced: bool = True,
     ) -> Tensor:
-        """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]."""
+        """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]; `traced` as for `Attention`."""
         parts: tuple[Tensor, ...] = x.split(layout.sizes) if self.multimodal else (x,)
         tables = table.split(layout.sizes) if self.multimodal else (table,)
         window = window if self.local else None
-        attended = self.attention(parts, tables, layout, backend, window, dtype, adapter)
+        attended = self.attention(parts, tables, layout, backend, window, dtype, adapter, traced)
         middle = _add(parts, attended, self.attn_post_norm, dtype)
         return _join(_add(middle, self.mlp(middle, dtype, adapter), self.mlp_post_norm, torch.float32))
 
@@ -231,7 +237,8 @@ class SingleStreamDiT(nn.Module):
             Embedders, norms and heads are always fp32.
 
     Attributes:
-        gradient_checkpointing: recompute each block in the backward pass.
+        gradient_checkpointing: what the backward pass recomputes of each block: nothing (False), everything (True), or
+            all but attention ("attention"), see `magihuman.models.recomputation`.
         tread: token routing, in training mode only; None for none.
         tread_generator: source of the routing's draws; None takes torch's default one.
         attention_backend: see `magihuman.models.attention`.
@@ -254,7 +261,7 @@ class SingleStreamDiT(nn.Module):
             raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16, not {compute_dtype}")
         self.config = config
         self.compute_dtype = compute_dtype
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Checkpointing = False
         self.tread: TreadConfig | None = None
         self.tread_generator: torch.Generator | None = None
         self.attention_backend = "auto"
@@ -380,8 +387,9 @@ class SingleStreamDiT(nn.Module):
     ) -> Tensor:
         for layer in self.block.layers[start:stop]:
             inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, adapter)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            mode = self.gradient_checkpointing
+            if mode and torch.is_grad_enabled():
+                x = recomputed(layer, *inputs, mode != "attention", mode=mode)
             else:
                 x = layer(*inputs)
         return x

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from magihuman.models.config import DiTConfig
+from magihuman.models.config import DiTConfig, LoraConfig, TreadConfig
 
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Of all samples' tokens: the blocks' products, attention (scores and values), embedders and heads."""
+    """Of all samples' tokens: the blocks' products, attention (scores and values), embedders and final linears."""
 
     products: int
     attention: int
@@ -19,7 +19,15 @@ class ForwardFlops:
 
 
 def forward_flops(
-    config: DiTConfig, video: int, audio: int, text: int, *, frames: int = 0, window: int | None = None
+    config: DiTConfig,
+    video: int,
+    audio: int,
+    text: int,
+    *,
+    frames: int = 0,
+    window: int | None = None,
+    layers: int | None = None,
+    tread: TreadConfig | None = None,
 ) -> ForwardFlops:
     """Of one sample. Each token runs through one expert.
 
@@ -27,17 +35,41 @@ def forward_flops(
         video, audio, text: tokens of the sample.
         frames: latent frames; window: frames that a video token of a local layer sees to each side. Without a window
             all layers see everything.
+        layers: only so many of the first blocks and the embedders, what a feature of the last of them takes; None is
+            the whole network.
+        tread: routing in training, by which a span of layers sees a share of each modality's tokens.
     """
-    length, hidden = video + audio + text, config.hidden_size
+    hidden, whole = config.hidden_size, (video, audio, text)
     products = attention = 0
-    for layer in range(config.num_layers):
+    for layer in range(config.num_layers if layers is None else layers):
+        video, audio, text = whole
+        if tread is not None and tread.start_layer <= layer <= tread.end_layer:
+            video, audio, text = (min(n, max(1, round(tread.selection_rate * n))) for n in whole)
+        length = video + audio + text
         columns = config.qkv_width + hidden + config.up_width(layer) + config.intermediate_size(layer)
         products += 2 * length * hidden * columns
         local = window is not None and layer in config.local_attn_layers
         seen = attention_pairs(video, audio + text, frames, window if local else None)
         attention += 4 * seen * hidden
+    video, audio, text = whole
     channels = video * config.video_in_channels + audio * config.audio_in_channels
-    return ForwardFlops(products, attention, 2 * hidden * (2 * channels + text * config.text_in_channels))
+    heads = channels if layers is None else 0
+    return ForwardFlops(products, attention, 2 * hidden * (channels + text * config.text_in_channels + heads))
+
+
+def adapter_flops(config: DiTConfig, lora: LoraConfig, tokens: int, *, layers: int | None = None) -> int:
+    """Of an adapter's own products in one forward pass, x A' and (x A') B' beside every block matrix.
+
+    Its embedders and final linears stand in for the base's and are counted there.
+
+    Args:
+        tokens: of the sample, each of which runs through one expert; layers: as for `forward_flops`.
+    """
+    hidden, sides = config.hidden_size, 0  # rows + columns of one expert's matrices
+    for layer in range(config.num_layers if layers is None else layers):
+        sides += (hidden + config.qkv_width) + 2 * hidden
+        sides += (hidden + config.up_width(layer)) + (config.intermediate_size(layer) + hidden)
+    return 2 * tokens * lora.rank * sides
 
 
 def attention_pairs(video: int, others: int, frames: int = 0, window: int | None = None) -> int:

@@ -46,6 +46,10 @@ def resident_gb() -> float:
 class LogLines(L.Callback):
     """Every `every` steps: averages since the last line, learning rate, throughput, memory, MFU; progress.
 
+    `tflops` is of this process: model FLOPs (`Recipe.batch_flops`) by the seconds since the last line, less those that
+    callbacks took; `mfu` is their share of the GPU's bf16 peak, whatever the precision. Recomputed activations and
+    evaluation count in neither.
+
     The bar is drawn on a terminal; elsewhere a line is printed every half minute.
 
     Attributes:

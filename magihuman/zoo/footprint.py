@@ -8,7 +8,7 @@ device. What kernels take for themselves (workspaces of convolutions and attenti
 from dataclasses import dataclass
 from math import prod
 
-from magihuman.models.config import DiTConfig
+from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.models.student_config import REACH, StudentConfig
 
 BF16, FP32 = 2, 4
@@ -155,22 +155,29 @@ def backward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
     return (FP32 * config.hidden_size + widest) * tokens.total
 
 
-def training_bytes(config: DiTConfig, tokens: Tokens, compute: int, checkpointing: bool) -> int:
+def kept_bytes(config: DiTConfig, tokens: Tokens, compute: int, checkpointing: Checkpointing) -> int:
+    """What one block keeps until it is recomputed: its fp32 input, and with "attention" also attention's result in the
+    compute dtype and the fp32 log-sum-exp of every query head."""
+    attention = compute * config.hidden_size + FP32 * config.num_heads if checkpointing == "attention" else 0
+    return (FP32 * config.hidden_size + attention) * tokens.total
+
+
+def training_bytes(config: DiTConfig, tokens: Tokens, compute: int, checkpointing: Checkpointing) -> int:
     """Peak of activations in a training step, without weights and gradients.
 
     Args:
-        checkpointing: blocks are recomputed in the backward pass, so only their inputs are kept.
+        checkpointing: what of the blocks is recomputed in the backward pass, one block at a time; False keeps all.
     """
     hidden, layers = config.hidden_size, range(config.num_layers)
     saved = [saved_bytes(config, i, tokens, compute) for i in layers]
-    kept = (
-        FP32 * hidden * tokens.total * (config.num_layers - 1) + max(saved) if checkpointing else sum(saved)
-    )
+    kept = sum(saved)
+    if checkpointing:
+        kept = (config.num_layers - 1) * kept_bytes(config, tokens, compute, checkpointing) + max(saved)
     heads = 2 * FP32 * hidden * tokens.total
     return kept + heads + backward_bytes(config, tokens, compute) + _table_bytes(config, tokens)
 
 
-def cast_bytes(config: DiTConfig, compute: int, checkpointing: bool) -> int:
+def cast_bytes(config: DiTConfig, compute: int, checkpointing: Checkpointing) -> int:
     """Copies of fp32 master matrices in the compute dtype that wait for the backward pass."""
     if compute == FP32:
         return 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from magihuman import zoo
 from magihuman.errors import UserError
-from magihuman.models.config import DiTConfig
+from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.zoo import plan as infer
 from magihuman.zoo import plan_training as training
 from magihuman.zoo.footprint import BF16, FP32
@@ -45,7 +45,7 @@ def plan(
     guided: bool | None = None,
     cfg_passes: int = 1,
     turbo: bool = False,
-    checkpointing: bool = True,
+    checkpointing: Checkpointing = True,
     ema: str = "gpu",
     rank: int = 128,
 ) -> str:
@@ -71,7 +71,7 @@ def plan(
         guided: infer: with guidance; none is the checkpoint's own setting
         cfg_passes: infer: 1, both sides of the guidance at once; 2, one after the other
         turbo: infer: decode with the Turbo decoder
-        checkpointing: training: recompute blocks in the backward pass
+        checkpointing: training: recompute blocks in the backward pass: true, false, or attention: all but attention
         ema: training: the average on the gpu or the cpu
         rank: dmd2: of adapters
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from magihuman.models.config import DiTConfig
+from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import ADAM, BF16, FP32, Tokens
 from magihuman.zoo.plan import GB, RESERVE
@@ -20,13 +20,15 @@ class Run:
     Attributes:
         tokens: of the samples that one GPU sees at once.
         compute: bytes of the compute dtype.
+        checkpointing: what of the blocks is recomputed in the backward pass: nothing (False), everything, or all but
+            "attention".
         ema: "gpu" or "cpu"; rank: of adapters.
     """
 
     config: DiTConfig
     tokens: Tokens
     compute: int = BF16
-    checkpointing: bool = True
+    checkpointing: Checkpointing = True
     ema: str = "gpu"
     rank: int = 128
 
@@ -35,12 +37,14 @@ def state_bytes(run: Run, task: str, holding: str = "full") -> int:
     """Weights, gradients, optimiser and average of all GPUs together, by fp32 masters and Adam.
 
     Args:
-        task: "pretrain" or "dmd2"; holding: of the latter, one of HOLDINGS.
+        task: "pretrain", "lora" or "dmd2"; holding: of the latter, one of HOLDINGS.
     """
     count, lora = run.config.parameter_count(), footprint.lora_count(run.config, run.rank)
     ema = FP32 if run.ema == "gpu" else 0
     if task == "pretrain":
         return (ADAM + ema) * count
+    if task == "lora":  # a frozen base, the trained adapter, and its average as another one
+        return BF16 * count + (ADAM + ema) * lora
     return {
         "full": (2 * ADAM + BF16 + ema) * count,
         "lora_critic": (ADAM + BF16 + ema) * count + ADAM * lora,
@@ -101,6 +105,11 @@ def _advice(run: Run, task: str, gpus: int, holding: str, available: int) -> str
 
     if not run.checkpointing:
         return "recompute blocks in the backward pass: checkpointing=true"
+    if (
+        run.checkpointing is not True
+        and per_gpu(replace(run, checkpointing=True), task, gpus, holding) <= available
+    ):
+        return "recompute attention in the backward pass, too: checkpointing=true"
     if run.ema == "gpu" and per_gpu(replace(run, ema="cpu"), task, gpus, holding) <= available:
         return "keep the average on the CPU: ema=cpu"
     for n in (2, 4, 8, 16, 32, 64, 128, 256):

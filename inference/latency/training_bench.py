@@ -1,0 +1,349 @@
+"""The training steps that `python -m inference.latency train` times.
+
+One LoRA step and one DMD-2 iteration (student and fake score as adapters on one frozen base), of a 5-second clip at
+256p, with random weights made on the device: seconds, tokens per second, model FLOPs, their utilisation (MFU) and peak
+memory. Eager and compiled; with activation checkpointing of whole blocks, of all but attention, and without it. The
+recipes are those of `recipes/`, driven by a Lightning trainer as in training. Data, text encoder and codecs are not in
+it, because shards hold latents and text features.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from inference.latency import records
+from inference.latency.budget import BudgetedRun, Step
+from inference.latency.clock import spread, synchronise
+from inference.latency.roof import measure_roof
+from inference.roofline.cases import Stage, make
+from magihuman import zoo
+from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
+from magihuman.denoiser import Denoiser
+from magihuman.distill.adversary import AdversarySettings
+from magihuman.distill.health import HealthLimits
+from magihuman.distill.settings import CriticSettings
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.models.codecs import Contract
+from magihuman.models.config import Checkpointing, LoraConfig
+from magihuman.models.flops import forward_flops
+from magihuman.training import parallel
+from magihuman.training.flops import peak_flops
+from magihuman.training.session import quiet
+from magihuman.training.setup import Setup
+from magihuman.weights import CONFIG, ExportConfig, Sampling, Size
+from magihuman.zoo import plan_training
+from recipes.base import Recipe
+from recipes.dmd2 import DMD2
+from recipes.lora import Lora
+
+Values = dict[str, Any]
+
+SEED = 0
+CHECKPOINTING: dict[str, Checkpointing] = {"none": False, "blocks": True, "attention": "attention"}
+"""Values of trainer.activation_checkpointing: nothing is recomputed, whole blocks, or all but attention."""
+
+_RANKS = {"lora": 32, "dmd2": 128}
+_TIMED = 4
+
+
+class TrainingBench:
+    """The recipe whose steps are timed, and the steps of the benchmark.
+
+    Args:
+        device: of the network; dry: a tiny network.
+        scratch: for files that the recipes read.
+
+    Attributes:
+        run: set before the first step.
+    """
+
+    run: BudgetedRun
+
+    def __init__(self, device: torch.device, dry: bool, scratch: Path) -> None:
+        quiet()
+        self.device, self.dry, self.scratch = device, dry, scratch
+        self.stage: Stage = (make("tiny", seconds=0.36) if dry else make("256p")).stages[0]
+        self.name = "tiny" if dry else "15b"
+        self.ranks = dict.fromkeys(_RANKS, 4) if dry else _RANKS
+        self.recipe: Any = None
+        self.kind = ""
+        self.parent = scratch / "parent"
+        self._write_parent()
+
+    def steps(self) -> list[Step]:
+        """All steps in order of value, with the seconds that each should take on an H100: assumed until measured."""
+
+        def measured(kind: str, mode: str, seconds: float, batch: int = 1, network: str = "build") -> Step:
+            run = partial(self.measure, mode, batch)
+            return Step(
+                f"{kind} {mode}" + f" batch {batch}" * (batch > 1), seconds, run, (f"{kind} {network}",)
+            )
+
+        def compiled(kind: str, seconds: float) -> Step:
+            run = partial(self.measure, "attention", 1, True)
+            return Step(f"{kind} attention compiled", seconds, run, (f"{kind} rebuild",))
+
+        def made(kind: str, name: str) -> Step:
+            return Step(f"{kind} {name}", 8, partial(self.build, kind))
+
+        return [
+            Step("roof", 6, partial(_roof, self.device)),
+            made("lora", "build"),
+            *(measured("lora", mode, 6) for mode in ("attention", "blocks", "none")),
+            measured("lora", "attention", 16, batch=4),
+            made("dmd2", "build"),
+            *(measured("dmd2", mode, 24) for mode in ("attention", "blocks")),
+            # What hangs while it compiles costs nothing that comes before it.
+            made("lora", "rebuild"),
+            compiled("lora", 45),
+            made("dmd2", "rebuild"),
+            compiled("dmd2", 60),
+        ]
+
+    def reset_peak(self) -> None:
+        """Free what the last step left, and count the peak of memory anew."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def build(self, kind: str) -> Values:
+        """A recipe with its networks: random weights on the device."""
+        self.recipe = None
+        self.reset_peak()
+        self.kind = kind
+        self.recipe = {"lora": self._lora, "dmd2": self._dmd2}[kind]()
+        self.recipe.configure_model()
+        synchronise(self.device)
+        return {"recipe": kind}
+
+    def measure(self, mode: str, batch: int, compiled: bool = False) -> Values:
+        """Some optimizer steps (LoRA) or iterations (DMD-2) in one setting.
+
+        Args:
+            mode: a key of CHECKPOINTING; batch: clips per step; compiled: blocks by torch.compile.
+        """
+        denoiser: Denoiser = self.recipe.denoiser if self.kind == "lora" else self.recipe.networks.shared
+        denoiser.model.gradient_checkpointing = CHECKPOINTING[mode]
+        if compiled:
+            parallel.compile_blocks(denoiser)
+        timer = _Timer(self.run, (1 if self.dry else _TIMED) + 1, self.device)
+        trainer = L.Trainer(
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            devices=1,
+            precision="32-true",
+            max_steps=-1,
+            max_epochs=-1,
+            logger=False,
+            callbacks=[timer],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=self.scratch,
+        )
+        with torch.compiler.set_stance(
+            "force_eager" if self.dry else "default"
+        ):  # C++ kernels take minutes to build
+            trainer.fit(self.recipe, _Batches(partial(self.batch, batch)))
+        figures = self.recipe.meter.flush("cpu")
+        if figures.get("not_finite"):
+            raise ValueError("a gradient was not finite")
+        return {"row": self._row(mode, batch, compiled, timer)}
+
+    def _row(self, mode: str, batch: int, compiled: bool, timer: "_Timer") -> Values:
+        """The first iteration warms up: kernels are chosen or compiled, and optimizer states are made."""
+        times = timer.seconds[1:] or timer.seconds
+        stage, given = self.stage, self.batch(batch, 0)
+        tokens, seconds = stage.tokens, spread(times)
+        flops = self.recipe.batch_flops(given)
+        peak = peak_flops(self.device)
+        row: Values = {
+            "recipe": self.kind,
+            "model": self.name,
+            "rank": self.ranks[self.kind],
+            "batch": batch,
+            "tokens_per_clip": tokens.total,
+            "compile": compiled,
+            "activation_checkpointing": mode,
+            "seconds": seconds,
+            "first_seconds": round(timer.seconds[0], 4),
+            "tokens_per_second": round(batch * tokens.total / seconds["median"], 2),
+            "model_flops": flops,
+            "forward_flops": forward_flops(stage.config, tokens.video, tokens.audio, tokens.text).total,
+            "tflops": round(flops / seconds["median"] / 1e12, 5),
+            "mfu": None if peak is None else round(flops / seconds["median"] / peak, 4),
+            "planned_bytes": self._planned(mode, batch),
+        }
+        if self.device.type == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+            row["gpu"] = records.gpu_state()
+        return row
+
+    def _planned(self, mode: str, batch: int) -> int:
+        """What `python -m magihuman.zoo plan` computes for one GPU."""
+        run = plan_training.Run(
+            self.stage.config,
+            self.stage.tokens.times(batch if self.kind == "lora" else 1),
+            checkpointing=CHECKPOINTING[mode],
+            rank=self.ranks[self.kind],
+        )
+        return plan_training.per_gpu(run, self.kind, 1, "lora")
+
+    # -- recipes without a checkpoint: only where their weights come from differs
+
+    def _setup(self, **optim: Any) -> Setup:
+        config, pack = self.stage.config, self.stage.pack
+        settings: Values = {"lr": 5e-5, "warmup": 1, "schedule": "constant", "ema_decay": 0.99, **optim}
+        return Setup(
+            model=config,
+            pack=pack,
+            world="released",
+            contract=self._contract(),
+            size=Size(),
+            # As long as the prompt: the released negative prompt has 1,719 characters.
+            null_text=torch.zeros(self.stage.text, config.text_in_channels),
+            optim=OptimSettings(**settings),
+            trainer=TrainerSettings(100, precision="fp32" if self.dry else "bf16"),
+            strategy=StrategySettings(),
+            init=str(self.parent),
+        )
+
+    def _lora(self) -> Recipe:
+        bench = self
+
+        class RandomLora(_Resident, Lora):
+            def make_network(self) -> Denoiser:
+                return self.adapted(bench.network())
+
+        return RandomLora(self._setup(), lora=LoraConfig(self.ranks["lora"]), merge=False)
+
+    def _dmd2(self) -> Recipe:
+        bench = self
+
+        class RandomDMD2(_Resident, DMD2):
+            def another(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
+                network = bench.network()
+                network.requires_grad_(not frozen)
+                prepare(network)
+                return network
+
+        # As configs/experiment/dmd2_15b.yaml on one GPU, but that the student learns from the first iteration on and
+        # that nothing is sampled to watch the training.
+        return RandomDMD2(
+            self._setup(betas=(0.0, 0.999), weight_decay=0.01),
+            sampling=Sampling("renoise", 8, 5.0, Guidance(1, 1, 0, 1)),
+            networks="lora",
+            lora=LoraConfig(self.ranks["dmd2"]),
+            critic=CriticSettings(lr=1e-4, warmup=0),
+            health=HealthLimits(every=0),
+            gan=AdversarySettings(weight=0.0),
+            micro_batch=1,
+        )
+
+    def network(self) -> Denoiser:
+        """Fresh weights on the device, block matrices in the compute dtype; heads that are not zero."""
+        dtype = torch.float32 if self.dry else torch.bfloat16
+        made = zoo.build(
+            self.stage.config,
+            self.stage.pack,
+            compute_dtype=dtype,
+            linear_dtype=dtype,
+            device=self.device,
+            seed=SEED,
+        )
+        for head in (made.model.final_linear_video, made.model.final_linear_audio):
+            torch.nn.init.normal_(head.weight, std=head.in_features**-0.5)
+        return made
+
+    def batch(self, size: int, number: int) -> Values:
+        """Standard normal latents and text features, as the data module gives them."""
+        stage, config = self.stage, self.stage.config
+        generator = torch.Generator().manual_seed(number)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        channels = config.video_in_channels // stage.pack.patch_size**2
+        return {
+            "video": normal(size, channels, stage.frames, stage.height, stage.width),
+            "audio": normal(size, stage.audio, config.audio_in_channels),
+            "text": [normal(stage.text, config.text_in_channels) for _ in range(size)],
+            "index": torch.arange(number * size, (number + 1) * size),
+        }
+
+    def _contract(self) -> Contract:
+        config, patch = self.stage.config, self.stage.pack.patch_size**2
+        channels = config.video_in_channels // patch, config.audio_in_channels, config.text_in_channels
+        return Contract("random", "random", "random", *channels, (4, 16, 16), 25.0, 51200, 2)
+
+    def _write_parent(self) -> None:
+        """config.json of the checkpoint that there is not: recipes read sampler and noise levels of `init` from it."""
+        config = ExportConfig(
+            model=self.stage.config,
+            pack=self.stage.pack,
+            world="released",
+            contract=self._contract(),
+            sigma_prior=SigmaPrior(),
+            sampling=Sampling(guidance=Guidance()),
+        )
+        self.parent.mkdir(parents=True)
+        (self.parent / CONFIG).write_text(json.dumps(config.to_dict()))
+
+
+class _Resident(L.LightningModule):
+    """Stays on the device between fits: Lightning moves a module to the CPU when a fit ends, here 31 GB of it."""
+
+    def cpu(self) -> Any:
+        return self
+
+
+class _Batches:
+    """Endless batches, made on the CPU when they are asked for."""
+
+    def __init__(self, make_batch: Callable[[int], Values]) -> None:
+        self.make_batch = make_batch
+
+    def __iter__(self) -> Iterator[Values]:
+        return map(self.make_batch, count())
+
+
+class _Timer(L.Callback):
+    """Seconds of each batch's step; ends the fit after `most` of them, or as soon as the budget says so.
+
+    Attributes:
+        seconds: of every step, the first one included.
+    """
+
+    def __init__(self, run: BudgetedRun, most: int, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self._start = 0.0
+        self._more = run.repeat(most)
+        next(self._more)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        synchronise(self.device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - self._start)
+        trainer.should_stop = next(self._more, None) is None
+
+
+def _roof(device: torch.device) -> Values:
+    return {"roof": measure_roof(device, torch.bfloat16 if device.type == "cuda" else torch.float32)}

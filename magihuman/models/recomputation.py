@@ -1,0 +1,60 @@
+"""Activation checkpointing of a block: what the backward pass recomputes instead of reading what was kept.
+
+    False        nothing: all that the backward pass reads is kept
+    True         the whole block: only its input is kept (Chen et al. 2016, arXiv 1604.06174)
+    "attention"  all but attention: the kernel's result and log-sum-exp are kept too, queries, keys and values are
+                 recomputed (selective checkpointing: Korthikanti et al. 2022, arXiv 2205.05198, the other way round:
+                 there attention was recomputed, because it held all scores; a fused kernel holds none, and of all
+                 parts of a block its forward costs the most per byte of result)
+
+"attention" knows the fused kernels of `scaled_dot_product_attention` and flash-attn. Other ways to compute attention
+(`magihuman.models.attention`) are recomputed with the rest of the block: plain products, whose scores would have to be
+kept, and FlexAttention, which is compiled by itself and hides its kernel.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from magihuman.models.config import Checkpointing
+
+FUSED_ATTENTION = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)
+"""Operators whose results are kept, by qualified name: some of them exist on some machines only."""
+
+
+def recomputed(block: Callable[..., Tensor], *inputs: Any, mode: Checkpointing) -> Tensor:
+    """`block(*inputs)` without keeping its activations; the same result and the same gradients, to the bit.
+
+    Args:
+        block: draws nothing at random.
+        mode: True or "attention". The latter knows operators by the calls that torch dispatches, so a block that is
+            compiled has to leave attention out of its graph.
+    """
+    contexts = _ALL_BUT_ATTENTION if mode == "attention" else noop_context_fn
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operator.name() in FUSED_ATTENTION:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_ALL_BUT_ATTENTION = partial(create_selective_checkpoint_contexts, _policy)
