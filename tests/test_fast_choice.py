@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -144,7 +145,8 @@ def test_a_fault_at_one_length(fault: Any, reason: str, dtype: torch.dtype, tria
     """Auto goes on to the next kernel and says why; a kernel that was named is an error of one line."""
     first = "fa3" if dtype == torch.bfloat16 else "sdpa"
     trials[first] = (faulty(fault)._replace(name=first), *trials[first])
-    found = choose("auto", CPU, dtype, *HEADS, CALLS)
+    with pytest.warns(UserWarning, match=f"^attention runs by plain: {first}: its trial"):
+        found = choose("auto", CPU, dtype, *HEADS, CALLS)
     assert found.kernel.run is kernels.plain
     (said,) = found.passed_over
     assert said.startswith(f"{first}: its trial with ")
@@ -176,6 +178,9 @@ def test_the_order_of_preference(trials: Any) -> None:
 
 def test_what_a_machine_lacks_is_a_reason_too(trials: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "refusal", lambda name, *_: "not here; use that" if name == "fa3" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is not installed is nothing to warn of
+        choose("auto", CPU, torch.bfloat16, *HEADS)
     assert choose("auto", CPU, torch.bfloat16, *HEADS).passed_over == ("fa3: not here; use that",)
     with pytest.raises(UserError, match=r"^attention=fa3 cannot run here: not here; use that$"):
         choose("fa3", CPU, torch.bfloat16, *HEADS)

@@ -4,13 +4,16 @@ Needs a torch that was built for CUDA, and triton, as GPU boxes have them; no dr
 """
 
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from inference.fast import regions
 from inference.fast.weights import Kind, LayerTensors, MatrixTensors
@@ -21,6 +24,8 @@ pytestmark = [
 ]
 H, HEADS, SHARED, DIM = 512, 4, 2, 128
 SIZES = (448, 30, 34)
+# Video, audio and text tokens of the released sizes, 5 s: 4050, 14,802 and 65,746 in all.
+RELEASED = {"256p": (3584, 126, 340), "540p": (14336, 126, 340), "1080p": (65280, 126, 340)}
 
 
 class Lowered(Exception):
@@ -91,7 +96,8 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(GraphLowering, "compile_to_module", load)
     monkeypatch.setattr(driver, "_active", Driver())
     torch._dynamo.reset()
-    with inductor.patch(fx_graph_cache=False, compile_threads=1), Mode(allow_non_fake_inputs=True):
+    options = {"fx_graph_cache": False, "compile_threads": 1, "use_static_cuda_launcher": False}
+    with inductor.patch(options), Mode(allow_non_fake_inputs=True):
         yield codes
     torch._dynamo.reset()
 
@@ -118,16 +124,20 @@ def matrix(experts: int, rows: int, columns: int, eight: bool) -> MatrixTensors:
     )
 
 
-def layer(experts: int, gelu: bool = False, eight: bool = False) -> tuple[LayerTensors, Kind]:
-    qkv, inner = (HEADS + 2 * SHARED) * DIM + (16 if eight else HEADS), 4 * H if gelu else 1408
+def layer(
+    experts: int, gelu: bool = False, eight: bool = False, released: bool = False
+) -> tuple[LayerTensors, Kind]:
+    width, heads, shared = (5120, 40, 8) if released else (H, HEADS, SHARED)
+    gates = -(-heads // 16) * 16 if eight else heads
+    qkv, inner = (heads + 2 * shared) * DIM + gates, 4 * width if gelu else (13696 if released else 1408)
 
     def scale(*shape: int) -> Tensor:
         return torch.empty(experts, *shape, device="cuda")
 
-    kind = Kind(experts, HEADS, SHARED, DIM, True, gelu, True, torch.bfloat16, False)
-    sizes = ((qkv, H), (H, H), (inner if gelu else 2 * inner, H), (H, inner))
+    kind = Kind(experts, heads, shared, DIM, True, gelu, True, torch.bfloat16, False)
+    sizes = ((qkv, width), (width, width), (inner if gelu else 2 * inner, width), (width, inner))
     qkv_matrix, proj, up, down = (matrix(experts, *size, eight) for size in sizes)
-    attention_norm, qk_norm, mlp_norm = scale(H), scale(HEADS + SHARED, DIM), scale(H)
+    attention_norm, qk_norm, mlp_norm = scale(width), scale(heads + shared, DIM), scale(width)
     return LayerTensors(attention_norm, qk_norm, mlp_norm, None, None, qkv_matrix, proj, up, down, None), kind
 
 
@@ -140,9 +150,13 @@ def stream(kind: Kind, eight: bool, sizes: tuple[int, ...] = SIZES) -> tuple[Any
     rows = sum(sizes)
     dtype = torch.float32 if eight else torch.bfloat16
     counts = sizes if kind.experts > 1 else (rows,)
-    gates = tuple(torch.empty(n, 1028, dtype=dtype, device="cuda")[:, 1024:] for n in counts)
-    out = torch.empty(rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-    return torch.empty(rows, H, device="cuda"), out, gates
+    before = (kind.heads + 2 * kind.shared) * kind.dim
+    width = before + (-(-kind.heads // 16) * 16 if eight else kind.heads)
+    gates = tuple(
+        torch.empty(n, width, dtype=dtype, device="cuda")[:, before : before + kind.heads] for n in counts
+    )
+    out = torch.empty(rows, kind.heads, DIM, dtype=torch.bfloat16, device="cuda")
+    return torch.empty(rows, kind.heads * kind.dim, device="cuda"), out, gates
 
 
 @pytest.mark.parametrize(
@@ -168,6 +182,50 @@ def test_between_two_layers(own: Any, following: Any, products: list[str], lower
     if kind.experts == next_kind.experts == 1:
         # Gate; residual sum and norm, twice; activation; norms and rotation of queries and keys, and their parts.
         assert len(re.findall(r"triton_\w+\.run\(", code)) <= 7
+
+
+PAIRS = (
+    ("gelu experts", "gelu experts"), ("gelu experts", "shared"), ("shared", "shared"), ("shared", "experts"),
+    ("experts", "experts"), ("gelu experts", "fp8"), ("fp8", "fp8"), ("fp8", "experts"),
+)  # fmt: skip
+"""Neighbours in the published network, in the bf16 and in the 8-bit tier."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("size", RELEASED)
+def test_the_published_shapes(size: str, lowered: list[str]) -> None:
+    """Every region of the 15 B network at every sequence length; its Triton kernels become machine code for sm_90."""
+    made: dict[str, tuple[Any, ...]] = {
+        "gelu experts": (3, True), "experts": (3,), "shared": (1,), "fp8": (1, False, True),
+    }  # fmt: skip
+    kernels: dict[str, str] = {}
+    for own, following in PAIRS:
+        w, kind = layer(*made[own], released=True)
+        other, next_kind = layer(*made[following], released=True)
+        given = stream(kind, own == "fp8", RELEASED[size])
+        code = compiled(regions.between, lowered, *given, tokens(RELEASED[size]), w, kind, other, next_kind)
+        products = re.findall(r"extern_kernels\.(\w+)\(", code)
+        names = {"fp8": "_scaled_mm", "shared": "mm"}
+        wanted = [names.get(own, "_grouped_mm")] * 3 + [names.get(following, "_grouped_mm")]
+        assert products == wanted, (own, following)
+        for found in re.finditer(r"async_compile\.triton\('(\w+)', '''(.*?)'''", lowered[-1], re.DOTALL):
+            kernels[found[2]] = found[1]
+    assert len(kernels) > 30
+    sizes = [machine_code(name, source) for source, name in kernels.items()]
+    assert min(sizes) > 1000
+    print(f"{size}: {len(PAIRS)} regions, {len(sizes)} kernels, {sum(sizes)} bytes of machine code")
+
+
+def machine_code(name: str, source: str) -> int:
+    """Bytes of an Inductor kernel that Triton compiles, in its first configuration, for the GPU that is not there."""
+    with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.py"
+        file.write_text(source)  # Triton reads the source of its functions from files
+        space: dict[str, Any] = {"__name__": name, "__file__": str(file)}
+        exec(compile(source, str(file), "exec"), space)
+        tuner = space[name]
+        return len(tuner._precompile_config(tuner.configs[0]).kernel.asm["cubin"])
 
 
 def test_either_end(lowered: list[str]) -> None:

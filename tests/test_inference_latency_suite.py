@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from inference.latency import calibrate, records, roof, suite, tables
 from inference.latency import collect as collecting
-from inference.latency import records, roof, suite, tables
 from inference.latency.budget import read_runs
 from inference.latency.collect import collect, rows_of
 from inference.latency.gpu_tables import memory_table, profile_table, training_table
@@ -44,9 +44,11 @@ def as_if(dry: Path, folder: Path, machine: str, model: str = "15b", **changes: 
     header["provenance"] |= {"machine": machine, "gpu": {"power.limit": "700 W"}} | changes
     for line in lines[1:]:
         line["peak_bytes"] = 40 * 10**9
-        for row in [line.get("row"), *line.get("rows", [])]:
-            if row and "model" in row:
-                row["model"] = model
+        if "row" in line:
+            line["row"]["model"] = model
+            stages = make(line["size"]).stages
+            for stage in stages:
+                line["row"]["geometry"][stage.name]["tokens"]["total"] = stage.tokens.total
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "suite.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -141,10 +143,17 @@ def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path:
     assert "| H100 SXM |" in first
     assert "H200 SXM |" not in first
     assert "| H200 SXM |" in second
-    assert "H100" not in second.partition("Medians")[0]
+    assert "H100" not in second.partition("H100 SXM, base loop")[0]
     assert len(re.findall(r"\| 1080p \| H100 SXM \| fast \(E1\), auto, (turbo|b) ", first)) == 2
     error = next(line for line in first.splitlines() if "fp8 (approximate), auto, b" in line).split("|")[-3]
     assert 1e-3 < float(error) < 0.3
+    measured = [
+        row for row in tables.measured(out) if row["size"] == "256p" and row["decoder"]["name"] == "b"
+    ]
+    seconds = {row["tier"]: row["stages"]["base"]["median"] for row in measured}
+    ratio = f"fast {seconds['reference'] / seconds['fast']:.2f}x"
+    line = next(line for line in table.splitlines() if "network as written, eager" in line and "H100" in line)
+    assert ratio in line
     bars = values(out)["measured"]
     names = [bar["name"] for bar in bars if bar["size"] == "1080p"]
     assert names[0] == "published"
@@ -167,6 +176,38 @@ def test_where_the_time_goes_beside_the_prediction(dry: Path, tmp_path: Path) ->
     memory = memory_table(str(tmp_path / "out"))
     assert "| 256p fast, H100 SXM | measured peak | 40.0 |" in memory
     assert "computed by `zoo plan`" in memory
+
+
+def test_one_command_makes_everything_that_is_committed(
+    dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Result files, predictions at the measured rates, the picture, and the tables of every page."""
+    results, predictions = tmp_path / "results", tmp_path / "predictions"
+    results.mkdir()
+    blocks = [
+        f"<!-- latency {results} -->",
+        f"<!-- calibrated {predictions} -->",
+        f"<!-- profile {results} -->",
+    ]
+    (tmp_path / "PAGE.md").write_text("".join(f"{block}\n<!-- end -->\n" for block in blocks))
+    monkeypatch.setattr(records, "FOLDER", results)
+    monkeypatch.setattr(calibrate, "FOLDER", predictions)
+    monkeypatch.setattr(tables, "REPO", tmp_path)
+    monkeypatch.setattr(tables, "READMES", ("PAGE.md",))
+    told = collect(str(as_if(dry, tmp_path / "a", H100)))
+    assert "rendered: PAGE.md" in told
+    assert f"drawn: {results / 'latency.png'}" in told
+    assert len(list(predictions.glob("*.json"))) == 2 * len(suite.SIZES)
+    page = (tmp_path / "PAGE.md").read_text()
+    assert "| 1080p | H100 SXM | fast (E1), auto, turbo | 4050 / 65746 |" in page
+    values = json.loads(next(predictions.glob("256p-fp8-*.json")).read_text())
+    measured = values["measured"]["stages"]["base"]
+    assert measured["explained"] == pytest.approx(
+        values["stages"]["base"]["total"] / measured["seconds_per_pass"], rel=0.02, abs=1e-3
+    )
+    shown = f"{measured['seconds_per_pass']:.4f}; {measured['explained']:.0%} explained"
+    assert any("256p fp8" in line and shown in line for line in page.splitlines())
+    assert "predicted" not in "".join(line.lower() for line in page.splitlines() if "| measured" in line)
 
 
 @pytest.mark.parametrize(

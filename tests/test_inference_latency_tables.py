@@ -130,11 +130,13 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
     assert "attention cudnn" in table
 
 
+ARGUMENTS = {"predicted": tables.PREDICTED, "calibrated": tables.PREDICTIONS}
+
+
 def _readme(folder: Path) -> Path:
     file = folder / "README.md"
     blocks = "\n\n".join(
-        f"<!-- {kind} {tables.PREDICTED if kind == 'predicted' else folder} -->\n<!-- end -->"
-        for kind in tables.TABLES
+        f"<!-- {kind} {ARGUMENTS.get(kind, folder)} -->\n<!-- end -->" for kind in tables.TABLES
     )
     file.write_text(f"# Title\n\n{blocks}\n\nend\n")
     file.write_text(tables.render(file.read_text()))
@@ -193,7 +195,7 @@ def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, t
 def test_committed_files_are_whole() -> None:
     """The repository's own results can be read and shown."""
     for kind, table in tables.TABLES.items():
-        argument = tables.PREDICTED if kind == "predicted" else "inference/results/latency"
+        argument = ARGUMENTS.get(kind, "inference/results/latency")
         assert table(argument).count("\n") > 2, kind
     assert all(found["provenance"]["code"]["sources"] for found in records.read())
 

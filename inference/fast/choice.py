@@ -6,6 +6,7 @@ before the sampling loop. Tried with the strides of the real tensors, a kernel h
 so nothing there falls back.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -77,6 +78,9 @@ def choose(
         dtype: of q, k, v (before they are made 8-bit); heads, shared: query and key heads.
         calls: to try it in; without a GPU "auto" is not tried.
 
+    Warns:
+        UserWarning: a kernel that would be faster failed a trial, with the reason.
+
     Raises:
         UserError: it cannot run here, with the reason and what to use instead.
         torch.OutOfMemoryError: no memory for a trial, which says nothing about the kernel.
@@ -84,6 +88,7 @@ def choose(
     if name == "auto" and not needs_trials(device):
         return Choice(variants(name)[0], ())
     passed_over: list[str] = []
+    failed: list[str] = []
     for candidate in _candidates(name, dtype):
         reason = refusal(candidate, device, dtype)
         if reason is not None:
@@ -95,8 +100,11 @@ def choose(
             trials = (probe(kernel, device, dtype, heads, shared, dim, call) for call in calls)
             reason = next((found for found in trials if found is not None), None)
             if reason is None:
+                if failed:  # what is not installed is no news; a kernel that gives wrong numbers is
+                    warnings.warn(f"attention runs by {kernel.name}: {'; '.join(failed)}", stacklevel=2)
                 return Choice(kernel, tuple(passed_over))
-            passed_over.append(f"{kernel.name}: {reason}")
+            failed.append(f"{kernel.name}: {reason}")
+            passed_over.append(failed[-1])
     remedy = {"auto": "tier=exact", "fp8": "tier=fp8"}.get(name, "attention=auto")
     raise UserError(f"attention={name} cannot run here: {'; '.join(passed_over)}; use {remedy}")
 

@@ -48,7 +48,7 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for rung in predict.LADDER:
         if rung.key in _SHOWN_RUNGS:
             for size in SIZES:
-                cells = totals.clip(make(size), rung.rates, predict.H200)
+                cells = totals.clip(make(size), rung.rates, predict.H100)
                 predicted.append(
                     {
                         "size": size,
@@ -85,7 +85,7 @@ def draw(folder: Path) -> Path:
         "measured": "published and measured"
         if len(shown["measured"]) > len(SIZES)
         else "published; none measured yet",
-        "predicted": "PREDICTED, H200 (line: target)",
+        "predicted": "PREDICTED, H100 (line: target)",
     }
     # One scale for measured and predicted bars of a size.
     everything = [bar for bars in shown.values() for bar in bars]

@@ -13,7 +13,7 @@ from typing import Any
 from inference.latency import records
 from inference.latency.gpu_tables import card, memory_table, newest, origin, profile_table, training_table
 from inference.latency.ladder_table import gains_table
-from inference.latency.predicted_table import predicted_table
+from inference.latency.predicted_table import calibrated_table, predicted_table
 from inference.roofline.bounds import PUBLISHED
 from magihuman.errors import UserError
 from magihuman.gpus import GPUS
@@ -85,6 +85,7 @@ def latency_table(folder: str) -> str:
         lines += ["", f"{card(machine)}, another card than the published one:", "", _COLUMNS, _RULER]
         lines += [_gpu_line(row) for size in PUBLISHED for row in own if row["size"] == size]
         lines.append("")
+    lines += [f"{line}\n" for line in _against_reference(rows)]
     if rows:
         lines.append(
             "Medians with extremes of one process; the total is base + SR + decode with the copy to the host's memory. "
@@ -92,6 +93,22 @@ def latency_table(folder: str) -> str:
             "256p from fp32, with windows for 1080p. Random weights: the times stand, the pictures mean nothing."
         )
     return "\n".join(lines)
+
+
+def _against_reference(rows: list[Row]) -> list[str]:
+    """How many times faster than the network as written the base loop is, in the same run; a line for each card."""
+    lines = []
+    for machine in sorted({row["made"]["machine"] for row in rows}):
+        own = {r["tier"]: r for r in rows if r["made"]["machine"] == machine and r["size"] == "256p"}
+        reference = own.pop("reference", None)
+        if reference is None or not own:
+            continue
+        seconds = reference["stages"]["base"]["median"]
+        ratios = [f"{tier} {seconds / row['stages']['base']['median']:.2f}x" for tier, row in own.items()]
+        lines.append(
+            f"{card(machine)}, base loop against the network as written, eager: {', '.join(ratios)}."
+        )
+    return lines
 
 
 def _is_published_card(row: Row) -> bool:
@@ -253,11 +270,13 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decoders": decoders_table,
     "gains": gains_table,
     "predicted": predicted_table,
+    "calibrated": calibrated_table,
     "profile": profile_table,
     "memory-peaks": memory_table,
     "training": training_table,
 }
-PREDICTED = "inference/results/predictions/h200.json"
+PREDICTIONS = "inference/results/predictions"
+PREDICTED = f"{PREDICTIONS}/h100.json"
 
 
 def render(text: str) -> str:
@@ -332,7 +351,7 @@ def table(output: str | None = None, picture: bool = True) -> str:
     folder = records.FOLDER if output is None else Path(output)
     parts = []
     for kind, render_one in TABLES.items():
-        argument = PREDICTED if kind == "predicted" else str(folder.absolute())
+        argument = {"predicted": PREDICTED, "calibrated": PREDICTIONS}.get(kind, str(folder.absolute()))
         parts.append(f"## {kind}\n\n{render_one(argument)}")
     if picture:
         from inference.latency.picture import draw

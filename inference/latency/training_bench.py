@@ -139,7 +139,7 @@ class TrainingBench:
             parallel.compile_blocks(denoiser)
         timer = _Timer(self.run, (1 if self.dry else _TIMED) + 1, self.device)
         trainer = L.Trainer(
-            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            accelerator=self.device.type,
             devices=1,
             precision="32-true",
             max_steps=-1,
