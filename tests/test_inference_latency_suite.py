@@ -249,8 +249,9 @@ def test_planned_memory_is_the_plan_command_s() -> None:
 def test_collecting_refuses_what_is_no_result(
     dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="is a dry run, none of it is a result"):
+    with pytest.raises(UserError, match="holds dry runs only, none of it is a result"):
         collect(str(dry))
+    assert suite.folder_for(None, True) != suite.folder_for(None, False) == Path("runs/latency")
     with pytest.raises(UserError, match=r"holds no \.jsonl file"):
         collect(str(tmp_path))
     for wrong in ({"dry": True, "minutes": 0.0}, {"minutes": -1.0}):

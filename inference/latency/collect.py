@@ -39,7 +39,7 @@ def collect(input: str = str(FOLDER), output: str | None = None) -> str:
         output: another folder than inference/results/latency; README and predictions are then left alone
 
     Raises:
-        UserError: no such file, a file of something else, or a dry run.
+        UserError: no such file, a file of something else, or nothing but dry runs.
     """
     given, folder = Path(input), records.FOLDER if output is None else Path(output)
     files = sorted(given.glob("*.jsonl")) if given.is_dir() else [given]
@@ -48,9 +48,13 @@ def collect(input: str = str(FOLDER), output: str | None = None) -> str:
             f"input={input} holds no .jsonl file; give the folder that `suite` or `train` wrote to"
         )
     lines: list[str] = []
-    for file in files:
-        for run in read_runs(file):
-            lines += _collected(run, file, folder, committed=output is None)
+    runs = [(run, file) for file in files for run in read_runs(file)]
+    if output is None and all(run.header["dry"] for run, _ in runs):
+        raise UserError(
+            f"input={input} holds dry runs only, none of it is a result; give output=FOLDER to look at it"
+        )
+    for run, file in runs:
+        lines += _collected(run, file, folder, committed=output is None)
     if output is None:
         lines += _rendered(folder)
     return "\n".join(lines)
@@ -61,9 +65,7 @@ def _collected(run: RecordedRun, file: Path, folder: Path, committed: bool) -> l
     header = run.header
     name = f"{header['command']} of {header['provenance']['date']}"
     if header["dry"] and committed:
-        raise UserError(
-            f"{file}: {name} is a dry run, none of it is a result; give output=FOLDER to look at it"
-        )
+        return [f"{file.name}: {name} is a dry run and was left out"]
     identity = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
     known = [found["file"] for found in records.read(folder) if found["provenance"].get("run") == identity]
     if known:

@@ -75,7 +75,7 @@ def suite(
         minutes: time budget; what does not fit is skipped, and said
         dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
         steps: names of some of the steps, separated by commas; what they need is run too
-        output: folder of the results instead of runs/latency
+        output: folder of the results instead of runs/latency (dry: runs/latency-dry)
 
     Raises:
         UserError: no GPU, or a setting that cannot be.
@@ -83,7 +83,7 @@ def suite(
     if not 0 < minutes < 1000:
         raise UserError(f"minutes={minutes:g} is impossible; give a number above 0 and below 1000")
     device = torch.device("cpu") if dry else _gpu()
-    folder = FOLDER if output is None else Path(output)
+    folder = folder_for(output, dry)
     bench = SuiteBench(device, dry)
     run = BudgetedRun(folder, "suite", 60 * minutes, before=bench.reset_peak, after=bench.memory)
     bench.run = run
@@ -91,6 +91,13 @@ def suite(
     run.header("suite", dry, records.provenance(device))
     table = run.run(chosen)
     return f"{table}\nnext: python -m inference.latency collect input={run.results}"
+
+
+def folder_for(output: str | None, dry: bool) -> Path:
+    """Where results go; dry runs never into the folder of real ones, unless that is asked for."""
+    if output is not None:
+        return Path(output)
+    return FOLDER.with_name(f"{FOLDER.name}-dry") if dry else FOLDER
 
 
 def _gpu() -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from inference.latency import records
 from inference.latency.budget import BudgetedRun, choose
 from inference.latency.measure import device_of
-from inference.latency.suite import FOLDER
+from inference.latency.suite import folder_for
 from magihuman.errors import UserError
 
 
@@ -35,7 +35,7 @@ def train(
         minutes: time budget; what does not fit is skipped, and said
         dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
         steps: names of some of the steps, separated by commas; what they need is run too
-        output: folder of the results instead of runs/latency
+        output: folder of the results instead of runs/latency (dry: runs/latency-dry)
 
     Raises:
         UserError: no GPU, no lightning, or a setting that cannot be.
@@ -53,7 +53,7 @@ def train(
     device = device_of("cpu" if dry else "cuda")
     with tempfile.TemporaryDirectory() as scratch:
         bench = TrainingBench(device, dry, Path(scratch))
-        folder = FOLDER if output is None else Path(output)
+        folder = folder_for(output, dry)
         run = BudgetedRun(folder, "train", 60 * minutes, before=bench.reset_peak)
         bench.run = run
         chosen = choose(bench.steps(), steps)

@@ -217,7 +217,7 @@ class TrainingBench:
             # As long as the prompt: the released negative prompt has 1,719 characters.
             null_text=torch.zeros(self.stage.text, config.text_in_channels),
             optim=OptimSettings(**settings),
-            trainer=TrainerSettings(100, precision="fp32" if self.dry else "bf16"),
+            trainer=TrainerSettings(100, precision="bf16"),
             strategy=StrategySettings(),
             init=str(self.parent),
         )
@@ -256,7 +256,7 @@ class TrainingBench:
 
     def network(self) -> Denoiser:
         """Fresh weights on the device, block matrices in the compute dtype; heads that are not zero."""
-        dtype = torch.float32 if self.dry else torch.bfloat16
+        dtype = torch.bfloat16
         made = zoo.build(
             self.stage.config,
             self.stage.pack,
