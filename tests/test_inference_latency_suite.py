@@ -11,7 +11,7 @@ import torch
 
 from inference.latency import calibrate, records, roof, suite, tables
 from inference.latency import collect as collecting
-from inference.latency.budget import read_runs
+from inference.latency.budget import BudgetedRun, choose, read_runs
 from inference.latency.collect import collect, rows_of
 from inference.latency.gpu_tables import memory_table, profile_table, training_table
 from inference.latency.picture import draw, values
@@ -243,7 +243,30 @@ def test_planned_memory_is_the_plan_command_s() -> None:
         second=make("1080p").stages[1].config, enlarged=(1088, 1920), turbo=True,
     )  # fmt: skip
     by_name = {need.stage: need.alone for need in plan.needs(request)}
-    assert found == {"base": by_name["sample"], "sr": by_name["refine"], "decode": by_name["decode"]}
+    assert found == {"base": by_name["sample"], "sr": by_name["refine"]}
+
+
+def test_where_the_host_waited_is_of_the_run_that_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looked:
+        def __init__(self, *_: Any) -> None:
+            self.waits: dict[str, list[str]] = {}
+            self.worked: dict[str, float] = {}
+
+        def run(self, look_for_waits: bool) -> dict[str, float]:
+            self.waits = {"base": ["b.py:2", "a.py:1", "b.py:2"] if look_for_waits else []}
+            return {"base": 0.5, "request": 0.5}
+
+    monkeypatch.setattr(suite, "Request", Looked)
+    bench = suite.SuiteBench(torch.device("cpu"), dry=True)
+    bench.run = BudgetedRun(tmp_path, "suite", 600)
+    steps = choose(bench.steps(), "fast 256p")
+    bench.run.header("suite", True, {})
+    bench.run.run(steps)
+    (found,) = read_runs(bench.run.results)
+    assert found.steps["fast 256p"]["host_waits"] == {"base": ["a.py:1", "b.py:2"]}
+    assert [line["counted"] for line in found.runs["fast 256p"]] == [False, True]
 
 
 def test_collecting_refuses_what_is_no_result(

@@ -1,8 +1,11 @@
-"""How long a clip takes, stage by stage, really measured: `python -m inference.latency`.
+"""Benchmark of inference and of training steps: `python -m inference.latency COMMAND`.
 
-`networks`, `parts` and `request` make what is timed; `clock` times it; `errors` says how far a faster network is from
-the reference on the same inputs; `measure`, `micro`, `ladder`, `decoders` and `suite` are the commands. Their results
-are JSON files in inference/results/latency, never changed once written (`records`); `tables` and `picture` show them.
+On a GPU for a quarter of an hour: `suite` and `train` measure everything in two processes (`budget` keeps time and
+results), `collect` turns what they wrote into result files and tables. Single measurements: `measure`, `decode`,
+`micro`, `ladder`. `networks`, `parts` and `request` make what is timed, `clock` times it, `errors` compares with the
+reference; `records` are the result files in inference/results/latency, never changed once written; `tables`,
+`gpu_tables` and `picture` show them.
 
-Runs where only torch, triton, numpy, safetensors and einops are installed; stages that need more say what is missing.
+Runs where only torch, triton, numpy, safetensors and einops are installed; `train` needs lightning too. Stages that
+need more say what is missing.
 """

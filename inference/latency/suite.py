@@ -128,7 +128,7 @@ def windows_at_256p(largest: Case) -> Stage:
 
 
 def planned_bytes(case: Case) -> dict[str, int]:
-    """What `python -m magihuman.zoo plan` computes for each stage alone: `base`, `sr`, `decode`."""
+    """What `python -m magihuman.zoo plan` computes for each loop alone: `base`, `sr`."""
     base, *further = case.stages
     (height, width), (_, rows, columns) = (base.height, base.width), case.stride
     request = plan.Request(
@@ -146,7 +146,7 @@ def planned_bytes(case: Case) -> dict[str, int]:
         turbo=True,
         compute=plan.BF16 if case.released else plan.FP32,
     )
-    names = {"sample": "base", "refine": "sr", "decode": "decode"}
+    names = {"sample": "base", "refine": "sr"}
     return {names[need.stage]: need.alone for need in plan.needs(request) if need.stage in names}
 
 
@@ -186,26 +186,27 @@ class SuiteBench:
     # -- between steps
 
     def reset_peak(self) -> None:
-        """Free what the last step left, and count the peak of memory anew."""
+        """Count the peak of memory anew.
+
+        What torch keeps for reuse stays: a timed request is not to wait for memory that the pass before it had.
+        """
         if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def memory(self) -> Values:
         """Peak of allocated and reserved device memory since `reset_peak`, in bytes."""
         if self.device.type != "cuda":
             return {}
-        peak, reserved = (
-            torch.cuda.max_memory_allocated(self.device),
-            torch.cuda.max_memory_reserved(self.device),
-        )
-        return {"peak_bytes": peak, "reserved_bytes": reserved}
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        return {"peak_bytes": torch.cuda.max_memory_allocated(self.device), "reserved_bytes": reserved}
 
     def drop(self) -> None:
         """Free the network in all its forms."""
         self.reference = self.network = None
         self.views = {}
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.reset_peak()
 
     # -- steps
@@ -249,12 +250,8 @@ class SuiteBench:
             ("256p", compile_seconds, 2, 9),
             ("windows", 5, None, None),
             ("540p", 0.8 * compile_seconds + 2, 11, 22),
-            (
-                "1080p",
-                0.8 * compile_seconds + 15,
-                36,
-                None,
-            ),  # one request; its passes show how steady they are
+            # One request: its passes show how steady they are.
+            ("1080p", 0.8 * compile_seconds + 15, 36, None),
         ):
             passed = f"{tier} {name} first"
             found.append(Step(passed, first, partial(self.first, tier, name), (f"{tier} prepare",)))
@@ -343,10 +340,12 @@ class SuiteBench:
         case = self.cases[size]
         views = {"base": self.views["256p"]} | ({"sr": self.views[size]} if len(case.stages) > 1 else {})
         request = Request(case, views, None, self.device)
-        warm = size in _WARMED and tier != "reference"
+        warm, waits = size in _WARMED and tier != "reference", {}
         for number in self.run.repeat((1 if self.dry else _REPEATS[size]) + warm):
             with timed_calls(views, self.device) as passes:
                 times = request.run(look_for_waits=number == 0)
+            if number == 0:
+                waits = {name: sorted(set(places)) for name, places in request.waits.items()}
             counted = not (warm and number == 0)
             rounded = {name: round(seconds, 5) for name, seconds in times.items()}
             worked = {name: round(seconds, 5) for name, seconds in request.worked.items()}
@@ -356,7 +355,7 @@ class SuiteBench:
         return {
             "tier": tier,
             "size": size,
-            "host_waits": request.waits,
+            "host_waits": waits,
             "gpu": state,
             "planned_bytes": planned_bytes(case)["sr" if "sr" in views else "base"],
         }
@@ -372,18 +371,15 @@ class SuiteBench:
         The network is freed first: at 1080p an 80 GB card does not hold it beside a decoder at work.
         """
         self.drop()
-        case, own = self.cases[size], name
-        if self.dry:
-            own = {"turbo": "codec", "b": "tiny"}[name]
+        case, own = self.cases[size], {"turbo": "codec", "b": "tiny"}[name] if self.dry else name
         repeat = 1 if size == "1080p" and name == "turbo" else 3
         rows = []
         for search in (False, True):
             row = decoder_row(case, own, "contiguous", self.device, "auto", repeat, search)
             rows.append({**row, "decoder": name})
-            self.reset_peak()
         if all("reason" in row["measured"] for row in rows):
             raise RuntimeError(rows[0]["measured"]["reason"])
-        return {"size": size, "rows": rows, "planned_bytes": planned_bytes(case)["decode"]}
+        return {"size": size, "rows": rows}
 
     def kernels(self, size: str) -> Values:
         """Matrix products, experts and attention alone at a size's shapes."""
