@@ -80,7 +80,9 @@ class Denoiser(nn.Module):
                     text_offset=self.pack.text_offset,
                     device=device,
                 )
-                self._layouts[key] = prepare(layout.with_rotary(self.model.rotary(layout)), self.model.window)
+                masked = self.model.attention_backend in ("auto", "flex")  # the others need no block mask
+                window = self.model.window if masked else None
+                self._layouts[key] = prepare(layout.with_rotary(self.model.rotary(layout)), window)
         return self._layouts[key]
 
     def forward(

@@ -30,6 +30,7 @@ _GEN4, _GEN5 = 32e9, 64e9
 GPUS = {
     "h100": Gpu("H100 SXM", 989e12, 1979e12, 3.35e12, 80e9, _GEN5, 132),
     "h100-pcie": Gpu("H100 PCIe", 756e12, 1513e12, 2.0e12, 80e9, _GEN5, 114),
+    "h100-nvl": Gpu("H100 NVL", 835e12, 1671e12, 3.9e12, 94e9, _GEN5, 132),
     "h200": Gpu("H200 SXM", 989e12, 1979e12, 4.8e12, 141e9, _GEN5, 132),
     "b200": Gpu("B200 SXM", 2250e12, 4500e12, 8.0e12, 180e9, _GEN5, 148),
     "a100": Gpu("A100 SXM 80 GB", 312e12, None, 2.04e12, 80e9, _GEN4, 108),
@@ -41,6 +42,7 @@ GPUS = {
 # What torch calls a device -> key, the more special one first.
 _DEVICE_NAMES = {
     "H100 PCIe": "h100-pcie",
+    "H100 NVL": "h100-nvl",
     "H100": "h100",
     "H800": "h100",
     "H200": "h200",

@@ -43,7 +43,7 @@ def simulated(
 
     def stand_in(step: Step) -> Step:
         def work() -> dict[str, Any]:
-            for _ in run.repeat(8 if step.most is not None else 1):
+            for _ in run.repeat(5 if step.most is not None else 1):
                 clock.now += slow * step.seconds
                 repetitions[step.name] = repetitions.get(step.name, 0) + 1
             return {}
@@ -60,8 +60,8 @@ def simulated(
     ("slow", "rows"),
     [
         (0.5, ["fast", "fp8", "reference"]),
-        (1.0, ["fast", "fp8"]),
-        (1.6, ["fast"]),
+        (1.0, ["fast", "fp8", "reference"]),
+        (1.5, ["fast", "reference"]),
     ],
 )
 def test_valuable_rows_come_even_on_a_slow_machine(slow: float, rows: list[str], tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_valuable_rows_come_even_on_a_slow_machine(slow: float, rows: list[str],
         for size in ("256p",) if tier == "reference" else SIZES:
             assert run.status[f"{tier} {size}"] == "done", (tier, size)
     assert run.status["decode 1080p turbo"] == "done"
-    if slow <= 1:  # spare time goes into repetitions, and not into one step at the cost of the others
-        assert repetitions["fast 256p"] >= 3
-    assert repetitions["fast 1080p"] <= 3
+    # Spare time goes into repetitions, and not into one step at the cost of the others.
+    assert repetitions["fast 256p"] == (5 if slow < 1 else 3 if slow == 1 else 2)
+    assert repetitions["fast 1080p"] == 1
 
 
 def test_an_extremely_slow_machine_still_measures_the_smallest_clip(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ def test_the_plans_fit_their_default_budgets(tmp_path: Path) -> None:
     train, _ = simulated(TrainingBench(CPU, True, tmp_path / "x").steps(), 60 * 3.5, 1.0, tmp_path)
     assert train.status["lora attention"] == train.status["dmd2 attention"] == "done"
     assert train.status["lora attention compiled"] == "done"
-    assert suite.status["reference 256p"] == suite.status["kernels 1080p"] == "done"
+    assert suite.status["fp8 1080p"] == suite.status["kernels 1080p"] == "done"
+    assert train.status["dmd2 attention compiled"] == "skipped"  # takes longer than all the rest: minutes=7
 
 
 def test_a_failing_step_is_a_line_and_not_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,21 +148,56 @@ def test_a_compilation_that_takes_too_long_is_given_up(monkeypatch: pytest.Monke
     network = networks.faster(bench.reference, "fast", CPU, False, {"compile": "static"})
     given = networks.draw(bench.stages["256p"], network, CPU)
     velocities, reasons = networks.first_passes(network, [network], given)
-    assert reasons == {"compile": "StepTimeout: stopped after 180 s"}
+    assert {option: reason.splitlines()[0] for option, reason in reasons.items()} == {
+        "compile": "StepTimeout: stopped after 180 s"
+    }
+    assert "in interrupted" in reasons["compile"]  # the traceback is kept: a run on a lent GPU happens once
     assert bool(torch.isfinite(velocities[0]).all())
+
+
+def test_a_time_limit_is_not_taken_for_a_kernel_that_fails() -> None:
+    """Code that falls back when something fails catches exceptions; the end of the time is none of them."""
+    caught: list[str] = []
+
+    def falls_back() -> None:
+        try:
+            time.sleep(5)
+        except Exception as error:
+            caught.append(str(error))
+
+    def gives_up() -> None:
+        try:
+            time.sleep(5)
+        except StepTimeout:
+            caught.append("once")
+        time.sleep(5)
+
+    for work, seen in ((falls_back, []), (gives_up, ["once"])):
+        with budget._time_limit(0.1), pytest.raises(StepTimeout):
+            work()  # one that is caught on purpose is not the last
+        assert caught == seen
+    start = time.monotonic()
+    time.sleep(0.25)
+    assert time.monotonic() - start >= 0.25  # and none comes afterwards
+
+
+def test_a_wanted_step_that_fails_stops_nothing(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("no memory")
+
+    run = BudgetedRun(tmp_path, "r", 60)
+    steps = [Step("truth", 1, fail), Step("row", 1, dict, wants=("truth",))]
+    assert choose(steps, "row") == steps
+    run.run(steps)
+    assert run.status == {"truth": "failed", "row": "done"}
 
 
 def test_steps_by_name_bring_what_they_need() -> None:
     steps = SuiteBench(CPU, dry=True).steps()
     names = [step.name for step in choose(steps, "fp8 540p, decode 256p b")]
-    assert names == [
-        "decode 256p b",
-        "fp8 build",
-        "fp8 prepare",
-        "fp8 256p first",
-        "fp8 540p first",
-        "fp8 540p",
-    ]
+    wanted = ["roof", "build", "truth"]  # for the error column and the shares of what the device reaches
+    network = ["fp8 build", "fp8 prepare", "fp8 256p first", "fp8 540p first", "fp8 540p"]
+    assert names == [*wanted, "decode 256p b", *network]
     assert choose(steps, None) == steps
     assert len({step.name for step in steps}) == len(steps)
     for wrong in ("fp9", ","):

@@ -15,7 +15,7 @@ from inference.latency.budget import BudgetedRun, choose, read_runs
 from inference.latency.collect import collect, rows_of
 from inference.latency.gpu_tables import memory_table, profile_table, training_table
 from inference.latency.picture import draw, values
-from inference.latency.profile import kind_of
+from inference.latency.profile import kind_of, profile_pass
 from inference.roofline import predict
 from inference.roofline.cases import make
 from magihuman.errors import UserError
@@ -44,7 +44,7 @@ def as_if(dry: Path, folder: Path, machine: str, model: str = "15b", **changes: 
     header["provenance"] |= {"machine": machine, "gpu": {"power.limit": "700 W"}} | changes
     for line in lines[1:]:
         line["peak_bytes"] = 40 * 10**9
-        if "row" in line:
+        if "first_pass" in line and "row" in line:
             line["row"]["model"] = model
             stages = make(line["size"]).stages
             for stage in stages:
@@ -62,17 +62,15 @@ def test_every_step_runs(dry: Path) -> None:
     planned = [step.name for step in suite.SuiteBench(torch.device("cpu"), dry=True).steps()]
     assert list(run.steps) == planned
     # As the issue of this benchmark orders them: correctness before times, exact before approximate.
-    order = [
-        "roof",
-        "truth",
-        "fast 256p",
-        "fast 540p",
-        "fast 1080p",
-        "decode 1080p turbo",
+    order = ["roof", "truth", "reference 256p", "fast 256p", "fast 540p", "fast 1080p", "decode 1080p turbo"]
+    order += [
         "fp8 256p",
+        "fp8 540p",
         "fp8 1080p",
+        "kernels 256p",
+        "decode 256p turbo search",
+        "fp8_attention 256p",
     ]
-    order += ["reference 256p", "kernels 256p", "fp8_attention 256p"]
     assert [name for name in planned if name in order] == order
     assert run.header["provenance"]["code"]["sources"]
     log = dry.with_suffix(".log").read_text()
@@ -102,7 +100,8 @@ def test_a_row_is_put_together_from_the_steps_that_measured_its_parts(dry: Path)
     assert len(run.runs["fast 540p"]) > len(counted) >= 1
     base = median(line["times"]["base"] for line in counted)
     sr = median(line["times"]["sr"] for line in counted)
-    decoded = [line["measured"]["to_host_seconds"]["median"] for line in run.steps["decode 540p b"]["rows"]]
+    names = ("decode 540p b", "decode 540p b search")
+    decoded = [run.steps[name]["row"]["measured"]["to_host_seconds"]["median"] for name in names]
     assert row["stages"]["sr"]["median"] == sr
     assert row["comparable"]["median"] == pytest.approx(base + sr + min(decoded))
     assert row["rates"]["sr"]["tflops"] == pytest.approx(
@@ -128,10 +127,9 @@ def test_any_beginning_of_the_file_can_be_collected(dry: Path, share: float, tmp
     assert ("is incomplete" in told) == (not run.whole)
     assert len(run.steps) + sum(map(len, run.runs.values())) == cut.count(b"\n") - 1
     table = tables.latency_table(str(tmp_path / "out"))
-    shown = {line.split("|")[1].strip() for line in table.splitlines() if "| H100 SXM |" in line}
-    assert shown == {
-        size for size in suite.SIZES if f"fast {size}" in run.runs and f"fast {size} first" in run.steps
-    }
+    rows = {line.split("|")[1].strip() for line in table.splitlines() if "| H100 SXM | fast (E1)" in line}
+    counted = {name for name, lines in run.runs.items() if any(line["counted"] for line in lines)}
+    assert rows == {size for size in suite.SIZES if f"fast {size}" in counted}
 
 
 def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path: Path) -> None:
@@ -210,6 +208,30 @@ def test_one_command_makes_everything_that_is_committed(
     assert "predicted" not in "".join(line.lower() for line in page.splitlines() if "| measured" in line)
 
 
+def test_a_row_takes_what_its_own_run_lacks_from_another_one(dry: Path, tmp_path: Path) -> None:
+    """The decoder of an earlier run on the same machine; and the peak of the pass that was recorded as a graph."""
+    file = as_if(dry, tmp_path, H100)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines[1:]:
+        line["peak_bytes"] = 45 * 10**9 if line["step"].endswith("first") else 31 * 10**9
+    header, *rest = lines
+    later = {**header, "provenance": {**header["provenance"], "date": "2027-01-01T00:00:00+00:00"}}
+    without = [line for line in rest if not line["step"].startswith("decode")]
+    only = [line for line in rest if line["step"].startswith("decode")]
+
+    def table(runs: list[Any]) -> list[Any]:
+        file.write_text("".join(json.dumps(line) + "\n" for line in runs))
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        collect(str(file), output=str(out))
+        return [row for found in records.read(out) if found["kind"] == "measure" for row in found["rows"]]
+
+    together = table([header, *only, later, *without])
+    assert {row["decoder"]["name"] for row in together} == {"turbo", "b"}
+    assert {row["peak_memory_bytes"] for row in together} == {45 * 10**9}
+    elsewhere = {**later, "provenance": {**later["provenance"], "machine": H200}}
+    assert [row["decoder"] for row in table([header, *only, elsewhere, *without])] == [None] * 10
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -234,6 +256,14 @@ def test_one_command_makes_everything_that_is_committed(
 )
 def test_kernels_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_a_profiler_that_sees_nothing_is_no_idle_device() -> None:
+    with pytest.raises(RuntimeError, match="the profiler saw no kernel"):
+        profile_pass(lambda: None, torch.device("cpu"))
+    found = profile_pass(lambda: torch.ones(64, 64) @ torch.ones(64, 64), torch.device("cpu"))
+    assert found["kinds"]["products"] > 0
+    assert sum(found["kinds"].values()) == pytest.approx(found["wall"], rel=0.2, abs=1e-3)
 
 
 def test_planned_memory_is_the_plan_command_s() -> None:

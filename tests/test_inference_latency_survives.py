@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inference.latency import clock, errors, micro, networks, records
 from inference.latency.decoders import decode
 from inference.latency.measure import measure
+from inference.latency.parts import reason_of
 from inference.roofline.cases import make
 from magihuman import zoo
 from magihuman.allocations import Allocations
@@ -130,6 +131,18 @@ def test_what_cannot_be_compiled_or_recorded_is_given_up_and_named(
     assert (row["options"]["compile"], row["options"]["graphs"]) == ("off", False)
     assert row["errors"]["sr"]["against_float32_reference"]["video_relative_l2"] < 1e-5
     assert row["comparable"]["n"] >= 1, told
+
+
+def test_the_reason_of_a_compiler_is_what_it_wraps() -> None:
+    """The first line of Dynamo's errors names the back end only, whatever went wrong in it."""
+
+    def backend(graph: Any, given: Any) -> Any:
+        raise OSError("Failed to find C compiler")
+
+    with pytest.raises(Exception, match="raised") as caught:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    torch._dynamo.reset()
+    assert reason_of(caught.value) == "OSError: Failed to find C compiler"
 
 
 def test_a_pass_that_fails_anyway_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

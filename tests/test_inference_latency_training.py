@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from inference.latency import roof, training
-from inference.latency.budget import BudgetedRun, read_runs
+from inference.latency.budget import BudgetedRun, Step, read_runs
 from inference.latency.collect import collect
 from inference.latency.gpu_tables import training_table
-from inference.latency.training_bench import TrainingBench
+from inference.latency.training_bench import TrainingBench, _Timer
 from inference.roofline.cases import make
 from magihuman.models.config import LoraConfig
 from magihuman.models.flops import adapter_flops, forward_flops
@@ -73,6 +74,40 @@ def test_flops_and_rates_by_hand(dry: Path) -> None:
     assert (
         run.steps["dmd2 blocks"]["row"]["model_flops"] == 8 * passes + 6 * update + 2 * forward.total + passes
     )
+
+
+@pytest.mark.parametrize(
+    ("expected", "seconds", "counted"),
+    [
+        (45, [50, 1, 1, 1, 1], 4),
+        (6, [3.5, 1.2, 1.2, 1.2, 1.2], 4),
+        (24, [12.5, 10, 10, 10], 2),
+        (6, [9, 9], 1),
+    ],
+)
+def test_the_iteration_that_warms_up_never_counts(
+    expected: float, seconds: list[float], counted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilation and the first choice of kernels take longer than all iterations after them."""
+    clock = [0.0]
+    run = BudgetedRun(tmp_path, "train", 600, clock=lambda: clock[0])
+    monkeypatch.setattr("inference.latency.training_bench.time.perf_counter", lambda: clock[0])
+    trainer: Any = SimpleNamespace(should_stop=False)
+
+    def fit() -> dict[str, Any]:
+        timer = _Timer(run, 4, torch.device("cpu"))
+        rest = iter(seconds)
+        while not trainer.should_stop:
+            timer.on_train_batch_start(trainer)
+            clock[0] += next(rest)
+            timer.on_train_batch_end(trainer)
+        return {"seconds_of": timer.seconds}
+
+    run.run([Step("lora", expected, fit)])
+    (line,) = (json.loads(text) for text in run.results.read_text().splitlines() if '"done"' in text)
+    assert line["seconds_of"] == pytest.approx(seconds[: 1 + counted])
+    kept = [json.loads(text) for text in run.results.read_text().splitlines() if '"run"' in text]
+    assert [one["counted"] for one in kept] == [False] + [True] * counted
 
 
 def test_adapters_are_trained_and_the_base_is_not(tmp_path: Path) -> None:

@@ -33,8 +33,11 @@ _TRACE = 4000  # characters of a traceback that are kept: its end names the fail
 Values = dict[str, Any]
 
 
-class StepTimeout(Exception):
-    """A step took much longer than expected, or the budget ended."""
+class StepTimeout(BaseException):
+    """A step took much longer than expected, or the budget ended.
+
+    Not an `Exception`: what handles the failure of a kernel or a library must not take this for one.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Step:
         seconds: expected duration on an H100; the step is skipped when less time is left.
         run: measures, and returns the values of the result line.
         needs: names of steps that must have succeeded before.
+        wants: names of steps that belong to it, so that they run too where steps are chosen by name; it goes on without
+            them where they fail.
         most: seconds that its repetitions may take together; None is `seconds`.
     """
 
@@ -53,6 +58,7 @@ class Step:
     seconds: float
     run: Callable[[], Values]
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
     most: float | None = None
 
     @property
@@ -128,6 +134,11 @@ class BudgetedRun:
         line = {"step": step, "status": status, "at": round(self.elapsed, 2), **values}
         _append(self.results, json.dumps(line, allow_nan=False) + "\n")
 
+    def progress(self, **values: Any) -> None:
+        """Append one repetition of the step that is running."""
+        assert self._now is not None
+        self.add(self._now.name, "run", **values)
+
     def say(self, text: str) -> None:
         """Print a line, and keep it in the log."""
         line = f"{self.elapsed:7.1f} s  {text}"
@@ -154,9 +165,8 @@ class BudgetedRun:
             with _time_limit(min(_PATIENCE * step.longest + _GRACE, self.left)):
                 values = step.run()
             self._end(step, "done", self.clock() - start, **values, **self.after())
-        except (
-            Exception
-        ) as error:  # drivers, compilers and kernels fail in many ways; the other steps still count
+        except (Exception, StepTimeout) as error:
+            # Drivers, compilers and kernels fail in many ways; the other steps still count.
             reason = f"{type(error).__name__}: {str(error).strip()}"[:2000]
             trace = traceback.format_exc()[-_TRACE:]
             self._end(step, "failed", self.clock() - start, reason=reason, trace=trace)
@@ -251,7 +261,7 @@ def read_runs(path: Path) -> list[RecordedRun]:
 
 
 def choose(steps: Sequence[Step], names: str | None) -> list[Step]:
-    """Some of the steps by name, and all that they need; None for all.
+    """Some of the steps by name, and all that they need or want; None for all.
 
     Raises:
         UserError: an unknown name, with the choices.
@@ -267,7 +277,7 @@ def choose(steps: Sequence[Step], names: str | None) -> list[Step]:
             raise UserError(f"steps={name} is unknown; choose from {', '.join(known)}")
         if name not in wanted:
             wanted.add(name)
-            pending += known[name].needs
+            pending += [*known[name].needs, *known[name].wants]
     if not wanted:
         raise UserError("steps= names no step; leave it out to run all")
     return [step for step in steps if step.name in wanted]
@@ -285,7 +295,8 @@ def _append(path: Path, text: str) -> None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `StepTimeout` in here after that many seconds of real time, as soon as Python code runs again."""
+    """Raise `StepTimeout` in here after that many seconds of real time, as soon as Python code runs again; and again
+    after as many more, for code that goes on without what took too long."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield  # signals reach the main thread only
         return
@@ -294,7 +305,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise StepTimeout(f"stopped after {seconds:.0f} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds), max(0.01, seconds))
     try:
         yield
     finally:

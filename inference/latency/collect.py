@@ -7,7 +7,7 @@ the rates that were measured go to files of their own (`inference.latency.calibr
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,29 @@ def collect(input: str = str(FOLDER), output: str | None = None) -> str:
         )
     lines: list[str] = []
     runs = [(run, file) for file in files for run in read_runs(file)]
+    every = [run for run, _ in runs]
     if output is None and all(run.header["dry"] for run, _ in runs):
         raise UserError(
             f"input={input} holds dry runs only, none of it is a result; give output=FOLDER to look at it"
         )
     for run, file in runs:
-        lines += _collected(run, file, folder, committed=output is None)
+        others = [other for other in every if other is not run and _same_origin(other, run)]
+        lines += _collected(run, others, file, folder, committed=output is None)
     if output is None:
         lines += _rendered(folder)
     return "\n".join(lines)
 
 
-def _collected(run: RecordedRun, file: Path, folder: Path, committed: bool) -> list[str]:
+def _same_origin(a: RecordedRun, b: RecordedRun) -> bool:
+    """Whether two runs are of one machine and of the same sources."""
+    made, other = a.header["provenance"], b.header["provenance"]
+    same = made["machine"] == other["machine"] and made["code"].get("sources") == other["code"].get("sources")
+    return same and a.header["dry"] == b.header["dry"]
+
+
+def _collected(
+    run: RecordedRun, others: Sequence[RecordedRun], file: Path, folder: Path, committed: bool
+) -> list[str]:
     """Write one run's files; a line for each."""
     header = run.header
     name = f"{header['command']} of {header['provenance']['date']}"
@@ -72,7 +83,7 @@ def _collected(run: RecordedRun, file: Path, folder: Path, committed: bool) -> l
         return [f"{file.name}: {name} is there already: {', '.join(known)}; delete these to collect it again"]
     made = _provenance(header["provenance"]) | {"run": identity, "collected_from": file.name}
     lines = []
-    for kind, rows in rows_of(run).items():
+    for kind, rows in rows_of(run, others).items():
         if rows:
             name_of_file = header["command"] if header["command"] != kind else "15b"
             path = records.write(kind, name_of_file, rows, made, folder)
@@ -99,18 +110,24 @@ def _provenance(found: Values) -> Values:
     return {**found, "code": code}
 
 
-def rows_of(run: RecordedRun) -> dict[str, list[Values]]:
-    """Rows by kind of result file."""
+def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, list[Values]]:
+    """Rows by kind of result file.
+
+    Args:
+        others: further runs of the same machine and sources, for decoders that this one did not measure.
+    """
     roof_line = run.done("roof")
     roof = roof_line["roof"] if roof_line else None
     kernels = [row for line in _done(run, "kernels ") for row in line["rows"]]
     if roof:
         kernels = [_with_share(row, roof) for row in kernels]
         kernels = [{"what": "roof", **roof}, *kernels] if kernels else []
-    kept = ("step", "status", "at", "seconds", "reason", "peak_bytes", "reserved_bytes")
+    kept = ("step", "status", "at", "seconds", "reason", "trace", "gave_up", "peak_bytes", "reserved_bytes")
     return {
-        "measure": [row for tier in TIERS for size in SIZES for row in _clip_rows(run, tier, size, roof)],
-        "decode": [row for line in _done(run, "decode ") for row in line["rows"]],
+        "measure": [
+            row for tier in TIERS for size in SIZES for row in _clip_rows([run, *others], tier, size, roof)
+        ],
+        "decode": [line["row"] for line in _done(run, "decode ")],
         "micro": kernels,
         "profile": [_profile_row(run, line) for line in _done(run, "profile ")],
         "train": [line["row"] | {"roof": roof} for line in run.steps.values() if _is_training(line)],
@@ -137,19 +154,23 @@ def _profile_row(run: RecordedRun, line: Values) -> Values:
     return {"size": size, "tier": tier, **facts, **line["profile"]}
 
 
-def _clip_rows(run: RecordedRun, tier: str, size: str, roof: Values | None) -> list[Values]:
-    """A clip's row for each decoder that was measured; one without a decoder where none was."""
-    first = run.done(f"{tier} {size} first")
+def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values | None) -> list[Values]:
+    """A clip's row of the first run for each decoder that was measured; one without a decoder where none was."""
+    run, first_line = runs[0], f"{tier} {size} first"
+    first = run.done(first_line)
     requests = run.runs.get(f"{tier} {size}", [])
     if first is None or not requests:
         return []
-    counted = [line for line in requests if line["counted"]] or requests
+    counted = [line for line in requests if line["counted"]]
+    if not counted:
+        return []
     found = medians([line["times"] for line in counted])
     row: Values = dict(first["row"])
     loops = list(row["geometry"])
     row["errors"], row["gave_up"] = _errors(run, tier, size), {}
     for name in dict.fromkeys(("256p", size)):
-        row["gave_up"] |= (run.done(f"{tier} {name} first") or {}).get("gave_up", {})
+        gave_up = (run.done(f"{tier} {name} first") or {}).get("gave_up", {})
+        row["gave_up"] |= {option: reason.splitlines()[0] for option, reason in gave_up.items()}
     if not row["gave_up"]:
         del row["gave_up"]
     row["cold"] = {**row["cold"], "first_pass": {loops[-1]: first["first_pass"]}}
@@ -163,10 +184,15 @@ def _clip_rows(run: RecordedRun, tier: str, size: str, roof: Values | None) -> l
     row["steady"] = all(row["passes"][name]["cv"] <= UNSTEADY for name in loops)
     end = run.done(f"{tier} {size}") or {}
     row |= {to: end[key] for key, to in _OF_THE_END.items() if key in end}
+    row["host_waits"] = row.get("host_waits") or {loops[-1]: first["host_waits"]}
+    # Replaying a CUDA graph allocates nothing, so the peak of a loop can be that of the pass that was recorded.
+    peaks = [line["peak_bytes"] for line in (first, end) if "peak_bytes" in line]
+    if peaks:
+        row["peak_memory_bytes"] = max(peaks)
     work = {name: stage["passes"] * stage["flops_per_pass"] for name, stage in row["geometry"].items()}
     machine, rows = run.header["provenance"]["machine"], []
     for decoder in DECODERS:
-        decoded = _fastest(run, size, decoder)
+        decoded = next(filter(None, (_fastest(each, size, decoder) for each in runs)), None)
         if decoded is not None:
             stages = {**row["stages"], "decode to host": decoded["measured"]["to_host_seconds"]}
             named = {"name": decoder, "weights": "random", "cudnn_benchmark": decoded["cudnn_benchmark"]}
@@ -182,7 +208,6 @@ def _clip_rows(run: RecordedRun, tier: str, size: str, roof: Values | None) -> l
 _OF_THE_END = {
     "host_waits": "host_waits",
     "planned_bytes": "planned_bytes",
-    "peak_bytes": "peak_memory_bytes",
     "gpu": "gpu_after",
 }
 
@@ -195,8 +220,9 @@ def _errors(run: RecordedRun, tier: str, size: str) -> Values:
 
 
 def _fastest(run: RecordedRun, size: str, decoder: str) -> Values | None:
-    line = run.done(f"decode {size} {decoder}")
-    timed = [row for row in line["rows"] if "to_host_seconds" in row["measured"]] if line else []
+    """A decoder's row, by cuDNN's heuristics or by its search."""
+    lines = [run.done(f"decode {size} {decoder}{end}") for end in ("", " search")]
+    timed = [line["row"] for line in lines if line and "to_host_seconds" in line["row"]["measured"]]
     return min(timed, key=lambda row: row["measured"]["to_host_seconds"]["median"], default=None)
 
 
@@ -251,5 +277,8 @@ def _rendered(folder: Path) -> list[str]:
                 lines.append(
                     f"no prediction at measured rates for {size} {tier}: {error or type(error).__name__}"
                 )
-    lines.append(f"drawn: {draw(folder)}")
+    try:
+        lines.append(f"drawn: {draw(folder)}")
+    except UserError:
+        lines.append("the picture was not drawn: pip install matplotlib, then collect again")
     return [*lines, *update_readmes()]

@@ -78,6 +78,7 @@ def decoder_row(
     dtype: str,
     repeat: int,
     cudnn_benchmark: bool = False,
+    to_host_only: bool = False,
 ) -> Row:
     """What is computed of a decoder, and where a GPU is at hand its times.
 
@@ -86,6 +87,7 @@ def decoder_row(
         dtype: of the weights, see `networks.dtype_for`; Wan is bfloat16 as released.
         repeat: timed clips, after one to warm up.
         cudnn_benchmark: let cuDNN time its convolution algorithms on the first clip instead of choosing by heuristics.
+        to_host_only: leave out the time without the copy to the host's memory.
     """
     last = case.stages[-1]
     row: Row = {
@@ -115,7 +117,9 @@ def decoder_row(
         _channels_last(codec)
     usual, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
     try:
-        row["measured"] = _measured(case, codec, device, repeat) | {"dtype": str(kind).removeprefix("torch.")}
+        row["measured"] = _measured(case, codec, device, repeat, to_host_only) | {
+            "dtype": str(kind).removeprefix("torch.")
+        }
     except RuntimeError as error:  # too large for the device's memory, or a kernel that it does not have
         row["measured"] = {"status": "n/a", "reason": str(error).strip().splitlines()[0][:200]}
     finally:
@@ -170,7 +174,7 @@ def peak_memory(case: Case, name: str) -> int:
 
 
 @torch.no_grad()
-def _measured(case: Case, codec: Any, device: torch.device, repeat: int) -> Row:
+def _measured(case: Case, codec: Any, device: torch.device, repeat: int, to_host_only: bool) -> Row:
     """Seconds to 8-bit pictures on the device, and to pictures in the host's memory while the next are decoded."""
     last, decoder = case.stages[-1], Decoder(codec)
     generator = torch.Generator().manual_seed(SEED)
@@ -186,9 +190,9 @@ def _measured(case: Case, codec: Any, device: torch.device, repeat: int) -> Row:
             pass
 
     row: Row = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     for name, call in (("seconds", on_device), ("to_host_seconds", to_host)):
+        if to_host_only and call is on_device:
+            continue
         times = []
         for number in range(repeat + 1):  # the first one chooses the convolutions' kernels
             synchronise(device)
@@ -197,6 +201,8 @@ def _measured(case: Case, codec: Any, device: torch.device, repeat: int) -> Row:
             synchronise(device)
             if number:
                 times.append(time.perf_counter() - start)
+            elif device.type == "cuda":  # not the workspaces of the search
+                torch.cuda.reset_peak_memory_stats(device)
         row[name] = spread(times)
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -214,6 +220,5 @@ def describe(row: Row) -> str:
     found = row["measured"]
     if "reason" in found:
         return f"{line}; not measured: {found['reason']}"
-    return (
-        f"{line}; {found['seconds']['median']:.4g} s, to the host {found['to_host_seconds']['median']:.4g} s"
-    )
+    alone = f"{found['seconds']['median']:.4g} s, " if "seconds" in found else ""
+    return f"{line}; {alone}to the host {found['to_host_seconds']['median']:.4g} s"

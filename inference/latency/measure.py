@@ -181,12 +181,12 @@ def _prepare(
             velocities, reasons = networks.first_passes(
                 seen, (network, *denoisers.values()), inputs[stage.name]
             )
-            gave_up |= reasons
+            gave_up |= {option: reason.splitlines()[0] for option, reason in reasons.items()}
             errors[stage.name] = truths[stage.name].errors(velocities)
             first[stage.name] = round(time.perf_counter() - start, 4)
             _say(f"  {name}, {stage.name}: first pass {first[stage.name]:.1f} s")
             for option, reason in reasons.items():
-                _say(f"  without {option}: {reason}")
+                _say(f"  without {option}: {reason.splitlines()[0]}")
         row = described(case, name, network, weights, found)
         row["errors"] = errors
         if gave_up:

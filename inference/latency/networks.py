@@ -1,6 +1,7 @@
 """The network that is timed: with random weights made on the device, or a checkpoint; one for all stages of a clip."""
 
 import copy
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from inference.fast import TIERS, check_tier, prepare
 from inference.fast.denoiser import FastDenoiser
+from inference.fast.graphs import LONGEST
+from inference.latency.budget import StepTimeout
 from inference.latency.parts import reason_of
 from inference.roofline.cases import Case, Stage
 from magihuman import zoo
@@ -19,6 +22,7 @@ from magihuman.tokens import Layout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SEED = 0
+_TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,13 @@ def _layout(denoiser: Denoiser, inputs: Inputs) -> Layout:
 def first_passes(
     denoiser: Denoiser, every: Iterable[Denoiser], inputs: Inputs
 ) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
-    """Velocities of a first pass; of a second one where that is recorded as a CUDA graph, which then is replayed.
+    """Velocities of a first pass; of a second one where that is recorded as a CUDA graph.
 
     What cannot be compiled or recorded here is given up in `every` view of the network: a row that names what it lacks
     is worth more than none.
 
     Returns:
-        and the reasons of what was given up, by option.
+        and why options were given up, by option: the reason in the first line, the traceback in those below.
 
     Raises:
         Exception: of a pass that fails without compilation too, or for want of memory.
@@ -156,8 +160,9 @@ def first_passes(
         return one_pass(denoiser, inputs), {}
     reasons: dict[str, str] = {}
 
-    def give_up(option: str, error: Exception) -> None:
-        reasons[option] = reason_of(error)
+    def give_up(option: str, error: BaseException) -> None:
+        trace = "".join(traceback.format_exception(error))[-_TRACE:]
+        reasons[option] = f"{reason_of(error)}\n{trace}"
         for view in every:
             model: Any = view.model
             model.give_up(option)
@@ -165,12 +170,12 @@ def first_passes(
 
     try:
         velocities = one_pass(denoiser, inputs)
-    except Exception as error:
+    except (Exception, StepTimeout) as error:  # compilers fail in many ways, and can take forever
         if isinstance(error, (torch.OutOfMemoryError, UserError)) or denoiser.options.compile == "off":
             raise
         give_up("compile", error)
         velocities = one_pass(denoiser, inputs)
-    if denoiser.options.graphs:
+    if denoiser.options.graphs and _layout(denoiser, inputs).length <= LONGEST:
         try:
             velocities = one_pass(denoiser, inputs)
         except Exception as error:

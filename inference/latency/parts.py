@@ -176,8 +176,10 @@ def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
         return Missing(f"{needs} cannot build it ({reason_of(error)})")
 
 
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line."""
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line; of one that wraps another (as compilers' do), what that says."""
+    while isinstance(cause := getattr(error, "inner_exception", None) or error.__cause__, BaseException):
+        error = cause
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
 

@@ -11,7 +11,7 @@ KINDS = {
     # In this order: attention kernels have "gemm" and "cutlass" in some of their names.
     "attention": re.compile(r"attention|sdpa|fmha|flash", re.I),
     "products": re.compile(r"gemm|nvjet|cutlass|cublas|matmul|::mm|addmm|bmm|linear", re.I),
-    "pointwise": re.compile(r"triton_|elementwise|vectorized|reduce|copy|cat|softmax|norm", re.I),
+    "pointwise": re.compile(r"triton_|elementwise|vectorized|reduce|copy|memcpy|cat|softmax|norm", re.I),
 }
 """Kinds of kernels by their names, as cuBLAS, cuDNN, FlashAttention and Inductor call them."""
 
@@ -29,6 +29,9 @@ def profile_pass(call: Callable[[], object], device: torch.device) -> dict[str, 
     Returns:
         `wall`, seconds of the call by the host's clock, profiled; `kinds`, seconds of all kernels by kind, and `idle`,
         what is left of `wall`; `kernels`, the longest by name with calls and seconds.
+
+    Raises:
+        RuntimeError: the profiler saw no kernel, as where CUPTI is missing.
     """
     activity = torch.profiler.ProfilerActivity
     gpu = device.type == "cuda"
@@ -43,6 +46,8 @@ def profile_pass(call: Callable[[], object], device: torch.device) -> dict[str, 
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
         if microseconds > 0:
             found.append({"name": event.key[:120], "calls": event.count, "seconds": microseconds / 1e6})
+    if not found:
+        raise RuntimeError("the profiler saw no kernel")
     kinds = dict.fromkeys((*KINDS, "other"), 0.0)
     for kernel in found:
         kinds[kind_of(kernel["name"])] += kernel["seconds"]

@@ -5,10 +5,10 @@ order of value, so that a run that is cut off has measured what matters most:
 
     roof            a large matrix product and a large copy: what this device reaches at most
     truth           the reference at 256p in fp32 and bf16, with and without windows: the error column
-    fast ...        256p, 540p and 1080p in bf16, compiled, CUDA graphs; where the time goes (profiler)
-    decode ...      the released decoder and ours, at three sizes, with and without cuDNN's algorithm search
-    fp8 ...         the three sizes with 8-bit matrix products
     reference 256p  the network as written: the ratio to published code
+    fast ...        256p, 540p and 1080p in bf16, compiled, CUDA graphs; where the time goes (profiler)
+    decode ...      the released decoder and ours at three sizes; at the end again with cuDNN's algorithm search
+    fp8 ...         the three sizes with 8-bit matrix products
     kernels ...     matrix products and attention kernels alone, at each sequence length
     fp8_attention   where a kernel for it is installed
 
@@ -28,11 +28,12 @@ import torch
 from inference.fast import require_kernel
 from inference.latency import networks, records
 from inference.latency.budget import BudgetedRun, Step, choose
-from inference.latency.clock import timed_calls
+from inference.latency.clock import timed_calls, waits
 from inference.latency.decoders import decoder_row
 from inference.latency.errors import Truth
 from inference.latency.measure import described, device_of
 from inference.latency.micro import Microbenchmark
+from inference.latency.parts import reason_of
 from inference.latency.profile import profile_pass
 from inference.latency.request import Request
 from inference.latency.roof import measure_roof
@@ -47,7 +48,7 @@ Values = dict[str, Any]
 SIZES = ("256p", "540p", "1080p")
 FOLDER = Path("runs") / "latency"
 DECODERS = ("turbo", "b")
-_REPEATS = {"256p": 5, "540p": 4, "1080p": 2}  # timed requests at most, after one that warms up
+_REPEATS = {"256p": 5, "540p": 3, "1080p": 2}  # timed requests at most, after one that warms up
 _WARMED = ("256p", "540p")  # at 1080p a request takes half a minute, and two passes have run before
 _FORMS = {
     "1080p": ("products", "attention"),
@@ -214,28 +215,30 @@ class SuiteBench:
     def steps(self) -> list[Step]:
         """All steps in order of value, with the seconds that each should take on an H100: assumed until measured."""
         found = [
-            Step("roof", 6, self.roof),
+            Step("roof", 12, self.roof),
             Step("build", 8, self.build),
-            Step("truth", 10, self.truth, ("build",)),
+            Step("truth", 15, self.truth, ("build",)),
+            # Now, while the reference is there: a faster tier takes its layers.
+            Step("reference prepare", 1, partial(self.prepare, "reference"), ("build",)),
+            self._first("reference", "256p", 3),
+            self._clip("reference", "256p", 3, 6),
             *self._of_tier("fast", "build", compile_seconds=32),
             Step("profile fast 1080p", 9, partial(self.profile, "1080p"), ("fast 1080p first",)),
             Step("profile fast 256p", 3, partial(self.profile, "256p"), ("fast 256p first",)),
         ]
         # The released decoder completes the three rows, so it comes first.
-        for name, seconds_of in (("turbo", (3, 8, 35)), ("b", (2, 3, 5))):
+        for name, seconds_of in (("turbo", (3, 8, 15)), ("b", (2, 3, 4))):
             for size, seconds in zip(SIZES, seconds_of, strict=True):
                 found.append(Step(f"decode {size} {name}", seconds, partial(self.decode, size, name)))
         # Weights of its own for every tier: the one before took those of the last network.
-        found += [
-            Step("fp8 build", 8, self.build),
-            *self._of_tier("fp8", "fp8 build", compile_seconds=18),
-            Step("reference build", 8, self.build),
-            Step("reference prepare", 1, partial(self.prepare, "reference"), ("reference build",)),
-            Step("reference 256p first", 6, partial(self.first, "reference", "256p"), ("reference prepare",)),
-            Step("reference 256p", 6, partial(self.clip, "reference", "256p"), ("reference 256p first",), 12),
-        ]
+        found += [Step("fp8 build", 8, self.build), *self._of_tier("fp8", "fp8 build", compile_seconds=18)]
         for size, seconds in (("256p", 20), ("1080p", 25), ("540p", 12)):
             found.append(Step(f"kernels {size}", seconds, partial(self.kernels, size)))
+        for size, name, seconds in (
+            ("256p", "turbo", 12), ("256p", "b", 8), ("540p", "b", 10), ("540p", "turbo", 20), ("1080p", "b", 15),
+        ):  # fmt: skip
+            work = partial(self.decode, size, name, cudnn_benchmark=True)
+            found.append(Step(f"decode {size} {name} search", seconds, work))
         return [
             *found,
             Step("fp8_attention kernel", 1, self.require_fp8_attention),
@@ -244,25 +247,42 @@ class SuiteBench:
         ]
 
     def _of_tier(self, tier: str, network: str, compile_seconds: float) -> list[Step]:
-        """First passes, which compile, record CUDA graphs and are compared with the reference; then whole requests."""
-        found = [Step(f"{tier} prepare", 4, partial(self.prepare, tier), (network,))]
-        for name, first, clip, most in (
-            ("256p", compile_seconds, 2, 9),
-            ("windows", 5, None, None),
-            ("540p", 0.8 * compile_seconds + 2, 11, 22),
-            # One request: its passes show how steady they are.
-            ("1080p", 0.8 * compile_seconds + 15, 36, None),
-        ):
-            passed = f"{tier} {name} first"
-            found.append(Step(passed, first, partial(self.first, tier, name), (f"{tier} prepare",)))
-            if clip is not None:
-                needs = tuple(dict.fromkeys((f"{tier} 256p first", passed)))
-                found.append(Step(f"{tier} {name}", clip, partial(self.clip, tier, name), needs, most))
-        return found
+        """First passes, which compile, record CUDA graphs and are compared with the reference; then whole requests.
+
+        At 1080p one request: its passes show how steady they are. First passes there, and with windows, also try
+        attention kernels at 18 different lengths.
+        """
+        return [
+            Step(f"{tier} prepare", 4, partial(self.prepare, tier), (network,)),
+            self._first(tier, "256p", compile_seconds),
+            self._clip(tier, "256p", 3, 9),
+            self._first(tier, "windows", 12),
+            self._first(tier, "540p", 0.8 * compile_seconds + 2),
+            self._clip(tier, "540p", 11, 22),
+            self._first(tier, "1080p", 0.8 * compile_seconds + 22),
+            self._clip(tier, "1080p", 36),
+        ]
+
+    def _first(self, tier: str, name: str, seconds: float) -> Step:
+        work = partial(self.first, tier, name)
+        return Step(f"{tier} {name} first", seconds, work, (f"{tier} prepare",), ("roof", "truth"))
+
+    def _clip(self, tier: str, size: str, seconds: float, most: float | None = None) -> Step:
+        needs = tuple(f"{tier} {name} first" for name in dict.fromkeys(("256p", size)))
+        return Step(f"{tier} {size}", seconds, partial(self.clip, tier, size), needs, most=most)
 
     def roof(self) -> Values:
-        """What the device reaches in one large product and one large copy."""
-        return {"roof": measure_roof(self.device, self.dtype)}
+        """What the device reaches in one large product and one large copy, in bursts; whether torch can compile."""
+        values: Values = {"roof": measure_roof(self.device, self.dtype), "compiler": "not asked on a CPU"}
+        if self.device.type == "cuda":
+            x = torch.ones(8, device=self.device)
+            try:
+                torch.compile(lambda y: 2 * y + 1)(x)
+                values["compiler"] = "works"
+            except Exception as error:
+                values["compiler"] = reason_of(error)
+                self.run.say(f"torch.compile fails here, rows will be without it: {values['compiler']}")
+        return values
 
     def build(self) -> Values:
         """The network of the largest size with random weights."""
@@ -322,14 +342,18 @@ class SuiteBench:
         values: Values = {"tier": tier, "size": name, "first_pass": round(time.perf_counter() - start, 3)}
         if reasons:
             values["gave_up"] = reasons
+            for option, reason in reasons.items():
+                self.run.say(f"{tier} {name}: without {option}: {reason.splitlines()[0]}")
         if name in self.truths:
             values["errors"] = self.truths[name].errors(velocities)
         elif not all(bool(torch.isfinite(part).all()) for part in velocities):
             raise ValueError("the network's velocities are not finite")
         start = time.perf_counter()
-        networks.one_pass(view, self.inputs[name])
+        with waits(self.device) as places:
+            networks.one_pass(view, self.inputs[name])
         self._wait()
         values["second_pass"] = round(time.perf_counter() - start, 4)
+        values["host_waits"] = sorted(set(places))
         if name in self.cases:
             row = described(self.cases[name], tier, view, self.weights, None) | {"cold": dict(self.cold)}
             values["row"] = row | networks.kernel_of(view, self.inputs[name])
@@ -339,47 +363,59 @@ class SuiteBench:
         """Whole requests without codecs: noise, the base loop, super-resolution."""
         case = self.cases[size]
         views = {"base": self.views["256p"]} | ({"sr": self.views[size]} if len(case.stages) > 1 else {})
-        request = Request(case, views, None, self.device)
-        warm, waits = size in _WARMED and tier != "reference", {}
-        for number in self.run.repeat((1 if self.dry else _REPEATS[size]) + warm):
-            with timed_calls(views, self.device) as passes:
-                times = request.run(look_for_waits=number == 0)
-            if number == 0:
-                waits = {name: sorted(set(places)) for name, places in request.waits.items()}
-            counted = not (warm and number == 0)
-            rounded = {name: round(seconds, 5) for name, seconds in times.items()}
-            worked = {name: round(seconds, 5) for name, seconds in request.worked.items()}
-            processor = {"processor_time": worked} if worked else {}
-            self.run.add(f"{tier} {size}", "run", times=rounded, counted=counted, passes=passes, **processor)
+        request, waited = Request(case, views, None, self.device), {}
+        if size in _WARMED:
+            self._requested(request, views, counted=False)
+            waited = {name: sorted(set(places)) for name, places in request.waits.items()}
+        for _ in self.run.repeat(1 if self.dry else _REPEATS[size]):
+            self._requested(request, views, counted=True)
         state = records.gpu_state() if self.device.type == "cuda" else {}
         return {
             "tier": tier,
             "size": size,
-            "host_waits": waits,
+            "host_waits": waited,
             "gpu": state,
             "planned_bytes": planned_bytes(case)["sr" if "sr" in views else "base"],
         }
+
+    def _requested(self, request: Request, views: dict[str, Denoiser], counted: bool) -> None:
+        """One request, on disk when it is done; one that does not count also finds where the host waits."""
+        with timed_calls(views, self.device) as passes:
+            times = request.run(look_for_waits=not counted)
+        rounded = {name: round(seconds, 5) for name, seconds in times.items()}
+        worked = {name: round(seconds, 5) for name, seconds in request.worked.items()}
+        processor = {"processor_time": worked} if worked else {}
+        self.run.progress(times=rounded, counted=counted, passes=passes, **processor)
 
     def profile(self, size: str) -> Values:
         """Where the time of one pass goes, kernel by kernel."""
         view, inputs = self.views[size], self.inputs[size]
         return {"size": size, "profile": profile_pass(lambda: networks.one_pass(view, inputs), self.device)}
 
-    def decode(self, size: str, name: str) -> Values:
-        """A decoder alone, with and without cuDNN's algorithm search.
+    def decode(self, size: str, name: str, cudnn_benchmark: bool = False) -> Values:
+        """A decoder alone, to pictures in the host's memory.
 
         The network is freed first: at 1080p an 80 GB card does not hold it beside a decoder at work.
+
+        Args:
+            cudnn_benchmark: with cuDNN's search for the fastest algorithms, which takes longer than a clip.
         """
         self.drop()
-        case, own = self.cases[size], {"turbo": "codec", "b": "tiny"}[name] if self.dry else name
+        own = {"turbo": "codec", "b": "tiny"}[name] if self.dry else name
         repeat = 1 if size == "1080p" and name == "turbo" else 3
-        rows = []
-        for search in (False, True):
-            row = decoder_row(case, own, "contiguous", self.device, "auto", repeat, search)
-            rows.append({**row, "decoder": name})
-        if all("reason" in row["measured"] for row in rows):
-            raise RuntimeError(rows[0]["measured"]["reason"])
-        return {"size": size, "rows": rows}
+        row = decoder_row(
+            self.cases[size],
+            own,
+            "contiguous",
+            self.device,
+            "auto",
+            repeat,
+            cudnn_benchmark,
+            to_host_only=True,
+        )
+        if "reason" in row["measured"]:
+            raise RuntimeError(row["measured"]["reason"])
+        return {"size": size, "row": {**row, "decoder": name}}
 
     def kernels(self, size: str) -> Values:
         """Matrix products, experts and attention alone at a size's shapes."""
