@@ -11,7 +11,7 @@ import pytest
 
 from magihuman import zoo
 from magihuman.errors import UserError
-from magihuman.zoo import plan_training
+from magihuman.zoo import footprint, plan_training
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.footprint import Tokens
 from magihuman.zoo.plan import GB, MEMORY, RESERVE, Request, needs, peak, remedies, require_room
@@ -116,16 +116,29 @@ class TestTraining:
         assert state == 16 * 15_299_419_136
 
     def test_recomputing_saves(self) -> None:
-        kept = plan_training.work_bytes(replace(self.RUN, checkpointing=False))
-        assert kept > 5 * plan_training.work_bytes(self.RUN)
+        kept = plan_training.work_bytes(replace(self.RUN, checkpointing=False), "pretrain")
+        assert kept > 5 * plan_training.work_bytes(self.RUN, "pretrain")
         # Attention's results in bf16 and the log-sum-exps of 40 heads in fp32, of all layers but the one in work.
         attention = replace(self.RUN, checkpointing="attention")
         more = 39 * 4050 * (2 * 5120 + 4 * 40)
-        assert plan_training.work_bytes(attention) == plan_training.work_bytes(self.RUN) + more
+        recomputed = plan_training.work_bytes(self.RUN, "pretrain")
+        assert plan_training.work_bytes(attention, "pretrain") == recomputed + more
         available = plan_training.per_gpu(self.RUN, "pretrain", 8)
         report = plan_training.report(attention, "pretrain", 8, "", available)
         assert "  recompute attention in the backward pass, too: checkpointing=true" in report
         assert plan_training.gathered_bytes(self.RUN, 1) == 0
+
+    @pytest.mark.parametrize(("task", "holding"), [("lora", "full"), ("dmd2", "lora")])
+    def test_a_frozen_base_has_no_master_weights(self, task: str, holding: str) -> None:
+        for checkpointing in (True, False):
+            run = replace(self.RUN, checkpointing=checkpointing)
+            casts = footprint.cast_bytes(BIG, 2, checkpointing)
+            assert (
+                plan_training.work_bytes(run, task, holding)
+                == plan_training.work_bytes(run, "pretrain") - casts
+            )
+        # Without recomputation 30 GB of bf16 copies of 15 B master weights would wait for the backward pass.
+        assert casts == pytest.approx(2 * BIG.parameter_count(), rel=0.01)
 
 
 class TestCommand:
@@ -183,6 +196,8 @@ class TestCommand:
         assert "does not fit: 8 GPU, holding full" in shown
         assert "shard over 16 GPUs" in shown
         assert "fits: 8 GPU, holding lora_critic" in shown
+        assert main(["plan", "15b", "task=lora", "rank=32"]) == 0
+        assert "fits: 1 GPU needs 4" in capsys.readouterr().out
         assert main(["plan", "tiny", "task=pretrain"]) == 0
         assert "fits: 1 GPU" in capsys.readouterr().out
         assert main(["plan", "--help"]) == 0
@@ -192,7 +207,7 @@ class TestCommand:
         ("settings", "message"),
         [
             ({"resolution": "8k"}, "256p, 540p, 1080p"),
-            ({"task": "sing"}, "infer, pretrain, dmd2"),
+            ({"task": "sing"}, "infer, pretrain, lora, dmd2"),
             ({"memory": "none"}, "fast, balanced, low"),
             ({"height": 250}, "multiple of 32"),
             ({"resolution": "256p", "height": 256}, "contradict"),

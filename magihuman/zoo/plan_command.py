@@ -10,7 +10,7 @@ from magihuman.zoo import plan_training as training
 from magihuman.zoo.footprint import BF16, FP32
 from magihuman.zoo.plan import FORMS, GB, MEMORY, SIZES, Request
 
-TASKS = ("infer", "pretrain", "dmd2")
+TASKS = ("infer", "pretrain", "lora", "dmd2")
 RELEASED_TEXT = 3584
 FPS = 25.0
 
@@ -55,7 +55,7 @@ def plan(
 
     Args:
         model: an architecture or a checkpoint of `python -m magihuman.zoo list`, or a checkpoint's folder
-        task: infer, pretrain or dmd2
+        task: infer, pretrain, lora or dmd2
         resolution: 256p, 540p or 1080p with the released codecs; the latter two include super-resolution by a
             network of the same shape
         height: of the clip in pixels, instead of resolution
@@ -73,7 +73,7 @@ def plan(
         turbo: infer: decode with the Turbo decoder
         checkpointing: training: recompute blocks in the backward pass: true, false, or attention: all but attention
         ema: training: the average on the gpu or the cpu
-        rank: dmd2: of adapters
+        rank: lora and dmd2: of adapters
 
     Raises:
         UserError: a setting that cannot be.

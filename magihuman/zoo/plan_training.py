@@ -59,36 +59,43 @@ def gathered_bytes(run: Run, gpus: int) -> int:
     return 3 * max(footprint.layer_bytes(run.config, "fp32"))
 
 
-def work_bytes(run: Run) -> int:
-    """Activations and copies of weights in the compute dtype."""
+def work_bytes(run: Run, task: str, holding: str = "full") -> int:
+    """Activations, and copies of fp32 master weights in the compute dtype.
+
+    Where adapters alone are trained there are no master weights: the frozen base is stored in the compute dtype.
+    """
     activations = footprint.training_bytes(run.config, run.tokens, run.compute, run.checkpointing)
+    if task == "lora" or (task == "dmd2" and holding == "lora"):
+        return activations
     return activations + footprint.cast_bytes(run.config, run.compute, run.checkpointing)
 
 
 def per_gpu(run: Run, task: str, gpus: int, holding: str = "full") -> int:
     """Peak of one GPU when the state is sharded over all of them."""
-    return state_bytes(run, task, holding) // gpus + gathered_bytes(run, gpus) + work_bytes(run) + RESERVE
+    work = work_bytes(run, task, holding)
+    return state_bytes(run, task, holding) // gpus + gathered_bytes(run, gpus) + work + RESERVE
 
 
 def report(run: Run, task: str, gpus: int, title: str, available: int) -> str:
     """The parts, a table over cluster sizes, and what to change when it does not fit."""
-    ways = ("full",) if task == "pretrain" else HOLDINGS
+    ways = HOLDINGS if task == "dmd2" else ("full",)
     lines = [f"{title}; every number is computed, none measured"]
-    lines.append(f"{'activations':<28}{work_bytes(run) / GB:>10.2f}  GB per GPU")
+    largest = max(work_bytes(run, task, way) for way in ways)
+    lines.append(f"{'activations':<28}{largest / GB:>10.2f}  GB per GPU")
     lines.append(f"{'gathered blocks':<28}{gathered_bytes(run, max(gpus, 2)) / GB:>10.2f}  with several GPUs")
     lines.append(f"{'assumed for CUDA itself':<28}{RESERVE / GB:>10.2f}")
     clusters = sorted({*CLUSTERS, gpus})
     header = "".join(f"{f'{n} GPU':>10}" for n in clusters)
-    for name, value in (("state (sharded)", 0), ("peak", work_bytes(run) + RESERVE)):
+    for name, peak in (("state (sharded)", False), ("peak", True)):
         lines.append(f"{name:<18}{'total':>10}{header}  GB per GPU")
         for way in ways:
             total = state_bytes(run, task, way)
-            row = [total // n + (value + gathered_bytes(run, n) if value else 0) for n in clusters]
-            label = task if task == "pretrain" else way
+            row = [per_gpu(run, task, n, way) if peak else total // n for n in clusters]
+            label = way if task == "dmd2" else task
             cells = "".join(f"{cell / GB:>10.1f}" for cell in row)
             lines.append(f"  {label:<16}{total / GB:>10.1f}{cells}")
     for way in ways:
-        label = f"{gpus} GPU" + ("" if task == "pretrain" else f", holding {way}")
+        label = f"{gpus} GPU" + (f", holding {way}" if task == "dmd2" else "")
         needed = per_gpu(run, task, gpus, way)
         if needed <= available:
             lines.append(f"fits: {label} needs {needed / GB:.1f} GB of {available / GB:.1f} GB")
