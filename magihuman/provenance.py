@@ -69,10 +69,10 @@ def code_version() -> dict[str, Any]:
 
 
 def sources_hash() -> str:
-    """Of every Python file of the packages that inference runs: finds the commit where a copy has no git."""
+    """Of every Python file of the packages that inference and training run: finds the commit where a copy has no git."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for package in ("magihuman", "inference"):
+    for package in ("magihuman", "inference", "recipes"):
         for file in sorted((root / package).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
