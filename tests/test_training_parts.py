@@ -2,6 +2,8 @@
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.training import naming, preempt, strategies
+from magihuman.train import warn_of_slow_bf16
+from magihuman.training import cpu, naming, preempt, strategies
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.draws import Draws, stream
 from magihuman.training.meters import Meter
@@ -241,3 +244,24 @@ def test_a_continuation_keeps_the_settings_it_replaces(tmp_path) -> None:
     assert (tmp_path / "config-1.yaml").read_text() == "lr: 1\n"
     assert run.read()["earlier"][0]["config"] == "config-1.yaml"
     assert run.read()["earlier"][0]["steps"] == 6
+
+
+def test_slow_bf16_of_a_cpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without AVX512-BF16 a training of minutes takes hours."""
+    times = iter([0, 0.7, 0, 0.3, 0, 0.9, 0, 0.2, 0, 0.1, 0, 0.4])  # three products in bf16, three in fp32
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu.time, "perf_counter", lambda: next(times))
+        assert cpu.bf16_slowdown() == pytest.approx(3.0)
+
+    def said(slowdown: float, **options: Any) -> str:
+        monkeypatch.setattr(cpu, "bf16_slowdown", lambda: slowdown)
+        settings: Any = SimpleNamespace(trainer=TrainerSettings(1, **options))
+        warn_of_slow_bf16(settings)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "77 times slower in bf16 than in fp32" in said(77.0)
+    assert "trainer.precision=fp32" in said(77.0, accelerator="cpu")
+    assert said(0.6) == said(77.0, precision="fp32") == said(77.0, accelerator="cuda") == ""

@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import time
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 _GB = 1 << 30
+_SIDE = 256  # of the matrices that are multiplied to compare two types
 
 
 def tune(threads: int | None) -> None:
@@ -24,3 +26,23 @@ def tune(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def bf16_slowdown() -> float:
+    """How many times longer a matrix product takes in bf16 than in fp32 on this CPU.
+
+    Below 1 where it has AVX512-BF16 or AMX; without them torch's kernels can be a hundred times slower. Takes some
+    hundredths of a second.
+    """
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(_SIDE, _SIDE, dtype=dtype)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
