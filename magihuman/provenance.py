@@ -69,7 +69,7 @@ def code_version() -> dict[str, Any]:
 
 
 def sources_hash() -> str:
-    """Of every Python file of the packages that inference and training run: finds the commit where a copy has no git."""
+    """Of every Python file that inference and training run: finds the commit where a copy has no git."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for package in ("magihuman", "inference", "recipes"):
