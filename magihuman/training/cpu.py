@@ -6,7 +6,8 @@ import time
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 _GB = 1 << 30
-_SIDE = 256  # of the matrices that are multiplied to compare two types
+# Of the product that is timed: like the tiny network's.
+_ROWS, _WIDTH, _INNER = 1024, 256, 1024
 
 
 def tune(threads: int | None) -> None:
@@ -31,17 +32,18 @@ def tune(threads: int | None) -> None:
 def bf16_slowdown() -> float:
     """How many times longer a matrix product takes in bf16 than in fp32 on this CPU.
 
-    Below 1 where it has AVX512-BF16 or AMX; without them torch's kernels can be a hundred times slower. Takes some
-    hundredths of a second.
+    Below 1 where it has AVX512-BF16 or AMX; without them torch's kernels are many times slower. Takes some hundredths
+    of a second.
     """
     import torch
+    import torch.nn.functional as F
 
     def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(_SIDE, _SIDE, dtype=dtype)
+        x, weight = torch.ones(_ROWS, _WIDTH, dtype=dtype), torch.ones(_INNER, _WIDTH, dtype=dtype)
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            a @ a
+            F.linear(x, weight)
             times.append(time.perf_counter() - start)
         return min(times)
 
