@@ -20,7 +20,7 @@ from magihuman.errors import UserError, report_and_exit
 from magihuman.schema import call
 
 SLOW_BF16 = 3.0
-"""Times slower than fp32 from which on a CPU's bf16 is worth a note."""
+"""A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
 
 
 def is_main_process() -> bool:
@@ -123,7 +123,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 
 
 def warn_of_slow_bf16(settings: TrainSettings) -> None:
-    """Say where a CPU computes in bf16 what it could compute in fp32 in a fraction of the time."""
+    """Print a note if the training runs in bf16 on a CPU whose bf16 matrix products are slow."""
     import torch
 
     from magihuman.training import cpu
@@ -135,8 +135,8 @@ def warn_of_slow_bf16(settings: TrainSettings) -> None:
     slowdown = cpu.bf16_slowdown()
     if slowdown > SLOW_BF16:
         say(
-            f"note: this CPU multiplies matrices {slowdown:.0f} times slower in bf16 than in fp32 (it has no "
-            "AVX512-BF16 or AMX); trainer.precision=fp32 trains faster here, with results that differ by rounding"
+            f"note: matrix products are {slowdown:.0f} times slower in bf16 than in fp32 on this CPU, as on most "
+            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, and results differ by rounding"
         )
 
 

@@ -229,7 +229,7 @@ def test_one_key_of_the_largest_clip_counts() -> None:
 
 
 def test_a_trial_of_the_largest_clip_takes_little_memory() -> None:
-    """40 heads and 65,746 keys: beside q, k, v and the output 200 MB, all of it freed."""
+    """40 heads and 65,746 keys: less than 200 MB in addition to q, k, v and the output, and all of it is freed."""
     (kernel,) = variants("sdpa")
     call = Call(1, 17, 65746, False)
     tensors = 2 * 128 * (2 * 17 * 40 + 2 * 65746 * 8)

@@ -87,7 +87,7 @@ def test_an_extremely_slow_machine_still_measures_the_smallest_clip(tmp_path: Pa
 def test_the_plans_fit_their_default_budgets(tmp_path: Path) -> None:
     """12 minutes of the 15 that a lent machine has: the start takes up to three."""
     suite, _ = simulated(SuiteBench(CPU, dry=True).steps(), 60 * 8.5, 1.0, tmp_path)
-    train, _ = simulated(TrainingBench(CPU, True, tmp_path / "x").steps(), 60 * 3.5, 1.0, tmp_path)
+    train, _ = simulated(TrainingBench(CPU, True).steps(), 60 * 3.5, 1.0, tmp_path)
     assert train.status["lora attention"] == train.status["dmd2 attention"] == "done"
     assert train.status["lora attention compiled"] == "done"
     assert suite.status["fp8 1080p"] == suite.status["kernels 1080p"] == "done"

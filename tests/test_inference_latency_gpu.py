@@ -126,7 +126,7 @@ def test_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(budget, "_GRACE", 600.0)
     with fake_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        bench = TrainingBench(torch.device("cpu"), False, tmp_path / "scratch")
+        bench = TrainingBench(torch.device("cpu"), False)
         bench.run = budget.BudgetedRun(tmp_path, "train", 36_000)
         bench.run.header("train", False, records.provenance(bench.device))
         bench.run.run([step for step in bench.steps() if step.name != "roof"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.latency import calibrate, records, roof, suite, tables
+from inference.latency import calibrate, records, roof, runner, suite, tables
 from inference.latency import collect as collecting
 from inference.latency.budget import BudgetedRun, choose, read_runs
 from inference.latency.collect import collect, rows_of
@@ -273,7 +273,8 @@ def test_planned_memory_is_the_plan_command_s() -> None:
         second=make("1080p").stages[1].config, enlarged=(1088, 1920), turbo=True,
     )  # fmt: skip
     by_name = {need.stage: need.alone for need in plan.needs(request)}
-    assert found == {"base": by_name["sample"], "sr": by_name["refine"]}
+    assert found == by_name["refine"]
+    assert suite.planned_bytes(make("256p")) == by_name["sample"]
 
 
 def test_where_the_host_waited_is_of_the_run_that_looked(
@@ -304,7 +305,7 @@ def test_collecting_refuses_what_is_no_result(
 ) -> None:
     with pytest.raises(UserError, match="holds dry runs only, none of it is a result"):
         collect(str(dry))
-    assert suite.folder_for(None, True) != suite.folder_for(None, False) == Path("runs/latency")
+    assert runner.folder_for(None, True) != runner.folder_for(None, False) == Path("runs/latency")
     with pytest.raises(UserError, match=r"holds no \.jsonl file"):
         collect(str(tmp_path))
     for wrong in ({"dry": True, "minutes": 0.0}, {"minutes": -1.0}):

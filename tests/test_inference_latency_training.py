@@ -111,7 +111,7 @@ def test_the_iteration_that_warms_up_never_counts(
 
 
 def test_adapters_are_trained_and_the_base_is_not(tmp_path: Path) -> None:
-    bench = TrainingBench(torch.device("cpu"), True, tmp_path / "scratch")
+    bench = TrainingBench(torch.device("cpu"), True)
     bench.run = BudgetedRun(tmp_path, "train", 600)
     seen: dict[str, Any] = {}
 

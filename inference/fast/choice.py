@@ -1,9 +1,8 @@
-"""Which attention kernel runs: the fastest that is right in the very calls a clip will make of it.
+"""Selects the attention kernel: the fastest one that is correct at the shapes a clip will use.
 
-A kernel that works at one length can have no plan, or wrong numbers, at another: tiles are masked at odd lengths, and
-cuDNN plans for every shape anew. So each distinct call (lengths, strides, with log-sum-exps or without) is tried
-before the sampling loop. Tried with the strides of the real tensors, a kernel has nothing left to refuse in the loop,
-so nothing there falls back.
+A kernel that works at one length can fail or give wrong numbers at another: tiles are masked at odd lengths, and cuDNN
+makes an execution plan for every shape. So each distinct call (lengths, strides, with or without log-sum-exp) is tested
+before the sampling loop. The tests use the strides of the real tensors, so the loop needs no fallback of its own.
 """
 
 import warnings
@@ -30,8 +29,8 @@ _LARGEST_AVERAGE = 8.0
 _STEPS = 0.02, 0.1, 0.02
 """What one unit of an 8-bit trial's q, k and v stands for: e4m3 ends at 448 units."""
 
-_LOUD_KEYS, _LOUDNESS = 3, 2.0
-"""The last keys of a trial are this much longer, so that leaving one out of 65,746 shows in the output."""
+_LARGE_KEYS, _KEY_SCALE = 3, 2.0
+"""The last keys of a trial are larger by this factor, so that a missing one of 65,746 changes the output measurably."""
 
 _CHUNK = 4096
 """Rows of a trial's inputs drawn in fp32 at a time."""
@@ -208,7 +207,7 @@ def _drawn(
         x = torch.empty_strided(shape, call.strides[which], dtype=dtype, device=device)
     parts = [(part, 1.0) for part in x.split(_CHUNK, dim=1)]
     if which == 1:
-        parts.append((x[:, -_LOUD_KEYS:], _LOUDNESS))
+        parts.append((x[:, -_LARGE_KEYS:], _KEY_SCALE))
     for part, size in parts:
         values = torch.randn(part.shape, generator=generator, device=device).mul_(size)
         part.copy_(values.div_(_STEPS[which]) if dtype == FP8 else values)
@@ -221,7 +220,7 @@ def _fault(
     """What is wrong with a kernel's output for `given`, or None.
 
     All of it has to be finite and no larger than an average of the values can be. About 16 rows of the first and the
-    last sample are compared with fp32 attention: the first and the last ones and those beside borders of tiles.
+    last sample are compared with fp32 attention: the first rows, the last rows, and those at tile boundaries.
     """
     eight_bits = given[0].dtype == FP8
     if want_lse and lse is None:

@@ -1,8 +1,8 @@
 """From the JSON lines of a run to committed results, tables and the picture: `python -m inference.latency collect`.
 
 The steps of one run become rows of the result files in inference/results/latency: a clip's row takes its loops, its
-decoder and its errors from the steps that measured each. Nothing is computed anew but sums and medians; predictions at
-the rates that were measured go to files of their own (`inference.latency.calibrate`).
+decoder and its errors from the steps that measured each. Only sums, medians and rates are computed here; predictions at
+the measured rates go to files of their own (`inference.latency.calibrate`).
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from inference.fast import TIERS
 from inference.latency import records
 from inference.latency.budget import RecordedRun, read_runs
 from inference.latency.clock import UNSTEADY, medians, spread
-from inference.latency.suite import DECODERS, FOLDER, SIZES
-from inference.roofline.cases import make
-from inference.roofline.work import video_decoder
+from inference.latency.measure import rates
+from inference.latency.runner import FOLDER
+from inference.latency.suite import DECODERS, SIZES
 from magihuman.errors import UserError
-from magihuman.gpus import recognise
 from magihuman.provenance import code_version, sources_hash
 
 Values = dict[str, Any]
 
-_CHECKED_AT = {"256p": ("base", "256p"), "windows": ("windows", "windows"), "540p": ("sr", "540p")}
+_MEMORY = ("peak_bytes", "reserved_bytes")
+_STAGE_OF = {"256p": "base", "windows": "windows", "540p": "sr"}  # whose error a first pass tells
 
 
 def collect(input: str = str(FOLDER), output: str | None = None) -> str:
@@ -122,7 +122,7 @@ def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, l
     if roof:
         kernels = [_with_share(row, roof) for row in kernels]
         kernels = [{"what": "roof", **roof}, *kernels] if kernels else []
-    kept = ("step", "status", "at", "seconds", "reason", "trace", "gave_up", "peak_bytes", "reserved_bytes")
+    kept = ("step", "status", "at", "seconds", "reason", "trace", "gave_up", "compiler", *_MEMORY)
     return {
         "measure": [
             row for tier in TIERS for size in SIZES for row in _clip_rows([run, *others], tier, size, roof)
@@ -130,7 +130,11 @@ def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, l
         "decode": [line["row"] for line in _done(run, "decode ")],
         "micro": kernels,
         "profile": [_profile_row(run, line) for line in _done(run, "profile ")],
-        "train": [line["row"] | {"roof": roof} for line in run.steps.values() if _is_training(line)],
+        "train": [
+            {**line["row"], "roof": roof, **{key: line[key] for key in _MEMORY if key in line}}
+            for line in run.steps.values()
+            if line["status"] == "done" and "recipe" in line.get("row", {})
+        ],
         "steps": [{key: line[key] for key in kept if key in line} for line in run.steps.values()],
     }
 
@@ -139,84 +143,70 @@ def _done(run: RecordedRun, prefix: str) -> Iterable[Values]:
     return (line for name, line in run.steps.items() if name.startswith(prefix) and line["status"] == "done")
 
 
-def _is_training(line: Values) -> bool:
-    return line["status"] == "done" and "recipe" in line.get("row", {})
-
-
 def _with_share(row: Values, roof: Values) -> Values:
     return row | {"of_roof": round(row["tflops"] / roof["tflops"], 4)} if "tflops" in row else row
 
 
 def _profile_row(run: RecordedRun, line: Values) -> Values:
     tier, size = line["step"].split()[1:]
-    first = run.done(f"{tier} {size} first")
-    facts = {} if first is None else {k: first["row"][k] for k in ("geometry", "attention_kernel", "model")}
+    row = run.steps[f"{tier} {size} first"]["row"]  # which the profile needs
+    facts = {key: row[key] for key in ("geometry", "attention_kernel", "model")}
     return {"size": size, "tier": tier, **facts, **line["profile"]}
 
 
 def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values | None) -> list[Values]:
-    """A clip's row of the first run for each decoder that was measured; one without a decoder where none was."""
-    run, first_line = runs[0], f"{tier} {size} first"
-    first = run.done(first_line)
-    requests = run.runs.get(f"{tier} {size}", [])
-    if first is None or not requests:
+    """A clip's rows of the first run: one for each decoder that was measured, one without a decoder if none was."""
+    run = runs[0]
+    first = run.done(f"{tier} {size} first")
+    counted = [line for line in run.runs.get(f"{tier} {size}", []) if line["counted"]]
+    if first is None or not counted:
         return []
-    counted = [line for line in requests if line["counted"]]
-    if not counted:
-        return []
+    last = run.done(f"{tier} {size}") or {}  # missing where the run was killed between two requests
     found = medians([line["times"] for line in counted])
-    row: Values = dict(first["row"])
+    row: Values = {**first["row"], "errors": _errors(run, tier, size)}
     loops = list(row["geometry"])
-    row["errors"], row["gave_up"] = _errors(run, tier, size), {}
-    for name in dict.fromkeys(("256p", size)):
-        gave_up = (run.done(f"{tier} {name} first") or {}).get("gave_up", {})
-        row["gave_up"] |= {option: reason.splitlines()[0] for option, reason in gave_up.items()}
-    if not row["gave_up"]:
-        del row["gave_up"]
+    gave_up: dict[str, str] = {}
+    for name in ("256p", size):
+        gave_up |= (run.done(f"{tier} {name} first") or {}).get("gave_up", {})
+    if gave_up:
+        row["gave_up"] = {option: reason.splitlines()[0] for option, reason in gave_up.items()}
     row["cold"] = {**row["cold"], "first_pass": {loops[-1]: first["first_pass"]}}
     row["stages"] = {name: found[name] for name in ("noise", *loops)}
     if all("processor_time" in line for line in counted):
         row["processor_time"] = medians([line["processor_time"] for line in counted])
-    # All passes of a loop do the same work; with one request per size they are all there is to judge by.
+    # All passes of a loop do the same work, so they show how steady a single request was.
     row["passes"] = {
         name: spread([second for line in counted for second in line["passes"][name]]) for name in loops
     }
     row["steady"] = all(row["passes"][name]["cv"] <= UNSTEADY for name in loops)
-    end = run.done(f"{tier} {size}") or {}
-    row |= {to: end[key] for key, to in _OF_THE_END.items() if key in end}
-    row["host_waits"] = row.get("host_waits") or {loops[-1]: first["host_waits"]}
-    # Replaying a CUDA graph allocates nothing, so the peak of a loop can be that of the pass that was recorded.
-    peaks = [line["peak_bytes"] for line in (first, end) if "peak_bytes" in line]
+    row["host_waits"] = last.get("host_waits") or {loops[-1]: first["host_waits"]}
+    if "planned_bytes" in last:
+        row["planned_bytes"] = last["planned_bytes"]
+    # Replaying a CUDA graph allocates nothing: the peak of a loop can be that of the first pass, which was recorded.
+    peaks = [line["peak_bytes"] for line in (first, last) if "peak_bytes" in line]
     if peaks:
         row["peak_memory_bytes"] = max(peaks)
+    if last.get("gpu"):
+        row["gpu_after"] = last["gpu"]
+    row["roof"], machine = roof, run.header["provenance"]["machine"]
     work = {name: stage["passes"] * stage["flops_per_pass"] for name, stage in row["geometry"].items()}
-    machine, rows = run.header["provenance"]["machine"], []
+    rows = []
     for decoder in DECODERS:
         decoded = next(filter(None, (_fastest(each, size, decoder) for each in runs)), None)
         if decoded is not None:
             stages = {**row["stages"], "decode to host": decoded["measured"]["to_host_seconds"]}
             named = {"name": decoder, "weights": "random", "cudnn_benchmark": decoded["cudnn_benchmark"]}
-            clip = {**row, "decoder": named, "stages": stages, "comparable": _sum(stages, loops)}
-            flops = work | (
-                {"decode to host": _decoder_flops(size, decoder)} if row["model"] == "15b" else {}
-            )
-            rows.append(clip | _rates(stages, flops, roof, machine))
-    return rows or [{**row, "decoder": None, **_rates(row["stages"], work, roof, machine)}]
-
-
-# What the last line of a clip's step says, and what the row calls it.
-_OF_THE_END = {
-    "host_waits": "host_waits",
-    "planned_bytes": "planned_bytes",
-    "gpu": "gpu_after",
-}
+            flops = work | ({"decode to host": decoded["flops"]} if "flops" in decoded else {})
+            found = {"comparable": _sum(stages, loops), "rates": rates(stages, flops, roof, machine)}
+            rows.append({**row, "decoder": named, "stages": stages, **found})
+    return rows or [{**row, "decoder": None, "rates": rates(row["stages"], work, roof, machine)}]
 
 
 def _errors(run: RecordedRun, tier: str, size: str) -> Values:
     """By what was compared: the base pass, windows at 256p's length for 1080p, the second stage's pass at 540p."""
     wanted = {"256p": ("256p",), "540p": ("256p", "540p"), "1080p": ("256p", "windows")}[size]
     lines = {name: run.done(f"{tier} {name} first") for name in wanted}
-    return {_CHECKED_AT[name][0]: line["errors"] for name, line in lines.items() if line and "errors" in line}
+    return {_STAGE_OF[name]: line["errors"] for name, line in lines.items() if line and "errors" in line}
 
 
 def _fastest(run: RecordedRun, size: str, decoder: str) -> Values | None:
@@ -226,28 +216,11 @@ def _fastest(run: RecordedRun, size: str, decoder: str) -> Values | None:
     return min(timed, key=lambda row: row["measured"]["to_host_seconds"]["median"], default=None)
 
 
-def _decoder_flops(size: str, decoder: str) -> int:
-    return video_decoder(make(size), decoder).flops
-
-
 def _sum(stages: Values, loops: list[str]) -> Values:
-    """Of stages that were measured one after the other in one process: sums of medians and of extremes."""
+    """Sums of the medians and of the extremes of stages that were measured separately, in one process."""
     parts = [stages[name] for name in (*loops, "decode to host")]
     total = {key: sum(part[key] for part in parts) for key in ("median", "min", "max")}
-    return {**spread([total["median"]]), **total, "n": min(part["n"] for part in parts)}
-
-
-def _rates(stages: Values, work: dict[str, int], roof: Values | None, machine: str) -> Values:
-    """TFLOP/s of each stage, its share of the measured roof and of the data sheet's peak (MFU)."""
-    known, rates = recognise(machine), {}
-    for name, flops in work.items():
-        reached = flops / stages[name]["median"] / 1e12
-        rates[name] = {"tflops": round(reached, 5)}
-        if roof is not None:
-            rates[name]["of_roof"] = round(reached / roof["tflops"], 4)
-        if known is not None:
-            rates[name]["mfu"] = round(reached * 1e12 / known.bf16, 4)
-    return {"rates": rates, "roof": roof}
+    return {**total, "n": min(part["n"] for part in parts)}
 
 
 def _rendered(folder: Path) -> list[str]:
@@ -268,12 +241,8 @@ def _rendered(folder: Path) -> list[str]:
         for tier in ("fast", "fp8"):
             try:
                 lines.append(predict(size, tier).splitlines()[-1])
-            except (
-                UserError,
-                ValueError,
-                KeyError,
-                StopIteration,
-            ) as error:  # not all of its rates were measured
+            # Not all of its rates were measured.
+            except (UserError, ValueError, KeyError, StopIteration) as error:
                 lines.append(
                     f"no prediction at measured rates for {size} {tier}: {error or type(error).__name__}"
                 )

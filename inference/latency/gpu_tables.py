@@ -1,4 +1,4 @@
-"""Tables of what was measured on a GPU beside clip latency: where a pass spends its time, memory, training steps.
+"""Tables of GPU measurements other than clip latency: time by kind of kernel, peak memory, training steps.
 
 Measured and computed figures stand in rows of their own, named as such.
 """
@@ -16,7 +16,6 @@ REPO = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 NOTHING = "Nothing measured yet: no GPU was available."
-TIERS = ("fast", "fp8", "fp8_attention")
 
 
 def newest(folder: Path, kind: str, key: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
@@ -50,11 +49,6 @@ def origin(rows: Iterable[Row]) -> str:
     return f"{'; '.join(sorted(machines))}; {when}; commit {', '.join(sorted(commits))}."
 
 
-def expected_rates(tier: str, kernel: str) -> predict.Rates | None:
-    """The assumed rates that a measured pass is compared with: those of the attention kernel that really ran."""
-    return predict.rates_of(tier, kernel) if tier in TIERS else None
-
-
 def profile_table(folder: str) -> str:
     """Markdown: seconds of one pass by kind of kernel, measured by the profiler, and what was predicted."""
     rows = newest(REPO / folder, "profile", lambda row: (row["size"], row["tier"], row["model"]))
@@ -75,10 +69,10 @@ def profile_table(folder: str) -> str:
             row["wall"],
         ]
         lines.append(f"| {where} | measured, {row['attention_kernel']} | " + _seconds(cells))
-        rates = expected_rates(row["tier"], row["attention_kernel"])
         machine = predict.machine_of(row["made"]["machine"])
-        if rates is not None and machine is not None:
-            parts = predict.one_pass(stage, rates, machine)
+        if machine is not None:
+            # The rates assumed of the attention kernel that ran.
+            parts = predict.one_pass(stage, predict.rates_of(row["tier"], row["attention_kernel"]), machine)
             cells = [parts.products, parts.attention, parts.pointwise, parts.ends, parts.host, parts.total]
             lines.append(f"| {where} | *predicted at assumed rates* | " + _seconds(cells))
     told = f"Measured with torch's profiler running. {origin(rows)}" if rows else NOTHING
@@ -92,16 +86,13 @@ def _seconds(cells: list[float]) -> str:
 def memory_table(folder: str) -> str:
     """Markdown: peak memory of each clip's loops, measured, and as `python -m magihuman.zoo plan` computes it."""
     rows = newest(REPO / folder, "measure", lambda row: (row["size"], row["tier"], row["model"]))
-    rows = [
-        row for row in rows if row["model"] == "15b" and "planned_bytes" in row and "peak_memory_bytes" in row
-    ]
+    rows = [row for row in rows if row["model"] == "15b" and "peak_memory_bytes" in row]
     lines = ["| clip, without codecs | | GB |", "|---|---|---:|"]
     for row in rows:
         where = f"{row['size']} {row['tier']}, {card(row['made']['machine'])}"
         lines.append(f"| {where} | measured peak | {row['peak_memory_bytes'] / 1e9:.1f} |")
-        lines.append(
-            f"| {where} | *computed by `zoo plan` for the reference* | {row['planned_bytes'] / 1e9:.1f} |"
-        )
+        if "planned_bytes" in row:
+            lines.append(f"| {where} | *computed by `zoo plan`* | {row['planned_bytes'] / 1e9:.1f} |")
     return "\n".join([*lines, "", f"GB are 10^9 bytes. {origin(rows)}" if rows else NOTHING])
 
 

@@ -266,21 +266,36 @@ def _finished(case: Case, contender: Contender, roof: Mapping[str, float], devic
     row["request"] = found["request"]
     if all(name in found for name in PUBLISHED_STAGES if name != "sr"):
         row["comparable"] = spread([sum(t.get(name, 0.0) for name in PUBLISHED_STAGES) for t in requests])
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     work = {stage.name: stage.passes * forward(stage).total for stage in case.stages}
     if case.released and row["decoder"] and "video decode" in found:
         work["video decode"] = video_decoder(case, row["decoder"]["name"]).flops
-    row["rates"] = {}
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1  # see `clock.undisturbed`
     times = row["processor_time"] if one_thread else found
-    for name, flops in work.items():
-        reached = flops / times[name]["median"] / 1e12
-        row["rates"][name] = {"tflops": round(reached, 5), "of_roof": round(reached / roof["tflops"], 4)}
-        if known is not None:
-            row["rates"][name]["mfu"] = round(reached * 1e12 / known.bf16, 4)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    row["rates"] = rates(times, work, roof, machine)
     row["roof"] = dict(roof)
     row["steady"] = all(found[stage.name]["cv"] <= UNSTEADY for stage in case.stages)
     return row
+
+
+def rates(
+    times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, float] | None, machine: str
+) -> Row:
+    """TFLOP/s of each stage, its share of the measured roof, and of the data sheet's bf16 peak (MFU) if known.
+
+    Args:
+        times: spread of seconds by stage; work: FLOPs by stage.
+        machine: the device's name as torch gives it.
+    """
+    known, found = recognise(machine), {}
+    for name, flops in work.items():
+        reached = flops / times[name]["median"] / 1e12
+        found[name] = {"tflops": round(reached, 5)}
+        if roof is not None:
+            found[name]["of_roof"] = round(reached / roof["tflops"], 4)
+        if known is not None:
+            found[name]["mfu"] = round(reached * 1e12 / known.bf16, 4)
+    return found
 
 
 def _compare_in_run(rows: list[Row]) -> None:

@@ -15,38 +15,32 @@ order of value, so that a run that is cut off has measured what matters most:
 `python -m inference.latency collect input=FILE` turns the result into tables.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from inference.fast import require_kernel
 from inference.latency import networks, records
-from inference.latency.budget import BudgetedRun, Step, choose
-from inference.latency.clock import timed_calls, waits
+from inference.latency.budget import Step
+from inference.latency.clock import synchronise, timed_calls, waits
 from inference.latency.decoders import decoder_row
 from inference.latency.errors import Truth
-from inference.latency.measure import described, device_of
+from inference.latency.measure import described
 from inference.latency.micro import Microbenchmark
 from inference.latency.parts import reason_of
 from inference.latency.profile import profile_pass
 from inference.latency.request import Request
 from inference.latency.roof import measure_roof
+from inference.latency.runner import Bench, Values, run_benchmark
 from inference.roofline.cases import Case, Stage, make
 from magihuman.denoiser import Denoiser
-from magihuman.errors import UserError
 from magihuman.models.config import local_layers
 from magihuman.zoo import plan
 
-Values = dict[str, Any]
-
 SIZES = ("256p", "540p", "1080p")
-FOLDER = Path("runs") / "latency"
 DECODERS = ("turbo", "b")
 _REPEATS = {"256p": 5, "540p": 3, "1080p": 2}  # timed requests at most, after one that warms up
 _WARMED = ("256p", "540p")  # at 1080p a request takes half a minute, and two passes have run before
@@ -65,8 +59,8 @@ def suite(
 ) -> str:
     """Measure everything about inference on one GPU within a time budget, the most valuable first.
 
-    Each result is appended to OUTPUT/suite.jsonl as soon as it is known, with a log beside it. Then, on any machine:
-    `python -m inference.latency collect input=OUTPUT/suite.jsonl`.
+    Each result is appended to OUTPUT/suite.jsonl as soon as it is known; OUTPUT/suite.log is the log. Afterwards, on
+    any machine: `python -m inference.latency collect input=OUTPUT/suite.jsonl`.
 
     Example:
         python -m inference.latency suite
@@ -81,32 +75,7 @@ def suite(
     Raises:
         UserError: no GPU, or a setting that cannot be.
     """
-    if not 0 < minutes < 1000:
-        raise UserError(f"minutes={minutes:g} is impossible; give a number above 0 and below 1000")
-    device = torch.device("cpu") if dry else _gpu()
-    folder = folder_for(output, dry)
-    bench = SuiteBench(device, dry)
-    run = BudgetedRun(folder, "suite", 60 * minutes, before=bench.reset_peak, after=bench.memory)
-    bench.run = run
-    chosen = choose(bench.steps(), steps)
-    run.header("suite", dry, records.provenance(device))
-    table = run.run(chosen)
-    return f"{table}\nnext: python -m inference.latency collect input={run.results}"
-
-
-def folder_for(output: str | None, dry: bool) -> Path:
-    """Where results go; dry runs never into the folder of real ones, unless that is asked for."""
-    if output is not None:
-        return Path(output)
-    return FOLDER.with_name(f"{FOLDER.name}-dry") if dry else FOLDER
-
-
-def _gpu() -> torch.device:
-    if not torch.cuda.is_available():
-        raise UserError(
-            "torch finds no GPU; `suite dry=true` runs the same steps with a tiny network on the CPU"
-        )
-    return device_of("cuda")
+    return run_benchmark("suite", SuiteBench, minutes, dry, steps, output)
 
 
 def cases(dry: bool) -> dict[str, Case]:
@@ -128,8 +97,8 @@ def windows_at_256p(largest: Case) -> Stage:
     return replace(base, name="windows", config=sr.config, pack=pack)
 
 
-def planned_bytes(case: Case) -> dict[str, int]:
-    """What `python -m magihuman.zoo plan` computes for each loop alone: `base`, `sr`."""
+def planned_bytes(case: Case) -> int:
+    """What `python -m magihuman.zoo plan` computes for a clip's last loop alone."""
     base, *further = case.stages
     (height, width), (_, rows, columns) = (base.height, base.width), case.stride
     request = plan.Request(
@@ -147,25 +116,15 @@ def planned_bytes(case: Case) -> dict[str, int]:
         turbo=True,
         compute=plan.BF16 if case.released else plan.FP32,
     )
-    names = {"sample": "base", "refine": "sr"}
-    return {names[need.stage]: need.alone for need in plan.needs(request) if need.stage in names}
+    last = "refine" if further else "sample"
+    return next(need.alone for need in plan.needs(request) if need.stage == last)
 
 
-class SuiteBench:
-    """The network in its present form, and the steps that measure it.
-
-    Args:
-        device: of the network.
-        dry: tiny sizes, fp32.
-
-    Attributes:
-        run: set before the first step.
-    """
-
-    run: BudgetedRun
+class SuiteBench(Bench):
+    """One network in the form of one tier after the other, decoders, and single kernels; see `Bench`."""
 
     def __init__(self, device: torch.device, dry: bool) -> None:
-        self.device, self.dry = device, dry
+        super().__init__(device, dry)
         self.cases = cases(dry)
         self.largest = self.cases["1080p"]
         self.dtype = torch.float32 if dry else torch.bfloat16
@@ -184,36 +143,14 @@ class SuiteBench:
         self.weights = ""
         self.cold: Values = {}
 
-    # -- between steps
-
-    def reset_peak(self) -> None:
-        """Count the peak of memory anew.
-
-        What torch keeps for reuse stays: a timed request is not to wait for memory that the pass before it had.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def memory(self) -> Values:
-        """Peak of allocated and reserved device memory since `reset_peak`, in bytes."""
-        if self.device.type != "cuda":
-            return {}
-        reserved = torch.cuda.max_memory_reserved(self.device)
-        return {"peak_bytes": torch.cuda.max_memory_allocated(self.device), "reserved_bytes": reserved}
-
     def drop(self) -> None:
         """Free the network in all its forms."""
         self.reference = self.network = None
         self.views = {}
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.reset_peak()
-
-    # -- steps
+        self.free()
 
     def steps(self) -> list[Step]:
-        """All steps in order of value, with the seconds that each should take on an H100: assumed until measured."""
+        """See `Bench.steps`."""
         found = [
             Step("roof", 12, self.roof),
             Step("build", 8, self.build),
@@ -289,7 +226,7 @@ class SuiteBench:
         self.drop()
         start = time.perf_counter()
         self.reference, self.weights = networks.build(self.largest, self.device, self.dtype, None)
-        self._wait()
+        synchronise(self.device)
         self.cold = {"build": round(time.perf_counter() - start, 3)}
         return {"weights": self.weights, **self.cold}
 
@@ -323,13 +260,13 @@ class SuiteBench:
         self.network = networks.faster(self.reference, tier, self.device, release, changes)
         if release:
             self.reference = None
-        self._wait()
+        synchronise(self.device)
         self.views = {name: networks.view(self.network, stage) for name, stage in self.stages.items()}
         self.cold["prepare"] = round(time.perf_counter() - start, 3)
         return {"prepare": self.cold["prepare"], **networks.facts(self.network)}
 
     def first(self, tier: str, name: str) -> Values:
-        """The first pass of a size, which compiles; its error; and all that a row says beside times."""
+        """The first pass of a size, which compiles: its error, and the columns of the row other than times."""
         assert self.network is not None
         view, stage = self.views[name], self.stages[name]
         if name not in self.inputs:
@@ -338,7 +275,7 @@ class SuiteBench:
         velocities, reasons = networks.first_passes(
             view, (self.network, *self.views.values()), self.inputs[name]
         )
-        self._wait()
+        synchronise(self.device)
         values: Values = {"tier": tier, "size": name, "first_pass": round(time.perf_counter() - start, 3)}
         if reasons:
             values["gave_up"] = reasons
@@ -351,7 +288,7 @@ class SuiteBench:
         start = time.perf_counter()
         with waits(self.device) as places:
             networks.one_pass(view, self.inputs[name])
-        self._wait()
+        synchronise(self.device)
         values["second_pass"] = round(time.perf_counter() - start, 4)
         values["host_waits"] = sorted(set(places))
         if name in self.cases:
@@ -375,7 +312,8 @@ class SuiteBench:
             "size": size,
             "host_waits": waited,
             "gpu": state,
-            "planned_bytes": planned_bytes(case)["sr" if "sr" in views else "base"],
+            # The plan is of bf16 weights.
+            **({"planned_bytes": planned_bytes(case)} if tier in ("reference", "fast") else {}),
         }
 
     def _requested(self, request: Request, views: dict[str, Denoiser], counted: bool) -> None:
@@ -395,7 +333,7 @@ class SuiteBench:
     def decode(self, size: str, name: str, cudnn_benchmark: bool = False) -> Values:
         """A decoder alone, to pictures in the host's memory.
 
-        The network is freed first: at 1080p an 80 GB card does not hold it beside a decoder at work.
+        The network is freed first: at 1080p an 80 GB card does not hold it together with a running decoder.
 
         Args:
             cudnn_benchmark: with cuDNN's search for the fastest algorithms, which takes longer than a clip.
@@ -440,7 +378,3 @@ class SuiteBench:
         """
         require_kernel("fp8_attention", self.device, torch.bfloat16)
         return {}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

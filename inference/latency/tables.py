@@ -96,7 +96,7 @@ def latency_table(folder: str) -> str:
 
 
 def _against_reference(rows: list[Row]) -> list[str]:
-    """How many times faster than the network as written the base loop is, in the same run; a line for each card."""
+    """How many times faster than the network as written the base loop is on the same card; a line for each card."""
     lines = []
     for machine in sorted({row["made"]["machine"] for row in rows}):
         own = {r["tier"]: r for r in rows if r["made"]["machine"] == machine and r["size"] == "256p"}

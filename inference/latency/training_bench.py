@@ -7,13 +7,13 @@ recipes are those of `recipes/`, driven by a Lightning trainer as in training. D
 it, because shards hold latents and text features.
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -24,6 +24,7 @@ from inference.latency import records
 from inference.latency.budget import BudgetedRun, Step
 from inference.latency.clock import spread, synchronise
 from inference.latency.roof import measure_roof
+from inference.latency.runner import Bench, Values
 from inference.roofline.cases import Stage, make
 from magihuman import zoo
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
@@ -47,8 +48,6 @@ from recipes.base import Recipe
 from recipes.dmd2 import DMD2
 from recipes.lora import Lora
 
-Values = dict[str, Any]
-
 SEED = 0
 CHECKPOINTING: dict[str, Checkpointing] = {"none": False, "blocks": True, "attention": "attention"}
 """Values of trainer.activation_checkpointing: nothing is recomputed, whole blocks, or all but attention."""
@@ -57,38 +56,27 @@ _RANKS = {"lora": 32, "dmd2": 128}
 _TIMED = 4
 
 
-class TrainingBench:
-    """The recipe whose steps are timed, and the steps of the benchmark.
+class TrainingBench(Bench):
+    """One recipe after the other, in several settings; see `Bench`."""
 
-    Args:
-        device: of the network; dry: a tiny network.
-        scratch: for files that the recipes read.
-
-    Attributes:
-        run: set before the first step.
-    """
-
-    run: BudgetedRun
-
-    def __init__(self, device: torch.device, dry: bool, scratch: Path) -> None:
+    def __init__(self, device: torch.device, dry: bool) -> None:
+        super().__init__(device, dry)
         quiet()
-        self.device, self.dry, self.scratch = device, dry, scratch
+        self._scratch = TemporaryDirectory()  # of a file that the recipes read
         self.stage: Stage = (make("tiny", seconds=0.36) if dry else make("256p")).stages[0]
         self.name = "tiny" if dry else "15b"
         self.ranks = dict.fromkeys(_RANKS, 4) if dry else _RANKS
         self.recipe: Any = None
         self.kind = ""
-        self.parent = scratch / "parent"
+        self.parent = Path(self._scratch.name)
         self._write_parent()
 
     def steps(self) -> list[Step]:
-        """All steps in order of value, with the seconds that each should take on an H100: assumed until measured."""
+        """See `Bench.steps`."""
 
-        def measured(kind: str, mode: str, seconds: float, batch: int = 1, network: str = "build") -> Step:
-            run = partial(self.measure, mode, batch)
-            return Step(
-                f"{kind} {mode}" + f" batch {batch}" * (batch > 1), seconds, run, (f"{kind} {network}",)
-            )
+        def measured(kind: str, mode: str, seconds: float, batch: int = 1) -> Step:
+            name = f"{kind} {mode}" + (f" batch {batch}" if batch > 1 else "")
+            return Step(name, seconds, partial(self.measure, mode, batch), (f"{kind} build",))
 
         def compiled(kind: str, seconds: float) -> Step:
             run = partial(self.measure, "attention", 1, True)
@@ -98,7 +86,7 @@ class TrainingBench:
             return Step(f"{kind} {name}", seconds, partial(self.build, kind))
 
         return [
-            Step("roof", 6, partial(_roof, self.device)),
+            Step("roof", 6, self.roof),
             made("lora", "build"),
             *(measured("lora", mode, 6) for mode in ("attention", "blocks", "none")),
             measured("lora", "attention", 16, batch=4),
@@ -111,17 +99,14 @@ class TrainingBench:
             compiled("dmd2", 150),  # three adapters, with and without gradients: 25 graphs
         ]
 
-    def reset_peak(self) -> None:
-        """Free what the last step left, and count the peak of memory anew."""
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+    def roof(self) -> Values:
+        """What the device reaches in one large matrix product and one large copy."""
+        return {"roof": measure_roof(self.device, torch.float32 if self.dry else torch.bfloat16)}
 
     def build(self, kind: str) -> Values:
         """A recipe with its networks: random weights on the device."""
         self.recipe = None
-        self.reset_peak()
+        self.free()
         self.kind = kind
         self.recipe = {"lora": self._lora, "dmd2": self._dmd2}[kind]()
         self.recipe.configure_model()
@@ -134,6 +119,7 @@ class TrainingBench:
         Args:
             mode: a key of CHECKPOINTING; batch: clips per step; compiled: blocks by torch.compile.
         """
+        self.free()  # optimizer states of the fit before
         planned = self._planned(mode, batch)
         if self.device.type == "cuda":
             there = torch.cuda.get_device_properties(self.device).total_memory
@@ -160,23 +146,20 @@ class TrainingBench:
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             limit_val_batches=0,
-            default_root_dir=self.scratch,
+            default_root_dir=self.parent,
         )
-        with torch.compiler.set_stance(
-            "force_eager" if self.dry else "default"
-        ):  # C++ kernels take minutes to build
+        # In a dry run nothing is compiled: C++ kernels take minutes to build.
+        with torch.compiler.set_stance("force_eager" if self.dry else "default"):
             trainer.fit(self.recipe, _Batches(partial(self.batch, batch)))
         figures = self.recipe.meter.flush("cpu")
         if figures.get("not_finite"):
             raise ValueError("a gradient was not finite")
-        return {"row": self._row(mode, batch, compiled, timer)}
+        return {"row": self._row(mode, batch, compiled, planned, timer.seconds)}
 
-    def _row(self, mode: str, batch: int, compiled: bool, timer: "_Timer") -> Values:
-        """The first iteration is not in it: kernels are chosen or compiled there, and optimizer states are made."""
-        times = timer.seconds[1:]
-        stage, given = self.stage, self.batch(batch, 0)
-        tokens, seconds = stage.tokens, spread(times)
-        flops = self.recipe.batch_flops(given)
+    def _row(self, mode: str, batch: int, compiled: bool, planned: int, times: list[float]) -> Values:
+        """The first iteration does not count: kernels are chosen or compiled and optimizer states made there."""
+        stage, tokens, seconds = self.stage, self.stage.tokens, spread(times[1:])
+        flops = self.recipe.batch_flops(self.batch(batch, 0))
         peak = peak_flops(self.device)
         row: Values = {
             "recipe": self.kind,
@@ -187,19 +170,15 @@ class TrainingBench:
             "compile": compiled,
             "activation_checkpointing": mode,
             "seconds": seconds,
-            "first_seconds": round(timer.seconds[0], 4),
+            "first_seconds": round(times[0], 4),
             "tokens_per_second": round(batch * tokens.total / seconds["median"], 2),
             "model_flops": flops,
             "forward_flops": forward_flops(stage.config, tokens.video, tokens.audio, tokens.text).total,
             "tflops": round(flops / seconds["median"] / 1e12, 5),
             "mfu": None if peak is None else round(flops / seconds["median"] / peak, 4),
-            "planned_bytes": self._planned(mode, batch),
+            "planned_bytes": planned,
         }
-        if self.device.type == "cuda":
-            row["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-            row["gpu"] = records.gpu_state()
-        return row
+        return row | ({"gpu": records.gpu_state()} if self.device.type == "cuda" else {})
 
     def _planned(self, mode: str, batch: int) -> int:
         """What `python -m magihuman.zoo plan` computes for one GPU."""
@@ -211,7 +190,7 @@ class TrainingBench:
         )
         return plan_training.per_gpu(run, self.kind, 1, "lora")
 
-    # -- recipes without a checkpoint: only where their weights come from differs
+    # -- the recipes with random weights in place of a checkpoint's
 
     def _setup(self, **optim: Any) -> Setup:
         config, pack = self.stage.config, self.stage.pack
@@ -249,8 +228,8 @@ class TrainingBench:
                 prepare(network)
                 return network
 
-        # As configs/experiment/dmd2_15b.yaml on one GPU, but that the student learns from the first iteration on and
-        # that nothing is sampled to watch the training.
+        # As configs/experiment/dmd2_15b.yaml on one GPU, except that the student is updated from the first iteration
+        # on and that no samples are drawn to monitor the training.
         return RandomDMD2(
             self._setup(betas=(0.0, 0.999), weight_decay=0.01),
             sampling=Sampling("renoise", 8, 5.0, Guidance(1, 1, 0, 1)),
@@ -263,16 +242,9 @@ class TrainingBench:
         )
 
     def network(self) -> Denoiser:
-        """Fresh weights on the device, block matrices in the compute dtype; heads that are not zero."""
-        dtype = torch.bfloat16
-        made = zoo.build(
-            self.stage.config,
-            self.stage.pack,
-            compute_dtype=dtype,
-            linear_dtype=dtype,
-            device=self.device,
-            seed=SEED,
-        )
+        """Random bf16 weights on the device; the output heads are not zero, as they would be at initialisation."""
+        config, pack, dtype = self.stage.config, self.stage.pack, torch.bfloat16
+        made = zoo.build(config, pack, compute_dtype=dtype, linear_dtype=dtype, device=self.device, seed=SEED)
         for head in (made.model.final_linear_video, made.model.final_linear_audio):
             torch.nn.init.normal_(head.weight, std=head.in_features**-0.5)
         return made
@@ -299,7 +271,7 @@ class TrainingBench:
         return Contract("random", "random", "random", *channels, (4, 16, 16), 25.0, 51200, 2)
 
     def _write_parent(self) -> None:
-        """config.json of the checkpoint that there is not: recipes read sampler and noise levels of `init` from it."""
+        """Make a checkpoint folder with a config.json only: recipes read sampler and noise levels of `init` there."""
         config = ExportConfig(
             model=self.stage.config,
             pack=self.stage.pack,
@@ -308,7 +280,6 @@ class TrainingBench:
             sigma_prior=SigmaPrior(),
             sampling=Sampling(guidance=Guidance()),
         )
-        self.parent.mkdir(parents=True)
         (self.parent / CONFIG).write_text(json.dumps(config.to_dict()))
 
 
@@ -356,9 +327,5 @@ class _Timer(L.Callback):
         trainer.should_stop = next(self._more, None) is None
 
     def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Lightning moves optimizer states to the CPU when a fit ends, here 9 GB of them that nobody wants."""
+        """Drop the optimizers: Lightning would copy their states to the CPU when a fit ends, 9 GB for DMD-2."""
         trainer.strategy.optimizers = []
-
-
-def _roof(device: torch.device) -> Values:
-    return {"roof": measure_roof(device, torch.bfloat16 if device.type == "cuda" else torch.float32)}

@@ -58,7 +58,7 @@ def forward_flops(
 
 
 def adapter_flops(config: DiTConfig, lora: LoraConfig, tokens: int, *, layers: int | None = None) -> int:
-    """Of an adapter's own products in one forward pass, x A' and (x A') B' beside every block matrix.
+    """Of the products x A' and (x A') B' that an adapter adds to every block matrix in one forward pass.
 
     Its embedders and final linears stand in for the base's and are counted there.
 
