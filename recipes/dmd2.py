@@ -321,14 +321,15 @@ class DMD2(Recipe):
             follow(average, student, decay_at(self.student_updates - 1, self.given.optim.ema_decay))
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """Of the latest iteration, which `step` counts already; what the health watch samples is evaluation."""
+        """Of the latest iteration, which `step` already includes; samples of the health monitor do not count."""
         critic, step = self.critic_settings, self.step - 1
-        judging = self.adversary is not None and step >= self.gan.start
+        with_gan = self.adversary is not None and step >= self.gan.start
         count = partial(
             dmd2_flops, self.given.transformer[0], adapters=ADAPTERS[self.holding], lora=self.lora,
             steps=self.sampling.steps, updates=critic.updates, samples_per_rollout=critic.samples_per_rollout,
-            moves=step >= critic.warmup, null_text=len(self.given.null_text) if self.guidance.needed else None,
-            judge=self.gan.network if judging else None, judged_layers=self.taps[-1] + 1,
+            student_updated=step >= critic.warmup, discriminator=self.gan.network if with_gan else None,
+            null_text=len(self.given.null_text) if self.guidance.needed else None,
+            discriminator_layers=self.taps[-1] + 1,
         )  # fmt: skip
         return float(sum(count(sample) for sample in self.samples(batch)))
 

@@ -107,7 +107,7 @@ class Lora(Recipe):
         return self.objective.held_out(network, batch, draws)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """As of every recipe, without the gradients of the base's weights, and with the adapter."""
+        """See `Recipe.batch_flops`; without weight gradients of the frozen base, with the adapter's own products."""
         model, _ = self.given.transformer
         return float(sum(passes(model, sample, adapter=self.lora).update for sample in self.samples(batch)))
 

@@ -230,7 +230,7 @@ class Pretrain(Recipe):
         return self.objective.loss(self.denoiser, batch, draws, self.progress, self.meter)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """As of every recipe; routed tokens count in the layers that they run through."""
+        """See `Recipe.batch_flops`; with token routing, only the tokens that a layer processes count."""
         model, _ = self.given.transformer
         return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
 

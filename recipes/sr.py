@@ -264,8 +264,8 @@ class SuperResolution(Recipe):
         }
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """As of every recipe, with the tokens of the second stage, and the first stage's passes on a share of clips: on
-        average, whichever were drawn. What the codec makes smaller is data, and does not count."""
+        """See `Recipe.batch_flops`; of the second stage's tokens, plus the expected first-stage passes: they run on a
+        random share of the clips. The codec does not count."""
         total = super().batch_flops({**batch, "video": batch.get("video_sr", batch["video"])})
         settings = self.settings
         if settings.base_share == 0:

@@ -175,7 +175,7 @@ class TestDMD2:
         assert 0 < tap < F - FINAL
 
     def test_a_longer_negative_prompt(self) -> None:
-        kinds = {"steps": 8, "updates": 5, "samples_per_rollout": 6, "moves": True}
+        kinds = {"steps": 8, "updates": 5, "samples_per_rollout": 6, "student_updated": True}
         sample = Sample(VIDEO, AUDIO, 3)
         more = dmd2_flops(DIT, sample, null_text=50, **kinds) - dmd2_flops(DIT, sample, **kinds)
         assert more == forward(50)

@@ -125,7 +125,7 @@ class TestTraining:
         assert plan_training.work_bytes(attention, "pretrain") == recomputed + more
         available = plan_training.per_gpu(self.RUN, "pretrain", 8)
         report = plan_training.report(attention, "pretrain", 8, "", available)
-        assert "  recompute attention in the backward pass, too: checkpointing=true" in report
+        assert "  recompute attention in the backward pass as well: checkpointing=true" in report
         assert plan_training.gathered_bytes(self.RUN, 1) == 0
 
     @pytest.mark.parametrize(("task", "holding"), [("lora", "full"), ("dmd2", "lora")])

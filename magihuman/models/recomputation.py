@@ -1,15 +1,14 @@
-"""Activation checkpointing of a block: what the backward pass recomputes instead of reading what was kept.
+"""Activation checkpointing of a block: which activations the backward pass recomputes.
 
-    False        nothing: all that the backward pass reads is kept
-    True         the whole block: only its input is kept (Chen et al. 2016, arXiv 1604.06174)
-    "attention"  all but attention: the kernel's result and log-sum-exp are kept too, queries, keys and values are
-                 recomputed (selective checkpointing: Korthikanti et al. 2022, arXiv 2205.05198, the other way round:
-                 there attention was recomputed, because it held all scores; a fused kernel holds none, and of all
-                 parts of a block its forward costs the most per byte of result)
+    False        none: all activations are kept
+    True         all of the block: only its input is kept (Chen et al. 2016, arXiv 1604.06174)
+    "attention"  all but attention: the attention kernel's output and log-sum-exp are kept as well; queries, keys and
+                 values are recomputed. Selective checkpointing after Korthikanti et al. 2022 (arXiv 2205.05198), who
+                 recompute attention because it stored all scores; fused kernels store none.
 
-"attention" knows the fused kernels of `scaled_dot_product_attention` and flash-attn. Other ways to compute attention
+"attention" covers the fused kernels of `scaled_dot_product_attention` and flash-attn. Other back ends
 (`magihuman.models.attention`) are recomputed with the rest of the block: plain products, whose scores would have to be
-kept, and FlexAttention, which is compiled by itself and hides its kernel.
+kept, and FlexAttention, which is compiled separately and hides its kernel from the policy.
 """
 
 from collections.abc import Callable

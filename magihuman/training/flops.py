@@ -103,33 +103,34 @@ def dmd2_flops(
     steps: int,
     updates: int,
     samples_per_rollout: int,
-    moves: bool,
+    student_updated: bool,
     null_text: int | None = None,
-    judge: str | None = None,
-    judged_layers: int = 0,
+    discriminator: str | None = None,
+    discriminator_layers: int = 0,
 ) -> int:
     """One iteration of DMD-2 (`recipes.dmd2`), of one sample.
 
     Args:
         adapters: which of student and critic are adapters of size `lora`; the others are networks trained whole.
-        steps: K forward passes of the student in each of its rollouts, one for every `samples_per_rollout` turns.
-        updates: turns of the critic, R; moves: whether the student has its turn after them.
-        null_text: tokens of the negative prompt, where the teacher is guided.
-        judge: network whose first `judged_layers` blocks the adversary looks at, where it takes part: real, generated
-            and moved latents in each turn of the critic, forward only, and in the student's turn forward and backward.
-            The recipe's passes run on to the end; what lies behind the last tap is not needed and does not count.
+        steps: forward passes of the student per rollout, K; a rollout serves `samples_per_rollout` updates.
+        updates: of the critic, R; student_updated: whether one update of the student follows them.
+        null_text: tokens of the negative prompt, if the teacher is guided.
+        discriminator: name of the network whose features the discriminator heads read, teacher or critic;
+            None without a GAN loss; discriminator_layers: blocks up to the last feature. Each critic update takes
+            three forward passes (real, generated and perturbed latents), the student update one forward and backward.
+            The blocks behind the last feature are computed by the recipe, but not needed, and do not count.
     """
     sizes = {role: lora if role in adapters else None for role in ("student", "critic", "teacher")}
     student, critic, teacher = (passes(config, sample, adapter=size) for size in sizes.values())
-    rollouts = -(-(updates + moves) // samples_per_rollout)
+    rollouts = -(-(updates + student_updated) // samples_per_rollout)
     total = rollouts * steps * student.forward + updates * critic.update
-    if moves:
+    if student_updated:
         total += student.update + teacher.forward + critic.forward
         if null_text is not None:
             total += passes(config, replace(sample, text=null_text)).forward
-    if judge is not None:
-        judged = passes(config, sample, adapter=sizes[judge], layers=judged_layers)
-        total += 3 * updates * judged.forward + moves * judged.through
+    if discriminator is not None:
+        features = passes(config, sample, adapter=sizes[discriminator], layers=discriminator_layers)
+        total += 3 * updates * features.forward + student_updated * features.through
     return total
 
 

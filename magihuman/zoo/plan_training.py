@@ -116,7 +116,7 @@ def _advice(run: Run, task: str, gpus: int, holding: str, available: int) -> str
         run.checkpointing is not True
         and per_gpu(replace(run, checkpointing=True), task, gpus, holding) <= available
     ):
-        return "recompute attention in the backward pass, too: checkpointing=true"
+        return "recompute attention in the backward pass as well: checkpointing=true"
     if run.ema == "gpu" and per_gpu(replace(run, ema="cpu"), task, gpus, holding) <= available:
         return "keep the average on the CPU: ema=cpu"
     for n in (2, 4, 8, 16, 32, 64, 128, 256):
