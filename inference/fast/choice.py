@@ -99,8 +99,9 @@ def choose(
             trials = (probe(kernel, device, dtype, heads, shared, dim, call) for call in calls)
             reason = next((found for found in trials if found is not None), None)
             if reason is None:
-                if failed:  # what is not installed is no news; a kernel that gives wrong numbers is
-                    warnings.warn(f"attention runs by {kernel.name}: {'; '.join(failed)}", stacklevel=2)
+                if failed:  # not for kernels that are merely not installed
+                    told = f"attention uses the kernel {kernel.name}; faster ones failed: {'; '.join(failed)}"
+                    warnings.warn(told, stacklevel=2)
                 return Choice(kernel, tuple(passed_over))
             failed.append(f"{kernel.name}: {reason}")
             passed_over.append(failed[-1])
