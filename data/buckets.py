@@ -6,8 +6,8 @@ A bucket's name is "<frames>x<height>x<width>", with "+a" behind it when its cli
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from magihuman import aspect
 from magihuman.errors import UserError
+from magihuman.media import images
 
 
 @dataclass(frozen=True, order=True)
@@ -64,8 +64,8 @@ def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]
         names = f"sr_sizes={wide}x{tall} for {width}x{height}"
         if tall < height or wide < width:
             raise UserError(f"{names} is smaller; give the size of the second stage")
-        if not aspect.same((height, width), (tall, wide)):
-            raise UserError(f"{names} has another shape; choose one within {aspect.SAME:.0%} of it")
+        if not images.same((height, width), (tall, wide)):
+            raise UserError(f"{names} has another shape; choose one within {images.SAME:.0%} of it")
     if len(set(large)) < len(large):
         raise UserError("sr_sizes names a size twice; a clip could not tell which of two sizes it belongs to")
     if len(set(small)) < len(small):
@@ -108,7 +108,7 @@ def choose_size(
 
     def cost(size: tuple[int, int]) -> tuple[float, bool, int]:
         return (
-            round(aspect.difference(size, (height, width)), 6),
+            round(images.difference(size, (height, width)), 6),
             cover(size) > 1,
             -size[0] * size[1] if cover(size) <= 1 else size[0] * size[1],
         )

@@ -13,14 +13,14 @@ from data.buckets import Bucket
 from data.plan import PlannedClip
 from data.scan import Found, look
 from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter, write_atomically
-from data.workers import Tick
+from data.worker_pool import Tick
 from magihuman.errors import UserError
-from magihuman.media import Clip, MediaError, MediaReader, read_image
+from magihuman.media.mp4 import Clip, MediaError, MediaReader, read_image
 
 if TYPE_CHECKING:  # the parent process only names the tasks
     import torch
 
-    from magihuman.world import World
+    from magihuman.codecs.bundle import World
 
 SILENCE = 1e-4  # peak below which a sound track counts as none (-80 dB)
 
@@ -66,7 +66,7 @@ def open_world(name: str, device: str) -> World:
     Raises:
         UserError: it does not exist or cannot be built.
     """
-    from magihuman.world import load_world
+    from magihuman.codecs.bundle import load_world
 
     if ":" not in name:
         return load_world(name, device)
@@ -196,7 +196,7 @@ def _encode(
     """Encode clips of one bucket and add them to the shard; returns refusals by key."""
     import torch
 
-    from magihuman.super_resolution import shrink_pictures
+    from magihuman.flow.super_resolution import shrink_pictures
 
     device = job.device
     frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]

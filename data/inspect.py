@@ -124,7 +124,7 @@ def _spread(values: list[int]) -> tuple[int, int, int]:
 def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed: int) -> None:
     """Decode some samples and write their pictures with captions."""
     from data.encode import open_world
-    from magihuman.pictures import contact_sheet
+    from magihuman.media.contact_sheet import write_contact_sheet
 
     name = world or reader.index.world
     if not name:
@@ -138,7 +138,7 @@ def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed
         frames = codecs.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
         clips.append(((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
     captions: list[Any] = [sample.meta.get("caption", "") for sample in found]
-    contact_sheet(
+    write_contact_sheet(
         path, clips, captions, columns=2 if len(clips) > 3 else 1, title=f"{reader.folder.name}: {name}"
     )
 
@@ -146,7 +146,7 @@ def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed
 if __name__ == "__main__":
     import sys
 
-    from magihuman.command import run
+    from magihuman.cli import run
 
     words = sys.argv[1:]
     if words and "=" not in words[0] and not words[0].startswith("-"):

@@ -20,7 +20,7 @@ from data.plan import source_of
 from data.shards import LARGE, SampleError, Shards
 from data.stream import Batches, FixedOrder, Order
 from magihuman.errors import UserError
-from magihuman.models.codecs import Contract
+from magihuman.models.latent_contract import Contract
 
 
 class Loader:

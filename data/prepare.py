@@ -25,7 +25,7 @@ from data.plan import Plan, Rules, make_plan
 from data.report import Report, make_report
 from data.scan import Found, Listing, list_files, repeated
 from data.shards import INDEX, NULL_TEXT, Entry, Index, write_atomically
-from data.workers import Workers
+from data.worker_pool import Workers
 from magihuman.errors import UserError
 
 WORK = ".work"  # folder inside the output for what an unfinished run knows
@@ -330,6 +330,6 @@ def _read_journal(path: Path) -> dict[tuple[str, int, int], Found]:
 
 
 if __name__ == "__main__":
-    from magihuman.command import run
+    from magihuman.cli import run
 
     print(run(prepare, "python -m data.prepare").summary())

@@ -24,7 +24,7 @@ from magihuman.errors import UserError
 if TYPE_CHECKING:  # torch takes a second to import and the parent process of data.prepare does not need it
     import torch
 
-    from magihuman.models.codecs import Contract
+    from magihuman.models.latent_contract import Contract
 
 FORMAT = "magihuman-shards/1"
 INDEX = "index.json"
@@ -281,7 +281,7 @@ class Shards:
     @property
     def contract(self) -> Contract | None:
         """Of the latents; None for tars without an index."""
-        from magihuman.models.codecs import Contract
+        from magihuman.models.latent_contract import Contract
 
         return None if self.index.contract is None else Contract.from_dict(self.index.contract)
 

@@ -3,7 +3,7 @@
     python -m eval.ablation runs=runs/turbo_vae output=eval/results/tiny_turbo/ablation
     python -m eval.ablation runs=eval/results/tiny_sr/others.json output=eval/results/tiny_sr/ablation
 
-Decoders: run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.decoders`. Second stages: the file that
+Decoders: run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.turbo_vae`. Second stages: the file that
 `eval.sr parts=others` made of such runs. The variant `full` is what the others are compared with, seed by seed, so that
 what a seed brings about cancels.
 """
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.decoders import ROWS
 from eval.report import provenance
 from eval.sr_report import ROWS as SR_ROWS
+from eval.turbo_vae import ROWS
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,6 +189,6 @@ def picture(table: dict[str, dict[str, dict[str, float]]]) -> "Figure":
 
 
 if __name__ == "__main__":
-    from magihuman.command import run
+    from magihuman.cli import run
 
     run(summarise, "python -m eval.ablation")

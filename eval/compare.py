@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data.puppets import SKINS
+from data.tiny.puppets import SKINS
 from eval import stats
+from eval.diversity import Place
+from eval.puppet_speech import pitch
 from eval.scores import Scores
-from eval.speech import pitch
-from eval.spread import Place
 from eval.stats import LEVEL, Measure, unavailable
 
 TOLERANCE = 0.1  # of diversity: within 10 % of the teacher's
@@ -154,7 +154,7 @@ def spread_in(space: str) -> Statistic:
 
 
 def energy_in(space: str) -> Statistic:
-    """Energy distance to real puppets, see `eval.spread.Reference`."""
+    """Energy distance to real puppets, see `eval.diversity.Reference`."""
 
     def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray:
         across, among, real = own.place.energy[space]

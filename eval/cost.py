@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.report import provenance
 from magihuman.errors import UserError
-from magihuman.provenance import write_atomically
+from magihuman.io.provenance import write_atomically
 
 INTERVAL = 0.25  # seconds between looks at the memory
 
@@ -95,6 +95,6 @@ def measure(command: str, output: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from magihuman.command import run
+    from magihuman.cli import run
 
     run(measure, "python -m eval.cost")

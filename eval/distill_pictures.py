@@ -1,4 +1,4 @@
-"""Pictures of the comparison of `eval.distill`, the clips that go with them, and the page of a training run."""
+"""Pictures of the comparison of `eval.dmd2`, the clips that go with them, and the page of a training run."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.puppets import FPS, SAMPLE_RATE
+from data.tiny.puppets import FPS, SAMPLE_RATE
 from eval.distill_report import ARROWS, markdown, seconds, short_cell
 from eval.scores import ClipScore
 
@@ -240,7 +240,7 @@ def table(axes: "Axes", values: Mapping[str, Any]) -> None:
 
 def save_clips(shown: Sequence[Shown], folder: Path) -> list[Path]:
     """Write the teacher's and the students' clips as mp4, with their captions beside them."""
-    from magihuman.media import write_mp4
+    from magihuman.media.mp4 import write_mp4
 
     saved = []
     for one in shown:

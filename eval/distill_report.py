@@ -1,4 +1,4 @@
-"""The comparison of `eval.distill` in words: its table, and a verdict per claim."""
+"""The comparison of `eval.dmd2` in words: its table, and a verdict per claim."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

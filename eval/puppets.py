@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
+from data.tiny.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
 from eval import report
 from eval.report import Column, folder_for
 from eval.scores import Scores, score_clips, skills
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
-    from magihuman.world import World
+    from magihuman.codecs.bundle import World
 
 HELD_OUT_SEED = 1_000_003
 BOUND = "through codec"
@@ -56,7 +56,7 @@ def through_codec(clips: Clips, world: "World", batch: int = 8) -> Clips:
     """The same clips encoded and decoded again by the world's codecs."""
     import torch
 
-    from magihuman.postprocess import frames_to_uint8
+    from magihuman.media.images import frames_to_uint8
 
     result = Clips(captions=list(clips.captions))
     for start in range(0, len(clips.frames), batch):
@@ -107,7 +107,7 @@ def generate(
 
     from inference.pipeline import Pipeline
     from magihuman import zoo
-    from magihuman.world import load_world
+    from magihuman.codecs.bundle import load_world
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = zoo.load(checkpoint, chosen)
@@ -149,7 +149,7 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
     """
     from tqdm import tqdm
 
-    from magihuman.media import MediaError, read_clip
+    from magihuman.media.mp4 import MediaError, read_clip
 
     movies = sorted(Path(folder).glob("*.mp4"))[:limit]
     if not movies:
@@ -217,7 +217,7 @@ def run(
     Raises:
         UserError: not exactly one of checkpoint and clips, or a value that cannot be used.
     """
-    from magihuman.world import load_world
+    from magihuman.codecs.bundle import load_world
 
     if (checkpoint is None) == (clips is None):
         raise UserError("give either checkpoint=NAME_OR_FOLDER or clips=FOLDER")
@@ -276,7 +276,7 @@ def _name_of(checkpoint: str | None, clips: str | None) -> str:
 
 def _keep(clips: Clips, scores: Scores, folder: Path, title: str, keep: int) -> None:
     """Save the first clips as mp4 with their captions, and show them on one sheet."""
-    from magihuman.media import write_mp4
+    from magihuman.media.mp4 import write_mp4
 
     for index in range(min(keep, len(clips.captions))):
         path = folder / "clips" / f"clip-{index:06d}.mp4"
@@ -290,6 +290,6 @@ def _keep(clips: Clips, scores: Scores, folder: Path, title: str, keep: int) -> 
 
 
 if __name__ == "__main__":
-    from magihuman.command import run as command
+    from magihuman.cli import run as command
 
     command(run, "python -m eval.puppets")

@@ -94,7 +94,7 @@ def provenance() -> dict[str, Any]:
     """Command, commit, machine, date and versions, so that a figure can be made again."""
     import torch
 
-    from magihuman.provenance import processor
+    from magihuman.io.provenance import processor
     from magihuman.training.runs import code_version
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from data.puppets import SKINS, Puppet, parse_caption
+from data.tiny.puppets import SKINS, Puppet, parse_caption
 from eval import stats
-from eval.sight import PROMPTED, Seen, see
-from eval.speech import Edits, Heard, called_opening, edits, hear
+from eval.lip_sync import Sync, correlation, measure
+from eval.puppet_speech import Edits, Heard, called_opening, edits, hear
+from eval.puppet_vision import PROMPTED, Seen, see
 from eval.stats import Measure, unavailable
-from eval.sync import Sync, correlation, measure
 
 # Other clips' voices that each clip is compared with: a fixed number, so that retrieval means the same for
 # every n.

@@ -25,23 +25,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.puppets import synthesise
+from data.tiny.puppets import synthesise
 from eval import sr_report
-from eval.fidelity import psnr, ssim
+from eval.image_metrics import psnr, ssim
+from eval.lip_sync import correlation
+from eval.puppet_speech import called_opening
+from eval.puppet_vision import mouth_region, see
 from eval.puppets import HELD_OUT_SEED, ground_truth, held_out
 from eval.report import folder_for, provenance
 from eval.scores import CANDIDATES
-from eval.sight import mouth_region, see
-from eval.speech import called_opening
-from eval.sync import correlation
 from eval.trained import trained
 from inference.checks import require_role
 from magihuman.errors import UserError
-from magihuman.postprocess import frames_to_uint8
-from magihuman.super_resolution import AUDIO_NOISE, coarsen, upsample_latents
+from magihuman.flow.super_resolution import AUDIO_NOISE, coarsen, upsample_latents
+from magihuman.media.images import frames_to_uint8
 
 if TYPE_CHECKING:
-    from magihuman.world import World
+    from magihuman.codecs.bundle import World
     from magihuman.zoo import Loaded
 
 PARTS = ("table", "audio", "steps", "others")
@@ -90,7 +90,7 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
 
     from inference.pipeline import Pipeline
     from magihuman import zoo
-    from magihuman.world import load_world
+    from magihuman.codecs.bundle import load_world
 
     loaded = zoo.load(checkpoint)
     world = load_world(loaded.config.world)
@@ -143,8 +143,8 @@ def refined(
         audio_noise: noise level of the sound; 1 replaces it by noise.
         video: first-stage latents [n,C,T,h,w] in the place of the clips' own.
     """
-    from inference.sample import LatentShape, seeded
-    from inference.second_stage import draw, refine
+    from inference.sampling import LatentShape, seeded
+    from inference.super_resolution import draw, refine
 
     low, sound = (held.video if video is None else video)[part], held.audio[part]
     stride = second.config.contract.video_stride[1]
@@ -236,7 +236,7 @@ def run(
         UserError: a checkpoint of another world or stage, or a value that cannot be used.
     """
     from magihuman import zoo
-    from magihuman.world import load_world
+    from magihuman.codecs.bundle import load_world
 
     chosen = [part.strip() for part in parts.split(",")]
     for part in chosen:
@@ -401,6 +401,6 @@ def _short(name: str) -> str:
 
 
 if __name__ == "__main__":
-    from magihuman.command import run as command
+    from magihuman.cli import run as command
 
     command(run, "python -m eval.sr")

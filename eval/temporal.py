@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.fidelity import psnr, ssim
+from eval.image_metrics import psnr, ssim
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 

@@ -7,9 +7,9 @@ import torch
 
 from inference.settings import Settings
 from magihuman.errors import UserError
-from magihuman.models.codecs import Contract
+from magihuman.io.export import ExportConfig
 from magihuman.models.config import PackConfig
-from magihuman.weights import ExportConfig
+from magihuman.models.latent_contract import Contract
 
 
 def require_role(config: ExportConfig, name: object, first: bool) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from inference.gallery_parts import GENERATOR, SCRIPT, STYLE
-from inference.prompts import Request
+from inference.gallery_template import GENERATOR, SCRIPT, STYLE
 from inference.records import FORMAT, MANIFEST
+from inference.requests import Request
 from magihuman.errors import UserError
-from magihuman.provenance import file_hash, write_atomically
+from magihuman.io.provenance import file_hash, write_atomically
 
 PAGE = "index.html"
 
@@ -246,7 +246,7 @@ def gallery(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    from magihuman.command import run
+    from magihuman.cli import run
 
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith(("folder=", "-")) and arguments[0] != "help":

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from magihuman.codecs.audio_windows import WINDOW_LATENTS
 from magihuman.errors import UserError
-from magihuman.models.audio_windows import WINDOW_LATENTS
-from magihuman.models.codecs import Contract
+from magihuman.models.latent_contract import Contract
 
 # Pixel (height, width) of the first stage, and of the second where there is one. 1088 is not cut to 1080.
 RESOLUTIONS: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {

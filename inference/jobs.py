@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.conditions import read_picture, sound_seconds
-from inference.dialogue import seconds_for
-from inference.opening import ranks
-from inference.prompts import AUTO, Request
+from inference.conditioning import read_picture, sound_seconds
+from inference.loading import ranks
+from inference.prompting.format import seconds_for
 from inference.records import FORMAT, Job
+from inference.requests import AUTO, Request
 from inference.settings import longest, resolve
-from magihuman import aspect
-from magihuman.provenance import file_hash
+from magihuman.io.provenance import file_hash
+from magihuman.media import images
 
 if TYPE_CHECKING:
-    from inference.opening import Source
+    from inference.loading import Source
     from inference.settings import Settings
-    from magihuman.world import World
+    from magihuman.codecs.bundle import World
 
 
 def note(text: str) -> None:
@@ -129,7 +129,7 @@ class Resolver:
                     f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
                 )
         small, sr = (settings.height, settings.width), settings.sr
-        if sr is not None and not aspect.same(small, (sr.height, sr.width)):
+        if sr is not None and not images.same(small, (sr.height, sr.width)):
             self._say(
                 f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
                 f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="

@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 
-from inference import clip as clips
+from inference import decoding as clips
 from inference.checks import require_decoder, require_finite, require_positions, require_role
-from inference.clip import Clip
-from inference.decode import Decoder, device_of
+from inference.decoding import Clip, Decoder, device_of
 from inference.fast import prepare, tier_of
 from inference.geometry import frames_for
 from inference.memory import Stages
-from inference.sample import draw_noise, sample, seeded
-from inference.second_stage import draw, frame_scales, refine
+from inference.sampling import draw_noise, sample, seeded
 from inference.settings import Settings, latent_shape, resolve
+from inference.super_resolution import draw, frame_scales, refine
+from magihuman.codecs.bundle import World
 from magihuman.flow.solvers import make_solver
-from magihuman.weights import ExportConfig
-from magihuman.world import World
+from magihuman.io.export import ExportConfig
 from magihuman.zoo import Loaded
 
 __all__ = ["Clip", "Draft", "Pipeline", "Settings", "StageProgress", "frames_for"]
@@ -53,7 +52,7 @@ class Pipeline:
     Args:
         loaded: the base stage; second: super-resolution, or None.
         decoder: decodes instead of the world's video codec (a Turbo decoder), or None.
-        tile: pixels a side of the tiles in which large pictures are decoded, or None, see `inference.decode`.
+        tile: pixels a side of the tiles in which large pictures are decoded, or None, see `inference.decoding`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
         tier: how both networks shall compute, see `inference.fast`; the default leaves them as they come.
 
@@ -160,7 +159,7 @@ class Pipeline:
             UserError: a setting or condition that cannot be used.
         """
         if audio is not None:
-            from inference.conditions import sound_seconds
+            from inference.conditioning import sound_seconds
 
             overrides["sound"] = sound_seconds(audio, self.world.audio_codec.sample_rate)
         chosen = self.settings(**overrides)
@@ -292,7 +291,7 @@ class Pipeline:
 
     def encode_images(self, paths: Files, height: int, width: int) -> torch.Tensor | None:
         """Picture files as first latent frames [B,C,1,h,w]; each is encoded alone (SPEC 4.3)."""
-        from inference.conditions import read_picture
+        from inference.conditioning import read_picture
 
         if paths is None:
             return None
@@ -309,7 +308,7 @@ class Pipeline:
         They are read as one channel (SPEC 4.7). A codec with a random bottleneck draws from each clip's
         generator, before all other noise (SPEC 4.2).
         """
-        from inference.conditions import read_sound
+        from inference.conditioning import read_sound
 
         if paths is None:
             return None
@@ -362,7 +361,7 @@ class Pipeline:
         """A draft's sound, fp32 [channels,N], and its rate: the given sound itself, or the decoded latents."""
         codec = self.world.audio_codec
         if draft.sound is not None:
-            from inference.conditions import read_sound
+            from inference.conditioning import read_sound
 
             rate = clips.playback_rate(codec.sample_rate)
             samples = round(len(draft.audio) / self.world.contract.fps * rate)

@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.prompts import Request
+from inference.requests import Request
 from magihuman.errors import UserError
-from magihuman.provenance import code_version, file_hash, write_atomically
+from magihuman.io.provenance import code_version, file_hash, write_atomically
 
 if TYPE_CHECKING:
     from inference.settings import Settings

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from inference.geometry import RESOLUTIONS, Length, fit_side, released_length, tiny_length
-from inference.sample import LatentShape
+from inference.sampling import LatentShape
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.solvers import SOLVERS
-from magihuman.weights import ExportConfig
+from magihuman.io.export import ExportConfig
 
 # A clip far longer than what a model was trained on is noise at best and exhausts the memory at worst.
 LONGEST = 16
@@ -39,7 +39,7 @@ class Settings:
     """What decides a clip beside prompt, seed, conditions and checkpoint.
 
     Attributes:
-        solver, steps, shift, guidance: as in `inference.sample.sample`.
+        solver, steps, shift, guidance: as in `inference.sampling.sample`.
         negative_prompt: the other side of the guidance; "" is the null text of training.
         seconds: as asked for; frames, audio: pictures and audio latents that follow from it.
         height, width: of the first stage in pixels.

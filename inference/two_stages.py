@@ -2,7 +2,7 @@
 
 from inference.pipeline import Pipeline
 from magihuman import zoo
-from magihuman.world import World
+from magihuman.codecs.bundle import World
 from magihuman.zoo import Loaded
 
 _first: dict[tuple[str, str], Loaded] = {}

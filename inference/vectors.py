@@ -6,10 +6,10 @@ The zoo reaches this module by name (`magihuman.zoo.checks.KINDS`), since it may
 import torch
 from torch import Tensor
 
-from inference.sample import LatentShape, Noise, sample
-from inference.second_stage import frame_scales, refine
-from magihuman.denoiser import Denoiser, PackConfig
+from inference.sampling import LatentShape, Noise, sample
+from inference.super_resolution import frame_scales, refine
 from magihuman.flow.guidance import Guidance
+from magihuman.models.denoiser import Denoiser, PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.zoo.checks import Case, Result, compare, compare_relative
 from magihuman.zoo.checks.dit import dit_config

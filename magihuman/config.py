@@ -82,7 +82,7 @@ class TrainerSettings:
             losses and optimiser are always fp32.
         activation_checkpointing: what the backward pass recomputes of the blocks instead of keeping it: nothing
             (false), everything (true), or all but attention (`attention`, which pays where sequences are long),
-            see `magihuman.models.recomputation`.
+            see `magihuman.models.activation_checkpointing`.
         threads: CPU threads per process; null leaves torch's choice.
     """
 

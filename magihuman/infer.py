@@ -19,7 +19,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; 0 when done, 2 after a one-line error, 130 after Ctrl-C."""
-    from magihuman.command import settings, usage
+    from magihuman.cli import settings, usage
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from magihuman.command import calm_bars
+from magihuman.cli import calm_bars
 from magihuman.config import CONFIGS, TrainSettings, explain, validate
 from magihuman.errors import UserError, report_and_exit
 from magihuman.schema import call
@@ -46,8 +46,8 @@ def stage(title: str) -> Iterator[None]:
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     """The data module and its shards (or file of prompts), made first where the configuration says how."""
+    from magihuman.codecs.bundle import load_world
     from magihuman.training.session import require_fit
-    from magihuman.world import load_world
 
     module = dict(settings.data.module)
     if settings.data.make is not None:
@@ -70,7 +70,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         UserError: anything a user can put right.
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
-    from magihuman.training import cpu, session
+    from magihuman import cpu
+    from magihuman.training import session
     from magihuman.training.checkpoint import find_resume, require_same_training
     from magihuman.training.runs import RunFolder
 
@@ -126,7 +127,7 @@ def warn_of_slow_bf16(settings: TrainSettings) -> None:
     """Print a note if the training runs in bf16 on a CPU whose bf16 matrix products are slow."""
     import torch
 
-    from magihuman.training import cpu
+    from magihuman import cpu
 
     options = settings.trainer
     on_gpu = options.accelerator == "cuda" or (options.accelerator == "auto" and torch.cuda.is_available())
@@ -143,9 +144,8 @@ def warn_of_slow_bf16(settings: TrainSettings) -> None:
 def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from `resume` (or from the start), leaving the checkpoint of the last step behind."""
     from magihuman.training.checkpoint import step_of
-    from magihuman.training.naming import RUN_NAME
     from magihuman.training.preempt import SIGNALS
-    from magihuman.training.runs import CSVLog
+    from magihuman.training.runs import RUN_NAME, CSVLog
 
     step = 0
     if resume is not None:
@@ -198,7 +198,7 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     def job(config: Any) -> None:
-        from magihuman.training.naming import choose_folder
+        from magihuman.training.runs import choose_folder
 
         try:
             of_sweep = HydraConfig.get().mode == RunMode.MULTIRUN

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from magihuman import zoo
-from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
+from magihuman.io.export import ExportConfig, released_dtypes, save_export
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
+from magihuman.models.training_flops import Sample, passes, samples
 from magihuman.training import parallel
-from magihuman.training.draws import Draws, stream
+from magihuman.training.callbacks import Meter
+from magihuman.training.context import Setup
 from magihuman.training.ema import EMA
-from magihuman.training.flops import Sample, passes, samples
-from magihuman.training.meters import Meter
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
-from magihuman.training.setup import Setup
-from magihuman.weights import ExportConfig, released_dtypes, save_export
+from magihuman.training.rng import Draws, stream
 
 NOT_FINITE_LIMIT = 20
 """Steps in a row without a finite gradient after which a training gives up."""
@@ -71,7 +71,7 @@ class Recipe(L.LightningModule):
         return {}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """Model FLOPs (`magihuman.training.flops`) of the latest step, which was on this batch; here those of a network
+        """Model FLOPs (`magihuman.models.training_flops`) of the latest step, which was on this batch; here those of a network
         that is trained whole by one forward and one backward pass."""
         model, _ = self.given.transformer
         return float(sum(passes(model, sample).update for sample in self.samples(batch)))
@@ -82,7 +82,7 @@ class Recipe(L.LightningModule):
         return samples(self.given.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)
 
     def export_settings(self) -> dict[str, Any]:
-        """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.weights.ExportConfig`)."""
+        """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.io.export.ExportConfig`)."""
         raise NotImplementedError
 
     # The network

@@ -24,7 +24,7 @@ What is peculiar here:
   - The critic cannot know which step made an estimate. Trained on all of them it learns a mixture, and final samples
     overshoot to make up for early estimates, which are blurred: `critic.first_step` leaves those out.
   - How often samples show what the prompt leaves open is read at high levels alone and drifts. An adversary on real
-    latents (`magihuman.distill.adversary`) holds it, `magihuman.distill.health` watches it: the student's samples
+    latents (`magihuman.distill.discriminator`) holds it, `magihuman.distill.collapse_monitor` watches it: the student's samples
     against the teacher's at fixed prompts and noise. A run that collapses ends with advice.
 """
 
@@ -38,29 +38,27 @@ import torch
 from torch import Tensor, nn
 
 from magihuman import zoo
-from magihuman.denoiser import Denoiser
-from magihuman.distill.adversary import Adversary, AdversarySettings
-from magihuman.distill.health import Health, HealthLimits, turn_signals
-from magihuman.distill.latents import MODALITIES, Pair, each
+from magihuman.distill.collapse_monitor import Health, HealthLimits, turn_signals
+from magihuman.distill.discriminator import Adversary, AdversarySettings
 from magihuman.distill.networks import ADAPTERS, Networks, follow, hold, resting, without_base
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
-from magihuman.distill.parts import Part, parts
-from magihuman.distill.rollout import Rollout, sampler, trajectory
+from magihuman.distill.rollout import MODALITIES, Pair, Part, Rollout, each, parts, sampler, trajectory
 from magihuman.distill.settings import CriticSettings, require_possible, require_same_parts
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, x0_from_velocity
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
+from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.lora import adapter_state, base_state, merge
+from magihuman.models.training_flops import dmd2_flops
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
-from magihuman.training.draws import Draws, stream
+from magihuman.training.context import Setup
 from magihuman.training.ema import decay_at
-from magihuman.training.flops import dmd2_flops
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, fill_state
-from magihuman.training.setup import Setup
-from magihuman.weights import Sampling
+from magihuman.training.rng import Draws, stream
 from magihuman.zoo.adapters import save_adapter
 from recipes.base import Recipe
 
@@ -80,7 +78,7 @@ class DMD2(Recipe):
         critic: how it keeps up.
         networks: full, lora_critic or lora, see `magihuman.distill.networks`; lora: size of adapters.
         health: what a run has to hold, and how often that is looked at.
-        gan: the adversary, see `magihuman.distill.adversary`; without weight there is none.
+        gan: the adversary, see `magihuman.distill.discriminator`; without weight there is none.
         video_weight, audio_weight: of the modalities, in both objectives.
         first_frame, given_audio: probabilities of conditions, taken from the batch's latents.
         first_step: the student learns this step and later ones.
@@ -291,7 +289,7 @@ class DMD2(Recipe):
         return Pair(*map(combine, plain, other, scales)), plain
 
     def look(self, batch: dict[str, Any]) -> None:
-        """Compare the student's samples with the teacher's; see `magihuman.distill.health`."""
+        """Compare the student's samples with the teacher's; see `magihuman.distill.collapse_monitor`."""
         sampled = partial(sampler, device=self.device, size=self.micro_batch)
 
         def guided(text: list[Tensor], x: Pair, sigma: Pair) -> Pair:

@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
-from magihuman.denoiser import Adapted, Denoiser
 from magihuman.distill.networks import follow, without_base
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
+from magihuman.io.export import ExportConfig, Sampling, save_export
+from magihuman.io.provenance import fingerprint
 from magihuman.models.config import LoraConfig
+from magihuman.models.denoiser import Adapted, Denoiser
 from magihuman.models.lora import adapter_parameters, adapter_state, add_adapter, base_state, copy_adapter
-from magihuman.provenance import fingerprint
+from magihuman.models.training_flops import passes
 from magihuman.training import parallel
-from magihuman.training.draws import Draws, stream
+from magihuman.training.context import Setup
 from magihuman.training.ema import decay_at
-from magihuman.training.flops import passes
-from magihuman.training.ramp import Ramp
-from magihuman.training.setup import Setup
-from magihuman.weights import ExportConfig, Sampling, save_export
+from magihuman.training.optim import Ramp
+from magihuman.training.rng import Draws, stream
 from magihuman.zoo import adapters
 from recipes.base import Recipe
 from recipes.pretrain import FlowMatching

@@ -23,14 +23,14 @@ from torch import Tensor
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
 from magihuman.flow.sigmas import SigmaPrior
+from magihuman.io.export import Sampling
 from magihuman.models.config import TreadConfig
-from magihuman.training.draws import Draws
-from magihuman.training.flops import passes
-from magihuman.training.meters import Meter
-from magihuman.training.ramp import Ramp, value_at
-from magihuman.training.setup import Setup
-from magihuman.training.sync import motion_weight, sync_gap
-from magihuman.weights import Sampling
+from magihuman.models.training_flops import passes
+from magihuman.training.callbacks import Meter
+from magihuman.training.context import Setup
+from magihuman.training.motion import motion_weight, sync_gap
+from magihuman.training.optim import Ramp, value_at
+from magihuman.training.rng import Draws
 from recipes.base import Recipe
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

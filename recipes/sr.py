@@ -34,8 +34,8 @@ Measured after 150 steps from tiny/base, 3 seeds, 40 clips (eval/results/tiny_sr
 `step` and better in lip sync, hence the default; the plain path is 8.2 dB below it, a uniform prior .53 dB, the start
 of the path alone .19 dB.
 
-One batch: first-stage latents of each clip (`magihuman.training.first_stage`); index k and audio noise drawn from
-ranges around the released values; X by the very function that inference calls (`magihuman.super_resolution.start`);
+One batch: first-stage latents of each clip (`magihuman.training.sr_inputs`); index k and audio noise drawn from
+ranges around the released values; X by the very function that inference calls (`magihuman.flow.super_resolution.start`);
 sound s eps + (1 - s) a, a point of the audio's own flow path, whose velocity is a small auxiliary task; for some clips
 the first latent frame is given, clean and at the size of this stage. Text stays: no guidance is needed afterwards.
 """
@@ -47,18 +47,18 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
+from magihuman.codecs.bundle import load_world
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample
 from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
-from magihuman.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
-from magihuman.training.draws import Draws
-from magihuman.training.first_stage import FirstStage, FirstStageSettings
-from magihuman.training.flops import passes, samples
-from magihuman.training.ramp import Ramp, value_at
-from magihuman.training.setup import Setup
-from magihuman.training.sync import motion_weight
-from magihuman.weights import ExportConfig, Sampling
-from magihuman.world import load_world
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
+from magihuman.io.export import ExportConfig, Sampling
+from magihuman.models.training_flops import passes, samples
+from magihuman.training.context import Setup
+from magihuman.training.motion import motion_weight
+from magihuman.training.optim import Ramp, value_at
+from magihuman.training.rng import Draws
+from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.base import Recipe
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -2,7 +2,7 @@
 
 The codec's encoder stays, and so do the latents that diffusion models were trained on; only what turns them into
 frames is made anew, an order of magnitude lighter (the idea of Turbo-VAED, Zou et al. 2025, and of the released
-decoder; the student is ours, `magihuman.models.turbo_student`). One batch:
+decoder; the student is ours, `magihuman.codecs.causal_decoder`). One batch:
 
   1. latents and the frames that they were encoded from; some are replaced by latents that a diffusion model made,
      with the teacher's frames, because those are what the decoder will meet;
@@ -25,19 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from magihuman.codecs.wan import FILES, REPO, WanCodec
+from magihuman.codecs.wan_decoder import WanTeacher
 from magihuman.errors import UserError
-from magihuman.models.codecs_wan import FILES, REPO, WanCodec
-from magihuman.models.released_files import locate, read_state
-from magihuman.models.wan_teacher import WanTeacher
+from magihuman.io.released_files import locate, read_state
 from magihuman.training import decoder_losses as losses
+from magihuman.training.context import Setup
 from magihuman.training.discriminator import Discriminator, Gan, adversarial_losses
-from magihuman.training.draws import Draws, stream
 from magihuman.training.ema import EMA
+from magihuman.training.latent_file import SampledLatents
 from magihuman.training.lpips import LPIPS
-from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
-from magihuman.training.ramp import Ramp, value_at
-from magihuman.training.sampled import SampledLatents
-from magihuman.training.setup import Setup
+from magihuman.training.optim import Ramp, build_optimizer, build_schedule, clip_gradients, value_at
+from magihuman.training.rng import Draws, stream
 from magihuman.zoo import decoders
 from recipes.base import Recipe
 
@@ -56,7 +55,7 @@ class TurboVAE(Recipe):
         lpips: weight of LPIPS; lpips_backbone: file of its VGG-16.
         crop: side of the square of latents to train on, at a random place; None for whole pictures. A side of the
             picture that is shorter is not cut.
-        sampled: file of sampled latents (`inference.sampled`), or in a configuration the call that makes it; None:
+        sampled: file of sampled latents (`inference.sample_latents`), or in a configuration the call that makes it; None:
             none. sampled_share: of the samples.
         gan: the adversarial stage, or None.
     """

@@ -8,6 +8,10 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = REPO.parent / "shared" / "golden"
 
+# Commands that tests start find the helpers too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(REPO), str(REPO / "tests" / "support"), os.environ.get("PYTHONPATH")))
+)
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -55,4 +59,4 @@ def in_a_fake_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every world that is opened is the fake one."""
     from fake_world import fake_world
 
-    monkeypatch.setattr("magihuman.world.load_world", fake_world)
+    monkeypatch.setattr("magihuman.codecs.bundle.load_world", fake_world)

@@ -1,4 +1,4 @@
-"""The house's shape: who may import whom, how long a file may be, what every module says of itself."""
+"""The house's shape: who may import whom, what every module says of itself."""
 
 import ast
 from pathlib import Path
@@ -16,13 +16,22 @@ MAY_IMPORT = {
     "eval": {"magihuman", "inference", "data"},
 }
 # The benchmark of training steps runs the recipes; nothing else of inference knows them.
-EXTRA = {"inference/latency/training_bench.py": {"recipes"}}
+EXTRA = {"inference/benchmark/training_bench.py": {"recipes"}}
 # Inside magihuman, lower floors never import upper ones.
 LOWER_FLOORS = {
-    "magihuman.flow": {"magihuman.models", "magihuman.training", "magihuman.zoo", "magihuman.denoiser"},
-    "magihuman.models": {"magihuman.flow", "magihuman.training", "magihuman.zoo", "magihuman.denoiser"},
+    "magihuman.flow": {
+        "magihuman.models",
+        "magihuman.training",
+        "magihuman.zoo",
+        "magihuman.models.denoiser",
+    },
+    "magihuman.models": {
+        "magihuman.flow",
+        "magihuman.training",
+        "magihuman.zoo",
+        "magihuman.models.denoiser",
+    },
 }
-LONGEST = 450
 HEAVY = {"lightning", "transformers", "diffusers", "wandb", "matplotlib", "av", "scipy"}
 LIGHT_MODULES = ("magihuman/zoo/__main__.py", "magihuman/train.py", "magihuman/infer.py")
 
@@ -53,12 +62,6 @@ def test_imports_follow_the_arrows(path: Path) -> None:
                 name for name in _imports(path) if any(name == a or name.startswith(a + ".") for a in above)
             }
             assert not wrong, f"{module} lies below {wrong}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))
-def test_file_can_be_read_in_one_sitting(path: Path) -> None:
-    lines = path.read_text().count("\n")
-    assert lines <= LONGEST, f"{lines} lines; two rooms would be clearer"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))

@@ -15,7 +15,7 @@ from inference.fast.tiers import TIERS, Options, Tier, check_tier, choose_tier, 
 if TYPE_CHECKING:
     import torch
 
-    from magihuman.denoiser import Denoiser
+    from magihuman.models.denoiser import Denoiser
 
 __all__ = [
     "TIERS",
@@ -55,7 +55,7 @@ def prepare(
         return denoiser
     import torch
 
-    from inference.fast.denoiser import FastDenoiser
+    from inference.fast.fast_denoiser import FastDenoiser
     from magihuman.errors import UserError
 
     if isinstance(denoiser, FastDenoiser):
@@ -76,7 +76,7 @@ def require_kernel(tier: str, device: "torch.device", dtype: "torch.dtype") -> N
     Raises:
         UserError: it cannot, with the reason and what to use instead.
     """
-    from inference.fast.choice import refusal
+    from inference.fast.attention_kernels import refusal
     from magihuman.errors import UserError
 
     name = options_for(tier, device.type).attention

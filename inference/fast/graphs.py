@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from magihuman.tokens import Layout
+from magihuman.models.tokens import Layout
 
 LONGEST = 16384
 """Tokens up to which a forward pass is recorded: above, launching takes less than a hundredth of the step."""

@@ -1,4 +1,4 @@
-"""Dense attention by several kernels under one interface; `inference.fast.choice` says which can run where.
+"""Dense attention by several kernels under one interface; `inference.fast.attention_kernels` says which can run where.
 
 Every kernel takes q [b,n,Hq,D] and k, v [b,m,Hkv,D], gives [b,n,Hq,D], and on request the log-sum-exp of the scaled
 scores, fp32 [b,n,Hq], so that attention over disjoint sets of keys can be merged (`inference.fast.windows`).
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inference.fast.eight_bits import FP8
+from inference.fast.fp8 import FP8
 
 _MATH_LIMIT = 1 << 25
 """Scores up to which plain products beat the fused CPU kernel, as in magihuman.models.attention."""

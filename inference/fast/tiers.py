@@ -60,7 +60,7 @@ class Options:
         graphs: a CUDA graph per geometry, for short sequences.
         attention: a name of ATTENTION; "reference" is the reference's own choice.
         fp8: which layers multiply in 8 bits: "off", "shared" (those without experts), "all".
-        cache: the middle layers' change is forecast in some steps, see `inference.fast.reuse`.
+        cache: the middle layers' change is forecast in some steps, see `inference.fast.step_cache`.
     """
 
     planes: bool = True

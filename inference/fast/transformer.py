@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from inference.fast.choice import Call, choose, needs_trials, recording
+from inference.fast.attention_kernels import Call, choose, needs_trials, recording
+from inference.fast.fused_blocks import Projected, Regions, Tokens, before, can_group
+from inference.fast.fused_weights import FastLayer
 from inference.fast.graphs import LONGEST, Graphs
 from inference.fast.kernels import Kernel
-from inference.fast.regions import Projected, Regions, Tokens, before, can_group
-from inference.fast.reuse import StepCache
+from inference.fast.step_cache import StepCache
 from inference.fast.tiers import Options
-from inference.fast.weights import FastLayer
 from inference.fast.windows import windowed
 from magihuman.models.attention import attention
 from magihuman.models.dit import Block, SingleStreamDiT
 from magihuman.models.layers import linear_fp32
 from magihuman.models.rotary import rotary_table
-from magihuman.tokens import Layout
+from magihuman.models.tokens import Layout
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
     Attributes:
         packed: tokens modality by modality, as layers with experts want them.
         by_sample: the same sample by sample, as attention wants them; the very same for one sample.
-        order, inverse: see `magihuman.tokens.Layout`; None where rows are never moved.
+        order, inverse: see `magihuman.models.tokens.Layout`; None where rows are never moved.
         kernel: computes attention; None for the reference's own choice.
         passed_over: why kernels that would be faster do not, "name: reason" each.
     """

@@ -5,9 +5,8 @@ place (resident, or streamed layer by layer) and its storage (bf16, fp8, int4); 
 on disk. `python -m magihuman.zoo plan` computes what each choice needs.
 """
 
-from inference.memory.stages import MODES, Resident, Stages, check_memory, prepare_transformer
-from inference.memory.storage import FORMS, store_weights
-from inference.memory.streaming import LayerStream
+from inference.memory.offload import MODES, LayerStream, Resident, Stages, check_memory, prepare_transformer
+from inference.memory.quantization import FORMS, store_weights
 from inference.memory.text_cache import CachedText, encoder_identity
 
 __all__ = [

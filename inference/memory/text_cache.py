@@ -9,7 +9,7 @@ from tempfile import mkstemp
 import torch
 from torch import Tensor, nn
 
-from magihuman.models.codecs import TextEncoder
+from magihuman.codecs.base import TextEncoder
 
 VARIABLE = "MAGIHUMAN_CACHE"
 _SAMPLED = 256  # numbers of every weight that go into an encoder's identity
@@ -39,7 +39,7 @@ def encoder_identity(encoder: TextEncoder, name: str) -> str:
 
 
 class CachedText:
-    """A text encoder behind a folder of features. Implements `magihuman.models.codecs.TextEncoder`.
+    """A text encoder behind a folder of features. Implements `magihuman.codecs.base.TextEncoder`.
 
     A file is named sha256(encoder, prompt) and appears whole or not at all, so several processes may share the folder.
     A file that cannot be read is made again; a folder that cannot be written is done without.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from magihuman.denoiser import Adapted, Denoiser
 from magihuman.models.config import LoraConfig
+from magihuman.models.denoiser import Adapted, Denoiser
 from magihuman.models.lora import adapter_of, adapter_parameters, add_adapter, copy_adapter
 
 HOLDINGS = ("full", "lora_critic", "lora")

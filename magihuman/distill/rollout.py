@@ -1,21 +1,84 @@
-"""Backward simulation: the student's own sampling trajectory, kept for training on.
+"""Both modalities of a batch as one value, and which places of it a condition gives.
+
+Backward simulation: the student's own sampling trajectory, kept for training on.
 
 One rollout without gradients serves a whole cycle. The critic learns from the data estimates of random steps
 of it, and the student's gradient is taken through one more call at a stored state: the networks see exactly
 what inference will show them (Yin et al. 2024, arXiv 2405.14867, section 4.4), for the price of K calls.
+
+The slices of a batch that go through the networks together, with what is given and what is drawn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from magihuman.distill.latents import MODALITIES, Given, Pair, each
+from magihuman.errors import UserError
 from magihuman.flow.path import x0_from_velocity
 from magihuman.flow.solvers import Solver, make_solver
-from magihuman.weights import Sampling
+from magihuman.io.export import Sampling
+from magihuman.training.rng import Draws
+
+MODALITIES = ("video", "audio")
+
+
+class Pair(NamedTuple):
+    """Video [B,C,T,h,w] and audio [B,A,Ca] of a batch: latents, noise, velocities, gradients or masks."""
+
+    video: Tensor
+    audio: Tensor
+
+    def to(self, device: torch.device | str) -> "Pair":
+        return Pair(self.video.to(device), self.audio.to(device))
+
+
+def each(function: Callable[..., Tensor], *pairs: Pair) -> Pair:
+    """Apply a function to the modalities, one after the other."""
+    video, audio = zip(*pairs, strict=True)
+    return Pair(function(*video), function(*audio))
+
+
+@dataclass(frozen=True)
+class Given:
+    """The clean part of a batch: first frames, whole sounds.
+
+    Every network of a distillation has to see it, at every noise level, else the critic learns another
+    conditional distribution than the teacher's (distill.md 1.9); and nothing is averaged over it.
+
+    Attributes:
+        latents: clean latents; read where the mask is 0 only.
+        mask: 1 where something has to be generated, 0 where it is given: [B,1,T,1,1] and [B,1,1].
+    """
+
+    latents: Pair
+    mask: Pair
+
+    @classmethod
+    def nothing(cls, like: Pair) -> "Given":
+        """No condition on latents of this shape."""
+        (batch, _, frames), device = like.video.shape[:3], like.video.device
+        return cls(
+            like,
+            Pair(
+                torch.ones(batch, 1, frames, 1, 1, device=device),
+                torch.ones(batch, 1, 1, device=device),
+            ),
+        )
+
+    def insert(self, generated: Pair) -> Pair:
+        """`generated` with the given places replaced by clean latents."""
+        return each(
+            lambda x, clean, mask: torch.where(mask > 0, x, clean), generated, self.latents, self.mask
+        )
+
+    def select(self, samples: slice) -> "Given":
+        """The condition of some of the samples."""
+        return Given(*(Pair(p.video[samples], p.audio[samples]) for p in (self.latents, self.mask)))
+
 
 Velocity = Callable[[Pair, Pair], Pair]
 """Velocities of a batch at (latents, noise levels [B] of both modalities)."""
@@ -146,3 +209,67 @@ def sampler(
         return Pair(*map(torch.cat, zip(*ends, strict=True))) if len(ends) > 1 else ends[0]
 
     return sample
+
+
+@dataclass
+class Part:
+    """Some samples of a batch.
+
+    Attributes:
+        text: features of each; given: conditions; generators: source of all draws, one per sample.
+        position: [B] global positions of the samples, on the CPU.
+        rollout: the student's samples that are in use, and how often they were: `uses`.
+    """
+
+    text: list[Tensor]
+    given: Given
+    generators: list[torch.Generator]
+    position: Tensor
+    rollout: Rollout | None = None
+    uses: int = 0
+
+    def uniform(self) -> Tensor:
+        """[B] in [0, 1), each sample's own draw."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.generators])
+
+    def normal(self) -> Pair:
+        """Noise of the shape of the latents."""
+        return draw_noise(self.generators, self.given.latents, 0, self.given.latents.video.device)[0]
+
+
+def parts(
+    batch: dict[str, Any],
+    draws: Draws,
+    *,
+    first_frame: float,
+    given_audio: float,
+    judged: bool,
+    size: int | None,
+) -> Iterator[Part]:
+    """Cut a batch and choose what is given.
+
+    Args:
+        batch: `video`, `audio`, `text`, `index`, as data modules give them; with `real` false, the latents are
+            there for their shape only.
+        first_frame, given_audio: probabilities of conditions.
+        judged: whether an adversary looks at the latents.
+        size: samples of a part; None for all.
+
+    Raises:
+        UserError: something needs latents that are not real.
+    """
+    if not batch.get("real", True) and (first_frame or given_audio or judged):
+        raise UserError(
+            "recipe.first_frame, recipe.given_audio and recipe.gan.weight need latents and there are prompts alone; "
+            "set all three to 0, or choose data=shards"
+        )
+    latents = Pair(batch["video"], batch["audio"])
+    given = Given.nothing(latents)
+    first, sound = draws.chance(first_frame), draws.chance(given_audio)
+    if latents.video.shape[2] > 1:  # a still picture would leave nothing to generate
+        given.mask.video[first.to(latents.video.device), :, 0] = 0
+    given.mask.audio[sound.to(latents.audio.device)] = 0
+    for start in range(0, len(draws), size or len(draws)):
+        some = slice(start, start + (size or len(draws)))
+        position = torch.as_tensor(batch["index"])[some].cpu()
+        yield Part(list(batch["text"][some]), given.select(some), draws.generators[some], position)

@@ -7,8 +7,8 @@ from typing import Any
 from magihuman.distill.networks import HOLDINGS
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
-from magihuman.training.setup import Setup
-from magihuman.weights import ExportConfig
+from magihuman.io.export import ExportConfig
+from magihuman.training.context import Setup
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Attention within each sample of a packed batch, one function over several back ends.
 
-Tokens arrive modality-major (`magihuman.tokens.Layout`). Samples of equal length are attended together as one
+Tokens arrive modality-major (`magihuman.models.tokens.Layout`). Samples of equal length are attended together as one
 dense batch; a ragged batch is one dense batch per distinct length, or one variable-length kernel call.
 
 Back ends, all with forward and backward:
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magihuman.models.context_parallel import Spread
-from magihuman.tokens import VIDEO, Layout
+from magihuman.models.tokens import VIDEO, Layout
 
 BACKENDS = ("auto", "math", "sdpa", "flash", "flex", "windowed", "reference")
 LOCAL_BACKENDS = ("flex", "windowed", "reference")

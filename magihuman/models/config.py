@@ -15,7 +15,7 @@ COORDS_STYLES = ("v1", "v2")
 
 Checkpointing = Literal[False, True, "attention"]
 """What the backward pass recomputes of the blocks: nothing, everything, or all but attention; see
-`magihuman.models.recomputation`."""
+`magihuman.models.activation_checkpointing`."""
 
 _Config = TypeVar("_Config", bound="_FromDict")
 

@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
-from magihuman.tokens import Layout
+from magihuman.models.tokens import Layout
 
 _Attend = Callable[[Tensor, Tensor, Tensor, Layout, str, int | None], Tensor]
 

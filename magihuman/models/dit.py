@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from magihuman.models.activation_checkpointing import recomputed
 from magihuman.models.attention import attention
 from magihuman.models.config import Checkpointing, DiTConfig, LoraConfig, TreadConfig
 from magihuman.models.layers import (
@@ -21,9 +22,8 @@ from magihuman.models.layers import (
     swiglu7_projection,
     updates,
 )
-from magihuman.models.recomputation import recomputed
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
-from magihuman.tokens import Layout
+from magihuman.models.tokens import Layout
 
 __all__ = ["DiTConfig", "SingleStreamDiT", "TreadConfig"]
 
@@ -238,7 +238,7 @@ class SingleStreamDiT(nn.Module):
 
     Attributes:
         gradient_checkpointing: what the backward pass recomputes of each block: nothing (False), everything (True), or
-            all but attention ("attention"), see `magihuman.models.recomputation`.
+            all but attention ("attention"), see `magihuman.models.activation_checkpointing`.
         tread: token routing, in training mode only; None for none.
         tread_generator: source of the routing's draws; None takes torch's default one.
         attention_backend: see `magihuman.models.attention`.
@@ -352,7 +352,7 @@ class SingleStreamDiT(nn.Module):
                 that it survives recomputation and sharding.
 
         Returns:
-            fp32 [Nv,Cv] in the output's channel order (`magihuman.tokens.unpatchify`), fp32 [Na,Ca], and with taps a
+            fp32 [Nv,Cv] in the output's channel order (`magihuman.models.tokens.unpatchify`), fp32 [Na,Ca], and with taps a
             list of fp32 [L,H] in packed order.
 
         Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.errors import UserError
-from magihuman.models.released_files import read_state
+from magihuman.io.released_files import read_state
 
 # Convolutions of VGG-16 as torchvision numbers them, with their widths; the last of each row is followed by a tap.
 ROWS = (

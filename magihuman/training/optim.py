@@ -4,10 +4,13 @@ Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), as in `to
 additions. A weight that stacks several experts is orthogonalised per expert, because a joint step would
 couple their singular values; and one optimiser object serves the matrices (Muon) and everything else (AdamW),
 because Lightning's automatic optimisation and its checkpoints count on one.
+
+A setting that changes over the training.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from magihuman.config import OptimSettings
+from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -231,3 +235,36 @@ def clip_gradients(weights: list[nn.Parameter], max_norm: float | None) -> float
             if weight.grad is not None:
                 weight.grad.mul_(max_norm / (value + 1e-6))
     return value
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """`start` until the share `begin` of the training is done, then linearly to `end`, reached at share
+    `finish`.
+
+    Raises:
+        UserError: unless 0 <= begin <= finish <= 1.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    finish: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.finish <= 1:
+            raise UserError(
+                f"a ramp needs 0 <= begin <= finish <= 1, not begin={self.begin}, finish={self.finish}"
+            )
+
+    def at(self, progress: float) -> float:
+        """Value at `progress` in [0, 1] of the training."""
+        if progress >= self.finish:
+            return self.end
+        share = max(0.0, progress - self.begin) / (self.finish - self.begin)
+        return self.start + (self.end - self.start) * share
+
+
+def value_at(setting: float | Ramp, progress: float) -> float:
+    """A constant, or the ramp's value."""
+    return setting.at(progress) if isinstance(setting, Ramp) else float(setting)

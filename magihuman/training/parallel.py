@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from magihuman.denoiser import Denoiser
 from magihuman.errors import UserError
+from magihuman.models.denoiser import Denoiser
 
 FP32_COMPILES_SINCE = "2.13"
 """torch 2.11 loses the gradients of compiled feed-forward halves in fp32 (bf16 is right); 2.13 does not, 2.12 was not

@@ -11,14 +11,14 @@ import lightning as L
 from magihuman import zoo
 from magihuman.config import ModelSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
-from magihuman.models.codecs import Contract
-from magihuman.provenance import fingerprint
+from magihuman.io.provenance import fingerprint
+from magihuman.models.latent_contract import Contract
 from magihuman.schema import call, locate
 from magihuman.training.callbacks import Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer
+from magihuman.training.context import Setup
 from magihuman.training.preempt import Preemption
 from magihuman.training.runs import RunFolder, build_loggers
-from magihuman.training.setup import Setup
 from magihuman.training.strategies import build_strategy, check_device, plugins
 
 
@@ -99,7 +99,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
     Raises:
         UserError: the model is not made for these latents, or `init` is not this model.
     """
-    from magihuman.weights import Size
+    from magihuman.io.export import Size
 
     contract, model = data.contract, settings.model
     if contract is None:
@@ -130,7 +130,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
                 )
     null_text = data.null_text
     if null_text is None:
-        from magihuman.world import load_world
+        from magihuman.codecs.bundle import load_world
 
         null_text = load_world(data.world).text_encoder.encode([""])[0]
     return Setup(

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(arguments: list[str]) -> str:
-    from magihuman.command import settings, usage
+    from magihuman.cli import settings, usage
     from magihuman.zoo.convert import convert
 
     program = "python -m magihuman.zoo convert"
@@ -68,7 +68,7 @@ def _convert(arguments: list[str]) -> str:
 
 def _sized(function: Callable[..., str], name: str, arguments: list[str]) -> str:
     """Run `plan` or `peaks`, whose first setting, the model, may come without its name."""
-    from magihuman.command import settings, usage
+    from magihuman.cli import settings, usage
 
     program = f"python -m magihuman.zoo {name}"
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
@@ -81,6 +81,7 @@ def _sized(function: Callable[..., str], name: str, arguments: list[str]) -> str
 def _list() -> str:
     from magihuman import zoo
     from magihuman.zoo import decoders
+    from magihuman.zoo.checkpoints import WEIGHTS
 
     lines = ["architectures"]
     for name in sorted(zoo.arch_names(), key=lambda n: zoo.arch(n).parameter_count()):
@@ -96,7 +97,7 @@ def _list() -> str:
     for title, names in (("checkpoints", zoo.checkpoint_names()), ("decoders", decoders.names())):
         lines.append(title)
         for name in names:
-            size = sum(f.stat().st_size for f in (zoo.WEIGHTS / name).glob("*.safetensors"))
+            size = sum(f.stat().st_size for f in (WEIGHTS / name).glob("*.safetensors"))
             lines.append(f"  {name:<8} {size / 1e6:.1f} MB")
         lines += [] if names else ["  none yet"]
     return "\n".join(lines)
@@ -125,10 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "inspect":
         from magihuman import zoo
         from magihuman.zoo import decoders
+        from magihuman.zoo.checkpoints import WEIGHTS
         from magihuman.zoo.inspect import describe
 
         name, shipped = arguments.path, [*zoo.checkpoint_names(), *decoders.names()]
-        print(describe(zoo.WEIGHTS / name if name in shipped else name))
+        print(describe(WEIGHTS / name if name in shipped else name))
         return 0
     from magihuman.zoo.verify import report, verify
 

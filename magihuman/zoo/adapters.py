@@ -8,7 +8,7 @@ A stack of E experts has E pairs A_e [r, columns], B_e [rows, r], and peft knows
 matrix: the stacked change is diag(B_1 ... B_E) [E rows, E r] times the stacked A [E r, columns], so a stack is
 written as one pair of rank E r, listed in rank_pattern with alpha_pattern E alpha, which keeps alpha / r. The zeros off
 the diagonal cost room on disk (at 15 B and r = 64: 1.65 GB instead of 1.14 GB in fp32), and buy that peft, and whatever
-else adds B A to weights by their names, reads the adapter exactly (tests/test_zoo_adapters.py does it with peft).
+else adds B A to weights by their names, reads the adapter exactly (tests/zoo/test_adapters.py does it with peft).
 """
 
 import json
@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magihuman.errors import UserError
+from magihuman.io.export import CONFIG, ExportConfig, load_config, read_header, replacing, write_json
 from magihuman.models.config import DiTConfig, LoraConfig
 from magihuman.models.lora import merge
-from magihuman.weights import CONFIG, ExportConfig, load_config, read_header, replacing, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"

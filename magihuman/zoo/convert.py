@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magihuman.errors import UserError
+from magihuman.io.export import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
+from magihuman.io.files import NEW, staged
+from magihuman.io.streamed_safetensors import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
 from magihuman.models.config import DiTConfig
-from magihuman.staging import NEW, staged
-from magihuman.tensor_files import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
-from magihuman.weights import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
 from magihuman.zoo import diffusers_style
 from magihuman.zoo.inspect import readable_size
 from magihuman.zoo.released import ROLES, config_for, infer_model
@@ -190,7 +190,7 @@ def parse_size(text: str) -> int:
 
 def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> str:
     from magihuman import zoo
-    from magihuman.weights import load_state_dict, save_export
+    from magihuman.io.export import load_state_dict, save_export
     from magihuman.zoo import adapters
 
     folder = zoo.find(src)

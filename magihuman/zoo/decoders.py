@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from magihuman.models.codecs import Contract
-    from magihuman.models.codecs_student import ReleasedStudent, StudentCodec
-    from magihuman.models.codecs_turbo import TurboCodec
-    from magihuman.models.turbo_student import TurboStudent
-    from magihuman.models.wan_teacher import WanTeacher
+    from magihuman.codecs.causal_decoder import ReleasedStudent, StudentCodec, TurboStudent
+    from magihuman.codecs.turbo_vaed import TurboCodec
+    from magihuman.codecs.wan_decoder import WanTeacher
+    from magihuman.models.latent_contract import Contract
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "turbo"
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -116,16 +115,16 @@ class DecoderConfig:
 
 def _shape_of(layout: str, network: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
     if layout == "causal":
-        from magihuman.models.student_config import StudentConfig
+        from magihuman.codecs.causal_decoder_config import StudentConfig
 
         ours = StudentConfig.from_dict(network)
         return ours.latent_channels, ours.stride
     if layout == "wan":
-        from magihuman.models.wan_teacher import TeacherConfig
+        from magihuman.codecs.wan_decoder import TeacherConfig
 
         teacher = TeacherConfig.from_dict(network)
         return teacher.latent_channels, teacher.stride
-    from magihuman.models.turbo_decoder import TurboConfig
+    from magihuman.codecs.turbo_vaed import TurboConfig
 
     theirs = TurboConfig.from_json(network)
     space = theirs.spatial_compression_ratio
@@ -155,7 +154,7 @@ def arch(name: str) -> dict[str, Any]:
 
 def summary(name: str) -> str:
     """Size and kind of an architecture in a line; without torch."""
-    from magihuman.models.student_config import StudentConfig
+    from magihuman.codecs.causal_decoder_config import StudentConfig
     from magihuman.zoo.footprint import TURBO_PARAMETERS
 
     described = arch(name)
@@ -190,11 +189,10 @@ def build(
     """
     import torch
 
-    from magihuman.models.codecs_student import ReleasedStudent
-    from magihuman.models.student_config import StudentConfig
-    from magihuman.models.turbo_decoder import TurboConfig
-    from magihuman.models.turbo_student import TurboStudent
-    from magihuman.models.wan_teacher import TeacherConfig, WanTeacher
+    from magihuman.codecs.causal_decoder import ReleasedStudent, TurboStudent
+    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.turbo_vaed import TurboConfig
+    from magihuman.codecs.wan_decoder import TeacherConfig, WanTeacher
 
     with torch.random.fork_rng(enabled=seed is not None), torch.device(device):
         if seed is not None:
@@ -268,8 +266,8 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
     """
     from safetensors.torch import save_file
 
-    from magihuman.models.released_files import require_fit
-    from magihuman.weights import replacing, write_json
+    from magihuman.io.export import replacing, write_json
+    from magihuman.io.released_files import require_fit
 
     expected = build(config, "meta").state_dict()
     require_fit(
@@ -300,12 +298,10 @@ def load(
     """
     import torch
 
-    from magihuman.models.codecs_student import StudentCodec
-    from magihuman.models.codecs_turbo import TurboCodec
-    from magihuman.models.released_files import load_strict, read_state
-    from magihuman.models.student_config import StudentConfig
-    from magihuman.models.turbo_decoder import TurboConfig
-    from magihuman.models.turbo_student import TurboStudent
+    from magihuman.codecs.causal_decoder import StudentCodec, TurboStudent
+    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
+    from magihuman.io.released_files import load_strict, read_state
 
     folder, config = find(decoder), config_of(decoder)
     if folder is None or config is None:
@@ -326,8 +322,8 @@ def load(
 
 
 def _load_published(decoder: str | Path, device: "torch.device | str", dtype: "torch.dtype") -> "TurboCodec":
-    from magihuman.models.codecs_turbo import FILES, REPO, TurboCodec
-    from magihuman.models.released_files import locate
+    from magihuman.codecs.turbo_vaed import FILES, REPO, TurboCodec
+    from magihuman.io.released_files import locate
 
     try:
         locate(decoder, FILES, REPO)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from magihuman.codecs.bundle import RELEASED_VARIABLES
 from magihuman.errors import UserError
-from magihuman.models.released_files import locate, read_json
-from magihuman.tensor_files import SafetensorsWriter, Spec, open_tensors, read_specs
-from magihuman.weights import ExportConfig, write_json
-from magihuman.world import RELEASED_VARIABLES
+from magihuman.io.export import ExportConfig, write_json
+from magihuman.io.released_files import locate, read_json
+from magihuman.io.streamed_safetensors import SafetensorsWriter, Spec, open_tensors, read_specs
 
 STEM = "diffusion_pytorch_model"
 OUR_CONFIG = "magihuman.json"
@@ -108,27 +108,27 @@ def write_codec(folder: Path, codec: Codec, scratch: Path) -> None:
 
 
 def _wan(source: str) -> Codec:
-    from magihuman.models import codecs_wan
+    from magihuman.codecs import wan
 
-    path = locate(source, codecs_wan.FILES, codecs_wan.REPO)
+    path = locate(source, wan.FILES, wan.REPO)
     specs = read_specs(path)
     if "quant_conv.weight" in specs:
         return _already(path, specs, "AutoencoderKLWan")
-    config, names = codecs_wan.to_diffusers({name: spec.shape for name, spec in specs.items()}, path)
+    config, names = wan.to_diffusers({name: spec.shape for name, spec in specs.items()}, path)
     return Codec(path, config, {n: (key, Spec(shape, specs[n].dtype)) for n, (key, shape) in names.items()})
 
 
 def _oobleck(source: str) -> Codec:
-    from magihuman.models import codecs_oobleck
+    from magihuman.codecs import oobleck
 
-    path = locate(source, codecs_oobleck.FILES, codecs_oobleck.REPO)
+    path = locate(source, oobleck.FILES, oobleck.REPO)
     specs = read_specs(path)
-    prefix = codecs_oobleck.PREFIX
+    prefix = oobleck.PREFIX
     own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
     if not own:
         return _already(path, specs, "AutoencoderOobleck")
     shapes = {name: spec.shape for name, spec in own.items()}
-    config, names = codecs_oobleck.to_diffusers(shapes, codecs_oobleck.autoencoder_config(path), path)
+    config, names = oobleck.to_diffusers(shapes, oobleck.autoencoder_config(path), path)
     return Codec(
         path, config, {prefix + n: (key, Spec(shape, own[n].dtype)) for n, (key, shape) in names.items()}
     )

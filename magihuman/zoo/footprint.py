@@ -8,8 +8,8 @@ device. What kernels take for themselves (workspaces of convolutions and attenti
 from dataclasses import dataclass
 from math import prod
 
+from magihuman.codecs.causal_decoder_config import REACH, StudentConfig
 from magihuman.models.config import Checkpointing, DiTConfig
-from magihuman.models.student_config import REACH, StudentConfig
 
 BF16, FP32 = 2, 4
 FP8_SCALE = 4  # bytes per row
@@ -236,7 +236,7 @@ def student_decoder(config: StudentConfig, height: int, width: int, tile: int | 
     """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
 
     Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and
-    the state twice, before and after. Of tiles, which overlap by a quarter (inference.tiles), one is in work while all
+    the state twice, before and after. Of tiles, which overlap by a quarter (inference.decoding), one is in work while all
     of them keep a state; the blended pictures are the plan's.
     """
     space = config.stride[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.weights import CONFIG, INDEX, SINGLE, read_header, weight_files
+from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
 from magihuman.zoo.adapters import ADAPTER_CONFIG, is_adapter
 
 BYTES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.provenance import code_version, write_atomically
+from magihuman.io.provenance import code_version, write_atomically
 from magihuman.zoo.plan import GB, MEMORY, RESERVE, SIZES, peak
 from magihuman.zoo.plan_command import check_numbers, infer_request, model_of
 

@@ -7,9 +7,9 @@ decimal.
 from dataclasses import dataclass, replace
 from math import prod
 
+from magihuman.codecs.causal_decoder_config import StudentConfig
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
-from magihuman.models.student_config import StudentConfig
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import BF16, FP32, Tokens
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
-from magihuman.models.codecs import Contract
+from magihuman.io.export import ExportConfig, Sampling, Size
 from magihuman.models.config import EXPERTS, DiTConfig, PackConfig, local_layers
-from magihuman.weights import ExportConfig, Sampling, Size
+from magihuman.models.latent_contract import Contract
 
 REPO = "GAIR/daVinci-MagiHuman"
 PATCH = 2

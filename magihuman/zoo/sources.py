@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magihuman.errors import UserError
-from magihuman.models.released_files import is_hub_id
-from magihuman.weights import CONFIG, INDEX, SINGLE, ExportConfig, load_config, read_header, weight_files
+from magihuman.io.export import CONFIG, INDEX, SINGLE, ExportConfig, load_config, read_header, weight_files
+from magihuman.io.released_files import is_hub_id
 from magihuman.zoo.adapters import is_adapter
 from magihuman.zoo.released import REPO, ROLES, Shapes, config_for
 

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magihuman.denoiser import Denoiser
 from magihuman.flow.solvers import SDE, FlowUniPC, ReNoise, Solver
 from magihuman.models.attention import local_ranges
 from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.rotary import rotary_bands, rotary_table
-from magihuman.tokens import Layout, patchify
+from magihuman.models.tokens import Layout, patchify
 from magihuman.zoo.checks.dit import vector_arithmetic
 
 HERE = Path(__file__).resolve().parent

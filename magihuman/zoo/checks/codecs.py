@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magihuman.models import codecs_oobleck, codecs_wan
-from magihuman.models.audio_windows import cross_fade
-from magihuman.models.codecs_oobleck import OobleckCodec
-from magihuman.models.codecs_wan import WanCodec
-from magihuman.postprocess import to_playback_rate
+from magihuman.codecs import oobleck, wan
+from magihuman.codecs.audio_windows import cross_fade
+from magihuman.codecs.oobleck import OobleckCodec
+from magihuman.codecs.wan import WanCodec
+from magihuman.media.images import to_playback_rate
 from magihuman.zoo.checks import Case, Result, compare
 from magihuman.zoo.checks.dit import vector_arithmetic
 
@@ -22,7 +22,7 @@ AUDIO_RATE = 51200
 def check_wan(case: Case) -> list[Result]:
     """Key map, normalised latents and unclamped frames at every stored length."""
     codec = WanCodec.from_released(case.group("w/"), case.name, case.tensors["mean"], case.tensors["std"])
-    results = _key_map(case, codecs_wan.key_map(codec.vae))
+    results = _key_map(case, wan.key_map(codec.vae))
     with vector_arithmetic():
         for name in sorted(key.removesuffix("/video") for key in case.tensors if key.endswith("/video")):
             stored = case.group(f"{name}/")
@@ -33,7 +33,7 @@ def check_wan(case: Case) -> list[Result]:
 
 def check_wan_statistics(case: Case) -> list[Result]:
     """The published means and standard deviations of the latent channels."""
-    ours = {"mean": codecs_wan.LATENT_MEAN, "std": codecs_wan.LATENT_STD}
+    ours = {"mean": wan.LATENT_MEAN, "std": wan.LATENT_STD}
     return [
         compare(name, torch.tensor(values, dtype=torch.float64), case.tensors[name])
         for name, values in ours.items()
@@ -46,7 +46,7 @@ def check_oobleck(case: Case) -> list[Result]:
     sound, noise = case.tensors["enc/wav"][None], case.tensors["enc/noise"].transpose(1, 2)
     latent = case.tensors["dec/latent"].T[None]
     return [
-        *_key_map(case, codecs_oobleck.key_map(codec.vae)),
+        *_key_map(case, oobleck.key_map(codec.vae)),
         _compare_sound(
             "enc/latent", codec, lambda: _encode(codec, sound, [noise]), case.tensors["enc/latent"]
         ),

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from magihuman.denoiser import Denoiser
 from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.tokens import Layout, patchify
+from magihuman.models.tokens import Layout, patchify
 from magihuman.zoo.checks import Case, Result, Unsupported, compare, compare_relative
 from magihuman.zoo.checks.packing import ROTARY, range_results
 

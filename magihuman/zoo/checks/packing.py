@@ -5,7 +5,7 @@ from torch import Tensor
 
 from magihuman.models.attention import local_mask, local_ranges
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
-from magihuman.tokens import Layout, pad_or_trim, patchify, unpatchify
+from magihuman.models.tokens import Layout, pad_or_trim, patchify, unpatchify
 from magihuman.zoo.checks import Case, Result, compare
 
 ROTARY = 1e-6

@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 
 from magihuman.flow.sigmas import zero_snr_table
-from magihuman.postprocess import frames_to_uint8, resize_frames
-from magihuman.preprocess import crop_to_aspect, image_to_frame
-from magihuman.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
+from magihuman.flow.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
+from magihuman.media.images import crop_to_aspect, frames_to_uint8, image_to_frame, resize_frames
 from magihuman.zoo.checks import Case, Result, compare
 
 OTHER_PILLOW = 2 / 255 * 2

@@ -2,8 +2,7 @@
 
 import torch
 
-from magihuman.models.codecs_turbo import TurboCodec
-from magihuman.models.turbo_decoder import TurboConfig
+from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
 from magihuman.zoo.checks import Case, Result, compare
 
 TURBO = 1e-4

@@ -1,0 +1,215 @@
+"""Fit the tiny world's codecs on rendered puppets: `python -m data.tiny.fit_codec output=FOLDER`.
+
+The audio codec is closed-form (PCA, seconds). The video codec starts as PCA and is trained for a few minutes on
+reconstruction at two sizes and on *upsampling*: decode(up(encode(small))) must give the clip at twice the size,
+and up(encode(small)) must equal encode(large), so that the super-resolution recipe starts from usable latents.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.tiny.puppets import MOUTH_CENTRE, draw_puppet, render, synthesise
+from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
+from magihuman.io.provenance import code_version, write_atomically
+
+FIT_SEED = 7001  # puppets of this seed serve no other purpose
+
+
+def _frames(indices: range, size: int) -> torch.Tensor:
+    """Puppets' frames: uint8 [N,3,F,size,size]."""
+    stack = np.stack([render(draw_puppet(FIT_SEED, i), size) for i in indices])
+    return torch.from_numpy(stack).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _float(frames: torch.Tensor) -> torch.Tensor:
+    return frames.float() / 127.5 - 1
+
+
+def _normalising_scale(variance: torch.Tensor, whitening: float) -> torch.Tensor:
+    """Per-channel factors: variance^(-whitening/2), then a common factor to mean variance 1.
+
+    whitening 1 makes every channel equally loud, which spends the model on unpredictable detail; 0 leaves
+    the first few channels to dominate.
+    """
+    factor = variance.clamp_min(1e-8) ** (-whitening / 2)
+    return factor / (variance * factor**2).mean().sqrt()
+
+
+def fit_audio(clips: int = 800, channels: int = 64, whitening: float = 0.5) -> TinyAudioCodec:
+    """PCA of weighted log-spectrum columns of `clips` puppets."""
+    codec = TinyAudioCodec(channels)
+    waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i)) for i in range(clips)]))
+    features = codec.features(waves[:, None]).flatten(0, 1).double()
+    codec.mean.copy_(features.mean(0))
+    covariance = torch.cov(features.T)
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    codec.basis.copy_(vectors)
+    codec.scale.copy_(_normalising_scale(values, whitening))
+    return codec
+
+
+def _initialise_by_pca(codec: TinyVideoCodec, blocks: torch.Tensor) -> None:
+    """Set the linear maps to the principal components of `blocks` [N,192,h,w]."""
+    flat = blocks.movedim(1, -1).flatten(0, -2).double()
+    mean = flat.mean(0)
+    _, vectors = torch.linalg.eigh(torch.cov(flat.T))
+    basis = vectors.flip(1)[:, : codec.channels].float()  # [192,C]
+    with torch.no_grad():
+        codec.encode_linear.weight.copy_(basis.T[:, :, None, None])
+        assert codec.encode_linear.bias is not None
+        assert codec.decode_linear.bias is not None
+        codec.encode_linear.bias.copy_(-(mean.float() @ basis))
+        codec.decode_linear.weight.copy_(basis[:, :, None, None])
+        codec.decode_linear.bias.copy_(mean.float())
+
+
+def _upsample(latents: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B*T,C,h,w] -> [B*T,C,2h,2w], trilinear with aligned corners as in SPEC 4.4."""
+    clip = latents.unflatten(0, (batch, -1)).transpose(1, 2)
+    count, height, width = clip.shape[2:]
+    up = F.interpolate(clip, size=(count, 2 * height, 2 * width), mode="trilinear", align_corners=True)
+    return up.transpose(1, 2).flatten(0, 1)
+
+
+def _mouth_weight(size: int) -> torch.Tensor:
+    """Pixel weights [H,W] of mean about 1.3: three in the mouth window, one elsewhere."""
+    grid = (torch.arange(size) + 0.5) / size
+    near = ((grid - MOUTH_CENTRE[0]).abs() < 0.18)[None, :] & ((grid - MOUTH_CENTRE[1]).abs() < 0.16)[:, None]
+    return 1 + 2 * near.float()
+
+
+def fit_video(
+    channels: int = 12,
+    steps: int = 700,
+    clips: int = 300,
+    batch: int = 6,
+    whitening: float = 0.5,
+    log: bool = True,
+) -> TinyVideoCodec:
+    """Train the video codec; loss and construction are described in the module's docstring."""
+    torch.manual_seed(FIT_SEED)
+    codec = TinyVideoCodec(channels)
+    large, small = _frames(range(clips), 128), _frames(range(clips), 64)
+    _initialise_by_pca(codec, codec.blocks(_float(small[:100])))
+    matrices = [p for n, p in codec.named_parameters() if p.ndim > 1]
+    vectors = [p for n, p in codec.named_parameters() if p.ndim == 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors}], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [4e-3, 3e-3], total_steps=steps, pct_start=0.1)
+    weights = {size: _mouth_weight(size) for size in (64, 128)}
+    weights = {size: weight / weight.mean() for size, weight in weights.items()}
+    order = torch.Generator().manual_seed(FIT_SEED)
+    began = time.monotonic()
+
+    def error(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return ((prediction - truth).square() * weights[truth.shape[-1]]).mean()
+
+    for step in range(steps):
+        chosen = torch.randint(clips, (batch,), generator=order)
+        big, little = _float(large[chosen]), _float(small[chosen])
+        low, high = codec.encode_blocks(codec.blocks(little)), codec.encode_blocks(codec.blocks(big))
+        lifted = _upsample(low, batch)
+        deviation = low.detach().std()
+
+        def jitter(latents: torch.Tensor, deviation: torch.Tensor = deviation) -> torch.Tensor:
+            level = 0.05 * torch.rand(len(latents), 1, 1, 1, generator=order)
+            return latents + level * deviation * torch.randn(latents.shape, generator=order)
+
+        loss = (
+            error(codec.frames(codec.decode_blocks(jitter(low)), batch), little)
+            + error(codec.frames(codec.decode_blocks(jitter(high)), batch), big)
+            + 2 * error(codec.frames(codec.decode_blocks(jitter(lifted)), batch), big)
+            + 0.02 * (lifted - high).square().mean() / high.detach().var()
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if log and (step + 1) % 50 == 0:
+            print(
+                f"step {step + 1}/{steps}  loss {loss.item():.5f}  {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+    with torch.no_grad():
+        latents = codec.encode_blocks(codec.blocks(_float(small))).movedim(1, -1).flatten(0, -2)
+        codec.mean.copy_(latents.mean(0))
+        values, rotation = torch.linalg.eigh(torch.cov(latents.T.double()))
+        codec.rotation.copy_(rotation.flip(1))
+        codec.scale.copy_(_normalising_scale(values.flip(0), whitening).float())
+    return codec
+
+
+def psnr(prediction: torch.Tensor, truth: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of frames in [-1,1]."""
+    return float(10 * torch.log10(4 / (prediction.clamp(-1, 1) - truth).square().mean()))
+
+
+def report(codec: TinyVideoCodec, clips: int = 16) -> dict[str, float]:
+    """PSNR (dB) on puppets that the fit did not see: reconstruction at 64 and 128 px, latent x2, bicubic x2."""
+    held_out = range(100_000, 100_000 + clips)
+    little, big = _float(_frames(held_out, 64)), _float(_frames(held_out, 128))
+    latents = codec.encode(little)
+    decoded = codec.decode(latents)
+    size = (latents.shape[2], 2 * latents.shape[3], 2 * latents.shape[4])
+    lifted = codec.decode(F.interpolate(latents, size=size, mode="trilinear", align_corners=True))
+    bicubic = F.interpolate(decoded.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="bicubic")
+    bicubic = bicubic.unflatten(0, (clips, -1)).transpose(1, 2)
+    mouth = (slice(None), slice(None), slice(None), slice(28, 52), slice(20, 44))
+    return {
+        "rec64": psnr(decoded, little),
+        "rec64_mouth": psnr(decoded[mouth], little[mouth]),
+        "rec128": psnr(codec.decode(codec.encode(big)), big),
+        "latent_x2": psnr(lifted, big),
+        "bicubic_x2": psnr(bicubic, big),
+        "noise_0.05": psnr(codec.decode(latents + 0.05 * torch.randn_like(latents)), little),
+        "noise_0.15": psnr(codec.decode(latents + 0.15 * torch.randn_like(latents)), little),
+    }
+
+
+def _save(codec: torch.nn.Module, file: Path) -> None:
+    """Matrices in fp16, vectors (means and scales) in fp32."""
+    from safetensors.torch import save_file
+
+    save_file({k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file)
+
+
+def fit(output: Path, channels: int = 12, steps: int = 900) -> dict[str, float]:
+    """Fit the tiny world's codecs and write them with a report of what they keep.
+
+    Args:
+        output: folder for video_codec.safetensors, audio_codec.safetensors and codecs.json.
+        channels: video latent channels.
+        steps: training steps of the video codec (about half a CPU-second each).
+    """
+    torch.set_num_threads(1)
+    output.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    _save(fit_audio(), output / "audio_codec.safetensors")
+    video = fit_video(channels, steps)
+    _save(video, output / "video_codec.safetensors")
+    figures = report(video)
+    record = {
+        "command": f"python -m data.tiny.fit_codec output={output.name} channels={channels} steps={steps}",
+        "psnr_db": {name: round(value, 2) for name, value in figures.items()},
+        "seconds": round(time.monotonic() - began),
+        "torch": torch.__version__,
+        **code_version(),
+    }
+    write_atomically(output / "codecs.json", json.dumps(record, indent=1) + "\n")
+    for name, value in figures.items():
+        print(f"{name:12s} {value:6.2f} dB")
+    return figures
+
+
+if __name__ == "__main__":
+    from magihuman.cli import run
+
+    run(fit, "python -m data.tiny.fit_codec")

@@ -1,0 +1,155 @@
+"""Train the tiny world's teacher decoder: `python -m data.tiny.fit_decoder output=FOLDER` (about 6 CPU-minutes).
+
+The tiny video codec decodes with an almost linear map, which leaves a student nothing to learn. The teacher is a
+decoder in Wan 2.2's layout for the same latents: convolutions over time and space, attention in the middle, sixty
+times the arithmetic, and a sharper picture. As the latents are the same, its students decode what the tiny models
+make.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.tiny.fit_codec import FIT_SEED, psnr
+from data.tiny.puppets import draw_puppet, render
+from magihuman.codecs.bundle import load_world
+from magihuman.codecs.wan_decoder import TeacherConfig, WanTeacher
+from magihuman.config import OptimSettings
+from magihuman.io.provenance import code_version
+from magihuman.training.decoder_losses import charbonnier, flicker, laplacian
+from magihuman.training.ema import EMA
+from magihuman.training.optim import build_optimizer, build_schedule
+
+HELD_OUT = range(100_000, 100_016)  # puppets that the training does not see
+EVERY = 100  # steps between two looks at them
+
+
+def _frames(indices: range, size: int) -> Tensor:
+    """Puppets' frames: uint8 [N,3,F,size,size]."""
+    stack = np.stack([render(draw_puppet(FIT_SEED, i), size) for i in indices])
+    return torch.from_numpy(stack).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _cropped(latents: Tensor, frames: Tensor, side: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same random square of latents [B,C,T,h,w] and of the frames [B,3,F,H,W] that they stand for."""
+    unit = frames.shape[-1] // latents.shape[-1]
+    top, left = torch.randint(latents.shape[-1] - side + 1, (2,), generator=draw).tolist()
+    rows, columns = slice(top, top + side), slice(left, left + side)
+    high, wide = (slice(unit * place, unit * (place + side)) for place in (top, left))
+    # Channels last: convolutions are faster so.
+    few = latents[..., rows, columns].contiguous(memory_format=torch.channels_last_3d)
+    return few, frames[..., high, wide]
+
+
+def train(
+    output: str,
+    steps: int = 1000,
+    clips: int = 300,
+    batch: int = 2,
+    crop: int = 8,
+    width: int = 16,
+    lr: float = 0.02,
+    threads: int = 1,
+) -> dict[str, float]:
+    """Train the teacher decoder and write it, with a record of how good it is.
+
+    A training that was stopped goes on from the last hundred steps when the same command is given again.
+
+    Args:
+        output: folder for config.json and model.safetensors; written on the way too, with OUTPUT.state.pt beside it
+        steps: training steps, each of 0.3 CPU-seconds
+        clips: puppets to train on
+        batch: clips per step
+        crop: side of the square of latents that is trained on, at a random place of each clip
+        width: channels of the last block; the first have four times as many
+        lr: peak learning rate of Muon; the first and last layer have AdamW with a sixth of it
+        threads: CPU threads
+    """
+    from magihuman.zoo import decoders
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(FIT_SEED)
+    began, draw = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
+    world = load_world("tiny")
+    size = world.height
+    frames, truth = _frames(range(clips), size), _frames(HELD_OUT, size).float() / 127.5 - 1
+    held_out = world.video_codec.encode(truth)
+    figures = {"codec": psnr(world.video_codec.decode(held_out), truth)}
+    config = TeacherConfig(
+        world.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
+    )
+    teacher = WanTeacher.build(config)
+    average = EMA(teacher, 0.98)
+    settings = OptimSettings("muon", lr, adamw_lr=lr / 6, betas=(0.9, 0.98), warmup=10)
+    optimiser = build_optimizer(teacher, None, settings)
+    schedule = build_schedule(optimiser, settings, steps)
+    state, done, spent = Path(f"{output}.state.pt"), 0, 0.0
+    parts: dict[str, Any] = {
+        "teacher": teacher,
+        "average": average,
+        "optimiser": optimiser,
+        "schedule": schedule,
+    }
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        draw.set_state(saved["draw"])
+        done, average.updates, spent = saved["step"], saved["step"], saved["seconds"]
+    for step in range(done + 1, steps + 1):
+        target = frames[torch.randint(clips, (batch,), generator=draw)].float() / 127.5 - 1
+        latents, target = _cropped(world.video_codec.encode(target), target, crop, draw)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = teacher(latents)
+        decoded = decoded.float()
+        loss = charbonnier(decoded, target) + laplacian(decoded, target) + 0.25 * flicker(decoded, target)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        average.update(teacher)
+        if step % 20 == 0:
+            print(
+                f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True
+            )
+        if step % EVERY == 0 or step == steps:
+            with torch.no_grad():
+                figures["teacher"] = psnr(torch.cat([average.module(z) for z in held_out.split(4)]), truth)
+            print("  ".join(f"{name} {value:.2f} dB" for name, value in figures.items()), flush=True)
+            record = {
+                "command": f"python -m data.tiny.fit_decoder output={Path(output).name} steps={steps} clips={clips} "
+                f"batch={batch} crop={crop} width={width} lr={lr:g}",
+                "steps": step,
+                "held_out_psnr_db": {name: round(value, 2) for name, value in figures.items()},
+                "cpu_seconds": round(spent + time.process_time()),
+                "torch": torch.__version__,
+                **code_version(),
+            }
+            latents_of = decoders.Latents.of(world.contract)
+            decoders.save(
+                output,
+                {key: value.half() for key, value in average.module.state_dict().items()},
+                decoders.DecoderConfig("wan", config.to_dict(), latents_of, record),
+            )
+            torch.save(
+                {
+                    **{name: part.state_dict() for name, part in parts.items()},
+                    "draw": draw.get_state(),
+                    "step": step,
+                    "seconds": spent + time.process_time(),
+                },
+                state,
+            )
+    state.unlink(missing_ok=True)
+    return figures
+
+
+if __name__ == "__main__":
+    from magihuman.cli import run
+
+    run(train, "python -m data.tiny.fit_decoder")

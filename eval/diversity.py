@@ -1,0 +1,147 @@
+"""What a caption leaves open, and how near generated clips are to real ones as a distribution.
+
+A tiny-world caption (`data.tiny.puppets`) leaves open skin tone, the voice's pitch and the times of the syllables (heads
+do not move and stand in one place). A model may lose that variety without any prompted attribute going wrong. So
+clips of one prompt are compared with each other, and with real puppets of the same caption, in the latents of the
+codec's encoder. Real and generated clips get there alike, from pixels and sound that were decoded from latents:
+nothing counts that cannot be seen or heard, and what the codec loses is no model's fault.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, SKINS, Puppet, draw_puppet
+from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, through_codec
+
+if TYPE_CHECKING:
+    from magihuman.codecs.bundle import World
+
+SPACES = ("look", "motion", "voice")
+REFERENCE_DRAWS = 6  # real puppets per caption that everything is compared with; twice every skin tone
+DRAWS_APART = 100_000  # between puppet numbers of one draw and the next: beyond any number of prompts
+
+
+def real_draw(puppets: Sequence[Puppet], draw: int) -> list[Puppet]:
+    """Other puppets with the same captions: everything that a caption leaves open is drawn anew.
+
+    Args:
+        draw: number of the draw; 0 gives the puppets themselves.
+    """
+    if draw == 0:
+        return list(puppets)
+    others = []
+    for index, puppet in enumerate(puppets):
+        other = draw_puppet(HELD_OUT_SEED, draw * DRAWS_APART + index)
+        said = zip(other.syllables, puppet.syllables, strict=True)
+        others.append(
+            replace(
+                other, face=puppet.face, hair=puppet.hair, shirt=puppet.shirt, wall=puppet.wall,
+                syllables=tuple(replace(o, onset=p.onset, vowel=p.vowel) for o, p in said),
+            )
+        )  # fmt: skip
+    return others
+
+
+@torch.no_grad()
+def embed(clips: Clips, world: "World", batch: int = 10) -> dict[str, np.ndarray]:
+    """Clips as vectors fp32 [n,D] in each of `SPACES`, with entries of deviation about 1.
+
+    look    latents of the pictures, averaged over time: who is there, how sharp, how saturated
+    motion  standard deviation over time of every entry: how much moves where, whenever it does
+    voice   latents of the sound: pitch, timbre and times
+    """
+    parts: dict[str, list[torch.Tensor]] = {space: [] for space in SPACES}
+    silence = np.zeros(FRAMES * SAMPLE_RATE // FPS, np.float32)
+    for first in range(0, len(clips.frames), batch):
+        part = slice(first, first + batch)
+        frames = torch.from_numpy(np.stack(clips.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        waves = np.stack([silence if wave is None else wave for wave in clips.waves[part]])
+        video = world.video_codec.encode(frames)  # [B,C,T,h,w]
+        parts["look"].append(video.mean(2).flatten(1))
+        parts["motion"].append(video.std(2).flatten(1))
+        parts["voice"].append(world.audio_codec.encode(torch.from_numpy(waves)[:, None].float()).flatten(1))
+    return {space: torch.cat(values).numpy() for space, values in parts.items()}
+
+
+def by_prompt(draws: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Embeddings of S draws of P prompts, [P,D] each -> [P,S,D]."""
+    return {space: np.stack([draw[space] for draw in draws], 1) for space in SPACES}
+
+
+def gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Root mean square differences [P,S,R] of clips [P,S,D] and [P,R,D], within each prompt."""
+    return np.sqrt(np.square(a[:, :, None] - b[:, None]).mean(-1))
+
+
+def mean_gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Root mean square differences [P,P] of clips [P,S,D] and [P,R,D], each the mean over a pair of prompts."""
+    x, y = (c.reshape(-1, c.shape[-1]).astype(np.float64) for c in (a, b))
+    squares = (x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * x @ y.T
+    distances = np.sqrt(np.maximum(squares, 0) / x.shape[1])
+    return distances.reshape(len(a), -1, len(b), b.shape[1]).mean((1, 3))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a set of clips lies among real ones.
+
+    Attributes:
+        spread: space -> mean distance of different clips of a prompt [P]; absent with one clip per prompt.
+        nearest: distance in look to the nearest real puppet [P,S]; real ones have every skin tone.
+        energy: space -> mean distances between prompts [P,P]: of these clips and real ones, of these clips, of real
+            ones; the statistic is 2 x first - second - third over pairs of different prompts, see `Reference`.
+    """
+
+    spread: dict[str, np.ndarray]
+    nearest: np.ndarray
+    energy: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+class Reference:
+    """Real puppets with the prompts' captions, through the codec.
+
+    Distances between distributions are energy distances (Szekely and Rizzo 2013), 2 E|X-Y| - E|X-X'| - E|Y-Y'|, of
+    clips minus the mean of a few real ones of their caption: prompts then do not matter, what they leave open does.
+    Clips of different prompts are compared, so the estimate is unbiased: two real samples have distance 0 but for
+    noise. Blur and over-saturation, a lost mode and an in-between one all move it away from 0.
+
+    Args:
+        puppets: of the prompts.
+        draws: of the first draw taken; other draws may be what is compared.
+    """
+
+    def __init__(self, puppets: Sequence[Puppet], world: "World", first_draw: int) -> None:
+        tones = tuple(SKINS)
+        found = []
+        for draw in range(REFERENCE_DRAWS):
+            # Every tone equally often: fewer puppets, less noise.
+            drawn = [
+                replace(puppet, skin=tones[(index + draw) % len(tones)])
+                for index, puppet in enumerate(real_draw(puppets, first_draw + draw))
+            ]
+            found.append(embed(through_codec(ground_truth(drawn), world), world))
+        half = REFERENCE_DRAWS // 2
+        real, centre, self.target = by_prompt(found), by_prompt(found[:half]), by_prompt(found[half:])
+        self.look = real["look"]
+        self.centre = {space: centre[space].mean(1, keepdims=True) for space in SPACES}
+        self.among = {
+            space: mean_gaps(self._of(self.target, space), self._of(self.target, space)) for space in SPACES
+        }
+
+    def _of(self, clips: dict[str, np.ndarray], space: str) -> np.ndarray:
+        return clips[space] - self.centre[space]
+
+    def place(self, clips: dict[str, np.ndarray]) -> Place:
+        """Compare embedded clips [P,S,D] of the same prompts."""
+        spread, energy = {}, {}
+        for space in SPACES:
+            own, count = self._of(clips, space), clips[space].shape[1]
+            if count > 1:
+                spread[space] = gaps(own, own).sum((1, 2)) / (count * (count - 1))
+            across = mean_gaps(own, self._of(self.target, space))
+            energy[space] = (across, mean_gaps(own, own), self.among[space])
+        return Place(spread, gaps(clips["look"], self.look).min(2), energy)

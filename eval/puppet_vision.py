@@ -1,0 +1,163 @@
+"""Sees the tiny world's pictures: attributes, mouth openness, sharpness, flicker.
+
+All places are shares of the picture, so clips of any square size are measured alike (sharpness alone depends
+on the size). Colours are decided by the nearest palette entry of a region's median over space and time; the
+face shape by which of the three drawn silhouettes explains the median frame best.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from data.tiny.puppets import (
+    FACES,
+    HAIR,
+    LIP,
+    MOUTH_CENTRE,
+    MOUTH_INSIDE,
+    SHIRTS,
+    SKINS,
+    WALLS,
+    draw_puppet,
+    portrait,
+)
+
+PROMPTED = ("face", "hair", "shirt", "wall")  # what a caption states, beside the syllables
+# The lips of the widest and of the most open vowel, plus a margin for blur.
+MOUTH_RADII = (0.19, 0.155)
+STATIC_AMPLITUDE = 0.004  # of the picture's area; the smallest vowel (u) opens 0.012
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one clip shows. `attributes` has face, hair, shirt, wall and skin.
+
+    `openness` [F] is the area of the mouth's inside as a share of the picture; `amplitude` its 5 % to 95 %
+    range; `static` says that the mouth does not move. `sharpness` and `mouth_sharpness` are variances of the
+    Laplacian of the luma in [0,1]; `flicker` is the mean absolute change of the luma between frames, away
+    from the mouth.
+    """
+
+    attributes: dict[str, str]
+    openness: np.ndarray
+    amplitude: float
+    static: bool
+    sharpness: float
+    mouth_sharpness: float
+    flicker: float
+
+
+@lru_cache(maxsize=4)
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel centres x, y as shares of the picture: each [size, size]."""
+    centres = (np.arange(size) + 0.5) / size
+    y, x = np.meshgrid(centres, centres, indexing="ij")
+    return x, y
+
+
+@lru_cache(maxsize=4)
+def _regions(size: int) -> dict[str, np.ndarray]:
+    """Where each colour is found whatever the face shape, and the mouth: boolean [size, size] each."""
+    x, y = _grid(size)
+    aside = np.abs(x - 0.5)
+    forehead = (aside < 0.10) & (y > 0.345) & (y < 0.395)
+    nose = (aside < 0.15) & (y > 0.485) & (y < 0.515)
+    mouth = ((x - MOUTH_CENTRE[0]) / MOUTH_RADII[0]) ** 2 + ((y - MOUTH_CENTRE[1]) / MOUTH_RADII[1]) ** 2 < 1
+    return {
+        "wall": (aside > 0.34) & (y > 0.04) & (y < 0.62),
+        "shirt": (aside < 0.25) & (y > 0.89) & (y < 0.99),
+        "hair": (aside < 0.08) & (y > 0.235) & (y < 0.30),
+        "skin": forehead | nose,
+        "mouth": mouth,
+    }
+
+
+def mouth_region(size: int) -> np.ndarray:
+    """Where the mouth is in a picture of `size` x `size`: boolean [size, size]."""
+    return _regions(size)["mouth"]
+
+
+def _nearest(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: float(np.sum((np.array(palette[name]) - colour) ** 2)))
+
+
+@lru_cache(maxsize=512)
+def _silhouettes(hair: str, shirt: str, wall: str, skin: str, size: int) -> np.ndarray:
+    """The still picture with each face shape: fp32 [3, size, size, 3] in 0..255."""
+    someone = replace(draw_puppet(0, 0), hair=hair, shirt=shirt, wall=wall, skin=skin)
+    return np.stack([portrait(replace(someone, face=face), size) for face in FACES]).astype(np.float32)
+
+
+def attributes(frames: np.ndarray) -> dict[str, str]:
+    """Face, hair, shirt, wall and skin of a clip, uint8 [F,H,W,3] with H = W."""
+    still = np.median(frames, axis=0)  # [H, W, 3]
+    size = still.shape[0]
+    regions = _regions(size)
+    # The wall darkens downwards by the drawing's gradient; undo it before the colours are compared.
+    shading = 1.03 - 0.08 * _grid(size)[1]
+    wall = np.median((still / shading[..., None])[regions["wall"]], axis=0)
+    found = {"wall": _nearest(wall, WALLS)}
+    for name, palette in (("hair", HAIR), ("shirt", SHIRTS), ("skin", SKINS)):
+        found[name] = _nearest(np.median(still[regions[name]], axis=0), palette)
+    drawn = _silhouettes(found["hair"], found["shirt"], found["wall"], found["skin"], size)
+    apart = (drawn.std(0).sum(-1) > 1) & ~regions["mouth"]  # pixels on which the three shapes disagree
+    distance = np.abs(drawn - still)[:, apart].sum(-1)
+    return {"face": FACES[int(np.minimum(distance, 120).sum(1).argmin())], **found}
+
+
+def mouth_openness(frames: np.ndarray) -> np.ndarray:
+    """Visible mouth inside per frame, as a share of the picture's area: fp64 [F].
+
+    Every pixel around the mouth is unmixed into skin (as the clip shows it), lip and inside, with shares
+    that sum to one by least squares. The result is linear in the pixels, so blur moves the share about but
+    keeps its sum, and noise averages out.
+    """
+    size = frames.shape[1]
+    regions = _regions(size)
+    inside = np.array(MOUTH_INSIDE, float)
+    skin = np.median(frames[:, regions["skin"]].reshape(-1, 3), axis=0)
+    if np.linalg.norm(skin - inside) < 40:  # no skin to see: unmix against the nearest that exists
+        skin = np.array(SKINS[_nearest(skin, SKINS)], float)
+    mixture = np.stack([inside - skin, np.array(LIP, float) - skin], 1)  # [3, 2]
+    share = np.linalg.pinv(mixture)[0] @ (frames[:, regions["mouth"]].astype(float) - skin).swapaxes(1, 2)
+    return share.sum(-1) / size**2
+
+
+def _luma(frames: np.ndarray) -> np.ndarray:
+    return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+
+
+def see(frames: np.ndarray) -> Seen:
+    """Measure one clip, uint8 [F,H,W,3].
+
+    Raises:
+        ValueError: not uint8, not square, or smaller than 16 pixels.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
+    if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
+        raise ValueError(
+            f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}"
+        )
+    mouth = _regions(frames.shape[1])["mouth"]
+    openness = mouth_openness(frames)
+    amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))
+    luma = _luma(frames)
+    laplacian = (
+        luma[:, :-2, 1:-1]
+        + luma[:, 2:, 1:-1]
+        + luma[:, 1:-1, :-2]
+        + luma[:, 1:-1, 2:]
+        - 4 * luma[:, 1:-1, 1:-1]
+    )
+    return Seen(
+        attributes=attributes(frames),
+        openness=openness,
+        amplitude=amplitude,
+        static=amplitude < STATIC_AMPLITUDE,
+        sharpness=float(laplacian.var(axis=(1, 2)).mean()),
+        mouth_sharpness=float(laplacian[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
+        flicker=float(np.abs(np.diff(luma, axis=0))[:, ~mouth].mean()),
+    )

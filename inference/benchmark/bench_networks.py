@@ -1,0 +1,255 @@
+"""The network that is timed: with random weights made on the device, or a checkpoint; one for all stages of a clip."""
+
+import copy
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference.benchmark.budget import StepTimeout
+from inference.benchmark.components import reason_of
+from inference.benchmark.roofline.cases import Case, Stage
+from inference.fast import TIERS, check_tier, prepare
+from inference.fast.fast_denoiser import FastDenoiser
+from inference.fast.graphs import LONGEST
+from magihuman import zoo
+from magihuman.errors import UserError
+from magihuman.models.denoiser import Denoiser
+from magihuman.models.tokens import Layout
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SEED = 0
+_TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one pass of a stage takes: video [1,C,T,h,w], audio [1,A,Ca], text [S,Ct]."""
+
+    video: Tensor
+    audio: Tensor
+    text: Tensor
+
+
+def dtype_for(name: str, case: Case, device: torch.device) -> torch.dtype:
+    """Of products and matrices: `auto` is bf16 for the released sizes and on a GPU, else fp32.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if case.released or device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype={name} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def build(
+    case: Case, device: torch.device, dtype: torch.dtype, checkpoint: str | None
+) -> tuple[Denoiser, str]:
+    """The network of a clip's last stage, on the device, and what its weights are, in words.
+
+    The other stage runs on the same weights (`view`): times do not depend on them, memory does.
+
+    Args:
+        checkpoint: instead of random weights.
+
+    Raises:
+        UserError: a checkpoint that is not of this case's shape.
+    """
+    stage = case.stages[-1]
+    shared = ", the same for both stages" if len(case.stages) > 1 else ""
+    kind = str(dtype).removeprefix("torch.")
+    if checkpoint is not None:
+        loaded = zoo.load(checkpoint, device, dtype)
+        if loaded.config.model != case.stages[0].config:
+            raise UserError(
+                f"checkpoint={checkpoint} is not of the shape of {case.model}; leave checkpoint= out"
+            )
+        return loaded.denoiser, f"{checkpoint}, {kind}{shared}"
+    with torch.no_grad():
+        denoiser = zoo.build(
+            stage.config, stage.pack, compute_dtype=dtype, linear_dtype=dtype, device=device, seed=SEED
+        )
+        model = denoiser.model
+        generator = torch.Generator(device=device).manual_seed(SEED + 1)
+        for head in (
+            model.final_linear_video,
+            model.final_linear_audio,
+        ):  # at the start of a training they are zero
+            nn.init.normal_(head.weight, std=head.in_features**-0.5, generator=generator)
+    return denoiser.eval().requires_grad_(False), f"random, {kind}{shared}"
+
+
+def view(denoiser: Denoiser, stage: Stage) -> Denoiser:
+    """The same network and weights as the given stage's: its coordinates, its windows or none."""
+    windows_off = stage.window is None
+    pack = replace(stage.pack, frame_receptive_field=-1) if windows_off else stage.pack
+    seen: Any = _shallow(denoiser)
+    seen._modules["model"] = _shallow(denoiser.model)
+    seen.pack, seen._layouts = pack, {}
+    seen.model.frame_receptive_field = pack.frame_receptive_field
+    return seen
+
+
+def in_fp32(denoiser: Denoiser) -> Denoiser:
+    """The same weights, computed with in fp32 throughout; reference network only.
+
+    Attention goes frame by frame, in memory that grows with a frame: torch's fused kernels of a GPU take no shared
+    key heads in fp32, so that it would hold all scores instead, 70 GB of them for the 14,802 tokens of 540p.
+    """
+    seen: Any = _shallow(denoiser)
+    seen._modules["model"] = _shallow(denoiser.model)
+    seen.model.compute_dtype = torch.float32
+    seen.model.attention_backend = "windowed"
+    return seen
+
+
+def _shallow(module: nn.Module) -> Any:
+    """Another module of the same parameters and parts, with attributes of its own."""
+    seen = copy.copy(module)
+    seen._modules = dict(module._modules)
+    return seen
+
+
+def draw(stage: Stage, denoiser: Denoiser, device: torch.device, seed: int = SEED) -> Inputs:
+    """Standard normal inputs of one pass, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    config = stage.config
+    return Inputs(
+        normal(1, denoiser.latent_channels, stage.frames, stage.height, stage.width),
+        normal(1, stage.audio, config.audio_in_channels),
+        normal(stage.text, config.text_in_channels),
+    )
+
+
+@torch.no_grad()
+def one_pass(denoiser: Denoiser, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Velocities of video and audio."""
+    return denoiser(inputs.video, inputs.audio, [inputs.text], _layout(denoiser, inputs))
+
+
+def _layout(denoiser: Denoiser, inputs: Inputs) -> Layout:
+    return denoiser.layout_for(
+        inputs.video.shape, inputs.audio.shape[1], [len(inputs.text)], inputs.video.device
+    )
+
+
+def first_passes(
+    denoiser: Denoiser, every: Iterable[Denoiser], inputs: Inputs
+) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
+    """Velocities of a first pass; of a second one where that is recorded as a CUDA graph.
+
+    What cannot be compiled or recorded here is given up in `every` view of the network: a row that names what it lacks
+    is worth more than none.
+
+    Returns:
+        and why options were given up, by option: the reason in the first line, the traceback in those below.
+
+    Raises:
+        Exception: of a pass that fails without compilation too, or for want of memory.
+    """
+    if not isinstance(denoiser, FastDenoiser):
+        return one_pass(denoiser, inputs), {}
+    reasons: dict[str, str] = {}
+
+    def give_up(option: str, error: BaseException) -> None:
+        trace = "".join(traceback.format_exception(error))[-_TRACE:]
+        reasons[option] = f"{reason_of(error)}\n{trace}"
+        for view in every:
+            model: Any = view.model
+            model.give_up(option)
+            view.options = model.options
+
+    try:
+        velocities = one_pass(denoiser, inputs)
+    except (Exception, StepTimeout) as error:  # compilers fail in many ways, and can take forever
+        if isinstance(error, (torch.OutOfMemoryError, UserError)) or denoiser.options.compile == "off":
+            raise
+        give_up("compile", error)
+        velocities = one_pass(denoiser, inputs)
+    if denoiser.options.graphs and _layout(denoiser, inputs).length <= LONGEST:
+        try:
+            velocities = one_pass(denoiser, inputs)
+        except Exception as error:
+            give_up("graphs", error)
+    return velocities, reasons
+
+
+def facts(network: Denoiser) -> dict[str, Any]:
+    """What a tier switched on, and the attention kernels of all stages that have run; nothing for the reference."""
+    if not isinstance(network, FastDenoiser):
+        return {"options": {}}
+    model: Any = network.model
+    return {"options": asdict(network.options), "attention_kernel": " and ".join(model.kernels())}
+
+
+def kernel_of(denoiser: Denoiser, inputs: Inputs) -> dict[str, Any]:
+    """The attention kernel of one stage, and why faster ones were passed over ("name: reason" each).
+
+    Nothing for the reference.
+
+    Args:
+        denoiser: the stage's view of a network; inputs: what its passes take.
+
+    Raises:
+        UserError: the kernel named in the options fails at this stage's lengths.
+    """
+    if not isinstance(denoiser, FastDenoiser):
+        return {}
+    model: Any = denoiser.model
+    plan = model.plan(_layout(denoiser, inputs))
+    kernel = "the reference's" if plan.kernel is None else plan.kernel.name
+    return {"attention_kernel": kernel, "passed_over": list(plan.passed_over)}
+
+
+def tiers(text: str) -> list[str]:
+    """Names from `a,b`, checked.
+
+    Raises:
+        UserError: an unknown tier, or none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"tier={text} names no tier; choose from {', '.join(TIERS)}")
+    for name in names:
+        check_tier(name)
+    return names
+
+
+def options_from(text: str | None) -> dict[str, Any]:
+    """Changes of a tier from `compile=static,graphs=false`.
+
+    Raises:
+        UserError: not of this form.
+    """
+    from magihuman.settings_text import parse
+
+    changes: dict[str, Any] = {}
+    for part in (text or "").split(","):
+        key, equals, value = part.strip().partition("=")
+        if part.strip() and not equals:
+            raise UserError(f"options={text}: {part!r} is not of the form name=value")
+        if equals:
+            # Words such as "off" are truth values to YAML and names to the options.
+            changes[key] = parse(value) if value in ("true", "false") else value
+    return changes
+
+
+def faster(
+    denoiser: Denoiser, tier: str, device: torch.device, release: bool, changes: Mapping[str, Any]
+) -> Denoiser:
+    """`inference.fast.prepare`; a clip's stages share the result (`view`).
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    with torch.no_grad():
+        return prepare(denoiser, tier, device=device, release=release, **changes)

@@ -1,0 +1,181 @@
+"""The computed roofline at rates that this machine's microbenchmarks gave: how much of a pass they explain.
+
+Predicted seconds of a pass are those of its products, at the rates of the same shapes; its attention, at the rate of
+the kernel; and its pointwise kernels, at the bandwidth of a copy. What measured passes take beyond this is launching,
+waiting, and kernels that move more than they must. Predictions go to a folder of their own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from inference.benchmark import result_files
+from inference.benchmark.roofline.cases import Case, Stage, make
+from inference.benchmark.roofline.work import forward, pointwise_bytes
+from inference.benchmark.tables import measured
+from inference.fast import check_tier
+from magihuman.errors import UserError
+from magihuman.io.provenance import code_version, sources_hash, write_atomically
+from magihuman.models.flops import attention_pairs
+
+FORMAT = "magihuman-predictions/1"
+FOLDER = result_files.FOLDER.parent / "predictions"
+_MATRICES = ("qkv", "proj", "up", "down")
+Row = dict[str, Any]
+
+
+def predict(
+    size: str = "tiny", tier: str = "fast", output: str | None = None, results: str | None = None
+) -> str:
+    """Predict a clip's passes from the newest microbenchmarks of its size, and compare with the newest measurement.
+
+    Args:
+        size: as for measure; `micro size=...` must have been measured
+        tier: whose forms of products are taken: fp8 for fp8, padded for others on a GPU
+        output: another folder for the prediction than inference/results/predictions
+        results: another folder of measurements
+
+    Raises:
+        UserError: there are no microbenchmarks of this size.
+    """
+    check_tier(tier)
+    case, folder = make(size), result_files.FOLDER if results is None else Path(results)
+    found = _newest_micro(folder, size)
+    usual = "padded" if "gpu" in found["provenance"] else "as is"
+    kind = "fp8" if tier.startswith("fp8") else usual  # of layers without experts: those stay in bf16
+    predicted = {stage.name: _one_pass(stage, found["rows"], kind, usual) for stage in case.stages}
+    own = [
+        r for r in measured(folder) if r["tier"] == tier and _same_clip(r, case) and _same_machine(r, found)
+    ]
+    values: Row = {
+        "format": FORMAT,
+        "kind": "predicted",
+        "size": size,
+        "tier": tier,
+        "rates_from": found["file"],
+        "forms": kind,
+        "stages": predicted,
+        "measured": _compared(case, own[-1], predicted) if own else None,
+        "provenance": {
+            "how": "computed from FLOPs and bytes at the rates of measured microbenchmarks; not measured itself",
+            "command": f"python -m inference.benchmark predict size={size} tier={tier}",
+            "code": {**code_version(), "sources": sources_hash()},
+            "machine": found["provenance"]["machine"],
+            "date": found["provenance"]["date"],
+        },
+    }
+    path = (
+        FOLDER if output is None else Path(output)
+    ) / f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+    return "\n".join([*_lines(values), f"written to {path}"])
+
+
+def _newest_micro(folder: Path, size: str) -> Row:
+    """The newest products and the newest attention of a size on one machine, which may lie in a file each: rows, the
+    files' names, the newest one's provenance."""
+    wanted, rows, files = {"product", "attention"}, [], []
+    made: Row = {}
+    for values in reversed(result_files.read(folder)):
+        if values["kind"] != "micro" or not any(row.get("size") == size for row in values["rows"]):
+            continue
+        kinds = {row["what"] for row in values["rows"]} & wanted
+        if not kinds or (made and made["machine"] != values["provenance"]["machine"]):
+            continue
+        made = made or values["provenance"]
+        wanted -= kinds
+        rows += [row for row in values["rows"] if row["what"] in kinds or row["what"] == "roof"]
+        files.append(values["file"])
+        if not wanted:
+            return {"rows": rows, "file": " and ".join(files), "provenance": made}
+    raise UserError(
+        f"there are no microbenchmarks of size={size}; run `python -m inference.benchmark micro size={size}`"
+    )
+
+
+def _same_clip(row: Row, case: Case) -> bool:
+    """Also as long: passes of another number of tokens are other passes."""
+    tokens = {name: stage["tokens"]["total"] for name, stage in row["geometry"].items()}
+    return row["size"] == case.size and tokens == {stage.name: stage.tokens.total for stage in case.stages}
+
+
+def _same_machine(row: Row, found: Row) -> bool:
+    return row["made"]["machine"] == found["provenance"]["machine"]
+
+
+def _one_pass(stage: Stage, rows: list[Row], form: str, experts_form: str) -> Row:
+    """Predicted seconds of a pass, by part. The products of all layers are equally many.
+
+    Args:
+        form: of products in layers that share their weights; experts_form: in those with experts.
+    """
+    config, tokens = stage.config, stage.tokens
+    shared = sum(config.experts(layer) == 1 for layer in range(config.num_layers)) / config.num_layers
+    flops = forward(stage).products
+    products = flops * shared / _rate(rows, form)
+    if shared < 1:
+        products += flops * (1 - shared) / _rate(rows, experts_form)
+    attention = 0.0
+    for layer in range(config.num_layers):
+        window = stage.window if layer in config.local_attn_layers else None
+        pairs = attention_pairs(tokens.video, tokens.audio + tokens.text, stage.frames, window)
+        attention += 4 * pairs * config.hidden_size / _attention_rate(rows, window)
+    copy = next(row["copy_tbps"] for row in rows if row.get("what") == "roof") * 1e12
+    parts = {
+        "products": products,
+        "attention": attention,
+        "pointwise": pointwise_bytes(config, tokens.total) / copy,
+    }
+    return {
+        **{name: float(f"{value:.4g}") for name, value in parts.items()},
+        "total": float(f"{sum(parts.values()):.4g}"),
+    }
+
+
+def _attention_rate(rows: list[Row], window: int | None) -> float:
+    """FLOP/s of the fastest kernel, with windows where those were measured."""
+    kernels = [row for row in rows if row.get("what") == "attention" and "seconds" in row]
+    wanted = "dense" if window is None else f"window {window}"
+    own = [row for row in kernels if row["name"] == wanted] or kernels
+    return 1e12 * max(row["tflops"] for row in own)
+
+
+def _rate(rows: list[Row], form: str) -> float:
+    """FLOP/s of a layer's products together."""
+    found = [_largest(rows, name, form) for name in _MATRICES]
+    return sum(row["flops"] for row in found) / sum(row["flops"] / (row["tflops"] * 1e12) for row in found)
+
+
+def _largest(rows: list[Row], name: str, form: str) -> Row:
+    """The product of that matrix with the most rows, in the form or, where it has no other, as it is."""
+    found = [row for row in rows if row.get("what") == "product" and row["name"] == name and "seconds" in row]
+    own = [row for row in found if row["form"] == form] or [row for row in found if row["form"] == "as is"]
+    return max(own, key=lambda row: row["tokens"])
+
+
+def _compared(case: Case, row: Row, predicted: dict[str, Row]) -> Row:
+    """Seconds per pass of the measured loops, and which share of them is predicted."""
+    times: Row = row["processor_time"] if "processor_time" in row else row["stages"]
+    found = {}
+    for stage in case.stages:
+        seconds = times[stage.name]["median"] / row["geometry"][stage.name]["passes"]
+        share = predicted[stage.name]["total"] / seconds
+        found[stage.name] = {"seconds_per_pass": float(f"{seconds:.4g}"), "explained": round(share, 3)}
+    return {
+        "file": row["file"],
+        "of": "processor time" if "processor_time" in row else "clock",
+        "stages": found,
+    }
+
+
+def _lines(values: Row) -> list[str]:
+    lines = [f"{values['size']} {values['tier']}: predicted seconds per pass, from {values['rates_from']}"]
+    for name, parts in values["stages"].items():
+        line = f"  {name:<6}" + ", ".join(f"{part} {seconds:.4g}" for part, seconds in parts.items())
+        if values["measured"]:
+            own = values["measured"]["stages"][name]
+            line += f"; measured {own['seconds_per_pass']:.4g} ({values['measured']['of']})"
+            line += f", explained {own['explained']:.0%}"
+        lines.append(line)
+    return lines

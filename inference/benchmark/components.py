@@ -1,0 +1,230 @@
+"""What a request needs beside the network: text encoder, codecs, decoder; released ones with random weights.
+
+A part that cannot be had on this machine is `Missing`, with the reason; its stage is then reported as not measured.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from inference.benchmark.roofline.cases import Case
+from inference.benchmark.roofline.work import decoders as released_decoders
+from magihuman.errors import UserError
+from magihuman.zoo import decoders as students
+from magihuman.zoo import footprint
+
+WAN: dict[str, Any] = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True], "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16,
+}  # fmt: skip
+OOBLECK: dict[str, Any] = {
+    "encoder_hidden_size": 128, "downsampling_ratios": [2, 4, 4, 8, 8], "channel_multiples": [1, 2, 4, 8, 16],
+    "decoder_channels": 128, "decoder_input_channels": 64, "audio_channels": 2, "sampling_rate": 44100,
+}  # fmt: skip
+T5GEMMA: dict[str, Any] = {
+    "hidden_size": footprint.T5GEMMA_WIDTH, "intermediate_size": footprint.T5GEMMA_INNER,
+    "num_hidden_layers": footprint.T5GEMMA_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 256, "vocab_size": footprint.T5GEMMA_WORDS,
+}  # fmt: skip
+
+_WORKSPACE = 1.3  # what a decoder's activations take with its convolutions' workspaces
+_USABLE = 0.95  # of the device's memory
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a part is not there."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of a request; each a codec or encoder, or `Missing`.
+
+    Attributes:
+        text: encodes the prompt; video: encodes pictures; audio: encodes and decodes sound; decoder: decodes pictures.
+        prompt: that gives the case's number of text tokens.
+        decoder_name, decoder_weights: of the decoder, in words.
+    """
+
+    text: Any
+    video: Any
+    audio: Any
+    decoder: Any
+    prompt: str
+    decoder_name: str
+    decoder_weights: str
+
+
+def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> Parts:
+    """All parts of a case, on the device.
+
+    Args:
+        decoder: a name of `decoder_names`, or auto.
+
+    Raises:
+        UserError: an unknown decoder.
+    """
+    if case.released:
+        name = "turbo" if decoder == "auto" else decoder
+        return Parts(
+            text=_text(case, device),
+            video=_had(lambda: _wan(device), "diffusers", device),
+            audio=_had(lambda: _oobleck(device), "diffusers", device),
+            decoder=released_decoder(name, device, dtype),
+            prompt="",
+            decoder_name=name,
+            decoder_weights="random",
+        )
+    from magihuman.codecs.bundle import TINY_EXAMPLE, load_world
+
+    world = load_world("tiny", device)
+    chosen, weights = world.video_codec, world.contract.video_codec
+    if decoder not in ("auto", "codec"):
+        chosen, weights = _tiny_decoder(decoder, device), decoder
+    return Parts(
+        text=world.text_encoder,
+        video=world.video_codec,
+        audio=world.audio_codec,
+        decoder=chosen,
+        prompt=TINY_EXAMPLE,
+        decoder_name="codec" if decoder == "auto" else decoder,
+        decoder_weights=weights,
+    )
+
+
+def _text(case: Case, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return Missing("its 9 B parameters are for a GPU")
+    if device.type == "cuda":  # "meta" has room for everything
+        last = case.stages[-1]
+        needed = footprint.weight_bytes(last.config, "bf16") + footprint.text_encoder_bytes()
+        needed += int(_WORKSPACE * footprint.TURBO_DECODER.activations(case.pixels[0] * case.pixels[1]))
+        memory = torch.cuda.get_device_properties(device).total_memory
+        # Else a clip's decoder runs out of memory, and with it goes the clip's total.
+        if needed > _USABLE * memory:
+            return Missing(f"{memory / 1e9:.0f} GB do not hold it beside the network and the decoder at work")
+    return _had(lambda: _t5gemma(device, case.stages[0].text), "transformers", device)
+
+
+def decoder_names(case: Case) -> tuple[str, ...]:
+    """Decoders of a case's latents; grows with configs/turbo and the decoders that ship with the package."""
+    if case.released:
+        return released_decoders()
+    own = [name for name in students.arch_names() if students.arch(name)["world"] == "tiny"]
+    return ("codec", *own, *(name for name in students.names() if name.startswith("tiny/")))
+
+
+def released_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A decoder of the released latents with random weights, or `Missing`.
+
+    Args:
+        device: "meta" makes shapes only.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in released_decoders():
+        raise UserError(f"decoder={name} is unknown; choose one of {', '.join(released_decoders())}")
+    if name == "wan":
+        return _had(lambda: _wan(device), "diffusers", device)
+    network = students.arch("released" if name == "turbo" else name)["network"]
+    with torch.device(device), torch.no_grad():
+        if name == "turbo":
+            from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
+
+            config = TurboConfig.from_json(network)
+            return TurboCodec(TurboDecoder(config).to(dtype), config)
+        from magihuman.codecs.causal_decoder import StudentCodec, TurboStudent
+        from magihuman.codecs.causal_decoder_config import StudentConfig
+
+        return StudentCodec(TurboStudent(StudentConfig.from_dict(network)).to(dtype))
+
+
+def _tiny_decoder(name: str, device: torch.device) -> Any:
+    if name in students.names():
+        return students.load(name, device)
+    case_names = [n for n in students.arch_names() if students.arch(n)["world"] == "tiny"]
+    if name not in case_names:
+        known = ", ".join(("codec", *case_names, *students.names()))
+        raise UserError(f"decoder={name} is unknown for size=tiny; choose one of {known}")
+    from magihuman.codecs.causal_decoder import StudentCodec, TurboStudent
+    from magihuman.codecs.causal_decoder_config import StudentConfig
+
+    with torch.device(device):
+        return StudentCodec(TurboStudent(StudentConfig.from_dict(students.arch(name)["network"])))
+
+
+def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
+    """The part, or why not: its library, room for it, or a version of the library that knows it by another name."""
+    if find_spec(needs) is None:
+        return Missing(f"{needs} is not installed")
+    try:
+        with torch.no_grad():
+            return build()
+    except torch.OutOfMemoryError:
+        return Missing(f"the memory of {device} does not hold it")
+    except Exception as error:  # the networks' times are wanted all the same
+        return Missing(f"{needs} cannot build it ({reason_of(error)})")
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line; of one that wraps another (as compilers' do), what that says."""
+    while isinstance(cause := getattr(error, "inner_exception", None) or error.__cause__, BaseException):
+        error = cause
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
+
+
+def _wan(device: torch.device) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    from magihuman.codecs.wan import WanCodec
+
+    with torch.device(device):
+        return WanCodec(AutoencoderKLWan.from_config(WAN).to(torch.bfloat16)).to(device)
+
+
+def _oobleck(device: torch.device) -> Any:
+    from diffusers import AutoencoderOobleck
+
+    from magihuman.codecs.oobleck import OobleckCodec
+
+    with torch.device(device):
+        return OobleckCodec(AutoencoderOobleck.from_config(OOBLECK)).to(device)
+
+
+class _Words:
+    """Stands for the tokenizer: any prompt has this many tokens."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, prompt: str, return_tensors: str = "pt") -> Any:
+        from transformers import BatchEncoding
+
+        ids = torch.arange(self.count).remainder(1000)[None]
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def _t5gemma(device: torch.device, tokens: int) -> Any:
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
+
+    from magihuman.codecs.text_encoders import T5GemmaEncoder
+
+    side = T5GemmaModuleConfig(**T5GEMMA)
+    config = T5GemmaConfig(encoder=side, decoder=side, is_encoder_decoder=False)
+    config._attn_implementation = "eager"  # as the release's: its logits are capped
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = T5GemmaEncoderModel(config)
+    finally:
+        torch.set_default_dtype(usual)
+    return T5GemmaEncoder(model, _Words(tokens)).to(device)

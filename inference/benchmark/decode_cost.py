@@ -1,0 +1,300 @@
+"""What the light decoders cost, from their shapes: `decode_cost(name, height, width)`, for any size, without a GPU.
+
+A clip is decoded on the "meta" device, in chunks or windows as for real, and every operation is counted. Nothing is
+measured there; `python -m inference.benchmark.decode_cost` adds times on this machine's CPU at a small size, in one run.
+`python -m inference.benchmark decode` may show the counts beside measured times.
+"""
+
+import json
+import platform
+import shlex
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from inference.decoding import Decoder, to_pictures
+from magihuman.codecs.causal_decoder import ReleasedStudent, StudentCodec, TurboStudent
+from magihuman.codecs.turbo_vaed import TurboCodec
+from magihuman.errors import UserError
+from magihuman.models.gpu_specs import GPUS, Gpu
+from magihuman.zoo import decoders
+from magihuman.zoo.memory_tracker import Allocations
+
+FORMAT = "magihuman-decode-cost/1"
+NAMES = ("released", "a", "b")
+SIZES = {"256p": (256, 448), "540p": (512, 896), "1080p": (1088, 1920)}  # rows, columns
+LATENTS = 32  # of a 5-second clip at 25 fps
+REACHED = 400e12
+"""Assumed FLOP/s of convolutions in bf16 on an H100 or H200; the peak is 989e12."""
+TARGETS = {"256p": 0.04, "540p": 0.12, "1080p": 0.5}  # seconds for B
+TARGET_BYTES = 4e9  # for B at 1080p
+PUBLISHED = {"256p": 0.4, "540p": 1.3, "1080p": 5.8}
+"""Seconds that the release's README gives for its decoder on one H100."""
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """Of one clip from latents to 8-bit pictures on the device, in bf16.
+
+    Attributes:
+        latents: T; frames: pictures that come out; height, width: in pixels.
+        parameters, weight_bytes: of the network.
+        flops: of convolutions and linear maps, multiply-adds x 2, with what windows compute twice.
+        product_bytes: what these read and write, weights once per call: all that fused kernels would move.
+        pointwise_bytes: what every other operation reads and writes when each is a kernel of its own.
+        peak_bytes: most alive at a time: weights, activations, state, pictures; without kernels' own workspace.
+    """
+
+    decoder: str
+    latents: int
+    frames: int
+    height: int
+    width: int
+    parameters: int
+    weight_bytes: int
+    flops: int
+    product_bytes: int
+    pointwise_bytes: int
+    peak_bytes: int
+
+    def seconds(self, gpu: Gpu, reached: float = REACHED) -> tuple[float, float]:
+        """Predicted: (arithmetic and traffic overlap and all else is fused, every operation waits for the other)."""
+        compute = self.flops / reached
+        fused = max(compute, self.product_bytes / gpu.bandwidth)
+        return fused, compute + self.pointwise_bytes / gpu.bandwidth
+
+
+def random_codec(
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> StudentCodec | TurboCodec:
+    """A decoder of configs/turbo for Wan latents with random weights.
+
+    Raises:
+        UserError: an unknown name, or a decoder for other latents.
+    """
+    described = decoders.arch(name)
+    if described["world"] != "released":
+        raise UserError(
+            f"decoder {name!r} is for the {described['world']} world; choose one of {', '.join(NAMES)}"
+        )
+    latents = decoders.Latents("wan2.2", 48, (4, 16, 16))
+    config = decoders.DecoderConfig(described["layout"], described["network"], latents)
+    network = decoders.build(config, device, seed=0).to(dtype)
+    if isinstance(network, TurboStudent):
+        return StudentCodec(network)
+    if isinstance(network, ReleasedStudent):
+        return TurboCodec(network.decoder, network.config).to(device)
+    raise UserError(f"decoder {name!r} is no student; choose one of {', '.join(NAMES)}")
+
+
+def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> DecodeCost:
+    """Count one clip.
+
+    Args:
+        name: of configs/turbo, for Wan latents: released, a, b.
+        height, width: in pixels, multiples of 16; latents: T.
+
+    Raises:
+        UserError: an unknown name or a size that cannot be.
+    """
+    codec = random_codec(name, "meta")
+    if height % codec.stride[1] or width % codec.stride[2] or min(height, width, latents) < 1:
+        raise UserError(
+            f"{height}x{width} with {latents} latents: sizes must be multiples of {codec.stride[1]}"
+        )
+    z = torch.empty(
+        1, codec.channels, latents, height // codec.stride[1], width // codec.stride[2], device="meta"
+    )
+    weights = [*codec.parameters(), *codec.buffers()]
+    frames = 0
+    with torch.no_grad(), Allocations().ignore(*weights, z) as memory, _Traffic() as traffic:
+        with FlopCounterMode(display=False) as arithmetic:
+            for part in Decoder(codec).frames(z):
+                frames += to_pictures(part).shape[0]
+                del part
+    parameters = sum(p.numel() for p in codec.parameters())
+    weight_bytes = sum(p.numel() * p.element_size() for p in codec.parameters())
+    return DecodeCost(
+        decoder=name,
+        latents=latents,
+        frames=frames,
+        height=height,
+        width=width,
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        flops=arithmetic.get_total_flops(),
+        product_bytes=traffic.products,
+        pointwise_bytes=traffic.pointwise,
+        peak_bytes=weight_bytes + memory.peak,
+    )
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes that operations read and write; views and empty tensors move nothing.
+
+    What a convolution yields is in the layout of what it was given, as on CPU and GPU; "meta" would always make
+    channels vary slowest, so that copies were counted that nobody makes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.pointwise = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        if func is torch.ops.aten.convolution.default and args[0].movedim(1, -1).is_contiguous():
+            channels, *inner = result.shape[1:]
+            steps = [channels * prod(inner[i + 1 :]) for i in range(len(inner))]
+            result = result.as_strided(result.shape, (channels * prod(inner), 1, *steps))
+        # A tensor given as out= is written, not read.
+        read = _tensors((args, {key: value for key, value in given.items() if key != "out"}))
+        written = _tensors(result)
+        storages = {id(t.untyped_storage()) for t in read}
+        view = not func._schema.is_mutable and any(id(t.untyped_storage()) in storages for t in written)
+        if read and not view:
+            moved = sum(_bytes(t) for t in (*read, *written))
+            if func in (torch.ops.aten.convolution.default, torch.ops.aten.addmm.default):
+                self.products += moved
+            else:
+                self.pointwise += moved
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """In memory: a tensor that repeats itself is not larger than what it repeats."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+@torch.no_grad()
+def cpu_seconds(names: tuple[str, ...], side: int, latents: int, repeat: int) -> dict[str, dict[str, Any]]:
+    """Processor seconds per clip of each decoder, random weights in fp32, one thread; the decoders take turns.
+
+    Args:
+        side: of the square picture in pixels.
+    """
+    codecs = {name: random_codec(name, "cpu", torch.float32) for name in names}
+    z = torch.randn(1, 48, latents, side // 16, side // 16, generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(repeat + 1):
+        for name, codec in codecs.items():
+            start = time.thread_time()
+            for _ in Decoder(codec).stream(z if number else z[:, :, :1]):
+                pass
+            if number:
+                times[name].append(time.thread_time() - start)
+    return {name: {"seconds": min(found), "all": found} for name, found in times.items()}
+
+
+def report(
+    side: int = 64,
+    latents: int = 14,
+    repeat: int = 2,
+    output: str | None = None,
+) -> None:
+    """Counts of the light decoders at 256p, 540p and 1080p with predicted times, and CPU times at a small size.
+
+    Args:
+        side: of the square picture whose decoding is timed on the CPU, in pixels; 0 times nothing
+        latents: of that clip
+        repeat: how often it is timed; the least counts
+        output: JSON file to write everything to
+
+    Raises:
+        UserError: a size that cannot be, or a file that cannot be written.
+    """
+    from magihuman.io.provenance import code_version, processor, write_atomically
+
+    if side % 16 or side < 0 or latents < 1 or repeat < 1:
+        raise UserError(
+            f"side={side} latents={latents} repeat={repeat}: side is a multiple of 16, the others >= 1"
+        )
+    rows = []
+    print(f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}")
+    for size, (height, width) in SIZES.items():
+        base = None
+        for name in NAMES:
+            cost = decode_cost(name, height, width)
+            base = base or cost
+            row: dict[str, Any] = {"size": size, "how": "computed", **asdict(cost)}
+            row["flops_of_released"] = base.flops / cost.flops
+            row["bytes_of_released"] = (base.product_bytes + base.pointwise_bytes) / (
+                cost.product_bytes + cost.pointwise_bytes
+            )
+            row["seconds"] = {key: cost.seconds(GPUS[key]) for key in ("h100", "h200")}
+            # What the release's published time says of our prediction for it, applied to the student.
+            row["seconds_by_published"] = (
+                PUBLISHED[size] * cost.seconds(GPUS["h100"])[1] / base.seconds(GPUS["h100"])[1]
+            )
+            rows.append(row)
+            low, high = row["seconds"]["h100"]
+            print(
+                f"{size:<8}{name:<10}{cost.flops / 1e12:>9.1f}{cost.product_bytes / 1e9:>9.1f}"
+                f"{cost.pointwise_bytes / 1e9:>10.1f}{cost.peak_bytes / 1e9:>9.2f}{low:>11.3f} - {high:.3f}"
+            )
+    measured = None
+    if side:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        found = cpu_seconds(NAMES, side, latents, repeat)
+        torch.set_num_threads(threads)
+        counts = {name: decode_cost(name, side, side, latents) for name in NAMES}
+        for name, values in found.items():
+            values["flops"] = counts[name].flops
+            values["of_released"] = found[NAMES[0]]["seconds"] / values["seconds"]
+            values["flops_of_released"] = counts[NAMES[0]].flops / counts[name].flops
+            print(
+                f"CPU {side} px, {latents} latents, {name:<10}{values['seconds']:>8.2f} s, released takes "
+                f"{values['of_released']:.1f} times as long (FLOPs: {values['flops_of_released']:.1f})"
+            )
+        measured = {
+            "how": "measured: processor seconds of one thread, fp32, random weights, all in this run",
+            "side": side, "latents": latents, "repeat": repeat, "decoders": found,
+        }  # fmt: skip
+    if output is None:
+        return
+    given = {"side": side, "latents": latents, "repeat": repeat, "output": output}
+    values = {
+        "format": FORMAT,
+        "assumed": {
+            "flops_per_second": REACHED,
+            "bandwidth": {k: GPUS[k].bandwidth for k in ("h100", "h200")},
+        },
+        "targets_for_b": {"seconds": TARGETS, "peak_bytes_1080p": TARGET_BYTES},
+        "published_for_released_h100": PUBLISHED,
+        "computed": rows,
+        "cpu": measured,
+        "provenance": {
+            "command": shlex.join(
+                ["python", "-m", "inference.benchmark.decode_cost", *(f"{k}={v}" for k, v in given.items())]
+            ),
+            "code": code_version(),
+            "machine": processor(),
+            "libraries": {"python": platform.python_version(), "torch": torch.__version__},
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(output), json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write output={output}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    from magihuman.cli import run
+
+    run(report, "python -m inference.benchmark.decode_cost")

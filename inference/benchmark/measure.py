@@ -1,0 +1,350 @@
+"""Times of a clip's stages in one or more tiers: `python -m inference.benchmark size=256p tier=fast`."""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.benchmark import bench_networks, components, result_files
+from inference.benchmark.numerical_error import Truth, affordable
+from inference.benchmark.peak_rate import measure_roof
+from inference.benchmark.request import CONDITIONS, PUBLISHED_STAGES, STAGES, Request
+from inference.benchmark.roofline.cases import Case, make
+from inference.benchmark.roofline.work import forward, video_decoder
+from inference.benchmark.timers import UNSTEADY, medians, spread
+from inference.fast import TIERS, require_kernel
+from magihuman.errors import UserError
+from magihuman.models.denoiser import Denoiser
+from magihuman.models.gpu_specs import recognise
+
+LARGE = 2_000_000_000
+"""Parameters above which one network is on the device at a time, and none on a CPU."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Contender:
+    """A tier ready to run."""
+
+    tier: str
+    network: Denoiser
+    request: Request
+    row: Row
+    times: list[dict[str, float]]
+    worked: list[dict[str, float]]
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; auto is the GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is unknown; choose one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU; use device=cpu with size=tiny or size=layer")
+    # With its number, as tensors name it: layouts are kept by device.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def refuse_hopeless(case: Case, device: torch.device) -> None:
+    """Raises UserError where a CPU would have to hold a network for GPUs."""
+    if device.type == "cpu" and case.stages[0].config.parameter_count() > LARGE:
+        raise UserError(
+            f"size={case.size} of {case.model} needs a GPU; on a CPU choose size=tiny or size=layer"
+        )
+
+
+def measure(
+    size: str = "tiny",
+    tier: str = "fast",
+    steps: int | None = None,
+    sr_steps: int | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    guided: bool = False,
+    decoder: str = "auto",
+    model: str | None = None,
+    checkpoint: str | None = None,
+    options: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    warm: int = 2,
+    repeat: int = 5,
+    budget: float = 60.0,
+    output: str | None = None,
+    check: bool = False,
+) -> str:
+    """Measure every stage of a clip and write the times to a new file in inference/results/latency.
+
+    Args:
+        size: 256p, 540p, 1080p (15 B parameters, random weights made on the GPU), tiny (the puppet world) or layer
+            (one full-width layer)
+        tier: of `inference.fast`, or several, such as reference,exact,fast; small networks take turns
+        steps: of the base stage
+        sr_steps: of super-resolution
+        seconds: length of the clip
+        text: tokens of the prompt
+        guided: the base stage with guidance, two passes a step
+        decoder: turbo, wan, or a student of configs/turbo; auto is turbo, and the world's own codec for tiny
+        model: another architecture of configs/model
+        checkpoint: weights instead of random ones; tiny has tiny/base
+        options: changes of the tier's options, such as compile=static,graphs=false
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        warm: requests before the timed ones
+        repeat: timed requests, at least
+        budget: seconds of timed requests after which no more are added
+        output: another folder for the result
+        check: measure nothing; prove that the README's tables are those of the result files
+
+    Raises:
+        UserError: a setting that cannot be, or a README that differs.
+    """
+    if check:
+        from inference.benchmark.tables import check_readme
+
+        return check_readme()
+    if warm < 1 or repeat < 1:
+        raise UserError(f"warm={warm} repeat={repeat} is impossible; give at least 1 each")
+    case = make(size, steps, sr_steps, seconds, text, guided, model)
+    place = device_of(device)
+    refuse_hopeless(case, place)
+    kind = bench_networks.dtype_for(dtype, case, place)
+    if size == "tiny" and model is None and checkpoint is None:
+        checkpoint = "tiny/base"
+    changes = bench_networks.options_from(options)
+    names = bench_networks.tiers(tier)
+    for name in names:
+        if "attention" not in changes:
+            require_kernel(name, place, kind)
+    small = case.stages[0].config.parameter_count() <= LARGE
+    made, roof = result_files.provenance(place), measure_roof(place, kind)
+    rows: list[Row] = []
+    for group in [names] if small else [[name] for name in names]:
+        contenders = _prepare(case, group, place, kind, checkpoint, decoder, changes)
+        _run(contenders, place, warm, repeat, budget)
+        rows += [_finished(case, contender, roof, place) for contender in contenders]
+        contenders.clear()
+        gc.collect()
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+    _compare_in_run(rows)
+    path = result_files.write("measure", f"{size}-{'-'.join(names)}", rows, made, folder_of(output))
+    return "\n".join([*map(describe, rows), f"written to {path}"])
+
+
+def folder_of(output: str | None) -> Path | None:
+    """Where results go; None is the usual folder."""
+    return None if output is None else Path(output)
+
+
+def _prepare(
+    case: Case,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: str | None,
+    decoder: str,
+    changes: Mapping[str, Any],
+) -> list[Contender]:
+    """Every tier's network beside what the reference makes of the same inputs."""
+    start = time.perf_counter()
+    reference, weights = bench_networks.build(case, device, dtype, checkpoint)
+    built = time.perf_counter() - start
+    _say(f"{case.size}: network of {weights} in {built:.1f} s")
+    inputs, truths = {}, {}
+    for stage in case.stages:
+        seen = bench_networks.view(reference, stage)
+        inputs[stage.name] = bench_networks.draw(stage, reference, device)
+        truths[stage.name] = Truth(seen, inputs[stage.name], affordable(stage))
+    found = None if case.size == "layer" else components.make(case, decoder, device, dtype)
+    contenders = []
+    for name in names:
+        start = time.perf_counter()
+        network = bench_networks.faster(
+            reference, name, device, len(names) == 1 and name != "reference", changes
+        )
+        prepared = time.perf_counter() - start
+        denoisers = {stage.name: bench_networks.view(network, stage) for stage in case.stages}
+        errors, first = {}, {}
+        gave_up: dict[str, str] = {}
+        for stage in case.stages:
+            start = time.perf_counter()
+            seen = denoisers[stage.name]
+            velocities, reasons = bench_networks.first_passes(
+                seen, (network, *denoisers.values()), inputs[stage.name]
+            )
+            gave_up |= {option: reason.splitlines()[0] for option, reason in reasons.items()}
+            errors[stage.name] = truths[stage.name].errors(velocities)
+            first[stage.name] = round(time.perf_counter() - start, 4)
+            _say(f"  {name}, {stage.name}: first pass {first[stage.name]:.1f} s")
+            for option, reason in reasons.items():
+                _say(f"  without {option}: {reason.splitlines()[0]}")
+        row = described(case, name, network, weights, found)
+        row["errors"] = errors
+        if gave_up:
+            row["gave_up"] = gave_up
+        row["cold"] = {"build": round(built, 3), "prepare": round(prepared, 4), "first_pass": first}
+        contenders.append(Contender(name, network, Request(case, denoisers, found, device), row, [], []))
+    return contenders
+
+
+def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: int, budget: float) -> None:
+    """Warm up, then time; contenders take turns, so that what disturbs one disturbs all."""
+    for contender in contenders:
+        for number in range(warm):
+            times = contender.request.run(look_for_waits=number == warm - 1)
+            if device.type == "cuda":  # of the last one
+                contender.row["host_waits"] = contender.request.waits
+            if not number:
+                contender.row["cold"]["first_request"] = {k: round(v, 4) for k, v in times.items()}
+        _say(f"  {contender.tier}: warm, request {times['request']:.3g} s")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start, done = time.perf_counter(), 0
+    while done < repeat or (time.perf_counter() - start < budget and done < 4 * repeat):
+        for contender in contenders:
+            contender.times.append(contender.request.run())
+            contender.worked.append(contender.request.worked)
+        done += 1
+    for contender in contenders:
+        if device.type == "cuda":
+            contender.row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+
+
+def described(case: Case, tier: str, network: Denoiser, weights: str, found: components.Parts | None) -> Row:
+    """All that a row says beside times."""
+    geometry = {
+        stage.name: {
+            "latents": [stage.frames, stage.height, stage.width],
+            "tokens": asdict(stage.tokens) | {"total": stage.tokens.total},
+            "steps": stage.steps,
+            "passes": stage.passes,
+            "window": stage.window,
+            "flops_per_pass": forward(stage).total,
+        }
+        for stage in case.stages
+    }
+    decoder = None if found is None else {"name": found.decoder_name, "weights": found.decoder_weights}
+    return {
+        "size": case.size,
+        "model": case.model,
+        "parameters": case.stages[0].config.parameter_count(),
+        "weights": weights,
+        "clip": {"seconds": case.seconds, "frames": case.frames, "pixels": list(case.pixels)},
+        "geometry": geometry,
+        "tier": tier,
+        "exactness": TIERS[tier].exactness,
+        **bench_networks.facts(network),
+        "dtype": str(network.model.compute_dtype).removeprefix("torch."),
+        "decoder": decoder,
+    }
+
+
+def _finished(case: Case, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
+    """The row with its times."""
+    row, requests = contender.row, contender.times
+    found = medians(requests)
+    missing = contender.request.missing
+    names = [*STAGES, *CONDITIONS] if contender.request.parts is not None else [s.name for s in case.stages]
+    stages: Row = {}
+    for name in names:
+        if name in found:
+            stages[name] = found[name]
+        elif name in missing:
+            stages[name] = {"status": "n/a", "reason": missing[name]}
+    row["stages"] = stages
+    if device.type == "cpu":
+        row["processor_time"] = medians(contender.worked)
+    row["request"] = found["request"]
+    if all(name in found for name in PUBLISHED_STAGES if name != "sr"):
+        row["comparable"] = spread([sum(t.get(name, 0.0) for name in PUBLISHED_STAGES) for t in requests])
+    work = {stage.name: stage.passes * forward(stage).total for stage in case.stages}
+    if case.released and row["decoder"] and "video decode" in found:
+        work["video decode"] = video_decoder(case, row["decoder"]["name"]).flops
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1  # see `clock.undisturbed`
+    times = row["processor_time"] if one_thread else found
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    row["rates"] = rates(times, work, roof, machine)
+    row["roof"] = dict(roof)
+    row["steady"] = all(found[stage.name]["cv"] <= UNSTEADY for stage in case.stages)
+    return row
+
+
+def rates(
+    times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, float] | None, machine: str
+) -> Row:
+    """TFLOP/s of each stage, its share of the measured roof, and of the data sheet's bf16 peak (MFU) if known.
+
+    Args:
+        times: spread of seconds by stage; work: FLOPs by stage.
+        machine: the device's name as torch gives it.
+    """
+    known, found = recognise(machine), {}
+    for name, flops in work.items():
+        reached = flops / times[name]["median"] / 1e12
+        found[name] = {"tflops": round(reached, 5)}
+        if roof is not None:
+            found[name]["of_roof"] = round(reached / roof["tflops"], 4)
+        if known is not None:
+            found[name]["mfu"] = round(reached * 1e12 / known.bf16, 4)
+    return found
+
+
+def _compare_in_run(rows: list[Row]) -> None:
+    """Beside every row how many times faster than the reference of the same run its loops were."""
+    reference = next((row for row in rows if row["tier"] == "reference" and not row["options"]), None)
+    if reference is None or len(rows) < 2:
+        return
+    for row in rows:
+        row["faster_than_reference"] = _ratios(reference, row, "stages")
+        if "processor_time" in row:
+            row["faster_than_reference_in_processor_time"] = _ratios(reference, row, "processor_time")
+
+
+def _ratios(reference: Row, row: Row, of: str) -> dict[str, float]:
+    names = row["geometry"]
+    return {name: round(reference[of][name]["median"] / row[of][name]["median"], 3) for name in names}
+
+
+def describe(row: Row) -> str:
+    """A row for the terminal."""
+    lines = [
+        f"{row['size']} {row['tier']} ({row['exactness']}), {row['weights']}, {row['dtype']}"
+        + ("" if row["steady"] else "; unsteady: the loops vary by more than 3 %")
+    ]
+    for name, cell in row["stages"].items():
+        if "status" in cell:
+            lines.append(f"  {name:<15} n/a: {cell['reason']}")
+            continue
+        line = (
+            f"  {name:<15}{cell['median']:>10.4g} s   [{cell['min']:.4g}, {cell['max']:.4g}], n={cell['n']}"
+        )
+        if name in row["geometry"]:
+            tokens = row["geometry"][name]["tokens"]
+            line += f"   N={tokens['total']}, {row['geometry'][name]['passes']} passes"
+        if name in row["rates"]:
+            line += f", {row['rates'][name]['tflops']:.4g} TFLOP/s"
+        lines.append(line)
+    lines.append(f"  {'request':<15}{row['request']['median']:>10.4g} s")
+    for name, where in row.get("host_waits", {}).items():
+        lines.append(
+            f"  {name}: the host waited {len(where)} times for the GPU {' '.join(sorted(set(where)))}"
+        )
+    for key, words in (("", ""), ("_in_processor_time", " in processor time")):
+        for name, ratio in row.get(f"faster_than_reference{key}", {}).items():
+            lines.append(f"  {name}: {ratio:.2f} times the reference's speed in this run{words}")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,285 @@
+"""Microbenchmarks: products, experts and attention at the shapes of a clip, each in the forms that tiers choose from.
+
+They answer single questions before whole networks run: what a badly aligned width costs, what 8 bits bring, which
+attention kernel is fastest, whether windows run at the speed of dense attention and merge without loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.benchmark import result_files
+from inference.benchmark.bench_networks import dtype_for
+from inference.benchmark.measure import Row, device_of, folder_of
+from inference.benchmark.peak_rate import measure_roof
+from inference.benchmark.roofline.cases import Case, Stage, make
+from inference.benchmark.timers import time_call, undisturbed
+from inference.fast import attention_kernels, fp8
+from inference.fast.windows import windowed
+from magihuman.errors import UserError
+from magihuman.models.attention import attention, local_mask
+from magihuman.models.flops import attention_pairs
+from magihuman.models.tokens import Layout
+
+GROUPS = ("products", "experts", "attention")
+PADDING = 128
+_FORMS = ("as is", "padded", "fp8", "fp8 rows")
+_CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
+
+
+def micro(
+    size: str = "256p",
+    what: str = ",".join(GROUPS),
+    model: str | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: str | None = None,
+) -> str:
+    """Time products, experts and attention alone, at the shapes of a clip's last stage.
+
+    Args:
+        size: as for measure
+        what: of products, experts, attention
+        model: another architecture of configs/model
+        seconds: length of the clip
+        text: tokens of the prompt
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        output: another folder for the result
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    groups = [name.strip() for name in what.split(",")]
+    unknown = [name for name in groups if name not in GROUPS]
+    if unknown:
+        raise UserError(f"what={unknown[0]} is unknown; choose from {', '.join(GROUPS)}")
+    case, place = make(size, seconds=seconds, text=text, model=model), device_of(device)
+    kind = dtype_for(dtype, case, place)
+    made, roof = result_files.provenance(place), measure_roof(place, kind)
+    bench = Microbenchmark(case, place, kind)
+    rows = [row for name in groups for row in getattr(bench, name)()]
+    for row in rows:
+        row["size"] = size
+        if "tflops" in row:
+            row["of_roof"] = round(row["tflops"] / roof["tflops"], 4)
+    path = result_files.write(
+        "micro", f"{size}-{'-'.join(groups)}", [{"what": "roof", **roof}, *rows], made, folder_of(output)
+    )
+    return "\n".join([*map(_line, rows), f"written to {path}"])
+
+
+class Microbenchmark:
+    """Single operations at the shapes of a clip's last stage; each method returns a row per form.
+
+    Args:
+        case: the clip.
+        dtype: of the operands, where a form does not say otherwise.
+        budget: seconds of timed calls of a form, see `clock.time_call`.
+    """
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> None:
+        self.case, self.device, self.dtype, self.budget = case, device, dtype, budget
+        self.stage: Stage = case.stages[-1]
+        self.generator = torch.Generator(device=device).manual_seed(0)
+
+    def products(self) -> list[Row]:
+        """Every matrix of a layer with each expert's rows: as it is, with padded width, and in 8 bits with one scale
+        for each side or one per row and column."""
+        config, tokens = self.stage.config, self.stage.tokens
+        layer = next((i for i in range(config.num_layers) if i not in config.gelu7_layers), 0)
+        hidden, inner = config.hidden_size, config.intermediate_size(layer)
+        wide = -(-inner // PADDING) * PADDING
+        shapes = {
+            "qkv": (hidden, config.qkv_width, hidden, -(-config.qkv_width // 16) * 16),
+            "proj": (hidden, hidden, hidden, hidden),
+            "up": (hidden, 2 * inner, hidden, 2 * wide),
+            "down": (inner, hidden, wide, hidden),
+        }
+        rows = []
+        for name, (columns, width, padded_columns, padded_width) in shapes.items():
+            for count in sorted({tokens.audio, tokens.text, tokens.total} - {0}):
+                useful = 2 * count * columns * width
+                for form in _FORMS:
+                    if form == "padded" and (columns, width) == (padded_columns, padded_width):
+                        continue
+                    size = (columns, width) if form == "as is" else (padded_columns, padded_width)
+                    found = self._try(partial(self._product, count, *size, form))
+                    facts = {"tokens": count, "columns": size[0], "width": size[1]}
+                    rows.append(self._row("product", name, form, useful, found, **facts))
+        return rows
+
+    def _product(self, count: int, columns: int, width: int, form: str) -> Callable[[], object]:
+        x, weight = self._normal(count, columns), self._normal(width, columns) / columns**0.5
+        if not form.startswith("fp8"):
+            return lambda: F.linear(x, weight)
+        # The product alone: tiers make its inputs 8-bit, and scale its rows, in kernels that run anyway.
+        codes, row_scales = fp8.quantise_rows(weight)
+        one = torch.ones(1, device=self.device)
+        scale = one * (8.0 / fp8.LARGEST)
+        inputs = fp8.quantise(x.float(), scale)
+        scales = (scale, one)
+        if form == "fp8 rows":
+            scales = (scale.expand(count, 1).contiguous(), row_scales[None])
+        function: Any = torch._scaled_mm
+        return partial(function, inputs, codes.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def experts(self) -> list[Row]:
+        """The up projection of an expert layer: one product each, or one for all."""
+        config, tokens = self.stage.config, self.stage.tokens
+        hidden, wide = (
+            config.hidden_size,
+            -(-config.intermediate_size(config.num_layers - 1) // PADDING) * PADDING,
+        )
+        counts = [tokens.video, tokens.audio, tokens.text]
+        useful = 2 * sum(counts) * hidden * 2 * wide
+
+        def separate() -> Callable[[], object]:
+            x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+            return lambda: torch.cat(
+                [F.linear(part, w) for part, w in zip(x.split(counts), weights, strict=True)]
+            )
+
+        def grouped() -> Callable[[], object]:
+            x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+            ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(self.device)
+            function: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
+            return lambda: function(x, weights.transpose(1, 2), offs=ends)
+
+        forms = {"separate": separate, "grouped": grouped}
+        return [
+            self._row("experts", "up", form, useful, self._try(make_call), tokens=sum(counts))
+            for form, make_call in forms.items()
+        ]
+
+    def attention(self, reference: bool = True) -> list[Row]:
+        """Dense attention by every kernel that runs here, then windows of frames where the clip has them.
+
+        Args:
+            reference: also as `magihuman.models.attention` computes it, which compiles windows on a GPU.
+        """
+        config, tokens = self.stage.config, self.stage.tokens
+        others = tokens.audio + tokens.text
+        q = self._normal(tokens.total, config.num_heads, config.head_dim)
+        k, v = (self._normal(tokens.total, config.num_query_groups, config.head_dim) for _ in range(2))
+        layout = self._layout()
+        rows: list[Row] = []
+        windows = [None] if self.stage.window is None else [None, self.stage.window]
+        for window in windows:
+            useful = 4 * attention_pairs(tokens.video, others, self.stage.frames, window) * config.hidden_size
+            name = "dense" if window is None else f"window {window}"
+            truth = self._truth(q, k, v, window)
+            own = partial(attention, q, k, v, layout, "auto", window)
+            makes: dict[str, Callable[[], Callable[[], Tensor]]] = {}
+            if reference:
+                makes["reference"] = partial(_given, own)
+            for kernel in ("plain", "sdpa", "cudnn", "flash2", "fa3"):
+                if kernel != "plain" or tokens.total <= _CHECKED:
+                    makes[kernel] = partial(self._kernel, kernel, q, k, v, layout, window)
+            for form, make_call in makes.items():
+                reason = (
+                    None if form == "reference" else attention_kernels.refusal(form, self.device, self.dtype)
+                )
+                found = self._try(make_call) if reason is None else reason
+                row = self._row("attention", name, form, useful, found, tokens=tokens.total)
+                if not isinstance(found, str) and truth is not None:
+                    distance = (make_call()().float() - truth).norm() / truth.norm()
+                    row["relative_l2_to_fp32"] = float(f"{float(distance):.3g}")
+                rows.append(row)
+        return rows
+
+    def _kernel(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None
+    ) -> Callable[[], Tensor]:
+        """Attention by a kernel that is chosen, and tried, before its time is taken.
+
+        Raises:
+            UserError: it cannot run here.
+        """
+        config = self.stage.config
+        shape = config.num_heads, config.num_query_groups, config.head_dim
+        video, frames = layout.video_len, layout.frames
+        reach = frames if window is None else window
+        calls = [attention_kernels.SMALL]
+        if self.device.type == "cuda":
+            recorder, calls = attention_kernels.recording()
+            queries, keys, values = (x[None].to("meta") for x in (q, k, v))
+            windowed(recorder, queries, keys, values, video, frames, reach)
+        kernel = attention_kernels.choose(name, self.device, self.dtype, *shape, sorted(set(calls))).kernel
+        return lambda: windowed(kernel, q[None], k[None], v[None], video, frames, reach)[0]
+
+    def _truth(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor | None:
+        """Attention in fp32 with all scores; None where those are too many."""
+        tokens = self.stage.tokens
+        if tokens.total > _CHECKED:
+            return None
+        group = q.shape[1] // k.shape[1]
+        mask = None
+        if window is not None:
+            mask = local_mask(tokens.video, tokens.audio + tokens.text, self.stage.frames, window).to(
+                self.device
+            )
+        outs = []
+        for head in range(q.shape[1]):  # one head at a time: the scores of all would be gigabytes
+            scores = q[:, head].float() @ k[:, head // group].float().T * q.shape[2] ** -0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            outs.append(scores.softmax(-1) @ v[:, head // group].float())
+        return torch.stack(outs, dim=1)
+
+    def _layout(self) -> Layout:
+        stage, patch = self.stage, self.stage.pack.patch_size
+        grid = (stage.frames, stage.height // patch, stage.width // patch)
+        return Layout.build(grid, stage.audio, [stage.text], device=self.device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device).to(self.dtype)
+
+    def _try(self, make_call: Callable[[], Callable[[], object]]) -> dict[str, Any] | str:
+        """Times of what `make_call` makes, see `_time`; making it may fail as well."""
+        call: list[Callable[[], object]] = []
+
+        def made() -> object:
+            if not call:
+                call.append(make_call())
+            return call[0]()
+
+        return self._time(made)
+
+    @torch.no_grad()
+    def _time(self, call: Callable[[], object]) -> dict[str, Any] | str:
+        """Times, or why there are none: a form that this device or torch does not have is a result too."""
+        try:
+            return time_call(call, self.device, budget=self.budget)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, UserError) as error:
+            return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+    def _row(
+        self, what: str, name: str, form: str, useful: int, found: dict[str, Any] | str, **facts: int
+    ) -> Row:
+        row: Row = {"what": what, "name": name, "form": form, **facts}
+        if isinstance(found, str):
+            return {**row, "status": "n/a", "reason": found}
+        rate = useful / undisturbed(found) / 1e12
+        return {**row, "seconds": found, "flops": useful, "tflops": float(f"{rate:.4g}")}
+
+
+def _given(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return call
+
+
+def _line(row: Row) -> str:
+    head = f"{row['what']:<10}{row['name']:<10}{row['form']:<10}{row['tokens']:>8}"
+    if "reason" in row:
+        return f"{head}  n/a: {row['reason']}"
+    line = f"{head}{undisturbed(row['seconds']):>12.3e} s{row['tflops']:>10.4g} TFLOP/s"
+    line += f"{row['of_roof']:>8.1%} of the roof"
+    if "relative_l2_to_fp32" in row:
+        line += f", {row['relative_l2_to_fp32']:.2g} from fp32"
+    return line

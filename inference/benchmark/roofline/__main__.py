@@ -1,0 +1,229 @@
+"""python -m inference.benchmark.roofline [stages|gpus|published|ladder] [key=value ...]: computed costs and bounds, no torch."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inference.benchmark.roofline import predict
+from inference.benchmark.roofline.bounds import PUBLISHED, Limits, bound, utilisation
+from inference.benchmark.roofline.cases import make
+from inference.benchmark.roofline.totals import SIZES, predictions
+from inference.benchmark.roofline.work import Work
+from inference.benchmark.roofline.work import stages as stages_of
+from magihuman.cli import run_one
+from magihuman.errors import UserError
+from magihuman.io.provenance import code_version, write_atomically
+from magihuman.models.gpu_specs import GPUS, gpu
+from magihuman.zoo.footprint import Tokens
+
+FORMAT = "magihuman-predictions/1"
+NOTE = "computed, not measured"
+
+
+def stages(
+    size: str = "all",
+    model: str | None = None,
+    device: str = "h100",
+    tflops: float | None = None,
+    bandwidth: float | None = None,
+    steps: int | None = None,
+    sr_steps: int | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    guided: bool = False,
+    decoder: str = "turbo",
+    base_time: float | None = None,
+    sr_time: float | None = None,
+    decode_time: float | None = None,
+) -> str:
+    """Tokens, FLOPs, bytes and least time of every stage; with measured times also the share of the peak they reach.
+
+    Args:
+        size: 256p, 540p, 1080p, tiny, layer, or all of the first three
+        model: an architecture or a checkpoint instead of 15b (tiny where the size is tiny)
+        device: whose limits: h100, h100-pcie, h200, b200, a100, l40s, 4090, 5090
+        tflops: measured peak of bf16 products instead of the data sheet's, in TFLOP/s
+        bandwidth: measured bandwidth of the memory instead of the data sheet's, in TB/s
+        steps: of the base stage
+        sr_steps: of super-resolution
+        seconds: length of the clip
+        text: tokens of the prompt
+        guided: the base stage with guidance, two passes a step
+        decoder: turbo, wan, or a student of configs/turbo such as a and b
+        base_time: measured seconds of the base stage
+        sr_time: measured seconds of super-resolution
+        decode_time: measured seconds of the video decoder
+    """
+    sheet = gpu(device)
+    limits = Limits.of(sheet, tflops, bandwidth)
+    times = {"base": base_time, "sr": sr_time, "video decode": decode_time}
+    lines = [
+        f"limits of {limits.name}: {limits.flops / 1e12:g} TFLOP/s, {limits.bandwidth / 1e12:g} TB/s; {NOTE}"
+    ]
+    for case in [make(name, steps, sr_steps, seconds, text, guided, model) for name in _sizes(size)]:
+        height, width = case.pixels
+        parameters = case.stages[0].config.parameter_count()
+        lines += [
+            "",
+            f"{case.size}: {case.model} of {parameters / 1e9:.3g} B parameters, {case.seconds:g} s, "
+            f"{case.frames} pictures of {width}x{height}",
+            f"{'stage':<14}{'tokens v+a+t=N':>24}{'passes':>8}{'TFLOP/pass':>12}{'PFLOP':>10}{'GB':>10}"
+            f"{'least s':>10}  by",
+        ]
+        works = stages_of(case, decoder)
+        lines += [_line(work, limits, times.get(work.stage), sheet.bf16) for work in works]
+        wanted = [
+            bound(work, limits).seconds for work in works if work.stage in ("base", "sr", "video decode")
+        ]
+        lines.append(f"base + sr + video decode: at least {sum(wanted):.3g} s")
+    return "\n".join(lines)
+
+
+def _sizes(size: str) -> tuple[str, ...]:
+    return SIZES if size == "all" else (size,)
+
+
+def _line(work: Work, limits: Limits, seconds: float | None, peak: float) -> str:
+    tokens = "" if work.tokens is None else _sum(work.tokens)
+    least = bound(work, limits)
+    line = (
+        f"{work.stage:<14}{tokens:>24}{work.passes:>8}{work.flops / work.passes / 1e12:>12.4g}"
+        f"{work.flops / 1e15:>10.4g}{work.moved / 1e9:>10.4g}{least.seconds:>10.3g}  {least.by}"
+    )
+    if seconds:
+        share = utilisation(work, seconds, peak)
+        line += f"; {seconds:g} s is {share * peak / 1e12:.4g} TFLOP/s, MFU {share:.3%}"
+    return line
+
+
+def _sum(tokens: Tokens) -> str:
+    return f"{tokens.video}+{tokens.audio}+{tokens.text}={tokens.total}"
+
+
+def gpus(size: str = "all", decoder: str = "turbo") -> str:
+    """Least seconds of base + super-resolution + video decode in bf16 on every known device.
+
+    Args:
+        size: 256p, 540p, 1080p, or all of them
+        decoder: turbo, wan, or a student of configs/turbo such as a and b
+    """
+    cases = [make(name) for name in _sizes(size)]
+    lines = [
+        f"{NOTE}; data sheets, bf16",
+        f"{'':<16}" + "".join(f"{case.size:>10}" for case in cases) + "  s",
+    ]
+    for device in GPUS.values():
+        limits = Limits.of(device)
+        cells = []
+        for case in cases:
+            works = [w for w in stages_of(case, decoder) if w.stage in ("base", "sr", "video decode")]
+            cells.append(sum(bound(work, limits).seconds for work in works))
+        lines.append(f"{device.name:<16}" + "".join(f"{cell:>10.3g}" for cell in cells))
+    return "\n".join(lines)
+
+
+def published(tflops: float = 790.0) -> str:
+    """What the published table (5-second clip, one H100) means: rates, utilisation, and distance to the least time.
+
+    Args:
+        tflops: the peak that the least time is taken at, in TFLOP/s
+    """
+    limits, peak = Limits.of(GPUS["h100"], tflops), GPUS["h100"].bf16
+    lines = [
+        f"{'stage':<20}{'N':>8}{'PFLOP':>8}{'paper s':>9}{'TFLOP/s':>9}{'MFU':>8}{'least s':>9}{'ratio':>7}"
+    ]
+    for size, times in PUBLISHED.items():
+        for work in stages_of(make(size)):
+            seconds = times.get({"video decode": "decode"}.get(work.stage, work.stage))
+            if seconds is None:
+                continue
+            share, least = utilisation(work, seconds, peak), bound(work, limits).seconds
+            tokens = work.tokens.total if work.tokens else ""
+            lines.append(
+                f"{size + ' ' + work.stage:<20}{tokens:>8}{work.flops / 1e15:>8.3f}{seconds:>9.1f}"
+                f"{share * peak / 1e12:>9.0f}{share:>8.1%}{least:>9.2f}{seconds / least:>7.2f}"
+            )
+    return "\n".join(lines)
+
+
+def ladder(device: str = "h200", output: str | None = None) -> str:
+    """Predicted seconds of every denoising loop and clip after each optimisation, at assumed rates of kernels.
+
+    Args:
+        device: h100 or h200
+        output: JSON file to write the predictions to
+
+    Raises:
+        UserError: another device, or a file that cannot be written.
+    """
+    machines = {"h100": predict.H100, "h200": predict.H200}
+    if device not in machines:
+        raise UserError(f"device={device} has no assumed rates; choose one of {', '.join(machines)}")
+    values = predictions(machines[device])
+    if output is not None:
+        _write(Path(output), device, values)
+    heads = [f"{size} {stage['stage']} x{stage['steps']}" for size, stage in values["stages"].items()]
+    lines = [
+        f"{values['machine']}, seconds per loop, and of base + sr + decode; {NOTE}, at assumed rates",
+        f"{'after':<76}" + "".join(f"{h:>14}" for h in heads) + "".join(f"{h:>10}" for h in SIZES),
+    ]
+    least = values["floor"]
+    cells = "".join(f"{clip['sr'] or clip['base']:>14.2f}" for clip in least["clips"].values())
+    cells += "".join(f"{clip['total']:>10.2f}" for clip in least["clips"].values())
+    name = f"least, at {least['tflops']:g} TFLOP/s"
+    lines.append(f"{name:<76}{cells}")
+    for row in values["rows"]:
+        cells = "".join(f"{cell:>14.2f}" for cell in row["seconds"].values())
+        cells += "".join(f"{clip['total']:>10.2f}" for clip in row["clips"].values())
+        lines.append(f"{row['after']:<76}{cells}")
+        if "target" in row:
+            wanted = "".join(f"{row['target'][size]:>10.2f}" for size in SIZES)
+            lines.append(f"{'  target':<76}{'':>14}{'':>14}{'':>14}{wanted}")
+    return "\n".join(lines)
+
+
+def _write(path: Path, device: str, values: dict[str, Any]) -> None:
+    whole = {
+        "format": FORMAT,
+        "kind": "predicted",
+        **values,
+        "published": PUBLISHED,
+        "provenance": {
+            "how": "computed from the config at assumed rates (inference.benchmark.roofline.predict), not measured",
+            "command": shlex.join(
+                [
+                    "python",
+                    "-m",
+                    "inference.benchmark.roofline",
+                    "ladder",
+                    f"device={device}",
+                    f"output={path}",
+                ]
+            ),
+            "code": code_version(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(whole, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write output={path}: {error.strerror or error}") from error
+
+
+COMMANDS: dict[str, Callable[..., str]] = {
+    "stages": stages,
+    "gpus": gpus,
+    "published": published,
+    "ladder": ladder,
+}
+
+if __name__ == "__main__":
+    try:
+        print(run_one(COMMANDS, "python -m inference.benchmark.roofline"))
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,197 @@
+"""The clips that are timed and computed: sizes, tokens and steps of every stage."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from magihuman import zoo
+from magihuman.errors import UserError
+from magihuman.models.config import DiTConfig, PackConfig, local_layers
+from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.plan import SIZES as RELEASED_SIZES
+
+if TYPE_CHECKING:
+    from magihuman.io.export import ExportConfig
+
+SIZES = (*RELEASED_SIZES, "tiny", "layer")
+FPS = 25
+# The published table: a distilled base network without guidance, then super-resolution without guidance (SPEC 4.4).
+BASE_STEPS, SR_STEPS = 8, 5
+TEXT = 340  # tokens of the released example prompt's 254 words, about 1.33 each
+TINY_TEXT = 12  # words of the puppet world's example prompt
+TINY_SIDE, TINY_LARGE = 64, 128
+RELEASED_TEXT = 3584  # width of the released text encoder's features
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network's denoising loop.
+
+    Attributes:
+        name: base or sr.
+        frames, height, width: of the latents (T, h, w); audio, text: tokens.
+        steps: of the solver; sides: passes per step, 2 with guidance.
+    """
+
+    name: str
+    config: DiTConfig
+    pack: PackConfig
+    frames: int
+    height: int
+    width: int
+    audio: int
+    text: int
+    steps: int
+    sides: int = 1
+
+    @property
+    def tokens(self) -> Tokens:
+        """Of one pass."""
+        area = (self.height // self.pack.patch_size) * (self.width // self.pack.patch_size)
+        return Tokens(self.frames * area, self.audio, self.text)
+
+    @property
+    def window(self) -> int | None:
+        """Frames that local layers see to each side, or None where all layers see everything."""
+        return self.pack.frame_receptive_field if self.config.local_attn_layers else None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the whole loop."""
+        return self.steps * self.sides
+
+
+@dataclass(frozen=True)
+class Case:
+    """A clip to make.
+
+    Attributes:
+        size: a name of `SIZES`; model: name of the architecture or the checkpoint.
+        released: codecs and text encoder are the published ones.
+        stages: one, or two with super-resolution.
+        stride: pixels per latent (frames, rows, columns).
+    """
+
+    size: str
+    model: str
+    released: bool
+    seconds: float
+    stages: tuple[Stage, ...]
+    stride: tuple[int, int, int]
+
+    @property
+    def frames(self) -> int:
+        """Pictures of the clip."""
+        return self.stride[0] * (self.stages[0].frames - 1) + 1
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the finished clip."""
+        last = self.stages[-1]
+        return last.height * self.stride[1], last.width * self.stride[2]
+
+    @property
+    def audio(self) -> int:
+        """Audio latents."""
+        return self.stages[0].audio
+
+    @property
+    def bytes_out(self) -> int:
+        """Of the 8-bit pictures."""
+        return 3 * self.frames * self.pixels[0] * self.pixels[1]
+
+
+@dataclass(frozen=True)
+class _Network:
+    name: str
+    config: DiTConfig
+    pack: PackConfig
+    released: bool
+
+
+def make(
+    size: str,
+    steps: int | None = None,
+    sr_steps: int | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    guided: bool = False,
+    model: "str | ExportConfig | None" = None,
+) -> Case:
+    """The clip called `size`: 256p, 540p and 1080p of the released network, 5 s; `tiny` of the puppet world, 1 s, with
+    a second stage of the same network at twice the size; `layer`, one pass of one full-width layer, 1 s of 256p.
+
+    Args:
+        steps, sr_steps: of the solvers; those of the published table where absent.
+        guided: the base stage runs both sides of the guidance.
+        model: another network than `15b` or `tiny`: of configs/model, a checkpoint's name or folder, or its config.
+            Only checkpoints need torch.
+
+    Raises:
+        UserError: a size, number or network that cannot be.
+    """
+    if size not in SIZES:
+        raise UserError(f"size={size} is unknown; choose one of {', '.join(SIZES)}")
+    if size == "layer" and steps is None:
+        steps = 1
+    counts = {
+        "steps": BASE_STEPS if steps is None else steps,
+        "sr_steps": SR_STEPS if sr_steps is None else sr_steps,
+    }
+    seconds = (5.0 if size in RELEASED_SIZES else 1.0) if seconds is None else seconds
+    for name, number in (*counts.items(), ("seconds", seconds), ("text", 1 if text is None else text)):
+        if not 0 < number < 1000:
+            raise UserError(f"{name}={number:g} is impossible; give a number above 0 and below 1000")
+    network = _network(model or ("tiny" if size == "tiny" else "15b"))
+    if network.released == (size == "tiny"):
+        fitting = ", ".join(RELEASED_SIZES) if network.released else "tiny"
+        raise UserError(f"size={size} is not for {network.name}; choose one of {fitting}")
+    build = _released if network.released else _tiny
+    return build(network, size, counts["steps"], counts["sr_steps"], seconds, text, 2 if guided else 1)
+
+
+def _network(model: "str | ExportConfig") -> _Network:
+    if isinstance(model, str):
+        if model in zoo.arch_names():
+            config = zoo.arch(model)
+            return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT)
+        return replace(_network(zoo.config_of(model)), name=model)
+    return _Network("the network", model.model, model.pack, model.world == "released")
+
+
+def _released(
+    network: _Network, size: str, steps: int, sr_steps: int, seconds: float, text: int | None, sides: int
+) -> Case:
+    config, pack, stride = network.config, network.pack, (4, 16, 16)
+    if size == "layer":
+        # A layer of the middle: shared by the modalities, SwiGLU7.
+        config = replace(config, num_layers=1, mm_layers=(), gelu7_layers=())
+    height, width, large = RELEASED_SIZES["256p" if size == "layer" else size]
+    audio = round(seconds * FPS) + 1  # SPEC 4.1
+    frames, words = (audio - 1) // stride[0] + 1, TEXT if text is None else text
+
+    def stage(
+        role: str, config: DiTConfig, pack: PackConfig, pixels: tuple[int, int], count: int, sides: int
+    ) -> Stage:
+        rows, columns = pixels[0] // stride[1], pixels[1] // stride[2]
+        return Stage(role, config, pack, frames, rows, columns, audio, words, count, sides)
+
+    stages = [stage("base", config, pack, (height, width), steps, sides)]
+    if large is not None:
+        if size == "1080p":
+            config = replace(config, local_attn_layers=local_layers(config.num_layers))
+        stages.append(stage("sr", config, replace(pack, coords_style="v1"), large, sr_steps, 1))
+    return Case(size, network.name, True, seconds, tuple(stages), stride)
+
+
+def _tiny(
+    network: _Network, size: str, steps: int, sr_steps: int, seconds: float, text: int | None, sides: int
+) -> Case:
+    config, pack, stride = network.config, network.pack, (4, 4, 4)
+    frames = round((seconds * FPS - 1) / stride[0]) + 1
+    audio, words = stride[0] * (frames - 1) + 1, TINY_TEXT if text is None else text
+    small, large = TINY_SIDE // stride[1], TINY_LARGE // stride[1]
+    stages = (
+        Stage("base", config, pack, frames, small, small, audio, words, steps, sides),
+        Stage("sr", config, pack, frames, large, large, audio, words, sr_steps),
+    )
+    return Case(size, network.name, False, seconds, stages, stride)

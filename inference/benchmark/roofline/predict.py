@@ -1,0 +1,206 @@
+"""Predicted times: the work of a stage at rates that kernels reach, and what each optimisation should bring.
+
+A prediction is a sum of parts that do not overlap: products, attention, pointwise kernels, embedders and heads, host.
+The rates of `LADDER` are assumptions of the study that came before the first measurement (published kernel rates and
+one measured product); they are to be replaced by measured ones. Nothing here is measured.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from inference.benchmark.roofline.cases import Case, Stage
+from inference.benchmark.roofline.work import BF16, pointwise_bytes
+from magihuman.models.config import DiTConfig
+from magihuman.models.flops import attention_pairs
+from magihuman.zoo.footprint import Tokens
+
+TILE = (128, 256)
+"""Rows and columns of the output that one multiprocessor computes at a time."""
+
+_GOOD_TILING = 0.97  # at which the rates were measured: only what is lost beyond is charged
+_SHORT = 600.0  # tokens: attention reaches n / (n + this) of its rate for long sequences
+_ENDS = 60e12  # FLOP/s of fp32 products
+_COPY = 0.9  # share of the bandwidth that a kernel reaches
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Of a device: bytes per second of its memory, and multiprocessors."""
+
+    name: str
+    bandwidth: float
+    units: int
+
+
+H200, H100 = Machine("H200", 4.3e12, 132), Machine("H100", 2.9e12, 132)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What kernels reach, in 10^12 FLOP/s.
+
+    Attributes:
+        products: of the blocks; down: of SwiGLU's down projection, whose rows may be badly aligned.
+        attention, local: with all pairs, and in windows.
+        pointwise: traffic of pointwise kernels as a multiple of the least (`work.pointwise_bytes`).
+        fp32_boundary: queries, keys and values also pass through memory in fp32 and through permutations.
+        separate: one product per expert, so that small ones fill the device badly.
+        host: seconds per pass in which the device waits.
+        padding: feed-forward widths are a multiple of this.
+    """
+
+    products: float
+    down: float
+    attention: float
+    local: float
+    pointwise: float = 1.0
+    fp32_boundary: bool = False
+    separate: bool = False
+    host: float = 0.0005
+    padding: int = 4
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Everything up to an optimisation; `name` says what came last, `key` finds its measurement."""
+
+    key: str
+    name: str
+    rates: Rates
+
+
+CUDNN = 580, 545
+"""10^12 FLOP/s assumed of cuDNN's attention, with all pairs and in windows: FlashAttention-3 is not on PyPI."""
+
+LADDER = (
+    Rung(
+        "eager",
+        "eager, cuDNN attention, Flex windows, three products per expert layer",
+        Rates(680, 300, 580, 380, 4.0, True, True, 0.012),
+    ),
+    Rung(
+        "pad",
+        "feed-forward width padded to 13696, bf16 at the attention boundary",
+        Rates(680, 680, 580, 380, 3.6, False, True, 0.012, 128),
+    ),
+    Rung(
+        "compile",
+        "regions compiled with static shapes, all that is constant made once",
+        Rates(680, 680, 580, 380, 1.15, False, True, 0.004, 128),
+    ),
+    Rung(
+        "grouped",
+        "one product for all experts, no waiting for the host (CUDA graphs)",
+        Rates(685, 685, 580, 380, 1.05, False, False, 0.0007, 128),
+    ),
+    Rung(
+        "windows",
+        "windows as dense attention by cuDNN, merged by log-sum-exp",
+        Rates(685, 685, CUDNN[0], CUDNN[1], 1.05, False, False, 0.0007, 128),
+    ),
+    Rung(
+        "attention",
+        "FlashAttention-3 or -4 instead of cuDNN",
+        Rates(685, 685, 640, 600, 1.05, False, False, 0.0007, 128),
+    ),
+    Rung(
+        "tuned",
+        "tuned products, activation in the product's epilogue",
+        Rates(715, 715, 650, 630, 0.75, False, False, 0.0005, 128),
+    ),
+    Rung("fp8", "FP8 linears", Rates(1120, 1120, 650, 630, 1.0, False, False, 0.0005, 128)),
+    Rung("fp8_attention", "FP8 attention", Rates(1120, 1120, 950, 900, 1.0, False, False, 0.0005, 128)),
+)
+
+
+_TIERS = {"fast": "attention", "fp8": "fp8", "fp8_attention": "fp8_attention"}
+
+
+def rates_of(tier: str, kernel: str) -> Rates:
+    """Assumed rates of a tier with the attention kernel that really ran; a rung of the ladder assumes the best one.
+
+    Args:
+        tier: fast, fp8 or fp8_attention; kernel: a name of `inference.fast.kernels`.
+    """
+    rates = next(rung.rates for rung in LADDER if rung.key == _TIERS[tier])
+    if kernel in ("fa3", "fp8"):
+        return rates
+    return replace(rates, attention=CUDNN[0], local=CUDNN[1])
+
+
+def machine_of(device_name: str) -> Machine | None:
+    """The machine that torch gives this name; None where no rates are assumed for it."""
+    return next((machine for machine in (H200, H100) if machine.name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one pass."""
+
+    products: float
+    attention: float
+    pointwise: float
+    ends: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.pointwise + self.ends + self.host
+
+
+def one_pass(stage: Stage, rates: Rates, machine: Machine) -> Parts:
+    """Predicted seconds of a forward pass."""
+    config, tokens = stage.config, stage.tokens
+    products = attention = 0.0
+    for layer in range(config.num_layers):
+        split = rates.separate and config.experts(layer) > 1
+        groups = (tokens.video, tokens.audio, tokens.text) if split else (tokens.total,)
+        for name, columns, rows in _matrices(config, layer, rates.padding):
+            aligned = name != "down" or layer in config.gelu7_layers
+            rate = (rates.products if aligned else rates.down) * 1e12
+            for count in groups:
+                tiling = min(1.0, wave_efficiency(count, rows, machine.units) / _GOOD_TILING)
+                seconds = 2.0 * count * columns * rows / rate / tiling
+                products += max(seconds, BF16 * columns * rows / machine.bandwidth)
+        local = stage.window is not None and layer in config.local_attn_layers
+        pairs = attention_pairs(
+            tokens.video, tokens.audio + tokens.text, stage.frames, stage.window if local else None
+        )
+        reached = (rates.local if local else rates.attention) * 1e12 * tokens.total / (tokens.total + _SHORT)
+        attention += 4.0 * pairs * config.hidden_size / reached
+    traffic = rates.pointwise * pointwise_bytes(config, tokens.total)
+    if rates.fp32_boundary:
+        traffic += _boundary_bytes(config, tokens)
+    channels = tokens.video * config.video_in_channels + tokens.audio * config.audio_in_channels
+    ends = 2.0 * config.hidden_size * (2 * channels + tokens.text * config.text_in_channels)
+    return Parts(products, attention, traffic / (_COPY * machine.bandwidth), ends / _ENDS, rates.host)
+
+
+def seconds(case: Case, rates: Rates, machine: Machine) -> dict[str, float]:
+    """Predicted seconds of every denoising loop."""
+    return {stage.name: stage.passes * one_pass(stage, rates, machine).total for stage in case.stages}
+
+
+def wave_efficiency(rows: int, columns: int, units: int) -> float:
+    """Share of the device that a product's tiles fill: ragged edges, and multiprocessors idle in the last round."""
+    tiles = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1])
+    return rows * columns / (math.ceil(tiles / units) * units * TILE[0] * TILE[1])
+
+
+def _matrices(config: DiTConfig, layer: int, padding: int) -> list[tuple[str, int, int]]:
+    """(name, columns, rows) of one expert's weights; x [n,columns] -> [n,rows]."""
+    hidden, inner = config.hidden_size, config.intermediate_size(layer)
+    wide = -(-inner // padding) * padding
+    up = wide * (config.up_width(layer) // inner)
+    return [
+        ("qkv", hidden, config.qkv_width),
+        ("proj", hidden, hidden),
+        ("up", hidden, up),
+        ("down", wide, hidden),
+    ]
+
+
+def _boundary_bytes(config: DiTConfig, tokens: Tokens) -> int:
+    """Queries, keys and values read in bf16, written and read in fp32 and cast; the result permuted."""
+    rows = (config.num_heads + 2 * config.num_query_groups) * config.head_dim
+    return config.num_layers * tokens.total * (rows * 8 + 4 * config.hidden_size)

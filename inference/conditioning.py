@@ -1,0 +1,96 @@
+"""What a user gives beside the prompt: a first frame and a sound track brought to the clip's size, a negative
+prompt from a file."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from magihuman.errors import UserError
+from magihuman.media import images, mp4
+
+# Only the beginning of a sound can be used; one of many minutes is a mistake, and slow to decode.
+LONGEST_SOUND = 300.0
+# Of the negative prompt that the released base model is guided away from (SPEC 5).
+NEGATIVE_LENGTH = 1719
+NEGATIVE_SHA256 = "4515a21f8d125d12e5a42b23e65bb09f46ea9817567f1834ad556e8cd1852c4b"
+
+
+def read_picture(path: str | Path, height: int, width: int) -> torch.Tensor:
+    """A picture file as the first frame: [1,3,1,height,width] fp32 in [-1,1], centre-cropped and resized.
+
+    Raises:
+        UserError: the file is missing, no picture, or too thin for the clip's shape.
+    """
+    from PIL import Image
+
+    try:
+        pixels = mp4.read_image(path)
+    except UserError as error:
+        raise UserError(f"image={path}: {error}; give a png or jpg file") from error
+    rows, columns = pixels.shape[1:3]
+    if min(rows * width // height, columns * height // width) < 1:
+        raise UserError(
+            f"image={path} has {columns} x {rows} pixels, too thin for a clip of {width} x {height}"
+        )
+    return images.image_to_frame(Image.fromarray(pixels[0].numpy()), height, width)
+
+
+def sound_seconds(path: str | Path, rate: int) -> float:
+    """How long a file's sound lasts when it is read at `rate` Hz; it is decoded, so that damage is found.
+
+    Raises:
+        UserError: the file is missing, unreadable, has no sound, or lasts longer than `LONGEST_SOUND`.
+    """
+    try:
+        seconds = mp4.probe(path).seconds
+        if seconds > LONGEST_SOUND:
+            raise UserError(
+                f"it lasts {seconds:.0f} s, and {LONGEST_SOUND:g} s is the most; cut the part you mean"
+            )
+        return mp4.read_audio(path, rate).shape[1] / rate
+    except UserError as error:
+        raise _unusable(path, error) from error
+
+
+def read_sound(path: str | Path, rate: int, channels: int, samples: int) -> torch.Tensor:
+    """The sound of a media file: [1,channels,samples] fp32 at `rate`, cut or padded with silence at its end.
+
+    Raises:
+        UserError: the file is missing, unreadable or has no sound.
+    """
+    try:
+        wave = mp4.read_audio(path, rate, channels)[:, :samples]
+    except UserError as error:
+        raise _unusable(path, error) from error
+    return torch.nn.functional.pad(wave, (0, samples - wave.shape[1]))[None]
+
+
+def _unusable(path: str | Path, error: UserError) -> UserError:
+    hint = "" if "; " in str(error) else "; give a sound file such as wav, or a clip with sound"
+    return UserError(f"audio={path}: {error}{hint}")
+
+
+def read_negative_prompt(path: str | Path) -> tuple[str, str | None]:
+    """The text of a negative prompt's file, without the line feed at its end, and a warning if it is not the
+    released one.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"negative_prompt_file={path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"negative_prompt_file={path} cannot be read: {error.strerror}") from error
+    text = text.rstrip("\n")
+    if not text.strip():
+        raise UserError(f"negative_prompt_file={path} is empty")
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if found == NEGATIVE_SHA256:
+        return text, None
+    return text, (
+        f"{path} is not the released negative prompt: {len(text)} characters, sha256 {found[:8]}, instead of "
+        f"{NEGATIVE_LENGTH} and {NEGATIVE_SHA256[:8]}"
+    )

@@ -1,0 +1,61 @@
+"""Asks, before weights are loaded, whether a command's clips fit into its GPU."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from magihuman.codecs.causal_decoder_config import StudentConfig
+from magihuman.zoo.plan import Request, peak, require_room
+
+if TYPE_CHECKING:
+    from inference.loading import Source
+    from inference.settings import Settings
+
+TEXT = 340
+"""Tokens of a long prompt. The true number is known when the text encoder is loaded; it matters little."""
+
+
+def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
+    """What a batch of such clips asks of the GPU."""
+    contract, second = source.config.contract, settings.sr
+    ours = source.decoder
+    student = StudentConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
+    return Request(
+        base=source.config.model,
+        patch=source.config.pack.patch_size,
+        stride=contract.video_stride,
+        released=source.config.world == "released",
+        frames=settings.frames,
+        audio=settings.audio,
+        height=settings.height,
+        width=settings.width,
+        text=TEXT,
+        batch=batch,
+        guided=settings.guidance.needed,
+        cfg_passes=settings.cfg_passes,
+        second=source.second.model if source.second is not None and second is not None else None,
+        enlarged=settings.size if second is not None else (0, 0),
+        sr_guided=second is not None and second.guidance != 1,
+        turbo=source.turbo is not None and student is None,
+        student=student,
+        tile=source.tile,
+        compute=source.dtype.itemsize,
+        memory=source.memory,
+        weights=source.weights,
+    )
+
+
+def check_room(source: "Source", settings: "list[Settings]", batch: int) -> None:
+    """Refuse clips that the GPU cannot hold; nothing on the CPU.
+
+    Args:
+        batch: how many clips are computed at once.
+
+    Raises:
+        UserError: one line with the computed need and the settings that help.
+    """
+    if source.device.type != "cuda" or not settings:
+        return
+    available = torch.cuda.get_device_properties(source.device).total_memory
+    worst = max((request_for(source, each, batch) for each in settings), key=peak)
+    require_room(worst, available)

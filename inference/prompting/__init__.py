@@ -1,0 +1,1 @@
+"""Prompts: format checker and rewriting by a chat model."""

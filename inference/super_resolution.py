@@ -1,0 +1,106 @@
+"""Super-resolution: the clip's latents enlarged, noised, and denoised again by a model of its own (SPEC 4.4)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.sampling import LatentShape, Noise, Progress, Scales, sample
+from magihuman.flow.sigmas import zero_snr_table
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
+from magihuman.models.denoiser import Denoiser
+
+# The first latent frames are guided less, whatever the scale of the others.
+EARLY_FRAMES, EARLY_SCALE = 13, 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class FrameScales:
+    """Guidance of the second stage: one scale per latent frame, [1,1,T,1,1]; the audio is not guided."""
+
+    video: Tensor
+    needed: bool = True
+
+    def __call__(self, modality: str, timestep: int) -> Tensor | float:
+        """Scale for "video" or "audio"; the timestep plays no part."""
+        return self.video if modality == "video" else 1.0
+
+
+def frame_scales(
+    scale: float,
+    frames: int,
+    early_frames: int = EARLY_FRAMES,
+    early_scale: float = EARLY_SCALE,
+    device: torch.device | str = "cpu",
+) -> FrameScales:
+    """`scale` for every one of T = `frames` latent frames, at most `early_scale` for the first ones."""
+    scales = torch.full((1, 1, frames, 1, 1), float(scale))
+    scales[:, :, :early_frames] = min(early_scale, scale)
+    return FrameScales(scales.to(device))
+
+
+def draw(
+    shape: LatentShape, generators: Sequence[torch.Generator], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Noise for video [B,C,T,h,w], then audio [B,A,Ca], from generators that drew the first stage's (SPEC 4.2)."""
+    pairs = [
+        (torch.randn(shape.video, generator=g), torch.randn(shape.audio, shape.audio_channels, generator=g))
+        for g in generators
+    ]
+    video, audio = (torch.stack(part).to(device) for part in zip(*pairs, strict=True))
+    return video, audio
+
+
+def refine(
+    denoiser: Denoiser,
+    video: Tensor,
+    audio: Tensor,
+    text: Sequence[Tensor],
+    negative_text: Sequence[Tensor] | None,
+    shape: LatentShape,
+    noise: tuple[Tensor, Tensor],
+    *,
+    steps: int,
+    shift: float = 5.0,
+    guidance: Scales | None = None,
+    audio_noise: float = AUDIO_NOISE,
+    image_latent: Tensor | None = None,
+    progress: Progress | None = None,
+    cfg_passes: int = 1,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The second stage.
+
+    Args:
+        denoiser: the second stage's.
+        video, audio: latents of the first stage, [B,C,T,h,w] and [B,A,Ca].
+        text, negative_text: as for the first stage; the latter only with `guidance`.
+        shape: of one sample's latents in this stage.
+        noise: for both, from `draw`.
+        steps, shift: of the solver, which is UniPC.
+        guidance: from `frame_scales`, or None.
+        audio_noise: noise level of the sound; the released one, where nothing is to be studied.
+        image_latent: the first frame [B,C,1,h,w], encoded at this stage's size.
+        progress, cfg_passes, device: as in `inference.sampling.sample`.
+
+    Returns:
+        the clip's video latents at the new size, fp32; its audio stays that of the first stage.
+    """
+    video, heard = start(video, audio, noise, zero_snr_table()[NOISE_INDEX].item(), audio_noise)
+    return sample(
+        denoiser,
+        text,
+        negative_text,
+        shape,
+        steps,
+        "unipc",
+        guidance,
+        shift,
+        image_latent=image_latent,
+        audio_latent=heard,
+        progress=progress,
+        noise=Noise(video, None),
+        cfg_passes=cfg_passes,
+        device=device,
+    )[0]

@@ -1,0 +1,259 @@
+"""The Stable Audio Open VAE ("Oobleck") through diffusers, with a key map of our own (SPEC 7, 4.7).
+
+The VAE was made for 44.1 kHz; the model feeds it at 25 latents a second x hop 2048 = 51.2 kHz, so that one
+audio latent belongs to one video frame. `magihuman.media.images.to_playback_rate` undoes this for playback.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from magihuman.codecs.audio_windows import WINDOW_LATENTS, cross_fade, split_windows
+from magihuman.errors import UserError
+from magihuman.io.released_files import load_strict, locate, read_json, read_state, require_fit
+
+# `AutoencoderOobleck` is written as Any: its module is imported where a codec is built, and has no types.
+REPO = "stabilityai/stable-audio-open-1.0"
+FILES = (
+    "model.safetensors",
+    "audio_vae/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+)
+PREFIX = "pretransform.model."
+LATENTS_PER_SECOND = 25
+
+
+class OobleckCodec(nn.Module):
+    """Waveforms [B,2,N] <-> latents [B,A,Ca], N = hop * A; always fp32, as the release keeps it.
+
+    Implements `magihuman.codecs.base.AudioCodec`. `sample_rate` is the model's time base, 25 * hop
+    (51,200 Hz in the release).
+    """
+
+    samples_bottleneck = True
+    """`encode` takes a generator, and inference gives it one (SPEC 4.2)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.channels: int = vae.config.decoder_input_channels
+        self.hop: int = math.prod(vae.config.downsampling_ratios)
+        self.sample_rate: int = LATENTS_PER_SECOND * self.hop
+        self.waveform_channels: int = vae.config.audio_channels
+
+    @classmethod
+    def load(cls, source: str | Path = REPO, device: str | torch.device = "cpu") -> "OobleckCodec":
+        """Load from a folder of Stable Audio Open (`model.safetensors` and `model_config.json`), that file, a
+        diffusers folder, or a cached Hub id.
+
+        Raises:
+            UserError: absent (with the command that fetches it), damaged, or another kind of network.
+        """
+        path = locate(source, FILES, REPO)
+        if path.with_name("model_config.json").is_file() or path.name == FILES[0]:
+            return cls.from_released(read_state(path, PREFIX), autoencoder_config(path), path).to(device)
+        config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
+        if config.get("_class_name") != "AutoencoderOobleck":
+            raise UserError(
+                f"{path} is not an Oobleck VAE: its config.json names {config.get('_class_name')!r}"
+            )
+        vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
+        load_strict(vae, read_state(path), {key: key for key in vae.state_dict()}, path, torch.float32)
+        return cls(vae).to(device)
+
+    @classmethod
+    def from_released(
+        cls, state: Mapping[str, torch.Tensor], autoencoder: Mapping[str, Any], source: str | Path
+    ) -> "OobleckCodec":
+        """Build from a state dict in stable-audio-tools' names.
+
+        Args:
+            autoencoder: the part of `model_config.json` with the keys encoder, decoder, bottleneck.
+
+        Raises:
+            UserError: a setting that this network does not have, or tensors that do not fit.
+        """
+        vae = _build(released_config(autoencoder, source))
+        # Snake parameters are [C] in the file and [1,C,1] in diffusers.
+        shaped = {
+            key: value.view(1, -1, 1) if key.endswith((".alpha", ".beta")) and value.dim() == 1 else value
+            for key, value in state.items()
+        }
+        load_strict(vae, shaped, key_map(vae), source, torch.float32)
+        return cls(vae)
+
+    def _moments(self, waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B,channels,N] -> mean and standard deviation, [B,Ca,A] each."""
+        mean, scale = self.vae.encoder(waveform).chunk(2, dim=1)
+        return mean, F.softplus(scale) + 1e-4
+
+    @torch.no_grad()
+    def encode(
+        self,
+        waveform: torch.Tensor,
+        generator: torch.Generator | None = None,
+        noise: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """[B,channels,N] (or [B,1,N], which is copied to both channels) at `sample_rate` -> [B,A,Ca] fp32.
+
+        The bottleneck gives its mean, unless `generator` or `noise` asks for a sample, as the release takes
+        when a sound is given (SPEC 4.2, 4.7). Up to 29 s give floor(N / hop) latents in one piece; longer
+        sounds are encoded in cross-faded windows and give ceil(N / hop).
+
+        Args:
+            generator: draws one Gaussian [B,Ca,A] per window on its own device.
+            noise: the Gaussians themselves, one [B,A,Ca] per window.
+
+        Raises:
+            ValueError: N is shorter than one latent, wrong channels, or not one noise per window.
+        """
+        parameter = next(self.vae.parameters())
+        waveform = waveform.to(parameter.device, parameter.dtype)
+        if waveform.shape[1] == 1:
+            waveform = waveform.expand(-1, self.waveform_channels, -1)
+        if waveform.shape[1] != self.waveform_channels or waveform.shape[-1] < self.hop:
+            raise ValueError(
+                f"waveform {list(waveform.shape)}: needs 1 or {self.waveform_channels} channels and at least "
+                f"{self.hop} samples"
+            )
+        windows = split_windows(waveform, WINDOW_LATENTS * self.hop)
+        if noise is not None and len(noise) != len(windows):
+            raise ValueError(f"{len(noise)} noise tensors for {len(windows)} windows of sound")
+        blocks = []
+        for index, window in enumerate(windows):
+            latents, std = self._moments(window)  # [B,Ca,A]
+            if noise is not None:
+                latents = latents + std * noise[index].to(std).transpose(1, 2)
+            elif generator is not None:
+                drawn = torch.randn(std.shape, generator=generator, device=generator.device)
+                latents = latents + std * drawn.to(std)
+            blocks.append(latents.transpose(1, 2))
+        if len(blocks) == 1:
+            return blocks[0].contiguous()
+        return cross_fade(blocks)[:, : math.ceil(waveform.shape[-1] / self.hop)].contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B,A,Ca] -> [B,channels,hop*A] fp32 at `sample_rate`, not clamped."""
+        parameter = next(self.vae.parameters())
+        return self.vae.decoder(latents.transpose(1, 2).to(parameter.device, parameter.dtype))
+
+
+def autoencoder_config(path: Path) -> dict[str, Any]:
+    """The autoencoder's part of the `model_config.json` beside a file of Stable Audio.
+
+    Raises:
+        UserError: absent, no JSON, or without that part.
+    """
+    config = read_json(path.with_name("model_config.json"), "the shape of the audio VAE")
+    try:
+        return config["model"]["pretransform"]["config"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"model_config.json beside {path} has no model.pretransform.config; use that of {REPO}"
+        ) from error
+
+
+def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """Translate a stable-audio-tools autoencoder configuration to the arguments of `AutoencoderOobleck`.
+
+    Raises:
+        UserError: a setting is missing, or is one that the network here does not have.
+    """
+    try:
+        encoder, decoder = autoencoder["encoder"]["config"], autoencoder["decoder"]["config"]
+        facts = {
+            "encoder.type is oobleck": autoencoder["encoder"]["type"] == "oobleck",
+            "decoder.type is oobleck": autoencoder["decoder"]["type"] == "oobleck",
+            "bottleneck.type is vae": autoencoder["bottleneck"]["type"] == "vae",
+            "use_snake is true": encoder["use_snake"] and decoder["use_snake"],
+            "final_tanh is false": not decoder["final_tanh"],
+            "encoder latent_dim equals its channels": encoder["latent_dim"] == encoder["channels"],
+            "encoder latent_dim is twice the decoder's": encoder["latent_dim"] == 2 * decoder["latent_dim"],
+            "c_mults agree": list(encoder["c_mults"]) == list(decoder["c_mults"]),
+            "strides agree": list(encoder["strides"]) == list(decoder["strides"]),
+        }
+        arguments = {
+            "encoder_hidden_size": encoder["channels"],
+            "downsampling_ratios": list(encoder["strides"]),
+            "channel_multiples": list(encoder["c_mults"]),
+            "decoder_channels": decoder["channels"],
+            "decoder_input_channels": decoder["latent_dim"],
+            "audio_channels": encoder["in_channels"],
+            "sampling_rate": 44100,
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the audio VAE's configuration of {source} lacks {error}; use that of {REPO}"
+        ) from error
+    broken = [fact for fact, holds in facts.items() if not holds]
+    if broken:
+        raise UserError(
+            f"the audio VAE of {source} is another network; it should hold that {'; '.join(broken)}"
+        )
+    return arguments
+
+
+def key_map(vae: Any) -> dict[str, str]:
+    """Names in the original file (no prefix) -> names in diffusers, for every tensor of `vae` (SPEC 7)."""
+    return {_released_name(key, len(vae.config.downsampling_ratios)): key for key in vae.state_dict()}
+
+
+def to_diffusers(
+    shapes: Mapping[str, tuple[int, ...]], autoencoder: Mapping[str, Any], source: str | Path
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """How the tensors of an original file are called and shaped in diffusers; snake parameters get two axes more.
+
+    Args:
+        shapes: by their names without the prefix; autoencoder: as in `OobleckCodec.from_released`.
+
+    Returns:
+        config.json of the diffusers folder, and: name in the file -> (name, shape) in diffusers.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors.
+    """
+    vae = _build(released_config(autoencoder, source))
+    inner = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
+    names = {name: (key, inner[key]) for name, key in key_map(vae).items()}
+    snakes = (".alpha", ".beta")
+    expected = {n: (math.prod(shape),) if n.endswith(snakes) else shape for n, (_, shape) in names.items()}
+    require_fit(shapes, expected, source)
+    return json.loads(vae.to_json_string()), names
+
+
+_UNIT = {"snake1": 0, "conv1": 1, "snake2": 2, "conv2": 3}
+_ENCODER_BLOCK = {"res_unit1": 0, "res_unit2": 1, "res_unit3": 2, "snake1": 3, "conv1": 4}
+_DECODER_BLOCK = {"snake1": 0, "conv_t1": 1, "res_unit1": 2, "res_unit2": 3, "res_unit3": 4}
+
+
+def _released_name(key: str, levels: int) -> str:
+    """One diffusers name -> the original's, which numbers every layer of a sequence."""
+    side, _, rest = key.partition(".")
+    outer = {"conv1": 0, "snake1": levels + 1, "conv2": levels + 2}
+    found = re.fullmatch(r"block\.(\d+)\.(\w+)(?:\.(\w+))?\.(\w+)", rest)
+    if found is None:
+        layer, _, leaf = rest.partition(".")
+        return f"{side}.layers.{outer[layer]}.{leaf}"
+    number, part, unit, leaf = found.groups()
+    position = (_ENCODER_BLOCK if side == "encoder" else _DECODER_BLOCK)[part]
+    inner = f".layers.{_UNIT[unit]}" if unit else ""
+    return f"{side}.layers.{int(number) + 1}.layers.{position}{inner}.{leaf}"
+
+
+def _build(config: Mapping[str, Any]) -> Any:
+    from diffusers import AutoencoderOobleck
+
+    # diffusers keeps torch's old weight norm, because the published files are written in it.
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
+        return AutoencoderOobleck.from_config(dict(config))

@@ -1,0 +1,206 @@
+"""Byte-level text features for the tiny world: no weights, no vocabulary, any language's bytes.
+
+The real text encoder (T5-Gemma, `magihuman.codecs.text_encoders`) gives contextual features, and the released
+model adds no positions to text tokens (SPEC 2.1: every text token gets the identity rotation). Byte features must
+therefore carry order themselves: one token per word, made of its bytes, of its place, and of the word before.
+
+The T5-Gemma text encoder through transformers (SPEC 5).
+
+Only the encoder half of the checkpoint is loaded. Features are rounded to fp16 as in the release, and at
+most 640 tokens reach the model (`magihuman.models.tokens.pad_or_trim` makes the release's padded form).
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from magihuman.errors import UserError
+from magihuman.io.released_files import is_hub_id, read_json
+
+WORD_CHANNELS = 64
+PREVIOUS_CHANNELS = 32
+PLACE_CHANNELS = 32
+MAX_WORD_BYTES = 24
+MAX_WORDS = 640  # as many tokens as the released model takes (SPEC 5)
+
+
+class ByteTextEncoder:
+    """One feature vector per whitespace-separated word; a pure function of the bytes.
+
+    The vector concatenates a signed random projection of the word's (byte, position) pairs (64), the same
+    of the word before (32), and sinusoids of the word's index (32). An empty prompt gives one token of
+    zeros, which is the null text of classifier-free guidance.
+    """
+
+    channels = WORD_CHANNELS + PREVIOUS_CHANNELS + PLACE_CHANNELS
+
+    def __init__(self) -> None:
+        # A hash, not a seeded generator: the table must be the same under every version of every library.
+        count = MAX_WORD_BYTES * 256 * WORD_CHANNELS // 8
+        digest = hashlib.shake_256(b"magihuman byte text encoder 1").digest(count)
+        bits = np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.float32)
+        self._signs = (2 * bits - 1).reshape(MAX_WORD_BYTES, 256, WORD_CHANNELS)
+
+    def _word(self, word: bytes) -> np.ndarray:
+        """Projection of one word, unit variance: fp32 [64]."""
+        if not word:
+            return np.zeros(WORD_CHANNELS, np.float32)
+        known = word[:MAX_WORD_BYTES]
+        total = sum(self._signs[place, byte] for place, byte in enumerate(known))
+        return np.asarray(total / np.sqrt(len(known)), np.float32)
+
+    def _place(self, index: int) -> np.ndarray:
+        """Sinusoids of the word's index, unit variance: fp32 [32]."""
+        frequency = 1.5 * 0.7 ** np.arange(PLACE_CHANNELS // 2)
+        angle = index * frequency
+        return np.concatenate([np.sin(angle), np.cos(angle)]).astype(np.float32) * np.float32(np.sqrt(2))
+
+    def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+        """Each prompt -> fp32 [S,128], S = number of words (at least 1, at most 640)."""
+        features = []
+        for prompt in prompts:
+            words = [word.encode() for word in prompt.replace(",", " ").split()][:MAX_WORDS]
+            if not words:
+                features.append(torch.zeros(1, self.channels))
+                continue
+            projected = [self._word(word) for word in words]
+            before = [np.zeros(WORD_CHANNELS, np.float32), *projected[:-1]]
+            rows = [
+                np.concatenate([now, previous[:PREVIOUS_CHANNELS], self._place(index)])
+                for index, (now, previous) in enumerate(zip(projected, before, strict=True))
+            ]
+            features.append(torch.from_numpy(np.stack(rows)))
+        return features
+
+
+REPO = "google/t5gemma-9b-9b-ul2"
+MAX_TOKENS = 640
+
+
+class T5GemmaEncoder(nn.Module):
+    """Prompts -> features [S,Ct] fp32 of their own length, S <= 640; Ct = 3584 in the release.
+
+    Implements `magihuman.codecs.base.TextEncoder`.
+
+    Args:
+        model: a transformers encoder whose output has `last_hidden_state`.
+        tokenizer: callable as transformers' are; its default special tokens are kept.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.channels: int = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = REPO,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> "T5GemmaEncoder":
+        """Load from a folder of a T5-Gemma checkpoint or a cached Hub id; never downloads.
+
+        Raises:
+            UserError: absent or incomplete (with the command that fetches it), or not a T5-Gemma checkpoint.
+        """
+        folder = _complete_folder(source)
+        from transformers import AutoTokenizer, T5GemmaEncoderModel
+
+        class EncoderHalf(T5GemmaEncoderModel):  # the decoder is left over on purpose: no news to users
+            _keys_to_ignore_on_load_unexpected = {r"^model\.decoder\.", r"^lm_head\."}  # noqa: RUF012
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Eager attention: the encoder caps its attention logits, which SDPA cannot.
+            loaded: Any = EncoderHalf.from_pretrained(
+                folder,
+                is_encoder_decoder=False,
+                dtype=dtype,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers raises many kinds for damaged files
+            raise UserError(
+                f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
+        model, report = loaded
+        # transformers fills what is missing with random numbers and merely logs it.
+        if report["missing_keys"]:
+            names = sorted(report["missing_keys"])
+            raise UserError(
+                f"the text encoder in {folder} lacks {len(names)} tensors ({'; '.join(names[:4])}); "
+                f"fetch it again with: hf download {REPO} --local-dir FOLDER"
+            )
+        return cls(model.to(device), tokenizer)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+        """Each prompt -> [S,Ct] fp32 on the encoder's device, S = min(tokens, 640).
+
+        Prompts run one at a time: nothing is padded, so features do not depend on neighbours. A longer prompt
+        is read in full and its features are cut, as in the release; a warning says so.
+        """
+        features = []
+        for prompt in prompts:
+            tokens = self.tokenizer(prompt, return_tensors="pt").to(next(self.model.parameters()).device)
+            states = self.model(**tokens).last_hidden_state  # [1,n,Ct]
+            if states.shape[1] > MAX_TOKENS:
+                warnings.warn(
+                    f"a prompt of {states.shape[1]} tokens is cut to {MAX_TOKENS} (starts {prompt[:40]!r}); "
+                    "shorten it",
+                    stacklevel=2,
+                )
+            features.append(states[0, :MAX_TOKENS].half().float())
+        return features
+
+
+def _complete_folder(source: str | Path) -> Path:
+    """The folder of a checkpoint with nothing missing.
+
+    Raises:
+        UserError: naming what is absent and the command that fetches it.
+    """
+    folder = Path(source).expanduser()
+    repo = str(source) if is_hub_id(source) else REPO
+    fetch = (
+        f"fetch it with: hf download {repo}{'' if repo == str(source) else ' --local-dir FOLDER'} "
+        "(accept its licence on the Hub and run `hf auth login` first)"
+    )
+    if is_hub_id(source):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(repo, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise UserError(f"the text encoder {repo} is not on this machine; {fetch}") from error
+    elif not folder.is_dir():
+        raise UserError(f"no folder {source} with a text encoder; {fetch}")
+
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        missing.append("tokenizer.json")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is damaged; {fetch}") from error
+        missing += sorted(name for name in shards if not (folder / name).is_file())
+    elif not (folder / "model.safetensors").is_file():
+        missing.append("model.safetensors")
+    if missing:
+        raise UserError(f"the text encoder in {folder} is incomplete, missing {', '.join(missing)}; {fetch}")
+    kind = read_json(folder / "config.json", "the shape of the text encoder").get("model_type")
+    if kind != "t5gemma":
+        raise UserError(f"{folder} holds a model of type {kind!r}, not 't5gemma'; {fetch}")
+    return folder

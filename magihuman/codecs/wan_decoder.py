@@ -1,0 +1,183 @@
+"""The Wan 2.2 decoder as a teacher of lighter ones: what its first blocks say, and whole clips with gradients.
+
+`codecs_wan` decodes latent by latent, as inference has to. A training has the whole clip, so here every convolution
+runs once over all of it, with the same result (a test compares the two); and a student that learns from the first
+blocks alone does not pay for the others: of the published decoder they are 4.5 % of the arithmetic.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magihuman.codecs.wan import WanCodec
+from magihuman.errors import UserError
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A decoder in Wan 2.2's layout, of any size.
+
+    Attributes:
+        latent_channels: C. width: channels of the last block; multipliers: of the blocks' widths, last block first.
+        blocks: residual blocks of a block, less one. double_time: for all blocks but the last, first block first,
+            whether it doubles the frames; each of them doubles rows and columns.
+        patch: side of the square of pixels that one position of the last block becomes.
+    """
+
+    latent_channels: int
+    width: int
+    multipliers: tuple[int, ...]
+    double_time: tuple[bool, ...]
+    blocks: int = 2
+    patch: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.double_time) != len(self.multipliers) - 1 or min(self.multipliers, default=0) < 1:
+            raise UserError(
+                f"teacher decoder: {len(self.multipliers)} multipliers {list(self.multipliers)} need one less "
+                f"double_time, not {list(self.double_time)}"
+            )
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of pixels per latent."""
+        space = 2 ** len(self.double_time) * self.patch
+        return 2 ** sum(self.double_time), space, space
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TeacherConfig":
+        """Raises UserError for unknown, missing or impossible settings."""
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise UserError(f"these are not the settings of a teacher decoder: {error}") from error
+
+
+class WanTeacher(nn.Module):
+    """Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W], about [-1,1], not clamped; differentiable.
+
+    Args:
+        decoder: diffusers' `WanDecoder3d` of the Wan 2.2 kind.
+        patch: see `TeacherConfig`.
+        before: what latents go through first (de-normalisation and a 1x1 convolution in the release), or None.
+    """
+
+    def __init__(self, decoder: Any, patch: int, before: nn.Module | None = None) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.before = before
+        self.patch = patch
+        self.channels: int = decoder.z_dim
+        doublings = [b.upsampler.mode == "upsample3d" for b in decoder.up_blocks if b.upsampler is not None]
+        space = patch * 2 ** len(doublings)
+        self.stride: tuple[int, int, int] = (2 ** sum(doublings), space, space)
+
+    @classmethod
+    def build(cls, config: TeacherConfig) -> "WanTeacher":
+        """A decoder with fresh weights."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
+
+        decoder = WanDecoder3d(
+            dim=config.width, z_dim=config.latent_channels, dim_mult=list(config.multipliers),
+            num_res_blocks=config.blocks, temperal_upsample=list(config.double_time),
+            out_channels=3 * config.patch**2, is_residual=True,
+        )  # fmt: skip
+        return cls(decoder, config.patch)
+
+    @classmethod
+    def from_codec(cls, codec: WanCodec) -> "WanTeacher":
+        """The decoder of a codec, which shares its weights."""
+        return cls(codec.vae.decoder, codec.vae.config.patch_size or 1, Denormalise(codec))
+
+    def truncated(self, blocks: int) -> "WanTeacher":
+        """The same weights without what lies behind the first `blocks` up blocks: for `features`, not for frames.
+
+        Raises:
+            UserError: the decoder has fewer.
+        """
+        has = len(self.decoder.up_blocks)
+        if not 0 <= blocks <= has:
+            raise UserError(f"teacher_blocks={blocks}, but this teacher has {has} up blocks")
+        self.decoder.up_blocks = self.decoder.up_blocks[:blocks]
+        self.decoder.norm_out = self.decoder.conv_out = None
+        return self
+
+    def features(self, latents: Tensor, blocks: int = 1) -> list[Tensor]:
+        """What the middle block yields, then each of the first `blocks` up blocks: [B,width,T_i,h_i,w_i].
+
+        Nothing behind them is computed.
+        """
+        return self._run(latents, blocks)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """A whole clip."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        decoder = self.decoder
+        x = self._run(latents, len(decoder.up_blocks))[-1]
+        return unpatchify(decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x))), self.patch)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """`forward` in fp32 and without gradients, as `codecs.VideoCodec` has it."""
+        return self(latents.to(self.decoder.conv_in.weight.device)).float()
+
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """`decode` in one piece."""
+        yield self.decode(latents)
+
+    def _run(self, latents: Tensor, blocks: int) -> list[Tensor]:
+        decoder = self.decoder
+        z = latents if self.before is None else self.before(latents)
+        taps = [decoder.mid_block(decoder.conv_in(z.to(decoder.conv_in.weight.dtype)))]
+        for block in decoder.up_blocks[:blocks]:
+            taps.append(_up(block, taps[-1]))
+        return taps
+
+
+class Denormalise(nn.Module):
+    """Normalised latents to what the published decoder takes. Of the codec it keeps this alone, not the encoder."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, codec: WanCodec) -> None:
+        super().__init__()
+        self.mix = codec.vae.post_quant_conv
+        self.register_buffer("mean", codec.mean, persistent=False)
+        self.register_buffer("std", codec.std, persistent=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B,C,T,h,w] -> the same shape, in the codec's dtype."""
+        return self.mix(latents.to(self.mean.dtype) / (1.0 / self.std) + self.mean)
+
+
+def _up(block: Any, x: Tensor) -> Tensor:
+    """One `WanResidualUpBlock` over a whole clip."""
+    start = x
+    for resnet in block.resnets:
+        x = resnet(x)
+    if block.upsampler is not None:
+        if block.upsampler.mode == "upsample3d":
+            x = _double_time(block.upsampler.time_conv, x)
+        pictures = block.upsampler.resample(x.transpose(1, 2).flatten(0, 1))
+        x = pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    if block.avg_shortcut is not None:
+        x = x + block.avg_shortcut(start, first_chunk=True)
+    return x
+
+
+def _double_time(convolution: Any, x: Tensor) -> Tensor:
+    """T frames to 2 T - 1: a clip's first one stays single, and the convolution over time does not see it."""
+    if x.shape[2] == 1:
+        return x
+    pairs = convolution(x[:, :, 1:]).unflatten(1, (2, -1))  # [B,2,C,T-1,h,w]
+    return torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)

@@ -1,0 +1,309 @@
+"""Exported checkpoints: the released layout (SPEC 9) on disk, with a config that says all that loading needs.
+
+A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json` and `config.json`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.latent_contract import Contract
+
+FORMAT = "magihuman/1"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a checkpoint is meant to be sampled; command lines override it."""
+
+    solver: str = "unipc"
+    steps: int = 32
+    shift: float = 5.0
+    guidance: Guidance = field(default_factory=Guidance)
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a checkpoint was trained on: pixel frames and pixel size of a clip."""
+
+    frames: int = 25
+    height: int = 64
+    width: int = 64
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Content of config.json.
+
+    Attributes:
+        world: name of the codecs and text encoder (`magihuman.codecs.bundle`); contract: their latents.
+        sigma_prior: noise levels the model was trained on.
+        provenance: free facts about the training (command, seed, parents by sha256, metrics).
+    """
+
+    model: DiTConfig
+    pack: PackConfig
+    world: str
+    contract: Contract
+    sigma_prior: SigmaPrior = field(default_factory=SigmaPrior)
+    sampling: Sampling = field(default_factory=Sampling)
+    size: Size = field(default_factory=Size)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.model.to_dict(),
+            "pack": self.pack.to_dict(),
+            "world": self.world,
+            "contract": self.contract.to_dict(),
+            "sigma_prior": self.sigma_prior.to_dict(),
+            "sampling": asdict(self.sampling),
+            "size": asdict(self.size),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExportConfig":
+        """Raises UserError for another format, a missing part or an unknown key."""
+        found = values.get("format")
+        if found != FORMAT:
+            raise UserError(f"the checkpoint's format is {found!r}, this version reads {FORMAT!r}")
+        try:
+            sampling = dict(values["sampling"])
+            return cls(
+                model=DiTConfig.from_dict(values["model"]),
+                pack=PackConfig.from_dict(values["pack"]),
+                world=values["world"],
+                contract=Contract.from_dict(values["contract"]),
+                sigma_prior=SigmaPrior.from_dict(values["sigma_prior"]),
+                sampling=Sampling(**{**sampling, "guidance": Guidance.from_dict(sampling["guidance"])}),
+                size=Size(**values["size"]),
+                provenance=values.get("provenance", {}),
+            )
+        except KeyError as error:
+            raise UserError(f"the checkpoint's config.json has no {error}") from None
+        except TypeError as error:
+            raise UserError(f"the checkpoint's config.json does not fit: {error}") from None
+
+
+def released_dtypes(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
+    """Block matrices in bf16, everything else in fp32, as the release stores them (SPEC 1.2)."""
+    matrices = {key for key, _, is_bf16 in config.tensors() if is_bf16}
+    return {k: v.to(torch.bfloat16 if k in matrices else torch.float32) for k, v in state.items()}
+
+
+def save_export(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: ExportConfig,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write an exported checkpoint; a reader sees the old folder or the whole new one, never a part.
+
+    Args:
+        state: tensors under the released names, in the dtypes to store.
+        max_shard_bytes: upper bound of a file, except for a single larger tensor.
+
+    Raises:
+        UserError: when the state does not fit config.model.
+    """
+    check_fit({k: tuple(v.shape) for k, v in state.items()}, config.model, "the state to export")
+    folder = Path(folder)
+    with replacing(folder) as new:
+        shards = plan_shards({k: v.numel() * v.element_size() for k, v in state.items()}, max_shard_bytes)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+            save_file(tensors, new / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(names, file))
+        total = sum(v.numel() * v.element_size() for v in state.values())
+        write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(new / CONFIG, config.to_dict())
+    return folder
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill; at the end of the block it takes the place of `folder`, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield new
+        new.chmod(0o755)  # mkdtemp makes private folders
+        _replace(folder, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def load_config(folder: str | Path) -> ExportConfig:
+    """Read config.json of an exported checkpoint.
+
+    Raises:
+        UserError: when it is absent, no JSON, or does not fit.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no exported checkpoint: it has no {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; export the checkpoint again")
+    try:
+        return ExportConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def load_state_dict(folder: str | Path, config: DiTConfig) -> dict[str, Tensor]:
+    """Read all tensors of an exported checkpoint, after comparing every name and shape with the config.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors, or the file that cannot be read.
+    """
+    files = weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        shapes.update({name: shape for name, (shape, _) in read_header(path).items()})
+    check_fit(shapes, config, str(folder))
+    state: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as shard:
+            state.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+    return state
+
+
+def weight_files(folder: str | Path, compressed: bool = False, stem: str = "model") -> list[Path]:
+    """Safetensors files of a checkpoint folder, by its index or the single-file name.
+
+    Args:
+        compressed: take FILE.zst where FILE is not there, as the release allows (SPEC 9).
+        stem: what the files' names start with.
+
+    Raises:
+        UserError: when there are none, or the index names a file that is not there.
+    """
+    folder = Path(folder)
+    index = folder / f"{stem}.safetensors.index.json"
+    single = f"{stem}.safetensors"
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of safetensors files ({error!r})") from None
+    elif (folder / single).exists() or (folder / f"{single}.zst").exists():
+        names = [single]
+    else:
+        raise UserError(f"{folder} holds no weights: neither {index.name} nor {single} is there")
+    files = []
+    for name in names:
+        path, packed = folder / name, folder / f"{name}.zst"
+        if Path(name).name == name and path.is_file():
+            files.append(path)
+        elif Path(name).name == name and packed.is_file():
+            if not compressed:
+                raise UserError(
+                    f"{packed} is compressed; unpack the checkpoint: python -m magihuman.zoo convert {folder} NEW"
+                )
+            files.append(packed)
+        else:
+            raise UserError(f"{index} names the shard {name!r}, which is not in {folder}; copy it there")
+    return files
+
+
+def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a safetensors file, without reading the tensors.
+
+    Raises:
+        UserError: when the file is absent, cut short or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def check_fit(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, what: str) -> None:
+    """Compare every name and shape with the config.
+
+    Raises:
+        UserError: naming missing, unexpected and wrong-shaped tensors; `what` says whose they are.
+    """
+    expected = {key: shape for key, shape, _ in config.tensors()}
+    faults = []
+    for title, names in (
+        ("missing", sorted(expected.keys() - shapes.keys())),
+        ("unexpected", sorted(shapes.keys() - expected.keys())),
+        (
+            "wrong shape",
+            [
+                f"{k} is {list(shapes[k])}, not {list(expected[k])}"
+                for k in expected
+                if k in shapes and shapes[k] != expected[k]
+            ],
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            faults.append(f"{title}: {', '.join(names[:3])}{more}")
+    if faults:
+        raise UserError(
+            f"{what} does not fit the model ({'; '.join(faults)}); use the config it was made with"
+        )
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in files of at most `limit` bytes, in the given order; a larger tensor gets a file of its own.
+
+    With 5 GB the released network makes 7 files in mixed types and 13 in fp32, as published (SPEC 9).
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _replace(folder: Path, new: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / folder.name)
+    new.rename(folder)
+    shutil.rmtree(old)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n")

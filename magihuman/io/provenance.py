@@ -1,0 +1,92 @@
+"""Where a result comes from: identity of checkpoints and data, version of the code. No heavy imports."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+HASHED_BYTES = 2 << 30
+"""Folders larger than this are identified by their index and file sizes instead of every byte."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Identity of a parent (file, export folder or shard folder).
+
+    Returns:
+        {"sha256", "of"}: over every byte of its files, or over index files, names and sizes where there is
+        more than `HASHED_BYTES`.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    indices = [p for p in files if p.suffix == ".json"]
+    total = sum(p.stat().st_size for p in files)
+    hashed = files if total <= HASHED_BYTES else indices
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(
+            f"{file.relative_to(path) if file != path else file.name} {file.stat().st_size}\n".encode()
+        )
+    for file in hashed:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return {
+        "sha256": digest.hexdigest(),
+        "of": "all bytes" if hashed is files else "index files, names and sizes",
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code and whether it was changed since; empty outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit, "changed": bool(changed)}
+
+
+def sources_hash() -> str:
+    """Of every Python file that inference and training run: finds the commit where a copy has no git."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for package in ("magihuman", "inference", "recipes"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def processor() -> str:
+    """The CPU's name and how many of its cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{cores} cores of {name}"

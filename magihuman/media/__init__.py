@@ -1,0 +1,1 @@
+"""Media files and images: decoding, mp4 writing, resizing, contact sheets."""

@@ -1,0 +1,403 @@
+"""Decoding of one picture or sound track of a file along one clock (the lower floor of `magihuman.media.mp4`).
+
+Times are seconds from the first picture of the file (from the first sound where there is no picture), so that
+sound and picture keep the offset a player would show, whatever the container's own clock says. The demuxer
+honours edit lists and the priming samples of AAC; what is left is to trust time stamps, not to count frames.
+
+Shapes: pictures uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N].
+
+Mixing sound to one or two channels and changing its sample rate, by ffmpeg's filters.
+
+Waveforms are fp32 arrays [lanes,n].
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magihuman.errors import UserError
+
+# Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a text
+# file named .mp4 must not make us open other files or the network. So are `tty` and image patterns.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,aiff,mp3,flac,aac,"
+    "ivf,mxf,caf,amr,ac3,eac3,obu,dv,rm,nut,au"
+)
+_SEEK_AFTER = (
+    8.0  # seconds; a shorter gap is decoded and dropped, since a seek lands a key frame early anyway
+)
+_RESYNC = 0.02  # seconds; sound time stamps that disagree by less are the container's rounding
+
+
+class MediaError(UserError):
+    """A file that cannot be used; the message says why, in words fit for a report (without its name)."""
+
+
+def reason(error: BaseException) -> str:
+    """One short line for an exception of PyAV, Pillow or the system, without paths."""
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if type(error).__name__ == "InvalidDataError":
+        return "no valid media in it (damaged, cut off, or another kind of file)"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:200]
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Any]:
+    """An input container; every failure inside to open or to decode becomes a MediaError."""
+    import av
+
+    full = os.path.abspath(path)  # absolute, so that a name such as "concat:x" is no protocol
+    try:
+        if os.path.isdir(full):
+            raise MediaError("it is a folder")
+        if os.path.getsize(full) == 0:
+            raise MediaError("the file is empty (0 bytes)")
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+        with av.open(full, container_options=options, metadata_errors="replace") as container:
+            yield container
+    except (av.error.FFmpegError, OSError, EOFError) as error:
+        raise MediaError(f"cannot be read: {reason(error)}") from error
+
+
+def picture_stream(container: Any) -> Any | None:
+    """The first video stream that is not a cover picture."""
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
+            return stream
+    return None
+
+
+def sound_stream(container: Any) -> Any | None:
+    """The first audio stream that names a sample rate."""
+    for stream in container.streams.audio:
+        if stream.codec_context is not None and stream.codec_context.sample_rate:
+            return stream
+    return None
+
+
+def seconds_of(container: Any, stream: Any) -> float:
+    """Length of a stream: its own field, its tag (Matroska), or the end of its last packet."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    clock = stream.metadata.get("DURATION", "").split(":")
+    if len(clock) == 3:
+        with contextlib.suppress(ValueError):
+            end = int(clock[0]) * 3600 + int(clock[1]) * 60 + float(clock[2])
+            return end - float((stream.start_time or 0) * stream.time_base)
+    rate = getattr(stream, "average_rate", None)
+    usual = round(1 / (rate * stream.time_base)) if rate else 0  # for FLV and others without packet durations
+    ends = [p.pts + (p.duration or usual) for p in container.demux(stream) if p.pts is not None]
+    return float((max(ends, default=0) - (stream.start_time or 0)) * stream.time_base)
+
+
+def orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """A frame's display matrix as (transpose, then mirror left-right, then mirror top-bottom).
+
+    The matrix maps coded to displayed coordinates, x' = a x + c y and y' = b x + d y; only signs matter here.
+    """
+    raw = frame.side_data.get("DISPLAYMATRIX")
+    if raw is None:
+        return False, False, False
+    a, b, _, c, d = (int(x) for x in np.frombuffer(bytes(raw), dtype=np.int32)[:5])
+    if abs(b) > abs(a):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def square_pixels(frame: Any, stream: Any) -> tuple[int, int]:
+    """(height, width) of a frame with square pixels, before its display matrix."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return frame.height, max(1, round(frame.width * aspect)) if 0.1 < aspect < 10 else frame.width
+
+
+class _Track:
+    """One stream of an opened container, decoded forwards with seeks over long gaps."""
+
+    def __init__(self, container: Any, stream: Any, origin: float, threads: int) -> None:
+        self._container, self._stream, self._origin = container, stream, origin
+        self._base = float(stream.time_base)
+        self._damage: list[float] = []  # times of what did not decode
+        stream.codec_context.thread_count = threads
+        self._frames = self._decoded()
+
+    def _time(self, stamp: int) -> float:
+        """Seconds on the file's clock of a time stamp of this stream."""
+        return stamp * self._base - self._origin
+
+    def _seek(self, seconds: float) -> None:
+        """Go to the last key frame at or before `seconds`."""
+        self._container.seek(int((max(seconds, 0.0) + self._origin) / self._base), stream=self._stream)
+        self._stream.codec_context.flush_buffers()
+        self._damage.clear()
+        self._frames = self._decoded()
+
+    def _decoded(self) -> Iterator[Any]:
+        """The frames from here on; what does not decode is noted in `_damage` and passed over."""
+        import av
+
+        packets = self._container.demux(self._stream)
+        last = 0.0
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError:  # the file ends within a packet, or its index points nowhere
+                return
+            if packet is None:
+                return
+            last = self._time(packet.pts) if packet.pts is not None else last
+            try:
+                frames = packet.decode()
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError:
+                self._damage.append(last)
+                continue
+            if packet.is_corrupt:
+                self._damage.append(last)
+            yield from (frame for frame in frames if frame.pts is not None)
+
+
+class VideoTrack(_Track):
+    """Pictures at any wanted times; cheap when asked in ascending order."""
+
+    def __init__(self, container: Any, stream: Any, threads: int = 1) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        super().__init__(container, stream, float((stream.start_time or 0) * stream.time_base), threads)
+        self._reformatter = VideoReformatter()
+        self._shown: Any = None  # on display at the position reached
+        self._next: Any = None
+
+    def _seek(self, seconds: float) -> None:
+        super()._seek(seconds)
+        self._shown = self._next = None
+
+    def _advance(self) -> None:
+        self._shown, self._next = self._next, next(self._frames, None)
+        frame = self._next
+        if frame is None:
+            return
+        now = self._time(frame.pts)
+        if frame.is_corrupt:
+            self._damage.append(now)
+        elif frame.key_frame:  # nothing refers to pictures before it any more
+            self._damage = [moment for moment in self._damage if moment >= now]
+
+    def _end(self, frame: Any) -> float:
+        duration = frame.duration or 0
+        rate = self._stream.average_rate or self._stream.guessed_rate or 25
+        return self._time(frame.pts + duration) if duration else self._time(frame.pts) + 1 / float(rate)
+
+    def read(self, start: float, count: int | None, fps: float, size: tuple[int, int] | None) -> np.ndarray:
+        """Pictures from `start` on, at `fps`: each the one on display in the middle of its interval.
+
+        Args:
+            count: how many; None: up to the end.
+            size: (height, width): scaled to cover it, cropped at the centre; None: as displayed.
+
+        Returns:
+            uint8 [count,H,W,3].
+
+        Raises:
+            MediaError: the track ends before, or a picture in the range is damaged.
+        """
+        begin = start + 0.5 / fps + 1e-6  # on a boundary the later picture counts
+        here = self._time(self._shown.pts) if self._shown is not None else 0.0
+        if begin < here or begin > here + _SEEK_AFTER:
+            self._seek(begin)
+        pictures: list[np.ndarray] = []
+        made_of = None
+        while count is None or len(pictures) < count:
+            moment = begin + len(pictures) / fps
+            while self._shown is None or (self._next is not None and self._time(self._next.pts) <= moment):
+                self._advance()
+                if self._shown is None and self._next is None:
+                    raise MediaError(
+                        "no picture could be decoded" + (f" after {start:.2f} s" if start else "")
+                    )
+            # Pictures shortly before a damaged one may refer to it, hence the slack.
+            if any(moment > broken - 0.1 for broken in self._damage):
+                raise MediaError(f"its picture is damaged near {moment:.2f} s")
+            if self._next is None and moment >= self._end(self._shown):
+                if count is None:
+                    break
+                end = self._end(self._shown)
+                raise MediaError(f"its picture ends at {end:.2f} s, before {start + count / fps:.2f} s")
+            same = made_of is self._shown
+            pictures.append(pictures[-1] if same else self._to_rgb(self._shown, size))
+            made_of = self._shown
+        if not pictures:
+            raise MediaError(f"its picture ends before {start:.2f} s")
+        return np.stack(pictures)
+
+    def _to_rgb(self, frame: Any, size: tuple[int, int] | None) -> np.ndarray:
+        """A decoded frame as uint8 [H,W,3]: square pixels, upright, covering `size`, centre crop."""
+        from av.video.reformatter import Colorspace, Interpolation
+
+        transpose, mirror, upset = orientation(frame)
+        height, width = square_pixels(frame, self._stream)
+        wanted = size[::-1] if size and transpose else size
+        if wanted is not None:
+            scale = max(wanted[0] / height, wanted[1] / width)
+            height, width = max(wanted[0], round(height * scale)), max(wanted[1], round(width * scale))
+        # Untagged material follows the broadcast habit: BT.709 from 720 lines up, BT.601 below.
+        untagged = int(frame.colorspace) == 2
+        colours = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if untagged else None
+        quality = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+        rgb = self._reformatter.reformat(
+            frame,
+            width,
+            height,
+            "rgb24",
+            src_colorspace=colours,
+            interpolation=quality,
+            threads=1,  # the default starts several for every picture
+        ).to_ndarray()
+        rgb = rgb.transpose(1, 0, 2) if transpose else rgb
+        rgb = rgb[:, ::-1] if mirror else rgb
+        rgb = rgb[::-1] if upset else rgb
+        if size is not None:
+            top, left = (rgb.shape[0] - size[0]) // 2, (rgb.shape[1] - size[1]) // 2
+            rgb = rgb[top : top + size[0], left : left + size[1]]
+        return rgb
+
+
+class AudioTrack(_Track):
+    """The sound of any range of time, resampled; silence where the track has none."""
+
+    def __init__(self, container: Any, stream: Any, origin: float | None = None, threads: int = 1) -> None:
+        """Args: origin: the first picture's time on the container's clock [s]; None: own start."""
+        import av
+
+        own = float((stream.start_time or 0) * stream.time_base)
+        super().__init__(container, stream, own if origin is None else origin, threads)
+        self._rate = int(stream.codec_context.sample_rate)
+        self._to_float = av.AudioResampler(format="fltp")
+        self._layout = ""
+        self._chunks: list[
+            tuple[int, np.ndarray]
+        ] = []  # (first sample on the file's clock, fp32 [channels,n])
+        self._done = False
+        self._gone = -(1 << 60)  # samples before this one were passed over or dropped
+
+    def _seek(self, seconds: float) -> None:
+        super()._seek(seconds)
+        self._chunks, self._done = [], False
+
+    @property
+    def _reached(self) -> int:
+        return self._chunks[-1][0] + self._chunks[-1][1].shape[1] if self._chunks else -(1 << 60)
+
+    def _decode_until(self, sample: int) -> None:
+        while not self._done and self._reached < sample:
+            frame = next(self._frames, None)
+            if frame is None:
+                self._done = True
+                return
+            stamped = round(self._time(frame.pts) * self._rate)
+            for part in self._to_float.resample(frame):
+                values = part.to_ndarray()
+                layout = part.layout.name
+                if self._layout and layout != self._layout:
+                    raise MediaError(f"its sound changes from {self._layout} to {layout} half-way")
+                self._layout = layout
+                contiguous = abs(stamped - self._reached) < _RESYNC * self._rate
+                stamped = self._reached if contiguous else stamped
+                self._chunks.append((stamped, values))
+                stamped += values.shape[1]
+
+    def read(self, start: float, count: int | None, rate: int, channels: int) -> np.ndarray:
+        """`count` samples at `rate` from `start` on (None: to the end), silence outside of the track.
+
+        Returns:
+            fp32 [channels,count], clipped to [-1,1].
+
+        Raises:
+            MediaError: the sound in the range is damaged.
+        """
+        first = round(start * rate)
+        step = gcd(self._rate, rate)
+        up, down = rate // step, self._rate // step
+        # Both clocks meet every `up` samples of ours; start there, early enough for the resampling filter.
+        blocks = max(1, -(-self._rate // (20 * down)))  # about 50 ms
+        begin = first // up - blocks
+        source_first = begin * down
+        source_last = 1 << 60 if count is None else ((first + count) // up + blocks + 1) * down
+        ahead = source_first > max(self._reached, 0) + _SEEK_AFTER * self._rate
+        if ahead or source_first < self._gone:
+            self._seek(source_first / self._rate - 0.2)  # decoders need a frame or two to settle
+            self._gone = source_first if source_first > 0 else -(1 << 60)
+        self._decode_until(source_last)
+        if any(
+            start - 0.1 < broken and (count is None or broken < start + count / rate)
+            for broken in self._damage
+        ):
+            raise MediaError(f"its sound is damaged near {max(start, 0):.2f} s")
+        if count is None:
+            source_last = max(self._reached, source_first)
+            count = max(0, round(source_last / self._rate * rate) - first)
+        while self._chunks and (end := self._chunks[0][0] + self._chunks[0][1].shape[1]) <= source_first:
+            self._chunks.pop(0)
+            self._gone = max(self._gone, end)
+        lanes = self._chunks[0][1].shape[0] if self._chunks else 1
+        timeline = np.zeros((lanes, max(0, source_last - source_first)), dtype=np.float32)
+        for at, values in self._chunks:
+            low, high = max(at, source_first), min(at + values.shape[1], source_last)
+            if high > low:
+                timeline[:, low - source_first : high - source_first] = values[:, low - at : high - at]
+        wave = resample(mix(timeline, self._layout, self._rate, channels), self._rate, rate)
+        wave = wave[:, first - begin * up :][:, :count]
+        return np.clip(np.pad(wave, ((0, 0), (0, count - wave.shape[1]))), -1.0, 1.0)
+
+
+def mix(wave: np.ndarray, layout: str, rate: int, channels: int) -> np.ndarray:
+    """[lanes,n] -> [channels,n] for one or two channels; a mono signal keeps its level."""
+    if wave.shape[0] > 2:
+        wave = _filtered(wave, layout, rate, "aresample=rematrix_maxval=1.0,aformat=channel_layouts=stereo")
+    if channels == 1:
+        return wave.mean(axis=0, keepdims=True)
+    return np.repeat(wave, 2, axis=0) if wave.shape[0] == 1 else wave
+
+
+def resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
+    """[lanes,n] at `source` Hz -> [lanes, about n * target / source] at `target` Hz, for one or two lanes."""
+    if source == target or not wave.shape[1]:
+        return wave
+    return _filtered(wave, "mono" if wave.shape[0] == 1 else "stereo", source, f"aresample={target}")
+
+
+def _filtered(wave: np.ndarray, layout: str, rate: int, filters: str) -> np.ndarray:
+    """A waveform fp32 [lanes,n] through a chain of ffmpeg audio filters."""
+    import av
+
+    graph = av.filter.Graph()
+    source = graph.add_abuffer(sample_rate=rate, format="fltp", layout=layout, time_base=Fraction(1, rate))
+    nodes = [source]
+    for item in filters.split(","):
+        name, _, arguments = item.partition("=")
+        nodes.append(graph.add(name, arguments))
+    nodes.append(graph.add("abuffersink"))
+    graph.link_nodes(*nodes).configure()
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout=layout)
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    source.push(frame)
+    source.push(None)
+    sink: Any = nodes[-1]
+    parts = []
+    while True:
+        try:
+            parts.append(sink.pull().to_ndarray())
+        except (av.error.EOFError, av.error.BlockingIOError):
+            return np.concatenate(parts, axis=1) if parts else wave[:, :0]

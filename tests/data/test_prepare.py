@@ -1,0 +1,384 @@
+"""data.prepare: what becomes of odd and broken files, resumption after a kill, crashes, and what stands in shards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bad_media import Expected, build, movie, prepare_bad
+
+from data.prepare import prepare
+from data.shards import Shards
+from magihuman.errors import UserError
+
+REPO = Path(__file__).resolve().parents[2]
+WORLD = "world=pooled_world:build"
+
+
+def folder_of_clips(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        movie(folder / f"c{i:02d}.mp4", seconds=1.0 + i / 25)  # all of different bytes
+        (folder / f"c{i:02d}.txt").write_text(f"clip number {i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of_clips(tmp_path_factory.mktemp("clips") / "media", 12)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expected]]:
+    folder = tmp_path_factory.mktemp("odd") / "media"
+    return folder, build(folder)
+
+
+def command(source: Path, output: Path, *settings: str) -> list[str]:
+    given = dict(
+        word.split("=", 1) for word in (WORLD, "shard_clips=3", "workers=2", "progress=false", *settings)
+    )
+    words = [f"{key}={value}" for key, value in given.items()]
+    return [sys.executable, "-m", "data.prepare", f"input={source}", f"output={output}", *words]
+
+
+def run(source: Path, output: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(source, output, *settings), cwd=REPO, env=environment, capture_output=True, text=True
+    )
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in output.iterdir() if p.suffix == ".tar" or p.name == "index.json"}
+
+
+@pytest.fixture(scope="module")
+def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "shards"
+    result = run(clips, output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["strict", "allowed"])
+def test_every_odd_file_gets_what_it_should(
+    odd: tuple[Path, dict[str, Expected]], tmp_path: Path, allowed: bool
+) -> None:
+    folder, expected = odd
+    settings = ["silent=true", "images=true", "captions=optional"] if allowed else []
+    report = prepare_bad(folder, tmp_path / "out", WORLD, *settings)
+    got = {row["file"]: row for row in report["per_file"]}
+    assert len(expected) >= 80
+    assert set(got) == {os.fsencode(name).decode("utf-8", "surrogateescape") for name in expected}
+    wrong = []
+    for name, what in expected.items():
+        row = got[name]
+        status, clips, reason = what.status, what.clips if what.status == "taken" else 0, what.reason
+        if allowed and (what.allowed or status == "taken"):
+            status, clips, reason = what.allowed or status, what.allowed_clips, ""
+        if (row["status"], row["clips"]) != (status, clips) or reason not in row["reason"]:
+            wrong.append((name, status, clips, reason, row))
+        if status != "taken":
+            assert row["reason"], name
+    assert not wrong, wrong
+    assert {row["problem"].split(" (")[0] for row in report["table_problems"]} == {
+        "line 3 is not JSON",
+        "line 4 has no caption: a column caption or text or prompt",
+    }
+    taken = sum(row["clips"] for row in report["per_file"])
+    assert len(Shards(tmp_path / "out")) == taken == report["clips"]
+
+
+def samples(output: Path) -> dict[str, Any]:
+    reader = Shards(output)
+    read = [reader.read(i) for i in range(len(reader))]
+    return {f"{s.meta['source']}@{s.meta['start']:g}": s for s in read}
+
+
+def test_odd_but_good_files_hold_the_right_pictures_and_sound(
+    odd: tuple[Path, dict[str, Expected]], tmp_path: Path
+) -> None:
+    """The bright quarter of the drawn picture must be where the display matrix puts it, the tone where it began."""
+    prepare_bad(odd[0], tmp_path / "out", WORLD, "silent=true", "images=true", "captions=optional")
+    found = samples(tmp_path / "out")
+    plain = found["copy-of-plain.mp4@0"].tensors
+    assert plain["video"].shape == (3, 7, 16, 16)
+    assert plain["audio"].shape == (25, 32)
+    assert plain["video"].dtype == plain["audio"].dtype == plain["text"].dtype == torch.float16
+
+    def bright(name: str) -> tuple[bool, ...]:
+        """Which quarters are red: top left, top right, bottom left, bottom right (the lowest rows hold the bar)."""
+        red = found[name].tensors["video"][0, 0].float()
+        return tuple(bool(red[y, x] > 0) for y in (4, 9) for x in (4, 11))
+
+    for name in ("container.webm", "container.ts", "container.avi", "10-bit.mp4", "chroma-444.mp4", "hd.mp4"):
+        assert bright(f"{name}@0") == (True, False, False, False), name
+    # A display matrix turns counter-clockwise: at 90 degrees the top left goes to the bottom left.
+    assert bright("rotated-90.mp4@0") == (False, False, True, False)
+    assert bright("rotated-180.mp4@0") == (False, False, False, True)
+    assert bright("rotated-270.mp4@0") == (False, True, False, False)
+    assert bright("still-turned.jpg@0") == (False, True, False, False)
+
+    def loudness(name: str) -> torch.Tensor:
+        return found[name].tensors["audio"].float().abs().amax(1)  # per frame
+
+    late, short = loudness("sound-late.mp4@0"), loudness("sound-short.mp4@0")
+    assert late[:9].max() < 0.02 < 0.2 < late[11:24].min()
+    assert short[14:].max() < 0.02 < 0.2 < short[1:12].min()
+    for name in ("rate-8000.mp4", "rate-44100.mp4", "rate-48000.mp4", "pcm.mov", "container.webm"):
+        assert loudness(f"{name}@0")[2:23].min() > 0.2, name
+        assert loudness(f"{name}@0").max() < 0.6, name
+    assert "audio" not in found["sound-none.mp4@0"].tensors
+    assert not found["sound-silent.mp4@0"].meta["has_audio"]
+    assert found["still.png@0"].tensors["video"].shape == (3, 1, 16, 16)
+    assert [found[f"long.mp4@{start}"].meta["start"] for start in (0, 1, 2)] == [0, 1, 2]
+    assert found["caption-bom.mp4@0"].meta["caption"] == "a bar over two lines"
+    assert found["caption-csv.mp4@0"].meta["caption"] == "a bar, in a table"
+    assert found["talk/caption-nested.mp4@0"].meta["caption"] == "below"
+    assert found["caption-missing.mp4@0"].meta["caption"] == ""
+    # The bar of green moves right once a second, whatever the file's frame rate: its place at half time.
+    for name in ("fps-12.mp4", "fps-24.mp4", "fps-30.mp4", "fps-60.mp4", "fps-ntsc.mp4"):
+        green = found[f"{name}@0"].tensors["video"][1, 3, 14].float()  # latent frame 3: frames 9 to 12
+        reference = plain["video"][1, 3, 14].float()
+        assert (green - reference).abs().max() < 0.75, name  # at most one column off
+        assert (
+            abs(float((green > -0.5).float().argmax()) - float((reference > -0.5).float().argmax())) <= 1
+        ), name
+
+
+def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
+    clips: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "shards"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = 0
+    for shards_wanted in (0, 1, 2):
+        process = subprocess.Popen(
+            command(clips, output, "workers=1"), cwd=REPO, env=environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            looked = (output / ".work" / "seen.jsonl").exists()
+            if looked and len(list(output.glob("*.tar"))) >= shards_wanted:
+                break
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 3
+    assert not (output / "index.json").exists()
+    result = run(clips, output)
+    assert result.returncode == 0, result.stderr
+    assert contents(output) == contents(whole)
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
+    keys = [entry.key for entry in Shards(output).entries]
+    assert len(keys) == len(set(keys)) == 12
+
+
+def test_number_of_workers_changes_nothing_and_a_finished_run_is_left_alone(
+    clips: Path, whole: Path, tmp_path: Path
+) -> None:
+    prepare(str(clips), str(tmp_path / "one"), world=WORLD[6:], workers=1, shard_clips=3, progress=False)
+    assert contents(tmp_path / "one") == contents(whole)
+    before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir()}
+    again = prepare(str(clips), str(whole), world=WORLD[6:], workers=1, shard_clips=3, progress=False)
+    assert again.clips == 12
+    assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == before
+
+
+def test_output_of_other_settings_is_refused(clips: Path, whole: Path) -> None:
+    with pytest.raises(UserError, match=r"shards of other files or settings; delete it or choose another"):
+        prepare(str(clips), str(whole), world=WORLD[6:], shard_clips=4, progress=False)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(clips: Path, whole: Path, tmp_path: Path) -> None:
+    import resource
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a shard has 45 kB, other files less
+
+    output = tmp_path / "shards"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(clips, output), cwd=REPO, env=environment, capture_output=True, text=True,
+        preexec_fn=small_files_only,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: output={output} cannot be written (File too large); make room")
+    assert result.stderr.count("\n") == 1
+    assert not list(output.glob("*.tar"))
+    assert run(clips, output).returncode == 0
+    assert contents(output) == contents(whole)
+
+
+def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None:
+    clips = folder_of_clips(tmp_path / "media", 7)
+    deadly = clips / "c03.mp4"
+    movie(deadly, seconds=1.0, width=96, height=96)
+    settings = ["world=pooled_world:deadly_world", "batch=1"]
+    result = run(clips, tmp_path / "shards", *settings)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "shards" / "report.json").read_text())
+    status = {row["file"]: (row["status"], row["reason"]) for row in report["per_file"]}
+    assert status.pop("c03.mp4") == ("rejected", "crashes the decoder (its process died twice)")
+    assert set(status.values()) == {("taken", "")}
+    assert len(Shards(tmp_path / "shards")) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["wrokers=2"], "unknown setting wrokers, did you mean 'workers'?"),
+        (["workers=two"], "workers='two' should be an integer"),
+        (["silent=perhaps"], "silent='perhaps' should be true or false"),
+        (["frames=24"], "frames=24: this world's codec needs 4k+1 frames, for example 25"),
+        (["sizes=64"], "sizes='64' should look like 448x256"),
+        (["sizes=66x64"], "needs height divisible by 4 and width by 4"),
+        (["world=toy"], "unknown world 'toy'; choose one of tiny, released"),
+        (["captions=maybe"], "captions='maybe' should be one of required, optional"),
+        (["table=nowhere.csv"], "table=nowhere.csv is not a file"),
+        (["shard_clips=0"], "shard_clips=0 is impossible; give at least 1"),
+        (["silent"], "'silent' is not of the form key=value"),
+    ],
+)
+def test_wrong_settings_are_one_line_with_a_remedy(
+    clips: Path, tmp_path: Path, settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from magihuman.cli import run as run_command
+
+    words = [f"input={clips}", f"output={tmp_path / 'x'}", "progress=false"]
+    if not any(word.startswith("world=") for word in settings):
+        words.append(WORLD)
+    with pytest.raises(SystemExit) as leaving:
+        run_command(prepare, "python -m data.prepare", [*words, *settings])
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "x").glob("*.tar"))
+
+
+def test_folders_without_use_are_refused_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder; give the folder that holds the video files"):
+        prepare(str(tmp_path / "nothing"), str(tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no media file"):
+        prepare(str(tmp_path / "empty"), str(tmp_path / "out"), world=WORLD[6:])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="holds no media file"):
+        prepare(str(tmp_path / "empty"), str(tmp_path / "mine"), world=WORLD[6:])
+    assert (tmp_path / "mine").exists()
+    clips = folder_of_clips(tmp_path / "media", 1)
+    (clips / "c00.txt").unlink()
+    with pytest.raises(UserError, match=r"no clip could be taken .* most often: has no caption; .*report.md"):
+        prepare(str(clips), str(tmp_path / "out"), world=WORLD[6:], progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(str(clips), str(tmp_path / "file" / "out"), world=WORLD[6:])
+
+
+def test_plain_webdataset_reads_the_shards(whole: Path) -> None:
+    import webdataset
+    from safetensors.torch import load
+
+    pattern = str(whole / "shard-{000000..000003}.tar")
+    rows = list(webdataset.WebDataset(pattern, shardshuffle=False))
+    assert len(rows) == 12
+    assert [row["__key__"] for row in rows] == [entry.key for entry in Shards(whole).entries]
+    tensors = load(rows[0]["safetensors"])
+    assert torch.equal(tensors["video"], Shards(whole).read(0).tensors["video"])
+    assert json.loads(rows[0]["json"])["caption"] == "clip number 0"
+
+
+def test_buckets_by_length_and_shape(tmp_path: Path) -> None:
+    clips = tmp_path / "media"
+    clips.mkdir()
+    for name, how in {
+        "wide": {"width": 128, "height": 64, "seconds": 1.0},
+        "tall": {"width": 64, "height": 128, "seconds": 0.56},
+        "long": {"width": 64, "height": 64, "seconds": 2.6},
+    }.items():
+        movie(clips / f"{name}.mp4", **how)  # type: ignore[arg-type]
+        (clips / f"{name}.txt").write_text(name)
+    report = prepare(
+        str(clips), str(tmp_path / "out"), world=WORLD[6:], sizes="64x64,128x64,64x128", frames="25,13",
+        workers=1, progress=False,
+    )  # fmt: skip
+    assert report.buckets == {"13x128x64+a": 1, "13x64x64+a": 1, "25x64x128+a": 1, "25x64x64+a": 2}
+    assert report.seconds == pytest.approx((3 * 25 + 2 * 13) / 25)
+
+
+def test_tiny_world_end_to_end(tmp_path: Path) -> None:
+    """Puppets to mp4 to latents and back: the picture and the sound's spectrum survive."""
+    from data.inspect import inspect
+    from data.tiny.render import make_clips
+    from magihuman.codecs.bundle import load_world
+    from magihuman.media.mp4 import read_clip
+
+    make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
+    prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, pixels=True, progress=False)
+    reader, world = Shards(tmp_path / "shards"), load_world("tiny")
+    assert reader.contract == world.contract
+    for i in range(4):
+        sample = reader.read(i)
+        truth = read_clip(tmp_path / "clips" / sample.meta["source"], fps=25, rate=16000)
+        decoded = world.video_codec.decode(sample.tensors["video"].float()[None])[0].permute(1, 2, 3, 0)
+        error = (decoded.clamp(-1, 1) - (truth.frames.float() / 127.5 - 1)).square().mean()
+        assert 10 * torch.log10(4 / error) > 26  # dB; the codec itself reaches about 30
+        assert truth.wave is not None
+        again = world.audio_codec.encode(truth.wave[None])[0]
+        assert (again - sample.tensors["audio"].float()).abs().max() < 0.02 * again.abs().max()
+        assert (
+            sample.meta["caption"]
+            == (tmp_path / "clips" / sample.meta["source"]).with_suffix(".txt").read_text().strip()
+        )
+        words = world.text_encoder.encode([sample.meta["caption"]])[0]
+        assert torch.equal(words.half(), sample.tensors["text"])
+        assert torch.equal(sample.tensors["frames"], truth.frames.permute(3, 0, 1, 2))
+    text = inspect(str(tmp_path / "shards"), str(tmp_path / "sheet.png"), samples=3)
+    assert "4 samples, 4 looked at, 0 corrupt" in text
+    assert "bucket 25x64x64+a: 4" in text
+    assert f"video latents: {world.contract.video_channels} channels" in text
+    assert (tmp_path / "sheet.png").stat().st_size > 3000
+    large = prepare(
+        str(tmp_path / "clips"), str(tmp_path / "large"), sizes="128x128", workers=1, progress=False
+    )
+    assert large.buckets == {"25x128x128+a": 4}
+    assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (
+        world.contract.video_channels,
+        7,
+        32,
+        32,
+    )
+
+
+def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from data.inspect import inspect
+
+    copy = tmp_path / "shards"
+    shutil.copytree(whole, copy)
+    data = bytearray((copy / "shard-000001.tar").read_bytes())
+    data[1000] ^= 0xFF
+    (copy / "shard-000001.tar").write_bytes(bytes(data))
+    text = inspect(str(copy), str(tmp_path / "x.png"), samples=2)
+    assert "12 samples, 12 looked at, 1 corrupt" in text
+    assert "checksum differs" in text
+    bare = [sys.executable, "-m", "data.inspect", str(copy), "samples=0"]
+    assert "1 corrupt" in subprocess.run(bare, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    with pytest.raises(
+        UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"
+    ):
+        inspect(str(copy), str(tmp_path / "x.png"), world="tiny")

@@ -1,0 +1,294 @@
+"""`python -m eval.dmd2`: sampling side by side, what is kept of it, and what is written."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval import distill_report, dmd2, readme_tables
+from eval.generate import TIMED, Way, noise_seed, sample_all
+from eval.puppets import generate, held_out
+from inference.pipeline import Pipeline
+from magihuman import zoo
+from magihuman.cli import run as command
+from magihuman.codecs.bundle import World, load_world
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.io.export import ExportConfig, Sampling, save_export
+
+FULL = Sampling("unipc", 2, guidance=Guidance(2.0, 2.0, audio=3.0))
+FEW = Sampling("renoise", 1, guidance=Guidance(1.0, 1.0, audio=1.0))
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world("tiny")
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory) -> Path:
+    """Untrained networks: run folders `teacher`, and `a` and `b` with the student's sampler."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, (name, sampling) in enumerate({"teacher": FULL, "a": FEW, "b": FEW}.items()):
+        denoiser = zoo.build(zoo.arch("tiny"), zoo.pack("tiny"), compute_dtype=torch.float32, seed=seed)
+        config = ExportConfig(zoo.arch("tiny"), zoo.pack("tiny"), "tiny", world.contract, sampling=sampling)
+        save_export(folder / name / "export", denoiser.model.state_dict(), config)
+    made = {
+        "command": ["python", "-m", "magihuman.train", "+recipe=dmd2"],
+        "seed": 5,
+        "code": {"commit": "c"},
+    }
+    record = {"recipe": "recipes.dmd2.DMD2", "name": "a", "created": "today", "steps": 20, "provenance": made}
+    (folder / "a" / "run.json").write_text(json.dumps({**record, "metrics": {"memory_gb": 1.23041}}))
+    (folder / "a" / "checkpoints").mkdir()
+    (folder / "a" / "checkpoints" / "last.ckpt").write_bytes(bytes(2_340_000))
+    (folder / "a" / "metrics.csv").write_text(
+        "step,dm/video,critic_error/video,teacher_error/video,health/std_video\n10,1,2,4,.9\n20,.5,1,4,1.1\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory) -> tuple[dict, dict, Path]:
+    """A comparison of student a on 3 prompts x 2 seeds: what it returns, compare.json, and its cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    result = dmd2.run(
+        str(runs / "a"), str(runs / "teacher"), prompts=3, seeds=2, batch=4, cache=str(cache), keep=2, progress=False
+    )  # fmt: skip
+    return result, json.loads(Path(result["compare"]).read_text()), cache
+
+
+COLUMNS = [
+    "ground truth", "through codec", "teacher, 2 steps, CFG", "teacher, 1 steps, no CFG",
+    "teacher, 1 re-noise steps, no CFG", "student, 1 re-noise steps, no CFG",
+]  # fmt: skip
+
+
+def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
+    result, values, _ = compared
+    folder = runs / "a" / "compare"
+    assert Path(result["compare"]) == folder / "compare.json"
+    written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    clips = {
+        f"clips/{who}-{k}.{end}" for who in ("teacher", "student") for k in (0, 1) for end in ("mp4", "txt")
+    }
+    assert written == {"compare.json", "compare.md", "compare.png", "sheet.png", *clips}
+    page = (runs / "a" / "report.md").read_text()
+    assert page.startswith("# DMD2: a\n")
+    for part in ("| attributes |", "![curves, table, clips](report.png)", "compare/clips/student-1.mp4"):
+        assert part in page
+    assert str(runs) not in page
+    assert list(values["columns"]) == COLUMNS
+    assert {"command", "code", "machine", "date"} <= set(values["provenance"])
+    assert values["columns"]["ground truth"]["rows"]["vowels"]["value"] == 1
+    student = values["columns"][COLUMNS[-1]]
+    assert (student["n"], student["calls"], student["checkpoint"]["name"]) == (6, 1, f"{runs.name}/a")
+    assert student["trained"] == {
+        "command": "python -m magihuman.train +recipe=dmd2", "steps": 20, "seed": 5, "code": {"commit": "c"},
+        "process_gb": 1.23, "state_mb": 2.3,
+    }  # fmt: skip
+    assert values["columns"][COLUMNS[2]]["calls"] == 4
+    assert student["rows"]["vowels"]["value"] < 0.5
+    assert values["against"][COLUMNS[-1]][COLUMNS[2]].keys() == values["rows"].keys()
+    about = [claim["about"] for claim in values["claims"][COLUMNS[-1]]]
+    assert about == [
+        *(f"against {name}" for name in COLUMNS[2:5]),
+        "diversity: within 10 % of the teacher's (ratios)",
+        "speed against teacher, 2 steps, CFG",
+    ]
+    assert result["verdicts"][COLUMNS[-1]].keys() == set(about)
+
+
+def test_pictures_are_not_empty(runs, compared):
+    from PIL import Image
+
+    pictures = [runs / "a" / "report.png", *(runs / "a" / "compare").glob("*.png")]
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert len(np.unique(np.asarray(Image.open(picture).convert("L")))) > 50
+
+
+def test_clips_are_those_of_eval_puppets(runs, world):
+    """The same prompt, seed and settings, so that figures of both commands compare."""
+    prompts = [p.caption for p in held_out(2)]
+    way = Way(
+        "a", Pipeline(zoo.load(str(runs / "a")), world), Pipeline(zoo.load(str(runs / "a")), world).settings()
+    )
+    sample_all([way], prompts, [0, 1], batch=3, progress=False)
+    for seed in (0, 1):
+        clips, _, _ = generate(str(runs / "a"), prompts, seed=seed, progress=False)
+        mine = way.clips(prompts, seed * 2, batch=1)
+        for a, b in zip(clips.frames, mine.frames, strict=True):
+            assert np.abs(a.astype(int) - b).max() <= 1
+        for a, b in zip(clips.waves, mine.waves, strict=True):
+            assert np.abs(a - b).max() < 1e-3
+    assert noise_seed(2, 5) == 2_000_011
+    assert len(way.seconds) == 2  # 4 clips in batches of 3
+    assert way.time() == pytest.approx(np.mean(way.seconds))
+
+
+def test_kept_latents_are_used_if_they_are_still_true(runs, world, tmp_path):
+    pipeline = Pipeline(zoo.load(str(runs / "a")), world)
+    prompts = [p.caption for p in held_out(5)]
+
+    def sampled() -> Way:
+        way = Way("a", pipeline, pipeline.settings(), keep=True)
+        sample_all([way], prompts, [0], batch=1, folder=tmp_path, progress=False)
+        return way
+
+    new, again = sampled(), sampled()
+    assert (new.kept, len(new.seconds)) == (None, 5)
+    assert len(again.seconds) == TIMED
+    assert set(again.kept) == {"date", "code"}
+    assert torch.equal(new.video, again.video)
+    assert torch.equal(new.audio, again.audio)
+    (file,) = tmp_path.glob("*.safetensors")
+    pipeline.denoiser.model.state_dict()["final_linear_video.weight"].add_(0.02)  # other code, same name
+    other = sampled()
+    assert (other.kept, len(other.seconds)) == (None, 5)
+    assert not torch.allclose(other.video, new.video, atol=0.1)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert sampled().kept is None
+
+
+def test_only_the_teacher_is_kept_and_changes_nothing(runs, compared):
+    _, values, cache = compared
+    assert len(list(cache.glob("*.safetensors"))) == 3
+    result = dmd2.run(
+        f"{runs / 'a'},{runs / 'b'}", str(runs / "teacher"), prompts=3, seeds=2, batch=4, cache=str(cache), keep=1,
+        output=str(cache / "out"), progress=False,
+    )  # fmt: skip
+    again = json.loads(Path(result["compare"]).read_text())
+    assert list(again["columns"]) == [
+        *COLUMNS[:5],
+        "student a, 1 re-noise steps, no CFG",
+        "student b, 1 re-noise steps, no CFG",
+    ]
+    assert result["report"] is None
+    for name in COLUMNS[2:5]:
+        assert again["columns"][name]["kept"] is not None
+        assert again["columns"][name]["rows"] == values["columns"][name]["rows"]
+    assert (
+        again["columns"]["student a, 1 re-noise steps, no CFG"]["rows"]
+        == values["columns"][COLUMNS[-1]]["rows"]
+    )
+
+
+def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch):
+    result, values, _ = compared
+    monkeypatch.setattr(readme_tables, "REPO", tmp_path)
+    (tmp_path / "c.json").write_text(Path(result["compare"]).read_text())
+    text = readme_tables.render("<!-- distill c.json attributes sharpness -->\n<!-- end -->")
+    lines = text.splitlines()
+    header = lines[1].split(" | ")
+    assert header[-4:-2] == ["teacher, 2 steps, CFG (4 calls)", "teacher, 1 steps, no CFG (1 calls)"]
+    assert header[-1] == "student, 1 re-noise steps, no CFG (1 calls) |"
+    assert lines[3].startswith("| face, hair, shirt and wall as prompted | 1.000 [")
+    off = 100 * values["columns"][COLUMNS[2]]["rows"]["sharpness"]["off"]["value"]
+    assert f"({off:+.0f}"[:4] in lines[4]
+    assert lines[5].startswith("| denoising, seconds per clip |  |  | ")
+    assert "- speed against teacher, 2 steps, CFG: **" in text
+    assert "training process" not in text
+    other = COLUMNS[-1].replace("student", "student b")
+    values = copy.deepcopy(values)
+    for part in ("columns", "claims"):
+        values[part][other] = values[part][COLUMNS[-1]]
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    lines = readme_tables.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
+    header = [
+        "through codec",
+        "teacher, 2 steps, CFG (4 calls)",
+        "teacher, 1 re-noise steps, no CFG (1 calls)",
+    ]
+    assert lines[1] == f"|  | {' | '.join([*header, 'student', 'student b'])} |"
+    assert "| training state in a checkpoint, MB |  |  |  | 2 | 2 |" in lines
+    assert "| peak memory of the training process, GB |  |  |  | 1.23 | 1.23 |" in lines
+    assert sum(line.startswith("- student b: against teacher, 2 steps, CFG: **") for line in lines) == 1
+    with pytest.raises(UserError, match="cannot be rendered"):
+        readme_tables.render("<!-- distill c.json no_such_row -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize(
+    ("measure", "text"),
+    [
+        ({"value": 0.0364, "low": 0.0358, "high": 0.0371}, "0.0364 [0.0358, 0.0371]"),
+        ({"value": -0.00001, "low": -0.02, "high": 0.01}, "0.0000 [-0.0200, 0.0100]"),
+        ({"value": 2.4, "low": 2.2, "high": 2.61}, "2.40 [2.20, 2.61]"),
+        ({"value": None, "low": None, "high": None}, "n/a"),
+    ],
+)
+def test_cells_are_short(measure, text):
+    assert distill_report.interval({**measure, "n": 3, "status": "ok", "reason": ""}) == text
+
+
+def test_a_claim_says_by_how_much_and_to_which_side():
+    def verdict(word: str, change: float, gain: float) -> dict:
+        return {
+            "verdict": word,
+            **{key: {"value": v, "low": v - 0.01, "high": v + 0.01, "n": 9, "status": "ok", "reason": ""}
+               for key, v in (("change", change), ("gain", gain))},
+        }  # fmt: skip
+
+    ratio = {"value": 0.8, "low": 0.7, "high": 0.88, "n": 9, "status": "ok", "reason": ""}
+    values = {
+        "columns": {
+            "full": {"role": "teacher", "calls": 64, "seconds_per_clip": 0.8},
+            "own": {"role": "student", "calls": 8, "seconds_per_clip": 0.1},
+        },
+        "rows": {"vowels": {"better": "up"}, "sharpness": {"better": "bound"}, "skin_tones": {"better": "bound"}},
+        "against": {"own": {"full": {
+            "vowels": verdict("better", 0.05, 0.05),
+            "sharpness": verdict("worse", 0.002, -0.12),
+            "skin_tones": verdict("within noise", 0.0, 0.0),
+        }}},
+        "diversity": {"own": {"skin_tones": {"ratio": ratio, "verdict": "lost"}}},
+    }  # fmt: skip
+    against, diversity, speed = distill_report.claims(values, "own")
+    assert against["verdict"] == "mixed"
+    assert against["details"] == [
+        "better: vowels +0.0500 [0.0400, 0.0600]",
+        "worse: sharpness 12.0 % [11.0, 13.0] farther from the bound",
+        "within noise: skin_tones",
+    ]
+    assert (diversity["verdict"], diversity["details"]) == (
+        "not kept",
+        ["skin_tones 0.800 [0.700, 0.880]: lost"],
+    )
+    assert speed["details"][0].startswith("8.0 times: 0.100 s against 0.800 s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "student is not given"),
+        (["student=no/such"], "neither a folder nor a shipped name"),
+        (["student=tiny/base,tiny/base"], "each once"),
+        (["student=tiny/base", "prompts=1"], "prompts=1 is impossible; give at least 2"),
+        (["student=tiny/base", "seeds=0"], "seeds=0 is impossible"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command(dmd2.run, "python -m eval.dmd2", arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_students_of_different_samplers_are_not_one_table(runs):
+    with pytest.raises(UserError, match="is sampled otherwise than"):
+        dmd2.run(f"{runs / 'a'},{runs / 'teacher'}", str(runs / "teacher"), cache=None, progress=False)
+
+
+def test_names_of_columns(runs, world):
+    assert dmd2._short_names(["runs/a"]) == ["student"]
+    assert dmd2._short_names(["runs/a/", "runs/b"]) == ["student a", "student b"]
+    assert dmd2._short_names(["x/a", "y/a"]) == ["student x/a", "student y/a"]
+    settings = Pipeline(zoo.load(str(runs / "teacher")), world).settings()
+    assert dmd2.words_for(settings) == "2 steps, CFG"
+    assert dmd2.words_for(replace(settings, solver="euler", guidance=FEW.guidance)) == "2 euler steps, no CFG"

@@ -1,0 +1,209 @@
+"""`python -m eval.puppets`: bounds, a folder of clips, a checkpoint, and what it writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.tiny.render import make_clips
+from eval import puppets as program
+from eval.puppets import HELD_OUT_SEED, bounds, ground_truth, held_out, through_codec
+from magihuman.cli import run as command
+from magihuman.codecs.bundle import World, load_world
+from magihuman.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world("tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("clips")
+    make_clips(str(path), 24, seed=80, workers=1, progress=False)
+    return path
+
+
+def value(report, column, name):
+    return report["columns"][column]["table"][name]["value"]
+
+
+def test_the_bound_through_the_codec_is_near_perfect(world):
+    """What no model of these latents can beat has to leave room for a good one."""
+    truth, coded = bounds(60, world)
+    for name in ("attributes", "face", "hair", "shirt", "wall", "vowels", "vowels_exact"):
+        assert truth.scores.table[name].value == 1
+        assert coded.scores.table[name].value == 1
+    assert coded.scores.table["syllable_error"].value < 0.03
+    assert coded.scores.table["sync_r"].value > 0.93
+    assert coded.scores.table["sync_skill"].value == pytest.approx(1)
+    assert coded.scores.table["sync_lag0"].value > 0.95
+    assert 0.95 < truth.scores.table["sync_skill"].value < 1.3
+    assert [c.seen.attributes["skin"] for c in coded.scores.clips] == [p.skin for p in held_out(60)]
+
+
+def test_held_out_puppets_are_of_a_world_of_their_own():
+    from eval.puppet_speech import RECOGNISER_SEED
+
+    assert HELD_OUT_SEED not in (0, RECOGNISER_SEED)
+    trained = {make.caption for make in (program.draw_puppet(0, i) for i in range(2000))}
+    assert not trained & {p.caption for p in held_out(200)}
+
+
+def test_the_codec_takes_a_batch_as_it_takes_one(world):
+    truth = ground_truth(held_out(3))
+    together, alone = through_codec(truth, world, 3), through_codec(truth, world, 1)
+    for a, b in zip(together.frames, alone.frames, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+    for a, b in zip(together.waves, alone.waves, strict=True):
+        assert np.abs(a - b).max() < 1e-3
+
+
+def test_real_clips_in_a_folder_score_like_the_truth(folder, tmp_path, capsys):
+    result = program.run(clips=str(folder), output=str(tmp_path / "out"), keep=2, progress=False)
+    name = folder.name
+    report = json.loads(Path(result["scores"]).read_text())
+    assert result["n"] == 24
+    assert result["vowels"] == {
+        "value": 1.0,
+        "low": pytest.approx(0.862, abs=1e-3),
+        "high": 1.0,
+        "bound": 1.0,
+    }
+    assert list(report["columns"]) == ["ground truth", "through codec", name]
+    for row in ("attributes", "vowels", "vowels_exact", "words_exact"):
+        assert value(report, name, row) == 1
+    assert value(report, name, "sync_r") > 0.97
+    written = {
+        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()
+    }
+    assert written == {
+        "scores.json", "scores.md", "scores.png", "clips.json", "clips.png",
+        "clips/clip-000000.mp4", "clips/clip-000000.txt", "clips/clip-000001.mp4", "clips/clip-000001.txt",
+    }  # fmt: skip
+    assert {"command", "code", "machine", "date", "libraries"} <= set(report["provenance"])
+    printed = capsys.readouterr().out
+    for row in ("attributes", "sync_skill", "skin tones"):
+        assert f"\n{row}" in printed
+    from PIL import Image
+
+    for picture in ("scores.png", "clips.png"):
+        assert len(np.unique(np.asarray(Image.open(tmp_path / "out" / picture).convert("L")))) > 50
+
+
+def test_bad_clips_of_a_folder_are_named_and_skipped(folder, tmp_path, capsys):
+    for name in ("clip-000000", "clip-000001", "clip-000002"):
+        for ending in (".mp4", ".txt"):
+            (tmp_path / (name + ending)).write_bytes((folder / (name + ending)).read_bytes())
+    (tmp_path / "clip-000001.txt").unlink()
+    (tmp_path / "clip-000002.txt").write_text("a man speaks")
+    (tmp_path / "clip-000003.mp4").write_bytes(b"no video")
+    (tmp_path / "clip-000003.txt").write_bytes((folder / "clip-000000.txt").read_bytes())
+    result = program.run(clips=str(tmp_path), output=str(tmp_path / "out"), keep=0, progress=False)
+    report = json.loads(Path(result["scores"]).read_text())
+    column = report["columns"][tmp_path.name]
+    assert column["n"] == 1
+    assert set(column["refused"]) == {"clip-000001.mp4", "clip-000002.mp4", "clip-000003.mp4"}
+    assert "not a tiny-world caption" in column["refused"]["clip-000002.mp4"]
+    assert "clip-000003.mp4" in capsys.readouterr().out
+    assert column["table"]["sync_retrieval"]["status"] == "unavailable"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either checkpoint=NAME_OR_FOLDER or clips=FOLDER"),
+        (["checkpoint=a", "clips=b"], "give either"),
+        (["checkpoint=no/such"], "neither a folder nor a shipped name"),
+        (["clips=no/such"], "holds no .mp4"),
+        (["clips=.", "prompts=0"], "prompts=0 is impossible"),
+        (["clips=.", "batch=0"], "batch=0 is impossible"),
+        (["clips=.", "keep=-1"], "keep=-1 is impossible"),
+        (["clips=.", "prompts=many"], "prompts='many' should be an integer"),
+        (["clip=."], "did you mean 'clips'"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        command(program.run, "python -m eval.puppets", arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_without_one_usable_clip_is_an_error(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"none of 1 files can be used; the first, a\.mp4"):
+        program.run(clips=str(tmp_path), progress=False)
+
+
+@pytest.fixture(scope="module")
+def untrained(world, tmp_path_factory) -> Path:
+    """An exported tiny checkpoint with fresh weights."""
+    from magihuman import zoo
+    from magihuman.io.export import ExportConfig, save_export
+
+    denoiser = zoo.build(zoo.arch("tiny"), zoo.pack("tiny"), compute_dtype=torch.float32, seed=0)
+    config = ExportConfig(zoo.arch("tiny"), zoo.pack("tiny"), "tiny", world.contract)
+    return save_export(tmp_path_factory.mktemp("run") / "export", denoiser.model.state_dict(), config).parent
+
+
+def test_a_run_folder_is_sampled_scored_and_gets_its_eval_folder(untrained):
+    program.run(checkpoint=str(untrained), prompts=3, steps=1, cfg=1, batch=2, keep=1, progress=False)
+    report = json.loads((untrained / "eval" / "scores.json").read_text())
+    column = report["columns"][untrained.name]
+    assert column["n"] == 3
+    assert column["sampling"]["steps"] == 1
+    assert column["seconds"] > 0
+    assert report["held_out_seed"] == HELD_OUT_SEED
+    assert column["table"]["vowels_exact"]["value"] == 0
+    captions = [
+        clip["caption"]
+        for clip in json.loads((untrained / "eval" / "clips.json").read_text())[untrained.name]
+    ]
+    assert captions == [p.caption for p in held_out(3)]
+
+
+def test_a_shipped_name_stays_whole_and_a_folder_gives_its_last_part():
+    assert program._name_of("tiny/base", None) == "tiny/base"
+    assert program._name_of("runs/pretrain/first/", None) == "first"
+    assert program._name_of(None, "tiny/base") == "base"
+
+
+def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard(world):
+    from eval.report import Column, bars, contact_sheet
+
+    puppets = held_out(2)
+    clips = ground_truth(puppets)
+    scores = clips.score()
+    clip = scores.clips[0]
+    clip.right.update(face=False, shirt=False)
+    sheet = contact_sheet(scores.clips, clips.frames, "t")
+    face, shirt, heard = (
+        clip.seen.attributes["face"],
+        clip.seen.attributes["shirt"],
+        " ".join(clip.heard.words),
+    )
+    title = sheet.axes[0].get_title(loc="left")
+    assert title == f"{puppets[0].caption} | heard: {heard} | wrong: face {face}, shirt {shirt}"
+    assert "wrong" not in sheet.axes[2].get_title(loc="left")
+    assert (sheet.axes[3].get_xlabel(), sheet.axes[3].get_ylabel()) == ("frame", "opening")
+    picture = bars([Column("a", scores), Column("b", scores)])
+    picture.draw_without_rendering()
+    legend = picture.legends[0].get_window_extent()
+    assert all(not legend.overlaps(axes.get_tightbbox()) for axes in picture.axes)
+
+
+def test_a_clip_depends_on_its_prompt_and_the_seed_only(untrained):
+    prompts = [p.caption for p in held_out(3)]
+    settings = {"steps": 1, "guidance": 1.0, "progress": False}
+    together, _, _ = program.generate(str(untrained), prompts, batch=3, **settings)
+    alone, _, _ = program.generate(str(untrained), prompts[:1], batch=1, **settings)
+    other, _, _ = program.generate(str(untrained), prompts[:1], batch=1, seed=1, **settings)
+    assert np.abs(together.frames[0].astype(int) - alone.frames[0]).max() <= 1
+    assert np.abs(other.frames[0].astype(int) - alone.frames[0]).max() > 10

@@ -1,0 +1,187 @@
+"""The measures of super-resolution: columns, differences, and what known ways of enlarging score."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import sr, sr_report
+from eval.puppet_vision import see
+from eval.puppets import ground_truth, held_out
+from eval.readme_tables import sr_table
+from magihuman.codecs.bundle import World, load_world
+from magihuman.errors import UserError
+from magihuman.flow.super_resolution import upsample_latents
+from magihuman.media.images import frames_to_uint8
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world("tiny")
+
+
+@pytest.fixture(scope="module")
+def held(world: World) -> sr.Held:
+    return sr.drawn_clips(6, world, 64, 128)
+
+
+def values(own: list[float], other: list[float], sharp: list[float]) -> dict[str, np.ndarray]:
+    return {"own": np.array(own), "other": np.array(other), "sharpness": np.array(sharp)}
+
+
+def test_skills_and_differences_of_known_values() -> None:
+    bound = values([0.9, 0.9, 0.9, 0.9], [0.4, 0.4, 0.4, 0.4], [4, 4, 4, 4])
+    columns = {
+        "bicubic": values([0.65] * 4, [0.4] * 4, [1, 1, 1, 1]),
+        "sr": values([0.8, 0.8, 0.8, 0.8], [0.1] * 4, [2, 3, 3, 4]),  # the level is the bound's for all
+        "bound": bound,
+    }
+    made = sr_report.columns(columns, order=("bicubic", "sr", "bound"), against="sr")
+    skill = {name: made["columns"][name]["sync_skill"]["value"] for name in columns}
+    assert skill == pytest.approx({"bicubic": 0.5, "sr": 0.8, "bound": 1.0})
+    difference = made["differences"]["bicubic"]
+    assert difference["sync_skill"]["value"] == pytest.approx(0.3)
+    assert difference["sharpness"]["value"] == pytest.approx(2.0)
+    assert difference["sharpness"]["low"] >= 1.0
+    assert list(made["differences"]) == ["bicubic"]
+
+
+def test_known_ways_of_enlarging_score_as_they_should(world: World, held: sr.Held) -> None:
+    assert held.truth is not None
+    truth, codec = held.truth, world.video_codec
+    bound, kept, _ = sr.measure(lambda part: sr.encode(world, truth[part]), held, world, 128)
+    assert len(kept) == 6
+    assert kept[0].shape == (25, 128, 128, 3)
+    small = sr.measure(
+        lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128), held, world, 128
+    )[0]
+    latents = sr.measure(lambda part: upsample_latents(held.video[part], 32, 32), held, world, 128)[0]
+    exact = sr.measure(lambda part: torch.from_numpy(np.stack(truth[part])), held, world, 128)[0]
+    for name in ("psnr", "mouth_psnr", "ssim", "sharpness"):
+        assert bound[name].mean() > latents[name].mean(), name
+        assert latents[name].mean() > small[name].mean(), name
+    assert (bound["psnr"] > np.maximum(latents["psnr"], small["psnr"])).all()
+    assert (exact["psnr"] == 99).all()
+    assert bound["own"].mean() > 0.95
+    assert bound["other"].mean() < 0.8
+
+
+def test_the_mouth_is_measured_alike_at_both_sizes() -> None:
+    puppets = held_out(4)
+    for size in (64, 128):
+        seen = [see(frames) for frames in ground_truth(puppets, size).frames]
+        if size == 64:
+            first = seen
+    for small, large in zip(first, seen, strict=True):
+        assert float(np.abs(small.openness - large.openness).max()) < 0.004
+        assert np.corrcoef(small.openness, large.openness)[0, 1] > 0.999
+        assert small.attributes == large.attributes
+
+
+def test_bicubic_keeps_flat_pictures_and_size() -> None:
+    flat = torch.full((2, 3, 8, 8, 3), 77, dtype=torch.uint8)
+    assert torch.equal(sr.bicubic(flat, 16), torch.full((2, 3, 16, 16, 3), 77, dtype=torch.uint8))
+
+
+def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sr, "STEPS", (1, 2))
+    monkeypatch.setattr(sr, "COARSE", (1, 8))
+    without_truth = replace(sr.drawn_clips(3, world, 64, 128), truth=None)
+    monkeypatch.setattr(sr, "sampled_clips", lambda *_: without_truth)
+    results = sr.run("tiny/sr", clips=3, steps=1, output=str(tmp_path), progress=False)
+    assert set(results) == {"scores", "table", "audio", "steps"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {
+        "clips.png",
+        "audio.png",
+        "steps.png",
+    }
+    facts = json.loads((tmp_path / "table.json").read_text())
+    assert facts["clips"] == 3
+    assert list(facts["sets"]["clip"]["columns"]) == ["bicubic", "latents", "sr", "bound"]
+    assert facts["sets"]["clip"]["columns"]["bound"]["sync_skill"]["value"] == pytest.approx(1)
+    assert "psnr" not in facts["sets"]["base"]["columns"]["sr"]
+    assert facts["provenance"]["libraries"]["torch"] == torch.__version__
+    audio = json.loads((tmp_path / "audio.json").read_text())["sets"]
+    assert list(audio) == ["1", "8"]
+    assert list(audio["8"]["columns"]) == ["bicubic", "latents", "sr", "sr, noise for sound", "bound"]
+    assert (
+        audio["8"]["columns"]["bicubic"]["psnr"]["value"] < audio["1"]["columns"]["bicubic"]["psnr"]["value"]
+    )
+    heard, unheard = (audio["8"]["columns"][name]["psnr"]["value"] for name in ("sr", "sr, noise for sound"))
+    assert heard != unheard
+    assert heard < audio["1"]["columns"]["sr"]["psnr"]["value"]
+    steps = json.loads((tmp_path / "steps.json").read_text())["sets"]["clip"]["columns"]
+    assert steps["1"]["psnr"] == facts["sets"]["clip"]["columns"]["sr"]["psnr"] != steps["2"]["psnr"]
+    table = sr_table(str(tmp_path / "table.json"), "clip", "psnr", "sync_skill").splitlines()
+    ways = ["frames enlarged bicubically", "latents enlarged", "second stage", "truth through the codec"]
+    gains = [f"second stage minus {way}" for way in ways[:2]]
+    assert table[0] == f"| | {' | '.join(ways + gains)} |"
+    assert table[2].startswith("| PSNR against the truth, dB | ")
+    assert len(table) == 6
+    assert table[-1].startswith("3 clips, 1 steps, 95 % intervals over clips. From [")
+    text = (tmp_path / "steps.md").read_text()
+    assert text.startswith("### first stage: the clip itself")
+    assert "| sync_skill |" in text
+
+
+def test_other_checkpoints_are_compared_and_their_training_is_told(world: World, tmp_path: Path) -> None:
+    from magihuman import zoo
+
+    run = tmp_path / "runs" / "again"
+    shutil.copytree(zoo.find("tiny/sr"), run / "export")
+    made = {"command": ["python", "-m", "magihuman.train", "name=again"], "code": {"commit": "abc"}}
+    (run / "run.json").write_text(json.dumps({"steps": 7, "provenance": made}))
+    results = sr.run(
+        "tiny/sr", clips=2, parts="others", others=str(run), steps=1, output=str(tmp_path), progress=False
+    )
+    columns = results["others"]["clip"]["columns"]
+    assert list(columns) == ["sr", "again", "bound"]
+    assert columns["sr"] == columns["again"]  # the same weights on the same noise
+    differences = results["others"]["clip"]["differences"]["again"]
+    assert all(row["value"] == 0 for row in differences.values())
+    told = json.loads((tmp_path / "others.json").read_text())["trained"]
+    assert told["sr"] == {}
+    assert told["again"] == {
+        "command": "python -m magihuman.train name=again",
+        "steps": 7,
+        "seed": None,
+        "code": {"commit": "abc"},
+    }
+
+
+def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
+    from magihuman import zoo
+
+    runs = [tmp_path / folder / "sr" for folder in "ab"]
+    for run in runs:
+        shutil.copytree(zoo.find("tiny/sr"), run / "export")
+    others = ",".join(map(str, runs))
+    results = sr.run(
+        "tiny/sr", clips=2, parts="others", others=others, steps=1, output=str(tmp_path), progress=False
+    )
+    assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bound"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": "tiny/base"}, "tiny/base is a checkpoint, for the first stage"),
+        ({"base": "tiny/sr"}, "tiny/sr is a checkpoint, for the second stage"),
+        (
+            {"parts": "others", "others": "tiny/sr,tiny/distill"},
+            "tiny/distill is a checkpoint, for the first",
+        ),
+        ({"parts": "tables"}, "choose from table, audio, steps"),
+        ({"clips": 1}, "at least 2 clips"),
+        ({"parts": "others"}, "belong together"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sr.run(**settings)

@@ -1,0 +1,294 @@
+"""The command line: from a prompt or a file of them to mp4s with records; kills; bad input."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_world import FRAMES, SIDE, fake_world
+from infer_command import failure, manifest, run, write_prompts
+from PIL import Image
+
+from magihuman import infer
+from magihuman.media.mp4 import probe
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+pytestmark = pytest.mark.usefixtures("in_a_fake_world")
+
+
+# ----------------------------------------------------------------------------------------------- one prompt
+
+
+PROMPT = 'round face, "ginger" hair = red; says: ma ${bi} {so} [x]'
+
+
+def test_one_prompt_makes_a_clip_and_its_record(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "x.mp4"
+    run(f"checkpoint={checkpoint}", f"prompt={PROMPT}", f"output={output}", "seed=3")
+    info = probe(output)
+    assert (info.width, info.height, info.audio_rate) == (SIDE, SIDE, 16000)
+    assert info.seconds == pytest.approx(FRAMES / 25, abs=0.01)
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["prompt"], record["seed"], record["settings"]["steps"]) == (PROMPT, 3, 2)
+    assert torch.__version__.startswith(record["versions"]["torch"])  # the build (+cu130) may be left out
+    assert len(record["checkpoint"]["sha256"]) == 64
+    summary = capsys.readouterr().err
+    assert "1 made" in summary
+    assert all(stage in summary for stage in ("load", "text", "sample", "decode", "write"))
+    assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.mp4"]
+
+
+def test_what_the_world_does_not_know_is_said_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(*arguments: Any, **named: Any) -> Any:
+        return replace(
+            fake_world(*arguments, **named), prompt_pattern="face( m[ai])+", prompt_example="face ma"
+        )
+
+    monkeypatch.setattr("magihuman.codecs.bundle.load_world", strict)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\nface  ma mi\na dog\n")
+    run(f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={tmp_path / 'out'}", "seconds=1")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "1 s is longer than the 0.68 s that this checkpoint was trained on" in notes[0]
+    assert "the prompt 'a cat' and 1 more is not of the only form" in notes[1]
+    assert notes[1].endswith("such as 'face ma'")
+    run(f"checkpoint={checkpoint}", "prompt=face mi", f"output={tmp_path / 'y.mp4'}")
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(f"checkpoint={checkpoint}", "prompt=x y", f"output={tmp_path / name / 'x.mp4'}", f"seed={seed}")
+    a, b, c = ((tmp_path / name / "x.mp4").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_the_recorded_command_repeats_the_clip(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "green").save(tmp_path / "p.png")
+    run(
+        f"checkpoint={checkpoint}",
+        f"prompt={PROMPT}",
+        f"output={tmp_path / 'x.mp4'}",
+        f"image={tmp_path / 'p.png'}",
+        "cfg={video_high: 4, audio: 2.5}",
+        "seconds=0.36",
+        "solver=renoise",
+        "steps=3",
+    )
+    before = (tmp_path / "x.mp4").read_bytes(), (tmp_path / "x.json").read_bytes()
+    command = shlex.split(json.loads(before[1])["command"])
+    assert command[:3] == ["python", "-m", "magihuman.infer"]
+    (tmp_path / "x.mp4").unlink()
+    infer.main(command[3:])
+    assert ((tmp_path / "x.mp4").read_bytes(), (tmp_path / "x.json").read_bytes()) == before
+
+
+def test_a_sound_steers_the_clip(checkpoint: Path, tmp_path: Path) -> None:
+    run(f"checkpoint={checkpoint}", "prompt=a", f"output={tmp_path / 'x.mp4'}", "seed=1")
+    run(
+        f"checkpoint={checkpoint}",
+        "prompt=a",
+        f"output={tmp_path / 'y.mp4'}",
+        "seed=2",
+        f"audio={tmp_path / 'x.mp4'}",
+    )
+    record = json.loads((tmp_path / "y.json").read_text())
+    assert record["audio"]["path"] == str(tmp_path / "x.mp4")
+    assert record["audio"]["sha256"] == json.loads((tmp_path / "x.json").read_text())["sha256"]
+
+
+# --------------------------------------------------------------------------------------------- many prompts
+
+
+def test_many_prompts_make_files_a_manifest_and_can_be_continued(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = write_prompts(tmp_path), tmp_path / "clips"
+    command = [f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={output}", "batch=2", "seed=10"]
+    run(*command)
+    lines = manifest(output)
+    assert [line["prompt"] for line in lines] == [f"prompt number {i}" for i in range(5)]
+    assert [line["seed"] for line in lines] == [10, 11, 12, 13, 14]
+    assert len({line["sha256"] for line in lines}) == 5
+    assert all((output / line["file"]).exists() for line in lines)
+    stamps = {path.name: path.stat().st_mtime_ns for path in output.glob("*.mp4")}
+
+    # What a kill may leave: a torn line, a clip cut short, a clip without record, a half-written file.
+    (output / lines[1]["file"]).write_bytes(b"cut")
+    (output / lines[2]["file"]).with_suffix(".json").unlink()
+    (output / f".{lines[2]['file']}.99.part").touch()
+    text = (output / "manifest.jsonl").read_text()
+    (output / "manifest.jsonl").write_text(text[: text.rindex('"seed"')])
+    capsys.readouterr()
+    run(*command)
+    assert "2 made, 3 done before" in capsys.readouterr().err
+    assert sorted(map(str, manifest(output))) == sorted(map(str, lines))
+    assert not list(output.glob(".*"))
+    made_again = {p.name for p in output.glob("*.mp4") if p.stat().st_mtime_ns != stamps[p.name]}
+    assert made_again == {lines[1]["file"], lines[2]["file"]}
+
+    run(*command, "steps=3")  # another request: nothing of the old one counts
+    assert "5 made in" in capsys.readouterr().err
+    assert {line["name"]: line["sha256"] for line in manifest(output)} != {
+        line["name"]: line["sha256"] for line in lines
+    }
+    assert len(manifest(output)) == 5
+
+
+def test_requests_of_a_file_may_differ(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "p.png")
+    requests: list[dict[str, Any]] = [
+        {"prompt": "a", "name": "one", "seed": 1},
+        {"prompt": "b", "name": "two", "seconds": 0.36},
+        {"prompt": "c", "name": "three", "image": "p.png"},
+        {"prompt": "d", "name": "four"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    run(f"checkpoint={checkpoint}", f"prompts={tmp_path / 'p.jsonl'}", f"output={tmp_path / 'out'}")
+    records = {r["name"]: json.loads((tmp_path / "out" / f"{r['name']}.json").read_text()) for r in requests}
+    assert [records[r["name"]]["seed"] for r in requests] == [1, 43, 44, 45]
+    assert [records[r["name"]]["settings"]["frames"] for r in requests] == [17, 9, 17, 17]
+    assert probe(tmp_path / "out" / "two.mp4").seconds == pytest.approx(9 / 25, abs=0.01)
+    assert [bool(records[r["name"]]["image"]) for r in requests] == [False, False, True, False]
+
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import magihuman.codecs.bundle, fake_world, inference.records
+magihuman.codecs.bundle.load_world = fake_world.fake_world
+append = inference.records.append_line
+def slowly(path, line):
+    append(path, line)
+    time.sleep(0.2)
+inference.records.append_line = slowly
+from magihuman.infer import main
+main(sys.argv[2:])
+"""
+
+
+def test_sigkill_in_the_middle_loses_nothing_and_repeats_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    prompts, output = write_prompts(tmp_path, 6), tmp_path / "clips"
+    arguments = [f"checkpoint={checkpoint}", f"prompts={prompts}", "batch=2", "device=cpu", "progress=false"]
+    command = [sys.executable, "-c", DRIVER, str(REPO / "tests"), *arguments, f"output={output}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPO, env=environment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "manifest.jsonl").exists() and len((output / "manifest.jsonl").read_text()) > 300:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    done = {line["file"]: (output / line["file"]).stat().st_mtime_ns for line in manifest(output)}
+    assert 0 < len(done) < 6
+    run(*arguments[:3], f"output={output}")
+    lines = manifest(output)
+    assert sorted(line["seed"] for line in lines) == list(range(42, 48))
+    assert all((output / name).stat().st_mtime_ns == stamp for name, stamp in done.items())
+    run(*arguments[:3], f"output={tmp_path / 'through'}")
+    through = {line["name"]: line["sha256"] for line in manifest(tmp_path / "through")}
+    assert {line["name"]: line["sha256"] for line in lines} == through
+
+
+# ---------------------------------------------------------------------------------------------------- others
+
+
+def test_the_length_can_follow_the_dialogue(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        '{"prompt": "a face", "seconds": "auto"}',
+        '{"prompt": "says \\"ma bi so\\"", "seconds": "auto"}',
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    output = tmp_path / "out"
+    run(f"checkpoint={checkpoint}", f"prompts={tmp_path / 'p.jsonl'}", f"output={output}")
+    frames = [probe(path).seconds * 25 for path in sorted(output.glob("*.mp4"))]
+    assert frames == pytest.approx([FRAMES, 49], abs=0.3)  # three syllables: 2 s
+    assert "the prompt has no dialogue" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_from_a_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "n.txt").write_text("grey wall\n")
+    output = tmp_path / "x.mp4"
+    common = [
+        f"checkpoint={checkpoint}",
+        "prompt=a",
+        f"output={output}",
+        f"negative_prompt_file={tmp_path / 'n.txt'}",
+    ]
+    run(*common)
+    assert "not the released negative prompt: 9 characters" in capsys.readouterr().err
+    assert json.loads(output.with_suffix(".json").read_text())["settings"]["negative_prompt"] == "grey wall"
+    assert "not both" in failure(capsys, *common, "negative_prompt=x")
+    assert "cannot be read" in failure(capsys, *common[:3], "negative_prompt_file=nowhere.txt")
+
+
+RANKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import magihuman.codecs.bundle, fake_world
+magihuman.codecs.bundle.load_world = fake_world.fake_world
+from magihuman.infer import main
+main(sys.argv[2:])
+"""
+
+
+def test_processes_share_the_prompts_and_one_manifest(checkpoint: Path, tmp_path: Path) -> None:
+    prompts, script = write_prompts(tmp_path, 5), tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    arguments = [f"checkpoint={checkpoint}", f"prompts={prompts}", "batch=1", "device=cpu", "progress=false"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    command = [*launch, str(REPO / "tests"), *arguments, f"output={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}:{REPO}/tests/support"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "process 0 of 2: 3 made" in done.stderr
+    assert "process 1 of 2: 2 made" in done.stderr
+    run(*arguments[:3], f"output={tmp_path / 'one'}")
+    one, two = (sorted(map(str, manifest(tmp_path / name))) for name in ("one", "two"))
+    assert one == two
+
+
+# ------------------------------------------------------------------------------------------------------ help
+
+
+def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    import inspect
+
+    from inference.cli import run as target
+
+    infer.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in inspect.signature(target).parameters)
+    code = "import sys; from magihuman.infer import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True)
+    assert done.returncode == 0, "help imports torch"

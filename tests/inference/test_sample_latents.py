@@ -1,0 +1,78 @@
+"""Sampled latents for decoders: the file holds what the teacher decodes of what it stores, and is not made twice."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from inference import sample_latents
+from magihuman.codecs.bundle import load_world
+from magihuman.errors import UserError
+from magihuman.training.latent_file import SampledLatents
+from magihuman.zoo import decoders
+
+PROMPT = "round face, ginger hair, blue shirt, green wall, says ma bi so"
+
+
+def test_frames_are_the_teachers_of_the_stored_latents(tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "sampled.safetensors"
+    prompts.write_text(f"{PROMPT}\n{PROMPT.replace('blue', 'red')}\n")
+    given = {"output": str(output), "clips": 3, "steps": 2, "cfg": 1.0, "batch": 2, "progress": False}
+    assert sample_latents.make(str(prompts), **given) == str(output)
+    file = SampledLatents(output, 12)
+    assert len(file) == 3
+    assert file.fits((12, 7, 16, 16), (3, 25, 64, 64))
+    clips = [file.read(i / 3) for i in range(3)]
+    teacher = decoders.load("tiny/teacher", dtype=torch.float32)
+    decoded = teacher.decode(clips[1][0][None]).clamp(-1, 1)[0]
+    assert clips[1][0].std() > 0.3
+    assert clips[1][1].dtype == torch.uint8
+    assert ((decoded + 1) * 127.5 - clips[1][1]).abs().max() <= 0.51
+    # The third takes the first prompt again, with a seed of its own.
+    assert not torch.equal(clips[0][0], clips[2][0])
+    with safe_open(output, "pt") as opened:
+        assert opened.metadata() == {
+            "checkpoint": "tiny/base", "teacher": "tiny/teacher", "seed": "0", "steps": "2", "cfg": "1.0",
+            "codec": load_world("tiny").contract.video_codec,
+        }  # fmt: skip
+    before = output.stat().st_mtime_ns
+    sample_latents.make(str(prompts), **given)
+    assert output.stat().st_mtime_ns == before
+    for other, words in (
+        ({"clips": 99}, "clips=3, not 99"),
+        ({"steps": 4, "seed": 1}, "seed=0, not 1; steps=2, not 4"),
+        ({"teacher": "other"}, "teacher=tiny/teacher, not other"),
+    ):
+        with pytest.raises(UserError, match=f"was made with {words}; remove it"):
+            sample_latents.make(str(prompts), **{**given, **other})
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+def test_what_cannot_be_is_named(tmp_path: Path) -> None:
+    output = str(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"is a folder without \.txt captions"):
+        sample_latents.make(str(tmp_path), output)
+    (tmp_path / "a.txt").write_text(PROMPT)
+    with pytest.raises(UserError, match="clips=0 and batch=20 must be at least 1"):
+        sample_latents.make(str(tmp_path), output, clips=0)
+
+
+def test_who_comes_second_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "sampled.safetensors"
+    prompts.write_text(PROMPT)
+    made = []
+
+    def slowly(target: Path, *_: object) -> None:
+        made.append(target)
+        time.sleep(0.3)
+        save_file({"video": torch.zeros(200, 1)}, target)
+
+    monkeypatch.setattr(sample_latents, "_sample", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: sample_latents.make(str(prompts), str(output)), range(2)))
+    assert paths == [str(output)] * 2
+    assert made == [output]

@@ -1,0 +1,199 @@
+"""The denoising loop: against the released implementation's traces, and what a batch must not change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from inference.sampling import LatentShape, Noise, draw_noise, sample, seeded
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.models.denoiser import Denoiser, PackConfig
+from magihuman.models.dit import DiTConfig, SingleStreamDiT
+from magihuman.zoo.checks import Case, Result, checker, kind_of
+from magihuman.zoo.verify import read_manifest
+
+SHAPE = LatentShape(channels=4, frames=3, height=4, width=4, audio=9, audio_channels=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "comparisons"),
+    [
+        ("loop_base_t2v", 8),
+        ("loop_distill_t2v", 8),
+        ("loop_a2v_base", 8),
+        ("loop_base_ti2v_sr", 12),
+        ("loop_distill_sr_cfg1", 12),
+    ],
+)
+def test_the_loop_follows_the_released_one(golden: Path, name: str, comparisons: int) -> None:
+    results = check(golden, name)
+    assert [result for result in results if not result.passed] == []
+    assert len(results) == comparisons
+
+
+def check(folder: Path, name: str) -> list[Result]:
+    """One case of a vector folder, as `python -m magihuman.zoo verify` checks it."""
+    kind = kind_of(name)
+    assert kind is not None
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+    return checker(kind)(Case(name, read_manifest(folder)[name]["meta"], tensors))
+
+
+def test_a_wrong_loop_would_be_noticed(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One guidance scale moved by a hundredth, or the last overwrite of the first frame left out."""
+    monkeypatch.setattr("inference.vectors.Guidance", lambda **scales: Guidance(**{**scales, "audio": 5.05}))
+    assert "out/audio" in {result.what for result in check(golden, "loop_base_t2v") if not result.passed}
+    monkeypatch.undo()
+    monkeypatch.setattr("inference.sampling._with_first_frame", lambda video, image: video)
+    assert "out/video" in {result.what for result in check(golden, "loop_base_ti2v_sr") if not result.passed}
+
+
+# ------------------------------------------------------------------------------- without the stored vectors
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    config = DiTConfig(
+        num_layers=2,
+        hidden_size=32,
+        head_dim=16,
+        num_query_groups=1,
+        video_in_channels=16,
+        audio_in_channels=6,
+        text_in_channels=8,
+        mm_layers=(0,),
+        gelu7_layers=(0,),
+    )
+    model = SingleStreamDiT(config, compute_dtype=torch.float32)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    for head in (
+        model.final_linear_video,
+        model.final_linear_audio,
+    ):  # they start as zeros: no velocity at all
+        torch.nn.init.normal_(head.weight, std=0.1, generator=generator)
+    return Denoiser(model, PackConfig()).eval()
+
+
+def features(lengths: list[int], seed: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 8, generator=generator) for n in lengths]
+
+
+def test_noise_is_drawn_in_the_released_order() -> None:
+    noise = draw_noise(SHAPE, seeded([3, 4]), stochastic_steps=2)
+    for b, seed in enumerate([3, 4]):
+        g = torch.Generator().manual_seed(seed)
+        assert noise.audio is not None
+        assert torch.equal(noise.audio[b], torch.randn(9, 6, generator=g))
+        assert torch.equal(noise.video[b], torch.randn(4, 3, 4, 4, generator=g))
+        for video, audio in noise.steps:
+            assert audio is not None
+            assert torch.equal(video[b], torch.randn(4, 3, 4, 4, generator=g))
+            assert torch.equal(audio[b], torch.randn(9, 6, generator=g))
+
+
+def test_given_audio_draws_nothing() -> None:
+    noise = draw_noise(SHAPE, seeded([3]), stochastic_steps=1, given_audio=torch.zeros(1, 9, 6))
+    g = torch.Generator().manual_seed(3)
+    assert noise.audio is None
+    assert torch.equal(noise.video[0], torch.randn(4, 3, 4, 4, generator=g))
+    assert noise.steps[0][1] is None
+    assert torch.equal(noise.steps[0][0][0], torch.randn(4, 3, 4, 4, generator=g))
+
+
+@pytest.mark.parametrize("solver", ["unipc", "renoise", "euler", "sde"])
+@pytest.mark.parametrize("guidance", [None, Guidance()], ids=["plain", "guided"])
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    denoiser: Denoiser, solver: str, guidance: Guidance | None
+) -> None:
+    text, negative = features([3, 1, 5]), features([2, 2, 2], seed=6)
+    image = torch.randn(3, 4, 1, 4, 4, generator=torch.Generator().manual_seed(9))
+
+    def run(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return sample(
+            denoiser,
+            [text[i] for i in rows],
+            [negative[i] for i in rows],
+            SHAPE,
+            4,
+            solver,
+            guidance,
+            generator=seeded([10 + i for i in rows]),
+            image_latent=image[rows],
+        )
+
+    together = run([0, 1, 2])
+    for i in range(3):
+        alone, again = run([i]), run([i])
+        for part in range(2):
+            assert torch.equal(alone[part], again[part])
+            assert (together[part][i] - alone[part][0]).abs().max() < 1e-4
+    assert not torch.allclose(together[1][0], together[1][1], atol=0.1)
+    assert torch.equal(together[0][:, :, :1], image)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "renoise"])
+def test_given_audio_is_never_changed_and_steers_the_video(denoiser: Denoiser, solver: str) -> None:
+    """Also without guidance, where the released code overwrites it (SPEC O2)."""
+    videos = []
+    for seed in (1, 2):
+        given = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(seed))
+        video, audio = sample(
+            denoiser, features([3]), None, SHAPE, 3, solver, generator=seeded([0]), audio_latent=given
+        )
+        assert torch.equal(audio, given)
+        videos.append(video)
+    assert not torch.allclose(videos[0], videos[1], atol=1e-3)
+
+
+def test_guidance_of_one_is_no_guidance(denoiser: Denoiser) -> None:
+    text, off = features([3]), Guidance(1, 1, audio=1)
+    plain = sample(denoiser, text, None, SHAPE, 3, generator=seeded([0]))
+    unit = sample(denoiser, text, None, SHAPE, 3, guidance=off, generator=seeded([0]))
+    assert torch.equal(plain[0], unit[0])
+    strong = sample(denoiser, text, features([2]), SHAPE, 3, guidance=Guidance(), generator=seeded([0]))
+    assert not torch.allclose(plain[0], strong[0], atol=1e-3)
+
+
+def test_progress_reports_every_step(denoiser: Denoiser) -> None:
+    seen: list[tuple[int, int]] = []
+    video, _ = sample(
+        denoiser,
+        features([3]),
+        None,
+        SHAPE,
+        3,
+        "euler",
+        generator=seeded([0]),
+        progress=lambda i, n, video, audio: seen.append((i, n)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert video.dtype == torch.float32
+    assert not video.requires_grad
+
+
+def test_the_draws_of_training_are_left_alone(denoiser: Denoiser) -> None:
+    before = torch.get_rng_state()
+    sample(denoiser, features([3]), None, SHAPE, 2, "renoise", generator=seeded([0]))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_world_without_sound(denoiser: Denoiser) -> None:
+    silent = LatentShape(4, 3, 4, 4, audio=0, audio_channels=6)
+    video, audio = sample(denoiser, features([3]), None, silent, 2, generator=seeded([0]))
+    assert audio.shape == (1, 0, 6)
+    assert torch.isfinite(video).all()
+
+
+def test_contradicting_arguments(denoiser: Denoiser) -> None:
+    with pytest.raises(ValueError, match="negative texts"):
+        sample(denoiser, features([3]), None, SHAPE, 2, guidance=Guidance(), generator=seeded([0]))
+    with pytest.raises(ValueError, match="2 prompts need 2 generators"):
+        sample(denoiser, features([3, 4]), None, SHAPE, 2, generator=seeded([0]))
+    with pytest.raises(ValueError, match="holds no audio"):
+        sample(denoiser, features([3]), None, SHAPE, 2, noise=Noise(torch.zeros(1, 4, 3, 4, 4), None))
+    with pytest.raises(UserError, match="choose from unipc"):
+        sample(denoiser, features([3]), None, SHAPE, 2, "heun", generator=seeded([0]))

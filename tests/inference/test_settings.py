@@ -1,0 +1,112 @@
+"""Sizes and lengths of clips, and what follows from a checkpoint and what is given (SPEC 4.1)."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fake_release import dit_config
+
+from inference.geometry import fit_side, released_length
+from inference.settings import latent_shape, resolve
+from inference.super_resolution import frame_scales
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.io.export import ExportConfig
+from magihuman.zoo.released import config_for
+
+
+@pytest.fixture(scope="module")
+def configs() -> dict[str, ExportConfig]:
+    shapes = {key: shape for key, shape, _ in dit_config(8).tensors()}
+    return {role: config_for(role, shapes, role) for role in ("base", "distill", "540p_sr", "1080p_sr")}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sound", "audio", "latent_frames"),
+    [
+        (4, None, 101, 26),
+        (5, None, 126, 32),
+        (10, None, 251, 63),
+        (4, 60.0, 100, 25),  # a longer sound is cut
+        (4, 2.0, 50, 13),  # a shorter one makes a short clip
+        (4, 2.03, 50, 13),
+        (40, 30.01, 751, 188),  # windows: a started latent counts
+        (40, 29.0, 725, 182),
+    ],
+)
+def test_released_lengths(
+    configs: dict[str, ExportConfig], seconds: float, sound: float | None, audio: int, latent_frames: int
+) -> None:
+    settings = resolve(configs["base"], seconds=seconds, sound=sound)
+    assert settings.audio == audio
+    assert settings.frames == 4 * latent_frames - 3
+    shape = latent_shape(configs["base"], settings, settings.size)
+    assert (shape.frames, shape.audio, shape.height, shape.width) == (latent_frames, audio, 16, 28)
+
+
+def test_published_defaults(configs: dict[str, ExportConfig]) -> None:
+    base, distill = resolve(configs["base"]), resolve(configs["distill"])
+    assert (base.solver, base.steps, base.shift, base.seconds, base.audio) == ("unipc", 32, 5.0, 4.0, 101)
+    assert base.guidance == Guidance(5.0, 2.0, 500, 5.0)
+    assert (distill.solver, distill.steps, distill.needs_negative) == ("renoise", 8, False)
+    stage = resolve(configs["distill"], configs["540p_sr"]).sr
+    assert stage is not None
+    assert (stage.steps, stage.shift, stage.guidance, stage.height, stage.width) == (5, 5.0, 1.0, 512, 896)
+    assert resolve(configs["distill"], configs["540p_sr"], sr_guidance=3.5).needs_negative
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("256p", (256, 448)), ("540p", (512, 896)), ("1080p", (1088, 1920))]
+)
+def test_named_resolutions(configs: dict[str, ExportConfig], name: str, size: tuple[int, int]) -> None:
+    second = configs.get(f"{name}_sr")
+    settings = resolve(configs["base"], second, resolution=name)
+    assert (settings.height, settings.width) == (256, 448)
+    assert settings.size == size
+
+
+def test_sizes_are_rounded_down_as_released(configs: dict[str, ExportConfig]) -> None:
+    settings = resolve(configs["base"], height=272, width=480)
+    assert (settings.height, settings.width) == (256, 480)
+    assert [fit_side("height", pixels, 16, 2) for pixels in (32, 48, 64, 1088)] == [32, 32, 64, 1088]
+    for pixels in (0, 16, 31, 100, 1080):
+        with pytest.raises(UserError, match="is not a multiple of 32; the nearest is"):
+            fit_side("height", pixels, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seconds": 0}, "must be positive"),
+        ({"seconds": 65}, "too long for this checkpoint; give at most 64.64"),
+        ({"sound": 0.01}, "lasts 0.010 s; give at least 0.04 s"),
+        ({"resolution": "540p"}, "needs a second stage"),
+        ({"sr_guidance": 3.5}, "sr_cfg=3.5 needs a checkpoint"),
+        ({"cfg_passes": 0}, "choose 1 .faster. or 2"),
+    ],
+)
+def test_impossible(configs: dict[str, ExportConfig], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(configs["base"], **settings)
+
+
+def test_impossible_second_stage(configs: dict[str, ExportConfig]) -> None:
+    for settings, message in (
+        ({"sr_steps": 0}, "sr_steps=0"),
+        ({"sr_guidance": 0.5}, "sr_cfg=0.5"),
+        ({"resolution": "256p"}, "first stage alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve(configs["base"], configs["540p_sr"], **settings)  # type: ignore[arg-type]
+
+
+def test_a_bare_rate_decides_length(configs: dict[str, ExportConfig]) -> None:
+    contract = replace(configs["base"].contract, fps=12.5)
+    assert released_length(4, contract).audio == 51
+
+
+def test_early_frames_are_guided_less() -> None:
+    scales = frame_scales(3.5, 26)
+    assert scales("video", 999).flatten().tolist() == [2.0] * 13 + [3.5] * 13  # type: ignore[union-attr]
+    assert scales("audio", 999) == 1.0
+    assert frame_scales(1.5, 3)("video", 0).flatten().tolist() == [1.5] * 3  # type: ignore[union-attr]

@@ -1,0 +1,373 @@
+"""The two objectives of DMD-2 against closed forms, and what must not change them (T1, T2, T3, T7, T8, T10)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import toy_dmd2
+from torch import Tensor, nn
+from toy_mixture import Mixture, gaussian, ring
+
+from inference.sampling import LatentShape, sample, seeded
+from magihuman.distill.objective import matching_gradient, surrogate_loss
+from magihuman.distill.rollout import Given, Pair, Part, Rollout
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance, combine
+from magihuman.flow.path import add_noise, velocity_target, x0_from_velocity
+from magihuman.flow.sigmas import ScoreLevels, SigmaPrior, sigma_grid
+from magihuman.io.export import Sampling
+
+EVERYWHERE = torch.ones(1, 1)
+
+
+def unnormalised(x0: Tensor, noisy: Tensor, real: Tensor, fake: Tensor, sigma: Tensor) -> Tensor:
+    """The matching gradient with its normaliser multiplied out again."""
+    gradient, finite = matching_gradient(x0, noisy, real, fake, sigma, EVERYWHERE)
+    assert finite.all()
+    return gradient * (x0 - x0_from_velocity(noisy, real, sigma)).abs().mean(1, keepdim=True)
+
+
+# T1: an affine student of a Gaussian. The gradient is that of an integral of Kullback-Leibler divergences.
+
+
+def gaussian_velocity(mean: Tensor, covariance: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+    """E[eps - x0 | y, s] for x0 ~ N(mean, covariance); y [B,D], s [B]."""
+    eye, s = torch.eye(len(mean)), sigma[:, None, None]
+    whole = (1 - s) ** 2 * covariance + s**2 * eye  # [B,D,D]
+    offset = torch.linalg.solve(whole, (y - (1 - sigma[:, None]) * mean)[..., None])
+    return ((s * eye - (1 - s) * covariance) @ offset)[..., 0] - mean
+
+
+def divergence(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:
+    """KL(N || other N), [N]."""
+    inverse, offset = torch.linalg.inv(other_covariance), mean - other_mean
+    trace = (inverse @ covariance).diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = (offset[:, None] @ inverse @ offset[..., None])[:, 0, 0]
+    return 0.5 * (trace + square + torch.logdet(other_covariance) - torch.logdet(covariance) - mean.shape[1])
+
+
+def expected_gradient(matrix: Tensor, shift: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """d/d(A, b) of the mean over s of s^2 / (1 - s)^2 KL(p_student at s || p_data at s), divided by D."""
+    sigma = ScoreLevels().at((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)
+    matrix, shift = (x.double().clone().requires_grad_() for x in (matrix, shift))
+    keep, s, eye = (1 - sigma)[:, None], sigma[:, None, None], torch.eye(len(mean), dtype=torch.float64)
+    noisy = [
+        (keep * m, (1 - s) ** 2 * c + s**2 * eye)
+        for m, c in ((shift, matrix @ matrix.T), (mean.double(), covariance.double()))
+    ]
+    ((sigma / (1 - sigma)) ** 2 * divergence(*noisy[0], *noisy[1])).mean().backward()
+    return torch.cat([matrix.grad.flatten(), shift.grad]) / len(mean)
+
+
+def sampled_gradient(
+    matrix: Tensor, shift: Tensor, critic: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor
+) -> Tensor:
+    """The same from 10^5 samples through the recipe's functions; the critic is exact for N(critic)."""
+    draw = torch.Generator().manual_seed(3)
+    matrix, shift = matrix.clone().requires_grad_(), shift.clone().requires_grad_()
+    z, noise = torch.randn(2, 100_000, len(mean), generator=draw)
+    sigma = ScoreLevels().at(torch.rand(len(z), generator=draw))
+    x0 = z @ matrix.T + shift
+    noisy = add_noise(x0, noise, sigma).detach()
+    real = gaussian_velocity(mean, covariance, noisy, sigma)
+    fake = gaussian_velocity(*critic, noisy, sigma)
+    gradient = unnormalised(x0.detach(), noisy, real, fake, sigma)
+    surrogate_loss(x0, gradient, EVERYWHERE).mean().backward()
+    return torch.cat([matrix.grad.flatten(), shift.grad])
+
+
+def test_the_gradient_is_that_of_the_divergence() -> None:  # T1
+    draw = torch.Generator().manual_seed(2)
+    matrix, root = torch.eye(3) + 0.4 * torch.randn(2, 3, 3, generator=draw)
+    shift, mean = 0.3 * torch.randn(2, 3, generator=draw)
+    truth = mean, root @ root.T
+    expected = expected_gradient(matrix, shift, *truth).float()
+
+    found = sampled_gradient(matrix, shift, (shift, matrix @ matrix.T), *truth)
+    assert torch.cosine_similarity(found, expected, dim=0) >= 0.999
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+    # A critic of a student of some updates ago points elsewhere.
+    older = 1.3 * matrix
+    stale = sampled_gradient(matrix, shift, (shift - 0.3, older @ older.T), *truth)
+    assert torch.cosine_similarity(stale, expected, dim=0) < 0.98
+
+
+# T2: at the fixed point nothing moves.
+
+
+def velocities(kind: str, truth: Mixture, y: Tensor, sigma: Tensor, prior: SigmaPrior) -> Tensor:
+    return truth.velocity(y, sigma) if kind == "told" else truth.blind_velocity(y, prior)
+
+
+def noised(student: Mixture, count: int = 8_000) -> tuple[Tensor, ...]:
+    """Student samples at levels of the prior: x0, noise, y, sigma."""
+    draw = torch.Generator().manual_seed(5)
+    x0, _ = student.draw(count, draw)
+    noise = torch.randn(x0.shape, generator=draw)
+    sigma, _ = toy_dmd2.PRIOR.sample(count, draw)
+    return x0, noise, add_noise(x0, noise, sigma), sigma
+
+
+def moved(truth: Mixture, by: float) -> Mixture:
+    """The same, with its mean moved by so many of its standard deviations in the plane."""
+    spread = truth.draw(20_000, torch.Generator().manual_seed(6))[0].std()
+    return Mixture(truth.means + by * spread, truth.weights, truth.deviations)
+
+
+def split(student: Mixture) -> Mixture:
+    """The same distribution in other terms: every mode twice, with half its weight."""
+    return Mixture(student.means.repeat(2, 1), student.weights.repeat(2) / 2, student.deviations)
+
+
+@pytest.mark.parametrize("kind", ["told", "blind"])
+@pytest.mark.parametrize("truth", [gaussian(), ring()], ids=["gaussian", "ring"])
+def test_a_student_that_is_the_data_stays(kind: str, truth: Mixture) -> None:  # T2
+    prior, sizes = toy_dmd2.PRIOR, []
+    for student in (truth, moved(truth, 0.5)):
+        x0, _, y, sigma = noised(student)
+        real, fake = (velocities(kind, who, y, sigma, prior) for who in (truth, split(student)))
+        gradient, finite = matching_gradient(x0, y, real, fake, sigma, EVERYWHERE)
+        assert finite.all()
+        sizes.append(gradient.mean(0).norm())
+    assert sizes[1] > 0.1
+    assert sizes[0] <= 0.05 * sizes[1]
+
+    # E[eps - x0 | y] is the critic: put its target in its place, and sampling error is what remains.
+    deviations = []
+    for student in (truth, moved(truth, 0.5)):
+        x0, noise, y, sigma = noised(student)
+        real = velocities(kind, truth, y, sigma, prior)
+        gradient = unnormalised(x0, y, real, velocity_target(x0, noise), sigma)
+        deviations.append(gradient.mean(0).abs() / (gradient.std(0) / len(gradient) ** 0.5))
+    assert deviations[0].max() <= 3
+    assert deviations[1].max() > 10
+
+
+def test_a_blind_critic_with_another_prior_moves_even_the_data() -> None:  # T2's control
+    truth, sizes = ring(), []
+    x0, _, y, sigma = noised(truth)
+    for prior in (toy_dmd2.PRIOR, SigmaPrior(shift=1.0)):
+        real, fake = truth.blind_velocity(y, toy_dmd2.PRIOR), split(truth).blind_velocity(y, prior)
+        sizes.append(matching_gradient(x0, y, real, fake, sigma, EVERYWHERE)[0].square().mean().sqrt())
+    assert sizes[0] < 1e-4
+    assert sizes[1] > 0.3
+
+
+@pytest.mark.parametrize(("dimensions", "low", "high"), [(2, 0.5, 9.0), (128, 0.0, 0.1), (512, 0.0, 0.03)])
+def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) -> None:  # T3
+    truth, draw = ring(dimensions), torch.Generator().manual_seed(7)
+    x0, _ = truth.draw(256, draw)
+    y = add_noise(x0, torch.randn(x0.shape, generator=draw), 0.8)
+    five, one = (truth.blind_velocity(y, SigmaPrior(shift=shift), 200) for shift in (5.0, 1.0))
+    assert low <= (five - one).norm() / truth.velocity(y, torch.full((256,), 0.8)).norm() <= high
+
+
+def test_a_critic_with_another_prior_is_refused(tmp_path: Path) -> None:  # T3
+    sampling = Sampling("renoise", 4, 5.0)
+    settings = toy_dmd2.setup(tmp_path)
+    with pytest.raises(UserError, match=r"recipe.sigma=.*is not the prior.*remove it"):
+        toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0))
+    assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=toy_dmd2.PRIOR).sigma == toy_dmd2.PRIOR
+    assert toy_dmd2.DMD2(settings, sampling=sampling).sigma == toy_dmd2.PRIOR
+
+    # Of published weights nobody knows it.
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": {"released": "base"}}))
+    assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0)).sigma.shift == 1
+
+
+@pytest.mark.parametrize(("size", "dtype", "low", "high"), [
+    (3e-3, torch.float32, 0.0, 1e-5), (3e-3, torch.bfloat16, 0.4, 1.0), (0.1, torch.bfloat16, 0.01, 0.1),
+])  # fmt: skip
+def test_a_small_gradient_survives_the_surrogate(size, dtype, low, high) -> None:  # T7
+    x0, direction = torch.randn(2, 4, 50_000, generator=torch.Generator().manual_seed(8))
+    gradient, x0 = size * direction, x0.requires_grad_()
+    if dtype == torch.float32:
+        loss = surrogate_loss(x0, gradient, EVERYWHERE)
+    else:  # the control: what the same lines give in half precision
+        inside = x0.to(dtype)
+        loss = 0.5 * (inside - (inside - gradient.to(dtype)).detach()).float().square().mean(1)
+    loss.sum().backward()
+    error = (x0.grad * x0.shape[1] - gradient).norm() / gradient.norm()
+    assert low <= error <= high
+
+
+def test_velocities_in_half_precision_are_subtracted_in_full() -> None:  # T7
+    draw = torch.Generator().manual_seed(8)
+    real, x0, noise = torch.randn(3, 4, 5000, generator=draw)
+    fake, sigma = (real + 0.01 * torch.randn(4, 5000, generator=draw)).bfloat16(), torch.full((4,), 0.5)
+    real, noisy = real.bfloat16(), add_noise(x0, noise, 0.5)
+    gradient, _ = matching_gradient(x0, noisy, real, fake, sigma, EVERYWHERE)
+    exact, _ = matching_gradient(x0, noisy, real.double(), fake.double(), sigma, EVERYWHERE)
+    assert gradient.dtype == torch.float32
+    assert (gradient - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_a_sample_without_a_finite_gradient_gets_none_and_is_counted() -> None:
+    x0, noise, real, fake = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(9))
+    sigma = torch.tensor([0.2, 0.5, 0.9])
+    noisy = add_noise(x0, noise, sigma)
+    clean, _ = matching_gradient(x0, noisy, real, fake, sigma, EVERYWHERE)
+    fake[1, 4] = torch.nan
+    gradient, finite = matching_gradient(x0, noisy, real, fake, sigma, EVERYWHERE)
+    assert finite.tolist() == [True, False, True]
+    assert torch.equal(gradient[1], torch.zeros(6))
+    assert torch.equal(gradient[::2], clean[::2])
+
+
+# T8: what happens to one modality does not reach the other.
+
+
+class Gains(nn.Module):
+    """A velocity of its own gain per modality, so that their gradients can be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.video, self.audio = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.4))
+
+    def forward(self, x: Pair, sigma: Tensor) -> Pair:
+        return Pair(self.video * x.video, self.audio * x.audio)
+
+
+class Fixed(Part):
+    """A part whose draws are given, so that they stay when its shape changes."""
+
+    noise: Pair
+
+    def uniform(self) -> Tensor:
+        return torch.tensor([0.3, 0.6])
+
+    def normal(self) -> Pair:
+        return self.noise
+
+
+class PairDMD2(toy_dmd2.PointDMD2):
+    """The recipe with networks of pairs, which are put in from outside."""
+
+    def configure_model(self) -> None:
+        self.networks = self.start
+
+    def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
+        return self.networks.role(role)(x, sigma.video)
+
+
+def gradients(
+    folder: Path, tiles: int = 1, teacher_video: float = 0.5, **weights: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the student's two gains in a student's turn, with video tokens repeated `tiles` times."""
+    student = Gains()
+    networks = toy_dmd2.Networks(
+        lambda x, s: Pair(teacher_video * x.video, 0.6 * x.audio),
+        lambda x, s: Pair(0.3 * x.video + 0.1, 0.2 * x.audio - 0.1), student, student,
+    )  # fmt: skip
+    made = PairDMD2(toy_dmd2.setup(folder), networks, None, sampling=Sampling("renoise", 2, 5.0), **weights)
+    made.configure_model()
+    draw = torch.Generator().manual_seed(10)
+
+    def latents() -> Pair:
+        video = torch.randn(2, 3, 2, 2, 2, generator=draw).repeat(1, 1, tiles, 1, 1)
+        return Pair(video, torch.randn(2, 5, 4, generator=draw))
+
+    states = [latents(), latents()]
+    part = Fixed([torch.zeros(2, 5)] * 2, Given.nothing(states[0]), [], torch.arange(2))
+    part.noise, part.rollout = latents(), Rollout(states, states, states[0], sigma_grid(2, 5.0))
+    made.student_turn(part).backward()
+    return student.video.grad, student.audio.grad
+
+
+def test_many_video_tokens_do_not_drown_the_sound(tmp_path: Path) -> None:  # T8
+    video, audio = gradients(tmp_path)
+    assert min(abs(video), abs(audio)) > 1e-3
+    many = gradients(tmp_path, tiles=86)
+    assert abs(many[1] - audio) <= 1e-6 * abs(audio)
+    assert abs(many[0] - video) <= 1e-5 * abs(video)  # a mean over more of the same
+
+    heavy = gradients(tmp_path, audio_weight=3.0)
+    torch.testing.assert_close(heavy[1], 3 * audio)
+    assert torch.equal(heavy[0], video)
+    swapped = gradients(tmp_path, video_weight=0.25, audio_weight=0.5)
+    torch.testing.assert_close(torch.stack(swapped), torch.stack([0.25 * video, 0.5 * audio]))
+
+
+def test_the_normaliser_of_the_sound_knows_nothing_of_the_video(tmp_path: Path) -> None:  # T8
+    near, far = gradients(tmp_path), gradients(tmp_path, teacher_video=50.0)
+    assert abs(far[0] - near[0]) > 0.1 * abs(near[0])
+    assert torch.equal(far[1], near[1])
+
+
+def test_one_mean_over_both_modalities_would_drown_it() -> None:  # T8's control
+    draw = torch.Generator().manual_seed(11)
+    shares = []
+    for tiles in (1, 86):
+        sizes = 20 * tiles, 20
+        x0, noise, real, fake = (torch.randn(4, 1, sum(sizes), generator=draw)).unbind()
+        sigma = torch.tensor([0.5])
+        x0.requires_grad_()
+        gradient, _ = matching_gradient(
+            x0.detach(), add_noise(x0, noise, 0.5).detach(), real, fake, sigma, EVERYWHERE
+        )
+        surrogate_loss(x0, gradient, EVERYWHERE).sum().backward()
+        shares.append(x0.grad[:, sizes[0] :].abs().sum())
+    assert shares[1] < 0.05 * shares[0]
+
+
+# T10: one convention of guidance, the sampler's.
+
+
+class Sides(nn.Module):
+    """Velocity 1 with a text, 0 with the empty one: guided, it is the scale itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def layout_for(self, *_: object) -> None:
+        return None
+
+    def forward(
+        self, video: Tensor, audio: Tensor, text: list[Tensor], layout: object = None
+    ) -> tuple[Tensor, Tensor]:
+        sides = torch.tensor([float(features.any()) for features in text])
+        return sides.view(-1, 1, 1, 1, 1).expand_as(video), sides.view(-1, 1, 1).expand_as(audio)
+
+
+class SidesDMD2(PairDMD2):
+    def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
+        assert role == "teacher"
+        return Pair(*Sides()(x.video, x.audio, text))
+
+
+def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch) -> None:  # T10
+    guidance, seen = Guidance(video_high=5.0, video_low=2.0, threshold=500, audio=4.0), []
+
+    def watched(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        seen.append(combine(positive, negative, scale).unique().item())
+        return combine(positive, negative, scale)
+
+    monkeypatch.setattr("inference.sampling.combine", watched)
+    words, nothing = [torch.ones(2, 5)], [torch.zeros(2, 5)]
+    shape = LatentShape(3, 1, 2, 2, 2, 4)
+    sample(Sides(), words, nothing, shape, 100, "euler", guidance, 5.0, seeded([0]))
+    assert set(seen) == {5.0, 2.0, 4.0}
+    in_the_sampler = torch.tensor(seen).view(100, 2)  # [steps, modalities]
+
+    settings = {"sampling": Sampling("renoise", 8, 5.0), "guidance": guidance}
+    made = SidesDMD2(toy_dmd2.setup(tmp_path), None, None, **settings)
+    sigma = sigma_grid(100, 5.0)[:-1]
+    x = Pair(torch.zeros(100, 3, 1, 2, 2), torch.zeros(100, 2, 4))
+    guided, plain = made.teacher_velocity(x, words * 100, Pair(sigma, sigma))
+    assert torch.equal(
+        torch.stack([guided.video.mean((1, 2, 3, 4)), guided.audio.mean((1, 2))], 1), in_the_sampler
+    )
+    assert plain.video.unique().tolist() == plain.audio.unique().tolist() == [1.0]
+
+    made.guidance = Guidance(1, 1, 500, 1)  # a scale of 1 is the conditional prediction
+    for guided, plain in zip(*made.teacher_velocity(x, words * 100, Pair(sigma, sigma)), strict=True):
+        assert torch.equal(guided, plain)
+
+
+def test_the_other_convention_of_guidance_is_one_less() -> None:  # T10
+    positive, negative = torch.randn(2, 7, generator=torch.Generator().manual_seed(12))
+    torch.testing.assert_close(combine(positive, negative, 3.0 + 1), positive + 3.0 * (positive - negative))

@@ -1,0 +1,374 @@
+"""The recipe's promises: masks (T9), roles (T12), resume (T14), several processes (T15), layout of tokens (T16).
+
+T13, adapters on one frozen base, is in test_dmd2_networks.py.
+"""
+
+import csv
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_stub
+from safetensors.torch import load_file
+from test_parallel import World
+from test_resume import assert_same, final_state
+from toy_dmd2 import Watched, setup
+
+from magihuman.distill.collapse_monitor import HealthLimits
+from magihuman.distill.discriminator import AdversarySettings
+from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
+from magihuman.distill.rollout import Given, Pair, Part, Rollout
+from magihuman.distill.settings import CriticSettings
+from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.path import add_noise
+from magihuman.io.export import Sampling
+from magihuman.models.tokens import patchify, patchify_target
+
+GUIDANCE = Guidance(3.0, 1.5, 500, 2.0)
+RENOISE = Sampling("renoise", 3, 5.0)
+
+
+def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
+    chosen = setup(folder, guidance=GUIDANCE, precision=precision, lr=1e-2)
+    critic = CriticSettings(lr=1e-2, updates=2, warmup=0)
+    recipe = Watched(chosen, **{"sampling": RENOISE, "critic": critic, **settings})
+    recipe.configure_model()
+    return recipe
+
+
+# T9: what is given is seen clean by all networks, and counts nowhere.
+
+
+def conditioned() -> Part:
+    """Four samples: nothing given, the first frame, the sound, both."""
+    batch = training_stub.batch(range(4))
+    given = Given.nothing(Pair(batch["video"], batch["audio"]))
+    given.mask.video[[1, 3], :, 0] = 0
+    given.mask.audio[[2, 3]] = 0
+    generators = [torch.Generator().manual_seed(b) for b in range(4)]
+    return Part(batch["text"], given, generators, batch["index"])
+
+
+def share_of_clean_inputs(recipe: Watched, part: Part) -> dict[str, float]:
+    """By role: of the calls, how many had all that is given as it was given."""
+    clean = part.given.latents
+    found: dict[str, list[bool]] = {}
+    for call in recipe.calls:
+        whole = torch.equal(call.x.video[[1, 3], :, 0], clean.video[[1, 3], :, 0])
+        whole &= torch.equal(call.x.audio[[2, 3]], clean.audio[[2, 3]])
+        found.setdefault(call.role, []).append(whole)
+    return {role: sum(values) / len(values) for role, values in found.items()}
+
+
+def test_conditions_are_clean_in_every_input_and_get_no_gradient(tmp_path: Path, monkeypatch) -> None:
+    recipe, part = made(tmp_path), conditioned()
+    for turn in range(3):
+        recipe.critic_turn(part, turn).backward()
+    recipe.student_turn(part).backward()
+    assert share_of_clean_inputs(recipe, part) == {"student": 1, "critic": 1, "teacher": 1}
+    counts = {
+        role: sum(call.role == role for call in recipe.calls) for role in ("student", "critic", "teacher")
+    }
+    assert counts == {
+        "student": 3 + 1,
+        "critic": 3 + 1,
+        "teacher": 2,
+    }  # the teacher with and without the text
+
+    trained = [call for call in recipe.calls if call.gradients]
+    assert [call.role for call in trained] == ["critic"] * 3 + ["student"]
+    for call in trained:
+        video, audio = call.v.video.grad, call.v.audio.grad
+        assert torch.count_nonzero(video[[1, 3], :, 0]) == torch.count_nonzero(audio[[2, 3]]) == 0
+        assert (video[[0, 2], :, 0] != 0).any()
+        assert all((x != 0).any() for x in (video[:, :, 1:], audio[:2]))
+
+    # The control: inputs that nobody puts the conditions into are found, in all three networks.
+    broken, part = made(tmp_path), conditioned()
+    monkeypatch.setattr(Given, "insert", lambda self, generated: generated)
+    broken.critic_turn(part, 0)
+    broken.student_turn(part)
+    assert share_of_clean_inputs(broken, part) == {"student": 0, "critic": 0, "teacher": 0}
+
+
+def test_a_masked_objective_is_that_of_what_is_left(tmp_path: Path) -> None:
+    x0, noise, real, fake = torch.randn(4, 2, 3, 5, 2, 2, generator=torch.Generator().manual_seed(1))
+    sigma, mask = torch.tensor([0.3, 0.8]), torch.ones(2, 1, 5, 1, 1)
+    mask[:, :, 0] = 0
+    real[:, :, 0] = 1e6  # nonsense where nothing counts
+    noisy, rest = add_noise(x0, noise, sigma), torch.ones(2, 1, 4, 1, 1)
+    gradient, _ = matching_gradient(x0, noisy, real, fake, sigma, mask)
+    alone, _ = matching_gradient(*(x[:, :, 1:] for x in (x0, noisy, real, fake)), sigma, rest)
+    torch.testing.assert_close(gradient[:, :, 1:], alone)
+    assert not gradient[:, :, 0].any()
+    torch.testing.assert_close(surrogate_loss(x0, gradient, mask), surrogate_loss(x0[:, :, 1:], alone, rest))
+    torch.testing.assert_close(
+        critic_loss(real, x0, noise, mask), critic_loss(*(x[:, :, 1:] for x in (real, x0, noise)), rest)
+    )
+
+
+def test_clips_without_sound_and_stills_are_distilled_too(tmp_path: Path) -> None:
+    for kind in ({"sound": False}, {"sound": False, "frames": 1}):
+        recipe = made(tmp_path, first_frame=1.0, given_audio=1.0)
+        recipe.training_step(training_stub.batch(range(2), **kind), 0)
+        figures = recipe.meter.flush()
+        assert figures["dm/video"] > 0
+        assert figures["not_finite"] == figures["dm_not_finite"] == 0
+        assert "dm/audio" not in figures
+        assert all(w.isfinite().all() for w in recipe.networks.weights("student").values())
+        assert recipe.student_updates == 1
+
+
+# T16: the networks write tokens in the order that inference reads, which is not the order in which they are read.
+
+
+def test_a_learned_sample_is_in_the_order_that_inference_reads(tmp_path: Path) -> None:
+    recipe = made(tmp_path)
+    batch, draw = training_stub.batch([0]), torch.Generator().manual_seed(3)
+    x0 = Pair(batch["video"], batch["audio"])
+    noise = Pair(*(torch.randn(x.shape, generator=draw) for x in x0))
+    sigma, everywhere = torch.tensor([0.6]), Given.nothing(x0).mask
+    noisy = Pair(*(add_noise(a, b, sigma) for a, b in zip(x0, noise, strict=True)))
+    critic = recipe.networks.critic
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    for _ in range(150):
+        velocity = recipe.velocity("critic", batch["text"], noisy, Pair(sigma, sigma))
+        losses = [critic_loss(*of) for of in zip(velocity, x0, noise, everywhere, strict=True)]
+        optimizer.zero_grad()
+        sum(loss.sum() for loss in losses).backward()
+        optimizer.step()
+    assert losses[0].item() < 1e-3
+
+    written: list[torch.Tensor] = []
+    critic.model.register_forward_hook(lambda _model, _inputs, outputs: written.append(outputs[0]))
+    with torch.no_grad():
+        recipe.velocity("critic", batch["text"], noisy, Pair(sigma, sigma))
+    target = noise.video - x0.video
+    tokens = written[0].reshape(1, -1, 12)
+    assert float((tokens - patchify_target(target, 2)).square().mean()) < 1e-3
+    assert float((tokens - patchify(target, 2)).square().mean()) > 0.1  # the input's order
+
+
+# T12: who is trained when, in which precision.
+
+
+class Phases(Watched):
+    """Notes at every update which networks have gradients before it, and after it."""
+
+    def with_gradients(self) -> list[str]:
+        roles = ("student", "critic", "teacher")
+        return [n for n in roles if any(w.grad is not None for w in self.networks.role(n).parameters())]
+
+    def update(self, role: str, optimizer: Any) -> None:
+        before = self.with_gradients()
+        super().update(role, optimizer)
+        self.held.append((role, before, self.with_gradients()))
+
+
+def phases(folder: Path, **settings: Any) -> tuple[Phases, list[Any]]:
+    recipe = Phases(
+        setup(folder, guidance=GUIDANCE, precision="bf16"),
+        sampling=RENOISE, critic=CriticSettings(updates=2, warmup=1), micro_batch=1, **settings,
+    )  # fmt: skip
+    recipe.held = []
+    recipe.configure_model()
+    for cycle in range(2):
+        recipe.training_step({**training_stub.batch(range(2)), "index": torch.tensor([0, 1]) + 2 * cycle}, 0)
+    return recipe, recipe.held
+
+
+def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_path, monkeypatch) -> None:
+    expected = [("critic", ["critic"], [])] * 4 + [("student", ["student"], [])]
+    recipe, held = phases(tmp_path)
+    assert held == expected
+
+    teacher = recipe.networks.teacher.model
+    stored = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in teacher.state_dict().items())
+    assert not any(w.requires_grad for w in teacher.parameters())
+    assert (
+        teacher.tread is recipe.networks.critic.model.tread is None
+    )  # dropped tokens would change the level
+    # Frozen matrices as the network computes with them; what is trained, averaged and at the ends, in full.
+    assert teacher.block.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+    assert teacher.final_linear_video.weight.dtype == torch.float32
+    assert all(w.dtype == torch.float32 for w in recipe.networks.student.parameters())
+    assert all(w.dtype == torch.float32 for w in recipe.networks.critic.parameters())
+    assert all(w.dtype == torch.float32 for w in recipe.networks.average.parameters())
+    assert {v.dtype for call in recipe.calls for v in call.v} == {torch.float32}
+
+    # With an adversary on the critic's features, the student's gradient goes through the critic.
+    judged = {"gan": AdversarySettings(weight=0.1, network="critic")}
+    assert phases(tmp_path, **judged)[1] == expected
+    monkeypatch.setattr("recipes.dmd2.resting", nullcontext)  # the control
+    assert phases(tmp_path, **judged)[1][-1] == ("student", ["student", "critic"], ["critic"])
+
+
+def batch(cycle: int) -> dict[str, Any]:
+    return {**training_stub.batch(range(2)), "index": torch.tensor([0, 1]) + 2 * cycle}
+
+
+def test_a_student_that_never_has_a_finite_gradient_ends_the_run(tmp_path, monkeypatch) -> None:
+    """Its critic's gradients are finite, and do not vouch for it."""
+    recipe = made(tmp_path)
+    turn = recipe.student_turn
+    monkeypatch.setattr(recipe, "student_turn", lambda part: turn(part) * torch.nan)
+    for cycle in range(19):
+        recipe.training_step(batch(cycle), 0)
+    with pytest.raises(
+        UserError, match=r"gradient \(grad_norm\) was not finite for 20 steps.*lower optim.lr"
+    ):
+        recipe.training_step(batch(19), 0)
+
+
+def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> None:
+    recipe = made(tmp_path, gan=AdversarySettings(weight=0.1))
+    estimate, heads = Rollout.estimate, recipe.adversary.parameters
+
+    def broken(self: Rollout, step: torch.Tensor) -> Pair:
+        x0 = estimate(self, step)
+        return Pair(x0.video * torch.nan, x0.audio)
+
+    monkeypatch.setattr(Rollout, "estimate", broken)
+    before = [w.clone() for w in heads()]
+    recipe.training_step(batch(0), 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, heads(), strict=True))
+    monkeypatch.setattr(Rollout, "estimate", estimate)
+    recipe.training_step(batch(1), 0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, heads(), strict=True))
+    weights = [*heads(), *recipe.networks.critic.parameters(), *recipe.networks.student.parameters()]
+    assert all(w.isfinite().all() for w in weights)
+    assert recipe.meter.flush()["grad_norm/gan"] > 0
+
+
+def test_a_student_is_not_judged_before_its_first_update(tmp_path, monkeypatch) -> None:
+    recipe = Watched(
+        setup(tmp_path), sampling=RENOISE, critic=CriticSettings(updates=1, warmup=4), micro_batch=3,
+        health=HealthLimits(every=1, prompts=2, samples=4, patience=2),
+    )  # fmt: skip
+    recipe.configure_model()
+    recipe.training_step(batch(0), 0)
+    assert {len(call.text) for call in recipe.calls} == {2, 3}  # 8 samples of a look, 3 at once; the batch
+    monkeypatch.setattr(recipe.health, "look", lambda *_: {"health/std_video": 0.1})
+    for cycle in range(1, 6):  # the first update is in the fifth cycle, the first look at it in the sixth
+        recipe.training_step(batch(cycle), 0)
+    assert recipe.health.strikes["health/std_video"] == 1
+    with pytest.raises(UserError, match=r"health/std_video is .* at step 6"):
+        recipe.training_step(batch(6), 0)
+
+
+# T14: interrupted anywhere between cycles, a run ends as if it had not been.
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "export"
+    setup(folder, guidance=GUIDANCE)
+    return folder
+
+
+def common(teacher: Path) -> list[str]:
+    return [
+        "+recipe=dmd2", f"init={teacher}", "trainer.max_steps=6", "checkpoint.every_steps=100",
+        "recipe.critic.warmup=2", "recipe.critic.updates=2", "recipe.sampling.steps=3", "recipe.first_step=0",
+        "recipe.critic.first_step=0", "recipe.health={every: 2, prompts: 2, samples: 2, patience: 99}",
+        "recipe.first_frame=0.5", "callbacks.held_out=null",
+    ]  # fmt: skip
+
+
+def everything(run: Path) -> dict[str, Any]:
+    """Weights, both optimisers, schedule, averages, counters, health, position in the data."""
+    state = final_state(run)
+    assert len(state["optimizer_states"]) == 2
+    assert any(key.startswith("critic.") for key in state["state_dict"])
+    assert any(key.startswith("ema.") for key in state["state_dict"])
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "recipe", "LatentDataModule", "global_step")
+    return {name: state[name] for name in names}
+
+
+def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path) -> None:
+    """Bit for bit. Rollouts live within a cycle, and draws are functions of the cycle: neither has to be kept."""
+    through, halves, damaged = (tmp_path / name for name in ("through", "halves", "damaged"))
+    training_stub.train_here(through, shards, common(teacher))
+    whole = everything(through)
+    counts = {"step": 6, "batches": 6, "student_updates": 4, "critic_updates": 12, "ema_updates": 4}
+    assert {name: whole["recipe"][name] for name in counts} == counts
+
+    training_stub.train_here(halves, shards, [*common(teacher), "trainer.max_steps=3"])
+    shutil.copytree(halves, damaged, symlinks=True)
+    training_stub.train_here(halves, shards, common(teacher))
+    assert_same(everything(halves), whole)
+    exported = "export/model-00001-of-00001.safetensors"
+    assert (halves / exported).read_bytes() == (through / exported).read_bytes()
+
+    # The control: a critic whose optimiser is not restored exactly ends elsewhere.
+    saved = damaged / "checkpoints" / "step-00000003.ckpt"
+    state = torch.load(saved, weights_only=True)
+    for values in state["optimizer_states"][1]["state"].values():
+        values["exp_avg_sq"].mul_(1.01)
+    torch.save(state, saved)
+    training_stub.train_here(damaged, shards, common(teacher))
+    assert (damaged / exported).read_bytes() != (through / exported).read_bytes()
+
+
+# T15: two processes train what one does.
+
+
+@pytest.fixture(scope="module")
+def world(shards, teacher) -> World:
+    exact = ["trainer.precision=fp32", "optim.lr=1e-4", "recipe.critic.lr=1e-4", "+optim.eps=1e-4"]
+    size = ["data.module.batch_size=4", "trainer.log_every=1", "trainer.devices=%d", "strategy=%s"]
+    # Each process takes the penalty's random steps by itself, so it is left out.
+    judged = ["recipe.gan={weight: 0.1, slope: 0.0, start: 3}", "recipe.micro_batch=2"]
+    return World(shards, [*common(teacher), *exact, *size, *judged])
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    assert world.run(folder, "single", 1) == [0]
+    return folder
+
+
+def moves(run: Path, teacher: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exported student, and its move away from the teacher, as one vector each."""
+    file = "model-00001-of-00001.safetensors"
+    mine, start = load_file(run / "export" / file), load_file(teacher / file)
+    names = [name for name, tensor in start.items() if tensor.dtype == torch.float32]  # the rest was rounded
+    weights, before = (torch.cat([state[name].flatten() for name in names]) for state in (mine, start))
+    return weights, weights - before
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, strategy) -> None:
+    folder = tmp_path / "two"
+    # Stopped while neither the student nor the adversary has had a gradient, and continued.
+    assert world.run(folder, strategy, 2, "trainer.max_steps=2") == [0, 0]
+    assert world.run(folder, strategy, 2) == [0, 0]
+    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (alone, folder)]
+    compared = 0
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        # Each process looks at samples of its own prompts.
+        own = "health/std", "health/spread", "samples_per_s", "tflops", "memory_gb"
+        for name in (n for n in one if not n.startswith(own)):
+            assert bool(one[name]) == bool(two[name])
+            if one[name]:
+                assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5, abs=1e-7), name
+                compared += 1
+    assert compared > 60
+    assert {"gan/heads", "health/lag_video", "health/balance"} <= set(rows[0][-1])
+
+    (mine, by), (theirs, _) = moves(folder, teacher), moves(alone, teacher)
+    assert by.norm() > 1e-4 * mine.norm()
+    assert (mine - theirs).norm() <= 1e-5 * mine.norm()
+    assert (mine - theirs).norm() <= 1e-3 * by.norm()

@@ -1,0 +1,179 @@
+"""The student is trained on what inference shows it (T6), and nothing is computed twice (T11)."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_stub
+from torch import Tensor
+from toy_dmd2 import Alone, Watched, setup
+
+from inference.sampling import LatentShape, Noise, sample, seeded
+from magihuman.distill.rollout import Given, Pair, Part, draw_noise, trajectory
+from magihuman.distill.settings import CriticSettings
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.sigmas import sigma_grid
+from magihuman.io.export import Sampling
+
+GUIDANCE = Guidance(video_high=3.0, video_low=1.5, threshold=500, audio=2.0)
+RENOISE = Sampling("renoise", 8, 5.0)
+SHAPE = LatentShape(3, 3, 4, 4, 9, 4)
+
+
+def part(first_frame: bool = False) -> Part:
+    """Three samples with texts of different lengths."""
+    batch = training_stub.batch(range(3))
+    given = Given.nothing(Pair(batch["video"], batch["audio"]))
+    if first_frame:
+        given.mask.video[:, :, 0] = 0
+    return Part(batch["text"], given, seeded([5, 6, 7]), batch["index"])
+
+
+def made(folder: Path, kind: type[Alone] = Alone, **settings: Any) -> Any:
+    recipe = kind(setup(folder, guidance=GUIDANCE), **{"sampling": RENOISE, **settings})
+    recipe.configure_model()
+    return recipe
+
+
+def followed(network: Any, some: Part, settings: Sampling, **more: Any) -> tuple[list[Pair], Pair]:
+    """States after every step, and the end, of inference."""
+    states: list[Pair] = []
+    end = sample(
+        network.eval(), some.text, more.pop("negative_text", None), SHAPE, settings.steps, settings.solver,
+        settings.guidance, settings.shift, seeded([5, 6, 7]), cfg_passes=2,
+        progress=lambda i, n, video, audio: states.append(Pair(video, audio)), **more,
+    )  # fmt: skip
+    return states, Pair(*end)
+
+
+def same(a: Pair, b: Pair) -> bool:
+    return torch.equal(a.video, b.video) and torch.equal(a.audio, b.audio)
+
+
+@pytest.mark.parametrize("first_frame", [False, True])
+def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool) -> None:  # T6
+    recipe, some = made(tmp_path), part(first_frame)
+    rollout = recipe.rollout(some)
+    more = {"image_latent": some.given.latents.video[:, :, :1]} if first_frame else {}
+    states, end = followed(recipe.networks.student, some, recipe.sampling, **more)
+    assert rollout.steps == len(states) == 8
+    for mine, theirs in zip(rollout.states[1:], states, strict=False):
+        assert same(mine, some.given.insert(theirs))
+    assert same(rollout.end, end)
+    assert same(rollout.end, rollout.estimates[-1])  # the last step ends at its data estimate
+
+    # What a turn takes from it: each sample its own step.
+    steps = torch.tensor([0, 7, 3])
+    state, estimate = rollout.state(steps), rollout.estimate(steps)
+    for b, k in enumerate(steps.tolist()):
+        assert torch.equal(state.video[b], rollout.states[k].video[b])
+        assert torch.equal(estimate.audio[b], rollout.estimates[k].audio[b])
+    assert torch.equal(rollout.sigma(steps), rollout.sigmas[steps])
+
+    other = seeded([5, 6, 8])  # the control: another seed, another clip
+    velocity = partial(recipe.velocity, "student", some.text)
+    moved = trajectory(recipe.sampling, velocity, other, some.given)
+    assert torch.equal(moved.end.video[:2], end.video[:2])
+    assert not torch.equal(moved.end.video[2], end.video[2])
+
+
+def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:  # T6
+    recipe, some = made(tmp_path), part()
+    some.given.mask.audio[:] = 0
+    rollout = recipe.rollout(some)
+    # Inference draws nothing for a given sound, so it gets the rollout's draws.
+    start, fresh = draw_noise(seeded([5, 6, 7]), some.given.latents, 8, torch.device("cpu"))
+    noise = Noise(start.video, None, [(pair.video, None) for pair in fresh])
+    sound = some.given.latents.audio
+    states, end = followed(recipe.networks.student, some, recipe.sampling, noise=noise, audio_latent=sound)
+    assert all(torch.equal(a.video, b.video) for a, b in zip(rollout.states[1:], states, strict=False))
+    assert same(rollout.end, end)
+    assert torch.equal(end.audio, sound)
+
+
+def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> None:  # T6, T10
+    recipe, some = made(tmp_path), part()
+    settings = recipe.teacher_sampling
+    assert (settings.solver, settings.guidance) == ("unipc", GUIDANCE)
+    guided = trajectory(
+        settings,
+        lambda x, sigma: recipe.teacher_velocity(x, some.text, sigma)[0],
+        some.generators,
+        some.given,
+    )
+    null = [recipe.given.null_text] * 3
+    states, end = followed(recipe.networks.teacher, some, settings, negative_text=null)
+    assert all(same(a, b) for a, b in zip(guided.states[1:], states, strict=False))
+    assert same(guided.end, end)
+
+
+def test_the_grid_is_the_released_one() -> None:  # T6
+    released = torch.tensor([0.9998, 0.972, 0.937, 0.893, 0.833, 0.750, 0.625, 0.416, 0.0])
+    assert (sigma_grid(8, 5.0) - released).abs().max() < 5e-4  # as far as it is written out
+    u = 0.999 * (1 - torch.arange(9, dtype=torch.float64) / 8)
+    assert (sigma_grid(8, 5.0) - 5 * u / (1 + 4 * u)).abs().max() < 1e-6
+
+
+def test_noise_of_sound_and_video_has_nothing_in_common() -> None:  # T6
+    like = Pair(torch.zeros(16, 2, 4, 5, 5), torch.zeros(16, 25, 8))  # 200 numbers each
+    start, fresh = draw_noise(seeded(range(16)), like, 3, torch.device("cpu"))
+    draws = [x.flatten() for pair in (start, *fresh) for x in pair]
+    correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(8)
+    assert correlation.abs().max() < 4 / 3200**0.5
+    assert torch.corrcoef(torch.stack([draws[0], draws[0]]))[0, 1] > 0.99  # what shared noise would give
+
+
+COSTS = {True: 4, False: 1}
+"""In units of a pass without gradients: with checkpointing, one with them costs four."""
+
+
+@pytest.mark.parametrize(
+    ("updates", "samples_per_rollout", "steps", "units"), [(5, 6, 8, 35), (2, 6, 4, 19), (5, 3, 8, 43)]
+)
+def test_updates_and_passes_of_a_cycle_are_counted(
+    tmp_path: Path, updates: int, samples_per_rollout: int, steps: int, units: int
+) -> None:  # T11
+    """A cycle of 8 steps and 5 updates is one rollout 8, critic 5 x 4, student 4, critic 1, guided teacher 2."""
+    warmup, cycles = 2, 5
+    critic = CriticSettings(updates=updates, warmup=warmup, samples_per_rollout=samples_per_rollout)
+    recipe = made(tmp_path, Watched, sampling=Sampling("renoise", steps, 5.0), critic=critic)
+    passes, moved = [], []
+    for cycle in range(cycles):
+        before = [w.clone() for w in recipe.networks.weights("student").values()]
+        recipe.calls.clear()
+        recipe.training_step({**training_stub.batch(range(2)), "index": torch.tensor([0, 1]) + 2 * cycle}, 0)
+        passes.append(sum(COSTS[call.gradients] for call in recipe.calls))
+        after = recipe.networks.weights("student").values()
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    assert passes == [units - 7] * warmup + [units] * 3
+    assert moved == [False] * warmup + [True] * 3
+    assert recipe.student_updates == recipe.ema.updates == cycles - warmup == 3
+    assert recipe.critic_updates == updates * cycles
+    student, critic_optimizer = recipe.made[0]
+    assert {int(s["step"]) for s in student.state.values()} == {3}
+    assert {int(s["step"]) for s in critic_optimizer.state.values()} == {updates * cycles}
+    assert recipe.step == recipe.batches == cycles
+
+
+def test_every_step_is_learned_equally_often(tmp_path: Path) -> None:  # T11
+    recipe = made(tmp_path, first_step=2)
+    counts = torch.zeros(8, dtype=torch.long)
+    for batch in range(200):
+        recipe.batches = batch
+        some = part()
+        some.position = torch.arange(12) + 12 * batch
+        chosen = recipe.step_of(some, 5, 2)
+        assert chosen.unique().tolist() == [2, 3, 4, 5, 6, 7]  # stratified: a batch has them all
+        counts += torch.bincount(chosen, minlength=8)
+    assert counts.tolist() == [0, 0] + [400] * 6
+    firsts: Tensor = torch.stack([recipe_step(recipe, batch) for batch in range(600)])
+    assert torch.bincount(firsts, minlength=8)[2:].min() > 60  # a position is not tied to a step
+
+
+def recipe_step(recipe: Alone, batch: int) -> Tensor:
+    recipe.batches = batch
+    some = part()
+    some.position = torch.zeros(1, dtype=torch.long)
+    return recipe.step_of(some, 0, 2)[0]

@@ -1,0 +1,146 @@
+"""DMD-2 end to end on points, where the truth is known in closed form (T4, T5, T17): the recipe's own loop.
+
+Gates are those of the study that the recipe was built from (`distill.md` 5.8); what was measured is beside them.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import toy_dmd2
+from torch import Tensor
+from toy_dmd2 import PRIOR, Field, Net, PointDMD2
+from toy_mixture import Figures, Mixture, compare, ring
+
+from magihuman.distill.settings import CriticSettings
+from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
+from magihuman.io.export import Sampling
+
+RING = ring()
+COUNT = 4000
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small products are slower with more
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe(
+    folder: Path, start: Net, field: Field, cycles: int, seed: int, *, shift: float, rates: tuple[float, float],
+    sound: int = 0,
+) -> PointDMD2:  # fmt: skip
+    """The recipe with four re-noising steps; `shift` of the levels of comparison, learning rates of student, critic."""
+    setup = toy_dmd2.setup(folder, steps=cycles, seed=seed, lr=rates[0], ema_decay=0.95)
+    critic = CriticSettings(lr=rates[1], updates=5, warmup=10)
+    return PointDMD2(
+        setup, start, field, sound, sampling=Sampling("renoise", 4, 5.0), score=ScoreLevels(shift), critic=critic
+    )  # fmt: skip
+
+
+def figures(made: PointDMD2, role: str) -> Figures:
+    return compare(made.points(role, COUNT), RING)
+
+
+@pytest.fixture(scope="module")
+def told() -> Net:
+    """Knows the level; fitted to the ring, but not well."""
+    return toy_dmd2.pretrained(RING.velocity, RING, blind=False, updates=800)
+
+
+@pytest.fixture(scope="module")
+def blind() -> Net:
+    return toy_dmd2.pretrained(_blind, RING, blind=True, updates=800)
+
+
+def _blind(x: Tensor, _sigma: Tensor) -> Tensor:
+    return RING.blind_velocity(x, PRIOR)
+
+
+def test_networks_that_know_the_level_learn_the_ring(told: Net, tmp_path: Path) -> None:
+    """T4. Measured: distance .62 before, .14, .18, .19 after; 8 modes; imbalance up to .03; outliers up to .06."""
+    for seed in range(3):
+        made = recipe(tmp_path, told, RING.velocity, 150, seed, shift=2.0, rates=(1e-3, 2e-3))
+        made.configure_model()
+        before = figures(made, "student")
+        made.run(150, 32)
+        after = figures(made, "average")
+        assert before.distance > 0.5
+        assert before.modes < 8
+        # Of every seed: 0.30 is also the gate of the two time scales, for the worst.
+        assert after.distance <= min(0.30, 0.5 * before.distance), (seed, after)
+        assert after.modes == 8, (seed, after)
+        assert max(after.imbalance, after.outliers) <= 0.10, (seed, after)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_networks_that_are_not_told_learn_it_too(blind: Net, tmp_path: Path, seed: int) -> None:
+    """T5. Measured: distance .84 before, .29 and .28 after; 8 modes; outliers .13 and .14."""
+    made = recipe(tmp_path, blind, _blind, 350, seed, shift=3.0, rates=(1e-3, 4e-3))
+    made.configure_model()
+    before = figures(made, "student")
+    made.run(350, 24)
+    after = figures(made, "average")
+    assert after.distance <= min(0.35, 0.5 * before.distance), after
+    assert after.modes >= 7, after
+    assert after.outliers <= 0.20, after
+
+
+def test_a_blind_critic_with_another_prior_teaches_nothing(blind: Net, tmp_path: Path) -> None:
+    """T5's control: the critic learns at other levels. Measured: .77 of .84, where these settings lead to .31 under the
+    teacher's prior; .77 with the settings above, too."""
+    made = recipe(tmp_path, blind, _blind, 150, 0, shift=2.0, rates=(2e-3, 4e-3))
+    made.sigma = SigmaPrior(shift=1.0)
+    made.configure_model()
+    before = figures(made, "student")
+    made.run(150, 32)
+    after = figures(made, "average")
+    assert after.distance >= 0.8 * before.distance, after
+    assert after.modes <= 4, after
+
+
+# T17: a point's sound is decided by its mode.
+
+
+def _paired() -> Mixture:
+    """Four modes of two numbers of video with two of audio, which take another order around their circle."""
+    angle = torch.arange(4) * (torch.pi / 2)
+    circle = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+    means = torch.cat([circle, circle[[0, 2, 1, 3]]], 1)
+    return Mixture(means, torch.tensor([1, 1, 2, 2]) / 6, torch.full((4,), 0.3))
+
+
+PAIRED = _paired()
+VIDEO, AUDIO = (
+    Mixture(PAIRED.means[:, part], PAIRED.weights, PAIRED.deviations[part])
+    for part in (slice(2), slice(2, 4))
+)
+
+
+def _apart(x: Tensor, sigma: Tensor) -> Tensor:
+    """Velocity of videos and sounds that know nothing of each other."""
+    return torch.cat([VIDEO.velocity(x[:, :2], sigma), AUDIO.velocity(x[:, 2:], sigma)], 1)
+
+
+def agreement(points: Tensor) -> float:
+    """Share of points whose sound is of the video's mode."""
+    video, audio = torch.cdist(points[:, :2], VIDEO.means), torch.cdist(points[:, 2:], AUDIO.means)
+    return float((video.argmin(1) == audio.argmin(1)).float().mean())
+
+
+def test_a_joint_critic_keeps_sound_and_picture_together(tmp_path: Path) -> None:
+    """T17. Measured: agreement .88 before and .96 after; .65 where teacher and critic see one modality each."""
+    start = toy_dmd2.pretrained(PAIRED.velocity, PAIRED, blind=False, updates=800)
+    found = {}
+    for name, field in (("together", PAIRED.velocity), ("apart", _apart)):
+        made = recipe(tmp_path, start, field, 200, 0, shift=2.0, rates=(2e-3, 4e-3), sound=2)
+        made.configure_model()
+        found["before"] = agreement(made.points("student", COUNT))
+        made.run(200, 24)
+        found[name] = agreement(made.points("average", COUNT))
+    real, _ = PAIRED.draw(COUNT, torch.Generator().manual_seed(0))
+    assert agreement(real) >= 0.98
+    assert found["together"] >= max(0.95, found["before"] + 0.05), found
+    assert found["apart"] <= found["before"] - 0.1, found

@@ -1,0 +1,168 @@
+"""Small shards and a small model for tests of the engine, and callbacks that break a training."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from magihuman.models.latent_contract import Contract
+
+CONTRACT = Contract(
+    video_codec="stub", audio_codec="stub", text_encoder="stub", video_channels=3, audio_channels=4,
+    text_channels=5, video_stride=(4, 4, 4), fps=25.0, audio_rate=16000, waveform_channels=1,
+)  # fmt: skip
+
+ENGINE = [
+    "data=shards", "trainer=debug", "logger=csv", "trainer.progress=false", "trainer.max_steps=3",
+    "data.module.batch_size=2", "data.module.val_fraction=0.2",
+    "callbacks.samples=null", "after_fit=null", "optim.warmup=2", "init=null",
+]  # fmt: skip
+TRANSFORMER = [
+    "model.dit.num_layers=2", "model.dit.hidden_size=16", "model.dit.head_dim=8", "model.dit.num_query_groups=1",
+    "model.dit.video_in_channels=12", "model.dit.audio_in_channels=4", "model.dit.text_in_channels=5",
+    "model.dit.mm_layers=[0]", "model.dit.gelu7_layers=[0]", "model.pack.patch_size=2",
+]  # fmt: skip
+STUDENT = (
+    "{layout: causal, network: {latent_channels: 3, stages: [{width: 8, blocks: 1, kind: full, up: [2, 2]}, "
+    "{width: 8, blocks: 1, kind: split}], patch: [2, 2]}}"
+)
+DECODER = [f"recipe.student={STUDENT}", "recipe.teacher=null", "recipe.align=0"]
+SMALL = [*ENGINE, *TRANSFORMER]
+"""Overrides with which any recipe trains on `write_shards` in a second."""
+
+
+def sample(number: int, frames: int = 3, sound: bool = True) -> dict[str, torch.Tensor]:
+    """A clip whose moving part follows its sound."""
+    draw = torch.Generator().manual_seed(number)
+    loud = torch.rand(frames, generator=draw)
+    video = torch.full((3, frames, 4, 4), 0.5)
+    video[:, :, 2:, 1:3] = 2 * loud[None, :, None, None]
+    # Two words at least: coordinates v1 have no place for one.
+    tensors = {"video": video, "text": torch.randn(2 + number % 3, 5, generator=draw)}
+    tensors["video_sr"] = video.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    tensors["frames"] = torch.randint(0, 256, (3, 4 * frames - 3, 16, 16), generator=draw).byte()
+    if sound:
+        tensors["audio"] = loud.repeat_interleave(4)[: 4 * (frames - 1) + 1, None].expand(-1, 4).contiguous()
+    return tensors
+
+
+def write_shards(folder: Path, large: int = 8) -> Path:
+    """Three buckets: 8 clips with sound, 5 without, 3 still pictures; their larger latents are `large` a side."""
+    from safetensors.torch import save_file
+
+    from data.shards import Index, ShardWriter
+
+    folder.mkdir(parents=True)
+    with ShardWriter(folder / "shard-000000.tar") as writer:
+        for number in range(16):
+            frames, sound = (3, number < 8) if number < 13 else (1, False)
+            bucket = f"{4 * frames - 3}x16x16{'+a' if sound else ''}"
+            clip = sample(number, frames, sound)
+            clip["video_sr"] = clip["video_sr"][..., :large, :large].contiguous()
+            writer.add(f"clip-{number:02d}_0000", bucket, clip, {"caption": ""})
+    Index("tiny", CONTRACT.to_dict(), [("shard-000000.tar", writer.entries)]).save(folder)
+    save_file({"text": torch.zeros(1, 5)}, folder / "null_text.safetensors")
+    return folder
+
+
+def batch(numbers: range, **kind: Any) -> dict[str, Any]:
+    """Clips as the data module gives them."""
+    samples = [sample(number, **kind) for number in numbers]
+    silent = torch.zeros(0, 4)
+    return {
+        "video": torch.stack([s["video"] for s in samples]),
+        "audio": torch.stack([s.get("audio", silent) for s in samples]),
+        "text": [s["text"] for s in samples],
+        "index": torch.tensor(list(numbers)),
+    }
+
+
+def compose(overrides: list[str]) -> Any:
+    """The configuration that `python -m magihuman.train` would see."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from magihuman.config import CONFIGS
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose("train", overrides)
+
+
+def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
+    """Train in this process as the command line does."""
+    from omegaconf import OmegaConf
+
+    from magihuman.config import validate
+    from magihuman.train import plain, train
+
+    network = DECODER if "+recipe=turbo_vae" in overrides else TRANSFORMER
+    config = compose([*ENGINE, *network, f"folder={folder}", f"data.module.shards={shards}", *overrides])
+    node = plain(config)
+    return train(node, OmegaConf.to_yaml(config), folder, validate(node))
+
+
+class DieAt(L.Callback):
+    """Kills its own process: before a batch, or while the checkpoint of a step is being written.
+
+    Args:
+        batch: number of batches after which to die; -1 never. saving: step whose checkpoint dies half-way.
+        delay: seconds that each batch takes longer, for tests that signal from outside.
+    """
+
+    def __init__(self, batch: int = -1, saving: int = -1, delay: float = 0.0) -> None:
+        self.batch, self.saving, self.delay = batch, saving, delay
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.delay)
+        if pl_module.batches == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        if pl_module.step == self.saving:
+            target = Path(trainer.default_root_dir) / "checkpoints" / f"step-{self.saving:08d}.ckpt.tmp"
+            torch.save(checkpoint["state_dict"], target)
+            os.truncate(target, target.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Spy(L.Callback):
+    """Writes down the positions of the samples that this process trained on, to seen-RANK.json in the run folder."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen += batch["index"].tolist()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        import json
+
+        file = Path(trainer.default_root_dir) / f"seen-{trainer.global_rank}.json"
+        file.write_text(json.dumps(self.seen))
+
+
+class FakeClip:
+    """Four grey frames."""
+
+    frames = torch.full((4, 8, 8, 3), 128, dtype=torch.uint8)
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(b"mp4")
+
+
+class FakePipeline:
+    """Stands in for inference.pipeline.Pipeline, and uses up random numbers as sampling might."""
+
+    def __init__(self, loaded: Any, world: Any) -> None:
+        assert not loaded.denoiser.training
+        assert loaded.config.size.frames == 9
+        assert world.name == "tiny"
+
+    def generate(self, prompts: list[str], seeds: list[int], steps: int) -> list[FakeClip]:
+        assert (len(prompts), seeds, steps) == (2, [0, 1], 4)
+        torch.randn(100)
+        return [FakeClip() for _ in prompts]

@@ -1,0 +1,259 @@
+"""Draws, meters, ramps, motion weights, the sync gap, FLOPs, run folders and checkpoint names."""
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import training_stub
+
+from magihuman import cpu
+from magihuman.config import StrategySettings, TrainerSettings
+from magihuman.errors import UserError
+from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.flops import forward_flops
+from magihuman.train import warn_of_slow_bf16
+from magihuman.training import preempt, runs, strategies
+from magihuman.training.callbacks import Meter
+from magihuman.training.checkpoint import find_resume, point_to
+from magihuman.training.motion import CLAMP, motion_weight, sync_gap
+from magihuman.training.optim import Ramp, value_at
+from magihuman.training.report import write_report
+from magihuman.training.rng import Draws, stream
+from magihuman.training.runs import CSVLog, RunFolder
+
+
+def test_draws_depend_on_seed_batch_and_sample_alone() -> None:
+    both = Draws(0, 7, [3, 5])
+    assert torch.equal(both.normal((2, 4))[1], Draws(0, 7, [5]).normal((2, 4))[0])
+    different = [Draws(1, 7, [5]), Draws(0, 8, [5]), Draws(0, 7, [6])]
+    values = [float(d.uniform()) for d in [Draws(0, 7, [5]), *different]]
+    assert len(set(values)) == 4
+    assert stream(1, 23) != stream(12, 3)
+    many = Draws(0, 0, range(4000))
+    assert float(many.uniform().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(many.chance(0.3).float().mean()) == pytest.approx(0.3, abs=0.03)
+    assert float(many.normal((1,)).std()) == pytest.approx(1.0, abs=0.04)
+
+
+def test_a_meter_averages_with_weights_and_by_band() -> None:
+    meter = Meter()
+    meter.add("loss", torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0]))
+    meter.add("loss", 6.0)
+    meter.add("never", torch.tensor([2.0]), torch.tensor([0.0]))
+    values, sigma = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.5, 1.0])
+    meter.add_bands("x", values, sigma, (0.0, 0.5, 1.0), torch.tensor([1.0, 1.0, 1.0]))
+    figures = meter.flush()
+    assert figures == {"loss": pytest.approx(14 / 5), "x/sigma_0.0_0.5": 1.0, "x/sigma_0.5_1.0": 3.0}
+    assert meter.flush() == {}
+
+
+def test_ramps() -> None:
+    ramp = Ramp(0.2, 1.0, begin=0.5, finish=0.9)
+    assert [ramp.at(p) for p in (0, 0.5, 0.7, 0.9, 1)] == pytest.approx([0.2, 0.2, 0.6, 1.0, 1.0])
+    assert value_at(0.3, 0.7) == 0.3
+    assert Ramp(0.5, 0.1, 0.0, 0.0).at(0.0) == 0.1
+    with pytest.raises(UserError):
+        Ramp(0, 1, begin=0.6, finish=0.5)
+
+
+def test_motion_weight_is_relative_variance_clamped_above_a_floor() -> None:
+    x0 = torch.zeros(2, 3, 4, 5, 5)
+    x0[0, :, ::2, 0, 0] = 1.0  # one place moves: 25 times the mean variance, clamped
+    weight = motion_weight(x0, floor=0.2)
+    assert weight.shape == (2, 1, 1, 5, 5)
+    assert float(weight[0, 0, 0, 0, 0]) == pytest.approx(0.2 + 0.8 * CLAMP)
+    assert float(weight[0, 0, 0, 1, 1]) == pytest.approx(0.2)
+    assert torch.equal(weight[1], torch.ones(1, 1, 5, 5))  # nothing moves
+    moving = torch.randn(1, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    variance = moving.var(dim=2, correction=0).mean(1)
+    torch.testing.assert_close(motion_weight(moving, 0.0)[0, 0, 0], (variance / variance.mean())[0])
+    assert torch.equal(motion_weight(moving, 1.0), torch.ones(1, 1, 1, 5, 5))
+    assert torch.equal(motion_weight(moving[:, :, :1], 0.0), torch.ones(1, 1, 1, 5, 5))
+
+
+def test_sync_gap_tells_a_listener_from_a_deaf_network() -> None:
+    batch = training_stub.batch(range(8))
+    video, audio = batch["video"], batch["audio"]
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(video.shape, generator=draw), torch.zeros(audio.shape)
+
+    def listener(v, a, text):  # paints the mouth from the sound, which is at half amplitude at sigma .5
+        x0 = torch.full_like(v, 0.5)
+        x0[:, :, :, 2:, 1:3] = 2 * (2 * a[:, ::4, 0])[:, None, :, None, None]
+        return (v - x0) / 0.95, a
+
+    def deaf(v, a, text):
+        return (v - 0.5) / 0.95, a
+
+    text = batch["text"]
+    assert sync_gap(listener, video, audio, text, noise) == pytest.approx(1.0, abs=1e-4)
+    assert sync_gap(deaf, video, audio, text, noise) == 0.0
+    assert math.isnan(sync_gap(deaf, video[:1], audio[:1], text[:1], noise))
+    assert math.isnan(sync_gap(deaf, video, audio[:, :0], text, noise))
+
+
+def test_flops_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from magihuman import zoo
+
+    config = DiTConfig(3, 32, 8, 2, 12, 4, 5, mm_layers=(0, 2), gelu7_layers=(0,))
+    denoiser = zoo.build(config, PackConfig(), compute_dtype=torch.float32, seed=0)
+    denoiser.model.attention_backend = "reference"  # plain products, which the counter sees
+    with FlopCounterMode(display=False) as counter:
+        denoiser(torch.zeros(1, 3, 3, 4, 4), torch.zeros(1, 9, 4), [torch.zeros(6, 5)])
+    assert forward_flops(config, 12, 9, 6).total == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_metrics_survive_a_rewind_and_new_columns(tmp_path) -> None:
+    log = CSVLog(tmp_path)
+    for step in range(1, 5):
+        log.log_metrics({"loss": step / 2}, step)
+    log.log_metrics({"loss": 9.0, "gap": 0.1}, 5)
+    again = CSVLog(tmp_path)
+    again.rewind(3)
+    again.log_metrics({"gap": 0.2}, 4)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,loss,gap", "1,0.5,", "2,1,", "3,1.5,", "4,,0.2",
+    ]  # fmt: skip
+
+
+def test_a_torn_last_line_is_dropped(tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n2,0.")
+    log = CSVLog(tmp_path)
+    log.rewind(1)
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,0.5\n"
+
+
+def test_run_json_merges_and_says_when_it_is_damaged(tmp_path) -> None:
+    run = RunFolder(tmp_path / "a")
+    run.update(status="running", metrics={"loss": 1.0})
+    run.update(metrics={"gap": 2.0})
+    assert run.read()["metrics"] == {"loss": 1.0, "gap": 2.0}
+    (run.path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        run.read()
+
+
+def test_find_resume(tmp_path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    assert find_resume("auto", folder) is None
+    for step in (3, 6):
+        (folder / f"step-{step:08d}.ckpt").write_bytes(b"")
+    assert find_resume("auto", folder).name == "step-00000006.ckpt"
+    point_to(folder, folder / "step-00000003.ckpt")
+    assert find_resume("auto", folder).name == "step-00000003.ckpt"  # the link is the last complete one
+    assert find_resume("none", folder) is None
+    assert find_resume(str(tmp_path / "run"), folder / "elsewhere").name == "step-00000003.ckpt"
+    with pytest.raises(UserError, match="no checkpoint there"):
+        find_resume(str(tmp_path / "nothing"), folder)
+
+
+def test_run_folders_are_named_so_that_every_process_agrees(monkeypatch) -> None:
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", runs.RUN_NAME):
+        monkeypatch.delenv(variable, raising=False)
+    node = {"recipe": {"_target_": "recipes.pretrain.Pretrain"}, "runs": "runs", "name": None, "folder": None}
+    assert runs.choose_folder({**node, "name": "a"}).as_posix() == "runs/pretrain/a"
+    assert runs.choose_folder({**node, "folder": "x/y"}).as_posix() == "x/y"
+    assert runs.choose_folder(node, 3).name.endswith("-3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="name="):
+        runs.choose_folder(node)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert runs.choose_folder(node).name == "job-17"  # the same after a requeue
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert runs.choose_folder(node).name == "job-16-4"
+    monkeypatch.setenv(runs.RUN_NAME, "given")
+    assert runs.choose_folder(node).name == "given"
+
+
+def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not preempt.requeue()
+    asked = tmp_path / "asked"
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert preempt.requeue()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert preempt.requeue()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert not preempt.requeue()
+    assert asked.read_text() == "requeue 17\nrequeue 16_4\n"
+
+
+def test_strategies_that_cannot_run_say_what_to_do(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[scale\]', or choose strategy=fsdp2"):
+        strategies.build_strategy(StrategySettings("zero2"), TrainerSettings(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="0 CUDA devices are visible"):
+        strategies.check_device(TrainerSettings(1, accelerator="cuda"))
+
+
+def test_the_report_shows_figures_and_curves(tmp_path) -> None:
+    run = RunFolder(tmp_path)
+    run.update(
+        recipe="recipes.x.X", name="a", created="today", steps=2, metrics={"loss": 0.25},
+        results={"eval": {"sync": 0.5}}, provenance={"command": ["python"], "seed": 3},
+    )  # fmt: skip
+    log = CSVLog(tmp_path)
+    log.log_metrics({"loss/video": 1.0}, 1)
+    log.log_metrics({"loss/video": 0.5, "val/sync_gap": 0.1}, 2)
+    assert write_report(str(tmp_path)) == {"report": str(tmp_path / "report.md")}
+    text = (tmp_path / "report.md").read_text()
+    assert "| loss | 0.25 |" in text
+    assert '"sync": 0.5' in text
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "scores.md").write_text("| a table |\n")
+    (tmp_path / "eval" / "clips.png").write_bytes(b"")
+    run.update(results={"eval": {"scores": str(tmp_path / "eval" / "scores.json")}})
+    write_report(str(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "| a table |" in text
+    assert "![clips](eval/clips.png)" in text
+
+
+def test_a_continuation_keeps_the_settings_it_replaces(tmp_path) -> None:
+    run, config = RunFolder(tmp_path), {"recipe": {"_target_": "recipes.x.X"}, "seed": 3}
+    run.start(config, "lr: 1\n", [])
+    run.update(steps=6)
+    run.start(config, "lr: 1\n", [])
+    assert run.read()["earlier"] == []
+    run.start(config, "lr: 2\n", [])
+    assert (tmp_path / "config.yaml").read_text() == "lr: 2\n"
+    assert (tmp_path / "config-1.yaml").read_text() == "lr: 1\n"
+    assert run.read()["earlier"][0]["config"] == "config-1.yaml"
+    assert run.read()["earlier"][0]["steps"] == 6
+
+
+def test_slow_bf16_of_a_cpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without AVX512-BF16 a training of minutes takes hours."""
+    times = iter([0, 0.7, 0, 0.3, 0, 0.9, 0, 0.2, 0, 0.1, 0, 0.4])  # three products in bf16, three in fp32
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu.time, "perf_counter", lambda: next(times))
+        assert cpu.bf16_slowdown() == pytest.approx(3.0)
+
+    def said(slowdown: float, **options: Any) -> str:
+        monkeypatch.setattr(cpu, "bf16_slowdown", lambda: slowdown)
+        settings: Any = SimpleNamespace(trainer=TrainerSettings(1, **options))
+        warn_of_slow_bf16(settings)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "77 times slower in bf16 than in fp32" in said(77.0)
+    assert "trainer.precision=fp32" in said(77.0, accelerator="cpu")
+    assert said(0.6) == said(77.0, precision="fp32") == said(77.0, accelerator="cuda") == ""
