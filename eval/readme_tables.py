@@ -1,6 +1,6 @@
-"""Tables of the README, rendered from committed result files: `python -m eval.readme_tables` (check=true: compare only).
+"""Tables of every README.md, rendered from committed result files: `python -m eval.readme_tables` (check=true: compare only).
 
-A block of the README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->`,
+A block of a README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->`,
 `<!-- sr FILE SET ROW ... -->`, `<!-- distill FILE ROW ... -->`, `<!-- decoding FILE ROW ... -->`,
 `<!-- ablation FILE -->`, `<!-- decode-cost FILE -->` or those of `inference.benchmark.tables` and
 `<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
@@ -15,11 +15,21 @@ from typing import Any
 from eval import ablation, conditioning, distill_report, sr_report, turbo_vae
 from eval.stats import Measure
 from inference.benchmark import decode_table
-from inference.benchmark.tables import READMES
 from inference.benchmark.tables import TABLES as LATENCY_TABLES
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
+FOLDERS = ("configs", "data", "eval", "inference", "magihuman", "recipes", "slurm", "tests")  # with READMEs
+
+
+def pages() -> list[Path]:
+    """README.md of the repository and of every package and folder in it."""
+    return [
+        REPO / "README.md",
+        *sorted(page for name in FOLDERS for page in (REPO / name).rglob("README.md")),
+    ]
+
+
 # Rows of scores.json that the README shows, in words for a reader who has not met them.
 SHOWN = {
     "attributes": "face, hair, shirt and wall as prompted",
@@ -191,16 +201,16 @@ def render(text: str) -> str:
 
 
 def update(check: bool = False) -> None:
-    """Render the tables of the READMEs from the result files they name.
+    """Render the tables of all README.md files from the result files they name.
 
     Args:
-        check: change nothing; fail if a page differs from what would be rendered
+        check: change nothing; fail if a page differs from its result files
 
     Raises:
         UserError: with check, a page that is out of date; or a block that cannot be rendered.
     """
-    for name in READMES:
-        file = REPO / name
+    for file in pages():
+        name = file.relative_to(REPO)
         old = file.read_text(encoding="utf-8")
         new = render(old)
         if check and new != old:

@@ -12,8 +12,28 @@ from magihuman.errors import UserError
 from magihuman.zoo.peaks import peaks
 
 
-def test_readme_is_rendered_from_its_files() -> None:
+def test_all_readmes_are_rendered_from_their_files() -> None:
     readme_tables.update(check=True)
+
+
+def test_tables_of_a_package_page_are_rendered_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost_file = Path("eval/results/readme_run.json")
+    for page in ("README.md", "eval/README.md", "inference/benchmark/README.md"):
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text("# Page without tables\n")
+    (tmp_path / "eval" / "results").mkdir()
+    (tmp_path / cost_file).write_text((readme_tables.REPO / cost_file).read_text())
+    monkeypatch.setattr(readme_tables, "REPO", tmp_path)
+    stale = f"<!-- cost {cost_file} -->\n| old |\n<!-- end -->\n"
+    for page in ("eval/README.md", "inference/benchmark/README.md"):
+        (tmp_path / page).write_text(stale)
+        with pytest.raises(UserError, match=f"{page} differs"):
+            readme_tables.update(check=True)
+        readme_tables.update()
+        assert "| old |" not in (tmp_path / page).read_text()
+        readme_tables.update(check=True)
 
 
 def test_a_changed_figure_is_noticed() -> None:
