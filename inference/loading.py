@@ -105,14 +105,14 @@ class Source:
     def parents(self) -> dict[str, Any]:
         """Identity of all that is loaded, for the record."""
         from magihuman.io.provenance import fingerprint
-        from magihuman.zoo import adapters, decoders
+        from magihuman.zoo import decoders, lora_files
 
         def identity(name: str, path: Path) -> dict[str, Any]:
             return {"name": name, **(fingerprint(path) if path.exists() else {})}
 
         return {
             "checkpoint": identity(self.checkpoint, self.folder),
-            "lora": None if self.lora is None else identity(self.lora, adapters.find(self.lora)),
+            "lora": None if self.lora is None else identity(self.lora, lora_files.find(self.lora)),
             "sr": None
             if self.sr is None or self.second_folder is None
             else identity(self.sr, self.second_folder),
@@ -215,7 +215,7 @@ def find(
     """Look at everything that the command names, without reading weights.
 
     Args:
-        lora: adapter of the base, see `magihuman.zoo.adapters`.
+        lora: adapter of the base, see `magihuman.zoo.lora_files`.
         tier, shared: see `inference.fast.tiers.choose_tier`.
         codecs: paths of the released world's parts, by the names of `magihuman.codecs.bundle.load_world`; what is None
             comes from the environment.
@@ -230,7 +230,7 @@ def find(
     from inference.memory import check_memory
     from magihuman import zoo
     from magihuman.codecs.bundle import RELEASED_VARIABLES
-    from magihuman.zoo import adapters, decoders
+    from magihuman.zoo import decoders, lora_files
 
     place = choose_device(device)
     check_memory(memory, weights)
@@ -243,7 +243,7 @@ def find(
     folder, config = zoo.find(checkpoint), zoo.config_of(checkpoint)
     require_role(config, checkpoint, first=True)
     if lora is not None:
-        config = adapters.adapted_config(config, lora, checkpoint)
+        config = lora_files.config_with_lora(config, lora, checkpoint)
     given = {part: path for part, path in (codecs or {}).items() if path is not None}
     if config.world == "released":
         known = {part: os.environ.get(name) for part, name in RELEASED_VARIABLES.items()}

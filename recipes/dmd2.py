@@ -51,7 +51,7 @@ from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser
-from magihuman.models.lora import adapter_state, base_state, merge
+from magihuman.models.lora import base_state, lora_state, merge
 from magihuman.models.training_flops import dmd2_flops
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
@@ -59,7 +59,7 @@ from magihuman.training.context import Setup
 from magihuman.training.ema import decay_at
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, fill_state
 from magihuman.training.rng import Draws, stream
-from magihuman.zoo.adapters import save_adapter
+from magihuman.zoo.lora_files import save_lora
 from recipes.base import Recipe
 
 SCORE, CRITIC, LORA = ScoreLevels(), CriticSettings(), LoraConfig(64)
@@ -431,7 +431,7 @@ class DMD2(Recipe):
             return super().exported_weights()
         assert self.networks is not None
         state = parallel.whole_state_dict(self.networks.teacher.model)
-        return dict(merge(base_state(state), adapter_state(state, "average"), self.lora))
+        return dict(merge(base_state(state), lora_state(state, "average"), self.lora))
 
     def export(self, folder: Path) -> None:
         super().export(folder)
@@ -439,8 +439,8 @@ class DMD2(Recipe):
             assert self.networks is not None
             state = parallel.whole_state_dict(self.networks.teacher.model)
             if self.global_rank == 0:
-                adapter = adapter_state(state, "average")
-                save_adapter(
+                adapter = lora_state(state, "average")
+                save_lora(
                     folder.parent / "adapter", adapter, self.lora, self.export_config(), str(self.given.init)
                 )
 

@@ -24,15 +24,15 @@ from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, save_export
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import LoraConfig
-from magihuman.models.denoiser import Adapted, Denoiser
-from magihuman.models.lora import adapter_parameters, adapter_state, add_adapter, base_state, copy_adapter
+from magihuman.models.denoiser import Denoiser, WithLora
+from magihuman.models.lora import add_lora, base_state, copy_lora, lora_parameters, lora_state
 from magihuman.models.training_flops import passes
 from magihuman.training import parallel
 from magihuman.training.context import Setup
 from magihuman.training.ema import decay_at
 from magihuman.training.optim import Ramp
 from magihuman.training.rng import Draws, stream
-from magihuman.zoo import adapters
+from magihuman.zoo import lora_files
 from recipes.base import Recipe
 from recipes.pretrain import FlowMatching
 
@@ -136,10 +136,10 @@ class Lora(Recipe):
         """A network with both adapters, of which one is trained."""
         denoiser.requires_grad_(False)
         for name in {TUNED: None, self.shown: None}:
-            add_adapter(denoiser.model, name, self.lora, stream(self.given.seed, "lora"))
+            add_lora(denoiser.model, name, self.lora, stream(self.given.seed, "lora"))
         if self.shown == AVERAGE:
-            copy_adapter(denoiser.model, TUNED, AVERAGE)
-            for weight in adapter_parameters(denoiser.model, AVERAGE).values():
+            copy_lora(denoiser.model, TUNED, AVERAGE)
+            for weight in lora_parameters(denoiser.model, AVERAGE).values():
                 weight.requires_grad_(False)
         return denoiser
 
@@ -149,21 +149,21 @@ class Lora(Recipe):
         return AVERAGE if self.decay > 0 else TUNED
 
     @property
-    def trained(self) -> Adapted:
+    def trained(self) -> WithLora:
         assert self.denoiser is not None
-        return Adapted(self.denoiser, TUNED)
+        return WithLora(self.denoiser, TUNED)
 
     @property
-    def network(self) -> Adapted:
+    def network(self) -> WithLora:
         assert self.denoiser is not None
-        return Adapted(self.denoiser, self.shown)
+        return WithLora(self.denoiser, self.shown)
 
     def after_step(self) -> None:
         """Count a step and let the average follow."""
         super().after_step()
         if self.shown == AVERAGE:
             assert self.denoiser is not None
-            average, tuned = (adapter_parameters(self.denoiser, name).values() for name in (AVERAGE, TUNED))
+            average, tuned = (lora_parameters(self.denoiser, name).values() for name in (AVERAGE, TUNED))
             follow(average, tuned, decay_at(self.step - 1, self.decay))
 
     # Saving
@@ -201,7 +201,7 @@ class Lora(Recipe):
         config = self.export_config()
         facts = {"base": fingerprint(zoo.find(self.base))}
         config = replace(config, provenance=config.provenance | facts)
-        own = adapter_state(whole, self.shown)
-        adapters.save_adapter(folder.parent / "adapter", own, self.lora, config, self.base)
+        own = lora_state(whole, self.shown)
+        lora_files.save_lora(folder.parent / "adapter", own, self.lora, config, self.base)
         if self.merge:
-            save_export(folder, adapters.merged(base_state(whole), own, self.lora, config.model), config)
+            save_export(folder, lora_files.merged(base_state(whole), own, self.lora, config.model), config)

@@ -55,14 +55,14 @@ class FastDenoiser(Denoiser):
         audio: Tensor,
         text: Sequence[Tensor],
         layout: Layout | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Denoiser.forward`; adapters have to be merged beforehand."""
+        """See `Denoiser.forward`; a LoRA has to be merged beforehand."""
         model: Any = self.model
         if model.cache is not None:
             # A sampling loop gives the same features in every step, so they tell its passes apart.
             model.cache.enter((video.shape, *map(id, text)))
-        return super().forward(video, audio, text, layout, adapter)
+        return super().forward(video, audio, text, layout, lora)
 
     def begin(self, steps: int) -> None:
         """A trajectory starts: forget what was kept between the steps of the last one."""

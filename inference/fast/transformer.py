@@ -185,16 +185,16 @@ class FastTransformer(nn.Module):
         layout: Layout,
         *,
         rotary: Tensor | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `SingleStreamDiT.forward`; the rotary table is the layout's.
 
         Raises:
             RuntimeError: gradients are on.
-            ValueError: a rotary table of its own, or an adapter, which has to be merged beforehand.
+            ValueError: a rotary table of its own, or a LoRA, which has to be merged beforehand.
         """
-        if adapter is not None:
-            raise ValueError(f"a faster tier has no adapters; merge {adapter!r} into the weights first")
+        if lora is not None:
+            raise ValueError(f"a faster tier has no LoRA; merge {lora!r} into the weights first")
         if torch.is_grad_enabled():
             raise RuntimeError("a faster tier is for inference: call the network under torch.no_grad()")
         if rotary is not None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.models.config import LoraConfig
-from magihuman.models.denoiser import Adapted, Denoiser
-from magihuman.models.lora import adapter_of, adapter_parameters, add_adapter, copy_adapter
+from magihuman.models.denoiser import Denoiser, WithLora
+from magihuman.models.lora import add_lora, copy_lora, lora_of, lora_parameters
 
 HOLDINGS = ("full", "lora_critic", "lora")
 ADAPTERS = {"full": (), "lora_critic": ("critic",), "lora": ("student", "critic", "average")}
@@ -49,8 +49,8 @@ class Networks:
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """What an optimiser moves of student or critic."""
         role = self.role(name)
-        if isinstance(role, Adapted):
-            return adapter_parameters(role.model, role.adapter)
+        if isinstance(role, WithLora):
+            return lora_parameters(role.model, role.lora)
         return {key: weight for key, weight in role.named_parameters() if weight.requires_grad}
 
 
@@ -77,17 +77,17 @@ def hold(
     def adapt(network: Denoiser) -> None:
         network.requires_grad_(False)
         for name in ADAPTERS[kind]:
-            add_adapter(network.model, name, lora, seed)
+            add_lora(network.model, name, lora, seed)
 
     shared = make(True, adapt)
-    critic = Adapted(shared, "critic")
+    critic = WithLora(shared, "critic")
     if kind == "lora_critic":
         assert student is not None
         return Networks(shared, critic, *student, shared)
-    copy_adapter(shared.model, "student", "average")
-    for weight in adapter_parameters(shared.model, "average").values():
+    copy_lora(shared.model, "student", "average")
+    for weight in lora_parameters(shared.model, "average").values():
         weight.requires_grad_(False)
-    return Networks(shared, critic, Adapted(shared, "student"), Adapted(shared, "average"), shared)
+    return Networks(shared, critic, WithLora(shared, "student"), WithLora(shared, "average"), shared)
 
 
 def _nothing(network: Denoiser) -> None:
@@ -103,9 +103,7 @@ def follow(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -
 def without_base(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """A state dict without the frozen base below `prefix`, whose adapters stay."""
     return {
-        key: tensor
-        for key, tensor in state.items()
-        if not key.startswith(prefix) or adapter_of(key) is not None
+        key: tensor for key, tensor in state.items() if not key.startswith(prefix) or lora_of(key) is not None
     }
 
 

@@ -224,16 +224,16 @@ class TreadConfig(_FromDict):
 
 @dataclass(frozen=True)
 class LoraConfig(_FromDict):
-    """Size of a low-rank adapter (Hu et al. 2021, arXiv 2106.09685).
+    """Size of a LoRA (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
         rank: r of every block matrix, per expert.
         alpha: the change is alpha / r B A; None takes alpha = r.
-        heads: the adapter owns a copy of the embedders, final norms and final linears, trained whole; these are small
+        heads: the LoRA owns a copy of the embedders, final norms and final linears, trained whole; these are small
             beside the block matrices, and a low rank would not make them smaller.
 
     Raises:
-        UserError: at construction, for values that make no adapter.
+        UserError: at construction, for values that make no LoRA.
     """
 
     rank: int

@@ -11,7 +11,7 @@ from magihuman.models.config import PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.tokens import Layout, patchify, unpatchify
 
-__all__ = ["Adapted", "Denoiser", "PackConfig"]
+__all__ = ["Denoiser", "PackConfig", "WithLora"]
 
 _KEPT_LAYOUTS = 16
 
@@ -91,20 +91,20 @@ class Denoiser(nn.Module):
         audio: Tensor,
         text: Sequence[Tensor],
         layout: Layout | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predict velocities of a batch.
 
         Args:
             video: [B,C,T,h,w]; audio: [B,A,Ca], A = 0 without sound; text: B tensors [S_i,Ct].
             layout: from `layout_for`; looked up where absent.
-            adapter: the one to compute with (`magihuman.models.lora`); None is the base.
+            lora: name of the LoRA to compute with (`magihuman.models.lora`); None is the base.
 
         Returns:
             fp32 [B,C,T,h,w] and fp32 [B,A,Ca].
 
         Raises:
-            ValueError: when the three disagree about the batch size, or there is no such adapter.
+            ValueError: when the three disagree about the batch size, or there is no such LoRA.
         """
         if not len(video) == len(audio) == len(text):
             raise ValueError(f"batch sizes differ: video {len(video)}, audio {len(audio)}, text {len(text)}")
@@ -112,7 +112,7 @@ class Denoiser(nn.Module):
             layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
         words = torch.cat(list(text)) if len(text) > 1 else text[0]
-        chosen = {} if adapter is None else {"adapter": adapter}  # a model without adapters can stand here
+        chosen = {} if lora is None else {"lora": lora}  # a model without LoRA can stand here
         video_v, audio_v = self.model(tokens, audio.flatten(0, 1), words, layout, **chosen)
         grid = (video.shape[2], video.shape[3], video.shape[4])
         return (
@@ -126,7 +126,7 @@ class Denoiser(nn.Module):
         audio: Tensor,
         text: Sequence[Tensor],
         taps: Sequence[int],
-        adapter: str | None = None,
+        lora: str | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """The residual stream of both modalities after some layers, as `forward` sees them.
 
@@ -139,25 +139,28 @@ class Denoiser(nn.Module):
         layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
         *_, streams = self.model(
-            tokens, audio.flatten(0, 1), torch.cat(list(text)), layout, adapter=adapter, taps=taps
+            tokens, audio.flatten(0, 1), torch.cat(list(text)), layout, lora=lora, taps=taps
         )
         parts = [stream.split(layout.sizes)[:2] for stream in streams]
         return [(v.unflatten(0, (len(video), -1)), a.unflatten(0, (len(video), -1))) for v, a in parts]
 
 
-class Adapted(Denoiser):
-    """A denoiser seen through one of its adapters: what takes a `Denoiser` gets the adapter's velocities.
+class WithLora(Denoiser):
+    """A denoiser that computes with one of its network's LoRAs, usable wherever a `Denoiser` is.
 
-    It shares the network and the kept layouts with the denoiser it looks at, and adds nothing of its own.
+    It shares the network and the cached layouts with the given denoiser and owns no parameters.
+
+        student = WithLora(denoiser, "student")
+        student(video, audio, text)  # denoiser(video, audio, text, lora="student")
 
     Args:
-        adapter: name of the adapter.
+        lora: name of the LoRA.
     """
 
-    def __init__(self, denoiser: Denoiser, adapter: str) -> None:
+    def __init__(self, denoiser: Denoiser, lora: str) -> None:
         super().__init__(denoiser.model, denoiser.pack)
         self._layouts = denoiser._layouts
-        self.adapter = adapter
+        self.lora = lora
 
     def forward(
         self,
@@ -165,10 +168,10 @@ class Adapted(Denoiser):
         audio: Tensor,
         text: Sequence[Tensor],
         layout: Layout | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Denoiser.forward`, with the adapter of this view unless another is named."""
-        return super().forward(video, audio, text, layout, adapter or self.adapter)
+        """As `Denoiser.forward`, with this LoRA unless another is named."""
+        return super().forward(video, audio, text, layout, lora or self.lora)
 
     def features(
         self,
@@ -176,7 +179,7 @@ class Adapted(Denoiser):
         audio: Tensor,
         text: Sequence[Tensor],
         taps: Sequence[int],
-        adapter: str | None = None,
+        lora: str | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """As `Denoiser.features`, with the adapter of this view unless another is named."""
-        return super().features(video, audio, text, taps, adapter or self.adapter)
+        """As `Denoiser.features`, with this LoRA unless another is named."""
+        return super().features(video, audio, text, taps, lora or self.lora)

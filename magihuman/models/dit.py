@@ -42,7 +42,7 @@ class _Rope(nn.Module):
         self.register_buffer("bands", rotary_bands(head_dim))
 
 
-class Adapter(nn.Module):
+class Embedders(nn.Module):
     """Each modality's tokens to the hidden width, fp32 (SPEC 1.3)."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -81,10 +81,10 @@ class Attention(nn.Module):
         backend: str,
         window: int | None,
         dtype: torch.dtype,
-        adapter: str | None = None,
+        lora: str | None = None,
         traced: bool = True,
     ) -> list[Tensor]:
-        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with an adapter.
+        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with a LoRA.
 
         Args:
             traced: whether a compiled graph may contain the attention itself.
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             tables,
             self.pre_norm.slices(),
             self.linear_qkv.slices(dtype),
-            updates(self.linear_qkv, adapter, dtype),
+            updates(self.linear_qkv, lora, dtype),
             self.q_norm.slices(),
             self.k_norm.slices(),
             strict=True,
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         results = []
         pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
         linear = self.linear_proj
-        matrices = zip(linear.slices(dtype), updates(linear, adapter, dtype), strict=True)
+        matrices = zip(linear.slices(dtype), updates(linear, lora, dtype), strict=True)
         for o, gate, (weight, update) in zip(pieces, gates, matrices, strict=True):
             if self.config.enable_attn_gating:
                 o = o * torch.sigmoid(gate.float()).unsqueeze(-1)  # fp32, also where o is bf16
@@ -136,14 +136,14 @@ class MLP(nn.Module):
         self.up_gate_proj = ExpertLinear(hidden, config.up_width(layer), experts, linear_dtype)
         self.down_proj = ExpertLinear(config.intermediate_size(layer), hidden, experts, linear_dtype)
 
-    def forward(self, parts: list[Tensor], dtype: torch.dtype, adapter: str | None = None) -> list[Tensor]:
+    def forward(self, parts: list[Tensor], dtype: torch.dtype, lora: str | None = None) -> list[Tensor]:
         """fp32 [n,H] of each expert's rows -> fp32 [n,H]."""
         project = gelu7_projection if self.gelu else swiglu7_projection
         weights = zip(
             parts,
             self.pre_norm.slices(),
-            zip(self.up_gate_proj.slices(dtype), updates(self.up_gate_proj, adapter, dtype), strict=True),
-            zip(self.down_proj.slices(dtype), updates(self.down_proj, adapter, dtype), strict=True),
+            zip(self.up_gate_proj.slices(dtype), updates(self.up_gate_proj, lora, dtype), strict=True),
+            zip(self.down_proj.slices(dtype), updates(self.down_proj, lora, dtype), strict=True),
             strict=True,
         )
         results = []
@@ -177,22 +177,22 @@ class Block(nn.Module):
         backend: str,
         window: int | None,
         dtype: torch.dtype,
-        adapter: str | None = None,
+        lora: str | None = None,
         traced: bool = True,
     ) -> Tensor:
         """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]; `traced` as for `Attention`."""
         parts: tuple[Tensor, ...] = x.split(layout.sizes) if self.multimodal else (x,)
         tables = table.split(layout.sizes) if self.multimodal else (table,)
         window = window if self.local else None
-        attended = self.attention(parts, tables, layout, backend, window, dtype, adapter, traced)
+        attended = self.attention(parts, tables, layout, backend, window, dtype, lora, traced)
         middle = _add(parts, attended, self.attn_post_norm, dtype)
-        return _join(_add(middle, self.mlp(middle, dtype, adapter), self.mlp_post_norm, torch.float32))
+        return _join(_add(middle, self.mlp(middle, dtype, lora), self.mlp_post_norm, torch.float32))
 
 
 def _add(
     parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    if norm is not None:  # its result is rounded to `dtype`, also where an adapter left the change in fp32
+    if norm is not None:  # its result is rounded to `dtype`, also where a LoRA left the change in fp32
         change = [rms_norm(y, weight).to(dtype) for y, weight in zip(change, norm.slices(), strict=True)]
     return [x + y for x, y in zip(parts, change, strict=True)]
 
@@ -211,13 +211,13 @@ class _Blocks(nn.Module):
 class Ends(nn.Module):
     """What lies before and after the blocks, under the released names: embedders, final norms, final linears.
 
-    An adapter may own a whole set of them (`magihuman.models.lora`).
+    A LoRA may own a whole set of them (`magihuman.models.lora`).
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.adapter = Adapter(config)
+        self.adapter = Embedders(config)
         del self.adapter.rope  # a buffer of the network, not trained
         self.final_norm_video = RMSNorm(hidden)
         self.final_norm_audio = RMSNorm(hidden)
@@ -243,7 +243,7 @@ class SingleStreamDiT(nn.Module):
         tread_generator: source of the routing's draws; None takes torch's default one.
         attention_backend: see `magihuman.models.attention`.
         frame_receptive_field: window of the local layers, in frames to each side; negative turns windows off.
-        adapters: names and ranks of the adapters that `magihuman.models.lora.add_adapter` put in.
+        lora_configs: rank and scale of each LoRA by name, see `magihuman.models.lora.add_lora`.
 
     Raises:
         ValueError: for a compute dtype other than fp32 and bf16.
@@ -266,15 +266,15 @@ class SingleStreamDiT(nn.Module):
         self.tread_generator: torch.Generator | None = None
         self.attention_backend = "auto"
         self.frame_receptive_field = 11
-        self.adapters: dict[str, LoraConfig] = {}
-        self.adapter = Adapter(config)
+        self.lora_configs: dict[str, LoraConfig] = {}
+        self.adapter = Embedders(config)
         self.block = _Blocks([Block(config, i, linear_dtype) for i in range(config.num_layers)])
         self.final_norm_video = RMSNorm(config.hidden_size)
         self.final_norm_audio = RMSNorm(config.hidden_size)
         hidden = config.hidden_size
         self.final_linear_video = nn.Linear(hidden, config.video_in_channels, bias=False, dtype=torch.float32)
         self.final_linear_audio = nn.Linear(hidden, config.audio_in_channels, bias=False, dtype=torch.float32)
-        self.lora = nn.ModuleDict()  # name -> Ends, of adapters that have their own
+        self.lora = nn.ModuleDict()  # name -> Ends, of LoRAs with their own embedders and heads
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -317,16 +317,16 @@ class SingleStreamDiT(nn.Module):
         """Rotary table fp32 [L,3D/4] for the layout's coordinates."""
         return rotary_table(layout.coords, self.adapter.rope.bands)
 
-    def _ends(self, adapter: str | None) -> "SingleStreamDiT | Ends":
-        if adapter is None:
+    def _ends(self, lora: str | None) -> "SingleStreamDiT | Ends":
+        if lora is None:
             return self
-        if adapter not in self.adapters:
+        if lora not in self.lora_configs:
             raise ValueError(
-                f"no adapter {adapter!r} in this network; it has {sorted(self.adapters) or 'none'}"
+                f"no LoRA {lora!r} in this network; it has {sorted(self.lora_configs) or 'none'}"
             )
-        if adapter not in self.lora:
+        if lora not in self.lora:
             return self
-        own = self.lora[adapter]
+        own = self.lora[lora]
         assert isinstance(own, Ends)
         return own
 
@@ -338,7 +338,7 @@ class SingleStreamDiT(nn.Module):
         layout: Layout,
         *,
         rotary: Tensor | None = None,
-        adapter: str | None = None,
+        lora: str | None = None,
         taps: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
         """Predict velocities.
@@ -346,7 +346,7 @@ class SingleStreamDiT(nn.Module):
         Args:
             video: [Nv,Cv], all samples' patchified video tokens; audio: [Na,Ca]; text: [Nt,Ct].
             rotary: fp32 [L,3D/4] made earlier for this layout; computed where absent.
-            adapter: the one to compute with; None is the base. An argument and no state, so that a pass recomputed for
+            lora: name of the LoRA to compute with; None is the base. An argument and no state, so that a pass recomputed for
                 its gradients is the same pass, whatever was called in between.
             taps: layers, ascending, after which the residual stream is wanted too; as a value and not by a hook, so
                 that it survives recomputation and sharding.
@@ -356,25 +356,25 @@ class SingleStreamDiT(nn.Module):
             list of fp32 [L,H] in packed order.
 
         Raises:
-            ValueError: no such adapter, or taps together with token routing.
+            ValueError: no such LoRA, or taps together with token routing.
         """
         table = rotary if rotary is not None else layout.rotary
         if table is None:
             table = self.rotary(layout)
-        ends = self._ends(adapter)
+        ends = self._ends(lora)
         x = ends.adapter(video, audio, text)
         tread = self.tread if self.training else None
         tapped, done = [], 0
         if tread is not None:
             if taps:
                 raise ValueError("token routing leaves nothing whole to tap; switch it off")
-            x = self._run_routed(x, table, layout, tread, adapter)
+            x = self._run_routed(x, table, layout, tread, lora)
             done = self.config.num_layers
         for tap in taps:
-            x = self._run(x, table, layout, done, tap + 1, adapter)
+            x = self._run(x, table, layout, done, tap + 1, lora)
             tapped.append(x)
             done = tap + 1
-        x = self._run(x, table, layout, done, self.config.num_layers, adapter)
+        x = self._run(x, table, layout, done, self.config.num_layers, lora)
         video_x, audio_x, _ = x.split(layout.sizes)
         velocities = (
             linear_fp32(ends.final_linear_video, ends.final_norm_video(video_x)),
@@ -383,10 +383,10 @@ class SingleStreamDiT(nn.Module):
         return (*velocities, tapped) if taps else velocities
 
     def _run(
-        self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, adapter: str | None
+        self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, lora: str | None
     ) -> Tensor:
         for layer in self.block.layers[start:stop]:
-            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, adapter)
+            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, lora)
             mode = self.gradient_checkpointing
             if mode and torch.is_grad_enabled():
                 x = recomputed(layer, *inputs, mode != "attention", mode=mode)
@@ -395,12 +395,12 @@ class SingleStreamDiT(nn.Module):
         return x
 
     def _run_routed(
-        self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig, adapter: str | None
+        self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig, lora: str | None
     ) -> Tensor:
         stop = min(tread.end_layer + 1, self.config.num_layers)
-        x = self._run(x, table, layout, 0, min(tread.start_layer, stop), adapter)
+        x = self._run(x, table, layout, 0, min(tread.start_layer, stop), lora)
         if tread.start_layer < stop:
             rows, kept = layout.route(tread.selection_rate, self.tread_generator)
-            through = self._run(x[rows], table[rows], kept, tread.start_layer, stop, adapter)
+            through = self._run(x[rows], table[rows], kept, tread.start_layer, stop, lora)
             x = x.index_copy(0, rows, through)
-        return self._run(x, table, layout, stop, self.config.num_layers, adapter)
+        return self._run(x, table, layout, stop, self.config.num_layers, lora)

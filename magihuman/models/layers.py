@@ -97,9 +97,9 @@ def product(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """One adapter's share in an `ExpertLinear`: fp32 A [experts * rank, columns] and B [experts * rows, rank].
+    """One LoRA's share in an `ExpertLinear`: fp32 A [experts * rank, columns] and B [experts * rows, rank].
 
-    A is drawn by `magihuman.models.lora.add_adapter`; B starts at 0, so the product is the base's.
+    A is drawn by `magihuman.models.lora.add_lora`; B starts at 0, so the product is the base's.
     """
 
     def __init__(self, columns: int, rows: int, experts: int, rank: int, scale: float) -> None:
@@ -118,7 +118,7 @@ class LowRank(nn.Module):
 class ExpertLinear(nn.Module):
     """Product without bias: `weight` [experts * rows, columns], cast to the compute dtype when used.
 
-    `lora` holds the `LowRank` of each adapter by name; none, as a rule.
+    `lora` holds the `LowRank` of each LoRA by name; usually empty.
     """
 
     def __init__(self, columns: int, rows: int, experts: int, dtype: torch.dtype) -> None:
@@ -137,11 +137,11 @@ class ExpertLinear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
-def updates(linear: ExpertLinear, adapter: str | None, dtype: torch.dtype) -> Sequence[Update | None]:
-    """The changes that an adapter makes to the matrices of `linear.slices`; None for each without an adapter."""
-    if adapter is None:  # asks for nothing but `experts`, so that other storage of the base can stand here
+def updates(linear: ExpertLinear, lora: str | None, dtype: torch.dtype) -> Sequence[Update | None]:
+    """Low-rank updates of the matrices of `linear.slices` by the LoRA of this name; None for each where `lora` is None."""
+    if lora is None:  # asks for nothing but `experts`, so that other storage of the base can stand here
         return (None,) * linear.experts
-    low = linear.lora[adapter]
+    low = linear.lora[lora]
     assert isinstance(low, LowRank)
     return low.updates(dtype)
 

@@ -135,7 +135,7 @@ def load(
     Args:
         checkpoint: see `find`.
         compute_dtype: bf16 on a GPU and fp32 elsewhere where absent; the block matrices are kept in it.
-        lora: folder of an adapter (`magihuman.zoo.adapters`) to merge into the weights; the config is then its own.
+        lora: folder of a LoRA (`magihuman.zoo.lora_files`) to merge into the weights; the config is then its own.
 
     Raises:
         UserError: when one cannot be found or does not fit.
@@ -143,7 +143,7 @@ def load(
     import torch
 
     from magihuman.io.export import load_state_dict
-    from magihuman.zoo import adapters
+    from magihuman.zoo import lora_files
     from magihuman.zoo.sources import read_config
 
     folder = find(checkpoint)
@@ -154,8 +154,8 @@ def load(
     kinds = {key: tensor.dtype for key, tensor in denoiser.model.state_dict().items()}
     stored: Iterable[tuple[str, torch.Tensor]] = load_state_dict(folder, config.model).items()
     if lora is not None:
-        config = adapters.adapted_config(config, lora, str(checkpoint))
-        stored = adapters.apply(dict(stored), lora, config.model)
+        config = lora_files.config_with_lora(config, lora, str(checkpoint))
+        stored = lora_files.apply(dict(stored), lora, config.model)
     state = {key: tensor.to(device, kinds[key]) for key, tensor in stored}
     denoiser.model.load_state_dict(state, assign=True)
     return Loaded(denoiser.eval(), config, folder)

@@ -58,7 +58,7 @@ def convert(
         role: base, distill, 540p_sr or 1080p_sr, where the name of SRC does not say it
         vae: Wan 2.2 VAE for to=diffusers; none takes MAGIHUMAN_WAN_VAE, or leaves it out
         audio_vae: Stable Audio VAE for to=diffusers; none takes MAGIHUMAN_STABLE_AUDIO, or leaves it out
-        lora: adapter to merge into the weights, with to=export; the whole network is then held in memory
+        lora: LoRA to merge into the weights, with to=export; the whole network is then held in memory
 
     Returns:
         What was written, in words.
@@ -191,12 +191,12 @@ def parse_size(text: str) -> int:
 def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> str:
     from magihuman import zoo
     from magihuman.io.export import load_state_dict, save_export
-    from magihuman.zoo import adapters
+    from magihuman.zoo import lora_files
 
     folder = zoo.find(src)
-    config = adapters.adapted_config(read_config(folder, role), lora, src)
-    own, size = adapters.load_adapter(lora, config.model)
-    merged = adapters.merged(load_state_dict(folder, config.model), own, size, config.model)
+    config = lora_files.config_with_lora(read_config(folder, role), lora, src)
+    own, size = lora_files.load_lora(lora, config.model)
+    merged = lora_files.merged(load_state_dict(folder, config.model), own, size, config.model)
     total = sum(tensor.numel() * tensor.element_size() for tensor in merged.values())
     with staged(target, total) as work:
         save_export(work / NEW, merged, config, limit)

@@ -91,7 +91,7 @@ def restored_bytes(config: DiTConfig, form: str, compute: int) -> int:
 
 
 def lora_count(config: DiTConfig, rank: int) -> int:
-    """Numbers of an adapter on every block matrix, each expert its own."""
+    """Parameters of a LoRA on every block matrix, each expert its own."""
     total = 0
     for i in range(config.num_layers):
         hidden, inner = config.hidden_size, config.intermediate_size(i)

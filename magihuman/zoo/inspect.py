@@ -1,4 +1,4 @@
-"""What is in a checkpoint: a safetensors file, an exported folder, an adapter or a run folder."""
+"""What is in a checkpoint: a safetensors file, an exported folder, a LoRA or a run folder."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
-from magihuman.zoo.adapters import ADAPTER_CONFIG, is_adapter
+from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
 
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -33,7 +33,7 @@ def describe(path: str | Path) -> str:
         from magihuman.zoo.sources import choices
 
         raise UserError(
-            f"{path} does not exist; give a safetensors file, an exported folder, an adapter, a run folder or a "
+            f"{path} does not exist; give a safetensors file, an exported folder, a LoRA, a run folder or a "
             f"shipped name ({choices(str(path), [*zoo.checkpoint_names(), *decoders.names()])})"
         )
     parts = []
@@ -46,12 +46,12 @@ def describe(path: str | Path) -> str:
         parts.append(_tensor_table(weight_files(export)))
     elif loose := sorted(export.glob("*.safetensors")):
         parts.append(_tensor_table(loose))
-    adapter = next((folder for folder in (path, path / "adapter") if is_adapter(folder)), None)
-    if adapter is not None:
-        file = adapter / ADAPTER_CONFIG
-        parts.append(_json_block(f"adapter ({file})", _read_json(file)))
-        if adapter != path:
-            parts.append(_tensor_table(sorted(adapter.glob("*.safetensors"))))
+    lora = next((folder for folder in (path, path / "adapter") if is_lora(folder)), None)
+    if lora is not None:
+        file = lora / ADAPTER_CONFIG
+        parts.append(_json_block(f"LoRA ({file})", _read_json(file)))
+        if lora != path:
+            parts.append(_tensor_table(sorted(lora.glob("*.safetensors"))))
     checkpoints = sorted((path / "checkpoints").glob("*")) if (path / "checkpoints").is_dir() else []
     if checkpoints:
         parts.append("checkpoints\n" + "\n".join(f"  {file.name}" for file in checkpoints))

@@ -73,7 +73,7 @@ def plan(
         turbo: infer: decode with the Turbo decoder
         checkpointing: training: recompute blocks in the backward pass: true, false, or attention: all but attention
         ema: training: the average on the gpu or the cpu
-        rank: lora and dmd2: of adapters
+        rank: lora and dmd2: rank of the LoRAs
 
     Raises:
         UserError: a setting that cannot be.

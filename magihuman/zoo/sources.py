@@ -8,7 +8,7 @@ from pathlib import Path
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, ExportConfig, load_config, read_header, weight_files
 from magihuman.io.released_files import is_hub_id
-from magihuman.zoo.adapters import is_adapter
+from magihuman.zoo.lora_files import is_lora
 from magihuman.zoo.released import REPO, ROLES, Shapes, config_for
 
 DIFFUSERS_INDEX = "model_index.json"
@@ -96,9 +96,9 @@ def _within(folder: Path, label: str) -> Path:
     for candidate in (folder, folder / "export"):
         if _has_weights(candidate):
             return candidate
-    adapter = next((inner for inner in (folder, folder / "adapter") if is_adapter(inner)), None)
-    if adapter is not None:
-        raise UserError(f"{adapter} is an adapter; give the checkpoint that it changes, and lora={adapter}")
+    lora = next((inner for inner in (folder, folder / "adapter") if is_lora(inner)), None)
+    if lora is not None:
+        raise UserError(f"{lora} is a LoRA; give the checkpoint that it changes, and lora={lora}")
     held = [name for name in ROLES if _has_weights(folder / name)]
     if held:
         listed = ", ".join(f"{label.rstrip('/')}/{name}" for name in held)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_dit import CONFIG, gradients, inputs, make
-from test_models_lora import SIZE, adapted, loss
+from test_lora import SIZE, adapted, loss
 from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,26 +49,26 @@ def fused(denoiser: Denoiser, mode: Checkpointing) -> Denoiser:
 
 
 def trained(
-    denoiser: Denoiser, text: list[int], adapter: str | None = None
+    denoiser: Denoiser, text: list[int], lora: str | None = None
 ) -> tuple[dict[str, Tensor], Counter]:
     """Gradients by name, and the operators of the forward and the backward pass."""
     denoiser.zero_grad()
     with Operators() as run:
-        loss(denoiser(*inputs(text), adapter=adapter)).backward()
+        loss(denoiser(*inputs(text), lora=lora)).backward()
     return {key: p.grad for key, p in denoiser.named_parameters() if p.grad is not None}, run.counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapter", [None, "student"])
+@pytest.mark.parametrize("lora", [None, "student"])
 @pytest.mark.parametrize("text", [[4, 4], [4, 2]])
 def test_gradients_to_the_bit_and_attention_once(
-    text: list[int], adapter: str | None, dtype: torch.dtype
+    text: list[int], lora: str | None, dtype: torch.dtype
 ) -> None:
     kernels = CONFIG.num_layers * len(set(text))  # one for each length of a sample
     results, products = {}, {}
     for mode in MODES:
-        network = fused(make(dtype=dtype) if adapter is None else adapted(dtype, SIZE), mode)
-        results[mode], counts = trained(network, text, adapter)
+        network = fused(make(dtype=dtype) if lora is None else adapted(dtype, SIZE), mode)
+        results[mode], counts = trained(network, text, lora)
         assert counts[FORWARD] == kernels * {False: 1, True: 2, "attention": 1}[mode], mode
         assert counts[f"{FORWARD}_backward"] == kernels
         products[mode] = counts["aten::mm"]

@@ -12,7 +12,7 @@ from magihuman.errors import UserError
 from magihuman.io.provenance import fingerprint
 from magihuman.models import lora
 from magihuman.models.config import LoraConfig
-from magihuman.zoo import adapters
+from magihuman.zoo import lora_files
 
 COMMON = ["+recipe=lora", "recipe.lora.rank=2", "callbacks.held_out=null", "checkpoint.every_steps=2"]
 
@@ -33,9 +33,9 @@ def test_only_adapters_learn_and_are_saved(shards, parent, tmp_path) -> None:
     assert fingerprint(parent / "export") == before
 
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    names = {lora.adapter_of(key) for key in checkpoint["state_dict"]}
+    names = {lora.lora_of(key) for key in checkpoint["state_dict"]}
     assert names == {"tuned", "average"}
-    tuned = {k: t for k, t in checkpoint["state_dict"].items() if lora.adapter_of(k) == "tuned"}
+    tuned = {k: t for k, t in checkpoint["state_dict"].items() if lora.lora_of(k) == "tuned"}
     states = checkpoint["optimizer_states"][0]["state"]
     assert len(states) == len(tuned)
     assert sorted(s["exp_avg"].numel() for s in states.values()) == sorted(t.numel() for t in tuned.values())
@@ -45,13 +45,13 @@ def test_only_adapters_learn_and_are_saved(shards, parent, tmp_path) -> None:
     # The export: base and averaged adapter, summed in fp32. The base in it is the parent's.
     base = load_file(parent / "export" / "model-00001-of-00001.safetensors")
     whole = load_file(run / "export" / "model-00001-of-00001.safetensors")
-    own, size = adapters.load_adapter(run, zoo.config_of(parent).model)
+    own, size = lora_files.load_lora(run, zoo.config_of(parent).model)
     average = {
         key.removeprefix("denoiser.model."): tensor
         for key, tensor in checkpoint["state_dict"].items()
-        if lora.adapter_of(key) == "average"
+        if lora.lora_of(key) == "average"
     }
-    assert all(torch.equal(own[key], t) for key, t in lora.adapter_state(average, "average").items())
+    assert all(torch.equal(own[key], t) for key, t in lora.lora_state(average, "average").items())
     assert size == LoraConfig(2, 2.0)
     for key, tensor in lora.merge(base, own, size):
         assert torch.equal(tensor.to(whole[key].dtype), whole[key]), key
@@ -75,12 +75,12 @@ def test_without_an_average_and_without_a_merged_export(shards, parent, tmp_path
     options = ["optim.ema_decay=0", "recipe.merge=false", "recipe.lora.heads=false"]
     run = training_stub.train_here(tmp_path / "a", shards, [*COMMON, f"init={parent}", *options])
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert {lora.adapter_of(key) for key in state} == {"tuned"}
-    own, size = adapters.load_adapter(run, zoo.config_of(parent).model)
+    assert {lora.lora_of(key) for key in state} == {"tuned"}
+    own, size = lora_files.load_lora(run, zoo.config_of(parent).model)
     key = "block.layers.1.mlp.down_proj.lora"
     assert torch.equal(own[f"{key}.B"], state[f"denoiser.model.{key}.tuned.B"])
     assert not size.heads
-    with pytest.raises(UserError, match="is an adapter"):
+    with pytest.raises(UserError, match="is a LoRA"):
         zoo.load(run)
 
 

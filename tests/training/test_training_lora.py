@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from test_dit import inputs
-from test_models_lora import LOCAL, SIZE, loss
+from test_lora import LOCAL, SIZE, loss
 from torch import Tensor
 
 from magihuman import zoo
@@ -33,7 +33,7 @@ def base() -> Denoiser:
 def adapt(network: Denoiser) -> Denoiser:
     network.requires_grad_(False)
     for name in ("critic", "student"):
-        lora.add_adapter(network.model, name, SIZE, 7)
+        lora.add_lora(network.model, name, SIZE, 7)
     network.model.gradient_checkpointing = True
     return network
 
@@ -41,7 +41,7 @@ def adapt(network: Denoiser) -> Denoiser:
 def train(network: Denoiser, rows: slice) -> Tensor:
     """Updates that take turns, with calls of the base in between; returns the base's last prediction."""
     optimizers = {
-        name: torch.optim.SGD(lora.adapter_parameters(network, name).values(), lr=0.1)
+        name: torch.optim.SGD(lora.lora_parameters(network, name).values(), lr=0.1)
         for name in ("critic", "student")
     }
     for step in range(STEPS):
@@ -50,9 +50,9 @@ def train(network: Denoiser, rows: slice) -> Tensor:
             batch = video[rows], audio[rows], text[rows]
             with torch.no_grad():
                 teacher = network(*batch)
-            predicted = network(*batch, adapter=name)
+            predicted = network(*batch, lora=name)
             with torch.no_grad():
-                network(*batch, adapter="critic")  # between a pass and its recomputation
+                network(*batch, lora="critic")  # between a pass and its recomputation
             (loss(predicted) - (predicted[0] * teacher[0]).mean()).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -107,7 +107,7 @@ def test_two_processes_shard_the_base_with_its_adapters(tmp_path) -> None:
     one, two = alone.model.state_dict(), sharded["state"]
     assert one.keys() == two.keys()
     for key in one:
-        if lora.adapter_of(key) is None:
+        if lora.lora_of(key) is None:
             assert torch.equal(two[key], before[key]), key
         else:
             torch.testing.assert_close(

@@ -144,7 +144,7 @@ def test_for_inference_only() -> None:
     with pytest.raises(RuntimeError, match="for inference: call the network"):
         exact(*inputs([4]))
     with torch.no_grad(), pytest.raises(ValueError, match="merge 'style' into the weights first"):
-        exact(*inputs([4]), adapter="style")
+        exact(*inputs([4]), lora="style")
     stored = network(SMALL)
     from inference.memory import store_weights
 

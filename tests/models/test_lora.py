@@ -1,4 +1,4 @@
-"""Adapters: the base stays what it is, the change is B A per expert, and the argument alone says who computes."""
+"""LoRA: the base is unchanged, the update is B A per expert, and only the argument decides which one computes."""
 
 import copy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models import lora
 from magihuman.models.config import LoraConfig
-from magihuman.models.denoiser import Adapted, Denoiser
+from magihuman.models.denoiser import Denoiser, WithLora
 from magihuman.models.layers import Update, product, swiglu7, swiglu7_projection
 
 SIZE = LoraConfig(rank=3, alpha=4.5)
@@ -24,10 +24,10 @@ def adapted(dtype: torch.dtype = torch.float32, config: LoraConfig = SIZE) -> De
     """A frozen base with two adapters, of which `student` is away from its start."""
     denoiser = make(LOCAL, dtype).requires_grad_(False)
     for seed, name in enumerate(("critic", "student")):
-        lora.add_adapter(denoiser.model, name, config, seed)
+        lora.add_lora(denoiser.model, name, config, seed)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in lora.adapter_parameters(denoiser.model, "student").values():
+        for parameter in lora.lora_parameters(denoiser.model, "student").values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return denoiser
 
@@ -45,24 +45,24 @@ def test_the_base_is_untouched_and_an_adapter_starts_as_the_base(dtype) -> None:
     denoiser, batch = adapted(dtype), inputs([4, 2])
     before = make(LOCAL, dtype)(*batch)
     assert differ(before, denoiser(*batch)) == 0
-    assert differ(before, denoiser(*batch, adapter="critic")) == 0
-    assert differ(before, denoiser(*batch, adapter="student")) > 0.1
-    assert differ(denoiser(*batch, adapter="student"), Adapted(denoiser, "student")(*batch)) == 0
-    lora.remove_adapters(denoiser.model, "critic")
-    assert list(denoiser.model.adapters) == ["student"]
-    lora.remove_adapters(denoiser.model)
+    assert differ(before, denoiser(*batch, lora="critic")) == 0
+    assert differ(before, denoiser(*batch, lora="student")) > 0.1
+    assert differ(denoiser(*batch, lora="student"), WithLora(denoiser, "student")(*batch)) == 0
+    lora.remove_loras(denoiser.model, "critic")
+    assert list(denoiser.model.lora_configs) == ["student"]
+    lora.remove_loras(denoiser.model)
     assert denoiser.state_dict().keys() == make(LOCAL).state_dict().keys()
 
 
 def test_training_one_adapter_touches_neither_the_base_nor_the_other() -> None:
     denoiser, batch = adapted(), inputs([4, 2])
     before = copy.deepcopy(denoiser.state_dict())
-    critic = lora.adapter_parameters(denoiser.model, "critic")
+    critic = lora.lora_parameters(denoiser.model, "critic")
     optimizer = torch.optim.Adam(critic.values(), lr=1e-2)
-    base, other = denoiser(*batch), denoiser(*batch, adapter="student")
+    base, other = denoiser(*batch), denoiser(*batch, lora="student")
     for _ in range(3):
         optimizer.zero_grad()
-        loss(denoiser(*batch, adapter="critic")).backward()
+        loss(denoiser(*batch, lora="critic")).backward()
         optimizer.step()
     trained = {key for key, p in denoiser.named_parameters() if p.grad is not None}
     assert trained == {f"model.{key}" for key in critic}
@@ -70,7 +70,7 @@ def test_training_one_adapter_touches_neither_the_base_nor_the_other() -> None:
     changed = {key.removeprefix("model.") for key in after if not torch.equal(after[key], before[key])}
     assert changed == set(critic)
     assert differ(base, denoiser(*batch)) == 0
-    assert differ(other, denoiser(*batch, adapter="student")) == 0
+    assert differ(other, denoiser(*batch, lora="student")) == 0
 
 
 @pytest.mark.parametrize("heads", [True, False])
@@ -79,7 +79,7 @@ def test_merged_weights_compute_what_the_adapter_computes(heads) -> None:
     state = lora.merged(denoiser.model, "student")
     plain = make(LOCAL)
     plain.model.load_state_dict(state)
-    torch.testing.assert_close(plain(*batch), denoiser(*batch, adapter="student"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain(*batch), denoiser(*batch, lora="student"), rtol=1e-4, atol=1e-4)
     base = denoiser.model.state_dict()
     key, experts = "block.layers.0.mlp.down_proj", 3
     low = denoiser.model.get_submodule(f"{key}.lora.student")
@@ -96,13 +96,13 @@ def test_checkpointing_recomputes_the_same_adapter_whatever_was_called_in_betwee
     for recompute in (False, True):
         denoiser, batch = adapted(), inputs([4, 2])
         denoiser.model.gradient_checkpointing = recompute
-        value = loss(denoiser(*batch, adapter="student"))
+        value = loss(denoiser(*batch, lora="student"))
         with torch.no_grad():
             denoiser(*batch)
-        (value + loss(denoiser(*batch, adapter="critic"))).backward()
+        (value + loss(denoiser(*batch, lora="critic"))).backward()
         results.append({k: p.grad for k, p in denoiser.named_parameters() if p.grad is not None})
     assert results[0].keys() == results[1].keys()
-    assert len(results[0]) == 2 * len(lora.adapter_parameters(denoiser.model, "critic"))
+    assert len(results[0]) == 2 * len(lora.lora_parameters(denoiser.model, "critic"))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
@@ -140,8 +140,8 @@ def test_sizes_on_the_15b_network(rank, matrices) -> None:
     """`distill.md` 5.6 counts the block matrices alone: 264 M and 529 M. The heads' copies are 21 M more."""
     config = zoo.arch("15b")
     model = zoo.build(config, zoo.pack("15b"), compute_dtype=torch.bfloat16, device="meta").model
-    lora.add_adapter(model, "student", LoraConfig(rank))
-    parameters = lora.adapter_parameters(model, "student")
+    lora.add_lora(model, "student", LoraConfig(rank))
+    parameters = lora.lora_parameters(model, "student")
     inside = sum(p.numel() for key, p in parameters.items() if key.startswith("block."))
     ends = (
         sum(prod(s) for key, s, _ in config.tensors() if not key.startswith("block.")) - config.head_dim // 8
@@ -154,7 +154,7 @@ def test_sizes_on_the_15b_network(rank, matrices) -> None:
 def test_draws_depend_on_seed_and_name_only() -> None:
     def first(name: str, seed: int) -> Tensor:
         model = make().model
-        lora.add_adapter(model, name, SIZE, seed)
+        lora.add_lora(model, name, SIZE, seed)
         return model.get_parameter(f"block.layers.1.mlp.down_proj.lora.{name}.A")
 
     a = first("student", 0)
@@ -167,18 +167,18 @@ def test_draws_depend_on_seed_and_name_only() -> None:
 def test_copies_and_mistakes() -> None:
     denoiser, batch = adapted(), inputs([2])
     model = denoiser.model
-    lora.copy_adapter(model, "student", "critic")
-    assert differ(denoiser(*batch, adapter="student"), denoiser(*batch, adapter="critic")) == 0
-    with pytest.raises(ValueError, match=r"no adapter 'teacher'.*\['critic', 'student'\]"):
-        denoiser(*batch, adapter="teacher")
-    with pytest.raises(UserError, match="has an adapter 'critic' already"):
-        lora.add_adapter(model, "critic", SIZE)
+    lora.copy_lora(model, "student", "critic")
+    assert differ(denoiser(*batch, lora="student"), denoiser(*batch, lora="critic")) == 0
+    with pytest.raises(ValueError, match=r"no LoRA 'teacher'.*\['critic', 'student'\]"):
+        denoiser(*batch, lora="teacher")
+    with pytest.raises(UserError, match="has a LoRA 'critic' already"):
+        lora.add_lora(model, "critic", SIZE)
     for name in ("a.b", "keys", ""):
         with pytest.raises(UserError, match="cannot be called"):
-            lora.add_adapter(model, name, SIZE)
+            lora.add_lora(model, name, SIZE)
     with pytest.raises(UserError, match="positive whole number"):
         LoraConfig(0)
     with pytest.raises(KeyError):
-        lora.adapter_parameters(model, "teacher")
+        lora.lora_parameters(model, "teacher")
     with pytest.raises(ValueError, match="belongs to no matrix"):
         dict(lora.merge(lora.base_state(model.state_dict()), {"block.layers.9.x.lora.A": batch[0]}, SIZE))

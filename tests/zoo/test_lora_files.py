@@ -1,4 +1,4 @@
-"""Adapters on disk: read back exactly, read equal by peft, applied by name, refused where they do not fit."""
+"""LoRA checkpoints: read back exactly, read equal by peft, applied by name, refused where they do not fit."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 import training_stub
 from safetensors.torch import load_file, save_file
 from test_dit import inputs
-from test_models_lora import LOCAL, SIZE, adapted
+from test_lora import LOCAL, SIZE, adapted
 from torch import nn
 
 from magihuman import zoo
@@ -20,7 +20,7 @@ from magihuman.io.export import ExportConfig, Sampling, released_dtypes, save_ex
 from magihuman.models import lora
 from magihuman.models.config import LoraConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
-from magihuman.zoo import adapters
+from magihuman.zoo import lora_files
 from magihuman.zoo.convert import convert
 from magihuman.zoo.inspect import describe
 
@@ -34,16 +34,16 @@ def saved(folder: Path, config: LoraConfig = SIZE) -> tuple[Denoiser, Path, Path
     denoiser = adapted(config=config)
     state = denoiser.model.state_dict()
     base = save_export(folder / "base", released_dtypes(lora.base_state(state), LOCAL), CONFIG)
-    own = lora.adapter_state(state, "student")
-    return denoiser, base, adapters.save_adapter(folder / "adapter", own, config, OWN, "tiny/base")
+    own = lora.lora_state(state, "student")
+    return denoiser, base, lora_files.save_lora(folder / "adapter", own, config, OWN, "tiny/base")
 
 
 @pytest.mark.parametrize("config", [SIZE, LoraConfig(2, heads=False)])
 def test_an_adapter_is_read_back_exactly_and_applied(config, tmp_path) -> None:
     denoiser, base, folder = saved(tmp_path, config)
-    state, found = adapters.load_adapter(folder, LOCAL)
+    state, found = lora_files.load_lora(folder, LOCAL)
     assert found == replace(config, alpha=config.scale * config.rank)
-    expected = lora.adapter_state(denoiser.model.state_dict(), "student")
+    expected = lora.lora_state(denoiser.model.state_dict(), "student")
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state)
 
@@ -54,7 +54,7 @@ def test_an_adapter_is_read_back_exactly_and_applied(config, tmp_path) -> None:
     denoiser.model.load_state_dict(zoo.load(base).denoiser.model.state_dict(), strict=False)
     batch = inputs([4, 2])
     torch.testing.assert_close(
-        loaded.denoiser(*batch), denoiser(*batch, adapter="student"), rtol=1e-4, atol=1e-4
+        loaded.denoiser(*batch), denoiser(*batch, lora="student"), rtol=1e-4, atol=1e-4
     )
 
 
@@ -118,19 +118,19 @@ def test_convert_merges_and_inspect_describes(tmp_path) -> None:
 
 def test_what_does_not_fit_is_one_line(tmp_path) -> None:
     _, base, folder = saved(tmp_path)
-    with pytest.raises(UserError, match=r"is an adapter; give the checkpoint that it changes, and lora="):
+    with pytest.raises(UserError, match=r"is a LoRA; give the checkpoint that it changes, and lora="):
         zoo.load(folder)
-    with pytest.raises(UserError, match=r"holds no adapter .*recipe=lora"):
+    with pytest.raises(UserError, match=r"holds no LoRA .*recipe=lora"):
         zoo.load(base, lora=base)
     with pytest.raises(UserError, match=r"another network than .*num_layers 4 against 6"):
-        adapters.adapted_config(replace(CONFIG, model=zoo.arch("tiny")), folder, "tiny/base")
+        lora_files.config_with_lora(replace(CONFIG, model=zoo.arch("tiny")), folder, "tiny/base")
     other = replace(CONFIG, contract=replace(CONTRACT, video_codec="another"))
     with pytest.raises(UserError, match="video_codec"):
-        adapters.adapted_config(other, folder, "tiny/base")
+        lora_files.config_with_lora(other, folder, "tiny/base")
 
-    file, peft_file = folder / adapters.ADAPTER_MODEL, folder / adapters.ADAPTER_CONFIG
+    file, peft_file = folder / lora_files.ADAPTER_MODEL, folder / lora_files.ADAPTER_CONFIG
     tensors, values = load_file(file), json.loads(peft_file.read_text())
-    key = f"{adapters.PREFIX}block.layers.0.mlp.down_proj.lora_B.weight"
+    key = f"{lora_files.PREFIX}block.layers.0.mlp.down_proj.lora_B.weight"
     save_file(tensors | {key: torch.ones_like(tensors[key])}, file)
     with pytest.raises(UserError, match="mixes the experts"):
         zoo.load(base, lora=folder)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_one_line(tmp_path) -> None:
     with pytest.raises(UserError, match="alpha_pattern scales stacked experts otherwise"):
         zoo.load(base, lora=folder)
     peft_file.write_text(json.dumps(values | {"use_dora": True}))
-    with pytest.raises(UserError, match="another kind of adapter"):
+    with pytest.raises(UserError, match="another method than plain LoRA"):
         zoo.load(base, lora=folder)
     peft_file.write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
@@ -155,12 +155,12 @@ def test_infer_applies_an_adapter_and_its_record_names_it(tmp_path) -> None:
 
     base = zoo.load("tiny/base")
     state = base.denoiser.model.state_dict()
-    lora.add_adapter(base.denoiser.model, "tuned", LoraConfig(2), 0)
-    own = lora.adapter_state(base.denoiser.model.state_dict(), "tuned")
+    lora.add_lora(base.denoiser.model, "tuned", LoraConfig(2), 0)
+    own = lora.lora_state(base.denoiser.model.state_dict(), "tuned")
     own["lora.final_linear_video.weight"] = 0.5 * state["final_linear_video.weight"]
     sampling = Sampling("renoise", 2, guidance=base.config.sampling.guidance)
     folder = tmp_path / "adapter"
-    adapters.save_adapter(folder, own, LoraConfig(2), replace(base.config, sampling=sampling), "tiny/base")
+    lora_files.save_lora(folder, own, LoraConfig(2), replace(base.config, sampling=sampling), "tiny/base")
     prompt = "round face, ginger hair, blue shirt, green wall, says ma bi so"
     records = []
     for name, options in (("plain", {"steps": 2}), ("tuned", {"lora": str(folder)})):

@@ -1,14 +1,14 @@
-"""Adapters on disk, in peft's format, beside the config of the network that they make of their base.
+"""LoRA checkpoints in peft's format, with the config of the network that results from base and LoRA.
 
     adapter_model.safetensors   base_model.model.block.layers.0.mlp.down_proj.lora_A.weight, ...lora_B.weight, ...
     adapter_config.json         peft's: r, lora_alpha, target_modules, patterns, modules_to_save
-    config.json                 ours: an `ExportConfig` as in an export, with the settings to sample with
+    config.json                 ours: an `ExportConfig` as in an export, sampling settings included
 
-A stack of E experts has E pairs A_e [r, columns], B_e [rows, r], and peft knows one pair per matrix. Both are the same
-matrix: the stacked change is diag(B_1 ... B_E) [E rows, E r] times the stacked A [E r, columns], so a stack is
-written as one pair of rank E r, listed in rank_pattern with alpha_pattern E alpha, which keeps alpha / r. The zeros off
-the diagonal cost room on disk (at 15 B and r = 64: 1.65 GB instead of 1.14 GB in fp32), and buy that peft, and whatever
-else adds B A to weights by their names, reads the adapter exactly (tests/zoo/test_adapters.py does it with peft).
+A stack of E experts has E pairs A_e [r, columns], B_e [rows, r], while peft stores one pair per matrix. The stacked
+update equals diag(B_1 ... B_E) [E rows, E r] times the stacked A [E r, columns], so a stack is written as one pair of
+rank E r, listed in rank_pattern, with alpha_pattern E alpha, which keeps alpha / r. The zeros off the diagonal take
+disk space (at 15 B and r = 64: 1.65 GB instead of 1.14 GB in fp32); in return peft, and any tool that adds B A to
+weights by name, applies the file exactly (tested with peft in tests/zoo/test_lora_files.py).
 """
 
 import json
@@ -33,35 +33,35 @@ PREFIX = "base_model.model."
 TARGETS = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter."""
+def is_lora(folder: str | Path) -> bool:
+    """Whether a folder holds a LoRA checkpoint."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def find(adapter: str | Path) -> Path:
-    """Folder of an adapter: itself, or adapter/ of a run folder.
+def find(lora: str | Path) -> Path:
+    """Folder of a LoRA checkpoint: itself, or adapter/ of a run folder.
 
     Raises:
         UserError: when there is none.
     """
-    folder = Path(adapter).expanduser()
+    folder = Path(lora).expanduser()
     for candidate in (folder, folder / "adapter"):
-        if is_adapter(candidate):
+        if is_lora(candidate):
             return candidate
     raise UserError(
-        f"{adapter} holds no adapter ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora"
+        f"{lora} holds no LoRA ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora"
     )
 
 
-def save_adapter(
+def save_lora(
     folder: str | Path, state: Mapping[str, Tensor], lora: LoraConfig, config: ExportConfig, base: str
 ) -> Path:
-    """Write an adapter folder; a reader sees the old one or the whole new one.
+    """Write a LoRA checkpoint atomically: a reader sees the old folder or the whole new one.
 
     Args:
-        state: see `magihuman.models.lora.adapter_state`.
-        config: of the network with the adapter, sampling settings included.
-        base: name of the checkpoint that it changes.
+        state: see `magihuman.models.lora.lora_state`.
+        config: of the network with the LoRA, sampling settings included.
+        base: name of the checkpoint that the LoRA belongs to.
     """
     folder = Path(folder)
     tensors = {key: t.detach().cpu().contiguous() for key, t in _to_peft(state, config.model, lora)}
@@ -95,10 +95,10 @@ def peft_config(model: DiTConfig, lora: LoraConfig, base: str) -> dict[str, Any]
 
 
 def lora_config(folder: str | Path) -> LoraConfig:
-    """Size of a saved adapter.
+    """Rank, alpha and heads of a saved LoRA.
 
     Raises:
-        UserError: its adapter_config.json is damaged, or of another kind of adapter.
+        UserError: its adapter_config.json is damaged, or describes another peft method.
     """
     path = Path(folder) / ADAPTER_CONFIG
     try:
@@ -106,20 +106,20 @@ def lora_config(folder: str | Path) -> LoraConfig:
         kind, rank = values["peft_type"], values["r"]
         found = LoraConfig(rank, float(values["lora_alpha"]), bool(values.get("modules_to_save")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}); export the adapter again") from None
+        raise UserError(f"{path} cannot be read ({error!r}); export the LoRA again") from None
     if kind != "LORA" or values.get("use_dora") or values.get("use_rslora"):
-        raise UserError(f"{path} describes another kind of adapter than plain LoRA; only that can be applied")
+        raise UserError(f"{path} describes another method than plain LoRA; only plain LoRA can be applied")
     return found
 
 
-def load_adapter(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Read an adapter.
+def load_lora(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Read a LoRA checkpoint.
 
     Args:
-        model: of the base; every name and shape is compared with it.
+        model: config of the base; every name and shape is checked against it.
 
     Returns:
-        state as in `magihuman.models.lora.adapter_state`, and its size.
+        state as in `magihuman.models.lora.lora_state`, and its size.
 
     Raises:
         UserError: naming what does not fit.
@@ -155,14 +155,14 @@ def load_adapter(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor
     return state, lora
 
 
-def adapted_config(base: ExportConfig, folder: str | Path, name: str) -> ExportConfig:
-    """Config of a base with an adapter: the adapter's own, for the base's network and world.
+def config_with_lora(base: ExportConfig, folder: str | Path, name: str) -> ExportConfig:
+    """Config of a base with a LoRA: the LoRA's own, with the codec bundle of the base.
 
     Args:
         name: of the base, for messages.
 
     Raises:
-        UserError: the adapter is for another network or world.
+        UserError: the LoRA is for another network or other latents.
     """
     own = load_config(find(folder))
     for part in ("model", "pack"):
@@ -178,25 +178,25 @@ def adapted_config(base: ExportConfig, folder: str | Path, name: str) -> ExportC
 
 
 def apply(state: Mapping[str, Tensor], folder: str | Path, model: DiTConfig) -> Iterator[tuple[str, Tensor]]:
-    """A base's state dict with an adapter merged into it, tensor by tensor, see `magihuman.models.lora.merge`.
+    """A base's state dict with a LoRA merged into it, tensor by tensor, see `magihuman.models.lora.merge`.
 
     Raises:
-        UserError: as `load_adapter`.
+        UserError: as `load_lora`.
     """
-    adapter, lora = load_adapter(folder, model)
-    return merge(state, adapter, lora)
+    weights, size = load_lora(folder, model)
+    return merge(state, weights, size)
 
 
 def merged(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: LoraConfig, model: DiTConfig
+    base: Mapping[str, Tensor], lora: Mapping[str, Tensor], size: LoraConfig, model: DiTConfig
 ) -> dict[str, Tensor]:
-    """A base with an adapter in it, in the release's types: summed in fp32, then rounded, one tensor at a time."""
+    """A base with a LoRA merged into it, summed in fp32 and rounded to the stored dtypes, one tensor at a time."""
     dtypes = {key: torch.bfloat16 if is_bf16 else torch.float32 for key, _, is_bf16 in model.tensors()}
-    return {key: tensor.to(dtypes[key]) for key, tensor in merge(base, adapter, lora)}
+    return {key: tensor.to(dtypes[key]) for key, tensor in merge(base, lora, size)}
 
 
 def _experts(model: DiTConfig) -> dict[str, int]:
-    """Module -> stacked experts, of every matrix that an adapter changes."""
+    """Module -> stacked experts, of every matrix that a LoRA changes."""
     return {
         key.removesuffix(".weight"): model.experts(int(key.split(".")[2]))
         for key, _, is_matrix in model.tensors()
@@ -205,7 +205,7 @@ def _experts(model: DiTConfig) -> dict[str, int]:
 
 
 def _ends(model: DiTConfig) -> list[str]:
-    """Keys of which an adapter may have its own."""
+    """Keys of which a LoRA may have its own."""
     return [k for k, _, _ in model.tensors() if not k.startswith("block.") and k != "adapter.rope.bands"]
 
 
