@@ -20,7 +20,7 @@ from magihuman.media.mp4 import Clip, MediaError, MediaReader, read_image
 if TYPE_CHECKING:  # the parent process only names the tasks
     import torch
 
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
 
 SILENCE = 1e-4  # peak below which a sound track counts as none (-80 dB)
 
@@ -30,7 +30,7 @@ class EncodeJob:
     """How clips become samples.
 
     Attributes:
-        world: name for `load_world`, or "package.module:function" that returns a World of your own.
+        world: name for `load_bundle`, or "package.module:function" that returns a CodecBundle of your own.
         device: where the codecs run; silent: whether clips whose sound is silence are taken;
         batch: clips per encoder call. pixels: whether the frames are stored beside the latents.
     """
@@ -60,19 +60,19 @@ class ShardResult:
 
 
 @lru_cache(maxsize=1)
-def open_world(name: str, device: str) -> World:
+def open_bundle(name: str, device: str) -> CodecBundle:
     """The world of an `EncodeJob`, built once per process.
 
     Raises:
         UserError: it does not exist or cannot be built.
     """
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
     if ":" not in name:
-        return load_world(name, device)
+        return load_bundle(name, device)
     module, _, function = name.partition(":")
     try:
-        world: World = getattr(importlib.import_module(module), function)(device)
+        world: CodecBundle = getattr(importlib.import_module(module), function)(device)
     except (ImportError, AttributeError) as error:
         raise UserError(f"world={name}: {error}; give package.module:function") from error
     return world
@@ -87,7 +87,7 @@ def describe_world(payload: tuple[str, str, str], tick: Tick, excluded: frozense
     from safetensors.torch import save
 
     name, device, folder = payload
-    world = open_world(name, device)
+    world = open_bundle(name, device)
     null = world.text_encoder.encode([""])[0]
     write_atomically(Path(folder) / NULL_TEXT, save({"text": null.half().cpu().contiguous()}))
     return {
@@ -113,7 +113,7 @@ def look_at(files: Sequence[Found], tick: Tick, excluded: frozenset[str]) -> lis
 
 def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardResult:
     """Task: read, encode and store the clips of one shard."""
-    world = open_world(job.encode.world, job.encode.device)
+    world = open_bundle(job.encode.world, job.encode.device)
     refused: dict[str, str] = {}
     waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, Clip]]] = {}
     with ShardWriter(Path(job.path)) as writer:
@@ -138,7 +138,7 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
 
 
 def _read(
-    clips: Sequence[PlannedClip], world: World, tick: Tick, excluded: frozenset[str]
+    clips: Sequence[PlannedClip], world: CodecBundle, tick: Tick, excluded: frozenset[str]
 ) -> Iterator[tuple[PlannedClip, Clip | str]]:
     """Every clip, or the reason why it cannot be had; neighbours of one file are read in one pass."""
     contract = world.contract
@@ -191,7 +191,11 @@ def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _encode(
-    world: World, job: EncodeJob, bucket: Bucket, group: list[tuple[PlannedClip, Clip]], writer: ShardWriter
+    world: CodecBundle,
+    job: EncodeJob,
+    bucket: Bucket,
+    group: list[tuple[PlannedClip, Clip]],
+    writer: ShardWriter,
 ) -> dict[str, str]:
     """Encode clips of one bucket and add them to the shard; returns refusals by key."""
     import torch

@@ -123,13 +123,13 @@ def _spread(values: list[int]) -> tuple[int, int, int]:
 
 def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed: int) -> None:
     """Decode some samples and write their pictures with captions."""
-    from data.encode import open_world
+    from data.encode import open_bundle
     from magihuman.media.contact_sheet import write_contact_sheet
 
     name = world or reader.index.world
     if not name:
         raise UserError(f"{reader.folder} does not say which world its latents belong to; give world=")
-    codecs = open_world(name, "cpu")
+    codecs = open_bundle(name, "cpu")
     if reader.contract is not None:
         reader.contract.require(codecs.contract, f"shards {reader.folder}", f"world {name}")
     found, _ = _some(reader, samples, seed)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
@@ -64,7 +64,7 @@ class PromptDataModule(LightningDataModule):
             )
         self.world, self.size = world, (frames, height, width)
         self.batch_size, self.seed = batch_size, seed
-        self._world = load_world(world)
+        self._world = load_bundle(world)
         self.null_text = self._world.text_encoder.encode([""])[0]
         time, *space = self.contract.video_stride
         self._video = (

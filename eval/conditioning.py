@@ -151,9 +151,9 @@ def _ways(teacher: str, student: str) -> list[_Way]:
     """The teacher as it is meant to be sampled and in the student's sampler; the student."""
     from inference.pipeline import Pipeline
     from magihuman import zoo
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
-    world = load_world("tiny")
+    world = load_bundle("tiny")
     for name in (teacher, student):
         if (of := zoo.config_of(name).world) != "tiny":
             raise UserError(f"eval.conditioning measures the tiny world, and {name} is of {of!r}")

@@ -18,7 +18,7 @@ from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, SKINS, Puppet, draw_pupp
 from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, through_codec
 
 if TYPE_CHECKING:
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
 
 SPACES = ("look", "motion", "voice")
 REFERENCE_DRAWS = 6  # real puppets per caption that everything is compared with; twice every skin tone
@@ -47,7 +47,7 @@ def real_draw(puppets: Sequence[Puppet], draw: int) -> list[Puppet]:
 
 
 @torch.no_grad()
-def embed(clips: Clips, world: "World", batch: int = 10) -> dict[str, np.ndarray]:
+def embed(clips: Clips, world: "CodecBundle", batch: int = 10) -> dict[str, np.ndarray]:
     """Clips as vectors fp32 [n,D] in each of `SPACES`, with entries of deviation about 1.
 
     look    latents of the pictures, averaged over time: who is there, how sharp, how saturated
@@ -114,7 +114,7 @@ class Reference:
         draws: of the first draw taken; other draws may be what is compared.
     """
 
-    def __init__(self, puppets: Sequence[Puppet], world: "World", first_draw: int) -> None:
+    def __init__(self, puppets: Sequence[Puppet], world: "CodecBundle", first_draw: int) -> None:
         tones = tuple(SKINS)
         found = []
         for draw in range(REFERENCE_DRAWS):

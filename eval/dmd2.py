@@ -31,7 +31,7 @@ from magihuman.errors import UserError
 if TYPE_CHECKING:
     from inference.pipeline import Pipeline
     from inference.settings import Settings
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
 
 FORMAT = "magihuman-compare/1"
 
@@ -126,11 +126,11 @@ def words_for(settings: "Settings") -> str:
     return f"{settings.steps} {kind}steps, {'CFG' if settings.guidance.needed else 'no CFG'}"
 
 
-def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["World", list[Way]]:
+def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle", list[Way]]:
     """The teacher as it is meant to be sampled, in as few steps as the students, in their own sampler; the students."""
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
-    world = load_world("tiny")
+    world = load_bundle("tiny")
     pipelines = [_pipeline(name, world, device) for name in (teacher, *names)]
     full, few = pipelines[0].settings(), pipelines[1].settings()
     for name, pipeline in zip(names, pipelines[1:], strict=True):
@@ -156,7 +156,7 @@ def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["World", lis
     return world, ways
 
 
-def _pipeline(name: str, world: "World", device: str) -> "Pipeline":
+def _pipeline(name: str, world: "CodecBundle", device: str) -> "Pipeline":
     import torch
 
     from inference.pipeline import Pipeline
@@ -179,7 +179,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _measured(
-    world: "World", ways: Sequence[Way], captions: Sequence[str], seeds: int, keep: int, progress: bool
+    world: "CodecBundle", ways: Sequence[Way], captions: Sequence[str], seeds: int, keep: int, progress: bool
 ) -> tuple[list[Column], list[Shown]]:
     """All columns, the truth and its bound first, and the clips of the first prompts for the pictures."""
     from tqdm import tqdm

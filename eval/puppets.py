@@ -23,7 +23,7 @@ from eval.scores import Scores, score_clips, skills
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
 
 HELD_OUT_SEED = 1_000_003
 BOUND = "through codec"
@@ -52,7 +52,7 @@ def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:
     return Clips([render(p, size) for p in puppets], waves, [p.caption for p in puppets])
 
 
-def through_codec(clips: Clips, world: "World", batch: int = 8) -> Clips:
+def through_codec(clips: Clips, world: "CodecBundle", batch: int = 8) -> Clips:
     """The same clips encoded and decoded again by the world's codecs."""
     import torch
 
@@ -71,7 +71,7 @@ def through_codec(clips: Clips, world: "World", batch: int = 8) -> Clips:
     return result
 
 
-def bounds(count: int, world: "World", size: int = 64) -> list[Column]:
+def bounds(count: int, world: "CodecBundle", size: int = 64) -> list[Column]:
     """Columns of the ground truth and of the ground truth through the codec, the reference of sync skill."""
     truth = ground_truth(held_out(count), size)
     coded = through_codec(truth, world).score()
@@ -88,7 +88,7 @@ def generate(
     device: str = "auto",
     progress: bool = True,
     **overrides: Any,
-) -> tuple[Clips, dict[str, Any], "World"]:
+) -> tuple[Clips, dict[str, Any], "CodecBundle"]:
     """Sample a checkpoint of the tiny world.
 
     Prompt i gets seed * 1000003 + i, so a clip does not depend on the batch or on the number of prompts.
@@ -107,7 +107,7 @@ def generate(
 
     from inference.pipeline import Pipeline
     from magihuman import zoo
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = zoo.load(checkpoint, chosen)
@@ -115,7 +115,7 @@ def generate(
         raise UserError(
             f"eval.puppets measures the tiny world, and {checkpoint} is of {loaded.config.world!r}"
         )
-    world = load_world(loaded.config.world)
+    world = load_bundle(loaded.config.world)
     pipeline = Pipeline(loaded, world)
     settings = pipeline.settings(**overrides)
     clips, start = Clips(), time.perf_counter()
@@ -217,7 +217,7 @@ def run(
     Raises:
         UserError: not exactly one of checkpoint and clips, or a value that cannot be used.
     """
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
     if (checkpoint is None) == (clips is None):
         raise UserError("give either checkpoint=NAME_OR_FOLDER or clips=FOLDER")
@@ -239,7 +239,7 @@ def run(
         )  # fmt: skip
     else:
         made, refused = read_folder(str(clips), prompts, progress)
-        world, facts = load_world("tiny"), {"clips": str(clips), "refused": refused}
+        world, facts = load_bundle("tiny"), {"clips": str(clips), "refused": refused}
     folder = Path(output) if output else folder_for("eval", str(checkpoint or clips))
     limits = bounds(prompts if checkpoint else len(made.captions), world, made.frames[0].shape[1])
     name = _name_of(checkpoint, clips)

@@ -41,7 +41,7 @@ from magihuman.flow.super_resolution import AUDIO_NOISE, coarsen, upsample_laten
 from magihuman.media.images import frames_to_uint8
 
 if TYPE_CHECKING:
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
     from magihuman.zoo import Loaded
 
 PARTS = ("table", "audio", "steps", "others")
@@ -70,7 +70,7 @@ class Held:
 Method = Callable[[slice], Tensor]
 
 
-def drawn_clips(count: int, world: "World", size: int, sr_size: int) -> Held:
+def drawn_clips(count: int, world: "CodecBundle", size: int, sr_size: int) -> Held:
     """The puppets themselves, drawn at the first stage's size and encoded."""
     puppets = held_out(count)
     waves = [synthesise(p) for p in puppets]
@@ -90,10 +90,10 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
 
     from inference.pipeline import Pipeline
     from magihuman import zoo
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
     loaded = zoo.load(checkpoint)
-    world = load_world(loaded.config.world)
+    world = load_bundle(loaded.config.world)
     pipeline = Pipeline(loaded, world)
     settings, captions = pipeline.settings(), [p.caption for p in held_out(count)]
     drafts = []
@@ -110,7 +110,7 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     )
 
 
-def encode(world: "World", frames: Sequence[np.ndarray], batch: int = 10) -> Tensor:
+def encode(world: "CodecBundle", frames: Sequence[np.ndarray], batch: int = 10) -> Tensor:
     """Pictures uint8 [F,H,W,3] of n clips -> latents [n,C,T,h,w]."""
     parts = []
     for first in range(0, len(frames), batch):
@@ -159,7 +159,7 @@ def refined(
 
 
 def measure(
-    method: Method, held: Held, world: "World", size: int, batch: int = 10
+    method: Method, held: Held, world: "CodecBundle", size: int, batch: int = 10
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
     """What `method` makes of the clips: values per clip [n] by name, the first pictures, seconds of the method.
 
@@ -236,7 +236,7 @@ def run(
         UserError: a checkpoint of another world or stage, or a value that cannot be used.
     """
     from magihuman import zoo
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
     chosen = [part.strip() for part in parts.split(",")]
     for part in chosen:
@@ -255,7 +255,7 @@ def run(
         if config.world != "tiny":
             raise UserError(f"eval.sr measures the tiny world, and {name} is of {config.world!r}")
     second = zoo.load(checkpoint)
-    world, size = load_world("tiny"), second.config.size.height
+    world, size = load_bundle("tiny"), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     count = second.config.sampling.steps if steps is None else steps
@@ -292,7 +292,7 @@ def run(
 @dataclass
 class _Setting:
     second: "Loaded"
-    world: "World"
+    world: "CodecBundle"
     drawn: Held
     size: int
     steps: int

@@ -147,7 +147,7 @@ def run(
         UserError: a decoder that cannot be found, or of other latents.
     """
     from eval.puppets import ground_truth, held_out
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
     from magihuman.codecs.causal_decoder import StudentCodec
     from magihuman.zoo import decoders
 
@@ -155,7 +155,7 @@ def run(
         raise UserError(f"clips={clips} measures nothing; give at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
-    world = load_world("tiny")
+    world = load_bundle("tiny")
     mine = decoders.Latents.of(world.contract)
     opened: dict[str, Any] = {"codec": world.video_codec}
     for role, source in (("teacher", teacher), ("student", student)):

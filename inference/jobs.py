@@ -19,7 +19,7 @@ from magihuman.media import images
 if TYPE_CHECKING:
     from inference.loading import Source
     from inference.settings import Settings
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
 
 
 def note(text: str) -> None:
@@ -73,7 +73,7 @@ class Resolver:
         path = self.folder / f"{request.name}.mp4"
         return Job(request, settings, identity, path, command(self.source, request, settings, path))
 
-    def check_prompts(self, world: "World", prompts: Sequence[str]) -> None:
+    def check_prompts(self, world: "CodecBundle", prompts: Sequence[str]) -> None:
         """Say once if there are prompts that mean nothing in this world."""
         if world.prompt_pattern is None:
             return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from inference.memory import Stages
     from inference.pipeline import Pipeline
-    from magihuman.codecs.bundle import World
+    from magihuman.codecs.bundle import CodecBundle
     from magihuman.io.export import ExportConfig
     from magihuman.zoo import Loaded
     from magihuman.zoo.decoders import DecoderConfig
@@ -134,7 +134,7 @@ class Source:
         from inference.memory import Stages
         from inference.pipeline import Pipeline
         from magihuman import zoo
-        from magihuman.codecs.bundle import load_world
+        from magihuman.codecs.bundle import load_bundle
         from magihuman.zoo import decoders
 
         fast, cpu = self.memory == "fast", torch.device("cpu")
@@ -146,7 +146,7 @@ class Source:
         if self.turbo is not None:
             ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             decoder = decoders.load(self.turbo, codec_place, None if self.decoder is None else ours)
-        world = load_world(self.config.world, codec_place, **self.codecs)
+        world = load_bundle(self.config.world, codec_place, **self.codecs)
         loaded = zoo.load(self.checkpoint, weights_place, self.dtype, self.lora)
         loaded = self._placed(loaded, stages, "sample")
         second = None
@@ -176,7 +176,7 @@ class Source:
         return replace(loaded, denoiser=denoiser)
 
 
-def _with_cache(world: "World", stages: "Stages") -> "World":
+def _with_cache(world: "CodecBundle", stages: "Stages") -> "CodecBundle":
     """The world with its text features kept on disk, where its encoder is a network; it comes when it is needed."""
     import torch
 
@@ -217,7 +217,7 @@ def find(
     Args:
         lora: adapter of the base, see `magihuman.zoo.lora_files`.
         tier, shared: see `inference.fast.tiers.choose_tier`.
-        codecs: paths of the released world's parts, by the names of `magihuman.codecs.bundle.load_world`; what is None
+        codecs: paths of the released world's parts, by the names of `magihuman.codecs.bundle.load_bundle`; what is None
             comes from the environment.
 
     Raises:

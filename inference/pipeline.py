@@ -23,7 +23,7 @@ from inference.memory import Stages
 from inference.sampling import draw_noise, sample, seeded
 from inference.settings import Settings, latent_shape, resolve
 from inference.super_resolution import draw, frame_scales, refine
-from magihuman.codecs.bundle import World
+from magihuman.codecs.bundle import CodecBundle
 from magihuman.flow.solvers import make_solver
 from magihuman.io.export import ExportConfig
 from magihuman.zoo import Loaded
@@ -69,7 +69,7 @@ class Pipeline:
     def __init__(
         self,
         loaded: Loaded,
-        world: World,
+        world: CodecBundle,
         *,
         second: Loaded | None = None,
         decoder: Any = None,

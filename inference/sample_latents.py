@@ -85,11 +85,11 @@ def _sample(
     from inference.cli import guidance_from
     from inference.pipeline import Pipeline
     from magihuman import zoo
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loaded = zoo.load(facts["checkpoint"], device=chosen)
-    world = load_world(loaded.config.world, chosen)
+    world = load_bundle(loaded.config.world, chosen)
     decoder = open_teacher(facts["teacher"], world, chosen)
     pipeline = Pipeline(loaded, world)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance_from(cfg)}

@@ -2,13 +2,13 @@
 
 from inference.pipeline import Pipeline
 from magihuman import zoo
-from magihuman.codecs.bundle import World
+from magihuman.codecs.bundle import CodecBundle
 from magihuman.zoo import Loaded
 
 _first: dict[tuple[str, str], Loaded] = {}
 
 
-def with_first_stage(loaded: Loaded, world: World, first: str) -> Pipeline:
+def with_first_stage(loaded: Loaded, world: CodecBundle, first: str) -> Pipeline:
     """The second stage `loaded` behind the checkpoint `first`, which is read once per process, to the same device.
 
     Raises:

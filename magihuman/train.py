@@ -46,14 +46,14 @@ def stage(title: str) -> Iterator[None]:
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     """The data module and its shards (or file of prompts), made first where the configuration says how."""
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
     from magihuman.training.session import require_fit
 
     module = dict(settings.data.module)
     if settings.data.make is not None:
         # The tiny world's contract is at hand, so a misfit fails before the work.
         if settings.model is not None and settings.data.make.get("world") == "tiny":
-            require_fit(settings.model, load_world("tiny").contract)
+            require_fit(settings.model, load_bundle("tiny").contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
     return call(module, "data.module"), Path(module["shards"] if "shards" in module else module["file"])

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample
 from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
@@ -147,7 +147,7 @@ class SuperResolution(Recipe):
                 loaded.config.contract.require(self.given.contract, "recipe.first_stage.base", "the shards")
                 base = loaded.denoiser.requires_grad_(False)
             if chosen.size is not None:
-                codec = load_world(self.given.world, self.device).video_codec
+                codec = load_bundle(self.given.world, self.device).video_codec
             self._first_stage = FirstStage(chosen, base, codec)
         return self._first_stage
 

@@ -47,7 +47,7 @@ def base(release: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with an export, of the fake world."""
-    from fake_world import fake_checkpoint
+    from fake_bundle import fake_checkpoint
 
     folder = tmp_path_factory.mktemp("run")
     fake_checkpoint(folder / "export")
@@ -57,6 +57,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_a_fake_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every world that is opened is the fake one."""
-    from fake_world import fake_world
+    from fake_bundle import fake_bundle
 
-    monkeypatch.setattr("magihuman.codecs.bundle.load_world", fake_world)
+    monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", fake_bundle)

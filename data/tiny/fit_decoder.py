@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.tiny.fit_codec import FIT_SEED, psnr
 from data.tiny.puppets import draw_puppet, render
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.codecs.wan_decoder import TeacherConfig, WanTeacher
 from magihuman.config import OptimSettings
 from magihuman.io.provenance import code_version
@@ -74,7 +74,7 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(FIT_SEED)
     began, draw = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
-    world = load_world("tiny")
+    world = load_bundle("tiny")
     size = world.height
     frames, truth = _frames(range(clips), size), _frames(HELD_OUT, size).float() / 127.5 - 1
     held_out = world.video_codec.encode(truth)

@@ -81,9 +81,9 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
             decoder_name=name,
             decoder_weights="random",
         )
-    from magihuman.codecs.bundle import TINY_EXAMPLE, load_world
+    from magihuman.codecs.bundle import TINY_EXAMPLE, load_bundle
 
-    world = load_world("tiny", device)
+    world = load_bundle("tiny", device)
     chosen, weights = world.video_codec, world.contract.video_codec
     if decoder not in ("auto", "codec"):
         chosen, weights = _tiny_decoder(decoder, device), decoder

@@ -34,7 +34,7 @@ RELEASED_VARIABLES = {
 
 
 @dataclass(frozen=True)
-class World:
+class CodecBundle:
     """Codecs, text encoder and contract; `height`, `width` and `frames` are the world's usual clip.
 
     Where only prompts of one form mean anything, `prompt_pattern` is a regular expression that matches them whole
@@ -53,7 +53,7 @@ class World:
     prompt_example: str | None = None
 
 
-def load_world(name: str, device: str | torch.device = "cpu", **paths: str | None) -> World:
+def load_bundle(name: str, device: str | torch.device = "cpu", **paths: str | None) -> CodecBundle:
     """Build the world called `name`.
 
     Args:
@@ -64,9 +64,9 @@ def load_world(name: str, device: str | torch.device = "cpu", **paths: str | Non
         UserError: unknown name, or a part of the released world that is not on this machine.
     """
     if name == "tiny":
-        return _tiny_world(torch.device(device))
+        return _tiny_bundle(torch.device(device))
     if name == "released":
-        return _released_world(torch.device(device), paths)
+        return _released_bundle(torch.device(device), paths)
     raise UserError(f"unknown world {name!r}; choose one of {', '.join(NAMES)}")
 
 
@@ -98,7 +98,7 @@ def _fitted(module: Any, file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
-def _tiny_world(device: torch.device) -> World:
+def _tiny_bundle(device: torch.device) -> CodecBundle:
     from safetensors import safe_open
 
     from magihuman.codecs.text_encoders import ByteTextEncoder
@@ -117,13 +117,13 @@ def _tiny_world(device: torch.device) -> World:
     contract = _contract(names, video, audio, text)
     video.to(device).eval().requires_grad_(False)
     audio.to(device).eval().requires_grad_(False)
-    return World(
+    return CodecBundle(
         "tiny", contract, video, audio, text, height=64, width=64, frames=25,
         prompt_pattern=TINY_CAPTION, prompt_example=TINY_EXAMPLE,
     )  # fmt: skip
 
 
-def _released_world(device: torch.device, paths: dict[str, str | None]) -> World:
+def _released_bundle(device: torch.device, paths: dict[str, str | None]) -> CodecBundle:
     from magihuman.codecs.oobleck import OobleckCodec
     from magihuman.codecs.text_encoders import T5GemmaEncoder
     from magihuman.codecs.wan import WanCodec
@@ -146,4 +146,4 @@ def _released_world(device: torch.device, paths: dict[str, str | None]) -> World
     text = T5GemmaEncoder.load(str(found["text_encoder"]), device=device)
     names = ("wan2.2", "stable-audio-oobleck", "t5gemma-9b-9b-ul2")
     contract = _contract(names, video, audio, text)
-    return World("released", contract, video, audio, text, height=256, width=448, frames=101)
+    return CodecBundle("released", contract, video, audio, text, height=256, width=448, frames=101)

@@ -322,12 +322,12 @@ class Samples(L.Callback):
 
     def sample(self, trainer: L.Trainer, recipe: Any) -> None:
         """Make and write the clips of this step."""
-        from magihuman.codecs.bundle import load_world
+        from magihuman.codecs.bundle import load_bundle
         from magihuman.zoo import Loaded
 
         assert self.folder is not None
         if self._world is None:
-            self._world = load_world(recipe.given.world)
+            self._world = load_bundle(recipe.given.world)
         network = recipe.network
         with evaluating(network):
             pipeline = self.pipeline(Loaded(network, recipe.export_config(), self.folder), self._world)

@@ -130,9 +130,9 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
                 )
     null_text = data.null_text
     if null_text is None:
-        from magihuman.codecs.bundle import load_world
+        from magihuman.codecs.bundle import load_bundle
 
-        null_text = load_world(data.world).text_encoder.encode([""])[0]
+        null_text = load_bundle(data.world).text_encoder.encode([""])[0]
     return Setup(
         model=model.dit if model is not None else None,
         pack=model.pack if model is not None else None,

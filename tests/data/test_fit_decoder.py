@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.tiny import fit_decoder
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.codecs.wan_decoder import WanTeacher
 from magihuman.zoo import decoders
 
@@ -44,7 +44,7 @@ def test_a_stopped_training_goes_on_to_the_same_teacher(
 
 
 def test_the_shipped_teacher_is_as_good_as_its_record_says() -> None:
-    teacher, world = decoders.load("tiny/teacher"), load_world("tiny")
+    teacher, world = decoders.load("tiny/teacher"), load_bundle("tiny")
     assert isinstance(teacher, WanTeacher)
     config = decoders.config_of("tiny/teacher")
     assert config is not None

@@ -11,7 +11,7 @@ from data.prepare import prepare
 from data.shards import SampleError, Shards
 from data.stream import collate
 from data.tiny.render import make_clips
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.super_resolution import shrink_pictures
 from magihuman.media.mp4 import read_clip
@@ -32,7 +32,7 @@ def prepared(clips: Path, output: Path, **settings: str) -> Path:
 def test_a_clip_is_stored_at_both_sizes_from_the_same_pixels(clips: Path, tmp_path: Path) -> None:
     shards = Shards(prepared(clips, tmp_path / "both", sizes="64x64", sr_sizes="128x128"))
     assert len(shards) == 3
-    codec = load_world("tiny").video_codec
+    codec = load_bundle("tiny").video_codec
     for number, entry in enumerate(shards.entries):
         sample = shards.read(number)
         assert entry.bucket == "25x64x64+a"

@@ -18,7 +18,7 @@ from data.shards import Shards
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
-WORLD = "world=pooled_world:build"
+WORLD = "world=pooled_bundle:build"
 
 
 def folder_of_clips(folder: Path, count: int) -> Path:
@@ -224,7 +224,7 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
     clips = folder_of_clips(tmp_path / "media", 7)
     deadly = clips / "c03.mp4"
     movie(deadly, seconds=1.0, width=96, height=96)
-    settings = ["world=pooled_world:deadly_world", "batch=1"]
+    settings = ["world=pooled_bundle:deadly_world", "batch=1"]
     result = run(clips, tmp_path / "shards", *settings)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
@@ -323,12 +323,12 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     """Puppets to mp4 to latents and back: the picture and the sound's spectrum survive."""
     from data.inspect import inspect
     from data.tiny.render import make_clips
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
     from magihuman.media.mp4 import read_clip
 
     make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
     prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, pixels=True, progress=False)
-    reader, world = Shards(tmp_path / "shards"), load_world("tiny")
+    reader, world = Shards(tmp_path / "shards"), load_bundle("tiny")
     assert reader.contract == world.contract
     for i in range(4):
         sample = reader.read(i)

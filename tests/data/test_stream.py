@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pooled_world import build as pooled_world
+from pooled_bundle import build as pooled_bundle
 
 from data.module import LatentDataModule, split
 from data.plan import source_of
@@ -43,7 +43,7 @@ def write_shards(folder: Path, per_shard: int = 20) -> Path:
                     {"caption": f"no {number}", "bucket": bucket},
                 )
         shards.append((path.name, writer.entries))
-    Index("pooled", pooled_world("cpu").contract.to_dict(), shards).save(folder)
+    Index("pooled", pooled_bundle("cpu").contract.to_dict(), shards).save(folder)
     return folder
 
 
@@ -308,7 +308,7 @@ def test_further_tensors_travel_with_the_batch(tmp_path: Path) -> None:
                 "video_sr": torch.full((3, 1, 8, 8), i / 7), "frames": torch.full((1, 16, 16, 3), i, dtype=torch.uint8),
             }  # fmt: skip
             writer.add(f"k{i}_0000", "1x16x16", tensors, {"bucket": "1x16x16"})
-    Index("pooled", pooled_world("cpu").contract.to_dict(), [(path.name, writer.entries)]).save(tmp_path)
+    Index("pooled", pooled_bundle("cpu").contract.to_dict(), [(path.name, writer.entries)]).save(tmp_path)
     data = LatentDataModule(str(tmp_path), batch_size=4, val_fraction=0.0)
     batch = next(iter(data.train_dataloader()))
     assert batch["video_sr"].shape == (4, 3, 1, 8, 8)

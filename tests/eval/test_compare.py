@@ -11,7 +11,7 @@ from eval.compare import ROWS, Column, Comparison, column, deviation_of, energy_
 from eval.diversity import SPACES, Place, Reference, by_prompt, embed, gaps, mean_gaps, real_draw
 from eval.puppet_speech import Heard, hear, pitch
 from eval.puppets import Clips, ground_truth, held_out, through_codec
-from magihuman.codecs.bundle import World, load_world
+from magihuman.codecs.bundle import CodecBundle, load_bundle
 
 ROW = {row.name: row for row in ROWS}
 PROMPTS, DRAWS = 20, 3
@@ -222,8 +222,8 @@ def test_pitch_is_heard():
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return load_world("tiny")
+def world() -> CodecBundle:
+    return load_bundle("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from eval import conditioning
 from eval.puppets import ground_truth, held_out, through_codec
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_every_set_has_the_three_ways_and_known_figures(result) -> None:
 
 def test_a_skin_tone_that_was_not_given_is_counted() -> None:
     puppets = held_out(12)
-    truth = through_codec(ground_truth(puppets), load_world("tiny"))
+    truth = through_codec(ground_truth(puppets), load_bundle("tiny"))
     bound = truth.score()
     assert conditioning.measure(bound, bound, puppets, seen=True)["skin"]["value"] == 1
     others = [*puppets[1:], puppets[0]]
@@ -50,7 +50,7 @@ def test_what_is_given_is_in_the_samples() -> None:
     from inference.pipeline import Pipeline
     from magihuman import zoo
 
-    world, puppets = load_world("tiny"), held_out(2)
+    world, puppets = load_bundle("tiny"), held_out(2)
     truth, made = ground_truth(puppets), conditioning.Clips()
     pipeline = Pipeline(zoo.load("tiny/distill"), world)
     way = conditioning._Way("student", pipeline, pipeline.settings(steps=2))

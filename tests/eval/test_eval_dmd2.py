@@ -15,7 +15,7 @@ from eval.puppets import generate, held_out
 from inference.pipeline import Pipeline
 from magihuman import zoo
 from magihuman.cli import run as command
-from magihuman.codecs.bundle import World, load_world
+from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import ExportConfig, Sampling, save_export
@@ -25,8 +25,8 @@ FEW = Sampling("renoise", 1, guidance=Guidance(1.0, 1.0, audio=1.0))
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return load_world("tiny")
+def world() -> CodecBundle:
+    return load_bundle("tiny")
 
 
 @pytest.fixture(scope="module")

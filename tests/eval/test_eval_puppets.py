@@ -11,13 +11,13 @@ from data.tiny.render import make_clips
 from eval import puppets as program
 from eval.puppets import HELD_OUT_SEED, bounds, ground_truth, held_out, through_codec
 from magihuman.cli import run as command
-from magihuman.codecs.bundle import World, load_world
+from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return load_world("tiny")
+def world() -> CodecBundle:
+    return load_bundle("tiny")
 
 
 @pytest.fixture(scope="module")

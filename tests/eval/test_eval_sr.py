@@ -14,19 +14,19 @@ from eval import sr, sr_report
 from eval.puppet_vision import see
 from eval.puppets import ground_truth, held_out
 from eval.readme_tables import sr_table
-from magihuman.codecs.bundle import World, load_world
+from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.super_resolution import upsample_latents
 from magihuman.media.images import frames_to_uint8
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return load_world("tiny")
+def world() -> CodecBundle:
+    return load_bundle("tiny")
 
 
 @pytest.fixture(scope="module")
-def held(world: World) -> sr.Held:
+def held(world: CodecBundle) -> sr.Held:
     return sr.drawn_clips(6, world, 64, 128)
 
 
@@ -51,7 +51,7 @@ def test_skills_and_differences_of_known_values() -> None:
     assert list(made["differences"]) == ["bicubic"]
 
 
-def test_known_ways_of_enlarging_score_as_they_should(world: World, held: sr.Held) -> None:
+def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.Held) -> None:
     assert held.truth is not None
     truth, codec = held.truth, world.video_codec
     bound, kept, _ = sr.measure(lambda part: sr.encode(world, truth[part]), held, world, 128)
@@ -88,7 +88,7 @@ def test_bicubic_keeps_flat_pictures_and_size() -> None:
     assert torch.equal(sr.bicubic(flat, 16), torch.full((2, 3, 16, 16, 3), 77, dtype=torch.uint8))
 
 
-def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sr, "STEPS", (1, 2))
     monkeypatch.setattr(sr, "COARSE", (1, 8))
     without_truth = replace(sr.drawn_clips(3, world, 64, 128), truth=None)
@@ -130,7 +130,9 @@ def test_the_command_writes_tables_and_pictures(world: World, tmp_path: Path, mo
     assert "| sync_skill |" in text
 
 
-def test_other_checkpoints_are_compared_and_their_training_is_told(world: World, tmp_path: Path) -> None:
+def test_other_checkpoints_are_compared_and_their_training_is_told(
+    world: CodecBundle, tmp_path: Path
+) -> None:
     from magihuman import zoo
 
     run = tmp_path / "runs" / "again"

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from eval import ablation, readme_tables, turbo_vae
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.zoo import decoders as zoo
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    contract = load_world("tiny").contract
+    contract = load_bundle("tiny").contract
     config = zoo.config_for("tiny", contract)
     network = zoo.build(config, seed=0)
     return zoo.save(tmp_path_factory.mktemp("student") / "export", network.state_dict(), config)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_world import FRAMES, SIDE, FakeVideoCodec, fake_checkpoint, fake_world
+from fake_bundle import FRAMES, SIDE, FakeVideoCodec, fake_checkpoint, fake_bundle
 
 from inference import decoding
 from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_pictures
@@ -343,7 +343,7 @@ def test_what_fails_leaves_no_file(tmp_path: Path, place: str) -> None:
 
 def test_the_pipeline_decodes_with_a_student(tmp_path: Path) -> None:
     loaded = zoo.load(fake_checkpoint(tmp_path / "export"))
-    pipeline = Pipeline(loaded, fake_world(), decoder=_student(), tile=32)
+    pipeline = Pipeline(loaded, fake_bundle(), decoder=_student(), tile=32)
     draft = pipeline.draft(["a"], [0], pipeline.settings())[0]
     made = pipeline.decode(draft)
     assert made.frames.shape == (FRAMES, SIDE, SIDE, 3)
@@ -360,7 +360,7 @@ def _turbo(folder: Path, codec: str = "fake") -> Path:
 
 
 def _infer(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr("magihuman.codecs.bundle.load_world", fake_world)
+    monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", fake_bundle)
     infer.main([*map(str, arguments), "prompt=a", "device=cpu", "progress=false"])
 
 

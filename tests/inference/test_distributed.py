@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fake_world import FRAMES, fake_checkpoint
+from fake_bundle import FRAMES, fake_checkpoint
 
 from magihuman import zoo
 from magihuman.io.export import load_config, save_export
@@ -18,8 +18,8 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import magihuman.codecs.bundle, fake_world
-magihuman.codecs.bundle.load_world = fake_world.fake_world
+import magihuman.codecs.bundle, fake_bundle
+magihuman.codecs.bundle.load_bundle = fake_bundle.fake_bundle
 from magihuman.infer import main
 main(sys.argv[2:])
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from fake_world import fake_checkpoint, fake_world
+from fake_bundle import fake_checkpoint, fake_bundle
 from PIL import Image
 
 from inference.gallery import PAGE, collect, write_page
@@ -176,7 +176,7 @@ def test_another_page_is_not_replaced(tmp_path: Path) -> None:
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command that makes two clips with hostile names and prompts, and their page."""
-    monkeypatch.setattr("magihuman.codecs.bundle.load_world", fake_world)
+    monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", fake_bundle)
     rows = [{"prompt": HOSTILE, "name": 'a #1 "été" 人'}, {"prompt": "a calm voice"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     checkpoint = fake_checkpoint(tmp_path / "export")

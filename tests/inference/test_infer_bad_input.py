@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fake_world import fake_checkpoint
+from fake_bundle import fake_checkpoint
 from infer_command import failure, manifest, run, write_prompts
 
 pytestmark = pytest.mark.usefixtures("in_a_fake_world")

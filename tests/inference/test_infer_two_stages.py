@@ -17,7 +17,7 @@ from inference.loading import find
 from inference.requests import Request
 from inference.two_stages import with_first_stage
 from magihuman import infer, zoo
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.media.mp4 import probe, read_clip
 
@@ -55,11 +55,11 @@ def test_a_clip_of_both_stages(tmp_path: Path) -> None:
 
 
 def test_samples_of_a_training_keep_both_stages_on_its_device() -> None:
-    pipeline = with_first_stage(zoo.load("tiny/sr", "meta"), load_world("tiny"), "tiny/base")
+    pipeline = with_first_stage(zoo.load("tiny/sr", "meta"), load_bundle("tiny"), "tiny/base")
     assert pipeline.second is not None
     devices = {next(d.parameters()).device.type for d in (pipeline.denoiser, pipeline.second.denoiser)}
     assert devices == {"meta"}
-    again = with_first_stage(zoo.load("tiny/sr"), load_world("tiny"), "tiny/base")
+    again = with_first_stage(zoo.load("tiny/sr"), load_bundle("tiny"), "tiny/base")
     assert again.device.type == "cpu"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_world import FRAMES, SIDE, fake_world
+from fake_bundle import FRAMES, SIDE, fake_bundle
 from infer_command import failure, manifest, run, write_prompts
 from PIL import Image
 
@@ -55,10 +55,10 @@ def test_what_the_world_does_not_know_is_said_once(
 ) -> None:
     def strict(*arguments: Any, **named: Any) -> Any:
         return replace(
-            fake_world(*arguments, **named), prompt_pattern="face( m[ai])+", prompt_example="face ma"
+            fake_bundle(*arguments, **named), prompt_pattern="face( m[ai])+", prompt_example="face ma"
         )
 
-    monkeypatch.setattr("magihuman.codecs.bundle.load_world", strict)
+    monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", strict)
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat\nface  ma mi\na dog\n")
     run(f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={tmp_path / 'out'}", "seconds=1")
@@ -173,8 +173,8 @@ def test_requests_of_a_file_may_differ(checkpoint: Path, tmp_path: Path) -> None
 DRIVER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import magihuman.codecs.bundle, fake_world, inference.records
-magihuman.codecs.bundle.load_world = fake_world.fake_world
+import magihuman.codecs.bundle, fake_bundle, inference.records
+magihuman.codecs.bundle.load_bundle = fake_bundle.fake_bundle
 append = inference.records.append_line
 def slowly(path, line):
     append(path, line)
@@ -248,8 +248,8 @@ def test_a_negative_prompt_from_a_file(
 RANKS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import magihuman.codecs.bundle, fake_world
-magihuman.codecs.bundle.load_world = fake_world.fake_world
+import magihuman.codecs.bundle, fake_bundle
+magihuman.codecs.bundle.load_bundle = fake_bundle.fake_bundle
 from magihuman.infer import main
 main(sys.argv[2:])
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_world import FRAMES, HOP, SIDE, fake_checkpoint, fake_world
+from fake_bundle import FRAMES, HOP, SIDE, fake_checkpoint, fake_bundle
 from PIL import Image
 
 from inference.pipeline import Clip, Pipeline, frames_for
@@ -19,7 +19,7 @@ from magihuman.models.latent_contract import Contract
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = fake_checkpoint(tmp_path_factory.mktemp("checkpoint") / "export")
-    return Pipeline(zoo.load(folder), fake_world())
+    return Pipeline(zoo.load(folder), fake_bundle())
 
 
 def test_clips_have_the_world_s_shape_and_follow_seed_and_prompt(pipeline: Pipeline) -> None:
@@ -100,7 +100,7 @@ def test_impossible_settings(pipeline: Pipeline, settings: dict[str, float], mes
 
 
 def test_another_world_is_refused(pipeline: Pipeline) -> None:
-    other = fake_world()
+    other = fake_bundle()
     loaded = zoo.Loaded(pipeline.denoiser, pipeline.config, pipeline.folder)
     wrong = Contract.from_dict({**other.contract.to_dict(), "video_codec": "other"})
     with pytest.raises(UserError, match="video_codec: 'fake' against 'other'"):
@@ -112,7 +112,7 @@ def test_a_diverged_checkpoint_is_named_not_written(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.denoiser.model.final_linear_audio.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="output is not finite"):
-        Pipeline(loaded, fake_world()).generate(["a"], [0])
+        Pipeline(loaded, fake_bundle()).generate(["a"], [0])
 
 
 # ---------------------------------------------------------------------------------------------- conditions

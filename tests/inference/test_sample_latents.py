@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inference import sample_latents
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.training.latent_file import SampledLatents
 from magihuman.zoo import decoders
@@ -37,7 +37,7 @@ def test_frames_are_the_teachers_of_the_stored_latents(tmp_path: Path) -> None:
     with safe_open(output, "pt") as opened:
         assert opened.metadata() == {
             "checkpoint": "tiny/base", "teacher": "tiny/teacher", "seed": "0", "steps": "2", "cfg": "1.0",
-            "codec": load_world("tiny").contract.video_codec,
+            "codec": load_bundle("tiny").contract.video_codec,
         }  # fmt: skip
     before = output.stat().st_mtime_ns
     sample_latents.make(str(prompts), **given)

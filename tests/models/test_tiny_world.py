@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from data.tiny.puppets import draw_puppet, render, synthesise
-from magihuman.codecs.bundle import World, load_world
+from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.codecs.text_encoders import ByteTextEncoder
 from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
 from magihuman.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return load_world("tiny")
+def world() -> CodecBundle:
+    return load_bundle("tiny")
 
 
 def _clip(size: int, index: int = 3) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_blocks_and_frames_are_inverse() -> None:
     assert torch.equal(first[0], first[3])
 
 
-def test_video_codec_keeps_puppets(world: World) -> None:
+def test_video_codec_keeps_puppets(world: CodecBundle) -> None:
     for size, least in ((64, 29.0), (128, 30.5)):
         frames = torch.cat([_clip(size, i) for i in range(4)])
         latents = world.video_codec.encode(frames)
@@ -42,7 +42,7 @@ def test_video_codec_keeps_puppets(world: World) -> None:
         assert 10 * torch.log10(4 / error) > least
 
 
-def test_video_latents_are_normalised_and_batches_do_not_mix(world: World) -> None:
+def test_video_latents_are_normalised_and_batches_do_not_mix(world: CodecBundle) -> None:
     frames = torch.cat([_clip(64, i) for i in range(16)])
     latents = world.video_codec.encode(frames)
     assert 0.5 < latents.std() < 1.5
@@ -51,7 +51,7 @@ def test_video_latents_are_normalised_and_batches_do_not_mix(world: World) -> No
     torch.testing.assert_close(latents[5:6], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_still_image_is_one_latent_frame(world: World) -> None:
+def test_still_image_is_one_latent_frame(world: CodecBundle) -> None:
     still = _clip(64)[:, :, :1]
     latents = world.video_codec.encode(still)
     assert latents.shape[2] == 1
@@ -73,7 +73,7 @@ def test_spectrum_and_waveform_are_inverse() -> None:
     torch.testing.assert_close(codec._waveform(codec._spectrum(wave)), wave, atol=1e-3, rtol=0)
 
 
-def test_audio_codec_keeps_the_spectrum(world: World) -> None:
+def test_audio_codec_keeps_the_spectrum(world: CodecBundle) -> None:
     waves = torch.from_numpy(np.stack([synthesise(draw_puppet(50, i)) for i in range(6)]))[:, None]
     latents = world.audio_codec.encode(waves)
     assert latents.shape == (6, 25, world.audio_codec.channels)
@@ -84,7 +84,7 @@ def test_audio_codec_keeps_the_spectrum(world: World) -> None:
     assert signal_to_error > 10.5
 
 
-def test_audio_latent_k_belongs_to_video_frame_k(world: World) -> None:
+def test_audio_latent_k_belongs_to_video_frame_k(world: CodecBundle) -> None:
     wave = torch.zeros(1, 1, 16000)
     wave[..., 640 * 9 : 640 * 10] = torch.sin(torch.arange(640) * 0.3) * 0.4
     change = (
@@ -95,7 +95,7 @@ def test_audio_latent_k_belongs_to_video_frame_k(world: World) -> None:
     assert change.argmax() == 9
 
 
-def test_decoding_is_deterministic(world: World) -> None:
+def test_decoding_is_deterministic(world: CodecBundle) -> None:
     latents = torch.randn(1, 25, 64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(world.audio_codec.decode(latents), world.audio_codec.decode(latents))
 
@@ -118,7 +118,7 @@ def test_text_features_tell_words_places_and_neighbours_apart() -> None:
     assert len(encode(["a " * 1000])[0]) == 640
 
 
-def test_world_contract_names_the_fitted_codec(world: World) -> None:
+def test_world_contract_names_the_fitted_codec(world: CodecBundle) -> None:
     contract = world.contract
     assert contract.video_channels == world.video_codec.channels
     assert contract.to_dict() == type(contract).from_dict(contract.to_dict()).to_dict()
@@ -129,14 +129,14 @@ def test_world_contract_names_the_fitted_codec(world: World) -> None:
 
 def test_unknown_world_lists_the_choices() -> None:
     with pytest.raises(UserError, match="tiny, released"):
-        load_world("big")
+        load_bundle("big")
 
 
 def test_released_world_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("MAGIHUMAN_WAN_VAE", "MAGIHUMAN_STABLE_AUDIO", "MAGIHUMAN_T5GEMMA"):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match=r"MAGIHUMAN_WAN_VAE.*MAGIHUMAN_STABLE_AUDIO.*MAGIHUMAN_T5GEMMA"):
-        load_world("released")
+        load_bundle("released")
 
 
 def test_the_worlds_pattern_is_that_of_its_captions() -> None:

@@ -287,9 +287,9 @@ def test_a_share_of_clips_is_resampled_by_the_base() -> None:
 
 def test_first_stage_latents_can_be_made_from_the_large_ones() -> None:
     from data.tiny.puppets import draw_puppet, render
-    from magihuman.codecs.bundle import load_world
+    from magihuman.codecs.bundle import load_bundle
 
-    codec = load_world("tiny").video_codec
+    codec = load_bundle("tiny").video_codec
 
     def encoded(size: int) -> torch.Tensor:
         frames = torch.from_numpy(render(draw_puppet(0, 1), size)).permute(3, 0, 1, 2)[None]

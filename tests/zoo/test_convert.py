@@ -17,7 +17,7 @@ from fake_release import (
     same,
     tensors_of,
 )
-from fake_world import fake_checkpoint
+from fake_bundle import fake_checkpoint
 from safetensors.torch import load_file, save_file
 
 from magihuman import zoo

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.codecs.causal_decoder import (
     ReleasedStudent,
     StudentCodec,
@@ -31,7 +31,7 @@ def _export(folder: Path, config: DecoderConfig = CONFIG) -> Path:
 
 def test_every_architecture_fits_its_world() -> None:
     assert decoders.arch_names() == ["a", "b", "released", "tiny"]
-    tiny = load_world("tiny").contract
+    tiny = load_bundle("tiny").contract
     assert decoders.config_for("tiny", tiny).latents == Latents(tiny.video_codec, 12, (4, 4, 4))
     with pytest.raises(UserError, match=r"upsamples by \[4, 16, 16\], but its latents are of 'tiny-"):
         decoders.config_for("b", tiny)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_release import SHARDS, dit_config, make_hollow, make_weights
-from fake_world import fake_checkpoint
+from fake_bundle import fake_checkpoint
 
 from magihuman import zoo
 from magihuman.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_world import fake_checkpoint, fake_world
+from fake_bundle import fake_checkpoint, fake_bundle
 
 from inference.fast import choose_tier, require_kernel
 from inference.fast.fast_denoiser import FastDenoiser
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magihuman.codecs.bundle.load_world", fake_world)
+    monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", fake_bundle)
 
 
 def test_the_same_bytes_by_default_and_the_record_names_the_tier(checkpoint: Path, tmp_path: Path) -> None:
@@ -67,14 +67,14 @@ def test_a_tier_with_every_place_in_memory(checkpoint: Path) -> None:
 
 def test_a_pipeline_takes_a_tier(checkpoint: Path) -> None:
     loaded = zoo.load(checkpoint)
-    pipeline = Pipeline(loaded, fake_world(), tier="fast")
+    pipeline = Pipeline(loaded, fake_bundle(), tier="fast")
     assert (pipeline.tier.name, pipeline.tier.exactness) == ("fast", "E1")
-    plain = Pipeline(loaded, fake_world())
+    plain = Pipeline(loaded, fake_bundle())
     assert plain.tier.name == "reference"
     ours, theirs = (each.generate(["a b"], [1])[0].video for each in (pipeline, plain))
     assert (ours - theirs).abs().max() < 1e-4
     with pytest.raises(UserError, match="prepared for tier=fast; load the checkpoint again"):
-        Pipeline(zoo.Loaded(pipeline.denoiser, loaded.config, loaded.folder), fake_world(), tier="exact")
+        Pipeline(zoo.Loaded(pipeline.denoiser, loaded.config, loaded.folder), fake_bundle(), tier="exact")
 
 
 def test_what_a_command_computes_with() -> None:

@@ -14,7 +14,7 @@ from inference.fast.attention_kernels import Choice
 from inference.fast.step_cache import StepCache, reused_steps
 from inference.sampling import LatentShape, Noise, sample, seeded
 from magihuman import zoo
-from magihuman.codecs.bundle import load_world
+from magihuman.codecs.bundle import load_bundle
 from magihuman.flow.guidance import Guidance
 from magihuman.models.denoiser import Denoiser
 
@@ -241,7 +241,7 @@ def test_the_forecast_is_the_line_through_the_last_two_changes() -> None:
 def test_forecasting_beats_fewer_steps_on_the_shipped_checkpoint() -> None:
     """Six forecasts in 16 steps cost what 12 whole steps do; errors measured: 0.003 to 0.022, sound 0.008 to 0.033."""
     loaded = zoo.load("tiny/base")
-    encode = load_world("tiny").text_encoder.encode
+    encode = load_bundle("tiny").text_encoder.encode
     text, negative = encode(["round face, ginger hair, blue shirt, green wall, says ma bi so"]), encode([""])
     shape = LatentShape(12, 2, 16, 16, 5, 64)
 

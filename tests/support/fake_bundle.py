@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from magihuman import zoo
-from magihuman.codecs.bundle import World
+from magihuman.codecs.bundle import CodecBundle
 from magihuman.codecs.text_encoders import ByteTextEncoder
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import ExportConfig, Sampling, Size, save_export
@@ -44,11 +44,11 @@ class FakeAudioCodec:
         return latents.repeat_interleave(HOP // 4, 2).flatten(1)[:, None]
 
 
-def fake_world(name: str = "tiny", device: object = "cpu", fps: float = 25.0) -> World:
-    """Stands in for `magihuman.codecs.bundle.load_world`."""
+def fake_bundle(name: str = "tiny", device: object = "cpu", fps: float = 25.0) -> CodecBundle:
+    """Stands in for `magihuman.codecs.bundle.load_bundle`."""
     video, audio, text = FakeVideoCodec(), FakeAudioCodec(), ByteTextEncoder()
     contract = Contract("fake", "fake", "bytes-1", 3, 4, text.channels, (4, 4, 4), fps, 16000, 1)
-    return World(name, contract, video, audio, text, height=SIDE, width=SIDE, frames=FRAMES)
+    return CodecBundle(name, contract, video, audio, text, height=SIDE, width=SIDE, frames=FRAMES)
 
 
 def fake_checkpoint(folder: Path, guidance: Guidance | None = None, seed: int = 0) -> Path:
@@ -72,7 +72,7 @@ def fake_checkpoint(folder: Path, guidance: Guidance | None = None, seed: int = 
         model=config,
         pack=PackConfig(),
         world="tiny",
-        contract=fake_world().contract,
+        contract=fake_bundle().contract,
         sampling=Sampling(steps=2, guidance=guidance or Guidance(3, 2, audio=2)),
         size=Size(FRAMES, SIDE, SIDE),
     )

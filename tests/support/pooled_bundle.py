@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from magihuman.codecs.bundle import World
+from magihuman.codecs.bundle import CodecBundle
 from magihuman.models.latent_contract import Contract
 
 
@@ -51,10 +51,10 @@ class LetterText:
         return [torch.tensor([[float(word.count(c)) for c in letters] for word in some]) for some in words]
 
 
-def build(device: str) -> World:
+def build(device: str) -> CodecBundle:
     """64 x 64 px, 25 frames at 25 fps, 16 kHz mono."""
     contract = Contract("pooled", "framed", "letters", 3, 32, 26, (4, 4, 4), 25.0, 16000, 1)
-    return World(
+    return CodecBundle(
         "pooled", contract, PooledVideo(), FramedAudio(), LetterText(), height=64, width=64, frames=25
     )
 
