@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_bundle import FRAMES, SIDE, FakeVideoCodec, fake_checkpoint, fake_bundle
+from fake_bundle import FRAMES, SIDE, FakeVideoCodec, fake_bundle, fake_checkpoint
 
 from inference import decoding
 from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from fake_bundle import fake_checkpoint, fake_bundle
+from fake_bundle import fake_bundle, fake_checkpoint
 from PIL import Image
 
 from inference.gallery import PAGE, collect, write_page

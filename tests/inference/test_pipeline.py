@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_bundle import FRAMES, HOP, SIDE, fake_checkpoint, fake_bundle
+from fake_bundle import FRAMES, HOP, SIDE, fake_bundle, fake_checkpoint
 from PIL import Image
 
 from inference.pipeline import Clip, Pipeline, frames_for

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_bundle import fake_checkpoint
 from fake_release import (
     SHARDS,
     dit_config,
@@ -17,7 +18,6 @@ from fake_release import (
     same,
     tensors_of,
 )
-from fake_bundle import fake_checkpoint
 from safetensors.torch import load_file, save_file
 
 from magihuman import zoo

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_release import SHARDS, dit_config, make_hollow, make_weights
 from fake_bundle import fake_checkpoint
+from fake_release import SHARDS, dit_config, make_hollow, make_weights
 
 from magihuman import zoo
 from magihuman.errors import UserError

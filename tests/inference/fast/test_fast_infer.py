@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_bundle import fake_checkpoint, fake_bundle
+from fake_bundle import fake_bundle, fake_checkpoint
 
 from inference.fast import choose_tier, require_kernel
 from inference.fast.fast_denoiser import FastDenoiser
