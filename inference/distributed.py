@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import distributed
 
-from magihuman.models.context_parallel import check_heads, spread_model
+from inference.context_parallel import parallelise, require_divisible_heads
 
 if TYPE_CHECKING:
     from inference.loading import Source
@@ -15,7 +15,7 @@ def check_spread(source: "Source", processes: int) -> None:
     """Raises UserError when a network of the command cannot be split over that many processes."""
     for config in (source.config, source.second):
         if config is not None:
-            check_heads(config.model, processes)
+            require_divisible_heads(config.model, processes)
 
 
 def spread(pipeline: "Pipeline") -> None:
@@ -26,4 +26,4 @@ def spread(pipeline: "Pipeline") -> None:
     group = distributed.new_group(backend="nccl") if pipeline.device.type == "cuda" else None
     for loaded in (pipeline.denoiser, None if pipeline.second is None else pipeline.second.denoiser):
         if loaded is not None:
-            spread_model(loaded.model, group)
+            parallelise(loaded.model, group)

@@ -1,1 +1,1 @@
-"""Networks: pure `nn.Module`s without I/O or distributed code."""
+"""Networks and their shapes: pure nn.Modules, functions and dataclasses, without files or distributed code."""

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from magihuman.models.context_parallel import Spread
 from magihuman.models.tokens import VIDEO, Layout
 
 BACKENDS = ("auto", "math", "sdpa", "flash", "flex", "windowed", "reference")
@@ -32,6 +31,9 @@ HAS_FLASH_ATTN = find_spec("flash_attn") is not None
 
 _MATH_LIMIT = 1 << 25
 """Scores (batch x heads x n x n) up to which plain products beat the fused CPU kernel."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, str, int | None], Tensor]
+"""Type of `attention`."""
 
 _Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,8 +56,10 @@ def attention(
     Raises:
         ValueError: for an unknown back end, or one that cannot do what is asked.
     """
-    if isinstance(layout, Spread):
-        return layout.attend(attention, q, k, v, backend, window)
+    return layout.attend(_attention, q, k, v, backend, window)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str, window: int | None) -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention back end {backend!r}; choose from {', '.join(BACKENDS)}")
     if window is not None and layout.frames == 0:
@@ -286,8 +290,8 @@ def _flex_kernel(compiled: bool) -> Any:
 
 
 def _block_mask(layout: Layout, window: int | None) -> Any:
-    """Same sample, and within the window where both tokens are video. Kept on the layout it belongs to."""
-    masks = layout.__dict__.setdefault("_block_masks", {})
+    """Same sample, and within the window where both tokens are video. Cached in `layout.block_masks`."""
+    masks = layout.block_masks
     if window not in masks:
         from torch.nn.attention.flex_attention import create_block_mask
 

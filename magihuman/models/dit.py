@@ -3,13 +3,15 @@
 It takes no timestep: the noise level is to be seen from the tokens themselves.
 """
 
+import sys
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from magihuman.models.activation_checkpointing import recomputed
-from magihuman.models.attention import attention
+from magihuman.models.attention import Attend, attention
 from magihuman.models.config import Checkpointing, DiTConfig, LoraConfig, TreadConfig
 from magihuman.models.layers import (
     ExpertLinear,
@@ -29,9 +31,10 @@ __all__ = ["DiTConfig", "SingleStreamDiT", "TreadConfig"]
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
-# Under torch.compile a ragged batch would be compiled again for each new set of text lengths; left out of the graph,
-# attention sees them as plain numbers while the token-wise parts stay compiled for any number of tokens.
-_attention_untraced = torch.compiler.disable(attention)
+
+@cache
+def _outside_of_graphs(attend: Attend) -> Attend:
+    return torch.compiler.disable(attend)
 
 
 class _Rope(nn.Module):
@@ -82,13 +85,9 @@ class Attention(nn.Module):
         window: int | None,
         dtype: torch.dtype,
         lora: str | None = None,
-        traced: bool = True,
+        attend: Attend = attention,
     ) -> list[Tensor]:
-        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with a LoRA.
-
-        Args:
-            traced: whether a compiled graph may contain the attention itself.
-        """
+        """fp32 [n,H] and rotary table of each expert's rows -> [n,H] in `dtype`, fp32 with a LoRA."""
         heads, shared, dim = self.config.num_heads, self.config.num_query_groups, self.config.head_dim
         # Columns: queries and keys (normalised and rotated together), values, gates.
         widths = [(heads + shared) * dim, shared * dim, heads if self.config.enable_attn_gating else 0]
@@ -112,7 +111,6 @@ class Attention(nn.Module):
             keys.append(k)
             values.append(v.to(dtype).unflatten(-1, (shared, dim)))
             gates.append(gate)
-        attend = attention if traced and layout.uniform else _attention_untraced
         out = attend(_join(queries), _join(keys), _join(values), layout, backend, window)
         results = []
         pieces = out.split([len(x) for x in parts]) if len(parts) > 1 else (out,)
@@ -178,13 +176,13 @@ class Block(nn.Module):
         window: int | None,
         dtype: torch.dtype,
         lora: str | None = None,
-        traced: bool = True,
+        attend: Attend = attention,
     ) -> Tensor:
-        """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]; `traced` as for `Attention`."""
+        """fp32 [L,H] and rotary table [L,3D/4] in packed order -> fp32 [L,H]."""
         parts: tuple[Tensor, ...] = x.split(layout.sizes) if self.multimodal else (x,)
         tables = table.split(layout.sizes) if self.multimodal else (table,)
         window = window if self.local else None
-        attended = self.attention(parts, tables, layout, backend, window, dtype, lora, traced)
+        attended = self.attention(parts, tables, layout, backend, window, dtype, lora, attend)
         middle = _add(parts, attended, self.attn_post_norm, dtype)
         return _join(_add(middle, self.mlp(middle, dtype, lora), self.mlp_post_norm, torch.float32))
 
@@ -385,14 +383,19 @@ class SingleStreamDiT(nn.Module):
     def _run(
         self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, lora: str | None
     ) -> Tensor:
+        mode = self.gradient_checkpointing if torch.is_grad_enabled() else False
+        attend = self._attention(layout, mode)
         for layer in self.block.layers[start:stop]:
-            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, lora)
-            mode = self.gradient_checkpointing
-            if mode and torch.is_grad_enabled():
-                x = recomputed(layer, *inputs, mode != "attention", mode=mode)
-            else:
-                x = layer(*inputs)
+            inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, lora, attend)
+            x = recomputed(layer, *inputs, mode=mode) if mode else layer(*inputs)
         return x
+
+    def _attention(self, layout: Layout, mode: Checkpointing) -> Attend:
+        """Attention as compiled blocks call it: outside of their graphs for ragged batches, which would be compiled
+        again for each new set of text lengths, and for a checkpointing that has to find it among the operators."""
+        inside = layout.uniform and mode != "attention"
+        # Blocks are compiled only where torch._dynamo is loaded; importing it here would cost 2 s.
+        return attention if inside or "torch._dynamo" not in sys.modules else _outside_of_graphs(attention)
 
     def _run_routed(
         self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig, lora: str | None

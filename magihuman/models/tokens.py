@@ -11,7 +11,8 @@ is the released order. Samples of a batch share T, h, w and A; only their text l
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class Layout:
         groups: (samples, length) of each run of equal lengths in sample-major order.
         cu_seqlens: int32 [B+1], starts of the samples in sample-major order.
         rotary: fp32 [L, 3D/4] table of the model this layout was made for, or None.
+        block_masks: cache of FlexAttention's block masks by window (`magihuman.models.attention`).
     """
 
     video_len: int
@@ -93,6 +95,10 @@ class Layout:
     groups: tuple[tuple[int, int], ...]
     cu_seqlens: Tensor
     rotary: Tensor | None = None
+    block_masks: dict[int | None, Any] = field(default_factory=dict, init=False, repr=False)
+    _routes: dict[tuple[int, int, tuple[int, ...]], "Layout"] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def build(
@@ -168,6 +174,18 @@ class Layout:
     def with_rotary(self, table: Tensor) -> "Layout":
         return replace(self, rotary=table)
 
+    def attend(
+        self,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: str,
+        window: int | None,
+    ) -> Tensor:
+        """`attention` of these tokens; overridden by layouts that are one process's share of a sequence."""
+        return attention(q, k, v, self, backend, window)
+
     def route(self, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, "Layout"]:
         """Draw the tokens that take part in routed layers: the same share of every sample's every modality.
 
@@ -198,13 +216,12 @@ class Layout:
         return rows, replace(self._routed(keep), coords=self.coords[rows], rotary=table)
 
     def _routed(self, keep: Callable[[int], int]) -> "Layout":
-        """Layout of the kept tokens without their coordinates; the same for every draw, so kept on this one."""
+        """Layout of the kept tokens without their coordinates; the same for every draw, so cached."""
         lengths = keep(self.video_len), keep(self.audio_len), tuple(keep(n) for n in self.text_lens)
-        known = self.__dict__.setdefault("_known_routes", {})
-        if lengths not in known:
+        if lengths not in self._routes:
             # Frames lose tokens unequally, so windows of frames have no meaning here: frames = 0.
-            known[lengths] = self._assemble(*lengths, 0, self.coords[:0])
-        return known[lengths]
+            self._routes[lengths] = self._assemble(*lengths, 0, self.coords[:0])
+        return self._routes[lengths]
 
 
 def _rows(sample: int, video: int, audio: int, text: Sequence[int]) -> Tensor:

@@ -30,7 +30,6 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.squeeze(0).transpose(0, 1)
 
     monkeypatch.setattr(dit, "attention", attend)
-    monkeypatch.setattr(dit, "_attention_untraced", attend)
 
 
 def _inputs(config: DiTConfig, tokens: Tokens, grid: tuple[int, int, int], device: str) -> tuple[Any, ...]:

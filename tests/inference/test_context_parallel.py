@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.context_parallel import parallelise, require_divisible_heads, shard_layout
 from inference.sampling import LatentShape, sample, seeded
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.models.config import DiTConfig, PackConfig
-from magihuman.models.context_parallel import check_heads, spread_layout, spread_model
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.tokens import Layout
 
@@ -52,12 +52,12 @@ def _child(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     denoiser = _denoiser(CONFIG, 1)
-    spread_model(denoiser.model)
+    parallelise(denoiser.model)
     torch.save(_results(denoiser), Path(folder) / f"{rank}.pt")
     with pytest.raises(RuntimeError, match="no_grad"):
         denoiser(torch.zeros(1, *SHAPE.video), torch.zeros(1, 5, 6), [torch.zeros(2, 10)])
     with pytest.raises(UserError, match="3 key/value heads"):
-        spread_model(_denoiser(replace(CONFIG, hidden_size=96, num_query_groups=3), 1).model)
+        parallelise(_denoiser(replace(CONFIG, hidden_size=96, num_query_groups=3), 1).model)
     torch.distributed.destroy_process_group()
 
 
@@ -85,7 +85,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_shares_cover_every_token_once(processes: int) -> None:
     whole = Layout.build((3, 3, 1), 5, [7, 2], device="cpu")
     whole = whole.with_rotary(torch.arange(whole.length).unsqueeze(1).float())
-    parts = [spread_layout(whole, rank, processes) for rank in range(processes)]
+    parts = [shard_layout(whole, rank, processes) for rank in range(processes)]
     assert sum(part.length for part in parts) == whole.length
     for modality in range(3):
         sizes = [part.sizes[modality] for part in parts]
@@ -93,16 +93,16 @@ def test_shares_cover_every_token_once(processes: int) -> None:
         assert max(sizes) - min(sizes) <= 1
         assert sizes == sorted(sizes, reverse=True)  # earlier processes get the odd token
     everyone = torch.cat([part.coords for part in parts])
-    assert torch.equal(everyone[parts[0].places], whole.coords)
+    assert torch.equal(everyone[parts[0].positions], whole.coords)
     tables = torch.cat([part.rotary for part in parts if part.rotary is not None])
-    assert torch.equal(tables[parts[0].places], whole.rotary)
+    assert torch.equal(tables[parts[0].positions], whole.rotary)
     with pytest.raises(ValueError, match="routed"):
         parts[0].route(0.5)
 
 
 def test_heads_that_do_not_divide() -> None:
-    check_heads(zoo.arch("15b"), 8)
+    require_divisible_heads(zoo.arch("15b"), 8)
     with pytest.raises(
         UserError, match="8 key/value heads cannot be split over 3 processes; start 1, 2, 4, 8"
     ):
-        check_heads(zoo.arch("15b"), 3)
+        require_divisible_heads(zoo.arch("15b"), 3)

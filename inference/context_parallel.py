@@ -1,14 +1,11 @@
-"""One clip over several processes, Ulysses style: tokens are split, heads are exchanged around attention (SPEC 1.7).
+"""Context parallelism (Ulysses): one clip over several processes (SPEC 1.7).
 
-Every process holds the whole network and the same inputs. It embeds, normalises and multiplies its share of each
-modality's tokens; for attention one all-to-all gives it all tokens of its share of the heads, another takes the
-result back. Velocities are gathered at the end, so that every process has all of them. Jacobs et al. 2023, arXiv
-2309.14509.
-
-For inference: nothing here has a gradient.
+Every process has the whole network and the same inputs, and computes a share of each modality's tokens. Around
+attention one all-to-all exchanges tokens for heads, so that a process attends over all tokens with its share of the
+heads, and another one exchanges them back. Velocities are gathered at the end: every process returns all of them.
+Jacobs et al. 2023, arXiv 2309.14509. For inference only: it has no gradients.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,28 +14,27 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from magihuman.errors import UserError
+from magihuman.models.attention import Attend
 from magihuman.models.config import DiTConfig
 from magihuman.models.tokens import Layout
 
-_Attend = Callable[[Tensor, Tensor, Tensor, Layout, str, int | None], Tensor]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Spread(Layout):
-    """One process's share of a layout; coordinates, modalities and rotary table are those of its own tokens.
+class LayoutShard(Layout):
+    """One process's share of a layout, with the coordinates, modalities and rotary table of its own tokens.
 
     Attributes:
-        whole: of all processes together.
-        shares: packed rows of every process, by modality: shares[process][modality].
-        rank, group: this process, and all of them.
-        places: int64 [L], place in process-major order of each packed row of `whole`.
+        whole: layout of all processes together.
+        shares: number of packed rows by process and modality: shares[process][modality].
+        rank, group: this process, and the torch.distributed group of all of them.
+        positions: int64 [L], index in process-major order of each packed row of `whole`.
     """
 
     whole: Layout
     shares: tuple[tuple[int, int, int], ...]
     rank: int
     group: Any
-    places: Tensor
+    positions: Tensor
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -47,12 +43,12 @@ class Spread(Layout):
 
     def route(self, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, Layout]:
         """Raises ValueError: token routing belongs to training."""
-        raise ValueError("tokens that are spread over processes cannot be routed")
+        raise ValueError("tokens that are split over processes cannot be routed")
 
     def attend(
-        self, attention: _Attend, q: Tensor, k: Tensor, v: Tensor, backend: str, window: int | None
+        self, attention: Attend, q: Tensor, k: Tensor, v: Tensor, backend: str, window: int | None
     ) -> Tensor:
-        """`magihuman.models.attention.attention` of this process's tokens over all tokens.
+        """Attention of this process's tokens over all tokens.
 
         Args:
             q: [n,Hq,D], k, v: [n,Hkv,D] of the process's own n tokens.
@@ -62,15 +58,15 @@ class Spread(Layout):
         """
         processes, own = len(self.shares), len(q)
         counts = [sum(share) for share in self.shares]
-        # Heads of one process lie together: its queries, keys and values travel as one block.
+        # Heads are grouped by the process that receives them: its queries, keys and values travel as one block.
         parts = [x.unflatten(1, (processes, -1)) for x in (q, k, v)]  # [n,P,H/P,D]
         widths = [part.shape[2] for part in parts]
         packed = torch.cat(parts, dim=2).transpose(0, 1).flatten(0, 1)  # [P n,heads,D]
-        everyone = self._exchange(packed, [own] * processes, counts)[self.places]
+        everyone = self._exchange(packed, [own] * processes, counts)[self.positions]
         queries, keys, values = everyone.split(widths, dim=1)
         out = attention(queries, keys, values, self.whole, backend, window)  # [L,Hq/P,D]
         back = torch.empty_like(out)
-        back[self.places] = out
+        back[self.positions] = out
         mine = self._exchange(back, counts, [own] * processes)
         return mine.unflatten(0, (processes, own)).transpose(0, 1).flatten(1, 2)
 
@@ -86,7 +82,7 @@ class Spread(Layout):
         return out
 
 
-def spread_layout(whole: Layout, rank: int, processes: int, group: Any = None) -> Spread:
+def shard_layout(whole: Layout, rank: int, processes: int, group: Any = None) -> LayoutShard:
     """The share of process `rank`: a contiguous run of each modality's tokens, earlier processes get the odd one."""
     shares = [[size // processes + (i < size % processes) for i in range(processes)] for size in whole.sizes]
     by_process = tuple((video, audio, text) for video, audio, text in zip(*shares, strict=True))
@@ -97,17 +93,21 @@ def spread_layout(whole: Layout, rank: int, processes: int, group: Any = None) -
             first = starts[modality] + sum(shares[modality][:process])
             rows.append(torch.arange(first, first + shares[modality][process]))
     order = torch.cat(rows)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     before = sum(sum(share) for share in by_process[:rank])
     device = whole.coords.device
     own = order[before : before + sum(by_process[rank])].to(device)
-    values: dict[str, Any] = {field.name: getattr(whole, field.name) for field in fields(Layout)}
+    values: dict[str, Any] = {
+        field.name: getattr(whole, field.name) for field in fields(Layout) if field.init
+    }
     values |= {"coords": whole.coords[own], "modality": whole.modality[own]}
     values["rotary"] = None if whole.rotary is None else whole.rotary[own]
-    return Spread(**values, whole=whole, shares=by_process, rank=rank, group=group, places=places.to(device))
+    return LayoutShard(
+        **values, whole=whole, shares=by_process, rank=rank, group=group, positions=positions.to(device)
+    )
 
 
-def check_heads(config: DiTConfig, processes: int) -> None:
+def require_divisible_heads(config: DiTConfig, processes: int) -> None:
     """Raises UserError when the heads cannot be split evenly, listing the numbers of processes that can."""
     shared = config.num_query_groups
     if shared % processes:
@@ -118,7 +118,7 @@ def check_heads(config: DiTConfig, processes: int) -> None:
         )
 
 
-def spread_model(model: nn.Module, group: Any = None) -> None:
+def parallelise(model: nn.Module, group: Any = None) -> None:
     """Make a `SingleStreamDiT` compute together with the same network of the other processes.
 
     It takes and returns whole tensors as before; all processes have to call it with the same inputs.
@@ -131,19 +131,19 @@ def spread_model(model: nn.Module, group: Any = None) -> None:
     """
     rank, processes = dist.get_rank(group), dist.get_world_size(group)
     config: Any = model.config
-    check_heads(config, processes)
+    require_divisible_heads(config, processes)
     if processes == 1:
         return
-    known: dict[int, Spread] = {}
+    known: dict[int, LayoutShard] = {}
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if torch.is_grad_enabled():
             raise RuntimeError("context parallelism is for inference: call the network under torch.no_grad()")
         *tokens, whole = args
-        # A layout is made once per request and kept by the denoiser; the last one's share is kept here.
+        # A layout is made once per request and cached by the denoiser; the share of the last one is cached here.
         if id(whole) not in known or known[id(whole)].whole is not whole:
             known.clear()
-            known[id(whole)] = spread_layout(whole, rank, processes, group)
+            known[id(whole)] = shard_layout(whole, rank, processes, group)
         layout = known[id(whole)]
         own = []
         for modality, x in enumerate(tokens):
