@@ -329,7 +329,12 @@ def _read_journal(path: Path) -> dict[tuple[str, int, int], Found]:
     return seen
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command `python -m data.prepare`, also installed as `magihuman-prepare`."""
     from magihuman.cli import run
 
     print(run(prepare, "python -m data.prepare").summary())
+
+
+if __name__ == "__main__":
+    main()

@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command `python -m magihuman.zoo`, also installed as `magihuman-zoo`."""
     try:
         sys.exit(main())
     except UserError as error:
@@ -149,3 +150,7 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+if __name__ == "__main__":
+    command()
