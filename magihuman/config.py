@@ -219,7 +219,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
         raise UserError(f"no recipe given; add +recipe=NAME, one of: {', '.join(available('recipe'))}")
     check(node, TrainSettings, "")
     settings: TrainSettings = build(TrainSettings, node)
-    check_call(settings.recipe, "recipe", provided=("setup",))
+    check_call(settings.recipe, "recipe", provided=("context",))
     made = settings.data.make is not None
     if made:
         check_call(settings.data.make, "data.make")

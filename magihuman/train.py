@@ -96,8 +96,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     warn_of_slow_bf16(settings)
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
-    setup = session.build_setup(settings, data, provenance)
-    recipe = call(settings.recipe, "recipe", setup=setup)
+    context = session.build_context(settings, data, provenance)
+    recipe = call(settings.recipe, "recipe", context=context)
     if is_main_process():
         run.start(node, config_yaml, session.parents(settings, shards))
     trained = session.Session(settings, run, node, recipe)

@@ -17,69 +17,69 @@ from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.training_flops import Sample, passes, samples
 from magihuman.training import parallel
 from magihuman.training.callbacks import Meter
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.ema import EMA
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
-from magihuman.training.rng import Draws, stream
+from magihuman.training.rng import BatchRng, stream
 
 NOT_FINITE_LIMIT = 20
 """Steps in a row without a finite gradient after which a training gives up."""
 
 
 class Recipe(L.LightningModule):
-    """Base of the recipes. A recipe implements `loss`, where everything random comes from the draws it gets.
+    """Base of the recipes. A recipe implements `loss`, where all random numbers come from `rng`.
 
     Args:
-        setup: network, latents and engine settings.
+        context: network, latents and engine settings.
 
     Attributes:
         denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
         ema: average of its weights, or None.
         step: optimiser steps done; batches: batches seen by this process. Both survive a resume.
         stepped: whether the latest batch completed a step, which is when to log, save and stop.
-        meter: averages for the next log line; aside: seconds that callbacks took since the last one.
+        meter: averages for the next log line; excluded_seconds: what callbacks took since the last one.
         optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
-        may_change: settings of the model in which it may differ from what it starts from (`init`).
+        may_differ_from_init: settings of the model in which it may differ from what it starts from (`init`).
         strategies: those that the recipe can be trained with.
     """
 
     optimizers_needed = 1
-    may_change: tuple[str, ...] = ()
+    may_differ_from_init: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, context: TrainingContext) -> None:
         super().__init__()
-        self.given = setup
-        self.max_steps = setup.trainer.max_steps
+        self.context = context
+        self.max_steps = context.trainer.max_steps
         self.denoiser: Denoiser | None = None
         self.ema: EMA | None = None
         self.step = 0
         self.batches = 0
         self.stepped = False
         self.meter = Meter()
-        self.aside = 0.0
+        self.excluded_seconds = 0.0
         self._not_finite: dict[str, int] = {}
 
     # What a recipe is about
 
-    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+    def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
         """The objective of one batch, a scalar; also fills the meter."""
         raise NotImplementedError
 
-    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
         """Figures of `network` on a batch that is never trained on."""
         return {}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """Model FLOPs (`magihuman.models.training_flops`) of the latest step, which was on this batch; here those of a network
         that is trained whole by one forward and one backward pass."""
-        model, _ = self.given.transformer
+        model, _ = self.context.transformer
         return float(sum(passes(model, sample).update for sample in self.samples(batch)))
 
     def samples(self, batch: dict[str, Any]) -> list[Sample]:
         """Tokens of a batch; a text that is dropped counts with its own length."""
         lengths = [len(text) for text in batch["text"]]
-        return samples(self.given.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)
+        return samples(self.context.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)
 
     def export_settings(self) -> dict[str, Any]:
         """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.io.export.ExportConfig`)."""
@@ -90,38 +90,38 @@ class Recipe(L.LightningModule):
     def setup(self, stage: str) -> None:
         # Made here, DeepSpeed shards a network that has its weights; made in configure_model, it would cut up
         # tensors before they are drawn.
-        if self.given.strategy.name.startswith("zero"):
+        if self.context.strategy.name.startswith("zero"):
             self.configure_model()
 
     def configure_model(self) -> None:
         """Make the network with its initial weights, its average, and spread both as the strategy asks."""
         if self.denoiser is not None:
             return
-        if self.given.strategy.name == "fsdp2":
+        if self.context.strategy.name == "fsdp2":
             self._make_sharded()
         else:
             self.denoiser = self.make_network()
-            if self.given.optim.ema_decay > 0:
-                self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
+            if self.context.optim.ema_decay > 0:
+                self.ema = EMA(self.denoiser, self.context.optim.ema_decay)
         assert self.denoiser is not None
-        if self.given.strategy.name == "zero3":
+        if self.context.strategy.name == "zero3":
             parallel.zero3_units(self.denoiser)
-        self.denoiser.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
-        if self.given.trainer.compile:
+        self.denoiser.model.gradient_checkpointing = self.context.trainer.activation_checkpointing
+        if self.context.trainer.compile:
             parallel.compile_blocks(self.denoiser)
 
     def _shell(self) -> Denoiser:
-        dtype = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
-        shape, pack = self.given.transformer
+        dtype = torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
+        shape, pack = self.context.transformer
         return Denoiser(SingleStreamDiT(shape, compute_dtype=dtype, linear_dtype=torch.float32), pack)
 
     def make_network(self) -> Denoiser:
         """The network with the weights that training starts from: `init`'s, or drawn from the seed."""
         denoiser = self._shell()
-        if self.given.init is None:
-            denoiser.model.init_weights(seed=stream(self.given.seed, "weights"))
+        if self.context.init is None:
+            denoiser.model.init_weights(seed=stream(self.context.seed, "weights"))
         else:
-            loaded = zoo.load(self.given.init, compute_dtype=torch.float32)
+            loaded = zoo.load(self.context.init, compute_dtype=torch.float32)
             denoiser.model.load_state_dict(loaded.denoiser.model.state_dict())
         return denoiser
 
@@ -129,8 +129,8 @@ class Recipe(L.LightningModule):
         weights = self.make_network().state_dict() if self.global_rank == 0 else None
         with torch.device("meta"):
             self.denoiser = self._shell()
-            if self.given.optim.ema_decay > 0:
-                self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
+            if self.context.optim.ema_decay > 0:
+                self.ema = EMA(self.denoiser, self.context.optim.ema_decay)
         self.shard(self.denoiser, weights)
         if self.ema is not None:
             assert isinstance(self.ema.module, Denoiser)
@@ -143,7 +143,7 @@ class Recipe(L.LightningModule):
             weights: whole, on rank 0; None elsewhere.
         """
         assert self.device_mesh is not None
-        mesh, strategy = self.device_mesh["data_parallel"], self.given.strategy
+        mesh, strategy = self.device_mesh["data_parallel"], self.context.strategy
         parallel.shard(
             network, mesh, reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload
         )
@@ -169,21 +169,21 @@ class Recipe(L.LightningModule):
     # One step
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        draws = Draws(self.given.seed, self.batches, batch["index"])
+        rng = BatchRng(self.context.seed, self.batches, batch["index"])
         # Whatever draws from torch's own generators (token routing) is a function of the same key.
-        torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
+        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.global_rank))
         self.batches += 1
         self.stepped = False
-        return self.loss(batch, draws)
+        return self.loss(batch, rng)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.trained, self.given.transformer[0], self.given.optim)
-        schedule = build_schedule(optimizer, self.given.optim, self.max_steps)
+        optimizer = build_optimizer(self.trained, self.context.transformer[0], self.context.optim)
+        schedule = build_schedule(optimizer, self.context.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         norm = clip_gradients(
-            [p for g in optimizer.param_groups for p in g["params"]], self.given.optim.clip_norm
+            [p for g in optimizer.param_groups for p in g["params"]], self.context.optim.clip_norm
         )
         self.count_norm("grad_norm", norm)
 
@@ -234,17 +234,17 @@ class Recipe(L.LightningModule):
 
     def export_config(self) -> ExportConfig:
         """What an exported checkpoint says about itself."""
-        model, pack = self.given.transformer
+        model, pack = self.context.transformer
         return ExportConfig(
             model=model,
             pack=pack,
-            world=self.given.world,
-            contract=self.given.contract,
-            size=self.given.size,
+            world=self.context.world,
+            contract=self.context.contract,
+            size=self.context.size,
             provenance={
-                **self.given.provenance,
+                **self.context.provenance,
                 "steps": self.step,
-                "averaged": self.given.optim.ema_decay > 0,
+                "averaged": self.context.optim.ema_decay > 0,
             },
             **self.export_settings(),
         )
@@ -259,4 +259,4 @@ class Recipe(L.LightningModule):
         """Write the network in the released layout; called on every process, written by the main one."""
         weights = self.exported_weights()
         if self.global_rank == 0:
-            save_export(folder, released_dtypes(weights, self.given.transformer[0]), self.export_config())
+            save_export(folder, released_dtypes(weights, self.context.transformer[0]), self.export_config())

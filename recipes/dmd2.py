@@ -55,10 +55,10 @@ from magihuman.models.lora import base_state, lora_state, merge
 from magihuman.models.training_flops import dmd2_flops
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.ema import decay_at
 from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, fill_state
-from magihuman.training.rng import Draws, stream
+from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo.lora_files import save_lora
 from recipes.base import Recipe
 
@@ -92,7 +92,7 @@ class DMD2(Recipe):
 
     def __init__(
         self,
-        setup: Setup,
+        context: TrainingContext,
         *,
         sampling: Sampling,
         sigma: SigmaPrior | None = None,
@@ -110,15 +110,15 @@ class DMD2(Recipe):
         first_step: int = 0,
         micro_batch: int | None = None,
     ) -> None:
-        super().__init__(setup)
+        super().__init__(context)
         self.automatic_optimization = False
-        if setup.init is None:
+        if context.init is None:
             raise UserError(
                 "dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
             )
-        teacher = zoo.config_of(setup.init)
+        teacher = zoo.config_of(context.init)
         first = {"recipe.first_step": first_step, "recipe.critic.first_step": critic.first_step}
-        require_possible(setup, teacher, sigma, networks, first, sampling.steps, micro_batch)
+        require_possible(context, teacher, sigma, networks, first, sampling.steps, micro_batch)
         self.sigma = sigma or teacher.sigma_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
@@ -128,8 +128,8 @@ class DMD2(Recipe):
         self.modality_weights = {"video": video_weight, "audio": audio_weight}
         self.first_frame, self.given_audio = first_frame, given_audio
         self.first_step, self.micro_batch = first_step, micro_batch
-        self.health = Health(health, stream(setup.seed, "health") % 2**40)
-        self.gan, self.taps = gan, gan.layers(setup.transformer[0].num_layers)
+        self.health = Health(health, stream(context.seed, "health") % 2**40)
+        self.gan, self.taps = gan, gan.layers(context.transformer[0].num_layers)
         self.adversary: Adversary | None = None
         self.student_updates = self.critic_updates = 0
         self.networks: Networks | None = None
@@ -140,24 +140,24 @@ class DMD2(Recipe):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         assert self.networks is not None
         self.stepped = False
-        torch.manual_seed(stream(self.given.seed, "torch", self.batches, self.global_rank))
-        draws = Draws(self.given.seed, self.batches, batch["index"])
+        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.global_rank))
+        rng = BatchRng(self.context.seed, self.batches, batch["index"])
         student, critic = self.optimizers()  # type: ignore[attr-defined]
         first, sound = self.first_frame, self.given_audio
         judged, size = self.adversary is not None, self.micro_batch
-        some = list(parts(batch, draws, first_frame=first, given_audio=sound, judged=judged, size=size))
+        some = list(parts(batch, rng, first_frame=first, given_audio=sound, judged=judged, size=size))
         if self.health.due(self.step):
             self.look(batch)
         for turn in range(self.critic_settings.updates):
             for part in some:
-                self.manual_backward(self.critic_turn(part, turn) * (len(part.text) / len(draws)))
+                self.manual_backward(self.critic_turn(part, turn) * (len(part.text) / len(rng)))
             self.update("critic", critic)
             self.critic_updates += 1
         if self.step >= self.critic_settings.warmup:
             adversary = [] if self.adversary is None else list(self.adversary.parameters())
             with resting([*self.networks.weights("critic").values(), *adversary]):
                 for part in some:
-                    self.manual_backward(self.student_turn(part) * (len(part.text) / len(draws)))
+                    self.manual_backward(self.student_turn(part) * (len(part.text) / len(rng)))
             self.update("student", student)
             self.lr_schedulers().step()  # type: ignore[union-attr]
             self.student_updates += 1
@@ -167,11 +167,11 @@ class DMD2(Recipe):
     def update(self, role: str, optimizer: Any) -> None:
         """Clip, step, and free the gradients: those of two networks never lie in memory together."""
         assert self.networks is not None
-        norm = clip_gradients(list(self.networks.weights(role).values()), self.given.optim.clip_norm)
+        norm = clip_gradients(list(self.networks.weights(role).values()), self.context.optim.clip_norm)
         self.count_norm("grad_norm" if role == "student" else "grad_norm/critic", norm)
         if role == "critic" and self.adversary is not None and self.judged:  # its heads learn with the critic
             heads = list(self.adversary.parameters())
-            if self.given.strategy.name == "fsdp2":
+            if self.context.strategy.name == "fsdp2":
                 parallel.average_gradients(heads)
             self.count_norm("grad_norm/gan", clip_gradients(heads, None))
         optimizer.step()
@@ -192,7 +192,7 @@ class DMD2(Recipe):
     def step_of(self, part: Part, turn: int, first: int) -> Tensor:
         """[B] on the CPU: the step k >= first of every sample, uniform, and stratified over the whole batch."""
         count = self.sampling.steps - first
-        offset = stream(self.given.seed, "step", self.batches, turn) % count
+        offset = stream(self.context.seed, "step", self.batches, turn) % count
         return first + (part.position + offset) % count
 
     def critic_turn(self, part: Part, turn: int) -> Tensor:
@@ -283,7 +283,7 @@ class DMD2(Recipe):
         plain = self.velocity("teacher", text, x, sigma)
         if not guidance.needed:
             return plain, plain
-        null = [self.given.null_text.to(x.video.device)] * len(text)
+        null = [self.context.null_text.to(x.video.device)] * len(text)
         other = self.velocity("teacher", null, x, sigma)
         scales = (guidance.at(name, levels, x.video) for name, levels in zip(MODALITIES, sigma, strict=True))
         return Pair(*map(combine, plain, other, scales)), plain
@@ -316,17 +316,17 @@ class DMD2(Recipe):
             self.ema.update(self.trained)
         elif self.holding == "lora":
             average, student = (self.networks.weights(role).values() for role in ("average", "student"))
-            follow(average, student, decay_at(self.student_updates - 1, self.given.optim.ema_decay))
+            follow(average, student, decay_at(self.student_updates - 1, self.context.optim.ema_decay))
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """Of the latest iteration, which `step` already includes; samples of the health monitor do not count."""
         critic, step = self.critic_settings, self.step - 1
         with_gan = self.adversary is not None and step >= self.gan.start
         count = partial(
-            dmd2_flops, self.given.transformer[0], adapters=ADAPTERS[self.holding], lora=self.lora,
+            dmd2_flops, self.context.transformer[0], adapters=ADAPTERS[self.holding], lora=self.lora,
             steps=self.sampling.steps, updates=critic.updates, samples_per_rollout=critic.samples_per_rollout,
             student_updated=step >= critic.warmup, discriminator=self.gan.network if with_gan else None,
-            null_text=len(self.given.null_text) if self.guidance.needed else None,
+            null_text=len(self.context.null_text) if self.guidance.needed else None,
             discriminator_layers=self.taps[-1] + 1,
         )  # fmt: skip
         return float(sum(count(sample) for sample in self.samples(batch)))
@@ -342,38 +342,38 @@ class DMD2(Recipe):
             assert self.denoiser is not None
             assert isinstance(self.network, Denoiser)
             student = self.denoiser, self.network
-        networks = hold(self.holding, self.another, student, self.lora, stream(self.given.seed, "lora"))
+        networks = hold(self.holding, self.another, student, self.lora, stream(self.context.seed, "lora"))
         if networks.shared is None:
             self.critic = networks.critic
         else:
             self.shared = networks.shared
         if self.gan.weight:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(stream(self.given.seed, "adversary"))
-                width = self.given.transformer[0].hidden_size
+                torch.manual_seed(stream(self.context.seed, "adversary"))
+                width = self.context.transformer[0].hidden_size
                 self.adversary = Adversary(width, len(self.taps), self.gan)
         # The teacher is no part of what is saved, since `init` names it: a frozen dataclass keeps it from Lightning.
         self.networks = networks
 
     def another(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
         """One more network with the teacher's weights, spread like the student."""
-        assert self.given.init is not None
-        compute = torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
-        shape, pack = self.given.transformer
+        assert self.context.init is not None
+        compute = torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
+        shape, pack = self.context.transformer
         # Frozen matrices are kept as the network computes with them.
         kept = compute if frozen else torch.float32
         network = zoo.build(shape, pack, compute_dtype=compute, linear_dtype=kept, device="meta")
-        sharded = self.given.strategy.name == "fsdp2"
+        sharded = self.context.strategy.name == "fsdp2"
         if not sharded or self.global_rank == 0:
-            weights = zoo.load(self.given.init, compute_dtype=kept).denoiser.state_dict()
+            weights = zoo.load(self.context.init, compute_dtype=kept).denoiser.state_dict()
             network.to_empty(device="cpu").load_state_dict(weights)
         network.requires_grad_(not frozen)
         prepare(network)
         if sharded:
             whole = network.state_dict() if self.global_rank == 0 else None
             self.shard(network.to("meta"), whole)
-        network.model.gradient_checkpointing = self.given.trainer.activation_checkpointing
-        if self.given.trainer.compile:
+        network.model.gradient_checkpointing = self.context.trainer.activation_checkpointing
+        if self.context.trainer.compile:
             parallel.compile_blocks(network)
         return network
 
@@ -390,7 +390,7 @@ class DMD2(Recipe):
 
     def configure_optimizers(self) -> Any:
         assert self.networks is not None
-        given, settings = self.given, self.critic_settings
+        given, settings = self.context, self.critic_settings
         shape, _ = given.transformer
         critic_optim = replace(given.optim, lr=settings.lr, schedule="constant", warmup=1)
         student = build_optimizer(self.networks.weights("student"), shape, given.optim)
@@ -413,7 +413,7 @@ class DMD2(Recipe):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["recipe"] |= {
-            "init": self.given.init,
+            "init": self.context.init,
             "student_updates": self.student_updates,
             "critic_updates": self.critic_updates,
             "health": self.health.state_dict(),
@@ -421,7 +421,7 @@ class DMD2(Recipe):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        require_same_parts(checkpoint, self.given.init, self.state_dict())
+        require_same_parts(checkpoint, self.context.init, self.state_dict())
         state = checkpoint["recipe"]
         self.student_updates, self.critic_updates = state["student_updates"], state["critic_updates"]
         self.health.load_state_dict(state["health"])
@@ -441,7 +441,11 @@ class DMD2(Recipe):
             if self.global_rank == 0:
                 adapter = lora_state(state, "average")
                 save_lora(
-                    folder.parent / "adapter", adapter, self.lora, self.export_config(), str(self.given.init)
+                    folder.parent / "adapter",
+                    adapter,
+                    self.lora,
+                    self.export_config(),
+                    str(self.context.init),
                 )
 
     def export_settings(self) -> dict[str, Any]:

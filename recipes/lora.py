@@ -28,10 +28,10 @@ from magihuman.models.denoiser import Denoiser, WithLora
 from magihuman.models.lora import add_lora, base_state, copy_lora, lora_parameters, lora_state
 from magihuman.models.training_flops import passes
 from magihuman.training import parallel
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.ema import decay_at
 from magihuman.training.optim import Ramp
-from magihuman.training.rng import Draws, stream
+from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import lora_files
 from recipes.base import Recipe
 from recipes.pretrain import FlowMatching
@@ -59,7 +59,7 @@ class Lora(Recipe):
 
     def __init__(
         self,
-        setup: Setup,
+        context: TrainingContext,
         *,
         lora: LoraConfig,
         merge: bool = True,
@@ -73,23 +73,23 @@ class Lora(Recipe):
         given_audio: float | Ramp = 0.1,
         given_video: float | Ramp = 0.0,
     ) -> None:
-        if setup.init is None:
+        if context.init is None:
             raise UserError(
                 "lora changes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
             )
-        if setup.optim.algorithm != "adamw":
+        if context.optim.algorithm != "adamw":
             raise UserError(
-                f"optim.algorithm={setup.optim.algorithm} has no rule for adapters; choose optim=adamw"
+                f"optim.algorithm={context.optim.algorithm} has no rule for adapters; choose optim=adamw"
             )
         # The average is an adapter, too, and not another network.
-        super().__init__(replace(setup, optim=replace(setup.optim, ema_decay=0.0)))
-        self.decay = setup.optim.ema_decay
-        self.base, self.lora, self.merge = setup.init, lora, merge
-        parent = zoo.config_of(setup.init)
+        super().__init__(replace(context, optim=replace(context.optim, ema_decay=0.0)))
+        self.decay = context.optim.ema_decay
+        self.base, self.lora, self.merge = context.init, lora, merge
+        parent = zoo.config_of(context.init)
         self.sampling = sampling or parent.sampling
         self.objective = FlowMatching(
             sigma=sigma or parent.sigma_prior,
-            null_text=setup.null_text,
+            null_text=context.null_text,
             video_weight=video_weight,
             audio_weight=audio_weight,
             motion_floor=motion_floor,
@@ -100,15 +100,15 @@ class Lora(Recipe):
         )
         self.strict_loading = False  # checkpoints hold no base
 
-    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
-        return self.objective.loss(self.trained, batch, draws, self.progress, self.meter)
+    def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
+        return self.objective.loss(self.trained, batch, rng, self.progress, self.meter)
 
-    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
-        return self.objective.held_out(network, batch, draws)
+    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
+        return self.objective.validation_metrics(network, batch, rng)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`; without weight gradients of the frozen base, with the adapter's own products."""
-        model, _ = self.given.transformer
+        model, _ = self.context.transformer
         return float(sum(passes(model, sample, adapter=self.lora).update for sample in self.samples(batch)))
 
     # The network
@@ -120,7 +120,7 @@ class Lora(Recipe):
         return self.adapted(denoiser)
 
     def _shell(self) -> Denoiser:
-        shape, pack = self.given.transformer
+        shape, pack = self.context.transformer
         return self.adapted(
             zoo.build(
                 shape, pack, compute_dtype=self.compute_dtype, linear_dtype=torch.bfloat16, device="meta"
@@ -130,13 +130,13 @@ class Lora(Recipe):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of the products."""
-        return torch.bfloat16 if self.given.trainer.precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
 
     def adapted(self, denoiser: Denoiser) -> Denoiser:
         """A network with both adapters, of which one is trained."""
         denoiser.requires_grad_(False)
         for name in {TUNED: None, self.shown: None}:
-            add_lora(denoiser.model, name, self.lora, stream(self.given.seed, "lora"))
+            add_lora(denoiser.model, name, self.lora, stream(self.context.seed, "lora"))
         if self.shown == AVERAGE:
             copy_lora(denoiser.model, TUNED, AVERAGE)
             for weight in lora_parameters(denoiser.model, AVERAGE).values():

@@ -27,10 +27,10 @@ from magihuman.io.export import Sampling
 from magihuman.models.config import TreadConfig
 from magihuman.models.training_flops import passes
 from magihuman.training.callbacks import Meter
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight, sync_gap
 from magihuman.training.optim import Ramp, value_at
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -94,7 +94,7 @@ class FlowMatching:
                 )
 
     def loss(
-        self, denoiser: Any, batch: dict[str, Any], draws: Draws, progress: float, meter: Meter
+        self, denoiser: Any, batch: dict[str, Any], rng: BatchRng, progress: float, meter: Meter
     ) -> Tensor:
         """The loss of one batch, a scalar.
 
@@ -103,7 +103,7 @@ class FlowMatching:
             progress: share of the training that is done, for ramps.
             meter: takes what is logged.
         """
-        noised = self.noised(batch, draws, progress, conditioned=True)
+        noised = self.noised(batch, rng, progress, conditioned=True)
         video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
 
         video_error = (video_velocity - noised.video_target).square()
@@ -117,17 +117,17 @@ class FlowMatching:
         self._count(meter, noised, plain, audio_loss, total)
         return total
 
-    def noised(self, batch: dict[str, Any], draws: Draws, progress: float, conditioned: bool) -> Noised:
+    def noised(self, batch: dict[str, Any], rng: BatchRng, progress: float, conditioned: bool) -> Noised:
         """Put a batch on the path, with conditions and dropped texts where `conditioned`."""
         video, audio = batch["video"], batch["audio"]
         device, samples, frames = video.device, len(video), video.shape[2]
 
-        levels = [self.sigma.sample(1, generator) for generator in draws.generators]
+        levels = [self.sigma.sample(1, generator) for generator in rng.generators]
         video_sigma = torch.cat([level[0] for level in levels]).to(device)
         audio_sigma = torch.cat([level[1] for level in levels]).to(device)
-        video_noise = draws.normal(video.shape[1:]).to(device)
-        audio_noise = draws.normal(audio.shape[1:]).to(device)
-        first, which, dropped = draws.uniform(), draws.uniform(), draws.uniform()
+        video_noise = rng.normal(video.shape[1:]).to(device)
+        audio_noise = rng.normal(audio.shape[1:]).to(device)
+        first, which, dropped = rng.uniform(), rng.uniform(), rng.uniform()
 
         text = list(batch["text"])
         video_mask = torch.ones(samples, 1, frames, 1, 1, device=device)
@@ -170,9 +170,9 @@ class FlowMatching:
         meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, heard)
 
     @torch.no_grad()
-    def held_out(self, denoiser: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+    def validation_metrics(self, denoiser: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
         """Plain losses, and the own-minus-other-audio gap that says whether lips will follow the sound."""
-        noised = self.noised(batch, draws, progress=1.0, conditioned=False)
+        noised = self.noised(batch, rng, progress=1.0, conditioned=False)
         video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
         figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
         if batch["audio"].shape[1]:
@@ -193,7 +193,7 @@ class Pretrain(Recipe):
 
     def __init__(
         self,
-        setup: Setup,
+        context: TrainingContext,
         *,
         sigma: SigmaPrior,
         sampling: Sampling,
@@ -206,10 +206,10 @@ class Pretrain(Recipe):
         given_video: float | Ramp = 0.0,
         tread: TreadConfig | None = None,
     ) -> None:
-        super().__init__(setup)
+        super().__init__(context)
         self.objective = FlowMatching(
             sigma=sigma,
-            null_text=setup.null_text,
+            null_text=context.null_text,
             video_weight=video_weight,
             audio_weight=audio_weight,
             motion_floor=motion_floor,
@@ -226,20 +226,20 @@ class Pretrain(Recipe):
         assert self.denoiser is not None
         self.denoiser.model.tread = self.tread
 
-    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
-        return self.objective.loss(self.denoiser, batch, draws, self.progress, self.meter)
+    def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
+        return self.objective.loss(self.denoiser, batch, rng, self.progress, self.meter)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`; with token routing, only the tokens that a layer processes count."""
-        model, _ = self.given.transformer
+        model, _ = self.context.transformer
         return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
 
-    def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
+    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> Noised:
         """The batch on the path, as `loss` sees it now."""
-        return self.objective.noised(batch, draws, self.progress, conditioned)
+        return self.objective.noised(batch, rng, self.progress, conditioned)
 
-    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
-        return self.objective.held_out(network, batch, draws)
+    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
+        return self.objective.validation_metrics(network, batch, rng)
 
     def export_settings(self) -> dict[str, Any]:
         return {"sigma_prior": self.objective.sigma, "sampling": self.sampling}

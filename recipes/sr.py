@@ -54,10 +54,10 @@ from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.io.export import ExportConfig, Sampling
 from magihuman.models.training_flops import passes, samples
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight
 from magihuman.training.optim import Ramp, value_at
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.base import Recipe
 
@@ -102,11 +102,11 @@ class SuperResolution(Recipe):
         UserError: shards without a second size, or a range that is none.
     """
 
-    may_change = ("coords_style", "frame_receptive_field", "local_attn_layers")
+    may_differ_from_init = ("coords_style", "frame_receptive_field", "local_attn_layers")
 
     def __init__(
         self,
-        setup: Setup,
+        context: TrainingContext,
         *,
         sigma: SigmaPrior,
         sampling: Sampling,
@@ -119,12 +119,12 @@ class SuperResolution(Recipe):
         motion_floor: float | Ramp = 1.0,
         first_frame: float = 0.1,
     ) -> None:
-        if first_stage.size is None and setup.sr_size is None:
+        if first_stage.size is None and context.sr_size is None:
             raise UserError(
                 "these shards hold clips at one size; prepare them with sr_sizes=, or set "
                 "recipe.first_stage.size=[HEIGHT,WIDTH] to have the first stage's latents made from them"
             )
-        super().__init__(setup)
+        super().__init__(context)
         self.settings, self.sigma, self.sampling = first_stage, sigma, sampling
         self.weight, self.path = weight, path
         self.noise_index, self.audio_noise = noise_index, audio_noise
@@ -144,16 +144,16 @@ class SuperResolution(Recipe):
             if chosen.base_share > 0:
                 assert chosen.base is not None
                 loaded = zoo.load(chosen.base, self.device, torch.bfloat16)
-                loaded.config.contract.require(self.given.contract, "recipe.first_stage.base", "the shards")
+                loaded.config.contract.require(self.context.contract, "recipe.first_stage.base", "the shards")
                 base = loaded.denoiser.requires_grad_(False)
             if chosen.size is not None:
-                codec = load_bundle(self.given.world, self.device).video_codec
+                codec = load_bundle(self.context.world, self.device).video_codec
             self._first_stage = FirstStage(chosen, base, codec)
         return self._first_stage
 
-    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+    def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
         batch = self.paired(batch)
-        noised = self.noised(batch, draws, conditioned=True)
+        noised = self.noised(batch, rng, conditioned=True)
         assert self.denoiser is not None
         video_velocity, audio_velocity = self.denoiser(noised.video, noised.audio, batch["text"])
 
@@ -184,7 +184,7 @@ class SuperResolution(Recipe):
         Raises:
             UserError: a caption of one token, or clips whose two sizes are missing or no pair.
         """
-        if self.given.transformer[1].coords_style == "v1" and min(len(text) for text in batch["text"]) < 2:
+        if self.context.transformer[1].coords_style == "v1" and min(len(text) for text in batch["text"]) < 2:
             raise UserError(
                 "a clip's caption is a single token, which has no place in coordinates v1 (SPEC 2.1); give every "
                 "clip a caption (data.prepare captions=required)"
@@ -198,15 +198,15 @@ class SuperResolution(Recipe):
         large = batch.get("video_sr", batch["video"]).float()
         return {**batch, "video": self.first_stage.remade(large), "video_sr": large}
 
-    def noised(self, batch: dict[str, Any], draws: Draws, conditioned: bool) -> Noised:
+    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> Noised:
         """Put a paired batch on the path; with a given first frame for some clips where `conditioned`."""
         clean, audio = batch["video_sr"], batch["audio"]
         device, samples, frames = clean.device, len(clean), clean.shape[2]
-        sigma = torch.cat([self.sigma.sample(1, g)[0] for g in draws.generators]).to(device)
-        first = draws.uniform()
-        noise = draws.normal(clean.shape[1:]).to(device), draws.normal(audio.shape[1:]).to(device)
-        given = self.first_stage(batch["video"], audio, batch["text"], draws)
-        source, heard = self.source(given, audio, noise, draws)
+        sigma = torch.cat([self.sigma.sample(1, g)[0] for g in rng.generators]).to(device)
+        first = rng.uniform()
+        noise = rng.normal(clean.shape[1:]).to(device), rng.normal(audio.shape[1:]).to(device)
+        given = self.first_stage(batch["video"], audio, batch["text"], rng)
+        source, heard = self.source(given, audio, noise, rng)
         if self.path == "flow":
             source = noise[0]
         mask = torch.ones(samples, 1, frames, 1, 1, device=device)
@@ -223,7 +223,7 @@ class SuperResolution(Recipe):
         )
 
     def source(
-        self, video: Tensor, audio: Tensor, noise: tuple[Tensor, Tensor], draws: Draws
+        self, video: Tensor, audio: Tensor, noise: tuple[Tensor, Tensor], rng: BatchRng
     ) -> tuple[Tensor, Tensor]:
         """What inference would begin with, at a random noise index and noise level of the sound.
 
@@ -231,7 +231,7 @@ class SuperResolution(Recipe):
             video: first-stage latents [B,C,T,h,w]; audio: [B,A,Ca].
             noise: for both, the video's at the size of the second stage.
         """
-        place, level = draws.uniform().double(), draws.uniform().double()
+        place, level = rng.uniform().double(), rng.uniform().double()
         low, high = self.noise_index
         index = (low + (high + 1 - low) * place).long()
         scale = self.audio_noise[0] + (self.audio_noise[1] - self.audio_noise[0]) * level
@@ -240,16 +240,16 @@ class SuperResolution(Recipe):
         return start(video, audio, noise, zero_snr_table()[index], scale)
 
     @torch.no_grad()
-    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
         """Losses; and how much worse moving places are predicted from the released start when the sound is noise."""
         batch = self.paired(batch)
-        noised = self.noised(batch, draws, conditioned=False)
+        noised = self.noised(batch, rng, conditioned=False)
         video_velocity, audio_velocity = network(noised.video, noised.audio, batch["text"])
         figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
         if not batch["audio"].shape[1]:
             return figures
         figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
-        noise = draws.normal(batch["video_sr"].shape[1:]), draws.normal(batch["audio"].shape[1:])
+        noise = rng.normal(batch["video_sr"].shape[1:]), rng.normal(batch["audio"].shape[1:])
         noise = noise[0].to(self.device), noise[1].to(self.device)
         signal = zero_snr_table()[NOISE_INDEX].item()
         moving = motion_weight(batch["video_sr"], floor=0.0)
@@ -274,7 +274,7 @@ class SuperResolution(Recipe):
         assert base is not None
         shape = tuple(batch["video"].shape)
         if settings.size is not None:
-            strides = self.given.contract.video_stride[1:]
+            strides = self.context.contract.video_stride[1:]
             shape = (*shape[:-2], *(side // by for side, by in zip(settings.size, strides, strict=True)))
         lengths = [len(text) for text in batch["text"]]
         once = sum(
@@ -290,7 +290,7 @@ class SuperResolution(Recipe):
         """As of every recipe, with the size of the second stage as the clip's, and known as one."""
         config = super().export_config()
         config = replace(config, provenance={**config.provenance, "stage": "second"})
-        if self.given.sr_size is not None:
-            height, width = self.given.sr_size
+        if self.context.sr_size is not None:
+            height, width = self.context.sr_size
             config = replace(config, size=replace(config.size, height=height, width=width))
         return config

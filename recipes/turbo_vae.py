@@ -30,13 +30,13 @@ from magihuman.codecs.wan_decoder import WanTeacher
 from magihuman.errors import UserError
 from magihuman.io.released_files import locate, read_state
 from magihuman.training import decoder_losses as losses
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.discriminator import Discriminator, Gan, adversarial_losses
 from magihuman.training.ema import EMA
 from magihuman.training.latent_file import SampledLatents
 from magihuman.training.lpips import LPIPS
 from magihuman.training.optim import Ramp, build_optimizer, build_schedule, clip_gradients, value_at
-from magihuman.training.rng import Draws, stream
+from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import decoders
 from recipes.base import Recipe
 
@@ -64,7 +64,7 @@ class TurboVAE(Recipe):
 
     def __init__(
         self,
-        setup: Setup,
+        context: TrainingContext,
         *,
         student: str | dict[str, Any],
         teacher: str | None = None,
@@ -80,8 +80,8 @@ class TurboVAE(Recipe):
         sampled_share: float = 0.25,
         gan: Gan | None = None,
     ) -> None:
-        super().__init__(setup)
-        self.config = _config(student, setup)
+        super().__init__(context)
+        self.config = _config(student, context)
         self.pixel, self.perceptual, self.temporal, self.align = pixel, perceptual, temporal, align
         self.lpips, self.crop, self.gan = lpips, crop, gan
         self.sampled_share = sampled_share
@@ -92,7 +92,7 @@ class TurboVAE(Recipe):
         aligning = max(value_at(align, 0.0), value_at(align, 1.0)) > 0
         if aligning and teacher is None:
             raise UserError("recipe.align needs recipe.teacher; give one, or set recipe.align=0")
-        if setup.trainer.activation_checkpointing or setup.trainer.compile:
+        if context.trainer.activation_checkpointing or context.trainer.compile:
             raise UserError(
                 "this recipe takes trainer.activation_checkpointing=false and trainer.compile=false"
             )
@@ -119,7 +119,7 @@ class TurboVAE(Recipe):
         self.sampled = None
         if sampled is not None:
             self.sampled = SampledLatents(str(sampled), channels, self.config.latents.codec)
-            usual = [3, setup.size.frames, setup.size.height, setup.size.width]
+            usual = [3, context.size.frames, context.size.height, context.size.width]
             if self.sampled.frames[1:] != usual:
                 raise UserError(
                     f"recipe.sampled={sampled} holds frames {self.sampled.frames[1:]}, the shards mostly {usual}; "
@@ -150,10 +150,10 @@ class TurboVAE(Recipe):
         """Make the student, the maps of its features and the discriminator, with weights from the seed or `init`."""
         if self.decoder is not None:
             return
-        seed = self.given.seed
+        seed = self.context.seed
         decoder = cast(nn.Module, decoders.build(self.config, seed=stream(seed, "weights")))
-        if self.given.init is not None:
-            decoder.load_state_dict(_start(self.given.init, self.config))
+        if self.context.init is not None:
+            decoder.load_state_dict(_start(self.context.init, self.config))
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, "heads"))
             if self._teacher and not self.heads:
@@ -161,8 +161,8 @@ class TurboVAE(Recipe):
             if self.gan is not None:
                 self.discriminator = Discriminator(self.gan.width)
         self.decoder = decoder
-        if self.given.optim.ema_decay > 0:
-            self.ema = EMA(decoder, self.given.optim.ema_decay)
+        if self.context.optim.ema_decay > 0:
+            self.ema = EMA(decoder, self.context.optim.ema_decay)
 
     def _make_heads(self, decoder: nn.Module) -> tuple[nn.ModuleList, list[int]]:
         """A map for each of the teacher's features, from the last of the student's that is not finer."""
@@ -193,21 +193,21 @@ class TurboVAE(Recipe):
         return self.decoder
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(nn.ModuleList([self.trained, self.heads]), None, self.given.optim)
+        optimizer = build_optimizer(nn.ModuleList([self.trained, self.heads]), None, self.context.optim)
         if self.discriminator is not None and self.gan is not None:
             weights = list(self.discriminator.parameters())
             optimizer.add_param_group({"params": weights, "lr": self.gan.lr, "weight_decay": 0.0})
         schedule = build_schedule(
-            optimizer, self.given.optim, self.max_steps, constant=int(self.discriminator is not None)
+            optimizer, self.context.optim, self.max_steps, constant=int(self.discriminator is not None)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         # The discriminator's gradient is not to scale the decoder's down.
         weights = [*self.trained.parameters(), *self.heads.parameters()]
-        self.count_norm("grad_norm", clip_gradients(weights, self.given.optim.clip_norm))
+        self.count_norm("grad_norm", clip_gradients(weights, self.context.optim.clip_norm))
         if self.discriminator is not None:
-            clip_gradients(list(self.discriminator.parameters()), self.given.optim.clip_norm)
+            clip_gradients(list(self.discriminator.parameters()), self.context.optim.clip_norm)
 
     def on_fit_start(self) -> None:
         for part in (*self._teacher, *self._judge):
@@ -215,8 +215,8 @@ class TurboVAE(Recipe):
 
     # One batch
 
-    def loss(self, batch: dict[str, Any], draws: Draws) -> Tensor:
-        latents, truth = self.examples(batch, draws)
+    def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
+        latents, truth = self.examples(batch, rng)
         decoded, taps = self.run(self.trained, latents)
         parts = {
             "pixel": (self.pixel, losses.charbonnier(decoded, truth)),
@@ -235,7 +235,7 @@ class TurboVAE(Recipe):
         self.meter.add("loss", total)
         return total
 
-    def examples(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor]:
+    def examples(self, batch: dict[str, Any], rng: BatchRng) -> tuple[Tensor, Tensor]:
         """Latents [B,C,T,h,w] and the frames [B,3,F,H,W] fp32 in [-1,1] that they should become.
 
         Raises:
@@ -246,7 +246,7 @@ class TurboVAE(Recipe):
                 "these shards hold no frames to decode to; make them with `python -m data.prepare ... pixels=true`"
             )
         latents, frames = batch["video"], batch["frames"]
-        use, which, places = draws.uniform(), draws.uniform(), (draws.uniform(), draws.uniform())
+        use, which, places = rng.uniform(), rng.uniform(), (rng.uniform(), rng.uniform())
         if self.sampled is not None:
             fits = self.sampled.fits(latents.shape[1:], frames.shape[1:])
             rows = (use < self.sampled_share).nonzero().flatten().tolist() if fits else []
@@ -281,7 +281,7 @@ class TurboVAE(Recipe):
     def run(self, decoder: nn.Module, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Frames fp32 and features of a student, its products in the precision of the training."""
         with torch.autocast(
-            latents.device.type, torch.bfloat16, enabled=self.given.trainer.precision == "bf16"
+            latents.device.type, torch.bfloat16, enabled=self.context.trainer.precision == "bf16"
         ):
             frames, taps = decoder.taps(latents)  # type: ignore[operator]
         return frames.float(), taps
@@ -291,7 +291,7 @@ class TurboVAE(Recipe):
         if value_at(self.align, self.progress) <= 0:
             # All weights take part in every step, which spares DDP the search for those that do not.
             return torch.stack([weight.sum() * 0.0 for weight in self.heads.parameters()]).sum()
-        half = self.given.trainer.precision == "bf16"
+        half = self.context.trainer.precision == "bf16"
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
             with torch.no_grad():
                 wanted = self._teacher[0].features(latents, self.blocks)
@@ -315,7 +315,7 @@ class TurboVAE(Recipe):
         return 3.0 * len(batch["video"]) * forward_flops(self.config, shape)
 
     @torch.no_grad()
-    def held_out(self, network: Any, batch: dict[str, Any], draws: Draws) -> dict[str, float]:
+    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
         """PSNR on the fixed range [-1,1], mean over frames, and the error of the change from frame to frame."""
         truth = batch["frames"].float() / 127.5 - 1
         decoded = self.run(network, batch["video"])[0].clamp(-1, 1)
@@ -330,7 +330,7 @@ class TurboVAE(Recipe):
     def export(self, folder: Path) -> None:
         """Write the decoder with its latent contract."""
         if self.global_rank == 0:
-            facts = {**self.given.provenance, "steps": self.step, "averaged": self.ema is not None}
+            facts = {**self.context.provenance, "steps": self.step, "averaged": self.ema is not None}
             config = decoders.DecoderConfig(
                 self.config.layout, self.config.network, self.config.latents, facts
             )
@@ -350,17 +350,17 @@ def forward_flops(config: decoders.DecoderConfig, shape: tuple[int, ...]) -> int
     return _flops(config.layout, json.dumps(config.network), config.latents, shape)
 
 
-def _config(student: str | dict[str, Any], setup: Setup) -> decoders.DecoderConfig:
+def _config(student: str | dict[str, Any], context: TrainingContext) -> decoders.DecoderConfig:
     """The student's config for the latents of the shards."""
     if isinstance(student, str):
-        return decoders.config_for(student, setup.contract)
+        return decoders.config_for(student, context.contract)
     if set(student) != {"layout", "network"}:
         raise UserError(f"recipe.student has {sorted(student)}; give layout and network, or a name")
     if student["layout"] not in ("causal", "released"):
         raise UserError(
             f"recipe.student.layout={student['layout']} is no student's; choose causal or released"
         )
-    latents = decoders.Latents.of(setup.contract)
+    latents = decoders.Latents.of(context.contract)
     return decoders.DecoderConfig(student["layout"], student["network"], latents)
 
 

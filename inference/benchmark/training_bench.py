@@ -41,7 +41,7 @@ from magihuman.models.flops import forward_flops
 from magihuman.models.latent_contract import Contract
 from magihuman.models.training_flops import peak_flops
 from magihuman.training import parallel
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.session import quiet
 from magihuman.zoo import plan_training
 from recipes.base import Recipe
@@ -192,10 +192,10 @@ class TrainingBench(Bench):
 
     # -- the recipes with random weights in place of a checkpoint's
 
-    def _setup(self, **optim: Any) -> Setup:
+    def _context(self, **optim: Any) -> TrainingContext:
         config, pack = self.stage.config, self.stage.pack
         settings: Values = {"lr": 5e-5, "warmup": 1, "schedule": "constant", "ema_decay": 0.99, **optim}
-        return Setup(
+        return TrainingContext(
             model=config,
             pack=pack,
             world="released",
@@ -216,7 +216,7 @@ class TrainingBench(Bench):
             def make_network(self) -> Denoiser:
                 return self.adapted(bench.network())
 
-        return RandomLora(self._setup(), lora=LoraConfig(self.ranks["lora"]), merge=False)
+        return RandomLora(self._context(), lora=LoraConfig(self.ranks["lora"]), merge=False)
 
     def _dmd2(self) -> Recipe:
         bench = self
@@ -231,7 +231,7 @@ class TrainingBench(Bench):
         # As configs/experiment/dmd2_15b.yaml on one GPU, except that the student is updated from the first iteration
         # on and that no samples are drawn to monitor the training.
         return RandomDMD2(
-            self._setup(betas=(0.0, 0.999), weight_decay=0.01),
+            self._context(betas=(0.0, 0.999), weight_decay=0.01),
             sampling=Sampling("renoise", 8, 5.0, Guidance(1, 1, 0, 1)),
             networks="lora",
             lora=LoraConfig(self.ranks["dmd2"]),

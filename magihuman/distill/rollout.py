@@ -21,7 +21,7 @@ from magihuman.errors import UserError
 from magihuman.flow.path import x0_from_velocity
 from magihuman.flow.solvers import Solver, make_solver
 from magihuman.io.export import Sampling
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 
 MODALITIES = ("video", "audio")
 
@@ -239,7 +239,7 @@ class Part:
 
 def parts(
     batch: dict[str, Any],
-    draws: Draws,
+    rng: BatchRng,
     *,
     first_frame: float,
     given_audio: float,
@@ -265,11 +265,11 @@ def parts(
         )
     latents = Pair(batch["video"], batch["audio"])
     given = Given.nothing(latents)
-    first, sound = draws.chance(first_frame), draws.chance(given_audio)
+    first, sound = rng.chance(first_frame), rng.chance(given_audio)
     if latents.video.shape[2] > 1:  # a still picture would leave nothing to generate
         given.mask.video[first.to(latents.video.device), :, 0] = 0
     given.mask.audio[sound.to(latents.audio.device)] = 0
-    for start in range(0, len(draws), size or len(draws)):
-        some = slice(start, start + (size or len(draws)))
+    for start in range(0, len(rng), size or len(rng)):
+        some = slice(start, start + (size or len(rng)))
         position = torch.as_tensor(batch["index"])[some].cpu()
-        yield Part(list(batch["text"][some]), given.select(some), draws.generators[some], position)
+        yield Part(list(batch["text"][some]), given.select(some), rng.generators[some], position)

@@ -8,7 +8,7 @@ from magihuman.distill.networks import HOLDINGS
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CriticSettings:
 
 
 def require_possible(
-    setup: Setup,
+    context: TrainingContext,
     teacher: ExportConfig,
     sigma: SigmaPrior | None,
     holding: str,
@@ -58,24 +58,24 @@ def require_possible(
     # Published weights do not say what their prior was; config.json of one trained here does.
     if sigma is not None and sigma != teacher.sigma_prior and "released" not in teacher.provenance:
         raise UserError(
-            f"recipe.sigma={sigma.to_dict()} is not the prior that {setup.init} was trained with "
+            f"recipe.sigma={sigma.to_dict()} is not the prior that {context.init} was trained with "
             f"({teacher.sigma_prior.to_dict()}); without timestep input the critic needs the teacher's: remove it"
         )
-    if setup.trainer.accumulate != 1:
+    if context.trainer.accumulate != 1:
         raise UserError(
-            f"trainer.accumulate={setup.trainer.accumulate} does not go with dmd2, which updates two networks; "
+            f"trainer.accumulate={context.trainer.accumulate} does not go with dmd2, which updates two networks; "
             "raise data.module.batch_size and set recipe.micro_batch to what fits into memory"
         )
     if micro_batch is not None and micro_batch < 1:
         raise UserError(f"recipe.micro_batch={micro_batch} is no number of samples; give at least 1, or null")
     if holding not in HOLDINGS:
         raise UserError(f"recipe.networks={holding!r} is unknown; choose from {', '.join(HOLDINGS)}")
-    if holding != "full" and setup.optim.algorithm != "adamw":
+    if holding != "full" and context.optim.algorithm != "adamw":
         raise UserError(
-            f"optim.algorithm={setup.optim.algorithm} has no rule for adapters; choose optim=adamw, or "
+            f"optim.algorithm={context.optim.algorithm} has no rule for adapters; choose optim=adamw, or "
             "recipe.networks=full"
         )
-    if setup.strategy.name == "fsdp2" and not setup.strategy.reshard_after_forward:
+    if context.strategy.name == "fsdp2" and not context.strategy.reshard_after_forward:
         raise UserError(
             "strategy.reshard_after_forward=false does not go with dmd2, whose networks take turns; leave it true"
         )

@@ -19,7 +19,7 @@ from lightning.fabric.utilities import move_data_to_device
 from magihuman.errors import UserError
 from magihuman.media.contact_sheet import draw_contact_sheet
 from magihuman.models.training_flops import peak_flops
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 
 
 class Meter:
@@ -74,13 +74,13 @@ class Meter:
 
 
 @contextmanager
-def aside(recipe: Any) -> Iterator[None]:
+def excluded_time(recipe: Any) -> Iterator[None]:
     """Keep the time that the block takes out of the throughput."""
     start = time.monotonic()
     try:
         yield
     finally:
-        recipe.aside += time.monotonic() - start
+        recipe.excluded_seconds += time.monotonic() - start
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
@@ -124,7 +124,7 @@ class LogLines(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         recipe: Any = pl_module
-        recipe.aside = 0.0
+        recipe.excluded_seconds = 0.0
         self._clock = self._printed = time.monotonic()
         self._begun = (self._clock, recipe.step)
         if self.progress and trainer.is_global_zero and sys.stderr.isatty():
@@ -150,7 +150,7 @@ class LogLines(L.Callback):
     def _line(self, trainer: L.Trainer, recipe: Any, device: torch.device) -> None:
         metrics = recipe.meter.flush(device)
         now = time.monotonic()
-        seconds = max(1e-9, now - self._clock - recipe.aside)
+        seconds = max(1e-9, now - self._clock - recipe.excluded_seconds)
         metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["samples_per_s"] = self._samples / seconds
         metrics["tflops"] = self._flops / seconds / 1e12
@@ -160,7 +160,7 @@ class LogLines(L.Callback):
             metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         else:
             metrics["memory_gb"] = resident_gb()
-        self._clock, self._flops, self._samples, recipe.aside = now, 0.0, 0, 0.0
+        self._clock, self._flops, self._samples, recipe.excluded_seconds = now, 0.0, 0, 0.0
         self.last.update(metrics)
         log(trainer, metrics, recipe.step)
         self._show(trainer, recipe, now)
@@ -231,7 +231,7 @@ class Limits(L.Callback):
             trainer.should_stop = True
 
 
-class HeldOut(L.Callback):
+class Validation(L.Callback):
     """Every so many steps: the recipe's figures on one fixed batch that is never trained on.
 
     Args:
@@ -258,9 +258,9 @@ class HeldOut(L.Callback):
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
         if self._batch is None or not due or not recipe.stepped:
             return
-        with aside(recipe), evaluating(recipe.network):
-            draws = Draws(self.seed, 0, range(len(self._batch["video"])))
-            figures = recipe.held_out(recipe.network, self._batch, draws)
+        with excluded_time(recipe), evaluating(recipe.network):
+            rng = BatchRng(self.seed, 0, range(len(self._batch["video"])))
+            figures = recipe.validation_metrics(recipe.network, self._batch, rng)
         for name, figure in figures.items():
             if math.isfinite(figure):
                 recipe.meter.add(name, figure)
@@ -316,8 +316,8 @@ class Samples(L.Callback):
         if not due or not recipe.stepped:
             return
         # A sharded network is sampled by all processes together; a whole one by the main process alone.
-        if trainer.is_global_zero or recipe.given.strategy.name in ("fsdp2", "zero3"):
-            with aside(recipe):
+        if trainer.is_global_zero or recipe.context.strategy.name in ("fsdp2", "zero3"):
+            with excluded_time(recipe):
                 self.sample(trainer, recipe)
 
     def sample(self, trainer: L.Trainer, recipe: Any) -> None:
@@ -327,7 +327,7 @@ class Samples(L.Callback):
 
         assert self.folder is not None
         if self._world is None:
-            self._world = load_bundle(recipe.given.world)
+            self._world = load_bundle(recipe.context.world)
         network = recipe.network
         with evaluating(network):
             pipeline = self.pipeline(Loaded(network, recipe.export_config(), self.folder), self._world)

@@ -12,7 +12,7 @@ from magihuman.models.latent_contract import Contract
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainingContext:
     """The network to train, the latents it works on, and how.
 
     Attributes:

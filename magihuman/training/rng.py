@@ -1,8 +1,8 @@
-"""Random draws that are a pure function of (seed, batch number, sample index).
+"""Random numbers as a pure function of (seed, batch number, sample index).
 
-Neither the number of processes, nor the order in which samples meet, nor an interruption changes what a
-sample gets, and nothing has to be stored in a checkpoint. Draws are made on the CPU, so every device gets the
-same numbers.
+A sample's numbers do not depend on the number of processes, on the other samples of its batch or on interruptions,
+and no generator state has to be stored in a checkpoint. They are drawn on the CPU, so every device gets the same
+ones.
 """
 
 import hashlib
@@ -17,8 +17,11 @@ def stream(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-class Draws:
-    """One generator per sample of a batch.
+class BatchRng:
+    """Random number generators of a batch, one per sample.
+
+        rng = BatchRng(seed=0, batch=7, index=[3, 5])
+        noise = rng.normal((48, 4, 8, 8))  # [2,48,4,8,8]
 
     Args:
         seed: of the run.
@@ -43,5 +46,6 @@ class Draws:
         return torch.cat([torch.rand(1, generator=g) for g in self.generators])
 
     def chance(self, probability: float) -> torch.Tensor:
-        """[B] bool, true with `probability`; always consumes one draw, so that a changed probability shifts nothing."""
+        """[B] bool, true with `probability`; uses one number whatever the probability is, so that changing it changes no
+        other number of the sample."""
         return self.uniform() < probability

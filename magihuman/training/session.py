@@ -16,7 +16,7 @@ from magihuman.models.latent_contract import Contract
 from magihuman.schema import call, locate
 from magihuman.training.callbacks import Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.preempt import Preemption
 from magihuman.training.runs import RunFolder, build_loggers
 from magihuman.training.strategies import build_strategy, check_device, plugins
@@ -90,7 +90,7 @@ def find_init(settings: TrainSettings) -> Path | None:
     return folder
 
 
-def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> Setup:
+def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> TrainingContext:
     """Network, latents and engine settings, checked against each other.
 
     Args:
@@ -119,7 +119,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
             ("dit", model.dit.to_dict(), parent.model.to_dict()),
             ("pack", model.pack.to_dict(), parent.pack.to_dict()),
         ):
-            free = getattr(locate(settings.recipe["_target_"], "recipe"), "may_change", ())
+            free = getattr(locate(settings.recipe["_target_"], "recipe"), "may_differ_from_init", ())
             wrong = [
                 f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in free
             ]
@@ -133,7 +133,7 @@ def build_setup(settings: TrainSettings, data: Any, provenance: Mapping[str, Any
         from magihuman.codecs.bundle import load_bundle
 
         null_text = load_bundle(data.world).text_encoder.encode([""])[0]
-    return Setup(
+    return TrainingContext(
         model=model.dit if model is not None else None,
         pack=model.pack if model is not None else None,
         world=data.world,

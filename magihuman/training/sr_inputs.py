@@ -18,7 +18,7 @@ from magihuman.flow.solvers import Euler
 from magihuman.flow.super_resolution import coarsen, shrink_pictures
 from magihuman.media import images
 from magihuman.models.denoiser import Denoiser
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FirstStageSettings:
 
 
 class FirstStage:
-    """Makes first-stage latents; all that is random comes from the draws it gets.
+    """Makes first-stage latents; all random numbers come from `rng`.
 
     Args:
         base: frozen first stage, needed for settings.base_share > 0.
@@ -105,10 +105,10 @@ class FirstStage:
             )
 
     @torch.no_grad()
-    def __call__(self, video: Tensor, audio: Tensor, text: Sequence[Tensor], draws: Draws) -> Tensor:
+    def __call__(self, video: Tensor, audio: Tensor, text: Sequence[Tensor], rng: BatchRng) -> Tensor:
         """The clips' own latents [B,C,T,h,w], [B,A,Ca] -> what a first stage might give instead of the video."""
-        chosen, what, level = draws.uniform(), draws.uniform(), draws.uniform()
-        noise = draws.normal(video.shape[1:]).to(video.device)
+        chosen, what, level = rng.uniform(), rng.uniform(), rng.uniform()
+        noise = rng.normal(video.shape[1:]).to(video.device)
         settings, result = self.settings, video
         if settings.base_share > 0:
             result = self._resampled(video, audio, text, chosen < settings.base_share, level, noise)

@@ -91,7 +91,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
             ["+recipe=pretrain", "recipe.first_frame=often"],
             "recipe.first_frame='often' should be a number or Ramp",
         ),
-        (["+recipe=pretrain", "+recipe.setup=1"], "recipe.setup is set by the program"),
+        (["+recipe=pretrain", "+recipe.context=1"], "recipe.context is set by the program"),
         (
             ["+recipe=pretrain", "data=shards"],
             "data.module.shards is not given; set it with data.module.shards=VALUE",

@@ -39,7 +39,7 @@ def parent(shards, tmp_path_factory) -> Path:
 
 def distil(folder: Path, shards: Path, parent: Path, *more: str) -> Path:
     common = ["+recipe=dmd2", f"init={parent}", "recipe.critic.warmup=1", "recipe.health.every=0"]
-    return training_stub.train_here(folder, shards, [*common, "callbacks.held_out=null", *more])
+    return training_stub.train_here(folder, shards, [*common, "callbacks.validation=null", *more])
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, pa
     from magihuman.models.config import LoraConfig
     from magihuman.schema import call
     from magihuman.train import make_data, plain
-    from magihuman.training.session import build_setup
+    from magihuman.training.session import build_context
     from recipes.dmd2 import DMD2
 
     for kind in ADAPTERS:
@@ -87,7 +87,7 @@ def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, pa
         )
         settings = validate(plain(config))
         data, _ = make_data(settings)
-        recipe = call(settings.recipe, "recipe", setup=build_setup(settings, data, {}))
+        recipe = call(settings.recipe, "recipe", context=build_context(settings, data, {}))
         assert isinstance(recipe, DMD2)
         own = recipe.another(False, lambda network: None)
         networks = hold(kind, recipe.another, None if kind == "lora" else (own, own), LoraConfig(2), seed=3)

@@ -166,7 +166,7 @@ def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) 
 
 def test_a_critic_with_another_prior_is_refused(tmp_path: Path) -> None:  # T3
     sampling = Sampling("renoise", 4, 5.0)
-    settings = toy_dmd2.setup(tmp_path)
+    settings = toy_dmd2.make_context(tmp_path)
     with pytest.raises(UserError, match=r"recipe.sigma=.*is not the prior.*remove it"):
         toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0))
     assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=toy_dmd2.PRIOR).sigma == toy_dmd2.PRIOR
@@ -262,7 +262,9 @@ def gradients(
         lambda x, s: Pair(teacher_video * x.video, 0.6 * x.audio),
         lambda x, s: Pair(0.3 * x.video + 0.1, 0.2 * x.audio - 0.1), student, student,
     )  # fmt: skip
-    made = PairDMD2(toy_dmd2.setup(folder), networks, None, sampling=Sampling("renoise", 2, 5.0), **weights)
+    made = PairDMD2(
+        toy_dmd2.make_context(folder), networks, None, sampling=Sampling("renoise", 2, 5.0), **weights
+    )
     made.configure_model()
     draw = torch.Generator().manual_seed(10)
 
@@ -354,7 +356,7 @@ def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch
     in_the_sampler = torch.tensor(seen).view(100, 2)  # [steps, modalities]
 
     settings = {"sampling": Sampling("renoise", 8, 5.0), "guidance": guidance}
-    made = SidesDMD2(toy_dmd2.setup(tmp_path), None, None, **settings)
+    made = SidesDMD2(toy_dmd2.make_context(tmp_path), None, None, **settings)
     sigma = sigma_grid(100, 5.0)[:-1]
     x = Pair(torch.zeros(100, 3, 1, 2, 2), torch.zeros(100, 2, 4))
     guided, plain = made.teacher_velocity(x, words * 100, Pair(sigma, sigma))

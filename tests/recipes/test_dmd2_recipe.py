@@ -15,7 +15,7 @@ import training_stub
 from safetensors.torch import load_file
 from test_parallel import World
 from test_resume import assert_same, final_state
-from toy_dmd2 import Watched, setup
+from toy_dmd2 import Watched, make_context
 
 from magihuman.distill.collapse_monitor import HealthLimits
 from magihuman.distill.discriminator import AdversarySettings
@@ -33,7 +33,7 @@ RENOISE = Sampling("renoise", 3, 5.0)
 
 
 def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
-    chosen = setup(folder, guidance=GUIDANCE, precision=precision, lr=1e-2)
+    chosen = make_context(folder, guidance=GUIDANCE, precision=precision, lr=1e-2)
     critic = CriticSettings(lr=1e-2, updates=2, warmup=0)
     recipe = Watched(chosen, **{"sampling": RENOISE, "critic": critic, **settings})
     recipe.configure_model()
@@ -171,7 +171,7 @@ class Phases(Watched):
 
 def phases(folder: Path, **settings: Any) -> tuple[Phases, list[Any]]:
     recipe = Phases(
-        setup(folder, guidance=GUIDANCE, precision="bf16"),
+        make_context(folder, guidance=GUIDANCE, precision="bf16"),
         sampling=RENOISE, critic=CriticSettings(updates=2, warmup=1), micro_batch=1, **settings,
     )  # fmt: skip
     recipe.held = []
@@ -247,7 +247,7 @@ def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> 
 
 def test_a_student_is_not_judged_before_its_first_update(tmp_path, monkeypatch) -> None:
     recipe = Watched(
-        setup(tmp_path), sampling=RENOISE, critic=CriticSettings(updates=1, warmup=4), micro_batch=3,
+        make_context(tmp_path), sampling=RENOISE, critic=CriticSettings(updates=1, warmup=4), micro_batch=3,
         health=HealthLimits(every=1, prompts=2, samples=4, patience=2),
     )  # fmt: skip
     recipe.configure_model()
@@ -272,7 +272,7 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "export"
-    setup(folder, guidance=GUIDANCE)
+    make_context(folder, guidance=GUIDANCE)
     return folder
 
 
@@ -281,7 +281,7 @@ def common(teacher: Path) -> list[str]:
         "+recipe=dmd2", f"init={teacher}", "trainer.max_steps=6", "checkpoint.every_steps=100",
         "recipe.critic.warmup=2", "recipe.critic.updates=2", "recipe.sampling.steps=3", "recipe.first_step=0",
         "recipe.critic.first_step=0", "recipe.health={every: 2, prompts: 2, samples: 2, patience: 99}",
-        "recipe.first_frame=0.5", "callbacks.held_out=null",
+        "recipe.first_frame=0.5", "callbacks.validation=null",
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_stub
 from torch import Tensor
-from toy_dmd2 import Alone, Watched, setup
+from toy_dmd2 import Alone, Watched, make_context
 
 from inference.sampling import LatentShape, Noise, sample, seeded
 from magihuman.distill.rollout import Given, Pair, Part, draw_noise, trajectory
@@ -32,7 +32,7 @@ def part(first_frame: bool = False) -> Part:
 
 
 def made(folder: Path, kind: type[Alone] = Alone, **settings: Any) -> Any:
-    recipe = kind(setup(folder, guidance=GUIDANCE), **{"sampling": RENOISE, **settings})
+    recipe = kind(make_context(folder, guidance=GUIDANCE), **{"sampling": RENOISE, **settings})
     recipe.configure_model()
     return recipe
 
@@ -103,7 +103,7 @@ def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> Non
         some.generators,
         some.given,
     )
-    null = [recipe.given.null_text] * 3
+    null = [recipe.context.null_text] * 3
     states, end = followed(recipe.networks.teacher, some, settings, negative_text=null)
     assert all(same(a, b) for a, b in zip(guided.states[1:], states, strict=False))
     assert same(guided.end, end)

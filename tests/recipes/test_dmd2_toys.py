@@ -33,10 +33,10 @@ def recipe(
     sound: int = 0,
 ) -> PointDMD2:  # fmt: skip
     """The recipe with four re-noising steps; `shift` of the levels of comparison, learning rates of student, critic."""
-    setup = toy_dmd2.setup(folder, steps=cycles, seed=seed, lr=rates[0], ema_decay=0.95)
+    context = toy_dmd2.make_context(folder, steps=cycles, seed=seed, lr=rates[0], ema_decay=0.95)
     critic = CriticSettings(lr=rates[1], updates=5, warmup=10)
     return PointDMD2(
-        setup, start, field, sound, sampling=Sampling("renoise", 4, 5.0), score=ScoreLevels(shift), critic=critic
+        context, start, field, sound, sampling=Sampling("renoise", 4, 5.0), score=ScoreLevels(shift), critic=critic
     )  # fmt: skip
 
 

@@ -12,17 +12,17 @@ from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling, Size
 from magihuman.models.config import DiTConfig, PackConfig, TreadConfig
 from magihuman.models.tokens import patchify_target
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight
 from magihuman.training.optim import Ramp, build_optimizer
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from recipes.pretrain import Pretrain
 
 DIT = DiTConfig(2, 32, 16, 1, 12, 4, 5, mm_layers=(0,), gelu7_layers=(0,))
 
 
 def recipe(**settings: Any) -> Pretrain:
-    setup = Setup(
+    context = TrainingContext(
         model=DIT, pack=PackConfig(), world="stub", contract=training_stub.CONTRACT, size=Size(9, 16, 16),
         null_text=torch.full((1, 5), 7.0), optim=OptimSettings(algorithm="muon", lr=0.02, adamw_lr=0.01),
         trainer=TrainerSettings(100, precision="fp32"), strategy=StrategySettings(),
@@ -34,13 +34,13 @@ def recipe(**settings: Any) -> Pretrain:
         "sigma": SigmaPrior(),
         "sampling": Sampling(),
     }
-    made = Pretrain(setup, **{**plain, **settings})
+    made = Pretrain(context, **{**plain, **settings})
     made.configure_model()
     return made
 
 
-def draws(count: int, batch: int = 0) -> Draws:
-    return Draws(0, batch, range(count))
+def rng(count: int, batch: int = 0) -> BatchRng:
+    return BatchRng(0, batch, range(count))
 
 
 class Predicts(torch.nn.Module):
@@ -59,9 +59,9 @@ def loss_of(
     made: Pretrain, batch: dict, error_video: torch.Tensor, error_audio: torch.Tensor, batch_number: int = 0
 ):
     """Loss where the network is off by the given errors."""
-    noised = made.noised(batch, draws(len(batch["video"]), batch_number), conditioned=True)
+    noised = made.noised(batch, rng(len(batch["video"]), batch_number), conditioned=True)
     made.denoiser = Predicts(noised.video_target + error_video, noised.audio_target + error_audio)
-    return float(made.loss(batch, draws(len(batch["video"]), batch_number))), noised
+    return float(made.loss(batch, rng(len(batch["video"]), batch_number))), noised
 
 
 def test_inputs_lie_on_the_path_and_a_perfect_network_has_no_loss() -> None:
@@ -129,7 +129,7 @@ def test_a_given_modality_is_clean_and_out_of_the_loss(given, other) -> None:
 def test_conditions_come_with_their_probabilities_and_ramps() -> None:
     batch = training_stub.batch(range(400))
     made = recipe(first_frame=0.3, given_audio=Ramp(0.6, 0.0), given_video=0.2, text_drop=0.1)
-    noised = made.noised(batch, draws(400), conditioned=True)
+    noised = made.noised(batch, rng(400), conditioned=True)
     audio_given = (noised.audio_mask.flatten() == 0).float().mean()
     video_given = (noised.video_mask.flatten(1).amax(1) == 0).float().mean()
     assert float(audio_given) == pytest.approx(0.6, abs=0.07)
@@ -140,8 +140,8 @@ def test_conditions_come_with_their_probabilities_and_ramps() -> None:
     dropped = [float(t.flatten()[0]) == 7.0 and len(t) == 1 for t in noised.text]
     assert sum(dropped) / 400 == pytest.approx(0.1, abs=0.04)
     made.step = made.max_steps
-    assert float(made.noised(batch, draws(400), conditioned=True).audio_mask.min()) == 1
-    unconditioned = made.noised(batch, draws(400), conditioned=False)
+    assert float(made.noised(batch, rng(400), conditioned=True).audio_mask.min()) == 1
+    unconditioned = made.noised(batch, rng(400), conditioned=False)
     assert float(unconditioned.video_mask.min()) == 1
     # A changed probability shifts no other draw.
     assert torch.equal(unconditioned.video_sigma, noised.video_sigma)
@@ -161,7 +161,7 @@ def test_clips_without_sound_and_still_pictures_contribute_what_they_have() -> N
         assert loss == pytest.approx(9.0)  # nothing is given: there is no other modality, no other frame
         assert "loss/audio" not in made.meter.flush()
         real = recipe()
-        real.loss(batch, draws(3)).backward()
+        real.loss(batch, rng(3)).backward()
         # Every weight has a gradient (of zero), so that replicas never wait for each other.
         assert all(p.grad is not None for p in real.denoiser.parameters())
 
@@ -172,7 +172,7 @@ def test_the_target_follows_the_output_layout() -> None:
     from magihuman.models.tokens import patchify
 
     made, batch = recipe(), training_stub.batch(range(3))
-    noised = made.noised(batch, draws(3), conditioned=True)
+    noised = made.noised(batch, rng(3), conditioned=True)
 
     class Fixed(torch.nn.Module):
         tokens = patchify_target(noised.video_target, 2).flatten(0, 1)
@@ -182,9 +182,9 @@ def test_the_target_follows_the_output_layout() -> None:
 
     fixed = Fixed()
     made.denoiser.model.forward = fixed.forward
-    assert float(made.loss(batch, draws(3))) == 0
+    assert float(made.loss(batch, rng(3))) == 0
     fixed.tokens = patchify(noised.video_target, 2).flatten(0, 1)
-    assert float(made.loss(batch, draws(3))) > 0.1
+    assert float(made.loss(batch, rng(3))) > 0.1
 
 
 def test_losses_are_counted_by_noise_level() -> None:
@@ -201,16 +201,16 @@ def test_losses_are_counted_by_noise_level() -> None:
 
 def train(made: Pretrain, steps: int) -> dict[str, float]:
     """Held-out figures after a short training on clips whose moving part follows their sound."""
-    optimizer = build_optimizer(made.denoiser, DIT, made.given.optim)
+    optimizer = build_optimizer(made.denoiser, DIT, made.context.optim)
     held_out = training_stub.batch(range(10_000, 10_016))
     for number in range(steps):
         batch = training_stub.batch(range(16 * number, 16 * number + 16))
-        made.loss(batch, Draws(0, number, batch["index"])).backward()
+        made.loss(batch, BatchRng(0, number, batch["index"])).backward()
         optimizer.step()
         optimizer.zero_grad()
         made.after_step()
     made.denoiser.eval()
-    return made.held_out(made.denoiser, held_out, draws(16))
+    return made.validation_metrics(made.denoiser, held_out, rng(16))
 
 
 def test_losses_fall_and_motion_weights_with_given_sound_teach_the_video_to_listen() -> None:

@@ -28,7 +28,7 @@ def parent(shards, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("recipe", available("recipe"))
 def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path) -> None:
-    common = [f"+recipe={recipe}", "checkpoint.every_steps=2", "callbacks.held_out.every_steps=1"]
+    common = [f"+recipe={recipe}", "checkpoint.every_steps=2", "callbacks.validation.every_steps=1"]
     if training_stub.compose([f"+recipe={recipe}"]).init is not None:
         common.append(f"init={parent}")
     if recipe == "dmd2":
@@ -138,7 +138,7 @@ def test_gradients_that_stay_infinite_end_the_training_with_advice(shards, tmp_p
         "+recipe=pretrain",
         "trainer.max_steps=40",
         "recipe.video_weight=inf",
-        "callbacks.held_out=null",
+        "callbacks.validation=null",
     ]
     with pytest.raises(UserError, match=r"not finite for 20 steps.*lower optim.lr"):
         training_stub.train_here(tmp_path / "a", shards, overrides)
@@ -152,13 +152,13 @@ def test_samples_and_held_out_figures_are_made_on_the_way_and_change_nothing(sha
         "+recipe=pretrain",
         "optim.ema_decay=0",
     ]  # without an average the trained network itself is sampled
-    bare = training_stub.train_here(tmp_path / "a", shards, [*common, "callbacks.held_out=null"])
+    bare = training_stub.train_here(tmp_path / "a", shards, [*common, "callbacks.validation=null"])
     samples = (
         "callbacks.samples={_target_: magihuman.training.callbacks.Samples, every_steps: 2, prompts: [one, two], "
         "pipeline: {_target_: training_stub.FakePipeline, _partial_: true}, settings: {steps: 4}}"
     )
     full = training_stub.train_here(
-        tmp_path / "b", shards, [*common, samples, "callbacks.held_out.every_steps=2"]
+        tmp_path / "b", shards, [*common, samples, "callbacks.validation.every_steps=2"]
     )
     names = sorted(path.relative_to(full / "samples").as_posix() for path in (full / "samples").rglob("*.*"))
     assert names == [

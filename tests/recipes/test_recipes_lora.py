@@ -14,7 +14,7 @@ from magihuman.models import lora
 from magihuman.models.config import LoraConfig
 from magihuman.zoo import lora_files
 
-COMMON = ["+recipe=lora", "recipe.lora.rank=2", "callbacks.held_out=null", "checkpoint.every_steps=2"]
+COMMON = ["+recipe=lora", "recipe.lora.rank=2", "callbacks.validation=null", "checkpoint.every_steps=2"]
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from magihuman.flow.super_resolution import NOISE_INDEX, coarsen, start, upsampl
 from magihuman.io.export import Sampling, Size
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
-from magihuman.training.context import Setup
-from magihuman.training.rng import Draws
+from magihuman.training.context import TrainingContext
+from magihuman.training.rng import BatchRng
 from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.sr import SuperResolution
 
@@ -37,7 +37,7 @@ def recipe(**settings: Any) -> SuperResolution:
     from magihuman.train import plain
 
     node = plain(config)
-    setup = Setup(
+    context = TrainingContext(
         model=SMALL, pack=PackConfig(patch_size=2, coords_style="v1"), world="tiny",
         contract=training_stub.CONTRACT, size=Size(9, 16, 16), null_text=torch.zeros(1, 5),
         optim=build(OptimSettings, node["optim"]), trainer=build(TrainerSettings, node["trainer"]),
@@ -48,7 +48,7 @@ def recipe(**settings: Any) -> SuperResolution:
         "sampling": Sampling(steps=5),
         "first_stage": FirstStageSettings(),
     }
-    made = SuperResolution(setup, **{**usual, **settings})
+    made = SuperResolution(context, **{**usual, **settings})
     made.configure_model()
     return made
 
@@ -59,8 +59,8 @@ def clips(count: int = 4) -> dict[str, Any]:
     return batch
 
 
-class Fixed(Draws):
-    """Draws that give stored noise."""
+class Fixed(BatchRng):
+    """A BatchRng with stored noise."""
 
     def __init__(self, stored: list[torch.Tensor]) -> None:
         super().__init__(0, 0, range(len(stored[0])))
@@ -75,7 +75,7 @@ def test_the_source_equals_the_release(golden: Path) -> None:
     vector = load_file(golden / "sr_prepare.safetensors")
     noise = vector["video_noise"], vector["audio_noise"]
     video, audio = recipe(**RELEASED).source(
-        vector["br_video"], vector["br_audio"], noise, Draws(0, 0, range(len(noise[0])))
+        vector["br_video"], vector["br_audio"], noise, BatchRng(0, 0, range(len(noise[0])))
     )
     torch.testing.assert_close(video, vector["sr_video_init"], atol=1e-6, rtol=0)
     torch.testing.assert_close(audio, vector["sr_audio"], atol=1e-6, rtol=0)
@@ -88,8 +88,8 @@ def test_a_training_s_inputs_at_the_path_s_start_equal_the_release(golden: Path)
     batch = {"video": vector["br_video"], "audio": vector["br_audio"], "text": [torch.zeros(2, 5)]}
     batch["video_sr"] = torch.full_like(vector["video_noise"], 7.0)
     unused = torch.zeros_like(vector["br_video"])  # of a first stage that resamples
-    draws = Fixed([vector["video_noise"], vector["audio_noise"], unused])
-    noised = made.noised(made.paired(batch), draws, conditioned=True)
+    rng = Fixed([vector["video_noise"], vector["audio_noise"], unused])
+    noised = made.noised(made.paired(batch), rng, conditioned=True)
     assert noised.sigma.tolist() == [1.0]
     torch.testing.assert_close(noised.video, vector["sr_video_init"], atol=1e-6, rtol=0)
     torch.testing.assert_close(noised.audio, vector["sr_audio"], atol=1e-6, rtol=0)
@@ -110,7 +110,7 @@ def test_training_and_inference_begin_with_the_same_bits() -> None:
     handle = denoiser.register_forward_pre_hook(spy)
     refine(denoiser, batch["video"], batch["audio"], batch["text"], None, shape, noise, steps=2)
     handle.remove()
-    video, audio = made.source(batch["video"], batch["audio"], noise, Draws(0, 0, range(2)))
+    video, audio = made.source(batch["video"], batch["audio"], noise, BatchRng(0, 0, range(2)))
     assert torch.equal(video, seen[0][0])
     assert torch.equal(audio, seen[0][1])
     assert torch.equal(audio, seen[1][1])  # never updated
@@ -121,7 +121,7 @@ def test_indices_and_levels_fill_their_ranges_and_are_logged() -> None:
     made = recipe(noise_index=(200, 203), audio_noise=(0.6, 0.8))
     quiet = torch.zeros(200, 1, 1, 1, 1), torch.ones(200, 1, 1)
     ones = torch.ones(200, 1, 1, 1, 1)
-    video, audio = made.source(ones, torch.zeros(200, 1, 1), quiet, Draws(0, 0, range(200)))
+    video, audio = made.source(ones, torch.zeros(200, 1, 1), quiet, BatchRng(0, 0, range(200)))
     from magihuman.flow.sigmas import zero_snr_table
 
     signals = set(video.flatten().tolist())
@@ -135,7 +135,7 @@ def test_indices_and_levels_fill_their_ranges_and_are_logged() -> None:
 
 def test_inputs_and_targets_lie_on_the_line_from_the_source_to_the_clip() -> None:
     made, batch = recipe(first_frame=0.0), clips()
-    noised = made.noised(made.paired(batch), Draws(0, 0, range(4)), conditioned=True)
+    noised = made.noised(made.paired(batch), BatchRng(0, 0, range(4)), conditioned=True)
     clean = batch["video_sr"].float()
     place = noised.sigma.view(-1, 1, 1, 1, 1)
     source = noised.video_target + clean
@@ -143,18 +143,18 @@ def test_inputs_and_targets_lie_on_the_line_from_the_source_to_the_clip() -> Non
     # The source is the enlarged clip with noise of weight .54, not noise alone.
     enlarged = upsample_latents(batch["video"], 8, 8)
     assert 0.4 < float((source - 0.84 * enlarged).std()) < 0.7
-    flow = recipe(first_frame=0.0, path="flow").noised(made.paired(batch), Draws(0, 0, range(4)), True)
+    flow = recipe(first_frame=0.0, path="flow").noised(made.paired(batch), BatchRng(0, 0, range(4)), True)
     assert abs(float((flow.video_target + clean).std()) - 1) < 0.1
     assert torch.equal(flow.audio, noised.audio)
 
 
 def test_a_given_first_frame_is_clean_at_this_size_and_counts_for_nothing() -> None:
     made, batch = recipe(first_frame=1.0), clips()
-    noised = made.noised(made.paired(batch), Draws(0, 0, range(4)), conditioned=True)
+    noised = made.noised(made.paired(batch), BatchRng(0, 0, range(4)), conditioned=True)
     assert torch.equal(noised.video[:, :, 0], batch["video_sr"][:, :, 0].float())
     assert noised.mask[:, :, 0].eq(0).all()
     assert noised.mask[:, :, 1:].eq(1).all()
-    free = made.noised(made.paired(batch), Draws(0, 0, range(4)), conditioned=False)
+    free = made.noised(made.paired(batch), BatchRng(0, 0, range(4)), conditioned=False)
     assert free.mask.eq(1).all()
 
 
@@ -198,11 +198,11 @@ def test_step_weights_are_the_grid_s_step_lengths() -> None:
 def test_weight_and_audio_weight_enter_the_loss() -> None:
     batch = clips()
     losses = {
-        key: recipe(weight=key[0], audio_weight=key[1]).loss(batch, Draws(0, 0, range(4))).item()
+        key: recipe(weight=key[0], audio_weight=key[1]).loss(batch, BatchRng(0, 0, range(4))).item()
         for key in (("one", 0.0), ("one", 1.0), ("step", 0.0))
     }
     made = recipe(weight="one", audio_weight=0.0)
-    made.loss(batch, Draws(0, 0, range(4)))
+    made.loss(batch, BatchRng(0, 0, range(4)))
     counted = made.meter.flush()
     # Zero heads predict nothing: the losses are the targets' squares.
     assert losses["one", 0.0] == pytest.approx(counted["loss/video"], rel=1e-5)
@@ -213,7 +213,7 @@ def test_weight_and_audio_weight_enter_the_loss() -> None:
 def test_clips_without_sound_train_on_the_picture_alone() -> None:
     batch = training_stub.batch(range(8, 10), sound=False)
     batch["video_sr"] = batch["video"].repeat_interleave(2, -2).repeat_interleave(2, -1)
-    loss = recipe().loss(batch, Draws(0, 0, range(2)))
+    loss = recipe().loss(batch, BatchRng(0, 0, range(2)))
     assert torch.isfinite(loss)
 
 
@@ -231,7 +231,7 @@ def test_local_layers_train_and_give_the_masked_network_s_gradients() -> None:
         made.denoiser = denoiser
         assert denoiser.model.window == 1
         assert all(block.local for block in denoiser.model.block.layers)
-        made.loss(batch, Draws(0, 0, range(4))).backward()
+        made.loss(batch, BatchRng(0, 0, range(4))).backward()
         grads = torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None])
         exact.append(grads)
     assert float(exact[0].norm()) > 0
@@ -251,10 +251,10 @@ def test_coarse_latents_lose_detail_and_keep_their_mean() -> None:
     torch.testing.assert_close(coarsen(flat, 8), flat)
     one = FirstStage(FirstStageSettings(coarse=1.0, coarse_factors=(8,)))
     torch.testing.assert_close(
-        one(latents, torch.zeros(2, 0, 4), [], Draws(0, 0, range(2))), coarsen(latents, 8)
+        one(latents, torch.zeros(2, 0, 4), [], BatchRng(0, 0, range(2))), coarsen(latents, 8)
     )
     none = FirstStage(FirstStageSettings())
-    assert none(latents, torch.zeros(2, 0, 4), [], Draws(0, 0, range(2))) is latents
+    assert none(latents, torch.zeros(2, 0, 4), [], BatchRng(0, 0, range(2))) is latents
 
 
 def test_a_share_of_clips_is_resampled_by_the_base() -> None:
@@ -277,7 +277,7 @@ def test_a_share_of_clips_is_resampled_by_the_base() -> None:
     settings = FirstStageSettings(base="x", base_share=0.5, base_sigma=(0.5, 0.5), base_steps=1)
     stage = FirstStage(settings, base)  # type: ignore[arg-type]
     base.level = 0.5
-    made = stage(latents, sound, text, Draws(0, 0, range(40)))
+    made = stage(latents, sound, text, BatchRng(0, 0, range(40)))
     changed = (made != latents).flatten(1).any(1)
     assert 10 <= int(changed.sum()) <= 30
     assert asked == [int(changed.sum())]
@@ -302,7 +302,7 @@ def test_first_stage_latents_can_be_made_from_the_large_ones() -> None:
 
 
 def test_settings_that_cannot_be_are_one_line() -> None:
-    one_size = replace(recipe().given, sr_size=None)
+    one_size = replace(recipe().context, sr_size=None)
     stage = FirstStageSettings()
     with pytest.raises(UserError, match="hold clips at one size; prepare them with sr_sizes="):
         SuperResolution(one_size, sigma=SigmaPrior(), sampling=Sampling(), first_stage=stage)
@@ -383,13 +383,13 @@ def test_a_caption_of_one_token_is_one_line() -> None:
     batch["text"][2] = batch["text"][2][:1]
     made = recipe()
     with pytest.raises(UserError, match="a single token, which has no place in coordinates v1"):
-        made.loss(batch, Draws(0, 0, range(4)))
+        made.loss(batch, BatchRng(0, 0, range(4)))
 
 
 def test_figures_on_held_out_clips() -> None:
     made = recipe()
     with torch.no_grad():
-        figures = made.held_out(made.network, clips(), Draws(0, 0, range(4)))
+        figures = made.validation_metrics(made.network, clips(), BatchRng(0, 0, range(4)))
     assert set(figures) == {"val/video", "val/audio", "val/start", "val/audio_gap"}
     # Zero heads leave the start as it is, whatever is heard.
     assert figures["val/audio_gap"] == 0

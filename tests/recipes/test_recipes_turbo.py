@@ -17,11 +17,11 @@ from magihuman.errors import UserError
 from magihuman.io.export import Size
 from magihuman.models.latent_contract import Contract
 from magihuman.training import decoder_losses as losses
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.discriminator import Discriminator, Gan, adversarial_losses
 from magihuman.training.latent_file import SampledLatents
 from magihuman.training.optim import Ramp, build_optimizer
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from magihuman.zoo import decoders
 from recipes.turbo_vae import TurboVAE
 
@@ -51,12 +51,12 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def recipe(contract: Contract = training_stub.CONTRACT, **settings: Any) -> TurboVAE:
-    setup = Setup(
+    context = TrainingContext(
         model=None, pack=None, world="stub", contract=contract, size=Size(9, 16, 16),
         null_text=torch.zeros(1, 5), optim=OptimSettings(lr=1e-2, ema_decay=0.9),
         trainer=TrainerSettings(100, precision="fp32"), strategy=StrategySettings(),
     )  # fmt: skip
-    made = TurboVAE(setup, **{"student": STUDENT, **settings})
+    made = TurboVAE(context, **{"student": STUDENT, **settings})
     made.configure_model()
     return made
 
@@ -69,8 +69,8 @@ def batch(count: int = 4) -> dict[str, Any]:
     return made
 
 
-def draws(count: int, number: int = 0) -> Draws:
-    return Draws(0, number, range(count))
+def rng(count: int, number: int = 0) -> BatchRng:
+    return BatchRng(0, number, range(count))
 
 
 # Losses
@@ -179,7 +179,7 @@ def test_the_published_vae_teaches_students_of_its_latents(tmp_path: Path) -> No
         "video": torch.randn(1, 48, 2, 3, 2),
         "frames": torch.randint(0, 256, (1, 3, 5, 48, 32)).byte(),
     }
-    loss = made.loss(given, draws(1))
+    loss = made.loss(given, rng(1))
     loss.backward()
     assert all(p.grad is not None for p in made.heads.parameters())
     with pytest.raises(UserError, match=r"takes 48 channels and upsamples by \[4, 16, 16\], the student 3"):
@@ -202,7 +202,7 @@ def test_muon_takes_the_inner_convolutions_as_matrices() -> None:
     }  # fmt: skip
     weight = named["stages.0.blocks.0.conv1.conv.weight"]  # [8,8,3,3,3]
     before = weight.detach().clone()
-    made.loss(batch(), draws(4)).backward()
+    made.loss(batch(), rng(4)).backward()
     optimizer.step()
     spread = torch.linalg.svdvals((before - weight.detach()).flatten(1))
     assert spread.min() > 0.5 * 0.6  # of lr 0.5 times about 1
@@ -212,7 +212,7 @@ def test_muon_takes_the_inner_convolutions_as_matrices() -> None:
 def test_only_the_student_and_the_maps_move_and_the_maps_stay_behind(teacher: Path, tmp_path: Path) -> None:
     made = recipe(teacher=str(teacher), align=1.0)
     assert made.taps == [0, 1]  # the middle block's resolution, and that of the first up block
-    made.loss(batch(), draws(4)).backward()
+    made.loss(batch(), rng(4)).backward()
     assert all(p.grad is not None for p in [*made.trained.parameters(), *made.heads.parameters()])
     assert all(p.grad is None and not p.requires_grad for p in made._teacher[0].parameters())
     assert not any("teacher" in key for key in made.state_dict())
@@ -233,7 +233,7 @@ def test_alignment_fades_out(teacher: Path) -> None:
         made.step = step
         made.trained.zero_grad()
         made.heads.zero_grad()
-        made.loss(batch(), draws(4)).backward()
+        made.loss(batch(), rng(4)).backward()
         figures[step] = float(sum(p.grad.abs().sum() for p in made.heads.parameters()))
     assert figures[0] > 0
     assert figures[65] == pytest.approx(figures[0] / 2, rel=1e-4)
@@ -242,12 +242,12 @@ def test_alignment_fades_out(teacher: Path) -> None:
 
 def test_crops_of_latents_and_frames_show_the_same_place() -> None:
     made, given = recipe(crop=2), batch(8)
-    latents, frames = made.examples(given, draws(8))
+    latents, frames = made.examples(given, rng(8))
     assert (latents.shape, frames.shape) == ((8, 3, 3, 2, 2), (8, 3, 9, 8, 8))
     shown = latents.repeat_interleave(4, 3).repeat_interleave(4, 4).repeat_interleave(4, 2)[:, :, 3:]
     torch.testing.assert_close(frames, shown / 2, atol=1 / 127, rtol=0)
     assert len({tuple(clip.flatten().tolist()) for clip in latents}) > 2
-    again = made.examples(given, draws(8))[0]
+    again = made.examples(given, rng(8))[0]
     assert torch.equal(latents, again)
 
 
@@ -255,7 +255,7 @@ def test_a_crop_cuts_the_longer_side_of_a_picture_alone() -> None:
     made = recipe(crop=4)
     wide = torch.arange(6.0).expand(2, 3, 3, 4, 6)
     shown = (wide * 10).repeat_interleave(4, 3).repeat_interleave(4, 4).repeat_interleave(4, 2)[:, :, 3:]
-    latents, frames = made.examples({"video": wide, "frames": shown.byte()}, draws(2))
+    latents, frames = made.examples({"video": wide, "frames": shown.byte()}, rng(2))
     assert (latents.shape, frames.shape) == ((2, 3, 3, 4, 4), (2, 3, 9, 16, 16))
     assert torch.equal(
         ((frames + 1) * 12.75).round()[..., ::4], latents[:, :, :1, :1].expand(-1, -1, 9, 16, -1)
@@ -278,7 +278,7 @@ def test_sampled_latents_take_their_share_with_their_own_frames(tmp_path: Path) 
     made, given = recipe(sampled=str(file), sampled_share=0.5), batch(8)
     before, count = given["video"].clone(), 0
     for number in range(20):
-        latents, frames = made.examples(given, draws(8, number))
+        latents, frames = made.examples(given, rng(8, number))
         chosen = latents[:, 0, 0, 0, 0] >= 100
         count += int(chosen.sum())
         expected = (latents[chosen][:, 0, 0, 0, 0] + 100) / 127.5 - 1
@@ -302,11 +302,11 @@ def test_sampled_latents_take_their_share_with_their_own_frames(tmp_path: Path) 
 
 def test_the_adversarial_stage_begins_late_and_its_gradients_do_not_meet() -> None:
     made = recipe(gan=Gan(start=0.5, weight=0.1, width=8))
-    made.loss(batch(), draws(4)).backward()
+    made.loss(batch(), rng(4)).backward()
     assert made.discriminator is not None
     assert all(float(p.grad.abs().sum()) == 0 for p in made.discriminator.parameters())
     made.step = 60
-    made.loss(batch(), draws(4)).backward()
+    made.loss(batch(), rng(4)).backward()
     assert sum(float(p.grad.abs().sum()) for p in made.discriminator.parameters()) > 0
 
     made = recipe(gan=Gan(start=0.5, lr=0.01, width=8))
@@ -337,12 +337,12 @@ def test_the_adversarial_stage_begins_late_and_its_gradients_do_not_meet() -> No
 def test_it_learns(teacher: Path) -> None:
     made, given = recipe(teacher=str(teacher), align=0.1), batch(4)
     optimizer = torch.optim.Adam([*made.trained.parameters(), *made.heads.parameters()], 1e-2)
-    before = made.held_out(made.trained, given, draws(4))["val/psnr"]
+    before = made.validation_metrics(made.trained, given, rng(4))["val/psnr"]
     for number in range(60):
         optimizer.zero_grad()
-        made.loss(given, draws(4, number)).backward()
+        made.loss(given, rng(4, number)).backward()
         optimizer.step()
-    after = made.held_out(made.trained, given, draws(4))["val/psnr"]
+    after = made.validation_metrics(made.trained, given, rng(4))["val/psnr"]
     assert after > before + 8, (before, after)
 
 
@@ -396,4 +396,4 @@ def test_shards_without_frames_say_what_makes_them() -> None:
     given = batch()
     del given["frames"]
     with pytest.raises(UserError, match="pixels=true"):
-        recipe().loss(given, draws(4))
+        recipe().loss(given, rng(4))

@@ -9,7 +9,7 @@ from test_recipes_sr import RELEASED, Fixed, clips, recipe
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, coarsen, start
 from magihuman.training.motion import motion_weight
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 
 
@@ -35,8 +35,8 @@ def test_the_loss_is_that_of_the_network_s_answer_to_the_noised_clip() -> None:
     made = recipe(first_frame=0.5, audio_weight=0.3, motion_floor=0.25)
     network: Any = Listener()
     made.denoiser = network
-    loss = made.loss(batch, Draws(0, 0, range(4)))
-    noised = made.noised(made.paired(batch), Draws(0, 0, range(4)), conditioned=True)
+    loss = made.loss(batch, BatchRng(0, 0, range(4)))
+    noised = made.noised(made.paired(batch), BatchRng(0, 0, range(4)), conditioned=True)
     ((video, audio, text),), ((said, sounded),) = network.given, network.said
     assert torch.equal(video, noised.video)
     assert torch.equal(audio, noised.audio)
@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_the_network_s_answer_to_the_noised_clip() -> None:
 
 def test_the_sound_and_its_velocity_lead_back_to_the_clip_s_own() -> None:
     batch, made = clips(), recipe(audio_noise=(0.7, 0.7))
-    noised = made.noised(made.paired(batch), Draws(0, 0, range(4)), conditioned=False)
+    noised = made.noised(made.paired(batch), BatchRng(0, 0, range(4)), conditioned=False)
     torch.testing.assert_close(noised.audio - 0.7 * noised.audio_target, batch["audio"])
 
 
@@ -64,8 +64,8 @@ def test_the_source_is_made_of_the_first_stage_s_latents() -> None:
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 3, 3, 8, 8, generator=draw), torch.randn(4, 9, 4, generator=draw)
     made = recipe(**RELEASED, first_stage=FirstStageSettings(coarse=1.0, coarse_factors=(4,)))
-    draws = Fixed([*noise, torch.zeros_like(batch["video"])])
-    noised = made.noised(made.paired(batch), draws, conditioned=False)
+    rng = Fixed([*noise, torch.zeros_like(batch["video"])])
+    noised = made.noised(made.paired(batch), rng, conditioned=False)
     signal = zero_snr_table()[NOISE_INDEX].item()
     wanted, _ = start(coarsen(batch["video"], 4), batch["audio"], noise, signal)
     torch.testing.assert_close(noised.video_target + batch["video_sr"].float(), wanted)
@@ -77,7 +77,7 @@ def test_resampled_clips_keep_their_own_words_and_sound() -> None:
     video = torch.randn(20, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     network: Any = Listener()
     settings = FirstStageSettings(base="x", base_share=0.5, base_steps=1)
-    made = FirstStage(settings, network)(video, sound, text, Draws(0, 0, range(20)))
+    made = FirstStage(settings, network)(video, sound, text, BatchRng(0, 0, range(20)))
     changed = (made != video).flatten(1).any(1).nonzero().flatten().tolist()
     ((_, heard, words),) = network.given
     assert 4 <= len(changed) <= 16
@@ -88,7 +88,7 @@ def test_resampled_clips_keep_their_own_words_and_sound() -> None:
 def test_held_out_figures_are_with_the_sound_and_with_noise_in_its_place() -> None:
     batch, made = clips(), recipe()
     network: Any = Listener()
-    figures = made.held_out(network, batch, Draws(0, 0, range(4)))
+    figures = made.validation_metrics(network, batch, BatchRng(0, 0, range(4)))
     with_sound, without = network.given[1], network.given[2]
     assert torch.equal(with_sound[0], without[0])
     torch.testing.assert_close(with_sound[1], AUDIO_NOISE * without[1] + (1 - AUDIO_NOISE) * batch["audio"])

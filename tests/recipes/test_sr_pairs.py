@@ -9,7 +9,7 @@ import training_stub
 from test_recipes_sr import clips, recipe
 
 from magihuman.errors import UserError
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.sr import SuperResolution
 
@@ -27,7 +27,7 @@ class Cells:
 def remaking(size: tuple[int, int], sr_size: tuple[int, int] | None) -> SuperResolution:
     """A recipe that makes the first stage's latents from the larger ones."""
     made = recipe(first_stage=FirstStageSettings(size=size))
-    made.given = replace(made.given, sr_size=sr_size)
+    made.context = replace(made.context, sr_size=sr_size)
     made._first_stage = FirstStage(made.settings, codec=Cells())  # type: ignore[arg-type]
     return made
 
@@ -37,7 +37,7 @@ def test_the_first_stage_can_be_made_from_large_shards_alone() -> None:
     batch = made.paired(training_stub.batch(range(2)))
     assert batch["video_sr"].shape == (2, 3, 3, 4, 4)
     assert batch["video"].shape == (2, 3, 3, 2, 2)
-    assert torch.isfinite(made.loss(training_stub.batch(range(2)), Draws(0, 0, range(2))))
+    assert torch.isfinite(made.loss(training_stub.batch(range(2)), BatchRng(0, 0, range(2))))
     assert made.export_config().size.height == 16
 
 
@@ -67,7 +67,7 @@ def test_a_first_stage_that_is_no_smaller_clip_is_one_line(size: tuple[int, int]
 def test_a_clip_without_a_second_size_is_one_line() -> None:
     batch = training_stub.batch(range(2)) | {"key": ["a_0000", "b_0000"]}
     with pytest.raises(UserError, match="clip a_0000 is stored at one size and others at two; prepare all"):
-        recipe().loss(batch, Draws(0, 0, range(2)))
+        recipe().loss(batch, BatchRng(0, 0, range(2)))
 
 
 def test_sizes_that_the_patches_do_not_divide_are_one_line_before_the_training(tmp_path: Path) -> None:
@@ -83,11 +83,11 @@ def test_windows_of_local_layers_are_counted() -> None:
     """Utilisation is of what is computed: at 1080p windows leave out a third of the attention."""
     batch = clips(2)
     made = recipe()
-    model, pack = made.given.transformer
-    made.given = replace(made.given, model=replace(model, local_attn_layers=(0, 1)))
+    model, pack = made.context.transformer
+    made.context = replace(made.context, model=replace(model, local_attn_layers=(0, 1)))
     counted = []
     for reach in (0, 1, 2, -1):
-        made.given = replace(made.given, pack=replace(pack, frame_receptive_field=reach))
+        made.context = replace(made.context, pack=replace(pack, frame_receptive_field=reach))
         counted.append(made.batch_flops(batch))
     full = recipe().batch_flops(batch)
     # Three frames of 16 tokens: 6 of 9 pairs of frames are not seen with reach 0, 2 with reach 1.

@@ -19,7 +19,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     # The second step brings what is each process's own: units of features, balance of the adversary.
     common = [
         "+recipe=turbo_vae", "optim=adamw", "optim.warmup=1", "trainer.max_steps=2", "trainer.precision=fp32",
-        "data.module.batch_size=4", "callbacks.held_out=null", "checkpoint.every_steps=1", "recipe.crop=2",
+        "data.module.batch_size=4", "callbacks.validation=null", "checkpoint.every_steps=1", "recipe.crop=2",
         f"recipe.teacher={teacher}", "recipe.align={start: 0.0, end: 1.0, finish: 0.5}",
         "recipe.gan={start: 0.5, width: 8}",
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, Size, released_dtypes, save_export
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.training.context import Setup
+from magihuman.training.context import TrainingContext
 from magihuman.training.ema import EMA
 from recipes.dmd2 import DMD2
 
@@ -36,7 +36,7 @@ Field = Callable[[Tensor, Tensor], Tensor]
 """Velocities of points [B,D] at levels [B]."""
 
 
-def setup(
+def make_context(
     folder: Path,
     *,
     steps: int = 100,
@@ -44,7 +44,7 @@ def setup(
     precision: str = "fp32",
     guidance: Guidance = UNGUIDED,
     **optim: Any,
-) -> Setup:
+) -> TrainingContext:
     """Settings of a recipe whose teacher is a small network with random weights, saved in `folder`."""
     size = Size(9, 16, 16)
     sampling = Sampling("unipc", 6, 5.0, guidance)
@@ -56,7 +56,7 @@ def setup(
         nn.init.normal_(head.weight, std=0.1, generator=draw)
     save_export(folder, released_dtypes(network.state_dict(), DIT), config)
     settings = {"lr": 5e-4, "betas": (0.0, 0.999), "schedule": "constant", "warmup": 1, "ema_decay": 0.95}
-    return Setup(
+    return TrainingContext(
         model=DIT, pack=PackConfig(), world="stub", contract=training_stub.CONTRACT, size=size,
         null_text=torch.zeros(2, 5), optim=OptimSettings(**{**settings, **optim}),
         trainer=TrainerSettings(steps, precision=precision), strategy=StrategySettings(), seed=seed, init=str(folder),
@@ -97,9 +97,9 @@ class Net(nn.Module):
 class Alone(DMD2):
     """The recipe without a trainer. Settings that say nothing else: no conditions, no health signals."""
 
-    def __init__(self, setup: Setup, **settings: Any) -> None:
+    def __init__(self, context: TrainingContext, **settings: Any) -> None:
         defaults = {"first_frame": 0.0, "given_audio": 0.0, "health": HealthLimits(every=0)}
-        super().__init__(setup, **{**defaults, **settings})
+        super().__init__(context, **{**defaults, **settings})
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -129,8 +129,8 @@ class Call:
 class Watched(Alone):
     """The recipe with small real networks, which writes down their calls."""
 
-    def __init__(self, setup: Setup, **settings: Any) -> None:
-        super().__init__(setup, **settings)
+    def __init__(self, context: TrainingContext, **settings: Any) -> None:
+        super().__init__(context, **settings)
         self.calls: list[Call] = []
 
     def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
@@ -151,15 +151,15 @@ class PointDMD2(Alone):
     """
 
     def __init__(
-        self, setup: Setup, start: nn.Module, teacher: Field, sound: int = 0, **settings: Any
+        self, context: TrainingContext, start: nn.Module, teacher: Field, sound: int = 0, **settings: Any
     ) -> None:
-        super().__init__(setup, **settings)
+        super().__init__(context, **settings)
         self.start, self.field, self.sound = start, teacher, sound
 
     def configure_model(self) -> None:
         self.denoiser, self.critic = copy.deepcopy(self.start), copy.deepcopy(self.start)
-        if self.given.optim.ema_decay:
-            self.ema = EMA(self.denoiser, self.given.optim.ema_decay)
+        if self.context.optim.ema_decay:
+            self.ema = EMA(self.denoiser, self.context.optim.ema_decay)
         self.networks = Networks(self.field, self.critic, self.denoiser, self.network)
         self.made = self.configure_optimizers()
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 MORE = [
     "+recipe=pretrain", "optim=muon", "optim.ema_decay=0.9", "trainer.max_steps=5", "checkpoint.every_steps=3",
-    "data.module.batch_size=4", "callbacks.held_out=null", "trainer.devices=%d", "strategy=%s",
+    "data.module.batch_size=4", "callbacks.validation=null", "trainer.devices=%d", "strategy=%s",
     "+callbacks.spy={_target_: training_stub.Spy}",
 ]  # fmt: skip
 
-HELD_OUT = "_target_: magihuman.training.callbacks.HeldOut"
+VALIDATION = "_target_: magihuman.training.callbacks.Validation"
 
 
 def _child(folder: str, shards: str, overrides: list[str], environment: dict[str, str]) -> None:
@@ -103,7 +103,10 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     # average, which a look at it leaves behind.
     saving = [f"trainer.activation_checkpointing={'attention' if strategy == 'fsdp2' else 'true'}"]
     if strategy == "fsdp2":
-        saving += ["strategy.reshard_after_forward=false", f"+callbacks.look={{{HELD_OUT}, every_steps: 1}}"]
+        saving += [
+            "strategy.reshard_after_forward=false",
+            f"+callbacks.look={{{VALIDATION}, every_steps: 1}}",
+        ]
     assert world.run(killed, strategy, 2, *saving) == [0, 0]
     for rank in (0, 1):
         assert seen(killed)[rank] == [

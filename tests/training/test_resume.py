@@ -16,7 +16,7 @@ MORE = [
     "trainer.max_steps=12",
     "trainer.accumulate=2",
     "checkpoint.every_steps=3",
-    "callbacks.held_out.every_steps=4",
+    "callbacks.validation.every_steps=4",
 ]
 
 

@@ -18,7 +18,7 @@ from test_recipes_sr import clips
 from test_recipes_sr import recipe as second_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from toy_dmd2 import DIT, UNGUIDED, Alone, setup
+from toy_dmd2 import DIT, UNGUIDED, Alone, make_context
 
 from magihuman import zoo
 from magihuman.distill.discriminator import AdversarySettings
@@ -29,7 +29,7 @@ from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig, PackConfig, TreadConfig
 from magihuman.models.flops import adapter_flops, forward_flops
 from magihuman.models.training_flops import Sample, dmd2_flops, passes
-from magihuman.training.rng import Draws
+from magihuman.training.rng import BatchRng
 from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.base import Recipe
 from recipes.lora import Lora
@@ -88,13 +88,13 @@ def counted(step: Callable[[], Any]) -> int:
 
 def stepped(recipe: Recipe, batch: dict[str, Any]) -> int:
     """Products of the loss and its gradients."""
-    return counted(lambda: recipe.loss(batch, Draws(0, 0, range(len(batch["video"])))).backward())
+    return counted(lambda: recipe.loss(batch, BatchRng(0, 0, range(len(batch["video"])))).backward())
 
 
 @pytest.mark.parametrize("tread", [None, TreadConfig(0.5, 1, 1)])
 def test_pretraining(tmp_path: Path, tread: TreadConfig | None) -> None:
     recipe = Pretrain(
-        replace(setup(tmp_path), init=None),
+        replace(make_context(tmp_path), init=None),
         sigma=SigmaPrior(),
         sampling=Sampling(),
         text_drop=0.0,
@@ -111,7 +111,7 @@ def test_pretraining(tmp_path: Path, tread: TreadConfig | None) -> None:
 @pytest.mark.parametrize("heads", [True, False])
 def test_adapters_on_a_frozen_network(tmp_path: Path, heads: bool) -> None:
     size = replace(SIZE, heads=heads)
-    recipe = Lora(setup(tmp_path), lora=size, text_drop=0.0)
+    recipe = Lora(make_context(tmp_path), lora=size, text_drop=0.0)
     recipe.configure_model()
     batch = training_stub.batch(range(3))
     ends, missing = 0, 0
@@ -146,7 +146,7 @@ class TestDMD2:
         usual: dict[str, Any] = {
             "sampling": Sampling("renoise", 8, 5.0), "critic": CriticSettings(updates=5, warmup=1), "lora": SIZE
         }  # fmt: skip
-        recipe = Alone(setup(folder, guidance=guidance), **{**usual, **settings})
+        recipe = Alone(make_context(folder, guidance=guidance), **{**usual, **settings})
         recipe.configure_model()
         return recipe
 

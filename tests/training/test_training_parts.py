@@ -1,4 +1,4 @@
-"""Draws, meters, ramps, motion weights, the sync gap, FLOPs, run folders and checkpoint names."""
+"""Random numbers, meters, ramps, motion weights, the sync gap, FLOPs, run folders and checkpoint names."""
 
 import json
 import math
@@ -21,18 +21,18 @@ from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
 from magihuman.training.optim import Ramp, value_at
 from magihuman.training.report import write_report
-from magihuman.training.rng import Draws, stream
+from magihuman.training.rng import BatchRng, stream
 from magihuman.training.runs import CSVLog, RunFolder
 
 
 def test_draws_depend_on_seed_batch_and_sample_alone() -> None:
-    both = Draws(0, 7, [3, 5])
-    assert torch.equal(both.normal((2, 4))[1], Draws(0, 7, [5]).normal((2, 4))[0])
-    different = [Draws(1, 7, [5]), Draws(0, 8, [5]), Draws(0, 7, [6])]
-    values = [float(d.uniform()) for d in [Draws(0, 7, [5]), *different]]
+    both = BatchRng(0, 7, [3, 5])
+    assert torch.equal(both.normal((2, 4))[1], BatchRng(0, 7, [5]).normal((2, 4))[0])
+    different = [BatchRng(1, 7, [5]), BatchRng(0, 8, [5]), BatchRng(0, 7, [6])]
+    values = [float(d.uniform()) for d in [BatchRng(0, 7, [5]), *different]]
     assert len(set(values)) == 4
     assert stream(1, 23) != stream(12, 3)
-    many = Draws(0, 0, range(4000))
+    many = BatchRng(0, 0, range(4000))
     assert float(many.uniform().mean()) == pytest.approx(0.5, abs=0.02)
     assert float(many.chance(0.3).float().mean()) == pytest.approx(0.3, abs=0.03)
     assert float(many.normal((1,)).std()) == pytest.approx(1.0, abs=0.04)
