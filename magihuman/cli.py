@@ -109,7 +109,7 @@ def _joined(arguments: Sequence[str], hints: dict[str, Any]) -> list[str]:
 
 def _value(text: str, hint: Any) -> Any:
     """`text` as a string where the hint wants one, else as YAML reads it."""
-    from magihuman.settings_text import parse
+    import yaml
 
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if text in ("", "null", "none") and types.NoneType in choices:
@@ -117,8 +117,8 @@ def _value(text: str, hint: Any) -> Any:
     if str in choices:
         return text
     try:
-        value = parse(text)
-    except ValueError:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
         return text
     if isinstance(value, str) and float in choices:  # YAML reads 1e-3 as a string
         try:

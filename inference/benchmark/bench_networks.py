@@ -230,8 +230,6 @@ def options_from(text: str | None) -> dict[str, Any]:
     Raises:
         UserError: not of this form.
     """
-    from magihuman.settings_text import parse
-
     changes: dict[str, Any] = {}
     for part in (text or "").split(","):
         key, equals, value = part.strip().partition("=")
@@ -239,7 +237,7 @@ def options_from(text: str | None) -> dict[str, Any]:
             raise UserError(f"options={text}: {part!r} is not of the form name=value")
         if equals:
             # Words such as "off" are truth values to YAML and names to the options.
-            changes[key] = parse(value) if value in ("true", "false") else value
+            changes[key] = value == "true" if value in ("true", "false") else value
     return changes
 
 

@@ -51,12 +51,12 @@ def pack(name: str) -> PackConfig:
 
 
 def _hyperparameters(name: str) -> dict[str, Any]:
-    from magihuman.settings_text import parse
+    import yaml
 
     path = CONFIGS / f"{name}.yaml"
     if name not in arch_names():
         raise UserError(f"architecture {name!r} is unknown; choose from {', '.join(arch_names())}")
-    return parse(path.read_text())
+    return yaml.safe_load(path.read_text())
 
 
 def build(
