@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from data.buckets import Bucket
 from data.plan import PlannedClip
 from data.scan import Found, look
-from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter, write_atomically
+from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter
 from data.worker_pool import Tick
 from magihuman.errors import UserError
+from magihuman.io.files import write_atomically
 from magihuman.media.mp4 import Clip, MediaError, MediaReader, read_image
 
 if TYPE_CHECKING:  # the parent process only names the tasks
@@ -89,7 +90,7 @@ def describe_world(payload: tuple[str, str, str], tick: Tick, excluded: frozense
     name, device, folder = payload
     world = open_bundle(name, device)
     null = world.text_encoder.encode([""])[0]
-    write_atomically(Path(folder) / NULL_TEXT, save({"text": null.half().cpu().contiguous()}))
+    write_atomically(Path(folder) / NULL_TEXT, save({"text": null.half().cpu().contiguous()}), sync=True)
     return {
         "contract": world.contract.to_dict(),
         "height": world.height,

@@ -6,7 +6,6 @@ A run that was stopped, also by SIGKILL, goes on where it was when the same comm
 have the same bytes as those of an uninterrupted run, whatever the number of workers.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +23,10 @@ from data.captions import read_tables
 from data.plan import Plan, Rules, make_plan
 from data.report import Report, make_report
 from data.scan import Found, Listing, list_files, repeated
-from data.shards import INDEX, NULL_TEXT, Entry, Index, write_atomically
+from data.shards import INDEX, NULL_TEXT, Entry, Index
 from data.worker_pool import Workers
 from magihuman.errors import UserError
+from magihuman.io.files import locked, write_atomically
 
 WORK = ".work"  # folder inside the output for what an unfinished run knows
 SEEN = "seen.jsonl"  # in it: what each file holds
@@ -114,19 +114,17 @@ def prepare(
 def _claimed(output: Path) -> Iterator[Path]:
     """The work folder, held against a second run at the same time."""
     work, new = output / WORK, not output.exists()
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115 (held until the end)
-    except OSError as error:
-        raise UserError(
-            f"output={output} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            work.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(work / "lock", wait=False))
+        except BlockingIOError:
             raise UserError(
                 f"another data.prepare is writing to {output}; wait for it or choose another"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"output={output} cannot be written ({error.strerror}); choose another folder"
             ) from error
         _sweep(output)
         try:
@@ -174,7 +172,7 @@ class _Run:
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
             return Report.load(self.target)
-        os.replace(self.work / NULL_TEXT, self.target / NULL_TEXT)
+        (self.work / NULL_TEXT).replace(self.target / NULL_TEXT)
         entries, refused, shards = self._encode(pool, plan)
         listing = Listing(files, listing.tables, listing.passed_over)
         shown = {key: value for key, value in self.settings.items() if value is not None}
@@ -242,7 +240,7 @@ class _Run:
 
     def _save_crashed(self) -> None:
         if self.crashed:
-            write_atomically(self.work / "crashed.json", json.dumps(sorted(self.crashed)).encode())
+            write_atomically(self.work / "crashed.json", json.dumps(sorted(self.crashed)), sync=True)
 
     def _claim_output(self, files: list[Found], plan: Plan, world: dict[str, Any]) -> str:
         """Make sure that shards which are already there belong to this plan; returns its fingerprint."""
@@ -263,7 +261,7 @@ class _Run:
                 )
             for manifest in self.work.glob("shard-*.json"):  # of a plan that gave no clip
                 manifest.unlink()
-        write_atomically(note, json.dumps({"fingerprint": fingerprint}).encode())
+        write_atomically(note, json.dumps({"fingerprint": fingerprint}), sync=True)
         return fingerprint
 
     def _encode(
@@ -295,7 +293,7 @@ class _Run:
             for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
                 content = {"entries": [asdict(e) for e in result.entries], "refused": result.refused}
-                write_atomically(self.work / f"{name}.json", json.dumps(content).encode())
+                write_atomically(self.work / f"{name}.json", json.dumps(content), sync=True)
                 results[name] = result
         entries = [entry for name in names for entry in results[name].entries]
         refused = {key: why for name in names for key, why in results[name].refused.items()}

@@ -11,7 +11,8 @@ from data.buckets import Bucket
 from data.captions import Tables
 from data.plan import Plan
 from data.scan import Found, Listing
-from data.shards import Entry, write_atomically
+from data.shards import Entry
+from magihuman.io.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Report:
             ],
             "per_file": [vars(result) for result in self.files],
         }
-        write_atomically(folder / "report.json", (json.dumps(content, indent=1) + "\n").encode())
-        write_atomically(folder / "report.md", self.markdown().encode("utf-8", "backslashreplace"))
+        write_atomically(folder / "report.json", json.dumps(content, indent=1) + "\n", sync=True)
+        write_atomically(folder / "report.md", self.markdown().encode("utf-8", "backslashreplace"), sync=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Report":

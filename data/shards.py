@@ -15,11 +15,13 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magihuman.errors import UserError
+from magihuman.io.files import atomic_path, write_atomically
 
 if TYPE_CHECKING:  # torch takes a second to import and the parent process of data.prepare does not need it
     import torch
@@ -55,27 +57,16 @@ class SampleError(Exception):
     """A sample that cannot be read; the message says why."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds `data` or what it held before, whenever the process or the machine stops."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class ShardWriter:
-    """A tar that appears under its name when it is complete, with bytes that depend on the samples alone."""
+    """A shard written by webdataset's TarWriter, with bytes that depend on the samples alone.
+
+    The file appears under its name when the block ends, if it has a sample; `entries` is complete then too.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[Entry] = []
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._stack = ExitStack()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -85,35 +76,35 @@ class ShardWriter:
     ) -> None:
         """Append one sample; floating tensors are stored as fp16."""
         from safetensors.torch import save
+        from webdataset.writer import TarWriter
 
+        if not self.entries:
+            partial = self._stack.enter_context(atomic_path(self.path, sync=True))
+            self._file = self._stack.enter_context(partial.open("w+b"))
+            writer = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
+            self._tar = self._stack.enter_context(writer)
         stored = {name: _half(value) for name, value in tensors.items()}
-        text = json.dumps(dict(meta), sort_keys=True).encode()
-        data = _member(f"{key}.safetensors", save(stored)) + _member(f"{key}.json", text)
-        self.entries.append(Entry(key, self._file.tell(), len(data), bucket, zlib.crc32(data)))
-        self._file.write(data)
+        start = self._tar.tarstream.offset
+        # Two calls, because one would sort the members: shards have the tensors first.
+        self._tar.write({"__key__": key, "safetensors": save(stored)})
+        self._tar.write({"__key__": key, "json": json.dumps(dict(meta), sort_keys=True).encode()})
+        self.entries.append(Entry(key, start, self._tar.tarstream.offset - start, bucket))
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if kind is None and self.entries:
-                self._file.write(bytes(2 * tarfile.BLOCKSIZE))  # end of archive
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
-            if kind is None and self.entries:
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self.entries:
+            self._tar.close()
+            self.entries = [replace(entry, crc=self._checksum(entry)) for entry in self.entries]
+            end = self.entries[-1].offset + self.entries[-1].bytes
+            self._file.truncate(end + 2 * tarfile.BLOCKSIZE)  # without tarfile's padding to 10 KiB
+        self._stack.__exit__(*error)
+
+    def _checksum(self, entry: Entry) -> int:
+        self._file.seek(entry.offset)
+        return zlib.crc32(self._file.read(entry.bytes))
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-
-
-def _member(name: str, data: bytes) -> bytes:
-    """A tar member without owner or time, so that equal samples give equal bytes."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 # ----------------------------------------------------------------------------------------------------- index
@@ -147,7 +138,7 @@ class Index:
                 for name, entries in self.shards
             ],
         }
-        write_atomically(folder / INDEX, json.dumps(content).encode())
+        write_atomically(folder / INDEX, json.dumps(content), sync=True)
 
     @classmethod
     def load(cls, folder: Path) -> Index:

@@ -77,7 +77,9 @@ class Workers:
     def __init__(self, count: int, folder: Path, excluded: set[str]) -> None:
         self._count, self._folder, self.excluded = count, folder, excluded
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["data.encode", "torch", "magihuman.codecs.bundle"])
+        self._context.set_forkserver_preload(
+            ["data.encode", "torch", "webdataset.writer", "magihuman.codecs.bundle"]
+        )
         self._pool: ProcessPoolExecutor | None = None  # kept between runs, for what workers have loaded
 
     def __enter__(self) -> "Workers":

@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.report import provenance
 from magihuman.errors import UserError
-from magihuman.io.provenance import write_atomically
+from magihuman.io.files import write_atomically
 
 INTERVAL = 0.25  # seconds between looks at the memory
 

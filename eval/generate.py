@@ -21,6 +21,7 @@ from eval.puppets import Clips
 from eval.trained import trained
 from inference.pipeline import Pipeline
 from inference.settings import Settings
+from magihuman.io.files import atomic_path
 from magihuman.io.provenance import code_version, fingerprint
 from magihuman.media.images import frames_to_uint8
 
@@ -193,15 +194,12 @@ class _Store:
             self.way.video = self.way.audio = self.way.kept = None
 
     def write(self) -> None:
-        import os
-
         from safetensors.torch import save_file
 
         assert self.way.video is not None
         assert self.way.audio is not None
         self.file.parent.mkdir(parents=True, exist_ok=True)
         made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "code": code_version()}
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         tensors = {"video": self.way.video.contiguous(), "audio": self.way.audio.contiguous()}
-        save_file(tensors, temporary, {"made": json.dumps(made)})
-        os.replace(temporary, self.file)
+        with atomic_path(self.file) as partial:
+            save_file(tensors, partial, {"made": json.dumps(made)})

@@ -18,7 +18,8 @@ from inference.gallery_template import GENERATOR, SCRIPT, STYLE
 from inference.records import FORMAT, MANIFEST
 from inference.requests import Request
 from magihuman.errors import UserError
-from magihuman.io.provenance import file_hash, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import file_hash
 
 PAGE = "index.html"
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from inference.requests import Request
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, file_hash, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version, file_hash
 
 if TYPE_CHECKING:
     from inference.settings import Settings

@@ -6,13 +6,12 @@ Encoded films are not what a decoder meets: a diffusion model's latents are smoo
 for them is what the teacher decodes.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.io.files import alone
+from magihuman.io.files import atomic_path, locked
 
 
 def make(
@@ -56,7 +55,7 @@ def make(
         raise UserError(f"clips={clips} and batch={batch} must be at least 1")
     facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed)}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with alone(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock")):
         if target.exists():
             asked = {"clips": clips, "steps": steps, "cfg": cfg}
             _require_made_with(
@@ -107,11 +106,10 @@ def _sample(
                 videos.append(latents)
                 frames.append(((decoded + 1) * 127.5).round().byte().cpu())
             bar.update(len(numbers))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     facts |= {"steps": str(settings.steps), "codec": world.contract.video_codec}
     facts |= {} if cfg is None else {"cfg": str(cfg)}
-    save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
-    os.replace(partial, target)
+    with atomic_path(target) as partial:
+        save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
 
 
 def _require_made_with(path: Path, wanted: Mapping[str, str]) -> None:

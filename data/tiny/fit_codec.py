@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from data.tiny.puppets import MOUTH_CENTRE, draw_puppet, render, synthesise
 from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
-from magihuman.io.provenance import code_version, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version
 
 FIT_SEED = 7001  # puppets of this seed serve no other purpose
 

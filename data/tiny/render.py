@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 from collections.abc import Mapping
 from functools import partial
 from itertools import count, islice
@@ -23,6 +22,7 @@ from data.tiny.puppets import (
     synthesise,
 )
 from magihuman.errors import UserError
+from magihuman.io.files import write_atomically
 
 SETTINGS_FILE = ".puppets.json"
 SIZES = (32, 512)
@@ -52,9 +52,7 @@ def write_clip(index: int, output: Path, seed: int, size: int) -> bool:
         return False
     puppet = draw_puppet(seed, index)
     write_mp4(movie, render(puppet, size), FPS, synthesise(puppet)[None], SAMPLE_RATE)
-    partial_caption = output / f".{caption.name}.{os.getpid()}.part"
-    partial_caption.write_text(puppet.caption + "\n", encoding="utf-8")
-    os.replace(partial_caption, caption)
+    write_atomically(caption, puppet.caption + "\n")
     return True
 
 

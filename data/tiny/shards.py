@@ -6,7 +6,7 @@ from data.prepare import prepare
 from data.shards import INDEX
 from data.tiny.render import check_looks, make_clips
 from magihuman.errors import UserError
-from magihuman.io.files import alone
+from magihuman.io.files import locked
 
 
 def ensure(
@@ -52,7 +52,7 @@ def ensure(
         raise UserError(
             f"data.make.folder={folder} cannot be made: {error.strerror}; choose another"
         ) from error
-    with alone(root / f".{name}.lock"):
+    with locked(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
             make_clips(str(root / f"clips-{name}"), clips, seed, drawn, workers=workers, only=only)
             prepare(

@@ -15,7 +15,8 @@ from inference.benchmark.roofline.work import forward, pointwise_bytes
 from inference.benchmark.tables import measured
 from inference.fast import check_tier
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, sources_hash, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version, sources_hash
 from magihuman.models.flops import attention_pairs
 
 FORMAT = "magihuman-predictions/1"

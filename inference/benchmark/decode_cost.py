@@ -216,7 +216,8 @@ def report(
     Raises:
         UserError: a size that cannot be, or a file that cannot be written.
     """
-    from magihuman.io.provenance import code_version, processor, write_atomically
+    from magihuman.io.files import write_atomically
+    from magihuman.io.provenance import code_version, processor
 
     if side % 16 or side < 0 or latents < 1 or repeat < 1:
         raise UserError(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, processor, sources_hash, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version, processor, sources_hash
 
 FORMAT = "magihuman-latency/1"
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "latency"

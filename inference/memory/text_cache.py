@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from tempfile import mkstemp
 
 import torch
 from torch import Tensor, nn
 
 from magihuman.codecs.base import TextEncoder
+from magihuman.io.files import write_atomically
 
 VARIABLE = "MAGIHUMAN_CACHE"
 _SAMPLED = 256  # numbers of every weight that go into an encoder's identity
@@ -108,13 +109,8 @@ class CachedText:
         half = kept.half()
         # T5-Gemma's features are rounded to fp16 (SPEC 5), so half the space holds them exactly.
         data = save({"features": half if torch.equal(half.float(), kept) else kept})
-        temporary = None
-        try:
+        with suppress(
+            OSError
+        ):  # a full or read-only disk costs the next run its cache, not this one its clip
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = mkstemp(prefix=".", suffix=".part", dir=self.folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, self.path(prompt))
-        except OSError:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            write_atomically(self.path(prompt), data)

@@ -4,12 +4,9 @@ A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
+from magihuman.io.files import atomic_path
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.latent_contract import Contract
 
@@ -129,7 +127,7 @@ def save_export(
     """
     check_fit({k: tuple(v.shape) for k, v in state.items()}, config.model, "the state to export")
     folder = Path(folder)
-    with replacing(folder) as new:
+    with atomic_path(folder, folder=True) as new:
         shards = plan_shards({k: v.numel() * v.element_size() for k, v in state.items()}, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
@@ -141,20 +139,6 @@ def save_export(
         write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(new / CONFIG, config.to_dict())
     return folder
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; at the end of the block it takes the place of `folder`, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield new
-        new.chmod(0o755)  # mkdtemp makes private folders
-        _replace(folder, new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
 
 
 def load_config(folder: str | Path) -> ExportConfig:
@@ -292,16 +276,6 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _replace(folder: Path, new: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = Path(mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / folder.name)
-    new.rename(folder)
-    shutil.rmtree(old)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Big results made whole or not at all, and by one process: filled beside their place and moved there at the end."""
+"""Atomic and locked files: a result appears under its name when it is complete, and one process makes it."""
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +16,77 @@ _LOCK = "lock"
 
 
 @contextmanager
-def staged(target: Path, nbytes: int) -> Iterator[Path]:
-    """A work folder beside `target`. What the block makes in it under the name NEW, a file or a folder, becomes
-    `target`; anything else in it is scratch. After an error nothing is left; after a kill only a hidden work folder,
-    which the next call for the same target removes.
+def atomic_path(target: Path, sync: bool = False, folder: bool = False) -> Iterator[Path]:
+    """A temporary name next to `target`, which the end of the block renames to `target`.
+
+        with atomic_path(folder / "run.json") as partial:
+            partial.write_text(text)
+
+    An error in the block leaves `target` as it was and removes the temporary file; a kill leaves `.NAME.*.part`.
 
     Args:
-        nbytes: room that the block will need.
+        sync: flush the file to the disk before the renaming, so that it also survives a power failure.
+        folder: make the temporary name an empty folder, and the folders above `target` where they are missing.
+    """
+    partial = target.with_name(f".{target.name[:200]}.{os.urandom(4).hex()}.part")
+    try:
+        if folder:
+            partial.mkdir(parents=True)
+        yield partial
+        if sync:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        replace(partial, target)
+    finally:
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_atomically(target: Path, content: str | bytes, sync: bool = False) -> None:
+    """Replace a small file in one step: a kill leaves the old content or the new. Text is stored as UTF-8."""
+    with atomic_path(target, sync) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def replace(new: Path, target: Path) -> None:
+    """Rename the file or folder `new` to `target`, in place of what is there."""
+    if (new.is_dir() or target.is_dir()) and target.exists() and not new.is_symlink():
+        # Folders cannot be replaced in one step: the old one is moved away first.
+        old = Path(mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        target.rename(old / target.name)
+        new.rename(target)
+        shutil.rmtree(old)
+    else:
+        os.replace(new, target)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock between the processes of this machine.
+
+    Args:
+        path: of the lock file, which stays, empty.
+        wait: for another holder; without it BlockingIOError is raised at once.
+    """
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
+def staged(target: Path, nbytes: int) -> Iterator[Path]:
+    """A work folder next to `target` for a large result with scratch files.
+
+    The file or folder that the block makes in it under the name NEW becomes `target`; the remainder is removed.
+    After an error nothing is left; after a kill a hidden work folder, which the next call for the target removes.
+
+    Args:
+        nbytes: disk space that the block will need.
 
     Raises:
-        UserError: `target` is there already, the disk has too little room, or a file cannot be written.
+        UserError: `target` exists, the disk is too full, or a file cannot be written.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"{target} exists already; remove it or choose another place")
@@ -40,8 +102,7 @@ def staged(target: Path, nbytes: int) -> Iterator[Path]:
                 "or choose another disk"
             )
         work = Path(mkdtemp(prefix=prefix, dir=target.parent))
-        with (work / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(work / _LOCK):
             yield work
             new = work / NEW
             if new.is_dir():
@@ -56,24 +117,12 @@ def staged(target: Path, nbytes: int) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process of the machine at a time: those of a training would all make the same file, or read it half-made.
-
-    Args:
-        path: of a lock, which stays behind, empty.
-    """
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _remove_left_over(parent: Path, prefix: str) -> None:
-    """Remove work folders whose maker is gone, which its lock tells."""
+    """Remove work folders whose maker no longer holds their lock."""
     for work in parent.glob(f"{prefix}*"):
         try:
             with (work / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # still at work, or only just begun
+        except OSError:  # in use, or only just made
             continue
         shutil.rmtree(work, ignore_errors=True)

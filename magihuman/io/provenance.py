@@ -11,13 +11,6 @@ HASHED_BYTES = 2 << 30
 """Folders larger than this are identified by their index and file sizes instead of every byte."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:

@@ -6,7 +6,7 @@ the first picture. Shapes: frames uint8 [F,H,W,3] RGB; waveforms fp32 [channels,
 
 from __future__ import annotations
 
-import os
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from magihuman.errors import UserError
+from magihuman.io.files import atomic_path
 from magihuman.media.decoding import (
     AudioTrack,
     MediaError,
@@ -274,7 +275,7 @@ class Mp4Writer:
         if rate and channels not in (1, 2):
             raise UserError(f"cannot write {channels} sound channels: give one or two")
         self._path = Path(path)
-        self._partial = self._path.with_name(f".{self._path.name[:200]}.{os.getpid()}.part")
+        self._output = atomic_path(self._path)
         self._size, self._fps = size, Fraction(fps).limit_denominator(1001)
         self._rate, self._channels, self._crf, self._threads = rate, channels, crf, threads
         self._written = self._samples = 0
@@ -285,7 +286,10 @@ class Mp4Writer:
 
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(
-            str(self._partial.absolute()), "w", format="mp4", container_options={"movflags": "+faststart"}
+            str(self._output.__enter__().absolute()),
+            "w",
+            format="mp4",
+            container_options={"movflags": "+faststart"},
         )
         # x264's macroblock tree reads beyond rows of odd lengths: with it, equal pictures gave unequal files.
         options = {"crf": str(self._crf), "x264-params": "mbtree=0"}
@@ -338,17 +342,17 @@ class Mp4Writer:
         self._samples += array.shape[1]
         self._container.mux(self._audio.encode(frame))
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
-            if kind is None:
+            if error[0] is None:
                 self._container.mux(self._video.encode(None))
                 if self._audio is not None:
                     self._container.mux(self._audio.encode(None))
             self._container.close()
-            if kind is None:
-                os.replace(self._partial, self._path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        except BaseException:
+            self._output.__exit__(*sys.exc_info())
+            raise
+        self._output.__exit__(*error)
 
 
 def _numpy(values: Any) -> np.ndarray:

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
+from magihuman.io.files import atomic_path, replace
 
 LAST = "last.ckpt"
 
@@ -54,10 +55,8 @@ def step_of(checkpoint: Path) -> int:
 
 def point_to(folder: Path, target: Path) -> None:
     """Make `last.ckpt` name `target`, in one step."""
-    temporary = folder / (LAST + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, folder / LAST)
+    with atomic_path(folder / LAST) as link:
+        link.symlink_to(target.name)
 
 
 def find_resume(resume: str, checkpoints: Path) -> Path | None:
@@ -163,7 +162,7 @@ class Checkpointer(L.Callback):
         self._saved_at = trainer.global_step if trainer.ckpt_path else -1
         self._clock = time.monotonic()
         if trainer.is_global_zero:  # what a kill during saving left behind
-            for leftover in self.folder.glob("*.tmp"):
+            for leftover in (*self.folder.glob("*.tmp"), *self.folder.glob(".*.part")):
                 remove(leftover)
 
     def on_train_batch_end(
@@ -185,15 +184,14 @@ class Checkpointer(L.Callback):
         path = self.folder / f"step-{step:08d}.ckpt"
         if step == self._saved_at:
             return path
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(path.name + ".tmp")  # one name for all ranks
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove(temporary)
         trainer.strategy.barrier()
         trainer.save_checkpoint(temporary)  # ends with a barrier
         if trainer.is_global_zero:
-            remove(path)
-            os.replace(temporary, path)
+            replace(temporary, path)
             point_to(self.folder, path)
             for old in complete(self.folder)[: -self.settings.keep]:
                 remove(old)

@@ -27,7 +27,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from magihuman.config import WandbSettings
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, write_atomically
+from magihuman.io.files import atomic_path, write_atomically
+from magihuman.io.provenance import code_version
 
 RUN_NAME = "MAGIHUMAN_RUN"
 """Environment variable by which a process that Lightning starts learns the run's name."""
@@ -152,7 +153,7 @@ class RunFolder:
         earlier, settings = list(previous.get("earlier", [])), self.path / "config.yaml"
         if settings.exists() and settings.read_text(encoding="utf-8") != config_yaml:
             kept = f"config-{len(earlier) + 1}.yaml"
-            os.replace(settings, self.path / kept)
+            settings.rename(self.path / kept)
             command = previous.get("provenance", {}).get("command", [])
             earlier.append({"config": kept, "command": command, "steps": previous.get("steps")})
         write_atomically(settings, config_yaml)
@@ -205,12 +206,10 @@ class CSVLog(Logger):
             return [row for row in csv.DictReader(stream) if row.get("step", "").isdigit()]
 
     def _write(self, rows: list[dict[str, str]], columns: list[str]) -> None:
-        temporary = self.file.with_name(self.file.name + ".tmp")
-        with temporary.open("w", newline="") as stream:
+        with atomic_path(self.file) as partial, partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.file)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:

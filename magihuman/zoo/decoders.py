@@ -266,7 +266,8 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
     """
     from safetensors.torch import save_file
 
-    from magihuman.io.export import replacing, write_json
+    from magihuman.io.export import write_json
+    from magihuman.io.files import atomic_path
     from magihuman.io.released_files import require_fit
 
     expected = build(config, "meta").state_dict()
@@ -275,7 +276,7 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
         {key: tuple(value.shape) for key, value in expected.items()},
         "the state to export",
     )
-    with replacing(Path(folder)) as new:
+    with atomic_path(Path(folder), folder=True) as new:
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(tensors, new / MODEL, metadata={"format": "pt"})
         write_json(new / CONFIG, config.to_dict())

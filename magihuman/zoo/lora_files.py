@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magihuman.errors import UserError
-from magihuman.io.export import CONFIG, ExportConfig, load_config, read_header, replacing, write_json
+from magihuman.io.export import CONFIG, ExportConfig, load_config, read_header, write_json
+from magihuman.io.files import atomic_path
 from magihuman.models.config import DiTConfig, LoraConfig
 from magihuman.models.lora import merge
 
@@ -65,7 +66,7 @@ def save_lora(
     """
     folder = Path(folder)
     tensors = {key: t.detach().cpu().contiguous() for key, t in _to_peft(state, config.model, lora)}
-    with replacing(folder) as new:
+    with atomic_path(folder, folder=True) as new:
         save_file(tensors, new / ADAPTER_MODEL, metadata={"format": "pt"})
         write_json(new / ADAPTER_CONFIG, peft_config(config.model, lora, base))
         write_json(new / CONFIG, config.to_dict())

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version
 from magihuman.zoo.plan import GB, MEMORY, RESERVE, SIZES, peak
 from magihuman.zoo.plan_command import check_numbers, infer_request, model_of
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from pooled_bundle import build as pooled_bundle
+from safetensors.torch import load
 
 from data.module import LatentDataModule, split
 from data.plan import source_of
-from data.shards import Index, Shards, ShardWriter, write_atomically
+from data.shards import Index, Shards, ShardWriter
 from data.stream import Order, mix, permutation
 from magihuman.errors import UserError
 
@@ -227,10 +229,10 @@ def test_unusable_shards_are_one_line_with_a_remedy(shards: Path, tmp_path: Path
     (copy / "shard-000001.tar").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"shard-000001.tar is cut off \(\d+ of \d+ bytes\); copy it again"):
         LatentDataModule(str(copy))
-    write_atomically(copy / "index.json", b'{"format": "magihuman-sh')
+    (copy / "index.json").write_bytes(b'{"format": "magihuman-sh')
     with pytest.raises(UserError, match=r"index.json cannot be read .* delete it to have the shards scanned"):
         LatentDataModule(str(copy))
-    write_atomically(copy / "index.json", b'{"format": "other/7"}')
+    (copy / "index.json").write_bytes(b'{"format": "other/7"}')
     with pytest.raises(UserError, match="has the format 'other/7'"):
         LatentDataModule(str(copy))
     with pytest.raises(UserError, match="batch_size=0 should be at least 1"):
@@ -249,6 +251,30 @@ def test_tars_without_an_index_are_scanned(shards: Path, tmp_path: Path) -> None
     assert torch.equal(scanned.read(30).tensors["video"], indexed.read(30).tensors["video"])
     with pytest.raises(UserError, match=r"have no index.json and so no latent contract"):
         LatentDataModule(str(copy)).contract  # noqa: B018 (the property raises)
+
+
+def test_webdataset_reads_the_shards(shards: Path) -> None:
+    """Any webdataset loader finds the same samples, in index order."""
+    import webdataset
+
+    reader = Shards(shards)
+    urls = [str(shards / name) for name, _ in reader.index.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [entry.key for entry in reader.entries]
+    for number, sample in enumerate(samples):
+        ours, tensors = reader.read(number), load(sample["safetensors"])
+        assert json.loads(sample["json"]) == ours.meta
+        assert tensors.keys() == ours.tensors.keys()
+        assert all(torch.equal(tensors[name], ours.tensors[name]) for name in tensors)
+
+
+def test_tar_members_name_no_owner_and_no_time(shards: Path) -> None:
+    path = shards / "shard-000000.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+    last = Index.load(shards).shards[0][1][-1]
+    assert path.stat().st_size == last.offset + last.bytes + 2 * tarfile.BLOCKSIZE
 
 
 def test_order_is_made_of_its_arguments_alone() -> None:

@@ -16,7 +16,8 @@ from inference.benchmark.roofline.work import Work
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, write_atomically
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version
 from magihuman.models.gpu_specs import GPUS, gpu
 from magihuman.zoo.footprint import Tokens
 
