@@ -170,8 +170,9 @@ def _sample(way: _Way, truth: Clips, part: slice, given: tuple[bool, bool], seed
     """Add the clips `part` to `made`; with a given sound, the clip's sound is that sound."""
     import torch
 
-    from inference.sampling import sample, seeded
+    from inference.sampling import sample
     from inference.settings import latent_shape
+    from magihuman.flow.sampling import seeded
     from magihuman.media.images import frames_to_uint8
 
     pipeline, settings, captions = way.pipeline, way.settings, truth.captions[part]

@@ -143,8 +143,9 @@ def refined(
         audio_noise: noise level of the sound; 1 replaces it by noise.
         video: first-stage latents [n,C,T,h,w] in the place of the clips' own.
     """
-    from inference.sampling import LatentShape, seeded
+    from inference.sampling import LatentShape
     from inference.super_resolution import draw, refine
+    from magihuman.flow.sampling import seeded
 
     low, sound = (held.video if video is None else video)[part], held.audio[part]
     stride = second.config.contract.video_stride[1]

@@ -20,10 +20,11 @@ from inference.decoding import Clip, Decoder, device_of
 from inference.fast import prepare, tier_of
 from inference.geometry import frames_for
 from inference.memory import Stages
-from inference.sampling import draw_noise, sample, seeded
+from inference.sampling import sample
 from inference.settings import Settings, latent_shape, resolve
 from inference.super_resolution import draw, frame_scales, refine
 from magihuman.codecs.bundle import CodecBundle
+from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
 from magihuman.io.export import ExportConfig
 from magihuman.zoo import Loaded
@@ -222,7 +223,7 @@ class Pipeline:
             noise = None
             if sound is not None and settings.compat == "o2" and not settings.guidance.needed:
                 steps = settings.steps if make_solver(settings.solver, 1).stochastic else 0
-                noise = draw_noise(shape, generators, steps, sound, self.device, overwrite=True)
+                noise = draw_noise(shape.both, generators, steps, self.device, audio=sound)
             video, audio = sample(
                 self.denoiser,
                 text,

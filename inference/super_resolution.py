@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.sampling import LatentShape, Noise, Progress, Scales, sample
+from inference.sampling import LatentShape, Progress, Scales, sample
+from magihuman.flow.sampling import Noise, Pair, draw_noise
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.models.denoiser import Denoiser
@@ -44,12 +45,7 @@ def draw(
     shape: LatentShape, generators: Sequence[torch.Generator], device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Noise for video [B,C,T,h,w], then audio [B,A,Ca], from generators that drew the first stage's (SPEC 4.2)."""
-    pairs = [
-        (torch.randn(shape.video, generator=g), torch.randn(shape.audio, shape.audio_channels, generator=g))
-        for g in generators
-    ]
-    video, audio = (torch.stack(part).to(device) for part in zip(*pairs, strict=True))
-    return video, audio
+    return draw_noise(shape.both, generators, device=device, video_first=True).start
 
 
 def refine(
@@ -100,7 +96,7 @@ def refine(
         image_latent=image_latent,
         audio_latent=heard,
         progress=progress,
-        noise=Noise(video, None),
+        noise=Noise(Pair(video, heard)),
         cfg_passes=cfg_passes,
         device=device,
     )[0]

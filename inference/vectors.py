@@ -6,9 +6,10 @@ The zoo reaches this module by name (`magihuman.zoo.checks.KINDS`), since it may
 import torch
 from torch import Tensor
 
-from inference.sampling import LatentShape, Noise, sample
+from inference.sampling import LatentShape, sample
 from inference.super_resolution import frame_scales, refine
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import Noise, Pair
 from magihuman.models.denoiser import Denoiser, PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.zoo.checks import Case, Result, compare, compare_relative
@@ -86,13 +87,13 @@ class _Run:
         draws, given = list(self.noise), None
         if self.meta["a2v"]:
             given = self.case.tensors["in/audio_latent"].transpose(1, 2)
-            start = Noise(draws.pop(0), None)
+            start = Noise(Pair(draws.pop(0), given))
         else:
             audio, video = draws.pop(0), draws.pop(0)
-            start = Noise(video, audio)
+            start = Noise(Pair(video, audio))
         if not guided:
             fresh = draws[: 2 * steps]
-            start.steps = list(zip(fresh[0::2], fresh[1::2], strict=True))
+            start.steps = list(map(Pair, fresh[0::2], fresh[1::2]))
         guidance = Guidance(
             video_high=self.settings["video_txt_guidance_scale"],
             audio=self.settings["audio_txt_guidance_scale"],
@@ -138,19 +139,17 @@ class _Run:
         noise: Noise,
         given_audio: Tensor | None,
     ) -> tuple[list[State], Tensor, Tensor]:
-        sound = noise.audio if given_audio is None else given_audio
-        assert sound is not None
         states: list[State] = []
         video, audio = sample(
             denoiser,
             self.text("context"),
             self.text("context_null") if guidance else None,
-            LatentShape(*noise.video.shape[1:], *sound.shape[1:]),
+            LatentShape(*noise.start.video.shape[1:], *noise.start.audio.shape[1:]),
             steps,
             solver,
             guidance,
             self.settings["shift"],
-            image_latent=self.image(noise.video),
+            image_latent=self.image(noise.start.video),
             audio_latent=given_audio,
             noise=noise,
             progress=lambda i, n, video, audio: states.append((video, audio)),

@@ -42,11 +42,12 @@ from magihuman.distill.collapse_monitor import Health, HealthLimits, turn_signal
 from magihuman.distill.discriminator import Adversary, AdversarySettings
 from magihuman.distill.networks import ADAPTERS, Networks, follow, hold, resting, without_base
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
-from magihuman.distill.rollout import MODALITIES, Pair, Part, Rollout, each, parts, sampler, trajectory
+from magihuman.distill.rollout import Part, Rollout, parts, roll_out, sampler
 from magihuman.distill.settings import CriticSettings, require_possible, require_same_parts
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, x0_from_velocity
+from magihuman.flow.sampling import MODALITIES, Pair, each
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig
@@ -187,7 +188,7 @@ class DMD2(Recipe):
     def rollout(self, part: Part) -> Rollout:
         """Sample with the student as inference does."""
         velocity = partial(self.velocity, "student", part.text)
-        return trajectory(self.sampling, velocity, part.generators, part.given)
+        return roll_out(self.sampling, velocity, part.generators, part.given)
 
     def step_of(self, part: Part, turn: int, first: int) -> Tensor:
         """[B] on the CPU: the step k >= first of every sample, uniform, and stratified over the whole batch."""

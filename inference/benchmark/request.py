@@ -15,9 +15,10 @@ from inference.benchmark.components import Missing, Parts, reason_of
 from inference.benchmark.roofline.cases import FPS, Case
 from inference.benchmark.timers import Stopwatch, waits
 from inference.decoding import Decoder, to_pictures
-from inference.sampling import LatentShape, draw_noise, sample, seeded
+from inference.sampling import LatentShape, sample
 from inference.super_resolution import draw, refine
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
 from magihuman.models.denoiser import Denoiser
 
@@ -120,7 +121,7 @@ class Request:
         generators = seeded([SEED])
         with watch.stage("noise"):
             steps = base.steps if make_solver(self.solver, 1).stochastic else 0
-            noise = draw_noise(shape, generators, steps, None, self.device)
+            noise = draw_noise(shape.both, generators, steps, self.device)
             large = (
                 draw(_shape(self.denoisers["sr"], further[0]), generators, self.device) if further else None
             )

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.distill.rollout import MODALITIES, Pair, Sampler, Shape
+from magihuman.distill.rollout import Sampler, Shape
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
+from magihuman.flow.sampling import MODALITIES, Pair
 from magihuman.training.parallel import average_figures
 
 ADVICE = {

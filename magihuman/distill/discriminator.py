@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magihuman.distill.rollout import MODALITIES, Given, Pair, each
 from magihuman.errors import UserError
 from magihuman.flow.path import add_noise
+from magihuman.flow.sampling import MODALITIES, Conditioning, Pair, each
 
 Features = Callable[[Pair], list[tuple[Tensor, Tensor]]]
 """Latents of a batch to features of both modalities per tap, [B,N,H] and [B,A,H]."""
@@ -113,7 +113,7 @@ class Adversary(nn.Module):
         logits = self.score(features, noisy, sigma)
         return torch.stack([F.softplus(-value).mean() for value in logits.values()]).sum()
 
-    def loss(self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, given: Given) -> Tensor:
+    def loss(self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, given: Conditioning) -> Tensor:
         """softplus(-D(real)) + softplus(D(fake)), and the penalty on the slope at real samples.
 
         Args:

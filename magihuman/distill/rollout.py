@@ -12,73 +12,24 @@ The slices of a batch that go through the networks together, with what is given 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from magihuman.errors import UserError
 from magihuman.flow.path import x0_from_velocity
-from magihuman.flow.solvers import Solver, make_solver
+from magihuman.flow.sampling import (
+    MODALITIES,
+    Conditioning,
+    Pair,
+    denoise,
+    draw_noise,
+    each,
+)
+from magihuman.flow.solvers import make_solver
 from magihuman.io.export import Sampling
 from magihuman.training.rng import BatchRng
-
-MODALITIES = ("video", "audio")
-
-
-class Pair(NamedTuple):
-    """Video [B,C,T,h,w] and audio [B,A,Ca] of a batch: latents, noise, velocities, gradients or masks."""
-
-    video: Tensor
-    audio: Tensor
-
-    def to(self, device: torch.device | str) -> "Pair":
-        return Pair(self.video.to(device), self.audio.to(device))
-
-
-def each(function: Callable[..., Tensor], *pairs: Pair) -> Pair:
-    """Apply a function to the modalities, one after the other."""
-    video, audio = zip(*pairs, strict=True)
-    return Pair(function(*video), function(*audio))
-
-
-@dataclass(frozen=True)
-class Given:
-    """The clean part of a batch: first frames, whole sounds.
-
-    Every network of a distillation has to see it, at every noise level, else the critic learns another
-    conditional distribution than the teacher's (distill.md 1.9); and nothing is averaged over it.
-
-    Attributes:
-        latents: clean latents; read where the mask is 0 only.
-        mask: 1 where something has to be generated, 0 where it is given: [B,1,T,1,1] and [B,1,1].
-    """
-
-    latents: Pair
-    mask: Pair
-
-    @classmethod
-    def nothing(cls, like: Pair) -> "Given":
-        """No condition on latents of this shape."""
-        (batch, _, frames), device = like.video.shape[:3], like.video.device
-        return cls(
-            like,
-            Pair(
-                torch.ones(batch, 1, frames, 1, 1, device=device),
-                torch.ones(batch, 1, 1, device=device),
-            ),
-        )
-
-    def insert(self, generated: Pair) -> Pair:
-        """`generated` with the given places replaced by clean latents."""
-        return each(
-            lambda x, clean, mask: torch.where(mask > 0, x, clean), generated, self.latents, self.mask
-        )
-
-    def select(self, samples: slice) -> "Given":
-        """The condition of some of the samples."""
-        return Given(*(Pair(p.video[samples], p.audio[samples]) for p in (self.latents, self.mask)))
-
 
 Velocity = Callable[[Pair, Pair], Pair]
 """Velocities of a batch at (latents, noise levels [B] of both modalities)."""
@@ -128,63 +79,25 @@ def _pick(pairs: Sequence[Pair], step: Tensor) -> Pair:
 
 
 @torch.no_grad()
-def simulate(
-    velocity: Velocity, solvers: tuple[Solver, Solver], start: Pair, fresh: Sequence[Pair], given: Given
+def roll_out(
+    sampling: Sampling, velocity: Velocity, generators: Sequence[torch.Generator], conditioning: Conditioning
 ) -> Rollout:
-    """Sample with the solvers that inference samples with.
+    """Sample as inference does, with one generator per sample, and keep every step."""
+    video, audio = (make_solver(sampling.solver, sampling.steps, sampling.shift) for _ in MODALITIES)
+    shapes, device = [x.shape[1:] for x in conditioning.latents], conditioning.latents.video.device
+    noise = draw_noise((shapes[0], shapes[1]), generators, sampling.steps if video.stochastic else 0, device)
+    sigmas, states, estimates = video.sigmas.tolist(), [], []
 
-    Args:
-        velocity: of the network, guided or not.
-        solvers: one object per modality (multistep ones have a state each), as inference holds them.
-        start: noise; fresh: noise of every step, for stochastic solvers; else empty.
-        given: conditions, inserted before every call and at the end.
-    """
-    for solver in solvers:
-        solver.reset()
-    sigmas = solvers[0].sigmas
-    states, estimates, x = [], [], given.insert(start)
-    for k, sigma in enumerate(sigmas[:-1].tolist()):
-        level = torch.full((len(x.video),), sigma, device=x.video.device)
-        v = velocity(x, Pair(level, level))
+    def at_step(x: Pair, i: int) -> Pair:
+        level = torch.full((len(generators),), sigmas[i], device=device)
+        return velocity(x, Pair(level, level))
+
+    def keep(i: int, x: Pair, v: Pair, stepped: Pair) -> None:
         states.append(x)
-        estimates.append(given.insert(each(lambda a, b, s=sigma: x0_from_velocity(a, b, s), x, v)))
-        noise = fresh[k] if fresh else (None, None)
-        stepped = (solver.step(v[m], k, x[m], noise[m]) for m, solver in enumerate(solvers))
-        x = given.insert(Pair(*stepped))
-    return Rollout(states, estimates, x, sigmas)
+        estimates.append(conditioning.insert(each(lambda a, b: x0_from_velocity(a, b, sigmas[i]), x, v)))
 
-
-def draw_noise(
-    generators: Sequence[torch.Generator], shape: Pair, steps: int, device: torch.device
-) -> tuple[Pair, list[Pair]]:
-    """Start and fresh noise of a rollout, each sample's from its own generator, in the order of SPEC 4.2.
-
-    Audio comes first at the start and last in the steps, as in inference, so that a generator in the same
-    state gives the same trajectory there.
-
-    Args:
-        shape: latents of the batch, read for their shape only; steps: with fresh noise.
-    """
-
-    def one(generator: torch.Generator) -> list[Tensor]:
-        video, audio = shape.video.shape[1:], shape.audio.shape[1:]
-        draws = [torch.randn(audio, generator=generator), torch.randn(video, generator=generator)]
-        for _ in range(steps):
-            draws += [torch.randn(video, generator=generator), torch.randn(audio, generator=generator)]
-        return draws
-
-    audio, video, *rest = (torch.stack(draw).to(device) for draw in zip(*map(one, generators), strict=True))
-    return Pair(video, audio), [Pair(*pair) for pair in zip(rest[0::2], rest[1::2], strict=True)]
-
-
-def trajectory(
-    settings: Sampling, velocity: Velocity, generators: list[torch.Generator], given: Given
-) -> Rollout:
-    """`simulate` with the solver of `settings` and noise from the generators, one per sample."""
-    video, audio = (make_solver(settings.solver, settings.steps, settings.shift) for _ in MODALITIES)
-    fresh_steps = settings.steps if video.stochastic else 0
-    start, fresh = draw_noise(generators, given.latents, fresh_steps, given.latents.video.device)
-    return simulate(velocity, (video, audio), start, fresh, given)
+    end = denoise(at_step, (video, audio), noise, conditioning, keep)
+    return Rollout(states, estimates, end, video.sigmas)
 
 
 def sampler(
@@ -205,7 +118,9 @@ def sampler(
             some = slice(start, start + (size or len(texts)))
             words = [text.to(device) for text in texts[some]]
             like = Pair(*(torch.zeros(len(words), *one, device=device) for one in shape))
-            ends.append(trajectory(settings, partial(velocity, words), noise[some], Given.nothing(like)).end)
+            ends.append(
+                roll_out(settings, partial(velocity, words), noise[some], Conditioning.nothing(like)).end
+            )
         return Pair(*map(torch.cat, zip(*ends, strict=True))) if len(ends) > 1 else ends[0]
 
     return sample
@@ -222,7 +137,7 @@ class Part:
     """
 
     text: list[Tensor]
-    given: Given
+    given: Conditioning
     generators: list[torch.Generator]
     position: Tensor
     rollout: Rollout | None = None
@@ -234,7 +149,8 @@ class Part:
 
     def normal(self) -> Pair:
         """Noise of the shape of the latents."""
-        return draw_noise(self.generators, self.given.latents, 0, self.given.latents.video.device)[0]
+        video, audio = self.given.latents
+        return draw_noise((video.shape[1:], audio.shape[1:]), self.generators, device=video.device).start
 
 
 def parts(
@@ -264,7 +180,7 @@ def parts(
             "set all three to 0, or choose data=shards"
         )
     latents = Pair(batch["video"], batch["audio"])
-    given = Given.nothing(latents)
+    given = Conditioning.nothing(latents)
     first, sound = rng.chance(first_frame), rng.chance(given_audio)
     if latents.video.shape[2] > 1:  # a still picture would leave nothing to generate
         given.mask.video[first.to(latents.video.device), :, 0] = 0

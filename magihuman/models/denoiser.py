@@ -85,6 +85,9 @@ class Denoiser(nn.Module):
                 self._layouts[key] = prepare(layout.with_rotary(self.model.rotary(layout)), window)
         return self._layouts[key]
 
+    def begin(self, steps: int) -> None:
+        """Called before the first of `steps` solver steps; a denoiser with a cache between steps clears it here."""
+
     def forward(
         self,
         video: Tensor,

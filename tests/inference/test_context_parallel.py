@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from inference.context_parallel import parallelise, require_divisible_heads, shard_layout
-from inference.sampling import LatentShape, sample, seeded
+from inference.sampling import LatentShape, sample
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import seeded
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.tokens import Layout

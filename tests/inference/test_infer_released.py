@@ -15,8 +15,8 @@ from PIL import Image
 
 from inference import loading
 from inference.pipeline import Draft, Pipeline
-from inference.sampling import seeded
 from magihuman import infer
+from magihuman.flow.sampling import seeded
 from magihuman.media.mp4 import MediaReader, probe, read_audio, write_mp4
 
 PROMPT = 'A woman in a garden. Dialogue: <Woman, English>: "Good morning." Background Sound: birds'

@@ -17,11 +17,12 @@ from inference.memory import (
     store_weights,
 )
 from inference.memory.quantization import Fp8Linear, Int4Linear
-from inference.sampling import LatentShape, sample, seeded
+from inference.sampling import LatentShape, sample
 from magihuman import zoo
 from magihuman.codecs.text_encoders import ByteTextEncoder
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import seeded
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.layers import ExpertLinear

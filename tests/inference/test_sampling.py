@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inference.sampling import LatentShape, Noise, draw_noise, sample, seeded
+from inference.sampling import LatentShape, sample
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import Conditioning, draw_noise, seeded
 from magihuman.models.denoiser import Denoiser, PackConfig
 from magihuman.models.dit import DiTConfig, SingleStreamDiT
 from magihuman.zoo.checks import Case, Result, checker, kind_of
@@ -46,7 +47,7 @@ def test_a_wrong_loop_would_be_noticed(golden: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("inference.vectors.Guidance", lambda **scales: Guidance(**{**scales, "audio": 5.05}))
     assert "out/audio" in {result.what for result in check(golden, "loop_base_t2v") if not result.passed}
     monkeypatch.undo()
-    monkeypatch.setattr("inference.sampling._with_first_frame", lambda video, image: video)
+    monkeypatch.setattr(Conditioning, "insert", lambda self, generated: generated)
     assert "out/video" in {result.what for result in check(golden, "loop_base_ti2v_sr") if not result.passed}
 
 
@@ -83,25 +84,36 @@ def features(lengths: list[int], seed: int = 5) -> list[torch.Tensor]:
 
 
 def test_noise_is_drawn_in_the_released_order() -> None:
-    noise = draw_noise(SHAPE, seeded([3, 4]), stochastic_steps=2)
+    noise = draw_noise(SHAPE.both, seeded([3, 4]), steps=2)
     for b, seed in enumerate([3, 4]):
         g = torch.Generator().manual_seed(seed)
-        assert noise.audio is not None
-        assert torch.equal(noise.audio[b], torch.randn(9, 6, generator=g))
-        assert torch.equal(noise.video[b], torch.randn(4, 3, 4, 4, generator=g))
+        assert torch.equal(noise.start.audio[b], torch.randn(9, 6, generator=g))
+        assert torch.equal(noise.start.video[b], torch.randn(4, 3, 4, 4, generator=g))
         for video, audio in noise.steps:
-            assert audio is not None
             assert torch.equal(video[b], torch.randn(4, 3, 4, 4, generator=g))
             assert torch.equal(audio[b], torch.randn(9, 6, generator=g))
 
 
 def test_given_audio_draws_nothing() -> None:
-    noise = draw_noise(SHAPE, seeded([3]), stochastic_steps=1, given_audio=torch.zeros(1, 9, 6))
+    audio = torch.zeros(1, 9, 6)
+    noise = draw_noise(SHAPE.both, seeded([3]), steps=1, audio=audio, audio_steps=False)
     g = torch.Generator().manual_seed(3)
-    assert noise.audio is None
-    assert torch.equal(noise.video[0], torch.randn(4, 3, 4, 4, generator=g))
-    assert noise.steps[0][1] is None
+    assert noise.start.audio is audio
+    assert torch.equal(noise.start.video[0], torch.randn(4, 3, 4, 4, generator=g))
+    assert not noise.steps[0][1].numel()
     assert torch.equal(noise.steps[0][0][0], torch.randn(4, 3, 4, 4, generator=g))
+
+
+def test_the_second_stage_draws_its_video_first_and_overwritten_audio_draws_in_the_steps() -> None:
+    g = torch.Generator().manual_seed(3)
+    start = draw_noise(SHAPE.both, seeded([3]), video_first=True).start
+    assert torch.equal(start.video[0], torch.randn(4, 3, 4, 4, generator=g))
+    assert torch.equal(start.audio[0], torch.randn(9, 6, generator=g))
+    g.manual_seed(3)
+    noise = draw_noise(SHAPE.both, seeded([3]), steps=1, audio=torch.zeros(1, 9, 6))
+    assert torch.equal(noise.start.video[0], torch.randn(4, 3, 4, 4, generator=g))
+    assert torch.equal(noise.steps[0].video[0], torch.randn(4, 3, 4, 4, generator=g))
+    assert torch.equal(noise.steps[0].audio[0], torch.randn(9, 6, generator=g))
 
 
 @pytest.mark.parametrize("solver", ["unipc", "renoise", "euler", "sde"])
@@ -193,7 +205,5 @@ def test_contradicting_arguments(denoiser: Denoiser) -> None:
         sample(denoiser, features([3]), None, SHAPE, 2, guidance=Guidance(), generator=seeded([0]))
     with pytest.raises(ValueError, match="2 prompts need 2 generators"):
         sample(denoiser, features([3, 4]), None, SHAPE, 2, generator=seeded([0]))
-    with pytest.raises(ValueError, match="holds no audio"):
-        sample(denoiser, features([3]), None, SHAPE, 2, noise=Noise(torch.zeros(1, 4, 3, 4, 4), None))
     with pytest.raises(UserError, match="choose from unipc"):
         sample(denoiser, features([3]), None, SHAPE, 2, "heun", generator=seeded([0]))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from magihuman.distill.collapse_monitor import Health, HealthLimits, spread, standard_deviation
-from magihuman.distill.rollout import Pair
 from magihuman.errors import UserError
+from magihuman.flow.sampling import Pair
 
 
 def sampler(scale: float, modes: int):

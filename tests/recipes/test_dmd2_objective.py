@@ -9,12 +9,13 @@ import toy_dmd2
 from torch import Tensor, nn
 from toy_mixture import Mixture, gaussian, ring
 
-from inference.sampling import LatentShape, sample, seeded
+from inference.sampling import LatentShape, sample
 from magihuman.distill.objective import matching_gradient, surrogate_loss
-from magihuman.distill.rollout import Given, Pair, Part, Rollout
+from magihuman.distill.rollout import Part, Rollout
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, velocity_target, x0_from_velocity
+from magihuman.flow.sampling import Conditioning, Pair, seeded
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior, sigma_grid
 from magihuman.io.export import Sampling
 
@@ -273,7 +274,7 @@ def gradients(
         return Pair(video, torch.randn(2, 5, 4, generator=draw))
 
     states = [latents(), latents()]
-    part = Fixed([torch.zeros(2, 5)] * 2, Given.nothing(states[0]), [], torch.arange(2))
+    part = Fixed([torch.zeros(2, 5)] * 2, Conditioning.nothing(states[0]), [], torch.arange(2))
     part.noise, part.rollout = latents(), Rollout(states, states, states[0], sigma_grid(2, 5.0))
     made.student_turn(part).backward()
     return student.video.grad, student.audio.grad
@@ -327,6 +328,9 @@ class Sides(nn.Module):
 
     def layout_for(self, *_: object) -> None:
         return None
+
+    def begin(self, steps: int) -> None:
+        pass
 
     def forward(
         self, video: Tensor, audio: Tensor, text: list[Tensor], layout: object = None

@@ -20,11 +20,12 @@ from toy_dmd2 import Watched, make_context
 from magihuman.distill.collapse_monitor import HealthLimits
 from magihuman.distill.discriminator import AdversarySettings
 from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
-from magihuman.distill.rollout import Given, Pair, Part, Rollout
+from magihuman.distill.rollout import Part, Rollout
 from magihuman.distill.settings import CriticSettings
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
+from magihuman.flow.sampling import Conditioning, Pair
 from magihuman.io.export import Sampling
 from magihuman.models.tokens import patchify, patchify_target
 
@@ -46,7 +47,7 @@ def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
 def conditioned() -> Part:
     """Four samples: nothing given, the first frame, the sound, both."""
     batch = training_stub.batch(range(4))
-    given = Given.nothing(Pair(batch["video"], batch["audio"]))
+    given = Conditioning.nothing(Pair(batch["video"], batch["audio"]))
     given.mask.video[[1, 3], :, 0] = 0
     given.mask.audio[[2, 3]] = 0
     generators = [torch.Generator().manual_seed(b) for b in range(4)]
@@ -89,7 +90,7 @@ def test_conditions_are_clean_in_every_input_and_get_no_gradient(tmp_path: Path,
 
     # The control: inputs that nobody puts the conditions into are found, in all three networks.
     broken, part = made(tmp_path), conditioned()
-    monkeypatch.setattr(Given, "insert", lambda self, generated: generated)
+    monkeypatch.setattr(Conditioning, "insert", lambda self, generated: generated)
     broken.critic_turn(part, 0)
     broken.student_turn(part)
     assert share_of_clean_inputs(broken, part) == {"student": 0, "critic": 0, "teacher": 0}
@@ -131,7 +132,7 @@ def test_a_learned_sample_is_in_the_order_that_inference_reads(tmp_path: Path) -
     batch, draw = training_stub.batch([0]), torch.Generator().manual_seed(3)
     x0 = Pair(batch["video"], batch["audio"])
     noise = Pair(*(torch.randn(x.shape, generator=draw) for x in x0))
-    sigma, everywhere = torch.tensor([0.6]), Given.nothing(x0).mask
+    sigma, everywhere = torch.tensor([0.6]), Conditioning.nothing(x0).mask
     noisy = Pair(*(add_noise(a, b, sigma) for a, b in zip(x0, noise, strict=True)))
     critic = recipe.networks.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)

@@ -10,10 +10,11 @@ import training_stub
 from torch import Tensor
 from toy_dmd2 import Alone, Watched, make_context
 
-from inference.sampling import LatentShape, Noise, sample, seeded
-from magihuman.distill.rollout import Given, Pair, Part, draw_noise, trajectory
+from inference.sampling import LatentShape, sample
+from magihuman.distill.rollout import Part, roll_out
 from magihuman.distill.settings import CriticSettings
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import Conditioning, Pair, draw_noise, seeded
 from magihuman.flow.sigmas import sigma_grid
 from magihuman.io.export import Sampling
 
@@ -25,7 +26,7 @@ SHAPE = LatentShape(3, 3, 4, 4, 9, 4)
 def part(first_frame: bool = False) -> Part:
     """Three samples with texts of different lengths."""
     batch = training_stub.batch(range(3))
-    given = Given.nothing(Pair(batch["video"], batch["audio"]))
+    given = Conditioning.nothing(Pair(batch["video"], batch["audio"]))
     if first_frame:
         given.mask.video[:, :, 0] = 0
     return Part(batch["text"], given, seeded([5, 6, 7]), batch["index"])
@@ -74,7 +75,7 @@ def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool
 
     other = seeded([5, 6, 8])  # the control: another seed, another clip
     velocity = partial(recipe.velocity, "student", some.text)
-    moved = trajectory(recipe.sampling, velocity, other, some.given)
+    moved = roll_out(recipe.sampling, velocity, other, some.given)
     assert torch.equal(moved.end.video[:2], end.video[:2])
     assert not torch.equal(moved.end.video[2], end.video[2])
 
@@ -84,8 +85,7 @@ def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:  
     some.given.mask.audio[:] = 0
     rollout = recipe.rollout(some)
     # Inference draws nothing for a given sound, so it gets the rollout's draws.
-    start, fresh = draw_noise(seeded([5, 6, 7]), some.given.latents, 8, torch.device("cpu"))
-    noise = Noise(start.video, None, [(pair.video, None) for pair in fresh])
+    noise = draw_noise(SHAPE.both, seeded([5, 6, 7]), 8)
     sound = some.given.latents.audio
     states, end = followed(recipe.networks.student, some, recipe.sampling, noise=noise, audio_latent=sound)
     assert all(torch.equal(a.video, b.video) for a, b in zip(rollout.states[1:], states, strict=False))
@@ -97,7 +97,7 @@ def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> Non
     recipe, some = made(tmp_path), part()
     settings = recipe.teacher_sampling
     assert (settings.solver, settings.guidance) == ("unipc", GUIDANCE)
-    guided = trajectory(
+    guided = roll_out(
         settings,
         lambda x, sigma: recipe.teacher_velocity(x, some.text, sigma)[0],
         some.generators,
@@ -117,9 +117,8 @@ def test_the_grid_is_the_released_one() -> None:  # T6
 
 
 def test_noise_of_sound_and_video_has_nothing_in_common() -> None:  # T6
-    like = Pair(torch.zeros(16, 2, 4, 5, 5), torch.zeros(16, 25, 8))  # 200 numbers each
-    start, fresh = draw_noise(seeded(range(16)), like, 3, torch.device("cpu"))
-    draws = [x.flatten() for pair in (start, *fresh) for x in pair]
+    noise = draw_noise(((2, 4, 5, 5), (25, 8)), seeded(range(16)), 3)  # 200 numbers each
+    draws = [x.flatten() for pair in (noise.start, *noise.steps) for x in pair]
     correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(8)
     assert correlation.abs().max() < 4 / 3200**0.5
     assert torch.corrcoef(torch.stack([draws[0], draws[0]]))[0, 1] > 0.99  # what shared noise would give

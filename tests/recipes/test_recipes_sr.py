@@ -9,10 +9,11 @@ import torch
 import training_stub
 from safetensors.torch import load_file
 
-from inference.sampling import LatentShape, seeded
+from inference.sampling import LatentShape
 from inference.super_resolution import draw, refine
 from magihuman import zoo
 from magihuman.errors import UserError
+from magihuman.flow.sampling import seeded
 from magihuman.flow.sigmas import SigmaPrior, sigma_grid
 from magihuman.flow.solvers import make_solver
 from magihuman.flow.super_resolution import NOISE_INDEX, coarsen, start, upsample_latents

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.distill.collapse_monitor import HealthLimits
 from magihuman.distill.networks import Networks
-from magihuman.distill.rollout import Given, Pair, trajectory
+from magihuman.distill.rollout import roll_out
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import Conditioning, Pair
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, Size, released_dtypes, save_export
 from magihuman.models.config import DiTConfig, PackConfig
@@ -192,7 +193,7 @@ class PointDMD2(Alone):
         like = part(torch.zeros(count, dimensions), 1, self.sound)
         generators = [torch.Generator().manual_seed(0)]
         velocity = partial(self.velocity, role, [])
-        return join(trajectory(self.sampling, velocity, generators, Given.nothing(like)).end)
+        return join(roll_out(self.sampling, velocity, generators, Conditioning.nothing(like)).end)
 
 
 def pretrained(

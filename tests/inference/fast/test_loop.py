@@ -12,10 +12,11 @@ from torch import Tensor
 from inference.fast import kernels, options_for, prepare
 from inference.fast.attention_kernels import Choice
 from inference.fast.step_cache import StepCache, reused_steps
-from inference.sampling import LatentShape, Noise, sample, seeded
+from inference.sampling import LatentShape, sample
 from magihuman import zoo
 from magihuman.codecs.bundle import load_bundle
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import Noise, Pair, seeded
 from magihuman.models.denoiser import Denoiser
 
 SANDWICH = replace(DEEP, num_layers=6, mm_layers=(0, 5), gelu7_layers=(0,), local_attn_layers=(2, 5))
@@ -85,8 +86,10 @@ def test_a_whole_loop_without_values(tier: str, lengths: list[int], monkeypatch:
     fast = prepare(real, tier, device="cuda", compile="off", graphs=False).to("meta")
     batch, meta = len(lengths), torch.device("meta")
     noise = Noise(
-        torch.empty(batch, *SHAPE.video, device=meta),
-        torch.empty(batch, SHAPE.audio, SHAPE.audio_channels, device=meta),
+        Pair(
+            torch.empty(batch, *SHAPE.video, device=meta),
+            torch.empty(batch, SHAPE.audio, SHAPE.audio_channels, device=meta),
+        )
     )
     text = [torch.empty(n, 10, device=meta) for n in lengths]
     negative = [torch.empty(1, 10, device=meta)] * batch
@@ -120,10 +123,10 @@ def test_nothing_waits_on_a_gpu(tier: str) -> None:
     config = replace(SANDWICH, hidden_size=256, head_dim=64, num_query_groups=2)
     denoiser = prepare(network(config, torch.bfloat16).to("cuda"), tier)
     text, negative = ([x.cuda() for x in inputs(n)[2]] for n in ([4], [1]))
-    noise = Noise(torch.randn(1, *SHAPE.video).cuda(), torch.randn(1, 5, 6).cuda())
+    noise = Noise(Pair(torch.randn(1, *SHAPE.video).cuda(), torch.randn(1, 5, 6).cuda()))
 
     def loop() -> tuple[Tensor, Tensor]:
-        start = Noise(noise.video.clone(), noise.audio)
+        start = Noise(Pair(noise.start.video.clone(), noise.start.audio))
         return sample(denoiser, text, negative, SHAPE, 4, guidance=Guidance(), noise=start)
 
     first = loop()
