@@ -148,7 +148,7 @@ def run(
     """
     from eval.puppets import ground_truth, held_out
     from magihuman.codecs.bundle import load_bundle
-    from magihuman.codecs.causal_decoder import StudentCodec
+    from magihuman.codecs.causal_decoder import CausalDecoderCodec
     from magihuman.zoo import decoders
 
     if clips < 1:
@@ -173,7 +173,7 @@ def run(
     columns, shown = [], {"truth": truth}
     with torch.no_grad():
         for role, codec in opened.items():
-            cut = partial(in_chunks, codec) if isinstance(codec, StudentCodec) else None
+            cut = partial(in_chunks, codec) if isinstance(codec, CausalDecoderCodec) else None
             judged, shown[role] = judge(role, codec.decode, latents, truth, cut)
             judged.cost |= cost(codec, latents[:1])
             columns.append(judged)

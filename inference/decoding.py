@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.codecs.causal_decoder import StudentCodec
+from magihuman.codecs.causal_decoder import CausalDecoderCodec
 from magihuman.errors import UserError
 from magihuman.media.images import PLAYBACK_RATE, frames_to_uint8, to_playback_rate
 
@@ -187,7 +187,7 @@ class Decoder:
 
     def _streamer(self, latents: Tensor) -> Streamer:
         codec = self.codec
-        if isinstance(codec, StudentCodec):
+        if isinstance(codec, CausalDecoderCodec):
             # As many latents at once as the whole picture would allow: tiles are joined in memory.
             return partial(codec.decode_stream, chunk=codec.chunk_for(latents))
         if hasattr(codec, "decode_stream"):

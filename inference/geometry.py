@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from magihuman.codecs.audio_windows import WINDOW_LATENTS
+from magihuman.codecs.oobleck import WINDOW_LATENTS
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 

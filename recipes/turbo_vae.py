@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from magihuman.codecs.wan import FILES, REPO, WanCodec
-from magihuman.codecs.wan_decoder import WanTeacher
+from magihuman.codecs.wan_decoder import WanDecoder
 from magihuman.errors import UserError
 from magihuman.io.released_files import locate, read_state
 from magihuman.training import decoder_losses as losses
@@ -108,7 +108,7 @@ class TurboVAE(Recipe):
             # What comes after the training needs it, too: a wrong name is to fail now.
             _teacher_config(teacher)
         # Frozen parts, in tuples so that neither checkpoints nor optimisers see them.
-        self._teacher: tuple[WanTeacher, ...] = (
+        self._teacher: tuple[WanDecoder, ...] = (
             (self._open_teacher(teacher, teacher_blocks),) if aligning and teacher is not None else ()
         )
         self._judge: tuple[LPIPS, ...] = (
@@ -128,14 +128,14 @@ class TurboVAE(Recipe):
 
     # The networks
 
-    def _open_teacher(self, source: str, blocks: int) -> WanTeacher:
+    def _open_teacher(self, source: str, blocks: int) -> WanDecoder:
         found = _teacher_config(source)
         if found is None:
-            teacher = WanTeacher.from_codec(WanCodec.load(source, dtype=torch.float32))
+            teacher = WanDecoder.from_codec(WanCodec.load(source, dtype=torch.float32))
         else:
             found.latents.require(self.config.latents, f"recipe.teacher={source}", "the student")
             loaded = decoders.load(source, dtype=torch.float32)
-            if not isinstance(loaded, WanTeacher):
+            if not isinstance(loaded, WanDecoder):
                 raise UserError(f"recipe.teacher={source} is no decoder of layout wan; choose tiny/teacher")
             teacher = loaded
         wanted = self.config.latents

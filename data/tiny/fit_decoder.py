@@ -17,7 +17,7 @@ from torch import Tensor
 from data.tiny.fit_codec import FIT_SEED, psnr
 from data.tiny.puppets import draw_puppet, render
 from magihuman.codecs.bundle import load_bundle
-from magihuman.codecs.wan_decoder import TeacherConfig, WanTeacher
+from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
 from magihuman.config import OptimSettings
 from magihuman.io.provenance import code_version
 from magihuman.training.decoder_losses import charbonnier, flicker, laplacian
@@ -79,10 +79,10 @@ def train(
     frames, truth = _frames(range(clips), size), _frames(HELD_OUT, size).float() / 127.5 - 1
     held_out = world.video_codec.encode(truth)
     figures = {"codec": psnr(world.video_codec.decode(held_out), truth)}
-    config = TeacherConfig(
+    config = WanDecoderConfig(
         world.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
     )
-    teacher = WanTeacher.build(config)
+    teacher = WanDecoder.build(config)
     average = EMA(teacher, 0.98)
     settings = OptimSettings("muon", lr, adamw_lr=lr / 6, betas=(0.9, 0.98), warmup=10)
     optimiser = build_optimizer(teacher, None, settings)

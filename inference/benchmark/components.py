@@ -140,10 +140,10 @@ def released_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Any
 
             config = TurboConfig.from_json(network)
             return TurboCodec(TurboDecoder(config).to(dtype), config)
-        from magihuman.codecs.causal_decoder import StudentCodec, TurboStudent
-        from magihuman.codecs.causal_decoder_config import StudentConfig
+        from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+        from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 
-        return StudentCodec(TurboStudent(StudentConfig.from_dict(network)).to(dtype))
+        return CausalDecoderCodec(CausalDecoder(CausalDecoderConfig.from_dict(network)).to(dtype))
 
 
 def _tiny_decoder(name: str, device: torch.device) -> Any:
@@ -153,11 +153,13 @@ def _tiny_decoder(name: str, device: torch.device) -> Any:
     if name not in case_names:
         known = ", ".join(("codec", *case_names, *students.names()))
         raise UserError(f"decoder={name} is unknown for size=tiny; choose one of {known}")
-    from magihuman.codecs.causal_decoder import StudentCodec, TurboStudent
-    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 
     with torch.device(device):
-        return StudentCodec(TurboStudent(StudentConfig.from_dict(students.arch(name)["network"])))
+        return CausalDecoderCodec(
+            CausalDecoder(CausalDecoderConfig.from_dict(students.arch(name)["network"]))
+        )
 
 
 def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:

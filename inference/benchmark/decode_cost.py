@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from inference.decoding import Decoder, to_pictures
-from magihuman.codecs.causal_decoder import ReleasedStudent, StudentCodec, TurboStudent
-from magihuman.codecs.turbo_vaed import TurboCodec
+from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
 from magihuman.errors import UserError
 from magihuman.models.gpu_specs import GPUS, Gpu
 from magihuman.zoo import decoders
@@ -75,7 +75,7 @@ class DecodeCost:
 
 def random_codec(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> StudentCodec | TurboCodec:
+) -> CausalDecoderCodec | TurboCodec:
     """A decoder of configs/turbo for Wan latents with random weights.
 
     Raises:
@@ -89,9 +89,9 @@ def random_codec(
     latents = decoders.Latents("wan2.2", 48, (4, 16, 16))
     config = decoders.DecoderConfig(described["layout"], described["network"], latents)
     network = decoders.build(config, device, seed=0).to(dtype)
-    if isinstance(network, TurboStudent):
-        return StudentCodec(network)
-    if isinstance(network, ReleasedStudent):
+    if isinstance(network, CausalDecoder):
+        return CausalDecoderCodec(network)
+    if isinstance(network, TrainableTurboDecoder):
         return TurboCodec(network.decoder, network.config).to(device)
     raise UserError(f"decoder {name!r} is no student; choose one of {', '.join(NAMES)}")
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from magihuman.codecs.causal_decoder_config import StudentConfig
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.zoo.plan import Request, peak, require_room
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
     """What a batch of such clips asks of the GPU."""
     contract, second = source.config.contract, settings.sr
     ours = source.decoder
-    student = StudentConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
+    student = (
+        CausalDecoderConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
+    )
     return Request(
         base=source.config.model,
         patch=source.config.pack.patch_size,

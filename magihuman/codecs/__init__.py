@@ -1,1 +1,1 @@
-"""Video and audio codecs, text encoders, and the bundles of them that a model is trained in."""
+"""Video codecs, audio codecs and text encoders, and bundles of the three."""

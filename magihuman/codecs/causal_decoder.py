@@ -1,15 +1,17 @@
-"""Our light decoder: a causal, streaming student of a video codec's decoder.
+"""Causal, streaming video decoder of our own, trained as a student of another codec's decoder (`recipes/turbo_vae.py`).
 
-Normalised latents go in, frames come out. Residual blocks run before the upsampling, which is a 1x1 convolution
-and a shuffle of channels into time and space, so that no wide convolution runs at a high resolution; convolutions
-over time and space together are kept for the first stages, and there is no attention. Every convolution over time
-looks back only, so what it needs of the past is a state of fixed size: decoding in chunks of any length yields the
-frames of the whole clip, and a prefix of the latents yields the prefix of the frames.
+    network = CausalDecoder(config)
+    frames, state = network.step(latents[:, :, :2])           # the first two latent frames
+    more, state = network.step(latents[:, :, 2:], state)      # the remainder of the clip
 
-Inside, clips are [B,T,H,W,C]: what the norms and 1x1 convolutions read in one piece, and the layout in which
-convolutions are fastest on recent GPUs.
+Normalised latents -> frames. Residual blocks run before the upsampling, which is a 1x1 convolution and a shuffle of
+channels into time and space, so no wide convolution runs at a high resolution; 3x3x3 convolutions are kept for the first
+stages, and there is no attention. Every convolution over time sees the present and past frames only, so a clip's past is
+a state of fixed size: decoding in chunks of any length gives the frames of the whole clip, and a prefix of the latents
+gives the prefix of the frames.
 
-Light decoders around their networks: a clip in chunks, and the released layout as a student that can be trained.
+Activations are [B,T,H,W,C]: norms and 1x1 convolutions read contiguous memory, and convolutions are fastest so on recent
+GPUs.
 """
 
 from collections.abc import Iterator
@@ -18,28 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magihuman.codecs.causal_decoder_config import REACH, RGB, StudentConfig, StudentStage
-from magihuman.codecs.turbo_vaed import TurboConfig, TurboDecoder, denormalise
-from magihuman.codecs.wan import LATENT_MEAN, LATENT_STD
+from magihuman.codecs.causal_decoder_config import REACH, RGB, CausalDecoderConfig, DecoderStage
 
 NORM_EPS = 1e-6
 FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 
-__all__ = ["State", "StudentConfig", "StudentStage", "TurboStudent"]
+__all__ = ["CausalDecoder", "CausalDecoderCodec", "CausalDecoderConfig", "DecoderStage", "State"]
 
 State = tuple[Tensor, ...]
-"""The last frames before every convolution over time, [B,2,H,W,C] each: all that a clip's future needs of its past."""
+"""The last two input frames of every convolution over time, [B,2,H,W,C] each."""
 
 
-class TurboStudent(nn.Module):
+class CausalDecoder(nn.Module):
     """Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W], about [-1,1], not clamped; differentiable.
 
-    F = s (T - 1) + 1 for a stride of s frames. It computes in the dtype of its weights and returns it.
-
-    `forward` is for whole clips, `taps` for losses on features, `step` for streaming: all three run the same code.
+    F = s (T - 1) + 1 for a stride of s frames; input and output have the dtype of the weights. `forward` is for whole
+    clips, `taps` for losses on features, `step` for streaming.
     """
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(self, config: CausalDecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.channels = config.latent_channels
@@ -57,10 +56,9 @@ class TurboStudent(nn.Module):
         return self.step(latents)[0]
 
     def taps(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Frames, and what every stage's blocks yield before upsampling: [B,width,T_i,h_i,w_i] each.
+        """Frames, and every stage's features before upsampling: [B,width,T_i,h_i,w_i] each.
 
-        A stage behind upsampling by (t, s) has T_i = t (T_(i-1) - 1) + 1 frames and h_i = s h_(i-1) rows: those of
-        the Wan decoder's blocks.
+        After upsampling by (t, s), T_i = t (T_(i-1) - 1) + 1 and h_i = s h_(i-1), as in the Wan decoder's blocks.
         """
         taps: list[Tensor] = []
         frames, _ = self._run(latents, None, taps)
@@ -71,11 +69,11 @@ class TurboStudent(nn.Module):
 
         Args:
             latents: [B,C,n,h,w], n >= 1.
-            state: what the previous call returned; None at the start of a clip.
+            state: from the previous call; None at the start of a clip.
 
         Returns:
-            frames [B,3,s n,H,W] (s - 1 less at the start of a clip), and the state for the next call. The state is
-            a value: the given one stays as it was, so a clip may be continued in two ways.
+            frames [B,3,s n,H,W] (s - 1 less at the start of a clip), and the state for the next call. The given
+            state is not changed, so a clip may be continued in two ways.
 
         Raises:
             ValueError: latents of another shape than the network's or the state's.
@@ -102,7 +100,7 @@ class TurboStudent(nn.Module):
 
 
 class Memory:
-    """One call's walk through the state: convolutions take and leave their past in the order in which they run."""
+    """Past frames of one call: convolutions read and write theirs in the order in which they run."""
 
     def __init__(self, state: State | None) -> None:
         self.before = state
@@ -114,7 +112,7 @@ class Memory:
         return self.before is None
 
     def extend(self, x: Tensor) -> Tensor:
-        """[B,T,H,W,C] -> [B,2+T,H,W,C]: the past in front; before a clip its first frame has stood still."""
+        """[B,T,H,W,C] -> [B,2+T,H,W,C]: with the past in front; before the start of a clip its first frame is repeated."""
         if self.before is None:
             past = x[:, :1].expand(-1, REACH, -1, -1, -1)
         else:
@@ -130,9 +128,9 @@ class Memory:
 
 
 class Stage(nn.Module):
-    """Residual blocks, then a 1x1 convolution and a shuffle, where `after` is the next stage's width."""
+    """Residual blocks, then upsampling to the next stage's width `after`, if there is one."""
 
-    def __init__(self, config: StudentStage, after: int | None) -> None:
+    def __init__(self, config: DecoderStage, after: int | None) -> None:
         super().__init__()
         self.time, self.space = config.up
         block = FullBlock if config.kind == "full" else SplitBlock
@@ -140,7 +138,7 @@ class Stage(nn.Module):
         self.up = None if after is None else nn.Linear(config.width, after * self.time * self.space**2)
 
     def forward(self, x: Tensor, memory: Memory, taps: list[Tensor] | None = None) -> Tensor:
-        """[B,T,H,W,C] -> the next stage's input; what the blocks yield is added to `taps`."""
+        """[B,T,H,W,C] -> the next stage's input; the blocks' output is appended to `taps`."""
         for block in self.blocks:
             x = block(x, memory)
         if taps is not None:
@@ -148,12 +146,12 @@ class Stage(nn.Module):
         if self.up is None:
             return x
         x = shuffle(self.up(x), self.time, self.space)
-        # A clip's first latent is one frame; the others of its group lie before the clip.
+        # A clip's first latent is one frame: the other frames of its group lie before the clip.
         return x[:, self.time - 1 :] if memory.start else x
 
 
 class FullBlock(nn.Module):
-    """Norm, SiLU, 3x3x3 convolution, twice, plus the input."""
+    """Residual block: (norm, SiLU, 3x3x3 convolution) twice."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -166,7 +164,7 @@ class FullBlock(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus the input: first 1x3x3 and 3x1x1, then 1x3x3."""
+    """Residual block: (norm, SiLU, convolution) twice, first 1x3x3 and 3x1x1, then 1x3x3."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -180,7 +178,7 @@ class SplitBlock(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """Convolution over the present frame and the two before it, 3x3x3 or 3x1x1; zeros around the picture."""
+    """Causal convolution over the present frame and the two before it, 3x3x3 or 3x1x1, zero padding in space."""
 
     def __init__(self, channels_in: int, channels_out: int, spatial: bool) -> None:
         super().__init__()
@@ -192,14 +190,14 @@ class CausalConv(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """[B,T,H,W,C] -> the same, with the output's channels."""
         y = self.conv(memory.extend(x).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-        return y.contiguous()  # which it is but for small inputs on the CPU
+        return y.contiguous()  # a copy for small inputs on the CPU only
 
 
 def norm_silu(x: Tensor) -> Tensor:
-    """Root mean square over channels to 1 (statistics in fp32, no parameters), then SiLU."""
+    """RMS norm over channels without parameters (statistics in fp32), then SiLU."""
     if torch.is_grad_enabled() or (x.is_cuda and FUSED):
         return F.silu(F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), inplace=not torch.is_grad_enabled())
-    # Where it is no kernel of its own, F.rms_norm makes three fp32 copies of x.
+    # Without a fused kernel, F.rms_norm makes three fp32 copies of x.
     norm = torch.linalg.vector_norm(
         x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
     )
@@ -208,18 +206,18 @@ def norm_silu(x: Tensor) -> Tensor:
 
 
 def added(fresh: Tensor, x: Tensor) -> Tensor:
-    """Their sum; without gradients in the place of `fresh`, which the caller has just made."""
+    """Sum; without gradients in place of `fresh`, a temporary."""
     return fresh + x if torch.is_grad_enabled() else fresh.add_(x)
 
 
 def over_frames(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of pictures on every frame of [B,T,H,W,C]."""
-    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
-    return convolution(pictures).permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+    """Apply a 2-D convolution to every frame of [B,T,H,W,C]."""
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)
+    return convolution(images).permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 
 
 def shuffle(x: Tensor, time: int, space: int) -> Tensor:
-    """Channels into time and space: [B,T,H,W,time*space*space*C] -> [B,T*time,H*space,W*space,C].
+    """Depth to space and time: [B,T,H,W,time*space*space*C] -> [B,T*time,H*space,W*space,C].
 
     Channels vary fastest, then columns, rows, frames.
     """
@@ -227,17 +225,17 @@ def shuffle(x: Tensor, time: int, space: int) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
-class StudentCodec(nn.Module):
-    """Normalised latents [B,C,T,h,w] -> frames, chunk by chunk: decoding as in `codecs.VideoCodec`.
+class CausalDecoderCodec(nn.Module):
+    """The decoder of a `VideoCodec` (`magihuman.codecs.base`), in chunks; encoding needs the teacher's codec.
 
-    It cannot encode: pictures are encoded by the teacher.
+        frames = zoo.decoders.load("tiny/turbo").decode(latents)   # [B,C,T,h,w] -> [B,3,F,H,W]
 
     Args:
-        network: in the dtype in which it shall compute; its gradients are turned off.
-        chunk: latents decoded at once; None chooses by the picture's size. It changes memory and speed, not frames.
+        network: in the compute dtype; gradients are turned off.
+        chunk: latent frames decoded at once, by the image size where None. Changes memory and speed, not frames.
     """
 
-    def __init__(self, network: TurboStudent, chunk: int | None = None) -> None:
+    def __init__(self, network: CausalDecoder, chunk: int | None = None) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
             raise ValueError(f"a chunk has at least one latent, not {chunk}")
@@ -247,7 +245,7 @@ class StudentCodec(nn.Module):
         self.chunk = chunk
 
     def chunk_for(self, latents: Tensor) -> int:
-        """How many of these latents are decoded at once."""
+        """Number of latent frames of such latents decoded at once."""
         batch, _, _, height, width = latents.shape
         return self.chunk or self.network.config.chunk(batch * height * width)
 
@@ -260,10 +258,10 @@ class StudentCodec(nn.Module):
     def decode_stream(self, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
         """Decode chunk by chunk: yields [B,3,n,H,W] fp32, not clamped; concatenated, they are `decode`.
 
-        Memory does not grow with the length of the clip.
+        Memory does not depend on the length of the clip.
 
         Args:
-            chunk: latents at once; None as `chunk_for` says.
+            chunk: latent frames at once; None takes `chunk_for`.
 
         Raises:
             ValueError: latents are not [B,C,T,h,w] with the decoder's C and T >= 1.
@@ -272,48 +270,11 @@ class StudentCodec(nn.Module):
         state: State | None = None
         if latents.ndim == 5 and chunk is None:
             chunk = self.chunk_for(latents)
-        chunk = chunk or 1  # with a wrong rank, `step` says what is wrong
+        chunk = chunk or 1  # `step` refuses a wrong rank
         for start in range(0, max(1, latents.shape[2]), chunk):
             part = latents[:, :, start : start + chunk].to(weight.device, weight.dtype)
             frames, state = self.network.step(part, state)
             pixels = frames.float()
             del frames
             yield pixels
-            del pixels  # what the caller has let go of makes room for the next chunk
-
-
-class ReleasedStudent(nn.Module):
-    """The released layout with the interface of `TurboStudent`, for training and for comparison with it.
-
-    Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W]. It has no `step`: the layout is not causal, and
-    `codecs_turbo.TurboCodec` decodes long clips in windows.
-
-    Args:
-        mean, std: C latent statistics each, undone first; those of the Wan 2.2 codec by default.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, config: TurboConfig, mean: Tensor | None = None, std: Tensor | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.channels = config.latent_channels
-        space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
-        self.stride: tuple[int, int, int] = (time, space, space)
-        self.decoder = TurboDecoder(config)
-        mean = torch.tensor(LATENT_MEAN) if mean is None else mean
-        std = torch.tensor(LATENT_STD) if std is None else std
-        self.register_buffer("mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", std.float().view(1, -1, 1, 1, 1), persistent=False)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """A whole clip in one window."""
-        return self.decoder(self._raw(latents), first=True)
-
-    def taps(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Frames, and what the middle block and every up block yield: [B,width,T_i,h_i,w_i] each."""
-        return self.decoder.taps(self._raw(latents), first=True)
-
-    def _raw(self, latents: Tensor) -> Tensor:
-        return denormalise(latents.to(self.decoder.conv_in.conv.weight.dtype), self.mean, self.std)
+            del pixels  # freed before the next chunk is decoded

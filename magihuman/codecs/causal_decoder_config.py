@@ -1,4 +1,4 @@
-"""Hyperparameters of our light decoders, and what follows from them: stride, parameters, arithmetic; no torch."""
+"""Hyperparameters of the causal decoder, and its stride, parameters, FLOPs and state size; without torch."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -9,22 +9,21 @@ from magihuman.errors import UserError
 
 RGB = 3
 REACH = 2
-"""Frames before the present one that a convolution over time sees."""
+"""Past frames that a convolution over time sees."""
 POSITIONS = 8192
-"""Latent positions that are decoded at once: one latent frame of 1080p."""
+"""Latent positions decoded at once: one latent frame of 1080p."""
 LONGEST_CHUNK = 8
 
 
 @dataclass(frozen=True)
-class StudentStage:
+class DecoderStage:
     """Residual blocks at one resolution, then upsampling.
 
     Attributes:
         width: channels.
         blocks: residual blocks.
-        kind: of their convolutions, two a block: `full` 3x3x3, both; `split` 1x3x3 and 3x1x1 for the first, 1x3x3
-            for the second.
-        up: (time, space) factors behind the blocks; (1, 1) in the last stage only.
+        kind: of the two convolutions of a block: `full` 3x3x3 both; `split` 1x3x3 and 3x1x1, then 1x3x3.
+        up: (time, space) upsampling after the blocks; (1, 1) in the last stage only.
     """
 
     width: int
@@ -34,20 +33,20 @@ class StudentStage:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """Hyperparameters of a `turbo_student.TurboStudent`.
+class CausalDecoderConfig:
+    """Hyperparameters of a `causal_decoder.CausalDecoder`.
 
     Attributes:
         latent_channels: C.
         stages: from the latents' resolution to the pixels'.
-        patch: (time, space) size of the block of pixels that one position of the last stage becomes.
+        patch: (time, space) pixels per position of the last stage.
 
     Raises:
-        UserError: sizes that cannot be.
+        UserError: impossible sizes.
     """
 
     latent_channels: int
-    stages: tuple[StudentStage, ...]
+    stages: tuple[DecoderStage, ...]
     patch: tuple[int, int] = (1, 2)
 
     def __post_init__(self) -> None:
@@ -78,11 +77,11 @@ class StudentConfig:
 
     @staticmethod
     def chunk(positions: int) -> int:
-        """How many latent frames of so many positions are decoded at once, where nobody says otherwise."""
+        """Default number of latent frames of that many positions decoded at once."""
         return min(LONGEST_CHUNK, max(1, POSITIONS // positions))
 
     def grids(self) -> list[tuple[int, int]]:
-        """Of every stage: (frames, positions of a frame) per latent frame and latent position."""
+        """Per stage: (frames per latent frame, positions per latent position)."""
         grids = [(1, 1)]
         for stage in self.stages[:-1]:
             time, area = grids[-1]
@@ -90,18 +89,17 @@ class StudentConfig:
         return grids
 
     def state_size(self) -> int:
-        """Numbers that a stream keeps from chunk to chunk, per latent position of the picture."""
+        """Elements of the streaming state per latent position."""
         return sum(REACH * into * area for into, _, taps, (_, area) in self.layers() if taps in (3, 27))
 
     def widest(self) -> int:
-        """Numbers of the largest activation, per latent frame and latent position."""
+        """Elements of the largest activation per latent frame and latent position."""
         return max(
             stage.width * time * area for stage, (time, area) in zip(self.stages, self.grids(), strict=True)
         )
 
     def layers(self) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
-        """Every convolution and linear map: (channels in, channels out, taps of its kernel, (frames, positions of a
-        frame) of its output per latent frame and latent position)."""
+        """Every convolution and linear map: (channels in, channels out, kernel taps, its stage's `grids` entry)."""
         yield self.latent_channels, self.stages[0].width, 27, (1, 1)
         for stage, after, grid in zip(self.stages, [*self.stages[1:], None], self.grids(), strict=True):
             for _ in range(stage.blocks):
@@ -112,11 +110,11 @@ class StudentConfig:
         yield self.stages[-1].width, RGB * self.patch[0] * self.patch[1] ** 2, 9, self.grids()[-1]
 
     def parameter_count(self) -> int:
-        """Weights and biases."""
+        """Number of weights and biases."""
         return sum(out * (into * taps + 1) for into, out, taps, _ in self.layers())
 
     def flops(self, frames: int, height: int, width: int) -> int:
-        """Multiply-adds x 2 of the convolutions for latents [T,h,w]; those of a clip's first latent are fewer."""
+        """FLOPs of the convolutions for latents [T,h,w]; the first latent of a clip takes fewer."""
         return sum(
             2 * into * out * taps * (time * (frames - 1) + 1) * area * height * width
             for into, out, taps, (time, area) in self.layers()
@@ -130,11 +128,11 @@ class StudentConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "StudentConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "CausalDecoderConfig":
         """Raises UserError for unknown, missing or impossible settings."""
         try:
             stages = tuple(
-                StudentStage(**{**stage, "up": tuple(stage.get("up", (1, 1)))}) for stage in values["stages"]
+                DecoderStage(**{**stage, "up": tuple(stage.get("up", (1, 1)))}) for stage in values["stages"]
             )
             given = {**values, "stages": stages}
             if "patch" in given:

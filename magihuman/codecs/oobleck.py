@@ -1,7 +1,10 @@
-"""The Stable Audio Open VAE ("Oobleck") through diffusers, with a key map of our own (SPEC 7, 4.7).
+"""The Stable Audio Open VAE ("Oobleck") through diffusers, for files in the original layout too (SPEC 7, 4.7).
 
-The VAE was made for 44.1 kHz; the model feeds it at 25 latents a second x hop 2048 = 51.2 kHz, so that one
-audio latent belongs to one video frame. `magihuman.media.images.to_playback_rate` undoes this for playback.
+    codec = OobleckCodec.load("stable-audio-open-1.0")
+    latents = codec.encode(waveform)      # [B,2,N] at 51.2 kHz -> [B,A,64]
+
+The VAE was trained for 44.1 kHz; the model uses it at 25 latents per second x hop 2048 = 51.2 kHz, so that one audio
+latent belongs to one video frame. `magihuman.media.images.to_playback_rate` undoes this for playback.
 """
 
 import json
@@ -16,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from magihuman.codecs.audio_windows import WINDOW_LATENTS, cross_fade, split_windows
 from magihuman.errors import UserError
 from magihuman.io.released_files import load_strict, locate, read_json, read_state, require_fit
 
@@ -30,6 +32,7 @@ FILES = (
 )
 PREFIX = "pretransform.model."
 LATENTS_PER_SECOND = 25
+WINDOW_LATENTS = 725  # 29 s at 25 latents a second
 
 
 class OobleckCodec(nn.Module):
@@ -40,7 +43,7 @@ class OobleckCodec(nn.Module):
     """
 
     samples_bottleneck = True
-    """`encode` takes a generator, and inference gives it one (SPEC 4.2)."""
+    """`encode` takes a generator; inference passes one, so that latents are samples (SPEC 4.2)."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class OobleckCodec(nn.Module):
         diffusers folder, or a cached Hub id.
 
         Raises:
-            UserError: absent (with the command that fetches it), damaged, or another kind of network.
+            UserError: missing (with the command that fetches it), damaged, or another network.
         """
         path = locate(source, FILES, REPO)
         if path.with_name("model_config.json").is_file() or path.name == FILES[0]:
@@ -105,12 +108,12 @@ class OobleckCodec(nn.Module):
     ) -> torch.Tensor:
         """[B,channels,N] (or [B,1,N], which is copied to both channels) at `sample_rate` -> [B,A,Ca] fp32.
 
-        The bottleneck gives its mean, unless `generator` or `noise` asks for a sample, as the release takes
-        when a sound is given (SPEC 4.2, 4.7). Up to 29 s give floor(N / hop) latents in one piece; longer
-        sounds are encoded in cross-faded windows and give ceil(N / hop).
+        The mean of the bottleneck, or a sample of it with `generator` or `noise`, as the release takes for a given
+        waveform (SPEC 4.2, 4.7). Up to 29 s give floor(N / hop) latents in one piece; longer waveforms are encoded
+        in cross-faded windows and give ceil(N / hop).
 
         Args:
-            generator: draws one Gaussian [B,Ca,A] per window on its own device.
+            generator: source of one Gaussian [B,Ca,A] per window, drawn on its own device.
             noise: the Gaussians themselves, one [B,A,Ca] per window.
 
         Raises:
@@ -127,7 +130,7 @@ class OobleckCodec(nn.Module):
             )
         windows = split_windows(waveform, WINDOW_LATENTS * self.hop)
         if noise is not None and len(noise) != len(windows):
-            raise ValueError(f"{len(noise)} noise tensors for {len(windows)} windows of sound")
+            raise ValueError(f"{len(noise)} noise tensors for {len(windows)} windows of audio")
         blocks = []
         for index, window in enumerate(windows):
             latents, std = self._moments(window)  # [B,Ca,A]
@@ -148,11 +151,46 @@ class OobleckCodec(nn.Module):
         return self.vae.decoder(latents.transpose(1, 2).to(parameter.device, parameter.dtype))
 
 
+def split_windows(waveform: torch.Tensor, window: int) -> list[torch.Tensor]:
+    """Cut [B,channels,N] into windows of `window` samples, half a window apart; the last one is zero-padded.
+
+    A waveform that fits into one window is returned unpadded.
+    """
+    samples = waveform.shape[-1]
+    if samples <= window:
+        return [waveform]
+    pieces: list[torch.Tensor] = []
+    start = 0
+    while not pieces or start - window // 2 + window < samples:
+        piece = waveform[..., start : start + window]
+        pieces.append(F.pad(piece, (0, window - piece.shape[-1])))
+        start += window // 2
+    return pieces
+
+
+def cross_fade(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Merge equally long latent blocks [B,A,Ca] into one [B, A + (n-1)(A - A//2), Ca].
+
+    Neighbours overlap by A//2 latents; at offset k of the overlap the later block weighs k/(A//2). With odd A
+    the blocks advance half a latent more than the audio (oddity O13), as in the release.
+    """
+    merged = blocks[0]
+    overlap = merged.shape[1] // 2
+    # Weights in double precision, then rounded: the release scales by Python numbers. [1,overlap,1]
+    rising = (torch.arange(overlap, dtype=torch.float64) / max(overlap, 1)).view(1, -1, 1)
+    weight_old, weight_new = (1 - rising).to(merged), rising.to(merged)
+    for block in blocks[1:]:
+        kept, tail = merged[:, : merged.shape[1] - overlap], merged[:, merged.shape[1] - overlap :]
+        mixed = tail * weight_old + block[:, :overlap] * weight_new
+        merged = torch.cat([kept, mixed, block[:, overlap:]], dim=1)
+    return merged
+
+
 def autoencoder_config(path: Path) -> dict[str, Any]:
-    """The autoencoder's part of the `model_config.json` beside a file of Stable Audio.
+    """The autoencoder's part of `model_config.json` in the folder of a Stable Audio checkpoint.
 
     Raises:
-        UserError: absent, no JSON, or without that part.
+        UserError: missing, not JSON, or without that part.
     """
     config = read_json(path.with_name("model_config.json"), "the shape of the audio VAE")
     try:
@@ -164,10 +202,10 @@ def autoencoder_config(path: Path) -> dict[str, Any]:
 
 
 def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
-    """Translate a stable-audio-tools autoencoder configuration to the arguments of `AutoencoderOobleck`.
+    """Arguments of `AutoencoderOobleck` from a stable-audio-tools autoencoder configuration.
 
     Raises:
-        UserError: a setting is missing, or is one that the network here does not have.
+        UserError: a setting is missing or not supported.
     """
     try:
         encoder, decoder = autoencoder["encoder"]["config"], autoencoder["decoder"]["config"]
@@ -211,7 +249,7 @@ def key_map(vae: Any) -> dict[str, str]:
 def to_diffusers(
     shapes: Mapping[str, tuple[int, ...]], autoencoder: Mapping[str, Any], source: str | Path
 ) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """How the tensors of an original file are called and shaped in diffusers; snake parameters get two axes more.
+    """Names and shapes in diffusers of the tensors of an original file; snake parameters get two more axes.
 
     Args:
         shapes: by their names without the prefix; autoencoder: as in `OobleckCodec.from_released`.

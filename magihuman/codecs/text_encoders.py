@@ -1,13 +1,12 @@
-"""Byte-level text features for the tiny world: no weights, no vocabulary, any language's bytes.
+"""Text encoders: T5-Gemma of the release through transformers, and a byte encoder without weights for the tiny world.
 
-The real text encoder (T5-Gemma, `magihuman.codecs.text_encoders`) gives contextual features, and the released
-model adds no positions to text tokens (SPEC 2.1: every text token gets the identity rotation). Byte features must
-therefore carry order themselves: one token per word, made of its bytes, of its place, and of the word before.
+    features = T5GemmaEncoder.load("t5gemma-9b-9b-ul2").encode(["a prompt"])   # list of fp32 [S,3584]
 
-The T5-Gemma text encoder through transformers (SPEC 5).
+T5-Gemma (SPEC 5): only the encoder half of the checkpoint is loaded. Features are rounded to fp16 as in the release, and
+at most 640 tokens reach the model.
 
-Only the encoder half of the checkpoint is loaded. Features are rounded to fp16 as in the release, and at
-most 640 tokens reach the model (`magihuman.models.tokens.pad_or_trim` makes the release's padded form).
+Byte encoder: the network gives text tokens no positions (SPEC 2.1), and bytes have no context, so word order has to be in
+the features: one token per word, from its bytes, its index, and the previous word.
 """
 
 import hashlib
@@ -25,20 +24,20 @@ from magihuman.io.released_files import is_hub_id, read_json
 
 WORD_CHANNELS = 64
 PREVIOUS_CHANNELS = 32
-PLACE_CHANNELS = 32
+INDEX_CHANNELS = 32
 MAX_WORD_BYTES = 24
-MAX_WORDS = 640  # as many tokens as the released model takes (SPEC 5)
+MAX_WORDS = 640  # the token limit of the released model (SPEC 5)
 
 
 class ByteTextEncoder:
-    """One feature vector per whitespace-separated word; a pure function of the bytes.
+    """Features of the tiny world: one vector per whitespace-separated word, a pure function of its bytes.
 
     The vector concatenates a signed random projection of the word's (byte, position) pairs (64), the same
     of the word before (32), and sinusoids of the word's index (32). An empty prompt gives one token of
     zeros, which is the null text of classifier-free guidance.
     """
 
-    channels = WORD_CHANNELS + PREVIOUS_CHANNELS + PLACE_CHANNELS
+    channels = WORD_CHANNELS + PREVIOUS_CHANNELS + INDEX_CHANNELS
 
     def __init__(self) -> None:
         # A hash, not a seeded generator: the table must be the same under every version of every library.
@@ -48,16 +47,16 @@ class ByteTextEncoder:
         self._signs = (2 * bits - 1).reshape(MAX_WORD_BYTES, 256, WORD_CHANNELS)
 
     def _word(self, word: bytes) -> np.ndarray:
-        """Projection of one word, unit variance: fp32 [64]."""
+        """Random projection of one word's bytes, unit variance: fp32 [64]."""
         if not word:
             return np.zeros(WORD_CHANNELS, np.float32)
         known = word[:MAX_WORD_BYTES]
-        total = sum(self._signs[place, byte] for place, byte in enumerate(known))
+        total = sum(self._signs[i, byte] for i, byte in enumerate(known))
         return np.asarray(total / np.sqrt(len(known)), np.float32)
 
-    def _place(self, index: int) -> np.ndarray:
+    def _index_features(self, index: int) -> np.ndarray:
         """Sinusoids of the word's index, unit variance: fp32 [32]."""
-        frequency = 1.5 * 0.7 ** np.arange(PLACE_CHANNELS // 2)
+        frequency = 1.5 * 0.7 ** np.arange(INDEX_CHANNELS // 2)
         angle = index * frequency
         return np.concatenate([np.sin(angle), np.cos(angle)]).astype(np.float32) * np.float32(np.sqrt(2))
 
@@ -72,7 +71,7 @@ class ByteTextEncoder:
             projected = [self._word(word) for word in words]
             before = [np.zeros(WORD_CHANNELS, np.float32), *projected[:-1]]
             rows = [
-                np.concatenate([now, previous[:PREVIOUS_CHANNELS], self._place(index)])
+                np.concatenate([now, previous[:PREVIOUS_CHANNELS], self._index_features(index)])
                 for index, (now, previous) in enumerate(zip(projected, before, strict=True))
             ]
             features.append(torch.from_numpy(np.stack(rows)))
@@ -84,7 +83,7 @@ MAX_TOKENS = 640
 
 
 class T5GemmaEncoder(nn.Module):
-    """Prompts -> features [S,Ct] fp32 of their own length, S <= 640; Ct = 3584 in the release.
+    """T5-Gemma: prompts -> features [S,Ct] fp32, S <= 640; Ct = 3584 in the release.
 
     Implements `magihuman.codecs.base.TextEncoder`.
 
@@ -109,12 +108,12 @@ class T5GemmaEncoder(nn.Module):
         """Load from a folder of a T5-Gemma checkpoint or a cached Hub id; never downloads.
 
         Raises:
-            UserError: absent or incomplete (with the command that fetches it), or not a T5-Gemma checkpoint.
+            UserError: missing or incomplete (with the command that fetches it), or not a T5-Gemma checkpoint.
         """
         folder = _complete_folder(source)
         from transformers import AutoTokenizer, T5GemmaEncoderModel
 
-        class EncoderHalf(T5GemmaEncoderModel):  # the decoder is left over on purpose: no news to users
+        class EncoderHalf(T5GemmaEncoderModel):  # the decoder half is left out on purpose: no warning
             _keys_to_ignore_on_load_unexpected = {r"^model\.decoder\.", r"^lm_head\."}  # noqa: RUF012
 
         try:
@@ -128,12 +127,12 @@ class T5GemmaEncoder(nn.Module):
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # transformers raises many kinds for damaged files
+        except Exception as error:  # transformers raises many types for damaged files
             raise UserError(
                 f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}"
             ) from error
         model, report = loaded
-        # transformers fills what is missing with random numbers and merely logs it.
+        # transformers initialises missing tensors randomly and only logs it.
         if report["missing_keys"]:
             names = sorted(report["missing_keys"])
             raise UserError(
@@ -146,8 +145,8 @@ class T5GemmaEncoder(nn.Module):
     def encode(self, prompts: list[str]) -> list[torch.Tensor]:
         """Each prompt -> [S,Ct] fp32 on the encoder's device, S = min(tokens, 640).
 
-        Prompts run one at a time: nothing is padded, so features do not depend on neighbours. A longer prompt
-        is read in full and its features are cut, as in the release; a warning says so.
+        Prompts run one at a time without padding, so features do not depend on the batch. A longer prompt is encoded
+        in full and its features are cut, as in the release, with a warning.
         """
         features = []
         for prompt in prompts:
@@ -164,10 +163,10 @@ class T5GemmaEncoder(nn.Module):
 
 
 def _complete_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint with nothing missing.
+    """Folder of a complete checkpoint.
 
     Raises:
-        UserError: naming what is absent and the command that fetches it.
+        UserError: naming what is missing and the command that fetches it.
     """
     folder = Path(source).expanduser()
     repo = str(source) if is_hub_id(source) else REPO

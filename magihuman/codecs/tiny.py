@@ -1,10 +1,8 @@
-"""The tiny world's codecs: small enough to fit on a CPU in minutes, with the interfaces of the real ones.
+"""Video and audio codec of the tiny world, fitted on a CPU in minutes (`python -m data.tiny.fit_codec`).
 
-`TinyVideoCodec` is a linear map of 4x4x4 pixel blocks plus small convolutional corrections, fitted so that its
-latents can be *upsampled*: decoding the trilinear x2 of a clip's latents beats bicubic upsampling of its
-pixels, which the super-resolution recipe needs and which PCA latents do not give.
-`TinyAudioCodec` is a PCA of log spectrograms with Griffin-Lim as its inverse.
-Both are fitted by `python -m data.tiny.fit_codec` and ship with the zoo.
+`TinyVideoCodec` is a linear map of 4x4x4 pixel blocks plus small convolutional corrections, fitted so that its latents
+can be *upsampled*: decoding trilinearly enlarged latents (x2) beats bicubic upsampling of the pixels. Super-resolution
+needs this, and PCA latents do not have it. `TinyAudioCodec` is a PCA of log spectrograms with Griffin-Lim as its inverse.
 """
 
 import torch
@@ -15,7 +13,7 @@ from torch import nn
 class TinyVideoCodec(nn.Module):
     """Video codec of stride (4,4,4).
 
-    The first frame is held for four frames, then every group of four frames becomes one latent frame, so that
+    The first frame is repeated four times, then every group of four frames becomes one latent frame, so
     F = 4 (T - 1) + 1 as in the Wan 2.2 VAE.
 
     Args:
@@ -23,7 +21,7 @@ class TinyVideoCodec(nn.Module):
     """
 
     stride = (4, 4, 4)
-    block_values = 4 * 3 * 4 * 4  # frames x RGB x rows x columns of one latent cell
+    block_values = 4 * 3 * 4 * 4  # frames x RGB x rows x columns per latent position
 
     mean: torch.Tensor
     rotation: torch.Tensor
@@ -43,24 +41,24 @@ class TinyVideoCodec(nn.Module):
             nn.init.zeros_(last.weight)
             assert last.bias is not None
             nn.init.zeros_(last.bias)
-        # Affine change of basis from fitted to normalised latents; a channel map, so it commutes with upsampling.
+        # Affine map from fitted to normalised latents; it acts on channels, so it commutes with upsampling.
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("rotation", torch.eye(channels))
         self.register_buffer("scale", torch.ones(channels))
 
     def blocks(self, frames: torch.Tensor) -> torch.Tensor:
-        """[B,3,F,H,W] -> [B*T,192,H/4,W/4]: one column of pixel values per latent cell."""
+        """[B,3,F,H,W] -> [B*T,192,H/4,W/4]: the pixel values of each latent position as channels."""
         count, height, width = frames.shape[2:]
         if count % 4 != 1 or height % 4 or width % 4:
             raise ValueError(
                 f"need 4k+1 frames and sides divisible by 4, got {count} frames of {height}x{width}"
             )
-        held = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)  # [B,3,4T,H,W]
-        grouped = held.unflatten(2, (-1, 4)).permute(0, 2, 3, 1, 4, 5)  # [B,T,4,3,H,W]
+        padded = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)  # [B,3,4T,H,W]
+        grouped = padded.unflatten(2, (-1, 4)).permute(0, 2, 3, 1, 4, 5)  # [B,T,4,3,H,W]
         return F.pixel_unshuffle(grouped.flatten(0, 1).flatten(1, 2), 4)  # [B*T,192,h,w]
 
     def frames(self, blocks: torch.Tensor, batch: int) -> torch.Tensor:
-        """Inverse of `blocks`; of the held first group the last frame counts."""
+        """Inverse of `blocks`; the last frame of the first group is kept."""
         grouped = F.pixel_shuffle(blocks, 4).unflatten(1, (4, 3)).unflatten(0, (batch, -1))  # [B,T,4,3,H,W]
         return grouped.permute(0, 3, 1, 2, 4, 5).flatten(2, 3)[:, :, 3:]
 
@@ -95,7 +93,7 @@ class TinyVideoCodec(nn.Module):
 
 
 class TinyAudioCodec(nn.Module):
-    """Audio codec at 25 latents a second: PCA of four log-spectrum columns per latent, inverted by Griffin-Lim.
+    """Audio codec with 25 latents per second: PCA of four log-spectrum columns per latent, inverted by Griffin-Lim.
 
     Latent k covers the samples [640 k, 640 (k + 1)) at 16 kHz, that is video frame k at 25 fps.
 
@@ -125,7 +123,7 @@ class TinyAudioCodec(nn.Module):
         self.register_buffer("basis", torch.zeros(self.columns * bins, channels))
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("window", torch.hann_window(self.window_length), persistent=False)
-        # The ear resolves low frequencies better: bins count by the slope of the mel scale.
+        # Bins are weighted by the slope of the mel scale: hearing resolves low frequencies better.
         frequency = torch.linspace(0, self.sample_rate / 2, bins)
         self.register_buffer(
             "weight", (700 / (700 + frequency)).sqrt().repeat(self.columns), persistent=False
@@ -133,7 +131,7 @@ class TinyAudioCodec(nn.Module):
 
     @property
     def _margin(self) -> int:
-        """Samples before the first column's centre is half a step into the signal."""
+        """Padding that centres the first column half a step into the signal."""
         return (self.window_length - self.step) // 2
 
     def _spectrum(self, waveform: torch.Tensor) -> torch.Tensor:
@@ -177,7 +175,7 @@ class TinyAudioCodec(nn.Module):
         """
         log = (latents / self.scale @ self.basis.T + self.mean) / self.weight
         magnitude = log.unflatten(2, (self.columns, -1)).flatten(1, 2).transpose(1, 2).exp()
-        # What the floor hid is silence, not noise at the floor's level.
+        # Magnitudes at the floor are silence.
         magnitude = (magnitude - 1.5 * self.floor).clamp_min(0)
         start = torch.Generator().manual_seed(0)
         angle = torch.rand(magnitude.shape[1:], generator=start).to(magnitude.device)

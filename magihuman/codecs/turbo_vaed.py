@@ -1,13 +1,11 @@
-"""The network of the released Turbo-VAED decoder, a light student of the Wan 2.2 decoder (SPEC 8.1 and 8.2).
+"""The Turbo-VAED decoder of the release: network, sliding windows over a clip, checkpoint (SPEC 8).
 
-Convolutions only, no attention, norms without parameters. Names and shapes are those of the release. It is not
-causal, whatever its class was called (oddity O15): every convolution repeats the first and last frame that it is
-given. `codecs_turbo` runs it over a clip.
+    codec = TurboCodec.load("weights/turbo_vae")     # or a cached Hub id
+    frames = codec.decode(latents)                   # [B,48,T,h,w] normalised -> [B,3,4(T-1)+1,16h,16w]
 
-The released Turbo-VAED decoder as a codec: its files and its sliding windows (SPEC 8.3 and 8.4).
-
-The network is not causal, so what a window yields depends on where the window ends: the schedule of windows is
-part of the decoder.
+A light student of the Wan 2.2 decoder: convolutions only, norms without parameters, names and shapes of the release. It
+is not causal (oddity O15): every convolution repeats the first and last frame of its input, so the output depends on
+where a window ends, and the schedule of windows is part of the decoder.
 """
 
 import warnings
@@ -24,14 +22,25 @@ from magihuman.codecs.wan import LATENT_MEAN, LATENT_STD
 from magihuman.errors import UserError
 from magihuman.io.released_files import load_strict, locate, read_json, read_state
 
+REPO = "GAIR/daVinci-MagiHuman"
+FILES = (
+    "turbo_vae/checkpoint-340000.ckpt",
+    "checkpoint-340000.ckpt",
+    "turbo_vae/model.safetensors",
+    "model.safetensors",
+)
+CONFIG_FILES = ("TurboV3-Wan22-TinyShallow_7_7.json", "config.json")
+AVERAGED = "ema_state_dict"  # key of the EMA weights, which are the ones to use
+ALIGNMENT_HEADS = "aligned_feature_projection_heads."  # left over from its training
+
 NORM_EPS = 1e-8  # in front of a shortcut the configured one is used instead
 PATCH = 2
 _IGNORED_SETTINGS = ("_", "aligned_", "in_channels", "scaling_factor")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One up block, in the order in which latents pass: width in and out, residual blocks, kind of upsampling."""
+class UpStage:
+    """One up block: widths in and out, number of residual blocks, kind of upsampling."""
 
     channels_in: int
     channels_out: int
@@ -44,7 +53,7 @@ class Stage:
 class TurboConfig:
     """The release's JSON, in its names and its order (SPEC 8.1).
 
-    All five `decoder_*` lists run from pixels to latents; `stages` and `mid_*` turn them round, once, here.
+    All five `decoder_*` lists run from pixels to latents; `stages` has them reversed.
 
     Raises:
         UserError: a setting that the released decoder does not have, or lists that do not fit each other.
@@ -115,9 +124,7 @@ class TurboConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TurboConfig":
-        """Read the release's settings; leftovers of its distillation are passed over.
-
-        Warns of settings that are not known: like the release, we have no use for them.
+        """Read the release's settings, without the leftovers of its training; warns of unknown settings.
 
         Raises:
             UserError: a setting is absent, of the wrong type, or not offered.
@@ -125,7 +132,7 @@ class TurboConfig:
         known = {field.name: field for field in fields(cls)}
         unknown = [key for key in values if key not in known and not key.startswith(_IGNORED_SETTINGS)]
         if unknown:
-            warnings.warn(f"Turbo decoder: settings without a meaning: {', '.join(unknown)}", stacklevel=2)
+            warnings.warn(f"Turbo decoder: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
         given: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
         }
@@ -135,7 +142,7 @@ class TurboConfig:
             raise UserError(f"these are not the settings of a Turbo decoder: {error}") from error
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[UpStage, ...]:
         """The up blocks, first to last."""
         widths = self.decoder_block_out_channels[::-1]
         kinds: list[Literal["none", "space", "space_time"]] = [
@@ -145,7 +152,7 @@ class TurboConfig:
             )
         ]
         return tuple(
-            Stage(*parts)
+            UpStage(*parts)
             for parts in zip(
                 (widths[0], *widths[:-1]),
                 widths,
@@ -158,7 +165,7 @@ class TurboConfig:
 
 
 class TurboDecoder(nn.Module):
-    """Raw latents of one window to frames; differentiable."""
+    """De-normalised latents of one window -> frames; differentiable."""
 
     def __init__(self, config: TurboConfig) -> None:
         super().__init__()
@@ -192,7 +199,7 @@ class TurboDecoder(nn.Module):
         return self._head(x)
 
     def taps(self, latents: torch.Tensor, first: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`forward`, and what the middle block and every up block yield, [B,width,T_i,h_i,w_i] each."""
+        """`forward`, and the outputs of the middle block and every up block: [B,width,T_i,h_i,w_i] each."""
         taps = [self.mid_block["resnets"](self.conv_in(latents))]
         for block in self.up_blocks:
             taps.append(block(taps[-1], first))
@@ -209,9 +216,9 @@ class TurboDecoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Change of width, upsampling, then residual blocks at the higher resolution."""
+    """Block with a change of width, upsampling, then residual blocks at the higher resolution."""
 
-    def __init__(self, stage: Stage, config: TurboConfig) -> None:
+    def __init__(self, stage: UpStage, config: TurboConfig) -> None:
         super().__init__()
         width = stage.channels_out
         kernel = config.decoder_dw_kernel_size if stage.depthwise else None
@@ -239,7 +246,7 @@ class UpBlock(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Twice the rows and columns; twice the frames before that where `time` is set."""
+    """Upsampling by two in space, and before that in time where `time` is set."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
@@ -259,7 +266,7 @@ class Upsampler(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, activation, convolution, twice; plus the input, through a 1x1x1 convolution where widths differ.
+    """Residual block: (norm, activation, convolution) twice; the shortcut is a 1x1x1 convolution where widths differ.
 
     Args:
         depthwise: size of the depthwise kernel, or None for dense 3x3x3 convolutions.
@@ -294,7 +301,7 @@ class ResidualBlock(nn.Module):
 
 
 class EdgeConv3d(nn.Module):
-    """3-D convolution of the same size: zeros around the picture, the first and last frame repeated in time."""
+    """3-D convolution that keeps the size: zero padding in space, first and last frame repeated in time."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: tuple[int, int, int]) -> None:
         super().__init__()
@@ -306,7 +313,7 @@ class EdgeConv3d(nn.Module):
 
 
 class DepthwiseConv3d(nn.Module):
-    """One kernel per channel, then a mixture of channels; padded as `EdgeConv3d`. Not in the released file."""
+    """Depthwise-separable 3-D convolution, padded as `EdgeConv3d`. Not in the released file."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
         super().__init__()
@@ -347,7 +354,7 @@ def unpatchify(x: torch.Tensor) -> torch.Tensor:
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:
-    """SiLU of a tensor that the caller has just made."""
+    """SiLU, in place without gradients: for temporaries only."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -358,29 +365,14 @@ def _repeat_edges(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _per_frame(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Apply a function of pictures [N,C,h,w] to a clip [B,C,T,h,w]."""
-    pictures = function(x.transpose(1, 2).flatten(0, 1))
-    return pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-
-
-REPO = "GAIR/daVinci-MagiHuman"
-FILES = (
-    "turbo_vae/checkpoint-340000.ckpt",
-    "checkpoint-340000.ckpt",
-    "turbo_vae/model.safetensors",
-    "model.safetensors",
-)
-CONFIG_FILES = ("TurboV3-Wan22-TinyShallow_7_7.json", "config.json")
-AVERAGED = "ema_state_dict"  # where the checkpoint keeps the weights to use, beside the last ones
-ALIGNMENT_HEADS = "aligned_feature_projection_heads."  # of the distillation; the decoder does not use them
+    """Apply a function of images [N,C,h,w] to every frame of [B,C,T,h,w]."""
+    images = function(x.transpose(1, 2).flatten(0, 1))
+    return images.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Latents [start, stop) to decode at once, and how many of the frames are dropped at either end.
-
-    Only the first window of a clip drops nothing at its head.
-    """
+    """Latents [start, stop) decoded at once, and the number of frames dropped at either end (none at a clip's start)."""
 
     start: int
     stop: int
@@ -389,10 +381,10 @@ class Window:
 
 
 def windows(length: int, first: int, step: int, rate: int = 4) -> list[Window]:
-    """The release's schedule (SPEC 8.3): one latent of context on each side, kept frames adjoin.
+    """Windows of the release's schedule (SPEC 8.3): one latent of context on each side.
 
     Args:
-        length: T. The last latent is to be repeated up to the last window's `stop`.
+        length: T. The caller repeats the last latent up to the last window's `stop`.
         first, step: latents that the first and every later window contributes.
         rate: frames per latent.
     """
@@ -411,13 +403,13 @@ def windows(length: int, first: int, step: int, rate: int = 4) -> list[Window]:
 
 
 class TurboCodec(nn.Module):
-    """Normalised latents [B,C,T,h,w] -> frames, window by window: decoding as in `codecs.VideoCodec`.
+    """The decoder of a `VideoCodec` (`magihuman.codecs.base`), in sliding windows; encoding needs `WanCodec`.
 
-    Its state dict has the released names. It cannot encode: pictures are encoded by the teacher (`WanCodec`).
+    Its state dict has the released names.
 
     Args:
-        decoder: in the dtype in which it shall compute; its gradients are turned off.
-        mean, std: C latent statistics each; those of the release by default. They stay fp32 (SPEC 8.3).
+        decoder: in the compute dtype; gradients are turned off.
+        mean, std: [C] latent statistics, fp32 (SPEC 8.3); those of the release by default.
     """
 
     mean: torch.Tensor
@@ -436,13 +428,7 @@ class TurboCodec(nn.Module):
         self.channels = config.latent_channels
         space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
         self.stride: tuple[int, int, int] = (time, space, space)
-        mean = torch.tensor(LATENT_MEAN) if mean is None else mean
-        std = torch.tensor(LATENT_STD) if std is None else std
-        for name, values in (("means", mean), ("standard deviations", std)):
-            if values.shape != (self.channels,):
-                raise UserError(f"the Turbo decoder has {self.channels} channels, but {len(values)} {name}")
-        self.register_buffer("mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", std.float().view(1, -1, 1, 1, 1), persistent=False)
+        _register_statistics(self, mean, std)
 
     @classmethod
     def load(
@@ -451,14 +437,14 @@ class TurboCodec(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> "TurboCodec":
-        """Load the released checkpoint, or the same as safetensors, with its JSON beside it.
+        """Load the released checkpoint, or its safetensors version, with its JSON in the same folder.
 
         Args:
             source: the file, its folder, the folder of the whole release, or a Hub id that is cached.
             dtype: bf16 is the release's choice (SPEC 4.5).
 
         Raises:
-            UserError: absent (with the command that fetches it), damaged, or not this decoder.
+            UserError: missing (with the command that fetches it), damaged, or another network.
         """
         path = locate(source, FILES, REPO)
         beside = [path.with_name(name) for name in CONFIG_FILES]
@@ -477,7 +463,7 @@ class TurboCodec(nn.Module):
         std: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "TurboCodec":
-        """Build from a state dict in the names of the checkpoint; the distillation's heads are left out.
+        """Build from a state dict in the names of the checkpoint, without its alignment heads.
 
         Raises:
             UserError: naming missing, unexpected and wrong-shaped tensors.
@@ -497,7 +483,7 @@ class TurboCodec(nn.Module):
     def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Decode window by window: yields [B,3,n,H,W] fp32, not clamped; concatenated, they are `decode`.
 
-        In the release n is 25, then 28 each, less at the end. Memory does not grow with the length of the clip.
+        In the release n is 25, then 28, fewer at the end. Memory does not depend on the length of the clip.
 
         Raises:
             ValueError: latents are not [B,C,T,h,w] with the decoder's C and T >= 1.
@@ -516,18 +502,63 @@ class TurboCodec(nn.Module):
             yield frames[:, :, window.head : frames.shape[2] - window.tail].float()
 
     def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the network takes them: its dtype and device, the statistics applied in fp32."""
+        """Normalised latents -> the network's input, on its device and in its dtype; arithmetic in fp32."""
         dtype = self.decoder.conv_in.conv.weight.dtype
         return denormalise(latents.to(self.mean.device, dtype), self.mean, self.std)
 
 
+class TrainableTurboDecoder(nn.Module):
+    """The Turbo network for training, with the interface of `causal_decoder.CausalDecoder` except `step`.
+
+    Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W] in one window; `TurboCodec` decodes long clips.
+
+    Args:
+        mean, std: [C] latent statistics, undone first; those of the Wan 2.2 codec by default.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self, config: TurboConfig, mean: torch.Tensor | None = None, std: torch.Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.latent_channels
+        space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
+        self.stride: tuple[int, int, int] = (time, space, space)
+        self.decoder = TurboDecoder(config)
+        _register_statistics(self, mean, std)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """A whole clip in one window."""
+        return self.decoder(self._raw(latents), first=True)
+
+    def taps(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Frames, and the outputs of the middle block and every up block: [B,width,T_i,h_i,w_i] each."""
+        return self.decoder.taps(self._raw(latents), first=True)
+
+    def _raw(self, latents: torch.Tensor) -> torch.Tensor:
+        return denormalise(latents.to(self.decoder.conv_in.conv.weight.dtype), self.mean, self.std)
+
+
+def _register_statistics(module: nn.Module, mean: torch.Tensor | None, std: torch.Tensor | None) -> None:
+    mean = torch.tensor(LATENT_MEAN) if mean is None else mean
+    std = torch.tensor(LATENT_STD) if std is None else std
+    for name, values in (("means", mean), ("standard deviations", std)):
+        if values.shape != (module.channels,):
+            raise UserError(f"the Turbo decoder has {module.channels} channels, but {len(values)} {name}")
+    module.register_buffer("mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
+    module.register_buffer("std", std.float().view(1, -1, 1, 1, 1), persistent=False)
+
+
 def denormalise(latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Latents in the network's dtype with their statistics, [1,C,1,1,1] fp32, undone in fp32 (SPEC 8.3)."""
+    """Undo the normalisation by [1,C,1,1,1] fp32 statistics; the result has the dtype of `latents` (SPEC 8.3)."""
     return (latents / (1.0 / std) + mean).to(latents.dtype)
 
 
 def decoder_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors in the names `decoder.*`: without `module.`, without the distillation's heads.
+    """A checkpoint's tensors under `decoder.*`, without the prefix `module.` and the alignment heads.
 
     A state dict of the bare decoder (no name starts with `decoder.` or `encoder.`) gets the prefix (SPEC 8.4).
     """

@@ -1,8 +1,10 @@
-"""The Wan 2.2 video VAE through diffusers, with a key map of our own for the original file (SPEC 6).
+"""The Wan 2.2 video VAE through diffusers, for files in the original layout too (SPEC 6).
 
-Latents are the mean of the posterior, normalised per channel: `(mu - mean) * (1 / std)`. diffusers supplies
-the network; the statistics, the file names and the decoding loop are ours (diffusers clamps, and collects a
-whole clip before it returns).
+    codec = WanCodec.load("Wan2.2_VAE.pth", device="cuda")
+    latents = codec.encode(frames)        # [B,3,4k+1,H,W] in [-1,1] -> [B,48,k+1,H/16,W/16]
+
+Latents are the posterior mean, normalised per channel: `(mu - mean) * (1 / std)`. The network is diffusers'; statistics,
+key map and decoding loop are ours (diffusers clamps, and returns a clip only when all of it is decoded).
 """
 
 import json
@@ -47,8 +49,8 @@ class WanCodec(nn.Module):
     Implements `magihuman.codecs.base.VideoCodec`.
 
     Args:
-        vae: an `AutoencoderKLWan` in the dtype in which it shall compute.
-        mean, std: C latent statistics each.
+        vae: an `AutoencoderKLWan` in the compute dtype.
+        mean, std: [C] latent statistics.
     """
 
     mean: torch.Tensor
@@ -83,7 +85,7 @@ class WanCodec(nn.Module):
             dtype: bf16 is the release's choice; fp32 doubles memory (2.8 GB) and is exact.
 
         Raises:
-            UserError: absent (with the command that fetches it), damaged, or not a Wan 2.2 VAE.
+            UserError: missing (with the command that fetches it), damaged, or not a Wan 2.2 VAE.
         """
         path = locate(source, FILES, REPO)
         state = read_state(path)
@@ -140,7 +142,7 @@ class WanCodec(nn.Module):
     def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """Decode latent frame by latent frame: yields [B,3,1,H,W], then [B,3,4,H,W] each; fp32, not clamped.
 
-        Memory does not grow with the length of the clip.
+        Memory does not depend on the length of the clip.
         """
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
@@ -154,10 +156,10 @@ class WanCodec(nn.Module):
 
 
 def released_config(state: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
-    """Read the arguments of `AutoencoderKLWan` off the shapes of a Wan 2.2 state dict (SPEC 6).
+    """Arguments of `AutoencoderKLWan` from the shapes of a Wan 2.2 state dict (SPEC 6).
 
     Raises:
-        UserError: a tensor that is needed for this is absent.
+        UserError: a tensor that is needed for this is missing.
     """
 
     def shape(key: str) -> torch.Size:
@@ -215,7 +217,7 @@ def key_map(vae: Any) -> dict[str, str]:
 def to_diffusers(
     shapes: Mapping[str, tuple[int, ...]], source: str | Path
 ) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """How the tensors of an original file are called and shaped in diffusers.
+    """Names and shapes in diffusers of the tensors of an original file.
 
     Returns:
         config.json of the diffusers folder, and: name in the file -> (name, shape) in diffusers.

@@ -1,8 +1,8 @@
-"""The Wan 2.2 decoder as a teacher of lighter ones: what its first blocks say, and whole clips with gradients.
+"""The Wan 2.2 decoder for training: whole clips with gradients, and features of its first blocks.
 
-`codecs_wan` decodes latent by latent, as inference has to. A training has the whole clip, so here every convolution
-runs once over all of it, with the same result (a test compares the two); and a student that learns from the first
-blocks alone does not pay for the others: of the published decoder they are 4.5 % of the arithmetic.
+`wan.WanCodec` decodes latent by latent, as inference needs. Here every convolution runs once over the whole clip, with
+the same result (tested). It is the teacher of lighter decoders (`recipes/turbo_vae.py`); a student of the first blocks'
+features computes these alone, 4.5 % of the arithmetic of the published decoder.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,16 @@ from magihuman.errors import UserError
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
-    """A decoder in Wan 2.2's layout, of any size.
+class WanDecoderConfig:
+    """Hyperparameters of a decoder in Wan 2.2's layout.
 
     Attributes:
-        latent_channels: C. width: channels of the last block; multipliers: of the blocks' widths, last block first.
-        blocks: residual blocks of a block, less one. double_time: for all blocks but the last, first block first,
-            whether it doubles the frames; each of them doubles rows and columns.
-        patch: side of the square of pixels that one position of the last block becomes.
+        latent_channels: C.
+        width: channels of the last block; multipliers: of the blocks' widths, last block first.
+        blocks: residual blocks per block, less one.
+        double_time: for all blocks but the last, first block first: whether it doubles the frames; all of them double
+            rows and columns.
+        patch: side of the square of pixels per position of the last block.
     """
 
     latent_channels: int
@@ -52,7 +54,7 @@ class TeacherConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TeacherConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "WanDecoderConfig":
         """Raises UserError for unknown, missing or impossible settings."""
         given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         try:
@@ -61,13 +63,13 @@ class TeacherConfig:
             raise UserError(f"these are not the settings of a teacher decoder: {error}") from error
 
 
-class WanTeacher(nn.Module):
+class WanDecoder(nn.Module):
     """Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W], about [-1,1], not clamped; differentiable.
 
     Args:
         decoder: diffusers' `WanDecoder3d` of the Wan 2.2 kind.
-        patch: see `TeacherConfig`.
-        before: what latents go through first (de-normalisation and a 1x1 convolution in the release), or None.
+        patch: see `WanDecoderConfig`.
+        before: module applied to the latents first (de-normalisation and a 1x1 convolution in the release), or None.
     """
 
     def __init__(self, decoder: Any, patch: int, before: nn.Module | None = None) -> None:
@@ -81,8 +83,8 @@ class WanTeacher(nn.Module):
         self.stride: tuple[int, int, int] = (2 ** sum(doublings), space, space)
 
     @classmethod
-    def build(cls, config: TeacherConfig) -> "WanTeacher":
-        """A decoder with fresh weights."""
+    def build(cls, config: WanDecoderConfig) -> "WanDecoder":
+        """A decoder with random weights."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
 
         decoder = WanDecoder3d(
@@ -93,12 +95,12 @@ class WanTeacher(nn.Module):
         return cls(decoder, config.patch)
 
     @classmethod
-    def from_codec(cls, codec: WanCodec) -> "WanTeacher":
-        """The decoder of a codec, which shares its weights."""
+    def from_codec(cls, codec: WanCodec) -> "WanDecoder":
+        """The decoder of a codec, sharing its weights."""
         return cls(codec.vae.decoder, codec.vae.config.patch_size or 1, Denormalise(codec))
 
-    def truncated(self, blocks: int) -> "WanTeacher":
-        """The same weights without what lies behind the first `blocks` up blocks: for `features`, not for frames.
+    def truncated(self, blocks: int) -> "WanDecoder":
+        """Remove the layers after the first `blocks` up blocks, in place: for `features`, not for frames.
 
         Raises:
             UserError: the decoder has fewer.
@@ -111,10 +113,7 @@ class WanTeacher(nn.Module):
         return self
 
     def features(self, latents: Tensor, blocks: int = 1) -> list[Tensor]:
-        """What the middle block yields, then each of the first `blocks` up blocks: [B,width,T_i,h_i,w_i].
-
-        Nothing behind them is computed.
-        """
+        """Outputs of the middle block and of the first `blocks` up blocks: [B,width,T_i,h_i,w_i]; later layers do not run."""
         return self._run(latents, blocks)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class WanTeacher(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """`forward` in fp32 and without gradients, as `codecs.VideoCodec` has it."""
+        """`forward` without gradients, fp32 out, as in `magihuman.codecs.base.VideoCodec`."""
         return self(latents.to(self.decoder.conv_in.weight.device)).float()
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
@@ -144,7 +143,7 @@ class WanTeacher(nn.Module):
 
 
 class Denormalise(nn.Module):
-    """Normalised latents to what the published decoder takes. Of the codec it keeps this alone, not the encoder."""
+    """Normalised latents -> input of the published decoder: statistics undone, then a 1x1 convolution."""
 
     mean: Tensor
     std: Tensor
@@ -168,15 +167,15 @@ def _up(block: Any, x: Tensor) -> Tensor:
     if block.upsampler is not None:
         if block.upsampler.mode == "upsample3d":
             x = _double_time(block.upsampler.time_conv, x)
-        pictures = block.upsampler.resample(x.transpose(1, 2).flatten(0, 1))
-        x = pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        images = block.upsampler.resample(x.transpose(1, 2).flatten(0, 1))
+        x = images.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
     if block.avg_shortcut is not None:
         x = x + block.avg_shortcut(start, first_chunk=True)
     return x
 
 
 def _double_time(convolution: Any, x: Tensor) -> Tensor:
-    """T frames to 2 T - 1: a clip's first one stays single, and the convolution over time does not see it."""
+    """T frames -> 2 T - 1: the first one stays single and is not part of the convolution over time."""
     if x.shape[2] == 1:
         return x
     pairs = convolution(x[:, :, 1:]).unflatten(1, (2, -1))  # [B,2,C,T-1,h,w]

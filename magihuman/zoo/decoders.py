@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from magihuman.codecs.causal_decoder import ReleasedStudent, StudentCodec, TurboStudent
-    from magihuman.codecs.turbo_vaed import TurboCodec
-    from magihuman.codecs.wan_decoder import WanTeacher
+    from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+    from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
+    from magihuman.codecs.wan_decoder import WanDecoder
     from magihuman.models.latent_contract import Contract
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "turbo"
@@ -68,7 +68,7 @@ class DecoderConfig:
 
     Attributes:
         layout: `causal` (ours), `released`, or `wan` (a teacher); network: its hyperparameters, as
-            `StudentConfig.to_dict`, as the release's JSON, or as `TeacherConfig.to_dict`.
+            `CausalDecoderConfig.to_dict`, as the release's JSON, or as `WanDecoderConfig.to_dict`.
         latents: what it decodes.
         provenance: free facts about the training, such as recipe, seed and steps; its run.json has the data by sha256.
 
@@ -115,14 +115,14 @@ class DecoderConfig:
 
 def _shape_of(layout: str, network: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
     if layout == "causal":
-        from magihuman.codecs.causal_decoder_config import StudentConfig
+        from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 
-        ours = StudentConfig.from_dict(network)
+        ours = CausalDecoderConfig.from_dict(network)
         return ours.latent_channels, ours.stride
     if layout == "wan":
-        from magihuman.codecs.wan_decoder import TeacherConfig
+        from magihuman.codecs.wan_decoder import WanDecoderConfig
 
-        teacher = TeacherConfig.from_dict(network)
+        teacher = WanDecoderConfig.from_dict(network)
         return teacher.latent_channels, teacher.stride
     from magihuman.codecs.turbo_vaed import TurboConfig
 
@@ -154,13 +154,13 @@ def arch(name: str) -> dict[str, Any]:
 
 def summary(name: str) -> str:
     """Size and kind of an architecture in a line; without torch."""
-    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo.footprint import TURBO_PARAMETERS
 
     described = arch(name)
     if described["layout"] == "released":
         return f"{TURBO_PARAMETERS:>14,} parameters  the published Turbo decoder, in windows"
-    config = StudentConfig.from_dict(described["network"])
+    config = CausalDecoderConfig.from_dict(described["network"])
     widths = ", ".join(str(stage.width) for stage in config.stages)
     return (
         f"{config.parameter_count():>14,} parameters  causal, widths {widths}, stride {list(config.stride)}, "
@@ -180,7 +180,7 @@ def config_for(name: str, contract: "Contract") -> DecoderConfig:
 
 def build(
     config: DecoderConfig, device: "torch.device | str" = "cpu", seed: int | None = None
-) -> "TurboStudent | ReleasedStudent | WanTeacher":
+) -> "CausalDecoder | TrainableTurboDecoder | WanDecoder":
     """Make a network to train, with fresh fp32 weights: normalised latents to frames, with `taps` for features.
 
     Args:
@@ -189,19 +189,19 @@ def build(
     """
     import torch
 
-    from magihuman.codecs.causal_decoder import ReleasedStudent, TurboStudent
-    from magihuman.codecs.causal_decoder_config import StudentConfig
-    from magihuman.codecs.turbo_vaed import TurboConfig
-    from magihuman.codecs.wan_decoder import TeacherConfig, WanTeacher
+    from magihuman.codecs.causal_decoder import CausalDecoder
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
+    from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboConfig
+    from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
 
     with torch.random.fork_rng(enabled=seed is not None), torch.device(device):
         if seed is not None:
             torch.manual_seed(seed)
         if config.layout == "causal":
-            return TurboStudent(StudentConfig.from_dict(config.network))
+            return CausalDecoder(CausalDecoderConfig.from_dict(config.network))
         if config.layout == "wan":
-            return WanTeacher.build(TeacherConfig.from_dict(config.network))
-        return ReleasedStudent(TurboConfig.from_json(config.network), *_statistics(config.latents))
+            return WanDecoder.build(WanDecoderConfig.from_dict(config.network))
+        return TrainableTurboDecoder(TurboConfig.from_json(config.network), *_statistics(config.latents))
 
 
 def _statistics(latents: Latents) -> "tuple[Tensor, Tensor] | tuple[None, None]":
@@ -287,7 +287,7 @@ def load(
     decoder: str | Path,
     device: "torch.device | str" = "cpu",
     dtype: "torch.dtype | None" = None,
-) -> "StudentCodec | TurboCodec | WanTeacher":
+) -> "CausalDecoderCodec | TurboCodec | WanDecoder":
     """Open a decoder for use.
 
     Args:
@@ -299,8 +299,8 @@ def load(
     """
     import torch
 
-    from magihuman.codecs.causal_decoder import StudentCodec, TurboStudent
-    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
     from magihuman.io.released_files import load_strict, read_state
 
@@ -315,11 +315,11 @@ def load(
     if config.layout == "wan":
         teacher = build(config, "meta")
         load_strict(teacher, state, {key: key for key in teacher.state_dict()}, folder / MODEL, chosen)
-        return cast("WanTeacher", teacher.eval().requires_grad_(False).to(device))
+        return cast("WanDecoder", teacher.eval().requires_grad_(False).to(device))
     with torch.device("meta"):
-        network = TurboStudent(StudentConfig.from_dict(config.network))
+        network = CausalDecoder(CausalDecoderConfig.from_dict(config.network))
     load_strict(network, state, {key: key for key in network.state_dict()}, folder / MODEL, chosen)
-    return StudentCodec(network).to(device)
+    return CausalDecoderCodec(network).to(device)
 
 
 def _load_published(decoder: str | Path, device: "torch.device | str", dtype: "torch.dtype") -> "TurboCodec":

@@ -8,7 +8,7 @@ device. What kernels take for themselves (workspaces of convolutions and attenti
 from dataclasses import dataclass
 from math import prod
 
-from magihuman.codecs.causal_decoder_config import REACH, StudentConfig
+from magihuman.codecs.causal_decoder_config import REACH, CausalDecoderConfig
 from magihuman.models.config import Checkpointing, DiTConfig
 
 BF16, FP32 = 2, 4
@@ -232,7 +232,7 @@ TURBO_PARAMETERS = 107_122_892
 TURBO_DECODER = Coder(BF16 * TURBO_PARAMETERS, 12_800)
 
 
-def student_decoder(config: StudentConfig, height: int, width: int, tile: int | None = None) -> "Coder":
+def student_decoder(config: CausalDecoderConfig, height: int, width: int, tile: int | None = None) -> "Coder":
     """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
 
     Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and

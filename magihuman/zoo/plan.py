@@ -7,7 +7,7 @@ decimal.
 from dataclasses import dataclass, replace
 from math import prod
 
-from magihuman.codecs.causal_decoder_config import StudentConfig
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
 from magihuman.zoo import footprint
@@ -54,7 +54,7 @@ class Request:
     enlarged: tuple[int, int] = (0, 0)
     sr_guided: bool = False
     turbo: bool = False
-    student: StudentConfig | None = None
+    student: CausalDecoderConfig | None = None
     tile: int | None = None
     compute: int = BF16
     memory: str = "fast"

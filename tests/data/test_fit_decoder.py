@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from data.tiny import fit_decoder
 from magihuman.codecs.bundle import load_bundle
-from magihuman.codecs.wan_decoder import WanTeacher
+from magihuman.codecs.wan_decoder import WanDecoder
 from magihuman.zoo import decoders
 
 SMALL = {"steps": 3, "clips": 2, "batch": 1, "crop": 4, "width": 4}
@@ -45,7 +45,7 @@ def test_a_stopped_training_goes_on_to_the_same_teacher(
 
 def test_the_shipped_teacher_is_as_good_as_its_record_says() -> None:
     teacher, world = decoders.load("tiny/teacher"), load_bundle("tiny")
-    assert isinstance(teacher, WanTeacher)
+    assert isinstance(teacher, WanDecoder)
     config = decoders.config_of("tiny/teacher")
     assert config is not None
     truth = fit_decoder._frames(range(100_000, 100_004), 64).float() / 127.5 - 1

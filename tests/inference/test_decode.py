@@ -17,7 +17,12 @@ from inference import decoding
 from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_pictures
 from inference.pipeline import Pipeline
 from magihuman import infer, zoo
-from magihuman.codecs.causal_decoder import StudentCodec, StudentConfig, StudentStage, TurboStudent
+from magihuman.codecs.causal_decoder import (
+    CausalDecoder,
+    CausalDecoderCodec,
+    CausalDecoderConfig,
+    DecoderStage,
+)
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
 from magihuman.media.images import frames_to_uint8
@@ -25,15 +30,15 @@ from magihuman.media.mp4 import read_clip, write_mp4
 from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
 
-SMALL = StudentConfig(3, (StudentStage(8, 1, "full", (2, 2)), StudentStage(6, 2, "split")), (2, 2))
+SMALL = CausalDecoderConfig(3, (DecoderStage(8, 1, "full", (2, 2)), DecoderStage(6, 2, "split")), (2, 2))
 REACH = (
     6  # latents that a pixel of SMALL sees to each side: 1 + 2 at the latents' resolution, 5 at twice that
 )
 
 
-def _student(seed: int = 0, chunk: int | None = None) -> StudentCodec:
+def _student(seed: int = 0, chunk: int | None = None) -> CausalDecoderCodec:
     torch.manual_seed(seed)
-    return StudentCodec(TurboStudent(SMALL), chunk)
+    return CausalDecoderCodec(CausalDecoder(SMALL), chunk)
 
 
 def _latents(frames: int, height: int, width: int) -> torch.Tensor:
@@ -124,7 +129,7 @@ def test_tiles_let_go_of_the_pictures_before_the_next() -> None:
 
 @pytest.mark.parametrize("tile", [None, 32])
 def test_memory_does_not_grow_with_the_clip(tile: int | None) -> None:
-    codec = StudentCodec(TurboStudent(SMALL).to("meta"), chunk=1)
+    codec = CausalDecoderCodec(CausalDecoder(SMALL).to("meta"), chunk=1)
     decoder, peaks = Decoder(codec, tile), []
     for frames in (3, 9):
         z = torch.empty(1, 3, frames, 10, 8, device="meta")
@@ -186,7 +191,7 @@ def test_tiles_that_overlap_by_more_than_the_reach_make_the_whole_picture() -> N
     assert (short - whole).abs().max() > 0.05, "without overlap the borders show"
 
 
-def _blended(codec: StudentCodec, z: torch.Tensor, tile: int, overlap: int) -> torch.Tensor:
+def _blended(codec: CausalDecoderCodec, z: torch.Tensor, tile: int, overlap: int) -> torch.Tensor:
     rows, columns = (spans(length, tile, overlap, 4) for length in z.shape[3:])
     assert len(rows) * len(columns) > 1
     out = torch.zeros_like(codec.decode(z))
@@ -232,7 +237,9 @@ def test_tiles_need_less_memory(name: str, share: float) -> None:
     network: Any = decoders.build(
         decoders.DecoderConfig(described["layout"], described["network"], latents), "meta"
     )
-    codec = StudentCodec(network) if name == "b" else TurboCodec(network.decoder, network.config).to("meta")
+    codec = (
+        CausalDecoderCodec(network) if name == "b" else TurboCodec(network.decoder, network.config).to("meta")
+    )
     z, peaks = torch.empty(1, 48, 2, 68, 120, device="meta"), []
     for tile in (None, 1024):
         with torch.no_grad(), Allocations().ignore(*codec.parameters(), *codec.buffers(), z) as memory:

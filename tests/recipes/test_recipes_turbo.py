@@ -11,7 +11,7 @@ import training_stub
 from safetensors.torch import load_file, save_file
 
 from magihuman.codecs.wan import WanCodec
-from magihuman.codecs.wan_decoder import TeacherConfig, WanTeacher
+from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.io.export import Size
@@ -25,7 +25,7 @@ from magihuman.training.rng import BatchRng
 from magihuman.zoo import decoders
 from recipes.turbo_vae import TurboVAE
 
-TEACHER = TeacherConfig(3, 4, multipliers=(1, 1, 2), double_time=(True, True), blocks=1)
+TEACHER = WanDecoderConfig(3, 4, multipliers=(1, 1, 2), double_time=(True, True), blocks=1)
 STUDENT = {
     "layout": "causal",
     "network": {
@@ -44,7 +44,7 @@ def teacher(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     latents = decoders.Latents.of(training_stub.CONTRACT)
     folder = tmp_path_factory.mktemp("teacher") / "export"
-    network = WanTeacher.build(TEACHER)
+    network = WanDecoder.build(TEACHER)
     return decoders.save(
         folder, network.state_dict(), decoders.DecoderConfig("wan", TEACHER.to_dict(), latents)
     )
@@ -129,7 +129,7 @@ def test_a_whole_clip_equals_latent_by_latent_and_features_are_those_of_the_full
         block.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(out))
     decoded = codec.decode(latents)
     parts = {name: torch.cat(pieces, 2) for name, pieces in seen.items()}
-    whole = WanTeacher.from_codec(codec)
+    whole = WanDecoder.from_codec(codec)
     assert whole.stride == codec.stride
     torch.testing.assert_close(whole.decode(latents), decoded, atol=2e-5, rtol=1e-4)
     features = whole.truncated(1).features(latents)
@@ -138,13 +138,13 @@ def test_a_whole_clip_equals_latent_by_latent_and_features_are_those_of_the_full
     assert [f.shape for f in features] == [(2, 8, 4, 3, 2), (2, 8, 7, 6, 4)]
     for mine, theirs in zip(features, parts.values(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
-    single = WanTeacher.build(TEACHER).decode(torch.randn(1, 3, 1, 2, 2))
+    single = WanDecoder.build(TEACHER).decode(torch.randn(1, 3, 1, 2, 2))
     assert single.shape == (1, 3, 1, 8, 8)
 
 
 def test_a_teacher_is_saved_with_its_contract_and_opened_again(teacher: Path) -> None:
     opened = decoders.load(teacher)
-    assert isinstance(opened, WanTeacher)
+    assert isinstance(opened, WanDecoder)
     assert (opened.channels, opened.stride) == (3, (4, 4, 4))
     assert opened.decode(torch.zeros(1, 3, 3, 2, 2)).shape == (1, 3, 9, 8, 8)
     with pytest.raises(UserError, match="teacher_blocks=4, but this teacher has 3 up blocks"):

@@ -7,14 +7,14 @@ import training_stub
 from test_parallel import World
 from test_recipes_turbo import TEACHER
 
-from magihuman.codecs.wan_decoder import WanTeacher
+from magihuman.codecs.wan_decoder import WanDecoder
 from magihuman.zoo import decoders
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     latents = decoders.Latents.of(training_stub.CONTRACT)
     config = decoders.DecoderConfig("wan", TEACHER.to_dict(), latents)
-    teacher = decoders.save(tmp_path / "teacher", WanTeacher.build(TEACHER).state_dict(), config)
+    teacher = decoders.save(tmp_path / "teacher", WanDecoder.build(TEACHER).state_dict(), config)
     shards = training_stub.write_shards(tmp_path / "shards")
     # The second step brings what is each process's own: units of features, balance of the adversary.
     common = [

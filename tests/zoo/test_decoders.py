@@ -9,19 +9,18 @@ from safetensors.torch import load_file, save_file
 
 from magihuman.codecs.bundle import load_bundle
 from magihuman.codecs.causal_decoder import (
-    ReleasedStudent,
-    StudentCodec,
-    StudentConfig,
-    StudentStage,
-    TurboStudent,
+    CausalDecoder,
+    CausalDecoderCodec,
+    CausalDecoderConfig,
+    DecoderStage,
 )
-from magihuman.codecs.turbo_vaed import TurboCodec
+from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
 from magihuman.zoo.decoders import DecoderConfig, Latents
 
 LATENTS = Latents("tiny-0123", 4, (4, 4, 4))
-SMALL = StudentConfig(4, (StudentStage(8, 1, "full", (2, 2)), StudentStage(4, 1, "split")), (2, 2))
+SMALL = CausalDecoderConfig(4, (DecoderStage(8, 1, "full", (2, 2)), DecoderStage(4, 1, "split")), (2, 2))
 CONFIG = DecoderConfig("causal", SMALL.to_dict(), LATENTS, {"seed": 0})
 
 
@@ -55,7 +54,7 @@ def test_an_export_decodes_as_the_network_it_came_from(tmp_path: Path) -> None:
     z = torch.randn(2, 4, 3, 5, 5)
     for source in (folder, tmp_path / "run"):  # a run folder holds its export
         codec = decoders.load(source)
-        assert isinstance(codec, StudentCodec)
+        assert isinstance(codec, CausalDecoderCodec)
         with torch.no_grad():
             assert torch.equal(codec.decode(z), network(z))
     assert decoders.config_of(tmp_path / "run") == CONFIG
@@ -72,7 +71,7 @@ def test_the_released_layout_is_exported_with_the_statistics_of_its_codec(tmp_pa
     }
     config = DecoderConfig("released", network, Latents(codec, 48, (4, 16, 16)))
     student = decoders.build(config, seed=0)
-    assert isinstance(student, ReleasedStudent)
+    assert isinstance(student, TrainableTurboDecoder)
     assert bool((student.mean != 0).any()) == (codec == "wan2.2")
     loaded = decoders.load(decoders.save(tmp_path / "d", student.state_dict(), config))
     assert isinstance(loaded, TurboCodec)
@@ -131,4 +130,4 @@ def test_what_is_no_decoder_is_taken_for_the_published_one(tmp_path: Path) -> No
 
 
 def test_a_network_is_a_student_of_ours() -> None:
-    assert isinstance(decoders.build(CONFIG, "meta"), TurboStudent)
+    assert isinstance(decoders.build(CONFIG, "meta"), CausalDecoder)

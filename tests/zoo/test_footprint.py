@@ -165,10 +165,10 @@ def test_released_turbo_decoder() -> None:
 @pytest.mark.parametrize("size", [(256, 448), (512, 896), (1088, 1920)])
 def test_our_decoders(name: str, size: tuple[int, int]) -> None:
     from inference.benchmark.decode_cost import decode_cost
-    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo import decoders
 
-    config = StudentConfig.from_dict(decoders.arch(name)["network"])
+    config = CausalDecoderConfig.from_dict(decoders.arch(name)["network"])
     chunk = config.chunk(size[0] * size[1] // 256)
     counted = decode_cost(name, *size, latents=2 * chunk + 1)
     computed = footprint.student_decoder(config, *size)
@@ -182,11 +182,11 @@ def test_our_decoders(name: str, size: tuple[int, int]) -> None:
 def test_our_decoders_in_tiles(tile: int) -> None:
     from inference.benchmark.decode_cost import random_codec
     from inference.decoding import Decoder, to_pictures
-    from magihuman.codecs.causal_decoder_config import StudentConfig
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo import decoders
 
     height, width = 1088, 1920
-    config = StudentConfig.from_dict(decoders.arch("b")["network"])
+    config = CausalDecoderConfig.from_dict(decoders.arch("b")["network"])
     codec, z = random_codec("b", "meta"), torch.empty(1, 48, 3, height // 16, width // 16, device="meta")
     with torch.no_grad(), Allocations().ignore(*codec.parameters(), *codec.buffers(), z) as counted:
         for part in Decoder(codec, tile=tile).frames(z):

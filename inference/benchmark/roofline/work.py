@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from inference.benchmark.roofline.cases import Case, Stage
-from magihuman.codecs.causal_decoder_config import StudentConfig
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import ForwardFlops, forward_flops
@@ -162,17 +162,17 @@ def decoder_parameters(decoder: str) -> int:
     return _known_student(decoder).parameter_count()
 
 
-def _student(name: str) -> StudentConfig | None:
+def _student(name: str) -> CausalDecoderConfig | None:
     """An architecture of ours for the released latents; None for others."""
     from magihuman.zoo.decoders import arch
 
     described = arch(name)
     if described["world"] != "released" or described["layout"] != "causal":
         return None
-    return StudentConfig.from_dict(described["network"])
+    return CausalDecoderConfig.from_dict(described["network"])
 
 
-def _known_student(name: str) -> StudentConfig:
+def _known_student(name: str) -> CausalDecoderConfig:
     if name not in decoders():
         raise UserError(f"decoder={name} is unknown; choose one of {', '.join(decoders())}")
     found = _student(name)

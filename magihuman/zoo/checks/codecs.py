@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from magihuman.codecs import oobleck, wan
-from magihuman.codecs.audio_windows import cross_fade
-from magihuman.codecs.oobleck import OobleckCodec
+from magihuman.codecs.oobleck import OobleckCodec, cross_fade
 from magihuman.codecs.wan import WanCodec
 from magihuman.media.images import to_playback_rate
 from magihuman.zoo.checks import Case, Result, compare

@@ -15,10 +15,10 @@ from magihuman.codecs.turbo_vaed import (
     CONFIG_FILES,
     REPO,
     ResidualBlock,
-    Stage,
     TurboCodec,
     TurboConfig,
     TurboDecoder,
+    UpStage,
     Window,
     rms_norm,
     unpatchify,
@@ -133,10 +133,10 @@ def test_release_has_its_tensors_and_parameters(golden: Path) -> None:
 
 def test_lists_are_turned_round() -> None:
     assert TurboConfig.from_json(TURBO_SETTINGS).stages == (
-        Stage(512, 512, 3, "space_time", False),
-        Stage(512, 256, 2, "space_time", False),
-        Stage(256, 128, 2, "space", False),
-        Stage(128, 64, 2, "none", False),
+        UpStage(512, 512, 3, "space_time", False),
+        UpStage(512, 256, 2, "space_time", False),
+        UpStage(256, 128, 2, "space", False),
+        UpStage(128, 64, 2, "none", False),
     )
     depthwise = TurboConfig.from_json(
         {**TURBO_SETTINGS, "decoder_is_dw_conv": [False, False, False, True, True]}
@@ -189,7 +189,7 @@ def test_refuses_other_settings(change: dict[str, Any], message: str) -> None:
 def test_absent_and_unknown_settings_are_named() -> None:
     with pytest.raises(UserError, match="'step_size'"):
         TurboConfig.from_json({key: value for key, value in TURBO_SETTINGS.items() if key != "step_size"})
-    with pytest.warns(UserWarning, match="without a meaning: shiny$"):
+    with pytest.warns(UserWarning, match="unknown settings are ignored: shiny$"):
         assert TurboConfig.from_json({**TURBO_SETTINGS, "shiny": 1}) == TurboConfig.from_json(TURBO_SETTINGS)
 
 

@@ -8,48 +8,47 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from magihuman.codecs.causal_decoder import (
-    ReleasedStudent,
-    StudentCodec,
-    StudentConfig,
-    StudentStage,
-    TurboStudent,
+    CausalDecoder,
+    CausalDecoderCodec,
+    CausalDecoderConfig,
+    DecoderStage,
     norm_silu,
     shuffle,
 )
 from magihuman.codecs.causal_decoder_config import LONGEST_CHUNK, POSITIONS
-from magihuman.codecs.turbo_vaed import TurboConfig
+from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboConfig
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
 
-PATCHED = StudentConfig(  # time is doubled in a stage and in the patch, as in `tiny`
-    4, (StudentStage(8, 1, "full", (2, 2)), StudentStage(6, 2, "split")), (2, 2)
+PATCHED = CausalDecoderConfig(  # time is doubled in a stage and in the patch, as in `tiny`
+    4, (DecoderStage(8, 1, "full", (2, 2)), DecoderStage(6, 2, "split")), (2, 2)
 )
-STAGED = StudentConfig(  # time is doubled in two stages, as in A and B
+STAGED = CausalDecoderConfig(  # time is doubled in two stages, as in A and B
     4,
     (
-        StudentStage(8, 1, "full", (2, 2)),
-        StudentStage(6, 1, "full", (2, 2)),
-        StudentStage(4, 1, "split", (1, 2)),
-        StudentStage(4, 1, "split"),
+        DecoderStage(8, 1, "full", (2, 2)),
+        DecoderStage(6, 1, "full", (2, 2)),
+        DecoderStage(4, 1, "split", (1, 2)),
+        DecoderStage(4, 1, "split"),
     ),
     (1, 2),
 )
 CONFIGS = {"patched": PATCHED, "staged": STAGED}
 
 
-def _student(config: StudentConfig, seed: int = 0) -> TurboStudent:
+def _student(config: CausalDecoderConfig, seed: int = 0) -> CausalDecoder:
     torch.manual_seed(seed)
-    return TurboStudent(config).eval().requires_grad_(False)
+    return CausalDecoder(config).eval().requires_grad_(False)
 
 
-def _latents(config: StudentConfig, frames: int, batch: int = 1) -> torch.Tensor:
+def _latents(config: CausalDecoderConfig, frames: int, batch: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, config.latent_channels, frames, 3, 4, generator=generator)
 
 
 @pytest.fixture(params=CONFIGS)
-def config(request: Any) -> StudentConfig:
+def config(request: Any) -> CausalDecoderConfig:
     return CONFIGS[request.param]
 
 
@@ -74,7 +73,7 @@ def test_sizes_and_arithmetic_are_those_of_the_design(name: str, millions: float
     latents = torch.empty(1, 48, 1, 16, 28, device="meta")
     with torch.no_grad():
         run: Callable[[], Any]
-        if isinstance(network, TurboStudent):
+        if isinstance(network, CausalDecoder):
             _, state = network.step(latents)
             run = lambda: network.step(latents, state)  # noqa: E731
         else:
@@ -84,7 +83,7 @@ def test_sizes_and_arithmetic_are_those_of_the_design(name: str, millions: float
     assert counter.get_total_flops() / 1e12 == pytest.approx(teraflops, abs=0.0006)
 
 
-def test_frames_per_latent_and_pixels_per_position(config: StudentConfig) -> None:
+def test_frames_per_latent_and_pixels_per_position(config: CausalDecoderConfig) -> None:
     network = _student(config)
     time, space, _ = config.stride
     assert (time, space) == {PATCHED: (4, 4), STAGED: (4, 16)}[config]
@@ -112,7 +111,7 @@ def test_taps_carry_gradients_of_their_own_stage_only() -> None:
 # Causality and streaming
 
 
-def _in_chunks(network: TurboStudent, z: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def _in_chunks(network: CausalDecoder, z: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     state, parts, start = None, [], 0
     for size in sizes:
         frames, state = network.step(z[:, :, start : start + size], state)
@@ -123,22 +122,22 @@ def _in_chunks(network: TurboStudent, z: torch.Tensor, sizes: list[int]) -> torc
 
 
 @pytest.mark.parametrize("sizes", [[9], [1] * 9, [2, 2, 2, 2, 1], [3, 3, 3], [5, 4], [1, 4, 2, 2], [8, 1]])
-def test_chunks_of_any_length_make_the_whole_clip(config: StudentConfig, sizes: list[int]) -> None:
+def test_chunks_of_any_length_make_the_whole_clip(config: CausalDecoderConfig, sizes: list[int]) -> None:
     network, z = _student(config), _latents(config, 9, batch=2)
     whole = network(z)
     assert whole.std() > 0.05
     torch.testing.assert_close(_in_chunks(network, z, sizes), whole, rtol=0, atol=1e-5)
 
 
-def test_a_prefix_of_the_latents_is_the_prefix_of_the_frames_to_the_bit(config: StudentConfig) -> None:
+def test_a_prefix_of_the_latents_is_the_prefix_of_the_frames_to_the_bit(config: CausalDecoderConfig) -> None:
     network, z = _student(config), _latents(config, 9)
-    whole = StudentCodec(network, chunk=1).decode(z)
+    whole = CausalDecoderCodec(network, chunk=1).decode(z)
     for count in range(1, 9):
-        prefix = StudentCodec(network, chunk=1).decode(z[:, :, :count])
+        prefix = CausalDecoderCodec(network, chunk=1).decode(z[:, :, :count])
         assert torch.equal(prefix, whole[:, :, : 4 * count - 3])
 
 
-def test_a_latent_changes_its_own_frames_and_later_ones_only(config: StudentConfig) -> None:
+def test_a_latent_changes_its_own_frames_and_later_ones_only(config: CausalDecoderConfig) -> None:
     network, z = _student(config), _latents(config, 7)
     other = z.clone()
     other[:, :, 3] += 1
@@ -179,8 +178,8 @@ def test_training_may_carry_the_state_of_a_chunk_before() -> None:
 
 
 def test_peak_memory_does_not_grow_with_the_clip() -> None:
-    network = TurboStudent(STAGED).to("meta").eval().requires_grad_(False)
-    codec, peaks = StudentCodec(network, chunk=2), []
+    network = CausalDecoder(STAGED).to("meta").eval().requires_grad_(False)
+    codec, peaks = CausalDecoderCodec(network, chunk=2), []
     for frames in (8, 64):
         z = torch.empty(1, 4, frames, 3, 4, device="meta")
         with Allocations().ignore(*network.parameters(), z) as memory:
@@ -196,13 +195,13 @@ def test_peak_memory_does_not_grow_with_the_clip() -> None:
 def test_the_first_frames_come_before_the_second_latent_is_looked_at() -> None:
     network, z = _student(PATCHED), _latents(PATCHED, 3)
     z[:, :, 1:] = torch.nan
-    first = next(iter(StudentCodec(network, chunk=1).decode_stream(z)))
+    first = next(iter(CausalDecoderCodec(network, chunk=1).decode_stream(z)))
     assert first.shape[2] == 1
     assert first.isfinite().all()
 
 
 def test_chunks_follow_the_size_of_the_picture() -> None:
-    codec = StudentCodec(_student(PATCHED))
+    codec = CausalDecoderCodec(_student(PATCHED))
     shapes = {(1, 16, 28): 8, (1, 32, 56): 4, (1, 68, 120): 1, (2, 32, 56): 2, (1, 200, 200): 1}
     for (batch, height, width), expected in shapes.items():
         assert codec.chunk_for(torch.empty(batch, 4, 9, height, width, device="meta")) == expected
@@ -232,7 +231,7 @@ def test_norm_has_fp32_statistics_in_bf16() -> None:
     assert (half - expected).abs().max() < 0.03
 
 
-def test_bf16_stays_close_to_fp32(config: StudentConfig) -> None:
+def test_bf16_stays_close_to_fp32(config: CausalDecoderConfig) -> None:
     network, z = _student(config), _latents(config, 5)
     exact = network(z)
     half = network.bfloat16()(z).float()
@@ -247,7 +246,7 @@ def test_the_released_layout_is_a_student_too() -> None:
         "decoder_layers_per_block": [1] * 5,
     }
     torch.manual_seed(0)
-    student = ReleasedStudent(TurboConfig.from_json(small))
+    student = TrainableTurboDecoder(TurboConfig.from_json(small))
     z = torch.randn(1, 48, 3, 2, 2)
     frames, taps = student.taps(z)
     assert frames.shape == (1, 3, 9, 32, 32)
@@ -268,7 +267,7 @@ def test_latents_of_another_shape_are_refused(shape: tuple[int, ...], words: str
     with pytest.raises(ValueError, match=words):
         _student(PATCHED)(torch.zeros(shape))
     with pytest.raises(ValueError, match=words):
-        StudentCodec(_student(PATCHED)).decode(torch.zeros(shape))
+        CausalDecoderCodec(_student(PATCHED)).decode(torch.zeros(shape))
 
 
 def test_a_clip_cannot_go_on_with_another_size_or_batch() -> None:
@@ -295,9 +294,9 @@ def test_a_clip_cannot_go_on_with_another_size_or_batch() -> None:
 )
 def test_settings_that_cannot_be_are_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        StudentConfig.from_dict({**PATCHED.to_dict(), **change})
+        CausalDecoderConfig.from_dict({**PATCHED.to_dict(), **change})
 
 
 def test_settings_survive_json() -> None:
     for config in CONFIGS.values():
-        assert StudentConfig.from_dict(config.to_dict()) == config
+        assert CausalDecoderConfig.from_dict(config.to_dict()) == config

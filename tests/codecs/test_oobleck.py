@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from magihuman.codecs import oobleck
-from magihuman.codecs.audio_windows import cross_fade, split_windows
-from magihuman.codecs.oobleck import OobleckCodec
+from magihuman.codecs.oobleck import OobleckCodec, cross_fade, split_windows
 from magihuman.errors import UserError
 
 RELEASE = {
