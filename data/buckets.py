@@ -84,9 +84,7 @@ def check_lengths(lengths: Sequence[int], stride: int) -> list[int]:
     for length in lengths:
         if length < 1 or (length - 1) % stride:
             near = max(1, round((length - 1) / stride)) * stride + 1
-            raise UserError(
-                f"frames={length}: this world's codec needs {stride}k+1 frames, for example {near}"
-            )
+            raise UserError(f"frames={length}: this codec needs {stride}k+1 frames, for example {near}")
     return sorted(set(lengths), reverse=True)
 
 

@@ -31,12 +31,12 @@ class EncodeJob:
     """How clips become samples.
 
     Attributes:
-        world: name for `load_bundle`, or "package.module:function" that returns a CodecBundle of your own.
+        codecs: name for `load_bundle`, or "package.module:function" that returns a CodecBundle of your own.
         device: where the codecs run; silent: whether clips whose sound is silence are taken;
         batch: clips per encoder call. pixels: whether the frames are stored beside the latents.
     """
 
-    world: str
+    codecs: str
     device: str
     silent: bool
     batch: int
@@ -62,7 +62,7 @@ class ShardResult:
 
 @lru_cache(maxsize=1)
 def open_bundle(name: str, device: str) -> CodecBundle:
-    """The world of an `EncodeJob`, built once per process.
+    """The codecs of an `EncodeJob`, built once per process.
 
     Raises:
         UserError: it does not exist or cannot be built.
@@ -73,29 +73,29 @@ def open_bundle(name: str, device: str) -> CodecBundle:
         return load_bundle(name, device)
     module, _, function = name.partition(":")
     try:
-        world: CodecBundle = getattr(importlib.import_module(module), function)(device)
+        codecs: CodecBundle = getattr(importlib.import_module(module), function)(device)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"world={name}: {error}; give package.module:function") from error
-    return world
+        raise UserError(f"codecs={name}: {error}; give package.module:function") from error
+    return codecs
 
 
-def describe_world(payload: tuple[str, str, str], tick: Tick, excluded: frozenset[str]) -> dict[str, Any]:
-    """Task: the facts about a world that planning needs; stores its null text in a folder.
+def describe_codecs(payload: tuple[str, str, str], tick: Tick, excluded: frozenset[str]) -> dict[str, Any]:
+    """Task: the facts about the codecs that planning needs; stores its null text in a folder.
 
     Args:
-        payload: (world, device, output folder).
+        payload: (codecs, device, output folder).
     """
     from safetensors.torch import save
 
     name, device, folder = payload
-    world = open_bundle(name, device)
-    null = world.text_encoder.encode([""])[0]
+    codecs = open_bundle(name, device)
+    null = codecs.text_encoder.encode([""])[0]
     write_atomically(Path(folder) / NULL_TEXT, save({"text": null.half().cpu().contiguous()}), sync=True)
     return {
-        "contract": world.contract.to_dict(),
-        "height": world.height,
-        "width": world.width,
-        "frames": world.frames,
+        "contract": codecs.contract.to_dict(),
+        "height": codecs.height,
+        "width": codecs.width,
+        "frames": codecs.frames,
     }
 
 
@@ -114,11 +114,11 @@ def look_at(files: Sequence[Found], tick: Tick, excluded: frozenset[str]) -> lis
 
 def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardResult:
     """Task: read, encode and store the clips of one shard."""
-    world = open_bundle(job.encode.world, job.encode.device)
+    codecs = open_bundle(job.encode.codecs, job.encode.device)
     refused: dict[str, str] = {}
     waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, Clip]]] = {}
     with ShardWriter(Path(job.path)) as writer:
-        for planned, clip in _read(job.clips, world, tick, excluded):
+        for planned, clip in _read(job.clips, codecs, tick, excluded):
             if isinstance(clip, str):
                 refused[planned.key] = clip
                 continue
@@ -132,17 +132,17 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
             group = waiting.setdefault(kind, [])
             group.append((planned, clip))
             if len(group) == job.encode.batch:
-                refused |= _encode(world, job.encode, bucket, waiting.pop(kind), writer)
+                refused |= _encode(codecs, job.encode, bucket, waiting.pop(kind), writer)
         for (bucket, _), group in waiting.items():
-            refused |= _encode(world, job.encode, bucket, group, writer)
+            refused |= _encode(codecs, job.encode, bucket, group, writer)
     return ShardResult(writer.entries, refused)
 
 
 def _read(
-    clips: Sequence[PlannedClip], world: CodecBundle, tick: Tick, excluded: frozenset[str]
+    clips: Sequence[PlannedClip], codecs: CodecBundle, tick: Tick, excluded: frozenset[str]
 ) -> Iterator[tuple[PlannedClip, Clip | str]]:
     """Every clip, or the reason why it cannot be had; neighbours of one file are read in one pass."""
-    contract = world.contract
+    contract = codecs.contract
     reader: MediaReader | None = None
     open_path, problem = "", ""
     try:
@@ -192,7 +192,7 @@ def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _encode(
-    world: CodecBundle,
+    codecs: CodecBundle,
     job: EncodeJob,
     bucket: Bucket,
     group: list[tuple[PlannedClip, Clip]],
@@ -208,18 +208,18 @@ def _encode(
     pictures = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     large = None
     if group[0][0].large is not None:
-        large = world.video_codec.encode(pictures).cpu()
+        large = codecs.video_codec.encode(pictures).cpu()
         # From the same pixels, so that both show the same part of the scene to a fraction of a pixel.
         pictures = shrink_pictures(pictures, bucket.height, bucket.width)
-    video = world.video_codec.encode(pictures).cpu()
+    video = codecs.video_codec.encode(pictures).cpu()
     shown = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().cpu() if job.pixels else None  # [B,3,F,H,W]
     audio = None
     if bucket.sound:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
-        length = world.audio_codec.hop * bucket.frames
+        length = codecs.audio_codec.hop * bucket.frames
         waves = [clip.wave[:, :length] for _, clip in group if clip.wave is not None]
-        audio = world.audio_codec.encode(torch.stack(waves).to(device)).cpu()
-    texts = world.text_encoder.encode([planned.caption for planned, _ in group])
+        audio = codecs.audio_codec.encode(torch.stack(waves).to(device)).cpu()
+    texts = codecs.text_encoder.encode([planned.caption for planned, _ in group])
     refused = {}
     for i, (planned, _) in enumerate(group):
         tensors = {"video": video[i], "text": texts[i].cpu()}
@@ -235,8 +235,8 @@ def _encode(
         meta = {
             "caption": planned.caption,
             "source": planned.relative.encode("utf-8", "backslashreplace").decode(),
-            "fps": world.contract.fps,
-            "seconds": bucket.frames / world.contract.fps,
+            "fps": codecs.contract.fps,
+            "seconds": bucket.frames / codecs.contract.fps,
             "width": bucket.width,
             "height": bucket.height,
             "bucket": str(bucket),

@@ -55,7 +55,7 @@ def _reordered(spread: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def inspect(
-    shards: str, output: str | None = None, samples: int = 12, world: str | None = None, seed: int = 0
+    shards: str, output: str | None = None, samples: int = 12, codecs: str | None = None, seed: int = 0
 ) -> str:
     """Print statistics of shards and draw a contact sheet of some decoded samples.
 
@@ -63,18 +63,18 @@ def inspect(
         shards: folder made by data.prepare
         output: PNG to write; none puts contact_sheet.png into the folder of shards
         samples: how many to decode, 0 for statistics alone
-        world: whose codecs decode; none takes the one that the shards name
+        codecs: bundle that decodes; none takes the one that the shards name
         seed: of the choice of samples
 
     Raises:
-        UserError: shards that cannot be read, or a world that is not theirs.
+        UserError: shards that cannot be read, or codecs that are not theirs.
     """
     reader = Shards(shards)
     text = str(statistics(reader, seed))
     if samples < 1:
         return text
     path = Path(output) if output else Path(shards) / "contact_sheet.png"
-    draw_sheet(reader, path, samples, world, seed)
+    draw_sheet(reader, path, samples, codecs, seed)
     return f"{text}\ncontact sheet: {path}"
 
 
@@ -121,21 +121,21 @@ def _spread(values: list[int]) -> tuple[int, int, int]:
     return min(values), int(np.median(values)), max(values)
 
 
-def draw_sheet(reader: Shards, path: Path, samples: int, world: str | None, seed: int) -> None:
+def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, seed: int) -> None:
     """Decode some samples and write their pictures with captions."""
     from data.encode import open_bundle
     from magihuman.media.contact_sheet import write_contact_sheet
 
-    name = world or reader.index.world
+    name = codecs or reader.index.codecs
     if not name:
-        raise UserError(f"{reader.folder} does not say which world its latents belong to; give world=")
-    codecs = open_bundle(name, "cpu")
+        raise UserError(f"{reader.folder} does not say which codecs its latents belong to; give codecs=")
+    opened = open_bundle(name, "cpu")
     if reader.contract is not None:
-        reader.contract.require(codecs.contract, f"shards {reader.folder}", f"world {name}")
+        reader.contract.require(opened.contract, f"shards {reader.folder}", f"codecs {name}")
     found, _ = _some(reader, samples, seed)
     clips = []
     for sample in found:
-        frames = codecs.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
+        frames = opened.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
         clips.append(((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
     captions: list[Any] = [sample.meta.get("caption", "") for sample in found]
     write_contact_sheet(

@@ -99,9 +99,9 @@ class LatentDataModule(LightningDataModule):
         return dict(groups)
 
     @property
-    def world(self) -> str:
-        """Name of the world that the latents belong to."""
-        return self.reader.index.world
+    def codecs(self) -> str:
+        """Name of the codec bundle that the latents belong to."""
+        return self.reader.index.codecs
 
     @property
     def contract(self) -> Contract:

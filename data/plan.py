@@ -21,7 +21,7 @@ class Rules:
     """What is taken and how it is cut.
 
     Attributes:
-        sizes: (height, width) choices; lengths: pixel frames, longest first; fps: of the world.
+        sizes: (height, width) choices; lengths: pixel frames, longest first; fps: of the codecs.
         large: for each of `sizes` the size of the second stage, or empty. Files are judged by the larger size.
         captions_required: whether a file without a caption is refused.
         silent, images: whether clips without sound, and still pictures, are taken.

@@ -1,6 +1,6 @@
 """Any folder of video files to webdataset shards of latents, text features and metadata.
 
-    python -m data.prepare input=VIDEOS output=SHARDS [world=tiny] [workers=2]
+    python -m data.prepare input=VIDEOS output=SHARDS [codecs=tiny] [workers=2]
 
 A run that was stopped, also by SIGKILL, goes on where it was when the same command is given again; its shards
 have the same bytes as those of an uninterrupted run, whatever the number of workers.
@@ -36,7 +36,7 @@ LOOK_CHUNK = 32  # files per task while looking at them
 def prepare(
     input: str,
     output: str,
-    world: str = "tiny",
+    codecs: str = "tiny",
     workers: int = 0,
     device: str = "cpu",
     sizes: str | None = None,
@@ -64,13 +64,13 @@ def prepare(
     Args:
         input: folder of video files, searched with its subfolders
         output: folder for the shards, made if need be
-        world: codecs and text encoder: tiny, released, or package.module:function for your own
+        codecs: codecs and text encoder: tiny, released, or package.module:function for your own
         workers: processes, 0 for one per CPU core, or a single one with device=cuda
         device: where the codecs run: cpu, cuda, cuda:1
         sizes: width x height choices such as 448x256,256x448; a clip goes to the one nearest in shape
         sr_sizes: sizes of the second stage, one for each of sizes, such as 896x512,512x896; clips are stored
             at both, for training super-resolution
-        frames: lengths to cut to, such as 101,49,25; none for the world's own
+        frames: lengths to cut to, such as 101,49,25; none for the codecs' usual clip
         captions: required refuses files without a caption, optional takes them with an empty one
         table: a caption table elsewhere than in the input folder
         silent: take clips without sound; the model's audio is masked out for them
@@ -161,14 +161,14 @@ class _Run:
             raise UserError(
                 f"input={self.source} holds no media file ({len(listing.passed_over)} files of other kinds)"
             )
-        world = self._describe_world(pool)
-        fps = world["contract"]["fps"]
+        codecs = self._describe_codecs(pool)
+        fps = codecs["contract"]["fps"]
         files = self._look(pool, listing.media)
         table = self.settings["table"]
         tables = read_tables([*listing.tables, *([Path(table).absolute()] if table else [])])
         repeats = {} if self.settings["duplicates"] == "keep" else repeated(files)
-        plan = make_plan(files, tables, repeats, self._rules(world))
-        fingerprint = self._claim_output(files, plan, world)
+        plan = make_plan(files, tables, repeats, self._rules(codecs))
+        fingerprint = self._claim_output(files, plan, codecs)
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
             return Report.load(self.target)
@@ -183,7 +183,7 @@ class _Run:
             raise UserError(
                 f"no clip could be taken from {self.source}{most}; {self.target}/report.md says why, per file"
             )
-        Index(self.settings["world"], world["contract"], shards, fingerprint).save(self.target)
+        Index(self.settings["codecs"], codecs["contract"], shards, fingerprint).save(self.target)
         shutil.rmtree(self.work)
         if self.bar:
             spent = time.monotonic() - started
@@ -193,20 +193,20 @@ class _Run:
             )
         return report
 
-    def _describe_world(self, pool: Workers) -> dict[str, Any]:
-        from data.encode import describe_world
+    def _describe_codecs(self, pool: Workers) -> dict[str, Any]:
+        from data.encode import describe_codecs
 
-        payload = (self.settings["world"], self.device, str(self.work))
-        return dict(pool.run(describe_world, {"world": payload}))["world"]
+        payload = (self.settings["codecs"], self.device, str(self.work))
+        return dict(pool.run(describe_codecs, {"codecs": payload}))["codecs"]
 
-    def _rules(self, world: dict[str, Any]) -> Rules:
+    def _rules(self, codecs: dict[str, Any]) -> Rules:
         chosen = self.settings
-        sizes = str(chosen["sizes"] or f"{world['width']}x{world['height']}").replace(" ", "").split(",")
+        sizes = str(chosen["sizes"] or f"{codecs['width']}x{codecs['height']}").replace(" ", "").split(",")
         try:
-            lengths = [int(part) for part in str(chosen["frames"] or world["frames"]).split(",")]
+            lengths = [int(part) for part in str(chosen["frames"] or codecs["frames"]).split(",")]
         except ValueError as error:
             raise UserError(f"frames={chosen['frames']!r} should be numbers such as 101,49,25") from error
-        stride, fps = world["contract"]["video_stride"], world["contract"]["fps"]
+        stride, fps = codecs["contract"]["video_stride"], codecs["contract"]["fps"]
         small = parse_sizes(sizes, stride[1:])
         large = str(chosen["sr_sizes"] or "").replace(" ", "")
         return Rules(
@@ -242,12 +242,13 @@ class _Run:
         if self.crashed:
             write_atomically(self.work / "crashed.json", json.dumps(sorted(self.crashed)), sync=True)
 
-    def _claim_output(self, files: list[Found], plan: Plan, world: dict[str, Any]) -> str:
+    def _claim_output(self, files: list[Found], plan: Plan, codecs: dict[str, Any]) -> str:
         """Make sure that shards which are already there belong to this plan; returns its fingerprint."""
         sizes = {found.relative: found.size for found in files}
         clips = [{**asdict(clip), "path": sizes[clip.relative]} for clip in plan.clips]
         settings = {key: value for key, value in self.settings.items() if key not in ("input", "output")}
-        content = json.dumps([clips, settings, world], sort_keys=True)
+        settings["world"] = settings.pop("codecs")  # the key when fingerprints of older shards were made
+        content = json.dumps([clips, settings, codecs], sort_keys=True)
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         note = self.work / "plan.json"
         if (self.target / INDEX).exists():
@@ -273,7 +274,7 @@ class _Run:
         from data.encode import EncodeJob, ShardJob, ShardResult, write_shard
 
         chosen, size = self.settings, self.settings["shard_clips"]
-        job = EncodeJob(chosen["world"], self.device, chosen["silent"], chosen["batch"], chosen["pixels"])
+        job = EncodeJob(chosen["codecs"], self.device, chosen["silent"], chosen["batch"], chosen["pixels"])
         names = [f"shard-{i:06d}" for i in range(-(-len(plan.clips) // size))]
         slices = {name: plan.clips[i * size : (i + 1) * size] for i, name in enumerate(names)}
         results: dict[str, ShardResult] = {}

@@ -34,7 +34,7 @@ class PromptDataModule(LightningDataModule):
     """Training batches of texts, with empty latents that carry the shape of a clip (`real` is false).
 
     Args:
-        file: one prompt per line. world: whose text encoder and latents. frames, height, width: pixels of a
+        file: one prompt per line. codecs: bundle of text encoder and latents. frames, height, width: pixels of a
         clip. batch_size: samples per step over all ranks together. seed: of the order.
 
     Raises:
@@ -44,7 +44,7 @@ class PromptDataModule(LightningDataModule):
     def __init__(
         self,
         file: str,
-        world: str = "tiny",
+        codecs: str = "tiny",
         frames: int = 25,
         height: int = 64,
         width: int = 64,
@@ -62,10 +62,10 @@ class PromptDataModule(LightningDataModule):
                 f"data.module.file={file} holds {len(self.prompts)} prompts and batch_size is {batch_size}; "
                 "give at least one prompt, one per line, and one sample"
             )
-        self.world, self.size = world, (frames, height, width)
+        self.codecs, self.size = codecs, (frames, height, width)
         self.batch_size, self.seed = batch_size, seed
-        self._world = load_bundle(world)
-        self.null_text = self._world.text_encoder.encode([""])[0]
+        self._codecs = load_bundle(codecs)
+        self.null_text = self._codecs.text_encoder.encode([""])[0]
         time, *space = self.contract.video_stride
         self._video = (
             self.contract.video_channels,
@@ -79,15 +79,15 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def contract(self) -> Contract:
-        """Of the world's latents."""
-        return self._world.contract
+        """Of the codecs' latents."""
+        return self._codecs.contract
 
     def batch(self, number: int, rank: int, ranks: int) -> dict[str, Any]:
         """One rank's part of a global batch: a pure function of the seed and its number."""
         places = range(number * self.batch_size + rank, (number + 1) * self.batch_size, ranks)
         captions = [self.prompts[self._prompt(place)] for place in places]
         return {
-            "text": self._world.text_encoder.encode(captions),
+            "text": self._codecs.text_encoder.encode(captions),
             "video": torch.zeros(len(captions), *self._video),
             "audio": torch.zeros(len(captions), *self._audio),
             "caption": captions,

@@ -115,12 +115,12 @@ class Index:
     """Contents of index.json.
 
     Attributes:
-        world, contract: what the latents were made with (`Contract.to_dict`); None for tars without an index.
+        codecs, contract: what the latents were made with (`Contract.to_dict`); None for tars without an index.
         shards: (file name, its samples) in order.
         fingerprint: of the files and settings the shards were made from.
     """
 
-    world: str
+    codecs: str
     contract: dict[str, Any] | None
     shards: list[tuple[str, list[Entry]]]
     fingerprint: str = ""
@@ -129,7 +129,7 @@ class Index:
     def save(self, folder: Path) -> None:
         content = {
             "format": FORMAT,
-            "world": self.world,
+            "world": self.codecs,
             "contract": self.contract,
             "null_text": NULL_TEXT,
             "fingerprint": self.fingerprint,

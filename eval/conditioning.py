@@ -67,17 +67,17 @@ def run(
         progress: show a bar
 
     Raises:
-        UserError: an unknown checkpoint, or one of another world.
+        UserError: an unknown checkpoint, or one of other codecs.
     """
     from tqdm import tqdm
 
     if clips < 2:
         raise UserError(f"clips={clips}: at least 2 are needed")
     ways = _ways(teacher, student)
-    world = ways[0].pipeline.world
+    codecs = ways[0].pipeline.codecs
     puppets = held_out(clips)
     truth = ground_truth(puppets)
-    bound = through_codec(truth, world).score()
+    bound = through_codec(truth, codecs).score()
     sets: dict[str, Any] = {}
     total = len(GIVEN) * len(ways) * clips
     with tqdm(total=total, desc="sampling", unit="clip", disable=not progress) as bar:
@@ -153,11 +153,11 @@ def _ways(teacher: str, student: str) -> list[_Way]:
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
 
-    world = load_bundle("tiny")
+    codecs = load_bundle("tiny")
     for name in (teacher, student):
-        if (of := zoo.config_of(name).world) != "tiny":
+        if (of := zoo.config_of(name).codecs) != "tiny":
             raise UserError(f"eval.conditioning measures the tiny world, and {name} is of {of!r}")
-    pipelines = [Pipeline(zoo.load(name), world) for name in (teacher, student)]
+    pipelines = [Pipeline(zoo.load(name), codecs) for name in (teacher, student)]
     full, few = (pipeline.settings() for pipeline in pipelines)
     return [
         _Way(f"teacher, {words_for(full)}", pipelines[0], full),
@@ -176,11 +176,11 @@ def _sample(way: _Way, truth: Clips, part: slice, given: tuple[bool, bool], seed
     from magihuman.media.images import frames_to_uint8
 
     pipeline, settings, captions = way.pipeline, way.settings, truth.captions[part]
-    world, count = pipeline.world, len(captions)
+    codecs, count = pipeline.codecs, len(captions)
     frames = torch.from_numpy(np.stack(truth.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     waves = np.stack([np.zeros(0) if wave is None else wave for wave in truth.waves[part]])
-    image = world.video_codec.encode(frames[:, :, :1]) if given[0] else None
-    sound = world.audio_codec.encode(torch.from_numpy(waves).float()[:, None]) if given[1] else None
+    image = codecs.video_codec.encode(frames[:, :, :1]) if given[0] else None
+    sound = codecs.audio_codec.encode(torch.from_numpy(waves).float()[:, None]) if given[1] else None
     negative = pipeline.text([settings.negative_prompt]) * count if settings.needs_negative else None
     shape = latent_shape(pipeline.config, settings, (settings.height, settings.width))
     if sound is not None:
@@ -190,8 +190,8 @@ def _sample(way: _Way, truth: Clips, part: slice, given: tuple[bool, bool], seed
         settings.guidance, settings.shift, seeded([seed * 1_000_003 + k for k in range(part.start, part.stop)]),
         image_latent=image, audio_latent=sound,
     )  # fmt: skip
-    made.frames += list(frames_to_uint8(world.video_codec.decode(video)).numpy())
-    made.waves += list(world.audio_codec.decode(audio).float().mean(1).clamp(-1, 1).numpy())
+    made.frames += list(frames_to_uint8(codecs.video_codec.decode(video)).numpy())
+    made.waves += list(codecs.audio_codec.decode(audio).float().mean(1).clamp(-1, 1).numpy())
     made.captions += captions
 
 

@@ -47,7 +47,7 @@ def real_draw(puppets: Sequence[Puppet], draw: int) -> list[Puppet]:
 
 
 @torch.no_grad()
-def embed(clips: Clips, world: "CodecBundle", batch: int = 10) -> dict[str, np.ndarray]:
+def embed(clips: Clips, codecs: "CodecBundle", batch: int = 10) -> dict[str, np.ndarray]:
     """Clips as vectors fp32 [n,D] in each of `SPACES`, with entries of deviation about 1.
 
     look    latents of the pictures, averaged over time: who is there, how sharp, how saturated
@@ -60,10 +60,10 @@ def embed(clips: Clips, world: "CodecBundle", batch: int = 10) -> dict[str, np.n
         part = slice(first, first + batch)
         frames = torch.from_numpy(np.stack(clips.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         waves = np.stack([silence if wave is None else wave for wave in clips.waves[part]])
-        video = world.video_codec.encode(frames)  # [B,C,T,h,w]
+        video = codecs.video_codec.encode(frames)  # [B,C,T,h,w]
         parts["look"].append(video.mean(2).flatten(1))
         parts["motion"].append(video.std(2).flatten(1))
-        parts["voice"].append(world.audio_codec.encode(torch.from_numpy(waves)[:, None].float()).flatten(1))
+        parts["voice"].append(codecs.audio_codec.encode(torch.from_numpy(waves)[:, None].float()).flatten(1))
     return {space: torch.cat(values).numpy() for space, values in parts.items()}
 
 
@@ -114,7 +114,7 @@ class Reference:
         draws: of the first draw taken; other draws may be what is compared.
     """
 
-    def __init__(self, puppets: Sequence[Puppet], world: "CodecBundle", first_draw: int) -> None:
+    def __init__(self, puppets: Sequence[Puppet], codecs: "CodecBundle", first_draw: int) -> None:
         tones = tuple(SKINS)
         found = []
         for draw in range(REFERENCE_DRAWS):
@@ -123,7 +123,7 @@ class Reference:
                 replace(puppet, skin=tones[(index + draw) % len(tones)])
                 for index, puppet in enumerate(real_draw(puppets, first_draw + draw))
             ]
-            found.append(embed(through_codec(ground_truth(drawn), world), world))
+            found.append(embed(through_codec(ground_truth(drawn), codecs), codecs))
         half = REFERENCE_DRAWS // 2
         real, centre, self.target = by_prompt(found), by_prompt(found[:half]), by_prompt(found[half:])
         self.look = real["look"]

@@ -69,7 +69,7 @@ def run(
         Where compare.json and the report are, and the verdicts per student.
 
     Raises:
-        UserError: an unknown checkpoint, one of another world, students of different sampling, or a value that cannot
+        UserError: an unknown checkpoint, one of other codecs, students of different sampling, or a value that cannot
             be used.
     """
     for name, value, least in (
@@ -84,13 +84,13 @@ def run(
     if not names or len(set(names)) < len(names):
         raise UserError(f"student={student} should name one or more checkpoints, each once, with commas")
     start = time.perf_counter()
-    world, ways = _ways(names, teacher, device)
+    codecs, ways = _ways(names, teacher, device)
     folder = Path(output) if output else folder_for("compare", *names)
     captions = [puppet.caption for puppet in held_out(prompts)]
     sample_all(
         ways, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
     )  # fmt: skip
-    columns, shown = _measured(world, ways, captions, seeds, min(keep, prompts), progress)
+    columns, shown = _measured(codecs, ways, captions, seeds, min(keep, prompts), progress)
     values = _values(Comparison(columns), {"prompts": prompts, "seeds": list(range(seeds))})
     values["seconds"] = round(time.perf_counter() - start, 1)
     values["provenance"] = provenance()
@@ -130,8 +130,8 @@ def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle
     """The teacher as it is meant to be sampled, in as few steps as the students, in their own sampler; the students."""
     from magihuman.codecs.bundle import load_bundle
 
-    world = load_bundle("tiny")
-    pipelines = [_pipeline(name, world, device) for name in (teacher, *names)]
+    codecs = load_bundle("tiny")
+    pipelines = [_pipeline(name, codecs, device) for name in (teacher, *names)]
     full, few = pipelines[0].settings(), pipelines[1].settings()
     for name, pipeline in zip(names, pipelines[1:], strict=True):
         if pipeline.settings() != few:
@@ -153,10 +153,10 @@ def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle
     short = _short_names(names)
     for name, pipeline in zip(short, pipelines[1:], strict=True):
         ways.append(Way(f"{name}, {words_for(few)}", pipeline, few))
-    return world, ways
+    return codecs, ways
 
 
-def _pipeline(name: str, world: "CodecBundle", device: str) -> "Pipeline":
+def _pipeline(name: str, codecs: "CodecBundle", device: str) -> "Pipeline":
     import torch
 
     from inference.pipeline import Pipeline
@@ -164,9 +164,9 @@ def _pipeline(name: str, world: "CodecBundle", device: str) -> "Pipeline":
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     config = zoo.config_of(name)
-    if config.world != "tiny":
-        raise UserError(f"eval.dmd2 measures the tiny world, and {name} is of {config.world!r}")
-    return Pipeline(zoo.load(name, chosen), world)
+    if config.codecs != "tiny":
+        raise UserError(f"eval.dmd2 measures the tiny world, and {name} is of {config.codecs!r}")
+    return Pipeline(zoo.load(name, chosen), codecs)
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -179,7 +179,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _measured(
-    world: "CodecBundle", ways: Sequence[Way], captions: Sequence[str], seeds: int, keep: int, progress: bool
+    codecs: "CodecBundle", ways: Sequence[Way], captions: Sequence[str], seeds: int, keep: int, progress: bool
 ) -> tuple[list[Column], list[Shown]]:
     """All columns, the truth and its bound first, and the clips of the first prompts for the pictures."""
     from tqdm import tqdm
@@ -188,17 +188,17 @@ def _measured(
     columns: list[Column] = []
     shown: list[Shown] = []
     with tqdm(total=len(ways) + 3, desc="measuring", unit="column", disable=not progress) as bar:
-        reference = Reference(puppets, world, first_draw=seeds)
+        reference = Reference(puppets, codecs, first_draw=seeds)
         bar.update()
         truths = [ground_truth(real_draw(puppets, draw)) for draw in range(seeds)]
-        bounds = [through_codec(truth, world) for truth in truths]
+        bounds = [through_codec(truth, codecs) for truth in truths]
         bound_scores = [clips.score() for clips in bounds]
 
         def add(name: str, role: str, draws: Sequence[Clips], facts: dict[str, Any] | None = None) -> None:
             scores: list[Scores] = bound_scores
             if role != "bound":
                 scores = [c.score(b) for c, b in zip(draws, bound_scores, strict=True)]
-            place = reference.place(by_prompt([embed(clips, world) for clips in draws]))
+            place = reference.place(by_prompt([embed(clips, codecs) for clips in draws]))
             columns.append(column(name, role, scores, [clips.waves for clips in draws], place, facts))
             if role != "truth":
                 first = draws[0]

@@ -76,11 +76,11 @@ class Way:
         """Decoded clips of the latents from number `first` on, one per prompt."""
         assert self.video is not None
         assert self.audio is not None
-        world, made = self.pipeline.world, Clips(captions=list(prompts))
+        codecs, made = self.pipeline.codecs, Clips(captions=list(prompts))
         for start in range(first, first + len(prompts), batch):
             part = slice(start, min(start + batch, first + len(prompts)))
-            made.frames += list(frames_to_uint8(world.video_codec.decode(self.video[part])).numpy())
-            waves = world.audio_codec.decode(self.audio[part]).float().mean(1)
+            made.frames += list(frames_to_uint8(codecs.video_codec.decode(self.video[part])).numpy())
+            waves = codecs.audio_codec.decode(self.audio[part]).float().mean(1)
             made.waves += list(waves.clamp(-1, 1).numpy())
         return made
 
@@ -175,7 +175,7 @@ class _Store:
         pipeline = self.way.pipeline
         key = {
             "checkpoint": fingerprint(pipeline.folder)["sha256"],
-            "world": repr(pipeline.world.contract),
+            "world": repr(pipeline.codecs.contract),
             "settings": self.way.settings.to_dict(),
             "dtype": pipeline.dtype,
             "clips": list(zip(self.prompts, self.seeds, strict=True)),

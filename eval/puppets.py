@@ -52,8 +52,8 @@ def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:
     return Clips([render(p, size) for p in puppets], waves, [p.caption for p in puppets])
 
 
-def through_codec(clips: Clips, world: "CodecBundle", batch: int = 8) -> Clips:
-    """The same clips encoded and decoded again by the world's codecs."""
+def through_codec(clips: Clips, codecs: "CodecBundle", batch: int = 8) -> Clips:
+    """The same clips encoded and decoded again by the codecs."""
     import torch
 
     from magihuman.media.images import frames_to_uint8
@@ -65,16 +65,16 @@ def through_codec(clips: Clips, world: "CodecBundle", batch: int = 8) -> Clips:
         waves = torch.from_numpy(
             np.stack([np.zeros(0) if w is None else w for w in clips.waves[part]])
         ).float()
-        codecs = world.video_codec, world.audio_codec
-        result.frames += list(frames_to_uint8(codecs[0].decode(codecs[0].encode(frames))).numpy())
-        result.waves += list(codecs[1].decode(codecs[1].encode(waves[:, None]))[:, 0].clamp(-1, 1).numpy())
+        pair = codecs.video_codec, codecs.audio_codec
+        result.frames += list(frames_to_uint8(pair[0].decode(pair[0].encode(frames))).numpy())
+        result.waves += list(pair[1].decode(pair[1].encode(waves[:, None]))[:, 0].clamp(-1, 1).numpy())
     return result
 
 
-def bounds(count: int, world: "CodecBundle", size: int = 64) -> list[Column]:
+def bounds(count: int, codecs: "CodecBundle", size: int = 64) -> list[Column]:
     """Columns of the ground truth and of the ground truth through the codec, the reference of sync skill."""
     truth = ground_truth(held_out(count), size)
-    coded = through_codec(truth, world).score()
+    coded = through_codec(truth, codecs).score()
     coded = replace(coded, table={**coded.table, **skills(coded.own, coded, paired=True)})  # 1 by definition
     return [Column("ground truth", truth.score(coded)), Column(BOUND, coded)]
 
@@ -97,10 +97,10 @@ def generate(
         overrides: of the checkpoint's sampling settings, see `inference.pipeline.Pipeline.settings`.
 
     Returns:
-        clips, facts (settings, seconds), world.
+        clips, facts (settings, seconds), codecs.
 
     Raises:
-        UserError: unknown checkpoint, another world, or a setting that cannot be.
+        UserError: unknown checkpoint, other codecs, or a setting that cannot be.
     """
     import torch
     from tqdm import tqdm
@@ -111,12 +111,12 @@ def generate(
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = zoo.load(checkpoint, chosen)
-    if loaded.config.world != "tiny":
+    if loaded.config.codecs != "tiny":
         raise UserError(
-            f"eval.puppets measures the tiny world, and {checkpoint} is of {loaded.config.world!r}"
+            f"eval.puppets measures the tiny world, and {checkpoint} is of {loaded.config.codecs!r}"
         )
-    world = load_bundle(loaded.config.world)
-    pipeline = Pipeline(loaded, world)
+    codecs = load_bundle(loaded.config.codecs)
+    pipeline = Pipeline(loaded, codecs)
     settings = pipeline.settings(**overrides)
     clips, start = Clips(), time.perf_counter()
     with tqdm(total=len(prompts), desc="sampling", unit="clip", disable=not progress) as bar:
@@ -137,7 +137,7 @@ def generate(
         "seconds_by_stage": {stage: round(value, 2) for stage, value in pipeline.times.items()},
         "device": str(pipeline.device),
     }
-    return clips, facts, world
+    return clips, facts, codecs
 
 
 def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[Clips, dict[str, str]]:
@@ -233,15 +233,15 @@ def run(
     refused: dict[str, str] = {}
     facts: dict[str, Any] = {}
     if checkpoint is not None:
-        made, facts, world = generate(
+        made, facts, codecs = generate(
             checkpoint, [p.caption for p in held_out(prompts)], seed=seed, batch=batch, device=device,
             progress=progress, steps=steps, solver=solver, guidance=cfg,
         )  # fmt: skip
     else:
         made, refused = read_folder(str(clips), prompts, progress)
-        world, facts = load_bundle("tiny"), {"clips": str(clips), "refused": refused}
+        codecs, facts = load_bundle("tiny"), {"clips": str(clips), "refused": refused}
     folder = Path(output) if output else folder_for("eval", str(checkpoint or clips))
-    limits = bounds(prompts if checkpoint else len(made.captions), world, made.frames[0].shape[1])
+    limits = bounds(prompts if checkpoint else len(made.captions), codecs, made.frames[0].shape[1])
     name = _name_of(checkpoint, clips)
     scores = made.score(limits[1].scores)
     columns = [*limits, Column(name, scores, facts)]

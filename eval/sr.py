@@ -70,16 +70,16 @@ class Held:
 Method = Callable[[slice], Tensor]
 
 
-def drawn_clips(count: int, world: "CodecBundle", size: int, sr_size: int) -> Held:
+def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> Held:
     """The puppets themselves, drawn at the first stage's size and encoded."""
     puppets = held_out(count)
     waves = [synthesise(p) for p in puppets]
-    audio = torch.cat([world.audio_codec.encode(torch.from_numpy(w)[None, None].float()) for w in waves])
+    audio = torch.cat([codecs.audio_codec.encode(torch.from_numpy(w)[None, None].float()) for w in waves])
     return Held(
-        video=encode(world, ground_truth(puppets, size).frames),
+        video=encode(codecs, ground_truth(puppets, size).frames),
         audio=audio,
-        text=world.text_encoder.encode([p.caption for p in puppets]),
-        called=[called_opening(w, world.frames) for w in waves],
+        text=codecs.text_encoder.encode([p.caption for p in puppets]),
+        called=[called_opening(w, codecs.frames) for w in waves],
         truth=ground_truth(puppets, sr_size).frames,
     )
 
@@ -93,8 +93,8 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     from magihuman.codecs.bundle import load_bundle
 
     loaded = zoo.load(checkpoint)
-    world = load_bundle(loaded.config.world)
-    pipeline = Pipeline(loaded, world)
+    codecs = load_bundle(loaded.config.codecs)
+    pipeline = Pipeline(loaded, codecs)
     settings, captions = pipeline.settings(), [p.caption for p in held_out(count)]
     drafts = []
     for first in tqdm(range(0, count, batch), desc="first stage", disable=not progress):
@@ -104,18 +104,18 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     return Held(
         video=torch.stack([draft.video for draft in drafts]),
         audio=torch.stack([draft.audio for draft in drafts]),
-        text=world.text_encoder.encode(captions),
-        called=[called_opening(wave, world.frames) for wave in waves],
+        text=codecs.text_encoder.encode(captions),
+        called=[called_opening(wave, codecs.frames) for wave in waves],
         truth=None,
     )
 
 
-def encode(world: "CodecBundle", frames: Sequence[np.ndarray], batch: int = 10) -> Tensor:
+def encode(codecs: "CodecBundle", frames: Sequence[np.ndarray], batch: int = 10) -> Tensor:
     """Pictures uint8 [F,H,W,3] of n clips -> latents [n,C,T,h,w]."""
     parts = []
     for first in range(0, len(frames), batch):
         pictures = torch.from_numpy(np.stack(frames[first : first + batch])).permute(0, 4, 1, 2, 3)
-        parts.append(world.video_codec.encode(pictures.float() / 127.5 - 1))
+        parts.append(codecs.video_codec.encode(pictures.float() / 127.5 - 1))
     return torch.cat(parts)
 
 
@@ -160,7 +160,7 @@ def refined(
 
 
 def measure(
-    method: Method, held: Held, world: "CodecBundle", size: int, batch: int = 10
+    method: Method, held: Held, codecs: "CodecBundle", size: int, batch: int = 10
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
     """What `method` makes of the clips: values per clip [n] by name, the first pictures, seconds of the method.
 
@@ -177,7 +177,7 @@ def measure(
         made = method(part)
         spent += time.perf_counter() - start
         if made.dtype != torch.uint8:
-            made = frames_to_uint8(world.video_codec.decode(made))
+            made = frames_to_uint8(codecs.video_codec.decode(made))
         for i, frames in enumerate(made.numpy(), first):
             seen = see(frames)
             called = [held.called[(i + k) % count] for k in range(min(CANDIDATES, count))]
@@ -234,7 +234,7 @@ def run(
         Where the first part's JSON is, and per part its table.
 
     Raises:
-        UserError: a checkpoint of another world or stage, or a value that cannot be used.
+        UserError: a checkpoint of other codecs or stage, or a value that cannot be used.
     """
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
@@ -253,15 +253,15 @@ def run(
     for name, first in [(base, True), *((name, False) for name in compared)]:
         config = zoo.config_of(name)
         require_role(config, name, first)
-        if config.world != "tiny":
-            raise UserError(f"eval.sr measures the tiny world, and {name} is of {config.world!r}")
+        if config.codecs != "tiny":
+            raise UserError(f"eval.sr measures the tiny world, and {name} is of {config.codecs!r}")
     second = zoo.load(checkpoint)
-    world, size = load_bundle("tiny"), second.config.size.height
+    codecs, size = load_bundle("tiny"), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     count = second.config.sampling.steps if steps is None else steps
-    drawn = drawn_clips(clips, world, zoo.config_of(base).size.height, size)
-    setting = _Setting(second, world, drawn, size, count, seed, batch)
+    drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
+    setting = _Setting(second, codecs, drawn, size, count, seed, batch)
     results: dict[str, Any] = {"scores": str(folder / f"{chosen[0]}.json")}
     for part in chosen:
         start = time.perf_counter()
@@ -293,7 +293,7 @@ def run(
 @dataclass
 class _Setting:
     second: "Loaded"
-    world: "CodecBundle"
+    codecs: "CodecBundle"
     drawn: Held
     size: int
     steps: int
@@ -301,7 +301,7 @@ class _Setting:
     batch: int
 
     def measure(self, method: Method, held: Held | None = None) -> tuple[Any, list[np.ndarray], float]:
-        return measure(method, held or self.drawn, self.world, self.size, self.batch)
+        return measure(method, held or self.drawn, self.codecs, self.size, self.batch)
 
     def refiner(self, held: Held | None = None, steps: int | None = None, **options: Any) -> Method:
         chosen, count = held or self.drawn, steps or self.steps
@@ -315,7 +315,7 @@ class _Setting:
         return self.measure(self.refiner())
 
     def bicubic(self, video: Tensor) -> Method:
-        codec = self.world.video_codec
+        codec = self.codecs.video_codec
         return lambda part: bicubic(frames_to_uint8(codec.decode(video[part])), self.size)
 
     def upsampled(self, video: Tensor) -> Method:
@@ -326,7 +326,7 @@ class _Setting:
     def bound(self) -> dict[str, np.ndarray]:
         assert self.drawn.truth is not None
         truth = self.drawn.truth
-        return self.measure(lambda part: encode(self.world, truth[part], self.batch))[0]
+        return self.measure(lambda part: encode(self.codecs, truth[part], self.batch))[0]
 
 
 def _table(setting: _Setting, sampled: Held) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:

@@ -155,9 +155,9 @@ def run(
         raise UserError(f"clips={clips} measures nothing; give at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
-    world = load_bundle("tiny")
-    mine = decoders.Latents.of(world.contract)
-    opened: dict[str, Any] = {"codec": world.video_codec}
+    codecs = load_bundle("tiny")
+    mine = decoders.Latents.of(codecs.contract)
+    opened: dict[str, Any] = {"codec": codecs.video_codec}
     for role, source in (("teacher", teacher), ("student", student)):
         if source is not None:
             config = decoders.config_of(source)
@@ -169,7 +169,7 @@ def run(
             config.latents.require(mine, f"{role}={source}", "the tiny world")
             opened[role] = decoders.load(source, dtype=torch.float32)
     truth = np.stack(ground_truth(held_out(clips)).frames)  # [N,F,H,W,3]
-    latents = world.video_codec.encode(torch.from_numpy(truth).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    latents = codecs.video_codec.encode(torch.from_numpy(truth).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
     columns, shown = [], {"truth": truth}
     with torch.no_grad():
         for role, codec in opened.items():

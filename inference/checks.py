@@ -31,12 +31,12 @@ def require_role(config: ExportConfig, name: object, first: bool) -> None:
 
 
 def require_decoder(decoder: Any, contract: Contract) -> None:
-    """Raises UserError for a decoder of other latents than the world's."""
+    """Raises UserError for a decoder of other latents than the codecs'."""
     found = decoder.channels, tuple(decoder.stride)
     wanted = contract.video_channels, tuple(contract.video_stride)
     if found != wanted:
         raise UserError(
-            f"the decoder takes {found[0]} channels at strides {found[1]}, the world has {wanted}"
+            f"the decoder takes {found[0]} channels at strides {found[1]}, the codecs have {wanted}"
         )
 
 

@@ -136,10 +136,10 @@ def run(
         if prompts is None:
             raise UserError("gallery=true is for many clips, with prompts=FILE")
         check_page(folder)
-    rank, world, _ = ranks()
-    shared = world > 1 and prompts is None
+    rank, processes, _ = ranks()
+    shared = processes > 1 and prompts is None
     with _plain_warnings():
-        codecs = {"video_codec": video_codec, "audio_codec": audio_codec, "text_encoder": text_encoder}
+        paths = {"video_codec": video_codec, "audio_codec": audio_codec, "text_encoder": text_encoder}
         source = find(
             checkpoint,
             sr,
@@ -150,7 +150,7 @@ def run(
             dtype=dtype,
             memory=memory,
             weights=weights,
-            codecs=codecs,
+            codec_paths=paths,
             lora=lora,
             tier=tier,
             shared=shared,
@@ -176,14 +176,14 @@ def run(
         jobs = [resolver.job(request) for request in requests]
         manifest = None if prompts is None else folder / MANIFEST
         if shared:
-            check_spread(source, world)
+            check_spread(source, processes)
         _check_folder(folder)
-        with together(world):
+        with together(processes):
             finished = {} if manifest is None else {job.request.name: job.finished() for job in jobs}
             waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
-            mine = jobs if shared else jobs[rank::world]
+            mine = jobs if shared else jobs[rank::processes]
             own = waiting & {job.request.name for job in mine}
-            size = batch or (1 if source.config.world == "released" else BATCH)
+            size = batch or (1 if source.config.codecs == "released" else BATCH)
             check_room(
                 source, [job.settings for job in mine if job.request.name in own], min(size, len(mine))
             )
@@ -192,7 +192,7 @@ def run(
             _prepare(folder, manifest, finished, rank)
             try:
                 if pipeline is not None:
-                    resolver.check_prompts(pipeline.world, [r.prompt for r in requests if r.name in waiting])
+                    resolver.check_prompts(pipeline.codecs, [r.prompt for r in requests if r.name in waiting])
                     if shared:
                         spread(pipeline)
                     written = own if rank == 0 or not shared else set()
@@ -202,14 +202,14 @@ def run(
             finally:
                 if gallery and rank == 0:  # a run that is stopped leaves one, too
                     write_page(folder, requests)
-    share = f", process {rank} of {world}" if world > 1 else ""
+    share = f", process {rank} of {processes}" if processes > 1 else ""
     _summary(f"{output}{share}", len(own), len(mine), times)
 
 
 @contextmanager
-def together(world: int) -> Iterator[None]:
+def together(processes: int) -> Iterator[None]:
     """Start and end with all processes of a torchrun command; nothing for one process."""
-    if world == 1:
+    if processes == 1:
         yield
         return
     from torch import distributed

@@ -57,7 +57,7 @@ def tiny_length(seconds: float, contract: Contract) -> Length:
 
 
 def released_length(seconds: float, contract: Contract, sound: float | None = None) -> Length:
-    """The released world: fps * seconds + 1 audio latents, and as many latent frames as they begin.
+    """The released codecs: fps * seconds + 1 audio latents, and as many latent frames as they begin.
 
     A given sound decides: its latents are counted after it was cut to `seconds`, so a short one makes a
     short clip. Above 29 s, where it is encoded in windows, a started latent counts (SPEC 4.7).

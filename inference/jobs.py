@@ -73,17 +73,17 @@ class Resolver:
         path = self.folder / f"{request.name}.mp4"
         return Job(request, settings, identity, path, command(self.source, request, settings, path))
 
-    def check_prompts(self, world: "CodecBundle", prompts: Sequence[str]) -> None:
-        """Say once if there are prompts that mean nothing in this world."""
-        if world.prompt_pattern is None:
+    def check_prompts(self, codecs: "CodecBundle", prompts: Sequence[str]) -> None:
+        """Say once if there are prompts that mean nothing to these codecs."""
+        if codecs.prompt_pattern is None:
             return
-        strange = [p for p in prompts if not re.fullmatch(world.prompt_pattern, " ".join(p.split()))]
+        strange = [p for p in prompts if not re.fullmatch(codecs.prompt_pattern, " ".join(p.split()))]
         if strange:
             short = strange[0] if len(strange[0]) <= 60 else strange[0][:57] + "..."
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             self._say(
-                f"the prompt {short!r}{more} is not of the only form that the {world.name} world knows, such as "
-                f"{world.prompt_example!r}"
+                f"the prompt {short!r}{more} is not of the only form that the {codecs.name} world knows, such as "
+                f"{codecs.prompt_example!r}"
             )
 
     def _settings(self, request: Request) -> "Settings":
@@ -141,7 +141,7 @@ class Resolver:
                     f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)"
                 )
         config = self.source.config
-        released = config.world == "released"
+        released = config.codecs == "released"
         # The published networks were trained on many lengths; which, nobody says.
         if not released and settings.frames > config.size.frames:
             asked, usual = (frames / config.contract.fps for frames in (settings.frames, config.size.frames))
@@ -180,7 +180,7 @@ def command(source: "Source", request: Request, settings: "Settings", path: Path
         "sr": source.sr,
         "turbo": source.turbo,
         "tile": source.tile,
-        **source.codecs,
+        **source.codec_paths,
         "prompt": request.prompt,
         # On the command line nothing means the checkpoint's own, a space means nothing.
         "negative_prompt": settings.negative_prompt or " ",

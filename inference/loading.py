@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 def ranks() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
-    rank, world, local = (
+    rank, processes, local = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    return rank, world, local
+    return rank, processes, local
 
 
 def choose_device(device: str) -> "torch.device":
@@ -48,13 +48,13 @@ def choose_device(device: str) -> "torch.device":
     return torch.device(device)
 
 
-def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, world: str) -> str | None:
-    """The second stage's checkpoint: the given one, or the published one beside a base of the released world.
+def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, codecs: str) -> str | None:
+    """The second stage's checkpoint: the given one, or the published one beside a base with the released codecs.
 
     Raises:
         UserError: resolution= needs one, and none is given or found.
     """
-    if sr is not None or world != "released" or resolution not in ("540p", "1080p"):
+    if sr is not None or codecs != "released" or resolution not in ("540p", "1080p"):
         return sr
     from magihuman import zoo
 
@@ -77,7 +77,7 @@ class Source:
         decoder: config of the decoder, where it is one of ours; tile: see `inference.decoding`.
         dtype: of the networks' products.
         memory, weights: see `inference.memory`; tier: see `inference.fast`.
-        codecs: paths of the released world's parts; empty for other worlds.
+        codec_paths: paths of the released codecs' parts; empty for others.
     """
 
     checkpoint: str
@@ -95,7 +95,7 @@ class Source:
     memory: str
     weights: str | None
     tier: str
-    codecs: dict[str, str]
+    codec_paths: dict[str, str]
 
     @property
     def dtype_name(self) -> str:
@@ -120,14 +120,14 @@ class Source:
             if self.turbo is None
             else identity(self.turbo, decoders.find(self.turbo) or Path(self.turbo)),
             "world": self.config.contract.to_dict(),
-            "codecs": {part: identity(path, Path(path)) for part, path in self.codecs.items()},
+            "codecs": {part: identity(path, Path(path)) for part, path in self.codec_paths.items()},
         }
 
     def load(self) -> "Pipeline":
         """Everything in memory, ready to run.
 
         Raises:
-            UserError: files that are missing, damaged or of another world.
+            UserError: files that are missing, damaged or of other codecs.
         """
         import torch
 
@@ -146,16 +146,16 @@ class Source:
         if self.turbo is not None:
             ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             decoder = decoders.load(self.turbo, codec_place, None if self.decoder is None else ours)
-        world = load_bundle(self.config.world, codec_place, **self.codecs)
+        codecs = load_bundle(self.config.codecs, codec_place, **self.codec_paths)
         loaded = zoo.load(self.checkpoint, weights_place, self.dtype, self.lora)
         loaded = self._placed(loaded, stages, "sample")
         second = None
         if self.sr is not None:
             second = self._placed(zoo.load(self.sr, weights_place, self.dtype), stages, "refine")
-        stages.add("condition", world.video_codec, world.audio_codec)
-        stages.add("decode", world.audio_codec, decoder or world.video_codec)
-        world = _with_cache(world, stages)
-        return Pipeline(loaded, world, second=second, decoder=decoder, tile=self.tile, stages=stages)
+        stages.add("condition", codecs.video_codec, codecs.audio_codec)
+        stages.add("decode", codecs.audio_codec, decoder or codecs.video_codec)
+        codecs = _with_cache(codecs, stages)
+        return Pipeline(loaded, codecs, second=second, decoder=decoder, tile=self.tile, stages=stages)
 
     def _placed(self, loaded: "Loaded", stages: "Stages", stage: str) -> "Loaded":
         """A network in its form, tier and place."""
@@ -176,24 +176,24 @@ class Source:
         return replace(loaded, denoiser=denoiser)
 
 
-def _with_cache(world: "CodecBundle", stages: "Stages") -> "CodecBundle":
-    """The world with its text features kept on disk, where its encoder is a network; it comes when it is needed."""
+def _with_cache(codecs: "CodecBundle", stages: "Stages") -> "CodecBundle":
+    """The codecs with their text features kept on disk, where the encoder is a network; it comes when it is needed."""
     import torch
 
     from inference.memory import CachedText, encoder_identity
 
-    encoder = world.text_encoder
+    encoder = codecs.text_encoder
     stages.add("text")
     if not issubclass(type(encoder), torch.nn.Module):  # isinstance would make mypy forget the protocol
-        return world
+        return codecs
     stages.add("text encoder", encoder)
 
     def encode(prompts: list[str]) -> "list[torch.Tensor]":
         stages.enter("text encoder")
         return encoder.encode(prompts)
 
-    identity = encoder_identity(encoder, world.contract.text_encoder)
-    return replace(world, text_encoder=CachedText(encode, identity, encoder.channels))
+    identity = encoder_identity(encoder, codecs.contract.text_encoder)
+    return replace(codecs, text_encoder=CachedText(encode, identity, encoder.channels))
 
 
 def find(
@@ -207,7 +207,7 @@ def find(
     dtype: str | None = None,
     memory: str = "fast",
     weights: str | None = None,
-    codecs: dict[str, str | None] | None = None,
+    codec_paths: dict[str, str | None] | None = None,
     lora: str | None = None,
     tier: str | None = None,
     shared: bool = False,
@@ -217,7 +217,7 @@ def find(
     Args:
         lora: adapter of the base, see `magihuman.zoo.lora_files`.
         tier, shared: see `inference.fast.tiers.choose_tier`.
-        codecs: paths of the released world's parts, by the names of `magihuman.codecs.bundle.load_bundle`; what is None
+        codec_paths: paths of the released codecs' parts, by the names of `magihuman.codecs.bundle.load_bundle`; what is None
             comes from the environment.
 
     Raises:
@@ -244,15 +244,15 @@ def find(
     require_role(config, checkpoint, first=True)
     if lora is not None:
         config = lora_files.config_with_lora(config, lora, checkpoint)
-    given = {part: path for part, path in (codecs or {}).items() if path is not None}
-    if config.world == "released":
+    given = {part: path for part, path in (codec_paths or {}).items() if path is not None}
+    if config.codecs == "released":
         known = {part: os.environ.get(name) for part, name in RELEASED_VARIABLES.items()}
         given = {part: path for part, path in {**known, **given}.items() if path}
     elif given:
         raise UserError(
-            f"{next(iter(given))}= is for released checkpoints, and {checkpoint} is of {config.world!r}"
+            f"{next(iter(given))}= is for released checkpoints, and {checkpoint} is of {config.codecs!r}"
         )
-    sr = second_checkpoint(checkpoint, sr, resolution, config.world)
+    sr = second_checkpoint(checkpoint, sr, resolution, config.codecs)
     second = None
     if sr is not None:
         second = zoo.config_of(sr)
@@ -279,5 +279,5 @@ def find(
         memory=memory,
         weights=weights,
         tier=tier,
-        codecs=given,
+        codec_paths=given,
     )

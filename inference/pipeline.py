@@ -48,11 +48,11 @@ class Draft:
 
 
 class Pipeline:
-    """Checkpoints in their world, ready to generate.
+    """Checkpoints with their codecs, ready to generate.
 
     Args:
         loaded: the base stage; second: super-resolution, or None.
-        decoder: decodes instead of the world's video codec (a Turbo decoder), or None.
+        decoder: decodes instead of the bundle's video codec (a Turbo decoder), or None.
         tile: pixels a side of the tiles in which large pictures are decoded, or None, see `inference.decoding`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
         tier: how both networks shall compute, see `inference.fast`; the default leaves them as they come.
@@ -64,13 +64,13 @@ class Pipeline:
         times: seconds spent per stage so far: text, condition, sample, refine, decode.
 
     Raises:
-        UserError: a checkpoint was trained on latents of another world, or is for the other stage.
+        UserError: a checkpoint was trained on latents of other codecs, or is for the other stage.
     """
 
     def __init__(
         self,
         loaded: Loaded,
-        world: CodecBundle,
+        codecs: CodecBundle,
         *,
         second: Loaded | None = None,
         decoder: Any = None,
@@ -78,21 +78,21 @@ class Pipeline:
         stages: Stages | None = None,
         tier: str = "reference",
     ) -> None:
-        loaded.config.contract.require(world.contract, "the checkpoint", f"the world {world.name!r}")
+        loaded.config.contract.require(codecs.contract, "the checkpoint", f"codecs {codecs.name!r}")
         require_role(loaded.config, loaded.folder, first=True)
         if second is not None:
             second.config.contract.require(
-                world.contract, "the checkpoint of sr=", f"the world {world.name!r}"
+                codecs.contract, "the checkpoint of sr=", f"codecs {codecs.name!r}"
             )
             require_role(second.config, second.folder, first=False)
         if decoder is not None:
-            require_decoder(decoder, world.contract)
+            require_decoder(decoder, codecs.contract)
         self.denoiser = prepare(loaded.denoiser.eval(), tier)
         self.config = loaded.config
         self.folder = loaded.folder
-        self.world = world
+        self.codecs = codecs
         self.second = None if second is None else replace(second, denoiser=prepare(second.denoiser, tier))
-        self.decoder = Decoder(world.video_codec if decoder is None else decoder, tile)
+        self.decoder = Decoder(codecs.video_codec if decoder is None else decoder, tile)
         self.stages = stages
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
         self.dtype = str(self.denoiser.model.compute_dtype).removeprefix("torch.")
@@ -134,7 +134,7 @@ class Pipeline:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
             with self.stage("text"):
-                features = self.world.text_encoder.encode(new)
+                features = self.codecs.text_encoder.encode(new)
                 self._texts.update(zip(new, (f.to(self.device) for f in features), strict=True))
         return [self._texts[prompt] for prompt in prompts]
 
@@ -162,7 +162,7 @@ class Pipeline:
         if audio is not None:
             from inference.conditioning import sound_seconds
 
-            overrides["sound"] = sound_seconds(audio, self.world.audio_codec.sample_rate)
+            overrides["sound"] = sound_seconds(audio, self.codecs.audio_codec.sample_rate)
         chosen = self.settings(**overrides)
         made = []
         for start in range(0, len(prompts), batch):
@@ -296,7 +296,7 @@ class Pipeline:
 
         if paths is None:
             return None
-        codec = self.world.video_codec
+        codec = self.codecs.video_codec
         with self.stage("condition"):
             latents = [codec.encode(read_picture(path, height, width).to(device_of(codec))) for path in paths]
         return torch.cat(latents).to(self.device)
@@ -313,7 +313,7 @@ class Pipeline:
 
         if paths is None:
             return None
-        codec: Any = self.world.audio_codec
+        codec: Any = self.codecs.audio_codec
         latents = []
         with self.stage("condition"):
             for path, generator in zip(paths, generators, strict=True):
@@ -326,7 +326,7 @@ class Pipeline:
         """A draft's pictures and sound."""
         frames = torch.cat(list(self.frames(draft)))
         wave, rate = self.wave(draft)
-        fps = self.world.contract.fps
+        fps = self.codecs.contract.fps
         return Clip(draft.prompt, draft.seed, frames, wave, rate, fps, draft.video, draft.audio)
 
     def write(self, draft: Draft, path: str | Path) -> dict[str, Any]:
@@ -341,7 +341,7 @@ class Pipeline:
         """
         wave, rate = clips.playable(*self.wave(draft))
         start, before = time.perf_counter(), self.times["decode"]
-        fps = self.world.contract.fps
+        fps = self.codecs.contract.fps
         frames, height, width = clips.write(path, self.frames(draft), fps, wave, rate)
         self.times["write"] += time.perf_counter() - start - (self.times["decode"] - before)
         facts = {"fps": fps, "frames": frames, "height": height, "width": width}
@@ -360,12 +360,12 @@ class Pipeline:
 
     def wave(self, draft: Draft) -> tuple[torch.Tensor, int]:
         """A draft's sound, fp32 [channels,N], and its rate: the given sound itself, or the decoded latents."""
-        codec = self.world.audio_codec
+        codec = self.codecs.audio_codec
         if draft.sound is not None:
             from inference.conditioning import read_sound
 
             rate = clips.playback_rate(codec.sample_rate)
-            samples = round(len(draft.audio) / self.world.contract.fps * rate)
+            samples = round(len(draft.audio) / self.codecs.contract.fps * rate)
             return read_sound(draft.sound, rate, codec.waveform_channels, samples)[0], rate
         with self.stage("decode"):
             wave = codec.decode(draft.audio[None].to(device_of(codec)))[0]

@@ -88,9 +88,9 @@ def _sample(
 
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loaded = zoo.load(facts["checkpoint"], device=chosen)
-    world = load_bundle(loaded.config.world, chosen)
-    decoder = open_teacher(facts["teacher"], world, chosen)
-    pipeline = Pipeline(loaded, world)
+    codecs = load_bundle(loaded.config.codecs, chosen)
+    decoder = open_teacher(facts["teacher"], codecs, chosen)
+    pipeline = Pipeline(loaded, codecs)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance_from(cfg)}
     settings = pipeline.settings(**{key: value for key, value in given.items() if value is not None})
     videos, frames = [], []
@@ -106,7 +106,7 @@ def _sample(
                 videos.append(latents)
                 frames.append(((decoded + 1) * 127.5).round().byte().cpu())
             bar.update(len(numbers))
-    facts |= {"steps": str(settings.steps), "codec": world.contract.video_codec}
+    facts |= {"steps": str(settings.steps), "codec": codecs.contract.video_codec}
     facts |= {} if cfg is None else {"cfg": str(cfg)}
     with atomic_path(target) as partial:
         save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
@@ -147,8 +147,8 @@ def read_prompts(source: str) -> list[str]:
     return texts
 
 
-def open_teacher(source: str, world: Any, device: Any) -> Any:
-    """A teacher decoder of a world's latents: one of ours, or the world's own codec where `source` is its file.
+def open_teacher(source: str, codecs: Any, device: Any) -> Any:
+    """A teacher decoder of the codecs' latents: one of ours, or the bundle's own video codec where `source` is its file.
 
     Raises:
         UserError: it takes other latents.
@@ -162,7 +162,7 @@ def open_teacher(source: str, world: Any, device: Any) -> Any:
     if config is None:
         return WanCodec.load(source, device=device)
     config.latents.require(
-        decoders.Latents.of(world.contract), f"teacher={source}", f"the world {world.name!r}"
+        decoders.Latents.of(codecs.contract), f"teacher={source}", f"codecs {codecs.name!r}"
     )
     return decoders.load(source, device, torch.float32)
 

@@ -188,7 +188,7 @@ def _named_sizes(
         raise UserError(
             f"resolution={name} is unknown; choose one of {', '.join(RESOLUTIONS)}, or give sizes"
         )
-    if config.world != "released":
+    if config.codecs != "released":
         raise UserError(f"resolution={name} is for the published weights; give height= and width= instead")
     both = [key for key, value in given.items() if value is not None]
     if both:
@@ -211,7 +211,7 @@ def _side(config: ExportConfig, name: str, given: int | None, usual: int) -> int
 
 def _seconds(config: ExportConfig, length: Length) -> float:
     """The length that gives a checkpoint's usual clip."""
-    if config.world == "released":
+    if config.codecs == "released":
         return (config.size.frames - 1) / config.contract.fps
     return length.frames / config.contract.fps
 
@@ -221,7 +221,7 @@ def _length(config: ExportConfig, seconds: float | None, sound: float | None) ->
     limit = longest(config)
     if seconds is not None and limit < seconds < math.inf:
         raise UserError(f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}")
-    if config.world != "released":
+    if config.codecs != "released":
         return Length(usual, usual) if seconds is None else tiny_length(seconds, contract)
     return released_length((usual - 1) / contract.fps if seconds is None else seconds, contract, sound)
 

@@ -8,14 +8,14 @@ from magihuman.zoo import Loaded
 _first: dict[tuple[str, str], Loaded] = {}
 
 
-def with_first_stage(loaded: Loaded, world: CodecBundle, first: str) -> Pipeline:
+def with_first_stage(loaded: Loaded, codecs: CodecBundle, first: str) -> Pipeline:
     """The second stage `loaded` behind the checkpoint `first`, which is read once per process, to the same device.
 
     Raises:
-        UserError: a checkpoint that cannot be found, or of another world.
+        UserError: a checkpoint that cannot be found, or of other codecs.
     """
     device = next(loaded.denoiser.parameters()).device
     key = first, str(device)
     if key not in _first:
         _first[key] = zoo.load(first, device)
-    return Pipeline(_first[key], world, second=loaded)
+    return Pipeline(_first[key], codecs, second=loaded)

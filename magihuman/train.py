@@ -52,7 +52,7 @@ def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     module = dict(settings.data.module)
     if settings.data.make is not None:
         # The tiny world's contract is at hand, so a misfit fails before the work.
-        if settings.model is not None and settings.data.make.get("world") == "tiny":
+        if settings.model is not None and settings.data.make.get("codecs") == "tiny":
             require_fit(settings.model, load_bundle("tiny").contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))

@@ -238,7 +238,7 @@ class Recipe(L.LightningModule):
         return ExportConfig(
             model=model,
             pack=pack,
-            world=self.context.world,
+            codecs=self.context.codecs,
             contract=self.context.contract,
             size=self.context.size,
             provenance={

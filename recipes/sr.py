@@ -147,7 +147,7 @@ class SuperResolution(Recipe):
                 loaded.config.contract.require(self.context.contract, "recipe.first_stage.base", "the shards")
                 base = loaded.denoiser.requires_grad_(False)
             if chosen.size is not None:
-                codec = load_bundle(self.context.world, self.device).video_codec
+                codec = load_bundle(self.context.codecs, self.device).video_codec
             self._first_stage = FirstStage(chosen, base, codec)
         return self._first_stage
 

@@ -46,7 +46,7 @@ def base(release: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with an export, of the fake world."""
+    """A run folder with an export, of the fake codecs."""
     from fake_bundle import fake_checkpoint
 
     folder = tmp_path_factory.mktemp("run")
@@ -55,8 +55,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_a_fake_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every world that is opened is the fake one."""
+def with_fake_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every codec bundle that is loaded is the fake one."""
     from fake_bundle import fake_bundle
 
     monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", fake_bundle)

@@ -74,13 +74,13 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(FIT_SEED)
     began, draw = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
-    world = load_bundle("tiny")
-    size = world.height
+    codecs = load_bundle("tiny")
+    size = codecs.height
     frames, truth = _frames(range(clips), size), _frames(HELD_OUT, size).float() / 127.5 - 1
-    held_out = world.video_codec.encode(truth)
-    figures = {"codec": psnr(world.video_codec.decode(held_out), truth)}
+    held_out = codecs.video_codec.encode(truth)
+    figures = {"codec": psnr(codecs.video_codec.decode(held_out), truth)}
     config = WanDecoderConfig(
-        world.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
+        codecs.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
     )
     teacher = WanDecoder.build(config)
     average = EMA(teacher, 0.98)
@@ -102,7 +102,7 @@ def train(
         done, average.updates, spent = saved["step"], saved["step"], saved["seconds"]
     for step in range(done + 1, steps + 1):
         target = frames[torch.randint(clips, (batch,), generator=draw)].float() / 127.5 - 1
-        latents, target = _cropped(world.video_codec.encode(target), target, crop, draw)
+        latents, target = _cropped(codecs.video_codec.encode(target), target, crop, draw)
         with torch.autocast("cpu", torch.bfloat16):
             decoded = teacher(latents)
         decoded = decoded.float()
@@ -130,7 +130,7 @@ def train(
                 "torch": torch.__version__,
                 **code_version(),
             }
-            latents_of = decoders.Latents.of(world.contract)
+            latents_of = decoders.Latents.of(codecs.contract)
             decoders.save(
                 output,
                 {key: value.half() for key, value in average.module.state_dict().items()},

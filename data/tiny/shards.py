@@ -15,7 +15,7 @@ def ensure(
     seed: int = 0,
     size: int = 64,
     workers: int = 2,
-    world: str = "tiny",
+    codecs: str = "tiny",
     sr_size: int | None = None,
     pixels: bool = False,
     only: dict[str, str] | None = None,
@@ -31,7 +31,7 @@ def ensure(
         seed: of the world; evaluation and the recogniser have seeds of their own
         size: width and height in pixels
         workers: processes
-        world: whose codecs and text encoder make the latents
+        codecs: bundle of codecs and text encoder that make the latents
         sr_size: width and height of the second stage: the clips are drawn at it and stored at both
         pixels: store the frames too, for training a decoder
         only: puppets that look so, for example {skin: dark}
@@ -45,7 +45,7 @@ def ensure(
     looks = "".join(f"-{value}-{key}" for key, value in sorted((only or {}).items()))
     name = f"{clips}-seed{seed}-{drawn}px{looks}"
     kind = ("" if sr_size is None else f"-and-{size}px") + ("-pixels" if pixels else "")
-    shards = root / f"shards-{world}-{name}{kind}"
+    shards = root / f"shards-{codecs}-{name}{kind}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,7 +58,7 @@ def ensure(
             prepare(
                 str(root / f"clips-{name}"),
                 str(shards),
-                world="tiny",
+                codecs="tiny",
                 workers=workers,
                 sizes=f"{size}x{size}",
                 sr_sizes=None if sr_size is None else f"{sr_size}x{sr_size}",

@@ -83,14 +83,14 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
         )
     from magihuman.codecs.bundle import TINY_EXAMPLE, load_bundle
 
-    world = load_bundle("tiny", device)
-    chosen, weights = world.video_codec, world.contract.video_codec
+    codecs = load_bundle("tiny", device)
+    chosen, weights = codecs.video_codec, codecs.contract.video_codec
     if decoder not in ("auto", "codec"):
         chosen, weights = _tiny_decoder(decoder, device), decoder
     return Parts(
-        text=world.text_encoder,
-        video=world.video_codec,
-        audio=world.audio_codec,
+        text=codecs.text_encoder,
+        video=codecs.video_codec,
+        audio=codecs.audio_codec,
         decoder=chosen,
         prompt=TINY_EXAMPLE,
         decoder_name="codec" if decoder == "auto" else decoder,
@@ -116,7 +116,7 @@ def decoder_names(case: Case) -> tuple[str, ...]:
     """Decoders of a case's latents; grows with configs/turbo and the decoders that ship with the package."""
     if case.released:
         return released_decoders()
-    own = [name for name in students.arch_names() if students.arch(name)["world"] == "tiny"]
+    own = [name for name in students.arch_names() if students.arch(name)["codecs"] == "tiny"]
     return ("codec", *own, *(name for name in students.names() if name.startswith("tiny/")))
 
 
@@ -149,7 +149,7 @@ def released_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Any
 def _tiny_decoder(name: str, device: torch.device) -> Any:
     if name in students.names():
         return students.load(name, device)
-    case_names = [n for n in students.arch_names() if students.arch(n)["world"] == "tiny"]
+    case_names = [n for n in students.arch_names() if students.arch(n)["codecs"] == "tiny"]
     if name not in case_names:
         known = ", ".join(("codec", *case_names, *students.names()))
         raise UserError(f"decoder={name} is unknown for size=tiny; choose one of {known}")

@@ -82,9 +82,9 @@ def random_codec(
         UserError: an unknown name, or a decoder for other latents.
     """
     described = decoders.arch(name)
-    if described["world"] != "released":
+    if described["codecs"] != "released":
         raise UserError(
-            f"decoder {name!r} is for the {described['world']} world; choose one of {', '.join(NAMES)}"
+            f"decoder {name!r} is for the {described['codecs']} codecs; choose one of {', '.join(NAMES)}"
         )
     latents = decoders.Latents("wan2.2", 48, (4, 16, 16))
     config = decoders.DecoderConfig(described["layout"], described["network"], latents)

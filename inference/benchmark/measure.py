@@ -94,7 +94,7 @@ def measure(
         seconds: length of the clip
         text: tokens of the prompt
         guided: the base stage with guidance, two passes a step
-        decoder: turbo, wan, or a student of configs/turbo; auto is turbo, and the world's own codec for tiny
+        decoder: turbo, wan, or a student of configs/turbo; auto is turbo, and the codecs' own decoder for tiny
         model: another architecture of configs/model
         checkpoint: weights instead of random ones; tiny has tiny/base
         options: changes of the tier's options, such as compile=static,graphs=false

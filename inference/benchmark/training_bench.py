@@ -198,7 +198,7 @@ class TrainingBench(Bench):
         return TrainingContext(
             model=config,
             pack=pack,
-            world="released",
+            codecs="released",
             contract=self._contract(),
             size=Size(),
             # As long as the prompt: the released negative prompt has 1,719 characters.
@@ -275,7 +275,7 @@ class TrainingBench(Bench):
         config = ExportConfig(
             model=self.stage.config,
             pack=self.stage.pack,
-            world="released",
+            codecs="released",
             contract=self._contract(),
             sigma_prior=SigmaPrior(),
             sampling=Sampling(guidance=Guidance()),

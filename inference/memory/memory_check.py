@@ -26,7 +26,7 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
         base=source.config.model,
         patch=source.config.pack.patch_size,
         stride=contract.video_stride,
-        released=source.config.world == "released",
+        released=source.config.codecs == "released",
         frames=settings.frames,
         audio=settings.audio,
         height=settings.height,

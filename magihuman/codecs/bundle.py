@@ -1,7 +1,7 @@
-"""A world: the codecs and the text encoder that a model is trained in, with their latent contract.
+"""Codec bundles: the video codec, audio codec and text encoder that a model works with, and their latent contract.
 
-`tiny` ships with the zoo and runs anywhere. `released` is the world of the published weights: Wan 2.2 VAE, Stable
-Audio Oobleck and T5-Gemma, which the user has to fetch (their licences differ, see the README).
+`tiny` ships with the zoo and runs anywhere. `released` is that of the published weights: Wan 2.2 VAE, Stable Audio
+Oobleck and T5-Gemma, which the user has to fetch (their licences differ, see the README).
 """
 
 import hashlib
@@ -25,7 +25,7 @@ TINY_CAPTION = (
 TINY_EXAMPLE = "round face, ginger hair, blue shirt, green wall, says ma bi so"
 TINY_FILES = Path(__file__).resolve().parents[1] / "zoo" / "weights" / "tiny" / "codecs"
 
-# Where the released world's parts are looked for when no path is given.
+# Where the parts of `released` are looked for when no path is given.
 RELEASED_VARIABLES = {
     "video_codec": "MAGIHUMAN_WAN_VAE",
     "audio_codec": "MAGIHUMAN_STABLE_AUDIO",
@@ -35,7 +35,7 @@ RELEASED_VARIABLES = {
 
 @dataclass(frozen=True)
 class CodecBundle:
-    """Codecs, text encoder and contract; `height`, `width` and `frames` are the world's usual clip.
+    """Codecs, text encoder and contract; `height`, `width` and `frames` are the usual clip.
 
     Where only prompts of one form mean anything, `prompt_pattern` is a regular expression that matches them whole
     and `prompt_example` is one of them.
@@ -54,20 +54,20 @@ class CodecBundle:
 
 
 def load_bundle(name: str, device: str | torch.device = "cpu", **paths: str | None) -> CodecBundle:
-    """Build the world called `name`.
+    """Build the codec bundle called `name`.
 
     Args:
         paths: for `released`: video_codec, audio_codec, text_encoder (files or folders). A path that is not given
             comes from the environment: MAGIHUMAN_WAN_VAE, MAGIHUMAN_STABLE_AUDIO, MAGIHUMAN_T5GEMMA.
 
     Raises:
-        UserError: unknown name, or a part of the released world that is not on this machine.
+        UserError: unknown name, or a part of `released` that is not on this machine.
     """
     if name == "tiny":
         return _tiny_bundle(torch.device(device))
     if name == "released":
         return _released_bundle(torch.device(device), paths)
-    raise UserError(f"unknown world {name!r}; choose one of {', '.join(NAMES)}")
+    raise UserError(f"codecs {name!r} are unknown; choose one of {', '.join(NAMES)}")
 
 
 def _contract(
@@ -131,7 +131,7 @@ def _released_bundle(device: torch.device, paths: dict[str, str | None]) -> Code
     unknown = set(paths) - set(RELEASED_VARIABLES)
     if unknown:
         raise UserError(
-            f"the released world has no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}"
+            f"the released codecs have no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}"
         )
     found = {
         part: paths.get(part) or os.environ.get(variable) for part, variable in RELEASED_VARIABLES.items()
@@ -139,7 +139,7 @@ def _released_bundle(device: torch.device, paths: dict[str, str | None]) -> Code
     missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part, path in found.items() if not path]
     if missing:
         raise UserError(
-            f"the released world needs a path for {', '.join(missing)}; the README says where to get them"
+            f"the released codecs need a path for {', '.join(missing)}; the README says where to get them"
         )
     video = WanCodec.load(str(found["video_codec"]), device=device)
     audio = OobleckCodec.load(str(found["audio_codec"]), device=device)

@@ -53,14 +53,14 @@ class ExportConfig:
     """Content of config.json.
 
     Attributes:
-        world: name of the codecs and text encoder (`magihuman.codecs.bundle`); contract: their latents.
+        codecs: name of the codecs and text encoder (`magihuman.codecs.bundle`), stored under "world"; contract: their latents.
         sigma_prior: noise levels the model was trained on.
         provenance: free facts about the training (command, seed, parents by sha256, metrics).
     """
 
     model: DiTConfig
     pack: PackConfig
-    world: str
+    codecs: str
     contract: Contract
     sigma_prior: SigmaPrior = field(default_factory=SigmaPrior)
     sampling: Sampling = field(default_factory=Sampling)
@@ -72,7 +72,7 @@ class ExportConfig:
             "format": FORMAT,
             "model": self.model.to_dict(),
             "pack": self.pack.to_dict(),
-            "world": self.world,
+            "world": self.codecs,
             "contract": self.contract.to_dict(),
             "sigma_prior": self.sigma_prior.to_dict(),
             "sampling": asdict(self.sampling),
@@ -91,7 +91,7 @@ class ExportConfig:
             return cls(
                 model=DiTConfig.from_dict(values["model"]),
                 pack=PackConfig.from_dict(values["pack"]),
-                world=values["world"],
+                codecs=values["world"],
                 contract=Contract.from_dict(values["contract"]),
                 sigma_prior=SigmaPrior.from_dict(values["sigma_prior"]),
                 sampling=Sampling(**{**sampling, "guidance": Guidance.from_dict(sampling["guidance"])}),

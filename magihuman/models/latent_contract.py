@@ -52,5 +52,5 @@ class Contract:
         if differing:
             raise UserError(
                 f"{mine} and {theirs} were made for different latents ({'; '.join(differing)}); "
-                "prepare the data again with the same world, or choose the checkpoint that belongs to it"
+                "prepare the data again with the same codecs, or choose the checkpoint that belongs to it"
             )

@@ -282,7 +282,7 @@ class Samples(L.Callback):
     """Every so many steps: clips as mp4, and one contact sheet, in samples/ of the run.
 
     Args:
-        pipeline: made from (checkpoint, world), with `generate(prompts, seeds, **settings)` that returns
+        pipeline: made from (checkpoint, codecs), with `generate(prompts, seeds, **settings)` that returns
             clips with `frames` uint8 [F,H,W,3] and `save(path)`; injected, so that the core needs no
             inference code.
         prompts: one clip each; seeds are 0, 1, ...
@@ -306,7 +306,7 @@ class Samples(L.Callback):
         self.every_steps = every_steps
         self.settings = dict(settings or {})
         self.folder: Path | None = None
-        self._world: Any = None
+        self._codecs: Any = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -326,11 +326,11 @@ class Samples(L.Callback):
         from magihuman.zoo import Loaded
 
         assert self.folder is not None
-        if self._world is None:
-            self._world = load_bundle(recipe.context.world)
+        if self._codecs is None:
+            self._codecs = load_bundle(recipe.context.codecs)
         network = recipe.network
         with evaluating(network):
-            pipeline = self.pipeline(Loaded(network, recipe.export_config(), self.folder), self._world)
+            pipeline = self.pipeline(Loaded(network, recipe.export_config(), self.folder), self._codecs)
             clips = pipeline.generate(self.prompts, list(range(len(self.prompts))), **self.settings)
         if not trainer.is_global_zero:
             return

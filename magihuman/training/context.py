@@ -17,7 +17,7 @@ class TrainingContext:
 
     Attributes:
         model, pack: shape of the transformer and of its tokens; None where the recipe trains another network.
-        world: name of the world; contract: of the latents in the shards.
+        codecs: name of the codec bundle; contract: of the latents in the shards.
         size: of a usual clip, for exports and sample clips.
         sr_size: (height, width) in pixels at which the shards hold the clips too, or None.
         null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
@@ -28,7 +28,7 @@ class TrainingContext:
 
     model: DiTConfig | None
     pack: PackConfig | None
-    world: str
+    codecs: str
     contract: Contract
     size: Size
     null_text: Tensor

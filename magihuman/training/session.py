@@ -50,7 +50,7 @@ def require_fit(model: ModelSettings, contract: Contract) -> None:
         if has != needs:
             raise UserError(
                 f"the model takes {name}_in_channels={has}, the shards hold {getattr(contract, f'{name}_channels')} "
-                f"{name} channels{why}: set model.dit.{name}_in_channels={needs}, or choose the shards' own world"
+                f"{name} channels{why}: set model.dit.{name}_in_channels={needs}, or choose data of the model's codecs"
             )
 
 
@@ -94,7 +94,7 @@ def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, A
     """Network, latents and engine settings, checked against each other.
 
     Args:
-        data: the data module, with `world`, `contract`, `size` (frames, height, width), `null_text` or None.
+        data: the data module, with `codecs`, `contract`, `size` (frames, height, width), `null_text` or None.
 
     Raises:
         UserError: the model is not made for these latents, or `init` is not this model.
@@ -132,11 +132,11 @@ def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, A
     if null_text is None:
         from magihuman.codecs.bundle import load_bundle
 
-        null_text = load_bundle(data.world).text_encoder.encode([""])[0]
+        null_text = load_bundle(data.codecs).text_encoder.encode([""])[0]
     return TrainingContext(
         model=model.dit if model is not None else None,
         pack=model.pack if model is not None else None,
-        world=data.world,
+        codecs=data.codecs,
         contract=contract,
         size=Size(*data.size),
         sr_size=sr_size,

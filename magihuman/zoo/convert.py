@@ -87,9 +87,9 @@ def convert(
         return _convert_file(Path(src), target)
     source = open_source(src, role)
     specs = target_specs(source.specs, source.config.model, DTYPES[dtype], source.label)
-    if to == "released" and source.config.world != "released":
+    if to == "released" and source.config.codecs != "released":
         raise UserError(
-            f"{src} belongs to the world {source.config.world!r}, which the published layout has no place for; "
+            f"{src} belongs to the codecs {source.config.codecs!r}, which the published layout has no place for; "
             "use to=export or to=diffusers"
         )
     codecs = diffusers_style.find_codecs(vae, audio_vae) if to == "diffusers" else {}

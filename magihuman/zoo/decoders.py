@@ -43,7 +43,7 @@ class Latents:
 
     @classmethod
     def of(cls, contract: "Contract") -> "Latents":
-        """Those of a world."""
+        """Those of a codec bundle."""
         return cls(contract.video_codec, contract.video_channels, contract.video_stride)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def arch_names() -> list[str]:
 
 
 def arch(name: str) -> dict[str, Any]:
-    """An architecture: {"layout", "world", "network"} of configs/turbo/NAME.yaml.
+    """An architecture: {"layout", "codecs", "network"} of configs/turbo/NAME.yaml.
 
     Raises:
         UserError: for an unknown name, listing the choices.
@@ -164,12 +164,12 @@ def summary(name: str) -> str:
     widths = ", ".join(str(stage.width) for stage in config.stages)
     return (
         f"{config.parameter_count():>14,} parameters  causal, widths {widths}, stride {list(config.stride)}, "
-        f"for the {described['world']} world"
+        f"for the {described['codecs']} codecs"
     )
 
 
 def config_for(name: str, contract: "Contract") -> DecoderConfig:
-    """The config of an architecture for a world's latents.
+    """The config of an architecture for a codec bundle's latents.
 
     Raises:
         UserError: unknown name, or an architecture for other latents.

@@ -190,7 +190,7 @@ def _table_bytes(config: DiTConfig, tokens: Tokens) -> int:
     return int(tokens.total * FP32 * (ROPE_SHARE * config.head_dim + 9))
 
 
-# -- the released world ------------------------------------------------------------------------------------------------
+# -- the released codecs -----------------------------------------------------------------------------------------------
 
 T5GEMMA_LAYERS, T5GEMMA_WIDTH, T5GEMMA_INNER, T5GEMMA_WORDS = 42, 3584, 14336, 256_000
 T5GEMMA_QUERIES, T5GEMMA_KEYS = 16 * 256, 8 * 256

@@ -175,7 +175,7 @@ def config_with_lora(base: ExportConfig, folder: str | Path, name: str) -> Expor
                 f"{own.provenance.get('init', 'see its adapter_config.json')}"
             )
     own.contract.require(base.contract, f"lora={folder}", name)
-    return replace(own, world=base.world)
+    return replace(own, codecs=base.codecs)
 
 
 def apply(state: Mapping[str, Tensor], folder: str | Path, model: DiTConfig) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ class Request:
 
     Attributes:
         base: first stage's network; second: of super-resolution, or None.
-        patch, stride: of packing and codec; released: the world's codecs and text encoder are the published ones.
+        patch, stride: of packing and codec; released: codecs and text encoder are the published ones.
         frames, audio: of the clip; height, width: of the first stage in pixels; enlarged: of the second.
         text: tokens of a prompt; batch: clips at once; guided: prompts are joined by negative ones, in the same batch
             where cfg_passes is 1; sr_guided: also in the second stage.

@@ -172,7 +172,7 @@ def model_of(name: str) -> Model:
         found.model,
         found.pack.patch_size,
         found.contract.video_stride,
-        found.world == "released",
+        found.codecs == "released",
         found.sampling.guidance.needed,
         (found.size.height, found.size.width),
     )

@@ -67,7 +67,7 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
     return ExportConfig(
         model=model,
         pack=PackConfig(patch_size=PATCH, coords_style=facts.coords_style),
-        world="released",
+        codecs="released",
         contract=Contract(
             video_codec="wan2.2",
             audio_codec="stable-audio-oobleck",

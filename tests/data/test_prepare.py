@@ -18,7 +18,7 @@ from data.shards import Shards
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
-WORLD = "world=pooled_bundle:build"
+CODECS = "codecs=pooled_bundle:build"
 
 
 def folder_of_clips(folder: Path, count: int) -> Path:
@@ -42,7 +42,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expec
 
 def command(source: Path, output: Path, *settings: str) -> list[str]:
     given = dict(
-        word.split("=", 1) for word in (WORLD, "shard_clips=3", "workers=2", "progress=false", *settings)
+        word.split("=", 1) for word in (CODECS, "shard_clips=3", "workers=2", "progress=false", *settings)
     )
     words = [f"{key}={value}" for key, value in given.items()]
     return [sys.executable, "-m", "data.prepare", f"input={source}", f"output={output}", *words]
@@ -73,7 +73,7 @@ def test_every_odd_file_gets_what_it_should(
 ) -> None:
     folder, expected = odd
     settings = ["silent=true", "images=true", "captions=optional"] if allowed else []
-    report = prepare_bad(folder, tmp_path / "out", WORLD, *settings)
+    report = prepare_bad(folder, tmp_path / "out", CODECS, *settings)
     got = {row["file"]: row for row in report["per_file"]}
     assert len(expected) >= 80
     assert set(got) == {os.fsencode(name).decode("utf-8", "surrogateescape") for name in expected}
@@ -106,7 +106,7 @@ def test_odd_but_good_files_hold_the_right_pictures_and_sound(
     odd: tuple[Path, dict[str, Expected]], tmp_path: Path
 ) -> None:
     """The bright quarter of the drawn picture must be where the display matrix puts it, the tone where it began."""
-    prepare_bad(odd[0], tmp_path / "out", WORLD, "silent=true", "images=true", "captions=optional")
+    prepare_bad(odd[0], tmp_path / "out", CODECS, "silent=true", "images=true", "captions=optional")
     found = samples(tmp_path / "out")
     plain = found["copy-of-plain.mp4@0"].tensors
     assert plain["video"].shape == (3, 7, 16, 16)
@@ -187,17 +187,17 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
 def test_number_of_workers_changes_nothing_and_a_finished_run_is_left_alone(
     clips: Path, whole: Path, tmp_path: Path
 ) -> None:
-    prepare(str(clips), str(tmp_path / "one"), world=WORLD[6:], workers=1, shard_clips=3, progress=False)
+    prepare(str(clips), str(tmp_path / "one"), codecs=CODECS[7:], workers=1, shard_clips=3, progress=False)
     assert contents(tmp_path / "one") == contents(whole)
     before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir()}
-    again = prepare(str(clips), str(whole), world=WORLD[6:], workers=1, shard_clips=3, progress=False)
+    again = prepare(str(clips), str(whole), codecs=CODECS[7:], workers=1, shard_clips=3, progress=False)
     assert again.clips == 12
     assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == before
 
 
 def test_output_of_other_settings_is_refused(clips: Path, whole: Path) -> None:
     with pytest.raises(UserError, match=r"shards of other files or settings; delete it or choose another"):
-        prepare(str(clips), str(whole), world=WORLD[6:], shard_clips=4, progress=False)
+        prepare(str(clips), str(whole), codecs=CODECS[7:], shard_clips=4, progress=False)
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(clips: Path, whole: Path, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
     clips = folder_of_clips(tmp_path / "media", 7)
     deadly = clips / "c03.mp4"
     movie(deadly, seconds=1.0, width=96, height=96)
-    settings = ["world=pooled_bundle:deadly_world", "batch=1"]
+    settings = ["codecs=pooled_bundle:deadly", "batch=1"]
     result = run(clips, tmp_path / "shards", *settings)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
@@ -240,10 +240,10 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
         (["wrokers=2"], "unknown setting wrokers, did you mean 'workers'?"),
         (["workers=two"], "workers='two' should be an integer"),
         (["silent=perhaps"], "silent='perhaps' should be true or false"),
-        (["frames=24"], "frames=24: this world's codec needs 4k+1 frames, for example 25"),
+        (["frames=24"], "frames=24: this codec needs 4k+1 frames, for example 25"),
         (["sizes=64"], "sizes='64' should look like 448x256"),
         (["sizes=66x64"], "needs height divisible by 4 and width by 4"),
-        (["world=toy"], "unknown world 'toy'; choose one of tiny, released"),
+        (["codecs=toy"], "codecs 'toy' are unknown; choose one of tiny, released"),
         (["captions=maybe"], "captions='maybe' should be one of required, optional"),
         (["table=nowhere.csv"], "table=nowhere.csv is not a file"),
         (["shard_clips=0"], "shard_clips=0 is impossible; give at least 1"),
@@ -257,8 +257,8 @@ def test_wrong_settings_are_one_line_with_a_remedy(
     from magihuman.cli import run as run_command
 
     words = [f"input={clips}", f"output={tmp_path / 'x'}", "progress=false"]
-    if not any(word.startswith("world=") for word in settings):
-        words.append(WORLD)
+    if not any(word.startswith("codecs=") for word in settings):
+        words.append(CODECS)
     with pytest.raises(SystemExit) as leaving:
         run_command(prepare, "python -m data.prepare", [*words, *settings])
     assert leaving.value.code == 2
@@ -273,19 +273,19 @@ def test_folders_without_use_are_refused_with_a_reason(tmp_path: Path) -> None:
         prepare(str(tmp_path / "nothing"), str(tmp_path / "out"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no media file"):
-        prepare(str(tmp_path / "empty"), str(tmp_path / "out"), world=WORLD[6:])
+        prepare(str(tmp_path / "empty"), str(tmp_path / "out"), codecs=CODECS[7:])
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="holds no media file"):
-        prepare(str(tmp_path / "empty"), str(tmp_path / "mine"), world=WORLD[6:])
+        prepare(str(tmp_path / "empty"), str(tmp_path / "mine"), codecs=CODECS[7:])
     assert (tmp_path / "mine").exists()
     clips = folder_of_clips(tmp_path / "media", 1)
     (clips / "c00.txt").unlink()
     with pytest.raises(UserError, match=r"no clip could be taken .* most often: has no caption; .*report.md"):
-        prepare(str(clips), str(tmp_path / "out"), world=WORLD[6:], progress=False)
+        prepare(str(clips), str(tmp_path / "out"), codecs=CODECS[7:], progress=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        prepare(str(clips), str(tmp_path / "file" / "out"), world=WORLD[6:])
+        prepare(str(clips), str(tmp_path / "file" / "out"), codecs=CODECS[7:])
 
 
 def test_plain_webdataset_reads_the_shards(whole: Path) -> None:
@@ -312,7 +312,7 @@ def test_buckets_by_length_and_shape(tmp_path: Path) -> None:
         movie(clips / f"{name}.mp4", **how)  # type: ignore[arg-type]
         (clips / f"{name}.txt").write_text(name)
     report = prepare(
-        str(clips), str(tmp_path / "out"), world=WORLD[6:], sizes="64x64,128x64,64x128", frames="25,13",
+        str(clips), str(tmp_path / "out"), codecs=CODECS[7:], sizes="64x64,128x64,64x128", frames="25,13",
         workers=1, progress=False,
     )  # fmt: skip
     assert report.buckets == {"13x128x64+a": 1, "13x64x64+a": 1, "25x64x128+a": 1, "25x64x64+a": 2}
@@ -381,4 +381,4 @@ def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path
     with pytest.raises(
         UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"
     ):
-        inspect(str(copy), str(tmp_path / "x.png"), world="tiny")
+        inspect(str(copy), str(tmp_path / "x.png"), codecs="tiny")

@@ -6,7 +6,7 @@ import pytest
 from fake_bundle import fake_checkpoint
 from infer_command import failure, manifest, run, write_prompts
 
-pytestmark = pytest.mark.usefixtures("in_a_fake_world")
+pytestmark = pytest.mark.usefixtures("with_fake_codecs")
 
 
 @pytest.mark.parametrize(

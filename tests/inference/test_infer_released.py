@@ -188,7 +188,7 @@ def test_draws_come_in_the_released_order(
     monkeypatch.setattr(module, "refine", watch)
     (draft,) = drafts(pipeline, [0], given)
     (generator,) = seeded([7])
-    codec: Any = pipeline.world.audio_codec
+    codec: Any = pipeline.codecs.audio_codec
     wave = read_audio(given["audio"], codec.sample_rate)[None, :, : 15 * codec.hop]
     assert torch.equal(draft.audio, codec.encode(wave, generator)[0])
     assert not torch.equal(draft.audio, codec.encode(wave)[0])
@@ -211,7 +211,7 @@ def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) 
     (draft,) = pipeline.draft(["a song"], [3], settings, sounds=[tmp_path / "s.mp4"])
     assert (settings.audio, settings.frames) == (751, 749)
     assert draft.video.shape[1] == 188
-    codec: Any = pipeline.world.audio_codec
+    codec: Any = pipeline.codecs.audio_codec
     samples = 751 * codec.hop
     sound = read_audio(tmp_path / "s.mp4", codec.sample_rate)[:, :samples]
     sound = torch.nn.functional.pad(sound, (0, samples - sound.shape[1]))
@@ -232,7 +232,7 @@ def test_decoding_in_parts_is_decoding_at_once(pipeline: Pipeline, given: dict[s
     (draft,) = drafts(pipeline, [0], given)
     parts = list(pipeline.frames(draft))
     assert [len(part) for part in parts] == [1, 4, 4, 4]
-    whole = frames_to_uint8(pipeline.world.video_codec.decode(draft.video[None]))[0]
+    whole = frames_to_uint8(pipeline.codecs.video_codec.decode(draft.video[None]))[0]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(pipeline.decode(draft).frames, whole)
 

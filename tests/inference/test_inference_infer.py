@@ -23,7 +23,7 @@ from magihuman.media.mp4 import probe
 REPO = Path(__file__).resolve().parents[2]
 
 
-pytestmark = pytest.mark.usefixtures("in_a_fake_world")
+pytestmark = pytest.mark.usefixtures("with_fake_codecs")
 
 
 # ----------------------------------------------------------------------------------------------- one prompt

@@ -23,7 +23,7 @@ DIT = DiTConfig(2, 32, 16, 1, 12, 4, 5, mm_layers=(0,), gelu7_layers=(0,))
 
 def recipe(**settings: Any) -> Pretrain:
     context = TrainingContext(
-        model=DIT, pack=PackConfig(), world="stub", contract=training_stub.CONTRACT, size=Size(9, 16, 16),
+        model=DIT, pack=PackConfig(), codecs="stub", contract=training_stub.CONTRACT, size=Size(9, 16, 16),
         null_text=torch.full((1, 5), 7.0), optim=OptimSettings(algorithm="muon", lr=0.02, adamw_lr=0.01),
         trainer=TrainerSettings(100, precision="fp32"), strategy=StrategySettings(),
     )  # fmt: skip

@@ -39,7 +39,7 @@ def recipe(**settings: Any) -> SuperResolution:
 
     node = plain(config)
     context = TrainingContext(
-        model=SMALL, pack=PackConfig(patch_size=2, coords_style="v1"), world="tiny",
+        model=SMALL, pack=PackConfig(patch_size=2, coords_style="v1"), codecs="tiny",
         contract=training_stub.CONTRACT, size=Size(9, 16, 16), null_text=torch.zeros(1, 5),
         optim=build(OptimSettings, node["optim"]), trainer=build(TrainerSettings, node["trainer"]),
         strategy=StrategySettings(), sr_size=(32, 32),

@@ -52,7 +52,7 @@ def teacher(tmp_path_factory) -> Path:
 
 def recipe(contract: Contract = training_stub.CONTRACT, **settings: Any) -> TurboVAE:
     context = TrainingContext(
-        model=None, pack=None, world="stub", contract=contract, size=Size(9, 16, 16),
+        model=None, pack=None, codecs="stub", contract=contract, size=Size(9, 16, 16),
         null_text=torch.zeros(1, 5), optim=OptimSettings(lr=1e-2, ema_decay=0.9),
         trainer=TrainerSettings(100, precision="fp32"), strategy=StrategySettings(),
     )  # fmt: skip

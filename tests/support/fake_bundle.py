@@ -71,7 +71,7 @@ def fake_checkpoint(folder: Path, guidance: Guidance | None = None, seed: int = 
     export = ExportConfig(
         model=config,
         pack=PackConfig(),
-        world="tiny",
+        codecs="tiny",
         contract=fake_bundle().contract,
         sampling=Sampling(steps=2, guidance=guidance or Guidance(3, 2, audio=2)),
         size=Size(FRAMES, SIDE, SIDE),

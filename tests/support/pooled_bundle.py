@@ -59,7 +59,7 @@ def build(device: str) -> CodecBundle:
     )
 
 
-def deadly_world(device: str) -> Any:
+def deadly(device: str) -> Any:
     """The pooled world, but encoding clip number 3 kills the process."""
 
     class Deadly(LetterText):

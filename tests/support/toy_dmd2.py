@@ -58,7 +58,7 @@ def make_context(
     save_export(folder, released_dtypes(network.state_dict(), DIT), config)
     settings = {"lr": 5e-4, "betas": (0.0, 0.999), "schedule": "constant", "warmup": 1, "ema_decay": 0.95}
     return TrainingContext(
-        model=DIT, pack=PackConfig(), world="stub", contract=training_stub.CONTRACT, size=size,
+        model=DIT, pack=PackConfig(), codecs="stub", contract=training_stub.CONTRACT, size=size,
         null_text=torch.zeros(2, 5), optim=OptimSettings(**{**settings, **optim}),
         trainer=TrainerSettings(steps, precision=precision), strategy=StrategySettings(), seed=seed, init=str(folder),
     )  # fmt: skip

@@ -141,7 +141,7 @@ class TestRoundTrips:
         convert(str(tmp_path / "there"), str(tmp_path / "back"))
         assert load_config(tmp_path / "back") == load_config(export)
         assert same(tensors_of(tmp_path / "back"), tensors_of(export))
-        with pytest.raises(UserError, match="belongs to the world 'tiny'"):
+        with pytest.raises(UserError, match="belongs to the codecs 'tiny'"):
             convert(str(export), str(tmp_path / "x"), "released")
 
     def test_types(self, release: Path, tmp_path: Path) -> None:

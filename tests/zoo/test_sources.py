@@ -176,7 +176,7 @@ class TestFind:
     def test_somebody_elses_config_is_passed_over(self, release: Path, tmp_path: Path) -> None:
         shutil.copytree(release / "base", tmp_path / "base")
         (tmp_path / "base" / "config.json").write_text('{"model_type": "x"}')
-        assert zoo.config_of(tmp_path / "base").world == "released"
+        assert zoo.config_of(tmp_path / "base").codecs == "released"
 
     def test_export_and_run_folder(self, tmp_path: Path) -> None:
         fake_checkpoint(tmp_path / "run" / "export")

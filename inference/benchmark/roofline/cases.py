@@ -155,7 +155,7 @@ def _network(model: "str | ExportConfig") -> _Network:
             config = zoo.arch(model)
             return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT)
         return replace(_network(zoo.config_of(model)), name=model)
-    return _Network("the network", model.model, model.pack, model.world == "released")
+    return _Network("the network", model.model, model.pack, model.codecs == "released")
 
 
 def _released(

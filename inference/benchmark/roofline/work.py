@@ -167,7 +167,7 @@ def _student(name: str) -> CausalDecoderConfig | None:
     from magihuman.zoo.decoders import arch
 
     described = arch(name)
-    if described["world"] != "released" or described["layout"] != "causal":
+    if described["codecs"] != "released" or described["layout"] != "causal":
         return None
     return CausalDecoderConfig.from_dict(described["network"])
 
