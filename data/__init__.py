@@ -1,1 +1,1 @@
-"""From media files to latent shards to batches."""
+"""Media files to shards of latents, and shards to training batches."""

@@ -1,6 +1,6 @@
-"""Buckets: clips of one length and size (and with or without sound), so that a batch is one dense tensor.
+"""Buckets: groups of clips of equal length and size, with or without audio, so that a batch is one dense tensor.
 
-A bucket's name is "<frames>x<height>x<width>", with "+a" behind it when its clips have sound.
+A bucket's name is "<frames>x<height>x<width>", followed by "+a" if its clips have audio.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,18 @@ from magihuman.media import images
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Pixel frames, height and width of a clip, and whether it has sound."""
+    """Length in frames, height and width in pixels, and whether there is audio.
+
+    str(Bucket(25, 64, 64, True)) == "25x64x64+a"
+    """
 
     frames: int
     height: int
     width: int
-    sound: bool
+    audio: bool
 
     def __str__(self) -> str:
-        return f"{self.frames}x{self.height}x{self.width}{'+a' if self.sound else ''}"
+        return f"{self.frames}x{self.height}x{self.width}{'+a' if self.audio else ''}"
 
     @classmethod
     def parse(cls, name: str) -> "Bucket":
@@ -31,10 +34,14 @@ class Bucket:
 def parse_sizes(
     texts: Sequence[str], stride: tuple[int, int], setting: str = "sizes"
 ) -> list[tuple[int, int]]:
-    """ "448x256" (width x height, as people write it) -> (256, 448); `setting` is what messages call it.
+    """Sizes (height, width) from texts such as "448x256" (width x height).
+
+    Args:
+        stride: (height, width) in pixels of one latent.
+        setting: name of the option in error messages.
 
     Raises:
-        UserError: not of that form, or not divisible by the codec's `stride`.
+        UserError: not of that form, or not divisible by `stride`.
     """
     sizes = []
     for text in texts:
@@ -51,10 +58,10 @@ def parse_sizes(
 
 
 def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """`large`, after a look at whether it holds a larger size of the same shape for each of `small`.
+    """Check that `large` has a larger size of the same aspect ratio for each of `small`, and return it.
 
     Raises:
-        UserError: it does not.
+        UserError: it has not.
     """
     if len(large) != len(small):
         raise UserError(
@@ -64,10 +71,14 @@ def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]
         names = f"sr_sizes={wide}x{tall} for {width}x{height}"
         if tall < height or wide < width:
             raise UserError(f"{names} is smaller; give the size of the second stage")
-        if not images.same((height, width), (tall, wide)):
-            raise UserError(f"{names} has another shape; choose one within {images.SAME:.0%} of it")
+        if not images.same_aspect((height, width), (tall, wide)):
+            raise UserError(
+                f"{names} has another aspect ratio; choose one within {images.SAME_ASPECT:.0%} of it"
+            )
     if len(set(large)) < len(large):
-        raise UserError("sr_sizes names a size twice; a clip could not tell which of two sizes it belongs to")
+        raise UserError(
+            "sr_sizes names a size twice: a clip of it could belong to two of sizes; prepare each into its own folder"
+        )
     if len(set(small)) < len(small):
         raise UserError(
             "sizes names a size twice: clips of a batch share both sizes; prepare each sr_sizes into its own folder"
@@ -76,26 +87,29 @@ def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]
 
 
 def check_lengths(lengths: Sequence[int], stride: int) -> list[int]:
-    """Lengths in pixel frames, longest first.
+    """Lengths in frames, longest first.
+
+    Args:
+        stride: frames per latent of the video codec.
 
     Raises:
-        UserError: a length is not stride*k+1.
+        UserError: a length is not stride * k + 1.
     """
     for length in lengths:
         if length < 1 or (length - 1) % stride:
             near = max(1, round((length - 1) / stride)) * stride + 1
-            raise UserError(f"frames={length}: this codec needs {stride}k+1 frames, for example {near}")
+            raise UserError(f"frames={length}: the video codec needs {stride}k+1 frames, for example {near}")
     return sorted(set(lengths), reverse=True)
 
 
 def choose_size(
     height: int, width: int, sizes: Sequence[tuple[int, int]], max_crop: float, max_enlarge: float
 ) -> tuple[tuple[int, int] | None, str]:
-    """The size whose aspect is nearest, and among equals the largest that the picture fills.
+    """The size with the nearest aspect ratio; among equal ones the largest that needs no upscaling.
 
     Args:
-        max_crop: share of the picture that cropping may cost.
-        max_enlarge: how much a picture may be scaled up.
+        max_crop: share of the area that cropping may remove.
+        max_enlarge: largest factor of upscaling.
 
     Returns:
         (height, width) and "", or None and the reason why no size fits.
@@ -106,7 +120,7 @@ def choose_size(
 
     def cost(size: tuple[int, int]) -> tuple[float, bool, int]:
         return (
-            round(images.difference(size, (height, width)), 6),
+            round(images.aspect_difference(size, (height, width)), 6),
             cover(size) > 1,
             -size[0] * size[1] if cover(size) <= 1 else size[0] * size[1],
         )
@@ -116,7 +130,7 @@ def choose_size(
     if lost > max_crop:
         return None, (
             f"{width}x{height} would lose {lost:.0%} of its area to {best[1]}x{best[0]} "
-            f"(max_crop={max_crop:g}); add a size of its shape"
+            f"(max_crop={max_crop:g}); add a size of its aspect ratio"
         )
     if cover(best) > max_enlarge:
         return None, f"{width}x{height} would be enlarged {cover(best):.1f}x (max_enlarge={max_enlarge:g})"
@@ -124,7 +138,7 @@ def choose_size(
 
 
 def cut(available: int, lengths: Sequence[int], max_windows: int | None) -> list[tuple[int, int]]:
-    """Windows (first frame, frames) over `available` frames: longest first, one after the other, no overlap.
+    """Cut `available` frames into windows (first frame, length) without gap or overlap, long ones first.
 
     Args:
         lengths: longest first.

@@ -1,6 +1,6 @@
-"""Captions for media files: a .txt beside the file, or a table (.csv, .tsv, .jsonl) with files and captions.
+"""Captions of media files: a .txt next to the file, or a table (.csv, .tsv, .jsonl) with files and captions.
 
-A text beside the file wins over a table. Tables found in the input folder name files relative to themselves.
+A .txt has priority over a table. Paths in a table are relative to the table's folder.
 """
 
 import csv
@@ -16,12 +16,12 @@ TABLES = (".csv", ".tsv", ".jsonl")
 
 
 class CaptionError(Exception):
-    """A caption that cannot be used; the message is a reason fit for the report."""
+    """A caption that cannot be used; the message is the reason for the report."""
 
 
 @dataclass
 class Tables:
-    """The rows of all caption tables.
+    """Rows of all caption tables.
 
     Attributes:
         captions: absolute path of a media file -> its caption.
@@ -35,12 +35,12 @@ class Tables:
 
 
 def tidy(text: str) -> str:
-    """One line, single spaces, without control characters."""
+    """Collapse a text to one line with single spaces, without control characters."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in text).split())
 
 
 def read_text(path: Path) -> str:
-    """The contents of a UTF-8 file (a byte-order mark is dropped).
+    """Content of a UTF-8 file without byte-order mark.
 
     Raises:
         CaptionError: unreadable or not UTF-8.
@@ -62,7 +62,7 @@ def _pick(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _rows(table: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
-    """(line number, row) pairs; a row that is no mapping becomes the reason why."""
+    """(line number, row) pairs; for an unreadable row, the reason in its place."""
     if table.suffix.lower() == ".jsonl":
         rows: list[tuple[int, dict[str, Any] | str]] = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -80,7 +80,7 @@ def _rows(table: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
 
 
 def read_tables(tables: list[Path]) -> Tables:
-    """Read every table; nothing is fatal, faults are listed in `problems`."""
+    """Read all tables; errors are listed in `problems`."""
     found = Tables()
     for table in tables:
         try:
@@ -111,12 +111,12 @@ def read_tables(tables: list[Path]) -> Tables:
 
 
 def caption_of(path: Path, tables: Tables) -> str:
-    """The caption of a media file, "" where there is none.
+    """Caption of a media file; "" if there is none.
 
     Raises:
         CaptionError: its text file cannot be read.
     """
-    for beside in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
-        if beside.is_file():
-            return tidy(read_text(beside))
+    for text in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
+        if text.is_file():
+            return tidy(read_text(text))
     return tables.captions.get(str(path), "")

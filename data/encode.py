@@ -1,4 +1,4 @@
-"""Planned clips to a shard of latents: the part of `data.prepare` that runs in the workers."""
+"""Encoding of planned clips to shards of latents: the tasks that `data.prepare` runs in worker processes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.buckets import Bucket
-from data.plan import PlannedClip
-from data.scan import Found, look
+from data.clip_plan import PlannedClip
+from data.scan import MediaFile, probe_file
 from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter
 from data.worker_pool import Tick
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
-from magihuman.media.mp4 import Clip, MediaError, MediaReader, read_image
+from magihuman.media.decoding import MediaClip, MediaError, MediaReader, read_image
 
-if TYPE_CHECKING:  # the parent process only names the tasks
+if TYPE_CHECKING:  # the parent process imports the tasks only by name
     import torch
 
     from magihuman.codecs.bundle import CodecBundle
 
-SILENCE = 1e-4  # peak below which a sound track counts as none (-80 dB)
+SILENCE = 1e-4  # peak below which audio counts as silent (-80 dB)
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """How clips become samples.
+    """Settings of the encoding.
 
     Attributes:
-        codecs: name for `load_bundle`, or "package.module:function" that returns a CodecBundle of your own.
-        device: where the codecs run; silent: whether clips whose sound is silence are taken;
-        batch: clips per encoder call. pixels: whether the frames are stored beside the latents.
+        codecs: a name for `load_bundle` or "package.module:function" that returns a CodecBundle.
+        device: where the codecs run.
+        silent: whether clips with silent audio are accepted.
+        batch: clips per encoder call.
+        pixels: whether the frames are stored in addition to the latents.
     """
 
     codecs: str
@@ -45,7 +47,7 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard: where it goes and what goes in."""
+    """One shard to write: its path and its clips."""
 
     path: str
     clips: Sequence[PlannedClip]
@@ -54,10 +56,10 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Samples written (none: there is no file), and the reasons of what was refused, by key."""
+    """Samples written (without any there is no file), and the reasons for rejected clips by key."""
 
     entries: list[Entry]
-    refused: dict[str, str]
+    rejected: dict[str, str]
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +82,7 @@ def open_bundle(name: str, device: str) -> CodecBundle:
 
 
 def describe_codecs(payload: tuple[str, str, str], tick: Tick, excluded: frozenset[str]) -> dict[str, Any]:
-    """Task: the facts about the codecs that planning needs; stores its null text in a folder.
+    """Task: the properties of the codecs that planning needs; writes the features of the empty prompt to a folder.
 
     Args:
         payload: (codecs, device, output folder).
@@ -99,49 +101,48 @@ def describe_codecs(payload: tuple[str, str, str], tick: Tick, excluded: frozens
     }
 
 
-def look_at(files: Sequence[Found], tick: Tick, excluded: frozenset[str]) -> list[Found]:
-    """Task: `data.scan.look` at files."""
+def probe_files(files: Sequence[MediaFile], tick: Tick, excluded: frozenset[str]) -> list[MediaFile]:
+    """Task: probe files."""
     results = []
     for found in files:
         tick(found.path)
         if found.path in excluded:
             problem = "crashes the decoder (its process died twice)"
-            results.append(Found(found.path, found.relative, found.size, found.modified, None, problem))
+            results.append(MediaFile(found.path, found.relative, found.size, found.modified, None, problem))
         else:
-            results.append(look(found))
+            results.append(probe_file(found))
     return results
 
 
 def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardResult:
     """Task: read, encode and store the clips of one shard."""
     codecs = open_bundle(job.encode.codecs, job.encode.device)
-    refused: dict[str, str] = {}
-    waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, Clip]]] = {}
+    rejected: dict[str, str] = {}
+    waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, MediaClip]]] = {}
     with ShardWriter(Path(job.path)) as writer:
         for planned, clip in _read(job.clips, codecs, tick, excluded):
             if isinstance(clip, str):
-                refused[planned.key] = clip
+                rejected[planned.key] = clip
                 continue
-            sound = clip.wave is not None and float(clip.wave.abs().max()) >= SILENCE
-            if not sound and not planned.still and not job.encode.silent:
+            audio = clip.wave is not None and float(clip.wave.abs().max()) >= SILENCE
+            if not audio and not planned.still and not job.encode.silent:
                 state = "is silent" if clip.wave is not None else "is missing"
-                refused[planned.key] = f"its sound {state} (silent=true takes it)"
+                rejected[planned.key] = f"its audio {state} (silent=true takes it)"
                 continue
-            bucket = Bucket(planned.frames, planned.height, planned.width, sound)
-            kind = (bucket, planned.large)
-            group = waiting.setdefault(kind, [])
+            bucket = Bucket(planned.frames, planned.height, planned.width, audio)
+            group = waiting.setdefault((bucket, planned.large), [])
             group.append((planned, clip))
             if len(group) == job.encode.batch:
-                refused |= _encode(codecs, job.encode, bucket, waiting.pop(kind), writer)
+                rejected |= _encode(codecs, job.encode, bucket, waiting.pop((bucket, planned.large)), writer)
         for (bucket, _), group in waiting.items():
-            refused |= _encode(codecs, job.encode, bucket, group, writer)
-    return ShardResult(writer.entries, refused)
+            rejected |= _encode(codecs, job.encode, bucket, group, writer)
+    return ShardResult(writer.entries, rejected)
 
 
 def _read(
     clips: Sequence[PlannedClip], codecs: CodecBundle, tick: Tick, excluded: frozenset[str]
-) -> Iterator[tuple[PlannedClip, Clip | str]]:
-    """Every clip, or the reason why it cannot be had; neighbours of one file are read in one pass."""
+) -> Iterator[tuple[PlannedClip, MediaClip | str]]:
+    """Every clip, or the reason why it cannot be read; consecutive clips of a file are read in one pass."""
     contract = codecs.contract
     reader: MediaReader | None = None
     open_path, problem = "", ""
@@ -154,7 +155,7 @@ def _read(
             size = planned.large or (planned.height, planned.width)
             try:
                 if planned.still:
-                    yield planned, Clip(_still(planned.path, size), contract.fps, None, 0)
+                    yield planned, MediaClip(_still(planned.path, size), contract.fps, None, 0)
                     continue
                 if planned.path != open_path:
                     if reader is not None:
@@ -170,7 +171,7 @@ def _read(
             except MediaError as error:
                 problem = str(error)
                 yield planned, problem
-            except Exception as error:  # a decoder's bug is one file's problem, not the end of the run
+            except Exception as error:  # a bug of a decoder must not end the run
                 problem = f"cannot be decoded: {type(error).__name__}: {error}"[:200]
                 yield planned, problem
     finally:
@@ -179,7 +180,7 @@ def _read(
 
 
 def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """A picture file, or the only picture of a video file: uint8 [1,H,W,3]."""
+    """An image file, or the only frame of a video file: uint8 [1,H,W,3]."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -195,42 +196,42 @@ def _encode(
     codecs: CodecBundle,
     job: EncodeJob,
     bucket: Bucket,
-    group: list[tuple[PlannedClip, Clip]],
+    group: list[tuple[PlannedClip, MediaClip]],
     writer: ShardWriter,
 ) -> dict[str, str]:
-    """Encode clips of one bucket and add them to the shard; returns refusals by key."""
+    """Encode clips of one bucket and add them to the shard; returns rejections by key."""
     import torch
 
     from magihuman.flow.super_resolution import shrink_pictures
 
     device = job.device
     frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
-    pictures = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     large = None
     if group[0][0].large is not None:
-        large = codecs.video_codec.encode(pictures).cpu()
-        # From the same pixels, so that both show the same part of the scene to a fraction of a pixel.
-        pictures = shrink_pictures(pictures, bucket.height, bucket.width)
-    video = codecs.video_codec.encode(pictures).cpu()
-    shown = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().cpu() if job.pixels else None  # [B,3,F,H,W]
+        large = codecs.video_codec.encode(pixels).cpu()
+        # From the same pixels, so that both sizes are aligned to a fraction of a pixel.
+        pixels = shrink_pictures(pixels, bucket.height, bucket.width)
+    video = codecs.video_codec.encode(pixels).cpu()
+    stored = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu() if job.pixels else None  # [B,3,F,H,W]
     audio = None
-    if bucket.sound:
+    if bucket.audio:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
         length = codecs.audio_codec.hop * bucket.frames
         waves = [clip.wave[:, :length] for _, clip in group if clip.wave is not None]
         audio = codecs.audio_codec.encode(torch.stack(waves).to(device)).cpu()
     texts = codecs.text_encoder.encode([planned.caption for planned, _ in group])
-    refused = {}
+    rejected = {}
     for i, (planned, _) in enumerate(group):
         tensors = {"video": video[i], "text": texts[i].cpu()}
         if audio is not None:
             tensors["audio"] = audio[i]
         if large is not None:
             tensors[LARGE] = large[i]
-        if shown is not None:
-            tensors["frames"] = shown[i]
+        if stored is not None:
+            tensors["frames"] = stored[i]
         if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
-            refused[planned.key] = "its latents are not finite in half precision"
+            rejected[planned.key] = "its latents are not finite in half precision"
             continue
         meta = {
             "caption": planned.caption,
@@ -240,8 +241,8 @@ def _encode(
             "width": bucket.width,
             "height": bucket.height,
             "bucket": str(bucket),
-            "has_audio": bucket.sound,
+            "has_audio": bucket.audio,
             "start": round(planned.start, 6),
         }
         writer.add(planned.key, str(bucket), tensors, meta)
-    return refused
+    return rejected

@@ -1,26 +1,30 @@
-"""A look at shards, `python -m data.inspect SHARDS [output=sheet.png]`: statistics and a contact sheet."""
+"""Statistics and a contact sheet of shards: `python -m data.inspect SHARDS [output=sheet.png]`."""
+
+from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from data.order import permutation
 from data.shards import Sample, SampleError, Shards
-from data.stream import permutation
 from magihuman.errors import UserError
 
-STATISTICS_FROM = 256  # samples that the statistics are computed from
+if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
+    import torch
+
+STATISTICS_FROM = 256  # samples read for the statistics
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the samples looked at.
+    """Sizes, latent moments and text lengths of shards.
 
     Attributes:
-        samples: in the shards; looked_at: read for the figures below; corrupt: unreadable among those.
+        samples: in the shards; looked_at: read for the values below; corrupt: unreadable among those.
         buckets: samples per bucket, of all.
         video, audio: (mean, standard deviation) per channel, [C,2] and [Ca,2].
         caption_words: (fewest, median, most); text_tokens: likewise.
@@ -45,29 +49,25 @@ class Statistics:
                     f"  {name} latents: {len(table)} channels, mean {low:.2f} to {high:.2f}, "
                     f"deviation {least:.2f} to {most:.2f}"
                 )
-        lines.append("  words per caption: {} to {} (median {})".format(*_reordered(self.caption_words)))
-        lines.append("  text tokens: {} to {} (median {})".format(*_reordered(self.text_tokens)))
+        lines.append("  words per caption: {0} to {2} (median {1})".format(*self.caption_words))
+        lines.append("  text tokens: {0} to {2} (median {1})".format(*self.text_tokens))
         return "\n".join(lines + [f"  corrupt: {reason}" for reason in self.corrupt])
-
-
-def _reordered(spread: tuple[int, int, int]) -> tuple[int, int, int]:
-    return spread[0], spread[2], spread[1]
 
 
 def inspect(
     shards: str, output: str | None = None, samples: int = 12, codecs: str | None = None, seed: int = 0
 ) -> str:
-    """Print statistics of shards and draw a contact sheet of some decoded samples.
+    """Print statistics of shards and write a contact sheet of some decoded samples.
 
     Args:
         shards: folder made by data.prepare
-        output: PNG to write; none puts contact_sheet.png into the folder of shards
+        output: PNG to write; none for contact_sheet.png in the folder of the shards
         samples: how many to decode, 0 for statistics alone
-        codecs: bundle that decodes; none takes the one that the shards name
+        codecs: bundle to decode with; none takes the ones that the shards name
         seed: of the choice of samples
 
     Raises:
-        UserError: shards that cannot be read, or codecs that are not theirs.
+        UserError: shards that cannot be read, or codecs that did not make them.
     """
     reader = Shards(shards)
     text = str(statistics(reader, seed))
@@ -79,7 +79,7 @@ def inspect(
 
 
 def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str]]:
-    """Up to `count` samples by chance, and what could not be read among them."""
+    """Up to `count` random samples, and the errors of those that could not be read."""
     found, corrupt = [], []
     for number in permutation(len(reader), seed)[:count]:
         try:
@@ -92,7 +92,7 @@ def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str
 
 
 def statistics(reader: Shards, seed: int = 0) -> Statistics:
-    """Figures of up to STATISTICS_FROM samples, chosen by chance."""
+    """Statistics of up to STATISTICS_FROM random samples."""
     found, corrupt = _some(reader, STATISTICS_FROM, seed)
     buckets = Counter(entry.bucket for entry in reader.entries)
     video = [s.tensors["video"].float().flatten(1).double() for s in found]
@@ -104,38 +104,40 @@ def statistics(reader: Shards, seed: int = 0) -> Statistics:
         buckets=dict(sorted(buckets.items())),
         video=_moments(video),
         audio=_moments(audio),
-        caption_words=_spread([len(str(s.meta.get("caption", "")).split()) for s in found]),
-        text_tokens=_spread([len(s.tensors["text"]) for s in found]),
+        caption_words=_min_median_max([len(str(s.meta.get("caption", "")).split()) for s in found]),
+        text_tokens=_min_median_max([len(s.tensors["text"]) for s in found]),
     )
 
 
 def _moments(parts: list[torch.Tensor]) -> np.ndarray:
-    """(mean, deviation) over the second axis of [channels,n] parts."""
+    """(mean, standard deviation) over the second axis of [channels,n] tensors."""
     if not parts:
         return np.zeros((0, 2))
+    import torch
+
     everything = torch.cat(parts, 1)
     return torch.stack([everything.mean(1), everything.std(1)], 1).numpy()
 
 
-def _spread(values: list[int]) -> tuple[int, int, int]:
+def _min_median_max(values: list[int]) -> tuple[int, int, int]:
     return min(values), int(np.median(values)), max(values)
 
 
 def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, seed: int) -> None:
-    """Decode some samples and write their pictures with captions."""
+    """Decode some samples and write their frames with captions."""
     from data.encode import open_bundle
     from magihuman.media.contact_sheet import write_contact_sheet
 
     name = codecs or reader.index.codecs
     if not name:
-        raise UserError(f"{reader.folder} does not say which codecs its latents belong to; give codecs=")
-    opened = open_bundle(name, "cpu")
+        raise UserError(f"{reader.folder} does not name the codecs that made it; give codecs=")
+    bundle = open_bundle(name, "cpu")
     if reader.contract is not None:
-        reader.contract.require(opened.contract, f"shards {reader.folder}", f"codecs {name}")
+        reader.contract.require(bundle.contract, f"shards {reader.folder}", f"codecs {name}")
     found, _ = _some(reader, samples, seed)
     clips = []
     for sample in found:
-        frames = opened.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
+        frames = bundle.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
         clips.append(((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
     captions: list[Any] = [sample.meta.get("caption", "") for sample in found]
     write_contact_sheet(

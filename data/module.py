@@ -1,34 +1,110 @@
-"""The LightningDataModule over shards, with a loader whose whole state is one global position.
+"""LightningDataModule over shards: batches of latents from a loader whose state is one global position.
 
-Stock Lightning hands every rank the loader state of rank 0 and resumes its own distributed sampler wrongly
-after the first epoch; a position that means the same on every rank, and no sampler, leave nothing to get
-wrong.
+Lightning restores the loader state of rank 0 on every rank and resumes its distributed sampler at a wrong sample after
+the first epoch. Therefore the position means the same on every rank, and there is no sampler.
 """
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from data.buckets import Bucket
-from data.plan import source_of
-from data.shards import LARGE, SampleError, Shards
-from data.stream import Batches, FixedOrder, Order
+from data.clip_plan import source_of
+from data.order import FixedOrder, Order
+from data.shards import LARGE, Sample, SampleError, Shards
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
 
-class Loader:
-    """Batches of one rank from a position on, without end.
+class Batches(Dataset[dict[str, Any]]):
+    """Dataset of global batches: item t is one rank's share of batch t, as tensors.
 
-    Not a DataLoader, so that Lightning puts no sampler of its own into it; and without a length, so that
-    Lightning sees a single epoch: it does not count on from a checkpoint of an epoch's last batch, which makes
-    a second resume go wrong, and it cuts an accumulation short at every epoch's end.
+    A sample that cannot be read is replaced by the next readable one of the rank's share (else of the bucket), in every
+    run alike, and named in the batch's `skipped`.
+    """
+
+    def __init__(self, shards: Shards, order: Order | FixedOrder, rank: int = 0, ranks: int = 1) -> None:
+        self._shards, self._order, self._rank, self._ranks = shards, order, rank, ranks
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Batch with video [B,C,T,h,w], audio [B,A,Ca] (A=0 without audio), text list of [S,Ct], all fp32;
+        caption, key: lists of str; index [B] int64, the position in the order of samples; skipped: list of
+        str; and [B,...] of every further tensor of the samples, as stored.
+        """
+        numbers = self._order.batch(number)
+        each = len(numbers) // self._ranks
+        mine = numbers[self._rank * each : (self._rank + 1) * each]
+        samples: list[tuple[str, Sample] | None] = []
+        skipped = []
+        for sample in mine:
+            try:
+                samples.append((self._shards.entries[sample].key, self._shards.read(int(sample))))
+            except SampleError as error:
+                samples.append(None)
+                skipped.append(str(error))
+        if None in samples:
+            samples = self._replaced(samples, int(mine[0]))
+        first = number * self._order.batch_size + self._rank * each
+        contract = self._shards.index.contract
+        silent = torch.zeros(0, contract["audio_channels"] if contract else 0)
+        batch = collate([s for s in samples if s is not None], range(first, first + each), silent)
+        return {**batch, "skipped": skipped}
+
+    def _replaced(self, samples: list[Any], near: int) -> list[Any]:
+        """Replace each None by the next sample of the list, cyclically."""
+        if all(sample is None for sample in samples):
+            samples = [self._readable(near), *samples[1:]]
+        good = [(i, sample) for i, sample in enumerate(samples) if sample is not None]
+        return [next((sample for i, sample in good if i >= gap), good[0][1]) for gap in range(len(samples))]
+
+    def _readable(self, near: int) -> tuple[str, Sample]:
+        """The first readable sample of the bucket after sample `near`, cyclically."""
+        bucket = self._shards.entries[near].bucket
+        count = len(self._shards)
+        for number in (*range(near + 1, count), *range(near)):
+            if self._shards.entries[number].bucket == bucket:
+                try:
+                    return self._shards.entries[number].key, self._shards.read(number)
+                except SampleError:
+                    continue
+        raise UserError(
+            f"no sample of bucket {bucket} in {self._shards.folder} can be read; copy the shards again"
+        )
+
+
+def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor) -> dict[str, Any]:
+    """Stack the samples of one bucket (see `Batches`); `silent` [0,Ca] stands for missing audio."""
+    tensors = [sample.tensors for _, sample in samples]
+    batch: dict[str, Any] = {
+        "video": torch.stack([t["video"].float() for t in tensors]),
+        "audio": torch.stack([t.get("audio", silent).float() for t in tensors]),
+        "text": [t["text"].float() for t in tensors],
+        "caption": [str(sample.meta.get("caption", "")) for _, sample in samples],
+        "key": [key for key, _ in samples],
+        "index": torch.tensor(list(index)),
+    }
+    for name in sorted(set(tensors[0]) - {"video", "audio", "text"}):
+        without = [key for key, sample in samples if name not in sample.tensors]
+        if without:
+            raise UserError(
+                f"sample {without[0]} has no {name}, {samples[0][0]} has; prepare both with the same settings"
+            )
+        batch[name] = torch.stack([t[name] for t in tensors])
+    return batch
+
+
+class Loader:
+    """Endless iterator over the batches of one rank, from a position on.
+
+    It is not a DataLoader, so that Lightning inserts no sampler; and it has no length, so that Lightning has a single
+    epoch: a checkpoint of an epoch's last batch would resume wrongly the second time, and every epoch's end would cut a
+    gradient accumulation short.
 
     Args:
         position: number of the global batch that comes next, counted over all epochs.
@@ -55,13 +131,17 @@ class Loader:
 
 
 class LatentDataModule(LightningDataModule):
-    """Training and validation batches of latents (their contents: `data.stream.Batches`).
+    """Training and validation batches of latents (their contents: `Batches`).
+
+        data = LatentDataModule("shards", batch_size=16)
+        batch = next(iter(data.train_dataloader()))  # batch["video"]: [16,C,T,h,w]
 
     Args:
-        shards: folder made by `python -m data.prepare`. batch_size: samples per step over all ranks
-        together; on another number of ranks the same samples meet. val_fraction: share of the source files
-        held out, chosen by a hash of their name. seed: of the order. num_workers: processes per rank that
-        read ahead; 0 reads in the training process, enough for small latents.
+        shards: folder made by `python -m data.prepare`.
+        batch_size: samples per step over all ranks together; the same samples on any number of ranks.
+        val_fraction: share of the source files kept for validation, chosen by a hash of their name.
+        seed: of the order.
+        num_workers: processes per rank that read ahead; 0 reads in the training process, enough for small latents.
 
     Raises:
         UserError: shards that cannot be used, or settings out of range.
@@ -89,7 +169,7 @@ class LatentDataModule(LightningDataModule):
         self.order = Order(self._by_bucket(train), batch_size, seed)
         self.train_samples, self.val_samples = len(train), len(val)
         self._val = self._by_bucket(val)
-        self._position = 0  # global batches that training has taken
+        self._position = 0  # global batches trained on
         self._loader: Loader | None = None
 
     def _by_bucket(self, numbers: list[int]) -> dict[str, list[int]]:
@@ -100,7 +180,7 @@ class LatentDataModule(LightningDataModule):
 
     @property
     def codecs(self) -> str:
-        """Name of the codec bundle that the latents belong to."""
+        """Name of the codecs that made the latents."""
         return self.reader.index.codecs
 
     @property
@@ -108,7 +188,7 @@ class LatentDataModule(LightningDataModule):
         """The latents' contract.
 
         Raises:
-            UserError: shards without an index do not say.
+            UserError: the shards have no index.
         """
         if self.reader.contract is None:
             raise UserError(
@@ -139,7 +219,7 @@ class LatentDataModule(LightningDataModule):
                 continue
             try:
                 large = self.reader.read(number).tensors.get(LARGE)
-            except SampleError:  # training skips it, too
+            except SampleError:  # training skips it too
                 continue
             if large is None:
                 return None
@@ -177,7 +257,7 @@ class LatentDataModule(LightningDataModule):
         return _Repeated(Batches(self.reader, order, rank, ranks), self.num_workers, order.batches_per_epoch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count what training takes (not what was read ahead), and what had to be skipped."""
+        """Count the batches trained on, not those read ahead, and collect the skipped samples."""
         self.skipped.update(batch["skipped"])
         if self.trainer is not None and self.trainer.training:
             self._position = int(batch["index"][0]) // self.batch_size + 1
@@ -192,7 +272,7 @@ class LatentDataModule(LightningDataModule):
         return {"position": self._position * self.batch_size, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a saved position, on any number of ranks.
+        """Resume at a saved position, on any number of ranks.
 
         Raises:
             UserError: the position refers to other shards, another seed or batch size.
@@ -205,7 +285,7 @@ class LatentDataModule(LightningDataModule):
         ]
         if differing:
             raise UserError(
-                f"cannot go on in the middle of other data ({'; '.join(differing)}); restore the data "
+                f"cannot resume in the middle of other data ({'; '.join(differing)}); restore the data "
                 "settings, or start a new run from the checkpoint's weights with init="
             )
         self._position = state_dict["position"] // self.batch_size
@@ -214,7 +294,7 @@ class LatentDataModule(LightningDataModule):
 
 
 class _Repeated(Loader):
-    """The first `length` batches, from the first one each time."""
+    """The first `length` batches, the same ones in every pass."""
 
     def __init__(self, batches: Batches, workers: int, length: int) -> None:
         super().__init__(batches, workers)
@@ -230,8 +310,8 @@ class _Repeated(Loader):
 def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:
     """(training, validation) sample numbers; all clips of a source file fall on one side.
 
-    The side depends on the file's key alone, so it stays when files are added. Of two files or more at
-    least one is held out unless `val_fraction` is 0.
+    The side depends on the file's key alone, so it stays when files are added. Of two files or more at least one is
+    for validation unless `val_fraction` is 0.
 
     Raises:
         UserError: nothing is left to train on.
@@ -241,12 +321,12 @@ def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:
         source = source_of(entry.key)
         if source not in hashes:
             hashes[source] = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8]) / 2**64
-    held = {source for source, value in hashes.items() if value < val_fraction}
-    if val_fraction and not held and len(hashes) > 1:
-        held = {min(hashes, key=hashes.__getitem__)}
+    validation = {source for source, value in hashes.items() if value < val_fraction}
+    if val_fraction and not validation and len(hashes) > 1:
+        validation = {min(hashes, key=hashes.__getitem__)}
     sides: tuple[list[int], list[int]] = ([], [])
     for number, entry in enumerate(shards.entries):
-        sides[source_of(entry.key) in held].append(number)
+        sides[source_of(entry.key) in validation].append(number)
     if not sides[0]:
         raise UserError(
             f"val_fraction={val_fraction} leaves none of {len(hashes)} files to train on; lower it"

@@ -1,9 +1,9 @@
-"""Any folder of video files to webdataset shards of latents, text features and metadata.
+"""Preparation of training data: a folder of media files to webdataset shards of latents, text features and metadata.
 
     python -m data.prepare input=VIDEOS output=SHARDS [codecs=tiny] [workers=2]
 
-A run that was stopped, also by SIGKILL, goes on where it was when the same command is given again; its shards
-have the same bytes as those of an uninterrupted run, whatever the number of workers.
+A run that was stopped, even by SIGKILL, resumes when the same command is given again. The bytes of the shards depend
+neither on interruptions nor on the number of workers.
 """
 
 import hashlib
@@ -20,17 +20,18 @@ from typing import Any, Literal
 
 from data.buckets import check_lengths, pair_sizes, parse_sizes
 from data.captions import read_tables
-from data.plan import Plan, Rules, make_plan
-from data.report import Report, make_report
-from data.scan import Found, Listing, list_files, repeated
+from data.clip_plan import ClipPlan, Rules, make_plan
+from data.prepare_report import PrepareReport, make_report
+from data.scan import Listing, MediaFile, find_duplicates, list_files
 from data.shards import INDEX, NULL_TEXT, Entry, Index
 from data.worker_pool import Workers
 from magihuman.errors import UserError
 from magihuman.io.files import locked, write_atomically
 
-WORK = ".work"  # folder inside the output for what an unfinished run knows
-SEEN = "seen.jsonl"  # in it: what each file holds
-LOOK_CHUNK = 32  # files per task while looking at them
+WORK = ".work"  # folder inside the output with the state of an unfinished run
+PROBED = "seen.jsonl"  # in it: the result of probing each file
+PROBE_CHUNK = 32  # files per probing task
+PRELOADED = ("data.encode", "torch", "webdataset.writer", "magihuman.codecs.bundle")  # once for all workers
 
 
 def prepare(
@@ -54,38 +55,37 @@ def prepare(
     shard_clips: int = 100,
     batch: int = 8,
     progress: bool = True,
-) -> Report:
-    """Turn a folder of media files into shards of latents.
+) -> PrepareReport:
+    """Encode a folder of media files to shards of latents.
 
-    Captions come from a .txt beside each file or from a .csv, .tsv or .jsonl with a file and a caption
-    column. Long files are cut into several clips. What cannot be used is listed in report.md with its
-    reason.
+    Captions come from a .txt next to each file or from a .csv, .tsv or .jsonl with a file and a caption column. Long
+    files are cut into several clips. Files that cannot be used are listed in report.md with the reason.
 
     Args:
         input: folder of video files, searched with its subfolders
-        output: folder for the shards, made if need be
+        output: folder for the shards, made if it does not exist
         codecs: codecs and text encoder: tiny, released, or package.module:function for your own
         workers: processes, 0 for one per CPU core, or a single one with device=cuda
         device: where the codecs run: cpu, cuda, cuda:1
-        sizes: width x height choices such as 448x256,256x448; a clip goes to the one nearest in shape
+        sizes: width x height choices such as 448x256,256x448; a clip gets the one with the nearest aspect ratio
         sr_sizes: sizes of the second stage, one for each of sizes, such as 896x512,512x896; clips are stored
             at both, for training super-resolution
-        frames: lengths to cut to, such as 101,49,25; none for the codecs' usual clip
-        captions: required refuses files without a caption, optional takes them with an empty one
+        frames: lengths to cut to, such as 101,49,25; none for the usual length of the codecs
+        captions: required rejects files without a caption, optional accepts them with an empty one
         table: a caption table elsewhere than in the input folder
-        silent: take clips without sound; the model's audio is masked out for them
-        images: take still pictures as clips of one frame
+        silent: accept clips without audio; their audio is masked in training
+        images: accept still images as clips of one frame
         pixels: store the frames too, for training a decoder; 7 to 27 times the space
         duplicates: skip or keep files with the same bytes
-        max_crop: share of a picture's area that cropping to a size may cost
-        max_enlarge: how many times a picture may be scaled up
+        max_crop: share of a frame's area that cropping to a size may remove
+        max_enlarge: largest factor of upscaling
         max_windows: clips per file at most, none for all
         shard_clips: clips per shard
         batch: clips per encoder call
         progress: show a bar
 
     Raises:
-        UserError: a folder that cannot be used, a setting out of range, or nothing that could be taken.
+        UserError: a folder that cannot be used, a setting out of range, or no usable clip.
     """
     settings = {key: value for key, value in locals().items() if key not in ("workers", "progress", "device")}
     source, target = Path(input).absolute(), Path(output).absolute()
@@ -93,16 +93,16 @@ def prepare(
         raise UserError(f"input={input} is not a folder; give the folder that holds the video files")
     for name, value in (("shard_clips", shard_clips), ("batch", batch), ("max_windows", max_windows)):
         if value is not None and value < 1:
-            raise UserError(f"{name}={value} is impossible; give at least 1")
+            raise UserError(f"{name}={value} is out of range; give at least 1")
     if workers < 0 or not 0 <= max_crop < 1 or max_enlarge <= 0:
         raise UserError("workers must not be negative, max_crop in [0, 1), max_enlarge above 0")
     if table is not None and not Path(table).is_file():
         raise UserError(f"table={table} is not a file; give a .csv, .tsv or .jsonl")
     with _claimed(target) as work:
-        task = _Run(source, target, work, settings, device, progress)
-        usual = (os.cpu_count() or 1) if device == "cpu" else 1
+        task = _Preparation(source, target, work, settings, device, progress)
+        workers = workers or ((os.cpu_count() or 1) if device == "cpu" else 1)
         try:
-            with Workers(workers or usual, work, task.crashed) as pool:
+            with Workers(workers, work, task.crashed, PRELOADED) as pool:
                 return task.run(pool)
         except OSError as error:
             raise UserError(
@@ -112,7 +112,7 @@ def prepare(
 
 @contextmanager
 def _claimed(output: Path) -> Iterator[Path]:
-    """The work folder, held against a second run at the same time."""
+    """The work folder, locked against a second run at the same time."""
     work, new = output / WORK, not output.exists()
     with ExitStack() as stack:
         try:
@@ -130,21 +130,21 @@ def _claimed(output: Path) -> Iterator[Path]:
         try:
             yield work
         except UserError:
-            # Refused before anything was found out that a next run could use: as if it had not been.
-            if new and list(output.iterdir()) == [work] and not (work / SEEN).exists():
+            # Without state that a next run could use, nothing stays behind.
+            if new and list(output.iterdir()) == [work] and not (work / PROBED).exists():
                 shutil.rmtree(output)
             raise
         _sweep(output)
 
 
 def _sweep(output: Path) -> None:
-    """Remove what killed processes had begun to write."""
+    """Remove files that killed processes left half-written."""
     for partial in output.glob(".*.part"):
         partial.unlink(missing_ok=True)
 
 
-class _Run:
-    """One run: look at the files, plan, encode what is missing, report."""
+class _Preparation:
+    """One run: probe the files, plan, encode the missing shards, report."""
 
     def __init__(
         self, source: Path, target: Path, work: Path, settings: dict[str, Any], device: str, bar: bool
@@ -154,34 +154,34 @@ class _Run:
         crashed = work / "crashed.json"
         self.crashed: set[str] = set(json.loads(crashed.read_text())) if crashed.exists() else set()
 
-    def run(self, pool: Workers) -> Report:
+    def run(self, pool: Workers) -> PrepareReport:
         started = time.monotonic()
         listing = list_files(self.source, self.target)
         if not listing.media:
             raise UserError(
-                f"input={self.source} holds no media file ({len(listing.passed_over)} files of other kinds)"
+                f"input={self.source} holds no media file ({len(listing.ignored)} files of other kinds)"
             )
         codecs = self._describe_codecs(pool)
         fps = codecs["contract"]["fps"]
-        files = self._look(pool, listing.media)
+        files = self._probe(pool, listing.media)
         table = self.settings["table"]
         tables = read_tables([*listing.tables, *([Path(table).absolute()] if table else [])])
-        repeats = {} if self.settings["duplicates"] == "keep" else repeated(files)
-        plan = make_plan(files, tables, repeats, self._rules(codecs))
+        duplicates = {} if self.settings["duplicates"] == "keep" else find_duplicates(files)
+        plan = make_plan(files, tables, duplicates, self._rules(codecs))
         fingerprint = self._claim_output(files, plan, codecs)
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
-            return Report.load(self.target)
+            return PrepareReport.load(self.target)
         (self.work / NULL_TEXT).replace(self.target / NULL_TEXT)
-        entries, refused, shards = self._encode(pool, plan)
-        listing = Listing(files, listing.tables, listing.passed_over)
+        entries, rejected, shards = self._encode(pool, plan)
+        listing = Listing(files, listing.tables, listing.ignored)
         shown = {key: value for key, value in self.settings.items() if value is not None}
-        report = make_report(shown, listing, tables, self.source, plan, entries, refused, fps)
+        report = make_report(shown, listing, tables, self.source, plan, entries, rejected, fps)
         report.save(self.target)
         if not entries:
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
             raise UserError(
-                f"no clip could be taken from {self.source}{most}; {self.target}/report.md says why, per file"
+                f"no clip of {self.source} could be used{most}; {self.target}/report.md says why, per file"
             )
         Index(self.settings["codecs"], codecs["contract"], shards, fingerprint).save(self.target)
         shutil.rmtree(self.work)
@@ -216,22 +216,22 @@ class _Run:
             **{key: chosen[key] for key in ("silent", "images", "max_crop", "max_enlarge", "max_windows")},
         )  # fmt: skip
 
-    def _look(self, pool: Workers, media: list[Found]) -> list[Found]:
-        """The files with what they hold; what an earlier, interrupted run saw is not looked at again."""
+    def _probe(self, pool: Workers, media: list[MediaFile]) -> list[MediaFile]:
+        """Probe the files; results of an earlier, interrupted run are reused."""
         from tqdm import tqdm
 
-        from data.encode import look_at
+        from data.encode import probe_files
 
-        journal = self.work / SEEN
+        journal = self.work / PROBED
         seen = _read_journal(journal)
         known = {found.path: seen.get((found.path, found.size, found.modified)) for found in media}
         new = [found for found in media if known[found.path] is None]
         with tqdm(
-            total=len(media), initial=len(media) - len(new), desc="looking", disable=not self.bar
+            total=len(media), initial=len(media) - len(new), desc="probing", disable=not self.bar
         ) as bar:
-            chunks = {f"look-{i:07d}": new[i : i + LOOK_CHUNK] for i in range(0, len(new), LOOK_CHUNK)}
+            chunks = {f"probe-{i:07d}": new[i : i + PROBE_CHUNK] for i in range(0, len(new), PROBE_CHUNK)}
             with open(journal, "a") as file:
-                for _, results in pool.run(look_at, chunks, bar.update):
+                for _, results in pool.run(probe_files, chunks, bar.update):
                     self._save_crashed()
                     file.writelines(json.dumps(found.to_dict()) + "\n" for found in results)
                     file.flush()
@@ -242,8 +242,8 @@ class _Run:
         if self.crashed:
             write_atomically(self.work / "crashed.json", json.dumps(sorted(self.crashed)), sync=True)
 
-    def _claim_output(self, files: list[Found], plan: Plan, codecs: dict[str, Any]) -> str:
-        """Make sure that shards which are already there belong to this plan; returns its fingerprint."""
+    def _claim_output(self, files: list[MediaFile], plan: ClipPlan, codecs: dict[str, Any]) -> str:
+        """Raise an error if existing shards belong to another plan; returns the plan's fingerprint."""
         sizes = {found.relative: found.size for found in files}
         clips = [{**asdict(clip), "path": sizes[clip.relative]} for clip in plan.clips]
         settings = {key: value for key, value in self.settings.items() if key not in ("input", "output")}
@@ -260,15 +260,15 @@ class _Run:
                 raise UserError(
                     f"output={self.target} holds shards of other files or settings; delete it or choose another"
                 )
-            for manifest in self.work.glob("shard-*.json"):  # of a plan that gave no clip
+            for manifest in self.work.glob("shard-*.json"):  # of a plan without clips
                 manifest.unlink()
         write_atomically(note, json.dumps({"fingerprint": fingerprint}), sync=True)
         return fingerprint
 
     def _encode(
-        self, pool: Workers, plan: Plan
+        self, pool: Workers, plan: ClipPlan
     ) -> tuple[list[Entry], dict[str, str], list[tuple[str, list[Entry]]]]:
-        """Write the shards that are missing; returns all samples, refusals by key, and samples by shard."""
+        """Write the missing shards; returns all samples, rejections by key, and samples by shard."""
         from tqdm import tqdm
 
         from data.encode import EncodeJob, ShardJob, ShardResult, write_shard
@@ -293,16 +293,16 @@ class _Run:
         ) as bar:
             for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
-                content = {"entries": [asdict(e) for e in result.entries], "refused": result.refused}
+                content = {"entries": [asdict(e) for e in result.entries], "refused": result.rejected}
                 write_atomically(self.work / f"{name}.json", json.dumps(content), sync=True)
                 results[name] = result
         entries = [entry for name in names for entry in results[name].entries]
-        refused = {key: why for name in names for key, why in results[name].refused.items()}
+        rejected = {key: why for name in names for key, why in results[name].rejected.items()}
         shards = [(f"{name}.tar", results[name].entries) for name in names if results[name].entries]
-        return entries, refused, shards
+        return entries, rejected, shards
 
     def _finished(self, name: str) -> Any:
-        """The result of a shard that an earlier run completed, or None."""
+        """Result of a shard that an earlier run completed, or None."""
         from data.encode import ShardResult
 
         manifest, tar = self.work / f"{name}.json", self.target / f"{name}.tar"
@@ -315,13 +315,13 @@ class _Run:
         return None
 
 
-def _read_journal(path: Path) -> dict[tuple[str, int, int], Found]:
-    """Files seen by an interrupted run; a line that was cut off by the interruption is dropped."""
+def _read_journal(path: Path) -> dict[tuple[str, int, int], MediaFile]:
+    """Files probed by an interrupted run; a half-written last line is dropped."""
     seen = {}
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                found = Found.from_dict(json.loads(line))
+                found = MediaFile.from_dict(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 continue
             seen[(found.path, found.size, found.modified)] = found

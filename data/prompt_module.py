@@ -1,4 +1,4 @@
-"""Prompts alone as training data: distillation learns from its own samples and needs no clips."""
+"""Data module of prompts without clips, for distillation from the model's own samples."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from magihuman.models.latent_contract import Contract
 
 
 class PromptLoader:
-    """Batches of one rank without end; every epoch in an order of its own.
+    """Endless iterator over the batches of one rank; every epoch has its own random order.
 
     Args:
         position: number of the global batch that comes next.
@@ -31,14 +31,19 @@ class PromptLoader:
 
 
 class PromptDataModule(LightningDataModule):
-    """Training batches of texts, with empty latents that carry the shape of a clip (`real` is false).
+    """Training batches of text features with zero latents of a clip's shape (`real` is false).
+
+        data = PromptDataModule("prompts.txt", batch_size=16)
 
     Args:
-        file: one prompt per line. codecs: bundle of text encoder and latents. frames, height, width: pixels of a
-        clip. batch_size: samples per step over all ranks together. seed: of the order.
+        file: text file with one prompt per line.
+        codecs: name of the codecs and the text encoder.
+        frames, height, width: of a clip, in pixels.
+        batch_size: samples per step over all ranks together.
+        seed: of the order.
 
     Raises:
-        UserError: no prompts, or a batch that the ranks cannot share.
+        UserError: no prompts, or a batch size below 1.
     """
 
     def __init__(
@@ -79,24 +84,24 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def contract(self) -> Contract:
-        """Of the codecs' latents."""
+        """Latent contract of the codecs."""
         return self._codecs.contract
 
     def batch(self, number: int, rank: int, ranks: int) -> dict[str, Any]:
-        """One rank's part of a global batch: a pure function of the seed and its number."""
-        places = range(number * self.batch_size + rank, (number + 1) * self.batch_size, ranks)
-        captions = [self.prompts[self._prompt(place)] for place in places]
+        """One rank's share of a global batch: a pure function of the seed and the number."""
+        positions = range(number * self.batch_size + rank, (number + 1) * self.batch_size, ranks)
+        captions = [self.prompts[self._prompt(position)] for position in positions]
         return {
             "text": self._codecs.text_encoder.encode(captions),
             "video": torch.zeros(len(captions), *self._video),
             "audio": torch.zeros(len(captions), *self._audio),
             "caption": captions,
-            "index": torch.tensor(list(places)),
+            "index": torch.tensor(list(positions)),
             "real": False,
         }
 
-    def _prompt(self, place: int) -> int:
-        epoch, within = divmod(place, len(self.prompts))
+    def _prompt(self, position: int) -> int:
+        epoch, within = divmod(position, len(self.prompts))
         order = torch.randperm(
             len(self.prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         )
@@ -113,7 +118,7 @@ class PromptDataModule(LightningDataModule):
         return []
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count what training takes, not what was made ahead."""
+        """Count the batches trained on, not those prepared ahead."""
         if self.trainer is not None and self.trainer.training:
             self._position = int(batch["index"][0]) // self.batch_size + 1
         return batch

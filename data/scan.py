@@ -1,6 +1,6 @@
-"""Which files of a folder are media, and what each holds.
+"""Listing and probing the input folder: media files, caption tables and files that are ignored.
 
-Nothing here is fatal: a file that cannot be used becomes a `Found` with a reason.
+A file that cannot be used is not an error: its `MediaFile` holds the reason.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.captions import TABLES
-from magihuman.media.mp4 import MediaError, MediaInfo, probe
+from magihuman.media.decoding import MediaError, MediaInfo, probe
 
 _VIDEO = "3g2 3gp asf avi dv flv gif ivf m2ts m4v mkv mov mp4 mpeg mpg mts mxf nut ogv rm ts vob webm wmv"
 _IMAGE = "avif bmp jpeg jpg png tif tiff webp"
@@ -21,13 +21,13 @@ MEDIA = frozenset(f".{ending}" for ending in f"{_VIDEO} {_IMAGE} {_SOUND}".split
 
 
 @dataclass(frozen=True)
-class Found:
+class MediaFile:
     """A file of the input folder.
 
     Attributes:
         path: absolute; relative: to the input folder, with "/".
-        size, modified: bytes, nanoseconds; they tell whether a file has changed since it was looked at.
-        info: what it holds, or None and `problem` says why it cannot be used.
+        size, modified: bytes and nanoseconds, to detect a change since the file was probed.
+        info: facts from probing, or None if it cannot be used; `problem` is the reason.
     """
 
     path: str
@@ -41,22 +41,22 @@ class Found:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Found":
+    def from_dict(cls, values: dict[str, Any]) -> "MediaFile":
         info = values["info"]
         return cls(**{**values, "info": MediaInfo(**info) if info else None})
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Media files to look into, caption tables, and what was passed over with its reason."""
+    """Media files to probe, caption tables, and ignored files with the reason."""
 
-    media: list[Found]
+    media: list[MediaFile]
     tables: list[Path]
-    passed_over: list[Found]
+    ignored: list[MediaFile]
 
 
 def _walk(root: Path, skip: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]] | OSError]]:
-    """Folders under `root` in name order, through symbolic links but each real folder once."""
+    """Folders under `root` in name order; symbolic links are followed, each real folder is visited once."""
     seen: set[tuple[int, int]] = set()
     pending = [root]
     while pending:
@@ -86,14 +86,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def list_files(root: Path, output: Path) -> Listing:
     """Every regular file under `root` (hidden ones and the output folder left out), in name order."""
-    media: list[Found] = []
+    media: list[MediaFile] = []
     tables: list[Path] = []
-    others: list[Found] = []
-    texts: list[tuple[Path, Found]] = []
+    others: list[MediaFile] = []
+    texts: list[tuple[Path, MediaFile]] = []
     for folder, entries in _walk(root.absolute(), output.resolve()):
         if isinstance(entries, OSError):
             relative = os.path.relpath(folder, root.absolute())
-            others.append(Found(str(folder), relative, problem=f"folder cannot be read: {entries.strerror}"))
+            others.append(
+                MediaFile(str(folder), relative, problem=f"folder cannot be read: {entries.strerror}")
+            )
             continue
         for entry in entries:
             path = folder / entry.name
@@ -103,13 +105,13 @@ def list_files(root: Path, output: Path) -> Listing:
             try:
                 status = path.stat()
             except OSError as error:  # a dangling or circular link
-                others.append(Found(str(path), relative, problem=f"cannot be opened: {error.strerror}"))
+                others.append(MediaFile(str(path), relative, problem=f"cannot be opened: {error.strerror}"))
                 continue
             suffix = path.suffix.lower()
-            found = Found(str(path), relative, status.st_size, status.st_mtime_ns)
+            found = MediaFile(str(path), relative, status.st_size, status.st_mtime_ns)
             if not path.is_file():
                 others.append(
-                    Found(str(path), relative, problem="is not a regular file (pipe, socket or device)")
+                    MediaFile(str(path), relative, problem="is not a regular file (pipe, socket or device)")
                 )
             elif suffix in MEDIA or not suffix:
                 media.append(found)
@@ -118,24 +120,26 @@ def list_files(root: Path, output: Path) -> Listing:
             elif suffix == ".txt":
                 texts.append((path, found))
             else:
-                others.append(Found(str(path), relative, problem=f"{suffix} is not a media file"))
+                others.append(MediaFile(str(path), relative, problem=f"{suffix} is not a media file"))
     stems = {path for found in media for path in (str(Path(found.path).with_suffix("")), found.path)}
     for path, found in texts:
         if str(path.with_suffix("")) not in stems:
-            others.append(Found(found.path, found.relative, problem="text without a media file of its name"))
+            others.append(
+                MediaFile(found.path, found.relative, problem="caption without a media file of its name")
+            )
     return Listing(media, tables, others)
 
 
-def look(found: Found) -> Found:
-    """`found` with its `info`, or with the reason why it has none."""
+def probe_file(found: MediaFile) -> MediaFile:
+    """Copy of `found` with `info`, or with the reason why it cannot be used."""
     try:
         info = probe(found.path)
     except MediaError as error:
-        return Found(found.path, found.relative, found.size, found.modified, None, str(error))
+        return MediaFile(found.path, found.relative, found.size, found.modified, None, str(error))
     except Exception as error:  # a decoder's bug is one file's problem, not the end of the run
         problem = f"cannot be read: {type(error).__name__}: {error}"[:200]
-        return Found(found.path, found.relative, found.size, found.modified, None, problem)
-    return Found(found.path, found.relative, found.size, found.modified, info)
+        return MediaFile(found.path, found.relative, found.size, found.modified, None, problem)
+    return MediaFile(found.path, found.relative, found.size, found.modified, info)
 
 
 def _digest(path: str) -> str:
@@ -143,20 +147,17 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def repeated(files: Iterable[Found]) -> dict[str, str]:
-    """Relative path of a file -> relative path of an earlier one with the same bytes.
-
-    Only files of equal size are read.
-    """
-    by_size: dict[int, list[Found]] = defaultdict(list)
+def find_duplicates(files: Iterable[MediaFile]) -> dict[str, str]:
+    """Relative path of a file -> relative path of an earlier one with the same bytes; reads only files of equal size."""
+    by_size: dict[int, list[MediaFile]] = defaultdict(list)
     for found in files:
         if found.info is not None:
             by_size[found.size].append(found)
-    repeats: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
     for group in by_size.values():
         first: dict[str, str] = {}
         for found in group if len(group) > 1 else ():
             original = first.setdefault(_digest(found.path), found.relative)
             if original != found.relative:
-                repeats[found.relative] = original
-    return repeats
+                duplicates[found.relative] = original
+    return duplicates

@@ -1,10 +1,9 @@
-"""Shards on disk: webdataset tar files of latents, with an index that makes every sample reachable at random.
+"""Shards of latents: webdataset tar files with an index for random access to every sample.
 
-A sample is two members of a tar: `KEY.safetensors` (video fp16 [C,T,h,w]; audio fp16 [A,Ca], absent without
-sound; text fp16 [S,Ct]; where they are prepared, video_sr, the same clip at the second stage's size, and frames
-uint8 [3,F,H,W]; further tensors are allowed) and `KEY.json` (caption, source, fps, seconds, width, height, bucket,
-has_audio, start). Any webdataset reader can read them; `index.json` only adds where each sample begins, its length
-and checksum. A folder of tars without an index is scanned.
+A sample is two members of a tar: `KEY.safetensors` (video fp16 [C,T,h,w]; audio fp16 [A,Ca], absent without audio; text
+fp16 [S,Ct]; optionally video_sr, the same clip at the second stage's size, and frames uint8 [3,F,H,W]; further tensors
+are allowed) and `KEY.json` (caption, source, fps, seconds, width, height, bucket, has_audio, start). Any webdataset
+reader can read them; `index.json` adds the offset, length and checksum of each sample. Tars without an index are scanned.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ if TYPE_CHECKING:  # torch takes a second to import and the parent process of da
 FORMAT = "magihuman-shards/1"
 INDEX = "index.json"
 NULL_TEXT = "null_text.safetensors"
-LARGE = "video_sr"  # name of a clip's latents at the second stage's size
+LARGE = "video_sr"  # latents at the second stage's size
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a sample lies: `bytes` at `offset` of its shard (whole tar members), with their CRC-32."""
+    """Location of a sample: `bytes` at `offset` of its shard (whole tar members), with their CRC-32."""
 
     key: str
     offset: int
@@ -47,20 +46,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sample:
-    """Tensors by name as stored (fp16), and the metadata."""
+    """Tensors by name as stored (fp16 or integers), and metadata."""
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
 
 
 class SampleError(Exception):
-    """A sample that cannot be read; the message says why."""
+    """A sample that cannot be read; the message is the reason."""
 
 
 class ShardWriter:
-    """A shard written by webdataset's TarWriter, with bytes that depend on the samples alone.
+    """Writer of one shard through webdataset's TarWriter, with fixed times and owners for reproducible bytes.
 
-    The file appears under its name when the block ends, if it has a sample; `entries` is complete then too.
+        with ShardWriter(folder / "shard-000000.tar") as writer:
+            writer.add("clip-0000", "25x64x64+a", {"video": video, "text": text}, {"caption": "a face"})
+
+    The file appears under its name at the end of the block, if it has a sample. `entries` is complete after the block.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,12 +114,12 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Index:
-    """Contents of index.json.
+    """Content of index.json.
 
     Attributes:
-        codecs, contract: what the latents were made with (`Contract.to_dict`); None for tars without an index.
-        shards: (file name, its samples) in order.
-        fingerprint: of the files and settings the shards were made from.
+        codecs, contract: name of the codecs and their latent contract (`Contract.to_dict`); None without an index.
+        shards: (file name, samples) in order.
+        fingerprint: of the source files and settings.
     """
 
     codecs: str
@@ -176,7 +178,7 @@ class Index:
 
 
 def _scan_tar(path: Path) -> Iterator[Entry]:
-    """Entries of a tar whose samples are neighbouring members with one stem."""
+    """Entries of a tar; the members of a sample are consecutive and share their stem."""
     try:
         with tarfile.open(path) as tar:
             groups: list[tuple[str, int, int, str]] = []
@@ -201,6 +203,8 @@ def _scan_tar(path: Path) -> Iterator[Entry]:
 
 class Shards:
     """Random access to the samples of a folder of shards.
+
+        sample = Shards("shards").read(0)  # sample.tensors["video"], sample.meta["caption"]
 
     Raises:
         UserError: no shards, or a shard that is missing, cut off or unreadable.
@@ -239,7 +243,7 @@ class Shards:
         return {**self.__dict__, "_files": {}}
 
     def _file(self, shard: int) -> int:
-        """A descriptor of this process (forked workers must not share one's lifetime)."""
+        """File descriptor of this process; forked workers open their own."""
         key = (os.getpid(), shard)
         if key not in self._files:
             self._files[key] = os.open(self.folder / self.index.shards[shard][0], os.O_RDONLY)
@@ -249,7 +253,7 @@ class Shards:
         """Sample `number` in index order.
 
         Raises:
-            SampleError: its bytes are not what was written.
+            SampleError: its bytes are damaged.
         """
         from safetensors.torch import load
 
@@ -271,7 +275,7 @@ class Shards:
 
     @property
     def contract(self) -> Contract | None:
-        """Of the latents; None for tars without an index."""
+        """Latent contract; None for tars without an index."""
         from magihuman.models.latent_contract import Contract
 
         return None if self.index.contract is None else Contract.from_dict(self.index.contract)
@@ -285,6 +289,6 @@ class Shards:
 
 
 def _members(data: bytes) -> dict[str, bytes]:
-    """Extension -> contents of the members of one sample."""
+    """Extension -> content of the members of one sample."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return {m.name.split(".", 1)[1]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]

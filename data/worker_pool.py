@@ -1,15 +1,14 @@
-"""Tasks in several processes that survive the death of a worker.
+"""Pool of worker processes that survives the crash of a worker.
 
-A decoder that crashes (or is shot for its memory) takes its process along and must not take the run along:
-the tasks that were under way are repeated one at a time, and an item on which its process dies again is
-excluded.
+A decoder that crashes, or is killed for its memory, ends its process but not the run: the interrupted tasks are repeated
+one at a time, and an item that crashes its process again is excluded.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
@@ -21,14 +20,14 @@ from magihuman.errors import UserError
 T = TypeVar("T")
 
 Tick = Callable[[str], None]
-"""Called before each item of a task with the item's name; so progress and a crash's culprit are known."""
+"""Called with the name of each item of a task before it is processed, for progress and to identify a crash."""
 
 Task = Callable[[Any, Tick, frozenset[str]], T]
 """(payload, tick, excluded items) -> result; a module-level function."""
 
 
 def _leave_with_parent() -> None:
-    """Set up a worker: the terminal's Ctrl-C is the parent's business, and its death is ours too."""
+    """Set up a worker: the parent handles Ctrl-C, and the worker exits when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -44,7 +43,7 @@ def _leave_with_parent() -> None:
 
 
 def _attempt(task: Task[Any], payload: Any, note: str, excluded: frozenset[str]) -> Any:
-    """Run one task and keep `note` a file with "items begun" and the present item."""
+    """Run one task; the file `note` holds the number of items begun and the current item."""
     begun = 0
     with open(note, "wb", buffering=0) as file:
 
@@ -67,20 +66,23 @@ def _read_note(note: Path) -> tuple[int, str | None]:
 
 
 class Workers:
-    """The processes of one run; a context manager.
+    """Pool of worker processes.
+
+        with Workers(2, folder, set()) as pool:
+            for name, result in pool.run(task, {"first": payload}): ...
 
     Args:
-        count: processes; folder: for the notes about work under way.
-        excluded: items known to kill their process; grows.
+        count: processes.
+        folder: for notes about tasks in progress.
+        excluded: items known to crash their process; new ones are added.
+        preloaded: modules that are imported once, before the workers are forked.
     """
 
-    def __init__(self, count: int, folder: Path, excluded: set[str]) -> None:
+    def __init__(self, count: int, folder: Path, excluded: set[str], preloaded: Sequence[str] = ()) -> None:
         self._count, self._folder, self.excluded = count, folder, excluded
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["data.encode", "torch", "webdataset.writer", "magihuman.codecs.bundle"]
-        )
-        self._pool: ProcessPoolExecutor | None = None  # kept between runs, for what workers have loaded
+        self._context.set_forkserver_preload(list(preloaded))
+        self._pool: ProcessPoolExecutor | None = None  # kept between runs, with the codecs its workers loaded
 
     def __enter__(self) -> "Workers":
         return self
@@ -88,7 +90,7 @@ class Workers:
     def __exit__(self, *_: Any) -> None:
         if self._pool is not None:
             for process in list((self._pool._processes or {}).values()):
-                process.terminate()  # an interrupted user does not want to wait for shards under way
+                process.terminate()  # after Ctrl-C the user should not wait for unfinished shards
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _new_pool(self, count: int) -> ProcessPoolExecutor:
@@ -100,10 +102,10 @@ class Workers:
     def run(
         self, task: Task[T], payloads: Mapping[str, Any], progress: Callable[[int], Any] = lambda _: None
     ) -> Iterator[tuple[str, T]]:
-        """(name, result) of every task, as they end.
+        """Run tasks; yields (name, result) as they end.
 
         Args:
-            progress: called with the number of items newly begun.
+            progress: called with the number of items begun since the last call.
         """
         left = dict(payloads)
         begun = dict.fromkeys(left, 0)
@@ -145,7 +147,7 @@ class Workers:
                     yield name, result
 
     def _alone(self, task: Task[T], name: str, payload: Any) -> T:
-        """Repeat a task in a process of its own, excluding items until it lives through it."""
+        """Repeat a task in its own process, excluding items until it completes."""
         while True:
             with self._new_pool(1) as pool:
                 try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from magihuman.errors import UserError
-from magihuman.media import images, mp4
+from magihuman.media import decoding, images
 
 # Only the beginning of a sound can be used; one of many minutes is a mistake, and slow to decode.
 LONGEST_SOUND = 300.0
@@ -25,7 +25,7 @@ def read_picture(path: str | Path, height: int, width: int) -> torch.Tensor:
     from PIL import Image
 
     try:
-        pixels = mp4.read_image(path)
+        pixels = decoding.read_image(path)
     except UserError as error:
         raise UserError(f"image={path}: {error}; give a png or jpg file") from error
     rows, columns = pixels.shape[1:3]
@@ -40,15 +40,15 @@ def sound_seconds(path: str | Path, rate: int) -> float:
     """How long a file's sound lasts when it is read at `rate` Hz; it is decoded, so that damage is found.
 
     Raises:
-        UserError: the file is missing, unreadable, has no sound, or lasts longer than `LONGEST_SOUND`.
+        UserError: the file is missing, unreadable, has no audio, or lasts longer than `LONGEST_SOUND`.
     """
     try:
-        seconds = mp4.probe(path).seconds
+        seconds = decoding.probe(path).seconds
         if seconds > LONGEST_SOUND:
             raise UserError(
                 f"it lasts {seconds:.0f} s, and {LONGEST_SOUND:g} s is the most; cut the part you mean"
             )
-        return mp4.read_audio(path, rate).shape[1] / rate
+        return decoding.read_audio(path, rate).shape[1] / rate
     except UserError as error:
         raise _unusable(path, error) from error
 
@@ -57,17 +57,17 @@ def read_sound(path: str | Path, rate: int, channels: int, samples: int) -> torc
     """The sound of a media file: [1,channels,samples] fp32 at `rate`, cut or padded with silence at its end.
 
     Raises:
-        UserError: the file is missing, unreadable or has no sound.
+        UserError: the file is missing, unreadable or has no audio.
     """
     try:
-        wave = mp4.read_audio(path, rate, channels)[:, :samples]
+        wave = decoding.read_audio(path, rate, channels)[:, :samples]
     except UserError as error:
         raise _unusable(path, error) from error
     return torch.nn.functional.pad(wave, (0, samples - wave.shape[1]))[None]
 
 
 def _unusable(path: str | Path, error: UserError) -> UserError:
-    hint = "" if "; " in str(error) else "; give a sound file such as wav, or a clip with sound"
+    hint = "" if "; " in str(error) else "; give an audio file such as wav, or a clip with audio"
     return UserError(f"audio={path}: {error}{hint}")
 
 

@@ -129,7 +129,7 @@ class Resolver:
                     f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
                 )
         small, sr = (settings.height, settings.width), settings.sr
-        if sr is not None and not images.same(small, (sr.height, sr.width)):
+        if sr is not None and not images.same_aspect(small, (sr.height, sr.width)):
             self._say(
                 f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
                 f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="

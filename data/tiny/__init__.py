@@ -1,1 +1,1 @@
-"""The tiny world: puppets, their clips and shards, and the fitting of its codecs."""
+"""The tiny world: puppets, their clips and shards, and the training of its codecs."""

@@ -1,28 +1,35 @@
 """Fit the tiny world's codecs on rendered puppets: `python -m data.tiny.fit_codec output=FOLDER`.
 
 The audio codec is closed-form (PCA, seconds). The video codec starts as PCA and is trained for a few minutes on
-reconstruction at two sizes and on *upsampling*: decode(up(encode(small))) must give the clip at twice the size,
+reconstruction at two sizes and on upsampling: decode(up(encode(small))) must give the clip at twice the size,
 and up(encode(small)) must equal encode(large), so that the super-resolution recipe starts from usable latents.
 """
+
+from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from data.tiny.puppets import MOUTH_CENTRE, draw_puppet, render, synthesise
-from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version
 
-FIT_SEED = 7001  # puppets of this seed serve no other purpose
+if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
+    import torch
+
+    from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
+
+FIT_SEED = 7001  # of the puppets; training and evaluation use others
 
 
-def _frames(indices: range, size: int) -> torch.Tensor:
-    """Puppets' frames: uint8 [N,3,F,size,size]."""
+def puppet_frames(indices: range, size: int) -> torch.Tensor:
+    """Frames of the puppets of FIT_SEED: uint8 [N,3,F,size,size]."""
+    import torch
+
     stack = np.stack([render(draw_puppet(FIT_SEED, i), size) for i in indices])
     return torch.from_numpy(stack).permute(0, 4, 1, 2, 3).contiguous()
 
@@ -34,8 +41,8 @@ def _float(frames: torch.Tensor) -> torch.Tensor:
 def _normalising_scale(variance: torch.Tensor, whitening: float) -> torch.Tensor:
     """Per-channel factors: variance^(-whitening/2), then a common factor to mean variance 1.
 
-    whitening 1 makes every channel equally loud, which spends the model on unpredictable detail; 0 leaves
-    the first few channels to dominate.
+    whitening 1 gives every channel the same variance, so that the model's loss is mostly unpredictable detail;
+    with 0 the first few channels dominate.
     """
     factor = variance.clamp_min(1e-8) ** (-whitening / 2)
     return factor / (variance * factor**2).mean().sqrt()
@@ -43,6 +50,10 @@ def _normalising_scale(variance: torch.Tensor, whitening: float) -> torch.Tensor
 
 def fit_audio(clips: int = 800, channels: int = 64, whitening: float = 0.5) -> TinyAudioCodec:
     """PCA of weighted log-spectrum columns of `clips` puppets."""
+    import torch
+
+    from magihuman.codecs.tiny import TinyAudioCodec
+
     codec = TinyAudioCodec(channels)
     waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i)) for i in range(clips)]))
     features = codec.features(waves[:, None]).flatten(0, 1).double()
@@ -57,6 +68,8 @@ def fit_audio(clips: int = 800, channels: int = 64, whitening: float = 0.5) -> T
 
 def _initialise_by_pca(codec: TinyVideoCodec, blocks: torch.Tensor) -> None:
     """Set the linear maps to the principal components of `blocks` [N,192,h,w]."""
+    import torch
+
     flat = blocks.movedim(1, -1).flatten(0, -2).double()
     mean = flat.mean(0)
     _, vectors = torch.linalg.eigh(torch.cov(flat.T))
@@ -72,6 +85,8 @@ def _initialise_by_pca(codec: TinyVideoCodec, blocks: torch.Tensor) -> None:
 
 def _upsample(latents: torch.Tensor, batch: int) -> torch.Tensor:
     """[B*T,C,h,w] -> [B*T,C,2h,2w], trilinear with aligned corners as in SPEC 4.4."""
+    from torch.nn import functional as F
+
     clip = latents.unflatten(0, (batch, -1)).transpose(1, 2)
     count, height, width = clip.shape[2:]
     up = F.interpolate(clip, size=(count, 2 * height, 2 * width), mode="trilinear", align_corners=True)
@@ -80,6 +95,8 @@ def _upsample(latents: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _mouth_weight(size: int) -> torch.Tensor:
     """Pixel weights [H,W] of mean about 1.3: three in the mouth window, one elsewhere."""
+    import torch
+
     grid = (torch.arange(size) + 0.5) / size
     near = ((grid - MOUTH_CENTRE[0]).abs() < 0.18)[None, :] & ((grid - MOUTH_CENTRE[1]).abs() < 0.16)[:, None]
     return 1 + 2 * near.float()
@@ -93,10 +110,14 @@ def fit_video(
     whitening: float = 0.5,
     log: bool = True,
 ) -> TinyVideoCodec:
-    """Train the video codec; loss and construction are described in the module's docstring."""
+    """Train the video codec; the module's docstring describes the loss."""
+    import torch
+
+    from magihuman.codecs.tiny import TinyVideoCodec
+
     torch.manual_seed(FIT_SEED)
     codec = TinyVideoCodec(channels)
-    large, small = _frames(range(clips), 128), _frames(range(clips), 64)
+    large, small = puppet_frames(range(clips), 128), puppet_frames(range(clips), 64)
     _initialise_by_pca(codec, codec.blocks(_float(small[:100])))
     matrices = [p for n, p in codec.named_parameters() if p.ndim > 1]
     vectors = [p for n, p in codec.named_parameters() if p.ndim == 1]
@@ -150,13 +171,18 @@ def fit_video(
 
 def psnr(prediction: torch.Tensor, truth: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of frames in [-1,1]."""
+    import torch
+
     return float(10 * torch.log10(4 / (prediction.clamp(-1, 1) - truth).square().mean()))
 
 
 def report(codec: TinyVideoCodec, clips: int = 16) -> dict[str, float]:
-    """PSNR (dB) on puppets that the fit did not see: reconstruction at 64 and 128 px, latent x2, bicubic x2."""
+    """PSNR (dB) on puppets outside the training set: reconstruction at 64 and 128 px, latent x2, bicubic x2."""
+    import torch
+    from torch.nn import functional as F
+
     held_out = range(100_000, 100_000 + clips)
-    little, big = _float(_frames(held_out, 64)), _float(_frames(held_out, 128))
+    little, big = _float(puppet_frames(held_out, 64)), _float(puppet_frames(held_out, 128))
     latents = codec.encode(little)
     decoded = codec.decode(latents)
     size = (latents.shape[2], 2 * latents.shape[3], 2 * latents.shape[4])
@@ -183,13 +209,15 @@ def _save(codec: torch.nn.Module, file: Path) -> None:
 
 
 def fit(output: Path, channels: int = 12, steps: int = 900) -> dict[str, float]:
-    """Fit the tiny world's codecs and write them with a report of what they keep.
+    """Fit the tiny world's codecs and write them with their reconstruction quality.
 
     Args:
         output: folder for video_codec.safetensors, audio_codec.safetensors and codecs.json.
         channels: video latent channels.
         steps: training steps of the video codec (about half a CPU-second each).
     """
+    import torch
+
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

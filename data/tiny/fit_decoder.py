@@ -1,46 +1,36 @@
 """Train the tiny world's teacher decoder: `python -m data.tiny.fit_decoder output=FOLDER` (about 6 CPU-minutes).
 
-The tiny video codec decodes with an almost linear map, which leaves a student nothing to learn. The teacher is a
-decoder in Wan 2.2's layout for the same latents: convolutions over time and space, attention in the middle, sixty
-times the arithmetic, and a sharper picture. As the latents are the same, its students decode what the tiny models
-make.
+The tiny video codec's decoder is almost linear, too simple to distil. The teacher is a decoder in Wan 2.2's layout for
+the same latents: convolutions over time and space, attention in the middle, sixty times the arithmetic and sharper
+frames. As the latents are the same, its students decode the samples of the tiny models.
 """
+
+from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from data.tiny.fit_codec import FIT_SEED, psnr
-from data.tiny.puppets import draw_puppet, render
-from magihuman.codecs.bundle import load_bundle
-from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
-from magihuman.config import OptimSettings
+from data.tiny.fit_codec import FIT_SEED, psnr, puppet_frames
 from magihuman.io.provenance import code_version
-from magihuman.training.decoder_losses import charbonnier, flicker, laplacian
-from magihuman.training.ema import EMA
-from magihuman.training.optim import build_optimizer, build_schedule
 
-HELD_OUT = range(100_000, 100_016)  # puppets that the training does not see
-EVERY = 100  # steps between two looks at them
+if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
+    import torch
+    from torch import Tensor
 
-
-def _frames(indices: range, size: int) -> Tensor:
-    """Puppets' frames: uint8 [N,3,F,size,size]."""
-    stack = np.stack([render(draw_puppet(FIT_SEED, i), size) for i in indices])
-    return torch.from_numpy(stack).permute(0, 4, 1, 2, 3).contiguous()
+VALIDATION = range(100_000, 100_016)  # puppets outside the training set
+EVERY = 100  # steps between two validations
 
 
-def _cropped(latents: Tensor, frames: Tensor, side: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The same random square of latents [B,C,T,h,w] and of the frames [B,3,F,H,W] that they stand for."""
+def _cropped(latents: Tensor, frames: Tensor, side: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same random square of latents [B,C,T,h,w] and of the frames [B,3,F,H,W] that they encode."""
+    import torch
+
     unit = frames.shape[-1] // latents.shape[-1]
-    top, left = torch.randint(latents.shape[-1] - side + 1, (2,), generator=draw).tolist()
+    top, left = torch.randint(latents.shape[-1] - side + 1, (2,), generator=rng).tolist()
     rows, columns = slice(top, top + side), slice(left, left + side)
-    high, wide = (slice(unit * place, unit * (place + side)) for place in (top, left))
-    # Channels last: convolutions are faster so.
+    high, wide = (slice(unit * position, unit * (position + side)) for position in (top, left))
+    # Convolutions are faster with channels last.
     few = latents[..., rows, columns].contiguous(memory_format=torch.channels_last_3d)
     return few, frames[..., high, wide]
 
@@ -55,30 +45,38 @@ def train(
     lr: float = 0.02,
     threads: int = 1,
 ) -> dict[str, float]:
-    """Train the teacher decoder and write it, with a record of how good it is.
+    """Train the teacher decoder and write it, with its PSNR on validation puppets.
 
-    A training that was stopped goes on from the last hundred steps when the same command is given again.
+    A stopped training resumes at its last multiple of a hundred steps when the same command is given again.
 
     Args:
-        output: folder for config.json and model.safetensors; written on the way too, with OUTPUT.state.pt beside it
+        output: folder for config.json and model.safetensors; also written on the way, with OUTPUT.state.pt next to it
         steps: training steps, each of 0.3 CPU-seconds
         clips: puppets to train on
         batch: clips per step
-        crop: side of the square of latents that is trained on, at a random place of each clip
-        width: channels of the last block; the first have four times as many
+        crop: side of the square of latents that is trained on, at a random position of each clip
+        width: channels of the last block; the first block has four times as many
         lr: peak learning rate of Muon; the first and last layer have AdamW with a sixth of it
         threads: CPU threads
     """
+    import torch
+
+    from magihuman.codecs.bundle import load_bundle
+    from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
+    from magihuman.config import OptimSettings
+    from magihuman.training.decoder_losses import charbonnier, flicker, laplacian
+    from magihuman.training.ema import EMA
+    from magihuman.training.optim import build_optimizer, build_schedule
     from magihuman.zoo import decoders
 
     torch.set_num_threads(threads)
     torch.manual_seed(FIT_SEED)
-    began, draw = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
+    began, rng = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
     codecs = load_bundle("tiny")
     size = codecs.height
-    frames, truth = _frames(range(clips), size), _frames(HELD_OUT, size).float() / 127.5 - 1
-    held_out = codecs.video_codec.encode(truth)
-    figures = {"codec": psnr(codecs.video_codec.decode(held_out), truth)}
+    frames, truth = puppet_frames(range(clips), size), puppet_frames(VALIDATION, size).float() / 127.5 - 1
+    validation = codecs.video_codec.encode(truth)
+    figures = {"codec": psnr(codecs.video_codec.decode(validation), truth)}
     config = WanDecoderConfig(
         codecs.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
     )
@@ -98,11 +96,11 @@ def train(
         saved = torch.load(state, weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        draw.set_state(saved["draw"])
+        rng.set_state(saved["draw"])
         done, average.updates, spent = saved["step"], saved["step"], saved["seconds"]
     for step in range(done + 1, steps + 1):
-        target = frames[torch.randint(clips, (batch,), generator=draw)].float() / 127.5 - 1
-        latents, target = _cropped(codecs.video_codec.encode(target), target, crop, draw)
+        target = frames[torch.randint(clips, (batch,), generator=rng)].float() / 127.5 - 1
+        latents, target = _cropped(codecs.video_codec.encode(target), target, crop, rng)
         with torch.autocast("cpu", torch.bfloat16):
             decoded = teacher(latents)
         decoded = decoded.float()
@@ -119,7 +117,7 @@ def train(
             )
         if step % EVERY == 0 or step == steps:
             with torch.no_grad():
-                figures["teacher"] = psnr(torch.cat([average.module(z) for z in held_out.split(4)]), truth)
+                figures["teacher"] = psnr(torch.cat([average.module(z) for z in validation.split(4)]), truth)
             print("  ".join(f"{name} {value:.2f} dB" for name, value in figures.items()), flush=True)
             record = {
                 "command": f"python -m data.tiny.fit_decoder output={Path(output).name} steps={steps} clips={clips} "
@@ -139,7 +137,7 @@ def train(
             torch.save(
                 {
                     **{name: part.state_dict() for name, part in parts.items()},
-                    "draw": draw.get_state(),
+                    "draw": rng.get_state(),
                     "step": step,
                     "seconds": spent + time.process_time(),
                 },

@@ -1,53 +1,29 @@
-"""The tiny world: cartoon faces that speak syllables, written as mp4 files with a caption beside each.
+"""Puppets, the clips of the tiny world: synthetic cartoon faces that speak syllables.
 
-A puppet is drawn from signed distances (any size, anti-aliased) and speaks by formant synthesis; its mouth
-follows the same articulation that drives the sound. Everything is a pure function of (seed, index), so a clip
-can be made again anywhere. From the mp4 on, nothing knows that these clips are synthetic.
+A puppet is rendered from signed distances (any size, anti-aliased) and speaks by formant synthesis; one articulation
+drives mouth and audio. Everything is a pure function of (seed, index), so any clip can be made again. After the mp4
+files are written, they are treated like real videos.
 
     python -m data.tiny output=clips clips=200
 
-What the caption states: face shape, hair, shirt, wall and the syllables. What it leaves open: skin tone,
-pitch and timing (skin tone measures the diversity of a model's samples).
+The caption states face shape, hair, shirt, wall and syllables. It does not state skin tone, pitch and timing (skin tone
+measures the diversity of a model's samples).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from magihuman.codecs.tiny_captions import EXAMPLE, FACES, HAIR, ONSETS, SHIRTS, VOWELS, WALLS
+
 FPS = 25
 FRAMES = 25
 SAMPLE_RATE = 16000
 SYLLABLES = 3
 
-FACES = ("round", "square", "long")
-HAIR = {
-    "black": (35, 30, 40),
-    "brown": (120, 72, 40),
-    "ginger": (225, 105, 30),
-    "blond": (245, 215, 110),
-    "grey": (165, 165, 175),
-}
-SHIRTS = {
-    "red": (205, 45, 50),
-    "blue": (45, 85, 200),
-    "green": (45, 150, 75),
-    "yellow": (240, 200, 50),
-    "purple": (135, 60, 165),
-    "white": (240, 240, 240),
-}
-WALLS = {
-    "blue": (150, 190, 235),
-    "green": (165, 220, 170),
-    "pink": (245, 180, 200),
-    "yellow": (250, 235, 165),
-    "orange": (245, 175, 110),
-    "grey": (175, 180, 185),
-}
 SKINS = {"light": (250, 215, 190), "tan": (215, 160, 115), "dark": (135, 88, 62)}
-ONSETS = ("b", "m", "s")
-VOWELS = ("a", "e", "i", "o", "u")
 
-# First three formants in Hz, and the mouth (half width, half height) as shares of the picture.
+# First three formants in Hz, and the mouth (half width, half height) as shares of the frame.
 FORMANTS = {
     "a": (820, 1250, 2600),
     "e": (480, 1950, 2600),
@@ -87,7 +63,7 @@ class Syllable:
 
 @dataclass(frozen=True)
 class Puppet:
-    """Everything that determines a clip."""
+    """All attributes that determine a clip."""
 
     face: str
     hair: str
@@ -103,12 +79,12 @@ class Puppet:
 
     @property
     def caption(self) -> str:
-        look = f"{self.face} face, {self.hair} hair, {self.shirt} shirt, {self.wall} wall"
-        return f"{look}, says {' '.join(self.words)}"
+        appearance = f"{self.face} face, {self.hair} hair, {self.shirt} shirt, {self.wall} wall"
+        return f"{appearance}, says {' '.join(self.words)}"
 
 
 def draw_puppet(seed: int, index: int) -> Puppet:
-    """The puppet of clip `index` in the world of `seed`; both >= 0."""
+    """The puppet of clip `index` of a `seed`; both >= 0."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
 
     def pick(names: tuple[str, ...]) -> str:
@@ -117,7 +93,7 @@ def draw_puppet(seed: int, index: int) -> Puppet:
     seconds = FRAMES / FPS
     onset = rng.uniform(0.07, 0.11, SYLLABLES)
     vowel = rng.uniform(0.13, 0.19, SYLLABLES)
-    # The slack goes before, between and after the syllables; a part is fixed so that syllables never touch.
+    # Pauses before, between and after the syllables; a fixed minimum keeps syllables apart.
     slack = seconds - float(onset.sum() + vowel.sum()) - 0.02 * (SYLLABLES + 1)
     pauses = 0.02 + slack * rng.dirichlet(np.full(SYLLABLES + 1, 3.0))
     voice = rng.uniform(105, 210)
@@ -148,7 +124,7 @@ def draw_puppet(seed: int, index: int) -> Puppet:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Sound
+# Audio
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +138,7 @@ def _ramp(time: np.ndarray, start: float, end: float, rise: float, fall: float) 
 def _voice(
     time: np.ndarray, pitch: np.ndarray, formants: tuple[float, ...], widths: tuple[float, ...]
 ) -> np.ndarray:
-    """A harmonic tone of instantaneous `pitch`, its partials weighted by resonances at `formants` (Hz)."""
+    """A harmonic tone of instantaneous `pitch`, its harmonics weighted by resonances at `formants` (Hz)."""
     phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
     mean = float(pitch.mean())
     wave = np.zeros_like(time)
@@ -201,19 +177,19 @@ def synthesise(puppet: Puppet) -> np.ndarray:
             sound += 0.10 * burst + 0.05 * prevoice * _ramp(time, opening - 0.05, opening, 0.01, 0.01)
         else:
             hiss = rng.standard_normal(len(time))
-            hiss = np.convolve(hiss, (1, -2.2, 2.2, -1), mode="same")  # keeps what lies above about 4 kHz
+            hiss = np.convolve(hiss, (1, -2.2, 2.2, -1), mode="same")  # high-pass at about 4 kHz
             sound += 0.05 * hiss / hiss.std() * 1.6 * _ramp(time, s.start, opening + 0.01, 0.02, 0.02)
         wave[first:last] += sound
     return (0.8 * np.tanh(wave / 0.8)).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Picture
+# Frames
 # ----------------------------------------------------------------------------------------------------
 
 
 def mouth_track(puppet: Puppet) -> np.ndarray:
-    """Mouth (half width, half height) at the middle of every frame, as shares of the picture: [FRAMES, 2]."""
+    """Mouth (half width, half height) at the middle of every frame, as shares of the frame: [FRAMES, 2]."""
     time = (np.arange(FRAMES) + 0.5) / FPS
     width = np.full(FRAMES, REST_WIDTH)
     height = np.zeros(FRAMES)
@@ -254,7 +230,7 @@ def _head(face: str, x: np.ndarray, y: np.ndarray, grow: float = 0.0) -> np.ndar
 
 
 def portrait(puppet: Puppet, size: int) -> np.ndarray:
-    """All that does not move: fp64 [size,size,3] in 0..255."""
+    """The static part of a clip: fp64 [size,size,3] in 0..255."""
     pixel = 1 / size
     grid = (np.arange(size) + 0.5) / size
     y, x = np.meshgrid(grid, grid, indexing="ij")
@@ -283,7 +259,7 @@ def render(puppet: Puppet, size: int = 64) -> np.ndarray:
     """The puppet's frames: uint8 [FRAMES,size,size,3]."""
     pixel = 1 / size
     still = portrait(puppet, size)
-    half = 0.22  # the mouth never leaves this window, so only it is drawn per frame
+    half = 0.22  # only this window around the mouth is drawn per frame
     low = [int((c - half) * size) for c in MOUTH_CENTRE]
     high = [int(np.ceil((c + half) * size)) for c in MOUTH_CENTRE]
     gx = (np.arange(low[0], high[0]) + 0.5) / size - MOUTH_CENTRE[0]
@@ -318,7 +294,4 @@ def parse_caption(caption: str) -> dict[str, str | tuple[str, ...]]:
             "words": tuple(says[1:]),
         }
     except (ValueError, IndexError):
-        raise ValueError(
-            f"not a tiny-world caption: {caption!r}; expected the form "
-            "'round face, ginger hair, blue shirt, green wall, says ma bi so'"
-        ) from None
+        raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {EXAMPLE!r}") from None

@@ -81,7 +81,8 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
             decoder_name=name,
             decoder_weights="random",
         )
-    from magihuman.codecs.bundle import TINY_EXAMPLE, load_bundle
+    from magihuman.codecs.bundle import load_bundle
+    from magihuman.codecs.tiny_captions import EXAMPLE
 
     codecs = load_bundle("tiny", device)
     chosen, weights = codecs.video_codec, codecs.contract.video_codec
@@ -92,7 +93,7 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
         video=codecs.video_codec,
         audio=codecs.audio_codec,
         decoder=chosen,
-        prompt=TINY_EXAMPLE,
+        prompt=EXAMPLE,
         decoder_name="codec" if decoder == "auto" else decoder,
         decoder_weights=weights,
     )

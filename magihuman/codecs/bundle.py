@@ -12,17 +12,12 @@ from typing import Any
 
 import torch
 
+from magihuman.codecs import tiny_captions
 from magihuman.codecs.base import AudioCodec, TextEncoder, VideoCodec
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
 NAMES = ("tiny", "released")
-# What the tiny world's captions say (data/tiny/puppets.py); its text encoder knows no words beyond them.
-TINY_CAPTION = (
-    r"(round|square|long) face, (black|brown|ginger|blond|grey) hair, (red|blue|green|yellow|purple|white) shirt, "
-    r"(blue|green|pink|yellow|orange|grey) wall, says( [bms][aeiou])+"
-)
-TINY_EXAMPLE = "round face, ginger hair, blue shirt, green wall, says ma bi so"
 TINY_FILES = Path(__file__).resolve().parents[1] / "zoo" / "weights" / "tiny" / "codecs"
 
 # Where the parts of `released` are looked for when no path is given.
@@ -119,7 +114,7 @@ def _tiny_bundle(device: torch.device) -> CodecBundle:
     audio.to(device).eval().requires_grad_(False)
     return CodecBundle(
         "tiny", contract, video, audio, text, height=64, width=64, frames=25,
-        prompt_pattern=TINY_CAPTION, prompt_example=TINY_EXAMPLE,
+        prompt_pattern=tiny_captions.CAPTION, prompt_example=tiny_captions.EXAMPLE,
     )  # fmt: skip
 
 

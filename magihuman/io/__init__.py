@@ -1,1 +1,1 @@
-"""Files: atomic writes, exports, safetensors, provenance."""
+"""Files: atomic writing, exported checkpoints, released weights, large safetensors, provenance."""

@@ -1,4 +1,4 @@
-"""Exported checkpoints: the released layout (SPEC 9) on disk, with a config that says all that loading needs.
+"""Exported checkpoints: weights in the released layout (SPEC 9) with a config that is sufficient for loading.
 
 A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json` and `config.json`.
 """
@@ -18,6 +18,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.files import atomic_path
+from magihuman.io.released_files import require_fit
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.latent_contract import Contract
 
@@ -30,7 +31,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a checkpoint is meant to be sampled; command lines override it."""
+    """Default sampling settings of a checkpoint; command lines override them."""
 
     solver: str = "unipc"
     steps: int = 32
@@ -41,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Size:
-    """What a checkpoint was trained on: pixel frames and pixel size of a clip."""
+    """Length in frames and size in pixels of the training clips."""
 
     frames: int = 25
     height: int = 64
@@ -50,12 +51,12 @@ class Size:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Content of config.json.
+    """Content of config.json of an exported checkpoint.
 
     Attributes:
         codecs: name of the codecs and text encoder (`magihuman.codecs.bundle`), stored under "world"; contract: their latents.
-        sigma_prior: noise levels the model was trained on.
-        provenance: free facts about the training (command, seed, parents by sha256, metrics).
+        sigma_prior: distribution of noise levels in training.
+        provenance: facts about the training (command, seed, parents by sha256, metrics).
     """
 
     model: DiTConfig
@@ -116,7 +117,9 @@ def save_export(
     config: ExportConfig,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write an exported checkpoint; a reader sees the old folder or the whole new one, never a part.
+    """Write an exported checkpoint in one step: readers find the old folder or the complete new one.
+
+        save_export("export", state, config)
 
     Args:
         state: tensors under the released names, in the dtypes to store.
@@ -142,20 +145,20 @@ def save_export(
 
 
 def load_config(folder: str | Path) -> ExportConfig:
-    """Read config.json of an exported checkpoint.
+    """Config of an exported checkpoint.
 
     Raises:
-        UserError: when it is absent, no JSON, or does not fit.
+        UserError: when it is absent, not JSON, or does not fit.
     """
     path = Path(folder) / CONFIG
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder} is no exported checkpoint: it has no {CONFIG}") from None
+        raise UserError(f"{folder} is not an exported checkpoint: it has no {CONFIG}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; export the checkpoint again")
+        raise UserError(f"{path} is not a JSON object; export the checkpoint again")
     try:
         return ExportConfig.from_dict(values)
     except UserError as error:
@@ -163,7 +166,7 @@ def load_config(folder: str | Path) -> ExportConfig:
 
 
 def load_state_dict(folder: str | Path, config: DiTConfig) -> dict[str, Tensor]:
-    """Read all tensors of an exported checkpoint, after comparing every name and shape with the config.
+    """All tensors of an exported checkpoint, after comparing every name and shape with the config.
 
     Raises:
         UserError: naming missing, unexpected and wrong-shaped tensors, or the file that cannot be read.
@@ -181,11 +184,11 @@ def load_state_dict(folder: str | Path, config: DiTConfig) -> dict[str, Tensor]:
 
 
 def weight_files(folder: str | Path, compressed: bool = False, stem: str = "model") -> list[Path]:
-    """Safetensors files of a checkpoint folder, by its index or the single-file name.
+    """Safetensors files of a checkpoint folder: those of its index, or the single file.
 
     Args:
         compressed: take FILE.zst where FILE is not there, as the release allows (SPEC 9).
-        stem: what the files' names start with.
+        stem: start of the file names.
 
     Raises:
         UserError: when there are none, or the index names a file that is not there.
@@ -198,7 +201,7 @@ def weight_files(folder: str | Path, compressed: bool = False, stem: str = "mode
             weight_map = json.loads(index.read_text())["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is no index of safetensors files ({error!r})") from None
+            raise UserError(f"{index} is not an index of safetensors files ({error!r})") from None
     elif (folder / single).exists() or (folder / f"{single}.zst").exists():
         names = [single]
     else:
@@ -230,40 +233,16 @@ def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def check_fit(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, what: str) -> None:
-    """Compare every name and shape with the config.
-
-    Raises:
-        UserError: naming missing, unexpected and wrong-shaped tensors; `what` says whose they are.
-    """
-    expected = {key: shape for key, shape, _ in config.tensors()}
-    faults = []
-    for title, names in (
-        ("missing", sorted(expected.keys() - shapes.keys())),
-        ("unexpected", sorted(shapes.keys() - expected.keys())),
-        (
-            "wrong shape",
-            [
-                f"{k} is {list(shapes[k])}, not {list(expected[k])}"
-                for k in expected
-                if k in shapes and shapes[k] != expected[k]
-            ],
-        ),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            faults.append(f"{title}: {', '.join(names[:3])}{more}")
-    if faults:
-        raise UserError(
-            f"{what} does not fit the model ({'; '.join(faults)}); use the config it was made with"
-        )
+def check_fit(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, source: str) -> None:
+    """Raises UserError where names and shapes are not those of the config's network (see `require_fit`)."""
+    require_fit(shapes, {key: shape for key, shape, _ in config.tensors()}, source)
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes, in the given order; a larger tensor gets a file of its own.
+    """Distribute tensors, in order, over files of at most `limit` bytes; a larger tensor gets its own file.
 
     With 5 GB the released network makes 7 files in mixed types and 13 in fp32, as published (SPEC 9).
     """
@@ -279,5 +258,5 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write readable JSON."""
+    """Write indented JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n")

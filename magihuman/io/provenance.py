@@ -1,4 +1,4 @@
-"""Where a result comes from: identity of checkpoints and data, version of the code. No heavy imports."""
+"""Provenance of results: hashes of checkpoints and data, version of the code, processor. No heavy imports."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 HASHED_BYTES = 2 << 30
-"""Folders larger than this are identified by their index and file sizes instead of every byte."""
+"""Folders larger than this are hashed by index files, names and sizes instead of all bytes."""
 
 
 def file_hash(path: Path) -> str:
@@ -62,7 +62,7 @@ def code_version() -> dict[str, Any]:
 
 
 def sources_hash() -> str:
-    """Of every Python file that inference and training run: finds the commit where a copy has no git."""
+    """Hash of every Python file that inference and training run, to identify the commit of a copy without git."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for package in ("magihuman", "inference", "recipes"):

@@ -1,7 +1,7 @@
-"""Finding and reading the files of the released codecs and text encoder, strictly and without network.
+"""Locating and strictly loading released weight files, without network access.
 
-Everything here looks at this machine only: a path, or the cache of the Hugging Face Hub. What is absent is
-named together with the command that fetches it.
+Files are searched on this machine only: at a path, or in the cache of the Hugging Face Hub. The error for a missing
+file contains the command that downloads it.
 """
 
 import json
@@ -20,7 +20,7 @@ _LISTED = 4  # names shown per kind of mismatch before "and N more"
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether `source` can be an `owner/name` of the Hub, rather than a path that exists."""
+    """Whether `source` looks like an `owner/name` of the Hub and is not an existing path."""
     return bool(_HUB_ID.fullmatch(str(source))) and not Path(source).expanduser().exists()
 
 
@@ -68,7 +68,7 @@ def read_json(path: Path, purpose: str) -> dict:
         UserError: absent, not JSON, or not an object; `purpose` says what the file is for.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing: it holds {purpose}; copy it beside the weights")
+        raise UserError(f"{path} is missing: it holds {purpose}; copy it into the folder of the weights")
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -129,12 +129,12 @@ def load_strict(
     source: str | Path,
     dtype: torch.dtype,
 ) -> None:
-    """Put `state` into `module`, which may be on the meta device, after comparing every name and shape.
+    """Load `state` into `module`, which may be on the meta device, after comparing every name and shape.
 
     Args:
         key_map: name in the file -> name in the module, complete for the module.
         dtype: of the module afterwards.
-        source: what to call the file in the message.
+        source: name of the file in error messages.
 
     Raises:
         UserError: naming missing, unexpected and wrong-shaped tensors by their names in the file.
@@ -152,7 +152,7 @@ def load_strict(
 def require_fit(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str | Path
 ) -> None:
-    """Compare every name and shape in a file with what a network has.
+    """Compare the names and shapes of all tensors in a file with those of a network.
 
     Raises:
         UserError: naming missing, unexpected and wrong-shaped tensors.
@@ -171,7 +171,8 @@ def require_fit(
     ]
     if problems:
         raise UserError(
-            f"{source} does not fit the network; tensors: {', '.join(problems)}; use the file as published"
+            f"{source} does not fit the network; tensors: {', '.join(problems)}; use weights and config that belong "
+            "together, as they were published or exported"
         )
 
 

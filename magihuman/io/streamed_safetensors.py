@@ -1,7 +1,7 @@
-"""Files of tensors read and written in pieces, so that memory does not grow with a checkpoint.
+"""Tensor files read and written in blocks, so that memory does not grow with the checkpoint.
 
-Reads safetensors, the same compressed (.zst), and pickled state dicts (`weights_only=True` and nothing else, so that no
-code in them can run). Writes safetensors at given offsets, hence in any order.
+Reads safetensors, also compressed (.zst), and pickled state dicts (with `weights_only=True`, so that no code in them can
+run). Writes safetensors with the tensors in any order.
 """
 
 import json
@@ -23,7 +23,7 @@ from magihuman.io.export import read_header
 from magihuman.io.released_files import read_state
 
 BLOCK_BYTES = 16 << 20
-"""Upper bound of one piece that is held in memory."""
+"""Largest block that is kept in memory."""
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -64,10 +64,10 @@ class Spec:
 
 
 def read_specs(path: Path) -> dict[str, Spec]:
-    """What a file holds, from its header where it has one.
+    """Shapes and types of a file's tensors, from its header where it has one.
 
     Raises:
-        UserError: unreadable, truncated, of another kind, or with tensors of a type that is not known here.
+        UserError: unreadable, truncated, of another kind, or with tensors of an unknown type.
     """
     if path.suffix == ".zst":
         specs = {
@@ -87,7 +87,7 @@ def read_specs(path: Path) -> dict[str, Spec]:
 
 @contextmanager
 def open_tensors(path: Path, scratch: Path) -> "Iterator[SafetensorsReader | PickleReader]":
-    """A reader of the file, with `.blocks(name)`. A compressed file is unpacked to `scratch` meanwhile.
+    """Open a tensor file; the reader has `.specs` and `.blocks(name)`. A compressed file is unpacked to `scratch`.
 
     Raises:
         UserError: unreadable, truncated, or of another kind.
@@ -105,10 +105,10 @@ def open_tensors(path: Path, scratch: Path) -> "Iterator[SafetensorsReader | Pic
 
 
 class SafetensorsReader:
-    """Reads through ordinary file reads: a memory map of 5 GB would count as memory of the process.
+    """Reader of a safetensors file without a memory map, whose pages would count as memory of the process.
 
     Args:
-        label: how to call the file in messages.
+        label: name of the file in messages.
     """
 
     def __init__(self, path: Path, label: Path) -> None:
@@ -118,7 +118,9 @@ class SafetensorsReader:
         except UserError:
             if path == label:
                 raise
-            raise UserError(f"{label} unpacks to no whole safetensors file; fetch it again") from None
+            raise UserError(
+                f"{label} is not a complete safetensors file when unpacked; fetch it again"
+            ) from None
         self.specs = {name: Spec(shape, dtype) for name, (shape, dtype) in header.items()}
         self.file = path.open("rb")
         (length,) = struct.unpack("<Q", self.file.read(8))
@@ -132,7 +134,7 @@ class SafetensorsReader:
         self.file.close()
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor's numbers in order, as flat pieces [n] of its own type, at most BLOCK_BYTES each."""
+        """The tensor as flat blocks [n] of its own type, at most BLOCK_BYTES each."""
         dtype, left = DTYPES[self.specs[name].dtype], self.specs[name].nbytes
         self.file.seek(self.starts[name])
         while left:
@@ -151,7 +153,7 @@ class PickleReader:
         self.specs = {name: Spec(tuple(t.shape), _dtype_name(t, path)) for name, t in self.state.items()}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor's numbers in order, as flat pieces [n] of its own type, at most BLOCK_BYTES each."""
+        """The tensor as flat blocks [n] of its own type, at most BLOCK_BYTES each."""
         flat = self.state[name].detach().reshape(-1)
         yield from flat.split(BLOCK_BYTES // max(1, flat.element_size())) if len(flat) else ()
 
@@ -169,10 +171,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 class SafetensorsWriter:
-    """A safetensors file whose tensors arrive in any order, byte for byte what `save_file` writes.
+    """Writer of a safetensors file in any order of tensors, with the bytes that `save_file` writes.
 
     Raises:
-        OSError: the disk is full, say; the caller removes the file.
+        OSError: for example a full disk; the caller removes the file.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
@@ -196,7 +198,7 @@ class SafetensorsWriter:
         self.file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, blocks: Iterator[Tensor]) -> None:
-        """Store a tensor given as flat pieces; they are converted to its type in the file."""
+        """Store a tensor given as flat blocks, converted to its type in the file."""
         start, end = self.spans[name]
         self.file.seek(self.offset + start)
         for block in blocks:
@@ -210,15 +212,17 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Bring everything to the disk, unless an error is under way."""
+        """Flush the file to the disk, unless there was an error."""
         try:
             if kind is None and self.waiting:
-                raise RuntimeError(f"{len(self.waiting)} tensors were not written, {min(self.waiting)} say")
+                raise RuntimeError(
+                    f"{len(self.waiting)} tensors were not written, for example {min(self.waiting)}"
+                )
             if kind is None:
                 self.file.flush()
                 os.fsync(self.file.fileno())
         finally:
-            # After a failed write the buffer cannot be emptied either; that must not hide the first error.
+            # After a failed write closing fails too; the first error is the one to show.
             with suppress(OSError) if kind else nullcontext():
                 self.file.close()
 
@@ -247,11 +251,11 @@ def _compressed_header(path: Path) -> dict[str, dict]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > MAX_HEADER_BYTES:
-            raise UserError(f"{path} holds no safetensors file; fetch it again")
+            raise UserError(f"{path} is not a safetensors file; fetch it again")
         try:
             return json.loads(stream.read(length))
         except ValueError:
-            raise UserError(f"{path} holds no safetensors file, or is truncated; fetch it again") from None
+            raise UserError(f"{path} is not a safetensors file, or is truncated; fetch it again") from None
 
 
 def _unpack(path: Path, scratch: Path) -> Path:

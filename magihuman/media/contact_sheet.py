@@ -1,4 +1,4 @@
-"""Contact sheets: clips as rows of small pictures with their captions, in one image."""
+"""Contact sheets: an image with one row of thumbnails per clip and its caption."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _LINE = 14  # pixels per line of text
 def write_contact_sheet(
     path: str | Path, clips: Sequence[Any], captions: Sequence[str], **layout: Any
 ) -> None:
-    """Write `draw_contact_sheet` as a PNG, with the folder it belongs in."""
+    """Write `draw_contact_sheet` as a PNG; makes the folder."""
     image = draw_contact_sheet(clips, captions, **layout)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG")
@@ -28,14 +28,16 @@ def draw_contact_sheet(
     height: int = 96,
     title: str = "",
 ) -> Any:
-    """A PIL image with a row of pictures per clip, its caption beneath.
+    """PIL image with a row of frames per clip and the caption below it.
+
+        draw_contact_sheet([frames], ["a face"]).save("sheet.png")
 
     Args:
         clips: uint8 [F,H,W,3] each (array or tensor); of any sizes.
         captions: one per clip; long ones are cut to the row's width.
-        frames_per_clip: pictures shown, evenly spaced over the clip, the first and last among them.
-        columns: clips side by side.
-        height: of a picture in pixels; the width follows the clip's shape.
+        frames_per_clip: frames shown, evenly spaced from the first to the last.
+        columns: clips per row of the image.
+        height: of a frame in pixels; the width follows from the aspect ratio.
 
     Raises:
         ValueError: no clips, or another number of captions.
@@ -75,10 +77,10 @@ def _strip(clip: np.ndarray, count: int, height: int) -> Any:
     chosen = np.unique(np.linspace(0, len(clip) - 1, count).round().astype(int))
     width = max(1, round(height * clip.shape[2] / clip.shape[1]))
     strip = Image.new("RGB", (count * (width + 2) - 2, height), "white")
-    # Small pictures are enlarged without smoothing, so that what is seen is what is there.
+    # Small frames are enlarged without smoothing, to show their pixels.
     method = Image.Resampling.NEAREST if clip.shape[1] < height else Image.Resampling.BICUBIC
-    for place, frame in enumerate(chosen):
-        strip.paste(Image.fromarray(clip[frame]).resize((width, height), method), (place * (width + 2), 0))
+    for position, frame in enumerate(chosen):
+        strip.paste(Image.fromarray(clip[frame]).resize((width, height), method), (position * (width + 2), 0))
     return strip
 
 

@@ -1,27 +1,32 @@
-"""Decoding of one picture or sound track of a file along one clock (the lower floor of `magihuman.media.mp4`).
+"""Decoding media files through PyAV and Pillow: probing, clips at a given frame rate and size, audio, images.
 
-Times are seconds from the first picture of the file (from the first sound where there is no picture), so that
-sound and picture keep the offset a player would show, whatever the container's own clock says. The demuxer
-honours edit lists and the priming samples of AAC; what is left is to trust time stamps, not to count frames.
+    info = probe("clip.mov")  # kind, size, frame rate, seconds, sample rate
+    clip = read_clip("clip.mov", fps=25, frames=101, size=(256, 448), rate=16000)
 
-Shapes: pictures uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N].
+Times are seconds from the first frame of the file (from the first audio sample where there is no video), so that
+audio and video keep the offset that a player would give them, whatever the container's clock says. The demuxer
+applies edit lists and the priming samples of AAC; frames are placed by their time stamps, not by counting.
 
-Mixing sound to one or two channels and changing its sample rate, by ffmpeg's filters.
-
-Waveforms are fp32 arrays [lanes,n].
+Shapes: frames uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N] in [-1,1].
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from magihuman.errors import UserError
+
+if TYPE_CHECKING:  # torch takes a second to import and probing files does not need it
+    import torch
 
 # Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a text
 # file named .mp4 must not make us open other files or the network. So are `tty` and image patterns.
@@ -29,10 +34,9 @@ _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,aiff,mp3,flac,aac,"
     "ivf,mxf,caf,amr,ac3,eac3,obu,dv,rm,nut,au"
 )
-_SEEK_AFTER = (
-    8.0  # seconds; a shorter gap is decoded and dropped, since a seek lands a key frame early anyway
-)
-_RESYNC = 0.02  # seconds; sound time stamps that disagree by less are the container's rounding
+# Seconds; a shorter gap is decoded and dropped, since a seek lands a key frame early anyway.
+_SEEK_AFTER = 8.0
+_RESYNC = 0.02  # seconds; audio time stamps that disagree by less are the container's rounding
 
 
 class MediaError(UserError):
@@ -49,6 +53,217 @@ def reason(error: BaseException) -> str:
         return "no valid media in it (damaged, cut off, or another kind of file)"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """Kind, size, frame rate, length and sample rate of a media file.
+
+    Attributes:
+        kind: "video", "image" (one frame) or "audio" (no frame).
+        container: name of the demuxer, or the image format.
+        width, height: as displayed, after rotation and pixel aspect; 0 for audio.
+        fps: average frame rate, 0 for images and audio.
+        length of the video, or of the audio where there is no video, 0 for images.
+        audio_rate, audio_channels: 0 without an audio track.
+    """
+
+    kind: str
+    container: str
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    seconds: float = 0.0
+    audio_rate: int = 0
+    audio_channels: int = 0
+
+    @property
+    def has_audio(self) -> bool:
+        return self.audio_rate > 0
+
+
+@dataclass(frozen=True)
+class MediaClip:
+    """Frames uint8 [F,H,W,3] at `fps`; wave fp32 [channels,N] at `rate`, None without an audio track."""
+
+    frames: torch.Tensor
+    fps: float
+    wave: torch.Tensor | None
+    rate: int
+
+
+def probe(path: str | Path) -> MediaInfo:
+    """Facts about a file. A frame is decoded, so that a file which opens but does not decode is an error here.
+
+    Raises:
+        MediaError: empty, unreadable, no media, without decodable video or audio, or of zero length.
+    """
+    image = _probe_image(path)
+    if image is not None:
+        return image
+    with opened(path) as container:
+        video, audio = video_stream(container), audio_stream(container)
+        rate, channels = (audio.codec_context.sample_rate, audio.codec_context.channels) if audio else (0, 0)
+        if video is None:
+            if audio is None:
+                raise MediaError("holds neither video nor audio")
+            length = seconds_of(container, audio)
+            return MediaInfo("audio", container.format.name, 0, 0, 0.0, length, rate, channels)
+        video.codec_context.thread_count = 1
+        frames = container.decode(video)
+        first, second = next(frames, None), next(frames, None)
+        if first is None:
+            raise MediaError("no frame could be decoded")
+        height, width = square_pixels(first, video)
+        if orientation(first)[0]:
+            height, width = width, height
+        if second is None:
+            return MediaInfo("image", container.format.name, width, height, 0.0, 0.0, rate, channels)
+        seconds = seconds_of(container, video)
+        if seconds <= 0:
+            raise MediaError("its video has no length (zero duration)")
+        fps = float(video.average_rate or video.guessed_rate or 0)
+        return MediaInfo("video", container.format.name, width, height, fps, seconds, rate, channels)
+
+
+class MediaReader:
+    """An open file from which clips are read at ascending times, each frame decoded once.
+
+        with MediaReader(path) as reader:
+            clips = [reader.read(fps=25, start=start, frames=25) for start in (0.0, 1.0, 2.0)]
+
+    Use as a context manager. Raises MediaError on opening when the file holds no video.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        self._path, self._threads = path, threads
+
+    def __enter__(self) -> MediaReader:
+        self._video_input = opened(self._path)
+        container = self._video_input.__enter__()
+        stream = video_stream(container)
+        if stream is None:
+            self._video_input.__exit__(None, None, None)
+            raise MediaError("holds no video")
+        self._video = VideoTrack(container, stream, self._threads)
+        origin = float((stream.start_time or 0) * stream.time_base)
+        # Audio has a demuxer of its own, so that neither track waits for the other's packets.
+        self._audio_input = opened(self._path)
+        container = self._audio_input.__enter__()
+        stream = audio_stream(container)
+        self._audio = AudioTrack(container, stream, origin) if stream is not None else None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._audio_input.__exit__(None, None, None)
+        self._video_input.__exit__(None, None, None)
+
+    def read(
+        self, *, fps: float, start: float = 0.0, frames: int | None = None,
+        size: tuple[int, int] | None = None, rate: int = 0, channels: int = 1,
+    ) -> MediaClip:  # fmt: skip
+        """One clip; arguments and errors as for `read_clip`."""
+        import av
+        import torch
+
+        try:
+            images = self._video.read(start, frames, fps, size)
+            wave = None
+            if rate and self._audio is not None:
+                samples = round(len(images) * rate / fps)
+                wave = torch.from_numpy(self._audio.read(start, samples, rate, channels))
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(f"cannot be decoded near {start:.2f} s: {reason(error)}") from error
+        return MediaClip(torch.from_numpy(np.ascontiguousarray(images)), fps, wave, rate)
+
+
+def read_clip(
+    path: str | Path, *, fps: float, start: float = 0.0, frames: int | None = None,
+    size: tuple[int, int] | None = None, rate: int = 0, channels: int = 1,
+) -> MediaClip:  # fmt: skip
+    """A clip of a video file at the wanted frame rate, size and sample rate.
+
+    Frames are picked by display time (no blending), rotation flags and pixel aspect are applied; audio is
+    mixed to `channels`, resampled, kept in sync with the video and padded with silence where there is none.
+
+    Args:
+        start, frames: where the clip begins [s] and how many frames it has; None: up to the end.
+        size: (height, width): scaled to cover it and cropped at the centre; None: as displayed.
+        rate, channels: of the wave, round(frames * rate / fps) samples long; rate 0: no audio.
+
+    Raises:
+        MediaError: unreadable, damaged in the range, or shorter than wanted.
+    """
+    with MediaReader(path) as reader:
+        return reader.read(fps=fps, start=start, frames=frames, size=size, rate=rate, channels=channels)
+
+
+def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:
+    """The whole audio track of a sound or video file, from its own start: fp32 [channels,N] at `rate`.
+
+    Raises:
+        MediaError: no audio track, unreadable or damaged.
+    """
+    import torch
+
+    with opened(path) as container:
+        stream = audio_stream(container)
+        if stream is None:
+            raise MediaError("holds no audio")
+        seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        wave = AudioTrack(container, stream).read(0.0, None, rate, channels)
+    if seconds:  # coded frames are longer than the audio in them
+        wave = wave[:, : max(1, round(seconds * rate))]
+    if not wave.shape[1]:
+        raise MediaError("holds no audio")
+    return torch.from_numpy(np.ascontiguousarray(wave))
+
+
+def _probe_image(path: str | Path) -> MediaInfo | None:
+    """Facts about an image file; None when Pillow cannot read it or it is animated."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                return None
+            image.load()
+            # EXIF orientations 5 to 8 exchange width and height.
+            sideways = image.getexif().get(0x0112, 1) >= 5
+            width, height = image.size[::-1] if sideways else image.size
+            return MediaInfo("image", str(image.format).lower(), width, height)
+    except UnidentifiedImageError:
+        return None
+    except Image.DecompressionBombError as error:
+        raise MediaError("the image is too large to be opened safely") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise MediaError(f"cannot be read: {reason(error)}") from error
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """An image file, upright, on white where transparent: uint8 [1,H,W,3].
+
+    Args:
+        size: (height, width): scaled to cover it and cropped at the centre; None keeps the image's own.
+
+    Raises:
+        MediaError: not a readable image.
+    """
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(f"is not a readable image: {reason(error)}") from error
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if size is not None and flat.size != (size[1], size[0]):
+        flat = ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(flat)[None])
+
+
+# ------------------------------------------------------------------------------------------------- streams
 
 
 @contextlib.contextmanager
@@ -69,8 +284,8 @@ def opened(path: str | Path) -> Iterator[Any]:
         raise MediaError(f"cannot be read: {reason(error)}") from error
 
 
-def picture_stream(container: Any) -> Any | None:
-    """The first video stream that is not a cover picture."""
+def video_stream(container: Any) -> Any | None:
+    """The first video stream that is not a cover image."""
     from av.stream import Disposition
 
     for stream in container.streams.video:
@@ -79,7 +294,7 @@ def picture_stream(container: Any) -> Any | None:
     return None
 
 
-def sound_stream(container: Any) -> Any | None:
+def audio_stream(container: Any) -> Any | None:
     """The first audio stream that names a sample rate."""
     for stream in container.streams.audio:
         if stream.codec_context is not None and stream.codec_context.sample_rate:
@@ -144,7 +359,7 @@ class _Track:
         self._frames = self._decoded()
 
     def _decoded(self) -> Iterator[Any]:
-        """The frames from here on; what does not decode is noted in `_damage` and passed over."""
+        """The frames from here on; what does not decode is noted in `_damage` and skipped."""
         import av
 
         packets = self._container.demux(self._stream)
@@ -170,7 +385,7 @@ class _Track:
 
 
 class VideoTrack(_Track):
-    """Pictures at any wanted times; cheap when asked in ascending order."""
+    """Frames at given times of a video stream; cheap for ascending times."""
 
     def __init__(self, container: Any, stream: Any, threads: int = 1) -> None:
         from av.video.reformatter import VideoReformatter
@@ -192,7 +407,7 @@ class VideoTrack(_Track):
         now = self._time(frame.pts)
         if frame.is_corrupt:
             self._damage.append(now)
-        elif frame.key_frame:  # nothing refers to pictures before it any more
+        elif frame.key_frame:  # nothing refers to frames before it any more
             self._damage = [moment for moment in self._damage if moment >= now]
 
     def _end(self, frame: Any) -> float:
@@ -201,7 +416,7 @@ class VideoTrack(_Track):
         return self._time(frame.pts + duration) if duration else self._time(frame.pts) + 1 / float(rate)
 
     def read(self, start: float, count: int | None, fps: float, size: tuple[int, int] | None) -> np.ndarray:
-        """Pictures from `start` on, at `fps`: each the one on display in the middle of its interval.
+        """Frames from `start` on, at `fps`: each the one on display in the middle of its interval.
 
         Args:
             count: how many; None: up to the end.
@@ -211,36 +426,34 @@ class VideoTrack(_Track):
             uint8 [count,H,W,3].
 
         Raises:
-            MediaError: the track ends before, or a picture in the range is damaged.
+            MediaError: the track ends before, or a frame in the range is damaged.
         """
-        begin = start + 0.5 / fps + 1e-6  # on a boundary the later picture counts
+        begin = start + 0.5 / fps + 1e-6  # on a boundary the later frame counts
         here = self._time(self._shown.pts) if self._shown is not None else 0.0
         if begin < here or begin > here + _SEEK_AFTER:
             self._seek(begin)
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         made_of = None
-        while count is None or len(pictures) < count:
-            moment = begin + len(pictures) / fps
+        while count is None or len(images) < count:
+            moment = begin + len(images) / fps
             while self._shown is None or (self._next is not None and self._time(self._next.pts) <= moment):
                 self._advance()
                 if self._shown is None and self._next is None:
-                    raise MediaError(
-                        "no picture could be decoded" + (f" after {start:.2f} s" if start else "")
-                    )
-            # Pictures shortly before a damaged one may refer to it, hence the slack.
+                    raise MediaError("no frame could be decoded" + (f" after {start:.2f} s" if start else ""))
+            # Frames shortly before a damaged one may refer to it, hence the slack.
             if any(moment > broken - 0.1 for broken in self._damage):
-                raise MediaError(f"its picture is damaged near {moment:.2f} s")
+                raise MediaError(f"its video is damaged near {moment:.2f} s")
             if self._next is None and moment >= self._end(self._shown):
                 if count is None:
                     break
                 end = self._end(self._shown)
-                raise MediaError(f"its picture ends at {end:.2f} s, before {start + count / fps:.2f} s")
+                raise MediaError(f"its video ends at {end:.2f} s, before {start + count / fps:.2f} s")
             same = made_of is self._shown
-            pictures.append(pictures[-1] if same else self._to_rgb(self._shown, size))
+            images.append(images[-1] if same else self._to_rgb(self._shown, size))
             made_of = self._shown
-        if not pictures:
-            raise MediaError(f"its picture ends before {start:.2f} s")
-        return np.stack(pictures)
+        if not images:
+            raise MediaError(f"its video ends before {start:.2f} s")
+        return np.stack(images)
 
     def _to_rgb(self, frame: Any, size: tuple[int, int] | None) -> np.ndarray:
         """A decoded frame as uint8 [H,W,3]: square pixels, upright, covering `size`, centre crop."""
@@ -263,7 +476,7 @@ class VideoTrack(_Track):
             "rgb24",
             src_colorspace=colours,
             interpolation=quality,
-            threads=1,  # the default starts several for every picture
+            threads=1,  # the default starts several for every frame
         ).to_ndarray()
         rgb = rgb.transpose(1, 0, 2) if transpose else rgb
         rgb = rgb[:, ::-1] if mirror else rgb
@@ -275,10 +488,10 @@ class VideoTrack(_Track):
 
 
 class AudioTrack(_Track):
-    """The sound of any range of time, resampled; silence where the track has none."""
+    """Any time range of an audio stream, resampled; silence outside of the track."""
 
     def __init__(self, container: Any, stream: Any, origin: float | None = None, threads: int = 1) -> None:
-        """Args: origin: the first picture's time on the container's clock [s]; None: own start."""
+        """Args: origin: the first frame's time on the container's clock [s]; None: own start."""
         import av
 
         own = float((stream.start_time or 0) * stream.time_base)
@@ -286,11 +499,10 @@ class AudioTrack(_Track):
         self._rate = int(stream.codec_context.sample_rate)
         self._to_float = av.AudioResampler(format="fltp")
         self._layout = ""
-        self._chunks: list[
-            tuple[int, np.ndarray]
-        ] = []  # (first sample on the file's clock, fp32 [channels,n])
+        # (first sample on the file's clock, fp32 [channels,n])
+        self._chunks: list[tuple[int, np.ndarray]] = []
         self._done = False
-        self._gone = -(1 << 60)  # samples before this one were passed over or dropped
+        self._gone = -(1 << 60)  # samples before this one were skipped or dropped
 
     def _seek(self, seconds: float) -> None:
         super()._seek(seconds)
@@ -311,7 +523,7 @@ class AudioTrack(_Track):
                 values = part.to_ndarray()
                 layout = part.layout.name
                 if self._layout and layout != self._layout:
-                    raise MediaError(f"its sound changes from {self._layout} to {layout} half-way")
+                    raise MediaError(f"its audio changes from {self._layout} to {layout} half-way")
                 self._layout = layout
                 contiguous = abs(stamped - self._reached) < _RESYNC * self._rate
                 stamped = self._reached if contiguous else stamped
@@ -325,7 +537,7 @@ class AudioTrack(_Track):
             fp32 [channels,count], clipped to [-1,1].
 
         Raises:
-            MediaError: the sound in the range is damaged.
+            MediaError: the audio in the range is damaged.
         """
         first = round(start * rate)
         step = gcd(self._rate, rate)
@@ -344,7 +556,7 @@ class AudioTrack(_Track):
             start - 0.1 < broken and (count is None or broken < start + count / rate)
             for broken in self._damage
         ):
-            raise MediaError(f"its sound is damaged near {max(start, 0):.2f} s")
+            raise MediaError(f"its audio is damaged near {max(start, 0):.2f} s")
         if count is None:
             source_last = max(self._reached, source_first)
             count = max(0, round(source_last / self._rate * rate) - first)

@@ -1,42 +1,39 @@
-"""Whether two sizes are of one shape: of a picture and a bucket, of the first stage and the second.
+"""Images in and out: aspect ratios, cropping, resizing, 8-bit frames, playback sample rate.
 
-From a picture to the frame that conditions a clip (SPEC 4.6).
-
-From decoded tensors to what players take: 8-bit frames and 44.1 kHz sound (SPEC 4.5).
+The crop, the rounding and the resampling are the release's (SPEC 4.5 and 4.6).
 """
 
-from math import log
-from typing import TYPE_CHECKING
-
-import numpy as np
-import torch
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch.nn import functional as F
+import numpy as np
 
-SAME = 0.03
-"""Aspects may differ by so much and count as the same: 1920x1088 and 448x256 differ by 0.8 %."""
+if TYPE_CHECKING:  # torch takes a second to import and data.prepare's own process does not need it
+    import torch
+    from PIL.Image import Image
+
+SAME_ASPECT = 0.03
+"""Aspect ratios that differ by less count as equal: 1920x1088 and 448x256 differ by 0.8 %."""
 
 Pixels = tuple[int, int]
 """(height, width)."""
 
-
-def difference(a: Pixels, b: Pixels) -> float:
-    """|log| of the ratio of both aspects: 0 for one shape, 0.01 for 1 % off."""
-    return abs(log(a[1] / a[0] * b[0] / b[1]))
+PLAYBACK_RATE = 44100
 
 
-def same(a: Pixels, b: Pixels) -> bool:
-    """Whether one fits the other without visible stretching."""
-    return difference(a, b) <= SAME
+def aspect_difference(a: Pixels, b: Pixels) -> float:
+    """|log| of the quotient of two aspect ratios: 0 for equal shapes, 0.01 for 1 % off."""
+    return abs(math.log(a[1] / a[0] * b[0] / b[1]))
 
 
-def crop_to_aspect(image: "Image", height: int, width: int) -> "Image":
+def same_aspect(a: Pixels, b: Pixels) -> bool:
+    """Whether one size can be scaled to the other without visible stretching."""
+    return aspect_difference(a, b) <= SAME_ASPECT
+
+
+def crop_to_aspect(image: Image, height: int, width: int) -> Image:
     """Cut the centre of `image` to the aspect ratio height : width, without resizing.
 
     The crop's size is truncated to whole pixels; Pillow rounds its (half-pixel) position half to even.
@@ -52,8 +49,9 @@ def crop_to_aspect(image: "Image", height: int, width: int) -> "Image":
     return image.crop((left, top, left + crop_w, top + crop_h))
 
 
-def image_to_frame(image: "Image", height: int, width: int) -> torch.Tensor:
-    """Crop, resize (Lanczos) and scale a picture -> [1,3,1,height,width] fp32 in [-1,1]."""
+def image_to_frame(image: Image, height: int, width: int) -> torch.Tensor:
+    """Crop, resize (Lanczos) and scale the first frame that conditions a clip -> [1,3,1,height,width] fp32 in [-1,1]."""
+    import torch
     from PIL.Image import Resampling
 
     cropped = crop_to_aspect(image.convert("RGB"), height, width)
@@ -61,11 +59,8 @@ def image_to_frame(image: "Image", height: int, width: int) -> torch.Tensor:
     return (torch.from_numpy(pixels).permute(2, 0, 1) * 2.0 - 1.0)[None, :, None]
 
 
-PLAYBACK_RATE = 44100
-
-
 def frames_to_uint8(frames: torch.Tensor) -> torch.Tensor:
-    """[B,3,F,H,W] in about [-1,1] -> [B,F,H,W,3] uint8.
+    """Decoded frames [B,3,F,H,W] in about [-1,1] -> [B,F,H,W,3] uint8.
 
     Values are clamped and truncated, not rounded (oddity O14: the release's rule).
     """
@@ -75,10 +70,13 @@ def frames_to_uint8(frames: torch.Tensor) -> torch.Tensor:
 def resize_frames(
     frames: torch.Tensor, height: int, width: int, mode: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
 ) -> torch.Tensor:
-    """Resize finished pictures [F,H,W,3] uint8 -> [F,height,width,3] uint8, by the release's rule.
+    """Resize 8-bit frames [F,H,W,3] uint8 -> [F,height,width,3] uint8, by the release's rule.
 
     Frames are resized one at a time, so memory does not grow with the clip.
     """
+    import torch
+    from torch.nn import functional as F
+
     corners = None if mode == "nearest" else False
     resized = [
         F.interpolate(
@@ -93,14 +91,17 @@ def resize_frames(
 
 
 def _to_uint8(unit: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return (unit.clamp(0.0, 1.0) * 255.0).to(torch.uint8)
 
 
 def to_playback_rate(waveform: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    """Resample [...,N] from the model's time base to 44.1 kHz by FFT, length int(N * 44100 / sample_rate).
+    """Resample [...,N] from the model's sample rate to 44.1 kHz by FFT, length int(N * 44100 / sample_rate).
 
     For the release's 51.2 kHz the ratio is 441/512. fp32 on the CPU.
     """
+    import torch
     from scipy.signal import resample
 
     shared = math.gcd(PLAYBACK_RATE, sample_rate)

@@ -99,7 +99,7 @@ class FirstStage:
         )
         if height % stride[0] or width % stride[1] or not 0 < height <= tall or not 0 < width <= wide:
             raise UserError(f"{known}: give a smaller size, of multiples of {list(stride)}")
-        if not images.same((height, width), (tall, wide)):
+        if not images.same_aspect((height, width), (tall, wide)):
             raise UserError(
                 f"{known} differ in shape; prepare clips of several shapes with sr_sizes= instead"
             )

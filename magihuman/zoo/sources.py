@@ -72,7 +72,7 @@ def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = N
         role = next((name for name in (folder.name, folder.resolve().name) if name in ROLES), None)
     if role is None:
         raise UserError(
-            f"{folder} is no exported checkpoint (no config of ours), and its name does not say which published "
+            f"{folder} is not an exported checkpoint (no config of ours), and its name does not say which published "
             f"model it is; rename it to one of {', '.join(ROLES)}, or convert it with role=ONE_OF_THESE"
         )
     if shapes is None:

@@ -99,7 +99,7 @@ def _file_fault(folder: Path, entry: dict[str, Any]) -> str:
         with safe_open(path, framework="pt") as file:
             shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        return f"{entry['file']} is no readable safetensors file: {error}"
+        return f"{entry['file']} is not a readable safetensors file: {error}"
     for key, expected in entry.get("tensors", {}).items():
         if shapes.get(key) != expected["shape"]:
             return f"{entry['file']}: tensor {key} is {shapes.get(key, 'missing')}, not {expected['shape']}"

@@ -143,9 +143,9 @@ def test_the_worlds_pattern_is_that_of_its_captions() -> None:
     import re
 
     from data.tiny.puppets import draw_puppet
-    from magihuman.codecs.bundle import TINY_CAPTION, TINY_EXAMPLE
+    from magihuman.codecs.tiny_captions import CAPTION, EXAMPLE
 
     captions = [draw_puppet(5, index).caption for index in range(300)]
-    assert all(re.fullmatch(TINY_CAPTION, caption) for caption in [*captions, TINY_EXAMPLE])
+    assert all(re.fullmatch(CAPTION, caption) for caption in [*captions, EXAMPLE])
     for other in ("a cat on a sofa", captions[0] + "x", captions[0].replace("face", "head")):
-        assert not re.fullmatch(TINY_CAPTION, other)
+        assert not re.fullmatch(CAPTION, other)

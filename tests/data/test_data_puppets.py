@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.tiny.dataset import make_clips
 from data.tiny.puppets import (
     FRAMES,
     MOUTHS,
@@ -21,10 +22,9 @@ from data.tiny.puppets import (
     render,
     synthesise,
 )
-from data.tiny.render import make_clips
 from magihuman.cli import run
 from magihuman.errors import UserError
-from magihuman.media.mp4 import probe, read_clip
+from magihuman.media.decoding import probe, read_clip
 
 
 def test_a_puppet_is_a_function_of_seed_and_index():
@@ -173,9 +173,9 @@ def test_clips_of_two_worlds_do_not_mix(tmp_path: Path):
         ([], "is not given; set it with"),
         (["output=x"], "clips is not given"),
         (["output=x", "clips=many"], "clips='many' should be an integer"),
-        (["output=x", "clips=0"], "clips=0 is impossible"),
-        (["output=x", "clips=1", "seed=-1"], "seed=-1 is impossible"),
-        (["output=x", "clips=1", "workers=0"], "workers=0 is impossible"),
+        (["output=x", "clips=0"], "clips=0 is out of range"),
+        (["output=x", "clips=1", "seed=-1"], "seed=-1 is out of range"),
+        (["output=x", "clips=1", "workers=0"], "workers=0 is out of range"),
         (["output=x", "clips=1", "size=63"], "size=63 should be even"),
         (["output=x", "clips=1", "size=8"], "size=8 should be even (H.264) and between 32 and 512"),
         (["output=x", "clips=1", "seeed=1"], "did you mean 'seed'"),

@@ -18,7 +18,7 @@ SMALL = {"steps": 3, "clips": 2, "batch": 1, "crop": 4, "width": 4}
 def test_a_stopped_training_goes_on_to_the_same_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_decoder, "HELD_OUT", range(100_000, 100_002))
+    monkeypatch.setattr(fit_decoder, "VALIDATION", range(100_000, 100_002))
     monkeypatch.setattr(fit_decoder, "EVERY", 1)
     through = fit_decoder.train(str(tmp_path / "a"), **SMALL)
     save, saved = torch.save, []
@@ -48,7 +48,7 @@ def test_the_shipped_teacher_is_as_good_as_its_record_says() -> None:
     assert isinstance(teacher, WanDecoder)
     config = decoders.config_of("tiny/teacher")
     assert config is not None
-    truth = fit_decoder._frames(range(100_000, 100_004), 64).float() / 127.5 - 1
+    truth = fit_decoder.puppet_frames(range(100_000, 100_004), 64).float() / 127.5 - 1
     latents = world.video_codec.encode(truth)
     mine = fit_decoder.psnr(teacher.decode(latents), truth)
     codec = fit_decoder.psnr(world.video_codec.decode(latents), truth)

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from data.buckets import pair_sizes, parse_sizes
-from data.module import LatentDataModule
+from data.module import LatentDataModule, collate
 from data.prepare import prepare
 from data.shards import SampleError, Shards
-from data.stream import collate
-from data.tiny.render import make_clips
+from data.tiny.dataset import make_clips
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.super_resolution import shrink_pictures
-from magihuman.media.mp4 import read_clip
+from magihuman.media.decoding import read_clip
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,9 @@ def test_samples_of_one_and_of_two_sizes_do_not_mix(clips: Path, tmp_path: Path)
     both = Shards(prepared(clips, tmp_path / "both", sizes="64x64", sr_sizes="128x128"))
     first, second = both.read(0), both.read(1)
     del second.tensors["video_sr"]
-    with pytest.raises(UserError, match="sample b holds no video_sr, a does; prepare both alike"):
+    with pytest.raises(
+        UserError, match="sample b has no video_sr, a has; prepare both with the same settings"
+    ):
         collate([("a", first), ("b", second)], range(2), torch.zeros(0, 64))
 
 
@@ -88,7 +89,7 @@ def test_files_are_judged_by_the_larger_size(clips: Path, tmp_path: Path) -> Non
     [
         ("448x256,256x448", "896x512", "sr_sizes has 1 sizes and sizes has 2"),
         ("448x256", "224x128", "sr_sizes=224x128 for 448x256 is smaller"),
-        ("448x256", "512x896", "has another shape"),
+        ("448x256", "512x896", "has another aspect ratio"),
         ("448x256,480x272", "896x512,896x512", "sr_sizes names a size twice"),
         ("448x256,448x256", "896x512,1920x1088", "sizes names a size twice: clips of a batch share both"),
         ("448x256", "900x514", "sr_sizes=900x514: the codec needs height divisible by 16"),

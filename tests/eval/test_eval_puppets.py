@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.tiny.render import make_clips
+from data.tiny.dataset import make_clips
 from eval import puppets as program
 from eval.puppets import HELD_OUT_SEED, bounds, ground_truth, held_out, through_codec
 from magihuman.cli import run as command

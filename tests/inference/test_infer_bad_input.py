@@ -71,11 +71,11 @@ def test_bad_conditions_and_checkpoints(
     (tmp_path / "s.wav").write_bytes(b"RIFF....")
     common = ["prompt=a", f"output={tmp_path / 'out' / 'x.mp4'}"]
     good = f"checkpoint={checkpoint}"
-    assert "not a readable picture" in failure(capsys, good, *common, f"image={tmp_path / 'p.png'}")
+    assert "not a readable image" in failure(capsys, good, *common, f"image={tmp_path / 'p.png'}")
     assert "cannot be read" in failure(capsys, good, *common, f"audio={tmp_path / 's.wav'}")
     broken = fake_checkpoint(tmp_path / "broken")
     next(broken.glob("*.safetensors")).write_bytes(b"\0" * 10)
-    assert "no readable safetensors file" in failure(capsys, f"checkpoint={broken}", *common)
+    assert "not a readable safetensors file" in failure(capsys, f"checkpoint={broken}", *common)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ from inference.pipeline import Clip, Pipeline, frames_for
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
-from magihuman.media.mp4 import probe, read_clip
+from magihuman.media.decoding import probe, read_clip
 from magihuman.models.latent_contract import Contract
 
 
@@ -149,7 +149,7 @@ def test_conditions_that_cannot_be_used(pipeline: Pipeline, tmp_path: Path) -> N
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.wav").touch()
     Image.new("RGB", (1000, 1)).save(tmp_path / "line.png")
-    with pytest.raises(UserError, match=r"image=.*text.png: is not a readable picture"):
+    with pytest.raises(UserError, match=r"image=.*text.png: is not a readable image"):
         pipeline.generate(["a"], [0], image=tmp_path / "text.png")
     with pytest.raises(UserError, match="too thin for a clip of 8 x 64"):
         pipeline.generate(["a"], [0], image=tmp_path / "line.png", height=64, width=8)

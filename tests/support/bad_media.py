@@ -164,7 +164,7 @@ def _good(clip: Callable[..., None]) -> None:
     clip("container.flv", sound=Sound(44100))
     clip(
         "animated.gif",
-        Expected("rejected", "has no sound", 0, "taken"),
+        Expected("rejected", "has no audio", 0, "taken"),
         codec="gif",
         pixels="rgb8",
         sound=None,
@@ -195,9 +195,9 @@ def _sound(clip: Callable[..., None], put: Callable[..., None]) -> None:
     clip("pcm.mov", sound=Sound(48000, "stereo", "pcm_s16le"))
     clip("sound-short.mp4", sound=Sound(seconds=0.5))
     clip("sound-late.mp4", sound=Sound(start=0.4, seconds=0.6))
-    clip("sound-none.mp4", Expected("rejected", "has no sound", 0, "taken"), sound=None)
-    clip("sound-silent.mp4", Expected("rejected", "its sound is silent", 0, "taken"), sound=Sound(level=0.0))
-    only = Expected("rejected", "sound but no picture", 0)
+    clip("sound-none.mp4", Expected("rejected", "has no audio", 0, "taken"), sound=None)
+    clip("sound-silent.mp4", Expected("rejected", "its audio is silent", 0, "taken"), sound=Sound(level=0.0))
+    only = Expected("rejected", "audio but no video", 0)
     put("sound-only.mp4", only, lambda path: _tone(path, "aac"))
     put("sound-only.mp3", only, lambda path: _tone(path, "libmp3lame"))
     put("sound-only.wav", only, lambda path: _tone(path, "pcm_s16le"))
@@ -255,27 +255,27 @@ def _broken(clip: Callable[..., None], put: Callable[..., None]) -> None:
     put("truncated-no-index.mp4", unreadable, lambda path: cut(path, 0.6, False))
     put(
         "truncated-data.mp4",
-        Expected("rejected", "its picture ends at 0.40 s", 0),
+        Expected("rejected", "its video ends at 0.40 s", 0),
         lambda path: cut(path, 0.5, True),
     )
     put(
         "truncated-head.mp4",
-        Expected("rejected", "neither picture nor sound", 0),
+        Expected("rejected", "neither video nor audio", 0),
         lambda path: cut(path, 0.02, True),
     )
-    put("truncated.webm", Expected("rejected", "its picture ends at", 0), _cut_webm)
+    put("truncated.webm", Expected("rejected", "its video ends at", 0), _cut_webm)
     put("damaged-middle.mp4", Expected("rejected", "damaged", 0), lambda path: damaged(path, 1.0, 0.6))
-    partly = Expected("rejected", "has no sound", 0, "partly", 3)
+    partly = Expected("rejected", "has no audio", 0, "partly", 3)
     put("damaged-fourth-second.mp4", partly, lambda path: damaged(path, 4.0, 0.9))
     put("text.mp4", unreadable, lambda path: path.write_text("not a movie\n" * 100))
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
     put("playlist.mp4", unreadable, lambda path: path.write_text(playlist))
     put("noise.mp4", unreadable, lambda path: path.write_bytes(random.Random(1).randbytes(5000)))
     put("page.webm", unreadable, lambda path: path.write_text("<html>404</html>"))
-    still = Expected("rejected", "still picture", 0, "taken")
+    still = Expected("rejected", "still image", 0, "taken")
     put("png-named.mp4", still, lambda path: Image.fromarray(picture(0, 64, 64)).save(path, "PNG"))
     clip("one-frame.mp4", still, moments=[0.0], sound=None)
-    put("claims-hours.mp4", Expected("rejected", "has no sound", 0, "rejected", 0), _claims_hours)
+    put("claims-hours.mp4", Expected("rejected", "has no audio", 0, "rejected", 0), _claims_hours)
     put("no-frames.mp4", Expected("rejected", "", 0), _without_frames)
     put("folder.mp4/inside.mp4", Expected("taken"), lambda path: movie(path, sound=Sound(seconds=0.77)))
 
@@ -304,7 +304,7 @@ def _cut_webm(path: Path) -> None:
 
 
 def _pictures(put: Callable[..., None]) -> None:
-    still = Expected("rejected", "still picture", 0, "taken")
+    still = Expected("rejected", "still image", 0, "taken")
 
     def turned(path: Path) -> None:
         exif = Image.Exif()
@@ -324,7 +324,7 @@ def _pictures(put: Callable[..., None]) -> None:
     put("still-clear.png", still, clear)
     put("still-turned.jpg", still, turned)
     put("still-half.jpg", Expected("rejected", "cannot be read", 0), half)
-    bomb = "the picture is too large"
+    bomb = "the image is too large"
     put(
         "still-bomb.png",
         Expected("rejected", bomb, 0),
@@ -388,7 +388,7 @@ def _names(
         lambda path: path.write_bytes((folder / "plain.mp4").read_bytes()),
     )
     # The earlier of two equal files in name order is the original.
-    expected["plain.mp4"] = Expected("rejected", "same contents as copy-of-plain.mp4", 0)
+    expected["plain.mp4"] = Expected("rejected", "same content as copy-of-plain.mp4", 0)
     expected["copy-of-plain.mp4"] = Expected("taken")
     put(
         "notes.pdf",
@@ -397,7 +397,7 @@ def _names(
         None,
     )
     (folder / "alone.txt").write_text("no movie of this name")
-    expected["alone.txt"] = Expected("ignored", "text without a media file", 0)
+    expected["alone.txt"] = Expected("ignored", "caption without a media file", 0)
     (folder / "nothing-in-here").mkdir()
     (folder / "sub" / "loop").symlink_to(folder)
     (folder / "dangling.mp4").symlink_to(folder / "nowhere.mp4")

@@ -54,13 +54,13 @@ class TestBadInput:
         ("damage", "message"),
         [
             (lambda f: (f / LAST).unlink(), rf"names the shard '{LAST}', which is not in"),
-            (cut, rf"{LAST} is no readable safetensors file"),
-            (lambda f: (f / LAST).write_bytes(b""), rf"{LAST} is no readable safetensors file"),
-            (edit(lambda t: t.update(extra=torch.zeros(1))), "unexpected: extra"),
-            (edit(lambda t: t.pop("final_norm_audio.weight")), r"missing: final_norm_audio\.weight"),
+            (cut, rf"{LAST} is not a readable safetensors file"),
+            (lambda f: (f / LAST).write_bytes(b""), rf"{LAST} is not a readable safetensors file"),
+            (edit(lambda t: t.update(extra=torch.zeros(1))), r"1 unexpected \(extra\)"),
+            (edit(lambda t: t.pop("final_norm_audio.weight")), r"1 missing \(final_norm_audio\.weight\)"),
             (
                 edit(lambda t: t.update({"final_norm_audio.weight": torch.zeros(5)})),
-                r"final_norm_audio\.weight is \[5\], not \[32\]",
+                r"final_norm_audio\.weight is \[5\], expected \[32\]",
             ),
             (
                 edit(lambda t: t.update({"final_norm_audio.weight": torch.zeros(32, dtype=torch.int8)})),
@@ -70,7 +70,7 @@ class TestBadInput:
                 edit(lambda t: t.update({"adapter.rope.bands": torch.zeros(1)})),
                 r"adapter\.rope\.bands is in .* and in another shard too",
             ),
-            (lambda f: (f / INDEX).write_text("{"), "no index of safetensors files"),
+            (lambda f: (f / INDEX).write_text("{"), "not an index of safetensors files"),
             (lambda f: (f / INDEX).unlink(), "holds no exported checkpoint"),
         ],
     )

@@ -119,14 +119,14 @@ class TestExport:
         with pytest.raises(UserError) as caught:
             load_state_dict(folder, MODEL)
         message = str(caught.value)
-        assert "missing: final_norm_audio.weight" in message
-        assert "unexpected: extra" in message
-        assert "final_norm_video.weight is [5], not [32]" in message
+        assert "1 missing (final_norm_audio.weight)" in message
+        assert "1 unexpected (extra)" in message
+        assert "final_norm_video.weight is [5], expected [32]" in message
 
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda f: (f / "config.json").unlink(), "no exported checkpoint"),
+            (lambda f: (f / "config.json").unlink(), "not an exported checkpoint"),
             (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
             (lambda f: (f / "config.json").write_text('{"format": "other"}'), "format is 'other'"),
             (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
@@ -135,7 +135,7 @@ class TestExport:
             (lambda f: (f / "model-00001-of-00001.safetensors").unlink(), "names the shard"),
             (
                 lambda f: (f / "model-00001-of-00001.safetensors").write_bytes(b"xx"),
-                "no readable safetensors",
+                "not a readable safetensors",
             ),
             (
                 lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../../etc/passwd"}}'),

@@ -12,16 +12,8 @@ from bad_media import Sound, movie
 
 from magihuman.errors import UserError
 from magihuman.media.contact_sheet import write_contact_sheet
-from magihuman.media.mp4 import (
-    MediaError,
-    MediaReader,
-    Mp4Writer,
-    probe,
-    read_audio,
-    read_clip,
-    read_image,
-    write_mp4,
-)
+from magihuman.media.decoding import MediaError, MediaReader, probe, read_audio, read_clip, read_image
+from magihuman.media.mp4 import Mp4Writer, write_mp4
 
 RATE = 16000
 
@@ -113,7 +105,7 @@ def test_a_writer_that_fails_leaves_nothing_and_keeps_the_old_file(tmp_path: Pat
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write a 65x64 mp4: H\.264 needs even width and height"):
         write_mp4(tmp_path / "a.mp4", smooth(2, 64, 65), 25)
-    with pytest.raises(UserError, match="cannot write 6 sound channels"):
+    with pytest.raises(UserError, match="cannot write 6 audio channels"):
         write_mp4(tmp_path / "a.mp4", smooth(2), 25, np.zeros((6, 100), np.float32), RATE)
     with pytest.raises(ValueError, match=r"frames must be uint8 \[n,64,64,3\], not float32"):
         write_mp4(tmp_path / "a.mp4", smooth(2).astype(np.float32), 25)
@@ -202,7 +194,7 @@ def test_long_files_are_read_by_seeking(tmp_path: Path) -> None:
             assert float(clip.frames.float().mean()) == pytest.approx(start * 6, abs=2)
             assert clip.wave is not None
             assert float(clip.wave.abs().max()) == pytest.approx(0.02 * start, abs=0.02)
-    with pytest.raises(MediaError, match=r"its picture ends at 40.00 s, before 40.50 s"):
+    with pytest.raises(MediaError, match=r"its video ends at 40.00 s, before 40.50 s"):
         read_clip(tmp_path / "a.mp4", fps=25, start=39.5, frames=25)
 
 
@@ -227,7 +219,7 @@ def test_pictures_from_files(tmp_path: Path) -> None:
     assert read_image(tmp_path / "clear.png", (16, 16)).shape == (1, 16, 16, 3)
     assert int(read_image(tmp_path / "clear.png").min()) == 255
     (tmp_path / "no.png").write_text("no")
-    with pytest.raises(MediaError, match="is not a readable picture"):
+    with pytest.raises(MediaError, match="is not a readable image"):
         read_image(tmp_path / "no.png")
 
 
@@ -236,7 +228,7 @@ def test_sound_from_files(tmp_path: Path) -> None:
     wave = read_audio(tmp_path / "a.mp4", 8000, 2)
     assert wave.shape == (2, 6400)
     write_mp4(tmp_path / "mute.mp4", smooth(), 25)
-    with pytest.raises(MediaError, match="holds no sound"):
+    with pytest.raises(MediaError, match="holds no audio"):
         read_audio(tmp_path / "mute.mp4", RATE)
     assert read_clip(tmp_path / "mute.mp4", fps=25, rate=RATE).wave is None
     with pytest.raises(MediaError, match="no such file"):

@@ -14,10 +14,10 @@ import torch
 from pooled_bundle import build as pooled_bundle
 from safetensors.torch import load
 
+from data.clip_plan import source_of
 from data.module import LatentDataModule, split
-from data.plan import source_of
+from data.order import Order, mix, permutation
 from data.shards import Index, Shards, ShardWriter
-from data.stream import Order, mix, permutation
 from magihuman.errors import UserError
 
 BUCKETS = {"25x64x64+a": 41, "25x64x64": 9, "13x64x128+a": 22}
@@ -209,7 +209,9 @@ def test_a_bucket_without_a_readable_sample_is_an_error(shards: Path, tmp_path: 
     shutil.copytree(shards, copy)
     reader = Shards(copy)
     corrupt(copy, [i for i, entry in enumerate(reader.entries) if entry.bucket == "25x64x64"])
-    with pytest.raises(UserError, match=r"no sample of bucket 25x64x64 in .* can be read; copy it again"):
+    with pytest.raises(
+        UserError, match=r"no sample of bucket 25x64x64 in .* can be read; copy the shards again"
+    ):
         take(module(copy), 13)
 
 

@@ -1,4 +1,4 @@
-"""What `data.prepare` did with every file: report.json for programs, report.md for people."""
+"""Report of `data.prepare` on every file: report.json for programs, report.md for people."""
 
 import json
 from collections import Counter
@@ -9,15 +9,15 @@ from typing import Any
 
 from data.buckets import Bucket
 from data.captions import Tables
-from data.plan import Plan
-from data.scan import Found, Listing
+from data.clip_plan import ClipPlan
+from data.scan import Listing, MediaFile
 from data.shards import Entry
 from magihuman.io.files import write_atomically
 
 
 @dataclass(frozen=True)
 class FileResult:
-    """One file: status taken | partly (some windows) | rejected | ignored, clips made, and why not more."""
+    """One file: status taken | partly (some windows) | rejected | ignored, number of clips, reason for missing ones."""
 
     file: str
     status: str
@@ -26,8 +26,8 @@ class FileResult:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that is told at the end."""
+class PrepareReport:
+    """Result of a run: settings, files, clips per bucket, seconds of video, faulty caption tables."""
 
     settings: Mapping[str, Any]
     files: Sequence[FileResult]
@@ -44,9 +44,9 @@ class Report:
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
-        """Kinds of refusal, most frequent first (numbers and names in a reason are left out)."""
-        kinds = Counter(_kind(r.reason) for r in self.files if r.status in ("rejected", "partly"))
-        return sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+        """Rejection reasons without their numbers and names, most frequent first."""
+        counts = Counter(_kind(r.reason) for r in self.files if r.status in ("rejected", "partly"))
+        return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
     def save(self, folder: Path) -> None:
         content = {
@@ -65,8 +65,8 @@ class Report:
         write_atomically(folder / "report.md", self.markdown().encode("utf-8", "backslashreplace"), sync=True)
 
     @classmethod
-    def load(cls, folder: Path) -> "Report":
-        """The report of a finished run."""
+    def load(cls, folder: Path) -> "PrepareReport":
+        """Report of a finished run."""
         content = json.loads((folder / "report.json").read_bytes())
         return cls(
             content["settings"],
@@ -110,17 +110,17 @@ class Report:
 
 
 def _cell(text: str) -> str:
-    """Text for a table cell: one line, whatever a file's name holds."""
+    """Text for a table cell: one line of printable characters."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return shown.replace("|", "\\|")
 
 
 def _kind(reason: str) -> str:
-    """The part of a reason that is the same for many files."""
+    """Part of a reason that is equal for many files."""
     kind = reason.split(":")[0].split(" (")[0]
     if kind.startswith("caption "):
         return "caption cannot be read"
-    for start in ("same contents as", "its picture ends", "its picture is damaged", "its sound is damaged"):
+    for start in ("same content as", "its video ends", "its video is damaged", "its audio is damaged"):
         if kind.startswith(start):
             return start
     if kind.startswith("named in"):
@@ -129,10 +129,10 @@ def _kind(reason: str) -> str:
 
 
 def make_report(
-    settings: Mapping[str, Any], listing: Listing, tables: Tables, root: Path, plan: Plan,
-    entries: Sequence[Entry], refused: Mapping[str, str], fps: float,
-) -> Report:  # fmt: skip
-    """Put together what planning and encoding said about every file."""
+    settings: Mapping[str, Any], listing: Listing, tables: Tables, root: Path, plan: ClipPlan,
+    entries: Sequence[Entry], rejected: Mapping[str, str], fps: float,
+) -> PrepareReport:  # fmt: skip
+    """Combine the results of planning and encoding for every file."""
     taken = Counter[str]()
     stored = {entry.key for entry in entries}
     trouble: dict[str, list[str]] = {}
@@ -140,12 +140,12 @@ def make_report(
         if clip.key in stored:
             taken[clip.relative] += 1
         else:
-            trouble.setdefault(clip.relative, []).append(refused.get(clip.key, "lost"))
+            trouble.setdefault(clip.relative, []).append(rejected.get(clip.key, "lost"))
     files = []
     for found in listing.media:
         name, lost = found.relative, trouble.get(found.relative, [])
-        if name in plan.refused:
-            files.append(FileResult(name, "rejected", 0, plan.refused[name]))
+        if name in plan.rejected:
+            files.append(FileResult(name, "rejected", 0, plan.rejected[name]))
         elif not lost:
             files.append(FileResult(name, "taken", taken[name], ""))
         elif taken[name]:
@@ -159,16 +159,16 @@ def make_report(
             )
         else:
             files.append(FileResult(name, "rejected", 0, lost[0]))
-    files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.passed_over]
+    files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.ignored]
     files += _named_but_missing(listing.media, tables, root)
     buckets = Counter(entry.bucket for entry in entries)
     seconds = sum(Bucket.parse(name).frames * number for name, number in buckets.items()) / fps
     problems = [(table.name, problem) for table, problem in tables.problems]
-    return Report(settings, files, dict(sorted(buckets.items())), seconds, problems)
+    return PrepareReport(settings, files, dict(sorted(buckets.items())), seconds, problems)
 
 
-def _named_but_missing(media: Sequence[Found], tables: Tables, root: Path) -> list[FileResult]:
-    """Rows of caption tables whose file is not among the media files."""
+def _named_but_missing(media: Sequence[MediaFile], tables: Tables, root: Path) -> list[FileResult]:
+    """Rows of caption tables that name no media file."""
     known = {found.path for found in media}
     results = []
     for path, where in tables.named.items():
