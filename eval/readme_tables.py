@@ -2,7 +2,7 @@
 
 A block of a README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->`,
 `<!-- sr FILE SET ROW ... -->`, `<!-- distill FILE ROW ... -->`, `<!-- decoding FILE ROW ... -->`,
-`<!-- ablation FILE -->`, `<!-- decode-cost FILE -->` or those of `inference.benchmark.tables` and
+`<!-- ablation FILE -->` or those of `inference.benchmark.report` and
 `<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
 """
 
@@ -14,8 +14,7 @@ from typing import Any
 
 from eval import ablation, conditioning, distill_report, sr_report, turbo_vae
 from eval.stats import Measure
-from inference.benchmark import decode_table
-from inference.benchmark.tables import TABLES as LATENCY_TABLES
+from inference.benchmark.report import TABLES as BENCHMARK_TABLES
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -154,12 +153,6 @@ def ablation_table(file: str) -> str:
     return f"{table}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
 
 
-def decode_cost_table(file: str) -> str:
-    """Markdown of a file written by `inference.benchmark.decode_cost`."""
-    values = json.loads((REPO / file).read_text())
-    return f"{decode_table.markdown(values)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
-
-
 def conditions_table(file: str) -> str:
     """Markdown of a file written by `eval.conditioning`: a table per kind of condition."""
     values = json.loads((REPO / file).read_text())
@@ -167,7 +160,7 @@ def conditions_table(file: str) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    **LATENCY_TABLES,
+    **BENCHMARK_TABLES,
     "scores": scores_table,
     "cost": cost_table,
     "peaks": peaks_table,
@@ -176,7 +169,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "conditions": conditions_table,
     "decoding": decoding_table,
     "ablation": ablation_table,
-    "decode-cost": decode_cost_table,
 }
 
 BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)

@@ -1,28 +1,323 @@
-"""Commands of `inference.benchmark`: python -m inference.benchmark COMMAND [key=value ...]."""
+"""Commands of the benchmark: python -m inference.benchmark COMMAND [key=value ...].
+
+Here are their settings; what measures, and torch with it, is imported when a command runs, so that --help is quick.
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from inference.benchmark.calibrate import predict
-from inference.benchmark.collect import collect
-from inference.benchmark.decoder_bench import decode
-from inference.benchmark.ladder import ladder
-from inference.benchmark.measure import measure
-from inference.benchmark.micro import micro
-from inference.benchmark.suite import suite
-from inference.benchmark.tables import table
-from inference.benchmark.training import train
 from magihuman.cli import run_one
+from magihuman.errors import UserError
+
+RUNS = str(Path("runs") / "latency")
+
+
+def measure(
+    size: str = "tiny",
+    tier: str = "fast",
+    steps: int | None = None,
+    sr_steps: int | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    guided: bool = False,
+    decoder: str = "auto",
+    model: str | None = None,
+    checkpoint: str | None = None,
+    options: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    warm: int = 2,
+    repeat: int = 5,
+    budget: float = 60.0,
+    output: str | None = None,
+    check: bool = False,
+) -> str:
+    """Measure every stage of a clip and write the times to a new file in inference/results/latency.
+
+    Args:
+        size: 256p, 540p, 1080p (15 B parameters, random weights made on the GPU), tiny (the puppet world) or layer
+            (one full-width layer)
+        tier: of `inference.fast`, or several, such as reference,exact,fast; small networks take turns
+        steps: of the base stage
+        sr_steps: of super-resolution
+        seconds: length of the clip
+        text: tokens of the prompt
+        guided: the base stage with guidance, two passes a step
+        decoder: turbo, wan, or a student of configs/turbo; auto is turbo, and the codecs' own decoder for tiny
+        model: another architecture of configs/model
+        checkpoint: weights instead of random ones; tiny has tiny/base
+        options: changes of the tier's options, such as compile=static,graphs=false
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        warm: requests before the timed ones
+        repeat: timed requests, at least
+        budget: seconds of timed requests after which no more are added
+        output: another folder for the result
+        check: measure nothing; prove that the README's tables are those of the result files
+
+    Raises:
+        UserError: a setting that cannot be, or a README that differs.
+    """
+    if check:
+        from inference.benchmark.figure import check_pictures
+        from inference.benchmark.report import REPO, check_readme
+
+        blocks = check_readme()
+        folders = sorted({folder for kind, folder in blocks if kind == "latency"})
+        pictures = [name for folder in folders for name in check_pictures(REPO / folder)]
+        return (
+            f"{len(blocks)} tables of the README and {len(pictures)} pictures are those of the result files"
+        )
+    if warm < 1 or repeat < 1:
+        raise UserError(f"warm={warm} repeat={repeat} is impossible; give at least 1 each")
+    from inference.benchmark import measure as clips
+    from inference.benchmark.roofline.cases import make
+
+    case = make(size, steps, sr_steps, seconds, text, guided, model)
+    if size == "tiny" and model is None and checkpoint is None:
+        checkpoint = "tiny/base"
+    return clips.measure(
+        case, tier, decoder, checkpoint, options, device, dtype, warm, repeat, budget, folder_of(output)
+    )
+
+
+def decode(
+    size: str = "all",
+    decoder: str = "all",
+    seconds: float | None = None,
+    layouts: str = "contiguous,channels_last",
+    device: str = "auto",
+    dtype: str = "auto",
+    repeat: int = 5,
+    output: str | None = None,
+) -> str:
+    """Parameters, FLOPs, peak memory and time of the video decoders; on a CPU the released sizes are computed only.
+
+    Args:
+        size: 256p, 540p, 1080p, all of them, or tiny
+        decoder: a name, or all: turbo and wan as published, and the students of configs/turbo
+        seconds: length of the clip
+        layouts: of the weights in memory, for the published Turbo decoder: contiguous, channels_last
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        repeat: timed clips
+        output: another folder for the result
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    from inference.benchmark import video_decoders
+
+    return video_decoders.decode(size, decoder, seconds, layouts, device, dtype, repeat, folder_of(output))
+
+
+def decode_cost(side: int = 64, latents: int = 14, repeat: int = 2, output: str | None = None) -> str:
+    """Counts of the light decoders at 256p, 540p and 1080p with predicted times, and CPU times at a small size.
+
+    Args:
+        side: of the square picture whose decoding is timed on the CPU, in pixels; 0 times nothing
+        latents: of that clip
+        repeat: how often it is timed; the least counts
+        output: JSON file to write everything to
+
+    Raises:
+        UserError: a size that cannot be, or a file that cannot be written.
+    """
+    from inference.benchmark import video_decoders
+
+    return video_decoders.cost_report(side, latents, repeat, folder_of(output))
+
+
+def micro(
+    size: str = "256p",
+    what: str = "products,experts,attention",
+    model: str | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: str | None = None,
+) -> str:
+    """Time products, experts and attention alone, at the shapes of a clip's last stage.
+
+    Args:
+        size: as for measure
+        what: of products, experts, attention
+        model: another architecture of configs/model
+        seconds: length of the clip
+        text: tokens of the prompt
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        output: another folder for the result
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    from inference.benchmark import micro as kernels
+    from inference.benchmark.roofline.cases import make
+
+    case = make(size, seconds=seconds, text=text, model=model)
+    return kernels.micro(case, what, device, dtype, folder_of(output))
+
+
+def ladder(
+    size: str = "256p",
+    rungs: str = "eager,pad,compile,grouped,attention,fp8,fp8_attention",
+    model: str | None = None,
+    seconds: float | None = None,
+    text: int | None = None,
+    options: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    warm: int = 2,
+    repeat: int = 3,
+    output: str | None = None,
+) -> str:
+    """Time one pass of every stage after each optimisation, in the order of the predictions.
+
+    A rung that cannot run here is recorded with its reason.
+
+    Args:
+        size: as for measure
+        rungs: of eager, pad, compile, grouped, attention, fp8, fp8_attention
+        model: another architecture of configs/model
+        seconds: length of the clip
+        text: tokens of the prompt
+        options: changes of every rung's options, such as compile=off
+        device: auto, cpu or cuda
+        dtype: auto, bfloat16 or float32
+        warm: passes before the timed ones
+        repeat: timed passes
+        output: another folder for the result
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    from inference.benchmark import ladder as climbing
+    from inference.benchmark.roofline.cases import make
+
+    case = make(size, seconds=seconds, text=text, model=model)
+    return climbing.ladder(case, rungs, options, device, dtype, warm, repeat, folder_of(output))
+
+
+def suite(
+    minutes: float = 8.5, dry: bool = False, steps: str | None = None, output: str | None = None
+) -> str:
+    """Measure everything about inference on one GPU within a time budget, the most valuable first.
+
+    Each result is appended to OUTPUT/suite.jsonl as soon as it is known; OUTPUT/suite.log is the log. Afterwards, on
+    any machine: `python -m inference.benchmark collect input=OUTPUT/suite.jsonl`.
+
+    Example:
+        python -m inference.benchmark suite
+        python -m inference.benchmark suite minutes=4 steps="fp8 256p,fp8 1080p"
+
+    Args:
+        minutes: time budget; what does not fit is skipped, and said
+        dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
+        steps: names of some of the steps, separated by commas; what they need is run too
+        output: folder of the results instead of runs/latency (dry: runs/latency-dry)
+
+    Raises:
+        UserError: no GPU, or a setting that cannot be.
+    """
+    from inference.benchmark.budget import run_benchmark
+    from inference.benchmark.suite import SuiteBench
+
+    return run_benchmark("suite", SuiteBench, minutes, dry, steps, output)
+
+
+def train(
+    minutes: float = 3.5, dry: bool = False, steps: str | None = None, output: str | None = None
+) -> str:
+    """Time training steps of the 15B network on one GPU within a time budget, the most valuable first.
+
+    Each result is appended to OUTPUT/train.jsonl as soon as it is known; OUTPUT/train.log is the log. Afterwards, on
+    any machine: `python -m inference.benchmark collect input=OUTPUT/train.jsonl`.
+
+    Example:
+        python -m inference.benchmark train
+        python -m inference.benchmark train minutes=2 steps="lora blocks,lora attention"
+
+    Args:
+        minutes: time budget; what does not fit is skipped, and said
+        dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
+        steps: names of some of the steps, separated by commas; what they need is run too
+        output: folder of the results instead of runs/latency (dry: runs/latency-dry)
+
+    Raises:
+        UserError: no GPU, no lightning, or a setting that cannot be.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("lightning") is None:
+        raise UserError("train runs the recipes, which need lightning: pip install lightning")
+    from inference.benchmark.budget import run_benchmark
+    from inference.benchmark.training import TrainingBench
+
+    return run_benchmark("train", TrainingBench, minutes, dry, steps, output)
+
+
+def collect(input: str = RUNS, output: str | None = None) -> str:
+    """Turn the results of `suite` and `train` into committed files, and make tables, picture and README anew.
+
+    Example:
+        python -m inference.benchmark collect input=runs/latency
+        git add inference && git commit -m "Latency on an H100"
+
+    Args:
+        input: a .jsonl file of `suite` or `train`, or a folder of them
+        output: another folder than inference/results/latency; README and predictions are then left alone
+
+    Raises:
+        UserError: no such file, a file of something else, or nothing but dry runs.
+    """
+    from inference.benchmark import collect as collecting
+
+    return collecting.collect(Path(input), folder_of(output))
+
+
+def predict(
+    size: str = "tiny", tier: str = "fast", output: str | None = None, results: str | None = None
+) -> str:
+    """Predict a clip's passes from the newest microbenchmarks of its size, and compare with the newest measurement.
+
+    Args:
+        size: as for measure; `micro size=...` must have been measured
+        tier: whose forms of products are taken: fp8 for fp8, padded for others on a GPU
+        output: another folder for the prediction than inference/results/predictions
+        results: another folder of measurements
+
+    Raises:
+        UserError: there are no microbenchmarks of this size.
+    """
+    from inference.benchmark import calibrate
+
+    return calibrate.predict(size, tier, folder_of(output), folder_of(results))
+
+
+def table(output: str | None = None, picture: bool = True) -> str:
+    """Show all tables of the result files, and draw the bars with the published ones.
+
+    Args:
+        output: another folder of results
+        picture: draw latency.png into it (needs matplotlib)
+    """
+    from inference.benchmark import figure, report, result_files
+
+    folder = folder_of(output) or result_files.FOLDER
+    tables = report.all_tables(folder)
+    return f"{tables}\n\ndrawn: {figure.draw(folder)}" if picture else tables
+
+
+def folder_of(output: str | None) -> Path | None:
+    """A folder that was named; None is the usual one."""
+    return None if output is None else Path(output)
+
 
 COMMANDS: dict[str, Callable[..., str]] = {
-    "measure": measure,
-    "decode": decode,
-    "micro": micro,
-    "ladder": ladder,
-    "suite": suite,
-    "train": train,
-    "collect": collect,
-    "predict": predict,
-    "table": table,
+    function.__name__: function
+    for function in (measure, decode, decode_cost, micro, ladder, suite, train, collect, predict, table)
 }
 
 if __name__ == "__main__":

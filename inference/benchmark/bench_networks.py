@@ -1,4 +1,7 @@
-"""The network that is timed: with random weights made on the device, or a checkpoint; one for all stages of a clip."""
+"""The network that is timed, with random weights made on the device or of a checkpoint, and its error against the reference.
+
+One network serves all stages of a clip.
+"""
 
 import copy
 import traceback
@@ -20,8 +23,13 @@ from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.tokens import Layout
 
+LARGE = 2_000_000_000
+"""Parameters above which one network is on the device at a time, and none on a CPU."""
+LONGEST_FP32 = 20_000
+"""Tokens up to which the fp32 reference is computed as well; a 1080p pass of it takes minutes."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SEED = 0
+Velocities = tuple[Tensor, Tensor]
 _TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
 
 
@@ -32,6 +40,14 @@ class Inputs:
     video: Tensor
     audio: Tensor
     text: Tensor
+
+
+def refuse_hopeless(case: Case, device: torch.device) -> None:
+    """Raises UserError where a CPU would have to hold a network for GPUs."""
+    if device.type == "cpu" and case.stages[0].config.parameter_count() > LARGE:
+        raise UserError(
+            f"size={case.size} of {case.model} needs a GPU; on a CPU choose size=tiny or size=layer"
+        )
 
 
 def dtype_for(name: str, case: Case, device: torch.device) -> torch.dtype:
@@ -251,3 +267,79 @@ def faster(
     """
     with torch.no_grad():
         return prepare(denoiser, tier, device=device, release=release, **changes)
+
+
+# -- distance from the reference
+
+
+def affordable(stage: Stage) -> bool:
+    """Whether one pass of a stage in fp32 takes seconds on a GPU."""
+    return stage.tokens.total <= LONGEST_FP32
+
+
+def distance(found: Velocities, wanted: Velocities) -> dict[str, float]:
+    """Relative L2 and largest absolute distance of video and audio velocities."""
+    values = {}
+    for name, a, b in zip(("video", "audio"), found, wanted, strict=True):
+        a, b = a.float().cpu(), b.float().cpu()
+        values[f"{name}_relative_l2"] = _rounded(float((a - b).norm() / b.norm()))
+        values[f"{name}_max_abs"] = _rounded(float((a - b).abs().max()))
+    return values
+
+
+class ReferenceOutput:
+    """Velocities of the reference for a stage's inputs, kept on the CPU so that the reference may give up its layers.
+
+    Args:
+        reference: the network as written, in its dtype.
+        exact: compute it in fp32 too; `affordable` says when that takes seconds and not minutes.
+    """
+
+    def __init__(self, reference: Denoiser, inputs: Inputs, exact: bool) -> None:
+        self.dtype = str(reference.model.compute_dtype).removeprefix("torch.")
+        self.why_not: dict[str, str] = {}
+        self.own = self._computed(self.dtype, reference, inputs)
+        self.exact: Velocities | None = None
+        if self.dtype == "float32":
+            self.exact = self.own
+        elif exact:
+            self.exact = self._computed("float32", in_fp32(reference), inputs)
+        else:
+            self.why_not["float32"] = "not computed: fp32 takes too long at this size"
+
+    def _computed(self, dtype: str, reference: Denoiser, inputs: Inputs) -> Velocities | None:
+        """A pass of the reference, or None: the times of what is compared with it are worth having all the same."""
+        try:
+            return _on_cpu(one_pass(reference, inputs))
+        except Exception as error:  # its windows are compiled, and compilers fail in many ways
+            self.why_not[dtype] = f"the reference could not be computed: {reason_of(error)}"
+            return None
+
+    def errors(self, found: Velocities) -> dict[str, Any]:
+        """Of a faster network's velocities: against the reference in its dtype, and against it in fp32 with the
+        reference's own distance from that beside it.
+
+        Raises:
+            ValueError: velocities that are not finite.
+        """
+        if not all(bool(torch.isfinite(part).all()) for part in found):
+            raise ValueError("the network's velocities are not finite")
+        values = {f"against_{self.dtype}_reference": self._distance(found, self.dtype, self.own)}
+        if self.dtype != "float32":
+            values["against_float32_reference"] = self._distance(found, "float32", self.exact)
+            if self.own is not None and self.exact is not None:
+                values["reference_against_float32"] = distance(self.own, self.exact)
+        return values
+
+    def _distance(self, found: Velocities, dtype: str, wanted: Velocities | None) -> dict[str, Any]:
+        if wanted is None:
+            return {"status": "n/a", "reason": self.why_not[dtype]}
+        return distance(found, wanted)
+
+
+def _on_cpu(velocities: Velocities) -> Velocities:
+    return velocities[0].float().cpu(), velocities[1].float().cpu()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

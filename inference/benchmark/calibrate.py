@@ -7,12 +7,11 @@ waiting, and kernels that move more than they must. Predictions go to a folder o
 
 import json
 from pathlib import Path
-from typing import Any
 
 from inference.benchmark import result_files
+from inference.benchmark.result_files import Row, measured
 from inference.benchmark.roofline.cases import Case, Stage, make
 from inference.benchmark.roofline.work import forward, pointwise_bytes
-from inference.benchmark.tables import measured
 from inference.fast import check_tier
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
@@ -22,25 +21,16 @@ from magihuman.models.flops import attention_pairs
 FORMAT = "magihuman-predictions/1"
 FOLDER = result_files.FOLDER.parent / "predictions"
 _MATRICES = ("qkv", "proj", "up", "down")
-Row = dict[str, Any]
 
 
-def predict(
-    size: str = "tiny", tier: str = "fast", output: str | None = None, results: str | None = None
-) -> str:
-    """Predict a clip's passes from the newest microbenchmarks of its size, and compare with the newest measurement.
-
-    Args:
-        size: as for measure; `micro size=...` must have been measured
-        tier: whose forms of products are taken: fp8 for fp8, padded for others on a GPU
-        output: another folder for the prediction than inference/results/predictions
-        results: another folder of measurements
+def predict(size: str, tier: str, output: Path | None, results: Path | None) -> str:
+    """Predict a clip's passes and write them to a file; see the command `predict` for the settings.
 
     Raises:
         UserError: there are no microbenchmarks of this size.
     """
     check_tier(tier)
-    case, folder = make(size), result_files.FOLDER if results is None else Path(results)
+    case, folder = make(size), results or result_files.FOLDER
     found = _newest_micro(folder, size)
     usual = "padded" if "gpu" in found["provenance"] else "as is"
     kind = "fp8" if tier.startswith("fp8") else usual  # of layers without experts: those stay in bf16
@@ -65,9 +55,7 @@ def predict(
             "date": found["provenance"]["date"],
         },
     }
-    path = (
-        FOLDER if output is None else Path(output)
-    ) / f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
+    path = (output or FOLDER) / f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(values, indent=1) + "\n")
     return "\n".join([*_lines(values), f"written to {path}"])

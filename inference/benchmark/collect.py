@@ -1,4 +1,4 @@
-"""From the JSON lines of a run to committed results, tables and the picture: `python -m inference.benchmark collect`.
+"""Turns the JSON lines of runs into committed results, tables and the picture: `python -m inference.benchmark collect`.
 
 The steps of one run become rows of the result files in inference/results/latency: a clip's row takes its loops, its
 decoder and its errors from the steps that measured each. Only sums, medians and rates are computed here; predictions at
@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark import result_files
+from inference.benchmark import calibrate, figure, report, result_files
 from inference.benchmark.budget import RecordedRun, read_runs
 from inference.benchmark.measure import rates
-from inference.benchmark.runner import FOLDER
 from inference.benchmark.suite import DECODERS, SIZES
-from inference.benchmark.timers import UNSTEADY, medians, spread
+from inference.benchmark.timers import UNSTEADY, summaries, summary
 from inference.fast import TIERS
 from magihuman.errors import UserError
 from magihuman.io.provenance import code_version, sources_hash
@@ -27,32 +26,24 @@ _MEMORY = ("peak_bytes", "reserved_bytes")
 _STAGE_OF = {"256p": "base", "windows": "windows", "540p": "sr"}  # whose error a first pass tells
 
 
-def collect(input: str = str(FOLDER), output: str | None = None) -> str:
-    """Turn the results of `suite` and `train` into committed files, and make tables, picture and README anew.
-
-    Example:
-        python -m inference.benchmark collect input=runs/latency
-        git add inference README.md && git commit -m "Latency on an H100"
-
-    Args:
-        input: a .jsonl file of `suite` or `train`, or a folder of them
-        output: another folder than inference/results/latency; README and predictions are then left alone
+def collect(source: Path, output: Path | None) -> str:
+    """Make result files of the runs in a file or folder, and the tables anew; see the command `collect`.
 
     Raises:
         UserError: no such file, a file of something else, or nothing but dry runs.
     """
-    given, folder = Path(input), result_files.FOLDER if output is None else Path(output)
-    files = sorted(given.glob("*.jsonl")) if given.is_dir() else [given]
+    folder = output or result_files.FOLDER
+    files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
     if not files:
         raise UserError(
-            f"input={input} holds no .jsonl file; give the folder that `suite` or `train` wrote to"
+            f"input={source} holds no .jsonl file; give the folder that `suite` or `train` wrote to"
         )
     lines: list[str] = []
     runs = [(run, file) for file in files for run in read_runs(file)]
     every = [run for run, _ in runs]
     if output is None and all(run.header["dry"] for run, _ in runs):
         raise UserError(
-            f"input={input} holds dry runs only, none of it is a result; give output=FOLDER to look at it"
+            f"input={source} holds dry runs only, none of it is a result; give output=FOLDER to look at it"
         )
     for run, file in runs:
         others = [other for other in every if other is not run and _same_origin(other, run)]
@@ -164,7 +155,7 @@ def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values |
     if first is None or not counted:
         return []
     last = run.done(f"{tier} {size}") or {}  # missing where the run was killed between two requests
-    found = medians([line["times"] for line in counted])
+    found = summaries([line["times"] for line in counted])
     row: Values = {**first["row"], "errors": _errors(run, tier, size)}
     loops = list(row["geometry"])
     gave_up: dict[str, str] = {}
@@ -175,10 +166,10 @@ def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values |
     row["cold"] = {**row["cold"], "first_pass": {loops[-1]: first["first_pass"]}}
     row["stages"] = {name: found[name] for name in ("noise", *loops)}
     if all("processor_time" in line for line in counted):
-        row["processor_time"] = medians([line["processor_time"] for line in counted])
+        row["processor_time"] = summaries([line["processor_time"] for line in counted])
     # All passes of a loop do the same work, so they show how steady a single request was.
     row["passes"] = {
-        name: spread([second for line in counted for second in line["passes"][name]]) for name in loops
+        name: summary([second for line in counted for second in line["passes"][name]]) for name in loops
     }
     row["steady"] = all(row["passes"][name]["cv"] <= UNSTEADY for name in loops)
     row["host_waits"] = last.get("host_waits") or {loops[-1]: first["host_waits"]}
@@ -226,11 +217,7 @@ def _sum(stages: Values, loops: list[str]) -> Values:
 
 
 def _rendered(folder: Path) -> list[str]:
-    """Predictions at measured rates, the picture, and every README with its tables."""
-    from inference.benchmark.calibrate import predict
-    from inference.benchmark.figure import draw
-    from inference.benchmark.tables import update_readmes
-
+    """Predictions at measured rates, the picture, and the tables of the README."""
     lines = []
     sizes = {
         row["size"]
@@ -242,14 +229,14 @@ def _rendered(folder: Path) -> list[str]:
     for size in sorted(sizes):
         for tier in ("fast", "fp8"):
             try:
-                lines.append(predict(size, tier).splitlines()[-1])
+                lines.append(calibrate.predict(size, tier, None, None).splitlines()[-1])
             # Not all of its rates were measured.
             except (UserError, ValueError, KeyError, StopIteration) as error:
                 lines.append(
                     f"no prediction at measured rates for {size} {tier}: {error or type(error).__name__}"
                 )
     try:
-        lines.append(f"drawn: {draw(folder)}")
+        lines.append(f"drawn: {figure.draw(folder)}")
     except UserError:
         lines.append("the picture was not drawn: pip install matplotlib, then collect again")
-    return [*lines, *update_readmes()]
+    return [*lines, *(["rendered: inference/benchmark/README.md"] if report.update_readme() else [])]

@@ -1,4 +1,4 @@
-"""The measured stages as bars beside the published ones, and the predictions in a panel of their own."""
+"""Bar chart latency.png: measured stages with the published ones, and predictions in a panel of their own."""
 
 import hashlib
 import json
@@ -6,11 +6,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark.gpu_tables import card
-from inference.benchmark.ladder_table import SIZES
-from inference.benchmark.roofline import predict, totals
-from inference.benchmark.roofline.bounds import PUBLISHED
+from inference.benchmark.report import decode_seconds
+from inference.benchmark.result_files import card, measured, on_gpu
+from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
+from inference.benchmark.roofline.work import PUBLISHED
 from magihuman.errors import UserError
 
 NAME = "latency.png"
@@ -26,16 +26,13 @@ _SHOWN_RUNGS = {
 
 def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The bars: seconds of base, SR and decode with the copy to the host; of one card after the other."""
-    from inference.benchmark.tables import decode_seconds, measured, on_gpu
-
     bars = []
-    for size in SIZES:
-        times = PUBLISHED[size]
+    # The published card first.
+    rows = sorted(
+        measured(folder), key=lambda row: ("H100" not in row["made"]["machine"], row["made"]["machine"])
+    )
+    for size, times in PUBLISHED.items():
         bars.append({"size": size, "name": "published", **{k: times.get(k, 0.0) for k in _COLOURS}})
-        # The published card first.
-        rows = sorted(
-            measured(folder), key=lambda row: ("H100" not in row["made"]["machine"], row["made"]["machine"])
-        )
         for row in rows:
             if row["size"] != size or not on_gpu(row) or "comparable" not in row:
                 continue
@@ -47,16 +44,11 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
     predicted = []
     for rung in predict.LADDER:
         if rung.key in _SHOWN_RUNGS:
-            for size in SIZES:
-                cells = totals.clip(make(size), rung.rates, predict.H100)
-                predicted.append(
-                    {
-                        "size": size,
-                        "name": _SHOWN_RUNGS[rung.key],
-                        **{k: cells[k] for k in _COLOURS},
-                        **({"target": totals.TARGETS[rung.key][size]} if rung.key in totals.TARGETS else {}),
-                    }
-                )
+            for size in PUBLISHED:
+                cells = predict.clip(make(size), rung.rates, predict.H100)
+                bar = {"size": size, "name": _SHOWN_RUNGS[rung.key], **{k: cells[k] for k in _COLOURS}}
+                target = {"target": predict.TARGETS[rung.key][size]} if rung.key in predict.TARGETS else {}
+                predicted.append(bar | target)
     return {"measured": bars, "predicted": predicted}
 
 
@@ -76,14 +68,14 @@ def draw(folder: Path) -> Path:
     shown = values(folder)
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     most = {
-        panel: max(sum(bar["size"] == size for bar in bars) for size in SIZES)
+        panel: max(sum(bar["size"] == size for bar in bars) for size in PUBLISHED)
         for panel, bars in shown.items()
     }
     ratios = [1 + count for count in most.values()]
-    axes = figure.subplots(2, len(SIZES), squeeze=False, height_ratios=ratios)
+    axes = figure.subplots(2, len(PUBLISHED), squeeze=False, height_ratios=ratios)
     titles = {
         "measured": "published and measured"
-        if len(shown["measured"]) > len(SIZES)
+        if len(shown["measured"]) > len(PUBLISHED)
         else "published; none measured yet",
         "predicted": "PREDICTED, H100 (line: target)",
     }
@@ -91,10 +83,10 @@ def draw(folder: Path) -> Path:
     everything = [bar for bars in shown.values() for bar in bars]
     widest = {
         size: 1.2 * max(sum(bar[part] for part in _COLOURS) for bar in everything if bar["size"] == size)
-        for size in SIZES
+        for size in PUBLISHED
     }
     for line, (panel, bars) in enumerate(shown.items()):
-        for column, size in enumerate(SIZES):
+        for column, size in enumerate(PUBLISHED):
             axis = axes[line][column]
             own = [bar for bar in bars if bar["size"] == size]
             left = [0.0] * len(own)

@@ -1,6 +1,5 @@
 """Times of a clip's stages in one or more tiers: `python -m inference.benchmark size=256p tier=fast`."""
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,21 +9,15 @@ from typing import Any
 import torch
 
 from inference.benchmark import bench_networks, components, result_files
-from inference.benchmark.numerical_error import Truth, affordable
-from inference.benchmark.peak_rate import measure_roof
+from inference.benchmark.bench_networks import LARGE, ReferenceOutput, affordable, refuse_hopeless
 from inference.benchmark.request import CONDITIONS, PUBLISHED_STAGES, STAGES, Request
-from inference.benchmark.roofline.cases import Case, make
+from inference.benchmark.result_files import Row
+from inference.benchmark.roofline.cases import Case
 from inference.benchmark.roofline.work import forward, video_decoder
-from inference.benchmark.timers import UNSTEADY, medians, spread
+from inference.benchmark.timers import UNSTEADY, device_of, free, peak_rates, summaries, summary
 from inference.fast import TIERS, require_kernel
-from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.gpu_specs import recognise
-
-LARGE = 2_000_000_000
-"""Parameters above which one network is on the device at a time, and none on a CPU."""
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -39,112 +32,44 @@ class Contender:
     worked: list[dict[str, float]]
 
 
-def device_of(name: str) -> torch.device:
-    """The device called `name`; auto is the GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device={name} is unknown; choose one of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch finds no GPU; use device=cpu with size=tiny or size=layer")
-    # With its number, as tensors name it: layouts are kept by device.
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def refuse_hopeless(case: Case, device: torch.device) -> None:
-    """Raises UserError where a CPU would have to hold a network for GPUs."""
-    if device.type == "cpu" and case.stages[0].config.parameter_count() > LARGE:
-        raise UserError(
-            f"size={case.size} of {case.model} needs a GPU; on a CPU choose size=tiny or size=layer"
-        )
-
-
 def measure(
-    size: str = "tiny",
-    tier: str = "fast",
-    steps: int | None = None,
-    sr_steps: int | None = None,
-    seconds: float | None = None,
-    text: int | None = None,
-    guided: bool = False,
-    decoder: str = "auto",
-    model: str | None = None,
-    checkpoint: str | None = None,
-    options: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    warm: int = 2,
-    repeat: int = 5,
-    budget: float = 60.0,
-    output: str | None = None,
-    check: bool = False,
+    case: Case,
+    tiers: str,
+    decoder: str,
+    checkpoint: str | None,
+    options: str | None,
+    device: str,
+    dtype: str,
+    warm: int,
+    repeat: int,
+    budget: float,
+    folder: Path | None,
 ) -> str:
-    """Measure every stage of a clip and write the times to a new file in inference/results/latency.
-
-    Args:
-        size: 256p, 540p, 1080p (15 B parameters, random weights made on the GPU), tiny (the puppet world) or layer
-            (one full-width layer)
-        tier: of `inference.fast`, or several, such as reference,exact,fast; small networks take turns
-        steps: of the base stage
-        sr_steps: of super-resolution
-        seconds: length of the clip
-        text: tokens of the prompt
-        guided: the base stage with guidance, two passes a step
-        decoder: turbo, wan, or a student of configs/turbo; auto is turbo, and the codecs' own decoder for tiny
-        model: another architecture of configs/model
-        checkpoint: weights instead of random ones; tiny has tiny/base
-        options: changes of the tier's options, such as compile=static,graphs=false
-        device: auto, cpu or cuda
-        dtype: auto, bfloat16 or float32
-        warm: requests before the timed ones
-        repeat: timed requests, at least
-        budget: seconds of timed requests after which no more are added
-        output: another folder for the result
-        check: measure nothing; prove that the README's tables are those of the result files
+    """Time all stages of a clip in some tiers and write a result file; see the command `measure` for the settings.
 
     Raises:
-        UserError: a setting that cannot be, or a README that differs.
+        UserError: a setting that cannot be.
     """
-    if check:
-        from inference.benchmark.tables import check_readme
-
-        return check_readme()
-    if warm < 1 or repeat < 1:
-        raise UserError(f"warm={warm} repeat={repeat} is impossible; give at least 1 each")
-    case = make(size, steps, sr_steps, seconds, text, guided, model)
     place = device_of(device)
     refuse_hopeless(case, place)
     kind = bench_networks.dtype_for(dtype, case, place)
-    if size == "tiny" and model is None and checkpoint is None:
-        checkpoint = "tiny/base"
     changes = bench_networks.options_from(options)
-    names = bench_networks.tiers(tier)
+    names = bench_networks.tiers(tiers)
     for name in names:
         if "attention" not in changes:
             require_kernel(name, place, kind)
     small = case.stages[0].config.parameter_count() <= LARGE
-    made, roof = result_files.provenance(place), measure_roof(place, kind)
+    made, peaks = result_files.provenance(place), peak_rates(place, kind)
     rows: list[Row] = []
     for group in [names] if small else [[name] for name in names]:
         contenders = _prepare(case, group, place, kind, checkpoint, decoder, changes)
         _run(contenders, place, warm, repeat, budget)
-        rows += [_finished(case, contender, roof, place) for contender in contenders]
+        rows += [_finished(case, contender, peaks, place) for contender in contenders]
         contenders.clear()
-        gc.collect()
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
+        free(place)
     _compare_in_run(rows)
-    path = result_files.write("measure", f"{size}-{'-'.join(names)}", rows, made, folder_of(output))
+    path = result_files.write("measure", f"{case.size}-{'-'.join(names)}", rows, made, folder)
     return "\n".join([*map(describe, rows), f"written to {path}"])
-
-
-def folder_of(output: str | None) -> Path | None:
-    """Where results go; None is the usual folder."""
-    return None if output is None else Path(output)
 
 
 def _prepare(
@@ -165,7 +90,7 @@ def _prepare(
     for stage in case.stages:
         seen = bench_networks.view(reference, stage)
         inputs[stage.name] = bench_networks.draw(stage, reference, device)
-        truths[stage.name] = Truth(seen, inputs[stage.name], affordable(stage))
+        truths[stage.name] = ReferenceOutput(seen, inputs[stage.name], affordable(stage))
     found = None if case.size == "layer" else components.make(case, decoder, device, dtype)
     contenders = []
     for name in names:
@@ -253,7 +178,7 @@ def described(case: Case, tier: str, network: Denoiser, weights: str, found: com
 def _finished(case: Case, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
     """The row with its times."""
     row, requests = contender.row, contender.times
-    found = medians(requests)
+    found = summaries(requests)
     missing = contender.request.missing
     names = [*STAGES, *CONDITIONS] if contender.request.parts is not None else [s.name for s in case.stages]
     stages: Row = {}
@@ -264,10 +189,10 @@ def _finished(case: Case, contender: Contender, roof: Mapping[str, float], devic
             stages[name] = {"status": "n/a", "reason": missing[name]}
     row["stages"] = stages
     if device.type == "cpu":
-        row["processor_time"] = medians(contender.worked)
+        row["processor_time"] = summaries(contender.worked)
     row["request"] = found["request"]
     if all(name in found for name in PUBLISHED_STAGES if name != "sr"):
-        row["comparable"] = spread([sum(t.get(name, 0.0) for name in PUBLISHED_STAGES) for t in requests])
+        row["comparable"] = summary([sum(t.get(name, 0.0) for name in PUBLISHED_STAGES) for t in requests])
     work = {stage.name: stage.passes * forward(stage).total for stage in case.stages}
     if case.released and row["decoder"] and "video decode" in found:
         work["video decode"] = video_decoder(case, row["decoder"]["name"]).flops

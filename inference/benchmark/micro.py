@@ -1,11 +1,12 @@
 """Microbenchmarks: products, experts and attention at the shapes of a clip, each in the forms that tiers choose from.
 
-They answer single questions before whole networks run: what a badly aligned width costs, what 8 bits bring, which
-attention kernel is fastest, whether windows run at the speed of dense attention and merge without loss.
+They answer single questions before whole networks run: the cost of a badly aligned width, the gain of 8 bits, the
+fastest attention kernel, whether windows run at the speed of dense attention and merge without loss.
 """
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from inference.benchmark import result_files
 from inference.benchmark.bench_networks import dtype_for
-from inference.benchmark.measure import Row, device_of, folder_of
-from inference.benchmark.peak_rate import measure_roof
-from inference.benchmark.roofline.cases import Case, Stage, make
-from inference.benchmark.timers import time_call, undisturbed
+from inference.benchmark.result_files import Row
+from inference.benchmark.roofline.cases import Case, Stage
+from inference.benchmark.timers import device_of, peak_rates, time_call, undisturbed
 from inference.fast import attention_kernels, fp8
 from inference.fast.windows import windowed
 from magihuman.errors import UserError
@@ -31,27 +31,8 @@ _FORMS = ("as is", "padded", "fp8", "fp8 rows")
 _CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
 
 
-def micro(
-    size: str = "256p",
-    what: str = ",".join(GROUPS),
-    model: str | None = None,
-    seconds: float | None = None,
-    text: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    output: str | None = None,
-) -> str:
-    """Time products, experts and attention alone, at the shapes of a clip's last stage.
-
-    Args:
-        size: as for measure
-        what: of products, experts, attention
-        model: another architecture of configs/model
-        seconds: length of the clip
-        text: tokens of the prompt
-        device: auto, cpu or cuda
-        dtype: auto, bfloat16 or float32
-        output: another folder for the result
+def micro(case: Case, what: str, device: str, dtype: str, folder: Path | None) -> str:
+    """Time single operations at the shapes of a clip's last stage; see the command `micro` for the settings.
 
     Raises:
         UserError: a setting that cannot be.
@@ -60,18 +41,17 @@ def micro(
     unknown = [name for name in groups if name not in GROUPS]
     if unknown:
         raise UserError(f"what={unknown[0]} is unknown; choose from {', '.join(GROUPS)}")
-    case, place = make(size, seconds=seconds, text=text, model=model), device_of(device)
+    place = device_of(device)
     kind = dtype_for(dtype, case, place)
-    made, roof = result_files.provenance(place), measure_roof(place, kind)
+    made, peaks = result_files.provenance(place), peak_rates(place, kind)
     bench = Microbenchmark(case, place, kind)
     rows = [row for name in groups for row in getattr(bench, name)()]
     for row in rows:
-        row["size"] = size
+        row["size"] = case.size
         if "tflops" in row:
-            row["of_roof"] = round(row["tflops"] / roof["tflops"], 4)
-    path = result_files.write(
-        "micro", f"{size}-{'-'.join(groups)}", [{"what": "roof", **roof}, *rows], made, folder_of(output)
-    )
+            row["of_roof"] = round(row["tflops"] / peaks["tflops"], 4)
+    name = f"{case.size}-{'-'.join(groups)}"
+    path = result_files.write("micro", name, [{"what": "roof", **peaks}, *rows], made, folder)
     return "\n".join([*map(_line, rows), f"written to {path}"])
 
 
@@ -81,7 +61,7 @@ class Microbenchmark:
     Args:
         case: the clip.
         dtype: of the operands, where a form does not say otherwise.
-        budget: seconds of timed calls of a form, see `clock.time_call`.
+        budget: seconds of timed calls of a form, see `timers.time_call`.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> None:
@@ -279,7 +259,7 @@ def _line(row: Row) -> str:
     if "reason" in row:
         return f"{head}  n/a: {row['reason']}"
     line = f"{head}{undisturbed(row['seconds']):>12.3e} s{row['tflops']:>10.4g} TFLOP/s"
-    line += f"{row['of_roof']:>8.1%} of the roof"
+    line += f"{row['of_roof']:>8.1%} of the peak"
     if "relative_l2_to_fp32" in row:
         line += f", {row['relative_l2_to_fp32']:.2g} from fp32"
     return line

@@ -13,7 +13,7 @@ from torch import Tensor
 from inference.benchmark.bench_networks import SEED
 from inference.benchmark.components import Missing, Parts, reason_of
 from inference.benchmark.roofline.cases import FPS, Case
-from inference.benchmark.timers import Stopwatch, waits
+from inference.benchmark.timers import Stopwatch, host_waits
 from inference.decoding import Decoder, to_pictures
 from inference.sampling import LatentShape, sample
 from inference.super_resolution import draw, refine
@@ -127,7 +127,7 @@ class Request:
             )
         negative = None if self.guidance is None else [self.words]
         looked_at = self.device if look_for_waits else torch.device("cpu")
-        with watch.stage("base"), waits(looked_at) as found:
+        with watch.stage("base"), host_waits(looked_at) as found:
             video, audio = sample(
                 self.denoisers["base"],
                 [text],
@@ -141,7 +141,7 @@ class Request:
             )
         self.waits = {"base": found}
         if large is not None:
-            with watch.stage("sr"), waits(looked_at) as found:
+            with watch.stage("sr"), host_waits(looked_at) as found:
                 denoiser, stage = self.denoisers["sr"], further[0]
                 video = refine(
                     denoiser,
@@ -201,9 +201,7 @@ class Request:
             return {}
         watch, parts = Stopwatch(self.device), self.parts
         self._apart(
-            watch,
-            "image",
-            lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures],
+            watch, "image", lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures]
         )
         self._apart(watch, "sound", lambda: parts.audio.encode(self._wave(parts.audio)))
         times = watch.finish()

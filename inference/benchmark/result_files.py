@@ -1,4 +1,4 @@
-"""Result files: JSON with all that is needed to make them again; written once, never changed."""
+"""Result files in inference/results/latency: JSON with everything needed to repeat a measurement; written once, never changed."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,21 @@ from typing import Any
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, processor, sources_hash
+from magihuman.models.gpu_specs import GPUS, recognise
 
 FORMAT = "magihuman-latency/1"
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "latency"
 KINDS = ("measure", "decode", "micro", "ladder", "train", "profile", "steps")
+Row = dict[str, Any]
 _QUERY = "driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
 _THROTTLED = "clocks_event_reasons.active"  # older drivers do not know it
 
 
 def provenance(device: Any) -> dict[str, Any]:
-    """Where and from what: command, code, date, device with its clocks, libraries, load.
+    """Command, code, date, device with its clocks, libraries and load of a measurement.
 
     Args:
-        device: torch.device that ran.
+        device: torch.device of the measurement.
     """
     import torch
 
@@ -77,9 +80,7 @@ def _smi(query: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-def write(
-    kind: str, name: str, rows: list[dict[str, Any]], made: dict[str, Any], folder: Path | None = None
-) -> Path:
+def write(kind: str, name: str, rows: list[Row], made: dict[str, Any], folder: Path | None = None) -> Path:
     """Write a new file.
 
     Args:
@@ -126,10 +127,62 @@ def read(folder: Path | None = None) -> list[dict[str, Any]]:
             if values["kind"] != "decode" and values["provenance"]["how"] != "measured":
                 raise ValueError("it was not measured")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no result file of inference.benchmark: {error}") from error
+            raise UserError(f"{path} is not a result file of inference.benchmark: {error}") from error
         found.append({**values, "file": path.name})
     # A second file of the same second has a longer name.
     return sorted(found, key=lambda v: (v["provenance"]["date"], len(v["file"]), v["file"]))
+
+
+def newest(folder: Path, kind: str, key: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
+    """Rows of a kind, each with its file's name and provenance; of rows with the same key on one machine the newest."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for values in read(folder):
+        if values["kind"] == kind:
+            for row in values["rows"]:
+                named = {**row, "file": values["file"], "made": values["provenance"]}
+                found[key(row), values["provenance"]["machine"]] = named
+    return list(found.values())
+
+
+def measured(folder: Path) -> list[Row]:
+    """The newest row of every clip, tier, decoder and machine."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        decoder = (row["decoder"] or {}).get("name")
+        stages = tuple((stage["steps"], stage["tokens"]["total"]) for stage in row["geometry"].values())
+        return row["size"], row["model"], row["tier"], str(row["options"]), row["dtype"], decoder, stages
+
+    return newest(folder, "measure", key)
+
+
+def on_gpu(row: Row) -> bool:
+    """Whether a GPU made this row of `newest`."""
+    return "gpu" in row["made"]
+
+
+def card(machine: str) -> str:
+    """A GPU's short name."""
+    known = recognise(machine)
+    return machine.removeprefix("NVIDIA ") if known is None else known.name
+
+
+def is_published_card(row: Row) -> bool:
+    """Whether a row of `newest` is of the card of the published table."""
+    return card(row["made"]["machine"]) == GPUS["h100"].name
+
+
+def origin(rows: Iterable[Row]) -> str:
+    """Machines, days and commits of rows of `newest`."""
+    made = [row["made"] for row in rows]
+    days = sorted({each["date"][:10] for each in made})
+    commits = {
+        each["code"].get("commit", "sources " + each["code"].get("sources", "unknown"))[:12]
+        + (" with changes" if each["code"].get("changed") else "")
+        for each in made
+    }
+    machines = {f"{each['machine']}, torch {each['libraries']['torch']}" for each in made}
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"{'; '.join(sorted(machines))}; {when}; commit {', '.join(sorted(commits))}."
 
 
 def _slug(text: str) -> str:

@@ -23,18 +23,15 @@ from functools import partial
 import torch
 
 from inference.benchmark import bench_networks, result_files
-from inference.benchmark.budget import Step
+from inference.benchmark.bench_networks import ReferenceOutput
+from inference.benchmark.budget import Bench, Step, Values
 from inference.benchmark.components import reason_of
-from inference.benchmark.decoder_bench import decoder_row
 from inference.benchmark.measure import described
 from inference.benchmark.micro import Microbenchmark
-from inference.benchmark.numerical_error import Truth
-from inference.benchmark.peak_rate import measure_roof
-from inference.benchmark.profile import profile_pass
 from inference.benchmark.request import Request
 from inference.benchmark.roofline.cases import Case, Stage, make
-from inference.benchmark.runner import Bench, Values, run_benchmark
-from inference.benchmark.timers import synchronise, timed_calls, waits
+from inference.benchmark.timers import host_waits, peak_rates, profile_pass, synchronise, timed_calls
+from inference.benchmark.video_decoders import decoder_row
 from inference.fast import require_kernel
 from magihuman.models.config import local_layers
 from magihuman.models.denoiser import Denoiser
@@ -49,33 +46,6 @@ _FORMS = {
     "540p": ("attention",),
     "256p": ("products", "experts", "attention"),
 }
-
-
-def suite(
-    minutes: float = 8.5,
-    dry: bool = False,
-    steps: str | None = None,
-    output: str | None = None,
-) -> str:
-    """Measure everything about inference on one GPU within a time budget, the most valuable first.
-
-    Each result is appended to OUTPUT/suite.jsonl as soon as it is known; OUTPUT/suite.log is the log. Afterwards, on
-    any machine: `python -m inference.benchmark collect input=OUTPUT/suite.jsonl`.
-
-    Example:
-        python -m inference.benchmark suite
-        python -m inference.benchmark suite minutes=4 steps="fp8 256p,fp8 1080p"
-
-    Args:
-        minutes: time budget; what does not fit is skipped, and said
-        dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
-        steps: names of some of the steps, separated by commas; what they need is run too
-        output: folder of the results instead of runs/latency (dry: runs/latency-dry)
-
-    Raises:
-        UserError: no GPU, or a setting that cannot be.
-    """
-    return run_benchmark("suite", SuiteBench, minutes, dry, steps, output)
 
 
 def cases(dry: bool) -> dict[str, Case]:
@@ -136,7 +106,7 @@ class SuiteBench(Bench):
             "1080p": sr,
         }
         self.inputs: dict[str, bench_networks.Inputs] = {}
-        self.truths: dict[str, Truth] = {}
+        self.outputs: dict[str, ReferenceOutput] = {}
         self.reference: Denoiser | None = None
         self.network: Denoiser | None = None
         self.views: dict[str, Denoiser] = {}
@@ -210,7 +180,7 @@ class SuiteBench(Bench):
 
     def roof(self) -> Values:
         """What the device reaches in one large product and one large copy, in bursts; whether torch can compile."""
-        values: Values = {"roof": measure_roof(self.device, self.dtype), "compiler": "not asked on a CPU"}
+        values: Values = {"roof": peak_rates(self.device, self.dtype), "compiler": "not asked on a CPU"}
         if self.device.type == "cuda":
             x = torch.ones(8, device=self.device)
             try:
@@ -244,10 +214,10 @@ class SuiteBench(Bench):
                 seen.model.attention_backend = "windowed"  # plain products, nothing to compile
             start = time.perf_counter()
             self.inputs[name] = bench_networks.draw(self.stages[name], self.reference, self.device)
-            self.truths[name] = Truth(seen, self.inputs[name], exact=name != "540p")
+            self.outputs[name] = ReferenceOutput(seen, self.inputs[name], exact=name != "540p")
             found[name] = {"seconds": round(time.perf_counter() - start, 2)}
-            if self.truths[name].why_not:
-                found[name]["missing"] = self.truths[name].why_not
+            if self.outputs[name].why_not:
+                found[name]["missing"] = self.outputs[name].why_not
         return {"truth": found}
 
     def prepare(self, tier: str) -> Values:
@@ -281,12 +251,12 @@ class SuiteBench(Bench):
             values["gave_up"] = reasons
             for option, reason in reasons.items():
                 self.run.say(f"{tier} {name}: without {option}: {reason.splitlines()[0]}")
-        if name in self.truths:
-            values["errors"] = self.truths[name].errors(velocities)
+        if name in self.outputs:
+            values["errors"] = self.outputs[name].errors(velocities)
         elif not all(bool(torch.isfinite(part).all()) for part in velocities):
             raise ValueError("the network's velocities are not finite")
         start = time.perf_counter()
-        with waits(self.device) as places:
+        with host_waits(self.device) as places:
             bench_networks.one_pass(view, self.inputs[name])
         synchronise(self.device)
         values["second_pass"] = round(time.perf_counter() - start, 4)

@@ -1,40 +1,329 @@
-"""Training steps of the 15B network on one GPU, timed: `python -m inference.benchmark train`.
+"""The training steps that `python -m inference.benchmark train` times.
 
-The recipes need lightning, so what runs them is imported when the command runs (`inference.benchmark.training_bench`).
+One LoRA step and one DMD-2 iteration (student and fake score as adapters on one frozen base), of a 5-second clip at
+256p, with random weights made on the device: seconds, tokens per second, model FLOPs, their utilisation (MFU) and peak
+memory. Eager and compiled; with activation checkpointing of whole blocks, of all but attention, and without it. The
+recipes are those of `recipes/`, driven by a Lightning trainer as in training. Data, text encoder and codecs are not in
+it, because shards hold latents and text features.
 """
 
-from importlib.util import find_spec
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from inference.benchmark.runner import run_benchmark
+import lightning as L
+import torch
+from torch import Tensor
+
+from inference.benchmark import result_files
+from inference.benchmark.budget import Bench, BudgetedRun, Step, Values
+from inference.benchmark.roofline.cases import Stage, make
+from inference.benchmark.timers import peak_rates, summary, synchronise
+from magihuman import zoo
+from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
+from magihuman.distill.collapse_monitor import HealthLimits
+from magihuman.distill.discriminator import AdversarySettings
+from magihuman.distill.settings import CriticSettings
 from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.io.export import CONFIG, ExportConfig, Sampling, Size
+from magihuman.models.config import Checkpointing, LoraConfig
+from magihuman.models.denoiser import Denoiser
+from magihuman.models.flops import forward_flops
+from magihuman.models.latent_contract import Contract
+from magihuman.models.training_flops import peak_flops
+from magihuman.training import parallel
+from magihuman.training.context import TrainingContext
+from magihuman.training.session import quiet
+from magihuman.zoo import plan_training
+from recipes.base import Recipe
+from recipes.dmd2 import DMD2
+from recipes.lora import Lora
+
+SEED = 0
+CHECKPOINTING: dict[str, Checkpointing] = {"none": False, "blocks": True, "attention": "attention"}
+"""Values of trainer.activation_checkpointing: nothing is recomputed, whole blocks, or all but attention."""
+
+_RANKS = {"lora": 32, "dmd2": 128}
+_TIMED = 4
 
 
-def train(
-    minutes: float = 3.5,
-    dry: bool = False,
-    steps: str | None = None,
-    output: str | None = None,
-) -> str:
-    """Time training steps of the 15B network on one GPU within a time budget, the most valuable first.
+class TrainingBench(Bench):
+    """One recipe after the other, in several settings; see `Bench`."""
 
-    Each result is appended to OUTPUT/train.jsonl as soon as it is known; OUTPUT/train.log is the log. Afterwards, on
-    any machine: `python -m inference.benchmark collect input=OUTPUT/train.jsonl`.
+    def __init__(self, device: torch.device, dry: bool) -> None:
+        super().__init__(device, dry)
+        quiet()
+        self._scratch = TemporaryDirectory()  # of a file that the recipes read
+        self.stage: Stage = (make("tiny", seconds=0.36) if dry else make("256p")).stages[0]
+        self.name = "tiny" if dry else "15b"
+        self.ranks = dict.fromkeys(_RANKS, 4) if dry else _RANKS
+        self.recipe: Any = None
+        self.kind = ""
+        self.parent = Path(self._scratch.name)
+        self._write_parent()
 
-    Example:
-        python -m inference.benchmark train
-        python -m inference.benchmark train minutes=2 steps="lora blocks,lora attention"
+    def steps(self) -> list[Step]:
+        """See `Bench.steps`."""
 
-    Args:
-        minutes: time budget; what does not fit is skipped, and said
-        dry: the same steps with a tiny network on the CPU, in seconds: nothing of it is a result
-        steps: names of some of the steps, separated by commas; what they need is run too
-        output: folder of the results instead of runs/latency (dry: runs/latency-dry)
+        def measured(kind: str, mode: str, seconds: float, batch: int = 1) -> Step:
+            name = f"{kind} {mode}" + (f" batch {batch}" if batch > 1 else "")
+            return Step(name, seconds, partial(self.measure, mode, batch), (f"{kind} build",))
 
-    Raises:
-        UserError: no GPU, no lightning, or a setting that cannot be.
+        def compiled(kind: str, seconds: float) -> Step:
+            run = partial(self.measure, "attention", 1, True)
+            return Step(f"{kind} attention compiled", seconds, run, (f"{kind} rebuild",))
+
+        def made(kind: str, name: str, seconds: float = 8) -> Step:
+            return Step(f"{kind} {name}", seconds, partial(self.build, kind))
+
+        return [
+            Step("roof", 6, self.roof),
+            made("lora", "build"),
+            *(measured("lora", mode, 6) for mode in ("attention", "blocks", "none")),
+            measured("lora", "attention", 16, batch=4),
+            made("dmd2", "build", 12),
+            *(measured("dmd2", mode, 24) for mode in ("attention", "blocks")),
+            # What hangs while it compiles costs nothing that comes before it.
+            made("lora", "rebuild"),
+            compiled("lora", 45),
+            made("dmd2", "rebuild", 12),
+            compiled("dmd2", 150),  # three adapters, with and without gradients: 25 graphs
+        ]
+
+    def roof(self) -> Values:
+        """What the device reaches in one large matrix product and one large copy."""
+        return {"roof": peak_rates(self.device, torch.float32 if self.dry else torch.bfloat16)}
+
+    def build(self, kind: str) -> Values:
+        """A recipe with its networks: random weights on the device."""
+        self.recipe = None
+        self.free()
+        self.kind = kind
+        self.recipe = {"lora": self._lora, "dmd2": self._dmd2}[kind]()
+        self.recipe.configure_model()
+        synchronise(self.device)
+        return {"recipe": kind}
+
+    def measure(self, mode: str, batch: int, compiled: bool = False) -> Values:
+        """Some optimizer steps (LoRA) or iterations (DMD-2) in one setting.
+
+        Args:
+            mode: a key of CHECKPOINTING; batch: clips per step; compiled: blocks by torch.compile.
+        """
+        self.free()  # optimizer states of the fit before
+        planned = self._planned(mode, batch)
+        if self.device.type == "cuda":
+            there = torch.cuda.get_device_properties(self.device).total_memory
+            if planned > there:
+                raise UserError(
+                    f"it needs {planned / 1e9:.0f} GB by `zoo plan`, the GPU has {there / 1e9:.0f}"
+                )
+        denoiser: Denoiser = self.recipe.denoiser if self.kind == "lora" else self.recipe.networks.shared
+        denoiser.model.gradient_checkpointing = CHECKPOINTING[mode]
+        if compiled:
+            parallel.compile_blocks(denoiser)
+        timer = _Timer(self.run, 1 if self.dry else _TIMED, self.device)
+        trainer = L.Trainer(
+            accelerator=self.device.type,
+            devices=1,
+            precision="32-true",
+            max_steps=-1,
+            max_epochs=-1,
+            logger=False,
+            callbacks=[timer],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=self.parent,
+        )
+        # In a dry run nothing is compiled: C++ kernels take minutes to build.
+        with torch.compiler.set_stance("force_eager" if self.dry else "default"):
+            trainer.fit(self.recipe, _Batches(partial(self.batch, batch)))
+        figures = self.recipe.meter.flush("cpu")
+        if figures.get("not_finite"):
+            raise ValueError("a gradient was not finite")
+        return {"row": self._row(mode, batch, compiled, planned, timer.seconds)}
+
+    def _row(self, mode: str, batch: int, compiled: bool, planned: int, times: list[float]) -> Values:
+        """The first iteration does not count: kernels are chosen or compiled and optimizer states made there."""
+        stage, tokens, seconds = self.stage, self.stage.tokens, summary(times[1:])
+        flops = self.recipe.batch_flops(self.batch(batch, 0))
+        peak = peak_flops(self.device)
+        row: Values = {
+            "recipe": self.kind,
+            "model": self.name,
+            "rank": self.ranks[self.kind],
+            "batch": batch,
+            "tokens_per_clip": tokens.total,
+            "compile": compiled,
+            "activation_checkpointing": mode,
+            "seconds": seconds,
+            "first_seconds": round(times[0], 4),
+            "tokens_per_second": round(batch * tokens.total / seconds["median"], 2),
+            "model_flops": flops,
+            "forward_flops": forward_flops(stage.config, tokens.video, tokens.audio, tokens.text).total,
+            "tflops": round(flops / seconds["median"] / 1e12, 5),
+            "mfu": None if peak is None else round(flops / seconds["median"] / peak, 4),
+            "planned_bytes": planned,
+        }
+        return row | ({"gpu": result_files.gpu_state()} if self.device.type == "cuda" else {})
+
+    def _planned(self, mode: str, batch: int) -> int:
+        """What `python -m magihuman.zoo plan` computes for one GPU."""
+        run = plan_training.Run(
+            self.stage.config,
+            self.stage.tokens.times(batch if self.kind == "lora" else 1),
+            checkpointing=CHECKPOINTING[mode],
+            rank=self.ranks[self.kind],
+        )
+        return plan_training.per_gpu(run, self.kind, 1, "lora")
+
+    # -- the recipes with random weights in place of a checkpoint's
+
+    def _context(self, **optim: Any) -> TrainingContext:
+        config, pack = self.stage.config, self.stage.pack
+        settings: Values = {"lr": 5e-5, "warmup": 1, "schedule": "constant", "ema_decay": 0.99, **optim}
+        return TrainingContext(
+            model=config,
+            pack=pack,
+            codecs="released",
+            contract=self._contract(),
+            size=Size(),
+            # As long as the prompt: the released negative prompt has 1,719 characters.
+            null_text=torch.zeros(self.stage.text, config.text_in_channels),
+            optim=OptimSettings(**settings),
+            trainer=TrainerSettings(100, precision="bf16"),
+            strategy=StrategySettings(),
+            init=str(self.parent),
+        )
+
+    def _lora(self) -> Recipe:
+        bench = self
+
+        class RandomLora(_Resident, Lora):
+            def make_network(self) -> Denoiser:
+                return self.adapted(bench.network())
+
+        return RandomLora(self._context(), lora=LoraConfig(self.ranks["lora"]), merge=False)
+
+    def _dmd2(self) -> Recipe:
+        bench = self
+
+        class RandomDMD2(_Resident, DMD2):
+            def another(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
+                network = bench.network()
+                network.requires_grad_(not frozen)
+                prepare(network)
+                return network
+
+        # As configs/experiment/dmd2_15b.yaml on one GPU, except that the student is updated from the first iteration
+        # on and that no samples are drawn to monitor the training.
+        return RandomDMD2(
+            self._context(betas=(0.0, 0.999), weight_decay=0.01),
+            sampling=Sampling("renoise", 8, 5.0, Guidance(1, 1, 0, 1)),
+            networks="lora",
+            lora=LoraConfig(self.ranks["dmd2"]),
+            critic=CriticSettings(lr=1e-4, warmup=0),
+            health=HealthLimits(every=0),
+            gan=AdversarySettings(weight=0.0),
+            micro_batch=1,
+        )
+
+    def network(self) -> Denoiser:
+        """Random bf16 weights on the device; the output heads are not zero, as they would be at initialisation."""
+        config, pack, dtype = self.stage.config, self.stage.pack, torch.bfloat16
+        made = zoo.build(config, pack, compute_dtype=dtype, linear_dtype=dtype, device=self.device, seed=SEED)
+        for head in (made.model.final_linear_video, made.model.final_linear_audio):
+            torch.nn.init.normal_(head.weight, std=head.in_features**-0.5)
+        return made
+
+    def batch(self, size: int, number: int) -> Values:
+        """Standard normal latents and text features, as the data module gives them."""
+        stage, config = self.stage, self.stage.config
+        generator = torch.Generator().manual_seed(number)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        channels = config.video_in_channels // stage.pack.patch_size**2
+        return {
+            "video": normal(size, channels, stage.frames, stage.height, stage.width),
+            "audio": normal(size, stage.audio, config.audio_in_channels),
+            "text": [normal(stage.text, config.text_in_channels) for _ in range(size)],
+            "index": torch.arange(number * size, (number + 1) * size),
+        }
+
+    def _contract(self) -> Contract:
+        config, patch = self.stage.config, self.stage.pack.patch_size**2
+        channels = config.video_in_channels // patch, config.audio_in_channels, config.text_in_channels
+        return Contract("random", "random", "random", *channels, (4, 16, 16), 25.0, 51200, 2)
+
+    def _write_parent(self) -> None:
+        """Make a checkpoint folder with a config.json only: recipes read sampler and noise levels of `init` there."""
+        config = ExportConfig(
+            model=self.stage.config,
+            pack=self.stage.pack,
+            codecs="released",
+            contract=self._contract(),
+            sigma_prior=SigmaPrior(),
+            sampling=Sampling(guidance=Guidance()),
+        )
+        (self.parent / CONFIG).write_text(json.dumps(config.to_dict()))
+
+
+class _Resident(L.LightningModule):
+    """Stays on the device between fits: Lightning moves a module to the CPU when a fit ends, here 31 GB of it."""
+
+    def cpu(self) -> Any:
+        return self
+
+
+class _Batches:
+    """Endless batches, made on the CPU when they are asked for."""
+
+    def __init__(self, make_batch: Callable[[int], Values]) -> None:
+        self.make_batch = make_batch
+
+    def __iter__(self) -> Iterator[Values]:
+        return map(self.make_batch, count())
+
+
+class _Timer(L.Callback):
+    """Seconds of each batch's step: one to warm up, at least one that counts, and more while the budget lasts.
+
+    Attributes:
+        seconds: of every step, the first one included.
     """
-    if find_spec("lightning") is None:
-        raise UserError("train runs the recipes, which need lightning: pip install lightning")
-    from inference.benchmark.training_bench import TrainingBench
 
-    return run_benchmark("train", TrainingBench, minutes, dry, steps, output)
+    def __init__(self, run: BudgetedRun, most: int, device: torch.device) -> None:
+        self.run, self.most, self.device = run, most, device
+        self.seconds: list[float] = []
+        self._start = 0.0
+        self._more: Iterator[int] = iter(())
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        synchronise(self.device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        synchronise(self.device)
+        self.seconds.append(time.perf_counter() - self._start)
+        warm_up = len(self.seconds) == 1
+        self.run.progress(iteration=round(self.seconds[-1], 4), counted=not warm_up)
+        if warm_up:
+            self._more = self.run.repeat(self.most)
+        trainer.should_stop = next(self._more, None) is None
+
+    def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Drop the optimizers: Lightning would copy their states to the CPU when a fit ends, 9 GB for DMD-2."""
+        trainer.strategy.optimizers = []

@@ -298,13 +298,7 @@ def _without_memory(tree: Any) -> Any:
 
 
 def _dense(
-    kernel: Kernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    window: int | None,
-    scales: Tensor | None,
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scales: Tensor | None
 ) -> Tensor:
     """[b,n,heads,D] of samples of equal length -> [b n,Hq,D]."""
     if window is None:

@@ -164,7 +164,7 @@ def test_released_turbo_decoder() -> None:
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize("size", [(256, 448), (512, 896), (1088, 1920)])
 def test_our_decoders(name: str, size: tuple[int, int]) -> None:
-    from inference.benchmark.decode_cost import decode_cost
+    from inference.benchmark.video_decoders import decode_cost
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo import decoders
 
@@ -180,7 +180,7 @@ def test_our_decoders(name: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("tile", [256, 512, 1024])
 def test_our_decoders_in_tiles(tile: int) -> None:
-    from inference.benchmark.decode_cost import random_codec
+    from inference.benchmark.video_decoders import random_codec
     from inference.decoding import Decoder, to_pictures
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo import decoders

@@ -1,6 +1,5 @@
-"""What a clip costs in tokens, FLOPs and bytes, and the time that no device can go below; computed, without torch.
+"""Computed tokens, FLOPs and bytes of a clip, and the time that no device can go below; without torch.
 
-`cases` says what is made, `work` counts it, `bounds` divides it by a device's limits, `predict` by rates that kernels
-reach, `totals` adds up clips beside what is published and what is to be reached. `python -m inference.benchmark.roofline` prints
-all of it.
+`cases` defines the clips, `work` counts them and divides by a device's limits, `predict` by the rates that kernels
+reach. `python -m inference.benchmark.roofline` prints all of it.
 """

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from inference.benchmark.roofline import predict
-from inference.benchmark.roofline.bounds import PUBLISHED, Limits, bound, utilisation
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.totals import SIZES, predictions
-from inference.benchmark.roofline.work import Work
+from inference.benchmark.roofline.work import PUBLISHED, Limits, Work, bound, utilisation
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
@@ -85,7 +83,7 @@ def stages(
 
 
 def _sizes(size: str) -> tuple[str, ...]:
-    return SIZES if size == "all" else (size,)
+    return tuple(PUBLISHED) if size == "all" else (size,)
 
 
 def _line(work: Work, limits: Limits, seconds: float | None, peak: float) -> str:
@@ -164,13 +162,13 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
     machines = {"h100": predict.H100, "h200": predict.H200}
     if device not in machines:
         raise UserError(f"device={device} has no assumed rates; choose one of {', '.join(machines)}")
-    values = predictions(machines[device])
+    values = predict.predictions(machines[device])
     if output is not None:
         _write(Path(output), device, values)
     heads = [f"{size} {stage['stage']} x{stage['steps']}" for size, stage in values["stages"].items()]
     lines = [
         f"{values['machine']}, seconds per loop, and of base + sr + decode; {NOTE}, at assumed rates",
-        f"{'after':<76}" + "".join(f"{h:>14}" for h in heads) + "".join(f"{h:>10}" for h in SIZES),
+        f"{'after':<76}" + "".join(f"{h:>14}" for h in heads) + "".join(f"{h:>10}" for h in PUBLISHED),
     ]
     least = values["floor"]
     cells = "".join(f"{clip['sr'] or clip['base']:>14.2f}" for clip in least["clips"].values())
@@ -182,7 +180,7 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
         cells += "".join(f"{clip['total']:>10.2f}" for clip in row["clips"].values())
         lines.append(f"{row['after']:<76}{cells}")
         if "target" in row:
-            wanted = "".join(f"{row['target'][size]:>10.2f}" for size in SIZES)
+            wanted = "".join(f"{row['target'][size]:>10.2f}" for size in PUBLISHED)
             lines.append(f"{'  target':<76}{'':>14}{'':>14}{'':>14}{wanted}")
     return "\n".join(lines)
 

@@ -1,12 +1,16 @@
-"""FLOPs and bytes of every stage of a clip. Exact for the transformer; codecs by coefficients counted on shapes."""
+"""FLOPs and bytes of every stage of a clip, and the least time that a device's limits allow for them.
 
-from dataclasses import dataclass
+Exact for the transformer; codecs by coefficients counted on shapes.
+"""
+
+from dataclasses import dataclass, replace
 
 from inference.benchmark.roofline.cases import Case, Stage
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import ForwardFlops, forward_flops
+from magihuman.models.gpu_specs import Gpu
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import BF16, FP32, Tokens
 
@@ -202,3 +206,59 @@ def turbo_windows(frames: int) -> list[int]:
     if not later:
         return [TURBO_CHUNK]
     return [TURBO_CHUNK + 1, *[TURBO_STEP + 2] * (later - 1), TURBO_STEP + 1]
+
+
+# -- bounds
+
+PUBLISHED = {
+    "256p": {"base": 1.6, "decode": 0.4, "total": 2.0},
+    "540p": {"base": 1.6, "sr": 5.1, "decode": 1.3, "total": 8.0},
+    "1080p": {"base": 1.6, "sr": 31.0, "decode": 5.8, "total": 38.4},
+}
+"""Seconds that the paper gives for a 5-second clip on one H100."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most: FLOP/s, bytes per second of its memory and of the link to the host."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    link: float
+
+    @classmethod
+    def of(cls, device: Gpu, tflops: float | None = None, bandwidth: float | None = None) -> "Limits":
+        """Those of the data sheet, or measured ones in their place (10^12 FLOP/s, 10^12 bytes per second)."""
+        sheet = cls(device.name, device.bf16, device.bandwidth, device.link)
+        name = sheet.name + (f" at {tflops:g} TFLOP/s" if tflops else "")
+        return replace(
+            sheet,
+            name=name,
+            flops=tflops * 1e12 if tflops else sheet.flops,
+            bandwidth=bandwidth * 1e12 if bandwidth else sheet.bandwidth,
+        )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time of a stage in seconds, and what takes it: compute, memory or link."""
+
+    seconds: float
+    by: str
+
+
+def bound(work: Work, limits: Limits) -> Bound:
+    """Where arithmetic and traffic overlap perfectly."""
+    times = {
+        "compute": work.flops / limits.flops,
+        "memory": work.moved / limits.bandwidth,
+        "link": work.sent / limits.link,
+    }
+    by = max(times, key=lambda name: times[name])
+    return Bound(times[by], by)
+
+
+def utilisation(work: Work, seconds: float, peak: float) -> float:
+    """Share of the peak FLOP/s that a measured time means (MFU)."""
+    return work.flops / seconds / peak

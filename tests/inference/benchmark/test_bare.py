@@ -80,11 +80,11 @@ import sys
 from importlib.util import find_spec
 assert not [name for name in {ABSENT!r} if find_spec(name)]
 from inference.benchmark.__main__ import COMMANDS
-from inference.benchmark.measure import measure
-from inference.benchmark.micro import micro
-from inference.benchmark.suite import suite
-from inference.benchmark.tables import latency_table
-from inference.benchmark.training import train
+from inference.benchmark.__main__ import measure
+from inference.benchmark.__main__ import micro
+from inference.benchmark.__main__ import suite
+from inference.benchmark.report import latency_table
+from inference.benchmark.__main__ import train
 from magihuman.errors import UserError
 from inference.benchmark import components
 from inference.benchmark.roofline.cases import make

@@ -16,7 +16,7 @@ import torch
 from inference.benchmark import bench_networks, budget
 from inference.benchmark.budget import BudgetedRun, Step, StepTimeout, choose, read_runs
 from inference.benchmark.suite import SIZES, SuiteBench
-from inference.benchmark.training_bench import TrainingBench
+from inference.benchmark.training import TrainingBench
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -58,11 +58,7 @@ def simulated(
 
 @pytest.mark.parametrize(
     ("slow", "rows"),
-    [
-        (0.5, ["fast", "fp8", "reference"]),
-        (1.0, ["fast", "fp8", "reference"]),
-        (1.5, ["fast", "reference"]),
-    ],
+    [(0.5, ["fast", "fp8", "reference"]), (1.0, ["fast", "fp8", "reference"]), (1.5, ["fast", "reference"])],
 )
 def test_valuable_rows_come_even_on_a_slow_machine(slow: float, rows: list[str], tmp_path: Path) -> None:
     run, repetitions = simulated(SuiteBench(CPU, dry=True).steps(), 510.0, slow, tmp_path)

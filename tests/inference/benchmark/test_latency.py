@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import bench_networks, components, numerical_error, peak_rate, result_files
-from inference.benchmark.__main__ import COMMANDS
-from inference.benchmark.measure import measure
+from inference.benchmark import bench_networks, components, result_files, timers
+from inference.benchmark.__main__ import COMMANDS, measure
 from inference.benchmark.roofline.cases import Case, Stage, make
-from inference.benchmark.timers import Stopwatch, spread, time_call
+from inference.benchmark.timers import Stopwatch, summary, time_call
 from magihuman import zoo
 from magihuman.cli import run_one
 from magihuman.errors import UserError
@@ -32,11 +31,11 @@ def small_case() -> Case:
 
 
 def test_spread_by_hand() -> None:
-    found = spread([1.0, 4.0, 2.0])
+    found = summary([1.0, 4.0, 2.0])
     assert (found["median"], found["min"], found["max"], found["n"]) == (2.0, 1.0, 4.0, 3)
     assert found["cv"] == pytest.approx(1.527525 / 2.333333, abs=1e-4)
     with pytest.raises(ValueError, match="nothing"):
-        spread([])
+        summary([])
 
 
 def test_stopwatch_adds_up_stages() -> None:
@@ -83,7 +82,7 @@ def test_faster_tiers_share_a_network_too(tier: str) -> None:
     fast = bench_networks.faster(network, tier, CPU, False, {})
     for stage in case.stages:
         given = bench_networks.draw(stage, network, CPU)
-        truth = numerical_error.Truth(bench_networks.view(network, stage), given, exact=True)
+        truth = bench_networks.ReferenceOutput(bench_networks.view(network, stage), given, exact=True)
         found = truth.errors(bench_networks.one_pass(bench_networks.view(fast, stage), given))
         distance = found["against_float32_reference"]["video_relative_l2"]
         assert distance == 0 if tier == "exact" else distance < 1e-5
@@ -94,7 +93,7 @@ def test_distances_from_the_reference() -> None:
     stage = case.stages[0]
     network, _ = bench_networks.build(case, CPU, torch.bfloat16, None)
     given = bench_networks.draw(stage, network, CPU)
-    truth = numerical_error.Truth(bench_networks.view(network, stage), given, exact=True)
+    truth = bench_networks.ReferenceOutput(bench_networks.view(network, stage), given, exact=True)
     assert truth.own is not None
     video, audio = truth.own
     found = truth.errors((1.5 * video, audio))
@@ -105,8 +104,8 @@ def test_distances_from_the_reference() -> None:
     # bf16 has 8 bits: the reference itself is about 1e-2 from fp32.
     assert 1e-4 < found["reference_against_float32"]["video_relative_l2"] < 5e-2
     assert found["against_float32_reference"]["video_relative_l2"] > 0.4
-    assert [numerical_error.affordable(make(size).stages[-1]) for size in ("540p", "1080p")] == [True, False]
-    far = numerical_error.Truth(bench_networks.view(network, stage), given, exact=False)
+    assert [bench_networks.affordable(make(size).stages[-1]) for size in ("540p", "1080p")] == [True, False]
+    far = bench_networks.ReferenceOutput(bench_networks.view(network, stage), given, exact=False)
     assert far.errors((video, audio))["against_float32_reference"]["status"] == "n/a"
     with pytest.raises(ValueError, match="not finite"):
         truth.errors((video * torch.nan, audio))
@@ -114,7 +113,7 @@ def test_distances_from_the_reference() -> None:
 
 def test_every_command_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_SIDE", "_COPIED"):
-        monkeypatch.setitem(getattr(peak_rate, name), "cpu", 1 << 8 if name == "_SIDE" else 1 << 20)
+        monkeypatch.setitem(getattr(timers, name), "cpu", 1 << 8 if name == "_SIDE" else 1 << 20)
     short = ["size=tiny", "seconds=0.36", f"output={tmp_path}"]
     for line in (
         "micro what=products,experts",

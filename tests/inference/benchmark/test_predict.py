@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from inference.benchmark import calibrate, result_files
-from inference.benchmark.predicted_table import predicted_table
+from inference.benchmark.__main__ import predict
+from inference.benchmark.report import predicted_table
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import forward, pointwise_bytes
 from magihuman.errors import UserError
@@ -27,9 +28,7 @@ def _micro(rate: float) -> list[dict[str, Any]]:
             row = {"what": "product", "name": name, "form": form, "tokens": tokens, "tflops": own}
             rows.append({**row, "seconds": found, "flops": own * 1e12, "size": "tiny"})
     attention = {"what": "attention", "name": "dense", "tokens": 485, "size": "tiny"}
-    rows.append(
-        {**attention, "form": "sdpa", "tflops": rate, "seconds": {"median": 1.0}},
-    )
+    rows.append({**attention, "form": "sdpa", "tflops": rate, "seconds": {"median": 1.0}})
     rows.append({**attention, "form": "plain", "tflops": rate / 9, "seconds": {"median": 9.0}})
     rows.append({**attention, "form": "cudnn", "status": "n/a", "reason": "no GPU"})
     return rows
@@ -40,9 +39,9 @@ def test_a_pass_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no microbenchmarks of size=tiny; run `python -m inference\.benchmark"
     ):
-        calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+        predict(output=str(tmp_path / "p"), results=str(tmp_path))
     path = result_files.write("micro", "tiny", _micro(rate), MADE, tmp_path)
-    told = calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    told = predict(output=str(tmp_path / "p"), results=str(tmp_path))
     (file,) = (tmp_path / "p").glob("*.json")
     values = json.loads(file.read_text())
     assert (values["kind"], values["rates_from"], values["measured"]) == ("predicted", path.name, None)
@@ -75,7 +74,7 @@ def test_beside_the_newest_measurement_of_the_same_machine(tmp_path: Path) -> No
     shorter = {name: {"tokens": {"total": 9}, "steps": 8, "passes": 8} for name in totals}
     later = {**MADE, "date": "2026-01-02T04:00:00+00:00"}
     result_files.write("measure", "tiny", [{**row, "geometry": shorter}], later, tmp_path)
-    calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    predict(output=str(tmp_path / "p"), results=str(tmp_path))
     values = json.loads(next((tmp_path / "p").glob("*.json")).read_text())
     assert values["measured"]["of"] == "processor time"
     assert "2-cores-of-x" in values["measured"]["file"]
@@ -94,16 +93,16 @@ def test_products_and_attention_may_lie_in_a_file_each(tmp_path: Path) -> None:
     result_files.write("micro", "tiny", [roof, *products], MADE, tmp_path)
     result_files.write("micro", "tiny", [roof, *attention], stranger, tmp_path)
     with pytest.raises(UserError, match="no microbenchmarks of size=tiny"):
-        calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+        predict(output=str(tmp_path / "p"), results=str(tmp_path))
     (tmp_path / result_files.read(tmp_path)[-1]["file"]).unlink()
     result_files.write("micro", "tiny", [roof, *attention], older, tmp_path)
-    calibrate.predict(output=str(tmp_path / "p"), results=str(tmp_path))
+    predict(output=str(tmp_path / "p"), results=str(tmp_path))
     values = json.loads(next((tmp_path / "p").glob("*.json")).read_text())
     assert values["rates_from"].count(" and ") == 1
     assert values["provenance"]["date"] == MADE["date"]
     together = tmp_path / "together"
     result_files.write("micro", "tiny", rows, MADE, together)
-    calibrate.predict(output=str(together / "p"), results=str(together))
+    predict(output=str(together / "p"), results=str(together))
     assert json.loads(next((together / "p").glob("*.json")).read_text())["stages"] == values["stages"]
 
 

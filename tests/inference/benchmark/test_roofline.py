@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from inference.benchmark.roofline import predict, totals, work
+from inference.benchmark.roofline import predict, work
 from inference.benchmark.roofline.__main__ import COMMANDS, ladder
-from inference.benchmark.roofline.bounds import Limits, bound, utilisation
 from inference.benchmark.roofline.cases import make
+from inference.benchmark.roofline.work import Limits, bound, utilisation
 from magihuman import zoo
 from magihuman.cli import run_one
 from magihuman.errors import UserError
@@ -52,7 +52,7 @@ def test_floors_of_the_study() -> None:
     assert least["256p"] == pytest.approx(1.03, abs=0.005)
     assert least["540p"] == pytest.approx(3.18, abs=0.005)
     assert least["1080p"] == pytest.approx(24.25, abs=0.01)
-    shown = {size: totals.floor(make(size)) for size in totals.SIZES}
+    shown = {size: predict.floor(make(size)) for size in predict.SIZES}
     assert [(cell["base"], cell["sr"]) for cell in shown.values()] == [
         pytest.approx((1.03, loop), abs=0.006) for loop in (0, 3.18, 24.25)
     ]
@@ -152,7 +152,7 @@ def test_ladder_is_that_of_the_study(tmp_path: Path) -> None:
     for key, row in expected.items():
         assert list(times[key].values()) == pytest.approx(row, abs=0.0051)
     first, *_, last = values["rows"]
-    for size in totals.SIZES:
+    for size in predict.SIZES:
         clip = last["clips"][size]
         assert clip["total"] == pytest.approx(clip["base"] + clip["sr"] + clip["decode"], abs=2e-4)
         assert values["floor"]["clips"][size]["total"] < first["clips"][size]["total"]

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import calibrate, peak_rate, result_files, runner, suite, tables
+from inference.benchmark import budget, calibrate, report, result_files, suite, timers
 from inference.benchmark import collect as collecting
+from inference.benchmark.__main__ import collect
+from inference.benchmark.__main__ import suite as run_suite
 from inference.benchmark.budget import BudgetedRun, choose, read_runs
-from inference.benchmark.collect import collect, rows_of
+from inference.benchmark.collect import rows_of
 from inference.benchmark.figure import draw, values
-from inference.benchmark.gpu_tables import memory_table, profile_table, training_table
-from inference.benchmark.profile import kind_of, profile_pass
+from inference.benchmark.report import memory_table, profile_table, training_table
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
+from inference.benchmark.timers import kind_of, profile_pass
 from magihuman.errors import UserError
 from magihuman.zoo import plan
 
@@ -29,9 +31,9 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """suite.jsonl of a dry run."""
     folder = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(peak_rate._SIDE, "cpu", 256)
-        patch.setitem(peak_rate._COPIED, "cpu", 1 << 20)
-        told = suite.suite(dry=True, output=str(folder))
+        patch.setitem(timers._SIDE, "cpu", 256)
+        patch.setitem(timers._COPIED, "cpu", 1 << 20)
+        told = run_suite(dry=True, output=str(folder))
     assert told.endswith(f"next: python -m inference.benchmark collect input={folder / 'suite.jsonl'}")
     return folder / "suite.jsonl"
 
@@ -126,7 +128,7 @@ def test_any_beginning_of_the_file_can_be_collected(dry: Path, share: float, tmp
     assert run.whole == cut.endswith(b"\n")
     assert ("is incomplete" in told) == (not run.whole)
     assert len(run.steps) + sum(map(len, run.runs.values())) == cut.count(b"\n") - 1
-    table = tables.latency_table(str(tmp_path / "out"))
+    table = report.latency_table(str(tmp_path / "out"))
     rows = {line.split("|")[1].strip() for line in table.splitlines() if "| H100 SXM | fast (E1)" in line}
     counted = {name for name, lines in run.runs.items() if any(line["counted"] for line in lines)}
     assert rows == {size for size in suite.SIZES if f"fast {size}" in counted}
@@ -136,7 +138,7 @@ def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path:
     out = tmp_path / "out"
     collect(str(as_if(dry, tmp_path / "a", H200, date="2026-11-01T00:00:00+00:00")), output=str(out))
     collect(str(as_if(dry, tmp_path / "b", H100, date="2026-11-02T00:00:00+00:00")), output=str(out))
-    table = tables.latency_table(str(out))
+    table = report.latency_table(str(out))
     first, _, second = table.partition("H200 SXM, another card than the published one:")
     assert "| H100 SXM |" in first
     assert "H200 SXM |" not in first
@@ -146,7 +148,7 @@ def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path:
     error = next(line for line in first.splitlines() if "fp8 (approximate), auto, b" in line).split("|")[-3]
     assert 1e-3 < float(error) < 0.3
     measured = [
-        row for row in tables.measured(out) if row["size"] == "256p" and row["decoder"]["name"] == "b"
+        row for row in result_files.measured(out) if row["size"] == "256p" and row["decoder"]["name"] == "b"
     ]
     seconds = {row["tier"]: row["stages"]["base"]["median"] for row in measured}
     ratio = f"fast {seconds['reference'] / seconds['fast']:.2f}x"
@@ -190,10 +192,10 @@ def test_one_command_makes_everything_that_is_committed(
     (tmp_path / "PAGE.md").write_text("".join(f"{block}\n<!-- end -->\n" for block in blocks))
     monkeypatch.setattr(result_files, "FOLDER", results)
     monkeypatch.setattr(calibrate, "FOLDER", predictions)
-    monkeypatch.setattr(tables, "REPO", tmp_path)
-    monkeypatch.setattr(tables, "READMES", ("PAGE.md",))
+    monkeypatch.setattr(report, "REPO", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "PAGE.md")
     told = collect(str(as_if(dry, tmp_path / "a", H100)))
-    assert "rendered: PAGE.md" in told
+    assert "rendered: inference/benchmark/README.md" in told
     assert f"drawn: {results / 'latency.png'}" in told
     assert len(list(predictions.glob("*.json"))) == 2 * len(suite.SIZES)
     page = (tmp_path / "PAGE.md").read_text()
@@ -307,15 +309,15 @@ def test_collecting_refuses_what_is_no_result(
 ) -> None:
     with pytest.raises(UserError, match="holds dry runs only, none of it is a result"):
         collect(str(dry))
-    assert runner.folder_for(None, True) != runner.folder_for(None, False) == Path("runs/latency")
+    assert budget.folder_for(None, True) != budget.folder_for(None, False) == Path("runs/latency")
     with pytest.raises(UserError, match=r"holds no \.jsonl file"):
         collect(str(tmp_path))
     for wrong in ({"dry": True, "minutes": 0.0}, {"minutes": -1.0}):
         with pytest.raises(UserError, match="minutes="):
-            suite.suite(**wrong)
+            run_suite(**wrong)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch finds no GPU; `suite dry=true`"):
-            suite.suite()
+            run_suite()
 
 
 def test_a_run_is_collected_once_and_knows_its_commit(
@@ -342,4 +344,4 @@ def test_the_committed_tables_have_no_row_of_a_gpu_that_was_not_there() -> None:
     folder = "inference/results/latency"
     for table in (profile_table, memory_table, training_table):
         assert table(folder).endswith("Nothing measured yet: no GPU was available.")
-    assert "No row of ours: no H100 was available yet." in tables.latency_table(folder)
+    assert "No row of ours: no H100 was available yet." in report.latency_table(folder)

@@ -10,10 +10,9 @@ import torch
 from test_latency import small_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.benchmark import bench_networks, micro, numerical_error, result_files, timers
+from inference.benchmark import bench_networks, micro, result_files, timers
+from inference.benchmark.__main__ import decode, measure
 from inference.benchmark.components import reason_of
-from inference.benchmark.decoder_bench import decode
-from inference.benchmark.measure import measure
 from inference.benchmark.roofline.cases import make
 from magihuman import zoo
 from magihuman.models.config import DiTConfig, PackConfig
@@ -60,8 +59,8 @@ def test_a_reference_that_cannot_be_computed_is_named(monkeypatch: pytest.Monkey
     def failing(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 35 GiB.")
 
-    monkeypatch.setattr(numerical_error, "one_pass", failing)
-    found = numerical_error.Truth(network, given, exact=True).errors(velocities)
+    monkeypatch.setattr(bench_networks, "one_pass", failing)
+    found = bench_networks.ReferenceOutput(network, given, exact=True).errors(velocities)
     assert set(found) == {"against_bfloat16_reference", "against_float32_reference"}
     for value in found.values():
         assert value["status"] == "n/a"
@@ -167,10 +166,10 @@ def test_waits_are_found_by_torch_s_own_alarm(monkeypatch: pytest.MonkeyPatch) -
     modes: list[Any] = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with pytest.raises(KeyError), timers.waits(torch.device("cuda")) as lost:
+    with pytest.raises(KeyError), timers.host_waits(torch.device("cuda")) as lost:
         raise KeyError
     assert lost == []
-    with timers.waits(torch.device("cuda")) as found:
+    with timers.host_waits(torch.device("cuda")) as found:
         assert modes[-1] == "warn"
         for _ in range(2):  # the same place twice counts twice
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)

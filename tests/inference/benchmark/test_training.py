@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import peak_rate, training
+from inference.benchmark import timers
+from inference.benchmark.__main__ import collect, train
 from inference.benchmark.budget import BudgetedRun, Step, read_runs
-from inference.benchmark.collect import collect
-from inference.benchmark.gpu_tables import training_table
+from inference.benchmark.report import training_table
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.training_bench import TrainingBench, _Timer
+from inference.benchmark.training import TrainingBench, _Timer
 from magihuman.models.config import LoraConfig
 from magihuman.models.flops import adapter_flops, forward_flops
 from magihuman.zoo import plan_training
@@ -24,9 +24,9 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.jsonl of a dry run."""
     folder = tmp_path_factory.mktemp("train")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(peak_rate._SIDE, "cpu", 256)
-        patch.setitem(peak_rate._COPIED, "cpu", 1 << 20)
-        training.train(dry=True, output=str(folder))
+        patch.setitem(timers._SIDE, "cpu", 256)
+        patch.setitem(timers._COPIED, "cpu", 1 << 20)
+        train(dry=True, output=str(folder))
     return folder / "train.jsonl"
 
 
@@ -91,7 +91,7 @@ def test_the_iteration_that_warms_up_never_counts(
     """Compilation and the first choice of kernels take longer than all iterations after them."""
     clock = [0.0]
     run = BudgetedRun(tmp_path, "train", 600, clock=lambda: clock[0])
-    monkeypatch.setattr("inference.benchmark.training_bench.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("inference.benchmark.training.time.perf_counter", lambda: clock[0])
     trainer: Any = SimpleNamespace(should_stop=False)
 
     def fit() -> dict[str, Any]:

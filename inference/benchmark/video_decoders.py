@@ -1,8 +1,8 @@
-"""What the light decoders cost, from their shapes: `decode_cost(name, height, width)`, for any size, without a GPU.
+"""Video decoders: parameters, FLOPs, traffic and memory computed from shapes; times and memory measured on a device.
 
-A clip is decoded on the "meta" device, in chunks or windows as for real, and every operation is counted. Nothing is
-measured there; `python -m inference.benchmark.decode_cost` adds times on this machine's CPU at a small size, in one run.
-`python -m inference.benchmark decode` may show the counts beside measured times.
+`decode` counts and times the published decoders and ours, on a GPU. `decode_cost` counts the light decoders for any
+size without one: a clip is decoded on the "meta" device, in chunks or windows as for real, and every operation is
+counted. Nothing is measured there; `cost_report` adds times on this machine's CPU at a small size.
 """
 
 import json
@@ -21,14 +21,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from inference.benchmark import components, result_files
+from inference.benchmark.bench_networks import SEED, dtype_for
+from inference.benchmark.result_files import Row
+from inference.benchmark.roofline.cases import Case, make
+from inference.benchmark.roofline.work import (
+    PUBLISHED,
+    PUBLISHED_DECODERS,
+    Limits,
+    bound,
+    decoder_parameters,
+    video_decoder,
+)
+from inference.benchmark.timers import device_of, summary, synchronise
 from inference.decoding import Decoder, to_pictures
 from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
 from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
 from magihuman.errors import UserError
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version, processor
 from magihuman.models.gpu_specs import GPUS, Gpu
-from magihuman.zoo import decoders
+from magihuman.zoo import decoders, footprint
 from magihuman.zoo.memory_tracker import Allocations
 
+COMPUTED = "computed, not measured"
+_COUNTED_LATENTS = 10  # frames after which no chunk is larger than those before
 FORMAT = "magihuman-decode-cost/1"
 NAMES = ("released", "a", "b")
 SIZES = {"256p": (256, 448), "540p": (512, 896), "1080p": (1088, 1920)}  # rows, columns
@@ -37,8 +54,198 @@ REACHED = 400e12
 """Assumed FLOP/s of convolutions in bf16 on an H100 or H200; the peak is 989e12."""
 TARGETS = {"256p": 0.04, "540p": 0.12, "1080p": 0.5}  # seconds for B
 TARGET_BYTES = 4e9  # for B at 1080p
-PUBLISHED = {"256p": 0.4, "540p": 1.3, "1080p": 5.8}
-"""Seconds that the release's README gives for its decoder on one H100."""
+
+
+def decode(
+    size: str,
+    decoder: str,
+    seconds: float | None,
+    layouts: str,
+    device: str,
+    dtype: str,
+    repeat: int,
+    folder: Path | None,
+) -> str:
+    """Count, and on a GPU time, the video decoders; see the command `decode` for the settings.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    place, written = device_of(device), []
+    wanted = [name.strip() for name in layouts.split(",")]
+    for name in wanted:
+        if name not in ("contiguous", "channels_last"):
+            raise UserError(f"layouts={name} is unknown; choose from contiguous, channels_last")
+    made = result_files.provenance(place)
+    for case in [make(name, seconds=seconds) for name in (PUBLISHED if size == "all" else (size,))]:
+        names, rows = components.decoder_names(case), []
+        if decoder != "all" and decoder not in names:
+            raise UserError(f"decoder={decoder} is unknown; choose one of all, {', '.join(names)}")
+        for name in names if decoder == "all" else (decoder,):
+            for layout in wanted if name == "turbo" and place.type == "cuda" else wanted[:1]:
+                for search in (False, True) if place.type == "cuda" else (False,):
+                    row = decoder_row(case, name, layout, place, dtype, repeat, search)
+                    rows.append(row)
+                    print(describe(row), flush=True)
+        how = {} if any("seconds" in row.get("measured", {}) for row in rows) else {"how": COMPUTED}
+        # A file for every size: what is measured is kept if time is up before the largest is done.
+        written.append(result_files.write("decode", f"{case.size}-{decoder}", rows, made | how, folder))
+    return "\n".join(f"written to {path}" for path in written)
+
+
+def decoder_row(
+    case: Case,
+    name: str,
+    layout: str,
+    device: torch.device,
+    dtype: str,
+    repeat: int,
+    cudnn_benchmark: bool = False,
+    to_host_only: bool = False,
+) -> Row:
+    """What is computed of a decoder, and where a GPU is at hand its times.
+
+    Args:
+        layout: of the weights in memory, contiguous or channels_last.
+        dtype: of the weights, see `networks.dtype_for`; Wan is bfloat16 as released.
+        repeat: timed clips, after one to warm up.
+        cudnn_benchmark: let cuDNN time its convolution algorithms on the first clip instead of choosing by heuristics.
+        to_host_only: leave out the time without the copy to the host's memory.
+    """
+    last = case.stages[-1]
+    row: Row = {
+        "size": case.size,
+        "decoder": name,
+        "layout": layout,
+        "cudnn_benchmark": cudnn_benchmark,
+        "latents": [last.frames, last.height, last.width],
+        "pixels": list(case.pixels),
+        "frames": case.frames,
+    }
+    if case.released:
+        row |= _computed(case, name)
+        if device.type == "cpu":
+            row["measured"] = {"status": "n/a", "reason": "no GPU at hand"}
+            return row
+    kind = dtype_for(dtype, case, device)
+    if name == "wan":
+        kind = torch.bfloat16  # as released
+    codec = components.released_decoder(name, device, kind) if case.released else _tiny(case, name, device)
+    if isinstance(codec, components.Missing):
+        row["measured"] = {"status": "n/a", "reason": codec.reason}
+        return row
+    if "parameters" not in row:
+        row["parameters"] = sum(tensor.numel() for tensor in codec.parameters())
+    if layout == "channels_last":
+        _channels_last(codec)
+    usual, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
+    try:
+        row["measured"] = _measured(case, codec, device, repeat, to_host_only) | {
+            "dtype": str(kind).removeprefix("torch.")
+        }
+    except RuntimeError as error:  # too large for the device's memory, or a kernel that it does not have
+        row["measured"] = {"status": "n/a", "reason": str(error).strip().splitlines()[0][:200]}
+    finally:
+        torch.backends.cudnn.benchmark = usual
+    return row
+
+
+def _channels_last(codec: torch.nn.Module) -> None:
+    """Kernels of convolutions with channels varying fastest. (`Module.to` takes one format for 4 and 5 dimensions.)"""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in codec.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
+def _tiny(case: Case, name: str, device: torch.device) -> Any:
+    return components.make(case, name, device, torch.float32).decoder
+
+
+def _computed(case: Case, name: str) -> Row:
+    """What follows from shapes: exact FLOPs, the least time on an H100, peak memory."""
+    work = video_decoder(case, name)
+    return {
+        "parameters": decoder_parameters(name),
+        "flops": work.flops,
+        "computed": {
+            "least_seconds_h100": float(f"{bound(work, Limits.of(GPUS['h100'])).seconds:.4g}"),
+            "peak_memory_bytes": peak_memory(case, name),
+        },
+    }
+
+
+def peak_memory(case: Case, name: str) -> int:
+    """Computed bytes of weights and activations while a clip is decoded chunk by chunk, bf16, without what kernels
+    take for themselves."""
+    last = case.stages[-1]
+    pixels = case.pixels[0] * case.pixels[1]
+    published = {"turbo": footprint.TURBO_DECODER, "wan": footprint.WAN_DECODER}
+    if name in PUBLISHED_DECODERS:
+        return published[name].weights + published[name].activations(pixels)
+    codec = components.released_decoder(name, torch.device("meta"), torch.bfloat16)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in codec.parameters())
+    latents = torch.zeros(
+        1, codec.channels, min(last.frames, _COUNTED_LATENTS), last.height, last.width, device="meta"
+    )
+    with torch.no_grad(), Allocations() as counted:
+        for part in codec.decode_stream(latents):
+            del part
+    return weights + counted.peak
+
+
+@torch.no_grad()
+def _measured(case: Case, codec: Any, device: torch.device, repeat: int, to_host_only: bool) -> Row:
+    """Seconds to 8-bit pictures on the device, and to pictures in the host's memory while the next are decoded."""
+    last, decoder = case.stages[-1], Decoder(codec)
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (1, codec.channels, last.frames, last.height, last.width)
+    latents = torch.randn(shape, generator=generator).to(device)
+
+    def on_device() -> None:
+        for part in decoder.frames(latents):
+            to_pictures(part)
+
+    def to_host() -> None:
+        for _ in decoder.stream(latents):
+            pass
+
+    row: Row = {}
+    for name, call in (("seconds", on_device), ("to_host_seconds", to_host)):
+        if to_host_only and call is on_device:
+            continue
+        times = []
+        for number in range(repeat + 1):  # the first one chooses the convolutions' kernels
+            synchronise(device)
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            if number:
+                times.append(time.perf_counter() - start)
+            elif device.type == "cuda":  # not the workspaces of the search
+                torch.cuda.reset_peak_memory_stats(device)
+        row[name] = summary(times)
+    if device.type == "cuda":
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return row
+
+
+def describe(row: Row) -> str:
+    """A row for the terminal."""
+    line = f"{row['size']:<6} {row['decoder']:<8} {row['layout']:<14}{row['parameters'] / 1e6:>8.1f} M"
+    line += " cudnn.benchmark" if row["cudnn_benchmark"] else ""
+    if "flops" in row:
+        line += (
+            f"{row['flops'] / 1e12:>9.1f} TFLOP{row['computed']['peak_memory_bytes'] / 1e9:>7.2f} GB computed"
+        )
+    found = row["measured"]
+    if "reason" in found:
+        return f"{line}; not measured: {found['reason']}"
+    alone = f"{found['seconds']['median']:.4g} s, " if "seconds" in found else ""
+    return f"{line}; {alone}to the host {found['to_host_seconds']['median']:.4g} s"
+
+
+# -- counts of the light decoders
 
 
 @dataclass(frozen=True)
@@ -199,32 +406,18 @@ def cpu_seconds(names: tuple[str, ...], side: int, latents: int, repeat: int) ->
     return {name: {"seconds": min(found), "all": found} for name, found in times.items()}
 
 
-def report(
-    side: int = 64,
-    latents: int = 14,
-    repeat: int = 2,
-    output: str | None = None,
-) -> None:
-    """Counts of the light decoders at 256p, 540p and 1080p with predicted times, and CPU times at a small size.
-
-    Args:
-        side: of the square picture whose decoding is timed on the CPU, in pixels; 0 times nothing
-        latents: of that clip
-        repeat: how often it is timed; the least counts
-        output: JSON file to write everything to
+def cost_report(side: int, latents: int, repeat: int, output: Path | None) -> str:
+    """Count the light decoders, and time them at a small size; see the command `decode_cost` for the settings.
 
     Raises:
         UserError: a size that cannot be, or a file that cannot be written.
     """
-    from magihuman.io.files import write_atomically
-    from magihuman.io.provenance import code_version, processor
-
     if side % 16 or side < 0 or latents < 1 or repeat < 1:
         raise UserError(
             f"side={side} latents={latents} repeat={repeat}: side is a multiple of 16, the others >= 1"
         )
     rows = []
-    print(f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}")
+    lines = [f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}"]
     for size, (height, width) in SIZES.items():
         base = None
         for name in NAMES:
@@ -238,11 +431,11 @@ def report(
             row["seconds"] = {key: cost.seconds(GPUS[key]) for key in ("h100", "h200")}
             # What the release's published time says of our prediction for it, applied to the student.
             row["seconds_by_published"] = (
-                PUBLISHED[size] * cost.seconds(GPUS["h100"])[1] / base.seconds(GPUS["h100"])[1]
+                PUBLISHED[size]["decode"] * cost.seconds(GPUS["h100"])[1] / base.seconds(GPUS["h100"])[1]
             )
             rows.append(row)
             low, high = row["seconds"]["h100"]
-            print(
+            lines.append(
                 f"{size:<8}{name:<10}{cost.flops / 1e12:>9.1f}{cost.product_bytes / 1e9:>9.1f}"
                 f"{cost.pointwise_bytes / 1e9:>10.1f}{cost.peak_bytes / 1e9:>9.2f}{low:>11.3f} - {high:.3f}"
             )
@@ -257,7 +450,7 @@ def report(
             values["flops"] = counts[name].flops
             values["of_released"] = found[NAMES[0]]["seconds"] / values["seconds"]
             values["flops_of_released"] = counts[NAMES[0]].flops / counts[name].flops
-            print(
+            lines.append(
                 f"CPU {side} px, {latents} latents, {name:<10}{values['seconds']:>8.2f} s, released takes "
                 f"{values['of_released']:.1f} times as long (FLOPs: {values['flops_of_released']:.1f})"
             )
@@ -266,7 +459,7 @@ def report(
             "side": side, "latents": latents, "repeat": repeat, "decoders": found,
         }  # fmt: skip
     if output is None:
-        return
+        return "\n".join(lines)
     given = {"side": side, "latents": latents, "repeat": repeat, "output": output}
     values = {
         "format": FORMAT,
@@ -275,12 +468,18 @@ def report(
             "bandwidth": {k: GPUS[k].bandwidth for k in ("h100", "h200")},
         },
         "targets_for_b": {"seconds": TARGETS, "peak_bytes_1080p": TARGET_BYTES},
-        "published_for_released_h100": PUBLISHED,
+        "published_for_released_h100": {size: times["decode"] for size, times in PUBLISHED.items()},
         "computed": rows,
         "cpu": measured,
         "provenance": {
             "command": shlex.join(
-                ["python", "-m", "inference.benchmark.decode_cost", *(f"{k}={v}" for k, v in given.items())]
+                [
+                    "python",
+                    "-m",
+                    "inference.benchmark",
+                    "decode_cost",
+                    *(f"{k}={v}" for k, v in given.items()),
+                ]
             ),
             "code": code_version(),
             "machine": processor(),
@@ -289,13 +488,8 @@ def report(
         },
     }
     try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(output), json.dumps(values, indent=1) + "\n")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, json.dumps(values, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write output={output}: {error.strerror or error}") from error
-
-
-if __name__ == "__main__":
-    from magihuman.cli import run
-
-    run(report, "python -m inference.benchmark.decode_cost")
+    return "\n".join([*lines, f"written to {output}"])
