@@ -1,4 +1,5 @@
-"""Latency on a machine that has torch, triton, numpy, safetensors and einops only, as rented GPU boxes do."""
+"""The benchmark on a machine with torch, triton, numpy, safetensors, einops and PyYAML only: a rented GPU with one
+package installed, PyYAML, which reads the architectures of configs/."""
 
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[3]
-THERE = ("torch", "triton", "numpy", "safetensors", "einops")
+THERE = ("torch", "triton", "numpy", "safetensors", "einops", "PyYAML")
 ABSENT = (
     "hydra",
     "omegaconf",
@@ -18,7 +19,6 @@ ABSENT = (
     "diffusers",
     "transformers",
     "av",
-    "yaml",
     "tqdm",
     "matplotlib",
     "scipy",
