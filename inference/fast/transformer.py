@@ -102,7 +102,7 @@ class FastTransformer(nn.Module):
 
     @property
     def window(self) -> int | None:
-        """What `magihuman.models.attention.prepare` has to prepare: nothing for kernels chosen here."""
+        """What `magihuman.models.attention.prepare_block_mask` has to prepare: nothing for kernels chosen here."""
         return self.local_window if self.kernel is None else None
 
     def rotary(self, layout: Layout) -> Tensor:

@@ -35,16 +35,16 @@ FUSED_ATTENTION = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
     }
 )
-"""Operators whose results are kept, by qualified name: some of them exist on some machines only."""
+"""Operators whose results are kept, by qualified name, since some exist on some machines only."""
 
 
 def recomputed(block: Callable[..., Tensor], *inputs: Any, mode: Checkpointing) -> Tensor:
-    """`block(*inputs)` without keeping its activations; the same result and the same gradients, to the bit.
+    """`block(*inputs)` without keeping its activations; result and gradients are equal bit for bit.
 
     Args:
-        block: draws nothing at random.
-        mode: True or "attention". The latter knows operators by the calls that torch dispatches, so a block that is
-            compiled has to leave attention out of its graph.
+        block: without random numbers.
+        mode: True or "attention". The latter recognises dispatched operators, so a compiled block has to leave
+            attention outside of its graph.
     """
     contexts = _ALL_BUT_ATTENTION if mode == "attention" else noop_context_fn
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -1,16 +1,16 @@
-"""Attention within each sample of a packed batch, one function over several back ends.
+"""Attention within each sample of a packed batch: one function, several back ends.
 
 Tokens arrive modality-major (`magihuman.models.tokens.Layout`). Samples of equal length are attended together as one
 dense batch; a ragged batch is one dense batch per distinct length, or one variable-length kernel call.
 
-Back ends, all with forward and backward:
+Back ends, all differentiable:
     math       softmax(q k') v in plain matrix products of the given dtype; fastest for short sequences on CPU
     sdpa       torch's fused kernels
     flash      flash-attn's variable-length kernel; needs the package and a CUDA device
     flex       FlexAttention with a block mask, where samples or windows need one
     windowed   local attention by range pairs, merged with log-sum-exp (SPEC 1.6)
-    reference  fp32 softmax over keys and values in the given dtype; with bf16 inputs it reproduces the released
-               implementation's stand-in bit by bit (SPEC 12). With a window it applies the mask of SPEC 1.6.
+    reference  fp32 softmax over keys and values in the given dtype; with bf16 inputs it equals the attention of the
+               released implementation's test vectors bit for bit (SPEC 12). With a window it applies the mask of SPEC 1.6.
 """
 
 from collections.abc import Callable
@@ -48,13 +48,13 @@ def attention(
     Args:
         q: [L,Hq,D] in packed order; k, v: [L,Hkv,D]. fp32 or bf16.
         backend: one of BACKENDS.
-        window: frames that a video token sees to each side, beside all audio and text; None for all frames.
+        window: frames to each side that a video token attends to, in addition to all audio and text; None for all.
 
     Returns:
         [L,Hq,D] in packed order, dtype of q.
 
     Raises:
-        ValueError: for an unknown back end, or one that cannot do what is asked.
+        ValueError: for an unknown back end, or one without windows or kernels for this call.
     """
     return layout.attend(_attention, q, k, v, backend, window)
 
@@ -89,7 +89,7 @@ def local_ranges(video: int, others: int, frames: int, receptive: int) -> tuple[
 
     Args:
         video: video tokens; others: audio and text tokens together.
-        frames: latent frames; receptive: frames seen to each side.
+        frames: latent frames; receptive: frames attended to on each side.
 
     Returns:
         int32 [frames + 2, 2] twice: one pair per frame, all video -> others, others -> everything.
@@ -107,7 +107,7 @@ def local_ranges(video: int, others: int, frames: int, receptive: int) -> tuple[
 
 
 def local_mask(video: int, others: int, frames: int, receptive: int) -> Tensor:
-    """Who may see whom in local attention: bool [n,n], rows are queries, n = video + others (SPEC 1.6)."""
+    """Mask of local attention: bool [n,n], rows are queries, n = video + others (SPEC 1.6)."""
     per_frame = video // frames
     frame = torch.arange(video) // per_frame
     mask = torch.ones(video + others, video + others, dtype=torch.bool)
@@ -115,8 +115,8 @@ def local_mask(video: int, others: int, frames: int, receptive: int) -> Tensor:
     return mask
 
 
-def prepare(layout: Layout, window: int | None) -> Layout:
-    """Make what local layers need of this layout on a GPU, outside of any loop or compiled region."""
+def prepare_block_mask(layout: Layout, window: int | None) -> Layout:
+    """Build FlexAttention's block mask of local layers on a GPU before any loop or compiled region; returns `layout`."""
     if window is not None and layout.coords.is_cuda:
         _block_mask(layout, window)
     return layout
@@ -198,7 +198,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     shared = q.shape[1] != k.shape[1]
     if shared and q.is_cuda and q.dtype == torch.float32:
-        # No fused kernel takes shared heads in fp32; plain mathematics would hold all scores.
+        # No fused kernel takes shared heads in fp32; torch would fall back to a product that stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         shared = False
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared).transpose(1, 2)
@@ -304,14 +304,14 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
         frame = layout.coords[:, 0]
         if layout.order is not None:
             video, frame = video[layout.order], frame[layout.order]
-        # A reach beyond every distance in frames means no window.
+        # Without a window the reach is larger than every distance in frames.
         reach = layout.frames + 1 if window is None else window
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             near = (frame[i] - frame[j]).abs() <= reach
             return (sample[i] == sample[j]) & (near | ~video[i] | ~video[j])
 
-        # Compiled on a GPU: plainly it would hold length x length booleans, several GB at 1080p.
+        # Compiled on a GPU: uncompiled it makes length x length booleans, several GB at 1080p.
         build = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
         masks[window] = build(visible, None, None, length, length, device=device)
     return masks[window]

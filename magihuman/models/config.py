@@ -1,4 +1,4 @@
-"""Hyperparameters of the network and of its token packing, without torch so that listings start at once."""
+"""Hyperparameters of network, token packing, token routing and LoRA; without torch, for fast commands."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeVar
 from magihuman.errors import UserError
 
 EXPERTS = 3
-"""Multi-modality layers hold one expert each for video, audio and text, stacked in this order (SPEC 1.2)."""
+"""Experts of a multi-modality layer: video, audio, text, stacked in this order (SPEC 1.2)."""
 
 COORDS_STYLES = ("v1", "v2")
 """v2: base and distilled models; v1: super-resolution models (SPEC 2.1)."""
 
 Checkpointing = Literal[False, True, "attention"]
-"""What the backward pass recomputes of the blocks: nothing, everything, or all but attention; see
+"""Recomputation of the blocks in the backward pass: none, everything, or all but attention; see
 `magihuman.models.activation_checkpointing`."""
 
 _Config = TypeVar("_Config", bound="_FromDict")
@@ -59,7 +59,7 @@ class DiTConfig(_FromDict):
         mm_layers: layers with one expert per modality.
         gelu7_layers: layers with GELU7; the others use SwiGLU7.
         post_norm_layers: layers that normalise each half's output before the residual sum.
-        local_attn_layers: layers whose video tokens see a window of frames (SPEC 1.6).
+        local_attn_layers: layers whose video tokens attend to a window of frames (SPEC 1.6).
         enable_attn_gating: one sigmoid gate per token and query head on the attention output.
 
     Raises:
@@ -165,7 +165,7 @@ class DiTConfig(_FromDict):
             yield f"final_linear_{name}.weight", (width, hidden), False
 
     def parameter_count(self) -> int:
-        """Trainable numbers, so without the rotary bands."""
+        """Number of parameters, without the buffer of rotary bands."""
         return sum(prod(shape) for key, shape, _ in self.tensors() if key != "adapter.rope.bands")
 
 
@@ -177,12 +177,12 @@ def local_layers(count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PackConfig(_FromDict):
-    """How latents become tokens (SPEC 2).
+    """Settings of token packing (SPEC 2).
 
     Attributes:
         patch_size: latent rows and columns per video token; one latent frame deep.
         coords_style: "v2" (base, distilled) or "v1" (super-resolution).
-        frame_receptive_field: frames seen to each side in local layers.
+        frame_receptive_field: frames to each side in local layers.
         text_offset: added to text positions, v1 only.
     """
 
@@ -228,12 +228,12 @@ class LoraConfig(_FromDict):
 
     Attributes:
         rank: r of every block matrix, per expert.
-        alpha: the change is alpha / r B A; None takes alpha = r.
-        heads: the LoRA owns a copy of the embedders, final norms and final linears, trained whole; these are small
-            beside the block matrices, and a low rank would not make them smaller.
+        alpha: the update is alpha / r B A; None takes alpha = r.
+        heads: train copies of the embedders, final norms and final linears in full; they are small compared with the
+            block matrices, and a low rank would not make them smaller.
 
     Raises:
-        UserError: at construction, for values that make no LoRA.
+        UserError: at construction, for impossible values.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""The network behind latents: pack, run, unpack. What training, distillation and sampling call."""
+"""Denoiser: latents to tokens, transformer, velocities back to latents; used by training, distillation and sampling."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.errors import UserError
-from magihuman.models.attention import prepare
+from magihuman.models.attention import prepare_block_mask
 from magihuman.models.config import PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.tokens import Layout, patchify, unpatchify
@@ -17,21 +17,24 @@ _KEPT_LAYOUTS = 16
 
 
 class Denoiser(nn.Module):
-    """Velocity of video and audio latents.
+    """Predicts the velocities of video and audio latents.
+
+        denoiser = Denoiser(model, PackConfig(patch_size=2))
+        video_v, audio_v = denoiser(video, audio, text)   # [B,C,T,h,w], [B,A,Ca], B tensors [S,Ct]
 
     Args:
         model: the transformer.
         pack: how latents become tokens.
 
     Raises:
-        UserError: when the model's video width is no multiple of the patch area.
+        UserError: when the model's video width is not a multiple of the patch area.
     """
 
     def __init__(self, model: SingleStreamDiT, pack: PackConfig) -> None:
         super().__init__()
         if model.config.video_in_channels % pack.patch_size**2:
             raise UserError(
-                f"video_in_channels {model.config.video_in_channels} is no multiple of the patch area "
+                f"video_in_channels {model.config.video_in_channels} is not a multiple of the patch area "
                 f"{pack.patch_size**2}; set it to latent channels x patch_size x patch_size"
             )
         self.model = model
@@ -51,12 +54,12 @@ class Denoiser(nn.Module):
         text_lens: Sequence[int],
         device: torch.device | str | None = None,
     ) -> Layout:
-        """Layout with rotary table for latents of this shape; recent ones are kept, so asking again is cheap.
+        """Layout with rotary table for latents of this shape; recent ones are cached.
 
         Args:
             video_shape: (..., T, h, w), for instance the shape of the latents.
             audio_len: A; text_lens: S of each sample, one per sample of the batch.
-            device: where the tables live; the model's device where absent.
+            device: of the tables; the model's device if None.
 
         Raises:
             ValueError: when h or w is no multiple of the patch size.
@@ -70,7 +73,7 @@ class Denoiser(nn.Module):
         if key not in self._layouts:
             while len(self._layouts) >= _KEPT_LAYOUTS:
                 self._layouts.pop(next(iter(self._layouts)))
-            # Made outside inference mode, so that a layout first met while sampling can serve training too.
+            # Made outside inference mode, so that a layout first used for sampling can be used for training too.
             with torch.inference_mode(False), torch.no_grad():
                 layout = Layout.build(
                     (frames, height // patch, width // patch),
@@ -80,9 +83,12 @@ class Denoiser(nn.Module):
                     text_offset=self.pack.text_offset,
                     device=device,
                 )
-                masked = self.model.attention_backend in ("auto", "flex")  # the others need no block mask
+                masked = self.model.attention_backend in (
+                    "auto",
+                    "flex",
+                )  # other back ends need no block mask
                 window = self.model.window if masked else None
-                self._layouts[key] = prepare(layout.with_rotary(self.model.rotary(layout)), window)
+                self._layouts[key] = prepare_block_mask(layout.with_rotary(self.model.rotary(layout)), window)
         return self._layouts[key]
 
     def begin(self, steps: int) -> None:
@@ -99,8 +105,8 @@ class Denoiser(nn.Module):
         """Predict velocities of a batch.
 
         Args:
-            video: [B,C,T,h,w]; audio: [B,A,Ca], A = 0 without sound; text: B tensors [S_i,Ct].
-            layout: from `layout_for`; looked up where absent.
+            video: [B,C,T,h,w]; audio: [B,A,Ca], A = 0 without audio; text: B tensors [S_i,Ct].
+            layout: from `layout_for`, which is called if None.
             lora: name of the LoRA to compute with (`magihuman.models.lora`); None is the base.
 
         Returns:
@@ -131,7 +137,7 @@ class Denoiser(nn.Module):
         taps: Sequence[int],
         lora: str | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """The residual stream of both modalities after some layers, as `forward` sees them.
+        """Residual stream of both modalities after some layers.
 
         Args:
             taps: layers, ascending.

@@ -1,6 +1,6 @@
 """The single-stream transformer: video, audio and text tokens in one sequence, velocity out (SPEC 1).
 
-It takes no timestep: the noise level is to be seen from the tokens themselves.
+There is no timestep input: the network infers the noise level from the tokens.
 """
 
 import sys
@@ -46,7 +46,7 @@ class _Rope(nn.Module):
 
 
 class Embedders(nn.Module):
-    """Each modality's tokens to the hidden width, fp32 (SPEC 1.3)."""
+    """Linear embedders of the three modalities, fp32 (SPEC 1.3); called `adapter` in the released state dict."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Embedders(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention half of a block (SPEC 1.5); the residual sum is the block's."""
+    """Attention half of a block, without the residual sum (SPEC 1.5)."""
 
     def __init__(self, config: DiTConfig, experts: int, linear_dtype: torch.dtype) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward half of a block (SPEC 1.5)."""
+    """MLP half of a block, without the residual sum (SPEC 1.5)."""
 
     def __init__(self, config: DiTConfig, layer: int, linear_dtype: torch.dtype) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer on the fp32 residual stream."""
+    """One transformer layer on the fp32 residual stream."""
 
     def __init__(self, config: DiTConfig, layer: int, linear_dtype: torch.dtype) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Block(nn.Module):
 def _add(
     parts: tuple[Tensor, ...] | list[Tensor], change: list[Tensor], norm: RMSNorm | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    if norm is not None:  # its result is rounded to `dtype`, also where a LoRA left the change in fp32
+    if norm is not None:  # rounded to `dtype`, also where a LoRA made the change fp32
         change = [rms_norm(y, weight).to(dtype) for y, weight in zip(change, norm.slices(), strict=True)]
     return [x + y for x, y in zip(parts, change, strict=True)]
 
@@ -200,14 +200,14 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 class _Blocks(nn.Module):
-    # Only a level of names: the released keys read "block.layers.0...".
+    # For the names of the released keys, "block.layers.0...".
     def __init__(self, layers: list[Block]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
 
 class Ends(nn.Module):
-    """What lies before and after the blocks, under the released names: embedders, final norms, final linears.
+    """The layers before and after the blocks, under the released names: embedders, final norms, final linears.
 
     A LoRA may own a whole set of them (`magihuman.models.lora`).
     """
@@ -226,7 +226,11 @@ class Ends(nn.Module):
 class SingleStreamDiT(nn.Module):
     """Packed tokens of noisy video, noisy audio and text -> velocities of video and audio.
 
-    State-dict keys and shapes are the release's (SPEC 1.2).
+        model = SingleStreamDiT(zoo.arch("small"), compute_dtype=torch.bfloat16)
+        video_v, audio_v = model(video, audio, text, layout)   # [Nv,Cv], [Na,Ca], [Nt,Ct], tokens.Layout
+
+    `magihuman.models.denoiser.Denoiser` takes latents instead of tokens. State-dict keys and shapes are the release's
+    (SPEC 1.2).
 
     Args:
         config: shape of the network.
@@ -235,10 +239,10 @@ class SingleStreamDiT(nn.Module):
             Embedders, norms and heads are always fp32.
 
     Attributes:
-        gradient_checkpointing: what the backward pass recomputes of each block: nothing (False), everything (True), or
-            all but attention ("attention"), see `magihuman.models.activation_checkpointing`.
+        gradient_checkpointing: what of each block is recomputed in the backward pass: nothing (False), everything (True),
+            or all but attention ("attention"), see `magihuman.models.activation_checkpointing`.
         tread: token routing, in training mode only; None for none.
-        tread_generator: source of the routing's draws; None takes torch's default one.
+        tread_generator: random generator of the routing; None takes torch's default one.
         attention_backend: see `magihuman.models.attention`.
         frame_receptive_field: window of the local layers, in frames to each side; negative turns windows off.
         lora_configs: rank and scale of each LoRA by name, see `magihuman.models.lora.add_lora`.
@@ -276,10 +280,10 @@ class SingleStreamDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """Draw fresh weights: variance-keeping products, residual branches scaled by depth, zero heads.
+        """Initialise the weights: variance-preserving products, residual branches scaled by depth, zero heads.
 
         Args:
-            seed: of the draw; None continues torch's default generator.
+            seed: of the generator; None continues torch's default generator.
         """
         generator = None
         if seed is not None:
@@ -344,10 +348,10 @@ class SingleStreamDiT(nn.Module):
         Args:
             video: [Nv,Cv], all samples' patchified video tokens; audio: [Na,Ca]; text: [Nt,Ct].
             rotary: fp32 [L,3D/4] made earlier for this layout; computed where absent.
-            lora: name of the LoRA to compute with; None is the base. An argument and no state, so that a pass recomputed for
-                its gradients is the same pass, whatever was called in between.
-            taps: layers, ascending, after which the residual stream is wanted too; as a value and not by a hook, so
-                that it survives recomputation and sharding.
+            lora: name of the LoRA to compute with; None is the base. An argument instead of state, so that activation
+                checkpointing recomputes the same pass whatever was called in between.
+            taps: layers, ascending, after which the residual stream is returned too. A return value instead of a hook, so
+                that it works with recomputation and sharding.
 
         Returns:
             fp32 [Nv,Cv] in the output's channel order (`magihuman.models.tokens.unpatchify`), fp32 [Na,Ca], and with taps a
@@ -365,7 +369,7 @@ class SingleStreamDiT(nn.Module):
         tapped, done = [], 0
         if tread is not None:
             if taps:
-                raise ValueError("token routing leaves nothing whole to tap; switch it off")
+                raise ValueError("taps need all tokens; switch token routing off")
             x = self._run_routed(x, table, layout, tread, lora)
             done = self.config.num_layers
         for tap in taps:

@@ -1,4 +1,4 @@
-"""Latent contract: which codecs, text features and rates a checkpoint was trained with."""
+"""Latent contract: the codecs, text features and rates that a checkpoint was trained with."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,9 +8,9 @@ from magihuman.errors import UserError
 
 @dataclass(frozen=True)
 class Contract:
-    """The latent contract: what a checkpoint expects of codecs, text features and rates.
+    """Names, shapes and rates of the latents of a checkpoint, a codec bundle or shards.
 
-    It travels with codecs, shards and checkpoints; a mismatch is an error at load, never a wrong picture.
+    It is stored with checkpoints and shards and compared at load, so a mismatch is an error instead of a wrong clip.
 
     Attributes:
         video_codec, audio_codec, text_encoder: names (with a content hash where the codec is fitted).
@@ -42,7 +42,7 @@ class Contract:
         """Raise unless both contracts are equal.
 
         Args:
-            mine, theirs: what the two belong to, for the message ("checkpoint tiny/base", "shards runs/x").
+            mine, theirs: owners of the two contracts, for the message ("checkpoint tiny/base", "shards runs/x").
 
         Raises:
             UserError: naming every field that differs.

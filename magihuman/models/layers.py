@@ -1,7 +1,7 @@
-"""Parts of a block: normalisation and products with one expert per modality, and the two activations.
+"""Layers of a block: RMS norm and linear layers with one expert per modality, and the two activations.
 
-A weight with m experts stacks them along dimension 0 in the order video, audio, text (SPEC 1.2). Callers split
-the tokens the same way, so an expert is a slice of the weight applied to a slice of the rows.
+A weight with m experts stacks them along dimension 0 in the order video, audio, text (SPEC 1.2). Tokens are ordered the
+same way, so an expert is a slice of the weight applied to a slice of the rows.
 """
 
 import math
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, offset: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    # Half the passes over memory of what autograd derives from the formula.
+    # Half the memory traffic of the gradient that autograd derives from the formula.
     @staticmethod
     def forward(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         inverse = _inverse_rms(x)
@@ -56,7 +56,7 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Holds the offsets of `rms_norm`: `weight` fp32 [experts * width]."""
+    """RMS norm with the weights of all experts: `weight` fp32 [experts * width], the offset from 1."""
 
     def __init__(self, width: int, experts: int = 1) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
 
 class Update(NamedTuple):
-    """Low-rank change of one expert's matrix: W + scale * up @ down, never summed.
+    """Low-rank update of one expert's matrix: W + scale * up @ down, which is never formed.
 
     Attributes:
         down: [r, columns]; up: [rows, r]; both in the compute dtype.
@@ -87,8 +87,8 @@ class Update(NamedTuple):
 def product(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
     """x W' (+ scale (x down') up'): [n, columns] -> [n, rows], in the dtype of x; fp32 with an update.
 
-    Rounded to bf16, the sum W + scale up @ down would lose changes below 1/256 of a weight, and so would the sum of the
-    products. So it is left in fp32, which is what nearly all its readers compute in.
+    In bf16 the sum W + scale up @ down would lose changes below 1/256 of a weight, and so would the sum of the products;
+    it is returned in fp32, in which nearly all callers compute anyway.
     """
     y = F.linear(x, weight)
     if update is None:
@@ -99,7 +99,7 @@ def product(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
 class LowRank(nn.Module):
     """One LoRA's share in an `ExpertLinear`: fp32 A [experts * rank, columns] and B [experts * rows, rank].
 
-    A is drawn by `magihuman.models.lora.add_lora`; B starts at 0, so the product is the base's.
+    `magihuman.models.lora.add_lora` initialises A; B starts at 0, so the product starts as the base's.
     """
 
     def __init__(self, columns: int, rows: int, experts: int, rank: int, scale: float) -> None:
@@ -116,7 +116,7 @@ class LowRank(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """Product without bias: `weight` [experts * rows, columns], cast to the compute dtype when used.
+    """Linear layer of stacked experts, without bias: `weight` [experts * rows, columns], cast to the compute dtype when used.
 
     `lora` holds the `LowRank` of each LoRA by name; usually empty.
     """
@@ -133,13 +133,13 @@ class ExpertLinear(nn.Module):
         return weight.chunk(self.experts) if self.experts > 1 else (weight,)
 
     def init(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Draw from a normal distribution cut at three standard deviations."""
+        """Initialise from a normal distribution truncated at three standard deviations."""
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
 def updates(linear: ExpertLinear, lora: str | None, dtype: torch.dtype) -> Sequence[Update | None]:
     """Low-rank updates of the matrices of `linear.slices` by the LoRA of this name; None for each where `lora` is None."""
-    if lora is None:  # asks for nothing but `experts`, so that other storage of the base can stand here
+    if lora is None:  # needs only `experts`, so that quantised linears work too
         return (None,) * linear.experts
     low = linear.lora[lora]
     assert isinstance(low, LowRank)
@@ -165,8 +165,8 @@ class _Gelu7(torch.autograd.Function):
 
 
 class _Swiglu7(torch.autograd.Function):
-    # Memory-bound, so it saves its inputs only (autograd would keep five more tensors) and masks gradients by
-    # kernels that fuse the comparison: a product with a boolean is several times slower on CPU.
+    # Memory-bound: saves its inputs only (autograd would keep five more tensors), and masks gradients by kernels
+    # with a fused comparison, since a product with a boolean is several times slower on CPU.
     @staticmethod
     def forward(gate: Tensor, linear: Tensor) -> Tensor:
         g, shifted = gate.float().clamp(max=LIMIT), linear.float().clamp(-LIMIT, LIMIT).add_(1)
@@ -178,7 +178,7 @@ class _Swiglu7(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        saved = ctx.saved_tensors  # to be read once only: checkpointing recomputes it at each reading
+        saved = ctx.saved_tensors  # read once: with checkpointing each access recomputes it
         dtype = saved[0].dtype
         gate, linear, grad = saved[0].float(), saved[1].float(), grad.float()
         clamped = gate.clamp(max=LIMIT)
@@ -191,7 +191,7 @@ class _Swiglu7(torch.autograd.Function):
 
 
 _ABOVE_LIMIT = LIMIT + 2.0**-21
-"""Next fp32 number above the limit: the masking kernel is strict, clamping is not."""
+"""The next fp32 number above the limit: the masking kernel compares strictly, clamping does not."""
 
 
 def _within(grad: Tensor, y: Tensor, low: float) -> Tensor:
@@ -223,7 +223,7 @@ def swiglu7(gate: Tensor, linear: Tensor) -> Tensor:
 def swiglu7_projection(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:
     """`swiglu7` of `product`, whose columns alternate between gate and linear: [n,H], [2I,H] -> [n,I]."""
     if weight.device.type == "cpu":
-        # Sorting the rows of the weight costs far less than reading every second column of the product twice.
+        # Reordering the rows of the weight is much cheaper than strided reads of the product.
         if update is not None:
             update = update._replace(up=_planes(update.up))
         return swiglu7(*product(x, _planes(weight), update).chunk(2, dim=-1))
@@ -246,8 +246,8 @@ def projection_std(columns: int, depth: int = 1) -> float:
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Embedder or head in fp32 whatever dtype its parameters are kept in."""
+    """Embedder or head computed in fp32, whatever the dtype of its parameters."""
     if layer.weight.dtype == torch.float32:
-        return layer(x.float())  # called as a module: what shards weights by module (ZeRO-3) has to see it
+        return layer(x.float())  # called as a module, which ZeRO-3's hooks need
     bias = None if layer.bias is None else layer.bias.float()
     return F.linear(x.float(), layer.weight.float(), bias)

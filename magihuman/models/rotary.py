@@ -1,4 +1,4 @@
-"""Element-wise Fourier rotary embedding over time, row and column (SPEC 1.4)."""
+"""Rotary position embedding over time, row and column: frequencies, table, rotation (SPEC 1.4)."""
 
 from typing import Any
 
@@ -47,8 +47,8 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    # Works in place on one copy: concatenating the three channel runs is slow on CPU. The gradient is the
-    # rotation by the opposite angle, so nothing but the table is kept.
+    # In place on one copy, since concatenating three channel ranges is slow on CPU. The gradient is the rotation by
+    # the opposite angle, so only the table is saved.
     @staticmethod
     def forward(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
         half = sin.shape[-1]

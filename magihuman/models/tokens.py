@@ -1,4 +1,7 @@
-"""Latents to tokens and back, packing of a batch, and the Layout that describes it.
+"""Latents to tokens and back, packing of a batch, and `Layout`, the description of a packed batch.
+
+    layout = Layout.build((T, h // p, w // p), audio=A, text=[S])   # one sample
+    tokens = patchify(latents, p)                                   # [B,C,T,h,w] -> [B,N,C p p]
 
 Symbols used in the whole code base: B batch, T latent frames, h w latent height and width, C latent channels,
 p patch size, N = T (h/p) (w/p) video tokens of a sample, A audio latents, S text tokens, L packed tokens of the
@@ -6,7 +9,7 @@ whole batch, H hidden size, D head dimension, K solver steps, sigma noise level 
 v velocity = noise - x0.
 
 Packing is **modality-major**: the video tokens of all samples, then all audio, then all text, so that every
-expert owns one contiguous slice and no permutation is needed around token-wise operations. For one sample this
+expert has one contiguous slice and token-wise operations need no permutation. For one sample this
 is the released order. Samples of a batch share T, h, w and A; only their text lengths differ.
 """
 
@@ -37,7 +40,7 @@ def patchify(z: Tensor, patch: int) -> Tensor:
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int, channels: int) -> Tensor:
     """Model output [B,N,p p C], channels last inside a token, -> latents [B,C,T,h,w] (SPEC 2).
 
-    Not the inverse of `patchify`: the released model writes its output in another channel order than it reads.
+    Not the inverse of `patchify`: the released model writes its output in a different channel order than its input (O5).
 
     Args:
         grid: (T, h, w) of the latents.
@@ -69,18 +72,18 @@ def pad_or_trim(features: Tensor, length: int) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where every token of a packed batch is and what it is; made once per request or batch, never changed.
+    """Lengths, coordinates and modality of all tokens of a packed batch; made once per request or batch, immutable.
 
     Attributes:
         video_len, audio_len: tokens per sample; text_lens: S of each sample.
-        frames: latent frames T, for windows of frames.
+        frames: latent frames T, for local attention; 0 for routed tokens.
         coords: fp32 [L,9] in packed order.
         modality: int64 [L]: 0 video, 1 audio, 2 text.
-        order, inverse: int64 [L] or None for one sample. Packed row of each place in sample-major order, where
-            samples are sorted by length so that equal lengths are neighbours; and its inverse.
+        order, inverse: int64 [L], or None for one sample. Permutation from packed to sample-major order, in which
+            samples are sorted by length, and its inverse.
         groups: (samples, length) of each run of equal lengths in sample-major order.
         cu_seqlens: int32 [B+1], starts of the samples in sample-major order.
-        rotary: fp32 [L, 3D/4] table of the model this layout was made for, or None.
+        rotary: fp32 [L, 3D/4] table for a model, or None.
         block_masks: cache of FlexAttention's block masks by window (`magihuman.models.attention`).
     """
 
@@ -115,13 +118,13 @@ class Layout:
 
         Args:
             video_grid: (T, h/p, w/p) of each sample.
-            audio: audio tokens of each sample; 0 without sound.
+            audio: audio tokens of each sample; 0 without audio.
             text: text tokens of each sample.
             text_offset: first text position, style v1 only.
 
         Raises:
             ValueError: for an unknown style, an empty batch, or lengths for which style v1 has no positions
-                (one text token, or one audio token beside several frames: SPEC 2.1).
+                (one text token, or one audio token with several frames: SPEC 2.1).
         """
         coords = _coords(video_grid, audio, text, coords_style, text_offset)
         frames, rows, columns = video_grid
@@ -187,9 +190,9 @@ class Layout:
         return attention(q, k, v, self, backend, window)
 
     def route(self, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, "Layout"]:
-        """Draw the tokens that take part in routed layers: the same share of every sample's every modality.
+        """Draw the tokens that take part in routed layers: the same share of each modality of each sample.
 
-        Counts depend on lengths only, so nothing is read back from the device.
+        Counts depend on lengths only, so there is no synchronisation with the device.
 
         Returns:
             rows: int64 [L'], packed rows kept, ascending; and the layout of the kept tokens.
@@ -216,7 +219,7 @@ class Layout:
         return rows, replace(self._routed(keep), coords=self.coords[rows], rotary=table)
 
     def _routed(self, keep: Callable[[int], int]) -> "Layout":
-        """Layout of the kept tokens without their coordinates; the same for every draw, so cached."""
+        """Layout of the kept tokens without coordinates; equal for every draw, so cached."""
         lengths = keep(self.video_len), keep(self.audio_len), tuple(keep(n) for n in self.text_lens)
         if lengths not in self._routes:
             # Frames lose tokens unequally, so windows of frames have no meaning here: frames = 0.
@@ -248,19 +251,19 @@ def _coords(grid: tuple[int, int, int], audio: int, text: Sequence[int], style: 
             "coordinates v1 have no position for a single text token; use two or more, or style v2"
         )
     if style == "v1" and audio == 1 and frames > 1:
-        raise ValueError("coordinates v1 have no scale for a single audio token beside several video frames")
+        raise ValueError("coordinates v1 have no scale for a single audio token with several video frames")
     position = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(
         -1, 3
     )
     video = _coordinate_rows(position, grid, grid)
     audio_frames = frames if style == "v1" else (audio - 1) // 4 + 1
-    sound = _coordinate_rows(_on_time_axis(audio), (audio, 1, 1), (audio_frames, 1, 1))
+    audio_rows = _coordinate_rows(_on_time_axis(audio), (audio, 1, 1), (audio_frames, 1, 1))
     words = []
     for length in text:
         first = offset if style == "v1" else -length
         reference = 2 if style == "v1" else 1
         words.append(_coordinate_rows(_on_time_axis(length, first), (length, 1, 1), (reference, 1, 1)))
-    return torch.cat([video.repeat(len(text), 1), sound.repeat(len(text), 1), *words])
+    return torch.cat([video.repeat(len(text), 1), audio_rows.repeat(len(text), 1), *words])
 
 
 def _on_time_axis(length: int, first: int = 0) -> Tensor:
