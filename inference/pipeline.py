@@ -22,8 +22,9 @@ from inference.geometry import frames_for
 from inference.memory import Stages
 from inference.sampling import sample
 from inference.settings import Settings, latent_shape, resolve
-from inference.super_resolution import draw, frame_scales, refine
+from inference.super_resolution import draw, refine
 from magihuman.codecs.bundle import CodecBundle
+from magihuman.flow.guidance import frame_scales
 from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
 from magihuman.io.export import ExportConfig

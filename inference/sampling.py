@@ -24,7 +24,7 @@ Progress = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 
 class Scales(Protocol):
-    """Guidance scales, such as `magihuman.flow.guidance.Guidance` and `FrameScales`."""
+    """Guidance scales, such as `Guidance` and `FrameScales` of `magihuman.flow.guidance`."""
 
     @property
     def needed(self) -> bool:

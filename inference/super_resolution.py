@@ -1,7 +1,6 @@
 """Super-resolution: the clip's latents enlarged, noised, and denoised again by a model of its own (SPEC 4.4)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,34 +10,6 @@ from magihuman.flow.sampling import Noise, Pair, draw_noise
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.models.denoiser import Denoiser
-
-# The first latent frames are guided less, whatever the scale of the others.
-EARLY_FRAMES, EARLY_SCALE = 13, 2.0
-
-
-@dataclass(frozen=True, eq=False)
-class FrameScales:
-    """Guidance of the second stage: one scale per latent frame, [1,1,T,1,1]; the audio is not guided."""
-
-    video: Tensor
-    needed: bool = True
-
-    def __call__(self, modality: str, timestep: int) -> Tensor | float:
-        """Scale for "video" or "audio"; the timestep plays no part."""
-        return self.video if modality == "video" else 1.0
-
-
-def frame_scales(
-    scale: float,
-    frames: int,
-    early_frames: int = EARLY_FRAMES,
-    early_scale: float = EARLY_SCALE,
-    device: torch.device | str = "cpu",
-) -> FrameScales:
-    """`scale` for every one of T = `frames` latent frames, at most `early_scale` for the first ones."""
-    scales = torch.full((1, 1, frames, 1, 1), float(scale))
-    scales[:, :, :early_frames] = min(early_scale, scale)
-    return FrameScales(scales.to(device))
 
 
 def draw(
@@ -75,7 +46,7 @@ def refine(
         shape: of one sample's latents in this stage.
         noise: for both, from `draw`.
         steps, shift: of the solver, which is UniPC.
-        guidance: from `frame_scales`, or None.
+        guidance: from `magihuman.flow.guidance.frame_scales`, or None.
         audio_noise: noise level of the sound; the released one, where nothing is to be studied.
         image_latent: the first frame [B,C,1,h,w], encoded at this stage's size.
         progress, cfg_passes, device: as in `inference.sampling.sample`.

@@ -67,3 +67,32 @@ def combine(positive: Tensor, negative: Tensor, scale: Tensor | float) -> Tensor
     """negative + scale (positive - negative), fp32; scale may be a tensor, one value per latent frame say."""
     negative = negative.float()
     return negative + scale * (positive.float() - negative)
+
+
+# The first latent frames of a super-resolution stage get a lower scale.
+EARLY_FRAMES, EARLY_SCALE = 13, 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class FrameScales:
+    """Guidance of the super-resolution stage: one scale per latent frame, [1,1,T,1,1]; none for audio (SPEC 4.4)."""
+
+    video: Tensor
+    needed: bool = True
+
+    def __call__(self, modality: str, timestep: int) -> Tensor | float:
+        """Scale for "video" or "audio"; the timestep is ignored."""
+        return self.video if modality == "video" else 1.0
+
+
+def frame_scales(
+    scale: float,
+    frames: int,
+    early_frames: int = EARLY_FRAMES,
+    early_scale: float = EARLY_SCALE,
+    device: torch.device | str = "cpu",
+) -> FrameScales:
+    """`scale` for every one of T = `frames` latent frames, at most `early_scale` for the first ones."""
+    scales = torch.full((1, 1, frames, 1, 1), float(scale))
+    scales[:, :, :early_frames] = min(early_scale, scale)
+    return FrameScales(scales.to(device))

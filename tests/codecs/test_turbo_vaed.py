@@ -26,7 +26,7 @@ from magihuman.codecs.turbo_vaed import (
 )
 from magihuman.errors import UserError
 from magihuman.zoo.checks import Case
-from magihuman.zoo.checks.turbo import check_turbo
+from magihuman.zoo.checks.codecs import check_turbo
 
 SMALL = {
     **TURBO_SETTINGS,

@@ -8,9 +8,8 @@ from fake_release import dit_config
 
 from inference.geometry import fit_side, released_length
 from inference.settings import latent_shape, resolve
-from inference.super_resolution import frame_scales
 from magihuman.errors import UserError
-from magihuman.flow.guidance import Guidance
+from magihuman.flow.guidance import Guidance, frame_scales
 from magihuman.io.export import ExportConfig
 from magihuman.zoo.released import config_for
 

@@ -27,17 +27,17 @@ KINDS = {
     "oobleck_": "codecs:check_oobleck",
     "audio_encode_": "codecs:check_audio_encode",
     "audio_utils": "codecs:check_audio_utils",
-    "turbo_vaed_": "turbo:check_turbo",
-    "image_": "pictures:check_image",
-    "video_uint8": "pictures:check_video_uint8",
-    "sr_prepare": "pictures:check_sr_prepare",
-    "loop_": "inference.vectors:check_loop",
+    "turbo_vaed_": "codecs:check_turbo",
+    "image_": "images:check_image",
+    "video_uint8": "images:check_video_uint8",
+    "sr_prepare": "images:check_sr_prepare",
+    "loop_": "loop:check_loop",
 }
-"""Prefix of a case's name -> module (here, or of a package that this one must not import) and function."""
+"""Prefix of a case's name -> module here and function."""
 
 
 class Unsupported(Exception):
-    """This case asks for something that the implementation cannot run; the message says what."""
+    """The implementation cannot run this case; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One comparison: what was compared, the error found and the error allowed (0: equal bit for bit)."""
+    """One comparison: name, error, and tolerance (0: equal bit for bit)."""
 
     what: str
     error: float
@@ -78,7 +78,7 @@ def kind_of(name: str) -> str | None:
 def checker(kind: str) -> Check:
     """The function that checks a kind."""
     module, function = KINDS[kind].split(":")
-    return getattr(import_module(module if "." in module else f"{__name__}.{module}"), function)
+    return getattr(import_module(f"{__name__}.{module}"), function)
 
 
 def compare(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float = 0.0) -> Result:

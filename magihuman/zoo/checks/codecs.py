@@ -1,4 +1,4 @@
-"""The video and audio VAEs against stored encodings and decodings, weights in the names of the original files."""
+"""Video VAE, audio VAE and Turbo decoder against stored encodings and decodings, with weights under released names."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from magihuman.codecs import oobleck, wan
 from magihuman.codecs.oobleck import OobleckCodec, cross_fade
+from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
 from magihuman.codecs.wan import WanCodec
 from magihuman.media.images import to_playback_rate
 from magihuman.zoo.checks import Case, Result, compare
@@ -15,6 +16,7 @@ from magihuman.zoo.checks.dit import vector_arithmetic
 
 VAE = 1e-4
 RESAMPLE = 1e-5
+TURBO = 1e-4
 AUDIO_RATE = 51200
 
 
@@ -40,27 +42,27 @@ def check_wan_statistics(case: Case) -> list[Result]:
 
 
 def check_oobleck(case: Case) -> list[Result]:
-    """Key map, a sample of the bottleneck with the stored noise, and a decoded sound."""
+    """Key map, a bottleneck sample with the stored noise, and a decoded waveform."""
     codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
     sound, noise = case.tensors["enc/wav"][None], case.tensors["enc/noise"].transpose(1, 2)
     latent = case.tensors["dec/latent"].T[None]
     return [
         *_key_map(case, oobleck.key_map(codec.vae)),
-        _compare_sound(
+        _compare_audio(
             "enc/latent", codec, lambda: _encode(codec, sound, [noise]), case.tensors["enc/latent"]
         ),
-        _compare_sound("dec/wav", codec, lambda: codec.decode(latent), case.tensors["dec/wav"]),
+        _compare_audio("dec/wav", codec, lambda: codec.decode(latent), case.tensors["dec/wav"]),
     ]
 
 
 def check_audio_encode(case: Case) -> list[Result]:
-    """A given sound, in one piece or in cross-faded windows, with the stored noise per window."""
+    """A waveform, in one piece or in cross-faded windows, with the stored noise per window."""
     codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
-    sound = _test_sound(case.meta["samples"])[: case.meta["seconds"] * AUDIO_RATE]
+    sound = _test_audio(case.meta["samples"])[: case.meta["seconds"] * AUDIO_RATE]
     stored = case.group("noise/")
     noise = [stored[str(index)].transpose(1, 2) for index in range(len(stored))]
     return [
-        _compare_sound("out", codec, lambda: _encode(codec, sound[None, None], noise), case.tensors["out"])
+        _compare_audio("out", codec, lambda: _encode(codec, sound[None, None], noise), case.tensors["out"])
     ]
 
 
@@ -74,12 +76,33 @@ def check_audio_utils(case: Case) -> list[Result]:
     return [*results, compare("resample/out", resampled, case.tensors["resample/out"], RESAMPLE)]
 
 
+def check_turbo(case: Case) -> list[Result]:
+    """Names and parameters, one window as first and as later one, then whole clips through the windows."""
+    config = TurboConfig.from_json(case.meta["config"])
+    tensors = case.tensors
+    codec = TurboCodec.from_released(case.group("w/"), config, case.name, tensors["mean"], tensors["std"])
+    names = set(codec.state_dict()) ^ set(case.meta["keys"])
+    parameters = sum(parameter.numel() for parameter in codec.parameters())
+    results = [
+        Result("names that differ", float(len(names)), 0.0),
+        Result("parameters", float(abs(parameters - case.meta["num_params"])), 0.0),
+    ]
+    window = codec.denormalise(tensors[f"len{case.meta['lens'][0]}/z"])
+    with torch.no_grad():
+        for name, first in (("raw/first_chunk_true", True), ("raw/first_chunk_false", False)):
+            results.append(compare(name, codec.decoder(window, first), tensors[name], TURBO))
+        for length in case.meta["lens"]:
+            clip = codec.decode(tensors[f"len{length}/z"])
+            results.append(compare(f"len{length}/video", clip, tensors[f"len{length}/video"], TURBO))
+    return results
+
+
 def _encode(codec: OobleckCodec, sound: Tensor, noise: list[Tensor]) -> Tensor:
     return codec.encode(sound, noise=noise).transpose(1, 2)  # the vectors keep [B,Ca,A]
 
 
-def _test_sound(samples: int) -> Tensor:
-    """The tone and the rising chirp that the cases describe; the order of products decides on last digits."""
+def _test_audio(samples: int) -> Tensor:
+    """Tone and rising chirp of the cases; the order of the products decides the last digits."""
     t = np.arange(samples) / AUDIO_RATE
     sound = 0.5 * np.sin(2 * np.pi * 220 * t) + 0.3 * np.sin(2 * np.pi * 50 * t * t)
     return torch.from_numpy(sound.astype(np.float32))
@@ -93,7 +116,7 @@ def _key_map(case: Case, ours: dict[str, str]) -> list[Result]:
     return [Result("key map (names that differ)", float(len(different)), 0.0)]
 
 
-def _compare_sound(what: str, codec: OobleckCodec, run: Callable[[], Tensor], stored: Tensor) -> Result:
+def _compare_audio(what: str, codec: OobleckCodec, run: Callable[[], Tensor], stored: Tensor) -> Result:
     """Compare at VAE; where kernels differ from the vectors', allow for fp32 rounding.
 
     sin^2 of exponentials makes random weights chaotic: the fp32 rounding of outputs near 100 can exceed 1e-4. It

@@ -1,4 +1,4 @@
-"""Pictures in and out, and what super-resolution starts from."""
+"""Image and video pre- and post-processing, and the inputs of super-resolution."""
 
 import numpy as np
 import PIL
@@ -41,7 +41,7 @@ def check_video_uint8(case: Case) -> list[Result]:
 
 
 def check_sr_prepare(case: Case) -> list[Result]:
-    """Upsampled latents, their noised version, and the noised sound."""
+    """Upsampled latents, their noised version, and the noised audio."""
     tensors = case.tensors
     height, width = tensors["upsampled"].shape[-2:]
     upsampled = upsample_latents(tensors["br_video"], height, width)
