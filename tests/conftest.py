@@ -1,4 +1,8 @@
-"""Fixtures shared by all tests."""
+"""How the suite runs, and fixtures shared by all tests.
+
+Where pytest-xdist is installed, tests run in parallel on all cores. `-n 0` runs them in one process; so do --pdb and
+a single test.
+"""
 
 import os
 from pathlib import Path
@@ -14,6 +18,26 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks here are too small for more, and cores are for tests
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Before pytest-xdist reads its options: all cores, unless the caller has chosen, debugs or names a test."""
+    option = config.option
+    named = all("::" in argument for argument in config.args)
+    if named and option.markexpr == "not slow":
+        option.markexpr = ""  # a slow test that is asked for by its name runs
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker runs this hook too, and would start workers of its own
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker, or a pytest that a test starts
+    if getattr(option, "numprocesses", 0) is not None or option.dist != "no" or option.tx:
+        return  # chosen, or no pytest-xdist
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    watching = option.usepdb or option.trace or option.collectonly or option.capture == "no"
+    if cores > 1 and not watching and not (named and len(config.args) == 1):
+        option.numprocesses, option.dist = cores, "worksteal"
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """One clip over several processes equals one process."""
 
 import multiprocessing
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 from torch import Tensor
 
 from inference.context_parallel import parallelise, require_divisible_heads, shard_layout
@@ -64,9 +64,7 @@ def _child(rank: int, port: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     expected = _results(_denoiser(CONFIG, 1))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_child, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dit import CONFIG, gradients, inputs, make
-from test_lora import SIZE, adapted, loss
+from small_dit import CONFIG, SIZE, adapted, gradients, inputs, loss, make
 from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode

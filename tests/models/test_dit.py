@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_dit import CONFIG, gradients, inputs, make
 from torch import Tensor
 
 from magihuman import zoo
@@ -13,31 +14,6 @@ from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.zoo.checks.dit import check_dit
 from magihuman.zoo.verify import verify
-
-CONFIG = DiTConfig(4, 32, 16, 1, 12, 6, 10, mm_layers=(0, 3), gelu7_layers=(0,))
-
-
-def make(config: DiTConfig = CONFIG, dtype: torch.dtype = torch.float32, seed: int = 0) -> Denoiser:
-    denoiser = zoo.build(config, PackConfig(2, "v2", 1), compute_dtype=dtype, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():  # heads and norms start at zero, which would hide mistakes
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return denoiser
-
-
-def inputs(text: list[int], audio: int = 5, seed: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    video = torch.randn(len(text), 3, 3, 4, 4, generator=generator)
-    sound = torch.randn(len(text), audio, 6, generator=generator)
-    return video, sound, [torch.randn(n, 10, generator=generator) for n in text]
-
-
-def gradients(denoiser: Denoiser, batch: tuple[Tensor, Tensor, list[Tensor]]) -> list[Tensor]:
-    denoiser.zero_grad()
-    video, audio = denoiser(*batch)
-    (video.square().mean() + audio.square().mean()).backward()
-    return [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
 
 
 def test_released_shape_on_the_meta_device() -> None:

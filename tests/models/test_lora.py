@@ -6,38 +6,19 @@ from math import prod
 
 import pytest
 import torch
-from test_dit import CONFIG, inputs, make
+from small_dit import LOCAL, SIZE, adapted, inputs, loss, make
 from torch import Tensor
 
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models import lora
 from magihuman.models.config import LoraConfig
-from magihuman.models.denoiser import Denoiser, WithLora
+from magihuman.models.denoiser import WithLora
 from magihuman.models.layers import Update, product, swiglu7, swiglu7_projection
-
-SIZE = LoraConfig(rank=3, alpha=4.5)
-LOCAL = replace(CONFIG, local_attn_layers=(1,), post_norm_layers=(2, 3))
-
-
-def adapted(dtype: torch.dtype = torch.float32, config: LoraConfig = SIZE) -> Denoiser:
-    """A frozen base with two adapters, of which `student` is away from its start."""
-    denoiser = make(LOCAL, dtype).requires_grad_(False)
-    for seed, name in enumerate(("critic", "student")):
-        lora.add_lora(denoiser.model, name, config, seed)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in lora.lora_parameters(denoiser.model, "student").values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return denoiser
 
 
 def differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
     return max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
-
-
-def loss(velocities: tuple[Tensor, Tensor]) -> Tensor:
-    return velocities[0].square().mean() + velocities[1].square().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import training_stub
+from processes import Launcher, assert_same, final_state
 from safetensors.torch import load_file
-from test_parallel import World
-from test_resume import assert_same, final_state
 from toy_dmd2 import Watched, make_context
 
 from magihuman.distill.collapse_monitor import HealthLimits
@@ -325,12 +324,12 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def world(shards, teacher) -> World:
+def world(shards, teacher) -> Launcher:
     exact = ["trainer.precision=fp32", "optim.lr=1e-4", "recipe.critic.lr=1e-4", "+optim.eps=1e-4"]
     size = ["data.module.batch_size=4", "trainer.log_every=1", "trainer.devices=%d", "strategy=%s"]
     # Each process takes the penalty's random steps by itself, so it is left out.
     judged = ["recipe.gan={weight: 0.1, slope: 0.0, start: 3}", "recipe.micro_batch=2"]
-    return World(shards, [*common(teacher), *exact, *size, *judged])
+    return Launcher(shards, [*common(teacher), *exact, *size, *judged])
 
 
 @pytest.fixture(scope="module")

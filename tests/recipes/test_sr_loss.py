@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_recipes_sr import RELEASED, Fixed, clips, recipe
+from small_sr import RELEASED, Fixed, clips, recipe
 
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, coarsen, start

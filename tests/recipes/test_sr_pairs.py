@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_stub
-from test_recipes_sr import clips, recipe
+from small_sr import clips, recipe
 
 from magihuman.errors import UserError
 from magihuman.training.rng import BatchRng

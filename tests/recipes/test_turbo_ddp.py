@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import training_stub
-from test_parallel import World
+from processes import Launcher
 from test_recipes_turbo import TEACHER
 
 from magihuman.codecs.wan_decoder import WanDecoder
@@ -24,7 +24,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         "recipe.gan={start: 0.5, width: 8}",
     ]  # fmt: skip
     training_stub.train_here(tmp_path / "one", shards, common)
-    world = World(shards, [*common, "trainer.devices=%d", "strategy=%s"])
+    world = Launcher(shards, [*common, "trainer.devices=%d", "strategy=%s"])
     assert world.run(tmp_path / "two", "ddp", 2) == [0, 0]
     first, last = (
         [torch.load(tmp_path / run / "checkpoints" / name, weights_only=True) for run in ("one", "two")]

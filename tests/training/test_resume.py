@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_stub
+from processes import assert_same, final_state
 
 MORE = [
     "trainer.max_steps=12",
@@ -49,26 +50,6 @@ class Processes:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> Processes:
     return Processes(training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards"))
-
-
-def final_state(folder: Path) -> dict:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same(a: object, b: object, where: str = "") -> None:
-    """Bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}.{i}")
-    else:
-        assert a == b, where
 
 
 def assert_same_training(folder: Path, reference: Path) -> None:

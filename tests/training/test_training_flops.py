@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import training_stub
-from test_recipes_sr import clips
-from test_recipes_sr import recipe as second_stage
+from small_sr import clips
+from small_sr import recipe as second_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from toy_dmd2 import DIT, UNGUIDED, Alone, make_context

@@ -2,12 +2,11 @@
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import torch
-from test_dit import inputs
-from test_lora import LOCAL, SIZE, loss
+from free_port import free_port
+from small_dit import LOCAL, SIZE, inputs, loss
 from torch import Tensor
 
 from magihuman import zoo
@@ -88,9 +87,7 @@ def child(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_shard_the_base_with_its_adapters(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["magihuman.zoo", "torch", "magihuman.models.denoiser"])
     processes = [context.Process(target=child, args=(rank, port, str(tmp_path))) for rank in (0, 1)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import training_stub
-from test_parallel import World, _child, exported, seen
+from processes import Launcher, exported, seen, train_child
 
 pytestmark = [
     pytest.mark.slow,  # DeepSpeed compiles an extension at its first use
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def _zero_child(folder: str, shards: str, overrides: list[str], environment: dict[str, str]) -> None:
+def zero_child(folder: str, shards: str, overrides: list[str], environment: dict[str, str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from lightning.fabric.utilities.seed import reset_seed
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -55,16 +55,16 @@ def _zero_child(folder: str, shards: str, overrides: list[str], environment: dic
         return strategy
 
     strategies._zero = on_cpu
-    _child(folder, shards, overrides, environment)
+    train_child(folder, shards, overrides, environment)
 
 
-class ZeroWorld(World):
-    child = staticmethod(_zero_child)
+class ZeroLauncher(Launcher):
+    child = staticmethod(zero_child)
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_zero_trains_what_one_process_trains_and_continues_exactly(strategy, tmp_path) -> None:
-    world = ZeroWorld(training_stub.write_shards(tmp_path / "shards"))
+    world = ZeroLauncher(training_stub.write_shards(tmp_path / "shards"))
     plain = ["optim=adamw", f"optim.ema_decay={0.9 if strategy == 'zero2' else 0}"]
     single, through, killed = tmp_path / "single", tmp_path / "through", tmp_path / "killed"
     assert world.run(single, "single", 1, *plain) == [0]

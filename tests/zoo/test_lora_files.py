@@ -9,8 +9,7 @@ import pytest
 import torch
 import training_stub
 from safetensors.torch import load_file, save_file
-from test_dit import inputs
-from test_lora import LOCAL, SIZE, adapted
+from small_dit import LOCAL, SIZE, adapted, inputs
 from torch import nn
 
 from magihuman import zoo

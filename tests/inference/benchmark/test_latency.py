@@ -1,33 +1,23 @@
 """Latency on the CPU: every command at tiny size, distances from the reference, one network for both stages."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_case import small_case
 
 from inference.benchmark import bench_networks, components, result_files, timers
 from inference.benchmark.__main__ import COMMANDS, measure
-from inference.benchmark.roofline.cases import Case, Stage, make
+from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import Stopwatch, summary, time_call
 from magihuman import zoo
 from magihuman.cli import run_one
 from magihuman.errors import UserError
-from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 
 CPU = torch.device("cpu")
-
-
-def small_case() -> Case:
-    """Two stages as at 1080p: the second has local layers."""
-    config = DiTConfig(4, 32, 8, 2, 12, 4, 5, mm_layers=(0, 3), gelu7_layers=(0,))
-    base = Stage("base", config, PackConfig(), 5, 4, 4, 9, 6, 2)
-    local = replace(config, local_attn_layers=(0, 1, 3))
-    sr = Stage("sr", local, PackConfig(coords_style="v1", frame_receptive_field=1), 5, 8, 8, 9, 6, 2)
-    return Case("tiny", "small", False, 1.0, (base, sr), (4, 4, 4))
 
 
 def test_spread_by_hand() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_latency import small_case
+from small_case import small_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.benchmark import bench_networks, micro, result_files, timers
