@@ -1,11 +1,15 @@
-"""Ways of making the same clips, compared: the same prompts, several clips of each, intervals over prompts.
+"""Paired comparison of samplers on the same prompts, several clips of each: intervals over prompts, verdicts.
 
-Clips of one prompt are alike, so prompts and not clips are resampled; every column is resampled in the same way,
-which makes differences between columns paired. A row of `ROWS` is a statistic of one column under weights of the
-prompts, and everything else (intervals, differences, verdicts) is arithmetic on its draws.
+    found = Comparison(columns)
+    found.against(student, teacher, ROWS[0]).word   # better, worse, within noise
+
+Clips of one prompt are alike, so prompts are resampled instead of clips, and all columns alike, which makes differences
+between columns paired. A row of `ROWS` is a statistic of one column under weights of the prompts; intervals, differences
+and verdicts are arithmetic on its draws. The resampling is own code: scipy's bootstrap cannot share its draws between
+columns and statistics.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,30 +17,33 @@ import numpy as np
 
 from data.tiny.puppets import SKINS
 from eval import stats
-from eval.diversity import Place
+from eval.diversity import SPACES, DistributionMetrics
 from eval.puppet_speech import pitch
-from eval.scores import Scores
-from eval.stats import LEVEL, Measure, unavailable
+from eval.scores import CLIP_METRICS, Scores
+from eval.stats import RESAMPLES, Measure, ends_of, unavailable
+from eval.tables import METRICS, format_interval
 
 TOLERANCE = 0.1  # of diversity: within 10 % of the teacher's
+FASTER = 1.05  # ratio of times from which they count as different
 
 
 @dataclass
 class Column:
-    """One way of making the clips, measured.
+    """Measured clips of one sampler: P prompts, S clips of each.
 
     Attributes:
         name: as shown; role: truth, bound, teacher, baseline or student.
-        values: one value per clip [P,S] by name; NaN where a clip has none.
+        values: name -> value per clip [P,S]; NaN where a clip has none.
         skins: numbers of skin tones [P,S].
-        facts: about how the clips were made: calls, seconds_per_clip, sampling.
+        distribution: diversity within prompts and distances to real puppets.
+        facts: calls, seconds_per_clip and sampling settings.
     """
 
     name: str
     role: str
     values: dict[str, np.ndarray]
     skins: np.ndarray
-    place: Place
+    distribution: DistributionMetrics
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -49,27 +56,21 @@ def column(
     role: str,
     scores: Sequence[Scores],
     waves: Sequence[Sequence[np.ndarray | None]],
-    place: Place,
+    distribution: DistributionMetrics,
     facts: dict[str, Any] | None = None,
 ) -> Column:
-    """Values of S draws of the prompts' clips from the scores of each draw; `waves` [S][P] for the pitch."""
+    """Column of S clips per prompt, from the scores of each draw of clips; `waves` [S][P] for the pitch."""
     values: dict[str, list[list[float]]] = {}
-    for draw, sounds in zip(scores, waves, strict=True):
+    for draw, tracks in zip(scores, waves, strict=True):
         rows: dict[str, list[float]] = {
             "own": draw.own.tolist(), "other": draw.other.tolist(), "sync_retrieval": draw.found.tolist()
         }  # fmt: skip
-        for clip, wave in zip(draw.clips, sounds, strict=True):
+        for clip, wave in zip(draw.clips, tracks, strict=True):
             spans, stated = clip.heard.vowel_spans, clip.vowels.reference
             whole = wave is not None and len(spans) == stated
             voice = pitch(wave, clip.heard) if wave is not None else None
             of_clip = {
-                "attributes": float(np.mean(list(clip.right.values()))),
-                "vowels": clip.vowels.hits / stated,
-                "vowels_exact": float(clip.vowels.errors == 0),
-                "sharpness": clip.seen.sharpness,
-                "mouth_sharpness": clip.seen.mouth_sharpness,
-                "amplitude": clip.seen.amplitude,
-                "flicker": clip.seen.flicker,
+                **{key: metric.of(clip) for key, metric in CLIP_METRICS.items() if metric.compared},
                 "semitones": float("nan") if voice is None else 12 * float(np.log2(voice / 150)),
                 "start_ms": 1000 * spans[0][0] if whole else float("nan"),
                 "end_ms": 1000 * spans[-1][1] if whole else float("nan"),
@@ -81,8 +82,8 @@ def column(
     tones = list(SKINS)
     skins = np.array([[tones.index(clip.seen.attributes["skin"]) for clip in draw.clips] for draw in scores])
     arrays = {key: np.array(listed, float).T for key, listed in values.items()}
-    arrays["nearest"] = place.nearest
-    return Column(name, role, arrays, skins.T, place, facts or {})
+    arrays["nearest"] = distribution.nearest
+    return Column(name, role, arrays, skins.T, distribution, facts or {})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ Statistic = Callable[[Column, Column, np.ndarray], np.ndarray | None]
 
 def weights(prompts: int) -> np.ndarray:
     """How often every prompt is drawn: [1 + RESAMPLES, P]; the first row is the sample itself."""
-    drawn = stats.resample(prompts)
+    drawn = np.random.Generator(np.random.PCG64([0, prompts])).integers(prompts, size=(RESAMPLES, prompts))
     counts = np.stack([np.bincount(row, minlength=prompts) for row in drawn])
     return np.vstack([np.ones(prompts), counts]).astype(float)
 
@@ -109,12 +110,12 @@ def mean_of(name: str) -> Statistic:
 
 
 def sync_skill(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | None:
-    """(own - chance) / (bound - chance), chance being the bound's mouths beside other clips' voices."""
+    """(own - chance) / (bound - chance), chance being the bound's mouths with other clips' audio."""
     chance = weight @ bound.values["other"].mean(1)
-    room = weight @ bound.values["own"].mean(1) - chance
-    if room[0] / weight[0].sum() < 0.05:
+    best = weight @ bound.values["own"].mean(1) - chance
+    if best[0] / weight[0].sum() < 0.05:
         return None
-    return (weight @ own.values["own"].mean(1) - chance) / np.where(room > 0, room, np.nan)
+    return (weight @ own.values["own"].mean(1) - chance) / np.where(best > 0, best, np.nan)
 
 
 def skin_tones(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray:
@@ -143,11 +144,11 @@ def deviation_of(*names: str) -> Statistic:
     return statistic
 
 
-def spread_in(space: str) -> Statistic:
+def dispersion_in(space: str) -> Statistic:
     """Mean distance between clips of one prompt."""
 
     def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | None:
-        distance = own.place.spread.get(space)
+        distance = own.distribution.dispersion.get(space)
         return None if distance is None else weight @ distance / weight.sum(1)
 
     return statistic
@@ -157,7 +158,7 @@ def energy_in(space: str) -> Statistic:
     """Energy distance to real puppets, see `eval.diversity.Reference`."""
 
     def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray:
-        across, among, real = own.place.energy[space]
+        across, among, real = own.distribution.energy[space]
         terms = 2 * across - among - real
         terms = terms - np.diag(np.diag(terms))  # clips of one prompt are not independent
         pairs = weight.sum(1) ** 2 - (weight**2).sum(1)
@@ -169,42 +170,38 @@ def energy_in(space: str) -> Statistic:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table.
-
-    `better` is up, down, or bound: as near to the bound as can be, on either side. `of` says what it belongs to:
-    quality or diversity. `share` marks means of values in [0,1].
-    """
+    """A compared metric: key of `METRICS`, its statistic, whether it is of diversity, whether a mean of values in [0,1]."""
 
     name: str
-    about: str
-    better: str
     statistic: Statistic
-    of: str = "quality"
+    diversity: bool = False
     share: bool = False
 
+    @property
+    def direction(self) -> str:
+        return METRICS[self.name].direction
 
-ROWS = (
-    Row("attributes", "face, hair, shirt and wall as prompted", "up", mean_of("attributes"), share=True),
-    Row("vowels", "vowels right", "up", mean_of("vowels"), share=True),
-    Row("vowels_exact", "whole vowel sequence right", "up", mean_of("vowels_exact"), share=True),
-    Row("sync_skill", "lip-sync skill: chance 0, codec bound 1", "up", sync_skill),
-    Row("sync_retrieval", "own voice found among 20", "up", mean_of("sync_retrieval"), share=True),
-    Row("sharpness", "sharpness: variance of the Laplacian", "bound", mean_of("sharpness")),
-    Row("mouth_sharpness", "sharpness around the mouth", "bound", mean_of("mouth_sharpness")),
-    Row("amplitude", "mouth opening's range, share of the picture", "bound", mean_of("amplitude")),
-    Row("flicker", "change between frames away from the mouth", "down", mean_of("flicker")),
-    Row("nearest", "look: distance to the nearest real puppet", "down", mean_of("nearest")),
-    Row("energy_look", "look: energy distance to real puppets", "down", energy_in("look")),
-    Row("energy_motion", "motion: energy distance to real puppets", "down", energy_in("motion")),
-    Row("energy_voice", "voice: energy distance to real puppets", "down", energy_in("voice")),
-    Row("skin_tones", "effective number of skin tones, of 3", "bound", skin_tones, "diversity"),
-    Row("spread_look", "look: distance between clips of a prompt", "bound", spread_in("look"), "diversity"),
-    Row("spread_motion", "motion: distance between clips of a prompt", "bound", spread_in("motion"), "diversity"),
-    Row("spread_voice", "voice: distance between clips of a prompt", "bound", spread_in("voice"), "diversity"),
-    Row("pitch", "pitch: deviation in a prompt, semitones", "bound", deviation_of("semitones"), "diversity"),
-    Row("timing", "speech's start and end: deviation in a prompt, ms", "bound",
-        deviation_of("start_ms", "end_ms"), "diversity"),
-)  # fmt: skip
+
+ROWS = tuple(
+    sorted(
+        (
+            *(
+                Row(name, mean_of(name), share=metric.average is stats.share)
+                for name, metric in CLIP_METRICS.items()
+                if metric.compared
+            ),
+            Row("sync_skill", sync_skill),
+            Row("sync_retrieval", mean_of("sync_retrieval"), share=True),
+            Row("nearest", mean_of("nearest")),
+            *(Row(f"energy_{space}", energy_in(space)) for space in SPACES),
+            Row("skin_tones", skin_tones, diversity=True),
+            *(Row(f"spread_{space}", dispersion_in(space), diversity=True) for space in SPACES),
+            Row("pitch", deviation_of("semitones"), diversity=True),
+            Row("timing", deviation_of("start_ms", "end_ms"), diversity=True),
+        ),
+        key=lambda row: list(METRICS).index(row.name),
+    )
+)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -212,7 +209,7 @@ ROWS = (
 # ----------------------------------------------------------------------------------------------------
 
 
-def measure(draws: np.ndarray | None, count: int, why: str = "needs several clips of a prompt") -> Measure:
+def measure_of(draws: np.ndarray | None, count: int, why: str = "needs several clips of a prompt") -> Measure:
     """The first draw with the percentile interval of the others.
 
     Where a statistic is at its ceiling (all skin tones equally often), all other draws lie below: the interval
@@ -220,17 +217,19 @@ def measure(draws: np.ndarray | None, count: int, why: str = "needs several clip
     """
     if draws is None or not np.isfinite(draws[0]):
         return unavailable(why, count)
-    low, high = np.nanquantile(draws[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    value = float(draws[0])
-    return Measure(value, min(float(low), value), max(float(high), value), count)
+    value, (low, high) = float(draws[0]), ends_of(draws[1:])
+    return Measure(value, min(low, value), max(high, value), count)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one column does beside another in one row.
+    """Comparison of two columns in one metric.
 
-    `change` is column minus baseline in the row's own unit; `gain` the same turned so that more is better (for rows
-    with better = bound: by how much nearer, in shares of the bound). `word` is better, worse, within noise or n/a.
+    Attributes:
+        change: column minus baseline in the metric's unit.
+        gain: the change with the sign that makes positive better; of metrics with a target, by how much nearer to the
+            bound, as a share of the bound.
+        word: better or worse where the gain's interval excludes 0, else within noise; n/a without values.
     """
 
     change: Measure
@@ -268,34 +267,34 @@ class Comparison:
         return [c for c in self.columns if c.role in roles]
 
     def value(self, own: Column, row: Row) -> Measure:
-        """A cell. Where all clips are right, or all wrong, Wilson's interval over prompts keeps the doubt."""
+        """Measure of a column; Wilson's interval over prompts where all clips are right, or all wrong."""
         draws = self.found[own.name, row.name]
         if row.share and draws is not None and draws[0] in (0.0, 1.0):
             return stats.proportion(round(draws[0] * self.prompts), self.prompts)
-        return measure(draws, own.clips)
+        return measure_of(draws, own.clips)
 
     def off(self, own: Column, row: Row) -> Measure:
         """Share by which a cell lies over the bound, or (negative) under it."""
         mine, bound = self.found[own.name, row.name], self.found[self.bound.name, row.name]
-        return measure(None if mine is None or bound is None else mine / bound - 1, own.clips)
+        return measure_of(None if mine is None or bound is None else mine / bound - 1, own.clips)
 
     def against(self, own: Column, baseline: Column, row: Row) -> Verdict:
-        """`own` beside `baseline`, paired."""
+        """Paired difference of `own` and `baseline`."""
         mine, theirs = self.found[own.name, row.name], self.found[baseline.name, row.name]
         bound = self.found[self.bound.name, row.name]
         if mine is None or theirs is None or bound is None:
-            nothing = measure(None, own.clips)
+            nothing = measure_of(None, own.clips)
             return Verdict(nothing, nothing, "n/a")
         gains = mine - theirs
-        if row.better == "down":
+        if row.direction == "down":
             gains = theirs - mine
-        elif row.better == "bound":
+        elif row.direction == "target":
             gains = np.abs(theirs / bound - 1) - np.abs(mine / bound - 1)
-        gain = measure(gains, own.clips)
+        gain = measure_of(gains, own.clips)
         assert gain.low is not None
         assert gain.high is not None
         word = "better" if gain.low > 0 else "worse" if gain.high < 0 else "within noise"
-        return Verdict(measure(mine - theirs, own.clips), gain, word)
+        return Verdict(measure_of(mine - theirs, own.clips), gain, word)
 
     def kept(self, own: Column, row: Row) -> tuple[Measure, str]:
         """Diversity as a ratio to the teacher's, and whether it is within `TOLERANCE`.
@@ -304,7 +303,7 @@ class Comparison:
         "within noise", where only the ratio is.
         """
         mine, theirs = self.found[own.name, row.name], self.found[self.teacher.name, row.name]
-        ratio = measure(None if mine is None or theirs is None else mine / theirs, own.clips)
+        ratio = measure_of(None if mine is None or theirs is None else mine / theirs, own.clips)
         if ratio.value is None or ratio.low is None or ratio.high is None:
             return ratio, "n/a"
         under, over = 1 - TOLERANCE, 1 + TOLERANCE
@@ -313,3 +312,73 @@ class Comparison:
         if ratio.value > over:
             return ratio, "over" if ratio.low > over else "high, within noise"
         return ratio, "kept"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Verdicts from the values of a compare.json
+# ----------------------------------------------------------------------------------------------------
+
+
+def claims(values: Mapping[str, Any], student: str) -> list[dict[str, Any]]:
+    """Verdicts on a student: against each baseline, on diversity, on speed.
+
+    The word for a baseline: better where some metric is and none is worse, worse in the opposite case, mixed where there
+    are both, within noise where there are neither. For diversity: kept, or not kept where a metric is lost or over.
+
+    Returns:
+        [{"about", "verdict" (the word), "details" (lines)}].
+    """
+    columns = values["columns"]
+    teacher = next(name for name, c in columns.items() if c["role"] == "teacher")
+    found = [_against_claim(name, rows) for name, rows in values["against"][student].items()]
+    found.append(_diversity_claim(values["diversity"][student]))
+    mine, theirs = (columns[name].get("seconds_per_clip") for name in (student, teacher))
+    if mine and theirs:
+        ratio = theirs / mine
+        word = "faster" if ratio > FASTER else "slower" if ratio < 1 / FASTER else "as fast"
+        calls = f"{columns[student]['calls']} against {columns[teacher]['calls']} network calls"
+        how = f"{ratio:.1f} times: {mine:.3f} s against {theirs:.3f} s of denoising per clip; {calls}"
+        found.append({"about": f"speed against {teacher}", "verdict": word, "details": [how]})
+    return found
+
+
+def _against_claim(baseline: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    better, worse, level = (
+        [name for name, verdict in rows.items() if verdict["verdict"] == word]
+        for word in ("better", "worse", "within noise")
+    )
+    word = "mixed" if better and worse else "better" if better else "worse" if worse else "within noise"
+    details = [
+        f"{title}: {'; '.join(_change(name, rows[name]) for name in names)}"
+        for title, names in (("better", better), ("worse", worse))
+        if names
+    ]
+    details += [f"within noise: {', '.join(level)}"] if level else []
+    return {"about": f"against {baseline}", "verdict": word, "details": details}
+
+
+def _diversity_claim(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether clips of a prompt differ as the teacher's do, within `TOLERANCE`."""
+    known = {name: found for name, found in kept.items() if found["verdict"] != "n/a"}
+    words = [found["verdict"] for found in known.values()]
+    lost = any(word in ("lost", "over") for word in words)
+    near = any("noise" in word for word in words)
+    details = [
+        f"{name} {format_interval(found['ratio'])}: {found['verdict']}" for name, found in known.items()
+    ]
+    return {
+        "about": f"diversity: within {TOLERANCE:.0%} of the teacher's (ratios)".replace("%", " %"),
+        "verdict": "not kept" if lost else "kept within noise" if near else "kept" if known else "n/a",
+        "details": ["; ".join(details)] if known else ["needs several seeds"],
+    }
+
+
+def _change(name: str, verdict: Mapping[str, Any]) -> str:
+    """Change of a metric in its unit; of one with a target, how much nearer to the bound or farther from it."""
+    if METRICS[name].direction != "target":
+        return f"{name} {format_interval(verdict['change'], signed=True)}"
+    gain = verdict["gain"]
+    if gain["value"] > 0:
+        return f"{name} {format_interval(gain, 100, unit=' %')} nearer the bound"
+    turned = {"value": -gain["value"], "low": -gain["high"], "high": -gain["low"]}
+    return f"{name} {format_interval(turned, 100, unit=' %')} farther from the bound"

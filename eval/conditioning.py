@@ -1,47 +1,30 @@
-"""Measures what students of the tiny world do with a given first frame and a given sound, beside their teacher.
+"""Evaluation of students of the tiny world conditioned on a first frame, on audio, and on both, against their teacher.
 
     python -m eval.conditioning student=tiny/distill
 
-Frames and sounds are those of held-out puppets. A prompt leaves the skin tone open; with a first frame it is known.
-With a given sound, the mouth is compared with what that very sound calls for.
+First frames and audio are those of held-out puppets. A prompt leaves the skin tone open; with a first frame it is known.
+With conditioning audio, the mouth is compared with the opening that this audio calls for.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from eval import stats
-from eval.dmd2 import words_for
-from eval.puppets import Clips, ground_truth, held_out, through_codec
-from eval.report import folder_for, provenance
-from eval.scores import CANDIDATES, Scores
+from data.tiny.puppets import Puppet
+from eval import stats, tables
+from eval.dmd2 import sampler_words
+from eval.generate import Sampler
+from eval.output import folder_for, provenance, write_results
+from eval.puppets import Clips, ground_truth, held_out, noise_seed, through_codec
+from eval.scores import Scores
 from magihuman.errors import UserError
 
-if TYPE_CHECKING:
-    from data.tiny.puppets import Puppet
-    from inference.pipeline import Pipeline
-    from inference.settings import Settings
-
 FORMAT = "magihuman-conditions/1"
-GIVEN = {"first frame": (True, False), "sound": (False, True), "first frame and sound": (True, True)}
-ROWS = {
-    "attributes": "face, hair, shirt and wall as prompted",
-    "skin": "skin tone of the given frame",
-    "sync_skill": "lip-sync skill (chance 0, codec bound 1)",
-    "sync_retrieval": f"own voice found among {CANDIDATES}",
-    "vowels": "vowels right",
-}
-
-
-@dataclass(frozen=True)
-class _Way:
-    name: str
-    pipeline: "Pipeline"
-    settings: "Settings"
+# Set -> whether clips are conditioned on (first frame, audio).
+CONDITIONING = {"first frame": (True, False), "audio": (False, True), "first frame and audio": (True, True)}
+METRICS = ("attributes", "skin", "sync_skill", "sync_retrieval", "vowels")
 
 
 def run(
@@ -53,43 +36,45 @@ def run(
     output: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Sample held-out prompts with their own first frame, their own sound, and both; measure teacher and student.
+    """Sample held-out prompts with their own first frame, their own audio, and both; measure teacher and student.
 
     Prints a table for each; writes conditions.json and conditions.md.
 
     Args:
         student: shipped name, exported folder or run folder
         teacher: likewise
-        clips: how many prompts
+        clips: number of prompts
         seed: of all noise
         batch: clips sampled at once; changes memory and speed only
         output: folder; none is conditions/ in a run folder, else runs/conditions/NAME
         progress: show a bar
 
     Raises:
-        UserError: an unknown checkpoint, or one of other codecs.
+        UserError: an unknown checkpoint, or one not of the tiny world.
     """
     from tqdm import tqdm
 
     if clips < 2:
         raise UserError(f"clips={clips}: at least 2 are needed")
-    ways = _ways(teacher, student)
-    codecs = ways[0].pipeline.codecs
+    samplers = _samplers(teacher, student)
+    codecs = samplers[0].pipeline.codecs
     puppets = held_out(clips)
     truth = ground_truth(puppets)
     bound = through_codec(truth, codecs).score()
     sets: dict[str, Any] = {}
-    total = len(GIVEN) * len(ways) * clips
+    total = len(CONDITIONING) * len(samplers) * clips
     with tqdm(total=total, desc="sampling", unit="clip", disable=not progress) as bar:
-        for name, given in GIVEN.items():
+        for name, conditions in CONDITIONING.items():
             columns = {}
-            for way in ways:
+            for sampler in samplers:
                 made = Clips()
                 for first in range(0, clips, batch):
                     part = slice(first, min(first + batch, clips))
-                    _sample(way, truth, part, given, seed, made)
+                    _sample(sampler, truth, part, conditions, seed, made)
                     bar.update(part.stop - part.start)
-                columns[way.name] = measure(made.score(bound), bound, puppets, seen=given[0])
+                columns[sampler.name] = conditioning_column(
+                    made.score(bound), puppets, first_frame=conditions[0]
+                )
             sets[name] = columns
     values = {
         "format": FORMAT,
@@ -101,98 +86,68 @@ def run(
         "provenance": provenance(),
     }
     folder = Path(output) if output else folder_for("conditions", student)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "conditions.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    text = markdown(values)
-    (folder / "conditions.md").write_text(text + "\n", encoding="utf-8")
+    text = tables.conditioning(values)
+    write_results(folder, "conditions", values, text)
     print(text)
     print(f"written to {folder}")
     return values
 
 
-def measure(scores: Scores, bound: Scores, puppets: Sequence["Puppet"], seen: bool) -> dict[str, Any]:
-    """Rows of one column, with 95 % intervals over clips.
+def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: bool) -> dict[str, Any]:
+    """Measures of one column, with 95 % intervals over clips.
 
     Args:
-        bound: of the puppets through the codec.
-        seen: whether the first frame was given, without which the skin tone is the model's choice.
+        first_frame: whether clips were conditioned on it; without it the skin tone is the model's choice.
     """
     right = [
         clip.seen.attributes["skin"] == puppet.skin
         for clip, puppet in zip(scores.clips, puppets, strict=True)
     ]
-    rows = {name: scores.table[name] for name in ROWS if name in scores.table}
-    rows["skin"] = (
-        stats.share(np.array(right, float)) if seen else stats.unavailable("no frame was given", len(right))
-    )
-    return {name: rows[name].to_dict() for name in ROWS}
+    skin = stats.share(np.array(right)) if first_frame else stats.unavailable("no first frame", len(right))
+    found = {**scores.table, "skin": skin}
+    return {name: found[name].to_dict() for name in METRICS}
 
 
-def markdown(values: dict[str, Any]) -> str:
-    """A table for each set, as Markdown."""
-    lines: list[str] = []
-    for given, columns in values["sets"].items():
-        lines += ["", f"Given: {given}", ""]
-        lines += [f"| n={values['clips']} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-        for row, about in ROWS.items():
-            cells = [_cell(column[row]) for column in columns.values()]
-            if any(cells):
-                lines.append(f"| {about} | " + " | ".join(cells) + " |")
-    return "\n".join(lines[1:])
-
-
-def _cell(row: dict[str, Any]) -> str:
-    if row["value"] is None:
-        return ""
-    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-
-def _ways(teacher: str, student: str) -> list[_Way]:
-    """The teacher as it is meant to be sampled and in the student's sampler; the student."""
-    from inference.pipeline import Pipeline
+def _samplers(teacher: str, student: str) -> list[Sampler]:
+    """The teacher with its own settings and with the student's sampler; the student."""
     from magihuman import zoo
-    from magihuman.codecs.bundle import load_bundle
 
-    codecs = load_bundle("tiny")
     for name in (teacher, student):
         if (of := zoo.config_of(name).codecs) != "tiny":
             raise UserError(f"eval.conditioning measures the tiny world, and {name} is of {of!r}")
+    from inference.pipeline import Pipeline
+    from magihuman.codecs.bundle import load_bundle
+
+    codecs = load_bundle("tiny")
     pipelines = [Pipeline(zoo.load(name), codecs) for name in (teacher, student)]
     full, few = (pipeline.settings() for pipeline in pipelines)
     return [
-        _Way(f"teacher, {words_for(full)}", pipelines[0], full),
-        _Way(f"teacher, {words_for(few)}", pipelines[0], few),
-        _Way(f"student, {words_for(few)}", pipelines[1], few),
+        Sampler(f"teacher, {sampler_words(full)}", pipelines[0], full),
+        Sampler(f"teacher, {sampler_words(few)}", pipelines[0], few),
+        Sampler(f"student, {sampler_words(few)}", pipelines[1], few),
     ]
 
 
-def _sample(way: _Way, truth: Clips, part: slice, given: tuple[bool, bool], seed: int, made: Clips) -> None:
-    """Add the clips `part` to `made`; with a given sound, the clip's sound is that sound."""
-    import torch
-
+def _sample(
+    sampler: Sampler, truth: Clips, part: slice, conditions: tuple[bool, bool], seed: int, made: Clips
+) -> None:
+    """Add clips of the prompts `part` to `made`, conditioned on the truth's (first frame, audio)."""
     from inference.sampling import sample
     from inference.settings import latent_shape
     from magihuman.flow.sampling import seeded
-    from magihuman.media.images import frames_to_uint8
 
-    pipeline, settings, captions = way.pipeline, way.settings, truth.captions[part]
-    codecs, count = pipeline.codecs, len(captions)
-    frames = torch.from_numpy(np.stack(truth.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    waves = np.stack([np.zeros(0) if wave is None else wave for wave in truth.waves[part]])
-    image = codecs.video_codec.encode(frames[:, :, :1]) if given[0] else None
-    sound = codecs.audio_codec.encode(torch.from_numpy(waves).float()[:, None]) if given[1] else None
-    negative = pipeline.text([settings.negative_prompt]) * count if settings.needs_negative else None
+    pipeline, settings, captions = sampler.pipeline, sampler.settings, truth.captions[part]
+    video_codec, audio_codec = pipeline.codecs.video_codec, pipeline.codecs.audio_codec
+    frames, waves = truth.as_tensors(part)
+    negative = pipeline.text([settings.negative_prompt]) * len(captions) if settings.needs_negative else None
     shape = latent_shape(pipeline.config, settings, (settings.height, settings.width))
-    if sound is not None:
-        sound = sound[:, : shape.audio]
     video, audio = sample(
         pipeline.denoiser, pipeline.text(captions), negative, shape, settings.steps, settings.solver,
-        settings.guidance, settings.shift, seeded([seed * 1_000_003 + k for k in range(part.start, part.stop)]),
-        image_latent=image, audio_latent=sound,
+        settings.guidance, settings.shift, seeded([noise_seed(seed, k) for k in range(part.start, part.stop)]),
+        image_latent=video_codec.encode(frames[:, :, :1]) if conditions[0] else None,
+        audio_latent=audio_codec.encode(waves)[:, : shape.audio] if conditions[1] else None,
     )  # fmt: skip
-    made.frames += list(frames_to_uint8(codecs.video_codec.decode(video)).numpy())
-    made.waves += list(codecs.audio_codec.decode(audio).float().mean(1).clamp(-1, 1).numpy())
-    made.captions += captions
+    made.add(video_codec.decode(video), audio_codec.decode(audio), captions)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Measures few-step students of the tiny world beside their teacher, the teacher in few steps, and real puppets.
+"""Evaluation of few-step students of the tiny world: against their teacher, the teacher in few steps, and real puppets.
 
     python -m eval.dmd2 student=tiny/distill
     python -m eval.dmd2 student=runs/dmd2/a,runs/dmd2/b teacher=tiny/base prompts=40 seeds=3
 
-All columns are clips of the same held-out prompts (`eval.puppets`), models from the same noise, and all go through
-the same decoders and measures (`eval.compare`).
+All columns are clips of the same held-out prompts (`eval.puppets`), models from the same noise; decoders and metrics
+are the same for all (`eval.compare`).
 """
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.tiny.puppets import SKINS
-from eval import distill_pictures, distill_report
-from eval.compare import ROWS, Column, Comparison, column
-from eval.distill_pictures import Shown
+from eval import tables
+from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
-from eval.generate import Way, sample_all
-from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec
-from eval.report import folder_for, provenance
+from eval.generate import Sampler, sample_all
+from eval.output import folder_for, provenance, write_results
+from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec, write_clips
 from eval.scores import Scores
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
+    from eval.figures import Shown
     from inference.pipeline import Pipeline
     from inference.settings import Settings
     from magihuman.codecs.bundle import CodecBundle
@@ -55,21 +56,21 @@ def run(
 
     Args:
         student: shipped name, exported folder or run folder; several with commas
-        teacher: what they were distilled from, likewise
-        prompts: how many captions
+        teacher: checkpoint that they were distilled from, likewise
+        prompts: number of captions
         seeds: clips of each caption; diversity needs at least 2
         batch: clips sampled at once; changes memory and speed only
         output: folder; none is compare/ in a run folder, else runs/compare/NAME
-        cache: folder in which the teacher's latents are kept for the next comparison; none keeps nothing
+        cache: folder in which the teacher's latents are cached for the next comparison; none caches nothing
         device: auto, cpu or cuda
-        keep: of how many captions to show and save clips
+        keep: number of captions whose clips are shown and saved
         progress: show bars
 
     Returns:
         Where compare.json and the report are, and the verdicts per student.
 
     Raises:
-        UserError: an unknown checkpoint, one of other codecs, students of different sampling, or a value that cannot
+        UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, or a value that cannot
             be used.
     """
     for name, value, least in (
@@ -84,26 +85,26 @@ def run(
     if not names or len(set(names)) < len(names):
         raise UserError(f"student={student} should name one or more checkpoints, each once, with commas")
     start = time.perf_counter()
-    codecs, ways = _ways(names, teacher, device)
+    codecs, samplers = _samplers(names, teacher, device)
     folder = Path(output) if output else folder_for("compare", *names)
     captions = [puppet.caption for puppet in held_out(prompts)]
     sample_all(
-        ways, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
+        samplers, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
     )  # fmt: skip
-    columns, shown = _measured(codecs, ways, captions, seeds, min(keep, prompts), progress)
+    columns, shown = _measured(codecs, samplers, captions, seeds, min(keep, prompts), progress)
     values = _values(Comparison(columns), {"prompts": prompts, "seeds": list(range(seeds))})
     values["seconds"] = round(time.perf_counter() - start, 1)
     values["provenance"] = provenance()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    (folder / "compare.md").write_text(distill_report.markdown(values) + "\n", encoding="utf-8")
-    distill_pictures.multiples(values).savefig(folder / "compare.png", dpi=100)
-    distill_pictures.sheet(shown).savefig(folder / "sheet.png", dpi=90)
-    saved = distill_pictures.save_clips(shown, folder / "clips")
+    write_results(folder, "compare", values, tables.comparison(values))
+    from eval import figures
+
+    figures.comparison_points(values).savefig(folder / "compare.png", dpi=100)
+    figures.contact_sheet(shown).savefig(folder / "sheet.png", dpi=90)
+    saved = _save_clips(shown, folder / "clips")
     report = None
     if len(names) == 1 and (Path(names[0]) / "metrics.csv").is_file():
-        report = distill_pictures.write_page(Path(names[0]), folder, values, shown, saved)
-    print(distill_report.text(values), flush=True)
+        report = _write_report(Path(names[0]), folder, values, shown, saved)
+    print(tables.comparison_text(values), flush=True)
     print(f"written to {folder} ({time.perf_counter() - start:.0f} s)")
     return {
         "compare": str(folder / "compare.json"),
@@ -120,14 +121,14 @@ def run(
 # ----------------------------------------------------------------------------------------------------
 
 
-def words_for(settings: "Settings") -> str:
-    """A sampler in words: "32 steps, CFG"."""
+def sampler_words(settings: "Settings") -> str:
+    """Name of sampling settings in a table: "32 steps, CFG"."""
     kind = {"unipc": "", "renoise": "re-noise "}.get(settings.solver, f"{settings.solver} ")
     return f"{settings.steps} {kind}steps, {'CFG' if settings.guidance.needed else 'no CFG'}"
 
 
-def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle", list[Way]]:
-    """The teacher as it is meant to be sampled, in as few steps as the students, in their own sampler; the students."""
+def _samplers(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle", list[Sampler]]:
+    """The teacher with its own settings, with as few steps as the students, with the students' sampler; the students."""
     from magihuman.codecs.bundle import load_bundle
 
     codecs = load_bundle("tiny")
@@ -137,23 +138,21 @@ def _ways(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle
         if pipeline.settings() != few:
             own = pipeline.settings()
             raise UserError(
-                f"{name} is sampled otherwise than {names[0]} ({words_for(own)}, shift {own.shift:g}, against "
-                f"{words_for(few)}, shift {few.shift:g}); compare them one by one"
+                f"{name} is sampled otherwise than {names[0]} ({sampler_words(own)}, shift {own.shift:g}, against "
+                f"{sampler_words(few)}, shift {few.shift:g}); compare them one by one"
             )
     in_few = pipelines[0].settings(steps=few.steps, guidance=1.0)
     alone = few if few.guidance.needed else replace(few, guidance=in_few.guidance)
-    ways: list[Way] = []
+    samplers: list[Sampler] = []
     for settings in (full, in_few, replace(alone, negative_prompt=full.negative_prompt)):
-        name = f"teacher, {words_for(settings)}"
-        if settings not in [way.settings for way in ways]:
-            taken = name in [way.name for way in ways]
-            ways.append(
-                Way(f"{name}, shift {settings.shift:g}" if taken else name, pipelines[0], settings, keep=True)
-            )
-    short = _short_names(names)
-    for name, pipeline in zip(short, pipelines[1:], strict=True):
-        ways.append(Way(f"{name}, {words_for(few)}", pipeline, few))
-    return codecs, ways
+        name = f"teacher, {sampler_words(settings)}"
+        if settings not in [sampler.settings for sampler in samplers]:
+            taken = name in [sampler.name for sampler in samplers]
+            title = f"{name}, shift {settings.shift:g}" if taken else name
+            samplers.append(Sampler(title, pipelines[0], settings, cache=True))
+    for name, pipeline in zip(_short_names(names), pipelines[1:], strict=True):
+        samplers.append(Sampler(f"{name}, {sampler_words(few)}", pipeline, few))
+    return codecs, samplers
 
 
 def _pipeline(name: str, codecs: "CodecBundle", device: str) -> "Pipeline":
@@ -179,15 +178,22 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _measured(
-    codecs: "CodecBundle", ways: Sequence[Way], captions: Sequence[str], seeds: int, keep: int, progress: bool
-) -> tuple[list[Column], list[Shown]]:
-    """All columns, the truth and its bound first, and the clips of the first prompts for the pictures."""
+    codecs: "CodecBundle",
+    samplers: Sequence[Sampler],
+    captions: Sequence[str],
+    seeds: int,
+    keep: int,
+    progress: bool,
+) -> tuple[list[Column], list["Shown"]]:
+    """All columns, ground truth and codec bound first, and the clips of the first prompts for the contact sheet."""
     from tqdm import tqdm
+
+    from eval.figures import Shown
 
     puppets = held_out(len(captions))
     columns: list[Column] = []
     shown: list[Shown] = []
-    with tqdm(total=len(ways) + 3, desc="measuring", unit="column", disable=not progress) as bar:
+    with tqdm(total=len(samplers) + 3, desc="measuring", unit="column", disable=not progress) as bar:
         reference = Reference(puppets, codecs, first_draw=seeds)
         bar.update()
         truths = [ground_truth(real_draw(puppets, draw)) for draw in range(seeds)]
@@ -198,8 +204,8 @@ def _measured(
             scores: list[Scores] = bound_scores
             if role != "bound":
                 scores = [c.score(b) for c, b in zip(draws, bound_scores, strict=True)]
-            place = reference.place(by_prompt([embed(clips, codecs) for clips in draws]))
-            columns.append(column(name, role, scores, [clips.waves for clips in draws], place, facts))
+            distribution = reference.distances(by_prompt([embed(clips, codecs) for clips in draws]))
+            columns.append(column(name, role, scores, [clips.waves for clips in draws], distribution, facts))
             if role != "truth":
                 first = draws[0]
                 shown.append(
@@ -209,30 +215,26 @@ def _measured(
 
         add("ground truth", "truth", truths)
         add(BOUND, "bound", bounds)
-        for number, way in enumerate(ways):
-            role = "student" if not way.keep else "teacher" if number == 0 else "baseline"
-            add(
-                way.name,
-                role,
-                [way.clips(captions, draw * len(captions)) for draw in range(seeds)],
-                way.facts(),
-            )
+        for number, sampler in enumerate(samplers):
+            role = "student" if not sampler.cache else "teacher" if number == 0 else "baseline"
+            draws = [sampler.clips(captions, draw * len(captions)) for draw in range(seeds)]
+            add(sampler.name, role, draws, sampler.facts())
     return columns, shown
 
 
 # ----------------------------------------------------------------------------------------------------
-# The result file
+# Result files
 # ----------------------------------------------------------------------------------------------------
 
 
 def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is reported, as plain values."""
+    """Content of compare.json."""
     columns = {}
     for own in found.columns:
         rows = {}
         for row in ROWS:
             rows[row.name] = found.value(own, row).to_dict()
-            if row.better == "bound" and own.role not in ("truth", "bound"):
+            if row.direction == "target" and own.role not in ("truth", "bound"):
                 rows[row.name]["off"] = found.off(own, row).to_dict()
         counts = np.bincount(own.skins.ravel(), minlength=len(SKINS)).tolist()
         columns[own.name] = {
@@ -245,7 +247,7 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
             other.name: {row.name: found.against(own, other, row).to_dict() for row in ROWS}
             for other in found.of_role("teacher", "baseline")
         }
-        kept = {row.name: found.kept(own, row) for row in ROWS if row.of == "diversity"}
+        kept = {row.name: found.kept(own, row) for row in ROWS if row.diversity}
         diversity[own.name] = {
             name: {"ratio": ratio.to_dict(), "verdict": word} for name, (ratio, word) in kept.items()
         }
@@ -256,10 +258,55 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
         "columns": columns,
         "against": against,
         "diversity": diversity,
-        "rows": {row.name: {"about": row.about, "better": row.better, "of": row.of} for row in ROWS},
     }
-    values["claims"] = {name: distill_report.claims(values, name) for name in against}
+    values["claims"] = {name: claims(values, name) for name in against}
     return values
+
+
+def _save_clips(shown: Sequence["Shown"], folder: Path) -> list[Path]:
+    """Write the teacher's and the students' clips as mp4 with their captions; returns the mp4 files."""
+    saved: list[Path] = []
+    for one in shown:
+        if one.role in ("teacher", "student"):
+            name = one.name.split(",")[0].replace("student ", "").replace("/", "-").strip(".- ")
+            paths = [folder / f"{name}-{number}.mp4" for number in range(len(one.frames))]
+            write_clips(paths, one.frames, one.waves, [score.caption for score in one.scores])
+            saved += paths
+    return saved
+
+
+def _write_report(
+    run: Path, folder: Path, values: dict[str, Any], shown: Sequence["Shown"], saved: Sequence[Path]
+) -> Path:
+    """Write report.md and report.png into a run folder: training curves, table, clips of teacher and student.
+
+    Args:
+        folder: of the comparison's own files; saved: its clips.
+    """
+    from eval.figures import run_page
+    from magihuman.training.report import heading, sample_sheets
+
+    run_page(run / "metrics.csv", values, shown).savefig(run / "report.png", dpi=90)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    clips, compare, sheet, numbers = (
+        [os.path.relpath(path, run) for path in saved],
+        *(os.path.relpath(folder / name, run) for name in ("compare.png", "sheet.png", "compare.json")),
+    )
+    lines = [
+        *heading(record),
+        tables.comparison(values),
+        "",
+        "![curves, table, clips](report.png)",
+        "",
+        f"Metric by metric: [compare.png]({compare}), all clips: [sheet.png]({sheet}), all values: "
+        f"[compare.json]({numbers}).",
+        "",
+        "Clips: " + ", ".join(f"[{Path(link).stem}]({link})" for link in clips) + ".",
+        "",
+        *sample_sheets(run),
+    ]
+    (run / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    return run / "report.md"
 
 
 if __name__ == "__main__":

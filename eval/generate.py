@@ -1,8 +1,8 @@
-"""Clips of several checkpoints and samplers from the same prompts and noise, timed side by side.
+"""Timed sampling of several checkpoints and samplers from the same prompts and noise.
 
-Every batch is sampled in each way in turn, so that times compare although a machine is not always equally busy.
-Latents of ways that are measured again and again (a teacher) can be kept in a folder. What is found there is
-trusted only if the first batch, sampled anew, gives the same latents.
+Every batch is sampled by each sampler before the next, so that times compare on a machine whose load changes. Latents
+that are measured again and again (a teacher's) can be cached in a folder; the cache is used only if the first batch,
+sampled anew, gives the same latents.
 """
 
 import hashlib
@@ -11,44 +11,45 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from eval.puppets import Clips
-from eval.trained import trained
-from inference.pipeline import Pipeline
-from inference.settings import Settings
+from eval.output import training_record
+from eval.puppets import Clips, noise_seed
 from magihuman.io.files import atomic_path
 from magihuman.io.provenance import code_version, fingerprint
-from magihuman.media.images import frames_to_uint8
 
-TIMED = 3  # batches sampled of what is kept, for its time
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inference.pipeline import Pipeline
+    from inference.settings import Settings
+
+TIMED = 3  # batches sampled of a cached sampler, for its time
 SAME = 1e-2  # root mean square difference of latents, of deviation 1, that other threads or machines may make
 
 
 @dataclass
-class Way:
-    """A checkpoint and its sampling settings, and the clips that came of them.
+class Sampler:
+    """A checkpoint with its sampling settings, and the clips sampled so.
 
     Attributes:
         name: of the column.
-        keep: whether its latents are worth keeping.
+        cache: whether its latents are worth caching.
         video [n,C,T,h,w], audio [n,A,Ca]: latents fp32 of all clips, on the CPU.
         seconds: of denoising, per clip, of each batch that was sampled in this process.
-        kept: when and with which code kept latents were made; None where all are new.
+        cached: date and code of the cached latents; None where all are new.
     """
 
     name: str
-    pipeline: Pipeline
-    settings: Settings
-    keep: bool = False
-    video: Tensor | None = None
-    audio: Tensor | None = None
+    pipeline: "Pipeline"
+    settings: "Settings"
+    cache: bool = False
+    video: "Tensor | None" = None
+    audio: "Tensor | None" = None
     seconds: list[float] = field(default_factory=list)
-    kept: dict[str, Any] | None = None
+    cached: dict[str, Any] | None = None
 
     @property
     def calls(self) -> int:
@@ -60,7 +61,7 @@ class Way:
         return float(np.median(self.seconds))
 
     def facts(self) -> dict[str, Any]:
-        """What was sampled, for a result file."""
+        """Checkpoint, settings, times and training, for a result file."""
         folder = self.pipeline.folder
         return {
             "checkpoint": {"name": _short(folder), **fingerprint(folder)},
@@ -68,30 +69,26 @@ class Way:
             "calls": self.calls,
             "seconds_per_clip": self.time(),
             "seconds_of_batches": [round(value, 4) for value in self.seconds],
-            "kept": self.kept,
-            "trained": trained(folder.parent if folder.name == "export" else folder),
+            "kept": self.cached,
+            "trained": training_record(folder.parent if folder.name == "export" else folder),
         }
 
     def clips(self, prompts: Sequence[str], first: int, batch: int = 10) -> Clips:
         """Decoded clips of the latents from number `first` on, one per prompt."""
         assert self.video is not None
         assert self.audio is not None
-        codecs, made = self.pipeline.codecs, Clips(captions=list(prompts))
+        codecs, made = self.pipeline.codecs, Clips()
         for start in range(first, first + len(prompts), batch):
             part = slice(start, min(start + batch, first + len(prompts)))
-            made.frames += list(frames_to_uint8(codecs.video_codec.decode(self.video[part])).numpy())
-            waves = codecs.audio_codec.decode(self.audio[part]).float().mean(1)
-            made.waves += list(waves.clamp(-1, 1).numpy())
+            made.add(
+                codecs.video_codec.decode(self.video[part]), codecs.audio_codec.decode(self.audio[part]),
+                prompts[start - first : part.stop - first],
+            )  # fmt: skip
         return made
 
 
-def noise_seed(seed: int, index: int) -> int:
-    """Of the clip of prompt `index`; that of `eval.puppets`, so that clips are the same ones."""
-    return seed * 1_000_003 + index
-
-
 def sample_all(
-    ways: Sequence[Way],
+    samplers: Sequence[Sampler],
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -99,72 +96,77 @@ def sample_all(
     folder: Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Fill the latents and the times of all ways.
+    """Fill the latents and the times of all samplers.
 
     Clips are numbered seed by seed: number s * len(prompts) + p is prompt p under the s-th seed.
 
     Args:
         batch: clips sampled at once; changes memory and speed only.
-        folder: where latents are kept; None keeps nothing.
+        folder: of the cache; None caches nothing.
     """
+    import torch
     from tqdm import tqdm
 
     texts = list(prompts) * len(seeds)
     noise = [noise_seed(seed, index) for seed in seeds for index in range(len(prompts))]
-    stores = {way.name: _Store(way, texts, noise, folder) for way in ways if way.keep and folder is not None}
+    stores = {s.name: _Store(s, texts, noise, folder) for s in samplers if s.cache and folder is not None}
     for store in stores.values():
         store.read()
     batches = [slice(first, first + batch) for first in range(0, len(texts), batch)]
-    made: dict[str, list[tuple[Tensor, Tensor]]] = {way.name: [] for way in ways}
-    total = sum(way.calls for _, way in _turns(ways, batches))
+    made: dict[str, list[tuple[Tensor, Tensor]]] = {sampler.name: [] for sampler in samplers}
+    total = sum(sampler.calls for _, sampler in _schedule(samplers, batches))
     with tqdm(total=total, desc="sampling", unit="call", disable=not progress) as bar:
-        for part, way in _turns(ways, batches):
-            bar.set_postfix_str(way.name)
-            latents = _sampled(way, texts[part], noise[part])
-            if way.kept is not None and not made[way.name] and not _same(way, part, latents):
-                way.kept = way.video = way.audio = None  # made by other code
-            made[way.name].append(latents)
-            bar.update(way.calls)
-    for way in ways:
-        if way.kept is None:
-            way.video, way.audio = (torch.cat(parts) for parts in zip(*made[way.name], strict=True))
-            if way.name in stores:
-                stores[way.name].write()
+        for part, sampler in _schedule(samplers, batches):
+            bar.set_postfix_str(sampler.name)
+            latents = _sampled(sampler, texts[part], noise[part])
+            if sampler.cached is not None and not made[sampler.name] and not _same(sampler, part, latents):
+                sampler.cached = sampler.video = sampler.audio = None  # made by other code
+            made[sampler.name].append(latents)
+            bar.update(sampler.calls)
+    for sampler in samplers:
+        if sampler.cached is None:
+            sampler.video, sampler.audio = (
+                torch.cat(parts) for parts in zip(*made[sampler.name], strict=True)
+            )
+            if sampler.name in stores:
+                stores[sampler.name].write()
 
 
-def _turns(ways: Sequence[Way], batches: Sequence[slice]) -> Iterator[tuple[slice, Way]]:
-    """Every batch in every way; of what is kept, `TIMED` batches are enough."""
+def _schedule(samplers: Sequence[Sampler], batches: Sequence[slice]) -> Iterator[tuple[slice, Sampler]]:
+    """Every batch with every sampler; `TIMED` batches are enough of cached ones."""
     for number, part in enumerate(batches):
-        for way in ways:
-            if way.kept is None or number < TIMED:
-                yield part, way
+        for sampler in samplers:
+            if sampler.cached is None or number < TIMED:
+                yield part, sampler
 
 
-def _sampled(way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    before = way.pipeline.times["sample"]
-    drafts = way.pipeline.draft(prompts, seeds, way.settings)
-    way.seconds.append((way.pipeline.times["sample"] - before) / len(prompts))
+def _sampled(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> "tuple[Tensor, Tensor]":
+    import torch
+
+    before = sampler.pipeline.times["sample"]
+    drafts = sampler.pipeline.draft(prompts, seeds, sampler.settings)
+    sampler.seconds.append((sampler.pipeline.times["sample"] - before) / len(prompts))
     return torch.stack([d.video for d in drafts]), torch.stack([d.audio for d in drafts])
 
 
-def _same(way: Way, part: slice, latents: tuple[Tensor, Tensor]) -> bool:
-    assert way.video is not None
-    assert way.audio is not None
-    pairs = zip((way.video[part], way.audio[part]), latents, strict=True)
+def _same(sampler: Sampler, part: slice, latents: "tuple[Tensor, Tensor]") -> bool:
+    assert sampler.video is not None
+    assert sampler.audio is not None
+    pairs = zip((sampler.video[part], sampler.audio[part]), latents, strict=True)
     return all(float((old - new).square().mean().sqrt()) < SAME for old, new in pairs)
 
 
 def _short(folder: Path) -> str:
-    """A checkpoint's folder as its user knows it, without what lies above on this machine."""
+    """Last two parts of a checkpoint's folder, as its user knows it."""
     parts = folder.parts[:-1] if folder.name == "export" else folder.parts
     return "/".join(parts[-2:])
 
 
 @dataclass
 class _Store:
-    """Kept latents of one way: a file whose name says all that they depend on, but for the code."""
+    """Cached latents of one sampler: a file whose name hashes all that they depend on, except the code."""
 
-    way: Way
+    sampler: Sampler
     prompts: list[str]
     seeds: list[int]
     folder: Path | None
@@ -172,11 +174,11 @@ class _Store:
     @property
     def file(self) -> Path:
         assert self.folder is not None
-        pipeline = self.way.pipeline
+        pipeline = self.sampler.pipeline
         key = {
             "checkpoint": fingerprint(pipeline.folder)["sha256"],
             "world": repr(pipeline.codecs.contract),
-            "settings": self.way.settings.to_dict(),
+            "settings": self.sampler.settings.to_dict(),
             "dtype": pipeline.dtype,
             "clips": list(zip(self.prompts, self.seeds, strict=True)),
         }
@@ -188,18 +190,21 @@ class _Store:
 
         try:
             with safe_open(self.file, "pt") as tensors:
-                self.way.video, self.way.audio = tensors.get_tensor("video"), tensors.get_tensor("audio")
-                self.way.kept = json.loads(tensors.metadata()["made"])
+                self.sampler.video, self.sampler.audio = (
+                    tensors.get_tensor("video"),
+                    tensors.get_tensor("audio"),
+                )
+                self.sampler.cached = json.loads(tensors.metadata()["made"])
         except (OSError, SafetensorError):  # not there yet, or cut off
-            self.way.video = self.way.audio = self.way.kept = None
+            self.sampler.video = self.sampler.audio = self.sampler.cached = None
 
     def write(self) -> None:
         from safetensors.torch import save_file
 
-        assert self.way.video is not None
-        assert self.way.audio is not None
+        assert self.sampler.video is not None
+        assert self.sampler.audio is not None
         self.file.parent.mkdir(parents=True, exist_ok=True)
         made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "code": code_version()}
-        tensors = {"video": self.way.video.contiguous(), "audio": self.way.audio.contiguous()}
+        tensors = {"video": self.sampler.video.contiguous(), "audio": self.sampler.audio.contiguous()}
         with atomic_path(self.file) as partial:
             save_file(tensors, partial, {"made": json.dumps(made)})

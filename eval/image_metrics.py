@@ -1,14 +1,18 @@
-"""How near pictures are to the true ones: PSNR and SSIM of clips, frame by frame."""
+"""PSNR and SSIM of clips against the true frames, by torchmetrics.
+
+psnr(frames, truth), ssim(frames, truth)   # uint8 [F,H,W,3]
+"""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-WINDOW, SPREAD = 11, 1.5  # of SSIM's Gaussian window, in pixels
-K1, K2 = 0.01, 0.03
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LUMA = (0.299, 0.587, 0.114)
-CEILING = 99.0  # dB reported for equal pictures
+CEILING = 99.0  # dB reported for equal frames
+WINDOW = 11  # pixels, of SSIM's Gaussian of deviation 1.5
 
 
 def psnr(frames: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -> float:
@@ -17,40 +21,44 @@ def psnr(frames: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None)
     Raises:
         ValueError: clips of different shapes.
     """
-    if frames.shape != truth.shape:
-        raise ValueError(f"clips of {list(frames.shape)} and {list(truth.shape)} cannot be compared")
-    error = np.square(frames.astype(np.float32) - truth.astype(np.float32))
-    mean = float(error.mean() if where is None else error[:, where].mean())
-    return CEILING if mean == 0 else min(CEILING, 10 * float(np.log10(255**2 / mean)))
+    import torch
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    _require_same(frames, truth)
+    a, b = (
+        torch.from_numpy((x if where is None else x[:, where]).astype(np.float64)) for x in (frames, truth)
+    )
+    return min(CEILING, float(peak_signal_noise_ratio(a, b, data_range=255.0)))
 
 
 def ssim(frames: np.ndarray, truth: np.ndarray) -> float:
     """Mean structural similarity of the luma, uint8 [F,H,W,3] (Wang et al. 2004: 11 x 11 Gaussian, K .01 and .03).
 
     Raises:
-        ValueError: clips of different shapes, or pictures smaller than the window.
+        ValueError: clips of different shapes, or frames smaller than the window.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _require_same(frames, truth)
+    if min(frames.shape[1:3]) < WINDOW:
+        raise ValueError(f"SSIM needs frames of at least {WINDOW} pixels, not {list(frames.shape[1:3])}")
+    found = structural_similarity_index_measure(
+        _luma(frames), _luma(truth), sigma=1.5, data_range=1.0, return_full_image=True
+    )
+    edge = (
+        WINDOW // 2
+    )  # torchmetrics' own mean counts windows beyond the edges, which the published index does not
+    return float(found[1][..., edge:-edge, edge:-edge].mean())
+
+
+def _require_same(frames: np.ndarray, truth: np.ndarray) -> None:
     if frames.shape != truth.shape:
         raise ValueError(f"clips of {list(frames.shape)} and {list(truth.shape)} cannot be compared")
-    if min(frames.shape[1:3]) < WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {WINDOW} pixels, not {list(frames.shape[1:3])}")
-    a, b = (_luma(x) for x in (frames, truth))
-    mean_a, mean_b = _blur(a), _blur(b)
-    var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
-    both = _blur(a * b) - mean_a * mean_b
-    c1, c2 = K1**2, K2**2
-    top = (2 * mean_a * mean_b + c1) * (2 * both + c2)
-    return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
-def _luma(frames: np.ndarray) -> Tensor:
+def _luma(frames: np.ndarray) -> "Tensor":
     """[F,1,H,W] fp64 in [0,1]."""
+    import torch
+
     weights = torch.tensor(LUMA, dtype=torch.float64)
     return (torch.from_numpy(np.ascontiguousarray(frames)).double() / 255 @ weights)[:, None]
-
-
-def _blur(x: Tensor) -> Tensor:
-    place = torch.arange(WINDOW, dtype=x.dtype) - WINDOW // 2
-    window = torch.exp(-(place**2) / (2 * SPREAD**2))
-    window = window / window.sum()
-    return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))

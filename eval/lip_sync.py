@@ -1,11 +1,10 @@
-"""Lip sync in the tiny world: does the mouth in the picture do what the voice calls for?
+"""Lip sync in the tiny world: correlation of the visible mouth with the mouth that the audio calls for.
 
-Pearson correlation, at frame rate, of the mouth's visible opening (`eval.puppet_vision`) with the opening that the
-voice calls for (`eval.puppet_speech.called_opening`). A bare correlation says little: clips share their rhythm
-(silence at both ends, three syllables), so a mouth beside another clip's voice still reaches about .6. Each
-correlation therefore stands beside two chance levels: the mean over circular shifts of the clip's own voice,
-and the mean over other clips' voices. The second is the harder and the right one for "the mouth follows
-*this* voice".
+Pearson correlation, at frame rate, of the mouth's visible opening (`eval.puppet_vision`) with the opening that the audio
+calls for (`eval.puppet_speech.called_opening`). A bare correlation says little: clips share their rhythm (silence at both
+ends, three syllables), so a mouth still reaches about .6 with another clip's audio. Two chance levels are therefore
+measured: the mean over circular shifts of the clip's own audio, and the mean over other clips' audio. The second is the
+harder one, and the right one for "the mouth follows *this* audio".
 """
 
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ NEAREST_SHIFT = 4  # a syllable lasts 5 to 7 frames: shifts nearer than this are
 
 @dataclass(frozen=True)
 class Sync:
-    """Sync of one clip. `r` is the correlation at lag 0, `shifted` the mean over circular shifts of at least
-    `NEAREST_SHIFT` frames, `lag` the best lag in frames (positive: the picture is late) and `r_best` its
-    correlation.
+    """Lip sync of one clip.
 
-    All four are None unless `status` is "ok"; otherwise it is "static" (the mouth does not move) or "silent".
+    Attributes:
+        status: ok, static (the mouth does not move) or silent; the others are None unless it is ok.
+        r: correlation at lag 0.
+        shifted: mean correlation over circular shifts of at least `NEAREST_SHIFT` frames.
+        lag: best lag in frames, positive where the video is late; r_best: its correlation.
     """
 
     status: str
@@ -39,8 +40,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / scale if scale > 1e-12 else 0.0
 
 
-def measure(shown: np.ndarray, called: np.ndarray | None, static: bool) -> Sync:
-    """Sync of the opening shown [F] with the one that the voice calls for [F] (None: silent)."""
+def sync_of(shown: np.ndarray, called: np.ndarray | None, static: bool) -> Sync:
+    """Lip sync of the visible opening [F] and the one that the audio calls for [F] (None: silent)."""
     if called is None:
         return Sync("silent")
     if static:

@@ -1,11 +1,10 @@
-"""Hears the tiny world's syllables: a deterministic recogniser, and edit distance with its parts.
+"""Syllable recogniser of the tiny world: deterministic, with edit counts, mouth openings and pitch from the audio.
 
-Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence,
-three onsets and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations
-turns them into syllables. The number of syllables is free. The same features tell which mouth opening the
-voice calls for, which lip sync is measured against. Both are fitted on utterances drawn from
-`RECOGNISER_SEED`, a world that neither training nor evaluation uses, in about two seconds; nothing is
-stored.
+Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence, three onsets
+and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations turns them into syllables,
+whose number is free. A regression on the same features gives the mouth opening that the audio calls for, the reference
+of lip sync. Both are fitted in about two seconds on utterances drawn from `RECOGNISER_SEED`, which neither training nor
+evaluation uses; nothing is stored.
 """
 
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ SWITCH = -4.0  # log probability of leaving a class
 
 @dataclass(frozen=True)
 class Heard:
-    """What the recogniser heard: syllables with the start and end of their vowel in seconds.
+    """Recognised syllables, with the start and end of their vowels in seconds.
 
     `silent` is true where the whole clip is below `SILENT_RMS`; `words` is empty then.
     """
@@ -78,26 +77,11 @@ class Edits:
 
 
 def edits(reference: tuple[str, ...], heard: tuple[str, ...]) -> Edits:
-    """Levenshtein alignment with unit costs; among equal costs substitutions are preferred to gaps."""
-    rows, columns = len(reference), len(heard)
-    # (cost, S, D, I) per cell; tuple order breaks ties towards fewer deletions and insertions after cost.
-    table = [[(0, 0, 0, 0)] * (columns + 1) for _ in range(rows + 1)]
-    for i in range(1, rows + 1):
-        table[i][0] = (i, 0, i, 0)
-    for j in range(1, columns + 1):
-        table[0][j] = (j, 0, 0, j)
-    for i in range(1, rows + 1):
-        for j in range(1, columns + 1):
-            cost, subs, dels, ins = table[i - 1][j - 1]
-            wrong = int(reference[i - 1] != heard[j - 1])
-            diagonal = (cost + wrong, subs + wrong, dels, ins)
-            cost, subs, dels, ins = table[i - 1][j]
-            down = (cost + 1, subs, dels + 1, ins)
-            cost, subs, dels, ins = table[i][j - 1]
-            right = (cost + 1, subs, dels, ins + 1)
-            table[i][j] = min(diagonal, down, right, key=lambda cell: (cell[0], cell[2] + cell[3]))
-    _, subs, dels, ins = table[rows][columns]
-    return Edits(subs, dels, ins, rows)
+    """Edits of a recognised from a reference sequence by jiwer: fewest errors, among equals the most hits."""
+    import jiwer
+
+    found = jiwer.process_words(" ".join(reference), " ".join(heard))
+    return Edits(found.substitutions, found.deletions, found.insertions, len(reference))
 
 
 @lru_cache(maxsize=1)
@@ -187,18 +171,16 @@ def _fitted() -> _Fit:
 
 
 def _per_picture(rows: np.ndarray, frames: int) -> np.ndarray:
-    """Mean of the sound's frames during each picture: [frames, features] from [frames * 4, features]."""
+    """Mean of the audio's frames during each video frame: [frames, features] from [frames * 4, features]."""
     return rows[: frames * PER_PICTURE].reshape(frames, PER_PICTURE, -1).mean(1)
 
 
 def called_opening(wave: np.ndarray, frames: int) -> np.ndarray | None:
-    """The mouth opening that a voice calls for, per picture at 25 fps, as a share of the picture's area:
-    fp64 [frames].
+    """The mouth opening that audio calls for, per video frame at 25 fps, as a share of the image's area: fp64 [frames].
 
-    A linear regression from the same features that the syllables are recognised by, floored at 0: an open
-    mouth sounds different from a rounded one, so this follows the drawn mouth far closer than loudness does
-    (r = .98 against .88). `wave` is [N] at 16 kHz, cut or filled with silence to the pictures' length. None
-    where it is silent.
+    A linear regression from the features of the recogniser, floored at 0: an open mouth sounds different from a rounded
+    one, so this follows the drawn mouth far closer than loudness does (r = .98 against .88). `wave` is [N] at 16 kHz,
+    cut or filled with silence to the video's length. None where it is silent.
     """
     needed = frames * PER_PICTURE * HOP
     wave = _clean(wave)[:needed]

@@ -1,7 +1,7 @@
-"""Sees the tiny world's pictures: attributes, mouth openness, sharpness, flicker.
+"""Measurements in the tiny world's frames: attributes, mouth opening, sharpness, flicker.
 
-All places are shares of the picture, so clips of any square size are measured alike (sharpness alone depends
-on the size). Colours are decided by the nearest palette entry of a region's median over space and time; the
+All positions are shares of the image, so clips of any square size are measured alike (only sharpness depends on the
+size). Colours are decided by the nearest palette entry of a region's median over space and time; the
 face shape by which of the three drawn silhouettes explains the median frame best.
 """
 
@@ -24,20 +24,22 @@ from data.tiny.puppets import (
     portrait,
 )
 
-PROMPTED = ("face", "hair", "shirt", "wall")  # what a caption states, beside the syllables
+PROMPTED = ("face", "hair", "shirt", "wall")  # attributes that a caption states
 # The lips of the widest and of the most open vowel, plus a margin for blur.
 MOUTH_RADII = (0.19, 0.155)
-STATIC_AMPLITUDE = 0.004  # of the picture's area; the smallest vowel (u) opens 0.012
+STATIC_AMPLITUDE = 0.004  # of the image's area; the smallest vowel (u) opens 0.012
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one clip shows. `attributes` has face, hair, shirt, wall and skin.
+    """Measurements of one clip.
 
-    `openness` [F] is the area of the mouth's inside as a share of the picture; `amplitude` its 5 % to 95 %
-    range; `static` says that the mouth does not move. `sharpness` and `mouth_sharpness` are variances of the
-    Laplacian of the luma in [0,1]; `flicker` is the mean absolute change of the luma between frames, away
-    from the mouth.
+    Attributes:
+        attributes: face, hair, shirt, wall and skin.
+        openness [F]: area of the mouth's inside as a share of the image; amplitude: its 5 % to 95 % range.
+        static: whether the mouth does not move.
+        sharpness, mouth_sharpness: variance of the Laplacian of the luma in [0,1].
+        flicker: mean absolute change of the luma between frames, outside the mouth.
     """
 
     attributes: dict[str, str]
@@ -51,7 +53,7 @@ class Seen:
 
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres x, y as shares of the picture: each [size, size]."""
+    """Pixel centres x, y as shares of the image: each [size, size]."""
     centres = (np.arange(size) + 0.5) / size
     y, x = np.meshgrid(centres, centres, indexing="ij")
     return x, y
@@ -59,7 +61,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _regions(size: int) -> dict[str, np.ndarray]:
-    """Where each colour is found whatever the face shape, and the mouth: boolean [size, size] each."""
+    """Regions of each colour for any face shape, and the mouth: boolean [size, size] each."""
     x, y = _grid(size)
     aside = np.abs(x - 0.5)
     forehead = (aside < 0.10) & (y > 0.345) & (y < 0.395)
@@ -75,7 +77,7 @@ def _regions(size: int) -> dict[str, np.ndarray]:
 
 
 def mouth_region(size: int) -> np.ndarray:
-    """Where the mouth is in a picture of `size` x `size`: boolean [size, size]."""
+    """Region of the mouth in an image of `size` x `size`: boolean [size, size]."""
     return _regions(size)["mouth"]
 
 
@@ -85,7 +87,7 @@ def _nearest(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int]]) ->
 
 @lru_cache(maxsize=512)
 def _silhouettes(hair: str, shirt: str, wall: str, skin: str, size: int) -> np.ndarray:
-    """The still picture with each face shape: fp32 [3, size, size, 3] in 0..255."""
+    """The still image with each face shape: fp32 [3, size, size, 3] in 0..255."""
     someone = replace(draw_puppet(0, 0), hair=hair, shirt=shirt, wall=wall, skin=skin)
     return np.stack([portrait(replace(someone, face=face), size) for face in FACES]).astype(np.float32)
 
@@ -108,11 +110,10 @@ def attributes(frames: np.ndarray) -> dict[str, str]:
 
 
 def mouth_openness(frames: np.ndarray) -> np.ndarray:
-    """Visible mouth inside per frame, as a share of the picture's area: fp64 [F].
+    """Area of the visible mouth inside per frame, as a share of the image: fp64 [F].
 
-    Every pixel around the mouth is unmixed into skin (as the clip shows it), lip and inside, with shares
-    that sum to one by least squares. The result is linear in the pixels, so blur moves the share about but
-    keeps its sum, and noise averages out.
+    Every pixel around the mouth is unmixed into skin (of this clip), lip and inside, with shares that sum to one by least
+    squares. The result is linear in the pixels, so blur moves the share but keeps its sum, and noise averages out.
     """
     size = frames.shape[1]
     regions = _regions(size)

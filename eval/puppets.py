@@ -1,11 +1,10 @@
-"""Measures a tiny-world checkpoint on held-out prompts, beside its upper bounds.
+"""Evaluation of a tiny-world checkpoint, or of a folder of clips, on held-out prompts, with two upper bounds.
 
     python -m eval.puppets checkpoint=tiny/base
     python -m eval.puppets clips=FOLDER_OF_MP4_AND_TXT
 
-The prompts are those of puppets 0, 1, 2, ... of the world of `HELD_OUT_SEED`; no recipe trains on that seed.
-Two columns are bounds: the puppets themselves, and the puppets through the codec, which no model of its
-latents can beat.
+The prompts are those of puppets 0, 1, 2, ... of the seed `HELD_OUT_SEED`; no recipe trains on that seed. The bounds are
+the puppets themselves, and the puppets through the codec, which no model of its latents can beat.
 """
 
 import time
@@ -16,22 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.tiny.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
-from eval import report
-from eval.report import Column, folder_for
+from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
+from eval import tables
+from eval.output import folder_for, provenance, write_results
 from eval.scores import Scores, score_clips, skills
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from magihuman.codecs.bundle import CodecBundle
 
+FORMAT = "magihuman-scores/1"
 HELD_OUT_SEED = 1_000_003
 BOUND = "through codec"
 
 
 @dataclass
 class Clips:
-    """Pictures uint8 [F,H,W,3], waves fp32 [N] or None, and captions of a set of clips."""
+    """A set of clips: frames uint8 [F,H,W,3], waves fp32 [N] or None, captions."""
 
     frames: list[np.ndarray] = field(default_factory=list)
     waves: list[np.ndarray | None] = field(default_factory=list)
@@ -39,6 +41,26 @@ class Clips:
 
     def score(self, reference: Scores | None = None) -> Scores:
         return score_clips(self.frames, self.waves, self.captions, reference)
+
+    def add(self, frames: "Tensor", waves: "Tensor", captions: Sequence[str]) -> None:
+        """Append decoded clips: frames [B,3,F,H,W] in [-1,1], waves [B,channels,N]."""
+        from magihuman.media.images import frames_to_uint8
+
+        self.frames += list(frames_to_uint8(frames).numpy())
+        self.waves += list(waves.float().mean(1).clamp(-1, 1).numpy())
+        self.captions += captions
+
+    def as_tensors(self, part: slice) -> "tuple[Tensor, Tensor]":
+        """Clips of `part` as codecs encode them: frames fp32 [B,3,F,H,W] in [-1,1], waves fp32 [B,1,N].
+
+        Clips without audio get silence of the tiny world's length.
+        """
+        import torch
+
+        silence = np.zeros(FRAMES * SAMPLE_RATE // FPS)
+        waves = np.stack([silence if wave is None else wave for wave in self.waves[part]])
+        frames = torch.from_numpy(np.stack(self.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        return frames, torch.from_numpy(waves).float()[:, None]
 
 
 def held_out(count: int) -> list[Puppet]:
@@ -53,30 +75,29 @@ def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:
 
 
 def through_codec(clips: Clips, codecs: "CodecBundle", batch: int = 8) -> Clips:
-    """The same clips encoded and decoded again by the codecs."""
-    import torch
-
-    from magihuman.media.images import frames_to_uint8
-
-    result = Clips(captions=list(clips.captions))
+    """The same clips encoded and decoded again by the tiny world's codecs."""
+    result = Clips()
     for start in range(0, len(clips.frames), batch):
         part = slice(start, start + batch)
-        frames = torch.from_numpy(np.stack(clips.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        waves = torch.from_numpy(
-            np.stack([np.zeros(0) if w is None else w for w in clips.waves[part]])
-        ).float()
-        pair = codecs.video_codec, codecs.audio_codec
-        result.frames += list(frames_to_uint8(pair[0].decode(pair[0].encode(frames))).numpy())
-        result.waves += list(pair[1].decode(pair[1].encode(waves[:, None]))[:, 0].clamp(-1, 1).numpy())
+        frames, waves = clips.as_tensors(part)
+        video, audio = codecs.video_codec, codecs.audio_codec
+        result.add(
+            video.decode(video.encode(frames)), audio.decode(audio.encode(waves)), clips.captions[part]
+        )
     return result
 
 
-def bounds(count: int, codecs: "CodecBundle", size: int = 64) -> list[Column]:
-    """Columns of the ground truth and of the ground truth through the codec, the reference of sync skill."""
+def noise_seed(seed: int, index: int) -> int:
+    """Seed of the noise of prompt `index`: a clip depends neither on the batch nor on the number of prompts."""
+    return seed * 1_000_003 + index
+
+
+def bounds(count: int, codecs: "CodecBundle", size: int = 64) -> dict[str, Scores]:
+    """Scores of the ground truth and of the ground truth through the codec, the reference of lip-sync skill."""
     truth = ground_truth(held_out(count), size)
     coded = through_codec(truth, codecs).score()
     coded = replace(coded, table={**coded.table, **skills(coded.own, coded, paired=True)})  # 1 by definition
-    return [Column("ground truth", truth.score(coded)), Column(BOUND, coded)]
+    return {"ground truth": truth.score(coded), BOUND: coded}
 
 
 def generate(
@@ -91,8 +112,6 @@ def generate(
 ) -> tuple[Clips, dict[str, Any], "CodecBundle"]:
     """Sample a checkpoint of the tiny world.
 
-    Prompt i gets seed * 1000003 + i, so a clip does not depend on the batch or on the number of prompts.
-
     Args:
         overrides: of the checkpoint's sampling settings, see `inference.pipeline.Pipeline.settings`.
 
@@ -100,7 +119,7 @@ def generate(
         clips, facts (settings, seconds), codecs.
 
     Raises:
-        UserError: unknown checkpoint, other codecs, or a setting that cannot be.
+        UserError: unknown checkpoint, one not of the tiny world, or a setting that cannot be.
     """
     import torch
     from tqdm import tqdm
@@ -123,7 +142,7 @@ def generate(
         for first in range(0, len(prompts), batch):
             part = list(prompts[first : first + batch])
             for clip in pipeline.make(
-                part, [seed * 1_000_003 + first + k for k in range(len(part))], settings
+                part, [noise_seed(seed, first + k) for k in range(len(part))], settings
             ):
                 clips.frames.append(clip.frames.numpy())
                 clips.waves.append(clip.wave.numpy().mean(0) if clip.wave.numel() else None)
@@ -141,8 +160,7 @@ def generate(
 
 
 def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[Clips, dict[str, str]]:
-    """The first `limit` mp4 files of a folder with the captions beside them, and why others could not be
-    used.
+    """The first `limit` mp4 files of a folder with their captions, and the reasons why others could not be used.
 
     Raises:
         UserError: no folder, no mp4 in it, or none that can be used.
@@ -154,7 +172,7 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
     movies = sorted(Path(folder).glob("*.mp4"))[:limit]
     if not movies:
         raise UserError(
-            f"clips={folder} holds no .mp4; give a folder of mp4 files with a .txt caption beside each"
+            f"clips={folder} holds no .mp4; give a folder of mp4 files, each with a caption in a .txt of the same name"
         )
     clips, refused = Clips(), {}
     for movie in tqdm(movies, desc="reading", unit="clip", disable=not progress):
@@ -192,7 +210,7 @@ def run(
     keep: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a tiny-world checkpoint, or a folder of clips, beside its upper bounds.
+    """Evaluate a tiny-world checkpoint, or a folder of clips, with its upper bounds.
 
     Prints the table; writes scores.json, scores.md, scores.png, clips.json, clips.png and a few mp4 files.
 
@@ -243,26 +261,33 @@ def run(
     folder = Path(output) if output else folder_for("eval", str(checkpoint or clips))
     limits = bounds(prompts if checkpoint else len(made.captions), codecs, made.frames[0].shape[1])
     name = _name_of(checkpoint, clips)
-    scores = made.score(limits[1].scores)
-    columns = [*limits, Column(name, scores, facts)]
-    seconds = round(time.perf_counter() - start, 1)
-    report.write(columns, folder, {"held_out_seed": HELD_OUT_SEED, "seconds": seconds})
-    _keep(made, scores, folder, name, keep)
-    print(report.text(columns))
+    scores = made.score(limits[BOUND])
+    values = {
+        "format": FORMAT,
+        "held_out_seed": HELD_OUT_SEED,
+        "seconds": round(time.perf_counter() - start, 1),
+        "columns": {
+            **{bound: found.to_dict() for bound, found in limits.items()},
+            name: {**facts, **scores.to_dict()},
+        },
+        "provenance": provenance(),
+    }
+    write_results(folder, "scores", values, tables.scores(values))
+    columns = {**limits, name: scores}
+    write_results(folder, "clips", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
+    _draw(values, made, scores, folder, name, keep)
+    print(tables.scores_text(values))
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
-    print(f"written to {folder} ({seconds:.0f} s)")
+    print(f"written to {folder} ({values['seconds']:.0f} s)")
+    bound = limits[BOUND].table
     return {
         "scores": str(folder / "scores.json"),
         "n": len(scores.clips),
-        **_summary(scores, limits[1].scores),
-    }
-
-
-def _summary(scores: Scores, bound: Scores) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {"value": m.value, "low": m.low, "high": m.high, "bound": bound.table[name].value}
-        for name, m in scores.table.items()
+        **{
+            key: {"value": m.value, "low": m.low, "high": m.high, "bound": bound[key].value}
+            for key, m in scores.table.items()
+        },
     }
 
 
@@ -274,19 +299,32 @@ def _name_of(checkpoint: str | None, clips: str | None) -> str:
     return name if checkpoint is not None and name in checkpoint_names() else name.rsplit("/", 1)[-1]
 
 
-def _keep(clips: Clips, scores: Scores, folder: Path, title: str, keep: int) -> None:
-    """Save the first clips as mp4 with their captions, and show them on one sheet."""
+def _draw(values: dict[str, Any], clips: Clips, scores: Scores, folder: Path, name: str, keep: int) -> None:
+    """Draw the bars, save the first clips as mp4 with their captions, and show them on a contact sheet."""
+    from eval import figures
+
+    figures.score_bars(values).savefig(folder / "scores.png", dpi=110)
+    if keep:
+        paths = [
+            folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(clips.captions)))
+        ]
+        write_clips(paths, clips.frames, clips.waves, clips.captions)
+        shown = figures.Shown(name, "model", clips.frames[:keep], clips.waves[:keep], scores.clips[:keep])
+        figures.contact_sheet([shown]).savefig(folder / "clips.png", dpi=90)
+
+
+def write_clips(
+    paths: Sequence[Path],
+    frames: Sequence[np.ndarray],
+    waves: Sequence[np.ndarray | None],
+    captions: Sequence[str],
+) -> None:
+    """Write a clip per path as mp4, with its caption in a .txt of the same name; further clips are left out."""
     from magihuman.media.mp4 import write_mp4
 
-    for index in range(min(keep, len(clips.captions))):
-        path = folder / "clips" / f"clip-{index:06d}.mp4"
-        wave = clips.waves[index]
-        write_mp4(path, clips.frames[index], FPS, None if wave is None else wave[None], SAMPLE_RATE)
-        path.with_suffix(".txt").write_text(clips.captions[index] + "\n", encoding="utf-8")
-    if keep:
-        report.contact_sheet(scores.clips[:keep], clips.frames[:keep], title).savefig(
-            folder / "clips.png", dpi=90
-        )
+    for path, movie, wave, caption in zip(paths, frames, waves, captions, strict=False):
+        write_mp4(path, movie, FPS, None if wave is None else wave[None], SAMPLE_RATE)
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Tables of every README.md, rendered from committed result files: `python -m eval.readme_tables` (check=true: compare only).
+"""Tables of every README.md and of the .md files in eval/results, rendered from committed result files.
 
-A block of a README between `<!-- scores FILE -->`, `<!-- cost FILE ... -->`, `<!-- peaks FILE -->`,
-`<!-- sr FILE SET ROW ... -->`, `<!-- distill FILE ROW ... -->`, `<!-- decoding FILE ROW ... -->`,
-`<!-- ablation FILE -->` or those of `inference.benchmark.report` and
-`<!-- end -->` belongs to this command; a figure outside such a block is not to be trusted.
+    python -m eval.readme_tables              # render
+    python -m eval.readme_tables check=true   # compare only
+
+A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
+SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `metrics all`, and those of
+`inference.benchmark.report`. Behind the file, scores, sr, distill and decoding take the metrics to show.
 """
 
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval import ablation, conditioning, distill_report, sr_report, turbo_vae
-from eval.stats import Measure
-from inference.benchmark.report import TABLES as BENCHMARK_TABLES
+from eval import tables
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -29,65 +30,62 @@ def pages() -> list[Path]:
     ]
 
 
-# Rows of scores.json that the README shows, in words for a reader who has not met them.
-SHOWN = {
-    "attributes": "face, hair, shirt and wall as prompted",
-    "vowels": "vowels right",
-    "vowels_exact": "whole vowel sequence right",
-    "syllable_error": "syllable error rate",
-    "sync_skill": "lip-sync skill (chance 0, codec bound 1)",
-    "sync_r": "mouth against own voice, correlation",
-    "sharpness": "sharpness (Laplacian variance)",
-    "skin_distance": "unprompted skin tone, distance from equal shares",
-}
+Values = dict[str, Any]
 
 
-def _cell(values: dict[str, Any]) -> str:
-    measure = Measure(**values)
-    if measure.value is None:
-        return "n/a"
-    digits = 4 if abs(measure.value) < 0.1 and measure.value else 3
-    if measure.low is None or measure.high is None:
-        return f"{measure.value:.{digits}f}"
-    return f"{measure.value:.{digits}f} [{measure.low:.{digits}f}, {measure.high:.{digits}f}]"
-
-
-def _made(provenance: dict[str, Any]) -> str:
+def _origin(provenance: Values) -> str:
+    """Date, machine, torch and commit of a result."""
     code = provenance["code"]
     commit = code.get("commit", "unknown")[:12] + (" with changes" if code.get("changed") else "")
     torch = provenance["libraries"]["torch"]
     return f"{provenance['date'][:10]}, {provenance['machine']}, torch {torch}, commit {commit}"
 
 
-def scores_table(file: str) -> str:
-    """Markdown of one scores.json (`eval.puppets`): a column per set of clips, 95 % intervals over clips."""
-    values = json.loads((REPO / file).read_text())
-    columns = values["columns"]
-    lines = [
-        "| | " + " | ".join(f"{name} (n={c['n']})" for name, c in columns.items()) + " |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    for row, words in SHOWN.items():
-        lines.append(f"| {words} | " + " | ".join(_cell(c["table"][row]) for c in columns.values()) + " |")
-    lines += ["", f"From [{file}]({file}): {_made(values['provenance'])}."]
-    return "\n".join(lines)
+def _read(file: str) -> Values:
+    values: Values = json.loads((REPO / file).read_text(encoding="utf-8"))
+    return values
+
+
+def _with_origin(render_values: Callable[..., str], file: str, *keys: str) -> str:
+    """Table of a result file by a function of `eval.tables`, with its origin below."""
+    values = _read(file)
+    return f"{render_values(values, *([keys] if keys else []))}\n\nFrom [{file}]({file}): {_origin(values['provenance'])}."
+
+
+def sr_table(file: str, name: str = "clip", *keys: str) -> str:
+    """Markdown of one set of clips in a file of `eval.sr`.
+
+    Args:
+        name: of the set, such as clip or base; keys: metrics to show, all where none is given.
+    """
+    values = _read(file)
+    about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
+    return (
+        f"{tables.super_resolution_set(values['sets'][name], keys)}\n\n"
+        f"{about} From [{file}]({file}): {_origin(values['provenance'])}."
+    )
 
 
 def cost_table(*files: str) -> str:
-    """Markdown of files written by `eval.cost`: a row per command."""
-    lines = ["| command | wall | CPU | memory of all processes | measured |", "|---|---|---|---|---|"]
+    """Markdown of files of `eval.cost`: a row per command."""
+    rows = []
     for file in files:
-        values = json.loads((REPO / file).read_text())
-        lines.append(
-            f"| `{values['command']}` | {values['seconds'] / 60:.1f} min | {values['cpu_seconds'] / 60:.1f} min | "
-            f"{values['peak_memory_bytes'] / 1e9:.2f} GB | [{_made(values['provenance'])}]({file}) |"
+        values = _read(file)
+        rows.append(
+            [
+                f"`{values['command']}`",
+                f"{values['seconds'] / 60:.1f} min",
+                f"{values['cpu_seconds'] / 60:.1f} min",
+                f"{values['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"[{_origin(values['provenance'])}]({file})",
+            ]
         )
-    return "\n".join(lines)
+    return tables.table(["command", "wall", "CPU", "memory of all processes", "measured"], rows)
 
 
 def peaks_table(file: str) -> str:
     """Markdown of a file written by `magihuman.zoo.peaks`: a row per resolution and storage of the weights."""
-    values = json.loads((REPO / file).read_text())
+    values = _read(file)
     rows, settings, made = values["peaks"], values["settings"], values["provenance"]
     if any(row["how"] != "computed" for row in rows):
         raise ValueError("a number that is not computed")
@@ -97,103 +95,86 @@ def peaks_table(file: str) -> str:
         sizes.setdefault((row["resolution"], row["weights"]), {})[row["decoder"], row["memory"]] = row[
             "bytes"
         ]
+    header = ["computed, GB", *(f"{decoder}, {memory}" for decoder, memory in modes)]
     lines = [
-        "| computed, GB | " + " | ".join(f"{decoder}, {memory}" for decoder, memory in modes) + " |",
-        "|---" + "|---:" * len(modes) + "|",
+        [f"{resolution}, {weights}", *(f"{cells[mode] / 1e9:.1f}" for mode in modes)]
+        for (resolution, weights), cells in sizes.items()
     ]
-    for (resolution, weights), cells in sizes.items():
-        figures = " | ".join(f"{cells[mode] / 1e9:.1f}" for mode in modes)
-        lines.append(f"| {resolution}, {weights} | {figures} |")
     commit = made["code"].get("commit", "unknown")[:12] + (
         " with changes" if made["code"].get("changed") else ""
     )
     guidance = f"guidance with cfg_passes={settings['cfg_passes']}" if settings["guided"] else "no guidance"
-    lines += [
-        "",
+    return (
+        f"{tables.table(header, lines)}\n\n"
         f"Computed, not measured: {values['model']}, {settings['seconds']:g} s, {guidance}, prompts of "
         f"{settings['text']} tokens, batch={settings['batch']}; "
         f"{values['assumed_for_cuda_bytes'] / 1e9:g} GB in each are assumed for CUDA itself. From [{file}]({file}): "
-        f"{made['date'][:10]}, commit {commit}.",
-    ]
-    return "\n".join(lines)
+        f"{made['date'][:10]}, commit {commit}."
+    )
 
 
-def sr_table(file: str, name: str = "clip", *rows: str) -> str:
-    """Markdown of one set of clips in a file written by `eval.sr`: a column per way of enlarging.
-
-    Args:
-        name: of the set, such as clip or base; rows: those to show, all where none is given.
-    """
-    values = json.loads((REPO / file).read_text())
-    lines = sr_report.brief(values["sets"][name], rows)
-    about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
-    return "\n".join([*lines, "", f"{about} From [{file}]({file}): {_made(values['provenance'])}."])
+def _comparison(values: Values, keys: tuple[str, ...] = tables.COMPARISON) -> str:
+    return tables.comparison(values, keys, brief=True)
 
 
-def distill_table(file: str, *rows: str) -> str:
-    """Markdown of a compare.json (`eval.dmd2`): a column per sampler, rows by name, and the verdicts."""
-    values = json.loads((REPO / file).read_text())
-    return f"{distill_report.readme(values, rows)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+def _scores(values: Values, keys: tuple[str, ...] = tables.SCORES) -> str:
+    return tables.scores(values, keys)
 
 
-def decoding_table(file: str, *rows: str) -> str:
-    """Markdown of a scores.json of `eval.turbo_vae`: a column per decoder and truth.
+def kinds() -> dict[str, Callable[..., str]]:
+    """Kind of a block -> function of its words that returns Markdown."""
+    from inference.benchmark.report import TABLES
 
-    Args:
-        rows: measures and costs to show, all where none is given.
-    """
-    values = json.loads((REPO / file).read_text())
-    return f"{turbo_vae.markdown(values, rows)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
-
-
-def ablation_table(file: str) -> str:
-    """Markdown of a file written by `eval.ablation`."""
-    values = json.loads((REPO / file).read_text())
-    table = ablation.markdown(values["table"], len(values["seeds"]))
-    return f"{table}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
-
-
-def conditions_table(file: str) -> str:
-    """Markdown of a file written by `eval.conditioning`: a table per kind of condition."""
-    values = json.loads((REPO / file).read_text())
-    return f"{conditioning.markdown(values)}\n\nFrom [{file}]({file}): {_made(values['provenance'])}."
+    return {
+        **TABLES,
+        "scores": partial(_with_origin, _scores),
+        "sr": sr_table,
+        "distill": partial(_with_origin, _comparison),
+        "conditions": partial(_with_origin, tables.conditioning),
+        "decoding": partial(_with_origin, tables.decoders),
+        "ablation": partial(_with_origin, tables.ablation),
+        "cost": cost_table,
+        "peaks": peaks_table,
+        "metrics": lambda _: tables.glossary(),
+    }
 
 
-TABLES: dict[str, Callable[..., str]] = {
-    **BENCHMARK_TABLES,
-    "scores": scores_table,
-    "cost": cost_table,
-    "peaks": peaks_table,
-    "sr": sr_table,
-    "distill": distill_table,
-    "conditions": conditions_table,
-    "decoding": decoding_table,
-    "ablation": ablation_table,
-}
-
-BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+def block_pattern() -> re.Pattern[str]:
+    """Blocks of all kinds; groups: kind, words behind it."""
+    return re.compile(rf"<!-- ({'|'.join(kinds())}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def render(text: str) -> str:
-    """The README with every block made anew.
+    """Text of a README with every block rendered anew.
 
     Raises:
-        UserError: a block names a file that is missing or of another form.
+        UserError: a block names a file that is missing or of another format.
     """
 
+    functions = kinds()
+
     def block(match: re.Match[str]) -> str:
-        kind, files = match[1], match[2].split()
+        kind, words = match[1], match[2].split()
         try:
-            table = TABLES[kind](*files)
+            table = functions[kind](*words)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"README block '{kind} {match[2]}' cannot be rendered: {error!r}") from error
         return f"<!-- {kind} {match[2]} -->\n{table}\n<!-- end -->"
 
-    return BLOCK.sub(block, text)
+    return block_pattern().sub(block, text)
+
+
+def result_pages() -> dict[Path, str]:
+    """The .md file next to every result file in eval/results -> its text."""
+    found = {}
+    for page in sorted((REPO / "eval" / "results").rglob("*.md")):
+        values = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+        found[page] = tables.BY_FORMAT[values["format"]](values) + "\n"
+    return found
 
 
 def update(check: bool = False) -> None:
-    """Render the tables of all README.md files from the result files they name.
+    """Render the tables of all README.md files and all result pages from their result files.
 
     Args:
         check: change nothing; fail if a page differs from its result files
@@ -201,15 +182,16 @@ def update(check: bool = False) -> None:
     Raises:
         UserError: with check, a page that is out of date; or a block that cannot be rendered.
     """
-    for file in pages():
-        name = file.relative_to(REPO)
-        old = file.read_text(encoding="utf-8")
-        new = render(old)
-        if check and new != old:
+    rendered = {page: render(page.read_text(encoding="utf-8")) for page in pages()} | result_pages()
+    for page, new in rendered.items():
+        if page.read_text(encoding="utf-8") == new:
+            continue
+        name = page.relative_to(REPO)
+        if check:
             raise UserError(f"{name} differs from its result files; run `python -m eval.readme_tables`")
-        if new != old:
-            file.write_text(new, encoding="utf-8")
-        print(f"{name} is up to date")
+        page.write_text(new, encoding="utf-8")
+        print(f"rendered {name}")
+    print(f"{len(rendered)} pages are up to date")
 
 
 if __name__ == "__main__":

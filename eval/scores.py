@@ -1,57 +1,38 @@
-"""Scores of tiny-world clips: what they show, say and how mouth and voice agree, with intervals over clips.
+"""Scores of tiny-world clips: attributes, syllables and lip sync, with 95 % intervals over clips.
 
-`score_clips(frames, waves, captions, reference=bound).table["vowels"].value`, and so on for all of `ROWS`.
+    score_clips(frames, waves, captions, reference=bound).table["vowels"].value
+
+Names and directions of all metrics are in `eval.tables.METRICS`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from data.tiny.puppets import SKINS, Puppet, parse_caption
 from eval import stats
-from eval.lip_sync import Sync, correlation, measure
+from eval.lip_sync import Sync, correlation, sync_of
 from eval.puppet_speech import Edits, Heard, called_opening, edits, hear
 from eval.puppet_vision import PROMPTED, Seen, see
 from eval.stats import Measure, unavailable
-
-# Other clips' voices that each clip is compared with: a fixed number, so that retrieval means the same for
-# every n.
-CANDIDATES = 20
-
-# Every row of the table: what it says and which way is better ("" where neither is).
-ROWS = {
-    "attributes": ("face, hair, shirt and wall as the caption says", "up"),
-    "face": ("face shape right", "up"),
-    "hair": ("hair colour right", "up"),
-    "shirt": ("shirt colour right", "up"),
-    "wall": ("wall colour right", "up"),
-    "vowels": ("vowels right, of those the caption states", "up"),
-    "vowels_exact": ("whole vowel sequence right, none added", "up"),
-    "syllable_error": ("(S + D + I) / syllables; can exceed 1", "down"),
-    "words_exact": ("all syllables right, none added", "up"),
-    "sync_r": ("mouth against own voice, correlation at lag 0", "up"),
-    "sync_other": ("mouth against other clips' voices: chance", ""),
-    "sync_shifted": ("mouth against its own voice shifted in a circle", ""),
-    "sync_skill": ("0: a real mouth beside another's voice, 1: the codec bound", "up"),
-    "sync_skill_shifted": ("0: a real mouth beside its voice shifted, 1: the codec bound", "up"),
-    "sync_lag0": ("best lag is 0 frames, of clips with mouth and voice", "up"),
-    "sync_retrieval": (f"own voice found among {CANDIDATES}", "up"),
-    "static": ("clips whose mouth does not move", "down"),
-    "silent": ("clips without sound", "down"),
-    "amplitude": ("mouth opening's range, share of the picture", ""),
-    "sharpness": ("variance of the Laplacian", ""),
-    "mouth_sharpness": ("the same around the mouth", ""),
-    "flicker": ("change between frames away from the mouth", "down"),
-    "skin_distance": ("skin tones' total variation from equal shares", "down"),
-}
+from eval.tables import CANDIDATES, METRICS
 
 
 @dataclass(frozen=True)
 class ClipScore:
-    """One clip: its caption, what was seen and heard, and how both agree with the caption and each other."""
+    """Measurements of one clip.
+
+    Attributes:
+        seen, heard: attributes and mouth in the frames, syllables in the audio.
+        syllables, vowels: edits from the caption's to the recognised ones.
+        right: attribute -> whether it is as the caption states.
+        called: mouth opening that the audio calls for [F], None where it is silent.
+        sync: agreement of mouth and audio.
+    """
 
     caption: str
     seen: Seen
@@ -81,9 +62,15 @@ class ClipScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a set of clips. `table` has every name of `ROWS`; `own`, `other` and `shifted` [n] are each
-    clip's correlations, in which a static or silent clip counts 0: it does not follow its voice; `found` [n] is 1
-    where a clip's own voice fits best."""
+    """Scores of a set of clips.
+
+    Attributes:
+        table: key of `METRICS` -> measure over all clips.
+        skins: skin tone -> clips; skin_p: p-value that they come from equal shares.
+        own, other, shifted [n]: correlation of each clip's mouth with its own audio, in the mean with other clips'
+            audio, and with its own audio shifted. A static or silent clip counts 0: it does not follow its audio.
+        found [n]: 1 where a clip's own audio fits best.
+    """
 
     clips: tuple[ClipScore, ...]
     table: dict[str, Measure]
@@ -115,7 +102,7 @@ class Scores:
 
 
 def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> ClipScore:
-    """Score one clip: frames uint8 [F,H,W,3] at 25 fps, wave fp32 [N] at 16 kHz (None: no sound).
+    """Score one clip: frames uint8 [F,H,W,3] at 25 fps, wave fp32 [N] at 16 kHz (None: no audio track).
 
     Raises:
         ValueError: frames of another type or shape, or a caption of another form.
@@ -124,10 +111,10 @@ def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> Cli
     words = tuple(stated["words"])
     if not words:
         raise ValueError(f"the caption says no syllable: {caption!r}")
-    sound = np.zeros(0) if wave is None else np.asarray(wave)
-    if sound.ndim != 1:
-        raise ValueError(f"wave must be [N] (one channel), not {list(sound.shape)}")
-    seen, heard, called = see(frames), hear(sound), called_opening(sound, len(frames))
+    audio = np.zeros(0) if wave is None else np.asarray(wave)
+    if audio.ndim != 1:
+        raise ValueError(f"wave must be [N] (one channel), not {list(audio.shape)}")
+    seen, heard, called = see(frames), hear(audio), called_opening(audio, len(frames))
     return ClipScore(
         caption=caption,
         seen=seen,
@@ -136,14 +123,49 @@ def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> Cli
         vowels=edits(tuple(word[-1] for word in words), heard.vowels),
         right={name: seen.attributes[name] == stated[name] for name in PROMPTED},
         called=called,
-        sync=measure(seen.openness, called, seen.static),
+        sync=sync_of(seen.openness, called, seen.static),
     )
 
 
-def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean correlation with other clips' voices [n], and whether the own voice fits best [n].
+@dataclass(frozen=True)
+class ClipMetric:
+    """A metric with one value per clip.
 
-    The others are the next `CANDIDATES` - 1 clips of the same length that have a voice, in a circle.
+    Attributes:
+        of: value of a clip.
+        average: measure of all clips' values [n]; `stats.share` for values in [0,1].
+        compared: whether `eval.dmd2` compares it between columns.
+    """
+
+    of: Callable[[ClipScore], float]
+    average: Callable[[np.ndarray], Measure] = stats.mean
+    compared: bool = False
+
+
+def _is_right(name: str, clip: ClipScore) -> float:
+    return float(clip.right[name])
+
+
+# Key of METRICS -> value per clip. A new metric is an entry here and one in METRICS (eval/README.md).
+CLIP_METRICS = {
+    "attributes": ClipMetric(lambda clip: float(np.mean(list(clip.right.values()))), stats.share, compared=True),
+    **{name: ClipMetric(partial(_is_right, name), stats.share) for name in PROMPTED},
+    "vowels": ClipMetric(lambda clip: clip.vowels.hits / clip.vowels.reference, stats.share, compared=True),
+    "vowels_exact": ClipMetric(lambda clip: float(clip.vowels.errors == 0), stats.share, compared=True),
+    "words_exact": ClipMetric(lambda clip: float(clip.syllables.errors == 0), stats.share),
+    "static": ClipMetric(lambda clip: float(clip.seen.static), stats.share),
+    "silent": ClipMetric(lambda clip: float(clip.heard.silent), stats.share),
+    "amplitude": ClipMetric(lambda clip: clip.seen.amplitude, compared=True),
+    "sharpness": ClipMetric(lambda clip: clip.seen.sharpness, compared=True),
+    "mouth_sharpness": ClipMetric(lambda clip: clip.seen.mouth_sharpness, compared=True),
+    "flicker": ClipMetric(lambda clip: clip.seen.flicker, compared=True),
+}  # fmt: skip
+
+
+def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean correlation with other clips' audio [n], and whether the own audio fits best [n].
+
+    The others are the next `CANDIDATES` - 1 clips of the same length with audio, in a circle.
     """
     other, found = np.zeros(len(clips)), np.zeros(len(clips))
     for i, clip in enumerate(clips):
@@ -159,11 +181,11 @@ def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _skill(own: np.ndarray, reference: Scores | None, chance: str, paired: bool) -> Measure:
-    """(own - chance) / (bound - chance), chance being the reference's mean `other` or `shifted`.
+    """Skill (own - chance) / (bound - chance), chance being the reference's mean `other` or `shifted`.
 
-    Chance is the reference's for both, because one's own can be low for a bad reason: pictures that lose the
-    rhythm of speech agree less with every voice. Clips are resampled in pairs where both sets have the same
-    captions, else the reference counts as known.
+    Chance is the reference's for both, because one's own can be low for a bad reason: frames that lose the rhythm of
+    speech agree less with any audio. Clips are resampled in pairs where both sets have the same captions, else the
+    reference counts as known.
     """
     if reference is None:
         return unavailable("needs the bound: ground truth through the codec", len(own))
@@ -176,11 +198,46 @@ def _skill(own: np.ndarray, reference: Scores | None, chance: str, paired: bool)
 
 
 def skills(own: np.ndarray, reference: Scores | None, paired: bool) -> dict[str, Measure]:
-    """The table's two skill rows for correlations `own` [n]; see `_skill`."""
+    """Both lip-sync skills for correlations `own` [n]; see `_skill`."""
     return {
         "sync_skill": _skill(own, reference, "other", paired),
         "sync_skill_shifted": _skill(own, reference, "shifted", paired),
     }
+
+
+def _syllable_error(clips: Sequence[ClipScore]) -> Measure:
+    """Errors over syllables of all clips; Wilson over clips where there are none."""
+    errors = np.array([clip.syllables.errors for clip in clips])
+    if not errors.any():
+        return stats.share(errors)
+    return stats.ratio(errors, np.array([clip.syllables.reference for clip in clips]))
+
+
+def _sync_table(
+    clips: Sequence[ClipScore],
+    own: np.ndarray,
+    other: np.ndarray,
+    shifted: np.ndarray,
+    found: np.ndarray,
+    reference: Scores | None,
+) -> dict[str, Measure]:
+    """Lip-sync metrics from the clips' correlations [n]; unavailable without a moving mouth or another clip."""
+    paired = reference is not None and reference.captions == tuple(clip.caption for clip in clips)
+    lags = np.array([clip.sync.lag == 0 for clip in clips if clip.sync.lag is not None], float)
+    table = {
+        "sync_r": stats.mean(own),
+        "sync_other": stats.mean(other),
+        "sync_shifted": stats.mean(shifted),
+        **skills(own, reference, paired),
+        "sync_lag0": stats.share(lags),
+        "sync_retrieval": stats.share(found),
+    }
+    if not len(lags):
+        return dict.fromkeys(table, unavailable("no clip has both a moving mouth and audio", len(clips)))
+    if len(clips) == 1:
+        alone = unavailable("needs other clips to compare with", 1)
+        table |= {"sync_other": alone, "sync_retrieval": alone}
+    return table
 
 
 def score_clips(
@@ -193,7 +250,7 @@ def score_clips(
 
     Args:
         frames: uint8 [F,H,W,3] per clip, square, 25 fps.
-        waves: fp32 [N] at 16 kHz per clip; None where there is no sound.
+        waves: fp32 [N] at 16 kHz per clip; None where there is no audio.
         truths: captions, or the puppets whose captions were asked for.
         reference: scores of ground truth through the codec (skill 1); without it, skill is unavailable.
 
@@ -211,40 +268,18 @@ def score_clips(
     own = np.array([clip.sync.r or 0.0 for clip in clips])
     shifted = np.array([clip.sync.shifted or 0.0 for clip in clips])
     other, found = _against_others(clips)
-    lags = np.array([clip.sync.lag == 0 for clip in clips if clip.sync.lag is not None], float)
     counts = Counter(clip.seen.attributes["skin"] for clip in clips)
     skins = np.array([counts[name] for name in SKINS])
-
-    table = {"attributes": stats.share(np.array([np.mean(list(clip.right.values())) for clip in clips]))}
-    for name in PROMPTED:
-        table[name] = stats.share(np.array([clip.right[name] for clip in clips]))
-    table["vowels"] = stats.share(np.array([clip.vowels.hits / clip.vowels.reference for clip in clips]))
-    table["vowels_exact"] = stats.share(np.array([clip.vowels.errors == 0 for clip in clips]))
-    errors = np.array([clip.syllables.errors for clip in clips])
-    syllables = np.array([clip.syllables.reference for clip in clips])
-    table["syllable_error"] = stats.ratio(errors, syllables) if errors.any() else stats.share(errors)
-    table["words_exact"] = stats.share(np.array([clip.syllables.errors == 0 for clip in clips]))
-    measurable = sum(clip.sync.status == "ok" for clip in clips)
-    if measurable == 0:
-        nothing = unavailable("no clip has both a moving mouth and a voice", len(clips))
-        table |= {name: nothing for name in ROWS if name.startswith("sync_")}
-    else:
-        alone = unavailable("needs other clips to compare with", len(clips))
-        paired = reference is not None and reference.captions == tuple(captions)
-        table["sync_r"] = stats.mean(own)
-        table["sync_other"] = stats.mean(other) if len(clips) > 1 else alone
-        table["sync_shifted"] = stats.mean(shifted)
-        table |= skills(own, reference, paired)
-        table["sync_lag0"] = stats.share(lags)
-        table["sync_retrieval"] = stats.share(found) if len(clips) > 1 else alone
-    table["static"] = stats.share(np.array([clip.seen.static for clip in clips]))
-    table["silent"] = stats.share(np.array([clip.heard.silent for clip in clips]))
-    for name in ("amplitude", "sharpness", "mouth_sharpness", "flicker"):
-        table[name] = stats.mean(np.array([getattr(clip.seen, name) for clip in clips]))
+    table = {
+        name: metric.average(np.array([metric.of(clip) for clip in clips], float))
+        for name, metric in CLIP_METRICS.items()
+    }
+    table["syllable_error"] = _syllable_error(clips)
+    table |= _sync_table(clips, own, other, shifted, found, reference)
     table["skin_distance"] = stats.distance_to_uniform(skins)
     return Scores(
         clips=clips,
-        table={name: table[name] for name in ROWS},
+        table={name: table[name] for name in METRICS if name in table},
         skins=dict(zip(SKINS, skins.tolist(), strict=True)),
         skin_p=stats.uniformity(skins),
         own=own,

@@ -1,18 +1,17 @@
-"""Measures a super-resolution checkpoint of the tiny world: against enlarging without it, and with and without sound.
+"""Evaluation of a super-resolution checkpoint of the tiny world: against plain enlarging, with and without the audio.
 
     python -m eval.sr checkpoint=tiny/sr output=eval/results/tiny_sr
 
-The clips are those of held-out puppets (`eval.puppets`), first in two ways at the first stage's size:
+The clips are those of inputs-out puppets (`eval.puppets`); the second stage gets two sets of them:
 
 clip    the puppet drawn at 64 pixels, through the codec. The truth at 128 pixels is known, so PSNR and SSIM are.
-base    samples of the first stage for the puppet's caption, with its own sound. There is no truth; what can be
-        measured is sharpness and whether the mouth follows the sound.
+base    samples of the first stage for the puppet's caption, with its own audio. There is no truth; sharpness and lip
+        sync can be measured.
 
 Columns: bicubic (decoded, then enlarged), latents (enlarged trilinearly, then decoded: the second stage's input
-without noise), sr, and as the bound the puppet drawn at 128 pixels, through the codec.
+without noise), sr, and as the codec bound the puppet drawn at 128 pixels, through the codec.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,26 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from data.tiny.puppets import synthesise
-from eval import sr_report
+from eval import stats, tables
 from eval.image_metrics import psnr, ssim
 from eval.lip_sync import correlation
+from eval.output import folder_for, provenance, training_record, write_results
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import mouth_region, see
-from eval.puppets import HELD_OUT_SEED, ground_truth, held_out
-from eval.report import folder_for, provenance
-from eval.scores import CANDIDATES
-from eval.trained import trained
-from inference.checks import require_role
+from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, held_out, noise_seed
+from eval.tables import CANDIDATES, METRICS
 from magihuman.errors import UserError
-from magihuman.flow.super_resolution import AUDIO_NOISE, coarsen, upsample_latents
-from magihuman.media.images import frames_to_uint8
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from magihuman.codecs.bundle import CodecBundle
     from magihuman.zoo import Loaded
 
@@ -50,32 +44,34 @@ STEPS = (1, 2, 3, 5, 8, 16)
 
 
 @dataclass
-class Held:
-    """Held-out clips as the second stage meets them.
+class Inputs:
+    """Inputs-out clips as inputs of the second stage.
 
     Attributes:
         video [n,C,T,h,w], audio [n,A,Ca]: first-stage latents; text: n tensors [S,Ct].
-        called: per clip the mouth opening that its sound calls for, [F].
-        truth: pictures uint8 [F,H,W,3] at the second stage's size, or None where there are none.
+        called: per clip the mouth opening that its audio calls for, [F].
+        truth: true frames uint8 [F,H,W,3] at the second stage's size, or None where there are none.
     """
 
-    video: Tensor
-    audio: Tensor
-    text: list[Tensor]
+    video: "Tensor"
+    audio: "Tensor"
+    text: "list[Tensor]"
     called: list[np.ndarray | None]
     truth: list[np.ndarray] | None
 
 
-# Latents of a set of clips, a batch (slice) at a time, to latents or pictures.
-Method = Callable[[slice], Tensor]
+# A batch (slice) of the clips -> their enlarged latents, or frames uint8 [B,F,H,W,3].
+Method = Callable[[slice], "Tensor"]
 
 
-def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> Held:
+def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> Inputs:
     """The puppets themselves, drawn at the first stage's size and encoded."""
+    import torch
+
     puppets = held_out(count)
     waves = [synthesise(p) for p in puppets]
     audio = torch.cat([codecs.audio_codec.encode(torch.from_numpy(w)[None, None].float()) for w in waves])
-    return Held(
+    return Inputs(
         video=encode(codecs, ground_truth(puppets, size).frames),
         audio=audio,
         text=codecs.text_encoder.encode([p.caption for p in puppets]),
@@ -84,8 +80,9 @@ def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> H
     )
 
 
-def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: bool) -> Held:
-    """The first stage's samples for the puppets' captions; what they call for is read from their own sound."""
+def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: bool) -> Inputs:
+    """Samples of the first stage for the puppets' captions, with the mouth openings that their own audio calls for."""
+    import torch
     from tqdm import tqdm
 
     from inference.pipeline import Pipeline
@@ -99,9 +96,9 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     drafts = []
     for first in tqdm(range(0, count, batch), desc="first stage", disable=not progress):
         part = captions[first : first + batch]
-        drafts += pipeline.draft(part, [seed * 1_000_003 + first + k for k in range(len(part))], settings)
+        drafts += pipeline.draft(part, [noise_seed(seed, first + k) for k in range(len(part))], settings)
     waves = [pipeline.wave(draft)[0].numpy().mean(0) for draft in drafts]
-    return Held(
+    return Inputs(
         video=torch.stack([draft.video for draft in drafts]),
         audio=torch.stack([draft.audio for draft in drafts]),
         text=codecs.text_encoder.encode(captions),
@@ -110,17 +107,23 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     )
 
 
-def encode(codecs: "CodecBundle", frames: Sequence[np.ndarray], batch: int = 10) -> Tensor:
-    """Pictures uint8 [F,H,W,3] of n clips -> latents [n,C,T,h,w]."""
-    parts = []
-    for first in range(0, len(frames), batch):
-        pictures = torch.from_numpy(np.stack(frames[first : first + batch])).permute(0, 4, 1, 2, 3)
-        parts.append(codecs.video_codec.encode(pictures.float() / 127.5 - 1))
+def encode(codecs: "CodecBundle", frames: Sequence[np.ndarray], batch: int = 10) -> "Tensor":
+    """Frames uint8 [F,H,W,3] of n clips -> latents [n,C,T,h,w]."""
+    import torch
+
+    clips = Clips(list(frames), [None] * len(frames))
+    parts = [
+        codecs.video_codec.encode(clips.as_tensors(slice(first, first + batch))[0])
+        for first in range(0, len(frames), batch)
+    ]
     return torch.cat(parts)
 
 
-def bicubic(frames: Tensor, size: int) -> Tensor:
-    """Pictures uint8 [B,F,h,w,3] -> uint8 [B,F,size,size,3]."""
+def bicubic(frames: "Tensor", size: int) -> "Tensor":
+    """Frames uint8 [B,F,h,w,3] -> uint8 [B,F,size,size,3]."""
+    import torch
+    import torch.nn.functional as F
+
     flat = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
     large = F.interpolate(flat, (size, size), mode="bicubic", align_corners=False)
     return large.add(0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
@@ -128,49 +131,49 @@ def bicubic(frames: Tensor, size: int) -> Tensor:
 
 def refined(
     second: "Loaded",
-    held: Held,
+    inputs: Inputs,
     part: slice,
     *,
     steps: int,
     size: int,
     seed: int = 0,
-    audio_noise: float = AUDIO_NOISE,
-    video: Tensor | None = None,
-) -> Tensor:
-    """Latents of a part of the clips, refined as inference does it; clip i has its own noise.
+    audio_noise: float | None = None,
+    video: "Tensor | None" = None,
+) -> "Tensor":
+    """Latents of a batch of the clips, refined as in inference; clip i has its own noise.
 
     Args:
-        audio_noise: noise level of the sound; 1 replaces it by noise.
-        video: first-stage latents [n,C,T,h,w] in the place of the clips' own.
+        audio_noise: noise level of the audio; None takes inference's, 1 replaces the audio by noise.
+        video: first-stage latents [n,C,T,h,w] instead of the clips' own.
     """
     from inference.sampling import LatentShape
     from inference.super_resolution import draw, refine
     from magihuman.flow.sampling import seeded
+    from magihuman.flow.super_resolution import AUDIO_NOISE
 
-    low, sound = (held.video if video is None else video)[part], held.audio[part]
+    low, audio = (inputs.video if video is None else video)[part], inputs.audio[part]
     stride = second.config.contract.video_stride[1]
     channels, frames, edge = low.shape[1], low.shape[2], size // stride
-    shape = LatentShape(channels, frames, edge, edge, sound.shape[1], sound.shape[2])
-    numbers = range(len(held.text))[part]
-    noise = draw(shape, seeded([seed * 1_000_003 + 500_000 + i for i in numbers]), "cpu")
+    shape = LatentShape(channels, frames, edge, edge, audio.shape[1], audio.shape[2])
+    numbers = range(len(inputs.text))[part]
+    noise = draw(shape, seeded([noise_seed(seed, 500_000 + i) for i in numbers]), "cpu")
     return refine(
-        second.denoiser, low, sound, held.text[part], None, shape, noise,
-        steps=steps, shift=second.config.sampling.shift, audio_noise=audio_noise,
+        second.denoiser, low, audio, inputs.text[part], None, shape, noise,
+        steps=steps, shift=second.config.sampling.shift, audio_noise=AUDIO_NOISE if audio_noise is None else audio_noise,
     )  # fmt: skip
 
 
-def measure(
-    method: Method, held: Held, codecs: "CodecBundle", size: int, batch: int = 10
+def measure_method(
+    method: Method, inputs: Inputs, codecs: "CodecBundle", size: int, batch: int = 10
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
-    """What `method` makes of the clips: values per clip [n] by name, the first pictures, seconds of the method.
+    """Values per clip [n] by name of the frames that `method` makes, the first frames, seconds of the method."""
+    import torch
 
-    `own` and `other` are the mouth's correlation with the clip's own sound and, in the mean, with those of the next
-    clips; a mouth that does not move counts 0, since it follows nothing.
-    """
+    from magihuman.media.images import frames_to_uint8
+
     values: dict[str, list[float]] = {}
     kept: list[np.ndarray] = []
-    spent, count = 0.0, len(held.text)
-    mouth = mouth_region(size)
+    spent, count = 0.0, len(inputs.text)
     for first in range(0, count, batch):
         part = slice(first, min(count, first + batch))
         start = time.perf_counter()
@@ -179,25 +182,67 @@ def measure(
         if made.dtype != torch.uint8:
             made = frames_to_uint8(codecs.video_codec.decode(made))
         for i, frames in enumerate(made.numpy(), first):
-            seen = see(frames)
-            called = [held.called[(i + k) % count] for k in range(min(CANDIDATES, count))]
-            follows = [0.0 if seen.static or c is None else correlation(seen.openness, c) for c in called]
-            row = {
-                "sharpness": seen.sharpness,
-                "mouth_sharpness": seen.mouth_sharpness,
-                "flicker": seen.flicker,
-                "own": follows[0],
-                "other": float(np.mean(follows[1:])) if count > 1 else 0.0,
-            }
-            if held.truth is not None:
-                row["psnr"] = psnr(frames, held.truth[i])
-                row["mouth_psnr"] = psnr(frames, held.truth[i], mouth)
-                row["ssim"] = ssim(frames, held.truth[i])
-            for name, value in row.items():
+            for name, value in _clip_values(frames, i, inputs, mouth_region(size)).items():
                 values.setdefault(name, []).append(value)
             if len(kept) < 8:
                 kept.append(frames)
     return {name: np.array(column) for name, column in values.items()}, kept, spent
+
+
+def _clip_values(frames: np.ndarray, number: int, inputs: Inputs, mouth: np.ndarray) -> dict[str, float]:
+    """Metrics of one clip, frames uint8 [F,H,W,3].
+
+    `own` and `other` are the mouth's correlation with the clip's own audio and, in the mean, with that of the next
+    clips; a static mouth counts 0, since it follows nothing.
+    """
+    count = len(inputs.text)
+    seen = see(frames)
+    called = [inputs.called[(number + k) % count] for k in range(min(CANDIDATES, count))]
+    follows = [0.0 if seen.static or c is None else correlation(seen.openness, c) for c in called]
+    values = {
+        "sharpness": seen.sharpness,
+        "mouth_sharpness": seen.mouth_sharpness,
+        "flicker": seen.flicker,
+        "own": follows[0],
+        "other": float(np.mean(follows[1:])) if count > 1 else 0.0,
+    }
+    if inputs.truth is not None:
+        truth = inputs.truth[number]
+        values["psnr"], values["mouth_psnr"] = psnr(frames, truth), psnr(frames, truth, mouth)
+        values["ssim"] = ssim(frames, truth)
+    return values
+
+
+def paired_columns(
+    values: Mapping[str, Mapping[str, np.ndarray]], order: Sequence[str], against: str
+) -> dict[str, Any]:
+    """Measures of every column, and the paired differences of column `against` and each other column.
+
+    Args:
+        values: column -> name -> values per clip [n]; "bound" is the reference of the skill.
+    """
+    bound = values["bound"]
+    level = bound["other"]
+    per_clip = {}  # with a clip's share of the skill: differences of skills are means of these
+    for name in order:
+        column = values[name]
+        skill = (column["own"] - level) / float((bound["own"] - level).mean())
+        rows = {**column, "sync_r": column["own"], "sync_skill": skill}
+        per_clip[name] = {key: rows[key] for key in METRICS if key in rows}
+    measures = {name: {key: stats.mean(row) for key, row in rows.items()} for name, rows in per_clip.items()}
+    for name, rows in measures.items():
+        rows["sync_skill"] = stats.ratio(values[name]["own"] - level, bound["own"] - level)
+    own = per_clip[against]
+    differences = {
+        name: {key: stats.difference(own[key], rows[key]).to_dict() for key in own if key in rows}
+        for name, rows in per_clip.items()
+        if name not in (against, "bound")
+    }
+    return {
+        "columns": {name: {key: m.to_dict() for key, m in rows.items()} for name, rows in measures.items()},
+        "against": against,
+        "differences": differences,
+    }
 
 
 def run(
@@ -212,16 +257,16 @@ def run(
     output: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a super-resolution checkpoint of the tiny world on held-out clips.
+    """Measure a super-resolution checkpoint of the tiny world on inputs-out clips.
 
-    Prints the tables; writes, for each part, PART.json and PART.md, and pictures: clips.png, audio.png, steps.png.
+    Prints the tables; writes, for each part, PART.json and PART.md, and frames: clips.png, audio.png, steps.png.
 
     Args:
         checkpoint: shipped name, exported folder or run folder of the second stage
-        base: of the first stage, whose samples are refined, too
-        clips: how many
+        base: first stage, whose samples are refined, too
+        clips: number of clips
         parts: any of table, audio, steps, others, with commas: against enlarging without a network; with and
-            without sound on coarser and coarser first stages; over the number of solver steps; against other
+            without the audio on coarser and coarser first stages; over the number of solver steps; against other
             checkpoints
         others: run folders or names of the other checkpoints, with commas, for parts=others
         steps: solver steps; none takes the checkpoint's
@@ -234,11 +279,8 @@ def run(
         Where the first part's JSON is, and per part its table.
 
     Raises:
-        UserError: a checkpoint of other codecs or stage, or a value that cannot be used.
+        UserError: a checkpoint other than of the tiny world, or of the other stage, or a value that cannot be used.
     """
-    from magihuman import zoo
-    from magihuman.codecs.bundle import load_bundle
-
     chosen = [part.strip() for part in parts.split(",")]
     for part in chosen:
         if part not in PARTS:
@@ -249,6 +291,10 @@ def run(
         )
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
+    from inference.checks import require_role
+    from magihuman import zoo
+    from magihuman.codecs.bundle import load_bundle
+
     compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
     for name, first in [(base, True), *((name, False) for name in compared)]:
         config = zoo.config_of(name)
@@ -263,28 +309,29 @@ def run(
     drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
     setting = _Setting(second, codecs, drawn, size, count, seed, batch)
     results: dict[str, Any] = {"scores": str(folder / f"{chosen[0]}.json")}
+    from eval import figures
+
     for part in chosen:
         start = time.perf_counter()
         if part == "table":
             sampled = sampled_clips(clips, base, seed, batch, progress)
-            values, pictures = _table(setting, sampled)
-            sr_report.comparison(pictures, folder / "clips.png")
+            values, frames = _table(setting, sampled)
+            figures.sr_frames(frames).savefig(folder / "clips.png", dpi=80)
         elif part == "audio":
             values = _audio(setting)
-            sr_report.audio_figure(values, folder / "audio.png")
+            figures.sr_audio(values).savefig(folder / "audio.png", dpi=110)
         elif part == "others":
             values = _others(setting, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
         else:
             values = _steps(setting)
-            sr_report.steps_figure(values, folder / "steps.png")
+            figures.sr_steps(values).savefig(folder / "steps.png", dpi=110)
         facts = {
             "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
             "steps": count, "sampling_seed": seed, "held_out_seed": HELD_OUT_SEED,
             "seconds": round(time.perf_counter() - start, 1), **values, "provenance": provenance(),
         }  # fmt: skip
-        (folder / f"{part}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        text = sr_report.markdown(facts)
-        (folder / f"{part}.md").write_text(text + "\n", encoding="utf-8")
+        text = tables.super_resolution(facts)
+        write_results(folder, part, facts, text)
         print(text, flush=True)
         results[part] = values["sets"]
     return results
@@ -294,17 +341,17 @@ def run(
 class _Setting:
     second: "Loaded"
     codecs: "CodecBundle"
-    drawn: Held
+    drawn: Inputs
     size: int
     steps: int
     seed: int
     batch: int
 
-    def measure(self, method: Method, held: Held | None = None) -> tuple[Any, list[np.ndarray], float]:
-        return measure(method, held or self.drawn, self.codecs, self.size, self.batch)
+    def measure(self, method: Method, inputs: Inputs | None = None) -> tuple[Any, list[np.ndarray], float]:
+        return measure_method(method, inputs or self.drawn, self.codecs, self.size, self.batch)
 
-    def refiner(self, held: Held | None = None, steps: int | None = None, **options: Any) -> Method:
-        chosen, count = held or self.drawn, steps or self.steps
+    def refiner(self, inputs: Inputs | None = None, steps: int | None = None, **options: Any) -> Method:
+        chosen, count = inputs or self.drawn, steps or self.steps
         return lambda part: refined(
             self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options
         )
@@ -314,11 +361,15 @@ class _Setting:
         """The second stage as it is, on the clips themselves."""
         return self.measure(self.refiner())
 
-    def bicubic(self, video: Tensor) -> Method:
+    def bicubic(self, video: "Tensor") -> Method:
+        from magihuman.media.images import frames_to_uint8
+
         codec = self.codecs.video_codec
         return lambda part: bicubic(frames_to_uint8(codec.decode(video[part])), self.size)
 
-    def upsampled(self, video: Tensor) -> Method:
+    def upsampled(self, video: "Tensor") -> Method:
+        from magihuman.flow.super_resolution import upsample_latents
+
         edge = self.size // self.second.config.contract.video_stride[1]
         return lambda part: upsample_latents(video[part], edge, edge)
 
@@ -329,30 +380,32 @@ class _Setting:
         return self.measure(lambda part: encode(self.codecs, truth[part], self.batch))[0]
 
 
-def _table(setting: _Setting, sampled: Held) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Both first stages enlarged in three ways, and the bound."""
+def _table(setting: _Setting, sampled: Inputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+    """Both sets of clips enlarged in three ways, and the codec bound."""
     bound = setting.bound
-    sets, pictures, seconds = {}, {}, {}
-    for name, held in (("clip", setting.drawn), ("base", sampled)):
+    sets, frames, seconds = {}, {}, {}
+    for name, inputs in (("clip", setting.drawn), ("base", sampled)):
         columns = {"bound": bound}
         methods = {
-            "bicubic": setting.bicubic(held.video),
-            "latents": setting.upsampled(held.video),
-            "sr": setting.refiner(held),
+            "bicubic": setting.bicubic(inputs.video),
+            "latents": setting.upsampled(inputs.video),
+            "sr": setting.refiner(inputs),
         }
         for column, method in methods.items():
-            known = column == "sr" and held is setting.drawn
-            columns[column], kept, spent = setting.result if known else setting.measure(method, held)
-            pictures[f"{name}: {column}"] = kept
-            seconds[f"{name}: {column}"] = round(spent / len(held.text), 4)
-        sets[name] = sr_report.columns(columns, order=("bicubic", "latents", "sr", "bound"), against="sr")
+            known = column == "sr" and inputs is setting.drawn
+            columns[column], kept, spent = setting.result if known else setting.measure(method, inputs)
+            frames[f"{name}: {column}"] = kept
+            seconds[f"{name}: {column}"] = round(spent / len(inputs.text), 4)
+        sets[name] = paired_columns(columns, order=("bicubic", "latents", "sr", "bound"), against="sr")
     assert setting.drawn.truth is not None
-    pictures["truth"] = setting.drawn.truth[:8]
-    return {"sets": sets, "seconds_per_clip": seconds}, pictures
+    frames["truth"] = setting.drawn.truth[:8]
+    return {"sets": sets, "seconds_per_clip": seconds}, frames
 
 
 def _audio(setting: _Setting) -> dict[str, Any]:
-    """Coarser and coarser first stages, refined with the sound and with noise in its place."""
+    """Coarser and coarser first stages, refined with the audio and with noise instead of it."""
+    from magihuman.flow.super_resolution import coarsen
+
     bound, sets = setting.bound, {}
     for factor in COARSE:
         video = coarsen(setting.drawn.video, factor)
@@ -363,7 +416,7 @@ def _audio(setting: _Setting) -> dict[str, Any]:
             "sr, noise for sound": setting.measure(setting.refiner(video=video, audio_noise=1.0))[0],
             "bound": bound,
         }
-        sets[str(factor)] = sr_report.columns(columns, order=tuple(columns), against="sr")
+        sets[str(factor)] = paired_columns(columns, order=tuple(columns), against="sr")
     return {"sets": sets}
 
 
@@ -377,7 +430,7 @@ def _steps(setting: _Setting) -> dict[str, Any]:
         seconds[str(count)] = round(spent / len(setting.drawn.text), 4)
     order = (*map(str, STEPS), "bound")
     return {
-        "sets": {"clip": sr_report.columns(columns, order=order, against=str(setting.steps))},
+        "sets": {"clip": paired_columns(columns, order=order, against=str(setting.steps))},
         "seconds_per_clip": seconds,
     }
 
@@ -392,8 +445,8 @@ def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str,
         columns[short[name]] = replace(setting, second=loaded).result[0]
     order = (*short.values(), "bound")
     return {
-        "sets": {"clip": sr_report.columns(columns, order=order, against=order[0])},
-        "trained": {short[name]: trained(name) for name in checkpoints},
+        "sets": {"clip": paired_columns(columns, order=order, against=order[0])},
+        "trained": {short[name]: training_record(name) for name in checkpoints},
     }
 
 

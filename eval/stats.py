@@ -1,6 +1,8 @@
-"""Confidence intervals: clips are the unit, resampled with a fixed seed so that a table can be printed twice.
+"""Confidence intervals over clips, by scipy with a fixed seed: the same clips give the same table.
 
-`Measure` is the result type of every measure: a value with its interval, or no value and the reason.
+    stats.mean(np.array([0.8, 1.0, 0.9]))   # Measure(value=0.9, low=..., high=..., n=3)
+
+`Measure` is the result of every metric: a value with its interval, or no value and the reason.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Measure:
-    """A value with its 95 % interval over n clips; None where `status` is not "ok", and `reason` says why."""
+    """A value with its 95 % interval over n clips; None where `status` is not "ok", with the reason."""
 
     value: float | None
     low: float | None = None
@@ -29,43 +31,43 @@ class Measure:
 
 
 def unavailable(reason: str, n: int = 0) -> Measure:
-    """A measure that could not be taken, and why."""
+    """A measure without a value, with the reason."""
     return Measure(None, None, None, n, "unavailable", reason)
 
 
-def resample(n: int, seed: int = 0) -> np.ndarray:
-    """Clip indices drawn with replacement, int [RESAMPLES, n]; same n and seed, same draw."""
-    return np.random.Generator(np.random.PCG64([seed, n])).integers(n, size=(RESAMPLES, n))
+def ends_of(draws: np.ndarray) -> tuple[float, float]:
+    """Ends of the percentile interval of resampled values, of those that are finite."""
+    low, high = np.nanquantile(
+        np.where(np.isfinite(draws), draws, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    )
+    return float(low), float(high)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], n: int, seed: int = 0) -> Measure:
-    """Percentile bootstrap of `statistic`, a function of clip indices [n] (with repeats), over n clips."""
-    if n == 0:
-        return unavailable("no clips")
-    value = statistic(np.arange(n))
-    if not np.isfinite(value):
-        return unavailable("the statistic is not finite", n)
-    draws = np.array([statistic(indices) for indices in resample(n, seed)])
-    draws = draws[np.isfinite(draws)]
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(draws) else (value, value)
-    return Measure(float(value), float(low), float(high), n)
+def _bootstrap(statistic: Callable[..., np.ndarray], seed: int, *samples: np.ndarray) -> Measure:
+    """Value of `statistic(*samples, axis)` with its percentile interval, clips [n] resampled in pairs."""
+    from scipy.stats import bootstrap
+
+    value, n = float(statistic(*samples, axis=-1)), len(samples[0])
+    if n == 1:  # nothing to resample
+        return Measure(value, value, value, n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = bootstrap(
+            samples, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
+            paired=len(samples) > 1, vectorized=True, random_state=np.random.default_rng([seed, n]),
+        )  # fmt: skip
+    return Measure(value, *ends_of(found.bootstrap_distribution), n)
 
 
 def mean(values: np.ndarray, seed: int = 0) -> Measure:
     """Mean of one finite value per clip [n], with its bootstrap interval."""
     values = np.asarray(values, float)
-    if len(values) == 0:
-        return unavailable("no clips")
-    draws = values[resample(len(values), seed)].mean(1)
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Measure(float(values.mean()), float(low), float(high), len(values))
+    return _bootstrap(np.mean, seed, values) if len(values) else unavailable("no clips")
 
 
 def share(values: np.ndarray, seed: int = 0) -> Measure:
-    """Mean of values in [0,1], one per clip [n]: Wilson where every clip is all right or all wrong, else
-    bootstrap.
+    """Mean of values in [0,1], one per clip [n]: Wilson where every clip is all right or all wrong, else bootstrap.
 
-    Resampling clips that are all right can only say "1.000 to 1.000"; Wilson over the clips keeps the doubt.
+    Resampling clips that are all right can only give "1.000 to 1.000"; Wilson's interval over the clips does not.
     """
     values = np.asarray(values, float)
     if np.isin(values, (0.0, 1.0)).all():
@@ -78,11 +80,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> Meas
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(numerator) == 0 or abs(denominator.sum()) < 1e-12:
         return unavailable("nothing to divide by", len(numerator))
-    draw = resample(len(numerator), seed)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = numerator[draw].sum(1) / denominator[draw].sum(1)
-    low, high = np.quantile(draws[np.isfinite(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Measure(float(numerator.sum() / denominator.sum()), float(low), float(high), len(numerator))
+    return _bootstrap(lambda a, b, axis: a.sum(axis) / b.sum(axis), seed, numerator, denominator)
 
 
 def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Measure:
@@ -99,31 +97,27 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Measure:
 
 def proportion(hits: int, n: int) -> Measure:
     """Share of independent yes/no outcomes with Wilson's interval, which stays honest near 0 and 1."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return unavailable("no clips")
-    z = 1.959964
-    p, square = hits / n, z * z / n
-    centre = (p + square / 2) / (1 + square)
-    half = z * np.sqrt(p * (1 - p) / n + square / n / 4) / (1 + square)
-    low = 0.0 if hits == 0 else float(centre - half)  # exact at the ends, whatever the rounding
-    high = 1.0 if hits == n else float(centre + half)
-    return Measure(p, low, high, n)
+    ends = binomtest(hits, n).proportion_ci(LEVEL, "wilson")
+    return Measure(hits / n, float(ends.low), float(ends.high), n)
 
 
 def distance_to_uniform(counts: np.ndarray, seed: int = 0) -> Measure:
     """Total-variation distance, 0 to 1 - 1/k, of counts [k] from equal shares, with its bootstrap interval.
 
-    A sample of n from the uniform itself has a positive expected distance: compare with the ground truth's
-    row.
+    A sample of n from the uniform itself has a positive expected distance: compare with the ground truth's column.
+    The draws are own code: scipy resamples observations, not counts.
     """
     counts = np.asarray(counts, int)
     n, k = int(counts.sum()), len(counts)
     if n == 0:
         return unavailable("no clips")
-    drawn = np.random.Generator(np.random.PCG64([seed, n])).multinomial(n, counts / n, RESAMPLES)
-    draws = 0.5 * np.abs(drawn / n - 1 / k).sum(1)
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Measure(float(0.5 * np.abs(counts / n - 1 / k).sum()), float(low), float(high), n)
+    drawn = np.random.default_rng([seed, n]).multinomial(n, counts / n, RESAMPLES)
+    low, high = ends_of(0.5 * np.abs(drawn / n - 1 / k).sum(1))
+    return Measure(float(0.5 * np.abs(counts / n - 1 / k).sum()), low, high, n)
 
 
 def uniformity(counts: np.ndarray) -> float:

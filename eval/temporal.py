@@ -1,4 +1,4 @@
-"""How near a clip is to the true one over time: frame by frame, from frame to frame, and at seams.
+"""Errors of a clip against the true one: per frame, of the change between frames, and at seams between chunks.
 
 Clips are uint8 [F,H,W,3]. Everything is on the fixed range of 8 bits and nothing is normalised by a clip's own values,
 so a wrong gain or offset costs what it costs. Differences are in 8-bit levels.
@@ -9,21 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.image_metrics import psnr, ssim
-
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+from eval.image_metrics import LUMA, psnr, ssim
 
 
 @dataclass(frozen=True)
-class Nearness:
-    """One clip against the truth.
+class ClipErrors:
+    """Errors of one clip.
 
     Attributes:
         psnr (dB), ssim: means over frames; frame_psnr: of every frame.
         change: mean absolute error of the change from frame to frame.
         flicker: mean absolute change where the truth stands still; None where nothing does.
         seam: change error at the seams over that at the other boundaries of latents; None without either.
-        drift: how much further off the mean luma is in the last frame than in the first.
+        drift: absolute error of the mean luma in the last frame minus that in the first.
         sharpness: variance of the luma's Laplacian, as a share of the truth's.
     """
 
@@ -38,13 +36,13 @@ class Nearness:
 
 
 Cuts = Sequence[tuple[np.ndarray, Sequence[int]]]
-"""One clip as a decoder makes it when it is cut into chunks here or there, with the frames that begin a chunk."""
+"""One clip decoded with different cuts into chunks, each with the numbers of the frames that begin a chunk."""
 
 
-def compare(
+def clip_errors(
     frames: np.ndarray, truth: np.ndarray, boundaries: Sequence[int] = (), cuts: Cuts = ()
-) -> Nearness:
-    """Measure a clip.
+) -> ClipErrors:
+    """Errors of a clip.
 
     Args:
         boundaries: numbers of all frames that begin a latent; cuts: see `seam`.
@@ -56,7 +54,7 @@ def compare(
     similar = [ssim(frames[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
     luma, true_luma = _luma(frames), _luma(truth)
     offset = (luma - true_luma).mean((1, 2))
-    return Nearness(
+    return ClipErrors(
         psnr=float(np.mean(each)),
         ssim=float(np.mean(similar)),
         change=float(change_errors(frames, truth).mean()) if len(truth) > 1 else 0.0,
@@ -75,7 +73,7 @@ def change_errors(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def flicker(frames: np.ndarray, truth: np.ndarray) -> float | None:
-    """Mean absolute change of what does not change in the truth; None where everything does."""
+    """Mean absolute change of pixels that do not change in the truth; None where all do."""
     still = (np.diff(truth.astype(np.int16), axis=0) == 0).all(-1)  # [F-1,H,W]
     if not still.any():
         return None
@@ -107,7 +105,7 @@ def latent_starts(frames: int, stride: int) -> list[int]:
 
 
 def _luma(frames: np.ndarray) -> np.ndarray:
-    return frames.astype(np.float32) @ LUMA
+    return frames.astype(np.float32) @ np.array(LUMA, np.float32)
 
 
 def _detail(luma: np.ndarray) -> float:

@@ -8,7 +8,16 @@ from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import SKINS, draw_puppet, synthesise
 from eval.compare import ROWS, Column, Comparison, column, deviation_of, energy_in, skin_tones, weights
-from eval.diversity import SPACES, Place, Reference, by_prompt, embed, gaps, mean_gaps, real_draw
+from eval.diversity import (
+    SPACES,
+    DistributionMetrics,
+    Reference,
+    by_prompt,
+    distances_between,
+    distances_within,
+    embed,
+    real_draw,
+)
 from eval.puppet_speech import Heard, hear, pitch
 from eval.puppets import Clips, ground_truth, held_out, through_codec
 from magihuman.codecs.bundle import CodecBundle, load_bundle
@@ -39,9 +48,9 @@ def made(
     values["end_ms"] = values["start_ms"]
     tones = np.tile(np.arange(3), (PROMPTS, 1)) if skins is None else skins
     terms = tuple(np.zeros((PROMPTS, PROMPTS)) for _ in range(3))
-    spread = dict.fromkeys(SPACES, shared[:, 0] + base)
-    place = Place(spread, shared + base, dict.fromkeys(SPACES, terms))  # type: ignore[arg-type]
-    return Column(name, role, values, tones, place)
+    dispersion = dict.fromkeys(SPACES, shared[:, 0] + base)
+    distribution = DistributionMetrics(dispersion, shared + base, dict.fromkeys(SPACES, terms))  # type: ignore[arg-type]
+    return Column(name, role, values, tones, distribution)
 
 
 def compared(*others: Column) -> Comparison:
@@ -62,13 +71,13 @@ def test_effective_number_of_skin_tones_in_closed_form():
 
 def test_deviation_within_a_prompt_leaves_out_what_was_not_heard():
     values = np.array([[1.0, 3.0, np.nan], [5.0, 9.0, 7.0], [np.nan, 2.0, np.nan]])
-    own = Column("a", "student", {"x": values}, np.zeros((3, 3), int), made("b", "bound").place)
+    own = Column("a", "student", {"x": values}, np.zeros((3, 3), int), made("b", "bound").distribution)
     found = deviation_of("x")(own, own, np.ones((1, 3)))
     assert found is not None
     assert found[0] == pytest.approx(
         np.sqrt((2 + 4) / 2)
     )  # variances 2 and 4; the third prompt has one value
-    nothing = Column("a", "student", {"x": values[2:]}, np.zeros((1, 3), int), own.place)
+    nothing = Column("a", "student", {"x": values[2:]}, np.zeros((1, 3), int), own.distribution)
     assert deviation_of("x")(nothing, nothing, np.ones((1, 1))) is None
 
 
@@ -77,10 +86,12 @@ def test_energy_distance_in_closed_form_and_without_bias():
     rng = np.random.default_rng(1)
 
     def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        place = Place(
-            {}, np.zeros(x.shape[:2]), {"look": (mean_gaps(x, y), mean_gaps(x, x), mean_gaps(y, y))}
+        distribution = DistributionMetrics(
+            {},
+            np.zeros(x.shape[:2]),
+            {"look": (distances_between(x, y), distances_between(x, x), distances_between(y, y))},
         )
-        own = replace(made("a", "student"), place=place)
+        own = replace(made("a", "student"), distribution=distribution)
         return np.asarray(energy_in("look")(own, own, weights(len(x))))
 
     zeros = np.zeros((PROMPTS, DRAWS, 5))
@@ -94,10 +105,10 @@ def test_energy_distance_in_closed_form_and_without_bias():
     assert distance(x, 3 * y)[0] == pytest.approx(expected, abs=0.08)
 
 
-def test_gaps_are_root_mean_squares():
+def test_distances_are_root_mean_squares():
     a, b = np.zeros((2, 1, 4)), np.full((2, 3, 4), 2.0)
-    assert gaps(a, b).tolist() == [[[2.0] * 3]] * 2
-    assert mean_gaps(a, b).tolist() == [[2.0, 2.0]] * 2
+    assert distances_within(a, b).tolist() == [[[2.0] * 3]] * 2
+    assert distances_between(a, b).tolist() == [[2.0, 2.0]] * 2
 
 
 @pytest.mark.parametrize(
@@ -265,9 +276,9 @@ def found(world) -> Comparison:
     columns = []
     for name, clips in sets.items():
         scores = [c.score(b) for c, b in zip(clips, scored, strict=True)]
-        place = reference.place(by_prompt([embed(c, world) for c in clips]))
+        distribution = reference.distances(by_prompt([embed(c, world) for c in clips]))
         role = name if name in ("bound", "teacher") else "student"
-        columns.append(column(name, role, scores, [c.waves for c in clips], place))
+        columns.append(column(name, role, scores, [c.waves for c in clips], distribution))
     return Comparison(columns)
 
 
@@ -293,7 +304,7 @@ def test_what_is_spoilt_shows(found, spoilt, rows):
 
 def test_another_real_draw_is_as_good_as_the_bound(found):
     """The floor: of all rows, chance may call one or two of 19 worse."""
-    words = [found.against(found.teacher, found.bound, row).word for row in ROWS if row.better != "bound"]
+    words = [found.against(found.teacher, found.bound, row).word for row in ROWS if row.direction != "target"]
     assert words.count("worse") <= 1
     for space in SPACES:
         measure = found.value(found.teacher, ROW[f"energy_{space}"])

@@ -21,7 +21,7 @@ def result(tmp_path_factory) -> tuple[dict, dict]:
 
 def test_every_set_has_the_three_ways_and_known_figures(result) -> None:
     values, written = result
-    assert values["sets"].keys() == written["sets"].keys() == conditioning.GIVEN.keys()
+    assert values["sets"].keys() == written["sets"].keys() == conditioning.CONDITIONING.keys()
     for given, columns in written["sets"].items():
         assert list(columns) == [
             "teacher, 32 steps, CFG", "teacher, 8 re-noise steps, no CFG", "student, 8 re-noise steps, no CFG",
@@ -29,7 +29,7 @@ def test_every_set_has_the_three_ways_and_known_figures(result) -> None:
         for column in columns.values():
             assert column["attributes"]["value"] == 1
             assert column["sync_skill"]["value"] > 0.85
-            assert (column["skin"]["value"] is None) == (given == "sound")
+            assert (column["skin"]["value"] is None) == (given == "audio")
             if "frame" in given:
                 assert column["skin"]["value"] == 1
 
@@ -38,9 +38,9 @@ def test_a_skin_tone_that_was_not_given_is_counted() -> None:
     puppets = held_out(12)
     truth = through_codec(ground_truth(puppets), load_bundle("tiny"))
     bound = truth.score()
-    assert conditioning.measure(bound, bound, puppets, seen=True)["skin"]["value"] == 1
+    assert conditioning.conditioning_column(bound, puppets, first_frame=True)["skin"]["value"] == 1
     others = [*puppets[1:], puppets[0]]
-    found = conditioning.measure(bound, bound, others, seen=True)["skin"]["value"]
+    found = conditioning.conditioning_column(bound, others, first_frame=True)["skin"]["value"]
     assert found == pytest.approx(np.mean([a.skin == b.skin for a, b in zip(puppets, others, strict=True)]))
     assert found < 0.8
 
@@ -53,7 +53,7 @@ def test_what_is_given_is_in_the_samples() -> None:
     world, puppets = load_bundle("tiny"), held_out(2)
     truth, made = ground_truth(puppets), conditioning.Clips()
     pipeline = Pipeline(zoo.load("tiny/distill"), world)
-    way = conditioning._Way("student", pipeline, pipeline.settings(steps=2))
+    way = conditioning.Sampler("student", pipeline, pipeline.settings(steps=2))
     conditioning._sample(way, truth, slice(0, 2), (True, True), 0, made)
     coded = through_codec(truth, world)
     for own, wanted in zip(made.waves, coded.waves, strict=True):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from eval import distill_report, dmd2, readme_tables
-from eval.generate import TIMED, Way, noise_seed, sample_all
-from eval.puppets import generate, held_out
+from eval import dmd2, readme_tables
+from eval.compare import claims
+from eval.generate import TIMED, Sampler, sample_all
+from eval.puppets import generate, held_out, noise_seed
+from eval.tables import format_interval
 from inference.pipeline import Pipeline
 from magihuman import zoo
 from magihuman.cli import run as command
@@ -79,7 +81,7 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     assert written == {"compare.json", "compare.md", "compare.png", "sheet.png", *clips}
     page = (runs / "a" / "report.md").read_text()
     assert page.startswith("# DMD2: a\n")
-    for part in ("| attributes |", "![curves, table, clips](report.png)", "compare/clips/student-1.mp4"):
+    for part in ("| vowels right ↑ |", "![curves, table, clips](report.png)", "compare/clips/student-1.mp4"):
         assert part in page
     assert str(runs) not in page
     assert list(values["columns"]) == COLUMNS
@@ -92,8 +94,8 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
         "process_gb": 1.23, "state_mb": 2.3,
     }  # fmt: skip
     assert values["columns"][COLUMNS[2]]["calls"] == 4
-    assert student["rows"]["vowels"]["value"] < 0.5
-    assert values["against"][COLUMNS[-1]][COLUMNS[2]].keys() == values["rows"].keys()
+    assert student["rows"]["vowels"]["value"] < 0.75
+    assert values["against"][COLUMNS[-1]][COLUMNS[2]].keys() == student["rows"].keys()
     about = [claim["about"] for claim in values["claims"][COLUMNS[-1]]]
     assert about == [
         *(f"against {name}" for name in COLUMNS[2:5]),
@@ -115,7 +117,7 @@ def test_pictures_are_not_empty(runs, compared):
 def test_clips_are_those_of_eval_puppets(runs, world):
     """The same prompt, seed and settings, so that figures of both commands compare."""
     prompts = [p.caption for p in held_out(2)]
-    way = Way(
+    way = Sampler(
         "a", Pipeline(zoo.load(str(runs / "a")), world), Pipeline(zoo.load(str(runs / "a")), world).settings()
     )
     sample_all([way], prompts, [0, 1], batch=3, progress=False)
@@ -135,24 +137,24 @@ def test_kept_latents_are_used_if_they_are_still_true(runs, world, tmp_path):
     pipeline = Pipeline(zoo.load(str(runs / "a")), world)
     prompts = [p.caption for p in held_out(5)]
 
-    def sampled() -> Way:
-        way = Way("a", pipeline, pipeline.settings(), keep=True)
+    def sampled() -> Sampler:
+        way = Sampler("a", pipeline, pipeline.settings(), cache=True)
         sample_all([way], prompts, [0], batch=1, folder=tmp_path, progress=False)
         return way
 
     new, again = sampled(), sampled()
-    assert (new.kept, len(new.seconds)) == (None, 5)
+    assert (new.cached, len(new.seconds)) == (None, 5)
     assert len(again.seconds) == TIMED
-    assert set(again.kept) == {"date", "code"}
+    assert set(again.cached) == {"date", "code"}
     assert torch.equal(new.video, again.video)
     assert torch.equal(new.audio, again.audio)
     (file,) = tmp_path.glob("*.safetensors")
     pipeline.denoiser.model.state_dict()["final_linear_video.weight"].add_(0.02)  # other code, same name
     other = sampled()
-    assert (other.kept, len(other.seconds)) == (None, 5)
+    assert (other.cached, len(other.seconds)) == (None, 5)
     assert not torch.allclose(other.video, new.video, atol=0.1)
     file.write_bytes(file.read_bytes()[:1000])
-    assert sampled().kept is None
+    assert sampled().cached is None
 
 
 def test_only_the_teacher_is_kept_and_changes_nothing(runs, compared):
@@ -187,10 +189,10 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     header = lines[1].split(" | ")
     assert header[-4:-2] == ["teacher, 2 steps, CFG (4 calls)", "teacher, 1 steps, no CFG (1 calls)"]
     assert header[-1] == "student, 1 re-noise steps, no CFG (1 calls) |"
-    assert lines[3].startswith("| face, hair, shirt and wall as prompted | 1.000 [")
+    assert lines[3].startswith("| face, hair, shirt and wall as prompted ↑ | 1.000 [")
     off = 100 * values["columns"][COLUMNS[2]]["rows"]["sharpness"]["off"]["value"]
     assert f"({off:+.0f}"[:4] in lines[4]
-    assert lines[5].startswith("| denoising, seconds per clip |  |  | ")
+    assert lines[5].startswith("| denoising, s per clip ↓ |  |  | ")
     assert "- speed against teacher, 2 steps, CFG: **" in text
     assert "training process" not in text
     other = COLUMNS[-1].replace("student", "student b")
@@ -205,8 +207,8 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
         "teacher, 1 re-noise steps, no CFG (1 calls)",
     ]
     assert lines[1] == f"|  | {' | '.join([*header, 'student', 'student b'])} |"
-    assert "| training state in a checkpoint, MB |  |  |  | 2 | 2 |" in lines
-    assert "| peak memory of the training process, GB |  |  |  | 1.23 | 1.23 |" in lines
+    assert "| training state in a checkpoint, MB ↓ |  |  |  | 2 | 2 |" in lines
+    assert "| peak memory of the training process, GB ↓ |  |  |  | 1.23 | 1.23 |" in lines
     assert sum(line.startswith("- student b: against teacher, 2 steps, CFG: **") for line in lines) == 1
     with pytest.raises(UserError, match="cannot be rendered"):
         readme_tables.render("<!-- distill c.json no_such_row -->\n<!-- end -->")
@@ -222,7 +224,7 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     ],
 )
 def test_cells_are_short(measure, text):
-    assert distill_report.interval({**measure, "n": 3, "status": "ok", "reason": ""}) == text
+    assert format_interval({**measure, "n": 3, "status": "ok", "reason": ""}) == text
 
 
 def test_a_claim_says_by_how_much_and_to_which_side():
@@ -239,7 +241,6 @@ def test_a_claim_says_by_how_much_and_to_which_side():
             "full": {"role": "teacher", "calls": 64, "seconds_per_clip": 0.8},
             "own": {"role": "student", "calls": 8, "seconds_per_clip": 0.1},
         },
-        "rows": {"vowels": {"better": "up"}, "sharpness": {"better": "bound"}, "skin_tones": {"better": "bound"}},
         "against": {"own": {"full": {
             "vowels": verdict("better", 0.05, 0.05),
             "sharpness": verdict("worse", 0.002, -0.12),
@@ -247,11 +248,11 @@ def test_a_claim_says_by_how_much_and_to_which_side():
         }}},
         "diversity": {"own": {"skin_tones": {"ratio": ratio, "verdict": "lost"}}},
     }  # fmt: skip
-    against, diversity, speed = distill_report.claims(values, "own")
+    against, diversity, speed = claims(values, "own")
     assert against["verdict"] == "mixed"
     assert against["details"] == [
-        "better: vowels +0.0500 [0.0400, 0.0600]",
-        "worse: sharpness 12.0 % [11.0, 13.0] farther from the bound",
+        "better: vowels +0.0500 [+0.0400, +0.0600]",
+        "worse: sharpness 12.00 % [11.00, 13.00] farther from the bound",
         "within noise: skin_tones",
     ]
     assert (diversity["verdict"], diversity["details"]) == (
@@ -290,5 +291,8 @@ def test_names_of_columns(runs, world):
     assert dmd2._short_names(["runs/a/", "runs/b"]) == ["student a", "student b"]
     assert dmd2._short_names(["x/a", "y/a"]) == ["student x/a", "student y/a"]
     settings = Pipeline(zoo.load(str(runs / "teacher")), world).settings()
-    assert dmd2.words_for(settings) == "2 steps, CFG"
-    assert dmd2.words_for(replace(settings, solver="euler", guidance=FEW.guidance)) == "2 euler steps, no CFG"
+    assert dmd2.sampler_words(settings) == "2 steps, CFG"
+    assert (
+        dmd2.sampler_words(replace(settings, solver="euler", guidance=FEW.guidance))
+        == "2 euler steps, no CFG"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import sr, sr_report
+from eval import sr
 from eval.puppet_vision import see
 from eval.puppets import ground_truth, held_out
 from eval.readme_tables import sr_table
@@ -26,7 +26,7 @@ def world() -> CodecBundle:
 
 
 @pytest.fixture(scope="module")
-def held(world: CodecBundle) -> sr.Held:
+def held(world: CodecBundle) -> sr.Inputs:
     return sr.drawn_clips(6, world, 64, 128)
 
 
@@ -41,7 +41,7 @@ def test_skills_and_differences_of_known_values() -> None:
         "sr": values([0.8, 0.8, 0.8, 0.8], [0.1] * 4, [2, 3, 3, 4]),  # the level is the bound's for all
         "bound": bound,
     }
-    made = sr_report.columns(columns, order=("bicubic", "sr", "bound"), against="sr")
+    made = sr.paired_columns(columns, order=("bicubic", "sr", "bound"), against="sr")
     skill = {name: made["columns"][name]["sync_skill"]["value"] for name in columns}
     assert skill == pytest.approx({"bicubic": 0.5, "sr": 0.8, "bound": 1.0})
     difference = made["differences"]["bicubic"]
@@ -51,17 +51,17 @@ def test_skills_and_differences_of_known_values() -> None:
     assert list(made["differences"]) == ["bicubic"]
 
 
-def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.Held) -> None:
+def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.Inputs) -> None:
     assert held.truth is not None
     truth, codec = held.truth, world.video_codec
-    bound, kept, _ = sr.measure(lambda part: sr.encode(world, truth[part]), held, world, 128)
+    bound, kept, _ = sr.measure_method(lambda part: sr.encode(world, truth[part]), held, world, 128)
     assert len(kept) == 6
     assert kept[0].shape == (25, 128, 128, 3)
-    small = sr.measure(
+    small = sr.measure_method(
         lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128), held, world, 128
     )[0]
-    latents = sr.measure(lambda part: upsample_latents(held.video[part], 32, 32), held, world, 128)[0]
-    exact = sr.measure(lambda part: torch.from_numpy(np.stack(truth[part])), held, world, 128)[0]
+    latents = sr.measure_method(lambda part: upsample_latents(held.video[part], 32, 32), held, world, 128)[0]
+    exact = sr.measure_method(lambda part: torch.from_numpy(np.stack(truth[part])), held, world, 128)[0]
     for name in ("psnr", "mouth_psnr", "ssim", "sharpness"):
         assert bound[name].mean() > latents[name].mean(), name
         assert latents[name].mean() > small[name].mean(), name
@@ -121,13 +121,13 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     table = sr_table(str(tmp_path / "table.json"), "clip", "psnr", "sync_skill").splitlines()
     ways = ["frames enlarged bicubically", "latents enlarged", "second stage", "truth through the codec"]
     gains = [f"second stage minus {way}" for way in ways[:2]]
-    assert table[0] == f"| | {' | '.join(ways + gains)} |"
-    assert table[2].startswith("| PSNR against the truth, dB | ")
+    assert table[0] == f"|  | {' | '.join(ways + gains)} |"
+    assert table[2].startswith("| PSNR, dB ↑ | ")
     assert len(table) == 6
     assert table[-1].startswith("3 clips, 1 steps, 95 % intervals over clips. From [")
     text = (tmp_path / "steps.md").read_text()
     assert text.startswith("### first stage: the clip itself")
-    assert "| sync_skill |" in text
+    assert "| lip-sync skill (other clips' audio 0, codec bound 1) ↑ |" in text
 
 
 def test_other_checkpoints_are_compared_and_their_training_is_told(

@@ -35,7 +35,7 @@ def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) 
     assert 2 < mine["cost"]["flops"] < 5
     for name in ("scores.md", "scores.png", "clips.png", "clips.json"):
         assert (tmp_path / "out" / name).stat().st_size > 500
-    with pytest.raises(UserError, match="student=nothing is no decoder"):
+    with pytest.raises(UserError, match="student=nothing is not a decoder"):
         turbo_vae.run(student="nothing", teacher=None)
 
 
@@ -60,7 +60,7 @@ def test_the_readme_shows_the_rows_that_it_asks_for() -> None:
         f"<!-- decoding {folder}/scores.json psnr seconds -->\n<!-- end -->"
     ).splitlines()
     values = json.loads((readme_tables.REPO / folder / "scores.json").read_text())["columns"]["student"]
-    assert [line.split(" | ")[0] for line in shown[3:5]] == ["| PSNR, dB", "| processor seconds per clip"]
+    assert [line.split(" | ")[0] for line in shown[3:5]] == ["| PSNR, dB ↑", "| processor seconds per clip ↓"]
     assert f"{values['table']['psnr']['value']:.2f} [" in shown[3]
     assert f"| {values['cost']['seconds']:.3g} |" in shown[4]
     table = json.loads((readme_tables.REPO / folder / "ablation_align" / "ablation.json").read_text())[
@@ -75,7 +75,9 @@ def test_the_readme_shows_the_rows_that_it_asks_for() -> None:
 def test_a_perfect_decoder_is_perfect() -> None:
     truth = torch.randint(0, 256, (1, 5, 16, 16, 3), dtype=torch.uint8)
     frames = truth.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    judged, made = turbo_vae.judge("same", lambda _: frames, torch.zeros(1, 3, 2, 4, 4), truth.numpy())
+    judged, made = turbo_vae.score_decoder(
+        "same", lambda _: frames, torch.zeros(1, 3, 2, 4, 4), truth.numpy()
+    )
     assert (made == truth.numpy()).all()
     assert judged.table["psnr"].value == 99
     assert judged.table["change"].value == 0

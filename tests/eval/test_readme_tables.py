@@ -38,7 +38,7 @@ def test_tables_of_a_package_page_are_rendered_and_checked(
 
 def test_a_changed_figure_is_noticed() -> None:
     text = (readme_tables.REPO / "README.md").read_text()
-    block = readme_tables.BLOCK.search(text)
+    block = readme_tables.block_pattern().search(text)
     assert block is not None
     tampered = text.replace(block[0], block[0].replace("0.", "0.9", 1).replace(" min", "0 min", 1))
     assert tampered != text
@@ -73,16 +73,16 @@ def test_peaks_are_shown_by_mode_and_only_if_computed(
 
 
 def test_cost_counts_children_and_time(tmp_path: Path) -> None:
-    held = 120_000_000
-    child = f"import time; held = b'x' * {held}; time.sleep(1.2)"
+    allocated = 120_000_000
+    child = f"import time; allocated = b'x' * {allocated}; time.sleep(1.2)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-    figures = cost.measure(shlex.join([sys.executable, "-c", parent]), str(tmp_path / "cost.json"))
-    assert held < figures["peak_memory_bytes"] < held + 100_000_000
+    figures = cost.measure_cost(shlex.join([sys.executable, "-c", parent]), str(tmp_path / "cost.json"))
+    assert allocated < figures["peak_memory_bytes"] < allocated + 100_000_000
     assert 1.2 < figures["seconds"] < 15
     assert json.loads((tmp_path / "cost.json").read_text()) == figures
 
 
 def test_failed_command_records_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="status 3"):
-        cost.measure(f'{sys.executable} -c "raise SystemExit(3)"', str(tmp_path / "cost.json"))
+        cost.measure_cost(f'{sys.executable} -c "raise SystemExit(3)"', str(tmp_path / "cost.json"))
     assert not (tmp_path / "cost.json").exists()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.temporal import change_errors, compare, flicker, latent_starts, seam
+from eval.temporal import change_errors, clip_errors, flicker, latent_starts, seam
 
 DRAW = np.random.Generator(np.random.PCG64(3))
 TRUTH = DRAW.integers(40, 200, (13, 24, 24, 3)).astype(np.uint8)
@@ -13,7 +13,7 @@ STARTS = latent_starts(13, 4)
 
 
 def nearness(frames: np.ndarray, truth: np.ndarray = TRUTH):
-    return compare(frames, truth, STARTS, [(frames, [5])])
+    return clip_errors(frames, truth, STARTS, [(frames, [5])])
 
 
 def test_a_wrong_gain_and_offset_cost_psnr() -> None:
@@ -22,12 +22,14 @@ def test_a_wrong_gain_and_offset_cost_psnr() -> None:
     truth = (unit * 255).round().astype(np.uint8)
     wrong = ((0.8 * unit + 0.15) * 255).round().astype(np.uint8)
     error = np.mean((0.15 - 0.2 * unit) ** 2)
-    found = compare(wrong, truth)
+    found = clip_errors(wrong, truth)
     assert found.psnr == pytest.approx(-10 * math.log10(error), abs=0.1)
     assert 21 < found.psnr < 23
     assert found.ssim < 0.999
     stretched = (wrong.astype(float) - wrong.min()) / (np.ptp(wrong)) * 255
-    assert compare(stretched.round().astype(np.uint8), truth).psnr > 50  # what normalising would have hidden
+    assert (
+        clip_errors(stretched.round().astype(np.uint8), truth).psnr > 50
+    )  # what normalising would have hidden
 
 
 def test_equal_clips_are_perfect_and_frames_are_averaged() -> None:

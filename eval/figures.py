@@ -1,0 +1,444 @@
+"""Figures of the evaluation: bars and points with intervals, curves, contact sheets. Numbers come from result files.
+
+figures.score_bars(json.loads(Path("scores.json").read_text())).savefig("scores.png")
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval.tables import (
+    BETTER,
+    DECODER_KEYS,
+    METRICS,
+    SIGNS,
+    SR_COLUMNS,
+    Values,
+    ablation_title,
+    format_short,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+    from eval.scores import ClipScore
+
+# ----------------------------------------------------------------------------------------------------
+# Shared parts
+# ----------------------------------------------------------------------------------------------------
+
+
+def _interval(axes: "Axes", place: float, measure: Values, bar: float | None = None, **style: Any) -> None:
+    """A value with its interval at `place`, as a point or as a bar of width `bar`; nothing without a value."""
+    if measure["value"] is None or measure["low"] is None:
+        return
+    value = measure["value"]
+    ends = np.maximum([[value - measure["low"]], [measure["high"] - value]], 0)
+    if bar is None:
+        axes.errorbar([place], [value], yerr=ends, fmt="o", ms=4, capsize=2, **style)
+    else:
+        axes.bar([place], [value], bar, yerr=ends, capsize=2, error_kw={"elinewidth": 1}, **style)
+
+
+def _legend(figure: "Figure | SubFigure", colours: Mapping[str, str], columns: int = 4) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def _frame_row(axes: "Axes", frames: Iterable[np.ndarray], label: str = "", title: str = "") -> None:
+    """Frames uint8 [H,W,3] next to each other."""
+    axes.imshow(np.concatenate(list(frames), axis=1), aspect="equal", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_frame_on(False)
+    axes.set_ylabel(label, fontsize=8)
+    axes.set_title(title, fontsize=7, loc="left", pad=2)
+
+
+def _evenly(clip: np.ndarray, count: int) -> np.ndarray:
+    """`count` frames of a clip [F,H,W,3], evenly over its time."""
+    return clip[np.linspace(0, len(clip) - 1, count).round().astype(int)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# eval.puppets
+# ----------------------------------------------------------------------------------------------------
+
+# Panels: metrics with a common scale.
+PANELS = (
+    ("attributes", "face", "hair", "shirt", "wall"),
+    ("vowels", "vowels_exact", "words_exact", "syllable_error"),
+    ("sync_r", "sync_other", "sync_skill", "sync_retrieval"),
+    ("sharpness", "mouth_sharpness", "amplitude"),
+)
+
+
+def score_bars(values: Values) -> Figure:
+    """Main metrics of a scores.json as bars with their intervals, a colour per set of clips."""
+    columns = values["columns"]
+    figure = Figure(figsize=(4.2 * len(PANELS), 4.4), layout="constrained")
+    width = 0.8 / len(columns)
+    for axes, keys in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for number, column in enumerate(columns.values()):
+            for place, key in enumerate(keys):
+                shift = (number - (len(columns) - 1) / 2) * width
+                _interval(axes, place + shift, column["table"][key], 0.92 * width, color=f"C{number}")
+        axes.set_xticks(range(len(keys)), [key.replace("_", "\n") for key in keys], fontsize=8)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylim(0, 1.08)
+    _legend(figure, {name: f"C{number}" for number, name in enumerate(columns)})
+    figure.suptitle("Tiny world: clips and their upper bounds (95 % intervals over clips)", fontsize=11)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------
+# Contact sheets of eval.puppets and eval.dmd2
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Clips of one column on a contact sheet: frames uint8 [F,H,W,3], waves fp32 [N], and their scores."""
+
+    name: str
+    role: str
+    frames: Sequence[np.ndarray]
+    waves: Sequence[np.ndarray | None]
+    scores: Sequence["ClipScore"]
+
+
+def contact_sheet(shown: Sequence[Shown]) -> Figure:
+    """Per prompt nine frames of every column, with curves of the mouth that is seen and that the audio calls for."""
+    figure = Figure(figsize=(13.5, 1.4 * len(shown) * len(shown[0].frames) + 0.5), layout="constrained")
+    _clip_rows(figure, shown)
+    return figure
+
+
+def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: int | None = None) -> None:
+    """Rows of a contact sheet, of the first `prompts` prompts only where that is given."""
+    count = len(shown[0].frames[:prompts])
+    grid = figure.add_gridspec(count * len(shown), 2, width_ratios=(9, 3))
+    for prompt in range(count):
+        for place, column in enumerate(shown):
+            line, score = prompt * len(shown) + place, column.scores[prompt]
+            axes = figure.add_subplot(grid[line, 0])
+            caption = f"{score.caption}\n" if place == 0 else ""
+            _frame_row(
+                axes,
+                _evenly(column.frames[prompt], 9),
+                title=f"{caption}{column.name} | {_heard_and_wrong(score)}",
+            )
+            axes = figure.add_subplot(grid[line, 1])
+            _mouth_curves(axes, score, legend=line == 0, last=line == count * len(shown) - 1)
+
+
+def _heard_and_wrong(score: "ClipScore") -> str:
+    """Recognised syllables, and attributes that differ from the caption."""
+    wrong = [f"{name} {score.seen.attributes[name]}" for name, right in score.right.items() if not right]
+    heard = f"heard: {' '.join(score.heard.words) or 'nothing'}"
+    return f"{heard} | wrong: {', '.join(wrong)}" if wrong else heard
+
+
+def _mouth_curves(axes: "Axes", score: "ClipScore", legend: bool, last: bool) -> None:
+    """Mouth opening over the frames: as seen, and as the audio calls for."""
+    axes.plot(score.seen.openness - score.seen.openness.min(), color="C3", lw=1, label="mouth seen")
+    if score.called is not None:
+        axes.plot(score.called, color="C0", lw=1, label="mouth that the audio calls for")
+    agreement = score.sync.status if score.sync.r is None else f"r {score.sync.r:.2f}, lag {score.sync.lag}"
+    axes.text(0.02, 0.84, agreement, transform=axes.transAxes, fontsize=6)
+    axes.set_ylim(-0.004, 0.062)
+    axes.tick_params(labelsize=5)
+    axes.set_ylabel("opening", fontsize=6)
+    if last:
+        axes.set_xlabel("frame", fontsize=6)
+    else:
+        axes.set_xticks([])
+    if legend:
+        axes.legend(fontsize=5, loc="upper right")
+
+
+# ----------------------------------------------------------------------------------------------------
+# eval.dmd2
+# ----------------------------------------------------------------------------------------------------
+
+COLOURS = {"truth": "0.6", "bound": "0.3", "teacher": "C0"}
+BASELINES = ("C1", "C2", "C4")
+STUDENTS = ("C3", "C6", "C8", "C9", "C5")
+ACROSS = 5  # panels side by side
+# Panels of a run's page: columns of metrics.csv under their names of today and of before; a triple is a ratio.
+CURVES: tuple[tuple[str, tuple[str | tuple[str, str, str], ...]], ...] = (
+    ("matching gradient", ("dm/video", "dm/audio")),
+    ("fake score: loss", ("fake_score/video", "fake_score/audio", "critic/video", "critic/audio")),
+    (
+        "error on samples, fake score / teacher",
+        (
+            ("video", "fake_score_error/video", "teacher_error/video"),
+            ("audio", "fake_score_error/audio", "teacher_error/audio"),
+            ("video", "critic_error/video", "teacher_error/video"),
+            ("audio", "critic_error/audio", "teacher_error/audio"),
+        ),
+    ),
+    (
+        "student / teacher",
+        ("health/std_video", "health/std_audio", "health/spread_video", "health/spread_audio"),
+    ),
+    ("gradient norms", ("grad_norm", "grad_norm/fake_score", "grad_norm/critic")),
+)
+
+
+def _colours(values: Values) -> dict[str, str]:
+    """Colour of every column, the same in every figure."""
+    palettes = {"baseline": iter(BASELINES * 9), "student": iter(STUDENTS * 9)}
+    roles = {name: column["role"] for name, column in values["columns"].items()}
+    return {name: COLOURS.get(role) or next(palettes[role]) for name, role in roles.items()}
+
+
+def comparison_points(values: Values) -> Figure:
+    """A panel per metric of a compare.json: all columns with their intervals, the codec bound as a line."""
+    palette = _colours(values)
+    keys = list(next(iter(values["columns"].values()))["rows"])
+    down = -(-(len(keys) + 1) // ACROSS)
+    figure = Figure(figsize=(3.1 * ACROSS, 2.15 * down + 0.7), layout="constrained")
+    panels = figure.subplots(down, ACROSS).ravel()
+    for axes, key in zip(panels, keys, strict=False):
+        for place, (name, column) in enumerate(values["columns"].items()):
+            measure = column["rows"][key]
+            _interval(axes, place, measure, color=palette[name])
+            if column["role"] == "bound" and measure["value"] is not None:
+                axes.axhline(measure["value"], color=palette[name], ls="--", lw=0.8)
+        axes.set_title(f"{key}\n{BETTER[METRICS[key].direction]}", fontsize=8)
+        axes.set_xticks([])
+        axes.tick_params(labelsize=7)
+        axes.grid(axis="y", alpha=0.3)
+    _time_bars(panels[len(keys)], values, palette)
+    for axes in panels[len(keys) + 1 :]:
+        axes.axis("off")
+    _legend(figure, palette)
+    figure.suptitle("Students, their teacher and bounds (95 % intervals over prompts)", fontsize=11)
+    return figure
+
+
+def _time_bars(axes: "Axes", values: Values, palette: Mapping[str, str]) -> None:
+    timed = {name: c["seconds_per_clip"] for name, c in values["columns"].items() if "seconds_per_clip" in c}
+    axes.barh(list(timed), list(timed.values()), color=[palette[name] for name in timed])
+    for place, value in enumerate(timed.values()):
+        axes.text(value, place, f" {value:.3f}", va="center", fontsize=7)
+    axes.set_title("seconds of denoising per clip\nlower is better", fontsize=8)
+    axes.set_xlim(0, 1.25 * max(timed.values()))
+    axes.invert_yaxis()
+    axes.set_yticks([])
+    axes.tick_params(labelsize=7)
+
+
+def run_page(metrics: Path, values: Values, shown: Sequence[Shown], prompts: int = 3) -> Figure:
+    """One page of a distillation run: training curves, a short table, and clips of teacher and student."""
+    few = [column for column in shown if column.role in ("teacher", "student")]
+    lines = min(prompts, len(shown[0].frames)) * len(few)
+    count = len(next(iter(values["columns"].values()))["rows"])
+    heights = (2.6, 0.24 * (count + 3) + 0.7, 1.25 * lines + 0.4)
+    figure = Figure(figsize=(15, sum(heights)), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
+    upper, middle, lower = parts
+    _training_curves(upper, metrics)
+    _short_table(middle.subplots(), values)
+    _clip_rows(lower, few, prompts)
+    return figure
+
+
+def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
+    """Losses and the collapse monitor's signals over the training."""
+    from magihuman.training.report import read_metrics
+
+    series = read_metrics(metrics)
+    for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+        for name in names:
+            if points := _curve(series, name):
+                label = name if isinstance(name, str) else name[0]
+                axes.plot(
+                    *zip(*points, strict=True), label=label, lw=1, marker="." if len(points) < 20 else ""
+                )
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+        else:
+            axes.text(
+                0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes
+            )
+
+
+def _curve(
+    series: Mapping[str, Sequence[tuple[int, float]]], name: str | tuple[str, str, str]
+) -> list[tuple[int, float]]:
+    """Points (iteration, value) of a column of metrics.csv, or of the ratio (label, numerator, denominator)."""
+    if isinstance(name, str):
+        return list(series.get(name, ()))
+    _, top, below = name
+    under = dict(series.get(below, ()))
+    return [(step, value / under[step]) for step, value in series.get(top, ()) if under.get(step)]
+
+
+def _short_table(axes: "Axes", values: Values) -> None:
+    """Values without intervals; a student's cell is green or red where it differs from the full teacher's."""
+    columns = values["columns"]
+    teacher = next(name for name, c in columns.items() if c["role"] == "teacher")
+    tints = {"better": "#cfe8cf", "worse": "#f3cdcd"}
+    body, fills, labels = [], [], []
+    for key in next(iter(columns.values()))["rows"]:
+        labels.append(f"{SIGNS[METRICS[key].direction]}  {key}")
+        body.append([format_short(c["rows"][key]) for c in columns.values()])
+        verdicts = [values["against"].get(name, {}).get(teacher, {}).get(key, {}) for name in columns]
+        fills.append([tints.get(verdict.get("verdict", ""), "white") for verdict in verdicts])
+    labels += ["↓  seconds per clip", "↓  network calls"]
+    body += [
+        [f"{c['seconds_per_clip']:.3f}" if "seconds_per_clip" in c else "" for c in columns.values()],
+        [str(c.get("calls", "")) for c in columns.values()],
+    ]
+    fills += [["white"] * len(columns)] * 2
+    axes.axis("off")
+    drawn = axes.table(
+        body, cellColours=fills, rowLabels=labels, cellLoc="center", loc="center",
+        colLabels=[name.replace(", ", "\n", 1) for name in columns],
+    )  # fmt: skip
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    drawn.scale(1, 1.15)
+    for place in range(len(columns)):
+        drawn[0, place].set_height(2 * drawn[1, 0].get_height())
+    axes.set_title(
+        f"students in green: better than {teacher}, in red: worse (95 % intervals over prompts); "
+        "↑ higher is better, ↓ lower, = nearer to the codec reconstruction", fontsize=8,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# eval.sr
+# ----------------------------------------------------------------------------------------------------
+
+
+def _points(content: Values, names: Sequence[str], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values [n] and distances to the intervals' ends [2,n]."""
+    found = [content["columns"][name][key] for name in names]
+    value = np.array([f["value"] for f in found])
+    ends = np.array([[f["value"] - f["low"], f["high"] - f["value"]] for f in found]).T
+    return value, np.maximum(ends, 0)
+
+
+def sr_steps(values: Values) -> Figure:
+    """PSNR, sharpness and lip-sync skill over the number of solver steps, with the codec bound as a line."""
+    content = values["sets"]["clip"]
+    names = [name for name in content["columns"] if name != "bound"]
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    keys = ("psnr", "sharpness", "sync_skill")
+    for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
+        value, ends = _points(content, names, key)
+        axes.errorbar([int(n) for n in names], value, yerr=ends, marker="o", capsize=3)
+        if key != "psnr":
+            axes.axhline(content["columns"]["bound"][key]["value"], color="0.5", ls="--", label="codec bound")
+            axes.legend(fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([int(n) for n in names], names)
+        axes.set_xlabel("solver steps")
+        axes.set_ylabel(METRICS[key].title, fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def sr_audio(values: Values) -> Figure:
+    """Lip-sync skill and mouth PSNR over the coarseness of the first stage, with the audio and with noise for it."""
+    factors = list(values["sets"])
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    keys = ("sync_skill", "mouth_psnr")
+    for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
+        for name in ("bicubic", "latents", "sr", "sr, noise for sound"):
+            points = [_points(values["sets"][factor], [name], key) for factor in factors]
+            value = np.concatenate([p[0] for p in points])
+            ends = np.concatenate([p[1] for p in points], axis=1)
+            axes.errorbar(
+                range(len(factors)), value, yerr=ends, marker="o", capsize=3, label=SR_COLUMNS[name]
+            )
+        axes.set_xticks(range(len(factors)), [f"x{factor}" for factor in factors])
+        axes.set_xlabel("coarseness of the first stage")
+        axes.set_ylabel(METRICS[key].title, fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def sr_frames(movies: Mapping[str, Sequence[np.ndarray]], clips: int = 4) -> Figure:
+    """One row per way of enlarging, two frames of each clip side by side."""
+    figure = Figure(figsize=(2.1 * 2 * clips, 2.15 * len(movies)), layout="constrained")
+    for axes, (name, made) in zip(figure.subplots(len(movies), 1), movies.items(), strict=True):
+        frames = [movie[k] for movie in made[:clips] for k in (len(movie) // 3, 2 * len(movie) // 3)]
+        _frame_row(axes, frames, name)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------
+# eval.turbo_vae and eval.ablation
+# ----------------------------------------------------------------------------------------------------
+
+
+def decoder_bars(values: Values) -> Figure:
+    """Metrics of a decoder study with a better side as bars with their intervals, a colour per column."""
+    columns = values["columns"]
+    titles = {key: METRICS[DECODER_KEYS.get(key, key)] for key in next(iter(columns.values()))["table"]}
+    titles = {key: metric for key, metric in titles.items() if metric.direction in ("up", "down")}
+    figure = Figure(figsize=(3.4 * len(titles), 3.8), layout="constrained")
+    for axes, (key, metric) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for place, column in enumerate(columns.values()):
+            _interval(axes, place, column["table"][key], 0.8, color=f"C{place}")
+        axes.set_title(f"{metric.title}\n({BETTER[metric.direction]})", fontsize=8)
+        axes.set_xticks([])
+        axes.grid(axis="y", alpha=0.3)
+    _legend(figure, {name: f"C{place}" for place, name in enumerate(columns)}, len(columns))
+    return figure
+
+
+def decoder_frames(shown: Mapping[str, np.ndarray], clips: int = 2, count: int = 8) -> Figure:
+    """Rows of frames per clip: the truth, every decoder's frames, and their error, eight times enlarged.
+
+    Args:
+        shown: "truth" and decoders -> clips uint8 [N,F,H,W,3].
+    """
+    rows: list[tuple[str, np.ndarray]] = []
+    for clip in range(min(clips, len(shown["truth"]))):
+        frames = {name: _evenly(movies[clip], count) for name, movies in shown.items()}
+        rows += frames.items()
+        for name in [name for name in frames if name != "truth"]:
+            error = np.abs(frames[name].astype(int) - frames["truth"])
+            rows.append((f"{name}, error x 8", np.clip(8 * error, 0, 255).astype(np.uint8)))
+    figure = Figure(figsize=(1.3 * count + 1.5, 1.3 * len(rows)), layout="constrained")
+    for axes, (name, row) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        _frame_row(axes, row, name)
+    return figure
+
+
+def ablation_bars(values: Values) -> Figure:
+    """Differences from `full` as bars with their standard deviation over seeds, a panel per metric."""
+    means = values["table"]
+    variants, names = sorted(set(means) - {"full"}), list(means["full"])
+    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        cells = [means[variant][name] for variant in variants]
+        axes.bar(
+            range(len(variants)), [c["difference"] for c in cells], yerr=[c["difference_sd"] for c in cells],
+            capsize=3, color=[f"C{i}" for i in range(len(variants))],
+        )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set_xticks(range(len(variants)), [v.replace("_", "\n") for v in variants], fontsize=8)
+        axes.set_title(
+            f"{ablation_title(name)}\ndifference from full ({means['full'][name]['mean']:.4g})", fontsize=8
+        )
+        axes.grid(axis="y", alpha=0.3)
+    return figure

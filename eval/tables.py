@@ -1,0 +1,477 @@
+"""Tables of the evaluation: names, units and directions of all metrics, one format for values, Markdown of result files.
+
+    print(metric_table({"student": values["columns"]["student"]["table"]}, ["psnr", "ssim"]))
+
+Every table in a README and in a result's .md is made here, from the plain values of a result file. Figures are in
+`eval.figures`, intervals in `eval.stats`, verdicts in `eval.compare`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CANDIDATES = 20
+"""Audio tracks, the clip's own among them, in audio retrieval: fixed, so that the metric means the same for every n."""
+
+Values = Mapping[str, Any]
+"""Content of a result file or of a part of it. A measure in it is the dictionary of an `eval.stats.Measure`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Name of a metric, its unit, and which way is better.
+
+    Attributes:
+        direction: up, down, or target: nearer to the value of the codec reconstruction, or to the target in the label,
+            is better from either side; empty for levels of chance, which have no better side.
+    """
+
+    label: str
+    unit: str = ""
+    direction: Literal["up", "down", "target", ""] = ""
+
+    @property
+    def title(self) -> str:
+        """Label with unit: "PSNR, dB"."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    @property
+    def heading(self) -> str:
+        """Title with the direction's sign, as in the tables: "PSNR, dB ↑"."""
+        return f"{self.title} {SIGNS[self.direction]}".rstrip()
+
+
+SIGNS = {"up": "↑", "down": "↓", "target": "=", "": ""}
+BETTER = {
+    "up": "higher is better",
+    "down": "lower is better",
+    "target": "nearer to the target is better",
+    "": "",
+}
+LEGEND = (
+    "↑ higher, ↓ lower, = nearer to the codec reconstruction is better; in brackets there: the deviation from it. "
+    "95 % intervals over prompts: of 20 rows, one differs by chance."
+)
+
+# Key in result files -> metric. A new metric needs an entry here and its measurement (eval/README.md).
+METRICS = {
+    # Clips of puppets against their captions (eval.scores)
+    "attributes": Metric("face, hair, shirt and wall as prompted", direction="up"),
+    "face": Metric("face shape as prompted", direction="up"),
+    "hair": Metric("hair colour as prompted", direction="up"),
+    "shirt": Metric("shirt colour as prompted", direction="up"),
+    "wall": Metric("wall colour as prompted", direction="up"),
+    "skin": Metric("skin tone of the conditioning frame", direction="up"),
+    "vowels": Metric("vowels right", direction="up"),
+    "vowels_exact": Metric("whole vowel sequence right", direction="up"),
+    "syllable_error": Metric("syllable error rate, (S + D + I) / N", direction="down"),
+    "words_exact": Metric("all syllables right, none added", direction="up"),
+    "sync_r": Metric("lip sync: correlation of mouth and own audio", direction="up"),
+    "sync_other": Metric("chance: correlation of mouth and other clips' audio"),
+    "sync_shifted": Metric("chance: correlation of mouth and own audio, shifted"),
+    "sync_skill": Metric("lip-sync skill (other clips' audio 0, codec bound 1)", direction="up"),
+    "sync_skill_shifted": Metric("lip-sync skill (shifted audio 0, codec bound 1)", direction="up"),
+    "sync_lag0": Metric("best lag of mouth and audio is 0 frames", direction="up"),
+    "sync_retrieval": Metric(f"own audio found among {CANDIDATES}", direction="up"),
+    "static": Metric("clips whose mouth does not move", direction="down"),
+    "silent": Metric("clips without audible audio", direction="down"),
+    "amplitude": Metric("range of the mouth opening", "share of the image", "target"),
+    "sharpness": Metric("sharpness (variance of the Laplacian)", direction="target"),
+    "mouth_sharpness": Metric("sharpness around the mouth", direction="target"),
+    "flicker": Metric("change between frames outside the mouth", direction="down"),
+    "skin_distance": Metric("skin tones: total variation from equal shares", direction="down"),
+    # Several clips per prompt, and distances to real puppets (eval.compare)
+    "nearest": Metric("appearance: distance to the nearest real puppet", direction="down"),
+    "energy_look": Metric("appearance: energy distance to real puppets", direction="down"),
+    "energy_motion": Metric("motion: energy distance to real puppets", direction="down"),
+    "energy_voice": Metric("voice: energy distance to real puppets", direction="down"),
+    "skin_tones": Metric("diversity: effective number of skin tones, of 3", direction="target"),
+    "spread_look": Metric("diversity of appearance: distance of a prompt's clips", direction="target"),
+    "spread_motion": Metric("diversity of motion: distance of a prompt's clips", direction="target"),
+    "spread_voice": Metric("diversity of voice: distance of a prompt's clips", direction="target"),
+    "pitch": Metric("diversity of pitch: deviation within a prompt", "semitones", "target"),
+    "timing": Metric("diversity of speech timing: deviation within a prompt", "ms", "target"),
+    # Against the true frames (eval.sr, eval.turbo_vae)
+    "psnr": Metric("PSNR", "dB", "up"),
+    "mouth_psnr": Metric("PSNR around the mouth", "dB", "up"),
+    "ssim": Metric("SSIM", direction="up"),
+    "change": Metric("error of the change between frames", "8-bit levels", "down"),
+    "still_flicker": Metric("change where the truth stands still", "8-bit levels", "down"),
+    "seam": Metric("change error at chunk ends over that elsewhere (target: 1)", direction="target"),
+    "drift": Metric(
+        "growth of the luma error from first to last frame (target: 0)", "8-bit levels", "target"
+    ),
+    "sharpness_ratio": Metric("sharpness over the truth's (target: 1)", direction="target"),
+    # Cost
+    "parameters": Metric("parameters", "M", "down"),
+    "flops": Metric("GFLOP per clip", direction="down"),
+    "seconds": Metric("processor seconds per clip", direction="down"),
+    "streaming": Metric("largest difference of decoding in chunks and at once", direction="down"),
+    "seconds_per_clip": Metric("denoising", "s per clip", "down"),
+    "calls": Metric("network calls per clip", direction="down"),
+    "state_mb": Metric("training state in a checkpoint", "MB", "down"),
+    "process_gb": Metric("peak memory of the training process", "GB", "down"),
+}
+
+# The decoder study's files have its own quantities under keys that mean another one in all other files.
+DECODER_KEYS = {"flicker": "still_flicker", "sharpness": "sharpness_ratio"}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Format
+# ----------------------------------------------------------------------------------------------------
+
+
+def digits_for(*values: float | None) -> int:
+    """Decimals that give about three significant digits of the largest of `values`."""
+    size = max((abs(value) for value in values if value is not None), default=0.0)
+    return 2 if size >= 2 else 3 if size >= 0.1 or size == 0 else 4 if size >= 0.01 else 5
+
+
+def format_value(value: float | None, digits: int | None = None, signed: bool = False) -> str:
+    """ "0.953"; n/a for None; a zero has no sign."""
+    if value is None:
+        return "n/a"
+    shown = f"{value:{'+' if signed else ''}.{digits_for(value) if digits is None else digits}f}"
+    return shown.lstrip("+-") if float(shown) == 0 else shown
+
+
+def format_interval(measure: Values, scale: float = 1, signed: bool = False, unit: str = "") -> str:
+    """ "0.953 [0.921, 0.978]"; the value alone without an interval, n/a without a value.
+
+    Args:
+        scale: factor, 100 for percent; signed: + before positive numbers; unit: behind the value.
+    """
+    if measure["value"] is None:
+        return "n/a"
+    ends = [None if measure[key] is None else scale * measure[key] for key in ("value", "low", "high")]
+    digits = digits_for(*ends)
+    value, low, high = (format_value(end, digits, signed) for end in ends)
+    return f"{value}{unit}" if "n/a" in (low, high) else f"{value}{unit} [{low}, {high}]"
+
+
+def format_deviation(measure: Values) -> str:
+    """Interval; where the measure has a target and knows its deviation: "0.0119 (+9.40 % [-4.80, +24.40])"."""
+    if measure.get("off") is None or measure["value"] is None:
+        return format_interval(measure)
+    return (
+        f"{format_value(measure['value'])} ({format_interval(measure['off'], 100, signed=True, unit=' %')})"
+    )
+
+
+def format_short(measure: Values, half: bool = False) -> str:
+    """Value without its interval, or with half its width: "0.953 ±0.029"."""
+    if measure["value"] is None:
+        return "n/a"
+
+    def width(of: Values) -> float:
+        return float(max(of["high"] - of["value"], of["value"] - of["low"]))
+
+    digits, off = digits_for(measure["value"]), measure.get("off")
+    shown = format_value(measure["value"], digits)
+    if off is None:
+        return f"{shown} ±{width(measure):.{digits}f}" if half else shown
+    return f"{shown} ({100 * off['value']:+.1f}{f' ±{100 * width(off):.1f}' if half else ''} %)"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown table: header and rows of cells; the first column is left-aligned, the others right-aligned."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The rows for a terminal, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def metric_rows(
+    columns: Mapping[str, Values],
+    keys: Iterable[str],
+    show: Callable[[Values], str] = format_interval,
+) -> list[list[str]]:
+    """A row per metric, a cell per column of measures; n/a where a column lacks the metric.
+
+    Raises:
+        KeyError: a key that is not in `METRICS`.
+    """
+    return [
+        [
+            METRICS[key].heading,
+            *(show(column[key]) if key in column else "n/a" for column in columns.values()),
+        ]
+        for key in keys
+    ]
+
+
+def chosen(columns: Mapping[str, Values], keys: Sequence[str]) -> Sequence[str]:
+    """`keys`, or all metrics of the columns where there are none.
+
+    Raises:
+        KeyError: a key that is in no column.
+    """
+    known = dict.fromkeys(key for column in columns.values() for key in column)
+    if unknown := [key for key in keys if key not in known]:
+        raise KeyError(f"no column has {', '.join(unknown)}")
+    return keys or sorted(known, key=list(METRICS).index)
+
+
+def metric_table(columns: Mapping[str, Values], keys: Iterable[str]) -> str:
+    """`table` of `metric_rows` under the columns' names."""
+    return table(["", *columns], metric_rows(columns, keys))
+
+
+def glossary() -> str:
+    """All metrics: key in result files, name, unit, direction."""
+    rows = [[f"`{key}`", m.label, m.unit, BETTER[m.direction]] for key, m in METRICS.items()]
+    lines = [["key", "metric", "unit", "direction"], ["---"] * 4, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------
+# One function per kind of result file
+# ----------------------------------------------------------------------------------------------------
+
+# Metrics of a scores.json in a README that names none.
+SCORES = (
+    "attributes", "vowels", "vowels_exact", "syllable_error", "sync_skill", "sync_r", "sharpness", "skin_distance",
+)  # fmt: skip
+
+
+def scores(values: Values, keys: Sequence[str] = ()) -> str:
+    """Markdown of a scores.json of `eval.puppets`: a column per set of clips.
+
+    Args:
+        keys: metrics; all, and the counts of skin tones, where none is given.
+    """
+    header, *rows = _scores_rows(values, keys)
+    return table(header, rows)
+
+
+def scores_text(values: Values) -> str:
+    """All metrics of a scores.json for a terminal, with the reasons for what is missing."""
+    missing = {
+        measure["reason"]: f"{name}: {key}"
+        for name, column in values["columns"].items()
+        for key, measure in column["table"].items()
+        if measure["value"] is None
+    }
+    reasons = [f"n/a for {place} and others like it: {why}" for why, place in missing.items()]
+    return "\n".join([aligned(_scores_rows(values)), *reasons])
+
+
+def _scores_rows(values: Values, keys: Sequence[str] = ()) -> list[list[str]]:
+    columns = values["columns"]
+    tables = {f"{name} (n={column['n']})": column["table"] for name, column in columns.items()}
+    rows = [["", *tables], *metric_rows(tables, chosen(tables, keys))]
+    if not keys:
+        counts = [
+            f"{_counts(column['skins'])}, p={column['skin_uniform_p']:.2g}" for column in columns.values()
+        ]
+        rows.append(["skin tones (not prompted), p of equal shares", *counts])
+    return rows
+
+
+def _counts(skins: Mapping[str, int]) -> str:
+    return " ".join(f"{name} {count}" for name, count in skins.items())
+
+
+SR_COLUMNS = {
+    "bicubic": "frames enlarged bicubically",
+    "latents": "latents enlarged",
+    "sr": "second stage",
+    "sr, noise for sound": "second stage, noise for audio",
+    "bound": "truth through the codec",
+}
+
+
+def super_resolution(values: Values) -> str:
+    """Markdown of all sets of clips in a file of `eval.sr`."""
+    titles = {
+        "clip": "first stage: the clip itself, through the codec",
+        "base": f"first stage: samples of {values['base']}",
+    }
+    parts = []
+    for name, content in values["sets"].items():
+        title = titles.get(name, f"first stage: the clip itself, details {name} times coarser")
+        parts.append(
+            f"### {title} ({values['clips']} clips, 95 % intervals)\n\n{super_resolution_set(content)}"
+        )
+    return "\n\n".join(parts)
+
+
+def super_resolution_set(content: Values, keys: Sequence[str] = ()) -> str:
+    """Markdown of one set of clips: every column, then the paired differences of the second stage and each of them.
+
+    Args:
+        keys: metrics, all where none is given.
+    """
+    names = {name: SR_COLUMNS.get(name, name) for name in content["columns"]}
+    own, known = content["against"], content["columns"]
+    shown = chosen(known, keys)
+    rows = metric_rows(known, shown)
+    header = ["", *names.values()]
+    differences = content["differences"]
+    if differences:
+        header += [f"{names[own]} minus {names[name]}" for name in differences]
+        signed = metric_rows(differences, shown, lambda measure: format_interval(measure, signed=True))
+        rows = [row + more[1:] for row, more in zip(rows, signed, strict=True)]
+    return table(header, rows)
+
+
+def decoders(values: Values, keys: Sequence[str] = ()) -> str:
+    """Markdown of a scores.json of `eval.turbo_vae`: a column per decoder and truth.
+
+    Args:
+        keys: metrics and costs as they are called in the file; all where none is given.
+    """
+    columns = values["columns"]
+    measures = next(iter(columns.values()))["table"]
+    costs = dict.fromkeys(key for column in columns.values() for key in column["cost"])
+    rows = []
+    for key in keys or [*measures, *costs]:
+        heading = METRICS[DECODER_KEYS.get(key, key)].heading
+        if key in measures:
+            cells = [format_interval(column["table"][key]) for column in columns.values()]
+        else:
+            known = [column["cost"].get(key) for column in columns.values()]
+            cells = ["" if value is None else f"{value:.3g}" for value in known]
+        rows.append([heading, *cells])
+    return table(["", *(f"{name} (n={column['n']})" for name, column in columns.items())], rows)
+
+
+def ablation(values: Values) -> str:
+    """Markdown of an ablation.json: a row per variant, the mean and the difference from `full` ± sd over seeds."""
+    means = values["table"]
+    names = list(means["full"])
+    header = ["", *(ablation_title(name) for name in names)]
+    rows = []
+    for variant in ["full", *sorted(set(means) - {"full"})]:
+        cells = []
+        for name in names:
+            cell = means[variant][name]
+            digits = 2 if abs(means["full"][name]["mean"]) >= 2 else 4  # differences are small
+            cells.append(format_value(cell["mean"], digits))
+            if variant != "full":
+                change = format_value(cell["difference"], digits, signed=True)
+                cells[-1] += f" ({change} ± {format_value(cell['difference_sd'], digits)})"
+        rows.append([variant, *cells])
+    seeds = f"Means over {len(values['seeds'])} seeds"
+    note = f"{seeds}; in brackets the difference from full, seed by seed, ± its standard deviation."
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def ablation_title(name: str) -> str:
+    """Heading of a metric of an ablation, "psnr" or "COLUMN: psnr" of a decoder's column."""
+    column, colon, key = name.rpartition(": ")
+    return f"{column}{colon}{METRICS[DECODER_KEYS.get(key, key) if column else key].heading}"
+
+
+def conditioning(values: Values) -> str:
+    """Markdown of a conditions.json of `eval.conditioning`: a table per kind of conditioning."""
+    parts = []
+    for given, columns in values["sets"].items():
+        known = {key for column in columns.values() for key in column if column[key]["value"] is not None}
+        rows = metric_rows(columns, [key for key in next(iter(columns.values())) if key in known])
+        name = given.replace("sound", "audio")  # as files of before spell it
+        parts.append(f"Conditioned on: {name}\n\n" + table([f"n={values['clips']}", *columns], rows))
+    return "\n\n".join(parts)
+
+
+# Metrics of a compare.json in a README that names none.
+COMPARISON = (
+    "attributes", "vowels", "vowels_exact", "sync_skill", "sync_retrieval", "sharpness", "mouth_sharpness", "amplitude",
+    "nearest", "energy_look", "skin_tones", "spread_look", "spread_voice",
+)  # fmt: skip
+
+
+def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) -> str:
+    """Markdown of a compare.json of `eval.dmd2`: a column per sampler, then the verdicts.
+
+    Args:
+        keys: metrics, all where none is given.
+        brief: of several students, leave out the ground truth, other baselines than the teacher in the students'
+            sampler, and the verdicts' details.
+
+    Raises:
+        KeyError: a metric that the file does not have.
+    """
+    columns, students = values["columns"], values["claims"]
+    brief = brief and len(students) > 1
+    names = {name: f"{name} ({c['calls']} calls)" if "calls" in c else name for name, c in columns.items()}
+    if brief:
+        others = [name for name in columns if name not in students]
+        shown = [*others[1:3], others[-1], *students]
+        names = {name: name.split(",")[0] if name in students else names[name] for name in shown}
+    tables = {name: columns[name]["rows"] for name in names}
+    rows = metric_rows(tables, chosen(tables, keys), format_deviation)
+    if not keys:
+        rows.append(["skin tones", *(_counts(columns[name]["skins"]) for name in names)])
+    rows += _cost_rows(values, list(names))
+    verdicts = verdict_lines(values)
+    if brief:
+        verdicts = [
+            f"- {names[name]}: "
+            + "; ".join(f"{claim['about']}: **{claim['verdict'].upper()}**" for claim in found)
+            for name, found in students.items()
+        ]
+    counts = f"{values['prompts']} prompts x {len(values['seeds'])} seeds."
+    return "\n".join([table(["", *names.values()], rows), "", f"{counts} {LEGEND}", "", *verdicts])
+
+
+def _cost_rows(values: Values, names: Sequence[str]) -> list[list[str]]:
+    """Denoising time, and of several students what their training took."""
+    columns = values["columns"]
+    made = [columns[name].get("trained", {}) for name in names]
+    rows = {"seconds_per_clip": [_or_empty(columns[name].get("seconds_per_clip"), 3) for name in names]}
+    if len(values["claims"]) > 1:
+        rows["state_mb"] = [_or_empty(m.get("state_mb"), 0) for m in made]
+        rows["process_gb"] = [_or_empty(m.get("process_gb"), 2) for m in made]
+    return [[METRICS[key].heading, *cells] for key, cells in rows.items() if any(cells)]
+
+
+def _or_empty(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def comparison_text(values: Values) -> str:
+    """Values and verdicts of a compare.json for a terminal: the columns, whose names are long, are numbered."""
+    columns = values["columns"]
+    count = next(iter(columns.values()))["n"]
+    made = {c["checkpoint"]["name"]: c["role"] for c in columns.values() if "checkpoint" in c}
+    named = ", ".join(f"{'student' if r == 'student' else 'teacher'} {name}" for name, r in made.items())
+    about = f"{named}; {values['prompts']} prompts x {len(values['seeds'])} seeds, {count} clips a column."
+    rows = [["", *(f"({number})" for number in range(1, len(columns) + 1))]]
+    for key in next(iter(columns.values()))["rows"]:
+        cells = [format_short(column["rows"][key], half=True) for column in columns.values()]
+        rows.append([f"{SIGNS[METRICS[key].direction]} {key}", *cells])
+    rows.append(["  skins", *(_counts(column["skins"]) for column in columns.values())])
+    rows.append(["↓ seconds", *(_or_empty(c.get("seconds_per_clip"), 3) for c in columns.values())])
+    rows.append(["↓ calls", *(str(c.get("calls", "")) for c in columns.values())])
+    numbered = [f"({number}) {name}" for number, name in enumerate(columns, 1)]
+    verdicts = [line.replace("**", "") for line in verdict_lines(values)]
+    return "\n".join([about, *numbered, "", aligned(rows), LEGEND, "", *verdicts])
+
+
+def verdict_lines(values: Values) -> list[str]:
+    """The verdicts of `eval.compare.claims` as a Markdown list, under the student's name where there are several."""
+    lines = []
+    for student, found in values["claims"].items():
+        lines += [f"{student}:", ""] if len(values["claims"]) > 1 else []
+        for claim in found:
+            lines.append(f"- {claim['about']}: **{claim['verdict'].upper()}**")
+            lines += [f"  - {detail}" for detail in claim["details"]]
+        lines.append("")
+    return lines[:-1]
+
+
+BY_FORMAT: dict[str, Callable[[Values], str]] = {
+    "magihuman-scores/1": scores,
+    "magihuman-sr/1": super_resolution,
+    "magihuman-decoders/1": decoders,
+    "magihuman-ablation/1": ablation,
+    "magihuman-conditions/1": conditioning,
+    "magihuman-compare/1": comparison,
+}
+"""Format of a result file -> its .md."""
