@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the parent process imports the tasks only by name
 
     from magihuman.codecs.bundle import CodecBundle
 
+CRASHED = "crashes the decoder (its process died twice)"
 SILENCE = 1e-4  # peak below which audio counts as silent (-80 dB)
 
 
@@ -106,11 +107,8 @@ def probe_files(files: Sequence[MediaFile], tick: Tick, excluded: frozenset[str]
     results = []
     for found in files:
         tick(found.path)
-        if found.path in excluded:
-            problem = "crashes the decoder (its process died twice)"
-            results.append(MediaFile(found.path, found.relative, found.size, found.modified, None, problem))
-        else:
-            results.append(probe_file(found))
+        crashed = found.path in excluded
+        results.append(replace(found, problem=CRASHED) if crashed else probe_file(found))
     return results
 
 
@@ -150,7 +148,7 @@ def _read(
         for planned in clips:
             tick(planned.path)
             if planned.path in excluded:
-                yield planned, "crashes the decoder (its process died twice)"
+                yield planned, CRASHED
                 continue
             size = planned.large or (planned.height, planned.width)
             try:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,11 @@ def list_files(root: Path, output: Path) -> Listing:
 def probe_file(found: MediaFile) -> MediaFile:
     """Copy of `found` with `info`, or with the reason why it cannot be used."""
     try:
-        info = probe(found.path)
+        return replace(found, info=probe(found.path))
     except MediaError as error:
-        return MediaFile(found.path, found.relative, found.size, found.modified, None, str(error))
-    except Exception as error:  # a decoder's bug is one file's problem, not the end of the run
-        problem = f"cannot be read: {type(error).__name__}: {error}"[:200]
-        return MediaFile(found.path, found.relative, found.size, found.modified, None, problem)
-    return MediaFile(found.path, found.relative, found.size, found.modified, info)
+        return replace(found, problem=str(error))
+    except Exception as error:  # a bug of a decoder must not end the run
+        return replace(found, problem=f"cannot be read: {type(error).__name__}: {error}"[:200])
 
 
 def _digest(path: str) -> str:

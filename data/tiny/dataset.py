@@ -1,6 +1,6 @@
 """The tiny world on disk: mp4 clips with captions, and shards of their latents, made on first use and kept.
 
-python -m data.tiny output=clips clips=200
+The command is `python -m data.tiny output=clips clips=200`; configurations call `ensure`.
 """
 
 import json

@@ -48,13 +48,6 @@ def command(source: Path, output: Path, *settings: str) -> list[str]:
     return [sys.executable, "-m", "data.prepare", f"input={source}", f"output={output}", *words]
 
 
-def run(source: Path, output: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(source, output, *settings), cwd=REPO, env=environment, capture_output=True, text=True
-    )
-
-
 def contents(output: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in output.iterdir() if p.suffix == ".tar" or p.name == "index.json"}
 
@@ -62,8 +55,7 @@ def contents(output: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "shards"
-    result = run(clips, output)
-    assert result.returncode == 0, result.stderr
+    prepare(str(clips), str(output), codecs=CODECS[7:], workers=2, shard_clips=3, progress=False)
     return output
 
 
@@ -234,9 +226,10 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
     clips = folder_of_clips(tmp_path / "media", 7)
     deadly = clips / "c03.mp4"
     movie(deadly, seconds=1.0, width=96, height=96)
-    settings = ["codecs=pooled_bundle:deadly", "batch=1"]
-    result = run(clips, tmp_path / "shards", *settings)
-    assert result.returncode == 0, result.stderr
+    prepare(
+        str(clips), str(tmp_path / "shards"), codecs="pooled_bundle:deadly", workers=2, shard_clips=3, batch=1,
+        progress=False,
+    )  # fmt: skip
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
     status = {row["file"]: (row["status"], row["reason"]) for row in report["per_file"]}
     assert status.pop("c03.mp4") == ("rejected", "crashes the decoder (its process died twice)")
