@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,7 +13,6 @@ from data.clip_plan import PlannedClip
 from data.scan import MediaFile, probe_file
 from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter
 from data.worker_pool import Tick
-from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.media.decoding import MediaClip, MediaError, MediaReader, read_image
 
@@ -70,16 +68,10 @@ def open_bundle(name: str, device: str) -> CodecBundle:
     Raises:
         UserError: it does not exist or cannot be built.
     """
-    from magihuman.codecs.bundle import load_bundle
+    from magihuman.codecs.bundle import allow_codecs, load_bundle
 
-    if ":" not in name:
-        return load_bundle(name, device)
-    module, _, function = name.partition(":")
-    try:
-        codecs: CodecBundle = getattr(importlib.import_module(module), function)(device)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"codecs={name}: {error}; give package.module:function") from error
-    return codecs
+    allow_codecs(name)
+    return load_bundle(name, device)
 
 
 def describe_codecs(payload: tuple[str, str, str], tick: Tick, excluded: frozenset[str]) -> dict[str, Any]:

@@ -125,13 +125,14 @@ def _min_median_max(values: list[int]) -> tuple[int, int, int]:
 
 def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, seed: int) -> None:
     """Decode some samples and write their frames with captions."""
-    from data.encode import open_bundle
+    from magihuman.codecs.bundle import allow_codecs, load_bundle
     from magihuman.media.contact_sheet import write_contact_sheet
 
     name = codecs or reader.index.codecs
     if not name:
         raise UserError(f"{reader.folder} does not name the codecs that made it; give codecs=")
-    bundle = open_bundle(name, "cpu")
+    allow_codecs(codecs)
+    bundle = load_bundle(name, "cpu")
     if reader.contract is not None:
         reader.contract.require(bundle.contract, f"shards {reader.folder}", f"codecs {name}")
     found, _ = _some(reader, samples, seed)

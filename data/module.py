@@ -18,6 +18,7 @@ from data.buckets import Bucket
 from data.clip_plan import source_of
 from data.order import FixedOrder, Order
 from data.shards import LARGE, Sample, SampleError, Shards
+from magihuman.codecs.bundle import allow_codecs
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
@@ -142,6 +143,7 @@ class LatentDataModule(LightningDataModule):
         val_fraction: share of the source files kept for validation, chosen by a hash of their name.
         seed: of the order.
         num_workers: processes per rank that read ahead; 0 reads in the training process, enough for small latents.
+        codecs: own codec bundle (package.module:function) that the shards were made with; allows to import it.
 
     Raises:
         UserError: shards that cannot be used, or settings out of range.
@@ -154,6 +156,7 @@ class LatentDataModule(LightningDataModule):
         val_fraction: float = 0.02,
         seed: int = 0,
         num_workers: int = 0,
+        codecs: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0 or not 0 <= val_fraction < 1:
@@ -164,6 +167,9 @@ class LatentDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.shards = shards
         self.reader = Shards(shards)
+        if codecs not in (None, self.codecs):
+            raise UserError(f"data.module.codecs={codecs}, but the shards were made with {self.codecs!r}")
+        allow_codecs(codecs)
         self.skipped: set[str] = set()
         train, val = split(self.reader, val_fraction)
         self.order = Order(self._by_bucket(train), batch_size, seed)

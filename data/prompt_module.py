@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from magihuman.codecs.bundle import load_bundle
+from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
@@ -69,6 +69,7 @@ class PromptDataModule(LightningDataModule):
             )
         self.codecs, self.size = codecs, (frames, height, width)
         self.batch_size, self.seed = batch_size, seed
+        allow_codecs(codecs)
         self._codecs = load_bundle(codecs)
         self.null_text = self._codecs.text_encoder.encode([""])[0]
         time, *space = self.contract.video_stride

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from inference.pipeline import Pipeline
     from magihuman.flow.guidance import Guidance
 
-BATCH = 8
-
 
 def run(
     checkpoint: str = "tiny/base",
@@ -49,6 +47,7 @@ def run(
     sr_width: int | None = None,
     turbo: str | None = None,
     tile: int | None = None,
+    codecs: str | None = None,
     video_codec: str | None = None,
     audio_codec: str | None = None,
     text_encoder: str | None = None,
@@ -101,6 +100,7 @@ def run(
         turbo: a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or
             the folder turbo_vae of the published weights
         tile: decode in tiles of so many pixels a side, for cards that cannot hold the whole picture; none is whole
+        codecs: package.module:function of your own codecs, for checkpoints that were trained with them; imports that code
         video_codec: Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE
         audio_codec: Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO
         text_encoder: T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA
@@ -124,6 +124,7 @@ def run(
     from inference.jobs import Resolver, batches
     from inference.loading import find, ranks
     from inference.memory.memory_check import check_room
+    from magihuman.codecs.bundle import bundle_spec
 
     if batch is not None and batch < 1:
         raise UserError(f"batch={batch} is impossible; give at least 1")
@@ -150,6 +151,7 @@ def run(
             dtype=dtype,
             memory=memory,
             weights=weights,
+            codecs=codecs,
             codec_paths=paths,
             lora=lora,
             tier=tier,
@@ -183,7 +185,7 @@ def run(
             waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
             mine = jobs if shared else jobs[rank::processes]
             own = waiting & {job.request.name for job in mine}
-            size = batch or (1 if source.config.codecs == "released" else BATCH)
+            size = batch or bundle_spec(source.config.codecs).batch
             check_room(
                 source, [job.settings for job in mine if job.request.name in own], min(size, len(mine))
             )

@@ -13,6 +13,7 @@ from inference.prompting.format import seconds_for
 from inference.records import FORMAT, Job
 from inference.requests import AUTO, Request
 from inference.settings import longest, resolve
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.io.provenance import file_hash
 from magihuman.media import images
 
@@ -141,15 +142,14 @@ class Resolver:
                     f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)"
                 )
         config = self.source.config
-        released = config.codecs == "released"
-        # The published networks were trained on many lengths; which, nobody says.
-        if not released and settings.frames > config.size.frames:
+        spec = bundle_spec(config.codecs)
+        if not spec.many_lengths and settings.frames > config.size.frames:
             asked, usual = (frames / config.contract.fps for frames in (settings.frames, config.size.frames))
             self._say(
                 f"{asked:g} s is longer than the {usual:g} s that this checkpoint was trained on; the clip may "
                 "fall apart (see seconds=)"
             )
-        if released and settings.guidance.needed and not settings.negative_prompt.strip():
+        if spec.negative_prompt and settings.guidance.needed and not settings.negative_prompt.strip():
             self._say("guidance without a negative prompt; the release has one: see negative_prompt_file=")
 
     def _say(self, text: str) -> None:
@@ -180,6 +180,7 @@ def command(source: "Source", request: Request, settings: "Settings", path: Path
         "sr": source.sr,
         "turbo": source.turbo,
         "tile": source.tile,
+        "codecs": source.codecs,
         **source.codec_paths,
         "prompt": request.prompt,
         # On the command line nothing means the checkpoint's own, a space means nothing.

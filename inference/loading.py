@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.checks import require_role
+from magihuman.codecs.bundle import allow_codecs, bundle_spec, require_allowed
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def choose_device(device: str) -> "torch.device":
 
 
 def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, codecs: str) -> str | None:
-    """The second stage's checkpoint: the given one, or the published one beside a base with the released codecs.
+    """The second stage's checkpoint: the given one, or the published one next to the base.
 
     Raises:
         UserError: resolution= needs one, and none is given or found.
     """
-    if sr is not None or codecs != "released" or resolution not in ("540p", "1080p"):
+    if sr is not None or bundle_spec(codecs).resolutions.get(resolution or "", (None, None))[1] is None:
         return sr
     from magihuman import zoo
 
@@ -77,6 +78,7 @@ class Source:
         decoder: config of the decoder, where it is one of ours; tile: see `inference.decoding`.
         dtype: of the networks' products.
         memory, weights: see `inference.memory`; tier: see `inference.fast`.
+        codecs: own codec bundle that the user named, or None.
         codec_paths: paths of the released codecs' parts; empty for others.
     """
 
@@ -96,6 +98,7 @@ class Source:
     weights: str | None
     tier: str
     codec_paths: dict[str, str]
+    codecs: str | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -207,6 +210,7 @@ def find(
     dtype: str | None = None,
     memory: str = "fast",
     weights: str | None = None,
+    codecs: str | None = None,
     codec_paths: dict[str, str | None] | None = None,
     lora: str | None = None,
     tier: str | None = None,
@@ -217,6 +221,7 @@ def find(
     Args:
         lora: adapter of the base, see `magihuman.zoo.lora_files`.
         tier, shared: see `inference.fast.tiers.choose_tier`.
+        codecs: name of an own codec bundle that may be imported.
         codec_paths: paths of the released codecs' parts, by the names of `magihuman.codecs.bundle.load_bundle`; what is None
             comes from the environment.
 
@@ -229,7 +234,6 @@ def find(
     from inference.fast import choose_tier, require_kernel
     from inference.memory import check_memory
     from magihuman import zoo
-    from magihuman.codecs.bundle import RELEASED_VARIABLES
     from magihuman.zoo import decoders, lora_files
 
     place = choose_device(device)
@@ -244,14 +248,11 @@ def find(
     require_role(config, checkpoint, first=True)
     if lora is not None:
         config = lora_files.config_with_lora(config, lora, checkpoint)
-    given = {part: path for part, path in (codec_paths or {}).items() if path is not None}
-    if config.codecs == "released":
-        known = {part: os.environ.get(name) for part, name in RELEASED_VARIABLES.items()}
-        given = {part: path for part, path in {**known, **given}.items() if path}
-    elif given:
-        raise UserError(
-            f"{next(iter(given))}= is for released checkpoints, and {checkpoint} is of {config.codecs!r}"
-        )
+    if codecs not in (None, config.codecs):
+        raise UserError(f"codecs={codecs}, but checkpoint={checkpoint} was trained with {config.codecs!r}")
+    allow_codecs(codecs)
+    require_allowed(config.codecs)
+    paths = bundle_spec(config.codecs).paths(codec_paths or {})
     sr = second_checkpoint(checkpoint, sr, resolution, config.codecs)
     second = None
     if sr is not None:
@@ -279,5 +280,6 @@ def find(
         memory=memory,
         weights=weights,
         tier=tier,
-        codec_paths=given,
+        codec_paths=paths,
+        codecs=codecs,
     )

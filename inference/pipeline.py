@@ -18,12 +18,11 @@ from inference import decoding as clips
 from inference.checks import require_decoder, require_finite, require_positions, require_role
 from inference.decoding import Clip, Decoder, device_of
 from inference.fast import prepare, tier_of
-from inference.geometry import frames_for
 from inference.memory import Stages
 from inference.sampling import sample
 from inference.settings import Settings, latent_shape, resolve
 from inference.super_resolution import draw, refine
-from magihuman.codecs.bundle import CodecBundle
+from magihuman.codecs.bundle import CodecBundle, frames_for
 from magihuman.flow.guidance import frame_scales
 from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from magihuman.codecs.bundle import allow_codecs
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, locked
 
@@ -24,6 +25,7 @@ def make(
     batch: int = 20,
     steps: int | None = None,
     cfg: float | None = None,
+    codecs: str | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> str:
@@ -41,6 +43,7 @@ def make(
         batch: clips at once
         steps: solver steps; none takes the checkpoint's setting
         cfg: guidance scale, 1 is off; none takes the checkpoint's setting
+        codecs: package.module:function of your own codecs, for a checkpoint that was trained with them
         device: auto, cpu or cuda
         progress: show a bar
 
@@ -50,6 +53,7 @@ def make(
     Raises:
         UserError: prompts, a checkpoint or a teacher that cannot be used, or a file that was made otherwise.
     """
+    allow_codecs(codecs)
     target = Path(output)
     if clips < 1 or batch < 1:
         raise UserError(f"clips={clips} and batch={batch} must be at least 1")

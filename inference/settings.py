@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from inference.geometry import RESOLUTIONS, Length, fit_side, released_length, tiny_length
 from inference.sampling import LatentShape
+from magihuman.codecs.bundle import Length, bundle_spec
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.solvers import SOLVERS
@@ -108,7 +108,7 @@ def resolve(
     Args:
         config, second: of the checkpoints of both stages.
         guidance: one scale for both modalities at every step (1 is none), or a `Guidance`.
-        resolution: a name of `RESOLUTIONS`, instead of sizes.
+        resolution: a name of the codecs' resolutions, instead of sizes.
         sound: seconds of the given sound.
 
     Raises:
@@ -128,7 +128,7 @@ def resolve(
         shift=own.shift if shift is None else shift,
         guidance=scales,
         negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
-        seconds=_seconds(config, length) if seconds is None else seconds,
+        seconds=_usual_seconds(config) if seconds is None else seconds,
         frames=length.frames,
         audio=length.audio,
         height=_side(config, "height", sizes["height"], config.size.height),
@@ -184,16 +184,17 @@ def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]
 def _named_sizes(
     name: str, config: ExportConfig, second: ExportConfig | None, given: Mapping[str, int | None]
 ) -> dict[str, int | None]:
-    if name not in RESOLUTIONS:
-        raise UserError(
-            f"resolution={name} is unknown; choose one of {', '.join(RESOLUTIONS)}, or give sizes"
-        )
-    if config.codecs != "released":
-        raise UserError(f"resolution={name} is for the published weights; give height= and width= instead")
+    known = bundle_spec(config.codecs).resolutions
+    if name not in known:
+        names = ", ".join(known or bundle_spec("released").resolutions)
+        other = f"unknown; choose one of {names}, or give sizes"
+        if not known and name in names:
+            other = "for the published weights; give height= and width= instead"
+        raise UserError(f"resolution={name} is {other}")
     both = [key for key, value in given.items() if value is not None]
     if both:
         raise UserError(f"resolution={name} and {both[0]}= contradict each other; give one of them")
-    base, large = RESOLUTIONS[name]
+    base, large = known[name]
     if large is not None and second is None:
         raise UserError(f"resolution={name} needs a second stage; give sr=CHECKPOINT, the folder {name}_sr")
     if large is None and second is not None:
@@ -204,26 +205,38 @@ def _named_sizes(
     return sizes
 
 
+def fit_side(name: str, pixels: int, stride: int, patch: int) -> int:
+    """A height or width as the network can make it: a multiple of stride * patch, the next one below.
+
+    Only what the codec can make is rounded, as the release does (480 x 272 becomes 480 x 256); a size that is
+    no multiple of the codec's stride is taken for a mistake.
+
+    Raises:
+        UserError: too small or no multiple of the stride; names the nearest that is possible.
+    """
+    unit = stride * patch
+    if pixels < unit or pixels % stride:
+        nearest = max(1, round(pixels / unit)) * unit
+        raise UserError(f"{name}={pixels} is not a multiple of {unit}; the nearest is {nearest}")
+    return pixels // unit * unit
+
+
 def _side(config: ExportConfig, name: str, given: int | None, usual: int) -> int:
     stride = config.contract.video_stride[1 if name.endswith("height") else 2]
     return fit_side(name, usual if given is None else given, stride, config.pack.patch_size)
 
 
-def _seconds(config: ExportConfig, length: Length) -> float:
-    """The length that gives a checkpoint's usual clip."""
-    if config.codecs == "released":
-        return (config.size.frames - 1) / config.contract.fps
-    return length.frames / config.contract.fps
+def _usual_seconds(config: ExportConfig) -> float:
+    """The setting seconds= of a checkpoint's usual clip."""
+    return bundle_spec(config.codecs).seconds(config.size.frames, config.contract)
 
 
 def _length(config: ExportConfig, seconds: float | None, sound: float | None) -> Length:
-    contract, usual = config.contract, config.size.frames
     limit = longest(config)
     if seconds is not None and limit < seconds < math.inf:
         raise UserError(f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}")
-    if config.codecs != "released":
-        return Length(usual, usual) if seconds is None else tiny_length(seconds, contract)
-    return released_length((usual - 1) / contract.fps if seconds is None else seconds, contract, sound)
+    wanted = _usual_seconds(config) if seconds is None else seconds
+    return bundle_spec(config.codecs).length(wanted, config.contract, sound)
 
 
 def _check(chosen: Settings) -> None:

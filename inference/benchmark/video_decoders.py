@@ -35,6 +35,7 @@ from inference.benchmark.roofline.work import (
 )
 from inference.benchmark.timers import device_of, summary, synchronise
 from inference.decoding import Decoder, to_pictures
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
 from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
 from magihuman.errors import UserError
@@ -289,7 +290,7 @@ def random_codec(
         UserError: an unknown name, or a decoder for other latents.
     """
     described = decoders.arch(name)
-    if described["codecs"] != "released":
+    if not bundle_spec(described["codecs"]).published:
         raise UserError(
             f"decoder {name!r} is for the {described['codecs']} codecs; choose one of {', '.join(NAMES)}"
         )

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.zoo.plan import Request, peak, require_room
 
@@ -26,7 +27,7 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
         base=source.config.model,
         patch=source.config.pack.patch_size,
         stride=contract.video_stride,
-        released=source.config.codecs == "released",
+        released=bundle_spec(source.config.codecs).published,
         frames=settings.frames,
         audio=settings.audio,
         height=settings.height,

@@ -1,36 +1,193 @@
 """Codec bundles: the video codec, audio codec and text encoder that a model works with, and their latent contract.
 
-`tiny` ships with the zoo and runs anywhere. `released` is that of the published weights: Wan 2.2 VAE, Stable Audio
-Oobleck and T5-Gemma, which the user has to fetch (their licences differ, see the README).
+    bundle_spec("released").resolutions["540p"]     # facts that need no weights
+    load_bundle("tiny").video_codec.encode(frames)  # [B,3,F,H,W] in [-1,1] -> latents
+
+`tiny` ships with the zoo and runs anywhere. `released` is the bundle of the published weights: Wan 2.2 VAE, Stable Audio
+Oobleck and T5-Gemma, which the user has to fetch (their licences differ, see magihuman/zoo/README.md). A name of the
+form `package.module:function` is an own bundle: the function takes a device and returns a `CodecBundle`. Checkpoints
+and shards name their bundle; since such a name is code, it is imported only after the user has named it, too
+(`allow_codecs`).
 """
 
 import hashlib
+import importlib
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from magihuman.codecs import tiny_captions
 from magihuman.codecs.base import AudioCodec, TextEncoder, VideoCodec
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
+if TYPE_CHECKING:
+    import torch
+
 NAMES = ("tiny", "released")
 TINY_FILES = Path(__file__).resolve().parents[1] / "zoo" / "weights" / "tiny" / "codecs"
 
-# Where the parts of `released` are looked for when no path is given.
+# Environment variables with the paths of the released parts, for parts whose path is not given.
 RELEASED_VARIABLES = {
     "video_codec": "MAGIHUMAN_WAN_VAE",
     "audio_codec": "MAGIHUMAN_STABLE_AUDIO",
     "text_encoder": "MAGIHUMAN_T5GEMMA",
 }
 
+Resolution = tuple[tuple[int, int], tuple[int, int] | None]
+"""(height, width) in pixels of the first stage, and of the second where there is one."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Length of a clip: pixel frames, and audio latents A of 1/fps seconds each."""
+
+    frames: int
+    audio: int
+
+
+def frames_for(seconds: float, fps: float, stride: int) -> int:
+    """The number of frames stride * k + 1 that is nearest to `seconds` at `fps`, at least 1.
+
+    Raises:
+        UserError: seconds is not positive.
+    """
+    _require_positive(seconds)
+    return max(0, round((seconds * fps - 1) / stride)) * stride + 1
+
+
+def _require_positive(seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise UserError(f"seconds={seconds:g} must be positive")
+
+
+@dataclass(frozen=True)
+class BundleSpec:
+    """Facts about a codec bundle that are known without loading it; the defaults are those of tiny and own bundles.
+
+    Attributes:
+        name: tiny, released, or package.module:function.
+        published: the codecs of the published weights: their checkpoints have the published layout, and the memory and
+            FLOPs of their codecs are known (`magihuman.zoo.footprint`).
+        variables: parts to be fetched by the user, with the environment variables of their paths.
+        resolutions: sizes by name.
+        batch: clips computed at once by default.
+        many_lengths: the models were trained on clips of many lengths, not on one.
+        negative_prompt: guided models expect a negative prompt.
+    """
+
+    name: str
+    published: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+    resolutions: Mapping[str, Resolution] = field(default_factory=dict)
+    batch: int = 8
+    many_lengths: bool = False
+    negative_prompt: bool = False
+
+    def seconds(self, frames: int, contract: Contract) -> float:
+        """The setting seconds= of a clip of that many frames."""
+        return frames / contract.fps
+
+    def length(self, seconds: float, contract: Contract, given_audio: float | None = None) -> Length:
+        """The possible length nearest to `seconds`: as many audio latents as frames; short given audio is padded.
+
+        Args:
+            given_audio: seconds of the audio that the clip gets, or None.
+
+        Raises:
+            UserError: seconds is not positive, or the given audio is shorter than one latent.
+        """
+        frames = frames_for(seconds, contract.fps, contract.video_stride[0])
+        return Length(frames, frames)
+
+    def paths(self, given: Mapping[str, str | None]) -> dict[str, str]:
+        """Paths of the parts to be fetched: the given ones, then those of the environment.
+
+        Raises:
+            UserError: the bundle has no such part.
+        """
+        chosen = {part: path for part, path in given.items() if path is not None}
+        for part in chosen:
+            if part not in self.variables:
+                raise UserError(f"{part}= is for released checkpoints, and the codecs here are {self.name!r}")
+        known = {part: os.environ.get(variable) for part, variable in self.variables.items()}
+        return {part: path for part, path in {**known, **chosen}.items() if path}
+
+
+class _Released(BundleSpec):
+    """One audio latent more than fps * seconds, and as many latent frames as they begin (SPEC 4.1)."""
+
+    def seconds(self, frames: int, contract: Contract) -> float:
+        return (frames - 1) / contract.fps
+
+    def length(self, seconds: float, contract: Contract, given_audio: float | None = None) -> Length:
+        """See `BundleSpec.length`. Given audio decides: its latents are counted after it was cut to `seconds`, so short
+        audio makes a short clip. Above 29 s, where it is encoded in windows, a started latent counts (SPEC 4.7)."""
+        from magihuman.codecs.oobleck import WINDOW_LATENTS
+
+        _require_positive(seconds)
+        if given_audio is None:
+            audio = round(contract.fps * seconds) + 1
+        else:
+            latents = round(min(given_audio, seconds) * contract.fps, 6)  # a sample is worth 5e-4 latents
+            audio = math.floor(latents) if latents <= WINDOW_LATENTS else math.ceil(latents)
+            if audio < 1:
+                raise UserError(
+                    f"the given audio lasts {given_audio:.3f} s; give at least {1 / contract.fps:g} s"
+                )
+        stride = contract.video_stride[0]
+        return Length((audio - 1) // stride * stride + 1, audio)
+
+
+SPECS = {
+    "tiny": BundleSpec("tiny"),
+    "released": _Released(
+        "released",
+        published=True,
+        variables=RELEASED_VARIABLES,
+        resolutions={
+            "256p": ((256, 448), None),
+            "540p": ((256, 448), (512, 896)),
+            "1080p": ((256, 448), (1088, 1920)),  # not cut to 1080
+        },
+        batch=1,
+        many_lengths=True,
+        negative_prompt=True,
+    ),
+}
+
+
+def bundle_spec(name: str) -> BundleSpec:
+    """Facts about the codec bundle called `name`; own bundles get the defaults, and nothing is imported."""
+    return SPECS.get(name) or BundleSpec(name)
+
+
+_allowed: set[str] = set()
+
+
+def allow_codecs(name: str | None) -> None:
+    """Let this process import the own bundle `name`, which the user has named in a setting; None for none."""
+    if name is not None:
+        _allowed.add(name)
+
+
+def require_allowed(name: str) -> None:
+    """Raises UserError for an own bundle that only a file names: loading it would run code that the user did not choose."""
+    if ":" in name and name not in _allowed:
+        raise UserError(
+            f"the codecs {name} are code that a file names; if you trust them, give codecs={name} "
+            f"(for training data.module.codecs={name})"
+        )
+
 
 @dataclass(frozen=True)
 class CodecBundle:
     """Codecs, text encoder and contract; `height`, `width` and `frames` are the usual clip.
+
+        CodecBundle("own", contract, video_codec, audio_codec, text_encoder, height=64, width=64, frames=25)
 
     Where only prompts of one form mean anything, `prompt_pattern` is a regular expression that matches them whole
     and `prompt_example` is one of them.
@@ -48,21 +205,40 @@ class CodecBundle:
     prompt_example: str | None = None
 
 
-def load_bundle(name: str, device: str | torch.device = "cpu", **paths: str | None) -> CodecBundle:
-    """Build the codec bundle called `name`.
+def load_bundle(name: str, device: "str | torch.device" = "cpu", **paths: str | None) -> CodecBundle:
+    """Load the codec bundle called `name`.
 
     Args:
         paths: for `released`: video_codec, audio_codec, text_encoder (files or folders). A path that is not given
             comes from the environment: MAGIHUMAN_WAN_VAE, MAGIHUMAN_STABLE_AUDIO, MAGIHUMAN_T5GEMMA.
 
     Raises:
-        UserError: unknown name, or a part of `released` that is not on this machine.
+        UserError: unknown name, a part of `released` that is not on this machine, or an own bundle that cannot be
+            imported or that the user has not named (see `allow_codecs`).
     """
+    import torch
+
     if name == "tiny":
         return _tiny_bundle(torch.device(device))
     if name == "released":
         return _released_bundle(torch.device(device), paths)
-    raise UserError(f"codecs {name!r} are unknown; choose one of {', '.join(NAMES)}")
+    if ":" in name:
+        return _own_bundle(name, str(device))
+    raise UserError(
+        f"codecs {name!r} are unknown; choose one of {', '.join(NAMES)}, or package.module:function of your own"
+    )
+
+
+def _own_bundle(name: str, device: str) -> CodecBundle:
+    require_allowed(name)
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)(device)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"codecs={name}: {error}; give package.module:function") from error
+    if not isinstance(made, CodecBundle):
+        raise UserError(f"codecs={name} returns a {type(made).__name__}, not a CodecBundle")
+    return made
 
 
 def _contract(
@@ -93,7 +269,7 @@ def _fitted(module: Any, file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
-def _tiny_bundle(device: torch.device) -> CodecBundle:
+def _tiny_bundle(device: "torch.device") -> CodecBundle:
     from safetensors import safe_open
 
     from magihuman.codecs.text_encoders import ByteTextEncoder
@@ -118,7 +294,7 @@ def _tiny_bundle(device: torch.device) -> CodecBundle:
     )  # fmt: skip
 
 
-def _released_bundle(device: torch.device, paths: dict[str, str | None]) -> CodecBundle:
+def _released_bundle(device: "torch.device", paths: dict[str, str | None]) -> CodecBundle:
     from magihuman.codecs.oobleck import OobleckCodec
     from magihuman.codecs.text_encoders import T5GemmaEncoder
     from magihuman.codecs.wan import WanCodec
@@ -128,13 +304,11 @@ def _released_bundle(device: torch.device, paths: dict[str, str | None]) -> Code
         raise UserError(
             f"the released codecs have no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}"
         )
-    found = {
-        part: paths.get(part) or os.environ.get(variable) for part, variable in RELEASED_VARIABLES.items()
-    }
-    missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part, path in found.items() if not path]
+    found = bundle_spec("released").paths(paths)
+    missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part in RELEASED_VARIABLES if part not in found]
     if missing:
         raise UserError(
-            f"the released codecs need a path for {', '.join(missing)}; the README says where to get them"
+            f"the released codecs need a path for {', '.join(missing)}; magihuman/zoo/README.md says where to get them"
         )
     video = WanCodec.load(str(found["video_codec"]), device=device)
     audio = OobleckCodec.load(str(found["audio_codec"]), device=device)

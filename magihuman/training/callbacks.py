@@ -308,6 +308,12 @@ class Samples(L.Callback):
         self.folder: Path | None = None
         self._codecs: Any = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        from magihuman.codecs.bundle import require_allowed
+
+        recipe: Any = pl_module
+        require_allowed(recipe.context.codecs)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
 from magihuman.io.files import NEW, staged
@@ -87,7 +88,7 @@ def convert(
         return _convert_file(Path(src), target)
     source = open_source(src, role)
     specs = target_specs(source.specs, source.config.model, DTYPES[dtype], source.label)
-    if to == "released" and source.config.codecs != "released":
+    if to == "released" and not bundle_spec(source.config.codecs).published:
         raise UserError(
             f"{src} belongs to the codecs {source.config.codecs!r}, which the published layout has no place for; "
             "use to=export or to=diffusers"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from magihuman import zoo
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.zoo import plan as infer
@@ -172,7 +173,7 @@ def model_of(name: str) -> Model:
         found.model,
         found.pack.patch_size,
         found.contract.video_stride,
-        found.codecs == "released",
+        bundle_spec(found.codecs).published,
         found.sampling.guidance.needed,
         (found.size.height, found.size.width),
     )

@@ -30,7 +30,7 @@ def _source(**changes: Any) -> Source:
         "checkpoint": "base", "lora": None, "sr": "1080p_sr", "turbo": None, "folder": Path("base"),
         "second_folder": None,
         "config": CONFIG, "second": CONFIG, "device": torch.device("cuda"), "dtype": torch.bfloat16,
-        "memory": "fast", "weights": None, "tier": "reference", "codecs": {}, "decoder": None, "tile": None,
+        "memory": "fast", "weights": None, "tier": "reference", "codec_paths": {}, "decoder": None, "tile": None,
     }  # fmt: skip
     return Source(**(values | changes))
 

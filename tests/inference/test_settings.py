@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from fake_release import dit_config
 
-from inference.geometry import fit_side, released_length
-from inference.settings import latent_shape, resolve
+from inference.settings import fit_side, latent_shape, resolve
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, frame_scales
 from magihuman.io.export import ExportConfig
@@ -101,7 +101,7 @@ def test_impossible_second_stage(configs: dict[str, ExportConfig]) -> None:
 
 def test_a_bare_rate_decides_length(configs: dict[str, ExportConfig]) -> None:
     contract = replace(configs["base"].contract, fps=12.5)
-    assert released_length(4, contract).audio == 51
+    assert bundle_spec("released").length(4, contract).audio == 51
 
 
 def test_early_frames_are_guided_less() -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from magihuman import zoo
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
 from magihuman.zoo.footprint import Tokens
@@ -155,7 +156,7 @@ def _network(model: "str | ExportConfig") -> _Network:
             config = zoo.arch(model)
             return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT)
         return replace(_network(zoo.config_of(model)), name=model)
-    return _Network("the network", model.model, model.pack, model.codecs == "released")
+    return _Network("the network", model.model, model.pack, bundle_spec(model.codecs).published)
 
 
 def _released(

@@ -6,6 +6,7 @@ Exact for the transformer; codecs by coefficients counted on shapes.
 from dataclasses import dataclass, replace
 
 from inference.benchmark.roofline.cases import Case, Stage
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
@@ -171,7 +172,7 @@ def _student(name: str) -> CausalDecoderConfig | None:
     from magihuman.zoo.decoders import arch
 
     described = arch(name)
-    if described["codecs"] != "released" or described["layout"] != "causal":
+    if not bundle_spec(described["codecs"]).published or described["layout"] != "causal":
         return None
     return CausalDecoderConfig.from_dict(described["network"])
 
