@@ -48,6 +48,22 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small shards of three buckets (`training_stub.write_shards`), to read only."""
+    from training_stub import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def parent(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small pretraining, for recipes that start from a checkpoint; to read only."""
+    from training_stub import train_here
+
+    return train_here(tmp_path_factory.mktemp("parent") / "run", shards, ["+recipe=pretrain"])
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the released layout, eight layers deep."""

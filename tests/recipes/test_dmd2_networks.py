@@ -27,16 +27,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
-def parent(shards, tmp_path_factory) -> Path:
-    return training_stub.train_here(tmp_path_factory.mktemp("parent") / "run", shards, ["+recipe=pretrain"])
-
-
 def distil(folder: Path, shards: Path, parent: Path, *more: str) -> Path:
     common = ["+recipe=dmd2", f"init={parent}", "recipe.critic.warmup=1", "recipe.health.every=0"]
     return training_stub.train_here(folder, shards, [*common, "callbacks.validation=null", *more])

@@ -265,11 +265,6 @@ def test_a_student_is_not_judged_before_its_first_update(tmp_path, monkeypatch) 
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "export"
     make_context(folder, guidance=GUIDANCE)
@@ -348,7 +343,7 @@ def moves(run: Path, teacher: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return weights, weights - before
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, strategy) -> None:
     folder = tmp_path / "two"
     # Stopped while neither the student nor the adversary has had a gradient, and continued.

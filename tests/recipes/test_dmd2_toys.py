@@ -59,6 +59,7 @@ def _blind(x: Tensor, _sigma: Tensor) -> Tensor:
     return RING.blind_velocity(x, PRIOR)
 
 
+@pytest.mark.slow
 def test_networks_that_know_the_level_learn_the_ring(told: Net, tmp_path: Path) -> None:
     """T4. Measured: distance .62 before, .14, .18, .19 after; 8 modes; imbalance up to .03; outliers up to .06."""
     for seed in range(3):
@@ -75,7 +76,7 @@ def test_networks_that_know_the_level_learn_the_ring(told: Net, tmp_path: Path) 
         assert max(after.imbalance, after.outliers) <= 0.10, (seed, after)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_networks_that_are_not_told_learn_it_too(blind: Net, tmp_path: Path, seed: int) -> None:
     """T5. Measured: distance .84 before, .29 and .28 after; 8 modes; outliers .13 and .14."""
     made = recipe(tmp_path, blind, _blind, 350, seed, shift=3.0, rates=(1e-3, 4e-3))
@@ -130,6 +131,7 @@ def agreement(points: Tensor) -> float:
     return float((video.argmin(1) == audio.argmin(1)).float().mean())
 
 
+@pytest.mark.slow
 def test_a_joint_critic_keeps_sound_and_picture_together(tmp_path: Path) -> None:
     """T17. Measured: agreement .88 before and .96 after; .65 where teacher and critic see one modality each."""
     start = toy_dmd2.pretrained(PAIRED.velocity, PAIRED, blind=False, updates=800)

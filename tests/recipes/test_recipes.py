@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +12,6 @@ from magihuman import zoo
 from magihuman.config import available
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
-def parent(shards, tmp_path_factory) -> Path:
-    """A checkpoint for recipes that start from one."""
-    return training_stub.train_here(tmp_path_factory.mktemp("parent") / "run", shards, ["+recipe=pretrain"])
 
 
 @pytest.mark.parametrize("recipe", available("recipe"))

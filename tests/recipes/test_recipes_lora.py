@@ -1,7 +1,5 @@
 """LoRA fine-tuning: only adapters learn and are saved, the base stays bit by bit, the export is what was trained."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import training_stub
@@ -15,16 +13,6 @@ from magihuman.models.config import LoraConfig
 from magihuman.zoo import lora_files
 
 COMMON = ["+recipe=lora", "recipe.lora.rank=2", "callbacks.validation=null", "checkpoint.every_steps=2"]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
-def parent(shards, tmp_path_factory) -> Path:
-    return training_stub.train_here(tmp_path_factory.mktemp("parent") / "run", shards, ["+recipe=pretrain"])
 
 
 def test_only_adapters_learn_and_are_saved(shards, parent, tmp_path) -> None:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_stub
 from processes import Launcher, exported, seen
 
 VALIDATION = "_target_: magihuman.training.callbacks.Validation"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Launcher:
-    return Launcher(training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards"))
+def world(shards) -> Launcher:
+    return Launcher(shards)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def single(world, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single, tmp_path, strategy) -> None:
     through, killed = tmp_path / "through", tmp_path / "killed"
     assert world.run(through, strategy, 2) == [0, 0]

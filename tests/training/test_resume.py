@@ -48,8 +48,8 @@ class Processes:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> Processes:
-    return Processes(training_stub.write_shards(tmp_path_factory.mktemp("data") / "shards"))
+def processes(shards) -> Processes:
+    return Processes(shards)
 
 
 def assert_same_training(folder: Path, reference: Path) -> None:
@@ -81,7 +81,9 @@ KILL = "+callbacks.die={_target_: training_stub.DieAt, %s}"
 
 
 @pytest.mark.parametrize(
-    "overrides", [["batch: 5"], ["batch: 8", "batch: 17", "batch: 23"]], ids=["once", "three"]
+    "overrides",
+    [["batch: 5"], pytest.param(["batch: 8", "batch: 17", "batch: 23"], marks=pytest.mark.slow)],
+    ids=["once", "three"],
 )
 def test_sigkill_between_and_inside_accumulations(processes, reference, tmp_path, overrides) -> None:
     folder = tmp_path / "killed"
@@ -92,6 +94,7 @@ def test_sigkill_between_and_inside_accumulations(processes, reference, tmp_path
     assert json.loads((folder / "run.json").read_text())["starts"] == len(overrides) + 1
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(processes, reference, tmp_path) -> None:
     folder = tmp_path / "killed"
     draw = torch.Generator().manual_seed(int(time.time()))
@@ -118,7 +121,7 @@ def test_sigkill_while_a_checkpoint_is_written(processes, reference, tmp_path) -
     assert not list(checkpoints.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(
     processes, reference, tmp_path, number
 ) -> None:
