@@ -17,7 +17,7 @@ from eval import stats, tables
 from eval.dmd2 import sampler_words
 from eval.generate import Sampler
 from eval.output import folder_for, provenance, write_results
-from eval.puppets import Clips, ground_truth, held_out, noise_seed, through_codec
+from eval.puppets import Clips, ground_truth, held_out, noise_seed, require_tiny, through_codec
 from eval.scores import Scores
 from magihuman.errors import UserError
 
@@ -110,12 +110,9 @@ def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: 
 
 def _samplers(teacher: str, student: str) -> list[Sampler]:
     """The teacher with its own settings and with the student's sampler; the student."""
-    from magihuman import zoo
-
-    for name in (teacher, student):
-        if (of := zoo.config_of(name).codecs) != "tiny":
-            raise UserError(f"eval.conditioning measures the tiny world, and {name} is of {of!r}")
+    require_tiny("eval.conditioning", teacher, student)
     from inference.pipeline import Pipeline
+    from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
 
     codecs = load_bundle("tiny")

@@ -24,7 +24,16 @@ from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all
 from eval.output import folder_for, provenance, write_results
-from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec, write_clips
+from eval.puppets import (
+    BOUND,
+    HELD_OUT_SEED,
+    Clips,
+    ground_truth,
+    held_out,
+    require_tiny,
+    through_codec,
+    write_clips,
+)
 from eval.scores import Scores
 from magihuman.errors import UserError
 
@@ -129,6 +138,7 @@ def sampler_words(settings: "Settings") -> str:
 
 def _samplers(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle", list[Sampler]]:
     """The teacher with its own settings, with as few steps as the students, with the students' sampler; the students."""
+    require_tiny("eval.dmd2", teacher, *names)
     from magihuman.codecs.bundle import load_bundle
 
     codecs = load_bundle("tiny")
@@ -162,9 +172,6 @@ def _pipeline(name: str, codecs: "CodecBundle", device: str) -> "Pipeline":
     from magihuman import zoo
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    config = zoo.config_of(name)
-    if config.codecs != "tiny":
-        raise UserError(f"eval.dmd2 measures the tiny world, and {name} is of {config.codecs!r}")
     return Pipeline(zoo.load(name, chosen), codecs)
 
 

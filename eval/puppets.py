@@ -100,6 +100,21 @@ def bounds(count: int, codecs: "CodecBundle", size: int = 64) -> dict[str, Score
     return {"ground truth": truth.score(coded), BOUND: coded}
 
 
+def require_tiny(command: str, *checkpoints: str) -> None:
+    """Refuse checkpoints that are unknown, which needs no torch, or not of the tiny world.
+
+    Raises:
+        UserError: the first such checkpoint.
+    """
+    from magihuman import zoo
+
+    for name in checkpoints:
+        zoo.find(name)
+    for name in checkpoints:
+        if (codecs := zoo.config_of(name).codecs) != "tiny":
+            raise UserError(f"{command} measures the tiny world, and {name} is of {codecs!r}")
+
+
 def generate(
     checkpoint: str,
     prompts: Sequence[str],
@@ -121,6 +136,7 @@ def generate(
     Raises:
         UserError: unknown checkpoint, one not of the tiny world, or a setting that cannot be.
     """
+    require_tiny("eval.puppets", checkpoint)
     import torch
     from tqdm import tqdm
 
@@ -130,10 +146,6 @@ def generate(
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = zoo.load(checkpoint, chosen)
-    if loaded.config.codecs != "tiny":
-        raise UserError(
-            f"eval.puppets measures the tiny world, and {checkpoint} is of {loaded.config.codecs!r}"
-        )
     codecs = load_bundle(loaded.config.codecs)
     pipeline = Pipeline(loaded, codecs)
     settings = pipeline.settings(**overrides)
@@ -235,8 +247,6 @@ def run(
     Raises:
         UserError: not exactly one of checkpoint and clips, or a value that cannot be used.
     """
-    from magihuman.codecs.bundle import load_bundle
-
     if (checkpoint is None) == (clips is None):
         raise UserError("give either checkpoint=NAME_OR_FOLDER or clips=FOLDER")
     for name, value, least in (
@@ -257,6 +267,8 @@ def run(
         )  # fmt: skip
     else:
         made, refused = read_folder(str(clips), prompts, progress)
+        from magihuman.codecs.bundle import load_bundle
+
         codecs, facts = load_bundle("tiny"), {"clips": str(clips), "refused": refused}
     folder = Path(output) if output else folder_for("eval", str(checkpoint or clips))
     limits = bounds(prompts if checkpoint else len(made.captions), codecs, made.frames[0].shape[1])

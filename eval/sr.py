@@ -28,7 +28,7 @@ from eval.lip_sync import correlation
 from eval.output import folder_for, provenance, training_record, write_results
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import mouth_region, see
-from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, held_out, noise_seed
+from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, held_out, noise_seed, require_tiny
 from eval.tables import CANDIDATES, METRICS
 from magihuman.errors import UserError
 
@@ -291,16 +291,14 @@ def run(
         )
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
+    compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
+    require_tiny("eval.sr", base, *compared)
     from inference.checks import require_role
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
 
-    compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
     for name, first in [(base, True), *((name, False) for name in compared)]:
-        config = zoo.config_of(name)
-        require_role(config, name, first)
-        if config.codecs != "tiny":
-            raise UserError(f"eval.sr measures the tiny world, and {name} is of {config.codecs!r}")
+        require_role(zoo.config_of(name), name, first)
     second = zoo.load(checkpoint)
     codecs, size = load_bundle("tiny"), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)

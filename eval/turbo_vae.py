@@ -135,6 +135,8 @@ def run(
     """
     if clips < 1:
         raise UserError(f"clips={clips} measures nothing; give at least 1")
+    sources = {role: name for role, name in (("teacher", teacher), ("student", student)) if name is not None}
+    configs = _decoder_configs(sources)
     import torch
 
     from eval.puppets import ground_truth, held_out
@@ -147,16 +149,9 @@ def run(
     codecs = load_bundle("tiny")
     mine = decoders.Latents.of(codecs.contract)
     loaded: dict[str, Any] = {"codec": codecs.video_codec}
-    for role, source in (("teacher", teacher), ("student", student)):
-        if source is not None:
-            config = decoders.config_of(source)
-            if config is None:
-                known = ", ".join(decoders.names())
-                raise UserError(
-                    f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}"
-                )
-            config.latents.require(mine, f"{role}={source}", "the tiny world")
-            loaded[role] = decoders.load(source, dtype=torch.float32)
+    for role, source in sources.items():
+        configs[role].latents.require(mine, f"{role}={source}", "the tiny world")
+        loaded[role] = decoders.load(source, dtype=torch.float32)
     truth = np.stack(ground_truth(held_out(clips)).frames)  # [N,F,H,W,3]
     latents = codecs.video_codec.encode(torch.from_numpy(truth).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
     columns, shown = [], {"truth": truth}
@@ -208,6 +203,21 @@ def run(
     figures.decoder_frames(shown).savefig(folder / "clips.png", dpi=110)
     values = {c.name: {row: measure.value for row, measure in c.table.items()} for c in columns}
     return {"scores": str(folder / "scores.json"), **values}
+
+
+def _decoder_configs(sources: Mapping[str, str]) -> dict[str, Any]:
+    """Config of the decoder of each role; refuses unknown names without loading torch."""
+    from magihuman.zoo import decoders
+
+    found = {}
+    for role, source in sources.items():
+        found[role] = decoders.config_of(source)
+        if found[role] is None:
+            known = ", ".join(decoders.names())
+            raise UserError(
+                f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}"
+            )
+    return found
 
 
 def _on_sampled(path: str, loaded: Mapping[str, Any], codec: str) -> list[DecoderScore]:
