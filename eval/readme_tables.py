@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import tables
+from inference.benchmark.report import TABLES as BENCHMARK_TABLES
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -123,10 +124,8 @@ def _scores(values: Values, keys: tuple[str, ...] = tables.SCORES) -> str:
 
 def kinds() -> dict[str, Callable[..., str]]:
     """Kind of a block -> function of its words that returns Markdown."""
-    from inference.benchmark.report import TABLES
-
     return {
-        **TABLES,
+        **BENCHMARK_TABLES,
         "scores": partial(_with_origin, _scores),
         "sr": sr_table,
         "distill": partial(_with_origin, _comparison),
@@ -144,14 +143,16 @@ def block_pattern() -> re.Pattern[str]:
     return re.compile(rf"<!-- ({'|'.join(kinds())}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def render(text: str) -> str:
+def render(text: str, page: str = "README.md") -> str:
     """Text of a README with every block rendered anew.
+
+    Args:
+        page: path in the repository; links to result files are relative to it.
 
     Raises:
         UserError: a block names a file that is missing or of another format.
     """
-
-    functions = kinds()
+    functions, up = kinds(), "../" * page.count("/")
 
     def block(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].split()
@@ -159,6 +160,8 @@ def render(text: str) -> str:
             table = functions[kind](*words)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"README block '{kind} {match[2]}' cannot be rendered: {error!r}") from error
+        if kind not in BENCHMARK_TABLES:  # its own command renders those pages, too
+            table = re.sub(r"\]\((?=(eval|inference)/results/)", f"]({up}", table)
         return f"<!-- {kind} {match[2]} -->\n{table}\n<!-- end -->"
 
     return block_pattern().sub(block, text)
@@ -182,7 +185,10 @@ def update(check: bool = False) -> None:
     Raises:
         UserError: with check, a page that is out of date; or a block that cannot be rendered.
     """
-    rendered = {page: render(page.read_text(encoding="utf-8")) for page in pages()} | result_pages()
+    rendered = {
+        page: render(page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()) for page in pages()
+    }
+    rendered |= result_pages()
     for page, new in rendered.items():
         if page.read_text(encoding="utf-8") == new:
             continue

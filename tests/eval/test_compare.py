@@ -20,6 +20,7 @@ from eval.diversity import (
 )
 from eval.puppet_speech import Heard, hear, pitch
 from eval.puppets import Clips, ground_truth, held_out, through_codec
+from eval.scores import CLIP_METRICS
 from magihuman.codecs.bundle import CodecBundle, load_bundle
 
 ROW = {row.name: row for row in ROWS}
@@ -32,17 +33,9 @@ def made(
     """A column of made-up values: every one `base` more than a prompt's own, which all columns share."""
     shared = np.random.default_rng(0).uniform(0.9, 1.1, (PROMPTS, 1)).repeat(DRAWS, 1)
     noise = np.random.default_rng(seed).normal(0, 0.01, (PROMPTS, DRAWS)) if seed else 0
-    names = (
-        "attributes",
-        "vowels",
-        "vowels_exact",
-        "sync_retrieval",
-        "sharpness",
-        "mouth_sharpness",
-        "amplitude",
-    )
+    names = [name for name, metric in CLIP_METRICS.items() if metric.compared]
     values = dict.fromkeys(
-        (*names, "flicker", "nearest", "own", "semitones", "start_ms"), shared + base + noise
+        (*names, "sync_retrieval", "nearest", "own", "semitones", "start_ms"), shared + base + noise
     )
     values["other"] = values["own"] * 0.3
     values["end_ms"] = values["start_ms"]

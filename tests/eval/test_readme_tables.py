@@ -32,8 +32,19 @@ def test_tables_of_a_package_page_are_rendered_and_checked(
         with pytest.raises(UserError, match=f"{page} differs"):
             readme_tables.update(check=True)
         readme_tables.update()
-        assert "| old |" not in (tmp_path / page).read_text()
+        text = (tmp_path / page).read_text()
+        assert "| old |" not in text
+        link = text.rpartition("](")[2].partition(")")[0]
+        assert ((tmp_path / page).parent / link).resolve() == tmp_path / cost_file
         readme_tables.update(check=True)
+
+
+def test_the_metrics_of_the_glossary_are_those_of_the_tables(tmp_path: Path) -> None:
+    text = readme_tables.render("<!-- metrics all -->\n<!-- end -->")
+    assert (
+        "| `sharpness` | sharpness (variance of the Laplacian) |  | nearer to the target is better |" in text
+    )
+    assert "| `psnr` | PSNR | dB | higher is better |" in text
 
 
 def test_a_changed_figure_is_noticed() -> None:
