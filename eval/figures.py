@@ -182,13 +182,16 @@ CURVES: tuple[tuple[str, tuple[str | tuple[str, str, str], ...]], ...] = (
         (
             ("video", "fake_score_error/video", "teacher_error/video"),
             ("audio", "fake_score_error/audio", "teacher_error/audio"),
-            ("video", "critic_error/video", "teacher_error/video"),
+            ("video", "critic_error/video", "teacher_error/video"),  # runs of version 0.1.0
             ("audio", "critic_error/audio", "teacher_error/audio"),
         ),
     ),
     (
         "student / teacher",
-        ("health/std_video", "health/std_audio", "health/spread_video", "health/spread_audio"),
+        (
+            *(f"monitor/{name}_{m}" for name in ("std", "diversity") for m in ("video", "audio")),
+            *(f"health/{name}_{m}" for name in ("std", "spread") for m in ("video", "audio")),
+        ),
     ),
     ("gradient norms", ("grad_norm", "grad_norm/fake_score", "grad_norm/critic")),
 )

@@ -1,13 +1,15 @@
-"""LoRA fine-tuning: flow matching with low-rank adapters on a frozen checkpoint (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA fine-tuning: flow matching with low-rank weight updates on a frozen checkpoint (Hu et al. 2021, arXiv 2106.09685).
 
-The objective is pretraining's (`recipes.pretrain.FlowMatching`), the network is `init`'s, kept as it is stored (block
-matrices in bf16) and never changed. Two adapters lie on it (`magihuman.models.lora`): the trained one, and its moving
-average, which is sampled from and exported. Gradients, optimiser states and checkpoints hold adapters only; the base
-comes from `init` again at each start.
+The loss is pretraining's (`recipes.pretrain.FlowMatching`); the base is `init`, frozen, with block matrices in bf16. Two
+LoRAs are added to it (`magihuman.models.lora`): the trained one and its moving average, which is sampled from and exported.
+Gradients, optimiser states and checkpoints cover the LoRAs only; the base is loaded from `init` at each start.
 
-What is left behind:
-    adapter/    the adapter in peft's format: infer checkpoint=BASE lora=RUN
-    export/     with `merge`, the whole network with the adapter in it: infer checkpoint=RUN
+Exports in the run folder:
+    adapter/    the LoRA in peft's format: infer checkpoint=BASE lora=RUN
+    export/     with `merge`, the network with the LoRA merged: infer checkpoint=RUN
+
+A few-step checkpoint (tiny/distill, weights/distill) should not be fine-tuned like this: flow matching knows nothing of
+the distillation and undoes it. Fine-tune the teacher and distil it again.
 """
 
 from dataclasses import replace
@@ -18,18 +20,24 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
-from magihuman.distill.networks import follow, without_base
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, save_export
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser, WithLora
-from magihuman.models.lora import add_lora, base_state, copy_lora, lora_parameters, lora_state
+from magihuman.models.lora import (
+    add_lora,
+    base_state,
+    copy_lora,
+    lora_parameters,
+    lora_state,
+    without_base,
+)
 from magihuman.models.training_flops import passes
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
-from magihuman.training.ema import decay_at
+from magihuman.training.ema import decay_at, ema_update
 from magihuman.training.optim import Ramp
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import lora_files
@@ -44,15 +52,15 @@ class Lora(Recipe):
     """Low-rank fine-tuning of a checkpoint.
 
     Args:
-        lora: size of the adapter.
-        merge: also export the whole network.
-        sigma: prior of the noise levels; None takes the checkpoint's. The network is told no noise level, so another
-            prior also changes what it takes its input for.
+        lora: rank, alpha, and whether embedders and heads are trained.
+        merge: also export the merged network.
+        sigma: prior of the noise levels; None takes the checkpoint's. Without timestep input the network infers the
+            level from its input under this prior, so another prior makes it unlearn.
         sampling: settings stored in the exports; None takes the checkpoint's.
         from video_weight to given_video: see `recipes.pretrain.FlowMatching`.
 
     Raises:
-        UserError: no `init`, or an optimiser that does not go with adapters.
+        UserError: no `init`, or an optimiser without LoRA support.
     """
 
     strategies = ("single", "ddp", "fsdp2")
@@ -75,13 +83,13 @@ class Lora(Recipe):
     ) -> None:
         if context.init is None:
             raise UserError(
-                "lora changes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
+                "lora fine-tunes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
             )
         if context.optim.algorithm != "adamw":
             raise UserError(
-                f"optim.algorithm={context.optim.algorithm} has no rule for adapters; choose optim=adamw"
+                f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw"
             )
-        # The average is an adapter, too, and not another network.
+        # The average is a second LoRA, not a second network.
         super().__init__(replace(context, optim=replace(context.optim, ema_decay=0.0)))
         self.decay = context.optim.ema_decay
         self.base, self.lora, self.merge = context.init, lora, merge
@@ -98,7 +106,7 @@ class Lora(Recipe):
             given_audio=given_audio,
             given_video=given_video,
         )
-        self.strict_loading = False  # checkpoints hold no base
+        self.strict_loading = False  # checkpoints do not contain the base
 
     def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
         return self.objective.loss(self.trained, batch, rng, self.progress, self.meter)
@@ -107,21 +115,21 @@ class Lora(Recipe):
         return self.objective.validation_metrics(network, batch, rng)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """See `Recipe.batch_flops`; without weight gradients of the frozen base, with the adapter's own products."""
+        """See `Recipe.batch_flops`; without weight gradients of the frozen base, with the products of the LoRA."""
         model, _ = self.context.transformer
         return float(sum(passes(model, sample, adapter=self.lora).update for sample in self.samples(batch)))
 
     # The network
 
     def make_network(self) -> Denoiser:
-        """The checkpoint as it is stored, frozen, with the adapters."""
+        """The frozen checkpoint with the LoRAs."""
         denoiser = zoo.load(self.base, compute_dtype=torch.bfloat16).denoiser
         denoiser.model.compute_dtype = self.compute_dtype
-        return self.adapted(denoiser)
+        return self.add_loras(denoiser)
 
     def _shell(self) -> Denoiser:
         shape, pack = self.context.transformer
-        return self.adapted(
+        return self.add_loras(
             zoo.build(
                 shape, pack, compute_dtype=self.compute_dtype, linear_dtype=torch.bfloat16, device="meta"
             )
@@ -129,23 +137,23 @@ class Lora(Recipe):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the products."""
+        """Dtype of the matrix products."""
         return torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
 
-    def adapted(self, denoiser: Denoiser) -> Denoiser:
-        """A network with both adapters, of which one is trained."""
+    def add_loras(self, denoiser: Denoiser) -> Denoiser:
+        """Freeze a network and add the trained LoRA and its average."""
         denoiser.requires_grad_(False)
-        for name in {TUNED: None, self.shown: None}:
+        for name in {TUNED: None, self.exported: None}:
             add_lora(denoiser.model, name, self.lora, stream(self.context.seed, "lora"))
-        if self.shown == AVERAGE:
+        if self.exported == AVERAGE:
             copy_lora(denoiser.model, TUNED, AVERAGE)
             for weight in lora_parameters(denoiser.model, AVERAGE).values():
                 weight.requires_grad_(False)
         return denoiser
 
     @property
-    def shown(self) -> str:
-        """The adapter that is judged and exported."""
+    def exported(self) -> str:
+        """Name of the LoRA that is evaluated and exported."""
         return AVERAGE if self.decay > 0 else TUNED
 
     @property
@@ -156,20 +164,20 @@ class Lora(Recipe):
     @property
     def network(self) -> WithLora:
         assert self.denoiser is not None
-        return WithLora(self.denoiser, self.shown)
+        return WithLora(self.denoiser, self.exported)
 
     def after_step(self) -> None:
-        """Count a step and let the average follow."""
+        """Count a step and update the average."""
         super().after_step()
-        if self.shown == AVERAGE:
+        if self.exported == AVERAGE:
             assert self.denoiser is not None
             average, tuned = (lora_parameters(self.denoiser, name).values() for name in (AVERAGE, TUNED))
-            follow(average, tuned, decay_at(self.step - 1, self.decay))
+            ema_update(average, tuned, decay_at(self.step - 1, self.decay))
 
     # Saving
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapters; `init` names the base."""
+        """The LoRAs; `init` names the base."""
         return without_base(super().state_dict(*args, **kwargs), BASE)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,7 +189,7 @@ class Lora(Recipe):
         base = checkpoint["recipe"]["base"]
         if base != self.base:
             raise UserError(
-                f"the checkpoint's adapters lie on init={base}, not on init={self.base}; give that one"
+                f"the checkpoint's LoRA belongs to init={base}, not to init={self.base}; give init={base}"
             )
 
     def export_config(self) -> ExportConfig:
@@ -193,7 +201,7 @@ class Lora(Recipe):
         return {"sigma_prior": self.objective.sigma, "sampling": self.sampling}
 
     def export(self, folder: Path) -> None:
-        """Write the adapter beside `folder`, and there the merged network."""
+        """Write the LoRA next to `folder`, and the merged network into it."""
         assert self.denoiser is not None
         whole = parallel.whole_state_dict(self.denoiser.model)
         if self.global_rank != 0:
@@ -201,7 +209,7 @@ class Lora(Recipe):
         config = self.export_config()
         facts = {"base": fingerprint(zoo.find(self.base))}
         config = replace(config, provenance=config.provenance | facts)
-        own = lora_state(whole, self.shown)
+        own = lora_state(whole, self.exported)
         lora_files.save_lora(folder.parent / "adapter", own, self.lora, config, self.base)
         if self.merge:
             save_export(folder, lora_files.merged(base_state(whole), own, self.lora, config.model), config)

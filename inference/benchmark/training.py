@@ -26,9 +26,9 @@ from inference.benchmark.roofline.cases import Stage, make
 from inference.benchmark.timers import peak_rates, summary, synchronise
 from magihuman import zoo
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
-from magihuman.distill.collapse_monitor import HealthLimits
-from magihuman.distill.discriminator import AdversarySettings
-from magihuman.distill.settings import CriticSettings
+from magihuman.distill.collapse_monitor import MonitorSettings
+from magihuman.distill.discriminator import GanSettings
+from magihuman.distill.settings import FakeScoreSettings
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
@@ -212,7 +212,7 @@ class TrainingBench(Bench):
 
         class RandomLora(_Resident, Lora):
             def make_network(self) -> Denoiser:
-                return self.adapted(bench.network())
+                return self.add_loras(bench.network())
 
         return RandomLora(self._context(), lora=LoraConfig(self.ranks["lora"]), merge=False)
 
@@ -220,7 +220,7 @@ class TrainingBench(Bench):
         bench = self
 
         class RandomDMD2(_Resident, DMD2):
-            def another(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
+            def copy_teacher(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
                 network = bench.network()
                 network.requires_grad_(not frozen)
                 prepare(network)
@@ -233,9 +233,9 @@ class TrainingBench(Bench):
             sampling=Sampling("renoise", 8, 5.0, Guidance(1, 1, 0, 1)),
             networks="lora",
             lora=LoraConfig(self.ranks["dmd2"]),
-            critic=CriticSettings(lr=1e-4, warmup=0),
-            health=HealthLimits(every=0),
-            gan=AdversarySettings(weight=0.0),
+            fake_score=FakeScoreSettings(lr=1e-4, warmup=0),
+            monitor=MonitorSettings(every=0),
+            gan=GanSettings(weight=0.0),
             micro_batch=1,
         )
 

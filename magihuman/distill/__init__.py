@@ -1,1 +1,1 @@
-"""Distribution matching distillation of joint audio and video: pieces that `recipes/dmd2.py` puts together."""
+"""Components of distribution matching distillation (DMD-2) for joint audio and video; `recipes/dmd2.py` combines them."""

@@ -1,16 +1,19 @@
-"""Whether a distillation is still healthy: the student against its teacher at fixed prompts and fixed noise.
+"""Collapse monitor of a distillation: statistics of student samples compared with the teacher's.
 
-Distribution matching is a mode-seeking game with a moving critic, and its losses say little: a student that
-gives everybody the same face has a small gradient. So the samples themselves are compared. Before the first
-step the teacher samples a few prompts, several times each, as it is meant to be sampled; every so many cycles
-the student does so in its own way, from the same noise.
+The losses of distribution matching do not show mode collapse: a student with one face for every prompt has a small
+gradient. The monitor therefore compares samples, at fixed prompts and from fixed noise. The teacher is sampled once, with
+its own settings, before the first step; the student every `every` iterations, with the settings of its export.
 
-    std      standard deviation of the latents, student / teacher: above 1 it saturates, below it goes grey
-    spread   distance between samples of one prompt, student / teacher: towards 0 it forgets modes
-    lag      error of the critic on student samples / the teacher's there: well above 1 it says nothing
-    balance  size of the audio's gradient / the video's: one modality drowns the other
+    std        standard deviation of the latents, student / teacher: > 1 is saturation, < 1 loss of contrast
+    diversity  distance between samples of a prompt, student / teacher: towards 0 is mode collapse
+    lag        error of the fake score on student samples / the teacher's: well above 1, the fake score is inaccurate
+    balance    norm of the audio's gradient / the video's: far from 1, one modality dominates
 
-Of several processes each looks at prompts of its own; all go by the mean, so that none ends the run alone.
+Every process samples prompts of its own; all use the mean over processes, so that they stop together.
+
+    monitor = CollapseMonitor(MonitorSettings(every=20, patience=3), seed=0)
+    monitor.sample_teacher(texts, latents, teacher_sampler)
+    monitor.check(monitor.measure(student_sampler), step=20)     # raises after `patience` violations in a row
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,34 +23,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.distill.rollout import Sampler, Shape
+from magihuman.distill.rollout import Sampler
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
-from magihuman.flow.sampling import MODALITIES, Pair
+from magihuman.flow.sampling import MODALITIES, Pair, Shapes, seeded
 from magihuman.training.parallel import average_figures
 
 ADVICE = {
-    "std": "lower recipe.guidance or optim.lr, or raise recipe.critic.updates",
-    "spread": "raise recipe.critic.updates or recipe.critic.lr, or lower optim.lr",
-    "lag": "the critic lags behind: raise recipe.critic.lr, .updates or .warmup, or lower optim.lr",
-    "balance": "change recipe.video_weight and recipe.audio_weight towards the modality that is drowned",
+    "std": "lower recipe.guidance or optim.lr, or raise recipe.fake_score.updates",
+    "diversity": "raise recipe.fake_score.updates or recipe.fake_score.lr, or lower optim.lr",
+    "lag": "the fake score lags behind: raise recipe.fake_score.lr, .updates or .warmup, or lower optim.lr",
+    "balance": "change recipe.video_weight and recipe.audio_weight in favour of the modality with the small gradient",
 }
 
-
-WORSE = 0.05
-"""Share by which std and spread may leave the place where the student began, when that is outside of the limits."""
+MARGIN = 0.05
+"""Relative change allowed to statistics that are outside of the limits before the student's first update."""
 
 
 @dataclass(frozen=True)
-class HealthLimits:
-    """What has to hold, looked at every `every` cycles; `patience` looks in a row outside of it end the run, counted
-    from the student's first update on. An undistilled student may begin outside of std and spread, far from a guided
-    teacher; it then has to get no worse.
+class MonitorSettings:
+    """Settings of the collapse monitor (config `recipe.monitor`).
+
+    `patience` consecutive checks outside of the limits end the run; checks before the student's first update do not
+    count. Where the undistilled student is outside of the limits of std or diversity (it can be far from a guided
+    teacher), its own value is the limit.
 
     Attributes:
-        every: 0 switches all of it off.
-        prompts, samples: texts, and samples of each.
-        std, spread, lag, balance: lowest and highest value of each signal.
+        every: iterations between checks; 0 disables the monitor.
+        prompts, samples: number of prompts, and samples of each.
+        std, diversity, lag, balance: lowest and highest value of each statistic.
+
+    Raises:
+        UserError: at construction, for too few prompts, samples or checks.
     """
 
     every: int = 20
@@ -55,30 +62,30 @@ class HealthLimits:
     samples: int = 6
     patience: int = 3
     std: tuple[float, float] = (0.8, 1.25)
-    spread: tuple[float, float] = (0.7, 1.5)
+    diversity: tuple[float, float] = (0.7, 1.5)
     lag: tuple[float, float] = (0.0, 1.25)
     balance: tuple[float, float] = (0.05, 20.0)
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.samples < 2 or self.patience < 1:
             raise UserError(
-                "recipe.health needs at least 1 prompt, 2 samples of it and a patience of 1, not "
+                "recipe.monitor needs at least 1 prompt, 2 samples of it and a patience of 1, not "
                 f"{self.prompts}, {self.samples} and {self.patience}"
             )
 
 
 def standard_deviation(latents: Tensor) -> float:
-    """Of all entries together."""
+    """Standard deviation over all entries."""
     return float(latents.float().std())
 
 
-def spread(latents: Tensor, samples: int) -> float:
-    """Mean distance (root mean square over entries) between samples of one prompt.
+def diversity(latents: Tensor, samples: int) -> float:
+    """Mean root-mean-square distance between the samples of a prompt.
 
-    Video is averaged over time first: what a clip shows tells prompts and people apart, not when a mouth opens.
+    Video is averaged over time first, which leaves what differs between clips and removes mouth movements.
 
     Args:
-        latents: [prompts * samples, ...], samples of a prompt side by side.
+        latents: [prompts * samples, ...], the samples of a prompt next to each other.
     """
     x = latents.float().mean(2) if latents.ndim == 5 else latents.float()
     x = x.flatten(1).unflatten(0, (-1, samples))  # [prompts, samples, entries]
@@ -88,110 +95,112 @@ def spread(latents: Tensor, samples: int) -> float:
 
 
 @torch.no_grad()
-def turn_signals(
-    x0: Pair, noise: Pair, gradient: Pair, plain: Pair, fake: Pair, mask: Pair
+def update_statistics(
+    x0: Pair, noise: Pair, gradient: Pair, teacher: Pair, fake: Pair, mask: Pair
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Figures of a student's turn, [B] each with weights [B] (0 where a modality is wholly given).
+    """Statistics of a student update: values [B] and weights [B] (0 where a modality is conditioning only).
 
     Args:
-        x0: student samples, noised with noise; gradient: their matching gradient.
-        plain, fake: velocities of teacher (without guidance) and critic there.
+        x0: student samples, noised with `noise`; gradient: their matching gradient.
+        teacher, fake: velocities of the teacher (without guidance) and of the fake score there.
     """
-    figures = {}
+    found = {}
     for m, name in enumerate(MODALITIES):
         used = mask[m].flatten(1).amax(1) * (1.0 if x0[m].numel() else 0.0)
         target = velocity_target(x0[m], noise[m])
-        figures[f"dm/{name}"] = masked_mean_per_sample(gradient[m].square(), mask[m]).sqrt(), used
-        for network, velocity in (("critic", fake[m]), ("teacher", plain[m])):
+        found[f"dm/{name}"] = masked_mean_per_sample(gradient[m].square(), mask[m]).sqrt(), used
+        for network, velocity in (("fake_score", fake[m]), ("teacher", teacher[m])):
             error = masked_mean_per_sample((velocity - target).square(), mask[m])
-            figures[f"{network}_error/{name}"] = error, used
-    return figures
+            found[f"{network}_error/{name}"] = error, used
+    return found
 
 
-class Health:
-    """Compares, remembers how often in a row a signal was bad, and ends the run.
+class CollapseMonitor:
+    """Statistics of teacher and student, and the number of consecutive violations of each limit.
 
     Attributes:
-        reference: texts and the teacher's figures, once made, and where the student began; part of the checkpoint.
-        strikes: looks in a row outside of the limits, by signal.
+        reference: texts, statistics of the teacher, and those of the student at its first check (`start`); saved in
+            checkpoints.
+        strikes: consecutive violations by statistic.
     """
 
-    def __init__(self, limits: HealthLimits, seed: int) -> None:
-        self.limits = limits
+    def __init__(self, settings: MonitorSettings, seed: int) -> None:
+        self.settings = settings
         self.seed = seed
         self.reference: dict[str, Any] | None = None
         self.strikes: dict[str, int] = {}
         self.sums: dict[str, float] = {}
 
-    def remember(self, figures: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add a turn's figures to those since the last look."""
-        for name, (values, weights) in figures.items():
+    def due(self, step: int) -> bool:
+        return self.settings.every > 0 and step % self.settings.every == 0
+
+    def add(self, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Accumulate `update_statistics` until the next check."""
+        for name, (values, weights) in statistics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float((values * weights).sum())
 
     def ratios(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """`health/lag_video`, `health/balance` and so on since the last look, of all processes together.
+        """`monitor/lag_video`, `monitor/balance` etc. over the updates since the last check and all processes.
 
         Args:
-            device: where processes exchange sums.
+            device: of the communication between processes.
         """
         found, self.sums = average_figures(self.sums, device), {}
 
         def ratio(over: str, under: str) -> float | None:
             return found[over] / found[under] if found.get(under, 0.0) > 0 else None
 
-        figures = {f"health/lag_{m}": ratio(f"critic_error/{m}", f"teacher_error/{m}") for m in MODALITIES}
-        figures["health/balance"] = ratio("dm/audio", "dm/video")
-        return {name: value for name, value in figures.items() if value is not None}
+        ratios = {
+            f"monitor/lag_{m}": ratio(f"fake_score_error/{m}", f"teacher_error/{m}") for m in MODALITIES
+        }
+        ratios["monitor/balance"] = ratio("dm/audio", "dm/video")
+        return {name: value for name, value in ratios.items() if value is not None}
 
-    def due(self, step: int) -> bool:
-        return self.limits.every > 0 and step % self.limits.every == 0
-
-    def refer(self, texts: Sequence[Tensor], latents: Pair, teacher: Sampler) -> None:
-        """Sample the teacher, once per run, on some of a batch's texts; later calls do nothing."""
+    def sample_teacher(self, texts: Sequence[Tensor], latents: Pair, teacher: Sampler) -> None:
+        """Measure the teacher on the first prompts of a batch, once per run; later calls do nothing."""
         if self.reference is None:
-            kept = [text.cpu() for text in texts[: self.limits.prompts]]
+            kept = [text.cpu() for text in texts[: self.settings.prompts]]
             shape = (list(latents.video.shape[1:]), list(latents.audio.shape[1:]))
-            self.reference = {"texts": kept, "shape": shape, **self._measure(kept, shape, teacher)}
+            self.reference = {"texts": kept, "shape": shape, **self._sample(kept, shape, teacher)}
 
-    def look(self, student: Sampler, device: torch.device | str = "cpu") -> dict[str, float]:
-        """`health/std_video` and so on: the student's figures over the teacher's, the mean over processes."""
+    def measure(self, student: Sampler, device: torch.device | str = "cpu") -> dict[str, float]:
+        """`monitor/std_video` etc.: statistics of the student / the teacher's, mean over processes."""
         assert self.reference is not None
-        mine = self._measure(self.reference["texts"], self.reference["shape"], student)
-        ratios = {f"health/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
+        mine = self._sample(self.reference["texts"], self.reference["shape"], student)
+        ratios = {f"monitor/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
         found = average_figures(ratios, device)
         self.reference.setdefault("start", found)
         return found
 
-    def _measure(self, texts: Sequence[Tensor], shape: Shape, sampler: Sampler) -> dict[str, float]:
-        many = [text for text in texts for _ in range(self.limits.samples)]
-        noise = [torch.Generator().manual_seed(self.seed + i) for i in range(len(many))]
-        latents = sampler(many, noise, shape)
-        figures = {}
+    def _sample(self, texts: Sequence[Tensor], shape: Shapes, sampler: Sampler) -> dict[str, float]:
+        repeated = [text for text in texts for _ in range(self.settings.samples)]
+        latents = sampler(repeated, seeded(range(self.seed, self.seed + len(repeated))), shape)
+        found = {}
         for name, values in zip(MODALITIES, latents, strict=True):
             if values.numel():
-                figures[f"std_{name}"] = standard_deviation(values)
-                figures[f"spread_{name}"] = spread(values, self.limits.samples)
-        return figures
+                found[f"std_{name}"] = standard_deviation(values)
+                found[f"diversity_{name}"] = diversity(values, self.settings.samples)
+        return found
 
-    def judge(self, figures: Mapping[str, float], step: int) -> None:
-        """Count what is out of its limits.
+    def check(self, statistics: Mapping[str, float], step: int) -> None:
+        """Count violations of the limits.
 
         Raises:
-            UserError: when a signal was bad `patience` times in a row, with what to change.
+            UserError: after `patience` violations of a limit in a row, with the settings to change.
         """
-        for name, value in figures.items():
-            signal = name.split("/")[-1].split("_")[0]
-            low, high = getattr(self.limits, signal)
-            begun = (self.reference or {}).get("start", {}).get(name)
-            if begun is not None:
-                low, high = min(low, (1 - WORSE) * begun), max(high, (1 + WORSE) * begun)
+        for name, value in statistics.items():
+            kind = name.split("/")[-1].split("_")[0]
+            low, high = getattr(self.settings, kind)
+            start = (self.reference or {}).get("start", {}).get(name)
+            if start is not None:
+                low, high = min(low, (1 - MARGIN) * start), max(high, (1 + MARGIN) * start)
             self.strikes[name] = 0 if low <= value <= high else self.strikes.get(name, 0) + 1
-            if self.strikes[name] >= self.limits.patience:
-                why = "it forgets modes: " if signal == "spread" and value < low else ""
+            if self.strikes[name] >= self.settings.patience:
+                why = "mode collapse: " if kind == "diversity" and value < low else ""
                 raise UserError(
-                    f"the student collapses: {name} is {value:.3g} at step {step}, outside of {low:g} to {high:g} for "
-                    f"{self.limits.patience} looks in a row; {why}{ADVICE[signal]} "
-                    f"(recipe.health.{signal} sets the limits)"
+                    f"the student collapses: {name} is {value:.3g} at step {step}, outside of {low:g} to {high:g} in "
+                    f"{self.settings.patience} checks in a row; {why}{ADVICE[kind]} "
+                    f"(recipe.monitor.{kind} sets the limits)"
                 )
 
     def state_dict(self) -> dict[str, Any]:

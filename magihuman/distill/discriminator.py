@@ -1,10 +1,12 @@
-"""The optional adversarial term of DMD-2: small heads on features of a network judge noised samples.
+"""Discriminator of DMD-2's optional GAN loss: small heads on features of a diffusion network.
 
-Distribution matching can at best reproduce the teacher; real latents can correct it (Yin et al. 2024, arXiv
-2405.14867, section 4.3). Two things differ here. Real and generated latents are noised to the same level with
-the same noise: a network that is not told the level would else be judged by how noisy it is. And the heads,
-one per modality, are told it. The slope of the heads is held down by finite differences (approximate R1: Lin
-et al. 2025, arXiv 2501.08316).
+Distribution matching can at best reproduce the teacher; a GAN loss on real latents corrects it (Yin et al. 2024, arXiv
+2405.14867, section 4.3). Two differences here: real and generated latents get the same noise at the same level, since
+features of a network without timestep conditioning would reveal the level; and the heads, one per modality, take the
+level as an input. Their gradient is penalised by finite differences (approximate R1: Lin et al. 2025, arXiv 2501.08316).
+
+    discriminator = Discriminator(width=256, taps=3, settings=GanSettings(weight=0.03))
+    discriminator.loss(features, x0, noise, sigma, conditioning).backward()
 """
 
 import math
@@ -20,19 +22,22 @@ from magihuman.flow.path import add_noise
 from magihuman.flow.sampling import MODALITIES, Conditioning, Pair, each
 
 Features = Callable[[Pair], list[tuple[Tensor, Tensor]]]
-"""Latents of a batch to features of both modalities per tap, [B,N,H] and [B,A,H]."""
+"""Features of a batch of latents: per tap [B,N,H] of the video and [B,A,H] of the audio."""
 
 
 @dataclass(frozen=True)
-class AdversarySettings:
-    """How real latents take part.
+class GanSettings:
+    """Settings of the GAN loss (config `recipe.gan`).
 
     Attributes:
-        weight: of the student's term; 0 leaves all of it out.
-        start: cycle from which on it counts: after distribution matching has settled.
-        taps: layers whose features are judged; None takes three in the middle of the trunk.
-        network: whose: "teacher" (steady) or "critic" (sees the student's samples).
+        weight: of the student's GAN loss; 0 trains without discriminator.
+        start: iteration from which on the GAN loss is active, after distribution matching has settled.
+        taps: layers whose features the heads read; None takes three in the middle of the trunk.
+        network: whose features: "teacher" (constant) or "fake_score" (adapted to student samples).
         lr: of the heads. slope: weight of the finite-difference penalty; step: size of the difference.
+
+    Raises:
+        UserError: at construction, for values that do not fit.
     """
 
     weight: float = 0.0
@@ -44,13 +49,16 @@ class AdversarySettings:
     step: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.network not in ("teacher", "critic"):
-            raise UserError(f"recipe.gan.network={self.network!r} is unknown; choose teacher or critic")
+        if self.network not in ("teacher", "fake_score"):
+            raise UserError(f"recipe.gan.network={self.network!r} is unknown; choose teacher or fake_score")
         if self.weight < 0 or self.slope < 0 or not self.step > 0:
-            raise UserError("recipe.gan needs weight and slope of at least 0 and a positive step")
+            raise UserError(
+                "recipe.gan needs weight >= 0, slope >= 0 and step > 0, not "
+                f"{self.weight}, {self.slope} and {self.step}"
+            )
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """The taps, for a network of `depth` layers.
+        """Tapped layers of a network of `depth` layers, ascending.
 
         Raises:
             UserError: a layer that does not exist.
@@ -58,13 +66,14 @@ class AdversarySettings:
         if self.taps is None:
             return tuple(sorted({depth // 3, depth // 2, (3 * depth) // 4}))
         if not self.taps or not all(0 <= tap < depth for tap in self.taps):
-            raise UserError(f"recipe.gan.taps={list(self.taps)} are not layers of a network of {depth}")
+            raise UserError(
+                f"recipe.gan.taps={list(self.taps)} must be layers of the network, 0 to {depth - 1}"
+            )
         return tuple(sorted(set(self.taps)))
 
 
 class Head(nn.Module):
-    """Tokens of one modality to one number: each tap is normalised, pooled by attention of one query, and read
-    together with the noise level.
+    """Discriminator head of one modality: layer norm and attention pooling per tap, then an MLP with the noise level.
 
     Args:
         width: H of the features; taps: how many.
@@ -87,20 +96,20 @@ class Head(nn.Module):
         return self.read(torch.cat([*pooled, angles.sin(), angles.cos()], dim=1)).squeeze(1)
 
 
-class Adversary(nn.Module):
-    """Heads for both modalities and the two sides of the game.
+class Discriminator(nn.Module):
+    """Heads for both modalities, with the losses of discriminator and student.
 
     Args:
-        width: H; taps: number of layers judged.
+        width: H; taps: number of tapped layers.
     """
 
-    def __init__(self, width: int, taps: int, settings: AdversarySettings) -> None:
+    def __init__(self, width: int, taps: int, settings: GanSettings) -> None:
         super().__init__()
         self.settings = settings
         self.heads = nn.ModuleDict({name: Head(width, taps) for name in MODALITIES})
 
     def score(self, features: Features, noisy: Pair, sigma: Tensor) -> dict[str, Tensor]:
-        """Logits [B] by modality, high for real; nothing for a modality that is absent."""
+        """Logits [B] by modality, high for real; without modalities that have no tokens."""
         found = features(noisy)
         return {
             name: self.heads[name]([tap[m] for tap in found], sigma)
@@ -109,23 +118,25 @@ class Adversary(nn.Module):
         }
 
     def student_loss(self, features: Features, noisy: Pair, sigma: Tensor) -> Tensor:
-        """softplus(-D(fake)), summed over modalities; gradients reach the latents through the features."""
+        """Non-saturating loss softplus(-D(fake)), summed over modalities; differentiable by `noisy`."""
         logits = self.score(features, noisy, sigma)
         return torch.stack([F.softplus(-value).mean() for value in logits.values()]).sum()
 
-    def loss(self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, given: Conditioning) -> Tensor:
-        """softplus(-D(real)) + softplus(D(fake)), and the penalty on the slope at real samples.
+    def loss(
+        self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Loss of the heads: softplus(-D(real)) + softplus(D(fake)) + gradient penalty at real samples.
 
         Args:
-            x0: student samples; the real ones are the latents of `given`. Both get this noise at this level [B].
+            x0: student samples; the real ones are the latents of `conditioning`. Both get `noise` at level sigma [B].
         """
         with torch.no_grad():
             noisy = [
-                given.insert(each(lambda a, b: add_noise(a, b, sigma), clean, noise))
-                for clean in (given.latents, x0)
+                conditioning.insert(each(lambda a, b: add_noise(a, b, sigma), clean, noise))
+                for clean in (conditioning.latents, x0)
             ]
             moved = each(lambda x: x + self.settings.step * torch.randn_like(x), noisy[0])
-            found = [features(latents) for latents in (*noisy, given.insert(moved))]
+            found = [features(latents) for latents in (*noisy, conditioning.insert(moved))]
         terms = []
         for m, name in enumerate(MODALITIES):
             if found[0][0][m].shape[1]:

@@ -1,119 +1,108 @@
-"""Three ways to hold the networks of a distillation.
+"""Three ways to share weights between teacher, student and fake score of a distillation.
 
-    full         three networks: frozen teacher, critic and student, both trained whole
-    lora_critic  student trained whole; the critic is an adapter on the frozen teacher
-    lora         one frozen base: the teacher; student, its average and the critic are adapters on it
+    full             three networks: the teacher is frozen, student and fake score are trained whole
+    lora_fake_score  the student is trained whole; the fake score is a LoRA on the frozen teacher
+    lora             one frozen network, the teacher; student, its average and fake score are LoRAs on it
 
-A critic that is an adapter starts exactly at the teacher and costs a hundredth of the optimiser's memory; what
-it may lose is rank. Memory at 15 B: `python -m magihuman.zoo plan 15b task=dmd2`.
+A fake score that is a LoRA starts exactly at the teacher and needs a hundredth of the optimiser's memory; its rank
+limits what it can fit. Memory at 15B: `python -m magihuman.zoo plan 15b task=dmd2`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser, WithLora
-from magihuman.models.lora import add_lora, copy_lora, lora_of, lora_parameters
+from magihuman.models.lora import add_lora, copy_lora, lora_parameters
 
-HOLDINGS = ("full", "lora_critic", "lora")
-ADAPTERS = {"full": (), "lora_critic": ("critic",), "lora": ("student", "critic", "average")}
+LORAS = {
+    "full": (),
+    "lora_fake_score": ("fake_score",),
+    "lora": ("student", "fake_score", "average"),
+}
+"""Weight sharing -> roles that are LoRAs."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The roles, as denoisers, and what is trained of them.
+    """The networks of a distillation by role.
 
     Attributes:
-        teacher, critic, student, average: `average` is what is sampled from and exported.
-        shared: the base that carries adapters; None where every role is a network of its own.
+        teacher, fake_score, student: see `recipes.dmd2`.
+        average: moving average of the student, which is sampled from and exported.
+        shared: the frozen base that carries LoRAs; None if every role is a network of its own.
     """
 
     teacher: Denoiser
-    critic: Denoiser
+    fake_score: Denoiser
     student: Denoiser
     average: Denoiser
     shared: Denoiser | None = None
 
     def role(self, name: str) -> Denoiser:
-        return {
-            "teacher": self.teacher,
-            "critic": self.critic,
-            "student": self.student,
-            "average": self.average,
-        }[name]
+        """ "teacher", "fake_score", "student" or "average"."""
+        network: Denoiser = getattr(self, name)
+        return network
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
-        """What an optimiser moves of student or critic."""
+        """Trainable parameters of a role (of the average: all of its own)."""
         role = self.role(name)
         if isinstance(role, WithLora):
             return lora_parameters(role.model, role.lora)
         return {key: weight for key, weight in role.named_parameters() if weight.requires_grad}
 
 
-def hold(
-    kind: str,
+def build_networks(
+    sharing: str,
     make: Callable[[bool, Callable[[Denoiser], None]], Denoiser],
     student: tuple[Denoiser, Denoiser] | None,
     lora: LoraConfig,
     seed: int,
 ) -> Networks:
-    """Make the networks that are missing.
+    """Build the networks of a distillation.
 
     Args:
-        kind: one of `HOLDINGS`.
-        make: a network with the teacher's weights; takes whether it stays frozen, and what to do to it before
-            it is spread over devices.
-        student: (trained, averaged) where the student is a network of its own.
-        lora: size of the adapters; seed: of their first halves.
+        sharing: a key of `LORAS`.
+        make: returns a network with the teacher's weights; takes whether it stays frozen, and a function to apply to
+            it before it is sharded.
+        student: (trained, averaged) if the student is a network of its own.
+        lora: size of the LoRAs; seed: of their A matrices.
     """
-    if kind == "full":
+    if sharing == "full":
         assert student is not None
-        return Networks(make(True, _nothing), make(False, _nothing), *student)
+        return Networks(make(True, lambda _: None), make(False, lambda _: None), *student)
 
-    def adapt(network: Denoiser) -> None:
+    def add(network: Denoiser) -> None:
         network.requires_grad_(False)
-        for name in ADAPTERS[kind]:
-            add_lora(network.model, name, lora, seed)
+        for name in LORAS[sharing]:
+            # The random stream keeps its name of version 0.1.0, so that runs can be reproduced.
+            add_lora(network.model, name, lora, seed, {"fake_score": "critic"}.get(name))
 
-    shared = make(True, adapt)
-    critic = WithLora(shared, "critic")
-    if kind == "lora_critic":
+    shared = make(True, add)
+    fake_score = WithLora(shared, "fake_score")
+    if sharing == "lora_fake_score":
         assert student is not None
-        return Networks(shared, critic, *student, shared)
+        return Networks(shared, fake_score, *student, shared)
     copy_lora(shared.model, "student", "average")
     for weight in lora_parameters(shared.model, "average").values():
         weight.requires_grad_(False)
-    return Networks(shared, critic, WithLora(shared, "student"), WithLora(shared, "average"), shared)
-
-
-def _nothing(network: Denoiser) -> None:
-    pass
-
-
-@torch.no_grad()
-def follow(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
-    """average <- decay average + (1 - decay) weights, in place."""
-    torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
-
-
-def without_base(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """A state dict without the frozen base below `prefix`, whose adapters stay."""
-    return {
-        key: tensor for key, tensor in state.items() if not key.startswith(prefix) or lora_of(key) is not None
-    }
+    return Networks(shared, fake_score, WithLora(shared, "student"), WithLora(shared, "average"), shared)
 
 
 @contextmanager
-def resting(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """No gradients for weights that something else is trained through."""
-    for weight in weights:
-        weight.requires_grad_(False)
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Set requires_grad=False on parameters within a with block; gradients still pass through to the inputs.
+
+    with frozen(list(discriminator.parameters())):
+        student_loss.backward()
+    """
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for weight in weights:
-            weight.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,12 +1,11 @@
-"""Both modalities of a batch as one value, and which places of it a condition gives.
+"""Student rollouts (backward simulation) and micro-batches of a distillation.
 
-Backward simulation: the student's own sampling trajectory, kept for training on.
+A rollout without gradients serves a whole iteration: the fake score is fitted to its data estimates, and the student's
+gradient is computed by one more call at a stored state. Training inputs are thus the states of inference (Yin et al.
+2024, arXiv 2405.14867, section 4.4), for K forward passes.
 
-One rollout without gradients serves a whole cycle. The critic learns from the data estimates of random steps
-of it, and the student's gradient is taken through one more call at a stored state: the networks see exactly
-what inference will show them (Yin et al. 2024, arXiv 2405.14867, section 4.4), for the price of K calls.
-
-The slices of a batch that go through the networks together, with what is given and what is drawn.
+    rollout = roll_out(Sampling("renoise", 8), velocity, seeded([0, 1]), Conditioning.nothing(latents))
+    x0 = rollout.estimate(torch.tensor([7, 7]))     # data estimates of the last step
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,7 @@ from torch import Tensor
 
 from magihuman.errors import UserError
 from magihuman.flow.path import x0_from_velocity
-from magihuman.flow.sampling import (
-    MODALITIES,
-    Conditioning,
-    Pair,
-    denoise,
-    draw_noise,
-    each,
-)
+from magihuman.flow.sampling import MODALITIES, Conditioning, Pair, Shapes, denoise, draw_noise, each
 from magihuman.flow.solvers import make_solver
 from magihuman.io.export import Sampling
 from magihuman.training.rng import BatchRng
@@ -34,11 +26,8 @@ from magihuman.training.rng import BatchRng
 Velocity = Callable[[Pair, Pair], Pair]
 """Velocities of a batch at (latents, noise levels [B] of both modalities)."""
 
-Shape = tuple[list[int], list[int]]
-"""Of one sample's video and audio latents."""
-
-Sampler = Callable[[list[Tensor], list[torch.Generator], Shape], Pair]
-"""Latents of a batch of texts, the noise of each from a generator of its own."""
+Sampler = Callable[[list[Tensor], list[torch.Generator], Shapes], Pair]
+"""Sampled latents of a batch: text features, one noise generator per sample, shapes of one sample's latents."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +35,8 @@ class Rollout:
     """States and data estimates of all steps of a trajectory.
 
     Attributes:
-        states: K network inputs x_k; estimates: K data estimates, conditions inserted; both [B,...].
-        end: what the sampler returns.
+        states: K network inputs x_k; estimates: K data estimates, conditioning inserted; both [B,...].
+        end: the sampled latents.
         sigmas: [K+1] noise levels of the sampler.
     """
 
@@ -61,7 +50,7 @@ class Rollout:
         return len(self.states)
 
     def state(self, step: Tensor) -> Pair:
-        """x_k, where every sample has a k of its own, [B] on the CPU."""
+        """x_k with a step k per sample, [B] on the CPU."""
         return _pick(self.states, step)
 
     def estimate(self, step: Tensor) -> Pair:
@@ -106,13 +95,14 @@ def sampler(
     device: torch.device,
     size: int | None = None,
 ) -> Sampler:
-    """Sampling without conditions.
+    """Sampler without conditioning.
 
     Args:
-        velocity: of texts, latents and noise levels; size: samples that go through the network together, None for all.
+        velocity: v(text, x, sigma).
+        size: samples per forward pass, None for all.
     """
 
-    def sample(texts: list[Tensor], noise: list[torch.Generator], shape: Shape) -> Pair:
+    def sample(texts: list[Tensor], noise: list[torch.Generator], shape: Shapes) -> Pair:
         ends = []
         for start in range(0, len(texts), size or len(texts)):
             some = slice(start, start + (size or len(texts)))
@@ -127,65 +117,64 @@ def sampler(
 
 
 @dataclass
-class Part:
-    """Some samples of a batch.
+class MicroBatch:
+    """Samples that go through the networks together.
 
     Attributes:
-        text: features of each; given: conditions; generators: source of all draws, one per sample.
-        position: [B] global positions of the samples, on the CPU.
-        rollout: the student's samples that are in use, and how often they were: `uses`.
+        text: features of each; conditioning: clean latents; generators: one per sample, source of all its noise.
+        index: [B] global positions of the samples in the data, on the CPU.
+        rollout: current student samples; uses: how often they were drawn from.
     """
 
     text: list[Tensor]
-    given: Conditioning
+    conditioning: Conditioning
     generators: list[torch.Generator]
-    position: Tensor
+    index: Tensor
     rollout: Rollout | None = None
     uses: int = 0
 
     def uniform(self) -> Tensor:
-        """[B] in [0, 1), each sample's own draw."""
+        """[B] in [0, 1), from each sample's own generator."""
         return torch.cat([torch.rand(1, generator=g) for g in self.generators])
 
     def normal(self) -> Pair:
-        """Noise of the shape of the latents."""
-        video, audio = self.given.latents
+        """Gaussian noise of the shape of the latents."""
+        video, audio = self.conditioning.latents
         return draw_noise((video.shape[1:], audio.shape[1:]), self.generators, device=video.device).start
 
 
-def parts(
+def micro_batches(
     batch: dict[str, Any],
     rng: BatchRng,
     *,
     first_frame: float,
-    given_audio: float,
-    judged: bool,
+    audio_conditioning: float,
+    gan: bool,
     size: int | None,
-) -> Iterator[Part]:
-    """Cut a batch and choose what is given.
+) -> Iterator[MicroBatch]:
+    """Split a batch and draw which samples are conditioned on their first frame or audio.
 
     Args:
-        batch: `video`, `audio`, `text`, `index`, as data modules give them; with `real` false, the latents are
-            there for their shape only.
-        first_frame, given_audio: probabilities of conditions.
-        judged: whether an adversary looks at the latents.
-        size: samples of a part; None for all.
+        batch: `video`, `audio`, `text`, `index` of a data module; `real` is False if the latents are placeholders.
+        first_frame, audio_conditioning: probabilities.
+        gan: whether a GAN loss needs the latents.
+        size: samples per micro-batch; None for all.
 
     Raises:
-        UserError: something needs latents that are not real.
+        UserError: a setting needs latents and the data is prompts only.
     """
-    if not batch.get("real", True) and (first_frame or given_audio or judged):
+    if not batch.get("real", True) and (first_frame or audio_conditioning or gan):
         raise UserError(
-            "recipe.first_frame, recipe.given_audio and recipe.gan.weight need latents and there are prompts alone; "
-            "set all three to 0, or choose data=shards"
+            "recipe.first_frame, recipe.audio_conditioning and recipe.gan.weight need latents, and data=prompts has "
+            "none; set all three to 0, or choose data=shards"
         )
     latents = Pair(batch["video"], batch["audio"])
-    given = Conditioning.nothing(latents)
-    first, sound = rng.chance(first_frame), rng.chance(given_audio)
-    if latents.video.shape[2] > 1:  # a still picture would leave nothing to generate
-        given.mask.video[first.to(latents.video.device), :, 0] = 0
-    given.mask.audio[sound.to(latents.audio.device)] = 0
+    conditioning = Conditioning.nothing(latents)
+    first, audio = rng.chance(first_frame), rng.chance(audio_conditioning)
+    if latents.video.shape[2] > 1:  # a still image would leave nothing to generate
+        conditioning.mask.video[first.to(latents.video.device), :, 0] = 0
+    conditioning.mask.audio[audio.to(latents.audio.device)] = 0
     for start in range(0, len(rng), size or len(rng)):
         some = slice(start, start + (size or len(rng)))
-        position = torch.as_tensor(batch["index"])[some].cpu()
-        yield Part(list(batch["text"][some]), given.select(some), rng.generators[some], position)
+        index = torch.as_tensor(batch["index"])[some].cpu()
+        yield MicroBatch(list(batch["text"][some]), conditioning.select(some), rng.generators[some], index)

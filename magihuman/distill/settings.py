@@ -1,10 +1,10 @@
-"""What a distillation can be told, and what it refuses."""
+"""Settings of the fake score, and checks of combinations of settings that DMD-2 cannot train with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from magihuman.distill.networks import HOLDINGS
+from magihuman.distill.networks import LORAS
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig
@@ -12,15 +12,18 @@ from magihuman.training.context import TrainingContext
 
 
 @dataclass(frozen=True)
-class CriticSettings:
-    """How the critic keeps up with the student.
+class FakeScoreSettings:
+    """Training of the fake score (config `recipe.fake_score`).
 
     Attributes:
-        lr: peak learning rate; the rest of the optimiser is the student's.
-        updates: R, per cycle.
-        warmup: cycles at the start in which the student stands still.
-        samples_per_rollout: how often one rollout is drawn from before the student is simulated again.
-        first_step: the critic learns the estimates of this step and later ones.
+        lr: peak learning rate; all other optimiser settings are the student's.
+        updates: R, per iteration.
+        warmup: iterations at the start in which only the fake score is trained.
+        samples_per_rollout: updates that use a rollout before the student is rolled out again.
+        first_step: steps before this one are left out; their data estimates are blurred.
+
+    Raises:
+        UserError: at construction, for values that are not positive.
     """
 
     lr: float = 5e-4
@@ -32,72 +35,98 @@ class CriticSettings:
     def __post_init__(self) -> None:
         if self.updates < 1 or self.samples_per_rollout < 1 or not self.lr > 0:
             raise UserError(
-                f"recipe.critic needs updates and samples_per_rollout of at least 1 and a positive lr, not "
+                f"recipe.fake_score needs updates and samples_per_rollout of at least 1 and a positive lr, not "
                 f"{self.updates}, {self.samples_per_rollout} and {self.lr}"
             )
 
 
-def require_possible(
+def check_settings(
     context: TrainingContext,
     teacher: ExportConfig,
     sigma: SigmaPrior | None,
-    holding: str,
+    sharing: str,
     first_steps: dict[str, int],
     steps: int,
     micro_batch: int | None,
 ) -> None:
-    """Raise unless these settings go together.
+    """Refuse combinations of settings that DMD-2 cannot train with.
 
     Args:
-        sigma: prior that the critic was asked to have, or None; where nobody knows the teacher's, any will do.
-        first_steps: by setting, the first step that something is learned of; steps: K.
+        sigma: prior set for the fake score, or None.
+        sharing: recipe.networks; first_steps: setting -> step; steps: K.
 
     Raises:
         UserError: naming the setting.
     """
-    # Published weights do not say what their prior was; config.json of one trained here does.
+    # The prior of released weights is unknown; config.json of those trained here has it.
     if sigma is not None and sigma != teacher.sigma_prior and "released" not in teacher.provenance:
         raise UserError(
             f"recipe.sigma={sigma.to_dict()} is not the prior that {context.init} was trained with "
-            f"({teacher.sigma_prior.to_dict()}); without timestep input the critic needs the teacher's: remove it"
+            f"({teacher.sigma_prior.to_dict()}); without timestep input the fake score needs the teacher's: remove recipe.sigma"
         )
     if context.trainer.accumulate != 1:
         raise UserError(
-            f"trainer.accumulate={context.trainer.accumulate} does not go with dmd2, which updates two networks; "
+            f"trainer.accumulate={context.trainer.accumulate} is not supported by dmd2, which updates two networks; "
             "raise data.module.batch_size and set recipe.micro_batch to what fits into memory"
         )
     if micro_batch is not None and micro_batch < 1:
-        raise UserError(f"recipe.micro_batch={micro_batch} is no number of samples; give at least 1, or null")
-    if holding not in HOLDINGS:
-        raise UserError(f"recipe.networks={holding!r} is unknown; choose from {', '.join(HOLDINGS)}")
-    if holding != "full" and context.optim.algorithm != "adamw":
+        raise UserError(f"recipe.micro_batch={micro_batch} must be at least 1, or null for the whole batch")
+    if sharing not in LORAS:
+        raise UserError(f"recipe.networks={sharing!r} is unknown; choose from {', '.join(LORAS)}")
+    if sharing != "full" and context.optim.algorithm != "adamw":
         raise UserError(
-            f"optim.algorithm={context.optim.algorithm} has no rule for adapters; choose optim=adamw, or "
+            f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw, or "
             "recipe.networks=full"
         )
     if context.strategy.name == "fsdp2" and not context.strategy.reshard_after_forward:
         raise UserError(
-            "strategy.reshard_after_forward=false does not go with dmd2, whose networks take turns; leave it true"
+            "strategy.reshard_after_forward=false would keep all networks of dmd2 gathered in memory; leave it true"
         )
     for name, step in first_steps.items():
         if not 0 <= step < steps:
-            raise UserError(f"{name}={step} is none of {steps} steps; give 0 to {steps - 1}")
+            raise UserError(
+                f"{name}={step} is not one of the {steps} steps of recipe.sampling; give 0 to {steps - 1}"
+            )
 
 
-def require_same_parts(checkpoint: Mapping[str, Any], init: str | None, mine: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint is of this teacher and of the parts that these settings make.
+def check_resume(checkpoint: Mapping[str, Any], init: str | None, state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another teacher or of other networks.
 
     Args:
-        mine: state dict of now; sharded checkpoints bring none to compare it with.
+        state: state dict of the recipe; sharded checkpoints contain none to compare it with.
 
     Raises:
-        UserError: naming what to set.
+        UserError: naming the setting to change.
     """
-    then = checkpoint["recipe"].get("init", init)  # older checkpoints do not say
-    if then != init:
-        raise UserError(f"the checkpoint was distilled from init={then}, not from init={init}; give that one")
-    if "state_dict" in checkpoint and checkpoint["state_dict"].keys() != mine.keys():
+    saved = checkpoint["recipe"].get("init", init)  # older checkpoints do not have it
+    if saved != init:
         raise UserError(
-            "the checkpoint holds other parts than these settings make; continue with recipe.networks, recipe.lora, "
-            "recipe.gan.weight and optim.ema_decay of its config.yaml"
+            f"the checkpoint was distilled from init={saved}, not from init={init}; give init={saved}"
         )
+    if "state_dict" in checkpoint and checkpoint["state_dict"].keys() != state.keys():
+        raise UserError(
+            "the checkpoint holds other networks than these settings build; continue with recipe.networks, "
+            "recipe.lora, recipe.gan.weight and optim.ema_decay of its config.yaml"
+        )
+
+
+def rename_old_names(checkpoint: dict[str, Any]) -> None:
+    """Rename the entries of a checkpoint of version 0.1.0 (critic, adversary, health) in place."""
+
+    def rename(name: str) -> str:
+        for old, new in (("critic", "fake_score"), ("adversary", "discriminator"), ("health/", "monitor/")):
+            name = name.replace(old, new)
+        return name.replace("spread_", "diversity_")
+
+    recipe = checkpoint["recipe"]
+    if "health" not in recipe:
+        return
+    monitor = recipe.pop("health")
+    for group in (monitor["strikes"], monitor["sums"], monitor["reference"] or {}):
+        for name in [name for name in group if rename(name) != name]:
+            group[rename(name)] = group.pop(name)
+    if "start" in (monitor["reference"] or {}):
+        monitor["reference"]["start"] = {rename(k): v for k, v in monitor["reference"]["start"].items()}
+    recipe |= {"monitor": monitor, "fake_score_updates": recipe.pop("critic_updates")}
+    if "state_dict" in checkpoint:
+        checkpoint["state_dict"] = {rename(key): value for key, value in checkpoint["state_dict"].items()}

@@ -43,10 +43,13 @@ __all__ = [
     "merge",
     "merged",
     "remove_loras",
+    "without_base",
 ]
 
 
-def add_lora(model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 0) -> None:
+def add_lora(
+    model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 0, rng_name: str | None = None
+) -> None:
     """Add a LoRA to a network; with B = 0 at the start it computes the same as the base.
 
     Its parameters are fp32, on the base's device, and require gradients; the base's are left alone (freeze them with
@@ -56,6 +59,7 @@ def add_lora(model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 
         name: an identifier, not in use.
         seed: of the random A, drawn on the CPU per matrix from (seed, name, key): equal on every machine. Nothing is
             drawn on the meta device.
+        rng_name: takes the place of `name` there.
 
     Raises:
         UserError: a name that cannot be used.
@@ -73,7 +77,7 @@ def add_lora(model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 
         with torch.device(linear.weight.device):
             low = LowRank(columns, rows, linear.experts, config.rank, config.scale)
         if not low.A.is_meta:
-            generator = torch.Generator().manual_seed(crc32(f"{seed} {name} {key}".encode()))
+            generator = torch.Generator().manual_seed(crc32(f"{seed} {rng_name or name} {key}".encode()))
             drawn = torch.randn(low.A.shape, generator=generator).mul_(projection_std(columns))
             low.A.data.copy_(drawn)
         linear.lora[name] = low
@@ -141,6 +145,13 @@ def lora_of(key: str) -> str | None:
 def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A network's state dict without LoRAs: the released keys."""
     return {key: tensor for key, tensor in state.items() if lora_of(key) is None}
+
+
+def without_base(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A state dict without the weights below `prefix` that belong to no LoRA: what a checkpoint on a frozen base saves."""
+    return {
+        key: tensor for key, tensor in state.items() if not key.startswith(prefix) or lora_of(key) is not None
+    }
 
 
 def lora_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Model FLOPs of training, for their utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
 Multiply-adds x 2 of matrix products and attention in the transformers, as an algorithm needs them: what activation
-checkpointing recomputes does not count, nor do optimisers, codecs and the heads of an adversary. A forward pass is
+checkpointing recomputes does not count, nor do optimisers, codecs and the heads of a discriminator. A forward pass is
 F = P + S: P of products with weights, S of attention; A is a forward pass through an adapter's own products. Then
     trained whole              3 F: forward, gradients of inputs, gradients of weights
     frozen, passed through     2 P + 3 S: no gradients of weights, but both factors of attention are activations
@@ -98,7 +98,7 @@ def dmd2_flops(
     config: DiTConfig,
     sample: Sample,
     *,
-    adapters: Collection[str] = (),
+    loras: Collection[str] = (),
     lora: LoraConfig | None = None,
     steps: int,
     updates: int,
@@ -111,21 +111,21 @@ def dmd2_flops(
     """One iteration of DMD-2 (`recipes.dmd2`), of one sample.
 
     Args:
-        adapters: which of student and critic are adapters of size `lora`; the others are networks trained whole.
+        loras: which of student and fake score are LoRAs of size `lora`; the others are networks trained whole.
         steps: forward passes of the student per rollout, K; a rollout serves `samples_per_rollout` updates.
-        updates: of the critic, R; student_updated: whether one update of the student follows them.
+        updates: of the fake score, R; student_updated: whether one update of the student follows them.
         null_text: tokens of the negative prompt, if the teacher is guided.
-        discriminator: name of the network whose features the discriminator heads read, teacher or critic;
-            None without a GAN loss; discriminator_layers: blocks up to the last feature. Each critic update takes
+        discriminator: name of the network whose features the discriminator heads read, teacher or fake_score;
+            None without a GAN loss; discriminator_layers: blocks up to the last feature. Each fake-score update takes
             three forward passes (real, generated and perturbed latents), the student update one forward and backward.
             The blocks behind the last feature are computed by the recipe, but not needed, and do not count.
     """
-    sizes = {role: lora if role in adapters else None for role in ("student", "critic", "teacher")}
-    student, critic, teacher = (passes(config, sample, adapter=size) for size in sizes.values())
+    sizes = {role: lora if role in loras else None for role in ("student", "fake_score", "teacher")}
+    student, fake_score, teacher = (passes(config, sample, adapter=size) for size in sizes.values())
     rollouts = -(-(updates + student_updated) // samples_per_rollout)
-    total = rollouts * steps * student.forward + updates * critic.update
+    total = rollouts * steps * student.forward + updates * fake_score.update
     if student_updated:
-        total += student.update + teacher.forward + critic.forward
+        total += student.update + teacher.forward + fake_score.forward
         if null_text is not None:
             total += passes(config, replace(sample, text=null_text)).forward
     if discriminator is not None:

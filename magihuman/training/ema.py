@@ -1,6 +1,7 @@
 """An exponential moving average of a network's weights, fp32, sharded like the network."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -18,6 +19,15 @@ def _local(network: nn.Module) -> list[torch.Tensor]:
 def decay_at(updates: int, final: float) -> float:
     """min(final, (1 + n) / (10 + n)) at update n = 0, 1, ..."""
     return min(final, (1 + updates) / (10 + updates))
+
+
+@torch.no_grad()
+def ema_update(average: Iterable[torch.Tensor], weights: Iterable[torch.Tensor], decay: float) -> None:
+    """average <- decay * average + (1 - decay) * weights, in place; for tensors such as LoRA parameters.
+
+    ema_update(average.values(), student.values(), decay_at(updates, 0.99))
+    """
+    torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
 
 
 class EMA(nn.Module):

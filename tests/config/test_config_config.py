@@ -145,8 +145,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
             "error: unknown setting trainer.max_stepz, did you mean 'max_steps'?",
         ),
         (
-            ("+recipe=dmd2", "recipe.critic.update=3"),
-            "error: unknown setting recipe.critic.update, did you mean 'updates'?",
+            ("+recipe=dmd2", "recipe.fake_score.update=3"),
+            "error: unknown setting recipe.fake_score.update, did you mean 'updates'?",
         ),
         (("+recipe=pretrain", "optim=sgd"), "adamw"),
         (("+recipe=pretrain", "optim.lr=[1,"), "error: "),

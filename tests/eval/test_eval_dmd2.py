@@ -49,7 +49,7 @@ def runs(world, tmp_path_factory) -> Path:
     (folder / "a" / "checkpoints").mkdir()
     (folder / "a" / "checkpoints" / "last.ckpt").write_bytes(bytes(2_340_000))
     (folder / "a" / "metrics.csv").write_text(
-        "step,dm/video,critic_error/video,teacher_error/video,health/std_video\n10,1,2,4,.9\n20,.5,1,4,1.1\n"
+        "step,dm/video,fake_score_error/video,teacher_error/video,monitor/std_video\n10,1,2,4,.9\n20,.5,1,4,1.1\n"
     )
     return folder
 

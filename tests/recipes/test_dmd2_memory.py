@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from magihuman import zoo
-from magihuman.distill.networks import hold
+from magihuman.distill.networks import build_networks
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.zoo.footprint import Tokens
-from magihuman.zoo.plan_training import HOLDINGS, Run, state_bytes
+from magihuman.zoo.plan_training import WEIGHT_SHARING, Run, state_bytes
 
 ADAM = 4 + 8  # bytes of an fp32 gradient and two moments
 
@@ -28,16 +28,16 @@ def _another(frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
     return network
 
 
-@pytest.mark.parametrize("holding", HOLDINGS)
-def test_the_plan_counts_what_is_held(holding: str) -> None:
+@pytest.mark.parametrize("sharing", WEIGHT_SHARING)
+def test_the_plan_counts_all_weights_and_optimiser_states(sharing: str) -> None:
     student = None
-    if holding != "lora":
+    if sharing != "lora":
         student = _network(torch.float32), _network(torch.float32).requires_grad_(False)
-    networks = hold(holding, _another, student, LoraConfig(128), seed=0)
-    modules = [networks.teacher, networks.critic, networks.student, networks.average]
+    networks = build_networks(sharing, _another, student, LoraConfig(128), seed=0)
+    modules = [networks.teacher, networks.fake_score, networks.student, networks.average]
     weights = {id(weight): weight for module in modules for weight in module.parameters()}.values()
     held = sum(w.numel() * (w.element_size() + ADAM * w.requires_grad) for w in weights)
-    planned = state_bytes(Run(zoo.arch("15b"), Tokens(3584, 126, 340), rank=128), "dmd2", holding)
+    planned = state_bytes(Run(zoo.arch("15b"), Tokens(3584, 126, 340), rank=128), "dmd2", sharing)
     # Beyond the plan's bf16 for what is frozen, embedders and heads are fp32, and adapters own trained copies of them:
     # 0.8 of 50 GB where all else is an adapter (counted 581.4, 345.4, 50.4 against 581.4, 345.0, 49.6).
     assert planned <= held <= 1.02 * planned

@@ -1,4 +1,4 @@
-"""The three ways to hold the networks: same algorithm, frozen base, exact continuation, honest exports."""
+"""The three ways to share weights: same algorithm, frozen base, exact continuation, honest exports."""
 
 import json
 from pathlib import Path
@@ -13,22 +13,22 @@ from magihuman.errors import UserError
 
 SETTINGS = {
     "full": ["recipe.networks=full", "recipe.gan.weight=0"],
-    "full, teacher judges": ["recipe.networks=full", "recipe.gan={weight: 0.1, slope: 1.0, start: 0}"],
-    "full, critic judges, parts": [
-        "recipe.gan={weight: 0.1, network: critic, start: 0}",
+    "full, GAN on the teacher": ["recipe.networks=full", "recipe.gan={weight: 0.1, slope: 1.0, start: 0}"],
+    "full, GAN on the fake score, micro-batches": [
+        "recipe.gan={weight: 0.1, network: fake_score, start: 0}",
         "recipe.micro_batch=1",
     ],
-    "lora_critic": ["recipe.networks=lora_critic", "recipe.lora.rank=2"],
+    "lora_fake_score": ["recipe.networks=lora_fake_score", "recipe.lora.rank=2"],
     "lora": [
         "recipe.networks=lora",
         "recipe.lora.rank=2",
-        "recipe.gan={weight: 0.1, network: critic, start: 0}",
+        "recipe.gan={weight: 0.1, network: fake_score, start: 0}",
     ],
 }
 
 
 def distil(folder: Path, shards: Path, parent: Path, *more: str) -> Path:
-    common = ["+recipe=dmd2", f"init={parent}", "recipe.critic.warmup=1", "recipe.health.every=0"]
+    common = ["+recipe=dmd2", f"init={parent}", "recipe.fake_score.warmup=1", "recipe.monitor.every=0"]
     return training_stub.train_here(folder, shards, [*common, "callbacks.validation=null", *more])
 
 
@@ -37,7 +37,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_holding_continues_exactly_and_moves_only_what_it_should(
+def test_every_weight_sharing_continues_exactly_and_moves_only_what_it_should(
     name, shards, parent, tmp_path
 ) -> None:
     through = distil(tmp_path / "a", shards, parent, *SETTINGS[name])
@@ -62,16 +62,16 @@ def test_every_holding_continues_exactly_and_moves_only_what_it_should(
     assert config.provenance["averaged"]
 
 
-def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, parent, tmp_path) -> None:
+def test_the_fake_score_starts_at_the_teacher_and_the_teacher_never_moves(shards, parent, tmp_path) -> None:
     from magihuman.config import validate
-    from magihuman.distill.networks import ADAPTERS, hold
+    from magihuman.distill.networks import LORAS, build_networks
     from magihuman.models.config import LoraConfig
     from magihuman.schema import call
     from magihuman.train import make_data, plain
     from magihuman.training.session import build_context
     from recipes.dmd2 import DMD2
 
-    for kind in ADAPTERS:
+    for kind in LORAS:
         config = training_stub.compose(
             [*training_stub.SMALL, "+recipe=dmd2", f"init={parent}", f"data.module.shards={shards}"]
         )
@@ -79,21 +79,23 @@ def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, pa
         data, _ = make_data(settings)
         recipe = call(settings.recipe, "recipe", context=build_context(settings, data, {}))
         assert isinstance(recipe, DMD2)
-        own = recipe.another(False, lambda network: None)
-        networks = hold(kind, recipe.another, None if kind == "lora" else (own, own), LoraConfig(2), seed=3)
+        own = recipe.copy_teacher(False, lambda network: None)
+        networks = build_networks(
+            kind, recipe.copy_teacher, None if kind == "lora" else (own, own), LoraConfig(2), seed=3
+        )
         batch = training_stub.batch(range(2))
         inputs = batch["video"], batch["audio"], batch["text"]
-        before = [networks.teacher(*inputs), networks.critic(*inputs), networks.student(*inputs)]
+        before = [networks.teacher(*inputs), networks.fake_score(*inputs), networks.student(*inputs)]
         for m in (0, 1):
-            assert torch.equal(before[0][m], before[1][m])  # critic at step 0 is the teacher
+            assert torch.equal(before[0][m], before[1][m])  # fake score at step 0 is the teacher
             assert torch.equal(before[0][m], before[2][m])
-        for role in ("critic", "student"):
+        for role in ("fake_score", "student"):
             optimizer = torch.optim.SGD(list(networks.weights(role).values()), lr=0.5)
             for _ in range(2):  # the second step moves A too, whose gradient is 0 while B is
                 optimizer.zero_grad()
                 sum(v.square().mean() for v in networks.role(role)(*inputs)).backward()
                 optimizer.step()
-        after = [networks.teacher(*inputs), networks.critic(*inputs), networks.student(*inputs)]
+        after = [networks.teacher(*inputs), networks.fake_score(*inputs), networks.student(*inputs)]
         for m in (0, 1):
             assert torch.equal(before[0][m], after[0][m])  # bit-equal, whatever was trained on the same base
             assert not torch.equal(before[1][m], after[1][m])
@@ -102,19 +104,19 @@ def test_the_critic_starts_at_the_teacher_and_the_teacher_never_moves(shards, pa
 
 def test_what_cannot_be_distilled_is_one_line(shards, parent, tmp_path) -> None:
     cases = {
-        "recipe.networks=half": "choose from full, lora_critic, lora",
-        "recipe.first_step=8": "recipe.first_step=8 is none of 8 steps",
-        "recipe.critic.first_step=-1": "recipe.critic.first_step=-1 is none of 8 steps",
+        "recipe.networks=half": "choose from full, lora_fake_score, lora",
+        "recipe.first_step=8": "recipe.first_step=8 is not one of the 8 steps",
+        "recipe.fake_score.first_step=-1": "recipe.fake_score.first_step=-1 is not one of the 8 steps",
         "trainer.accumulate=2": "set recipe.micro_batch",
         "init=null": "give init=NAME_OR_FOLDER",
-        "recipe.sigma={kind: uniform}": "the critic needs the teacher's: remove it",
+        "recipe.sigma={kind: uniform}": "the fake score needs the teacher's: remove recipe.sigma",
         "strategy=zero2": "choose strategy=fsdp2",
-        "recipe.gan={weight: 0.1, taps: [7]}": "recipe.gan.taps=[7] are not layers",
-        "recipe.gan.network=student": "choose teacher or critic",
-        "recipe.health.samples=1": "at least 1 prompt, 2 samples",
-        "recipe.health.patience=0": "a patience of 1",
-        "recipe.critic.updates=0": "updates and samples_per_rollout of at least 1",
-        "recipe.micro_batch=-1": "recipe.micro_batch=-1 is no number of samples",
+        "recipe.gan={weight: 0.1, taps: [7]}": "recipe.gan.taps=[7] must be layers",
+        "recipe.gan.network=student": "choose teacher or fake_score",
+        "recipe.monitor.samples=1": "at least 1 prompt, 2 samples",
+        "recipe.monitor.patience=0": "a patience of 1",
+        "recipe.fake_score.updates=0": "updates and samples_per_rollout of at least 1",
+        "recipe.micro_batch=-1": "recipe.micro_batch=-1 must be at least 1",
         ("strategy=fsdp2", "strategy.reshard_after_forward=false"): "leave it true",
         ("recipe.networks=lora", "optim=muon"): "choose optim=adamw, or recipe.networks=full",
     }
@@ -129,7 +131,7 @@ def test_other_networks_do_not_continue_a_run(shards, parent, tmp_path) -> None:
     lora = ["recipe.networks=lora", "recipe.lora.rank=2"]
     run = distil(tmp_path / "a", shards, parent, *lora)
     for settings, message in {
-        ("recipe.networks=lora_critic",): "another recipe.networks (lora then, lora_critic now)",
+        ("recipe.networks=lora_fake_score",): "another recipe.networks (lora then, lora_fake_score now)",
         ("recipe.gan.taps=[0]",): "another recipe.gan.taps",
         ("recipe.gan.weight=0",): "continue with recipe.networks, recipe.lora, recipe.gan.weight",
         (f"init={parent}/export",): f"was distilled from init={parent}, not from init={parent}/export",
@@ -144,9 +146,9 @@ def test_prompts_alone_are_enough(tmp_path) -> None:
     file.write_text("round face, ginger hair, blue shirt, green wall, says ma bi so\n" * 3)
     common = ["+recipe=dmd2", "data=prompts", f"data.module.file={file}", "trainer=debug", "logger=csv"]
     small = ["data.module.batch_size=1", "trainer.max_steps=1", "callbacks=none", "after_fit=null"]
-    fast = ["recipe.sampling.steps=2", "recipe.critic.updates=1", "recipe.critic.warmup=0"]
-    steps = ["recipe.first_step=0", "recipe.critic.first_step=0", "recipe.health.every=0"]
-    given = ["recipe.first_frame=0", "recipe.given_audio=0", "recipe.gan.weight=0"]
+    fast = ["recipe.sampling.steps=2", "recipe.fake_score.updates=1", "recipe.fake_score.warmup=0"]
+    steps = ["recipe.first_step=0", "recipe.fake_score.first_step=0", "recipe.monitor.every=0"]
+    given = ["recipe.first_frame=0", "recipe.audio_conditioning=0", "recipe.gan.weight=0"]
 
     def train(folder: Path, overrides: list[str]) -> Path:
         from omegaconf import OmegaConf

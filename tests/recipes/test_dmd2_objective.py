@@ -11,7 +11,7 @@ from toy_mixture import Mixture, gaussian, ring
 
 from inference.sampling import LatentShape, sample
 from magihuman.distill.objective import matching_gradient, surrogate_loss
-from magihuman.distill.rollout import Part, Rollout
+from magihuman.distill.rollout import MicroBatch, Rollout
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, velocity_target, x0_from_velocity
@@ -62,9 +62,9 @@ def expected_gradient(matrix: Tensor, shift: Tensor, mean: Tensor, covariance: T
 
 
 def sampled_gradient(
-    matrix: Tensor, shift: Tensor, critic: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor
+    matrix: Tensor, shift: Tensor, fake_score: tuple[Tensor, Tensor], mean: Tensor, covariance: Tensor
 ) -> Tensor:
-    """The same from 10^5 samples through the recipe's functions; the critic is exact for N(critic)."""
+    """The same from 10^5 samples through the recipe's functions; the fake score is exact for N(fake score)."""
     draw = torch.Generator().manual_seed(3)
     matrix, shift = matrix.clone().requires_grad_(), shift.clone().requires_grad_()
     z, noise = torch.randn(2, 100_000, len(mean), generator=draw)
@@ -72,7 +72,7 @@ def sampled_gradient(
     x0 = z @ matrix.T + shift
     noisy = add_noise(x0, noise, sigma).detach()
     real = gaussian_velocity(mean, covariance, noisy, sigma)
-    fake = gaussian_velocity(*critic, noisy, sigma)
+    fake = gaussian_velocity(*fake_score, noisy, sigma)
     gradient = unnormalised(x0.detach(), noisy, real, fake, sigma)
     surrogate_loss(x0, gradient, EVERYWHERE).mean().backward()
     return torch.cat([matrix.grad.flatten(), shift.grad])
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_divergence() -> None:  # T1
     assert torch.cosine_similarity(found, expected, dim=0) >= 0.999
     assert (found - expected).norm() <= 0.02 * expected.norm()
 
-    # A critic of a student of some updates ago points elsewhere.
+    # A fake score of a student of some updates ago points elsewhere.
     older = 1.3 * matrix
     stale = sampled_gradient(matrix, shift, (shift - 0.3, older @ older.T), *truth)
     assert torch.cosine_similarity(stale, expected, dim=0) < 0.98
@@ -135,7 +135,7 @@ def test_a_student_that_is_the_data_stays(kind: str, truth: Mixture) -> None:  #
     assert sizes[1] > 0.1
     assert sizes[0] <= 0.05 * sizes[1]
 
-    # E[eps - x0 | y] is the critic: put its target in its place, and sampling error is what remains.
+    # E[eps - x0 | y] is the fake score: put its target in its place, and sampling error is what remains.
     deviations = []
     for student in (truth, moved(truth, 0.5)):
         x0, noise, y, sigma = noised(student)
@@ -146,7 +146,7 @@ def test_a_student_that_is_the_data_stays(kind: str, truth: Mixture) -> None:  #
     assert deviations[1].max() > 10
 
 
-def test_a_blind_critic_with_another_prior_moves_even_the_data() -> None:  # T2's control
+def test_a_blind_fake_score_with_another_prior_moves_even_the_data() -> None:  # T2's control
     truth, sizes = ring(), []
     x0, _, y, sigma = noised(truth)
     for prior in (toy_dmd2.PRIOR, SigmaPrior(shift=1.0)):
@@ -165,10 +165,10 @@ def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) 
     assert low <= (five - one).norm() / truth.velocity(y, torch.full((256,), 0.8)).norm() <= high
 
 
-def test_a_critic_with_another_prior_is_refused(tmp_path: Path) -> None:  # T3
+def test_a_fake_score_with_another_prior_is_refused(tmp_path: Path) -> None:  # T3
     sampling = Sampling("renoise", 4, 5.0)
     settings = toy_dmd2.make_context(tmp_path)
-    with pytest.raises(UserError, match=r"recipe.sigma=.*is not the prior.*remove it"):
+    with pytest.raises(UserError, match=r"recipe.sigma=.*is not the prior.*remove recipe.sigma"):
         toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0))
     assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=toy_dmd2.PRIOR).sigma == toy_dmd2.PRIOR
     assert toy_dmd2.DMD2(settings, sampling=sampling).sigma == toy_dmd2.PRIOR
@@ -232,7 +232,7 @@ class Gains(nn.Module):
         return Pair(self.video * x.video, self.audio * x.audio)
 
 
-class Fixed(Part):
+class Fixed(MicroBatch):
     """A part whose draws are given, so that they stay when its shape changes."""
 
     noise: Pair
@@ -276,7 +276,7 @@ def gradients(
     states = [latents(), latents()]
     part = Fixed([torch.zeros(2, 5)] * 2, Conditioning.nothing(states[0]), [], torch.arange(2))
     part.noise, part.rollout = latents(), Rollout(states, states, states[0], sigma_grid(2, 5.0))
-    made.student_turn(part).backward()
+    made.student_objective(part).backward()
     return student.video.grad, student.audio.grad
 
 

@@ -16,11 +16,11 @@ from processes import Launcher, assert_same, final_state
 from safetensors.torch import load_file
 from toy_dmd2 import Watched, make_context
 
-from magihuman.distill.collapse_monitor import HealthLimits
-from magihuman.distill.discriminator import AdversarySettings
-from magihuman.distill.objective import critic_loss, matching_gradient, surrogate_loss
-from magihuman.distill.rollout import Part, Rollout
-from magihuman.distill.settings import CriticSettings
+from magihuman.distill.collapse_monitor import MonitorSettings
+from magihuman.distill.discriminator import GanSettings
+from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
+from magihuman.distill.rollout import MicroBatch, Rollout
+from magihuman.distill.settings import FakeScoreSettings
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
@@ -34,8 +34,8 @@ RENOISE = Sampling("renoise", 3, 5.0)
 
 def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
     chosen = make_context(folder, guidance=GUIDANCE, precision=precision, lr=1e-2)
-    critic = CriticSettings(lr=1e-2, updates=2, warmup=0)
-    recipe = Watched(chosen, **{"sampling": RENOISE, "critic": critic, **settings})
+    fake_score = FakeScoreSettings(lr=1e-2, updates=2, warmup=0)
+    recipe = Watched(chosen, **{"sampling": RENOISE, "fake_score": fake_score, **settings})
     recipe.configure_model()
     return recipe
 
@@ -43,19 +43,19 @@ def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
 # T9: what is given is seen clean by all networks, and counts nowhere.
 
 
-def conditioned() -> Part:
+def conditioned() -> MicroBatch:
     """Four samples: nothing given, the first frame, the sound, both."""
     batch = training_stub.batch(range(4))
     given = Conditioning.nothing(Pair(batch["video"], batch["audio"]))
     given.mask.video[[1, 3], :, 0] = 0
     given.mask.audio[[2, 3]] = 0
     generators = [torch.Generator().manual_seed(b) for b in range(4)]
-    return Part(batch["text"], given, generators, batch["index"])
+    return MicroBatch(batch["text"], given, generators, batch["index"])
 
 
-def share_of_clean_inputs(recipe: Watched, part: Part) -> dict[str, float]:
+def share_of_clean_inputs(recipe: Watched, part: MicroBatch) -> dict[str, float]:
     """By role: of the calls, how many had all that is given as it was given."""
-    clean = part.given.latents
+    clean = part.conditioning.latents
     found: dict[str, list[bool]] = {}
     for call in recipe.calls:
         whole = torch.equal(call.x.video[[1, 3], :, 0], clean.video[[1, 3], :, 0])
@@ -67,20 +67,20 @@ def share_of_clean_inputs(recipe: Watched, part: Part) -> dict[str, float]:
 def test_conditions_are_clean_in_every_input_and_get_no_gradient(tmp_path: Path, monkeypatch) -> None:
     recipe, part = made(tmp_path), conditioned()
     for turn in range(3):
-        recipe.critic_turn(part, turn).backward()
-    recipe.student_turn(part).backward()
-    assert share_of_clean_inputs(recipe, part) == {"student": 1, "critic": 1, "teacher": 1}
+        recipe.fake_score_objective(part, turn).backward()
+    recipe.student_objective(part).backward()
+    assert share_of_clean_inputs(recipe, part) == {"student": 1, "fake_score": 1, "teacher": 1}
     counts = {
-        role: sum(call.role == role for call in recipe.calls) for role in ("student", "critic", "teacher")
+        role: sum(call.role == role for call in recipe.calls) for role in ("student", "fake_score", "teacher")
     }
     assert counts == {
         "student": 3 + 1,
-        "critic": 3 + 1,
+        "fake_score": 3 + 1,
         "teacher": 2,
     }  # the teacher with and without the text
 
     trained = [call for call in recipe.calls if call.gradients]
-    assert [call.role for call in trained] == ["critic"] * 3 + ["student"]
+    assert [call.role for call in trained] == ["fake_score"] * 3 + ["student"]
     for call in trained:
         video, audio = call.v.video.grad, call.v.audio.grad
         assert torch.count_nonzero(video[[1, 3], :, 0]) == torch.count_nonzero(audio[[2, 3]]) == 0
@@ -90,9 +90,9 @@ def test_conditions_are_clean_in_every_input_and_get_no_gradient(tmp_path: Path,
     # The control: inputs that nobody puts the conditions into are found, in all three networks.
     broken, part = made(tmp_path), conditioned()
     monkeypatch.setattr(Conditioning, "insert", lambda self, generated: generated)
-    broken.critic_turn(part, 0)
-    broken.student_turn(part)
-    assert share_of_clean_inputs(broken, part) == {"student": 0, "critic": 0, "teacher": 0}
+    broken.fake_score_objective(part, 0)
+    broken.student_objective(part)
+    assert share_of_clean_inputs(broken, part) == {"student": 0, "fake_score": 0, "teacher": 0}
 
 
 def test_a_masked_objective_is_that_of_what_is_left(tmp_path: Path) -> None:
@@ -107,13 +107,14 @@ def test_a_masked_objective_is_that_of_what_is_left(tmp_path: Path) -> None:
     assert not gradient[:, :, 0].any()
     torch.testing.assert_close(surrogate_loss(x0, gradient, mask), surrogate_loss(x0[:, :, 1:], alone, rest))
     torch.testing.assert_close(
-        critic_loss(real, x0, noise, mask), critic_loss(*(x[:, :, 1:] for x in (real, x0, noise)), rest)
+        fake_score_loss(real, x0, noise, mask),
+        fake_score_loss(*(x[:, :, 1:] for x in (real, x0, noise)), rest),
     )
 
 
 def test_clips_without_sound_and_stills_are_distilled_too(tmp_path: Path) -> None:
     for kind in ({"sound": False}, {"sound": False, "frames": 1}):
-        recipe = made(tmp_path, first_frame=1.0, given_audio=1.0)
+        recipe = made(tmp_path, first_frame=1.0, audio_conditioning=1.0)
         recipe.training_step(training_stub.batch(range(2), **kind), 0)
         figures = recipe.meter.flush()
         assert figures["dm/video"] > 0
@@ -133,20 +134,20 @@ def test_a_learned_sample_is_in_the_order_that_inference_reads(tmp_path: Path) -
     noise = Pair(*(torch.randn(x.shape, generator=draw) for x in x0))
     sigma, everywhere = torch.tensor([0.6]), Conditioning.nothing(x0).mask
     noisy = Pair(*(add_noise(a, b, sigma) for a, b in zip(x0, noise, strict=True)))
-    critic = recipe.networks.critic
-    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    fake_score = recipe.networks.fake_score
+    optimizer = torch.optim.Adam(fake_score.parameters(), lr=1e-2)
     for _ in range(150):
-        velocity = recipe.velocity("critic", batch["text"], noisy, Pair(sigma, sigma))
-        losses = [critic_loss(*of) for of in zip(velocity, x0, noise, everywhere, strict=True)]
+        velocity = recipe.velocity("fake_score", batch["text"], noisy, Pair(sigma, sigma))
+        losses = [fake_score_loss(*of) for of in zip(velocity, x0, noise, everywhere, strict=True)]
         optimizer.zero_grad()
         sum(loss.sum() for loss in losses).backward()
         optimizer.step()
     assert losses[0].item() < 1e-3
 
     written: list[torch.Tensor] = []
-    critic.model.register_forward_hook(lambda _model, _inputs, outputs: written.append(outputs[0]))
+    fake_score.model.register_forward_hook(lambda _model, _inputs, outputs: written.append(outputs[0]))
     with torch.no_grad():
-        recipe.velocity("critic", batch["text"], noisy, Pair(sigma, sigma))
+        recipe.velocity("fake_score", batch["text"], noisy, Pair(sigma, sigma))
     target = noise.video - x0.video
     tokens = written[0].reshape(1, -1, 12)
     assert float((tokens - patchify_target(target, 2)).square().mean()) < 1e-3
@@ -160,7 +161,7 @@ class Phases(Watched):
     """Notes at every update which networks have gradients before it, and after it."""
 
     def with_gradients(self) -> list[str]:
-        roles = ("student", "critic", "teacher")
+        roles = ("student", "fake_score", "teacher")
         return [n for n in roles if any(w.grad is not None for w in self.networks.role(n).parameters())]
 
     def update(self, role: str, optimizer: Any) -> None:
@@ -172,7 +173,7 @@ class Phases(Watched):
 def phases(folder: Path, **settings: Any) -> tuple[Phases, list[Any]]:
     recipe = Phases(
         make_context(folder, guidance=GUIDANCE, precision="bf16"),
-        sampling=RENOISE, critic=CriticSettings(updates=2, warmup=1), micro_batch=1, **settings,
+        sampling=RENOISE, fake_score=FakeScoreSettings(updates=2, warmup=1), micro_batch=1, **settings,
     )  # fmt: skip
     recipe.held = []
     recipe.configure_model()
@@ -182,7 +183,7 @@ def phases(folder: Path, **settings: Any) -> tuple[Phases, list[Any]]:
 
 
 def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_path, monkeypatch) -> None:
-    expected = [("critic", ["critic"], [])] * 4 + [("student", ["student"], [])]
+    expected = [("fake_score", ["fake_score"], [])] * 4 + [("student", ["student"], [])]
     recipe, held = phases(tmp_path)
     assert held == expected
 
@@ -191,21 +192,21 @@ def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_pat
     assert all(torch.equal(tensor, stored[name]) for name, tensor in teacher.state_dict().items())
     assert not any(w.requires_grad for w in teacher.parameters())
     assert (
-        teacher.tread is recipe.networks.critic.model.tread is None
+        teacher.tread is recipe.networks.fake_score.model.tread is None
     )  # dropped tokens would change the level
     # Frozen matrices as the network computes with them; what is trained, averaged and at the ends, in full.
     assert teacher.block.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert teacher.final_linear_video.weight.dtype == torch.float32
     assert all(w.dtype == torch.float32 for w in recipe.networks.student.parameters())
-    assert all(w.dtype == torch.float32 for w in recipe.networks.critic.parameters())
+    assert all(w.dtype == torch.float32 for w in recipe.networks.fake_score.parameters())
     assert all(w.dtype == torch.float32 for w in recipe.networks.average.parameters())
     assert {v.dtype for call in recipe.calls for v in call.v} == {torch.float32}
 
-    # With an adversary on the critic's features, the student's gradient goes through the critic.
-    judged = {"gan": AdversarySettings(weight=0.1, network="critic")}
-    assert phases(tmp_path, **judged)[1] == expected
-    monkeypatch.setattr("recipes.dmd2.resting", nullcontext)  # the control
-    assert phases(tmp_path, **judged)[1][-1] == ("student", ["student", "critic"], ["critic"])
+    # With a discriminator on the fake score's features, the student's gradient goes through the fake score.
+    gan = {"gan": GanSettings(weight=0.1, network="fake_score")}
+    assert phases(tmp_path, **gan)[1] == expected
+    monkeypatch.setattr("recipes.dmd2.frozen", nullcontext)  # the control
+    assert phases(tmp_path, **gan)[1][-1] == ("student", ["student", "fake_score"], ["fake_score"])
 
 
 def batch(cycle: int) -> dict[str, Any]:
@@ -213,10 +214,10 @@ def batch(cycle: int) -> dict[str, Any]:
 
 
 def test_a_student_that_never_has_a_finite_gradient_ends_the_run(tmp_path, monkeypatch) -> None:
-    """Its critic's gradients are finite, and do not vouch for it."""
+    """The finite gradients of its fake score do not hide it."""
     recipe = made(tmp_path)
-    turn = recipe.student_turn
-    monkeypatch.setattr(recipe, "student_turn", lambda part: turn(part) * torch.nan)
+    turn = recipe.student_objective
+    monkeypatch.setattr(recipe, "student_objective", lambda part: turn(part) * torch.nan)
     for cycle in range(19):
         recipe.training_step(batch(cycle), 0)
     with pytest.raises(
@@ -226,8 +227,8 @@ def test_a_student_that_never_has_a_finite_gradient_ends_the_run(tmp_path, monke
 
 
 def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> None:
-    recipe = made(tmp_path, gan=AdversarySettings(weight=0.1))
-    estimate, heads = Rollout.estimate, recipe.adversary.parameters
+    recipe = made(tmp_path, gan=GanSettings(weight=0.1))
+    estimate, heads = Rollout.estimate, recipe.discriminator.parameters
 
     def broken(self: Rollout, step: torch.Tensor) -> Pair:
         x0 = estimate(self, step)
@@ -240,24 +241,24 @@ def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(Rollout, "estimate", estimate)
     recipe.training_step(batch(1), 0)
     assert not any(torch.equal(a, b) for a, b in zip(before, heads(), strict=True))
-    weights = [*heads(), *recipe.networks.critic.parameters(), *recipe.networks.student.parameters()]
+    weights = [*heads(), *recipe.networks.fake_score.parameters(), *recipe.networks.student.parameters()]
     assert all(w.isfinite().all() for w in weights)
     assert recipe.meter.flush()["grad_norm/gan"] > 0
 
 
-def test_a_student_is_not_judged_before_its_first_update(tmp_path, monkeypatch) -> None:
+def test_a_student_is_not_gan_before_its_first_update(tmp_path, monkeypatch) -> None:
     recipe = Watched(
-        make_context(tmp_path), sampling=RENOISE, critic=CriticSettings(updates=1, warmup=4), micro_batch=3,
-        health=HealthLimits(every=1, prompts=2, samples=4, patience=2),
+        make_context(tmp_path), sampling=RENOISE, fake_score=FakeScoreSettings(updates=1, warmup=4), micro_batch=3,
+        monitor=MonitorSettings(every=1, prompts=2, samples=4, patience=2),
     )  # fmt: skip
     recipe.configure_model()
     recipe.training_step(batch(0), 0)
     assert {len(call.text) for call in recipe.calls} == {2, 3}  # 8 samples of a look, 3 at once; the batch
-    monkeypatch.setattr(recipe.health, "look", lambda *_: {"health/std_video": 0.1})
+    monkeypatch.setattr(recipe.monitor, "measure", lambda *_: {"monitor/std_video": 0.1})
     for cycle in range(1, 6):  # the first update is in the fifth cycle, the first look at it in the sixth
         recipe.training_step(batch(cycle), 0)
-    assert recipe.health.strikes["health/std_video"] == 1
-    with pytest.raises(UserError, match=r"health/std_video is .* at step 6"):
+    assert recipe.monitor.strikes["monitor/std_video"] == 1
+    with pytest.raises(UserError, match=r"monitor/std_video is .* at step 6"):
         recipe.training_step(batch(6), 0)
 
 
@@ -274,17 +275,17 @@ def teacher(tmp_path_factory) -> Path:
 def common(teacher: Path) -> list[str]:
     return [
         "+recipe=dmd2", f"init={teacher}", "trainer.max_steps=6", "checkpoint.every_steps=100",
-        "recipe.critic.warmup=2", "recipe.critic.updates=2", "recipe.sampling.steps=3", "recipe.first_step=0",
-        "recipe.critic.first_step=0", "recipe.health={every: 2, prompts: 2, samples: 2, patience: 99}",
+        "recipe.fake_score.warmup=2", "recipe.fake_score.updates=2", "recipe.sampling.steps=3", "recipe.first_step=0",
+        "recipe.fake_score.first_step=0", "recipe.monitor={every: 2, prompts: 2, samples: 2, patience: 99}",
         "recipe.first_frame=0.5", "callbacks.validation=null",
     ]  # fmt: skip
 
 
 def everything(run: Path) -> dict[str, Any]:
-    """Weights, both optimisers, schedule, averages, counters, health, position in the data."""
+    """Weights, both optimisers, schedule, averages, counters, monitor, position in the data."""
     state = final_state(run)
     assert len(state["optimizer_states"]) == 2
-    assert any(key.startswith("critic.") for key in state["state_dict"])
+    assert any(key.startswith("fake_score.") for key in state["state_dict"])
     assert any(key.startswith("ema.") for key in state["state_dict"])
     names = ("state_dict", "optimizer_states", "lr_schedulers", "recipe", "LatentDataModule", "global_step")
     return {name: state[name] for name in names}
@@ -295,7 +296,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path)
     through, halves, damaged = (tmp_path / name for name in ("through", "halves", "damaged"))
     training_stub.train_here(through, shards, common(teacher))
     whole = everything(through)
-    counts = {"step": 6, "batches": 6, "student_updates": 4, "critic_updates": 12, "ema_updates": 4}
+    counts = {"step": 6, "batches": 6, "student_updates": 4, "fake_score_updates": 12, "ema_updates": 4}
     assert {name: whole["recipe"][name] for name in counts} == counts
 
     training_stub.train_here(halves, shards, [*common(teacher), "trainer.max_steps=3"])
@@ -305,7 +306,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path)
     exported = "export/model-00001-of-00001.safetensors"
     assert (halves / exported).read_bytes() == (through / exported).read_bytes()
 
-    # The control: a critic whose optimiser is not restored exactly ends elsewhere.
+    # The control: a fake score whose optimiser is not restored exactly ends elsewhere.
     saved = damaged / "checkpoints" / "step-00000003.ckpt"
     state = torch.load(saved, weights_only=True)
     for values in state["optimizer_states"][1]["state"].values():
@@ -320,11 +321,11 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path)
 
 @pytest.fixture(scope="module")
 def world(shards, teacher) -> Launcher:
-    exact = ["trainer.precision=fp32", "optim.lr=1e-4", "recipe.critic.lr=1e-4", "+optim.eps=1e-4"]
+    exact = ["trainer.precision=fp32", "optim.lr=1e-4", "recipe.fake_score.lr=1e-4", "+optim.eps=1e-4"]
     size = ["data.module.batch_size=4", "trainer.log_every=1", "trainer.devices=%d", "strategy=%s"]
     # Each process takes the penalty's random steps by itself, so it is left out.
-    judged = ["recipe.gan={weight: 0.1, slope: 0.0, start: 3}", "recipe.micro_batch=2"]
-    return Launcher(shards, [*common(teacher), *exact, *size, *judged])
+    gan = ["recipe.gan={weight: 0.1, slope: 0.0, start: 3}", "recipe.micro_batch=2"]
+    return Launcher(shards, [*common(teacher), *exact, *size, *gan])
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +347,7 @@ def moves(run: Path, teacher: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, strategy) -> None:
     folder = tmp_path / "two"
-    # Stopped while neither the student nor the adversary has had a gradient, and continued.
+    # Stopped while neither the student nor the discriminator has had a gradient, and continued.
     assert world.run(folder, strategy, 2, "trainer.max_steps=2") == [0, 0]
     assert world.run(folder, strategy, 2) == [0, 0]
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (alone, folder)]
@@ -354,14 +355,14 @@ def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, st
     for one, two in zip(*rows, strict=True):
         assert one.keys() == two.keys()
         # Each process looks at samples of its own prompts.
-        own = "health/std", "health/spread", "samples_per_s", "tflops", "memory_gb"
+        own = "monitor/std", "monitor/diversity", "samples_per_s", "tflops", "memory_gb"
         for name in (n for n in one if not n.startswith(own)):
             assert bool(one[name]) == bool(two[name])
             if one[name]:
                 assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5, abs=1e-7), name
                 compared += 1
     assert compared > 60
-    assert {"gan/heads", "health/lag_video", "health/balance"} <= set(rows[0][-1])
+    assert {"gan/discriminator", "monitor/lag_video", "monitor/balance"} <= set(rows[0][-1])
 
     (mine, by), (theirs, _) = moves(folder, teacher), moves(alone, teacher)
     assert by.norm() > 1e-4 * mine.norm()

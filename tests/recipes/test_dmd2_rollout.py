@@ -11,8 +11,8 @@ from torch import Tensor
 from toy_dmd2 import Alone, Watched, make_context
 
 from inference.sampling import LatentShape, sample
-from magihuman.distill.rollout import Part, roll_out
-from magihuman.distill.settings import CriticSettings
+from magihuman.distill.rollout import MicroBatch, roll_out
+from magihuman.distill.settings import FakeScoreSettings
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Conditioning, Pair, draw_noise, seeded
 from magihuman.flow.sigmas import sigma_grid
@@ -23,13 +23,13 @@ RENOISE = Sampling("renoise", 8, 5.0)
 SHAPE = LatentShape(3, 3, 4, 4, 9, 4)
 
 
-def part(first_frame: bool = False) -> Part:
+def part(first_frame: bool = False) -> MicroBatch:
     """Three samples with texts of different lengths."""
     batch = training_stub.batch(range(3))
     given = Conditioning.nothing(Pair(batch["video"], batch["audio"]))
     if first_frame:
         given.mask.video[:, :, 0] = 0
-    return Part(batch["text"], given, seeded([5, 6, 7]), batch["index"])
+    return MicroBatch(batch["text"], given, seeded([5, 6, 7]), batch["index"])
 
 
 def made(folder: Path, kind: type[Alone] = Alone, **settings: Any) -> Any:
@@ -38,7 +38,7 @@ def made(folder: Path, kind: type[Alone] = Alone, **settings: Any) -> Any:
     return recipe
 
 
-def followed(network: Any, some: Part, settings: Sampling, **more: Any) -> tuple[list[Pair], Pair]:
+def followed(network: Any, some: MicroBatch, settings: Sampling, **more: Any) -> tuple[list[Pair], Pair]:
     """States after every step, and the end, of inference."""
     states: list[Pair] = []
     end = sample(
@@ -57,11 +57,11 @@ def same(a: Pair, b: Pair) -> bool:
 def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool) -> None:  # T6
     recipe, some = made(tmp_path), part(first_frame)
     rollout = recipe.rollout(some)
-    more = {"image_latent": some.given.latents.video[:, :, :1]} if first_frame else {}
+    more = {"image_latent": some.conditioning.latents.video[:, :, :1]} if first_frame else {}
     states, end = followed(recipe.networks.student, some, recipe.sampling, **more)
     assert rollout.steps == len(states) == 8
     for mine, theirs in zip(rollout.states[1:], states, strict=False):
-        assert same(mine, some.given.insert(theirs))
+        assert same(mine, some.conditioning.insert(theirs))
     assert same(rollout.end, end)
     assert same(rollout.end, rollout.estimates[-1])  # the last step ends at its data estimate
 
@@ -75,18 +75,18 @@ def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool
 
     other = seeded([5, 6, 8])  # the control: another seed, another clip
     velocity = partial(recipe.velocity, "student", some.text)
-    moved = roll_out(recipe.sampling, velocity, other, some.given)
+    moved = roll_out(recipe.sampling, velocity, other, some.conditioning)
     assert torch.equal(moved.end.video[:2], end.video[:2])
     assert not torch.equal(moved.end.video[2], end.video[2])
 
 
 def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:  # T6
     recipe, some = made(tmp_path), part()
-    some.given.mask.audio[:] = 0
+    some.conditioning.mask.audio[:] = 0
     rollout = recipe.rollout(some)
     # Inference draws nothing for a given sound, so it gets the rollout's draws.
     noise = draw_noise(SHAPE.both, seeded([5, 6, 7]), 8)
-    sound = some.given.latents.audio
+    sound = some.conditioning.latents.audio
     states, end = followed(recipe.networks.student, some, recipe.sampling, noise=noise, audio_latent=sound)
     assert all(torch.equal(a.video, b.video) for a, b in zip(rollout.states[1:], states, strict=False))
     assert same(rollout.end, end)
@@ -101,7 +101,7 @@ def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> Non
         settings,
         lambda x, sigma: recipe.teacher_velocity(x, some.text, sigma)[0],
         some.generators,
-        some.given,
+        some.conditioning,
     )
     null = [recipe.context.null_text] * 3
     states, end = followed(recipe.networks.teacher, some, settings, negative_text=null)
@@ -134,10 +134,10 @@ COSTS = {True: 4, False: 1}
 def test_updates_and_passes_of_a_cycle_are_counted(
     tmp_path: Path, updates: int, samples_per_rollout: int, steps: int, units: int
 ) -> None:  # T11
-    """A cycle of 8 steps and 5 updates is one rollout 8, critic 5 x 4, student 4, critic 1, guided teacher 2."""
+    """A cycle of 8 steps and 5 updates is one rollout 8, fake score 5 x 4, student 4, fake score 1, guided teacher 2."""
     warmup, cycles = 2, 5
-    critic = CriticSettings(updates=updates, warmup=warmup, samples_per_rollout=samples_per_rollout)
-    recipe = made(tmp_path, Watched, sampling=Sampling("renoise", steps, 5.0), critic=critic)
+    fake_score = FakeScoreSettings(updates=updates, warmup=warmup, samples_per_rollout=samples_per_rollout)
+    recipe = made(tmp_path, Watched, sampling=Sampling("renoise", steps, 5.0), fake_score=fake_score)
     passes, moved = [], []
     for cycle in range(cycles):
         before = [w.clone() for w in recipe.networks.weights("student").values()]
@@ -149,10 +149,10 @@ def test_updates_and_passes_of_a_cycle_are_counted(
     assert passes == [units - 7] * warmup + [units] * 3
     assert moved == [False] * warmup + [True] * 3
     assert recipe.student_updates == recipe.ema.updates == cycles - warmup == 3
-    assert recipe.critic_updates == updates * cycles
-    student, critic_optimizer = recipe.made[0]
+    assert recipe.fake_score_updates == updates * cycles
+    student, fake_score_optimizer = recipe.made[0]
     assert {int(s["step"]) for s in student.state.values()} == {3}
-    assert {int(s["step"]) for s in critic_optimizer.state.values()} == {updates * cycles}
+    assert {int(s["step"]) for s in fake_score_optimizer.state.values()} == {updates * cycles}
     assert recipe.step == recipe.batches == cycles
 
 
@@ -162,8 +162,8 @@ def test_every_step_is_learned_equally_often(tmp_path: Path) -> None:  # T11
     for batch in range(200):
         recipe.batches = batch
         some = part()
-        some.position = torch.arange(12) + 12 * batch
-        chosen = recipe.step_of(some, 5, 2)
+        some.index = torch.arange(12) + 12 * batch
+        chosen = recipe.choose_steps(some, 5, 2)
         assert chosen.unique().tolist() == [2, 3, 4, 5, 6, 7]  # stratified: a batch has them all
         counts += torch.bincount(chosen, minlength=8)
     assert counts.tolist() == [0, 0] + [400] * 6
@@ -174,5 +174,5 @@ def test_every_step_is_learned_equally_often(tmp_path: Path) -> None:  # T11
 def recipe_step(recipe: Alone, batch: int) -> Tensor:
     recipe.batches = batch
     some = part()
-    some.position = torch.zeros(1, dtype=torch.long)
-    return recipe.step_of(some, 0, 2)[0]
+    some.index = torch.zeros(1, dtype=torch.long)
+    return recipe.choose_steps(some, 0, 2)[0]

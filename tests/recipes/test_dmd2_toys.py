@@ -12,7 +12,7 @@ from torch import Tensor
 from toy_dmd2 import PRIOR, Field, Net, PointDMD2
 from toy_mixture import Figures, Mixture, compare, ring
 
-from magihuman.distill.settings import CriticSettings
+from magihuman.distill.settings import FakeScoreSettings
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
 
@@ -32,11 +32,11 @@ def recipe(
     folder: Path, start: Net, field: Field, cycles: int, seed: int, *, shift: float, rates: tuple[float, float],
     sound: int = 0,
 ) -> PointDMD2:  # fmt: skip
-    """The recipe with four re-noising steps; `shift` of the levels of comparison, learning rates of student, critic."""
+    """The recipe with four re-noising steps; `shift` of the levels of comparison, learning rates of student, fake score."""
     context = toy_dmd2.make_context(folder, steps=cycles, seed=seed, lr=rates[0], ema_decay=0.95)
-    critic = CriticSettings(lr=rates[1], updates=5, warmup=10)
+    fake_score = FakeScoreSettings(lr=rates[1], updates=5, warmup=10)
     return PointDMD2(
-        context, start, field, sound, sampling=Sampling("renoise", 4, 5.0), score=ScoreLevels(shift), critic=critic
+        context, start, field, sound, sampling=Sampling("renoise", 4, 5.0), score=ScoreLevels(shift), fake_score=fake_score
     )  # fmt: skip
 
 
@@ -89,8 +89,8 @@ def test_networks_that_are_not_told_learn_it_too(blind: Net, tmp_path: Path, see
     assert after.outliers <= 0.20, after
 
 
-def test_a_blind_critic_with_another_prior_teaches_nothing(blind: Net, tmp_path: Path) -> None:
-    """T5's control: the critic learns at other levels. Measured: .77 of .84, where these settings lead to .31 under the
+def test_a_blind_fake_score_with_another_prior_teaches_nothing(blind: Net, tmp_path: Path) -> None:
+    """T5's control: the fake score learns at other levels. Measured: .77 of .84, where these settings lead to .31 under the
     teacher's prior; .77 with the settings above, too."""
     made = recipe(tmp_path, blind, _blind, 150, 0, shift=2.0, rates=(2e-3, 4e-3))
     made.sigma = SigmaPrior(shift=1.0)
@@ -132,8 +132,8 @@ def agreement(points: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_a_joint_critic_keeps_sound_and_picture_together(tmp_path: Path) -> None:
-    """T17. Measured: agreement .88 before and .96 after; .65 where teacher and critic see one modality each."""
+def test_a_joint_fake_score_keeps_sound_and_picture_together(tmp_path: Path) -> None:
+    """T17. Measured: agreement .88 before and .96 after; .65 where teacher and fake score see one modality each."""
     start = toy_dmd2.pretrained(PAIRED.velocity, PAIRED, blind=False, updates=800)
     found = {}
     for name, field in (("together", PAIRED.velocity), ("apart", _apart)):

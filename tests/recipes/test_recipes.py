@@ -20,7 +20,7 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path)
     if training_stub.compose([f"+recipe={recipe}"]).init is not None:
         common.append(f"init={parent}")
     if recipe == "dmd2":
-        common.append("recipe.critic.warmup=1")  # so that the student moves within three cycles
+        common.append("recipe.fake_score.warmup=1")  # so that the student moves within three cycles
     through = training_stub.train_here(tmp_path / "a", shards, common)
     halves = training_stub.train_here(tmp_path / "b", shards, [*common, "trainer.max_time=00:00:00"])
     record = json.loads((halves / "run.json").read_text())

@@ -76,13 +76,13 @@ def test_mistakes_are_one_line(shards, parent, tmp_path) -> None:
     folder = tmp_path / "a"
     training_stub.train_here(folder, shards, [*COMMON, f"init={parent}", "trainer.max_time=00:00:00"])
     for options, message in {
-        ("init=null",): "lora changes a trained checkpoint; give init=",
+        ("init=null",): "lora fine-tunes a trained checkpoint; give init=",
         (f"init={parent}", "optim=muon"): "choose optim=adamw",
         (f"init={parent}", "strategy=zero2"): "runs with strategy=single or ddp or fsdp2",
         (f"init={parent}", "recipe.lora.rank=3"): "another recipe.lora (rank 2 then, 3 now)",
-        (f"init={parent}/export",): f"lie on init={parent}, not on init={parent}/export",
+        (f"init={parent}/export",): f"belongs to init={parent}, not to init={parent}/export",
     }.items():
-        place = folder if "then" in message or "lie on" in message else tmp_path / "b"
+        place = folder if "then" in message or "belongs to" in message else tmp_path / "b"
         with pytest.raises(UserError) as error:
             training_stub.train_here(place, shards, [*COMMON, *options])
         assert message in str(error.value), options

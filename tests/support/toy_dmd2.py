@@ -16,7 +16,7 @@ import training_stub
 from torch import Tensor, nn
 
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
-from magihuman.distill.collapse_monitor import HealthLimits
+from magihuman.distill.collapse_monitor import MonitorSettings
 from magihuman.distill.networks import Networks
 from magihuman.distill.rollout import roll_out
 from magihuman.flow.guidance import Guidance
@@ -96,10 +96,10 @@ class Net(nn.Module):
 
 
 class Alone(DMD2):
-    """The recipe without a trainer. Settings that say nothing else: no conditions, no health signals."""
+    """The recipe without a trainer. Settings that say nothing else: no conditions, no collapse monitor."""
 
     def __init__(self, context: TrainingContext, **settings: Any) -> None:
-        defaults = {"first_frame": 0.0, "given_audio": 0.0, "health": HealthLimits(every=0)}
+        defaults = {"first_frame": 0.0, "audio_conditioning": 0.0, "monitor": MonitorSettings(every=0)}
         super().__init__(context, **{**defaults, **settings})
 
     def configure_model(self) -> None:
@@ -147,7 +147,7 @@ class PointDMD2(Alone):
     """The recipe on points, with a network and an exact teacher that are put in from outside.
 
     Args:
-        start: what student and critic begin as; teacher: exact field.
+        start: what student and fake_score begin as; teacher: exact field.
         sound: how many numbers of a point are audio.
     """
 
@@ -158,10 +158,10 @@ class PointDMD2(Alone):
         self.start, self.field, self.sound = start, teacher, sound
 
     def configure_model(self) -> None:
-        self.denoiser, self.critic = copy.deepcopy(self.start), copy.deepcopy(self.start)
+        self.denoiser, self.fake_score = copy.deepcopy(self.start), copy.deepcopy(self.start)
         if self.context.optim.ema_decay:
             self.ema = EMA(self.denoiser, self.context.optim.ema_decay)
-        self.networks = Networks(self.field, self.critic, self.denoiser, self.network)
+        self.networks = Networks(self.field, self.fake_score, self.denoiser, self.network)
         self.made = self.configure_optimizers()
 
     def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry
 from toy_dmd2 import DIT, UNGUIDED, Alone, make_context
 
 from magihuman import zoo
-from magihuman.distill.discriminator import AdversarySettings
-from magihuman.distill.settings import CriticSettings
+from magihuman.distill.discriminator import GanSettings
+from magihuman.distill.settings import FakeScoreSettings
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling
@@ -140,11 +140,11 @@ def test_the_second_stage_counts_the_first_one_s_passes() -> None:
 
 
 class TestDMD2:
-    """Steps K = 8, critic's updates R = 5."""
+    """Steps K = 8, fake score's updates R = 5."""
 
     def made(self, folder: Path, guidance: Guidance = UNGUIDED, **settings: Any) -> Alone:
         usual: dict[str, Any] = {
-            "sampling": Sampling("renoise", 8, 5.0), "critic": CriticSettings(updates=5, warmup=1), "lora": SIZE
+            "sampling": Sampling("renoise", 8, 5.0), "fake_score": FakeScoreSettings(updates=5, warmup=1), "lora": SIZE
         }  # fmt: skip
         recipe = Alone(make_context(folder, guidance=guidance), **{**usual, **settings})
         recipe.configure_model()
@@ -163,12 +163,12 @@ class TestDMD2:
         assert passes_of(1) == (8 + 15 + 6) * F
         assert passes_of(1, UNGUIDED) == (8 + 15 + 5) * F
         assert passes_of(0) == (8 + 15) * F  # the student stands still
-        short = CriticSettings(updates=5, warmup=1, samples_per_rollout=5)
-        assert passes_of(0, critic=short) == (8 + 15) * F
-        assert passes_of(1, critic=short) == (2 * 8 + 15 + 6) * F
-        assert passes_of(1, networks="lora_critic") == (8 + 10 + 6) * F + 5 * S + (15 + 1) * A + 5 * E
+        short = FakeScoreSettings(updates=5, warmup=1, samples_per_rollout=5)
+        assert passes_of(0, fake_score=short) == (8 + 15) * F
+        assert passes_of(1, fake_score=short) == (2 * 8 + 15 + 6) * F
+        assert passes_of(1, networks="lora_fake_score") == (8 + 10 + 6) * F + 5 * S + (15 + 1) * A + 5 * E
         assert passes_of(1, networks="lora") == (8 + 10 + 2 + 3) * F + 6 * S + (8 + 15 + 3 + 1) * A + 6 * E
-        gan = AdversarySettings(weight=0.1, start=2, taps=(0,))
+        gan = GanSettings(weight=0.1, start=2, taps=(0,))
         tap = forward(2, layers=1)
         assert passes_of(1, gan=gan) == 29 * F
         assert passes_of(2, gan=gan) == 29 * F + (3 * 5 + 2) * tap + attention(2, layers=1)
@@ -180,7 +180,7 @@ class TestDMD2:
         more = dmd2_flops(DIT, sample, null_text=50, **kinds) - dmd2_flops(DIT, sample, **kinds)
         assert more == forward(50)
 
-    @pytest.mark.parametrize("networks", ["full", "lora_critic", "lora"])
+    @pytest.mark.parametrize("networks", ["full", "lora_fake_score", "lora"])
     def test_an_iteration(self, tmp_path: Path, networks: str) -> None:
         recipe = self.made(tmp_path, Guidance(), networks=networks)
         batch = training_stub.batch(range(2))
@@ -188,18 +188,18 @@ class TestDMD2:
         for trained in (
             5,
             6,
-        ):  # passes whose gradients end at data: the critic's alone, then the student's too
+        ):  # passes whose gradients end at data: the fake score's alone, then the student's too
             assert (
                 counted(lambda: recipe.training_step(batch, 0))
                 == recipe.batch_flops(batch) - trained * inputs
             )
 
-    @pytest.mark.parametrize(("networks", "judge"), [("full", "teacher"), ("lora", "critic")])
-    def test_an_iteration_with_the_adversary(self, tmp_path: Path, networks: str, judge: str) -> None:
+    @pytest.mark.parametrize(("networks", "judge"), [("full", "teacher"), ("lora", "fake_score")])
+    def test_an_iteration_with_the_discriminator(self, tmp_path: Path, networks: str, judge: str) -> None:
         """Its heads read the last block, so what runs behind it are the final linears, and these are forward only."""
-        critic = CriticSettings(updates=2, warmup=0)
-        gan = AdversarySettings(weight=0.1, taps=(1,), network=judge)
-        recipe = self.made(tmp_path, critic=critic, networks=networks, gan=gan)
+        fake_score = FakeScoreSettings(updates=2, warmup=0)
+        gan = GanSettings(weight=0.1, taps=(1,), network=judge)
+        recipe = self.made(tmp_path, fake_score=fake_score, networks=networks, gan=gan)
         batch = training_stub.batch(range(2))
         run = counted(lambda: recipe.training_step(batch, 0))
         behind = 2 * (3 * 2 + 1) * FINAL

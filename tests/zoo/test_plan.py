@@ -93,20 +93,20 @@ class TestTraining:
     RUN = plan_training.Run(BIG, Tokens(3584, 126, 340))
 
     @pytest.mark.parametrize(
-        ("holding", "ema", "rank", "total", "shards"),
+        ("sharing", "ema", "rank", "total", "shards"),
         [
             ("full", "gpu", 128, 581, (72.7, 36.3, 18.2, 9.1)),
             ("full", "cpu", 128, 520, (65.0, 32.5, 16.3, 8.1)),
-            ("lora_critic", "gpu", 128, 345, (43.1, 21.6, 10.8, 5.4)),
-            ("lora_critic", "cpu", 128, 284, (35.5, 17.7, 8.9, 4.4)),
+            ("lora_fake_score", "gpu", 128, 345, (43.1, 21.6, 10.8, 5.4)),
+            ("lora_fake_score", "cpu", 128, 284, (35.5, 17.7, 8.9, 4.4)),
             ("lora", "gpu", 128, 50, (6.2, 3.1, 1.6, 0.8)),
             ("lora", "gpu", 64, 40, (5.0, 2.5, 1.25, 0.6)),
         ],
     )
     def test_dmd2_state(
-        self, holding: str, ema: str, rank: int, total: float, shards: tuple[float, ...]
+        self, sharing: str, ema: str, rank: int, total: float, shards: tuple[float, ...]
     ) -> None:
-        state = plan_training.state_bytes(replace(self.RUN, ema=ema, rank=rank), "dmd2", holding)
+        state = plan_training.state_bytes(replace(self.RUN, ema=ema, rank=rank), "dmd2", sharing)
         assert state / GB == pytest.approx(total, abs=0.6)
         for gpus, size in zip((8, 16, 32, 64), shards, strict=True):
             assert state / gpus / GB == pytest.approx(size, abs=0.08)
@@ -128,13 +128,13 @@ class TestTraining:
         assert "  recompute attention in the backward pass as well: checkpointing=true" in report
         assert plan_training.gathered_bytes(self.RUN, 1) == 0
 
-    @pytest.mark.parametrize(("task", "holding"), [("lora", "full"), ("dmd2", "lora")])
-    def test_a_frozen_base_has_no_master_weights(self, task: str, holding: str) -> None:
+    @pytest.mark.parametrize(("task", "sharing"), [("lora", "full"), ("dmd2", "lora")])
+    def test_a_frozen_base_has_no_master_weights(self, task: str, sharing: str) -> None:
         for checkpointing in (True, False):
             run = replace(self.RUN, checkpointing=checkpointing)
             casts = footprint.cast_bytes(BIG, 2, checkpointing)
             assert (
-                plan_training.work_bytes(run, task, holding)
+                plan_training.work_bytes(run, task, sharing)
                 == plan_training.work_bytes(run, "pretrain") - casts
             )
         # Without recomputation 30 GB of bf16 copies of 15 B master weights would wait for the backward pass.
@@ -193,9 +193,9 @@ class TestCommand:
     def test_training_and_names(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", "15b", "task=dmd2", "gpus=8"]) == 0
         shown = capsys.readouterr().out
-        assert "does not fit: 8 GPU, holding full" in shown
+        assert "does not fit: 8 GPU, sharing full" in shown
         assert "shard over 16 GPUs" in shown
-        assert "fits: 8 GPU, holding lora_critic" in shown
+        assert "fits: 8 GPU, sharing lora_fake_score" in shown
         assert main(["plan", "15b", "task=lora", "rank=32"]) == 0
         assert "fits: 1 GPU needs 4" in capsys.readouterr().out
         assert main(["plan", "tiny", "task=pretrain"]) == 0
