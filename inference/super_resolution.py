@@ -1,4 +1,10 @@
-"""Super-resolution: the clip's latents enlarged, noised, and denoised again by a model of its own (SPEC 4.4)."""
+"""Super-resolution stage: upsampled and noised latents are denoised by a second network (SPEC 4.4).
+
+The noise comes from the generators of the first stage:
+
+    noise = draw(shape, generators, device)
+    video = refine(sr_denoiser, base_video, base_audio, text, None, shape, noise, steps=5)
+"""
 
 from collections.abc import Sequence
 
@@ -37,7 +43,7 @@ def refine(
     cfg_passes: int = 1,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The second stage.
+    """Run the super-resolution stage.
 
     Args:
         denoiser: the second stage's.
@@ -47,14 +53,14 @@ def refine(
         noise: for both, from `draw`.
         steps, shift: of the solver, which is UniPC.
         guidance: from `magihuman.flow.guidance.frame_scales`, or None.
-        audio_noise: noise level of the sound; the released one, where nothing is to be studied.
+        audio_noise: noise level of the audio; other values than the released one are for ablations.
         image_latent: the first frame [B,C,1,h,w], encoded at this stage's size.
         progress, cfg_passes, device: as in `inference.sampling.sample`.
 
     Returns:
-        the clip's video latents at the new size, fp32; its audio stays that of the first stage.
+        video latents at the new size, fp32; the clip keeps the audio of the first stage.
     """
-    video, heard = start(video, audio, noise, zero_snr_table()[NOISE_INDEX].item(), audio_noise)
+    video, noised_audio = start(video, audio, noise, zero_snr_table()[NOISE_INDEX].item(), audio_noise)
     return sample(
         denoiser,
         text,
@@ -65,9 +71,9 @@ def refine(
         guidance,
         shift,
         image_latent=image_latent,
-        audio_latent=heard,
+        audio_latent=noised_audio,
         progress=progress,
-        noise=Noise(Pair(video, heard)),
+        noise=Noise(Pair(video, noised_audio)),
         cfg_passes=cfg_passes,
         device=device,
     )[0]

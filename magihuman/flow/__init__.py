@@ -1,1 +1,1 @@
-"""Flow-matching mathematics: plain fp32 functions that know no model."""
+"""Flow matching: path, noise levels, solvers, guidance and the denoising loop; fp32, independent of any network."""

@@ -1,4 +1,8 @@
-"""Classifier-free guidance: a scale for each modality and timestep (SPEC 4.3)."""
+"""Classifier-free guidance with a scale per modality and timestep: v = v_uncond + w (v_cond - v_uncond) (SPEC 4.3).
+
+guidance = Guidance(video_high=5.0, video_low=2.0, threshold=500, audio=5.0)
+v = combine(v_cond, v_uncond, guidance("video", timestep))
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +17,7 @@ MODALITIES = ("video", "audio")
 
 @dataclass(frozen=True)
 class Guidance:
-    """Released rule: video takes `video_high` while the timestep is above `threshold`, else `video_low`.
+    """Guidance scales of the release: for video `video_high` at timesteps above `threshold`, else `video_low`.
 
     Attributes:
         threshold: on the truncated integer timestep, 0 to 1000.
@@ -41,14 +45,14 @@ class Guidance:
         """Scales at noise levels [B], shaped to broadcast over the latents of the modality.
 
         Args:
-            like: a tensor on the device where they are wanted.
+            like: a tensor on the device of the result.
         """
         scales = [self(modality, int(1000 * level)) for level in sigma.tolist()]
         return torch.tensor(scales, device=like.device).view(-1, *[1] * (4 if modality == "video" else 2))
 
     @property
     def needed(self) -> bool:
-        """False when every scale is 1, so that the negative prompt need not run."""
+        """False when every scale is 1 and the unconditional branch can be skipped."""
         return not self.video_high == self.video_low == self.audio == 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class Guidance:
 
 
 def combine(positive: Tensor, negative: Tensor, scale: Tensor | float) -> Tensor:
-    """negative + scale (positive - negative), fp32; scale may be a tensor, one value per latent frame say."""
+    """negative + scale * (positive - negative), fp32; a tensor of scales is broadcast (one per latent frame, for example)."""
     negative = negative.float()
     return negative + scale * (positive.float() - negative)
 

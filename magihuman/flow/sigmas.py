@@ -1,4 +1,8 @@
-"""Noise levels: priors to train on, grids to sample on, and the table that noises the super-resolution input."""
+"""Noise levels sigma (0 data, 1 noise): priors for training, grids for sampling, noise table of super-resolution.
+
+sigma_video, sigma_audio = SigmaPrior("shifted", shift=5.0).sample(batch=8)     # training, [8] each
+sigmas = sigma_grid(steps=8, shift=5.0)                                         # sampling, [9], down to 0
+"""
 
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,12 +20,12 @@ _TRAIN_STEPS = 1000
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards 1 for shift > 1: s u / (1 + (s - 1) u)."""
+    """Timestep shift s u / (1 + (s - 1) u), which moves noise levels towards 1 for shift s > 1."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def sigma_grid(steps: int, shift: float) -> Tensor:
-    """Released inference grid (SPEC 3.1): fp32 [steps + 1], from just under 1 down to exactly 0.
+    """Noise levels of the released sampler (SPEC 3.1): fp32 [steps + 1], from just under 1 to exactly 0.
 
     Raises:
         UserError: for fewer than one step or a shift that is not positive.
@@ -47,16 +51,17 @@ def _grid(steps: int, shift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SigmaPrior:
-    """Distribution of training noise levels. A model without timestep input depends on it, so it is stored.
+    """Distribution of training noise levels. It is stored in checkpoints, since a network without timestep input
+    infers the level under this prior.
 
     Attributes:
-        kind: "uniform"; "shifted", uniform moved by `shift`; "logit_normal", the logistic of a normal draw,
-            then moved by `shift`.
-        shift: of `shift_sigma`; 1 changes nothing.
-        mean, std: of the normal draw, logit_normal only.
-        coupling: "shared", video and audio of a sample are equally noisy; "independent", the audio's level is
-            drawn apart for a share of the samples.
-        independent_fraction: that share.
+        kind: "uniform"; "shifted", uniform with timestep shift; "logit_normal", logistic of a normal variable, then
+            shifted.
+        shift: see `shift_sigma`; 1 is none.
+        mean, std: of the normal variable, logit_normal only.
+        coupling: "shared", video and audio of a sample have one level; "independent", the audio of some samples has a
+            level of its own.
+        independent_fraction: share of those samples.
 
     Raises:
         UserError: at construction, for values that do not fit together.
@@ -88,7 +93,7 @@ class SigmaPrior:
     ) -> tuple[Tensor, Tensor]:
         """Noise levels of video and of audio, fp32 [batch] each.
 
-        The number of draws does not depend on the coupling, so that a generator's stream stays comparable.
+        The number of random values does not depend on the coupling, so that runs stay comparable.
         """
         video, own = self._draw(batch, generator, device), self._draw(batch, generator, device)
         apart = torch.rand(batch, generator=generator, device=device) < self.independent_fraction
@@ -116,7 +121,7 @@ class SigmaPrior:
 
 @dataclass(frozen=True)
 class ScoreLevels:
-    """Noise levels at which a distillation compares two scores: uniform, moved by `shift`, cut at both ends.
+    """Noise levels of the student's objective in a distillation: uniform, shifted, clamped to [low, high].
 
     Raises:
         UserError: at construction, unless 0 <= low < high <= 1 and shift > 0.
@@ -133,13 +138,13 @@ class ScoreLevels:
             )
 
     def at(self, u: Tensor) -> Tensor:
-        """Levels for uniform draws u in [0, 1)."""
+        """Levels for uniform u in [0, 1)."""
         return shift_sigma(u, self.shift).clamp(self.low, self.high)
 
 
 @cache
 def zero_snr_table() -> Tensor:
-    """Signal amplitudes of the zero-terminal-SNR diffusion, fp32 [1000]; 0 is the cleanest (SPEC 4.4).
+    """Signal amplitudes of a zero-terminal-SNR diffusion schedule, fp32 [1000], cleanest first (SPEC 4.4).
 
     Super-resolution noises its input as z a + noise sqrt(1 - a^2) with a = table[220].
     """

@@ -1,11 +1,11 @@
-"""Solvers of the flow: take the velocity at a step, return the next sample. They know no model.
+"""Solvers of the flow ODE dx/dsigma = v and its stochastic variants, independent of the network.
 
-All share the grid of `magihuman.flow.sigmas` and one method,
+    solver, x = make_solver("unipc", steps=32), noise
+    for i, sigma in enumerate(solver.sigmas[:-1]):
+        x = solver.step(velocity(x, sigma), i, x)          # stochastic solvers take noise= too
 
-    step(velocity, i, sample, noise=None) -> next sample
-
-with i counting from 0. Step coefficients are Python numbers made at construction, so that a step never waits for
-a device.
+All use the grid of `magihuman.flow.sigmas`. To add a solver, subclass `Solver`, implement `step`, and add a row to `SOLVERS`.
+Step coefficients are Python numbers computed at construction, so that a step needs no device synchronisation.
 """
 
 import math
@@ -18,14 +18,15 @@ from magihuman.flow.sigmas import grid_timesteps, sigma_grid
 
 
 class Solver:
-    """Grid shared by all solvers.
+    """Base class: grid of noise levels, and the interface `step`.
 
     Args:
         steps: K; shift: of the grid.
 
     Attributes:
         sigmas: fp32 [K+1]; timesteps: int64 [K]; both on the CPU.
-        stochastic: takes fresh noise at every step, the last included, where it has no weight.
+        stochastic: whether `step` needs fresh noise. It is drawn for every step, including the last, where it has no
+            weight.
 
     Raises:
         UserError: for fewer than one step or a shift that is not positive.
@@ -40,22 +41,22 @@ class Solver:
         self._sigma: list[float] = self.sigmas.tolist()
 
     def step(self, velocity: Tensor, i: int, sample: Tensor, noise: Tensor | None = None) -> Tensor:
-        """From sigma_i to sigma_{i+1}; velocity, sample, noise and the result are fp32 of one shape."""
+        """x_{i+1} from x_i at sigma_i; velocity, sample, noise and the result are fp32 of one shape."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget earlier steps; call before a new trajectory."""
+        """Clear the state of multistep solvers; call before a new trajectory."""
 
 
 class Euler(Solver):
-    """x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i."""
+    """Euler's method, x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i."""
 
     def step(self, velocity: Tensor, i: int, sample: Tensor, noise: Tensor | None = None) -> Tensor:
         return sample + (self._sigma[i + 1] - self._sigma[i]) * velocity
 
 
 class ReNoise(Solver):
-    """Jump to the data estimate and noise it again (SPEC 3.3); what distilled models sample with.
+    """Re-noising sampler of few-step models (SPEC 3.3): data estimate, then fresh noise at the next level.
 
     x_{i+1} = sigma_{i+1} noise + (1 - sigma_{i+1}) (x_i - sigma_i v_i).
 
@@ -72,7 +73,7 @@ class ReNoise(Solver):
 
 
 class SDE(Solver):
-    """Between Euler (theta 0) and re-noising (theta 1), per step (SPEC 3.4).
+    """Stochastic sampler between Euler (theta 0) and re-noising (theta 1), per step (SPEC 3.4).
 
     Args:
         theta: one value per step; None for the released rule `sde_theta`.
@@ -100,7 +101,7 @@ class SDE(Solver):
 
 
 def sde_theta(i: int, steps: int) -> float:
-    """Released rule: every second step re-noises in the first three quarters, then every step divisible by 3."""
+    """theta_i of the release: 1 at odd steps of the first three quarters, then at steps divisible by 3; else 0."""
     if i < int(0.75 * steps):
         return float(i % 2 == 1)
     return float(i % 3 == 0)
@@ -115,12 +116,13 @@ def _weighted_noise(weight: float, noise: Tensor | None, i: int) -> Tensor | flo
 
 
 class FlowUniPC(Solver):
-    """Unified predictor-corrector of order 2, B(h) = expm1(-h), data prediction, order 1 at both ends (SPEC 3.2).
+    """UniPC, unified predictor-corrector multistep solver of order 2 (Zhao et al. 2023, arXiv 2302.04867; SPEC 3.2).
 
-    Zhao et al. 2023, arXiv 2302.04867. Keeps the last two data estimates and the last corrected sample.
+    B(h) = expm1(-h), data prediction, order 1 in the first and last step. Keeps the last two data estimates and the last
+    corrected sample.
 
     Attributes:
-        corrected: sample of the last step after its corrector, before the predictor.
+        corrected: sample of the last step after the corrector, before the predictor.
 
     Raises:
         ValueError: in `step`, when steps are not taken in order from 0 after `reset`.

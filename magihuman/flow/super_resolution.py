@@ -1,4 +1,7 @@
-"""What the super-resolution stage starts from (SPEC 4.4). Noise is given, never drawn here."""
+"""Input of the super-resolution stage: upsampled latents with noise of fixed strength (SPEC 4.4).
+
+video, audio = start(base_video, base_audio, (video_noise, audio_noise), zero_snr_table()[NOISE_INDEX].item())
+"""
 
 from typing import Any
 
@@ -18,21 +21,21 @@ def upsample_latents(latents: torch.Tensor, height: int, width: int) -> torch.Te
 def noise_video(upsampled: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor | float) -> torch.Tensor:
     """Variance-preserving noise: z * signal + eps * sqrt(1 - signal^2), shapes of `upsampled`.
 
-    Not the flow path from data to noise (oddity O7): the release runs the solver from its first sigma on this,
-    which makes it the source of a path of its own (derived in recipes/sr.py).
+    Not a point of the flow path between data and noise (SPEC O7): the release starts the solver at its first sigma from
+    here, which makes it the source of another path (derived in recipes/sr.py).
 
     Args:
         signal: the table's value at `NOISE_INDEX`, 0.83891 in the release; or one per sample [B].
     """
     added = (1.0 - _exact(signal) ** 2) ** 0.5
-    return upsampled * _spread(signal, upsampled) + noise * _spread(added, noise)
+    return upsampled * _expand(signal, upsampled) + noise * _expand(added, noise)
 
 
 def noise_audio(
     audio: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor | float = AUDIO_NOISE
 ) -> torch.Tensor:
-    """[B,A,Ca] -> scale * eps + (1 - scale) * audio; the stage reads it and never updates it."""
-    return noise * _spread(scale, noise) + audio * _spread(1.0 - _exact(scale), audio)
+    """Noised audio [B,A,Ca], scale * eps + (1 - scale) * audio; constant input of the stage."""
+    return noise * _expand(scale, noise) + audio * _expand(1.0 - _exact(scale), audio)
 
 
 def start(
@@ -42,7 +45,7 @@ def start(
     signal: torch.Tensor | float,
     audio_scale: torch.Tensor | float = AUDIO_NOISE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the second stage begins with, in training and in inference alike.
+    """Video and audio that the super-resolution stage starts from, in training and in inference.
 
     Args:
         video: latents of the first stage [B,C,T,h,w]; audio: [B,A,Ca].
@@ -57,7 +60,7 @@ def start(
 
 
 def coarsen(latents: torch.Tensor, factor: int) -> torch.Tensor:
-    """[B,C,T,h,w] with the detail of a picture `factor` times smaller: averages of cells, spread out again."""
+    """Remove detail from latents [B,C,T,h,w]: average pooling by `factor`, then upsampling to the same size."""
     if factor == 1:
         return latents
     frames, height, width = latents.shape[2:]
@@ -66,18 +69,18 @@ def coarsen(latents: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def shrink_pictures(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Pictures [B,3,F,H,W] in [-1,1] -> [B,3,F,height,width], bicubic with anti-aliasing."""
+    """Images [B,3,F,H,W] in [-1,1] -> [B,3,F,height,width], bicubic with anti-aliasing."""
     flat = frames.transpose(1, 2).flatten(0, 1)
     small = F.interpolate(flat, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
     return small.unflatten(0, (len(frames), -1)).transpose(1, 2)
 
 
 def _exact(value: torch.Tensor | float) -> Any:
-    """In fp64, so that numbers and tensors are rounded once and give the same bits."""
+    """fp64, so that numbers and tensors are rounded once and give equal results."""
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
-def _spread(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:
+def _expand(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:
     """A number, or one per sample [B] in fp32, shaped to broadcast over `like`."""
     if isinstance(value, torch.Tensor):
         return value.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
