@@ -22,8 +22,8 @@ def matching_gradient(
     g = s (v_real - v_fake) / mean |x0 - (y - s v_real)|, the mean per sample over generated positions; the normaliser
     balances samples and noise levels (DMD, arXiv 2311.18828, eq. 8).
 
-    gradient, finite = matching_gradient(x0, noisy, teacher_v, fake_score_v, sigma, mask)
-    surrogate_loss(student_x0, gradient, mask).mean().backward()
+        gradient, finite = matching_gradient(x0, noisy, teacher_v, fake_score_v, sigma, mask)
+        surrogate_loss(student_x0, gradient, mask).mean().backward()
 
     Args:
         x0: student samples [B,...]; noisy: y, the same at noise level sigma [B].

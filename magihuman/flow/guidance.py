@@ -1,7 +1,9 @@
 """Classifier-free guidance with a scale per modality and timestep: v = v_uncond + w (v_cond - v_uncond) (SPEC 4.3).
 
-guidance = Guidance(video_high=5.0, video_low=2.0, threshold=500, audio=5.0)
-v = combine(v_cond, v_uncond, guidance("video", timestep))
+    guidance = Guidance(video_high=5.0, video_low=2.0, threshold=500, audio=5.0)
+    v = combine(v_cond, v_uncond, guidance("video", timestep))
+
+Scales of 1 need no unconditional branch (`Guidance.needed`).
 """
 
 from dataclasses import asdict, dataclass

@@ -1,7 +1,9 @@
 """Noise levels sigma (0 data, 1 noise): priors for training, grids for sampling, noise table of super-resolution.
 
-sigma_video, sigma_audio = SigmaPrior("shifted", shift=5.0).sample(batch=8)     # training, [8] each
-sigmas = sigma_grid(steps=8, shift=5.0)                                         # sampling, [9], down to 0
+    sigma_video, sigma_audio = SigmaPrior("shifted", shift=5.0).sample(batch=8)     # training, [8] each
+    sigmas = sigma_grid(steps=8, shift=5.0)                                         # sampling, [9], down to 0
+
+The shift moves levels towards noise, see `shift_sigma`.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,6 +1,8 @@
 """Input of the super-resolution stage: upsampled latents with noise of fixed strength (SPEC 4.4).
 
-video, audio = start(base_video, base_audio, (video_noise, audio_noise), zero_snr_table()[NOISE_INDEX].item())
+Training and inference call `start`:
+
+    video, audio = start(base_video, base_audio, (video_noise, audio_noise), zero_snr_table()[NOISE_INDEX].item())
 """
 
 from typing import Any
