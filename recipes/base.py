@@ -14,7 +14,7 @@ from magihuman.errors import UserError
 from magihuman.io.export import ExportConfig, released_dtypes, save_export
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.models.training_flops import Sample, passes, samples
+from magihuman.models.flops import Sample, passes, samples
 from magihuman.training import parallel
 from magihuman.training.callbacks import Meter
 from magihuman.training.context import TrainingContext
@@ -71,7 +71,7 @@ class Recipe(L.LightningModule):
         return {}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """Model FLOPs (`magihuman.models.training_flops`) of the latest step, which was on this batch; here those of a network
+        """Model FLOPs (`magihuman.models.flops`) of the latest step, which was on this batch; here those of a network
         that is trained whole by one forward and one backward pass."""
         model, _ = self.context.transformer
         return float(sum(passes(model, sample).update for sample in self.samples(batch)))

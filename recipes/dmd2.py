@@ -50,8 +50,8 @@ from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser
+from magihuman.models.flops import distillation_flops
 from magihuman.models.lora import base_state, lora_state, merge, without_base
-from magihuman.models.training_flops import dmd2_flops
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.context import TrainingContext
@@ -329,7 +329,7 @@ class DMD2(Recipe):
         settings, step = self.fake_score_settings, self.step - 1
         with_gan = self.discriminator is not None and step >= self.gan.start
         count = partial(
-            dmd2_flops, self.context.transformer[0], loras=LORAS[self.sharing], lora=self.lora,
+            distillation_flops, self.context.transformer[0], loras=LORAS[self.sharing], lora=self.lora,
             steps=self.sampling.steps, updates=settings.updates,
             samples_per_rollout=settings.samples_per_rollout, student_updated=step >= settings.warmup,
             discriminator=self.gan.network if with_gan else None,

@@ -26,6 +26,7 @@ from magihuman.io.export import ExportConfig, Sampling, save_export
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser, WithLora
+from magihuman.models.flops import passes
 from magihuman.models.lora import (
     add_lora,
     base_state,
@@ -34,7 +35,6 @@ from magihuman.models.lora import (
     lora_state,
     without_base,
 )
-from magihuman.models.training_flops import passes
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
 from magihuman.training.ema import decay_at, ema_update
@@ -117,7 +117,7 @@ class Lora(Recipe):
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`; without weight gradients of the frozen base, with the products of the LoRA."""
         model, _ = self.context.transformer
-        return float(sum(passes(model, sample, adapter=self.lora).update for sample in self.samples(batch)))
+        return float(sum(passes(model, sample, lora=self.lora).update for sample in self.samples(batch)))
 
     # The network
 

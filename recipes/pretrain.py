@@ -25,7 +25,7 @@ from magihuman.flow.path import masked_mean_per_sample, velocity_target
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import TreadConfig
-from magihuman.models.training_flops import passes
+from magihuman.models.flops import passes
 from magihuman.training.callbacks import Meter
 from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight, sync_gap

@@ -53,7 +53,7 @@ from magihuman.flow.path import masked_mean_per_sample
 from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.io.export import ExportConfig, Sampling
-from magihuman.models.training_flops import passes, samples
+from magihuman.models.flops import passes, samples
 from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight
 from magihuman.training.optim import Ramp, value_at

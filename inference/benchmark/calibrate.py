@@ -11,12 +11,12 @@ from pathlib import Path
 from inference.benchmark import result_files
 from inference.benchmark.result_files import Row, measured
 from inference.benchmark.roofline.cases import Case, Stage, make
-from inference.benchmark.roofline.work import forward, pointwise_bytes
+from inference.benchmark.roofline.work import forward
 from inference.fast import check_tier
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, sources_hash
-from magihuman.models.flops import attention_pairs
+from magihuman.models.flops import attention_pairs, pointwise_bytes
 
 FORMAT = "magihuman-predictions/1"
 FOLDER = result_files.FOLDER.parent / "predictions"

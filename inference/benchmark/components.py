@@ -12,6 +12,7 @@ import torch
 
 from inference.benchmark.roofline.cases import Case
 from inference.benchmark.roofline.work import decoders as released_decoders
+from magihuman.codecs import costs
 from magihuman.errors import UserError
 from magihuman.zoo import decoders as students
 from magihuman.zoo import footprint
@@ -26,9 +27,9 @@ OOBLECK: dict[str, Any] = {
     "decoder_channels": 128, "decoder_input_channels": 64, "audio_channels": 2, "sampling_rate": 44100,
 }  # fmt: skip
 T5GEMMA: dict[str, Any] = {
-    "hidden_size": footprint.T5GEMMA_WIDTH, "intermediate_size": footprint.T5GEMMA_INNER,
-    "num_hidden_layers": footprint.T5GEMMA_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 8,
-    "head_dim": 256, "vocab_size": footprint.T5GEMMA_WORDS,
+    "hidden_size": costs.T5GEMMA_WIDTH, "intermediate_size": costs.T5GEMMA_INNER,
+    "num_hidden_layers": costs.T5GEMMA_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 256, "vocab_size": costs.T5GEMMA_WORDS,
 }  # fmt: skip
 
 _WORKSPACE = 1.3  # what a decoder's activations take with its convolutions' workspaces
@@ -104,8 +105,8 @@ def _text(case: Case, device: torch.device) -> Any:
         return Missing("its 9 B parameters are for a GPU")
     if device.type == "cuda":  # "meta" has room for everything
         last = case.stages[-1]
-        needed = footprint.weight_bytes(last.config, "bf16") + footprint.text_encoder_bytes()
-        needed += int(_WORKSPACE * footprint.TURBO_DECODER.activations(case.pixels[0] * case.pixels[1]))
+        needed = footprint.weight_bytes(last.config, "bf16") + costs.text_encoder_bytes()
+        needed += int(_WORKSPACE * costs.TURBO_DECODER.activations(case.pixels[0] * case.pixels[1]))
         memory = torch.cuda.get_device_properties(device).total_memory
         # Else a clip's decoder runs out of memory, and with it goes the clip's total.
         if needed > _USABLE * memory:

@@ -36,8 +36,8 @@ from magihuman.io.export import CONFIG, ExportConfig, Sampling, Size
 from magihuman.models.config import Checkpointing, LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import forward_flops
+from magihuman.models.gpu_specs import peak_flops
 from magihuman.models.latent_contract import Contract
-from magihuman.models.training_flops import peak_flops
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
 from magihuman.training.session import quiet

@@ -35,6 +35,7 @@ from inference.benchmark.roofline.work import (
 )
 from inference.benchmark.timers import device_of, summary, synchronise
 from inference.decoding import Decoder, to_pictures
+from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
 from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
@@ -42,7 +43,7 @@ from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, processor
 from magihuman.models.gpu_specs import GPUS, Gpu
-from magihuman.zoo import decoders, footprint
+from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
 
 COMPUTED = "computed, not measured"
@@ -181,7 +182,7 @@ def peak_memory(case: Case, name: str) -> int:
     take for themselves."""
     last = case.stages[-1]
     pixels = case.pixels[0] * case.pixels[1]
-    published = {"turbo": footprint.TURBO_DECODER, "wan": footprint.WAN_DECODER}
+    published = {"turbo": costs.TURBO_DECODER, "wan": costs.WAN_DECODER}
     if name in PUBLISHED_DECODERS:
         return published[name].weights + published[name].activations(pixels)
     codec = components.released_decoder(name, torch.device("meta"), torch.bfloat16)

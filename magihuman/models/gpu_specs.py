@@ -1,8 +1,12 @@
-"""What graphics processors can do at most, from their makers' data sheets; no torch."""
+"""Peak rates and memory of graphics processors, from their makers' data sheets; no torch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from magihuman.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ GPUS = {
     "5090": Gpu("RTX 5090", 210e12, 419e12, 1.792e12, 32e9, _GEN5, 170),
 }
 
-# What torch calls a device -> key, the more special one first.
+# Part of the device name in torch -> key, the more specific one first.
 _DEVICE_NAMES = {
     "H100 PCIe": "h100-pcie",
     "H100 NVL": "h100-nvl",
@@ -68,3 +72,13 @@ def gpu(name: str) -> Gpu:
 def recognise(device_name: str) -> Gpu | None:
     """The device that torch gives this name, or None."""
     return next((GPUS[key] for part, key in _DEVICE_NAMES.items() if part in device_name), None)
+
+
+def peak_flops(device: "torch.device") -> float | None:
+    """bf16 peak of a known GPU, in FLOP/s; None for other devices."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    known = recognise(torch.cuda.get_device_name(device))
+    return None if known is None else known.bf16

@@ -18,7 +18,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from magihuman.errors import UserError
 from magihuman.media.contact_sheet import draw_contact_sheet
-from magihuman.models.training_flops import peak_flops
+from magihuman.models.gpu_specs import peak_flops
 from magihuman.training.rng import BatchRng
 
 

@@ -155,7 +155,7 @@ def arch(name: str) -> dict[str, Any]:
 def summary(name: str) -> str:
     """Size and kind of an architecture in a line; without torch."""
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
-    from magihuman.zoo.footprint import TURBO_PARAMETERS
+    from magihuman.codecs.costs import TURBO_PARAMETERS
 
     described = arch(name)
     if described["layout"] == "released":

@@ -1,17 +1,15 @@
-"""Bytes that networks need, by formulas from their configs. No torch, so that a plan is there at once.
+"""Memory of the transformer in inference and training, by formulas from its config; no torch, so that a plan is quick.
 
-The transformer's formulas follow the code line by line: they name what is alive at the worst moment. Those of the
-released codecs are one coefficient per pixel or latent, counted on shapes alone. Tests count the same on the "meta"
-device. What kernels take for themselves (workspaces of convolutions and attention) is not in them.
+The formulas follow the code line by line: they count the tensors that are alive at the worst moment. Tests count the
+same on the "meta" device. Workspaces of kernels are not included. Codecs are in `magihuman.codecs.costs`.
 """
 
 from dataclasses import dataclass
 from math import prod
 
-from magihuman.codecs.causal_decoder_config import REACH, CausalDecoderConfig
 from magihuman.models.config import Checkpointing, DiTConfig
+from magihuman.models.flops import BF16, FP32, lora_sides
 
-BF16, FP32 = 2, 4
 FP8_SCALE = 4  # bytes per row
 INT4_GROUP, INT4_SCALE = 64, 2
 ROPE_SHARE = 3 / 4  # of a head, times one fp32 number each for the table
@@ -92,12 +90,7 @@ def restored_bytes(config: DiTConfig, form: str, compute: int) -> int:
 
 def lora_count(config: DiTConfig, rank: int) -> int:
     """Parameters of a LoRA on every block matrix, each expert its own."""
-    total = 0
-    for i in range(config.num_layers):
-        hidden, inner = config.hidden_size, config.intermediate_size(i)
-        sides = (hidden + config.qkv_width) + 2 * hidden + (hidden + config.up_width(i)) + (inner + hidden)
-        total += config.experts(i) * rank * sides
-    return total
+    return rank * sum(config.experts(i) * lora_sides(config, i) for i in range(config.num_layers))
 
 
 # -- activations of the transformer ----------------------------------------------------------------------------------
@@ -188,78 +181,6 @@ def cast_bytes(config: DiTConfig, compute: int, checkpointing: Checkpointing) ->
 def _table_bytes(config: DiTConfig, tokens: Tokens) -> int:
     """Rotary table and coordinates."""
     return int(tokens.total * FP32 * (ROPE_SHARE * config.head_dim + 9))
-
-
-# -- the released codecs -----------------------------------------------------------------------------------------------
-
-T5GEMMA_LAYERS, T5GEMMA_WIDTH, T5GEMMA_INNER, T5GEMMA_WORDS = 42, 3584, 14336, 256_000
-T5GEMMA_QUERIES, T5GEMMA_KEYS = 16 * 256, 8 * 256
-TEXT_LIMIT = 640
-
-
-def text_encoder_bytes(streamed: bool = False) -> int:
-    """Encoder half of T5-Gemma 9B-9B in bf16; with streamed layers two of them at a time."""
-    attention = 2 * T5GEMMA_WIDTH * (T5GEMMA_QUERIES + T5GEMMA_KEYS)
-    layer = attention + 3 * T5GEMMA_WIDTH * T5GEMMA_INNER + 4 * T5GEMMA_WIDTH
-    layers = 2 if streamed else T5GEMMA_LAYERS
-    return BF16 * (T5GEMMA_WORDS * T5GEMMA_WIDTH + layers * layer + T5GEMMA_WIDTH)
-
-
-def text_activation_bytes(tokens: int) -> int:
-    """One prompt through it: the MLP's two products, the residual, and eager attention's fp32 scores."""
-    return tokens * (BF16 * 3 * T5GEMMA_INNER + 8 * T5GEMMA_WIDTH) + 2 * FP32 * 16 * tokens * tokens
-
-
-@dataclass(frozen=True)
-class Coder:
-    """A codec half: weights; activations = fixed + per_unit * units, where a unit is a pixel of one frame's area
-    for pictures and a latent for sound."""
-
-    weights: int
-    per_unit: float
-    fixed: int = 0
-
-    def activations(self, units: int) -> int:
-        return int(self.fixed + self.per_unit * units)
-
-
-# Wan 2.2 works in bf16, one latent frame at a time, and keeps two frames before every convolution.
-WAN_PARAMETERS = 704_688_668
-WAN_ENCODER = Coder(BF16 * WAN_PARAMETERS, 984)
-WAN_DECODER = Coder(BF16 * WAN_PARAMETERS, 10_850)
-# The Turbo decoder works in bf16 on nine latents at once.
-TURBO_PARAMETERS = 107_122_892
-TURBO_DECODER = Coder(BF16 * TURBO_PARAMETERS, 12_800)
-
-
-def student_decoder(config: CausalDecoderConfig, height: int, width: int, tile: int | None = None) -> "Coder":
-    """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
-
-    Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and
-    the state twice, before and after. Of tiles, which overlap by a quarter (inference.decoding), one is in work while all
-    of them keep a state; the blended pictures are the plan's.
-    """
-    space = config.stride[1]
-    rows, columns = height // space, width // space
-    chunk = config.chunk(rows * columns)
-    area = rows * columns
-    kept = 1.0 * config.state_size() * area
-    if tile is not None and tile < max(height, width):
-        area = min(rows, tile // space) * min(columns, tile // space)
-        kept *= 4 / 3 * (4 / 3 if tile < min(height, width) else 1)
-    state = kept + config.state_size() * area
-    past = 1 + REACH / (chunk * config.stride[0] / config.patch[0])
-    work = (3 + past) * config.widest() * chunk * area
-    return Coder(BF16 * config.parameter_count(), 0, int(BF16 * (state + work)))
-
-
-# Oobleck works in fp32 on the whole clip; the fixed part is its normalised weights.
-OOBLECK_PARAMETERS = 156_112_514
-OOBLECK_ENCODER = Coder(FP32 * OOBLECK_PARAMETERS, 4.69e6, 75_000_000)
-OOBLECK_DECODER = Coder(FP32 * OOBLECK_PARAMETERS, 4.72e6, 313_000_000)
-# The tiny world's codecs are linear maps; a few copies of the clip.
-TINY_VIDEO = Coder(219_200, 12 * FP32)
-TINY_AUDIO = Coder(136_160, 8 * FP32 * 640)
 
 
 def clip_bytes(frames: int, height: int, width: int, copies: int) -> int:

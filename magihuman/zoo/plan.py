@@ -7,6 +7,7 @@ decimal.
 from dataclasses import dataclass, replace
 from math import prod
 
+from magihuman.codecs import costs
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
@@ -90,19 +91,19 @@ def needs(request: Request) -> list[Need]:
     size = request.enlarged if request.second else (request.height, request.width)
     pixels = size[0] * size[1]
     if request.released:
-        text = {"text encoder": footprint.text_encoder_bytes(request.memory == "low")}
-        text_work = footprint.text_activation_bytes(min(request.text, footprint.TEXT_LIMIT))
-        video = footprint.WAN_ENCODER
-        decoder = footprint.TURBO_DECODER if request.turbo else footprint.WAN_DECODER
+        text = {"text encoder": costs.text_encoder_bytes(request.memory == "low")}
+        text_work = costs.text_activation_bytes(min(request.text, costs.TEXT_LIMIT))
+        video = costs.WAN_ENCODER
+        decoder = costs.TURBO_DECODER if request.turbo else costs.WAN_DECODER
         chunk = TURBO_FRAMES if request.turbo else WAN_FRAMES
         if request.student is not None:
-            decoder = footprint.student_decoder(request.student, *size, request.tile)
+            decoder = costs.causal_decoder_memory(request.student, *size, request.tile)
             chunk = request.student.chunk(pixels // prod(request.stride[1:])) * request.stride[0]
-        sound, sound_decoder = footprint.OOBLECK_ENCODER, footprint.OOBLECK_DECODER
+        sound, sound_decoder = costs.OOBLECK_ENCODER, costs.OOBLECK_DECODER
     else:
         text, text_work, chunk = {}, 0, request.frames
-        video = decoder = footprint.TINY_VIDEO
-        sound = sound_decoder = footprint.TINY_AUDIO
+        video = decoder = costs.TINY_VIDEO
+        sound = sound_decoder = costs.TINY_AUDIO
     audio_codec = {"audio codec": sound.weights}
     light = request.turbo or request.student is not None
     decoder_name = "Turbo decoder" if light else "video codec"

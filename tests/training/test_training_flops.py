@@ -27,8 +27,7 @@ from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig, PackConfig, TreadConfig
-from magihuman.models.flops import adapter_flops, forward_flops
-from magihuman.models.training_flops import Sample, dmd2_flops, passes
+from magihuman.models.flops import Sample, distillation_flops, forward_flops, lora_flops, passes
 from magihuman.training.rng import BatchRng
 from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.base import Recipe
@@ -177,7 +176,9 @@ class TestDMD2:
     def test_a_longer_negative_prompt(self) -> None:
         kinds = {"steps": 8, "updates": 5, "samples_per_rollout": 6, "student_updated": True}
         sample = Sample(VIDEO, AUDIO, 3)
-        more = dmd2_flops(DIT, sample, null_text=50, **kinds) - dmd2_flops(DIT, sample, **kinds)
+        more = distillation_flops(DIT, sample, null_text=50, **kinds) - distillation_flops(
+            DIT, sample, **kinds
+        )
         assert more == forward(50)
 
     @pytest.mark.parametrize("networks", ["full", "lora_fake_score", "lora"])
@@ -211,9 +212,9 @@ class TestDMD2:
 
 
 def test_an_adapter_up_to_a_layer() -> None:
-    assert adapter_flops(DIT, SIZE, VIDEO + AUDIO + 2) == own(2)
-    parts = [adapter_flops(DIT, SIZE, 10, layers=n) for n in (0, 1, 2)]
+    assert lora_flops(DIT, SIZE, VIDEO + AUDIO + 2) == own(2)
+    parts = [lora_flops(DIT, SIZE, 10, layers=n) for n in (0, 1, 2)]
     assert parts == [0, 2 * 10 * 3 * 242, 2 * 10 * 3 * (242 + 234)]
-    tap = passes(DIT, Sample(VIDEO, AUDIO, 2), adapter=SIZE, layers=1)
-    only = forward(2, layers=1) + adapter_flops(DIT, SIZE, VIDEO + AUDIO + 2, layers=1)
+    tap = passes(DIT, Sample(VIDEO, AUDIO, 2), lora=SIZE, layers=1)
+    only = forward(2, layers=1) + lora_flops(DIT, SIZE, VIDEO + AUDIO + 2, layers=1)
     assert (tap.forward, tap.through) == (only, 2 * only + attention(2, layers=1))

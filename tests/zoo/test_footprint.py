@@ -10,6 +10,7 @@ from torch import Tensor
 import magihuman.models.dit as dit
 from inference.memory import LayerStream, store_weights
 from magihuman import zoo
+from magihuman.codecs import costs
 from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.tokens import Layout
@@ -154,11 +155,11 @@ def test_released_turbo_decoder() -> None:
     with torch.device("meta"):
         decoder = TurboDecoder(settings).to(torch.bfloat16)
     weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    assert footprint.TURBO_DECODER.weights == weights
+    assert costs.TURBO_DECODER.weights == weights
     z = torch.zeros(1, 48, 9, 16, 28, device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), Allocations() as counted:
         decoder(z, first=False)
-    assert footprint.TURBO_DECODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.01)
+    assert costs.TURBO_DECODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -171,7 +172,7 @@ def test_our_decoders(name: str, size: tuple[int, int]) -> None:
     config = CausalDecoderConfig.from_dict(decoders.arch(name)["network"])
     chunk = config.chunk(size[0] * size[1] // 256)
     counted = decode_cost(name, *size, latents=2 * chunk + 1)
-    computed = footprint.student_decoder(config, *size)
+    computed = costs.causal_decoder_memory(config, *size)
     assert computed.weights == counted.weight_bytes
     # The pictures of a chunk are counted, too; the plan adds them apart.
     whole = computed.weights + computed.activations(0) + footprint.clip_bytes(4 * chunk, *size, 4)
@@ -192,7 +193,7 @@ def test_our_decoders_in_tiles(tile: int) -> None:
         for part in Decoder(codec, tile=tile).frames(z):
             to_pictures(part)
             del part
-    computed = footprint.student_decoder(config, height, width, tile).activations(0)
+    computed = costs.causal_decoder_memory(config, height, width, tile).activations(0)
     # The tiles' own pictures are small; that those of 1024 pixels are cut to 816 and less is not computed.
     whole = computed + footprint.clip_bytes(4, height, width, 4)
     assert 0.95 * counted.peak <= whole <= 1.4 * counted.peak
@@ -209,14 +210,14 @@ def test_released_video_codec() -> None:
         }
     )  # fmt: skip
     codec = WanCodec(vae.to(torch.bfloat16)).to("meta")
-    assert footprint.WAN_DECODER.weights == sum(2 * p.numel() for p in vae.parameters())
+    assert costs.WAN_DECODER.weights == sum(2 * p.numel() for p in vae.parameters())
     with Allocations() as counted:
         for _ in codec.decode_stream(torch.zeros(1, 48, 3, 16, 28, device="meta")):
             pass
-    assert footprint.WAN_DECODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.03)
+    assert costs.WAN_DECODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.03)
     with Allocations() as counted:
         codec.encode(torch.zeros(1, 3, 1, 256, 448, device="meta"))
-    assert footprint.WAN_ENCODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.03)
+    assert costs.WAN_ENCODER.activations(256 * 448) == pytest.approx(counted.peak, rel=0.03)
 
 
 def test_text_encoder() -> None:
@@ -234,8 +235,8 @@ def test_text_encoder() -> None:
             return sum(p.numel() for p in T5GemmaEncoderModel(config).parameters())
 
     one = count(1)
-    assert footprint.text_encoder_bytes() == 2 * (one + 41 * (count(2) - one))
-    assert footprint.text_encoder_bytes() == pytest.approx(18.5e9, rel=0.01)
+    assert costs.text_encoder_bytes() == 2 * (one + 41 * (count(2) - one))
+    assert costs.text_encoder_bytes() == pytest.approx(18.5e9, rel=0.01)
 
 
 def test_adapters() -> None:

@@ -11,17 +11,15 @@ from typing import Any
 
 from inference.benchmark.roofline.cases import Case, Stage, make
 from inference.benchmark.roofline.work import (
-    BF16,
     PUBLISHED,
     Limits,
     bound,
     forward,
     network,
-    pointwise_bytes,
     video_decoder,
 )
 from magihuman.models.config import DiTConfig
-from magihuman.models.flops import attention_pairs
+from magihuman.models.flops import BF16, attention_pairs, pointwise_bytes
 from magihuman.models.gpu_specs import GPUS
 from magihuman.zoo.footprint import Tokens
 

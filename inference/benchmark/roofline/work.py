@@ -6,25 +6,15 @@ Exact for the transformer; codecs by coefficients counted on shapes.
 from dataclasses import dataclass, replace
 
 from inference.benchmark.roofline.cases import Case, Stage
+from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
-from magihuman.models.config import DiTConfig
-from magihuman.models.flops import ForwardFlops, forward_flops
+from magihuman.models.flops import BF16, FP32, ForwardFlops, forward_flops, pointwise_bytes, product_bytes
 from magihuman.models.gpu_specs import Gpu
 from magihuman.zoo import footprint
-from magihuman.zoo.footprint import BF16, FP32, Tokens
+from magihuman.zoo.footprint import Tokens
 
-# What a released codec computes per latent position (row times column) or per audio latent, counted on the "meta"
-# device. Convolutions repeat themselves exactly; the Wan codec's attention within a frame is apart.
-WAN_FIRST, WAN_LATER, WAN_MID = 5_830_775_296, 18_835_608_064, 1024
-WAN_ENCODE_FIRST, WAN_ENCODE_MID = 1_188_800_512, 640
-TURBO_FIRST, TURBO_LATER = 1_131_724_800, 3_448_127_488
-TURBO_CHUNK, TURBO_STEP = 7, 7
-OOBLECK_DECODE, OOBLECK_ENCODE = 5_042_339_840, 5_042_077_696
-# Parameters of one half of a codec.
-WAN_ENCODER, WAN_DECODER = 149_637_088, 555_051_580
-OOBLECK_ENCODER, OOBLECK_DECODER = 77_989_888, 78_122_626
 PUBLISHED_DECODERS = ("turbo", "wan")
 
 
@@ -90,58 +80,31 @@ def network(stage: Stage) -> Work:
     )
 
 
-def product_bytes(config: DiTConfig, tokens: int) -> int:
-    """What products and attention of one pass read and write beside weights."""
-    total = 0
-    for layer in range(config.num_layers):
-        inner, up = config.intermediate_size(layer), config.up_width(layer)
-        rotated = (config.num_heads + 2 * config.num_query_groups) * config.head_dim
-        total += 5 * config.hidden_size + config.qkv_width + rotated + up + inner
-    return BF16 * tokens * total
-
-
-def pointwise_bytes(config: DiTConfig, tokens: int) -> int:
-    """What norms, residual sums, rotation, gates and activations of one pass read and write, each group as one kernel.
-
-    Twice per layer a residual sum with the norm behind it: the change and the residual in, the residual (fp32) and its
-    norm out; queries and keys in and out; the attention's result in and out; the up product in, the inner width out.
-    """
-    total = 0
-    for layer in range(config.num_layers):
-        heads = (config.num_heads + config.num_query_groups) * config.head_dim
-        sums = 2 * (2 * BF16 + 2 * FP32) * config.hidden_size
-        activation = BF16 * (config.up_width(layer) + config.intermediate_size(layer))
-        total += sums + 2 * BF16 * heads + 2 * BF16 * config.hidden_size + activation
-    return tokens * total
-
-
 def text_encoder(tokens: int) -> Work:
     """Encoder half of T5-Gemma, one prompt."""
-    width, inner = footprint.T5GEMMA_WIDTH, footprint.T5GEMMA_INNER
-    products = 2 * width * (footprint.T5GEMMA_QUERIES + footprint.T5GEMMA_KEYS) + 3 * width * inner
-    flops = footprint.T5GEMMA_LAYERS * (2 * tokens * products + 4 * tokens**2 * footprint.T5GEMMA_QUERIES)
-    moved = footprint.text_encoder_bytes() - BF16 * width * (footprint.T5GEMMA_WORDS - tokens)
-    return Work("text", flops, moved, exact=False)
+    moved = costs.text_encoder_bytes() - BF16 * costs.T5GEMMA_WIDTH * (costs.T5GEMMA_WORDS - tokens)
+    return Work("text", costs.text_encoder_flops(tokens), moved, exact=False)
 
 
 def picture_encoder(case: Case) -> Work:
     """Wan encoder, one picture of every stage's size."""
-    flops = moved = 0
-    for stage in case.stages:
-        area = stage.height * stage.width
-        flops += WAN_ENCODE_FIRST * area + 4 * area**2 * WAN_ENCODE_MID
-        moved += BF16 * (WAN_ENCODER + 3 * area * case.stride[1] * case.stride[2])
+    flops = sum(costs.wan_encoder_flops(stage.height, stage.width) for stage in case.stages)
+    pixels = sum(3 * stage.height * stage.width * case.stride[1] * case.stride[2] for stage in case.stages)
+    moved = BF16 * (len(case.stages) * costs.WAN_ENCODER_PARAMETERS + pixels)
     return Work("image", flops, moved, exact=False)
 
 
 def sound_encoder(case: Case) -> Work:
     """Oobleck encoder; fp32."""
-    return Work("sound", OOBLECK_ENCODE * case.audio, FP32 * OOBLECK_ENCODER, exact=False)
+    return Work(
+        "sound", costs.OOBLECK_ENCODE * case.audio, FP32 * costs.OOBLECK_ENCODER_PARAMETERS, exact=False
+    )
 
 
 def sound_decoder(case: Case) -> Work:
     """Oobleck decoder; fp32."""
-    return Work("audio decode", OOBLECK_DECODE * case.audio, FP32 * OOBLECK_DECODER, exact=False)
+    moved = FP32 * costs.OOBLECK_DECODER_PARAMETERS
+    return Work("audio decode", costs.OOBLECK_DECODE * case.audio, moved, exact=False)
 
 
 def video_decoder(case: Case, decoder: str = "turbo") -> Work:
@@ -161,7 +124,7 @@ def decoders() -> tuple[str, ...]:
 
 def decoder_parameters(decoder: str) -> int:
     """Raises UserError for an unknown decoder."""
-    published = {"turbo": footprint.TURBO_PARAMETERS, "wan": WAN_DECODER}
+    published = {"turbo": costs.TURBO_PARAMETERS, "wan": costs.WAN_DECODER_PARAMETERS}
     if decoder in published:
         return published[decoder]
     return _known_student(decoder).parameter_count()
@@ -186,27 +149,14 @@ def _known_student(name: str) -> CausalDecoderConfig:
 
 
 def decoder_flops(decoder: str, frames: int, height: int, width: int) -> int:
-    """Of a decoder for latents [T,h,w], in its own way: the released Turbo in overlapping windows (SPEC 8.3).
+    """FLOPs of a decoder for latents [T,h,w]; the released Turbo in overlapping windows.
 
     Raises:
         UserError: unknown decoder.
     """
-    area = height * width
-    if decoder == "wan":
-        return area * (WAN_FIRST + WAN_LATER * (frames - 1)) + frames * 4 * area**2 * WAN_MID
-    if decoder != "turbo":
-        return _known_student(decoder).flops(frames, height, width)
-    first, *later = turbo_windows(frames)
-    return area * (TURBO_FIRST + TURBO_LATER * (first - 1 + sum(later)))
-
-
-def turbo_windows(frames: int) -> list[int]:
-    """Latents in each of the released decoder's windows, context included (`magihuman.codecs.turbo_vaed.windows`)."""
-    beyond = max(0, frames - TURBO_CHUNK)
-    later = -(-beyond // TURBO_STEP)
-    if not later:
-        return [TURBO_CHUNK]
-    return [TURBO_CHUNK + 1, *[TURBO_STEP + 2] * (later - 1), TURBO_STEP + 1]
+    published = {"wan": costs.wan_decoder_flops, "turbo": costs.turbo_decoder_flops}
+    count = published[decoder] if decoder in published else _known_student(decoder).flops
+    return count(frames, height, width)
 
 
 # -- bounds

@@ -56,7 +56,7 @@ def test_tables_keep_what_is_computed_from_what_was_timed(
 
 
 def test_names_and_sizes_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="'tiny' is for the tiny world"):
+    with pytest.raises(UserError, match="'tiny' is for the tiny codecs"):
         video_decoders.decode_cost("tiny", 256, 448)
     with pytest.raises(UserError, match="multiples of 16"):
         video_decoders.decode_cost("b", 250, 448)

@@ -10,8 +10,9 @@ from inference.benchmark import calibrate, result_files
 from inference.benchmark.__main__ import predict
 from inference.benchmark.report import predicted_table
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.work import forward, pointwise_bytes
+from inference.benchmark.roofline.work import forward
 from magihuman.errors import UserError
+from magihuman.models.flops import pointwise_bytes
 
 MADE = {
     "how": "measured", "command": "c", "code": {"sources": "ffff"}, "date": "2026-01-02T03:04:05+00:00",

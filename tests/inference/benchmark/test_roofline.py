@@ -16,7 +16,9 @@ from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import Limits, bound, utilisation
 from magihuman import zoo
 from magihuman.cli import run_one
+from magihuman.codecs import costs
 from magihuman.errors import UserError
+from magihuman.models.flops import pointwise_bytes
 from magihuman.models.gpu_specs import GPUS
 
 REPO = Path(__file__).resolve().parents[3]
@@ -78,7 +80,7 @@ def test_pointwise_and_product_traffic_by_hand() -> None:
     hidden, inner, qkv = 5120, 13652, 5120 + 2 * 1024 + 40
     assert config.qkv_width == qkv
     pointwise = 24 * hidden + 4 * (hidden + 1024) + 4 * hidden + 2 * 3 * inner
-    assert work.pointwise_bytes(config, 10) == 10 * pointwise
+    assert pointwise_bytes(config, 10) == 10 * pointwise
     products = (
         2 * (hidden + qkv)
         + 2 * (hidden + 2 * 1024)
@@ -105,7 +107,7 @@ def test_released_decoders_are_counted_exactly() -> None:
         counted = _counted(lambda latents=latents: list(codec.decode_stream(latents)))
         assert work.decoder_flops("turbo", frames, 6, 8) == counted
     for frames in (1, 7, 8, 14, 15, 32, 33):
-        assert work.turbo_windows(frames) == [w.stop - w.start for w in windows(frames, 7, 7)]
+        assert costs.turbo_windows(frames) == [w.stop - w.start for w in windows(frames, 7, 7)]
     vae = _build(
         {
             "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4],

@@ -15,7 +15,7 @@ from inference.benchmark.report import training_table
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.training import TrainingBench, _Timer
 from magihuman.models.config import LoraConfig
-from magihuman.models.flops import adapter_flops, forward_flops
+from magihuman.models.flops import forward_flops, lora_flops
 from magihuman.zoo import plan_training
 
 
@@ -55,7 +55,7 @@ def test_flops_and_rates_by_hand(dry: Path) -> None:
     stage = make("tiny", seconds=0.36).stages[0]
     tokens = stage.tokens
     forward = forward_flops(stage.config, tokens.video, tokens.audio, tokens.text)
-    adapter = adapter_flops(stage.config, LoraConfig(4), tokens.total)
+    adapter = lora_flops(stage.config, LoraConfig(4), tokens.total)
     through = 2 * (forward.products + forward.ends) + 3 * forward.attention
     for name, batch in (("lora attention", 1), ("lora attention batch 4", 4)):
         row = run.steps[name]["row"]
