@@ -5,7 +5,7 @@
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
 SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `metrics all`, and those of
-`inference.benchmark.report`. Behind the file, scores, sr, distill and decoding take the metrics to show.
+`inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take the metrics to show.
 """
 
 import json
@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval import tables
 from inference.benchmark.report import TABLES as BENCHMARK_TABLES
+
+from eval import tables
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

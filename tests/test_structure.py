@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "eval": {"magihuman", "inference", "data"},
 }
 # The benchmark of training steps runs the recipes.
-EXTRA = {"inference.benchmark.training": {"recipes"}}
+EXTRA = {"inference.benchmark.training_steps": {"recipes"}}
 # Lower floors never import upper ones; what stands in one line may not import each other either.
 FLOORS = {
     "magihuman": (

@@ -60,7 +60,7 @@ def measure(
     """
     if check:
         from inference.benchmark.figure import check_pictures
-        from inference.benchmark.report import REPO, check_readme
+        from inference.benchmark.result_tables import REPO, check_readme
 
         blocks = check_readme()
         folders = sorted({folder for kind, folder in blocks if kind == "latency"})
@@ -253,7 +253,7 @@ def train(
     if find_spec("lightning") is None:
         raise UserError("train runs the recipes, which need lightning: pip install lightning")
     from inference.benchmark.budget import run_benchmark
-    from inference.benchmark.training import TrainingBench
+    from inference.benchmark.training_steps import TrainingBench
 
     return run_benchmark("train", TrainingBench, minutes, dry, steps, output)
 
@@ -303,10 +303,10 @@ def table(output: str | None = None, picture: bool = True) -> str:
         output: another folder of results
         picture: draw latency.png into it (needs matplotlib)
     """
-    from inference.benchmark import figure, report, result_files
+    from inference.benchmark import figure, result_files, result_tables
 
     folder = folder_of(output) or result_files.FOLDER
-    tables = report.all_tables(folder)
+    tables = result_tables.all_tables(folder)
     return f"{tables}\n\ndrawn: {figure.draw(folder)}" if picture else tables
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from inference.benchmark.budget import StepTimeout
 from inference.benchmark.components import reason_of
-from inference.benchmark.roofline.cases import Case, Stage
+from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from inference.fast import TIERS, check_tier, prepare
 from inference.fast.fast_denoiser import FastDenoiser
-from inference.fast.graphs import LONGEST
+from inference.fast.transformer import LONGEST_GRAPH
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
@@ -42,7 +42,7 @@ class Inputs:
     text: Tensor
 
 
-def refuse_hopeless(case: Case, device: torch.device) -> None:
+def refuse_hopeless(case: ClipCase, device: torch.device) -> None:
     """Raises UserError where a CPU would have to hold a network for GPUs."""
     if device.type == "cpu" and case.stages[0].config.parameter_count() > LARGE:
         raise UserError(
@@ -50,7 +50,7 @@ def refuse_hopeless(case: Case, device: torch.device) -> None:
         )
 
 
-def dtype_for(name: str, case: Case, device: torch.device) -> torch.dtype:
+def dtype_for(name: str, case: ClipCase, device: torch.device) -> torch.dtype:
     """Of products and matrices: `auto` is bf16 for the released sizes and on a GPU, else fp32.
 
     Raises:
@@ -64,7 +64,7 @@ def dtype_for(name: str, case: Case, device: torch.device) -> torch.dtype:
 
 
 def build(
-    case: Case, device: torch.device, dtype: torch.dtype, checkpoint: str | None
+    case: ClipCase, device: torch.device, dtype: torch.dtype, checkpoint: str | None
 ) -> tuple[Denoiser, str]:
     """The network of a clip's last stage, on the device, and what its weights are, in words.
 
@@ -100,7 +100,7 @@ def build(
     return denoiser.eval().requires_grad_(False), f"random, {kind}{shared}"
 
 
-def view(denoiser: Denoiser, stage: Stage) -> Denoiser:
+def view(denoiser: Denoiser, stage: DenoisingStage) -> Denoiser:
     """The same network and weights as the given stage's: its coordinates, its windows or none."""
     windows_off = stage.window is None
     pack = replace(stage.pack, frame_receptive_field=-1) if windows_off else stage.pack
@@ -131,7 +131,7 @@ def _shallow(module: nn.Module) -> Any:
     return seen
 
 
-def draw(stage: Stage, denoiser: Denoiser, device: torch.device, seed: int = SEED) -> Inputs:
+def draw(stage: DenoisingStage, denoiser: Denoiser, device: torch.device, seed: int = SEED) -> Inputs:
     """Standard normal inputs of one pass, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -191,7 +191,7 @@ def first_passes(
             raise
         give_up("compile", error)
         velocities = one_pass(denoiser, inputs)
-    if denoiser.options.graphs and _layout(denoiser, inputs).length <= LONGEST:
+    if denoiser.options.graphs and _layout(denoiser, inputs).length <= LONGEST_GRAPH:
         try:
             velocities = one_pass(denoiser, inputs)
         except Exception as error:
@@ -272,7 +272,7 @@ def faster(
 # -- distance from the reference
 
 
-def affordable(stage: Stage) -> bool:
+def affordable(stage: DenoisingStage) -> bool:
     """Whether one pass of a stage in fp32 takes seconds on a GPU."""
     return stage.tokens.total <= LONGEST_FP32
 

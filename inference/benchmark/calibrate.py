@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inference.benchmark import result_files
 from inference.benchmark.result_files import Row, measured
-from inference.benchmark.roofline.cases import Case, Stage, make
+from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.roofline.work import forward
 from inference.fast import check_tier
 from magihuman.errors import UserError
@@ -83,7 +83,7 @@ def _newest_micro(folder: Path, size: str) -> Row:
     )
 
 
-def _same_clip(row: Row, case: Case) -> bool:
+def _same_clip(row: Row, case: ClipCase) -> bool:
     """Also as long: passes of another number of tokens are other passes."""
     tokens = {name: stage["tokens"]["total"] for name, stage in row["geometry"].items()}
     return row["size"] == case.size and tokens == {stage.name: stage.tokens.total for stage in case.stages}
@@ -93,7 +93,7 @@ def _same_machine(row: Row, found: Row) -> bool:
     return row["made"]["machine"] == found["provenance"]["machine"]
 
 
-def _one_pass(stage: Stage, rows: list[Row], form: str, experts_form: str) -> Row:
+def _one_pass(stage: DenoisingStage, rows: list[Row], form: str, experts_form: str) -> Row:
     """Predicted seconds of a pass, by part. The products of all layers are equally many.
 
     Args:
@@ -143,7 +143,7 @@ def _largest(rows: list[Row], name: str, form: str) -> Row:
     return max(own, key=lambda row: row["tokens"])
 
 
-def _compared(case: Case, row: Row, predicted: dict[str, Row]) -> Row:
+def _compared(case: ClipCase, row: Row, predicted: dict[str, Row]) -> Row:
     """Seconds per pass of the measured loops, and which share of them is predicted."""
     times: Row = row["processor_time"] if "processor_time" in row else row["stages"]
     found = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark import calibrate, figure, report, result_files
+from inference.benchmark import calibrate, figure, result_files, result_tables
 from inference.benchmark.budget import RecordedRun, read_runs
 from inference.benchmark.measure import rates
 from inference.benchmark.suite import DECODERS, SIZES
@@ -239,4 +239,4 @@ def _rendered(folder: Path) -> list[str]:
         lines.append(f"drawn: {figure.draw(folder)}")
     except UserError:
         lines.append("the picture was not drawn: pip install matplotlib, then collect again")
-    return [*lines, *(["rendered: inference/benchmark/README.md"] if report.update_readme() else [])]
+    return [*lines, *(["rendered: inference/benchmark/README.md"] if result_tables.update_readme() else [])]

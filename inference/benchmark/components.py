@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from inference.benchmark.roofline.cases import Case
+from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.work import decoders as released_decoders
 from magihuman.codecs import costs
 from magihuman.errors import UserError
@@ -62,7 +62,7 @@ class Parts:
     decoder_weights: str
 
 
-def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> Parts:
+def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype) -> Parts:
     """All parts of a case, on the device.
 
     Args:
@@ -100,7 +100,7 @@ def make(case: Case, decoder: str, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _text(case: Case, device: torch.device) -> Any:
+def _text(case: ClipCase, device: torch.device) -> Any:
     if device.type == "cpu":
         return Missing("its 9 B parameters are for a GPU")
     if device.type == "cuda":  # "meta" has room for everything
@@ -114,7 +114,7 @@ def _text(case: Case, device: torch.device) -> Any:
     return _had(lambda: _t5gemma(device, case.stages[0].text), "transformers", device)
 
 
-def decoder_names(case: Case) -> tuple[str, ...]:
+def decoder_names(case: ClipCase) -> tuple[str, ...]:
     """Decoders of a case's latents; grows with configs/turbo and the decoders that ship with the package."""
     if case.released:
         return released_decoders()

@@ -6,8 +6,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark.report import decode_seconds
 from inference.benchmark.result_files import card, measured, on_gpu
+from inference.benchmark.result_tables import decode_seconds
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import PUBLISHED

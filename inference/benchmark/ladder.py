@@ -11,7 +11,7 @@ import torch
 from inference.benchmark import bench_networks, result_files
 from inference.benchmark.bench_networks import ReferenceOutput, affordable, refuse_hopeless
 from inference.benchmark.result_files import Row
-from inference.benchmark.roofline.cases import Case
+from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.predict import LADDER
 from inference.benchmark.timers import device_of, free, peak_rates, time_call
 from magihuman.errors import UserError
@@ -37,7 +37,7 @@ assert set(RUNGS) <= {rung.key for rung in LADDER}
 
 
 def ladder(
-    case: Case,
+    case: ClipCase,
     rungs: str,
     options: str | None,
     device: str,
@@ -89,7 +89,7 @@ def ladder(
 
 
 def _measured(
-    case: Case,
+    case: ClipCase,
     name: str,
     reference: Denoiser,
     inputs: Mapping[str, bench_networks.Inputs],

@@ -10,9 +10,9 @@ import torch
 
 from inference.benchmark import bench_networks, components, result_files
 from inference.benchmark.bench_networks import LARGE, ReferenceOutput, affordable, refuse_hopeless
-from inference.benchmark.request import CONDITIONS, PUBLISHED_STAGES, STAGES, Request
+from inference.benchmark.request import CONDITIONS, PUBLISHED_STAGES, STAGES, TimedRequest
 from inference.benchmark.result_files import Row
-from inference.benchmark.roofline.cases import Case
+from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.work import forward, video_decoder
 from inference.benchmark.timers import UNSTEADY, device_of, free, peak_rates, summaries, summary
 from inference.fast import TIERS, require_kernel
@@ -26,14 +26,14 @@ class Contender:
 
     tier: str
     network: Denoiser
-    request: Request
+    request: TimedRequest
     row: Row
     times: list[dict[str, float]]
     worked: list[dict[str, float]]
 
 
 def measure(
-    case: Case,
+    case: ClipCase,
     tiers: str,
     decoder: str,
     checkpoint: str | None,
@@ -73,7 +73,7 @@ def measure(
 
 
 def _prepare(
-    case: Case,
+    case: ClipCase,
     names: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
@@ -119,7 +119,7 @@ def _prepare(
         if gave_up:
             row["gave_up"] = gave_up
         row["cold"] = {"build": round(built, 3), "prepare": round(prepared, 4), "first_pass": first}
-        contenders.append(Contender(name, network, Request(case, denoisers, found, device), row, [], []))
+        contenders.append(Contender(name, network, TimedRequest(case, denoisers, found, device), row, [], []))
     return contenders
 
 
@@ -146,7 +146,9 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
             contender.row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
 
 
-def described(case: Case, tier: str, network: Denoiser, weights: str, found: components.Parts | None) -> Row:
+def described(
+    case: ClipCase, tier: str, network: Denoiser, weights: str, found: components.Parts | None
+) -> Row:
     """All that a row says beside times."""
     geometry = {
         stage.name: {
@@ -175,7 +177,7 @@ def described(case: Case, tier: str, network: Denoiser, weights: str, found: com
     }
 
 
-def _finished(case: Case, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
+def _finished(case: ClipCase, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
     """The row with its times."""
     row, requests = contender.row, contender.times
     found = summaries(requests)

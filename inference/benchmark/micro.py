@@ -16,10 +16,10 @@ from torch import Tensor
 from inference.benchmark import result_files
 from inference.benchmark.bench_networks import dtype_for
 from inference.benchmark.result_files import Row
-from inference.benchmark.roofline.cases import Case, Stage
+from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from inference.benchmark.timers import device_of, peak_rates, time_call, undisturbed
 from inference.fast import attention_kernels, fp8
-from inference.fast.windows import windowed
+from inference.fast.kernels import windowed
 from magihuman.errors import UserError
 from magihuman.models.attention import attention, local_mask
 from magihuman.models.flops import attention_pairs
@@ -31,7 +31,7 @@ _FORMS = ("as is", "padded", "fp8", "fp8 rows")
 _CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
 
 
-def micro(case: Case, what: str, device: str, dtype: str, folder: Path | None) -> str:
+def micro(case: ClipCase, what: str, device: str, dtype: str, folder: Path | None) -> str:
     """Time single operations at the shapes of a clip's last stage; see the command `micro` for the settings.
 
     Raises:
@@ -64,9 +64,9 @@ class Microbenchmark:
         budget: seconds of timed calls of a form, see `timers.time_call`.
     """
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> None:
+    def __init__(self, case: ClipCase, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> None:
         self.case, self.device, self.dtype, self.budget = case, device, dtype, budget
-        self.stage: Stage = case.stages[-1]
+        self.stage: DenoisingStage = case.stages[-1]
         self.generator = torch.Generator(device=device).manual_seed(0)
 
     def products(self) -> list[Row]:

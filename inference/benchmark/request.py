@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.benchmark.bench_networks import SEED
 from inference.benchmark.components import Missing, Parts, reason_of
-from inference.benchmark.roofline.cases import FPS, Case
+from inference.benchmark.roofline.cases import FPS, ClipCase
 from inference.benchmark.timers import Stopwatch, host_waits
 from inference.decoding import Decoder, to_pictures
 from inference.sampling import LatentShape, sample
@@ -31,7 +31,7 @@ PUBLISHED_STAGES = ("base", "sr", "video decode", "to host")
 
 
 @dataclass
-class Request:
+class TimedRequest:
     """A clip to make again and again.
 
     Args:
@@ -43,7 +43,7 @@ class Request:
         waits: by loop, where the host waited for a GPU in the last run that looked.
     """
 
-    case: Case
+    case: ClipCase
     denoisers: dict[str, Denoiser]
     parts: Parts | None
     device: torch.device

@@ -28,8 +28,8 @@ from inference.benchmark.budget import Bench, Step, Values
 from inference.benchmark.components import reason_of
 from inference.benchmark.measure import described
 from inference.benchmark.micro import Microbenchmark
-from inference.benchmark.request import Request
-from inference.benchmark.roofline.cases import Case, Stage, make
+from inference.benchmark.request import TimedRequest
+from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.timers import host_waits, peak_rates, profile_pass, synchronise, timed_calls
 from inference.benchmark.video_decoders import decoder_row
 from inference.fast import require_kernel
@@ -48,7 +48,7 @@ _FORMS = {
 }
 
 
-def cases(dry: bool) -> dict[str, Case]:
+def cases(dry: bool) -> dict[str, ClipCase]:
     """The clip of each size; with `dry` a tiny one of the same structure: windows at 1080p, one stage at 256p."""
     if not dry:
         return {size: make(size) for size in SIZES}
@@ -60,14 +60,14 @@ def cases(dry: bool) -> dict[str, Case]:
     return {size: replace(tiny, size=size, stages=stages[size]) for size in SIZES}
 
 
-def windows_at_256p(largest: Case) -> Stage:
+def windows_at_256p(largest: ClipCase) -> DenoisingStage:
     """The base stage's clip with the local layers of the largest size: local attention where fp32 is affordable."""
     base, sr = largest.stages
     pack = replace(sr.pack, coords_style=base.pack.coords_style)
     return replace(base, name="windows", config=sr.config, pack=pack)
 
 
-def planned_bytes(case: Case) -> int:
+def planned_bytes(case: ClipCase) -> int:
     """What `python -m magihuman.zoo plan` computes for a clip's last loop alone."""
     base, *further = case.stages
     (height, width), (_, rows, columns) = (base.height, base.width), case.stride
@@ -99,7 +99,7 @@ class SuiteBench(Bench):
         self.largest = self.cases["1080p"]
         self.dtype = torch.float32 if dry else torch.bfloat16
         base, sr = self.largest.stages
-        self.stages: dict[str, Stage] = {
+        self.stages: dict[str, DenoisingStage] = {
             "256p": base,
             "windows": windows_at_256p(self.largest),
             "540p": self.cases["540p"].stages[-1],
@@ -270,7 +270,7 @@ class SuiteBench(Bench):
         """Whole requests without codecs: noise, the base loop, super-resolution."""
         case = self.cases[size]
         views = {"base": self.views["256p"]} | ({"sr": self.views[size]} if len(case.stages) > 1 else {})
-        request, waited = Request(case, views, None, self.device), {}
+        request, waited = TimedRequest(case, views, None, self.device), {}
         if size in _WARMED:
             self._requested(request, views, counted=False)
             waited = {name: sorted(set(places)) for name, places in request.waits.items()}
@@ -286,7 +286,7 @@ class SuiteBench(Bench):
             **({"planned_bytes": planned_bytes(case)} if tier in ("reference", "fast") else {}),
         }
 
-    def _requested(self, request: Request, views: dict[str, Denoiser], counted: bool) -> None:
+    def _requested(self, request: TimedRequest, views: dict[str, Denoiser], counted: bool) -> None:
         """One request, on disk when it is done; one that does not count also finds where the host waits."""
         with timed_calls(views, self.device) as passes:
             times = request.run(look_for_waits=not counted)

@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from inference.benchmark import components, result_files
 from inference.benchmark.bench_networks import SEED, dtype_for
 from inference.benchmark.result_files import Row
-from inference.benchmark.roofline.cases import Case, make
+from inference.benchmark.roofline.cases import ClipCase, make
 from inference.benchmark.roofline.work import (
     PUBLISHED,
     PUBLISHED_DECODERS,
-    Limits,
+    DeviceLimits,
     bound,
     decoder_parameters,
     video_decoder,
@@ -96,7 +96,7 @@ def decode(
 
 
 def decoder_row(
-    case: Case,
+    case: ClipCase,
     name: str,
     layout: str,
     device: torch.device,
@@ -160,24 +160,24 @@ def _channels_last(codec: torch.nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
-def _tiny(case: Case, name: str, device: torch.device) -> Any:
+def _tiny(case: ClipCase, name: str, device: torch.device) -> Any:
     return components.make(case, name, device, torch.float32).decoder
 
 
-def _computed(case: Case, name: str) -> Row:
+def _computed(case: ClipCase, name: str) -> Row:
     """What follows from shapes: exact FLOPs, the least time on an H100, peak memory."""
     work = video_decoder(case, name)
     return {
         "parameters": decoder_parameters(name),
         "flops": work.flops,
         "computed": {
-            "least_seconds_h100": float(f"{bound(work, Limits.of(GPUS['h100'])).seconds:.4g}"),
+            "least_seconds_h100": float(f"{bound(work, DeviceLimits.of(GPUS['h100'])).seconds:.4g}"),
             "peak_memory_bytes": peak_memory(case, name),
         },
     }
 
 
-def peak_memory(case: Case, name: str) -> int:
+def peak_memory(case: ClipCase, name: str) -> int:
     """Computed bytes of weights and activations while a clip is decoded chunk by chunk, bf16, without what kernels
     take for themselves."""
     last = case.stages[-1]
@@ -197,7 +197,7 @@ def peak_memory(case: Case, name: str) -> int:
 
 
 @torch.no_grad()
-def _measured(case: Case, codec: Any, device: torch.device, repeat: int, to_host_only: bool) -> Row:
+def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int, to_host_only: bool) -> Row:
     """Seconds to 8-bit pictures on the device, and to pictures in the host's memory while the next are decoded."""
     last, decoder = case.stages[-1], Decoder(codec)
     generator = torch.Generator().manual_seed(SEED)

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.fast import fp8
-from inference.fast.fused_weights import Kind, LayerTensors, MatrixTensors
+from inference.fast.fused_weights import BlockKind, LayerTensors, MatrixTensors
 from magihuman.models.layers import ALPHA, EPS, LIMIT
 
 _RECOMPILATIONS = 64
-"""Regions are few functions compiled for many kinds of layers and geometries; torch's limit is 8."""
+"""CompiledBlocks are few functions compiled for many kinds of layers and geometries; torch's limit is 8."""
 
 
-class Tokens(NamedTuple):
+class BlockTokens(NamedTuple):
     """What regions know of the tokens.
 
     Attributes:
@@ -48,7 +48,7 @@ class Projected(NamedTuple):
     gates: tuple[Tensor, ...]
 
 
-def before(x: Tensor, tokens: Tokens, w: LayerTensors, kind: Kind) -> Projected:
+def before(x: Tensor, tokens: BlockTokens, w: LayerTensors, kind: BlockKind) -> Projected:
     """fp32 residual stream [L,H] to a layer's queries, keys, values and gates."""
     parts = _split(x, tokens, kind)
     normed = [norm(part, scale) for part, scale in zip(parts, w.attention_norm.unbind(), strict=True)]
@@ -80,7 +80,7 @@ def before(x: Tensor, tokens: Tokens, w: LayerTensors, kind: Kind) -> Projected:
 
 
 def after(
-    x: Tensor, out: Tensor, gates: tuple[Tensor, ...], tokens: Tokens, w: LayerTensors, kind: Kind
+    x: Tensor, out: Tensor, gates: tuple[Tensor, ...], tokens: BlockTokens, w: LayerTensors, kind: BlockKind
 ) -> Tensor:
     """Attention's output [L,Hq,D] into the residual stream, and the feed-forward half.
 
@@ -101,11 +101,11 @@ def between(
     x: Tensor,
     out: Tensor,
     gates: tuple[Tensor, ...],
-    tokens: Tokens,
+    tokens: BlockTokens,
     w: LayerTensors,
-    kind: Kind,
+    kind: BlockKind,
     following: LayerTensors,
-    next_kind: Kind,
+    next_kind: BlockKind,
 ) -> tuple[Tensor, Projected]:
     """`after` of one layer and `before` of the next, so that what lies between them is fused."""
     x = after(x, out, gates, tokens, w, kind)
@@ -131,7 +131,7 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return x
 
 
-def activation(y: Tensor, kind: Kind) -> Tensor:
+def activation(y: Tensor, kind: BlockKind) -> Tensor:
     """GELU7 or SwiGLU7 of an up projection, fp32 out (SPEC 1.5)."""
     if kind.gelu:
         u = y.float().clamp(max=LIMIT)
@@ -142,7 +142,7 @@ def activation(y: Tensor, kind: Kind) -> Tensor:
 
 
 def multiply(
-    parts: Sequence[Tensor], matrix: MatrixTensors, ends: Tensor | None, kind: Kind
+    parts: Sequence[Tensor], matrix: MatrixTensors, ends: Tensor | None, kind: BlockKind
 ) -> Sequence[Tensor]:
     """Each expert's rows times its weights: [n,columns] each -> [n,rows] each, in the compute dtype, or fp32 after
     8-bit products."""
@@ -169,7 +169,7 @@ def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return function(x, weights, offs=ends)
 
 
-def _split(x: Tensor, tokens: Tokens, kind: Kind) -> Sequence[Tensor]:
+def _split(x: Tensor, tokens: BlockTokens, kind: BlockKind) -> Sequence[Tensor]:
     if kind.experts == 1:
         return (x,)
     parts, start = [], 0
@@ -190,7 +190,7 @@ def _add(parts: Sequence[Tensor], changes: Sequence[Tensor], scale: Tensor | Non
     return [x + y for x, y in zip(parts, changes, strict=True)]
 
 
-class Regions:
+class CompiledBlocks:
     """The three functions above, plain or compiled.
 
     Args:

@@ -40,7 +40,7 @@ class LayerTensors(NamedTuple):
     attention_scales: Tensor | None
 
 
-class Kind(NamedTuple):
+class BlockKind(NamedTuple):
     """What a region has to know of a layer beside its tensors."""
 
     experts: int
@@ -114,7 +114,7 @@ class FastLayer(nn.Module):
             )
         eight_attention = options.attention in ("fp8", "fp8_emulated")
         self.local = block.local
-        self.kind = Kind(
+        self.kind = BlockKind(
             experts=experts,
             heads=config.num_heads,
             shared=config.num_query_groups,
@@ -202,7 +202,7 @@ def padded_width(width: int) -> int:
 
 
 def _padded_mlp(
-    up: ExpertLinear, down: ExpertLinear, kind: Kind, dtype: torch.dtype, pad: bool
+    up: ExpertLinear, down: ExpertLinear, kind: BlockKind, dtype: torch.dtype, pad: bool
 ) -> tuple[Tensor, Tensor]:
     """Both matrices of a feed-forward half; zeros beyond the width come out of the activations as zeros."""
     first, second = _stacked(up, dtype), _stacked(down, dtype)

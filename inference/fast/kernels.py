@@ -1,7 +1,8 @@
-"""Dense attention by several kernels under one interface; `inference.fast.attention_kernels` says which can run where.
+"""Attention kernels under one interface, and local attention (SPEC 1.6) by calls of them.
 
-Every kernel takes q [b,n,Hq,D] and k, v [b,m,Hkv,D], gives [b,n,Hq,D], and on request the log-sum-exp of the scaled
-scores, fp32 [b,n,Hq], so that attention over disjoint sets of keys can be merged (`inference.fast.windows`).
+`inference.fast.attention_kernels` selects the kernel. Every kernel takes q [b,n,Hq,D] and k, v [b,m,Hkv,D], gives
+[b,n,Hq,D], and on request the log-sum-exp of the scaled scores, fp32 [b,n,Hq], so that attention over disjoint sets of
+keys can be merged (`windowed`).
 
     plain         matrix products, for short sequences on the CPU
     sdpa          torch's fused kernel of the CPU; on a GPU its memory-efficient one
@@ -178,3 +179,76 @@ def _emulated(
     out = (weights.to(FP8).float() @ values / total).to(torch.bfloat16).transpose(1, 2)
     lse = (total / _PROBABILITY_SCALE).log() + largest
     return out, lse.squeeze(-1).transpose(1, 2) if want_lse else None
+
+
+# -- local attention
+#
+# Video tokens of frame i attend to frames i - R to i + R and to all audio and text; audio and text attend to everything.
+# With the keys laid out as [others, video, others], a window that touches either end of the clip is one contiguous run
+# of keys together with the others. Only windows in the middle need two calls, merged exactly by their log-sum-exps.
+
+
+def windowed(
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    video: int,
+    frames: int,
+    reach: int,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Local attention of samples of equal length, in the order video, audio, text.
+
+    Args:
+        q: [b,n,Hq,D]; k, v: [b,n,Hkv,D].
+        video: video tokens of a sample, frame by frame; frames: latent frames.
+        reach: R, frames that a video token attends to on each side.
+        scales: see `inference.fast.kernels.Kernel`.
+
+    Returns:
+        [b,n,Hq,D].
+    """
+    if reach >= frames - 1:
+        return kernel.run(q, k, v, False, scales)[0]
+    per_frame, others = video // frames, q.shape[1] - video
+    around_k, around_v = (torch.cat([x[:, video:], x], dim=1) for x in (k, v))  # [others, video, others]
+    pieces: list[Tensor] = []
+    for first, last, start, stop in _runs(frames, reach):
+        rows = q[:, first * per_frame : last * per_frame]
+        # The run of keys in tokens of [others, video, others], as far out as it reaches.
+        low = 0 if start == 0 else others + start * per_frame
+        high = around_k.shape[1] if stop == frames and start > 0 else others + stop * per_frame
+        near = around_k[:, low:high], around_v[:, low:high]
+        if start == 0 or stop == frames or others == 0:
+            pieces.append(kernel.run(rows, *near, False, scales)[0])
+            continue
+        out, lse = kernel.run(rows, *near, True, scales)
+        far, far_lse = kernel.run(rows, around_k[:, :others], around_v[:, :others], True, scales)
+        assert lse is not None
+        assert far_lse is not None
+        pieces.append(merge(out, lse, far, far_lse))
+    if others:
+        pieces.append(kernel.run(q[:, video:], k, v, False, scales)[0])
+    return torch.cat(pieces, dim=1)
+
+
+def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
+    """Attention over the union of two disjoint sets of keys; outputs [b,n,Hq,D], log-sum-exps fp32 [b,n,Hq]."""
+    weight = torch.sigmoid(a_lse - b_lse).unsqueeze(-1)
+    return torch.lerp(b.float(), a.float(), weight).to(a.dtype)
+
+
+def _runs(frames: int, reach: int) -> list[tuple[int, int, int, int]]:
+    """(first, last, start, stop), half open: query frames first..last all attend to key frames start..stop.
+
+    With more than one frame out of reach no two frames share a window, but the middle ones of a short clip may.
+    """
+    runs: list[tuple[int, int, int, int]] = []
+    for i in range(frames):
+        seen = max(0, i - reach), min(frames, i + reach + 1)
+        if runs and runs[-1][2:] == seen:
+            runs[-1] = (runs[-1][0], i + 1, *seen)
+        else:
+            runs.append((i, i + 1, *seen))
+    return runs

@@ -1,31 +1,37 @@
 """The transformer run fast: the same weights and mathematics as `SingleStreamDiT`, arranged for repeated calls."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from inference.fast.attention_kernels import Call, choose, needs_trials, recording
-from inference.fast.fused_blocks import Projected, Regions, Tokens, before, can_group
+from inference.fast.fused_blocks import BlockTokens, CompiledBlocks, Projected, before, can_group
 from inference.fast.fused_weights import FastLayer
-from inference.fast.graphs import LONGEST, Graphs
-from inference.fast.kernels import Kernel
+from inference.fast.kernels import Kernel, windowed
 from inference.fast.step_cache import StepCache
 from inference.fast.tiers import Options
-from inference.fast.windows import windowed
 from magihuman.models.attention import attention
 from magihuman.models.dit import Block, SingleStreamDiT
 from magihuman.models.layers import linear_fp32
 from magihuman.models.rotary import rotary_table
 from magihuman.models.tokens import Layout
 
+LONGEST_GRAPH = 16384
+"""Tokens up to which a forward pass is recorded: above, launching takes less than a hundredth of the step."""
+
+_KEPT = 4
+
+Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What the layers need to know of a layout, made once and kept beside it.
+class LayoutPlan:
+    """Data of a token layout that the layers need, made once and kept with it.
 
     Attributes:
         packed: tokens modality by modality, as layers with experts want them.
@@ -35,8 +41,8 @@ class Plan:
         passed_over: why kernels that would be faster do not, "name: reason" each.
     """
 
-    packed: Tokens
-    by_sample: Tokens
+    packed: BlockTokens
+    by_sample: BlockTokens
     order: Tensor | None
     inverse: Tensor | None
     kernel: Kernel | None
@@ -89,10 +95,10 @@ class FastTransformer(nn.Module):
         plain = [i for i in range(config.num_layers) if i not in config.mm_layers]
         start = max(1, plain[0]) if plain else 1
         self._middle = start, max(start, min(config.num_layers - 1, plain[-1] + 1) if plain else start)
-        self._regions = Regions(options.compile)
+        self._regions = CompiledBlocks(options.compile)
         self._graphs = Graphs() if options.graphs else None
         self.cache = StepCache() if options.cache else None
-        self._plans: WeakKeyDictionary[Layout, Plan] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[Layout, LayoutPlan] = WeakKeyDictionary()
 
     @property
     def local_window(self) -> int | None:
@@ -109,8 +115,8 @@ class FastTransformer(nn.Module):
         """Rotary table fp32 [L,3D/4] for the layout's coordinates."""
         return rotary_table(layout.coords, self.adapter.rope.bands)
 
-    def plan(self, layout: Layout) -> Plan:
-        """What the layers need to know of this layout; made on first use, so do that outside the loop.
+    def plan(self, layout: Layout) -> LayoutPlan:
+        """The layout's data for the layers; made on first use, so do that outside the loop.
 
         On a GPU the attention kernel is chosen here, by trials of all calls that the layers will make of it.
 
@@ -121,14 +127,14 @@ class FastTransformer(nn.Module):
             self._plans[layout] = self._make_plan(layout)
         return self._plans[layout]
 
-    def _make_plan(self, layout: Layout) -> Plan:
+    def _make_plan(self, layout: Layout) -> LayoutPlan:
         table = layout.rotary if layout.rotary is not None else self.rotary(layout)
         sizes = layout.sizes
         ends = None
         if self.options.grouped and can_group(table.device, self.compute_dtype):
             ends = torch.tensor(sizes).cumsum(0).to(torch.int32).to(table.device)
         packed = _tokens(table, sizes, ends)
-        plan = Plan(packed, packed, None, None, self.kernel, self.passed_over)
+        plan = LayoutPlan(packed, packed, None, None, self.kernel, self.passed_over)
         if self.kernel is None:
             return plan
         if self.options.sort and layout.order is not None:
@@ -141,7 +147,7 @@ class FastTransformer(nn.Module):
         )
         return replace(plan, kernel=choice.kernel, passed_over=choice.passed_over)
 
-    def calls(self, plan: Plan, layout: Layout) -> list[Call]:
+    def calls(self, plan: LayoutPlan, layout: Layout) -> list[Call]:
         """Every distinct call of the attention kernel in a pass, small ones first.
 
         The layers' own code makes them, on tensors without memory, so that a trial has the lengths and strides of the
@@ -172,7 +178,7 @@ class FastTransformer(nn.Module):
     def give_up(self, option: str) -> None:
         """Go on without "compile" or "graphs", where this machine cannot do it; `options` say so."""
         if option == "compile":
-            self.options, self._regions = replace(self.options, compile="off"), Regions("off")
+            self.options, self._regions = replace(self.options, compile="off"), CompiledBlocks("off")
         else:
             assert option == "graphs"
             self.options, self._graphs = replace(self.options, graphs=False), None
@@ -199,7 +205,7 @@ class FastTransformer(nn.Module):
             raise RuntimeError("a faster tier is for inference: call the network under torch.no_grad()")
         if rotary is not None:
             raise ValueError("give the rotary table with the layout: layout.with_rotary(table)")
-        if self._graphs is None or layout.length > LONGEST:
+        if self._graphs is None or layout.length > LONGEST_GRAPH:
             return self._run(video, audio, text, layout)
         return self._graphs(layout, lambda v, a, t: self._run(v, a, t, layout), video, audio, text)
 
@@ -220,7 +226,7 @@ class FastTransformer(nn.Module):
             linear_fp32(self.final_linear_audio, self.final_norm_audio(audio_x)),
         )
 
-    def _span_with_cache(self, x: Tensor, plan: Plan, layout: Layout) -> Tensor:
+    def _span_with_cache(self, x: Tensor, plan: LayoutPlan, layout: Layout) -> Tensor:
         assert self.cache is not None
         start, stop = self._middle
         x = self._span(x, 0, start, plan, layout)
@@ -235,7 +241,7 @@ class FastTransformer(nn.Module):
         return self._span(x, stop, len(self.layers), plan, layout, entering=self._sorted(start - 1, plan))
 
     def _span(
-        self, x: Tensor, start: int, stop: int, plan: Plan, layout: Layout, entering: bool = False
+        self, x: Tensor, start: int, stop: int, plan: LayoutPlan, layout: Layout, entering: bool = False
     ) -> Tensor:
         """Layers start to stop on the residual stream, whose rows enter sorted by sample or not."""
         inputs: Projected | None = None
@@ -264,12 +270,12 @@ class FastTransformer(nn.Module):
                 inputs = None
         return x
 
-    def _sorted(self, layer: int, plan: Plan) -> bool:
+    def _sorted(self, layer: int, plan: LayoutPlan) -> bool:
         """Whether a layer's rows lie sample by sample."""
         return plan.order is not None and layer not in self.config.mm_layers
 
     def _attend(
-        self, inputs: Projected, plan: Plan, layout: Layout, layer: FastLayer, by_sample: bool
+        self, inputs: Projected, plan: LayoutPlan, layout: Layout, layer: FastLayer, by_sample: bool
     ) -> Tensor:
         window = self.local_window if layer.local else None
         q, k, v = inputs.q, inputs.k, inputs.v
@@ -306,12 +312,12 @@ def _dense(
     return windowed(kernel, q, k, v, layout.video_len, layout.frames, window, scales).flatten(0, 1)
 
 
-def _tokens(table: Tensor, sizes: tuple[int, ...], ends: Tensor | None) -> Tokens:
+def _tokens(table: Tensor, sizes: tuple[int, ...], ends: Tensor | None) -> BlockTokens:
     sin, cos = table.unsqueeze(-2).chunk(2, dim=-1)
-    return Tokens(sizes, sin, cos, ends)
+    return BlockTokens(sizes, sin, cos, ends)
 
 
-def _arranged(x: Tensor, now: bool, wanted: bool, plan: Plan) -> Tensor:
+def _arranged(x: Tensor, now: bool, wanted: bool, plan: LayoutPlan) -> Tensor:
     """Rows from modality by modality to sample by sample, or back."""
     if now == wanted:
         return x
@@ -326,3 +332,53 @@ def _rows(x: Tensor, order: Tensor | None) -> Tensor:
     if x.element_size() > 1:
         return x.index_select(0, order)
     return x.view(torch.uint8).index_select(0, order).view(x.dtype)  # not every device gathers 8-bit floats
+
+
+# -- CUDA graphs of a whole forward pass: the host launches one thing instead of some hundreds. They pay off where a step
+# takes little time, so for short sequences; a long sequence only loses memory.
+
+
+class Graphs:
+    """Records a forward pass on its second call with a layout, replays it from then on.
+
+    The first call runs plainly and so warms up what must not happen while recording (kernels that are compiled or
+    tuned when they are first used). Recording waits for the device once.
+    """
+
+    def __init__(self) -> None:
+        self._met: WeakSet[Layout] = WeakSet()
+        self._recorded: dict[Layout, _Recording] = {}
+
+    def __call__(
+        self, layout: Layout, forward: Forward, video: Tensor, audio: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """forward(video, audio, text), through a graph where there is one for this layout.
+
+        Args:
+            forward: launches the same work in every call with this layout, on tensors that stay where they are but
+                for its arguments.
+        """
+        if not video.is_cuda or layout not in self._met:
+            outputs = forward(video, audio, text)
+            self._met.add(layout)  # a call that failed has warmed up nothing
+            return outputs
+        if layout not in self._recorded:
+            while len(self._recorded) >= _KEPT:
+                self._recorded.pop(next(iter(self._recorded)))
+            self._recorded[layout] = _Recording(forward, video, audio, text)
+        return self._recorded[layout].replay(video, audio, text)
+
+
+class _Recording:
+    def __init__(self, forward: Forward, *inputs: Tensor) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = forward(*self.inputs)
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        video, audio = self.outputs
+        return video.clone(), audio.clone()  # the next replay writes over them

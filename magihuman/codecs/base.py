@@ -4,9 +4,10 @@ Shapes (symbols as in `magihuman.models.tokens`): frames [B,3,F,H,W] fp32 in [-1
 waveforms [B,channels,N] fp32 in [-1,1]; audio latents [B,A,Ca], one per pixel frame; text features [S,Ct].
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # plans and bounds read facts of bundles without torch
+    import torch
 
 
 class VideoCodec(Protocol):
@@ -15,11 +16,11 @@ class VideoCodec(Protocol):
     channels: int
     stride: tuple[int, int, int]
 
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+    def encode(self, frames: "torch.Tensor") -> "torch.Tensor":
         """[B,3,F,H,W] in [-1,1] -> [B,C,T,h,w] fp32, normalised."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: "torch.Tensor") -> "torch.Tensor":
         """[B,C,T,h,w] -> [B,3,F,H,W] fp32, about [-1,1] (not clamped)."""
         ...
 
@@ -32,11 +33,11 @@ class AudioCodec(Protocol):
     hop: int
     waveform_channels: int
 
-    def encode(self, waveform: torch.Tensor) -> torch.Tensor:
+    def encode(self, waveform: "torch.Tensor") -> "torch.Tensor":
         """[B,waveform_channels,N] -> [B,A,Ca] fp32."""
         ...
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: "torch.Tensor") -> "torch.Tensor":
         """[B,A,Ca] -> [B,waveform_channels,N] fp32."""
         ...
 
@@ -46,6 +47,6 @@ class TextEncoder(Protocol):
 
     channels: int
 
-    def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+    def encode(self, prompts: list[str]) -> "list[torch.Tensor]":
         """Each prompt -> [S,Ct] fp32, S >= 1."""
         ...

@@ -10,7 +10,7 @@ from typing import Any
 
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.work import PUBLISHED, Limits, Work, bound, utilisation
+from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, Work, bound, utilisation
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
@@ -58,7 +58,7 @@ def stages(
         decode_time: measured seconds of the video decoder
     """
     sheet = gpu(device)
-    limits = Limits.of(sheet, tflops, bandwidth)
+    limits = DeviceLimits.of(sheet, tflops, bandwidth)
     times = {"base": base_time, "sr": sr_time, "video decode": decode_time}
     lines = [
         f"limits of {limits.name}: {limits.flops / 1e12:g} TFLOP/s, {limits.bandwidth / 1e12:g} TB/s; {NOTE}"
@@ -86,7 +86,7 @@ def _sizes(size: str) -> tuple[str, ...]:
     return tuple(PUBLISHED) if size == "all" else (size,)
 
 
-def _line(work: Work, limits: Limits, seconds: float | None, peak: float) -> str:
+def _line(work: Work, limits: DeviceLimits, seconds: float | None, peak: float) -> str:
     tokens = "" if work.tokens is None else _sum(work.tokens)
     least = bound(work, limits)
     line = (
@@ -116,7 +116,7 @@ def gpus(size: str = "all", decoder: str = "turbo") -> str:
         f"{'':<16}" + "".join(f"{case.size:>10}" for case in cases) + "  s",
     ]
     for device in GPUS.values():
-        limits = Limits.of(device)
+        limits = DeviceLimits.of(device)
         cells = []
         for case in cases:
             works = [w for w in stages_of(case, decoder) if w.stage in ("base", "sr", "video decode")]
@@ -131,7 +131,7 @@ def published(tflops: float = 790.0) -> str:
     Args:
         tflops: the peak that the least time is taken at, in TFLOP/s
     """
-    limits, peak = Limits.of(GPUS["h100"], tflops), GPUS["h100"].bf16
+    limits, peak = DeviceLimits.of(GPUS["h100"], tflops), GPUS["h100"].bf16
     lines = [
         f"{'stage':<20}{'N':>8}{'PFLOP':>8}{'paper s':>9}{'TFLOP/s':>9}{'MFU':>8}{'least s':>9}{'ratio':>7}"
     ]

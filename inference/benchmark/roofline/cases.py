@@ -24,7 +24,7 @@ RELEASED_TEXT = 3584  # width of the released text encoder's features
 
 
 @dataclass(frozen=True)
-class Stage:
+class DenoisingStage:
     """One network's denoising loop.
 
     Attributes:
@@ -62,7 +62,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Case:
+class ClipCase:
     """A clip to make.
 
     Attributes:
@@ -76,7 +76,7 @@ class Case:
     model: str
     released: bool
     seconds: float
-    stages: tuple[Stage, ...]
+    stages: tuple[DenoisingStage, ...]
     stride: tuple[int, int, int]
 
     @property
@@ -117,7 +117,7 @@ def make(
     text: int | None = None,
     guided: bool = False,
     model: "str | ExportConfig | None" = None,
-) -> Case:
+) -> ClipCase:
     """The clip called `size`: 256p, 540p and 1080p of the released network, 5 s; `tiny` of the puppet world, 1 s, with
     a second stage of the same network at twice the size; `layer`, one pass of one full-width layer, 1 s of 256p.
 
@@ -161,7 +161,7 @@ def _network(model: "str | ExportConfig") -> _Network:
 
 def _released(
     network: _Network, size: str, steps: int, sr_steps: int, seconds: float, text: int | None, sides: int
-) -> Case:
+) -> ClipCase:
     config, pack, stride = network.config, network.pack, (4, 16, 16)
     if size == "layer":
         # A layer of the middle: shared by the modalities, SwiGLU7.
@@ -172,27 +172,27 @@ def _released(
 
     def stage(
         role: str, config: DiTConfig, pack: PackConfig, pixels: tuple[int, int], count: int, sides: int
-    ) -> Stage:
+    ) -> DenoisingStage:
         rows, columns = pixels[0] // stride[1], pixels[1] // stride[2]
-        return Stage(role, config, pack, frames, rows, columns, audio, words, count, sides)
+        return DenoisingStage(role, config, pack, frames, rows, columns, audio, words, count, sides)
 
     stages = [stage("base", config, pack, (height, width), steps, sides)]
     if large is not None:
         if size == "1080p":
             config = replace(config, local_attn_layers=local_layers(config.num_layers))
         stages.append(stage("sr", config, replace(pack, coords_style="v1"), large, sr_steps, 1))
-    return Case(size, network.name, True, seconds, tuple(stages), stride)
+    return ClipCase(size, network.name, True, seconds, tuple(stages), stride)
 
 
 def _tiny(
     network: _Network, size: str, steps: int, sr_steps: int, seconds: float, text: int | None, sides: int
-) -> Case:
+) -> ClipCase:
     config, pack, stride = network.config, network.pack, (4, 4, 4)
     frames = round((seconds * FPS - 1) / stride[0]) + 1
     audio, words = stride[0] * (frames - 1) + 1, TINY_TEXT if text is None else text
     small, large = TINY_SIDE // stride[1], TINY_LARGE // stride[1]
     stages = (
-        Stage("base", config, pack, frames, small, small, audio, words, steps, sides),
-        Stage("sr", config, pack, frames, large, large, audio, words, sr_steps),
+        DenoisingStage("base", config, pack, frames, small, small, audio, words, steps, sides),
+        DenoisingStage("sr", config, pack, frames, large, large, audio, words, sr_steps),
     )
-    return Case(size, network.name, False, seconds, stages, stride)
+    return ClipCase(size, network.name, False, seconds, stages, stride)

@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inference.benchmark.roofline.cases import Case, Stage, make
+from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.roofline.work import (
     PUBLISHED,
-    Limits,
+    DeviceLimits,
     bound,
     forward,
     network,
@@ -157,7 +157,7 @@ class PassSeconds:
         return self.products + self.attention + self.pointwise + self.ends + self.host
 
 
-def one_pass(stage: Stage, rates: Rates, machine: Machine) -> PassSeconds:
+def one_pass(stage: DenoisingStage, rates: Rates, machine: Machine) -> PassSeconds:
     """Predicted seconds of a forward pass."""
     config, tokens = stage.config, stage.tokens
     products = attention = 0.0
@@ -185,7 +185,7 @@ def one_pass(stage: Stage, rates: Rates, machine: Machine) -> PassSeconds:
     return PassSeconds(products, attention, traffic / (_COPY * machine.bandwidth), ends / _ENDS, rates.host)
 
 
-def seconds(case: Case, rates: Rates, machine: Machine) -> dict[str, float]:
+def seconds(case: ClipCase, rates: Rates, machine: Machine) -> dict[str, float]:
     """Predicted seconds of every denoising loop."""
     return {stage.name: stage.passes * one_pass(stage, rates, machine).total for stage in case.stages}
 
@@ -237,16 +237,16 @@ _LINK = 50e9  # bytes per second assumed from pinned memory of the device to the
 Cell = dict[str, float]
 
 
-def clip(case: Case, rates: Rates, machine: Machine, decoder: str = "turbo") -> Cell:
+def clip(case: ClipCase, rates: Rates, machine: Machine, decoder: str = "turbo") -> Cell:
     """Predicted seconds of base, sr (0 where there is none), decode with the copy to the host, and their total."""
     loops = seconds(case, rates, machine)
     decode = video_decoder(case, decoder).flops / _DECODE + case.bytes_out / _LINK
     return _summed(loops["base"], loops.get("sr", 0.0), decode)
 
 
-def floor(case: Case, tflops: float = REACHED) -> Cell:
+def floor(case: ClipCase, tflops: float = REACHED) -> Cell:
     """What no exact bf16 path can pass, as `clip`: all arithmetic at this rate, and nothing else."""
-    limits = Limits.of(GPUS["h200"], tflops)
+    limits = DeviceLimits.of(GPUS["h200"], tflops)
     loops = {stage.name: bound(network(stage), limits).seconds for stage in case.stages}
     return _summed(loops["base"], loops.get("sr", 0.0), bound(video_decoder(case), limits).seconds)
 

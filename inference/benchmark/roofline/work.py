@@ -5,7 +5,7 @@ Exact for the transformer; codecs by coefficients counted on shapes.
 
 from dataclasses import dataclass, replace
 
-from inference.benchmark.roofline.cases import Case, Stage
+from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
@@ -39,7 +39,7 @@ class Work:
     exact: bool = True
 
 
-def stages(case: Case, decoder: str = "turbo") -> list[Work]:
+def stages(case: ClipCase, decoder: str = "turbo") -> list[Work]:
     """All stages in the order in which they run. Image and audio encoders run only where those are given; the tiny
     world's codecs and text encoder are not counted.
 
@@ -60,7 +60,7 @@ def stages(case: Case, decoder: str = "turbo") -> list[Work]:
     ]
 
 
-def forward(stage: Stage) -> ForwardFlops:
+def forward(stage: DenoisingStage) -> ForwardFlops:
     """Of one pass."""
     tokens = stage.tokens
     return forward_flops(
@@ -68,7 +68,7 @@ def forward(stage: Stage) -> ForwardFlops:
     )
 
 
-def network(stage: Stage) -> Work:
+def network(stage: DenoisingStage) -> Work:
     """A denoising loop, products in bf16."""
     moved = (
         footprint.weight_bytes(stage.config, "bf16")
@@ -86,7 +86,7 @@ def text_encoder(tokens: int) -> Work:
     return Work("text", costs.text_encoder_flops(tokens), moved, exact=False)
 
 
-def picture_encoder(case: Case) -> Work:
+def picture_encoder(case: ClipCase) -> Work:
     """Wan encoder, one picture of every stage's size."""
     flops = sum(costs.wan_encoder_flops(stage.height, stage.width) for stage in case.stages)
     pixels = sum(3 * stage.height * stage.width * case.stride[1] * case.stride[2] for stage in case.stages)
@@ -94,20 +94,20 @@ def picture_encoder(case: Case) -> Work:
     return Work("image", flops, moved, exact=False)
 
 
-def sound_encoder(case: Case) -> Work:
+def sound_encoder(case: ClipCase) -> Work:
     """Oobleck encoder; fp32."""
     return Work(
         "sound", costs.OOBLECK_ENCODE * case.audio, FP32 * costs.OOBLECK_ENCODER_PARAMETERS, exact=False
     )
 
 
-def sound_decoder(case: Case) -> Work:
+def sound_decoder(case: ClipCase) -> Work:
     """Oobleck decoder; fp32."""
     moved = FP32 * costs.OOBLECK_DECODER_PARAMETERS
     return Work("audio decode", costs.OOBLECK_DECODE * case.audio, moved, exact=False)
 
 
-def video_decoder(case: Case, decoder: str = "turbo") -> Work:
+def video_decoder(case: ClipCase, decoder: str = "turbo") -> Work:
     """The last stage's latents to 8-bit pictures on the device."""
     last = case.stages[-1]
     flops = decoder_flops(decoder, last.frames, last.height, last.width)
@@ -170,7 +170,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeviceLimits:
     """What a device can do at most: FLOP/s, bytes per second of its memory and of the link to the host."""
 
     name: str
@@ -179,7 +179,7 @@ class Limits:
     link: float
 
     @classmethod
-    def of(cls, device: Gpu, tflops: float | None = None, bandwidth: float | None = None) -> "Limits":
+    def of(cls, device: Gpu, tflops: float | None = None, bandwidth: float | None = None) -> "DeviceLimits":
         """Those of the data sheet, or measured ones in their place (10^12 FLOP/s, 10^12 bytes per second)."""
         sheet = cls(device.name, device.bf16, device.bandwidth, device.link)
         name = sheet.name + (f" at {tflops:g} TFLOP/s" if tflops else "")
@@ -199,7 +199,7 @@ class Bound:
     by: str
 
 
-def bound(work: Work, limits: Limits) -> Bound:
+def bound(work: Work, limits: DeviceLimits) -> Bound:
     """Where arithmetic and traffic overlap perfectly."""
     times = {
         "compute": work.flops / limits.flops,

@@ -83,7 +83,7 @@ from inference.benchmark.__main__ import COMMANDS
 from inference.benchmark.__main__ import measure
 from inference.benchmark.__main__ import micro
 from inference.benchmark.__main__ import suite
-from inference.benchmark.report import latency_table
+from inference.benchmark.result_tables import latency_table
 from inference.benchmark.__main__ import train
 from magihuman.errors import UserError
 from inference.benchmark import components

@@ -16,7 +16,7 @@ import torch
 from inference.benchmark import bench_networks, budget
 from inference.benchmark.budget import BudgetedRun, Step, StepTimeout, choose, read_runs
 from inference.benchmark.suite import SIZES, SuiteBench
-from inference.benchmark.training import TrainingBench
+from inference.benchmark.training_steps import TrainingBench
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[3]

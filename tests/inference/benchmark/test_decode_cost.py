@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eval import readme_tables
-from inference.benchmark import report, video_decoders
+from inference.benchmark import result_tables, video_decoders
 from magihuman.errors import UserError
 
 FILE = Path(video_decoders.__file__).parents[1] / "results" / "decode_cost.json"
@@ -42,9 +42,9 @@ def test_counts_follow_the_design_and_the_targets_are_in_reach(values: dict[str,
 def test_tables_keep_what_is_computed_from_what_was_timed(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "REPO", tmp_path)
+    monkeypatch.setattr(result_tables, "REPO", tmp_path)
     (tmp_path / "x.json").write_text(json.dumps(values))
-    computed, timed = report.decode_cost_table("x.json").split("\n\n| measured on a CPU")
+    computed, timed = result_tables.decode_cost_table("x.json").split("\n\n| measured on a CPU")
     assert sum(line.startswith(("| 256p", "| 540p", "| 1080p")) for line in computed.splitlines()) == 9
     assert f"| {values['cpu']['decoders']['b']['seconds']:.2f} |" in timed
     assert "predicted" not in timed
@@ -52,7 +52,7 @@ def test_tables_keep_what_is_computed_from_what_was_timed(
     values["computed"][0]["how"] = "measured"
     (tmp_path / "x.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="not computed"):
-        report.decode_cost_table("x.json")
+        result_tables.decode_cost_table("x.json")
 
 
 def test_names_and_sizes_that_cannot_be() -> None:

@@ -117,7 +117,7 @@ def test_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """LoRA and DMD-2 of 15 B parameters through Lightning, but for compilation, on a CPU without memory or values:
     autograd asks a real driver for its devices."""
     pytest.importorskip("lightning")
-    from inference.benchmark.training import TrainingBench
+    from inference.benchmark.training_steps import TrainingBench
 
     monkeypatch.setattr("magihuman.training.parallel.compile_blocks", lambda denoiser: None)
     monkeypatch.setattr(

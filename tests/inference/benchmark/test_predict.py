@@ -8,7 +8,7 @@ import pytest
 
 from inference.benchmark import calibrate, result_files
 from inference.benchmark.__main__ import predict
-from inference.benchmark.report import predicted_table
+from inference.benchmark.result_tables import predicted_table
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import forward
 from magihuman.errors import UserError

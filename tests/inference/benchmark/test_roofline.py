@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inference.benchmark.roofline import predict, work
 from inference.benchmark.roofline.__main__ import COMMANDS, ladder
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.work import Limits, bound, utilisation
+from inference.benchmark.roofline.work import DeviceLimits, bound, utilisation
 from magihuman import zoo
 from magihuman.cli import run_one
 from magihuman.codecs import costs
@@ -22,7 +22,7 @@ from magihuman.models.flops import pointwise_bytes
 from magihuman.models.gpu_specs import GPUS
 
 REPO = Path(__file__).resolve().parents[3]
-AT_790 = Limits.of(GPUS["h200"], tflops=790)
+AT_790 = DeviceLimits.of(GPUS["h200"], tflops=790)
 
 
 def _counted(function: Any) -> int:

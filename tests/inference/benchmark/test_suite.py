@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import budget, calibrate, report, result_files, suite, timers
+from inference.benchmark import budget, calibrate, result_files, result_tables, suite, timers
 from inference.benchmark import collect as collecting
 from inference.benchmark.__main__ import collect
 from inference.benchmark.__main__ import suite as run_suite
 from inference.benchmark.budget import BudgetedRun, choose, read_runs
 from inference.benchmark.collect import rows_of
 from inference.benchmark.figure import draw, values
-from inference.benchmark.report import memory_table, profile_table, training_table
+from inference.benchmark.result_tables import memory_table, profile_table, training_table
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import kind_of, profile_pass
@@ -128,7 +128,7 @@ def test_any_beginning_of_the_file_can_be_collected(dry: Path, share: float, tmp
     assert run.whole == cut.endswith(b"\n")
     assert ("is incomplete" in told) == (not run.whole)
     assert len(run.steps) + sum(map(len, run.runs.values())) == cut.count(b"\n") - 1
-    table = report.latency_table(str(tmp_path / "out"))
+    table = result_tables.latency_table(str(tmp_path / "out"))
     rows = {line.split("|")[1].strip() for line in table.splitlines() if "| H100 SXM | fast (E1)" in line}
     counted = {name for name, lines in run.runs.items() if any(line["counted"] for line in lines)}
     assert rows == {size for size in suite.SIZES if f"fast {size}" in counted}
@@ -138,7 +138,7 @@ def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path:
     out = tmp_path / "out"
     collect(str(as_if(dry, tmp_path / "a", H200, date="2026-11-01T00:00:00+00:00")), output=str(out))
     collect(str(as_if(dry, tmp_path / "b", H100, date="2026-11-02T00:00:00+00:00")), output=str(out))
-    table = report.latency_table(str(out))
+    table = result_tables.latency_table(str(out))
     first, _, second = table.partition("H200 SXM, another card than the published one:")
     assert "| H100 SXM |" in first
     assert "H200 SXM |" not in first
@@ -192,8 +192,8 @@ def test_one_command_makes_everything_that_is_committed(
     (tmp_path / "PAGE.md").write_text("".join(f"{block}\n<!-- end -->\n" for block in blocks))
     monkeypatch.setattr(result_files, "FOLDER", results)
     monkeypatch.setattr(calibrate, "FOLDER", predictions)
-    monkeypatch.setattr(report, "REPO", tmp_path)
-    monkeypatch.setattr(report, "README", tmp_path / "PAGE.md")
+    monkeypatch.setattr(result_tables, "REPO", tmp_path)
+    monkeypatch.setattr(result_tables, "README", tmp_path / "PAGE.md")
     told = collect(str(as_if(dry, tmp_path / "a", H100)))
     assert "rendered: inference/benchmark/README.md" in told
     assert f"drawn: {results / 'latency.png'}" in told
@@ -293,7 +293,7 @@ def test_where_the_host_waited_is_of_the_run_that_looked(
             self.waits = {"base": ["b.py:2", "a.py:1", "b.py:2"] if look_for_waits else []}
             return {"base": 0.5, "request": 0.5}
 
-    monkeypatch.setattr(suite, "Request", Looked)
+    monkeypatch.setattr(suite, "TimedRequest", Looked)
     bench = suite.SuiteBench(torch.device("cpu"), dry=True)
     bench.run = BudgetedRun(tmp_path, "suite", 600)
     steps = choose(bench.steps(), "fast 256p")
@@ -344,4 +344,4 @@ def test_the_committed_tables_have_no_row_of_a_gpu_that_was_not_there() -> None:
     folder = "inference/results/latency"
     for table in (profile_table, memory_table, training_table):
         assert table(folder).endswith("Nothing measured yet: no GPU was available.")
-    assert "No row of ours: no H100 was available yet." in report.latency_table(folder)
+    assert "No row of ours: no H100 was available yet." in result_tables.latency_table(folder)

@@ -121,7 +121,7 @@ def test_what_cannot_be_compiled_or_recorded_is_given_up_and_named(
         return outputs
 
     monkeypatch.setattr("inference.fast.fused_blocks.torch.compile", lambda *_, **__: refuse("compiler"))
-    monkeypatch.setattr("inference.fast.graphs.Graphs.__call__", record)
+    monkeypatch.setattr("inference.fast.transformer.Graphs.__call__", record)
     told = measure(
         tier="fast", options="compile=static,graphs=true", steps=2, sr_steps=1, seconds=0.36, warm=1, repeat=1,
         budget=0.001, output=str(tmp_path),

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from inference.benchmark import report, result_files
+from inference.benchmark import result_files, result_tables
 from inference.benchmark.__main__ import measure
 from inference.benchmark.figure import check_pictures, draw, values
-from inference.benchmark.report import predicted_table
+from inference.benchmark.result_tables import predicted_table
 from inference.benchmark.roofline import predict
 from magihuman.errors import UserError
 
@@ -76,7 +76,7 @@ def test_latency_table_shows_what_was_measured(tmp_path: Path) -> None:
     result_files.write("measure", "b", [row(base=1.5)], made("2026-02-02T00:00:00+00:00"), tmp_path)
     result_files.write("measure", "c", [row(tier="fp8", base=0.75)], made(), tmp_path)
     result_files.write("measure", "d", [row("tiny", base=7.77)], made(gpu=False), tmp_path)
-    table = report.latency_table(str(tmp_path))
+    table = result_tables.latency_table(str(tmp_path))
     ours = [line for line in table.splitlines() if line.startswith("| 1080p | H100 SXM |")]
     assert len(ours) == 2  # the newest of equal ones
     cells = [cell.strip() for cell in next(line for line in ours if "fast (E1)" in line).split("|")[1:-1]]
@@ -86,7 +86,7 @@ def test_latency_table_shows_what_was_measured(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "| 1080p | H100, published | not said | not said | 8 / 5 | 1.6 | 31.0 | 5.8 | 38.4 |" in table
     assert "7.77" not in table
-    cpu = report.cpu_table(str(tmp_path))
+    cpu = result_tables.cpu_table(str(tmp_path))
     assert "| 5.500; 7.77 [6.99, 8.55] |" in cpu
     assert "load average of the machine at the start up to 2.5" in cpu
     assert "predicted" not in table.lower()
@@ -116,7 +116,7 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
         made(),
         tmp_path,
     )
-    table = report.gains_table(str(tmp_path))
+    table = result_tables.gains_table(str(tmp_path))
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines()[2:] if "|" in line]
     # Predicted and measured figures never share a row.
     assert [row[1:] for row in rows[:5]] == [
@@ -135,28 +135,29 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
 def _readme(folder: Path) -> Path:
     file = folder / "README.md"
     blocks = "\n\n".join(
-        f"<!-- {kind} {report.SOURCES.get(kind, folder)} -->\n<!-- end -->" for kind in report.TABLES
+        f"<!-- {kind} {result_tables.SOURCES.get(kind, folder)} -->\n<!-- end -->"
+        for kind in result_tables.TABLES
     )
     file.write_text(f"# Title\n\n{blocks}\n\nend\n")
-    file.write_text(report.render(file.read_text()))
+    file.write_text(result_tables.render(file.read_text()))
     return file
 
 
 def test_check_finds_every_difference(tmp_path: Path) -> None:
     result_files.write("measure", "a", [row()], made(), tmp_path)
     file = _readme(tmp_path)
-    assert [kind for kind, _ in report.check_readme(file)] == list(report.TABLES)
+    assert [kind for kind, _ in result_tables.check_readme(file)] == list(result_tables.TABLES)
     right = file.read_text()
     file.write_text(right.replace("30.50", "29.50"))
     with pytest.raises(UserError, match="differs from its result files"):
-        report.check_readme(file)
+        result_tables.check_readme(file)
     file.write_text(right)
     result_files.write("measure", "b", [row(tier="fp8")], made(), tmp_path)
     with pytest.raises(UserError, match="differs from its result files"):
-        report.check_readme(file)
+        result_tables.check_readme(file)
     file.write_text("# Title without tables\n")
     with pytest.raises(UserError, match="has no block <!-- latency"):
-        report.check_readme(file)
+        result_tables.check_readme(file)
 
 
 def test_eval_readme_renders_the_same_blocks(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, t
     from magihuman.cli import settings
 
     assert settings(measure, ["--check"], "x") == {"check": True}
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(result_tables, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(UserError, match="has no block"):
         measure(check=True)
@@ -192,8 +193,8 @@ def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, t
 
 def test_committed_files_are_whole() -> None:
     """The repository's own results can be read and shown."""
-    for kind, table in report.TABLES.items():
-        argument = report.SOURCES.get(kind, "inference/results/latency")
+    for kind, table in result_tables.TABLES.items():
+        argument = result_tables.SOURCES.get(kind, "inference/results/latency")
         assert table(argument).count("\n") > 2, kind
     assert all(found["provenance"]["code"]["sources"] for found in result_files.read())
 
@@ -202,7 +203,7 @@ def test_committed_predictions_are_what_the_code_computes() -> None:
     """Floors, targets and published times among them; the table is labelled."""
     for device, machine in (("h100", predict.H100), ("h200", predict.H200)):
         file = f"inference/results/predictions/{device}.json"
-        found = json.loads((report.REPO / file).read_text())
+        found = json.loads((result_tables.REPO / file).read_text())
         computed = json.loads(json.dumps(predict.predictions(machine)))
         assert {key: found[key] for key in computed} == computed, (
             "run python -m inference.benchmark.roofline ladder output=..."
@@ -214,7 +215,7 @@ def test_committed_predictions_are_what_the_code_computes() -> None:
         assert "1.6 + 31.0 + 5.8 = **38.4**" in table
         assert "1.03 + 24.25 + 1.51 = **26.78**" in table
         assert "| *target, FP8 linears and attention* | 1 | 4 | 24 | |" in table
-    measured = next((report.REPO / "inference/results/latency").glob("*-measure-*.json"))
+    measured = next((result_tables.REPO / "inference/results/latency").glob("*-measure-*.json"))
     with pytest.raises(ValueError, match="not predicted"):
         predicted_table(str(measured))
 

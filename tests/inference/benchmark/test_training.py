@@ -11,9 +11,9 @@ import torch
 from inference.benchmark import timers
 from inference.benchmark.__main__ import collect, train
 from inference.benchmark.budget import BudgetedRun, Step, read_runs
-from inference.benchmark.report import training_table
+from inference.benchmark.result_tables import training_table
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.training import TrainingBench, _Timer
+from inference.benchmark.training_steps import TrainingBench, _Timer
 from magihuman.models.config import LoraConfig
 from magihuman.models.flops import forward_flops, lora_flops
 from magihuman.zoo import plan_training
@@ -91,7 +91,7 @@ def test_the_iteration_that_warms_up_never_counts(
     """Compilation and the first choice of kernels take longer than all iterations after them."""
     clock = [0.0]
     run = BudgetedRun(tmp_path, "train", 600, clock=lambda: clock[0])
-    monkeypatch.setattr("inference.benchmark.training.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("inference.benchmark.training_steps.time.perf_counter", lambda: clock[0])
     trainer: Any = SimpleNamespace(should_stop=False)
 
     def fit() -> dict[str, Any]:

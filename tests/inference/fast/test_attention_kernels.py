@@ -18,8 +18,7 @@ from inference.benchmark.bench_networks import Inputs, first_passes, kernel_of
 from inference.benchmark.roofline.cases import make
 from inference.fast import attention_kernels, kernels, prepare
 from inference.fast.attention_kernels import SMALL, Call, Choice, choose, probe, recording
-from inference.fast.kernels import Kernel, variants
-from inference.fast.windows import windowed
+from inference.fast.kernels import Kernel, variants, windowed
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models.config import PackConfig

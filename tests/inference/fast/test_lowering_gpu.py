@@ -1,4 +1,4 @@
-"""Regions as torch.compile makes GPU kernels of them, on a machine without a GPU: lowered to code that is not run.
+"""CompiledBlocks as torch.compile makes GPU kernels of them, on a machine without a GPU: lowered to code that is not run.
 
 Needs a torch that was built for CUDA, and triton, as GPU boxes have them; no driver and no GPU.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from inference.fast import fused_blocks
-from inference.fast.fused_weights import Kind, LayerTensors, MatrixTensors
+from inference.fast.fused_weights import BlockKind, LayerTensors, MatrixTensors
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA"),
@@ -126,7 +126,7 @@ def matrix(experts: int, rows: int, columns: int, eight: bool) -> MatrixTensors:
 
 def layer(
     experts: int, gelu: bool = False, eight: bool = False, released: bool = False
-) -> tuple[LayerTensors, Kind]:
+) -> tuple[LayerTensors, BlockKind]:
     width, heads, shared = (5120, 40, 8) if released else (H, HEADS, SHARED)
     gates = -(-heads // 16) * 16 if eight else heads
     qkv, inner = (heads + 2 * shared) * DIM + gates, 4 * width if gelu else (13696 if released else 1408)
@@ -134,19 +134,19 @@ def layer(
     def scale(*shape: int) -> Tensor:
         return torch.empty(experts, *shape, device="cuda")
 
-    kind = Kind(experts, heads, shared, DIM, True, gelu, True, torch.bfloat16, False)
+    kind = BlockKind(experts, heads, shared, DIM, True, gelu, True, torch.bfloat16, False)
     sizes = ((qkv, width), (width, width), (inner if gelu else 2 * inner, width), (width, inner))
     qkv_matrix, proj, up, down = (matrix(experts, *size, eight) for size in sizes)
     attention_norm, qk_norm, mlp_norm = scale(width), scale(heads + shared, DIM), scale(width)
     return LayerTensors(attention_norm, qk_norm, mlp_norm, None, None, qkv_matrix, proj, up, down, None), kind
 
 
-def tokens(sizes: tuple[int, ...] = SIZES) -> fused_blocks.Tokens:
+def tokens(sizes: tuple[int, ...] = SIZES) -> fused_blocks.BlockTokens:
     sin, cos = (torch.empty(sum(sizes), 1, 3 * DIM // 8, device="cuda") for _ in range(2))
-    return fused_blocks.Tokens(sizes, sin, cos, torch.empty(3, dtype=torch.int32, device="cuda"))
+    return fused_blocks.BlockTokens(sizes, sin, cos, torch.empty(3, dtype=torch.int32, device="cuda"))
 
 
-def stream(kind: Kind, eight: bool, sizes: tuple[int, ...] = SIZES) -> tuple[Any, ...]:
+def stream(kind: BlockKind, eight: bool, sizes: tuple[int, ...] = SIZES) -> tuple[Any, ...]:
     rows = sum(sizes)
     dtype = torch.float32 if eight else torch.bfloat16
     counts = sizes if kind.experts > 1 else (rows,)

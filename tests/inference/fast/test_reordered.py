@@ -9,10 +9,9 @@ from fast_networks import DEEP, error, inputs, network, velocities
 
 from inference.fast import options_for, prepare
 from inference.fast.attention_kernels import choose, probe, refusal
-from inference.fast.fused_blocks import Regions
+from inference.fast.fused_blocks import CompiledBlocks
 from inference.fast.fused_weights import padded_width
-from inference.fast.kernels import variants
-from inference.fast.windows import _runs, merge, windowed
+from inference.fast.kernels import _runs, merge, variants, windowed
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models.attention import attention
@@ -229,7 +228,7 @@ def test_the_limit_of_recompilations_is_raised_only_when_compiling() -> None:
     import torch._dynamo.config as dynamo
 
     before = dynamo.recompile_limit
-    Regions("off")
+    CompiledBlocks("off")
     assert dynamo.recompile_limit == before
-    Regions("static")
+    CompiledBlocks("static")
     assert dynamo.recompile_limit >= 64

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from inference.benchmark import result_files
 from inference.benchmark.budget import Bench, BudgetedRun, Step, Values
-from inference.benchmark.roofline.cases import Stage, make
+from inference.benchmark.roofline.cases import DenoisingStage, make
 from inference.benchmark.timers import peak_rates, summary, synchronise
 from magihuman import zoo
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
@@ -61,7 +61,7 @@ class TrainingBench(Bench):
         super().__init__(device, dry)
         quiet()
         self._scratch = TemporaryDirectory()  # of a file that the recipes read
-        self.stage: Stage = (make("tiny", seconds=0.36) if dry else make("256p")).stages[0]
+        self.stage: DenoisingStage = (make("tiny", seconds=0.36) if dry else make("256p")).stages[0]
         self.name = "tiny" if dry else "15b"
         self.ranks = dict.fromkeys(_RANKS, 4) if dry else _RANKS
         self.recipe: Any = None
