@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark.report import TABLES as BENCHMARK_TABLES
+from inference.benchmark.result_tables import TABLES as BENCHMARK_TABLES
 
 from eval import tables
 from magihuman.errors import UserError
