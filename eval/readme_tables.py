@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark.result_tables import TABLES as BENCHMARK_TABLES
-
 from eval import tables
+from inference.benchmark.result_tables import TABLES as BENCHMARK_TABLES
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -161,8 +160,7 @@ def render(text: str, page: str = "README.md") -> str:
             table = functions[kind](*words)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"README block '{kind} {match[2]}' cannot be rendered: {error!r}") from error
-        if kind not in BENCHMARK_TABLES:  # its own command renders those pages, too
-            table = re.sub(r"\]\((?=(eval|inference)/results/)", f"]({up}", table)
+        table = re.sub(r"\]\((?=(eval|inference)/results/)", f"]({up}", table)
         return f"<!-- {kind} {match[2]} -->\n{table}\n<!-- end -->"
 
     return block_pattern().sub(block, text)

@@ -21,6 +21,7 @@ from magihuman.models.gpu_specs import recognise
 REPO = Path(__file__).resolve().parents[2]
 README = Path(__file__).with_name("README.md")
 """The page with the tables of the benchmark."""
+UP = "../../"
 PREDICTIONS = "inference/results/predictions"
 DECODE_COST = "inference/results/decode_cost.json"
 NOTHING = "Nothing measured yet: no GPU was available."
@@ -558,8 +559,11 @@ def all_tables(folder: Path) -> str:
     )
 
 
-def render(text: str) -> str:
+def render(text: str, up: str = "") -> str:
     """A text with every block of `TABLES` made anew.
+
+    Args:
+        up: path from the folder of the page to the repository, as links to result files need it.
 
     Raises:
         UserError: a block that cannot be rendered.
@@ -571,6 +575,7 @@ def render(text: str) -> str:
             table = TABLES[kind](argument)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"README block '{kind} {argument}' cannot be rendered: {error!r}") from error
+        table = table.replace("](inference/results/", f"]({up}inference/results/")
         return f"<!-- {kind} {argument} -->\n{table}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
@@ -582,9 +587,9 @@ def check_readme(readme: Path | None = None) -> list[tuple[str, str]]:
     Raises:
         UserError: a table differs, or there is none of the latency.
     """
-    readme = readme or README
+    readme, up = readme or README, "" if readme else UP
     text = readme.read_text(encoding="utf-8")
-    if render(text) != text:
+    if render(text, up) != text:
         raise UserError(f"{readme.name} differs from its result files; run `python -m eval.readme_tables`")
     blocks = [(kind, argument.strip()) for kind, argument, _ in BLOCK.findall(text)]
     if not any(kind == "latency" for kind, _ in blocks):
@@ -597,7 +602,7 @@ def check_readme(readme: Path | None = None) -> list[tuple[str, str]]:
 def update_readme() -> bool:
     """Render the tables of the README anew; whether it changed."""
     old = README.read_text(encoding="utf-8")
-    new = render(old)
+    new = render(old, UP)
     if new != old:
         README.write_text(new, encoding="utf-8")
     return new != old
