@@ -151,7 +151,7 @@ def _samplers(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBu
                 f"{name} is sampled otherwise than {names[0]} ({sampler_words(own)}, shift {own.shift:g}, against "
                 f"{sampler_words(few)}, shift {few.shift:g}); compare them one by one"
             )
-    in_few = pipelines[0].settings(steps=few.steps, guidance=1.0)
+    in_few = pipelines[0].settings(steps=few.steps, cfg=1.0)
     alone = few if few.guidance.needed else replace(few, guidance=in_few.guidance)
     samplers: list[Sampler] = []
     for settings in (full, in_few, replace(alone, negative_prompt=full.negative_prompt)):

@@ -263,7 +263,7 @@ def run(
     if checkpoint is not None:
         made, facts, codecs = generate(
             checkpoint, [p.caption for p in held_out(prompts)], seed=seed, batch=batch, device=device,
-            progress=progress, steps=steps, solver=solver, guidance=cfg,
+            progress=progress, steps=steps, solver=solver, cfg=cfg,
         )  # fmt: skip
     else:
         made, refused = read_folder(str(clips), prompts, progress)

@@ -293,7 +293,7 @@ def run(
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
     compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
     require_tiny("eval.sr", base, *compared)
-    from inference.checks import require_role
+    from inference.settings import require_role
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
 

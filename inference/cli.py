@@ -11,184 +11,52 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.records import MANIFEST, Job, repair_manifest, write
-from inference.requests import Request, check_length, check_seconds, check_seed, read_requests
+from inference.requests import InferOptions, Request, check_length, check_seconds, check_seed, read_requests
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
+    from inference.jobs import Job
     from inference.pipeline import Pipeline
-    from magihuman.flow.guidance import Guidance
 
 
-def run(
-    checkpoint: str = "tiny/base",
-    lora: str | None = None,
-    prompt: str | None = None,
-    prompts: str | None = None,
-    output: str | None = None,
-    seed: int = 42,
-    steps: int | None = None,
-    solver: str | None = None,
-    cfg: float | dict[str, float] | None = None,
-    cfg_passes: int = 1,
-    shift: float | None = None,
-    negative_prompt: str | None = None,
-    negative_prompt_file: str | None = None,
-    image: str | None = None,
-    audio: str | None = None,
-    seconds: float | str | None = None,
-    resolution: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    sr: str | None = None,
-    sr_steps: int | None = None,
-    sr_cfg: float | None = None,
-    sr_height: int | None = None,
-    sr_width: int | None = None,
-    turbo: str | None = None,
-    tile: int | None = None,
-    codecs: str | None = None,
-    video_codec: str | None = None,
-    audio_codec: str | None = None,
-    text_encoder: str | None = None,
-    batch: int | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    memory: str = "fast",
-    weights: str | None = None,
-    tier: str | None = None,
-    compat: str | None = None,
-    gallery: bool = False,
-    progress: bool = True,
-) -> None:
-    """Generate video clips with sound from text.
+def run(options: InferOptions) -> None:
+    """Generate the clips that the options ask for, and print a summary.
 
-    Writes H.264 + AAC mp4, and beside each a JSON record with all that is needed to make it again. The same
-    command on the same machine gives the same bytes. With prompts= a run that was stopped continues where it
-    was: clips that are done are skipped. Started by torchrun, each process makes its share of the prompts; with
-    prompt= all of them compute the one clip together.
-
-    Args:
-        checkpoint: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of
-            the published weights
-        lora: adapter that changes it: the folder adapter/ of a run with recipe=lora, or the run
-        prompt: what to show and say, up to 640 tokens
-        prompts: a file of many: .txt (one a line), .jsonl or .csv (prompt, and if you like seed, name, image,
-            audio, seconds, negative_prompt)
-        output: the mp4 to write; with prompts= the folder
-        seed: of the noise; prompt i of a file gets seed + i unless it has its own
-        steps: solver steps; none takes the checkpoint's setting, as for all that follow
-        solver: unipc, renoise (distilled models), euler or sde
-        cfg: guidance scale, 1 is off; or by part:
-            cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"
-        cfg_passes: 1 computes both sides of the guidance at once, 2 one after the other in less memory
-        shift: of the noise levels; higher spends more steps on noisy ones
-        negative_prompt: what to stay away from
-        negative_prompt_file: the same from a text file; the released one is recognised by its hash
-        image: picture for the first frame, cropped to the clip's shape
-        audio: sound file or clip whose sound is used, cut to the clip's length; it is the clip's sound
-        seconds: length, rounded to the nearest possible number of frames; auto takes the given sound's, or what
-            the prompt's dialogue needs in its language
-        resolution: 256p, 540p or 1080p with the published weights (the second stage is found beside the base)
-        height: of the clip in pixels, before super-resolution
-        width: of the clip in pixels, before super-resolution
-        sr: checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr
-        sr_steps: its solver steps
-        sr_cfg: its guidance scale, 1 is off; the release also knows 3.5
-        sr_height: of the finished clip in pixels
-        sr_width: of the finished clip in pixels
-        turbo: a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or
-            the folder turbo_vae of the published weights
-        tile: decode in tiles of so many pixels a side, for cards that cannot hold the whole picture; none is whole
-        codecs: package.module:function of your own codecs, for checkpoints that were trained with them; imports that code
-        video_codec: Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE
-        audio_codec: Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO
-        text_encoder: T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA
-        batch: clips of a prompt file that are computed at once; none is 8, with the published weights 1
-        device: auto, cpu, cuda or cuda:N
-        dtype: of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU
-        memory: fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)
-        weights: store the network's matrices in bf16, fp8 or int4; none keeps them
-        tier: how the network is computed: reference, exact (the same bits, sooner), fast (the same mathematics in
-            another order); approximate: fp8, fp8_attention, cached (for many steps); none is exact on the CPU,
-            reference on a GPU
-        compat: o2 lets unguided sampling change the given sound, as the released code does
-        gallery: with prompts=: also write index.html into the folder, a page of its clips for any browser
-        progress: show a progress bar
+        run(InferOptions(prompt="round face, says ma", output="x.mp4"))
 
     Raises:
         UserError: bad input; found before any weights are loaded wherever that is possible.
     """
-    from inference.distributed import check_spread, spread
-    from inference.gallery import check_page, write_page
-    from inference.jobs import Resolver, batches
+    from inference.jobs import MANIFEST, Resolver, batches
     from inference.loading import find, ranks
-    from inference.memory.memory_check import check_room
     from magihuman.codecs.bundle import bundle_spec
 
-    if batch is not None and batch < 1:
-        raise UserError(f"batch={batch} is impossible; give at least 1")
-    for key, file in (("image", image), ("audio", audio)):
-        if file is not None and not Path(file).is_file():
-            raise UserError(f"{key}={file} does not exist")
-    requests, folder = _requests(prompt, prompts, output, check_seed(seed, "the command line"))
-    requests = [replace(r, image=r.image or image, audio=r.audio or audio) for r in requests]
-    if gallery:
-        if prompts is None:
-            raise UserError("gallery=true is for many clips, with prompts=FILE")
-        check_page(folder)
+    options, requests, folder = _checked(options)
     rank, processes, _ = ranks()
-    shared = processes > 1 and prompts is None
+    shared = processes > 1 and options.prompts is None
     with _plain_warnings():
-        paths = {"video_codec": video_codec, "audio_codec": audio_codec, "text_encoder": text_encoder}
         source = find(
-            checkpoint,
-            sr,
-            turbo,
-            resolution,
-            tile,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-            weights=weights,
-            codecs=codecs,
-            codec_paths=paths,
-            lora=lora,
-            tier=tier,
-            shared=shared,
+            replace(options, negative_prompt=_negative_prompt(options), negative_prompt_file=None), shared
         )
-        overrides = {
-            "steps": steps,
-            "solver": solver,
-            "guidance": guidance_from(cfg),
-            "cfg_passes": cfg_passes,
-            "shift": shift,
-            "negative_prompt": _negative(negative_prompt, negative_prompt_file),
-            "seconds": _number(seconds),
-            "resolution": resolution,
-            "height": height,
-            "width": width,
-            "sr_steps": sr_steps,
-            "sr_guidance": sr_cfg,
-            "sr_height": sr_height,
-            "sr_width": sr_width,
-            "compat": compat,
-        }
-        resolver = Resolver(source, folder, overrides)
+        resolver = Resolver(source, folder)
         jobs = [resolver.job(request) for request in requests]
-        manifest = None if prompts is None else folder / MANIFEST
+        manifest = None if options.prompts is None else folder / MANIFEST
         if shared:
-            check_spread(source, processes)
+            from inference.context_parallel import check_processes
+
+            check_processes(source, processes)
         _check_folder(folder)
         with together(processes):
             finished = {} if manifest is None else {job.request.name: job.finished() for job in jobs}
             waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
             mine = jobs if shared else jobs[rank::processes]
             own = waiting & {job.request.name for job in mine}
-            size = batch or bundle_spec(source.config.codecs).batch
-            check_room(
-                source, [job.settings for job in mine if job.request.name in own], min(size, len(mine))
-            )
+            size = options.batch or bundle_spec(source.config.codecs).batch
+            if source.device.type == "cuda":
+                from inference.memory.memory_check import check_fits
+
+                settings = [job.settings for job in mine if job.request.name in own]
+                check_fits(source, settings, min(size, len(mine)))
             start, pipeline = time.perf_counter(), source.load() if own else None
             times = {"load": time.perf_counter() - start}
             _prepare(folder, manifest, finished, rank)
@@ -196,16 +64,41 @@ def run(
                 if pipeline is not None:
                     resolver.check_prompts(pipeline.codecs, [r.prompt for r in requests if r.name in waiting])
                     if shared:
-                        spread(pipeline)
+                        from inference.context_parallel import parallelise_pipeline
+
+                        parallelise_pipeline(pipeline)
                     written = own if rank == 0 or not shared else set()
-                    _make(pipeline, batches(mine, size), own, written, manifest, progress and rank == 0)
+                    bar = options.progress and rank == 0
+                    _make(pipeline, batches(mine, size), own, written, manifest, bar)
                     times |= pipeline.times
-                meet()  # the page shows the clips of all processes
+                wait_for_all()  # the page shows the clips of all processes
             finally:
-                if gallery and rank == 0:  # a run that is stopped leaves one, too
+                if options.gallery and rank == 0:  # a run that is stopped leaves one, too
+                    from inference.gallery import write_page
+
                     write_page(folder, requests)
     share = f", process {rank} of {processes}" if processes > 1 else ""
-    _summary(f"{output}{share}", len(own), len(mine), times)
+    _summary(f"{options.output}{share}", len(own), len(mine), times)
+
+
+def _checked(options: InferOptions) -> tuple[InferOptions, list[Request], Path]:
+    """The options with seconds= as a number or "auto", the requests, and the folder for their files."""
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"batch={options.batch} is impossible; give at least 1")
+    image, audio = options.image, options.audio
+    for key, file in (("image", image), ("audio", audio)):
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"{key}={file} does not exist")
+    seed = check_seed(options.seed, "the command line")
+    requests, folder = _requests(options.prompt, options.prompts, options.output, seed)
+    requests = [replace(r, image=r.image or image, audio=r.audio or audio) for r in requests]
+    if options.gallery:
+        from inference.gallery import check_page
+
+        if options.prompts is None:
+            raise UserError("gallery=true is for many clips, with prompts=FILE")
+        check_page(folder)
+    return replace(options, seconds=_number(options.seconds)), requests, folder
 
 
 @contextmanager
@@ -224,7 +117,7 @@ def together(processes: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def meet() -> None:
+def wait_for_all() -> None:
     """Wait for all processes inside `together`."""
     from torch import distributed
 
@@ -246,13 +139,15 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _negative(text: str | None, file: str | None) -> str | None:
-    from inference.conditioning import read_negative_prompt
-    from inference.jobs import note
-
+def _negative_prompt(options: InferOptions) -> str | None:
+    """The negative prompt of the options, read from its file where they name one."""
+    text, file = options.negative_prompt, options.negative_prompt_file
     if text is not None and file is not None:
         raise UserError("give negative_prompt= or negative_prompt_file=, not both")
     if file is not None:
+        from inference.conditioning import read_negative_prompt
+        from inference.jobs import note
+
         text, warning = read_negative_prompt(file)
         if warning is not None:
             note(warning)
@@ -294,23 +189,6 @@ def _requests(
     return [Request(path.stem, prompt, seed)], path.parent
 
 
-def guidance_from(cfg: float | dict[str, float] | None) -> "Guidance | float | None":
-    """The setting cfg=: a number for everything, or fields of `Guidance`.
-
-    Raises:
-        UserError: fields that are none, or no numbers.
-    """
-    if not isinstance(cfg, dict):
-        return cfg
-    from magihuman.flow.guidance import Guidance
-
-    if not all(isinstance(value, int | float) for value in cfg.values()):
-        raise UserError(
-            f'cfg={cfg} needs numbers, for example cfg="{{video_high: 5, video_low: 2, audio: 5}}"'
-        )
-    return Guidance.from_dict(cfg)
-
-
 def _check_folder(folder: Path) -> None:
     """Raises UserError where a folder cannot be made or written, without making it."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -322,19 +200,21 @@ def _check_folder(folder: Path) -> None:
 
 def _prepare(folder: Path, manifest: Path | None, finished: dict[str, Any], rank: int) -> None:
     """The folder, and a manifest that says what is done; by one process, after all have looked."""
-    meet()
+    from inference.jobs import repair_manifest
+
+    wait_for_all()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if manifest is not None and rank == 0:
             repair_manifest(manifest, finished)
     except OSError as error:
         raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
-    meet()  # nobody adds lines while the manifest is replaced
+    wait_for_all()  # nobody adds lines while the manifest is replaced
 
 
 def _make(
     pipeline: "Pipeline",
-    parts: list[list[Job]],
+    parts: list[list["Job"]],
     waiting: set[str],
     written: set[str],
     manifest: Path | None,
@@ -346,6 +226,8 @@ def _make(
     that was killed shall end with the same files as one that ran through.
     """
     from tqdm import tqdm
+
+    from inference.jobs import write
 
     made = 0
     parts = [part for part in parts if any(job.request.name in waiting for job in part)]
@@ -378,7 +260,7 @@ def _make(
                     made += 1
 
 
-def _steps(job: Job) -> int:
+def _steps(job: "Job") -> int:
     return job.settings.steps + (job.settings.sr.steps if job.settings.sr else 0)
 
 

@@ -7,7 +7,7 @@ Jacobs et al. 2023, arXiv 2309.14509. For inference only: it has no gradients.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from magihuman.errors import UserError
 from magihuman.models.attention import Attend
 from magihuman.models.config import DiTConfig
 from magihuman.models.tokens import Layout
+
+if TYPE_CHECKING:
+    from inference.loading import Source
+    from inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,3 +163,21 @@ def parallelise(model: nn.Module, group: Any = None) -> None:
 
     model.register_forward_pre_hook(enter, with_kwargs=True)
     model.register_forward_hook(leave)
+
+
+def check_processes(source: "Source", processes: int) -> None:
+    """Raises UserError when a network of the command cannot be split over that many processes."""
+    for config in (source.config, source.second):
+        if config is not None:
+            require_divisible_heads(config.model, processes)
+
+
+def parallelise_pipeline(pipeline: "Pipeline") -> None:
+    """Make the pipeline's networks compute together with those of the other processes.
+
+    Every process reads the same prompt, draws the same noise and ends with the same latents.
+    """
+    group = dist.new_group(backend="nccl") if pipeline.device.type == "cuda" else None
+    for denoiser in (pipeline.denoiser, None if pipeline.second is None else pipeline.second.denoiser):
+        if denoiser is not None:
+            parallelise(denoiser.model, group)

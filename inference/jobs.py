@@ -1,26 +1,144 @@
-"""Requests with everything resolved: settings, identity for the record, the command that makes each alone."""
+"""Jobs: requests with resolved settings, the record of a clip on disk, and when a clip counts as done.
 
+A record has all that is needed to make the clip again and nothing that changes from run to run (no dates, no
+durations), so the same command gives the same bytes. A clip is done when its record describes the same request and its
+mp4 has the recorded hash; a run killed at any point continues with the others.
+"""
+
+import json
+import os
+import platform
 import re
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from glob import escape
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.conditioning import read_picture, sound_seconds
 from inference.loading import ranks
-from inference.prompting.format import seconds_for
-from inference.records import FORMAT, Job
-from inference.requests import AUTO, Request
+from inference.requests import AUTO, InferOptions, Request
 from inference.settings import longest, resolve
 from magihuman.codecs.bundle import bundle_spec
-from magihuman.io.provenance import file_hash
-from magihuman.media import images
+from magihuman.errors import UserError
+from magihuman.io.files import write_atomically
+from magihuman.io.provenance import code_version, file_hash
 
 if TYPE_CHECKING:
     from inference.loading import Source
     from inference.settings import Settings
     from magihuman.codecs.bundle import CodecBundle
+
+FORMAT = "magihuman-clip/1"
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with everything resolved.
+
+    Attributes:
+        identity: the part of the record that decides the clip (prompt, seed, conditions, checkpoint, ...).
+        path: of the mp4.
+        command: makes this clip alone.
+    """
+
+    request: Request
+    settings: "Settings"
+    identity: dict[str, Any]
+    path: Path
+    command: list[str]
+
+    @property
+    def record_path(self) -> Path:
+        """Of the JSON beside the mp4."""
+        return self.path.with_suffix(".json")
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record on disk if it belongs to this job and its mp4 is whole, else None."""
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+            # Compared as JSON: tuples have become lists there.
+            same = all(
+                record.get(key) == value for key, value in json.loads(json.dumps(self.identity)).items()
+            )
+            return record if same and file_hash(self.path) == record["sha256"] else None
+        except (OSError, ValueError, AttributeError, KeyError):
+            return None
+
+
+def write(job: Job, save: Callable[[Path], dict[str, Any]], manifest: Path | None) -> None:
+    """Write a clip's mp4, then its record, then its line of the manifest, each whole or not at all.
+
+    Args:
+        save: writes the mp4 and returns facts about it for the record.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, or the like.
+    """
+    try:
+        for leftover in job.path.parent.glob(f".{escape(job.path.name)}.*.part"):  # of a killed run
+            leftover.unlink(missing_ok=True)
+        facts = save(job.path)
+        record = {
+            **job.identity,
+            "file": job.path.name,
+            "sha256": file_hash(job.path),
+            **facts,
+            "versions": versions(),
+            "command": shlex.join(job.command),
+        }
+        write_atomically(job.record_path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        if manifest is not None:
+            append_line(manifest, manifest_line(job.request.name, record))
+    except OSError as error:
+        raise UserError(f"cannot write {job.path}: {error.strerror or error}") from error
+
+
+def manifest_line(name: str, record: dict[str, Any]) -> str:
+    """A finished clip as its line of the manifest."""
+    line = {"name": name, **{key: record[key] for key in ("file", "prompt", "seed", "sha256")}}
+    return json.dumps(line, ensure_ascii=False)
+
+
+def repair_manifest(path: Path, finished: dict[str, dict[str, Any] | None]) -> None:
+    """Make the manifest say what is done.
+
+    A kill may have left a torn last line, or a clip without its line; a clip that is to be made again must
+    lose its line. Lines of clips that are not asked about stay.
+
+    Args:
+        finished: the record, or None where the clip is still to be made, by name.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            if json.loads(line)["name"] not in finished:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    kept += [manifest_line(name, record) for name, record in finished.items() if record is not None]
+    write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line by a single write, so that lines of several processes never mix."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (line + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def versions() -> dict[str, Any]:
+    """Of what the bytes of a clip depend on."""
+    packages = {name: metadata.version(name) for name in ("magihuman", "torch", "av", "numpy")}
+    return {"python": platform.python_version(), **packages, "code": code_version()}
 
 
 def note(text: str) -> None:
@@ -36,11 +154,11 @@ class Resolver:
     Conditions are read once, so that bad ones stop the run at its start, before any weights are loaded.
 
     Args:
-        overrides: of the checkpoint's settings, see `inference.settings.resolve`.
+        folder: of the clips.
     """
 
-    def __init__(self, source: "Source", folder: Path, overrides: dict[str, Any]) -> None:
-        self.source, self.folder, self.overrides = source, folder, overrides
+    def __init__(self, source: "Source", folder: Path) -> None:
+        self.source, self.folder = source, folder
         self._parents = source.parents()
         self._hashes: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
@@ -57,6 +175,16 @@ class Resolver:
         self._announce(request, settings)
         if request.image is not None:
             self._check_picture(request.image, *settings.size)
+        path = self.folder / f"{request.name}.mp4"
+        options = replace(
+            self.source.options,
+            prompt=request.prompt,
+            output=str(path),
+            seed=request.seed,
+            image=request.image,
+            audio=request.audio,
+            **settings.options(),
+        )
         identity = {
             "format": FORMAT,
             "prompt": request.prompt,
@@ -65,14 +193,9 @@ class Resolver:
             "audio": self._described(request.audio),
             "settings": settings.to_dict(),
             **self._parents,
-            "dtype": self.source.dtype_name,
-            "device": self.source.device.type,
-            "weights": self.source.weights,
-            "tier": self.source.tier,
-            "tile": self.source.tile,
+            **options.identity(),
         }
-        path = self.folder / f"{request.name}.mp4"
-        return Job(request, settings, identity, path, command(self.source, request, settings, path))
+        return Job(request, settings, identity, path, options.command())
 
     def check_prompts(self, codecs: "CodecBundle", prompts: Sequence[str]) -> None:
         """Say once if there are prompts that mean nothing to these codecs."""
@@ -88,25 +211,29 @@ class Resolver:
             )
 
     def _settings(self, request: Request) -> "Settings":
-        config, second = self.source.config, self.source.second
-        given = dict(self.overrides)
-        if request.negative_prompt is not None:
-            given["negative_prompt"] = request.negative_prompt
-        sound = None
+        source, audio_seconds = self.source, None
+        options = self._with_own(request)
         if request.audio is not None:
             if request.audio not in self._seconds:
-                self._seconds[request.audio] = sound_seconds(request.audio, config.contract.audio_rate)
-            sound = self._seconds[request.audio]
-        if request.seconds is not None:
-            given["seconds"] = request.seconds
-        if given.get("seconds") == AUTO:
-            given["seconds"] = self._auto(request, sound)
-        return resolve(config, second, **given, sound=sound)
+                from inference.conditioning import sound_seconds
+
+                self._seconds[request.audio] = sound_seconds(request.audio, source.config.contract.audio_rate)
+            audio_seconds = self._seconds[request.audio]
+        if options.seconds == AUTO:
+            options = replace(options, seconds=self._auto(request, audio_seconds))
+        return resolve(source.config, source.second, options, audio_seconds)
+
+    def _with_own(self, request: Request) -> InferOptions:
+        """The command's options with those that a line of a prompt file has of its own."""
+        own = {key: getattr(request, key) for key in ("negative_prompt", "seconds")}
+        return replace(self.source.options, **{key: value for key, value in own.items() if value is not None})
 
     def _auto(self, request: Request, sound: float | None) -> float | None:
         """seconds=auto: as long as the given sound, else as what is said takes; None for the usual length."""
         wanted: float | None = sound
         if sound is None:
+            from inference.prompting.format import seconds_for
+
             wanted = seconds_for(request.prompt)
         if wanted is None:
             self._say(
@@ -124,13 +251,13 @@ class Resolver:
         if settings.sr is not None:
             sizes |= {"sr_height": settings.sr.height, "sr_width": settings.sr.width}
         for name, found in sizes.items():
-            asked = self.overrides.get(name)
+            asked = getattr(self.source.options, name)
             if asked not in (None, found):
                 self._say(
                     f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
                 )
         small, sr = (settings.height, settings.width), settings.sr
-        if sr is not None and not images.same_aspect(small, (sr.height, sr.width)):
+        if sr is not None and not _same_aspect(small, (sr.height, sr.width)):
             self._say(
                 f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
                 f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="
@@ -159,6 +286,8 @@ class Resolver:
             note(text)
 
     def _check_picture(self, path: str, height: int, width: int) -> None:
+        from inference.conditioning import read_picture
+
         if (path, height, width) not in self._pictures:
             read_picture(path, height, width)
             self._pictures.add((path, height, width))
@@ -171,45 +300,10 @@ class Resolver:
         return {"path": path, "sha256": self._hashes[path]}
 
 
-def command(source: "Source", request: Request, settings: "Settings", path: Path) -> list[str]:
-    """The command line that makes this clip alone, every setting written out."""
-    scales, second = settings.guidance.to_dict(), settings.sr
-    values: dict[str, Any] = {
-        "checkpoint": source.checkpoint,
-        "lora": source.lora,
-        "sr": source.sr,
-        "turbo": source.turbo,
-        "tile": source.tile,
-        "codecs": source.codecs,
-        **source.codec_paths,
-        "prompt": request.prompt,
-        # On the command line nothing means the checkpoint's own, a space means nothing.
-        "negative_prompt": settings.negative_prompt or " ",
-        "output": path,
-        "seed": request.seed,
-        "steps": settings.steps,
-        "solver": settings.solver,
-        "shift": settings.shift,
-        "cfg": "{" + ", ".join(f"{key}: {value}" for key, value in scales.items()) + "}",
-        "cfg_passes": settings.cfg_passes,
-        "compat": settings.compat,
-        "seconds": settings.seconds,
-        "height": settings.height,
-        "width": settings.width,
-        "sr_steps": second and second.steps,
-        "sr_cfg": second and second.guidance,
-        "sr_height": second and second.height,
-        "sr_width": second and second.width,
-        "image": request.image,
-        "audio": request.audio,
-        "device": source.device.type,
-        "dtype": source.dtype_name,
-        "memory": source.memory,
-        "weights": source.weights,
-        "tier": source.tier,
-    }
-    given = [f"{key}={value}" for key, value in values.items() if value is not None]
-    return ["python", "-m", "magihuman.infer", *given]
+def _same_aspect(small: tuple[int, int], large: tuple[int, int]) -> bool:
+    from magihuman.media.images import same_aspect
+
+    return same_aspect(small, large)
 
 
 def batches(jobs: list[Job], size: int) -> list[list[Job]]:

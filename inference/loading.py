@@ -1,4 +1,7 @@
-"""From what the command line names to a pipeline: checkpoints, codecs, decoder, device, place in memory."""
+"""Resolves checkpoints, codecs, decoder and device of a command, and loads the pipeline.
+
+pipeline = find(InferOptions(checkpoint="tiny/base", device="cpu")).load()
+"""
 
 import os
 import re
@@ -6,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.checks import require_role
+from inference.requests import InferOptions
+from inference.settings import require_role
 from magihuman.codecs.bundle import allow_codecs, bundle_spec, require_allowed
 from magihuman.errors import UserError
 
@@ -70,58 +74,53 @@ def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, c
 
 @dataclass(frozen=True)
 class Source:
-    """What a command computes with, found and read but for the weights, so that mistakes show before they load.
+    """Resolved inputs of an inference run, validated before any weights are loaded.
 
     Attributes:
-        checkpoint, lora, sr, turbo: as named by the user; sr also as found beside the base.
+        options: the user's, with the second stage, tier, device, dtype and codec files that were chosen for them.
         folder, second_folder: of the checkpoints; config, second: their configs.
-        decoder: config of the decoder, where it is one of ours; tile: see `inference.decoding`.
+        decoder: config of the decoder, where it is one of ours.
         dtype: of the networks' products.
-        memory, weights: see `inference.memory`; tier: see `inference.fast`.
-        codecs: own codec bundle that the user named, or None.
-        codec_paths: paths of the released codecs' parts; empty for others.
     """
 
-    checkpoint: str
-    lora: str | None
-    sr: str | None
-    turbo: str | None
+    options: InferOptions
     folder: Path
     second_folder: Path | None
     config: "ExportConfig"
     second: "ExportConfig | None"
     decoder: "DecoderConfig | None"
-    tile: int | None
     device: "torch.device"
     dtype: "torch.dtype"
-    memory: str
-    weights: str | None
-    tier: str
-    codec_paths: dict[str, str]
-    codecs: str | None = None
 
     @property
-    def dtype_name(self) -> str:
-        """Such as "float32"."""
-        return str(self.dtype).removeprefix("torch.")
+    def codec_paths(self) -> dict[str, str]:
+        """Files of the codec bundle's parts, where it has parts that the user fetches."""
+        parts = bundle_spec(self.config.codecs).variables
+        return {part: path for part in parts if (path := getattr(self.options, part)) is not None}
 
     def parents(self) -> dict[str, Any]:
-        """Identity of all that is loaded, for the record."""
+        """Identity of everything that is loaded, for the record."""
         from magihuman.io.provenance import fingerprint
-        from magihuman.zoo import decoders, lora_files
 
         def identity(name: str, path: Path) -> dict[str, Any]:
             return {"name": name, **(fingerprint(path) if path.exists() else {})}
 
+        options, lora, sr, turbo = self.options, None, None, None
+        if options.lora is not None:
+            from magihuman.zoo import lora_files
+
+            lora = identity(options.lora, lora_files.find(options.lora))
+        if options.sr is not None and self.second_folder is not None:
+            sr = identity(options.sr, self.second_folder)
+        if options.turbo is not None:
+            from magihuman.zoo import decoders
+
+            turbo = identity(options.turbo, decoders.find(options.turbo) or Path(options.turbo))
         return {
-            "checkpoint": identity(self.checkpoint, self.folder),
-            "lora": None if self.lora is None else identity(self.lora, lora_files.find(self.lora)),
-            "sr": None
-            if self.sr is None or self.second_folder is None
-            else identity(self.sr, self.second_folder),
-            "turbo": None
-            if self.turbo is None
-            else identity(self.turbo, decoders.find(self.turbo) or Path(self.turbo)),
+            "checkpoint": identity(options.checkpoint, self.folder),
+            "lora": lora,
+            "sr": sr,
+            "turbo": turbo,
             "world": self.config.contract.to_dict(),
             "codecs": {part: identity(path, Path(path)) for part, path in self.codec_paths.items()},
         }
@@ -134,152 +133,156 @@ class Source:
         """
         import torch
 
-        from inference.memory import Stages
         from inference.pipeline import Pipeline
         from magihuman import zoo
         from magihuman.codecs.bundle import load_bundle
-        from magihuman.zoo import decoders
 
-        fast, cpu = self.memory == "fast", torch.device("cpu")
-        stages = Stages(self.memory, self.device)
-        # What shall not be on the device at once, or in another form, is read into CPU memory first.
-        codec_place = self.device if fast else cpu
-        weights_place = self.device if fast and self.weights in (None, "bf16") else cpu
-        decoder: Any = None
-        if self.turbo is not None:
-            ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            decoder = decoders.load(self.turbo, codec_place, None if self.decoder is None else ours)
-        codecs = load_bundle(self.config.codecs, codec_place, **self.codec_paths)
-        loaded = zoo.load(self.checkpoint, weights_place, self.dtype, self.lora)
-        loaded = self._placed(loaded, stages, "sample")
+        options, cpu, stages = self.options, torch.device("cpu"), None
+        if options.memory != "fast":
+            from inference.memory import Stages
+
+            stages = Stages(options.memory, self.device)
+        # Modules that take turns on the device, and weights that change their form, are read into CPU memory first.
+        device = self.device if stages is None else cpu
+        weights_device = device if options.weights in (None, "bf16") else cpu
+        loaded = zoo.load(options.checkpoint, weights_device, self.dtype, options.lora)
+        loaded = self._prepared(loaded, stages, "sample")
         second = None
-        if self.sr is not None:
-            second = self._placed(zoo.load(self.sr, weights_place, self.dtype), stages, "refine")
-        stages.add("condition", codecs.video_codec, codecs.audio_codec)
-        stages.add("decode", codecs.audio_codec, decoder or codecs.video_codec)
+        if options.sr is not None:
+            second = self._prepared(zoo.load(options.sr, weights_device, self.dtype), stages, "refine")
+        codecs, decoder = load_bundle(self.config.codecs, device, **self.codec_paths), None
+        if options.turbo is not None:
+            from magihuman.zoo import decoders
+
+            ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            decoder = decoders.load(options.turbo, device, None if self.decoder is None else ours)
+        if stages is not None:
+            stages.add("condition", codecs.video_codec, codecs.audio_codec)
+            stages.add("decode", codecs.audio_codec, decoder or codecs.video_codec)
+            stages.add("text")
         codecs = _with_cache(codecs, stages)
-        return Pipeline(loaded, codecs, second=second, decoder=decoder, tile=self.tile, stages=stages)
+        return Pipeline(loaded, codecs, second=second, decoder=decoder, tile=options.tile, stages=stages)
 
-    def _placed(self, loaded: "Loaded", stages: "Stages", stage: str) -> "Loaded":
-        """A network in its form, tier and place."""
-        from inference.fast import prepare
-        from inference.memory import prepare_transformer, store_weights
+    def _prepared(self, loaded: "Loaded", stages: "Stages | None", stage: str) -> "Loaded":
+        """The network with the options' weight storage, tier and offloading."""
+        options, denoiser = self.options, loaded.denoiser
+        if options.tier == "reference":
+            if stages is not None or options.weights is not None:
+                from inference.memory import prepare_transformer
 
-        denoiser = loaded.denoiser
-        if self.tier == "reference":
-            stages.add(stage, prepare_transformer(denoiser, self.memory, self.weights, self.device))
+                part = prepare_transformer(denoiser, options.memory, options.weights, self.device)
+                if stages is not None:
+                    stages.add(stage, part)
             return loaded
-        if self.weights is not None:
-            place = denoiser.model.adapter.rope.bands.device
-            store_weights(denoiser.model, self.weights, place, place)
-        # A recorded graph knows where weights are, so it cannot be where they come and go.
-        fixed = {} if self.memory == "fast" else {"graphs": False}
-        denoiser = prepare(denoiser, self.tier, device=self.device, release=True, **fixed)
-        stages.add(stage, denoiser)
+        from inference.fast import prepare
+
+        if options.weights is not None:
+            from inference.memory import store_weights
+
+            here = denoiser.model.adapter.rope.bands.device
+            store_weights(denoiser.model, options.weights, here, here)
+        # A CUDA graph records addresses of weights, so it cannot be used where they come and go.
+        fixed = {} if stages is None else {"graphs": False}
+        denoiser = prepare(denoiser, str(options.tier), device=self.device, release=True, **fixed)
+        if stages is not None:
+            stages.add(stage, denoiser)
+        else:
+            denoiser.to(self.device)
         return replace(loaded, denoiser=denoiser)
 
 
-def _with_cache(codecs: "CodecBundle", stages: "Stages") -> "CodecBundle":
-    """The codecs with their text features kept on disk, where the encoder is a network; it comes when it is needed."""
+def _with_cache(codecs: "CodecBundle", stages: "Stages | None") -> "CodecBundle":
+    """The codecs with text features cached on disk, where the text encoder is a network."""
     import torch
 
-    from inference.memory import CachedText, encoder_identity
-
     encoder = codecs.text_encoder
-    stages.add("text")
     if not issubclass(type(encoder), torch.nn.Module):  # isinstance would make mypy forget the protocol
         return codecs
-    stages.add("text encoder", encoder)
+    from inference.memory import CachedText, encoder_identity
+
+    if stages is not None:
+        stages.add("text encoder", encoder)
 
     def encode(prompts: list[str]) -> "list[torch.Tensor]":
-        stages.enter("text encoder")
+        if stages is not None:
+            stages.enter("text encoder")
         return encoder.encode(prompts)
 
     identity = encoder_identity(encoder, codecs.contract.text_encoder)
     return replace(codecs, text_encoder=CachedText(encode, identity, encoder.channels))
 
 
-def find(
-    checkpoint: str,
-    sr: str | None = None,
-    turbo: str | None = None,
-    resolution: str | None = None,
-    tile: int | None = None,
-    *,
-    device: str = "auto",
-    dtype: str | None = None,
-    memory: str = "fast",
-    weights: str | None = None,
-    codecs: str | None = None,
-    codec_paths: dict[str, str | None] | None = None,
-    lora: str | None = None,
-    tier: str | None = None,
-    shared: bool = False,
-) -> Source:
-    """Look at everything that the command names, without reading weights.
+def find(options: InferOptions, shared: bool = False) -> Source:
+    """Resolve and validate the files, device and compute settings of a command, without reading weights.
 
     Args:
-        lora: adapter of the base, see `magihuman.zoo.lora_files`.
-        tier, shared: see `inference.fast.tiers.choose_tier`.
-        codecs: name of an own codec bundle that may be imported.
-        codec_paths: paths of the released codecs' parts, by the names of `magihuman.codecs.bundle.load_bundle`; what is None
-            comes from the environment.
+        shared: several processes compute one clip together, see `inference.fast.tiers.choose_tier`.
 
     Raises:
-        UserError: a name or path that does not fit.
+        UserError: a name, path or setting that does not fit.
     """
     import torch
 
-    from inference.decoding import latents_per_tile
-    from inference.fast import choose_tier, require_kernel
-    from inference.memory import check_memory
+    from inference.fast.tiers import choose_tier
     from magihuman import zoo
-    from magihuman.zoo import decoders, lora_files
 
-    place = choose_device(device)
-    check_memory(memory, weights)
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype} is unknown; choose float32 or bfloat16")
-    usual = torch.bfloat16 if place.type == "cuda" else torch.float32
-    own = usual if dtype is None else getattr(torch, dtype)
-    tier = choose_tier(tier, place.type, memory, weights, shared)
-    require_kernel(tier, place, own)
-    folder, config = zoo.find(checkpoint), zoo.config_of(checkpoint)
+    device, checkpoint = choose_device(options.device), options.checkpoint
+    if options.memory != "fast" or options.weights is not None:
+        from inference.memory import check_memory
+
+        check_memory(options.memory, options.weights)
+    if options.dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype={options.dtype} is unknown; choose float32 or bfloat16")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.dtype is not None:
+        dtype = getattr(torch, options.dtype)
+    tier = choose_tier(options.tier, device.type, options.memory, options.weights, shared)
+    if tier not in ("reference", "exact"):
+        from inference.fast import require_kernel
+
+        require_kernel(tier, device, dtype)
+    folder = zoo.find(checkpoint)
+    config = zoo.config_of(checkpoint)
     require_role(config, checkpoint, first=True)
-    if lora is not None:
-        config = lora_files.config_with_lora(config, lora, checkpoint)
-    if codecs not in (None, config.codecs):
-        raise UserError(f"codecs={codecs}, but checkpoint={checkpoint} was trained with {config.codecs!r}")
-    allow_codecs(codecs)
+    if options.lora is not None:
+        from magihuman.zoo import lora_files
+
+        config = lora_files.config_with_lora(config, options.lora, checkpoint)
+    if options.codecs not in (None, config.codecs):
+        raise UserError(
+            f"codecs={options.codecs}, but checkpoint={checkpoint} was trained with {config.codecs!r}"
+        )
+    allow_codecs(options.codecs)
     require_allowed(config.codecs)
-    paths = bundle_spec(config.codecs).paths(codec_paths or {})
-    sr = second_checkpoint(checkpoint, sr, resolution, config.codecs)
+    given = {part: getattr(options, part) for part in ("video_codec", "audio_codec", "text_encoder")}
+    paths = bundle_spec(config.codecs).paths(given)
+    sr = second_checkpoint(checkpoint, options.sr, options.resolution, config.codecs)
     second = None
     if sr is not None:
         second = zoo.config_of(sr)
         require_role(second, sr, first=False)
         second.contract.require(config.contract, f"sr={sr}", f"checkpoint={checkpoint}")
-    decoder = None if turbo is None else decoders.config_of(turbo)
-    if decoder is not None:
-        wanted = decoders.Latents.of(config.contract)
-        decoder.latents.require(wanted, f"turbo={turbo}", f"checkpoint={checkpoint}")
-    latents_per_tile(tile, config.contract.video_stride)
+    decoder = None
+    if options.turbo is not None:
+        from magihuman.zoo import decoders
+
+        decoder = decoders.config_of(options.turbo)
+        if decoder is not None:
+            wanted = decoders.Latents.of(config.contract)
+            decoder.latents.require(wanted, f"turbo={options.turbo}", f"checkpoint={checkpoint}")
+    if options.tile is not None:
+        from inference.decoding import latents_per_tile
+
+        latents_per_tile(options.tile, config.contract.video_stride)
+    chosen: dict[str, Any] = {"sr": sr, "tier": tier, "device": device.type, **paths}
+    chosen["dtype"] = str(dtype).removeprefix("torch.")
     return Source(
-        checkpoint=checkpoint,
-        lora=lora,
-        sr=sr,
-        turbo=turbo,
+        options=replace(options, **chosen),
         folder=folder,
         second_folder=None if sr is None else zoo.find(sr),
         config=config,
         second=second,
         decoder=decoder,
-        tile=tile,
-        device=place,
-        dtype=own,
-        memory=memory,
-        weights=weights,
-        tier=tier,
-        codec_paths=paths,
-        codecs=codecs,
+        device=device,
+        dtype=dtype,
     )

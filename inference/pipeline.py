@@ -8,25 +8,29 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from inference import decoding as clips
-from inference.checks import require_decoder, require_finite, require_positions, require_role
 from inference.decoding import Clip, Decoder, device_of
 from inference.fast import prepare, tier_of
 from inference.memory import Stages
+from inference.requests import InferOptions
 from inference.sampling import sample
-from inference.settings import Settings, latent_shape, resolve
+from inference.settings import Settings, latent_shape, require_role, resolve
 from inference.super_resolution import draw, refine
+from magihuman import zoo
 from magihuman.codecs.bundle import CodecBundle, frames_for
+from magihuman.errors import UserError
 from magihuman.flow.guidance import frame_scales
 from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
 from magihuman.io.export import ExportConfig
+from magihuman.models.config import PackConfig
+from magihuman.models.latent_contract import Contract
 from magihuman.zoo import Loaded
 
 __all__ = ["Clip", "Draft", "Pipeline", "Settings", "StageProgress", "frames_for"]
@@ -105,14 +109,22 @@ class Pipeline:
         """Of the second stage's checkpoint."""
         return None if self.second is None else self.second.config
 
-    def settings(self, **given: Any) -> Settings:
-        """The checkpoints' own sampling settings with the given ones in their place, see
-        `inference.settings.resolve`.
+    def settings(self, given_audio: float | None = None, **options: Any) -> Settings:
+        """The checkpoints' own sampling settings with the given ones in their place.
+
+        Args:
+            given_audio: seconds of the audio that the clip is conditioned on.
+            options: of `InferOptions`, such as steps=4, cfg=1, height=128.
 
         Raises:
-            UserError: a value that cannot be, with what can.
+            UserError: an unknown option, or an impossible value, with the possible ones.
         """
-        return resolve(self.config, self.second_config, **given)
+        unknown = sorted(set(options) - {field.name for field in fields(InferOptions)})
+        if unknown:
+            raise UserError(
+                f"unknown sampling option {unknown[0]}; they are those of `magihuman.infer --help`"
+            )
+        return resolve(self.config, self.second_config, InferOptions(**options), given_audio)
 
     @contextmanager
     def stage(self, name: str, wait: bool = True) -> Iterator[None]:
@@ -147,23 +159,24 @@ class Pipeline:
         image: str | Path | None = None,
         audio: str | Path | None = None,
         progress: StageProgress | None = None,
-        **overrides: Any,
+        **options: Any,
     ) -> list[Clip]:
         """Make a clip per prompt.
 
         Args:
             batch: how many are computed at once; it changes memory and speed, not the clips.
             image, audio: given first frame and sound track, the same for all prompts.
-            overrides: of the checkpoint's settings, see `inference.settings.resolve`.
+            options: as for `settings`.
 
         Raises:
             UserError: a setting or condition that cannot be used.
         """
+        given_audio = None
         if audio is not None:
             from inference.conditioning import sound_seconds
 
-            overrides["sound"] = sound_seconds(audio, self.codecs.audio_codec.sample_rate)
-        chosen = self.settings(**overrides)
+            given_audio = sound_seconds(audio, self.codecs.audio_codec.sample_rate)
+        chosen = self.settings(given_audio, **options)
         made = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
@@ -374,3 +387,54 @@ class Pipeline:
 
 def _told(progress: StageProgress | None, stage: str) -> Callable[..., None] | None:
     return None if progress is None else lambda step, of, *_: progress(stage, step, of)
+
+
+def require_decoder(decoder: Any, contract: Contract) -> None:
+    """Raises UserError for a decoder of other latents than the codecs'."""
+    found = decoder.channels, tuple(decoder.stride)
+    wanted = contract.video_channels, tuple(contract.video_stride)
+    if found != wanted:
+        raise UserError(
+            f"the decoder takes {found[0]} channels at strides {found[1]}, the codecs have {wanted}"
+        )
+
+
+def require_positions(
+    pack: PackConfig, text: Sequence[torch.Tensor], negative: Sequence[torch.Tensor] | None, audio: int
+) -> None:
+    """Raises UserError for a single token, for which coordinates v1 have no place (SPEC 2.1)."""
+    if pack.coords_style != "v1":
+        return
+    if any(len(features) < 2 for features in text):
+        raise UserError("the second stage needs a prompt of at least two tokens; say more")
+    if any(len(features) < 2 for features in negative or ()):
+        raise UserError(
+            "the second stage needs a negative prompt of at least two tokens; give one, or sr_cfg=1"
+        )
+    if audio < 2:
+        raise UserError("the second stage needs at least two audio latents; make a longer clip")
+
+
+def require_finite(video: torch.Tensor, audio: torch.Tensor, settings: Settings) -> None:
+    """Raises UserError for latents that hold NaN or infinity."""
+    if not (video.isfinite().all() and audio.isfinite().all()):
+        raise UserError(
+            f"the network's output is not finite at solver={settings.solver}, steps={settings.steps}; "
+            "its training diverged, or the guidance is far too strong"
+        )
+
+
+_first_stages: dict[tuple[str, str], Loaded] = {}
+
+
+def with_first_stage(loaded: Loaded, codecs: CodecBundle, first: str) -> Pipeline:
+    """The second stage `loaded` behind the checkpoint `first`, which is read once per process, to the same device.
+
+    Raises:
+        UserError: a checkpoint that cannot be found, or of other codecs.
+    """
+    device = next(loaded.denoiser.parameters()).device
+    key = first, str(device)
+    if key not in _first_stages:
+        _first_stages[key] = zoo.load(first, device)
+    return Pipeline(_first_stages[key], codecs, second=loaded)

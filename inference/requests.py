@@ -1,14 +1,16 @@
-"""What to generate: one prompt from the command line, or a file of them.
+"""What to generate: the options of `python -m magihuman.infer`, and the requests of the command line or a prompt file.
 
-A file is read as lines (`.txt`), as JSON objects (`.jsonl`), or as a table with a header (`.csv`). A request
-keeps its name and seed whatever happens to its neighbours, so an interrupted batch continues where it was.
+    InferOptions(checkpoint="tiny/base", prompt="round face, says ma", output="x.mp4").command()
+
+A prompt file has lines (`.txt`), JSON objects (`.jsonl`), or a table with a header (`.csv`). A request keeps its name and
+seed whatever the other lines are, so an interrupted batch continues where it was. Imports no torch.
 """
 
 import csv
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,162 @@ AUTO = "auto"
 MAX_WORDS, MAX_CHARACTERS = 640, 10_000
 
 
+def option(default: Any, help: str, *, identity: bool = False, command: bool = True) -> Any:
+    """A field of `InferOptions`.
+
+    Args:
+        help: its line of --help.
+        identity: the value is part of a clip's identity in its record (sampling settings are, without this).
+        command: the reproducing command states the value.
+    """
+    return field(default=default, metadata={"help": help, "identity": identity, "command": command})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions:
+    """Generate video clips with audio from text.
+
+    Writes H.264 + AAC mp4 files, each with a JSON record of all that is needed to make it again. The same command on the
+    same machine gives the same bytes. With prompts= an interrupted run continues where it was: finished clips are skipped.
+    Started by torchrun, each process makes its share of the prompts; with prompt= all of them compute the one clip
+    together.
+    """
+
+    checkpoint: str = option(
+        "tiny/base",
+        "a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of the published weights",
+    )
+    lora: str | None = option(
+        None, "LoRA merged into the checkpoint: the folder adapter/ of a run with recipe=lora, or the run"
+    )
+    sr: str | None = option(
+        None,
+        "checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr",
+    )
+    turbo: str | None = option(
+        None,
+        "a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or the "
+        "folder turbo_vae of the published weights",
+    )
+    tile: int | None = option(
+        None, "decode in tiles of so many pixels a side, for GPUs too small for whole frames", identity=True
+    )
+    codecs: str | None = option(
+        None,
+        "package.module:function of your own codecs, for checkpoints that were trained with them; imports that code",
+    )
+    video_codec: str | None = option(
+        None, "Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE"
+    )
+    audio_codec: str | None = option(
+        None, "Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO"
+    )
+    text_encoder: str | None = option(
+        None, "T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA"
+    )
+    prompt: str | None = option(None, "the scene and the speech, up to 640 tokens")
+    prompts: str | None = option(
+        None,
+        "a file of many prompts: .txt (one a line), .jsonl or .csv (prompt, and optionally seed, name, image, audio, "
+        "seconds, negative_prompt)",
+        command=False,
+    )
+    negative_prompt: str | None = option(None, "prompt of the unconditional branch of the guidance")
+    negative_prompt_file: str | None = option(
+        None, "the same from a text file; the released one is recognised by its hash", command=False
+    )
+    output: str | None = option(None, "the mp4 to write; with prompts= the folder")
+    seed: int = option(42, "of the noise; prompt i of a file gets seed + i unless it has its own")
+    steps: int | None = option(
+        None, "solver steps; none takes the checkpoint's setting, as for all sampling settings"
+    )
+    solver: str | None = option(None, "unipc, renoise (distilled models), euler or sde")
+    shift: float | None = option(None, "of the noise levels; higher spends more steps on noisy ones")
+    cfg: float | dict[str, float] | None = option(  # noqa: RUF009
+        None,
+        'guidance scale, 1 is off; or by part: cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"',
+    )
+    cfg_passes: int = option(
+        1, "1 computes both branches of the guidance at once, 2 one after the other in less memory"
+    )
+    compat: str | None = option(
+        None, "o2 lets unguided sampling change the given audio, as the released code does"
+    )
+    seconds: float | str | None = option(
+        None,
+        "length, rounded to the nearest possible number of frames; auto takes the given audio's, or what the prompt's "
+        "dialogue needs in its language",
+    )
+    resolution: str | None = option(
+        None,
+        "256p, 540p or 1080p with the published weights (the second stage is found next to the base)",
+        command=False,
+    )
+    height: int | None = option(None, "of the clip in pixels, before super-resolution")
+    width: int | None = option(None, "of the clip in pixels, before super-resolution")
+    sr_steps: int | None = option(None, "solver steps of the second stage")
+    sr_cfg: float | None = option(
+        None, "guidance scale of the second stage, 1 is off; the release also knows 3.5"
+    )
+    sr_height: int | None = option(None, "of the finished clip in pixels")
+    sr_width: int | None = option(None, "of the finished clip in pixels")
+    image: str | None = option(None, "image file for the first frame, cropped to the clip's shape")
+    audio: str | None = option(
+        None, "audio file, or a clip with audio: conditions the clip and becomes its sound track"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", identity=True)
+    dtype: str | None = option(
+        None,
+        "of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU",
+        identity=True,
+    )
+    memory: str = option(
+        "fast", "fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)"
+    )
+    weights: str | None = option(
+        None, "store the network's matrices in bf16, fp8 or int4; none keeps them", identity=True
+    )
+    tier: str | None = option(
+        None,
+        "optimisation level of the network: reference, exact (the same bits, sooner), fast (the same mathematics in "
+        "another order); approximate: fp8, fp8_attention, cached (for many steps); none is exact on the CPU, reference "
+        "on a GPU",
+        identity=True,
+    )
+    batch: int | None = option(
+        None,
+        "clips of a prompt file that are computed at once; none is 8, with the published weights 1",
+        command=False,
+    )
+    gallery: bool = option(
+        False, "with prompts=: also write index.html, a page of the clips for any browser", command=False
+    )
+    progress: bool = option(True, "show a progress bar", command=False)
+
+    def identity(self) -> dict[str, Any]:
+        """Options of a clip's identity other than its sampling settings."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}
+
+    def command(self) -> list[str]:
+        """The command line with these options; None is left out."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["command"]}
+        words = [f"{name}={_as_text(value)}" for name, value in chosen.items() if value is not None]
+        return ["python", "-m", "magihuman.infer", *words]
+
+
+# The help of magihuman.cli comes from docstrings.
+InferOptions.__doc__ = "\n".join(
+    [str(InferOptions.__doc__).rstrip(), "", "    Args:"]
+    + [f"        {f.name}: {f.metadata['help']}" for f in fields(InferOptions)]
+)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {inner}" for key, inner in value.items()) + "}"
+    return str(value)
+
+
 @dataclass(frozen=True)
 class Request:
     """One clip to make.
@@ -29,9 +187,9 @@ class Request:
         name: file name without ending, unique in a batch.
         prompt: text as given.
         seed: seeds this clip's own noise generator, whatever batch it is computed in.
-        image: first frame, or None; audio: given sound track, or None.
+        image: first frame, or None; audio: conditioning audio file, or None.
         seconds: length, "auto", or None for the run's setting.
-        negative_prompt: text for the other side of the guidance, or None for the run's setting.
+        negative_prompt: text of the unconditional branch of the guidance, or None for the run's setting.
     """
 
     name: str

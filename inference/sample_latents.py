@@ -85,7 +85,6 @@ def _sample(
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from inference.cli import guidance_from
     from inference.pipeline import Pipeline
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
@@ -95,7 +94,7 @@ def _sample(
     codecs = load_bundle(loaded.config.codecs, chosen)
     decoder = open_teacher(facts["teacher"], codecs, chosen)
     pipeline = Pipeline(loaded, codecs)
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance_from(cfg)}
+    given: dict[str, Any] = {"steps": steps, "cfg": cfg}
     settings = pipeline.settings(**{key: value for key, value in given.items() if value is not None})
     videos, frames = [], []
     with tqdm(total=clips, desc="sampling", unit="clip", disable=not progress) as bar:

@@ -1,10 +1,13 @@
-"""What decides a clip beside prompt, seed, conditions and checkpoint; and how it follows from what is given."""
+"""Sampling settings of a clip: the checkpoint's defaults with the user's options in their place.
+
+resolve(zoo.config_of("tiny/base"), options=InferOptions(steps=4)).frames     # 25
+"""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from inference.requests import InferOptions
 from inference.sampling import LatentShape
 from magihuman.codecs.bundle import Length, bundle_spec
 from magihuman.errors import UserError
@@ -36,15 +39,15 @@ class SecondStage:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a clip beside prompt, seed, conditions and checkpoint.
+    """Settings that decide a clip, in addition to prompt, seed, conditioning files and checkpoint.
 
     Attributes:
         solver, steps, shift, guidance: as in `inference.sampling.sample`.
-        negative_prompt: the other side of the guidance; "" is the null text of training.
-        seconds: as asked for; frames, audio: pictures and audio latents that follow from it.
+        negative_prompt: of the unconditional branch of the guidance; "" is the null text of training.
+        seconds: as asked for; frames, audio: the resulting numbers of pixel frames and audio latents.
         height, width: of the first stage in pixels.
-        cfg_passes: 1, both sides of the guidance in one batch; 2, one after the other (less memory).
-        compat: "o2" lets an unguided first stage change the given sound, as the released code does.
+        cfg_passes: 1, both branches of the guidance in one batch; 2, one after the other (less memory).
+        compat: "o2" lets an unguided first stage change the given audio, as the released code does.
         sr: the second stage, or None.
     """
 
@@ -66,6 +69,21 @@ class Settings:
         """Plain values."""
         return asdict(self)
 
+    def options(self) -> dict[str, Any]:
+        """The same as options of the command, for `InferOptions`."""
+        names = {f.name for f in fields(InferOptions)} & {f.name for f in fields(self)} - {"sr", "audio"}
+        values = {name: getattr(self, name) for name in names} | {"cfg": self.guidance.to_dict()}
+        if self.sr is not None:
+            sr = self.sr
+            values |= {
+                "sr_steps": sr.steps,
+                "sr_cfg": sr.guidance,
+                "sr_height": sr.height,
+                "sr_width": sr.width,
+            }
+        # On the command line an empty negative prompt means the checkpoint's own, and a space none.
+        return values | {"negative_prompt": self.negative_prompt or " "}
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the finished clip in pixels."""
@@ -85,86 +103,88 @@ def longest(config: ExportConfig) -> float:
 def resolve(
     config: ExportConfig,
     second: ExportConfig | None = None,
-    *,
-    steps: int | None = None,
-    solver: str | None = None,
-    shift: float | None = None,
-    guidance: Guidance | float | None = None,
-    negative_prompt: str | None = None,
-    seconds: float | None = None,
-    resolution: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    sr_steps: int | None = None,
-    sr_guidance: float | None = None,
-    sr_height: int | None = None,
-    sr_width: int | None = None,
-    cfg_passes: int = 1,
-    compat: str | None = None,
-    sound: float | None = None,
+    options: InferOptions | None = None,
+    given_audio: float | None = None,
 ) -> Settings:
-    """The checkpoints' own sampling settings with the given ones in their place.
+    """The checkpoints' own sampling settings with the user's in their place.
 
     Args:
         config, second: of the checkpoints of both stages.
-        guidance: one scale for both modalities at every step (1 is none), or a `Guidance`.
-        resolution: a name of the codecs' resolutions, instead of sizes.
-        sound: seconds of the given sound.
+        options: those that are None keep the checkpoint's setting; seconds is a number here.
+        given_audio: seconds of the audio that the clip is conditioned on.
 
     Raises:
-        UserError: a value that cannot be, with what can.
+        UserError: an impossible value, with the possible ones.
     """
+    given = InferOptions() if options is None else options
     own = config.sampling
-    scales = own.guidance if guidance is None else guidance
-    if not isinstance(scales, Guidance):
-        scales = Guidance(scales, scales, audio=scales)
-    sizes = {"height": height, "width": width, "sr_height": sr_height, "sr_width": sr_width}
-    if resolution is not None:
-        sizes = _named_sizes(resolution, config, second, sizes)
-    length = _length(config, seconds, sound)
+    sizes = _named_sizes(given, config, second)
+    seconds = None if given.seconds is None else float(given.seconds)
+    length = _length(config, seconds, given_audio)
     chosen = Settings(
-        solver=own.solver if solver is None else solver,
-        steps=own.steps if steps is None else steps,
-        shift=own.shift if shift is None else shift,
-        guidance=scales,
-        negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
+        solver=own.solver if given.solver is None else given.solver,
+        steps=own.steps if given.steps is None else given.steps,
+        shift=own.shift if given.shift is None else given.shift,
+        guidance=own.guidance if given.cfg is None else guidance_from(given.cfg),
+        negative_prompt=own.negative_prompt if given.negative_prompt is None else given.negative_prompt,
         seconds=_usual_seconds(config) if seconds is None else seconds,
         frames=length.frames,
         audio=length.audio,
         height=_side(config, "height", sizes["height"], config.size.height),
         width=_side(config, "width", sizes["width"], config.size.width),
-        cfg_passes=cfg_passes,
-        compat=compat,
+        cfg_passes=given.cfg_passes,
+        compat=given.compat,
     )
     _check(chosen)
-    if second is not None:
-        scale = second.sampling.guidance.video_high if sr_guidance is None else sr_guidance
-        stage = SecondStage(
-            steps=second.sampling.steps if sr_steps is None else sr_steps,
-            shift=second.sampling.shift,
-            guidance=float(scale),
-            height=_side(config, "sr_height", sizes["sr_height"], second.size.height),
-            width=_side(config, "sr_width", sizes["sr_width"], second.size.width),
+    if second is None:
+        for name in ("sr_steps", "sr_cfg", "sr_height", "sr_width"):
+            if (value := getattr(given, name)) is not None:
+                raise UserError(f"{name}={value} needs a checkpoint for the second stage; give sr=CHECKPOINT")
+        return chosen
+    stage = SecondStage(
+        steps=second.sampling.steps if given.sr_steps is None else given.sr_steps,
+        shift=second.sampling.shift,
+        guidance=float(second.sampling.guidance.video_high if given.sr_cfg is None else given.sr_cfg),
+        height=_side(config, "sr_height", sizes["sr_height"], second.size.height),
+        width=_side(config, "sr_width", sizes["sr_width"], second.size.width),
+    )
+    _check_second(stage, chosen)
+    return replace(chosen, sr=stage)
+
+
+def guidance_from(cfg: float | dict[str, float] | Guidance) -> Guidance:
+    """The option cfg=: a number for everything, or fields of `Guidance`.
+
+    Raises:
+        UserError: unknown fields, or values that are not numbers.
+    """
+    if isinstance(cfg, Guidance):
+        return cfg
+    if not isinstance(cfg, dict):
+        return Guidance(cfg, cfg, audio=cfg)
+    if not all(isinstance(value, int | float) for value in cfg.values()):
+        raise UserError(
+            f'cfg={cfg} needs numbers, for example cfg="{{video_high: 5, video_low: 2, audio: 5}}"'
         )
-        if not 1 <= stage.steps <= 1000:
-            raise UserError(f"sr_steps={stage.steps} is impossible; give 1 to 1000")
-        if not 1 <= stage.guidance < math.inf:
-            raise UserError(f"sr_cfg={stage.guidance:g} is impossible; scales start at 1, which is none")
-        if stage.height < chosen.height or stage.width < chosen.width:
-            raise UserError(
-                f"the second stage's {stage.width}x{stage.height} is smaller than the first's "
-                f"{chosen.width}x{chosen.height}; give a larger sr_width= and sr_height="
-            )
-        return replace(chosen, sr=stage)
-    given = {
-        "sr_steps": sr_steps,
-        "sr_cfg": sr_guidance,
-        **{k: v for k, v in sizes.items() if k[:3] == "sr_"},
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(f"{name}={value} needs a checkpoint for the second stage; give sr=CHECKPOINT")
-    return chosen
+    return Guidance.from_dict(cfg)
+
+
+def require_role(config: ExportConfig, name: object, first: bool) -> None:
+    """Raises UserError for a checkpoint of the other stage (base or super-resolution).
+
+    A second stage says so in its provenance. All others of ours are first stages, unless they have a second's
+    coordinates: such a checkpoint may serve as either.
+    """
+    released = str(config.provenance.get("released", ""))
+    second = released.endswith("_sr") or config.provenance.get("stage") == "second"
+    known = second or bool(released) or config.pack.coords_style == "v2"
+    if first == second and known:
+        use = (
+            "second stage; give it as sr="
+            if second
+            else "first stage; one for the second, as tiny/sr, is wanted"
+        )
+        raise UserError(f"{name} is {released or 'a checkpoint'}, for the {use}")
 
 
 def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]) -> LatentShape:
@@ -182,8 +202,13 @@ def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]
 
 
 def _named_sizes(
-    name: str, config: ExportConfig, second: ExportConfig | None, given: Mapping[str, int | None]
+    options: InferOptions, config: ExportConfig, second: ExportConfig | None
 ) -> dict[str, int | None]:
+    """height, width, sr_height and sr_width as given, or by the name of a resolution."""
+    name = options.resolution
+    given = {key: getattr(options, key) for key in ("height", "width", "sr_height", "sr_width")}
+    if name is None:
+        return given
     known = bundle_spec(config.codecs).resolutions
     if name not in known:
         names = ", ".join(known or bundle_spec("released").resolutions)
@@ -231,12 +256,24 @@ def _usual_seconds(config: ExportConfig) -> float:
     return bundle_spec(config.codecs).seconds(config.size.frames, config.contract)
 
 
-def _length(config: ExportConfig, seconds: float | None, sound: float | None) -> Length:
+def _length(config: ExportConfig, seconds: float | None, given_audio: float | None) -> Length:
     limit = longest(config)
     if seconds is not None and limit < seconds < math.inf:
         raise UserError(f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}")
     wanted = _usual_seconds(config) if seconds is None else seconds
-    return bundle_spec(config.codecs).length(wanted, config.contract, sound)
+    return bundle_spec(config.codecs).length(wanted, config.contract, given_audio)
+
+
+def _check_second(stage: SecondStage, chosen: Settings) -> None:
+    if not 1 <= stage.steps <= 1000:
+        raise UserError(f"sr_steps={stage.steps} is impossible; give 1 to 1000")
+    if not 1 <= stage.guidance < math.inf:
+        raise UserError(f"sr_cfg={stage.guidance:g} is impossible; scales start at 1, which is none")
+    if stage.height < chosen.height or stage.width < chosen.width:
+        raise UserError(
+            f"the second stage's {stage.width}x{stage.height} is smaller than the first's "
+            f"{chosen.width}x{chosen.height}; give a larger sr_width= and sr_height="
+        )
 
 
 def _check(chosen: Settings) -> None:

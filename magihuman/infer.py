@@ -1,4 +1,4 @@
-"""`python -m magihuman.infer`: from text to clips. Thin: configs/infer.yaml says what is called."""
+"""Command `python -m magihuman.infer`: clips from text. configs/infer.yaml names the function that it calls."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        target, defaults = configured()
+        run, options, defaults = configured()
         if not given or any(argument in ("-h", "--help", "help") for argument in given):
-            print(f"{usage(target, PROGRAM)}\n\n{EXAMPLES}", end="")
+            print(f"{usage(options, PROGRAM)}\n\n{EXAMPLES}", end="")
             return
-        target(**{**defaults, **settings(target, given, PROGRAM)})
+        run(options(**{**defaults, **settings(options, given, PROGRAM)}))
     except UserError as error:
         report_and_exit(error)
     except KeyboardInterrupt:
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def configured() -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that configs/infer.yaml names, and the defaults set there.
+def configured() -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]:
+    """The function and the class of options that configs/infer.yaml names, and the defaults set there.
 
     Raises:
-        UserError: the file names what cannot be imported, or a setting that the function does not take.
+        UserError: the file has a name that cannot be imported, or an unknown option.
     """
     import yaml
 
@@ -48,7 +48,9 @@ def configured() -> tuple[Callable[..., Any], dict[str, Any]]:
 
     node = yaml.safe_load((CONFIGS / "infer.yaml").read_text(encoding="utf-8"))
     check_call(node, "infer")
-    return locate(node.pop("_target_"), "infer"), node
+    defaults = node["options"]
+    options = locate(defaults.pop("_target_"), "infer.options")
+    return locate(node["_target_"], "infer"), options, defaults
 
 
 if __name__ == "__main__":

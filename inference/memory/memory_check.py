@@ -17,7 +17,7 @@ TEXT = 340
 
 
 def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
-    """What a batch of such clips asks of the GPU."""
+    """A batch of such clips as a request of the memory planner."""
     contract, second = source.config.contract, settings.sr
     ours = source.decoder
     student = (
@@ -39,16 +39,16 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
         second=source.second.model if source.second is not None and second is not None else None,
         enlarged=settings.size if second is not None else (0, 0),
         sr_guided=second is not None and second.guidance != 1,
-        turbo=source.turbo is not None and student is None,
+        turbo=source.options.turbo is not None and student is None,
         student=student,
-        tile=source.tile,
+        tile=source.options.tile,
         compute=source.dtype.itemsize,
-        memory=source.memory,
-        weights=source.weights,
+        memory=source.options.memory,
+        weights=source.options.weights,
     )
 
 
-def check_room(source: "Source", settings: "list[Settings]", batch: int) -> None:
+def check_fits(source: "Source", settings: "list[Settings]", batch: int) -> None:
     """Refuse clips that the GPU cannot hold; nothing on the CPU.
 
     Args:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from inference import loading
 from inference.pipeline import Draft, Pipeline
+from inference.requests import InferOptions
 from magihuman import infer
 from magihuman.flow.sampling import seeded
 from magihuman.media.decoding import MediaReader, probe, read_audio
@@ -135,11 +136,13 @@ def test_distilled_turbo_and_the_release_beside_it(
     output.unlink()
     infer.main([*shlex.split(record["command"])[3:], "progress=false"])
     assert output.read_bytes() == before
-    found = loading.find(str(release / "distill"), resolution="540p", device="cpu")
+    found = loading.find(InferOptions(checkpoint=str(release / "distill"), resolution="540p", device="cpu"))
     assert found.second_folder == release / "540p_sr"
     assert found.second is not None
     assert found.second.model.local_attn_layers == ()
-    large = loading.find(str(release / "base"), resolution="1080p", device="cpu").second
+    large = loading.find(
+        InferOptions(checkpoint=str(release / "base"), resolution="1080p", device="cpu")
+    ).second
     assert large is not None
     assert large.model.local_attn_layers
 
@@ -149,12 +152,14 @@ def test_distilled_turbo_and_the_release_beside_it(
 
 @pytest.fixture(scope="module")
 def pipeline(release: Path) -> Pipeline:
-    return loading.find(str(release / "distill"), str(release / "540p_sr"), device="cpu").load()
+    return loading.find(
+        InferOptions(checkpoint=str(release / "distill"), sr=str(release / "540p_sr"), device="cpu")
+    ).load()
 
 
 def drafts(pipeline: Pipeline, rows: list[int], given: dict[str, Path], **settings: Any) -> list[Draft]:
     chosen = pipeline.settings(
-        **{"steps": 2, "sr_steps": 2, "seconds": SECONDS, "sound": 1.0, **SIZE, **settings}
+        **{"steps": 2, "sr_steps": 2, "seconds": SECONDS, "given_audio": 1.0, **SIZE, **settings}
     )
     prompts = ["a man", "a woman speaks to us", "rain"]
     images, sounds = [given["image"]] * len(rows), [given["audio"]] * len(rows)
@@ -162,7 +167,7 @@ def drafts(pipeline: Pipeline, rows: list[int], given: dict[str, Path], **settin
 
 
 def test_a_batch_gives_the_latents_of_one_by_one(pipeline: Pipeline, given: dict[str, Path]) -> None:
-    settings: dict[str, Any] = {"guidance": 3.0, "sr_guidance": 3.5, "negative_prompt": "grey"}
+    settings: dict[str, Any] = {"cfg": 3.0, "sr_cfg": 3.5, "negative_prompt": "grey"}
     together = drafts(pipeline, [0, 1, 2], given, **settings)
     for i, draft in enumerate(together):
         (alone,) = drafts(pipeline, [i], given, **settings)
@@ -208,7 +213,7 @@ def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) 
     wave = 0.3 * np.sin(np.arange(30 * 44100 + 441, dtype=np.float32) * 0.02)[None]
     write_mp4(tmp_path / "s.mp4", np.zeros((2, 16, 16, 3), np.uint8), 25, wave, 44100)
     small = {"height": 32, "width": 32, "sr_height": 32, "sr_width": 32}
-    settings = pipeline.settings(steps=1, sr_steps=1, seconds=40, sound=30.01, **small)
+    settings = pipeline.settings(steps=1, sr_steps=1, seconds=40, given_audio=30.01, **small)
     (draft,) = pipeline.draft(["a song"], [3], settings, sounds=[tmp_path / "s.mp4"])
     assert (settings.audio, settings.frames) == (751, 749)
     assert draft.video.shape[1] == 188

@@ -11,11 +11,11 @@ from eval.lip_sync import correlation
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import see
 from eval.sr import bicubic
-from inference.checks import require_role
 from inference.jobs import Resolver
 from inference.loading import find
-from inference.requests import Request
-from inference.two_stages import with_first_stage
+from inference.pipeline import with_first_stage
+from inference.requests import InferOptions, Request
+from inference.settings import require_role
 from magihuman import infer, zoo
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
@@ -69,7 +69,7 @@ def test_a_first_stage_is_no_second_one(name: str) -> None:
         UserError,
         match=f"{name} is a checkpoint, for the first stage; one for the second, as tiny/sr, is wanted",
     ):
-        find("tiny/base", name, device="cpu")
+        find(InferOptions(sr=name, device="cpu"))
 
 
 def test_a_checkpoint_that_does_not_say_its_stage_may_be_either() -> None:
@@ -82,16 +82,18 @@ def test_a_checkpoint_that_does_not_say_its_stage_may_be_either() -> None:
 def test_a_second_stage_enlarges_and_says_when_it_stretches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = find("tiny/base", "tiny/sr", device="cpu")
+    def resolver(**options: int) -> Resolver:
+        return Resolver(find(InferOptions(sr="tiny/sr", device="cpu", **options)), tmp_path)
+
     request = Request("x", PROMPT, 0)
     with pytest.raises(
         UserError, match="128x128 is smaller than the first's 144x64; give a larger sr_width="
     ):
-        Resolver(source, tmp_path, {"width": 144}).job(request)
-    Resolver(source, tmp_path, {}).job(request)
+        resolver(width=144).job(request)
+    resolver().job(request)
     assert capsys.readouterr().err == ""
-    Resolver(source, tmp_path, {"width": 96}).job(request)
+    resolver(width=96).job(request)
     said = capsys.readouterr().err
     assert "the second stage's 128x128 is of another shape than the first's 96x64, so pictures are" in said
-    Resolver(source, tmp_path, {"width": 96, "sr_width": 192}).job(request)
+    resolver(width=96, sr_width=192).job(request)
     assert capsys.readouterr().err == ""

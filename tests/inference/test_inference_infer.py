@@ -173,13 +173,13 @@ def test_requests_of_a_file_may_differ(checkpoint: Path, tmp_path: Path) -> None
 DRIVER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import magihuman.codecs.bundle, fake_bundle, inference.records
+import magihuman.codecs.bundle, fake_bundle, inference.jobs
 magihuman.codecs.bundle.load_bundle = fake_bundle.fake_bundle
-append = inference.records.append_line
+append = inference.jobs.append_line
 def slowly(path, line):
     append(path, line)
     time.sleep(0.2)
-inference.records.append_line = slowly
+inference.jobs.append_line = slowly
 from magihuman.infer import main
 main(sys.argv[2:])
 """
@@ -282,13 +282,13 @@ def test_processes_share_the_prompts_and_one_manifest(checkpoint: Path, tmp_path
 
 
 def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[str]) -> None:
-    import inspect
+    from dataclasses import fields
 
-    from inference.cli import run as target
+    from inference.requests import InferOptions
 
     infer.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in inspect.signature(target).parameters)
+    assert all(f"  {field.name} " in text for field in fields(InferOptions))
     code = "import sys; from magihuman.infer import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True)
     assert done.returncode == 0, "help imports torch"

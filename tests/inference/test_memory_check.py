@@ -9,6 +9,7 @@ import torch
 
 import inference.memory.memory_check as room
 from inference.loading import Source
+from inference.requests import InferOptions
 from inference.settings import SecondStage, Settings
 from magihuman import zoo
 from magihuman.errors import UserError
@@ -27,12 +28,13 @@ LARGE = Settings(
 
 def _source(**changes: Any) -> Source:
     values: dict[str, Any] = {
-        "checkpoint": "base", "lora": None, "sr": "1080p_sr", "turbo": None, "folder": Path("base"),
-        "second_folder": None,
+        "folder": Path("base"), "second_folder": None,
         "config": CONFIG, "second": CONFIG, "device": torch.device("cuda"), "dtype": torch.bfloat16,
-        "memory": "fast", "weights": None, "tier": "reference", "codec_paths": {}, "decoder": None, "tile": None,
+        "decoder": None,
     }  # fmt: skip
-    return Source(**(values | changes))
+    options = {"checkpoint": "base", "sr": "1080p_sr", "tier": "reference"}
+    options |= {name: changes.pop(name) for name in list(changes) if name not in values}
+    return Source(**(values | changes), options=InferOptions(**options))
 
 
 @pytest.fixture
@@ -43,24 +45,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_what_fits_passes(gpu: SimpleNamespace) -> None:
-    room.check_room(_source(), [SETTINGS], 1)
-    room.check_room(_source(memory="balanced"), [SETTINGS, LARGE], 1)
+    room.check_fits(_source(), [SETTINGS], 1)
+    room.check_fits(_source(memory="balanced"), [SETTINGS, LARGE], 1)
 
 
 def test_the_largest_clip_decides(gpu: SimpleNamespace) -> None:
     with pytest.raises(UserError, match=r"and the GPU has 80\.0 GB; use memory=balanced \("):
-        room.check_room(_source(), [SETTINGS, LARGE, SETTINGS], 1)
+        room.check_fits(_source(), [SETTINGS, LARGE, SETTINGS], 1)
 
 
 def test_a_batch_counts(gpu: SimpleNamespace) -> None:
     gpu.total_memory = 60 * 10**9
-    room.check_room(_source(), [SETTINGS], 1)
+    room.check_fits(_source(), [SETTINGS], 1)
     with pytest.raises(UserError, match="the stage sample decides"):
-        room.check_room(_source(), [SETTINGS], 8)
+        room.check_fits(_source(), [SETTINGS], 8)
 
 
 def test_on_the_cpu_nothing_is_asked() -> None:
-    room.check_room(_source(device=torch.device("cpu")), [LARGE] * 3, 100)
+    room.check_fits(_source(device=torch.device("cpu")), [LARGE] * 3, 100)
 
 
 def test_a_light_decoder_counts_as_what_it_is(gpu: SimpleNamespace) -> None:

@@ -48,19 +48,17 @@ def test_the_checkpoint_s_settings_are_the_default(pipeline: Pipeline) -> None:
     assert (own.solver, own.steps, own.shift) == ("unipc", 2, 5.0)
     assert own.guidance == Guidance(3, 2, audio=2)
     assert (own.frames, own.height, own.width) == (FRAMES, SIDE, SIDE)
-    given = pipeline.settings(
-        steps=5, solver="euler", shift=3.0, guidance=1, negative_prompt="grey", width=64
-    )
+    given = pipeline.settings(steps=5, solver="euler", shift=3.0, cfg=1, negative_prompt="grey", width=64)
     assert (given.solver, given.steps, given.shift, given.negative_prompt) == ("euler", 5, 3.0, "grey")
     assert not given.guidance.needed
     assert (given.height, given.width) == (SIDE, 64)
-    assert pipeline.settings(guidance=4.0).guidance == Guidance(4, 4, audio=4)
+    assert pipeline.settings(cfg=4.0).guidance == Guidance(4, 4, audio=4)
 
 
 def test_negative_prompt_and_guidance_change_the_clip(pipeline: Pipeline) -> None:
     base, negative, off = (
         pipeline.generate(["a"], [1], **settings)[0]
-        for settings in ({}, {"negative_prompt": "grey wall"}, {"guidance": 1})
+        for settings in ({}, {"negative_prompt": "grey wall"}, {"cfg": 1})
     )
     assert not torch.equal(base.video, negative.video)
     assert not torch.equal(base.video, off.video)
@@ -86,9 +84,10 @@ def test_length_and_size_of_the_clip_can_be_chosen(pipeline: Pipeline) -> None:
         ({"solver": "heun"}, "choose one of unipc"),
         ({"shift": 0.0}, "shift=0 is impossible"),
         ({"shift": float("nan")}, "shift=nan is impossible"),
-        ({"guidance": 0.5}, "scales start at 1"),
-        ({"guidance": float("inf")}, "scales start at 1"),
+        ({"cfg": 0.5}, "scales start at 1"),
+        ({"cfg": float("inf")}, "scales start at 1"),
         ({"seconds": -1}, "seconds=-1 must be positive"),
+        ({"guidance": 2}, "unknown sampling option guidance"),
         ({"seconds": 60}, "too long for this checkpoint; give at most 10.88"),
         ({"height": 30}, "height=30 is not a multiple of 8; the nearest is 32"),
         ({"width": 0}, "width=0 is not a multiple of 8; the nearest is 8"),

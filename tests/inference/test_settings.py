@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fake_release import dit_config
 
+from inference.requests import InferOptions
 from inference.settings import fit_side, latent_shape, resolve
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
@@ -36,7 +37,7 @@ def configs() -> dict[str, ExportConfig]:
 def test_released_lengths(
     configs: dict[str, ExportConfig], seconds: float, sound: float | None, audio: int, latent_frames: int
 ) -> None:
-    settings = resolve(configs["base"], seconds=seconds, sound=sound)
+    settings = resolve(configs["base"], None, InferOptions(seconds=seconds), sound)
     assert settings.audio == audio
     assert settings.frames == 4 * latent_frames - 3
     shape = latent_shape(configs["base"], settings, settings.size)
@@ -51,7 +52,7 @@ def test_published_defaults(configs: dict[str, ExportConfig]) -> None:
     stage = resolve(configs["distill"], configs["540p_sr"]).sr
     assert stage is not None
     assert (stage.steps, stage.shift, stage.guidance, stage.height, stage.width) == (5, 5.0, 1.0, 512, 896)
-    assert resolve(configs["distill"], configs["540p_sr"], sr_guidance=3.5).needs_negative
+    assert resolve(configs["distill"], configs["540p_sr"], InferOptions(sr_cfg=3.5)).needs_negative
 
 
 @pytest.mark.parametrize(
@@ -59,13 +60,13 @@ def test_published_defaults(configs: dict[str, ExportConfig]) -> None:
 )
 def test_named_resolutions(configs: dict[str, ExportConfig], name: str, size: tuple[int, int]) -> None:
     second = configs.get(f"{name}_sr")
-    settings = resolve(configs["base"], second, resolution=name)
+    settings = resolve(configs["base"], second, InferOptions(resolution=name))
     assert (settings.height, settings.width) == (256, 448)
     assert settings.size == size
 
 
 def test_sizes_are_rounded_down_as_released(configs: dict[str, ExportConfig]) -> None:
-    settings = resolve(configs["base"], height=272, width=480)
+    settings = resolve(configs["base"], None, InferOptions(height=272, width=480))
     assert (settings.height, settings.width) == (256, 480)
     assert [fit_side("height", pixels, 16, 2) for pixels in (32, 48, 64, 1088)] == [32, 32, 64, 1088]
     for pixels in (0, 16, 31, 100, 1080):
@@ -80,23 +81,24 @@ def test_sizes_are_rounded_down_as_released(configs: dict[str, ExportConfig]) ->
         ({"seconds": 65}, "too long for this checkpoint; give at most 64.64"),
         ({"sound": 0.01}, "lasts 0.010 s; give at least 0.04 s"),
         ({"resolution": "540p"}, "needs a second stage"),
-        ({"sr_guidance": 3.5}, "sr_cfg=3.5 needs a checkpoint"),
+        ({"sr_cfg": 3.5}, "sr_cfg=3.5 needs a checkpoint"),
         ({"cfg_passes": 0}, "choose 1 .faster. or 2"),
     ],
 )
 def test_impossible(configs: dict[str, ExportConfig], settings: dict[str, Any], message: str) -> None:
+    given_audio = settings.pop("sound", None)
     with pytest.raises(UserError, match=message):
-        resolve(configs["base"], **settings)
+        resolve(configs["base"], None, InferOptions(**settings), given_audio)
 
 
 def test_impossible_second_stage(configs: dict[str, ExportConfig]) -> None:
     for settings, message in (
         ({"sr_steps": 0}, "sr_steps=0"),
-        ({"sr_guidance": 0.5}, "sr_cfg=0.5"),
+        ({"sr_cfg": 0.5}, "sr_cfg=0.5"),
         ({"resolution": "256p"}, "first stage alone"),
     ):
         with pytest.raises(UserError, match=message):
-            resolve(configs["base"], configs["540p_sr"], **settings)  # type: ignore[arg-type]
+            resolve(configs["base"], configs["540p_sr"], InferOptions(**settings))  # type: ignore[arg-type]
 
 
 def test_a_bare_rate_decides_length(configs: dict[str, ExportConfig]) -> None:

@@ -317,11 +317,12 @@ def test_the_released_settings_compose_and_build(name: str, local: int) -> None:
 
 def test_infer_takes_the_run_folder_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from inference.loading import find
+    from inference.requests import InferOptions
 
     shards = training_stub.write_shards(tmp_path / "shards")
     base = training_stub.train_here(tmp_path / "base", shards, ["+recipe=pretrain", "trainer.max_steps=1"])
     run = training_stub.train_here(tmp_path / "sr", shards, ["+recipe=sr", "trainer.max_steps=1"])
-    source = find(str(base), str(run))
+    source = find(InferOptions(checkpoint=str(base), sr=str(run)))
     assert source.second is not None
     from inference.settings import resolve
 
@@ -330,7 +331,7 @@ def test_infer_takes_the_run_folder_and_nothing_else(tmp_path: Path, monkeypatch
     assert (settings.height, settings.sr.height, settings.sr.width) == (16, 32, 32)
     assert (settings.sr.steps, settings.sr.shift, settings.sr.guidance) == (5, 5.0, 1.0)
     with pytest.raises(UserError, match="for the second stage; give it as sr="):
-        find(str(run))
+        find(InferOptions(checkpoint=str(run)))
 
 
 def test_a_caption_of_one_token_is_one_line() -> None:

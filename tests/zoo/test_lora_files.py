@@ -151,6 +151,7 @@ def test_what_does_not_fit_is_one_line(tmp_path) -> None:
 
 def test_infer_applies_an_adapter_and_its_record_names_it(tmp_path) -> None:
     from inference.cli import run
+    from inference.requests import InferOptions
 
     base = zoo.load("tiny/base")
     state = base.denoiser.model.state_dict()
@@ -163,7 +164,8 @@ def test_infer_applies_an_adapter_and_its_record_names_it(tmp_path) -> None:
     prompt = "round face, ginger hair, blue shirt, green wall, says ma bi so"
     records = []
     for name, options in (("plain", {"steps": 2}), ("tuned", {"lora": str(folder)})):
-        run(prompt=prompt, output=str(tmp_path / f"{name}.mp4"), device="cpu", progress=False, **options)
+        given = {"prompt": prompt, "output": str(tmp_path / f"{name}.mp4"), **options}
+        run(InferOptions(**given, device="cpu", progress=False))
         records.append(json.loads((tmp_path / f"{name}.json").read_text()))
     assert records[0]["lora"] is None
     assert records[1]["lora"]["name"] == str(folder)

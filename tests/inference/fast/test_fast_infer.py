@@ -14,6 +14,7 @@ from inference.fast import choose_tier, require_kernel
 from inference.fast.fast_denoiser import FastDenoiser
 from inference.loading import find
 from inference.pipeline import Pipeline
+from inference.requests import InferOptions
 from magihuman import infer, zoo
 from magihuman.errors import UserError
 
@@ -57,10 +58,12 @@ def test_the_same_bytes_by_default_and_the_record_names_the_tier(checkpoint: Pat
 def test_a_tier_with_every_place_in_memory(checkpoint: Path) -> None:
     latents = []
     for tier, memory in (("reference", "fast"), ("exact", "fast"), ("exact", "balanced")):
-        pipeline = find(str(checkpoint), device="cpu", memory=memory, tier=tier).load()
+        pipeline = find(
+            InferOptions(checkpoint=str(checkpoint), device="cpu", memory=memory, tier=tier)
+        ).load()
         assert pipeline.tier.name == tier
         assert isinstance(pipeline.denoiser, FastDenoiser) == (tier != "reference")
-        latents.append(pipeline.generate(["a b"], [1], guidance=2)[0].video)
+        latents.append(pipeline.generate(["a b"], [1], cfg=2)[0].video)
     assert torch.equal(latents[0], latents[1])
     assert torch.equal(latents[0], latents[2])
 
@@ -108,7 +111,7 @@ def test_a_missing_kernel_is_noticed_before_weights_load(
     ):
         require_kernel("fp8_attention", gpu, torch.bfloat16)
     with pytest.raises(UserError, match="tier=best is unknown"):
-        find(str(checkpoint), device="cpu", tier="best")
+        find(InferOptions(checkpoint=str(checkpoint), device="cpu", tier="best"))
 
 
 def test_on_a_machine_with_torch_alone() -> None:
