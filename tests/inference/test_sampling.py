@@ -1,21 +1,17 @@
 """The denoising loop: against the released implementation's traces, and what a batch must not change."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from released_loop import check_released_loop
 
 from inference.sampling import LatentShape, sample
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
-from magihuman.flow.sampling import Conditioning, Noise, Pair, draw_noise, seeded
+from magihuman.flow.sampling import Conditioning, draw_noise, seeded
 from magihuman.models.denoiser import Denoiser, PackConfig
 from magihuman.models.dit import DiTConfig, SingleStreamDiT
-from magihuman.zoo.checks import Case, Result
-from magihuman.zoo.checks.loop import check_loop
-from magihuman.zoo.verify import read_manifest
 
 SHAPE = LatentShape(channels=4, frames=3, height=4, width=4, audio=9, audio_channels=6)
 
@@ -31,52 +27,23 @@ SHAPE = LatentShape(channels=4, frames=3, height=4, width=4, audio=9, audio_chan
     ],
 )
 def test_the_loop_follows_the_released_one(golden: Path, name: str, comparisons: int) -> None:
-    results = check(golden, name)
+    results = check_released_loop(golden, name)
     assert [result for result in results if not result.passed] == []
     assert len(results) == comparisons
-
-
-def check(folder: Path, name: str) -> list[Result]:
-    """A stored run of the release, repeated by the loop of inference."""
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
-    return check_loop(Case(name, read_manifest(folder)[name]["meta"], tensors), inference_loop)
-
-
-def inference_loop(
-    denoiser: Denoiser,
-    text: list[torch.Tensor],
-    negative_text: list[torch.Tensor] | None,
-    noise: Noise,
-    *,
-    image_latent: torch.Tensor | None,
-    keep_audio: bool,
-    on_step: Any,
-    **settings: Any,
-) -> Pair:
-    """`inference.sampling.sample` as a `magihuman.zoo.checks.loop.Loop`."""
-    shape = LatentShape(*noise.start.video.shape[1:], *noise.start.audio.shape[1:])
-    video, audio = sample(
-        denoiser,
-        text,
-        negative_text,
-        shape,
-        image_latent=image_latent,
-        audio_latent=noise.start.audio if keep_audio else None,
-        noise=noise,
-        progress=lambda i, n, video, audio: on_step(Pair(video, audio)),
-        **settings,
-    )
-    return Pair(video, audio)
 
 
 def test_a_wrong_loop_would_be_noticed(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One guidance scale moved by a hundredth, or the last overwrite of the first frame left out."""
     wrong = "magihuman.zoo.checks.loop.Guidance"
     monkeypatch.setattr(wrong, lambda **scales: Guidance(**{**scales, "audio": 5.05}))
-    assert "out/audio" in {result.what for result in check(golden, "loop_base_t2v") if not result.passed}
+    assert "out/audio" in {
+        result.what for result in check_released_loop(golden, "loop_base_t2v") if not result.passed
+    }
     monkeypatch.undo()
     monkeypatch.setattr(Conditioning, "insert", lambda self, generated: generated)
-    assert "out/video" in {result.what for result in check(golden, "loop_base_ti2v_sr") if not result.passed}
+    assert "out/video" in {
+        result.what for result in check_released_loop(golden, "loop_base_ti2v_sr") if not result.passed
+    }
 
 
 # ------------------------------------------------------------------------------- without the stored vectors

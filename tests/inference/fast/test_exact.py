@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from fast_networks import DEEP, inputs, network, velocities
+from released_loop import check_released_loop
 from safetensors.torch import load_file
 
-from inference import vectors
 from inference.fast import TIERS, options_for, prepare
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.zoo.checks import Case, checker, kind_of
+from magihuman.zoo.checks import Case, loop
 from magihuman.zoo.checks.dit import dit_config, vector_arithmetic
 from magihuman.zoo.verify import read_manifest
 
@@ -70,16 +70,13 @@ def test_released_vectors(golden: Path, name: str) -> None:
 @pytest.mark.parametrize("tier", ["exact", "fast"])
 def test_released_loops(golden: Path, name: str, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stages with all their steps pass the same comparison as the reference."""
-    plain = vectors._Run.denoiser
+    plain = loop._Run.denoiser
 
     def prepared(self: Any, *arguments: Any) -> Denoiser:
         return prepare(plain(self, *arguments), tier)
 
-    monkeypatch.setattr(vectors._Run, "denoiser", prepared)
-    kind = kind_of(name)
-    assert kind is not None
-    tensors = {key: tensor.clone() for key, tensor in load_file(golden / f"{name}.safetensors").items()}
-    results = checker(kind)(Case(name, read_manifest(golden)[name]["meta"], tensors))
+    monkeypatch.setattr(loop._Run, "denoiser", prepared)
+    results = check_released_loop(golden, name)
     assert len(results) >= 8
     assert [result for result in results if not result.passed] == []
 
