@@ -1,19 +1,17 @@
-"""Chat models that write text for us: behind an OpenAI-compatible address, or loaded with transformers.
+"""Clients of chat models that write prompts: an OpenAI-compatible server, or a model loaded with transformers.
 
-Both are functions from a conversation (`{"role": ..., "content": ...}`, as both worlds have it) to the answer's text.
+    chat = endpoint_chat("http://127.0.0.1:8000/v1", model=None, api_key=None, timeout=120)
+    chat([{"role": "user", "content": "Say hello."}])
+
+Both are functions from a conversation (`{"role": ..., "content": ...}`) to the text of the answer.
 """
 
-import json
 import os
 import re
 import socket
-import time
 import unicodedata
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
-from http.client import HTTPException, IncompleteRead
 from typing import Any
 
 from magihuman.errors import UserError
@@ -23,84 +21,83 @@ Message = dict[str, str]
 Chat = Callable[[list[Message]], str]
 
 DEFAULT_KEY = "OPENAI_API_KEY"
-_LARGEST = 4 * 2**20  # bytes of an answer; a prompt has some thousands
+RETRIES = 2  # after lost connections, timeouts, rate limits and errors of the server
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to wherever the server says, and turn POST into GET."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
 def endpoint_chat(endpoint: str, model: str | None, api_key: str | None, timeout: float) -> Chat:
-    """A chat with an OpenAI-compatible server.
+    """A chat with an OpenAI-compatible server, by the `openai` client.
 
     Args:
         endpoint: address up to `/v1`, or the whole of `.../chat/completions`.
         model: its name there; None sends none (servers with one model need none).
         api_key: name of the environment variable that holds the key. None: OPENAI_API_KEY, if it is set and the
-            way is https or stays on this machine.
-        timeout: seconds for one whole answer.
+            connection is https or stays on this machine.
+        timeout: seconds to wait for the server, in each of up to 1 + RETRIES attempts.
 
     Raises:
-        UserError: the address or the variable is unusable; on a call: whatever keeps the answer from coming.
+        UserError: the address or the variable is unusable, or the client is not installed; on a call: no answer.
     """
     url = _address(endpoint)
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
     key, variable = _key(api_key, url)
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        import openai
+    except ImportError:
+        raise UserError("endpoint= needs the openai client: pip install 'magihuman[prompts]'") from None
+
+    client = openai.OpenAI(
+        base_url=url,
+        api_key=key or "none",
+        timeout=timeout,
+        max_retries=RETRIES,
+        # A redirect would send the key to whichever address the server names.
+        http_client=openai.DefaultHttpxClient(follow_redirects=False),
+    )
 
     def answer(messages: list[Message]) -> str:
-        body: dict[str, Any] = {"messages": messages, "stream": False}
-        if model:
-            body["model"] = model
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
-        late = UserError(f"{url} gave no answer within {timeout:g} s; try again or set a larger timeout=")
+        # Without these, the client insists on a model and sends a header for a key that does not exist.
+        options: Any = {"model": model or openai.omit, "messages": messages}
+        headers: Any = {} if key else {"Authorization": openai.Omit()}
         try:
-            raw = _read(opener, request, timeout)
-        except urllib.error.HTTPError as error:
+            found = client.chat.completions.create(**options, extra_headers=headers)
+        except openai.APITimeoutError:
+            raise UserError(
+                f"{url} gave no answer within {timeout:g} s; try again or set a larger timeout="
+            ) from None
+        except openai.APIConnectionError as error:
+            raise UserError(_unreachable(error, url)) from None
+        except openai.APIStatusError as error:
             raise UserError(_refusal(error, url, key, variable)) from None
-        except TimeoutError:
-            raise late from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise late from None
-            name = isinstance(error.reason, socket.gaierror)
-            hint = "check the address and this machine's network" if name else "is the server running there?"
-            raise UserError(f"cannot reach {url}: {_plain(error.reason)}; {hint}") from None
-        except (HTTPException, OSError) as error:
-            raise UserError(f"the connection to {url} broke: {_plain(error)}; try again") from None
-        return _content(raw, url)
+        except (openai.OpenAIError, ValueError) as error:
+            raise UserError(f"{url} does not answer as a chat API does ({_plain(error)})") from None
+        return _content(found, url)
 
     return answer
 
 
 def _address(endpoint: str) -> str:
+    """The address up to /v1, checked."""
     try:
         parts = urllib.parse.urlsplit(endpoint.strip())
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets without partner, or a port that is no number
+    except ValueError:  # an unmatched bracket, or a port that is not a number
         usable = None
     if not usable or not re.fullmatch(r"[!-~]+", endpoint.strip()):
-        raise UserError(f"endpoint={endpoint!r} is no address; write for example http://127.0.0.1:8000/v1")
+        raise UserError(
+            f"endpoint={endpoint!r} is not an address; write for example http://127.0.0.1:8000/v1"
+        )
     if parts.username or parts.password or parts.query:
         raise UserError(
             "endpoint= must not hold a key; put it into an environment variable and name that: api_key=NAME"
         )
-    path = parts.path.rstrip("/")
-    if not path.endswith("/chat/completions"):
-        path += "/chat/completions"
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
 def _key(api_key: str | None, url: str) -> tuple[str, str]:
     """(the key or "", the variable it is from)."""
     variable = api_key or DEFAULT_KEY
-    # What looks like a key is not shown again: it would end in logs.
+    # A value that looks like a key is not repeated in the message, which may end in logs.
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
         raise UserError(
             "api_key= takes the name of an environment variable (in capitals) that holds the key, not the key"
@@ -112,82 +109,59 @@ def _key(api_key: str | None, url: str) -> tuple[str, str]:
         raise UserError(f"the environment variable {variable} holds characters that no key has; set it again")
     parts = urllib.parse.urlsplit(url)
     if not api_key and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
-        key = ""  # nobody asked to send it in the clear
+        key = ""  # only a named variable is sent without encryption
     return key, variable
 
 
-def _read(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> bytes:
-    """The whole body; `timeout` bounds the sum of all waiting, not each piece."""
-    end = time.monotonic() + timeout
-    with opener.open(request, timeout=timeout) as response:
-        pieces, size = [], 0
-        while piece := response.read1(65536):
-            pieces.append(piece)
-            size += len(piece)
-            if size > _LARGEST:
-                raise UserError(f"{request.full_url} sent more than {_LARGEST >> 20} MiB; is it a chat API?")
-            if time.monotonic() > end:
-                raise TimeoutError
-        if response.length:  # of what Content-Length promised; read1 itself is content with less
-            raise IncompleteRead(b"".join(pieces), response.length)
-    return b"".join(pieces)
+def _unreachable(error: Exception, url: str) -> str:
+    """One line for a connection that failed, with the cause at the end of the chain of exceptions."""
+    cause: BaseException = error
+    while (below := cause.__cause__ or cause.__context__) is not None:
+        cause = below
+    hint = "is the server running there?"
+    if isinstance(cause, socket.gaierror):
+        hint = "check the address and this machine's network"
+    return f"cannot reach {url}: {_plain(cause)}; {hint}"
 
 
-def _refusal(error: urllib.error.HTTPError, url: str, key: str, variable: str) -> str:
-    """One line for an HTTP status, with what the server says of it."""
-    try:
-        said = _server_message(error.read(65536))
-    except (HTTPException, OSError):
-        said = ""
-    if key:
-        said = said.replace(key, "***")
-    said = f" ({said})" if said else ""
-    if error.code in (401, 403):
+def _refusal(error: Any, url: str, key: str, variable: str) -> str:
+    """One line for an HTTP status, with the server's message."""
+    status = error.status_code
+    body = error.body if isinstance(error.body, dict) else {}
+    message = _plain(body.get("message") or "")
+    said = f" ({message.replace(key, '***') if key else message})" if message else ""
+    if status in (401, 403):
         advice = (
             f"check {variable}" if key else f"export {variable}=... or name another variable: api_key=NAME"
         )
-        return f"{url} refuses {'the key' if key else 'a call without key'}: {error.code}{said}; {advice}"
-    if error.code == 404:
-        return f"{url} knows no such page or model: 404{said}; check endpoint= (most end in /v1) and model="
-    if error.code == 429:
+        return f"{url} refuses {'the key' if key else 'a call without key'}: {status}{said}; {advice}"
+    if status == 404:
+        return f"{url} has no such page or model: 404{said}; check endpoint= (most end in /v1) and model="
+    if status == 429:
         return f"{url} has a limit or quota that is used up: 429{said}; wait, or use another endpoint="
-    if 300 <= error.code < 400:
-        where = _plain(error.headers.get("Location", "nowhere"))
-        return (
-            f"{url} points to {where} ({error.code}), which is not followed; give that address as endpoint="
-        )
-    remedy = "try again later" if error.code >= 500 else "check model= and the server's settings"
-    return f"{url} answers with error {error.code}{said}; {remedy}"
+    if 300 <= status < 400:
+        where = _plain(error.response.headers.get("Location", "nowhere"))
+        return f"{url} points to {where} ({status}), which is not followed; give that address as endpoint="
+    remedy = "try again later" if status >= 500 else "check model= and the server's settings"
+    return f"{url} answers with error {status}{said}; {remedy}"
 
 
-def _server_message(raw: bytes) -> str:
-    try:
-        found = json.loads(raw)
-    except ValueError:
-        return ""
-    found = found.get("error", found) if isinstance(found, dict) else found
-    found = found.get("message", "") if isinstance(found, dict) else found
-    return _plain(found) if isinstance(found, str) else ""
-
-
-def _content(raw: bytes, url: str) -> str:
-    try:
-        choice = json.loads(raw)["choices"][0]
-        content = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        shown = _plain(raw[:80].decode("utf-8", "replace"))
-        raise UserError(
-            f"{url} does not answer as a chat API does (starts {shown!r}); check endpoint="
-        ) from None
-    if choice.get("finish_reason") == "length":
+def _content(found: Any, url: str) -> str:
+    """The text of a checked answer."""
+    choices = getattr(found, "choices", None)
+    if not choices or getattr(choices[0], "message", None) is None:
+        shown = _plain(str(found)[:80])
+        raise UserError(f"{url} does not answer as a chat API does (starts {shown!r}); check endpoint=")
+    if choices[0].finish_reason == "length":
         raise UserError(f"the answer of {url} was cut off at the server's length limit; raise it there")
+    content = choices[0].message.content
     if not isinstance(content, str) or not content.strip():
         raise UserError(f"{url} gave an empty answer; try again or another model=")
     return content
 
 
 def _plain(text: object) -> str:
-    """Foreign text as one short line without control characters."""
+    """Text of a server or library as one short line without control characters."""
     line = one_line(str(text))
     return "".join(c for c in line if not unicodedata.category(c).startswith("C"))[:200]
 
@@ -264,6 +238,6 @@ def _model_folder(model: str) -> str:
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model={model} is no folder of a transformers model; name one, a Hub id, or an endpoint="
+            f"model={model} is not a folder of a transformers model; name one, a Hub id, or an endpoint="
         )
     return str(folder)

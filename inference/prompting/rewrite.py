@@ -1,14 +1,14 @@
-"""`python -m inference.prompting`: a plain request into the form that the model wants, or a prompt's form checked.
+"""`python -m inference.prompting`: rewrites a plain request into the model's prompt format, or checks a prompt.
 
 The guide. A prompt has three parts:
 
-    One paragraph that says what is seen.
+    One paragraph of visual description.
 
     Dialogue:
     <Who speaks, language>: "The words."
 
     Background Sound:
-    <What is heard beside the voices>
+    <Sounds other than the voices>
 
 Description. One paragraph, about 100 to 200 words, in the order in which a viewer takes it in: who (age, hair,
 clothes), where and in which light, then what happens, with the face first: look, brows, mouth, how the voice
@@ -157,7 +157,7 @@ def make(
         api_key: name of the environment variable with the endpoint's key; if not given, OPENAI_API_KEY is sent where
             it is set, but over plain http to this machine only.
         seconds: length of the clip, if it is fixed: the dialogue has to fit.
-        timeout: seconds that the endpoint has for an answer.
+        timeout: seconds to wait for the endpoint, in each of up to three attempts.
         max_tokens: longest answer of a transformers model.
 
     Returns:
