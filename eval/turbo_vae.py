@@ -224,7 +224,7 @@ def _on_sampled(path: str, loaded: Mapping[str, Any], codec: str) -> list[Decode
     """Codec and student on latents that a model made, against the frames that the file gives them."""
     import torch
 
-    from magihuman.training.latent_file import SampledLatents
+    from magihuman.training.decoder_training import SampledLatents
 
     file = SampledLatents(path, loaded["student"].channels, codec)
     pairs = [file[i] for i in range(len(file))]

@@ -1,19 +1,19 @@
 """Settings of a training, and the checks between them.
 
-Everything here runs before a network, a process group or a file exists. It imports neither torch nor Lightning.
+Everything here runs before a network, a process group or a file exists, and without torch and Lightning.
 
-A configuration has *sections* (dataclasses below) and *calls* (nodes with `_target_`); `magihuman.schema` compares
-either with what it is for.
+A configuration has *sections* (the dataclasses below) and *calls* (nodes with `_target_`); `magihuman.schema` checks
+them against the dataclass, or against the signature of the target.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from magihuman.errors import UserError
 from magihuman.models.config import Checkpointing, DiTConfig, PackConfig
-from magihuman.schema import build, check, check_call, locate, one_line, suggest
+from magihuman.schema import build, check, check_call, locate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -28,16 +28,19 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where clips come from.
+    """The data of a training.
 
     Attributes:
         module: `_target_` of the LightningDataModule; `shards` is its folder of shards.
         make: `_target_` of a function that makes the shards where they are missing and returns their folder,
             or null.
+        codecs: name of the codec bundle of the shards that `make` makes: a model that does not fit its latents is
+            refused before they are made. Null: no check.
     """
 
     module: Any
     make: Any = None
+    codecs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class OptimSettings:
     Attributes:
         algorithm: `adamw`, or `muon` (Muon for the blocks' matrices, AdamW for embedders, norms and heads).
         lr: peak learning rate of AdamW, or of Muon's matrices.
-        adamw_lr: Muon only: peak learning rate of what is not a matrix of a block.
+        adamw_lr: Muon only: peak learning rate of all weights that are not matrices of a block.
         schedule: after `warmup` steps the rate is constant, or falls to `final` * lr by cosine, linearly, or
             (`wsd`) linearly over the last `decay` share of the steps only.
-        clip_norm: the gradient is scaled down to this norm; null leaves it alone.
+        clip_norm: the gradient is scaled down to this norm; null: no clipping.
         ema_decay: decay of the weight average that is exported; 0 exports the weights themselves.
     """
 
@@ -72,7 +75,7 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How long, on what, and how numbers are computed.
+    """Length, devices and precision of a training.
 
     Attributes:
         max_steps: optimiser steps; the schedule ends there. max_time: "HH:MM:SS", stops earlier.
@@ -80,10 +83,10 @@ class TrainerSettings:
         devices: processes per node; nodes: machines.
         precision: of the blocks' matrix products (`bf16` as released, `fp32`); weights, residual stream,
             losses and optimiser are always fp32.
-        activation_checkpointing: what the backward pass recomputes of the blocks instead of keeping it: nothing
-            (false), everything (true), or all but attention (`attention`, which pays where sequences are long),
+        activation_checkpointing: parts of the blocks that the backward pass recomputes instead of storing their
+            activations: none (false), all (true), or all but attention (`attention`, faster for long sequences),
             see `magihuman.models.activation_checkpointing`.
-        threads: CPU threads per process; null leaves torch's choice.
+        threads: CPU threads per process; null: torch's default.
     """
 
     max_steps: int
@@ -102,7 +105,7 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """How the network is spread over processes (`magihuman.training.strategies`)."""
+    """How the network is distributed over processes (`magihuman.training.parallel`)."""
 
     name: Literal["single", "ddp", "fsdp2", "zero2", "zero3"] = "single"
     reshard_after_forward: bool = True
@@ -121,14 +124,14 @@ class WandbSettings:
 
 @dataclass(frozen=True)
 class LoggerSettings:
-    """metrics.csv is always written; W&B is a mirror."""
+    """Loggers: metrics.csv is always written, W&B gets the same metrics."""
 
     wandb: WandbSettings | None = None
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When a resumable checkpoint is saved, and how many are kept."""
+    """Intervals of resumable checkpoints, and how many are kept."""
 
     every_steps: int = 1000
     every_minutes: float | None = 20.0
@@ -137,9 +140,9 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The whole configuration of `python -m magihuman.train`; see configs/train.yaml for what each part is.
+    """The whole configuration of `python -m magihuman.train`; its parts are explained in configs/train.yaml.
 
-    `model` is the transformer's, and absent where a recipe trains another network and names it itself.
+    `model` is the transformer; it is absent where a recipe trains another network, such as `decoder`.
     """
 
     recipe: Any
@@ -159,51 +162,17 @@ class TrainSettings:
     resume: str
     init: str | None
     model: ModelSettings | None = None
+    decoder: Any = None
+
+
+def groups() -> list[str]:
+    """Names of the configuration groups: the folders of configs/."""
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
 def available(group: str) -> list[str]:
-    """Names of the yaml files in a group of configs/."""
+    """Names of the choices of a group: its yaml files."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-
-
-def _recipe_keys() -> list[str]:
-    """Names of the settings of all recipes, at any depth."""
-    from omegaconf import OmegaConf
-
-    found: set[str] = set()
-    open_nodes = [OmegaConf.load(file).recipe for file in (CONFIGS / "recipe").glob("*.yaml")]
-    while open_nodes:
-        node = open_nodes.pop()
-        found |= {str(key) for key in node}
-        open_nodes += [node._get_node(key) for key in node if OmegaConf.is_dict(node._get_node(key))]
-    return sorted(found)
-
-
-def explain(error: BaseException) -> str:
-    """A Hydra or OmegaConf error as one line that names the remedy."""
-    text = one_line(str(error))
-    cause = error.__cause__
-    if cause is not None and str(cause) and one_line(str(cause)) not in text:
-        text = f"{text}; {one_line(str(cause))}"
-    if "Could not override 'recipe'" in text:
-        return (
-            f"a recipe is added, not replaced: write +recipe=NAME, one of: {', '.join(available('recipe'))}"
-        )
-    if "is not in struct" in text:
-        key = text.split("Key '")[1].split("'")[0] if "Key '" in text else "?"
-        full = text.split("full_key: ")[1].split(";")[0] if "full_key: " in text else key
-        section = get_type_hints(TrainSettings).get(full.split(".")[0])
-        known = list(get_type_hints(TrainSettings))
-        if is_dataclass(section):
-            known = [f.name for f in fields(section)]
-        elif full.startswith("recipe."):
-            known = _recipe_keys()
-        where = "`python -m magihuman.train +recipe=NAME --cfg job`"
-        return f"unknown setting {full}{suggest(key, known)}; see {where} for all"
-    if "Could not find 'recipe/" in text:
-        name = text.split("Could not find 'recipe/")[1].split("'")[0]
-        return f"no recipe {name!r}; recipes: {', '.join(available('recipe'))}"
-    return text
 
 
 def validate(node: Mapping[str, Any]) -> TrainSettings:
@@ -213,7 +182,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
         node: the resolved configuration as plain containers.
 
     Raises:
-        UserError: naming the setting and what to write instead.
+        UserError: with the setting and what to write instead.
     """
     if node.get("recipe") is None:
         raise UserError(f"no recipe given; add +recipe=NAME, one of: {', '.join(available('recipe'))}")

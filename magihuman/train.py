@@ -1,36 +1,40 @@
-"""`python -m magihuman.train +recipe=NAME`: data, training, export, and what follows, in stages.
+"""`python -m magihuman.train +recipe=NAME`: data, training, export and evaluation, one after the other.
 
-Thin on purpose: the configuration is checked by `magihuman.config`, the objects of a training are made by
-`magihuman.training.session`, the algorithm is a recipe, and everything outside this package is reached
-through `_target_` strings.
+The configuration is composed by Hydra from `configs/` and checked by `magihuman.config`; `magihuman.training.context`
+makes the trainer; the algorithm is a recipe. Recipes, data and evaluations are reached through the `_target_` strings
+of the configuration.
 """
 
+import ctypes
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from magihuman.cli import calm_bars
-from magihuman.config import CONFIGS, TrainSettings, explain, validate
+from magihuman.config import CONFIGS, TrainSettings, available, groups, validate
 from magihuman.errors import UserError, report_and_exit
-from magihuman.schema import call
+from magihuman.schema import call, one_line, suggest
 
 SLOW_BF16 = 3.0
 """A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+_GB = 1 << 30
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks and writes for the job; from the launchers' variables, before any group exists."""
+    """Whether this process prints and writes for the job; from the launchers' variables, before any process group."""
     rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
     return int(rank) == 0
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress, on the main process."""
     if is_main_process():
         print(text, flush=True)
 
@@ -45,15 +49,15 @@ def stage(title: str) -> Iterator[None]:
 
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
-    """The data module and its shards (or file of prompts), made first where the configuration says how."""
-    from magihuman.codecs.bundle import load_bundle
-    from magihuman.training.session import require_fit
-
+    """The data module and its shards (or file of prompts); the shards are made first where the configuration says how."""
     module = dict(settings.data.module)
     if settings.data.make is not None:
-        # The tiny world's contract is at hand, so a misfit fails before the work.
-        if settings.model is not None and settings.data.make.get("codecs") == "tiny":
-            require_fit(settings.model, load_bundle("tiny").contract)
+        if settings.model is not None and settings.data.codecs is not None:
+            from magihuman.codecs.bundle import load_bundle
+            from magihuman.training.context import require_fit
+
+            # A model that does not fit is refused before the clips are made.
+            require_fit(settings.model, load_bundle(settings.data.codecs).contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
     return call(module, "data.module"), Path(module["shards"] if "shards" in module else module["file"])
@@ -63,20 +67,19 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     """Run every stage; returns the run folder.
 
     Args:
-        node: the resolved configuration; config_yaml: as text, for the run folder.
+        node: the resolved configuration; config_yaml: the same as text, for the run folder.
         folder: of the run.
 
     Raises:
-        UserError: anything a user can put right.
+        UserError: anything that a user can correct.
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
-    from magihuman import cpu
-    from magihuman.training import session
     from magihuman.training.checkpoint import find_resume, require_same_training
+    from magihuman.training.context import Session, build_context, find_init, parents, quiet
     from magihuman.training.runs import RunFolder
 
-    cpu.tune(settings.trainer.threads)
-    session.quiet()
+    tune_cpu(settings.trainer.threads)
+    quiet()
     run = RunFolder(folder)
     resume = find_resume(settings.resume, run.checkpoints)
     record = run.read()
@@ -92,24 +95,24 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 
     if resume is not None:
         require_same_training(resume, node)
-    session.find_init(settings)  # a wrong name is to fail before the data is made
+    find_init(settings)  # a wrong name is to fail before the data is made
     warn_of_slow_bf16(settings)
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
-    context = session.build_context(settings, data, provenance)
+    context = build_context(settings, data, provenance)
     recipe = call(settings.recipe, "recipe", context=context)
     if is_main_process():
-        run.start(node, config_yaml, session.parents(settings, shards))
-    trained = session.Session(settings, run, node, recipe)
+        run.start(node, config_yaml, parents(settings, shards))
+    session = Session(settings, run, node, recipe)
     try:
         with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
-            fit(trained, recipe, data, resume, folder)
-        if trained.preemption.stopped_at is not None:
-            stopped(trained, run)
+            fit(session, recipe, data, resume, folder)
+        if session.preemption.stopped_at is not None:
+            stopped(session, run)
         with stage("export"):
             recipe.export(run.export)
-            run.update(status="trained", steps=recipe.step, metrics=trained.lines.last)
-        if trained.trainer.is_global_zero:
+            run.update(status="trained", steps=recipe.step, metrics=session.lines.last)
+        if session.trainer.is_global_zero:
             after_fit(settings, run)
             run.update(status="finished")
     except BaseException as error:
@@ -117,67 +120,48 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
             run.update(status="failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
-        for logger in trained.loggers:
+        for logger in session.loggers:
             logger.finalize("success" if sys.exc_info()[0] is None else "failed")
     say(f"done: {folder}")
     return folder
 
 
-def warn_of_slow_bf16(settings: TrainSettings) -> None:
-    """Print a note if the training runs in bf16 on a CPU whose bf16 matrix products are slow."""
-    import torch
-
-    from magihuman import cpu
-
-    options = settings.trainer
-    on_gpu = options.accelerator == "cuda" or (options.accelerator == "auto" and torch.cuda.is_available())
-    if on_gpu or options.precision != "bf16" or not is_main_process():
-        return
-    slowdown = cpu.bf16_slowdown()
-    if slowdown > SLOW_BF16:
-        say(
-            f"note: matrix products are {slowdown:.0f} times slower in bf16 than in fp32 on this CPU, as on most "
-            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, and results differ by rounding"
-        )
-
-
-def fit(trained: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
-    """Train from `resume` (or from the start), leaving the checkpoint of the last step behind."""
-    from magihuman.training.checkpoint import step_of
-    from magihuman.training.preempt import SIGNALS
+def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
+    """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
+    from magihuman.training.checkpoint import SIGNALS, step_of
     from magihuman.training.runs import RUN_NAME, CSVLog
 
     step = 0
     if resume is not None:
         say(f"   continuing from {resume.name}")
         step = step_of(resume)
-    for logger in trained.loggers:
+    for logger in session.loggers:
         if isinstance(logger, CSVLog):
             logger.rewind(step)
     os.environ[RUN_NAME] = folder.name
-    # Lightning and the preemption callback both take the signals; what follows the training is to end by them.
+    # Lightning and the preemption callback both handle the signals; the stages after the training must end by them.
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        trained.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
+        session.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         del os.environ[RUN_NAME]
 
 
-def stopped(trained: Any, run: Any) -> None:
-    """Record a preemption, requeue under Slurm, and leave."""
-    from magihuman.training.preempt import EXIT_STATUS, requeue
+def stopped(session: Any, run: Any) -> None:
+    """Record a preemption, requeue under Slurm, and exit."""
+    from magihuman.training.checkpoint import EXIT_STATUS, requeue
 
-    at, reason = trained.preemption.stopped_at, trained.preemption.received
-    run.update(status="preempted", steps=at, metrics=trained.lines.last)
+    at, reason = session.preemption.stopped_at, session.preemption.received
+    run.update(status="preempted", steps=at, metrics=session.lines.last)
     say(f"stopped by {reason} after step {at}; the same command with folder={run.path} continues")
     requeue()
     raise SystemExit(EXIT_STATUS)
 
 
 def after_fit(settings: TrainSettings, run: Any) -> None:
-    """Evaluations and reports of the configuration, in its order; their figures go to run.json."""
+    """Call the evaluations and reports of the configuration in its order; their results go to run.json."""
     for name, node in (settings.after_fit or {}).items():
         if node is None:
             continue
@@ -185,6 +169,95 @@ def after_fit(settings: TrainSettings, run: Any) -> None:
             result = call(node, f"after_fit.{name}")
         if isinstance(result, Mapping):
             run.update(results={name: dict(result)})
+
+
+# -- the CPU -------------------------------------------------------------------------------------------------------
+
+
+def tune_cpu(threads: int | None) -> None:
+    """Make CPU training faster without changing a number: keep freed memory, use large pages, fix the threads.
+
+    Activations are freed and allocated anew in every step. glibc returns large blocks to the system at once,
+    and getting them back costs page faults, which took over a quarter of a small model's step.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((_MMAP_THRESHOLD, _GB), (_TRIM_THRESHOLD, 4 * _GB - 1), (_TOP_PAD, _GB // 16)):
+            libc.mallopt(option, ctypes.c_int(min(value, 2**31 - 1)))
+    except (OSError, AttributeError):
+        pass  # not glibc
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def bf16_slowdown() -> float:
+    """How many times longer a matrix product takes in bf16 than in fp32 on this CPU, measured in about 0.05 s.
+
+    Below 1 on CPUs with AVX512-BF16 or AMX; without them torch's kernels are many times slower.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = (
+            torch.ones(1024, 256, dtype=dtype),
+            torch.ones(1024, 256, dtype=dtype),
+        )  # as in the tiny network
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
+def warn_of_slow_bf16(settings: TrainSettings) -> None:
+    """Print a note if the training runs in bf16 on a CPU whose bf16 matrix products are slow."""
+    import torch
+
+    options = settings.trainer
+    on_gpu = options.accelerator == "cuda" or (options.accelerator == "auto" and torch.cuda.is_available())
+    if on_gpu or options.precision != "bf16" or not is_main_process():
+        return
+    slowdown = bf16_slowdown()
+    if slowdown > SLOW_BF16:
+        say(
+            f"note: matrix products are {slowdown:.0f} times slower in bf16 than in fp32 on this CPU, as on most "
+            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, and results differ by rounding"
+        )
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """Command-line words as Hydra takes them: `recipe=NAME` becomes `+recipe=NAME`, any other key=value `++key=value`.
+
+    Hydra then accepts unknown settings, and `magihuman.config.validate` refuses them with the nearest known name.
+
+    Raises:
+        UserError: a choice that its group does not have.
+    """
+    words = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+")
+        if not equals or key.startswith(("-", "~")) or name.startswith("hydra") or "@" in name:
+            words.append(word)
+            continue
+        if name not in groups():
+            words.append(f"++{name}={value}")
+            continue
+        known = available(name)
+        if re.fullmatch(r"[\w-]+", value) and value not in (*known, "null"):
+            raise UserError(f"no {name} {value!r}{suggest(value, known)}; choose from {', '.join(known)}")
+        words.append(f"+{name}={value}" if name in ("recipe", "experiment") else word)
+    return words
 
 
 def main() -> None:
@@ -197,7 +270,11 @@ def main() -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    typed, composed = sys.argv[1:], False
+
     def job(config: Any) -> None:
+        nonlocal composed
+        composed, sys.argv[1:] = True, typed  # run.json and further processes get the command as it was typed
         from magihuman.training.runs import choose_folder
 
         try:
@@ -214,20 +291,22 @@ def main() -> None:
             print("interrupted; the checkpoints are kept", file=sys.stderr)
             raise SystemExit(130) from None
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and leave as one line
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and are printed as one line
     try:
+        sys.argv[1:] = overrides(typed)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    except UserError as error:
+        report_and_exit(error)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if not isinstance(error, HydraException | OmegaConfBaseException) and not _from_hydra(error):
+        if composed:
             raise
-        report_and_exit(UserError(explain(error)))
+        report_and_exit(UserError(_with_cause(error)))
 
 
-def _from_hydra(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and "hydra" in trace.tb_frame.f_code.co_filename
+def _with_cause(error: BaseException) -> str:
+    """A message of Hydra or OmegaConf in one line, with that of its cause where it says more."""
+    text, cause = one_line(str(error)), one_line(str(error.__cause__ or ""))
+    return text if cause in text else f"{text}; {cause}"
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -242,7 +321,7 @@ def plain(config: Any) -> dict[str, Any]:
     try:
         node = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from error
+        raise UserError(_with_cause(error)) from error
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
 

@@ -1,4 +1,4 @@
-"""What every recipe repeats: make the network, average it, clip, count, save, export. No algorithm lives here."""
+"""Base class of the recipes: makes, averages and exports the network, counts steps; no algorithm."""
 
 import math
 from collections.abc import Mapping
@@ -18,16 +18,19 @@ from magihuman.models.flops import Sample, passes, samples
 from magihuman.training import parallel
 from magihuman.training.callbacks import Meter
 from magihuman.training.context import TrainingContext
-from magihuman.training.ema import EMA
-from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients
+from magihuman.training.optim import EMA, build_optimizer, build_schedule, clip_gradients
 from magihuman.training.rng import BatchRng, stream
 
 NOT_FINITE_LIMIT = 20
-"""Steps in a row without a finite gradient after which a training gives up."""
+"""Steps in a row without a finite gradient after which a training stops."""
 
 
 class Recipe(L.LightningModule):
-    """Base of the recipes. A recipe implements `loss`, where all random numbers come from `rng`.
+    """A Lightning module that trains one network. A recipe implements `loss`, with all random numbers from `rng`.
+
+        class Mine(Recipe):
+            def loss(self, batch, rng): ...
+            def export_settings(self): return {"sigma_prior": self.sigma, "sampling": self.sampling}
 
     Args:
         context: network, latents and engine settings.
@@ -35,16 +38,19 @@ class Recipe(L.LightningModule):
     Attributes:
         denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
         ema: average of its weights, or None.
-        step: optimiser steps done; batches: batches seen by this process. Both survive a resume.
-        stepped: whether the latest batch completed a step, which is when to log, save and stop.
-        meter: averages for the next log line; excluded_seconds: what callbacks took since the last one.
-        optimizers_needed: how many optimisers the recipe drives; more than one rules out DeepSpeed.
-        may_differ_from_init: settings of the model in which it may differ from what it starts from (`init`).
-        strategies: those that the recipe can be trained with.
+        step: optimiser steps so far; batches: batches of this process so far. Both are kept over a resume.
+        stepped: whether the latest batch completed a step; only then callbacks log, save and stop.
+        meter: averages for the next log line; excluded_seconds: time of callbacks since the last one.
+        optimizers_needed: number of optimisers of the recipe; more than one excludes DeepSpeed.
+        may_differ_from_init: settings of the model in which it may differ from the checkpoint `init`.
+        fixed_on_resume: names of the recipe's settings that a resumed training must not change (`gan.taps` for a setting
+            inside another).
+        strategies: names of the strategies that the recipe supports.
     """
 
     optimizers_needed = 1
     may_differ_from_init: tuple[str, ...] = ()
+    fixed_on_resume: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
     def __init__(self, context: TrainingContext) -> None:
@@ -60,24 +66,24 @@ class Recipe(L.LightningModule):
         self.excluded_seconds = 0.0
         self._not_finite: dict[str, int] = {}
 
-    # What a recipe is about
+    # What a recipe implements
 
     def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
-        """The objective of one batch, a scalar; also fills the meter."""
+        """The objective of one batch, a scalar; also adds the values to log to the meter."""
         raise NotImplementedError
 
     def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        """Figures of `network` on a batch that is never trained on."""
+        """Metrics of `network` on a batch that is never trained on, by name (`val/...`)."""
         return {}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """Model FLOPs (`magihuman.models.flops`) of the latest step, which was on this batch; here those of a network
-        that is trained whole by one forward and one backward pass."""
+        """Model FLOPs (`magihuman.models.flops`) of the latest step, on this batch; here one forward and one
+        backward pass of a network whose weights are all trained."""
         model, _ = self.context.transformer
         return float(sum(passes(model, sample).update for sample in self.samples(batch)))
 
     def samples(self, batch: dict[str, Any]) -> list[Sample]:
-        """Tokens of a batch; a text that is dropped counts with its own length."""
+        """Token counts of a batch; a dropped text counts with its own length."""
         lengths = [len(text) for text in batch["text"]]
         return samples(self.context.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)
 
@@ -88,13 +94,13 @@ class Recipe(L.LightningModule):
     # The network
 
     def setup(self, stage: str) -> None:
-        # Made here, DeepSpeed shards a network that has its weights; made in configure_model, it would cut up
-        # tensors before they are drawn.
+        # Made here, the network has its weights when DeepSpeed shards it; made in configure_model, DeepSpeed would
+        # shard the tensors before their initialisation.
         if self.context.strategy.name.startswith("zero"):
             self.configure_model()
 
     def configure_model(self) -> None:
-        """Make the network with its initial weights, its average, and spread both as the strategy asks."""
+        """Make the network with its initial weights and its average, and shard both if the strategy does."""
         if self.denoiser is not None:
             return
         if self.context.strategy.name == "fsdp2":
@@ -116,7 +122,7 @@ class Recipe(L.LightningModule):
         return Denoiser(SingleStreamDiT(shape, compute_dtype=dtype, linear_dtype=torch.float32), pack)
 
     def make_network(self) -> Denoiser:
-        """The network with the weights that training starts from: `init`'s, or drawn from the seed."""
+        """The network with its initial weights: those of `init`, or random ones from the seed."""
         denoiser = self._shell()
         if self.context.init is None:
             denoiser.model.init_weights(seed=stream(self.context.seed, "weights"))
@@ -137,10 +143,10 @@ class Recipe(L.LightningModule):
             self.shard(self.ema.module, weights)
 
     def shard(self, network: Denoiser, weights: Mapping[str, Tensor] | None) -> None:
-        """Spread a network that was made on the meta device over the processes (FSDP2).
+        """Shard a network that was made on the meta device over the processes (FSDP2).
 
         Args:
-            weights: whole, on rank 0; None elsewhere.
+            weights: the whole state dict on rank 0; None elsewhere.
         """
         assert self.device_mesh is not None
         mesh, strategy = self.device_mesh["data_parallel"], self.context.strategy
@@ -152,13 +158,13 @@ class Recipe(L.LightningModule):
 
     @property
     def trained(self) -> nn.Module:
-        """The network that the optimiser moves and the average follows; a recipe may bring another one."""
+        """The network that is optimised and averaged; a recipe may override it."""
         assert self.denoiser is not None
         return self.denoiser
 
     @property
     def network(self) -> nn.Module:
-        """The network that is sampled from, judged and exported: the average, or the trained one without it."""
+        """The network that is sampled from, evaluated and exported: the average, or without one the trained network."""
         return self.ema.module if self.ema is not None else self.trained
 
     @property
@@ -170,7 +176,7 @@ class Recipe(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         rng = BatchRng(self.context.seed, self.batches, batch["index"])
-        # Whatever draws from torch's own generators (token routing) is a function of the same key.
+        # Torch's own generators (for token routing) are a function of the same key.
         torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.global_rank))
         self.batches += 1
         self.stepped = False
@@ -188,7 +194,7 @@ class Recipe(L.LightningModule):
         self.count_norm("grad_norm", norm)
 
     def count_norm(self, name: str, norm: float) -> None:
-        """Log a gradient norm; give up when it was not finite for too long.
+        """Log a gradient norm; stop the training when it was not finite for too long.
 
         Raises:
             UserError: after `NOT_FINITE_LIMIT` steps in a row.
@@ -196,7 +202,7 @@ class Recipe(L.LightningModule):
         finite = math.isfinite(norm)
         self.meter.add(name, norm if finite else 0.0, torch.tensor([float(finite)]))
         self.meter.add("not_finite", 0.0 if finite else 1.0)
-        # By name: of two networks that take turns, one must not vouch for the other.
+        # By name: the finite gradients of one network must not reset the count of another.
         self._not_finite[name] = 0 if finite else self._not_finite.get(name, 0) + 1
         if self._not_finite[name] >= NOT_FINITE_LIMIT:
             raise UserError(
@@ -211,7 +217,7 @@ class Recipe(L.LightningModule):
         self.after_step()
 
     def after_step(self) -> None:
-        """Count an optimiser step and let the average follow."""
+        """Count an optimiser step and update the average."""
         self.step += 1
         self.stepped = True
         if self.ema is not None:
@@ -233,7 +239,7 @@ class Recipe(L.LightningModule):
             self.ema.updates = state["ema_updates"]
 
     def export_config(self) -> ExportConfig:
-        """What an exported checkpoint says about itself."""
+        """config.json of the exported checkpoint."""
         model, pack = self.context.transformer
         return ExportConfig(
             model=model,
@@ -256,7 +262,7 @@ class Recipe(L.LightningModule):
         return parallel.whole_state_dict(chosen.model)
 
     def export(self, folder: Path) -> None:
-        """Write the network in the released layout; called on every process, written by the main one."""
+        """Write the network in the released layout; call it on every process, the main one writes."""
         weights = self.exported_weights()
         if self.global_rank == 0:
             save_export(folder, released_dtypes(weights, self.context.transformer[0]), self.export_config())

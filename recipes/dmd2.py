@@ -55,8 +55,14 @@ from magihuman.models.lora import base_state, lora_state, merge, without_base
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.context import TrainingContext
-from magihuman.training.ema import decay_at, ema_update
-from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, fill_state
+from magihuman.training.optim import (
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    decay_at,
+    ema_update,
+    fill_state,
+)
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo.lora_files import save_lora
 from recipes.base import Recipe
@@ -88,6 +94,7 @@ class DMD2(Recipe):
     """
 
     optimizers_needed = 2
+    fixed_on_resume = ("networks", "lora", "gan.taps")
 
     def __init__(
         self,

@@ -37,8 +37,7 @@ from magihuman.models.lora import (
 )
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
-from magihuman.training.ema import decay_at, ema_update
-from magihuman.training.optim import Ramp
+from magihuman.training.optim import Ramp, decay_at, ema_update
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import lora_files
 from recipes.base import Recipe
@@ -57,13 +56,14 @@ class Lora(Recipe):
         sigma: prior of the noise levels; None takes the checkpoint's. Without timestep input the network infers the
             level from its input under this prior, so another prior makes it unlearn.
         sampling: settings stored in the exports; None takes the checkpoint's.
-        from video_weight to given_video: see `recipes.pretrain.FlowMatching`.
+        from video_weight to video_conditioning: see `recipes.pretrain.FlowMatching`.
 
     Raises:
         UserError: no `init`, or an optimiser without LoRA support.
     """
 
     strategies = ("single", "ddp", "fsdp2")
+    fixed_on_resume = ("lora",)
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class Lora(Recipe):
         motion_floor: float | Ramp = 1.0,
         text_drop: float = 0.1,
         first_frame: float | Ramp = 0.1,
-        given_audio: float | Ramp = 0.1,
-        given_video: float | Ramp = 0.0,
+        audio_conditioning: float | Ramp = 0.1,
+        video_conditioning: float | Ramp = 0.0,
     ) -> None:
         if context.init is None:
             raise UserError(
@@ -103,8 +103,8 @@ class Lora(Recipe):
             motion_floor=motion_floor,
             text_drop=text_drop,
             first_frame=first_frame,
-            given_audio=given_audio,
-            given_video=given_video,
+            audio_conditioning=audio_conditioning,
+            video_conditioning=video_conditioning,
         )
         self.strict_loading = False  # checkpoints do not contain the base
 

@@ -2,16 +2,16 @@
 
 Both modalities go along the straight path x_s = (1 - s) x0 + s eps, and one network predicts both velocities
 eps - x0 from the noisy pair and the text (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv
-2209.03003). It is not told the noise levels, so it learns E[v | x] under the sigma prior of training; the
+2209.03003). The network has no noise level as input, so it learns E[v | x] under the sigma prior of training; the
 prior is part of the checkpoint.
 
 One batch:
-  1. draw a noise level for each modality of each sample, shared or apart;
-  2. condition some samples: the first latent frame, the whole sound or the whole video stays clean;
+  1. draw a noise level for each modality of each sample, shared or independent;
+  2. condition some samples: the first latent frame, the whole audio or the whole video stays clean;
   3. drop some texts, for classifier-free guidance;
-  4. loss: squared velocity error, averaged per sample and modality over what was not given, then weighted.
-     Moving places may count more (motion_floor < 1): they carry the lips, and they are few.
-A missing or given modality adds nothing.
+  4. loss: squared velocity error, averaged per sample and modality over what is not clean, then weighted.
+     Moving positions may get a larger weight (motion_floor < 1): they contain the lips, and they are few.
+A missing or clean modality adds nothing to the loss.
 """
 
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Edges of the noise levels that losses are logged for."""
+"""Edges of the bands of noise levels for which losses are logged."""
 
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch on the path.
+    """A noised batch: network inputs, targets and masks.
 
     Attributes:
         video, audio: network inputs [B,C,T,h,w], [B,A,Ca]; text: B tensors [S,Ct].
@@ -61,15 +61,15 @@ class Noised:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The objective, for any recipe that trains a denoiser with it.
+    """The flow-matching objective, for any recipe that trains a denoiser with it.
 
     Attributes:
         sigma: prior of the noise levels.
-        null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
+        null_text: [S,Ct] features of the empty prompt, which replace those of a dropped text.
         video_weight, audio_weight: of the modalities' losses.
-        motion_floor: loss weight of still places against moving ones; 1 weighs all alike. May be a ramp.
+        motion_floor: loss weight of positions without motion (`motion_weight`); 1 gives all the same weight. May be a ramp.
         text_drop: probability that the text is replaced.
-        first_frame, given_audio, given_video: probabilities of each conditioning. May be ramps.
+        first_frame, audio_conditioning, video_conditioning: probabilities that it stays clean. May be ramps.
 
     Raises:
         UserError: at construction, for probabilities that sum to more than one.
@@ -82,15 +82,15 @@ class FlowMatching:
     motion_floor: float | Ramp = 1.0
     text_drop: float = 0.1
     first_frame: float | Ramp = 0.1
-    given_audio: float | Ramp = 0.1
-    given_video: float | Ramp = 0.0
+    audio_conditioning: float | Ramp = 0.1
+    video_conditioning: float | Ramp = 0.0
 
     def __post_init__(self) -> None:
         for share in (0.0, 1.0):
-            given = value_at(self.given_audio, share) + value_at(self.given_video, share)
-            if given > 1:
+            both = value_at(self.audio_conditioning, share) + value_at(self.video_conditioning, share)
+            if both > 1:
                 raise UserError(
-                    f"recipe.given_audio + recipe.given_video = {given:g} exceeds 1; lower one of them"
+                    f"recipe.audio_conditioning + recipe.video_conditioning = {both:g} exceeds 1; lower one of them"
                 )
 
     def loss(
@@ -101,7 +101,7 @@ class FlowMatching:
         Args:
             denoiser: (video, audio, text) -> velocities.
             progress: share of the training that is done, for ramps.
-            meter: takes what is logged.
+            meter: for the values to log.
         """
         noised = self.noised(batch, rng, progress, conditioned=True)
         video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
@@ -118,7 +118,7 @@ class FlowMatching:
         return total
 
     def noised(self, batch: dict[str, Any], rng: BatchRng, progress: float, conditioned: bool) -> Noised:
-        """Put a batch on the path, with conditions and dropped texts where `conditioned`."""
+        """Noise a batch; with conditioning and dropped texts where `conditioned`."""
         video, audio = batch["video"], batch["audio"]
         device, samples, frames = video.device, len(video), video.shape[2]
 
@@ -134,17 +134,17 @@ class FlowMatching:
         audio_mask = torch.ones(samples, 1, 1, device=device)
         if conditioned:
             if frames > 1:
-                given = (first < value_at(self.first_frame, progress)).to(device)
-                video_mask[:, :, 0] = (~given).float().view(-1, 1, 1, 1)
-            if audio.shape[1]:  # one modality at most is given, and only beside the other
-                give_audio = which < value_at(self.given_audio, progress)
-                give_video = which >= 1 - value_at(self.given_video, progress)
-                audio_mask *= (~give_audio).float().view(-1, 1, 1).to(device)
-                video_mask *= (~give_video).float().view(-1, 1, 1, 1, 1).to(device)
+                clean = (first < value_at(self.first_frame, progress)).to(device)
+                video_mask[:, :, 0] = (~clean).float().view(-1, 1, 1, 1)
+            if audio.shape[1]:  # at most one modality is clean, and only if the other exists
+                clean_audio = which < value_at(self.audio_conditioning, progress)
+                clean_video = which >= 1 - value_at(self.video_conditioning, progress)
+                audio_mask *= (~clean_audio).float().view(-1, 1, 1).to(device)
+                video_mask *= (~clean_video).float().view(-1, 1, 1, 1, 1).to(device)
             null = self.null_text.to(device)
             text = [null if drop else t for t, drop in zip(text, dropped < self.text_drop, strict=True)]
 
-        # What is given has noise level 0, by frame for the video.
+        # Conditioning has noise level 0, frame by frame for the video.
         video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
         audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
         return Noised(
@@ -161,32 +161,32 @@ class FlowMatching:
 
     @staticmethod
     def _count(meter: Meter, noised: Noised, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
-        heard = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
-        seen = noised.video_mask.flatten(1).amax(1)
+        has_audio = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
+        has_video = noised.video_mask.flatten(1).amax(1)
         meter.add("loss", total)
-        meter.add("loss/video", video_loss, seen)
-        meter.add("loss/audio", audio_loss, heard)
-        meter.add_bands("video", video_loss, noised.video_sigma, BANDS, seen)
-        meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, heard)
+        meter.add("loss/video", video_loss, has_video)
+        meter.add("loss/audio", audio_loss, has_audio)
+        meter.add_bands("video", video_loss, noised.video_sigma, BANDS, has_video)
+        meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, has_audio)
 
     @torch.no_grad()
     def validation_metrics(self, denoiser: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        """Plain losses, and the own-minus-other-audio gap that says whether lips will follow the sound."""
+        """Unweighted losses, and the sync gap, which tells whether lips will follow the audio."""
         noised = self.noised(batch, rng, progress=1.0, conditioned=False)
         video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
-        figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
+        metrics = {"val/video": float((video_velocity - noised.video_target).square().mean())}
         if batch["audio"].shape[1]:
-            figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
+            metrics["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
             noise = (noised.video_target + batch["video"], noised.audio_target + batch["audio"])
-            figures["val/sync_gap"] = sync_gap(denoiser, batch["video"], batch["audio"], batch["text"], noise)
-        return figures
+            metrics["val/sync_gap"] = sync_gap(denoiser, batch["video"], batch["audio"], batch["text"], noise)
+        return metrics
 
 
 class Pretrain(Recipe):
     """Flow-matching pretraining.
 
     Args:
-        sigma, and from video_weight to given_video: see `FlowMatching`.
+        sigma, and video_weight to video_conditioning: see `FlowMatching`.
         tread: token routing, or None.
         sampling: settings stored in the export for inference.
     """
@@ -202,8 +202,8 @@ class Pretrain(Recipe):
         motion_floor: float | Ramp = 1.0,
         text_drop: float = 0.1,
         first_frame: float | Ramp = 0.1,
-        given_audio: float | Ramp = 0.1,
-        given_video: float | Ramp = 0.0,
+        audio_conditioning: float | Ramp = 0.1,
+        video_conditioning: float | Ramp = 0.0,
         tread: TreadConfig | None = None,
     ) -> None:
         super().__init__(context)
@@ -215,8 +215,8 @@ class Pretrain(Recipe):
             motion_floor=motion_floor,
             text_drop=text_drop,
             first_frame=first_frame,
-            given_audio=given_audio,
-            given_video=given_video,
+            audio_conditioning=audio_conditioning,
+            video_conditioning=video_conditioning,
         )
         self.sampling = sampling
         self.tread = tread
@@ -235,7 +235,7 @@ class Pretrain(Recipe):
         return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
 
     def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> Noised:
-        """The batch on the path, as `loss` sees it now."""
+        """The noised batch, as `loss` would make it now."""
         return self.objective.noised(batch, rng, self.progress, conditioned)
 
     def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:

@@ -1,43 +1,43 @@
-"""Super-resolution: the second stage, which refines enlarged latents of the first while it hears the clip's sound.
+"""Super-resolution: the second stage, which refines upsampled latents of the first, conditioned on the clip's audio.
 
-What inference does (SPEC 4.4). Let u be the first stage's latents, enlarged; a = table[k] and b = sqrt(1 - a^2)
-the variance-preserving weights of index k = 220 (.839 and .544). The solver is started at its first noise level,
-sigma_0 = .9998, on X = a u + b eps, and reads the network's output as a velocity, so that its data estimate is
-m_i = x_i - sigma_i v_i. This is no point of the flow path between data and noise (oddity O7): there a clip at
+What inference does (SPEC 4.4). Let u be the upsampled first-stage latents, and let a = table[k] and b = sqrt(1 - a^2) be
+the variance-preserving weights of index k = 220 (.839 and .544). The solver starts at its first noise level,
+sigma_0 = .9998, from X = a u + b eps, and reads the network's output as a velocity, so that its data estimate is
+m_i = x_i - sigma_i v_i. X is not a point of the flow path between data and noise (oddity O7): on that path, a clip at
 sigma = .9998 is noise, while X is a clip with the noise-to-signal ratio of sigma = b / (a + b) = .39, scaled
 by a + b = 1.38.
 
 Which path to train on. One step of the solver (first order; higher orders add differences of the m_i) is
     x_{i+1} = r x_i + (1 - r) m_i,    r = sigma_{i+1} / sigma_i.
 If the estimates are right, m_i = z, then by induction x_i = s X + (1 - s) z with s = sigma_i / sigma_0: the states
-that inference visits lie on the straight line from X to the clip z, whatever X is. The field that carries the
+of inference lie on the straight line from X to the clip z, for any X. The field that transports the
 distribution of X to that of z along these lines is
     v(x, s) = E[X - z | x_s = x],    x_s = (1 - s) z + s X,
 flow matching with a coupled source (Albergo et al. 2023, arXiv 2310.03725). So the source of the path is X, and
 the target is X - z. With the usual target eps - z the first estimate would be z + a u - (1 - b) eps, about
 1.84 z - .46 eps, even for a perfect network: training on the plain path (`path: flow`, kept for the ablation)
-cannot work with this solver. The network is told no noise level and needs none: x_s holds noise of size s b.
+cannot work with this solver. The network has no noise level as input and needs none: x_s contains noise of size s b.
 
-Which noise levels. The grid of K steps is sigma(u) = 5u / (1 + 4u) at u = 1, 1 - 1/K, ..., 1/K. Over all K these
-fill the prior `shifted` with shift 5, the distribution of the places where the network will be asked.
+Which noise levels. The grid of K steps is sigma(u) = 5u / (1 + 4u) at u = 1, 1 - 1/K, ..., 1/K. Over all K its points
+have the distribution of the prior `shifted` with shift 5, which is therefore the prior of training.
 
-Which weights. Euler's result is X - sum_i d_i v_i with d_i = sigma_i - sigma_{i+1}, so velocity errors e_i give
+Which weights. Euler's result is X - sum_i d_i v_i with d_i = sigma_i - sigma_{i+1}, so velocity errors e_i cause
 the error sum_i d_i e_i, and since the d_i sum to one, Jensen's inequality bounds its square by sum_i d_i |e_i|^2:
-an error counts as much as the step that is taken with it. For many steps and under the shifted prior that is the
+an error counts as much as the length of its step. For many steps and under the shifted prior that is the
 weight d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform prior with weight one. For five
-steps it is too much at the end: the last one goes from s = .556 to 0 with what is predicted at .556, and the weight
-below, .556 of the whole, is that of places which are never visited. `weight: one` counts all drawn places alike, a
-fifth of them below .556, and so stresses the first steps. The bound leaves out, too, that errors differ in how far
-training can lower them: close to the clip v is the noise that x_s hardly shows any more, and that loss stays high (.24
-below s = .2 against .02 above .8 in tiny/sr's last steps) and drowns the rest.
+steps it is too large at the end: the last step goes from s = .556 to 0 with the estimate at .556, and the weight
+below .556, which is .556 of the total, falls on positions that inference never visits. `weight: one` counts all positions
+alike, a fifth of them below .556, and so emphasises the first steps. The bound also ignores how far training can lower
+each error: close to the clip, v is noise that x_s hardly contains any more, so that loss stays high (.24
+below s = .2 against .02 above .8 in tiny/sr's last steps) and dominates the others.
 Measured after 150 steps from tiny/base, 3 seeds, 40 clips (eval/results/tiny_sr/ablation): `one` is .93 dB above
 `step` and better in lip sync, hence the default; the plain path is 8.2 dB below it, a uniform prior .53 dB, the start
 of the path alone .19 dB.
 
-One batch: first-stage latents of each clip (`magihuman.training.sr_inputs`); index k and audio noise drawn from
-ranges around the released values; X by the very function that inference calls (`magihuman.flow.super_resolution.start`);
-sound s eps + (1 - s) a, a point of the audio's own flow path, whose velocity is a small auxiliary task; for some clips
-the first latent frame is given, clean and at the size of this stage. Text stays: no guidance is needed afterwards.
+One batch: first-stage latents of each clip (`magihuman.training.first_stage`); index k and audio noise level from
+ranges around the released values; X by the function of inference (`magihuman.flow.super_resolution.start`);
+audio s eps + (1 - s) a, a point of the audio's own flow path, whose velocity is a small auxiliary task; for some clips
+the first latent frame is clean, at the size of this stage. Texts are not dropped: the second stage uses no guidance.
 """
 
 from dataclasses import dataclass, replace
@@ -55,25 +55,25 @@ from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.io.export import ExportConfig, Sampling
 from magihuman.models.flops import passes, samples
 from magihuman.training.context import TrainingContext
+from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.motion import motion_weight
 from magihuman.training.optim import Ramp, value_at
 from magihuman.training.rng import BatchRng
-from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.base import Recipe
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Edges of the noise levels that losses are logged for."""
+"""Edges of the bands of noise levels for which losses are logged."""
 
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch on the path.
+    """A noised batch: network inputs, targets and mask.
 
     Attributes:
         video [B,C,T,H,W], audio [B,A,Ca]: network inputs.
         video_target, audio_target: velocities.
-        mask [B,1,T,1,1]: 1 where the loss counts, 0 where the frame is given.
-        sigma [B]: place on the path.
+        mask [B,1,T,1,1]: 1 where the loss counts, 0 where the frame is clean.
+        sigma [B]: position on the path.
     """
 
     video: Tensor
@@ -88,18 +88,18 @@ class SuperResolution(Recipe):
     """Training of the second stage.
 
     Args:
-        first_stage: what is refined.
-        sigma: prior of the place on the path (its audio part plays no role).
-        weight: of a velocity error at a place of the path: "one" or "step", see above.
+        first_stage: the latents to refine.
+        sigma: prior of the position on the path (its audio part is not used).
+        weight: of a velocity error by its position on the path: "one" or "step", see above.
         path: "bridge" from the solver's true start; "flow" from plain noise, for comparison only.
         noise_index: range of the index into the noise table; audio_noise: range of the audio's noise level.
-        audio_weight: of the audio's loss beside the video's.
-        motion_floor: loss weight of still places against moving ones; 1 weighs all alike. May be a ramp.
-        first_frame: probability that the first frame is given.
+        audio_weight: of the audio's loss.
+        motion_floor: loss weight of positions without motion (`motion_weight`); 1 gives all the same weight. May be a ramp.
+        first_frame: probability that the first frame is clean.
         sampling: settings stored in the export for inference.
 
     Raises:
-        UserError: shards without a second size, or a range that is none.
+        UserError: shards without a second size, or an invalid range.
     """
 
     may_differ_from_init = ("coords_style", "frame_receptive_field", "local_attn_layers")
@@ -122,7 +122,7 @@ class SuperResolution(Recipe):
         if first_stage.size is None and context.sr_size is None:
             raise UserError(
                 "these shards hold clips at one size; prepare them with sr_sizes=, or set "
-                "recipe.first_stage.size=[HEIGHT,WIDTH] to have the first stage's latents made from them"
+                "recipe.first_stage.size=[HEIGHT,WIDTH] to make the first stage's latents from them"
             )
         super().__init__(context)
         self.settings, self.sigma, self.sampling = first_stage, sigma, sampling
@@ -138,7 +138,7 @@ class SuperResolution(Recipe):
 
     @property
     def first_stage(self) -> FirstStage:
-        """Made when it is first needed, on the training's device."""
+        """Made at its first use, on the training's device."""
         if self._first_stage is None:
             chosen, base, codec = self.settings, None, None
             if chosen.base_share > 0:
@@ -161,7 +161,7 @@ class SuperResolution(Recipe):
         audio_error = (audio_velocity - noised.audio_target).square()
         moving = motion_weight(batch["video_sr"], value_at(self.motion_floor, self.progress))
         video_loss = masked_mean_per_sample(moving * video_error, noised.mask)  # [B]
-        audio_loss = masked_mean_per_sample(audio_error)  # [B]; 0 without sound
+        audio_loss = masked_mean_per_sample(audio_error)  # [B]; 0 without audio
 
         weight = self.step_weight(noised.sigma) if self.weight == "step" else 1.0
         total = (weight * video_loss + self.audio_weight * audio_loss).mean()
@@ -182,11 +182,11 @@ class SuperResolution(Recipe):
         """The batch with `video` at the first stage's size and `video_sr` at the second's, fp32.
 
         Raises:
-            UserError: a caption of one token, or clips whose two sizes are missing or no pair.
+            UserError: a caption of one token, or clips without a second size.
         """
         if self.context.transformer[1].coords_style == "v1" and min(len(text) for text in batch["text"]) < 2:
             raise UserError(
-                "a clip's caption is a single token, which has no place in coordinates v1 (SPEC 2.1); give every "
+                "a clip's caption is a single token, which has no position in coordinates v1 (SPEC 2.1); give every "
                 "clip a caption (data.prepare captions=required)"
             )
         if self.settings.size is None:
@@ -196,26 +196,26 @@ class SuperResolution(Recipe):
                 )
             return {**batch, "video_sr": batch["video_sr"].float()}
         large = batch.get("video_sr", batch["video"]).float()
-        return {**batch, "video": self.first_stage.remade(large), "video_sr": large}
+        return {**batch, "video": self.first_stage.downsized(large), "video_sr": large}
 
     def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> Noised:
-        """Put a paired batch on the path; with a given first frame for some clips where `conditioned`."""
+        """Noise a paired batch; with a clean first frame for some clips where `conditioned`."""
         clean, audio = batch["video_sr"], batch["audio"]
         device, samples, frames = clean.device, len(clean), clean.shape[2]
         sigma = torch.cat([self.sigma.sample(1, g)[0] for g in rng.generators]).to(device)
         first = rng.uniform()
         noise = rng.normal(clean.shape[1:]).to(device), rng.normal(audio.shape[1:]).to(device)
-        given = self.first_stage(batch["video"], audio, batch["text"], rng)
-        source, heard = self.source(given, audio, noise, rng)
+        refined = self.first_stage(batch["video"], audio, batch["text"], rng)
+        source, noisy_audio = self.source(refined, audio, noise, rng)
         if self.path == "flow":
             source = noise[0]
         mask = torch.ones(samples, 1, frames, 1, 1, device=device)
         if conditioned and frames > 1:
             mask[:, :, 0] = (first >= self.first_frame).float().view(-1, 1, 1, 1).to(device)
-        place = sigma.view(-1, 1, 1, 1, 1) * mask
+        level = sigma.view(-1, 1, 1, 1, 1) * mask
         return Noised(
-            video=(1 - place) * clean + place * source,
-            audio=heard,
+            video=(1 - level) * clean + level * source,
+            audio=noisy_audio,
             video_target=source - clean,
             audio_target=noise[1] - audio,
             mask=mask,
@@ -225,15 +225,15 @@ class SuperResolution(Recipe):
     def source(
         self, video: Tensor, audio: Tensor, noise: tuple[Tensor, Tensor], rng: BatchRng
     ) -> tuple[Tensor, Tensor]:
-        """What inference would begin with, at a random noise index and noise level of the sound.
+        """The start of inference, X and the noisy audio, at a random noise index and audio noise level.
 
         Args:
             video: first-stage latents [B,C,T,h,w]; audio: [B,A,Ca].
             noise: for both, the video's at the size of the second stage.
         """
-        place, level = rng.uniform().double(), rng.uniform().double()
+        position, level = rng.uniform().double(), rng.uniform().double()
         low, high = self.noise_index
-        index = (low + (high + 1 - low) * place).long()
+        index = (low + (high + 1 - low) * position).long()
         scale = self.audio_noise[0] + (self.audio_noise[1] - self.audio_noise[0]) * level
         self.meter.add("noise_index", index)
         self.meter.add("audio_noise", scale)
@@ -241,30 +241,30 @@ class SuperResolution(Recipe):
 
     @torch.no_grad()
     def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        """Losses; and how much worse moving places are predicted from the released start when the sound is noise."""
+        """Losses, and the audio gap: how much worse motion is predicted from the released start if the audio is noise."""
         batch = self.paired(batch)
         noised = self.noised(batch, rng, conditioned=False)
         video_velocity, audio_velocity = network(noised.video, noised.audio, batch["text"])
-        figures = {"val/video": float((video_velocity - noised.video_target).square().mean())}
+        metrics = {"val/video": float((video_velocity - noised.video_target).square().mean())}
         if not batch["audio"].shape[1]:
-            return figures
-        figures["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
+            return metrics
+        metrics["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
         noise = rng.normal(batch["video_sr"].shape[1:]), rng.normal(batch["audio"].shape[1:])
         noise = noise[0].to(self.device), noise[1].to(self.device)
         signal = zero_snr_table()[NOISE_INDEX].item()
         moving = motion_weight(batch["video_sr"], floor=0.0)
         errors = []
         for scale in (AUDIO_NOISE, 1.0):
-            video, heard = start(batch["video"], batch["audio"], noise, signal, scale)
-            velocity, _ = network(video, heard, batch["text"])
+            video, noisy_audio = start(batch["video"], batch["audio"], noise, signal, scale)
+            velocity, _ = network(video, noisy_audio, batch["text"])
             errors.append(float((moving * (video - velocity - batch["video_sr"]).square()).mean()))
-        return figures | {
+        return metrics | {
             "val/start": errors[0],
             "val/audio_gap": (errors[1] - errors[0]) / max(errors[1], 1e-12),
         }
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """See `Recipe.batch_flops`; of the second stage's tokens, plus the expected first-stage passes: they run on a
+        """See `Recipe.batch_flops`: the second stage's tokens, plus the expected first-stage passes, which run on a
         random share of the clips. The codec does not count."""
         total = super().batch_flops({**batch, "video": batch.get("video_sr", batch["video"])})
         settings = self.settings
@@ -287,7 +287,7 @@ class SuperResolution(Recipe):
         return {"sigma_prior": self.sigma, "sampling": self.sampling}
 
     def export_config(self) -> ExportConfig:
-        """As of every recipe, with the size of the second stage as the clip's, and known as one."""
+        """As in every recipe, with the size of the second stage as the clip's, and marked as a second stage."""
         config = super().export_config()
         config = replace(config, provenance={**config.provenance, "stage": "second"})
         if self.context.sr_size is not None:

@@ -64,9 +64,8 @@ def train(
     from magihuman.codecs.bundle import load_bundle
     from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
     from magihuman.config import OptimSettings
-    from magihuman.training.decoder_losses import charbonnier, flicker, laplacian
-    from magihuman.training.ema import EMA
-    from magihuman.training.optim import build_optimizer, build_schedule
+    from magihuman.training.decoder_training import charbonnier, flicker, laplacian
+    from magihuman.training.optim import EMA, build_optimizer, build_schedule
     from magihuman.zoo import decoders
 
     torch.set_num_threads(threads)

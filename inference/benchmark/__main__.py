@@ -43,7 +43,7 @@ def measure(
         seconds: length of the clip
         text: tokens of the prompt
         guided: the base stage with guidance, two passes a step
-        decoder: turbo, wan, or a student of configs/turbo; auto is turbo, and the codecs' own decoder for tiny
+        decoder: turbo, wan, or a student of configs/decoder; auto is turbo, and the codecs' own decoder for tiny
         model: another architecture of configs/model
         checkpoint: weights instead of random ones; tiny has tiny/base
         options: changes of the tier's options, such as compile=static,graphs=false
@@ -95,7 +95,7 @@ def decode(
 
     Args:
         size: 256p, 540p, 1080p, all of them, or tiny
-        decoder: a name, or all: turbo and wan as published, and the students of configs/turbo
+        decoder: a name, or all: turbo and wan as published, and the students of configs/decoder
         seconds: length of the clip
         layouts: of the weights in memory, for the published Turbo decoder: contiguous, channels_last
         device: auto, cpu or cuda

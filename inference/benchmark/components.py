@@ -115,7 +115,7 @@ def _text(case: ClipCase, device: torch.device) -> Any:
 
 
 def decoder_names(case: ClipCase) -> tuple[str, ...]:
-    """Decoders of a case's latents; grows with configs/turbo and the decoders that ship with the package."""
+    """Decoders of a case's latents; grows with configs/decoder and the decoders that ship with the package."""
     if case.released:
         return released_decoders()
     own = [name for name in students.arch_names() if students.arch(name)["codecs"] == "tiny"]

@@ -39,8 +39,7 @@ from magihuman.models.flops import forward_flops
 from magihuman.models.gpu_specs import peak_flops
 from magihuman.models.latent_contract import Contract
 from magihuman.training import parallel
-from magihuman.training.context import TrainingContext
-from magihuman.training.session import quiet
+from magihuman.training.context import TrainingContext, quiet
 from magihuman.zoo import plan_training
 from recipes.base import Recipe
 from recipes.dmd2 import DMD2

@@ -285,7 +285,7 @@ class DecodeCost:
 def random_codec(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> CausalDecoderCodec | TurboCodec:
-    """A decoder of configs/turbo for Wan latents with random weights.
+    """A decoder of configs/decoder for Wan latents with random weights.
 
     Raises:
         UserError: an unknown name, or a decoder for other latents.
@@ -309,7 +309,7 @@ def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> D
     """Count one clip.
 
     Args:
-        name: of configs/turbo, for Wan latents: released, a, b.
+        name: of configs/decoder, for Wan latents: released, a, b.
         height, width: in pixels, multiples of 16; latents: T.
 
     Raises:

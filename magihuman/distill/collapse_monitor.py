@@ -27,7 +27,7 @@ from magihuman.distill.rollout import Sampler
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
 from magihuman.flow.sampling import MODALITIES, Pair, Shapes, seeded
-from magihuman.training.parallel import average_figures
+from magihuman.training.parallel import average_metrics
 
 ADVICE = {
     "std": "lower recipe.guidance or optim.lr, or raise recipe.fake_score.updates",
@@ -145,7 +145,7 @@ class CollapseMonitor:
         Args:
             device: of the communication between processes.
         """
-        found, self.sums = average_figures(self.sums, device), {}
+        found, self.sums = average_metrics(self.sums, device), {}
 
         def ratio(over: str, under: str) -> float | None:
             return found[over] / found[under] if found.get(under, 0.0) > 0 else None
@@ -168,7 +168,7 @@ class CollapseMonitor:
         assert self.reference is not None
         mine = self._sample(self.reference["texts"], self.reference["shape"], student)
         ratios = {f"monitor/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
-        found = average_figures(ratios, device)
+        found = average_metrics(ratios, device)
         self.reference.setdefault("start", found)
         return found
 

@@ -1,7 +1,4 @@
-"""Averages between two log lines, kept on the device so that no step waits for them.
-
-What happens beside the training steps: log lines, progress, held-out figures, sample clips, limits.
-"""
+"""Lightning callbacks: log lines and progress, validation metrics, sample clips, limits; and the `Meter` of averages."""
 
 import math
 import sys
@@ -23,7 +20,10 @@ from magihuman.training.rng import BatchRng
 
 
 class Meter:
-    """Named weighted means: `add` during steps, `flush` at a log line.
+    """Weighted means by name between two log lines, kept on the device so that no step waits for them.
+
+        meter.add("loss", loss)
+        metrics = meter.flush()
 
     Every process must add the same names in the same order: `flush` sums over processes.
     """
@@ -48,13 +48,13 @@ class Meter:
         edges: Sequence[float],
         weights: torch.Tensor,
     ) -> None:
-        """Count values [N] in bands of `position` [N]: one mean per interval between edges, the last closed."""
+        """Count values [N] by bands of `position` [N]: one mean per interval between edges, the last one closed."""
         for low, high in pairwise(edges):
             inside = (position >= low) & ((position < high) | ((high == edges[-1]) & (position <= high)))
             self.add(f"{name}/sigma_{low:.1f}_{high:.1f}", values, weights * inside)
 
     def flush(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """Means since the last flush, over all processes; names that nothing was counted for are left out.
+        """Means since the last flush, over all processes; names without any value are left out.
 
         Args:
             device: where processes exchange sums.
@@ -75,7 +75,7 @@ class Meter:
 
 @contextmanager
 def excluded_time(recipe: Any) -> Iterator[None]:
-    """Keep the time that the block takes out of the throughput."""
+    """Exclude the time of the block from the throughput."""
     start = time.monotonic()
     try:
         yield
@@ -84,13 +84,13 @@ def excluded_time(recipe: Any) -> Iterator[None]:
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Hand metrics to every logger."""
+    """Log metrics to every logger."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step)
 
 
 def resident_gb() -> float:
-    """Memory of this process in GB (10^9 bytes), 0 where the system does not say."""
+    """Memory of this process in GB (10^9 bytes), 0 where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -99,16 +99,16 @@ def resident_gb() -> float:
 
 
 class LogLines(L.Callback):
-    """Every `every` steps: averages since the last line, learning rate, throughput, memory, MFU; progress.
+    """Logs averages, learning rate, throughput, memory and MFU every `every` steps, and shows progress.
 
-    `tflops` is of this process: model FLOPs (`Recipe.batch_flops`) by the seconds since the last line, less those that
-    callbacks took; `mfu` is their share of the GPU's bf16 peak, whatever the precision. Recomputed activations and
+    `tflops` is of this process: model FLOPs (`Recipe.batch_flops`) divided by the seconds since the last line, without
+    the time of callbacks; `mfu` is its share of the GPU's bf16 peak, whatever the precision. Recomputed activations and
     evaluation count in neither.
 
-    The bar is drawn on a terminal; elsewhere a line is printed every half minute.
+    A terminal gets a progress bar, other outputs a line every half minute.
 
     Attributes:
-        last: the metrics of the last line and of the last held-out figures, for run.json.
+        last: the latest metrics, validation included, for run.json.
     """
 
     def __init__(self, every: int, progress: bool) -> None:
@@ -176,9 +176,9 @@ class LogLines(L.Callback):
             self._printed = now
             done = max(1, recipe.step - self._begun[1])
             left = (now - self._begun[0]) / done * (recipe.max_steps - recipe.step)
-            figures = "  ".join(f"{k} {v}" for k, v in shown.items())
+            values = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(
-                f"step {recipe.step}/{recipe.max_steps}  {figures}  about {left / 60:.1f} min left",
+                f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left",
                 flush=True,
             )
 
@@ -188,7 +188,7 @@ class LogLines(L.Callback):
 
 
 class Limits(L.Callback):
-    """Ends the training after `steps`, or when it has run for `seconds`, counting the time before a resume.
+    """Ends the training after `steps`, or after `seconds`, which include the time before a resume.
 
     Args:
         seconds: None for no limit.
@@ -232,7 +232,7 @@ class Limits(L.Callback):
 
 
 class Validation(L.Callback):
-    """Every so many steps: the recipe's figures on one fixed batch that is never trained on.
+    """Validation: every so many steps the recipe's metrics on one fixed batch that is never trained on.
 
     Args:
         every_steps: interval.
@@ -248,7 +248,7 @@ class Validation(L.Callback):
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         batch = next(iter(loader), None) if loader is not None else None
         if batch is not None:
-            # Not through the trainer: its hooks would count the batch as trained on.
+            # Not by the trainer, whose hooks would count the batch as trained on.
             self._batch = move_data_to_device(batch, pl_module.device)
 
     def on_train_batch_end(
@@ -260,10 +260,10 @@ class Validation(L.Callback):
             return
         with excluded_time(recipe), evaluating(recipe.network):
             rng = BatchRng(self.seed, 0, range(len(self._batch["video"])))
-            figures = recipe.validation_metrics(recipe.network, self._batch, rng)
-        for name, figure in figures.items():
-            if math.isfinite(figure):
-                recipe.meter.add(name, figure)
+            metrics = recipe.validation_metrics(recipe.network, self._batch, rng)
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                recipe.meter.add(name, value)
 
 
 @contextmanager
@@ -279,7 +279,7 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
 
 
 class Samples(L.Callback):
-    """Every so many steps: clips as mp4, and one contact sheet, in samples/ of the run.
+    """Sample clips: every so many steps mp4 files and one contact sheet in samples/ of the run folder.
 
     Args:
         pipeline: made from (checkpoint, codecs), with `generate(prompts, seeds, **settings)` that returns
@@ -321,13 +321,13 @@ class Samples(L.Callback):
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
         if not due or not recipe.stepped:
             return
-        # A sharded network is sampled by all processes together; a whole one by the main process alone.
+        # All processes sample a sharded network together; the main process alone samples a whole one.
         if trainer.is_global_zero or recipe.context.strategy.name in ("fsdp2", "zero3"):
             with excluded_time(recipe):
                 self.sample(trainer, recipe)
 
     def sample(self, trainer: L.Trainer, recipe: Any) -> None:
-        """Make and write the clips of this step."""
+        """Generate and write the clips of this step."""
         from magihuman.codecs.bundle import load_bundle
         from magihuman.zoo import Loaded
 

@@ -1,18 +1,25 @@
-"""Checkpoints that a resumed run continues from, bit by bit.
+"""Checkpoints that a resumed run continues from, bit by bit, and preemption by a signal.
 
     checkpoints/step-00000100.ckpt   complete state: a file, or a folder for sharded strategies
     checkpoints/last.ckpt            link to the newest complete one
 
-A checkpoint is written under a temporary name and renamed when it is whole, and the link moves only after
-that, so a kill at any moment leaves the previous one in force. Checkpoints are saved at step boundaries only:
+A checkpoint is written under a temporary name and renamed when it is complete, and only then the link moves, so a
+kill at any moment leaves the previous one valid. Checkpoints are saved at step boundaries only:
 in the middle of an accumulation the gradients would be lost.
+
+SIGUSR1 and SIGTERM set a flag; the next step boundary saves and stops, and `magihuman.train` then requeues the Slurm
+job. Lightning's own handler is switched off (`magihuman.training.parallel.plugins`): it saves inside the signal, in
+the middle of a step, which loses one batch of the data.
 """
 
 import os
 import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -22,8 +29,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, replace
+from magihuman.schema import locate
 
 LAST = "last.ckpt"
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+EXIT_STATUS = 75
+"""Status of a training that was stopped and can be continued (EX_TEMPFAIL)."""
 
 
 def remove(path: Path) -> None:
@@ -43,7 +54,7 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name.
 
     Raises:
-        UserError: for a file that this program did not name.
+        UserError: for a file name of another form.
     """
     digits = checkpoint.stem.removeprefix("step-")
     if not digits.isdigit():
@@ -54,13 +65,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def point_to(folder: Path, target: Path) -> None:
-    """Make `last.ckpt` name `target`, in one step."""
+    """Make `last.ckpt` a link to `target`, atomically."""
     with atomic_path(folder / LAST) as link:
         link.symlink_to(target.name)
 
 
 def find_resume(resume: str, checkpoints: Path) -> Path | None:
-    """The checkpoint that a run starts from.
+    """The checkpoint to resume from, or None for a new training.
 
     Args:
         resume: `auto` takes the folder's newest complete checkpoint if there is one, `none` starts anew,
@@ -68,7 +79,7 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
         checkpoints: of the run folder.
 
     Raises:
-        UserError: when a given path holds no checkpoint.
+        UserError: when the path holds no checkpoint.
     """
     if resume == "none":
         return None
@@ -86,11 +97,23 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
     return path.resolve()
 
 
+FIXED = (
+    "recipe._target_",
+    "model.dit",
+    "model.pack",
+    "optim.algorithm",
+    "strategy.name",
+    "seed",
+    "data.module.batch_size",
+)
+"""Settings that no resumed training may change; a recipe adds its own (`Recipe.fixed_on_resume`)."""
+
+
 def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     """Raise unless a checkpoint was saved by a training of the same network, optimiser and recipe.
 
     Args:
-        node: the configuration of now; the checkpoint's is the config.yaml of its run folder, where there is one.
+        node: the present configuration; the checkpoint's is the config.yaml of its run folder, where there is one.
 
     Raises:
         UserError: naming what differs.
@@ -101,18 +124,8 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     if not file.exists():
         return
     then = yaml.safe_load(file.read_text())
-    for path in (
-        "recipe._target_",
-        "model.dit",
-        "model.pack",
-        "recipe.lora",
-        "recipe.networks",
-        "recipe.gan.taps",
-        "optim.algorithm",
-        "strategy.name",
-        "seed",
-        "data.module.batch_size",
-    ):
+    recipe = locate(node["recipe"]["_target_"], "recipe")
+    for path in (*FIXED, *(f"recipe.{name}" for name in getattr(recipe, "fixed_on_resume", ()))):
         old, new = _entry(then, path), _entry(node, path)
         # Single and ddp read each other's files; the others shard in their own ways.
         if path == "strategy.name":
@@ -135,7 +148,7 @@ def _entry(node: Any, path: str) -> Any:
 
 
 class SyncedFiles(TorchCheckpointIO):
-    """Writes a one-file checkpoint straight to the disk; it is there when the call returns."""
+    """Lightning plugin that writes a one-file checkpoint and syncs it to the disk before it returns."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with Path(path).open("wb") as stream:
@@ -145,7 +158,7 @@ class SyncedFiles(TorchCheckpointIO):
 
 
 class Checkpointer(L.Callback):
-    """Saves every so many steps or minutes, when asked to, and at the end; keeps the newest few.
+    """Saves checkpoints every so many steps or minutes, on demand and at the end; keeps the newest ones.
 
     Args:
         folder: `checkpoints/` of the run.
@@ -161,7 +174,7 @@ class Checkpointer(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step if trainer.ckpt_path else -1
         self._clock = time.monotonic()
-        if trainer.is_global_zero:  # what a kill during saving left behind
+        if trainer.is_global_zero:  # left behind by a kill during saving
             for leftover in (*self.folder.glob("*.tmp"), *self.folder.glob(".*.part")):
                 remove(leftover)
 
@@ -203,3 +216,61 @@ class Checkpointer(L.Callback):
     @staticmethod
     def _step(pl_module: L.LightningModule) -> int:
         return int(pl_module.step)  # type: ignore[arg-type]
+
+
+class Preemption(L.Callback):
+    """Stops at the next step boundary after SIGUSR1 or SIGTERM.
+
+    Attributes:
+        received: name of the received signal, or None.
+        stopped_at: step at which it stopped the training, or None.
+    """
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self.checkpointer = checkpointer
+        self.received: str | None = None
+        self.stopped_at: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not pl_module.stepped:
+            return
+        stop = self.received is not None
+        # A scheduler may signal some processes only, and all must stop at one step.
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop and self.stopped_at is None:
+            self.received = self.received or "a signal to another process"
+            self.checkpointer.save(trainer, pl_module)
+            self.stopped_at = int(pl_module.step)  # type: ignore[arg-type]
+            trainer.should_stop = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def requeue() -> bool:
+    """Requeue this Slurm job; True when Slurm accepted it. Does nothing outside Slurm.
+
+    An array's element is requeued alone. `scontrol requeue` ends the job, so this comes last.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or int(os.environ.get("SLURM_PROCID", "0")) != 0:
+        return False
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        return subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False

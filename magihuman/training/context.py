@@ -1,27 +1,51 @@
-"""What the program hands to every recipe beside the recipe's own settings."""
+"""Everything that one training runs in: the context that a recipe gets, and the trainer with its callbacks.
 
+`build_context` checks data, model and settings against each other; `Session` makes the Lightning trainer. Both are
+called once, by `magihuman.train`.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 
-from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
+from magihuman import zoo
+from magihuman.config import (
+    ModelSettings,
+    OptimSettings,
+    StrategySettings,
+    TrainerSettings,
+    TrainSettings,
+    parse_time,
+)
+from magihuman.errors import UserError
 from magihuman.io.export import Size
+from magihuman.io.provenance import fingerprint
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.latent_contract import Contract
+from magihuman.schema import call, locate
+from magihuman.training.callbacks import Limits, LogLines, Samples
+from magihuman.training.checkpoint import Checkpointer, Preemption
+from magihuman.training.parallel import build_strategy, check_device, plugins
+from magihuman.training.runs import RunFolder, build_loggers
 
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """The network to train, the latents it works on, and how.
+    """What a recipe gets in addition to its own settings: the network to train, its latents, the engine's settings.
 
     Attributes:
         model, pack: shape of the transformer and of its tokens; None where the recipe trains another network.
         codecs: name of the codec bundle; contract: of the latents in the shards.
         size: of a usual clip, for exports and sample clips.
         sr_size: (height, width) in pixels at which the shards hold the clips too, or None.
-        null_text: [S,Ct] features of the empty prompt, what a dropped text is replaced by.
-        seed: of initial weights and of all draws.
+        null_text: [S,Ct] features of the empty prompt, which replace those of a dropped text.
+        seed: of initial weights and of all random numbers.
         init: checkpoint (zoo name, export or run folder) that the weights start from, or None.
         provenance: stored in exports.
     """
@@ -46,3 +70,201 @@ class TrainingContext:
         assert self.model is not None
         assert self.pack is not None
         return self.model, self.pack
+
+
+def require_fit(model: ModelSettings, contract: Contract) -> None:
+    """Raise unless the model's input channels are those of the latents.
+
+    Raises:
+        UserError: naming the setting that would fit.
+    """
+    patch_area = model.pack.patch_size**2
+    for name, has, needs, why in (
+        (
+            "video",
+            model.dit.video_in_channels,
+            contract.video_channels * patch_area,
+            f" x patch area {patch_area}",
+        ),
+        ("audio", model.dit.audio_in_channels, contract.audio_channels, ""),
+        ("text", model.dit.text_in_channels, contract.text_channels, ""),
+    ):
+        if has != needs:
+            raise UserError(
+                f"the model takes {name}_in_channels={has}, the shards hold {getattr(contract, f'{name}_channels')} "
+                f"{name} channels{why}: set model.dit.{name}_in_channels={needs}, or choose data of the model's codecs"
+            )
+
+
+def require_patches(model: ModelSettings, contract: Contract, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise unless clips of these (height, width) in pixels can be cut into the model's patches.
+
+    Raises:
+        UserError: naming the first that cannot.
+    """
+    units = [stride * model.pack.patch_size for stride in contract.video_stride[1:]]
+    for height, width in sizes:
+        if height % units[0] or width % units[1]:
+            raise UserError(
+                f"the shards hold clips of {width}x{height} pixels, whose latents cannot be cut into patches of "
+                f"{model.pack.patch_size}; prepare them at multiples of {units[1]}x{units[0]}"
+            )
+
+
+def find_init(settings: TrainSettings) -> Path | None:
+    """Folder that `init` names: of a checkpoint, or of a decoder where the recipe trains no transformer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from magihuman.zoo import decoders
+
+    if settings.init is None:
+        return None
+    if settings.model is not None:
+        return zoo.find(settings.init)
+    folder = decoders.find(settings.init)
+    if folder is None:
+        known = ", ".join(decoders.names())
+        raise UserError(
+            f"init={settings.init} is not a decoder; choose a run folder, an export, or one of {known}"
+        )
+    return folder
+
+
+def require_same_model(settings: TrainSettings, contract: Contract) -> None:
+    """Raise unless the checkpoint `init` has the model's shape and these latents.
+
+    A recipe may allow some differences (`Recipe.may_differ_from_init`).
+
+    Raises:
+        UserError: naming what differs.
+    """
+    model = settings.model
+    assert model is not None
+    assert settings.init is not None
+    parent = zoo.config_of(settings.init)
+    parent.contract.require(contract, f"init={settings.init}", "the shards")
+    allowed = getattr(locate(settings.recipe["_target_"], "recipe"), "may_differ_from_init", ())
+    for part, mine, theirs in (
+        ("dit", model.dit.to_dict(), parent.model.to_dict()),
+        ("pack", model.pack.to_dict(), parent.pack.to_dict()),
+    ):
+        wrong = [
+            f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in allowed
+        ]
+        if wrong:
+            raise UserError(
+                f"init={settings.init} is a model of another size than model.{part} ({'; '.join(wrong)}); "
+                "choose the model it was trained as, or another init"
+            )
+
+
+def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> TrainingContext:
+    """The context of a training, after checking that data, model and initial weights fit each other.
+
+    Args:
+        data: the data module, with `codecs`, `contract`, `size` (frames, height, width), `null_text` or None.
+
+    Raises:
+        UserError: the model is not made for these latents, or `init` is not this model.
+    """
+    contract, model = data.contract, settings.model
+    if contract is None:
+        raise UserError(
+            "the shards have no index.json, which describes their latents; copy it into the folder of the tars"
+        )
+    sr_size = getattr(data, "sr_size", None)
+    if model is not None:
+        require_fit(model, contract)
+        require_patches(
+            model, contract, [*getattr(data, "sizes", ()), *([] if sr_size is None else [sr_size])]
+        )
+        if settings.init is not None:
+            require_same_model(settings, contract)
+    null_text = data.null_text
+    if null_text is None:
+        from magihuman.codecs.bundle import load_bundle
+
+        null_text = load_bundle(data.codecs).text_encoder.encode([""])[0]
+    return TrainingContext(
+        model=model.dit if model is not None else None,
+        pack=model.pack if model is not None else None,
+        codecs=data.codecs,
+        contract=contract,
+        size=Size(*data.size),
+        sr_size=sr_size,
+        null_text=null_text,
+        optim=settings.optim,
+        trainer=settings.trainer,
+        strategy=settings.strategy,
+        seed=settings.seed,
+        init=settings.init,
+        provenance=dict(provenance),
+    )
+
+
+def parents(settings: TrainSettings, shards: Path) -> list[dict[str, Any]]:
+    """Hashes of what the run is made from: shards and initial weights."""
+    index = shards / "index.json"
+    role = "prompts" if shards.is_file() else "shards"
+    found = [{"role": role, "name": shards.name, **fingerprint(index if index.exists() else shards)}]
+    start = find_init(settings)
+    if start is not None:
+        found.append({"role": "init", "name": settings.init, **fingerprint(start)})
+    return found
+
+
+def quiet() -> None:
+    """Silence Lightning's tips and its warnings about what is done on purpose here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*")
+
+
+class Session:
+    """The Lightning trainer of one training, with the loggers and callbacks that `magihuman.train` reads afterwards.
+
+    What of Lightning is switched off, and why: `magihuman/README.md`.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any
+    ) -> None:
+        check_device(settings.trainer)
+        options = settings.trainer
+        seconds = None if options.max_time is None else parse_time(options.max_time)
+        self.loggers = build_loggers(run, settings.logger.wandb, config)
+        self.lines = LogLines(options.log_every, options.progress)
+        self.limits = Limits(options.max_steps, seconds)
+        self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
+        self.preemption = Preemption(self.checkpointer)
+        chosen = {name: node for name, node in (settings.callbacks or {}).items() if node is not None}
+        extra = [call(node, f"callbacks.{name}") for name, node in chosen.items()]
+        for callback in extra:
+            if isinstance(callback, Samples):
+                callback.folder = run.samples
+        self.trainer = L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.nodes,
+            strategy=build_strategy(settings.strategy, options, recipe.optimizers_needed > 1),
+            plugins=plugins(settings.strategy),
+            precision="32-true",  # the network casts by itself (SPEC 1.5)
+            max_steps=-1,  # `Limits` counts steps: Lightning counts those of every optimiser
+            max_epochs=-1,
+            accumulate_grad_batches=options.accumulate,
+            # DeepSpeed clips by itself; elsewhere the recipe does.
+            gradient_clip_val=settings.optim.clip_norm if settings.strategy.name.startswith("zero") else None,
+            logger=self.loggers,
+            # Order matters: decisions to stop, then the log line of this step, then its checkpoint.
+            callbacks=[self.limits, *extra, self.lines, self.checkpointer, self.preemption],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=run.path,
+        )

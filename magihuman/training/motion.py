@@ -1,4 +1,4 @@
-"""What moves in a clip, and whether the network uses the sound to predict it."""
+"""Motion weights of the loss, and the sync gap: how much the audio helps to predict the moving part of the video."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from magihuman.flow.path import add_noise, x0_from_velocity
 
 CLAMP = 6.0
-"""Largest weight of a place, so that a few lively places cannot carry the whole loss."""
+"""Largest weight of a position, so that a few fast ones do not make up the whole loss."""
 
 
 def motion_weight(x0: Tensor, floor: float) -> Tensor:
-    """Loss weight of each place: floor + (1 - floor) * its variance over time / the clip's mean variance.
+    """Loss weight of each position: floor + (1 - floor) * its variance over time / the clip's mean variance.
 
     Args:
         x0: clean video latents [B,C,T,h,w].
-        floor: weight of a place where nothing moves, in [0, 1]; 1 weighs all places alike.
+        floor: weight of a position where nothing moves, in [0, 1]; 1 gives all positions the same weight.
 
     Returns:
         fp32 [B,1,1,h,w]; all ones for a clip without motion or with a single frame.
@@ -39,12 +39,11 @@ def sync_gap(
     noise: tuple[Tensor, Tensor],
     sigmas: tuple[float, float] = (0.95, 0.5),
 ) -> float:
-    """How much better the moving part of the video is predicted from its own sound than from another clip's.
+    """Sync gap: how much better the moving part of the video is predicted with its own audio than with another clip's.
 
-    Both predictions see the same noisy video; in the second, the sounds are handed on by one place in the
-    batch. With e the motion-weighted error of the predicted x0, the gap is (e_other - e_own) / e_other: 0 for
-    a network that does not listen (its samples will not be in sync, whatever its loss), positive for one that
-    does.
+    Both predictions get the same noisy video; for the second, the audio is shifted by one clip within the batch. With
+    e the motion-weighted error of the predicted x0, the gap is (e_other - e_own) / e_other: 0 for a network that
+    ignores the audio (its samples will not be in sync, whatever its loss), positive for one that uses it.
 
     Args:
         denoiser: (video, audio, text) -> velocities.
@@ -53,7 +52,7 @@ def sync_gap(
         sigmas: of video and audio.
 
     Returns:
-        The gap, or nan without sound or with fewer than two clips.
+        The gap, or nan without audio or with fewer than two clips.
     """
     if len(video) < 2 or audio.shape[1] == 0:
         return float("nan")
@@ -62,8 +61,8 @@ def sync_gap(
     noisy_audio = add_noise(audio, noise[1], sigma_audio)
     weight = motion_weight(video, floor=0.0)
     errors = []
-    for sound in (noisy_audio, noisy_audio.roll(1, dims=0)):
-        velocity, _ = denoiser(noisy_video, sound, text)
+    for paired_audio in (noisy_audio, noisy_audio.roll(1, dims=0)):
+        velocity, _ = denoiser(noisy_video, paired_audio, text)
         errors.append(
             (weight * (x0_from_velocity(noisy_video, velocity, sigma_video) - video).square()).mean()
         )

@@ -1,13 +1,12 @@
-"""Optimisers, learning-rate schedules and gradient clipping.
+"""Optimisers, learning-rate schedules, gradient clipping, ramps of settings, and the weight average (EMA).
 
 Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`, with two
 additions. A weight that stacks several experts is orthogonalised per expert, because a joint step would
 couple their singular values; and one optimiser object serves the matrices (Muon) and everything else (AdamW),
 because Lightning's automatic optimisation and its checkpoints count on one.
-
-A setting that changes over the training.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from magihuman.config import OptimSettings
@@ -268,3 +268,73 @@ class Ramp:
 def value_at(setting: float | Ramp, progress: float) -> float:
     """A constant, or the ramp's value."""
     return setting.at(progress) if isinstance(setting, Ramp) else float(setting)
+
+
+def _local(network: nn.Module) -> list[torch.Tensor]:
+    for module in network.modules():
+        if isinstance(module, FSDPModule):  # a forward pass may have left gathered weights in their place
+            module.reshard()
+    return [t.to_local() if isinstance(t, DTensor) else t for t in network.parameters()]
+
+
+def decay_at(updates: int, final: float) -> float:
+    """Decay of an EMA at update n = 0, 1, ...: min(final, (1 + n) / (10 + n))."""
+    return min(final, (1 + updates) / (10 + updates))
+
+
+@torch.no_grad()
+def ema_update(average: Iterable[torch.Tensor], weights: Iterable[torch.Tensor], decay: float) -> None:
+    """average <- decay * average + (1 - decay) * weights, in place; for tensors such as LoRA parameters.
+
+    ema_update(average.values(), student.values(), decay_at(updates, 0.99))
+    """
+    torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
+
+
+class EMA(nn.Module):
+    """Exponential moving average of a network's weights, fp32, sharded like the network.
+
+    shadow <- d * shadow + (1 - d) * weights, d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ...
+
+    The growing decay lets a short run forget its random start. The shadow is a network of its own (`module`),
+    so it can be sampled from, exported and saved like any other; its tensors are never trained.
+
+    Args:
+        model: network to average; copied.
+        decay: final decay in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.float()
+            parameter.grad = None
+        self.final_decay = decay
+        self.updates = 0
+
+    def train(self, mode: bool = True) -> "EMA":
+        """The shadow stays in evaluation mode in whatever mode the recipe is."""
+        return self
+
+    @property
+    def decay(self) -> float:
+        """Decay of the next update."""
+        return decay_at(self.updates, self.final_decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One EMA update with the weights of `model` (same architecture, same sharding); buffers are copied."""
+        shadow = _local(self.module)
+        weights = [w.to(s.dtype) for s, w in zip(shadow, _local(model), strict=True)]
+        torch._foreach_lerp_(shadow, weights, 1.0 - self.decay)
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.updates += 1
+
+    @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Start again from `model`'s weights."""
+        for shadow, weight in zip(_local(self.module), _local(model), strict=True):
+            shadow.copy_(weight)
+        self.updates = 0

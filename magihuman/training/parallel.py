@@ -1,23 +1,102 @@
-"""Spreading one network over devices: FSDP2 sharding, per-block compilation.
+"""Training on several devices: Lightning strategies by name, FSDP2 sharding, averages over processes, compilation.
+
+| strategy | what each process holds | for |
+|---|---|---|
+| single | everything, one process | the tiny world, one GPU |
+| ddp | a copy of everything | small models on many GPUs |
+| fsdp2 | a shard of weights, gradients, optimiser and average | large models; any number of optimisers |
+| zero2, zero3 | DeepSpeed ZeRO | recipes with one optimiser, where DeepSpeed is preferred |
 
 The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network
 itself, exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block
 into bf16 too.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.torch_version import TorchVersion
 
+from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
+from magihuman.training.checkpoint import SyncedFiles
 
 FP32_COMPILES_SINCE = "2.13"
 """torch 2.11 loses the gradients of compiled feed-forward halves in fp32 (bf16 is right); 2.13 does not, 2.12 was not
 tried."""
+
+
+def check_device(trainer: TrainerSettings) -> None:
+    """Raise unless the machine has the devices that `trainer` asks for.
+
+    Raises:
+        UserError: no CUDA device, or fewer than asked for.
+    """
+    if trainer.accelerator != "cuda":
+        return
+    found = torch.cuda.device_count()
+    if found < trainer.devices:
+        raise UserError(
+            f"trainer.accelerator=cuda with trainer.devices={trainer.devices}, but {found} CUDA devices are visible; "
+            "lower trainer.devices, or set trainer.accelerator=cpu"
+        )
+
+
+def build_strategy(
+    settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False
+) -> Strategy | str:
+    """The Lightning strategy for `settings`.
+
+    Args:
+        alternating: whether the recipe's steps train one of several networks each.
+
+    Raises:
+        UserError: DeepSpeed is asked for and not installed.
+    """
+    if settings.name == "single":
+        return "auto"
+    if settings.name == "ddp":
+        # All weights take part in every step (a missing modality contributes zero), so DDP need not search for
+        # unused ones; unless each step trains another network.
+        return DDPStrategy(
+            find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    if settings.name == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1
+        )
+    return _zero(int(settings.name[-1]), settings.offload)
+
+
+def _zero(stage: int, offload: bool) -> Strategy:
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            f"strategy=zero{stage} needs DeepSpeed; install it with pip install -e '.[scale]', or choose strategy=fsdp2"
+        )
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    return DeepSpeedStrategy(
+        stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3
+    )
+
+
+def plugins(settings: StrategySettings) -> list[Any]:
+    """Lightning plugins: synced checkpoint files, and Slurm without Lightning's own requeue (see `checkpoint`)."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    found: list[Any] = []
+    if settings.name in ("single", "ddp"):
+        found.append(SyncedFiles())
+    if SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        found.append(SLURMEnvironment(auto_requeue=False))
+    return found
 
 
 def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
@@ -28,7 +107,7 @@ def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
 def shard(
     denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False
 ) -> None:
-    """Shard every block and then the rest with FSDP2, in place.
+    """Shard every block, then the remaining weights, with FSDP2, in place.
 
     Args:
         mesh: one-dimensional device mesh of the data-parallel processes.
@@ -58,25 +137,24 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor] | None, device: 
 
 
 def average_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their means over processes: for small parts beside a sharded network, which FSDP2 leaves
-    to every process alone."""
+    """Average gradients over processes: for small networks that are not sharded, next to one that FSDP2 shards."""
     for weight in weights:
         if weight.grad is not None:
             torch.distributed.all_reduce(weight.grad)
             weight.grad /= torch.distributed.get_world_size()
 
 
-def average_figures(figures: Mapping[str, float], device: torch.device | str) -> dict[str, float]:
-    """Means over processes, which all have the same names.
+def average_metrics(metrics: Mapping[str, float], device: torch.device | str) -> dict[str, float]:
+    """Means of metrics over processes, which all have the same names.
 
     Args:
-        device: where processes exchange them.
+        device: on which processes exchange them.
     """
-    if not figures or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(figures)
-    values = torch.tensor(list(figures.values()), device=device)
+    if not metrics or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(metrics)
+    values = torch.tensor(list(metrics.values()), device=device)
     torch.distributed.all_reduce(values)
-    return dict(zip(figures, (values / torch.distributed.get_world_size()).tolist(), strict=True))
+    return dict(zip(metrics, (values / torch.distributed.get_world_size()).tolist(), strict=True))
 
 
 def zero3_units(denoiser: Denoiser) -> None:

@@ -1,4 +1,4 @@
-"""One page about a finished training: what was run, its curves, its figures and where its clips are."""
+"""report.md of a finished training: command, curves, metrics, evaluations and sample clips."""
 
 import csv
 import json
@@ -8,12 +8,12 @@ from typing import Any
 
 PANELS = (
     ("loss", ("loss/video", "loss/audio", "val/video", "val/audio")),
-    ("error that the own sound saves", ("val/sync_gap", "val/audio_gap")),
+    ("sync gap", ("val/sync_gap", "val/audio_gap")),
     ("gradient norm", ("grad_norm",)),
 )
 DECODER_PANELS = (
     ("loss", ("loss/pixel", "loss/perceptual", "loss/temporal", "loss/align", "loss/lpips")),
-    ("held-out PSNR, dB", ("val/psnr",)),
+    ("validation PSNR, dB", ("val/psnr",)),
     ("gradient norm", ("grad_norm",)),
 )
 
@@ -47,7 +47,7 @@ def write_report(run: str) -> dict[str, Any]:
         *heading(record),
         "![curves](curves.png)",
         "",
-        "| last figure | value |",
+        "| last metric | value |",
         "|---|---|",
         *(f"| {name} | {value:.4g} |" for name, value in record.get("metrics", {}).items()),
         "",
@@ -62,7 +62,7 @@ def write_report(run: str) -> dict[str, Any]:
 
 
 def heading(record: dict[str, Any]) -> list[str]:
-    """First lines of a run's report, from its run.json: what was run, for how long, with which code."""
+    """First lines of a run's report, from its run.json: command, steps, seed, code."""
     provenance = record.get("provenance", {})
     return [
         f"# {record['recipe'].split('.')[-1]}: {record['name']}",
@@ -77,22 +77,22 @@ def heading(record: dict[str, Any]) -> list[str]:
 
 
 def sample_sheets(folder: Path) -> list[str]:
-    """Lines that show the last contact sheet made on the way and name the others; none where there are none."""
+    """Lines that show the last contact sheet and link the others; none where there are none."""
     sheets = sorted(path.relative_to(folder).as_posix() for path in folder.glob("samples/*.png"))
     if not sheets:
         return []
     others = (f"- [{s}]({s})" for s in sheets[:-1])
-    return ["## Samples on the way", "", f"![{sheets[-1]}]({sheets[-1]})", "", *others, ""]
+    return ["## Samples during training", "", f"![{sheets[-1]}]({sheets[-1]})", "", *others, ""]
 
 
 def _result(result: dict[str, Any], folder: Path) -> list[str]:
-    """An evaluation's own table and pictures where it wrote some, else its figures as they are."""
+    """An evaluation's own table and figures where it wrote some, else its result as JSON."""
     scores = Path(str(result.get("scores", "scores.json")))
     table = scores.with_suffix(".md")
     if "scores" not in result or not table.exists():
         return ["```json", json.dumps(result, indent=2), "```"]
-    pictures = [scores.with_name(name) for name in ("scores.png", "clips.png")]
-    links = [f"![{p.stem}]({os.path.relpath(p, folder)})" for p in pictures if p.exists()]
+    figures = [scores.with_name(name) for name in ("scores.png", "clips.png")]
+    links = [f"![{p.stem}]({os.path.relpath(p, folder)})" for p in figures if p.exists()]
     return [table.read_text(encoding="utf-8").strip(), "", *(line for link in links for line in (link, ""))]
 
 

@@ -1,13 +1,11 @@
-"""Where a run's folder is, decided before anything heavy is imported.
-
-The run folder: what was run, from what, and what came of it, readable by a person.
+"""The run folder of a training: its location, run.json, metrics.csv, and the loggers.
 
 runs/<recipe>/<name>/
-  config.yaml     the whole configuration; `train.py` can be given it again
-  run.json        the source of truth: status, parents with sha256, metrics, provenance
+  config.yaml     the whole configuration
+  run.json        status, parents with sha256, metrics, provenance
   metrics.csv     one line per log step
-  samples/        clips and contact sheets made on the way
-  checkpoints/    what a resumed run reads (see magihuman.training.checkpoint)
+  samples/        clips and contact sheets of the training
+  checkpoints/    to resume from (magihuman.training.checkpoint)
   export/         weights in the released layout
 """
 
@@ -31,17 +29,17 @@ from magihuman.io.files import atomic_path, write_atomically
 from magihuman.io.provenance import code_version
 
 RUN_NAME = "MAGIHUMAN_RUN"
-"""Environment variable by which a process that Lightning starts learns the run's name."""
+"""Environment variable that passes the run's name to processes that Lightning starts."""
 
 
 def processes_launched() -> int:
-    """Processes that torchrun or srun started; 1 when Lightning starts them itself, or there is one."""
+    """Number of processes that torchrun or srun started; 1 when Lightning starts them, or for a single one."""
     tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
     return int(os.environ.get("WORLD_SIZE") or tasks or 1)
 
 
 def in_batch_job() -> bool:
-    """Whether a Slurm job runs this, not a person in an allocation of theirs (who may run several trainings)."""
+    """Whether this runs in a Slurm batch job, and not in an interactive allocation (which may run several trainings)."""
     return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
@@ -80,7 +78,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that decide a result."""
+    """Versions of the libraries that results depend on."""
     import lightning
     import torch
 
@@ -92,7 +90,10 @@ def library_versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """One training run on disk. Only the main process writes.
+    """One training run on disk; only the main process writes.
+
+        run = RunFolder("runs/pretrain/first")
+        run.read()["metrics"]
 
     Args:
         path: the folder; made when it is first written to.
@@ -143,10 +144,10 @@ class RunFolder:
 
     @rank_zero_only
     def start(self, config: Mapping[str, Any], config_yaml: str, parents: list[dict[str, Any]]) -> None:
-        """Record a beginning or a continuation.
+        """Record the start of a training, or its continuation.
 
         A continuation with other settings keeps the earlier ones as config-1.yaml, config-2.yaml, ..., and
-        `earlier` in run.json says which command they belonged to and up to which step it came.
+        `earlier` in run.json has the command of each and the step that it reached.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         previous = self.read()
@@ -177,10 +178,10 @@ class RunFolder:
 
 
 class CSVLog(Logger):
-    """metrics.csv that survives a resume.
+    """Logger of metrics.csv, also over a resume.
 
-    A resumed run repeats the steps after its checkpoint: `rewind` drops their lines first, so that every step
-    is there once. New columns are added as they appear.
+    A resumed run repeats the steps after its checkpoint: `rewind` drops their lines first, so that every step occurs
+    once. New columns are added when they appear.
 
     Args:
         folder: of the run.
@@ -213,7 +214,7 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Forget lines after `step`."""
+        """Drop the lines after `step`."""
         rows = self._rows()
         if rows:
             self._columns = list(rows[0])
@@ -256,7 +257,7 @@ def build_loggers(folder: RunFolder, wandb: WandbSettings | None, config: Mappin
 
 @rank_zero_only
 def _wandb_run(folder: RunFolder, settings: WandbSettings, config: Mapping[str, Any]) -> Any:
-    """The W&B run of this folder, continued where it was begun before; its files go to wandb/ in the folder."""
+    """The W&B run of this folder, continued where one exists; its files go to wandb/ in the folder."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or settings.mode
@@ -281,7 +282,7 @@ def _wandb_run(folder: RunFolder, settings: WandbSettings, config: Mapping[str, 
 
 
 def _wandb_login() -> bool:
-    """Whether W&B has a key, without asking anybody."""
+    """Whether W&B has a key, without a prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc

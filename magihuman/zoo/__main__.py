@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         "list",
         help="architectures with their sizes, and the checkpoints that ship with the package",
         description=(
-            "Print every architecture of configs/model and every student decoder of configs/turbo with its size, and "
+            "Print every architecture of configs/model and every student decoder of configs/decoder with its size, and "
             "every shipped checkpoint and decoder."
         ),
     )

@@ -1,4 +1,4 @@
-"""Light decoders by name: architectures of configs/turbo, exported folders, run folders, the published Turbo VAE.
+"""Light decoders by name: architectures of configs/decoder, exported folders, run folders, the published Turbo VAE.
 
 An export is a folder with `model.safetensors` and `config.json`, which says the layout (ours, `causal`, or the
 `released` one), its hyperparameters, and whose latents the decoder takes.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from magihuman.codecs.wan_decoder import WanDecoder
     from magihuman.models.latent_contract import Contract
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "turbo"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "decoder"
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 FORMAT = "magihuman-decoder/1"
 CONFIG, MODEL = "config.json", "model.safetensors"
@@ -135,12 +135,12 @@ def _shape_of(layout: str, network: Mapping[str, Any]) -> tuple[int, tuple[int, 
 
 
 def arch_names() -> list[str]:
-    """Names of the architectures in configs/turbo."""
+    """Names of the architectures in configs/decoder."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def arch(name: str) -> dict[str, Any]:
-    """An architecture: {"layout", "codecs", "network"} of configs/turbo/NAME.yaml.
+    """An architecture: {"layout", "codecs", "network"} of configs/decoder/NAME.yaml.
 
     Raises:
         UserError: for an unknown name, listing the choices.

@@ -12,7 +12,7 @@ import training_stub
 from magihuman.config import CONFIGS, OptimSettings, available, parse_time, validate
 from magihuman.errors import UserError
 from magihuman.schema import build, call, check
-from magihuman.train import plain
+from magihuman.train import overrides, plain
 
 
 def node(*overrides: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("words", "message"),
     [
         ([], "no recipe given; add +recipe=NAME, one of: "),
         (
@@ -119,11 +119,28 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
     ],
 )
-def test_mistakes_are_named_with_their_remedy(overrides, message) -> None:
+def test_mistakes_are_named_with_their_remedy(words, message) -> None:
     with pytest.raises(UserError) as error:
-        validate(node(*overrides))
+        validate(node(*words))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_words_of_the_command_line_become_overrides_of_hydra() -> None:
+    words = [
+        "recipe=sr",
+        "+experiment=tiny_sr",
+        "model=tiny",
+        "optim.lr=1",
+        "+name=x",
+        "-m",
+        "~after_fit",
+        "hydra.x=1",
+    ]
+    assert overrides(words) == [
+        "+recipe=sr", "+experiment=tiny_sr", "model=tiny", "++optim.lr=1", "++name=x", "-m", "~after_fit", "hydra.x=1",
+    ]  # fmt: skip
+    assert overrides(overrides(words)) == overrides(words)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -138,8 +155,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "message"),
     [
         ((), "error: no recipe given; add +recipe=NAME, one of: "),
-        (("recipe=pretrain",), "error: a recipe is added, not replaced: write +recipe=NAME"),
-        (("+recipe=nothing",), "error: no recipe 'nothing'; recipes: "),
+        (("+recipe=nothing",), "error: no recipe 'nothing'; choose from "),
+        (("recipe=pretrian",), "error: no recipe 'pretrian', did you mean 'pretrain'?; choose from "),
         (
             ("+recipe=pretrain", "trainer.max_stepz=3"),
             "error: unknown setting trainer.max_stepz, did you mean 'max_steps'?",
@@ -148,7 +165,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
             ("+recipe=dmd2", "recipe.fake_score.update=3"),
             "error: unknown setting recipe.fake_score.update, did you mean 'updates'?",
         ),
-        (("+recipe=pretrain", "optim=sgd"), "adamw"),
+        (("+recipe=pretrain", "trainr.max_steps=3"), "unknown setting trainr, did you mean 'trainer'?"),
+        (("+recipe=pretrain", "optim=sgd"), "error: no optim 'sgd'; choose from adamw, muon"),
         (("+recipe=pretrain", "optim.lr=[1,"), "error: "),
     ],
 )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from inference import sample_latents
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
-from magihuman.training.latent_file import SampledLatents
+from magihuman.training.decoder_training import SampledLatents
 from magihuman.zoo import decoders
 
 PROMPT = "round face, ginger hair, blue shirt, green wall, says ma bi so"

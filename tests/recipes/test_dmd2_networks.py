@@ -68,7 +68,7 @@ def test_the_fake_score_starts_at_the_teacher_and_the_teacher_never_moves(shards
     from magihuman.models.config import LoraConfig
     from magihuman.schema import call
     from magihuman.train import make_data, plain
-    from magihuman.training.session import build_context
+    from magihuman.training.context import build_context
     from recipes.dmd2 import DMD2
 
     for kind in LORAS:

@@ -30,7 +30,7 @@ def recipe(**settings: Any) -> Pretrain:
     plain = {
         "text_drop": 0.0,
         "first_frame": 0.0,
-        "given_audio": 0.0,
+        "audio_conditioning": 0.0,
         "sigma": SigmaPrior(),
         "sampling": Sampling(),
     }
@@ -115,7 +115,7 @@ def test_a_given_first_frame_is_clean_and_out_of_the_loss() -> None:
 @pytest.mark.parametrize(("given", "other"), [("audio", "video"), ("video", "audio")])
 def test_a_given_modality_is_clean_and_out_of_the_loss(given, other) -> None:
     batch = training_stub.batch(range(4))
-    made = recipe(**{f"given_{given}": 1.0})
+    made = recipe(**{f"{given}_conditioning": 1.0})
     errors = {given: torch.tensor(100.0), other: torch.tensor(2.0)}
     loss, noised = loss_of(made, batch, errors["video"], errors["audio"])
     assert loss == pytest.approx(4.0)
@@ -128,7 +128,7 @@ def test_a_given_modality_is_clean_and_out_of_the_loss(given, other) -> None:
 
 def test_conditions_come_with_their_probabilities_and_ramps() -> None:
     batch = training_stub.batch(range(400))
-    made = recipe(first_frame=0.3, given_audio=Ramp(0.6, 0.0), given_video=0.2, text_drop=0.1)
+    made = recipe(first_frame=0.3, audio_conditioning=Ramp(0.6, 0.0), video_conditioning=0.2, text_drop=0.1)
     noised = made.noised(batch, rng(400), conditioned=True)
     audio_given = (noised.audio_mask.flatten() == 0).float().mean()
     video_given = (noised.video_mask.flatten(1).amax(1) == 0).float().mean()
@@ -146,7 +146,7 @@ def test_conditions_come_with_their_probabilities_and_ramps() -> None:
     # A changed probability shifts no other draw.
     assert torch.equal(unconditioned.video_sigma, noised.video_sigma)
     with pytest.raises(UserError, match="exceeds 1"):
-        recipe(given_audio=0.7, given_video=0.4)
+        recipe(audio_conditioning=0.7, video_conditioning=0.4)
 
 
 def test_clips_without_sound_and_still_pictures_contribute_what_they_have() -> None:
@@ -155,7 +155,9 @@ def test_clips_without_sound_and_still_pictures_contribute_what_they_have() -> N
         training_stub.batch(range(3), sound=False, frames=1),
     ):
         made = recipe(
-            given_audio=0.5, given_video=0.5, first_frame=1.0 if batch["video"].shape[2] == 1 else 0.0
+            audio_conditioning=0.5,
+            video_conditioning=0.5,
+            first_frame=1.0 if batch["video"].shape[2] == 1 else 0.0,
         )
         loss, _ = loss_of(made, batch, torch.tensor(3.0), torch.zeros(3, 0, 4))
         assert loss == pytest.approx(9.0)  # nothing is given: there is no other modality, no other frame
@@ -214,7 +216,7 @@ def train(made: Pretrain, steps: int) -> dict[str, float]:
 
 
 def test_losses_fall_and_motion_weights_with_given_sound_teach_the_video_to_listen() -> None:
-    listening = {"sigma": SigmaPrior(coupling="independent"), "motion_floor": 0.2, "given_audio": 0.5}
+    listening = {"sigma": SigmaPrior(coupling="independent"), "motion_floor": 0.2, "audio_conditioning": 0.5}
     fresh = train(recipe(), 0)
     apart, shared = recipe(**listening), recipe()
     after, control = train(apart, 100), train(shared, 100)

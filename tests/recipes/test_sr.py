@@ -21,8 +21,8 @@ from magihuman.flow.super_resolution import coarsen, start, upsample_latents
 from magihuman.io.export import Sampling
 from magihuman.models.config import PackConfig
 from magihuman.models.denoiser import Denoiser
+from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.rng import BatchRng
-from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.sr import SuperResolution
 
 
@@ -251,7 +251,7 @@ def test_first_stage_latents_can_be_made_from_the_large_ones() -> None:
         return codec.encode(frames.float() / 127.5 - 1)
 
     stage = FirstStage(FirstStageSettings(size=(64, 64)), codec=codec)
-    made, wanted = stage.remade(encoded(128)), encoded(64)
+    made, wanted = stage.downsized(encoded(128)), encoded(64)
     assert made.shape == wanted.shape
     assert float((made - wanted).square().mean() / wanted.square().mean()) < 0.02
 
@@ -338,7 +338,7 @@ def test_a_caption_of_one_token_is_one_line() -> None:
     batch = clips()
     batch["text"][2] = batch["text"][2][:1]
     made = recipe()
-    with pytest.raises(UserError, match="a single token, which has no place in coordinates v1"):
+    with pytest.raises(UserError, match="a single token, which has no position in coordinates v1"):
         made.loss(batch, BatchRng(0, 0, range(4)))
 
 

@@ -8,9 +8,9 @@ from small_sr import RELEASED, Fixed, clips, recipe
 
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, coarsen, start
+from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.motion import motion_weight
 from magihuman.training.rng import BatchRng
-from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 
 
 class Listener(torch.nn.Module):

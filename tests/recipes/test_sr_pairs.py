@@ -9,8 +9,8 @@ import training_stub
 from small_sr import clips, recipe
 
 from magihuman.errors import UserError
+from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.rng import BatchRng
-from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.sr import SuperResolution
 
 
@@ -56,7 +56,7 @@ def test_the_first_stage_is_made_from_the_larger_of_two_sizes() -> None:
     [
         ((64, 64), "give a smaller size, of multiples of"),
         ((10, 10), r"clips of \[32, 32\] pixels: give a smaller size, of multiples of \[4, 4\]"),
-        ((16, 8), "differ in shape; prepare clips of several shapes with sr_sizes="),
+        ((16, 8), "differ in aspect ratio; prepare clips of several aspect ratios with sr_sizes="),
     ],
 )
 def test_a_first_stage_that_is_no_smaller_clip_is_one_line(size: tuple[int, int], message: str) -> None:

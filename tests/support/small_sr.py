@@ -10,8 +10,8 @@ from magihuman.flow.super_resolution import NOISE_INDEX
 from magihuman.io.export import Sampling, Size
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.training.context import TrainingContext
+from magihuman.training.first_stage import FirstStageSettings
 from magihuman.training.rng import BatchRng
-from magihuman.training.sr_inputs import FirstStageSettings
 from recipes.sr import SuperResolution
 
 SMALL = DiTConfig(

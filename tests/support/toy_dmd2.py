@@ -26,7 +26,7 @@ from magihuman.io.export import ExportConfig, Sampling, Size, released_dtypes, s
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.training.context import TrainingContext
-from magihuman.training.ema import EMA
+from magihuman.training.optim import EMA
 from recipes.dmd2 import DMD2
 
 DIT = DiTConfig(2, 16, 8, 1, 12, 4, 5, mm_layers=(0,), gelu7_layers=(0,))

@@ -30,7 +30,7 @@ STUDENT = (
     "{layout: causal, network: {latent_channels: 3, stages: [{width: 8, blocks: 1, kind: full, up: [2, 2]}, "
     "{width: 8, blocks: 1, kind: split}], patch: [2, 2]}}"
 )
-DECODER = [f"recipe.student={STUDENT}", "recipe.teacher=null", "recipe.align=0"]
+DECODER = [f"recipe.student={STUDENT}"]
 SMALL = [*ENGINE, *TRANSFORMER]
 """Overrides with which any recipe trains on `write_shards` in a second."""
 
@@ -87,9 +87,10 @@ def compose(overrides: list[str]) -> Any:
     from hydra import initialize_config_dir
 
     from magihuman.config import CONFIGS
+    from magihuman.train import overrides as as_hydra_takes_them
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose("train", overrides)
+        return hydra_compose("train", as_hydra_takes_them(overrides))
 
 
 def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
@@ -99,7 +100,7 @@ def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
     from magihuman.config import validate
     from magihuman.train import plain, train
 
-    network = DECODER if "+recipe=turbo_vae" in overrides else TRANSFORMER
+    network = DECODER if any("=turbo_vae" in word for word in overrides) else TRANSFORMER
     config = compose([*ENGINE, *network, f"folder={folder}", f"data.module.shards={shards}", *overrides])
     node = plain(config)
     return train(node, OmegaConf.to_yaml(config), folder, validate(node))

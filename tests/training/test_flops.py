@@ -28,8 +28,8 @@ from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig, PackConfig, TreadConfig
 from magihuman.models.flops import Sample, distillation_flops, forward_flops, lora_flops, passes
+from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.rng import BatchRng
-from magihuman.training.sr_inputs import FirstStage, FirstStageSettings
 from recipes.base import Recipe
 from recipes.lora import Lora
 from recipes.pretrain import Pretrain

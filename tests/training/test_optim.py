@@ -10,8 +10,8 @@ from torch import nn
 from magihuman.config import OptimSettings
 from magihuman.models.config import DiTConfig
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.training.ema import EMA
 from magihuman.training.optim import (
+    EMA,
     Muon,
     build_optimizer,
     build_schedule,

@@ -9,13 +9,12 @@ import pytest
 import torch
 import training_stub
 
-from magihuman import cpu
+from magihuman import train
 from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.train import warn_of_slow_bf16
-from magihuman.training import preempt, runs, strategies
+from magihuman.training import checkpoint, parallel, runs
 from magihuman.training.callbacks import Meter
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
@@ -174,7 +173,7 @@ def test_run_folders_are_named_so_that_every_process_agrees(monkeypatch) -> None
 
 def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert not preempt.requeue()
+    assert not checkpoint.requeue()
     asked = tmp_path / "asked"
     tool = tmp_path / "scontrol"
     tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
@@ -182,22 +181,22 @@ def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert preempt.requeue()
+    assert checkpoint.requeue()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert preempt.requeue()
+    assert checkpoint.requeue()
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert not preempt.requeue()
+    assert not checkpoint.requeue()
     assert asked.read_text() == "requeue 17\nrequeue 16_4\n"
 
 
 def test_strategies_that_cannot_run_say_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[scale\]', or choose strategy=fsdp2"):
-        strategies.build_strategy(StrategySettings("zero2"), TrainerSettings(1))
+        parallel.build_strategy(StrategySettings("zero2"), TrainerSettings(1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="0 CUDA devices are visible"):
-        strategies.check_device(TrainerSettings(1, accelerator="cuda"))
+        parallel.check_device(TrainerSettings(1, accelerator="cuda"))
 
 
 def test_the_report_shows_figures_and_curves(tmp_path) -> None:
@@ -244,13 +243,13 @@ def test_slow_bf16_of_a_cpu_is_said(
     """Without AVX512-BF16 a training of minutes takes hours."""
     times = iter([0, 0.7, 0, 0.3, 0, 0.9, 0, 0.2, 0, 0.1, 0, 0.4])  # three products in bf16, three in fp32
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.time, "perf_counter", lambda: next(times))
-        assert cpu.bf16_slowdown() == pytest.approx(3.0)
+        patch.setattr(train.time, "perf_counter", lambda: next(times))
+        assert train.bf16_slowdown() == pytest.approx(3.0)
 
     def said(slowdown: float, **options: Any) -> str:
-        monkeypatch.setattr(cpu, "bf16_slowdown", lambda: slowdown)
+        monkeypatch.setattr(train, "bf16_slowdown", lambda: slowdown)
         settings: Any = SimpleNamespace(trainer=TrainerSettings(1, **options))
-        warn_of_slow_bf16(settings)
+        train.warn_of_slow_bf16(settings)
         return capsys.readouterr().out
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -23,7 +23,7 @@ def zero_child(folder: str, shards: str, overrides: list[str], environment: dict
     from lightning.fabric.utilities.seed import reset_seed
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
-    from magihuman.training import strategies
+    from magihuman.training import parallel
 
     class OnCPU(DeepSpeedStrategy):
         """Lightning's strategy without its checks for CUDA devices."""
@@ -54,7 +54,7 @@ def zero_child(folder: str, shards: str, overrides: list[str], environment: dict
         strategy.config["zero_force_ds_cpu_optimizer"] = False
         return strategy
 
-    strategies._zero = on_cpu
+    parallel._zero = on_cpu
     train_child(folder, shards, overrides, environment)
 
 

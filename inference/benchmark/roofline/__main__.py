@@ -52,7 +52,7 @@ def stages(
         seconds: length of the clip
         text: tokens of the prompt
         guided: the base stage with guidance, two passes a step
-        decoder: turbo, wan, or a student of configs/turbo such as a and b
+        decoder: turbo, wan, or a student of configs/decoder such as a and b
         base_time: measured seconds of the base stage
         sr_time: measured seconds of super-resolution
         decode_time: measured seconds of the video decoder
@@ -108,7 +108,7 @@ def gpus(size: str = "all", decoder: str = "turbo") -> str:
 
     Args:
         size: 256p, 540p, 1080p, or all of them
-        decoder: turbo, wan, or a student of configs/turbo such as a and b
+        decoder: turbo, wan, or a student of configs/decoder such as a and b
     """
     cases = [make(name) for name in _sizes(size)]
     lines = [

@@ -229,7 +229,7 @@ TARGETS = {
 """Seconds of base, SR and decode together that a rung of the ladder is to reach; `attention` is the last exact one."""
 
 STUDENT = "b"
-"""Our lightest decoder of the released latents (configs/turbo)."""
+"""Our lightest decoder of the released latents (configs/decoder)."""
 
 _DECODE = 350e12  # FLOP/s assumed of a tuned video decoder
 _LINK = 50e9  # bytes per second assumed from pinned memory of the device to the host

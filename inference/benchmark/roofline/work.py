@@ -115,7 +115,7 @@ def video_decoder(case: ClipCase, decoder: str = "turbo") -> Work:
 
 
 def decoders() -> tuple[str, ...]:
-    """Decoders of the released latents: the published two, and our students of configs/turbo."""
+    """Decoders of the released latents: the published two, and our students of configs/decoder."""
     from magihuman.zoo import decoders as students
 
     own = [name for name in students.arch_names() if _student(name) is not None]

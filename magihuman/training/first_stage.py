@@ -1,7 +1,7 @@
-"""What super-resolution learns to improve: latents as a first stage gives them, for clips that are known at both sizes.
+"""First-stage latents for the training of super-resolution: a clip's own latents at base size, degraded.
 
-Inference refines the samples of a base model. They are not the clip's own latents at base size: details are
-missing, mouths are a little off. `FirstStage` makes such latents from the clip's own, which keep the pairing.
+At inference, super-resolution refines samples of a base model, which lack details and have small errors. `FirstStage`
+makes such latents from the clip's own ones, so that they stay paired with the clip at its full size.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from magihuman.training.rng import BatchRng
 
 @dataclass(frozen=True)
 class FirstStageSettings:
-    """Where the latents at base size come from, and what happens to them.
+    """Source of the latents at base size, and how they are degraded.
 
     Attributes:
         size: (height, width) in pixels of the first stage; each clip is decoded at the second stage's size, made
             smaller and encoded again, so that the shards need not hold it. None: the shards hold both sizes
             (`data.prepare` with sr_sizes).
-        coarse: probability that a clip loses detail, by a factor drawn from `coarse_factors`.
+        coarse: probability that a clip is downsampled and enlarged again, by a factor drawn from `coarse_factors`.
         base: checkpoint of a first stage, or None; base_share: probability that a clip is noised to a level
-            drawn from `base_sigma` and denoised again by it in `base_steps` steps with the clip's sound given, so
-            that training sees what inference gives (Meng et al. 2022, SDEdit, arXiv 2108.01073).
+            drawn from `base_sigma` and denoised again by it in `base_steps` steps with the clip's clean audio (Meng et
+            al. 2022, SDEdit, arXiv 2108.01073), which resembles the samples of inference.
 
     Raises:
         UserError: values out of range.
@@ -60,7 +60,7 @@ class FirstStageSettings:
 
 
 class FirstStage:
-    """Makes first-stage latents; all random numbers come from `rng`.
+    """Makes first-stage latents of a batch; all random numbers come from `rng`.
 
     Args:
         base: frozen first stage, needed for settings.base_share > 0.
@@ -78,17 +78,17 @@ class FirstStage:
         self.codec = codec
 
     @torch.no_grad()
-    def remade(self, large: Tensor) -> Tensor:
+    def downsized(self, large: Tensor) -> Tensor:
         """Latents [B,C,T,H,W] of clips at the second stage's size -> [B,C,T,h,w] at the first one's.
 
         Raises:
-            UserError: the first stage's size is larger, of another shape, or none that the codec can make.
+            UserError: the first stage's size is larger, of another aspect ratio, or not a multiple of the codec's stride.
         """
         assert self.codec is not None
         assert self.settings.size is not None
-        pictures = self.codec.decode(large)
-        self._require_smaller(pictures.shape[-2:], large.shape[-2:])
-        return self.codec.encode(shrink_pictures(pictures, *self.settings.size))
+        frames = self.codec.decode(large)
+        self._require_smaller(frames.shape[-2:], large.shape[-2:])
+        return self.codec.encode(shrink_pictures(frames, *self.settings.size))
 
     def _require_smaller(self, pixels: Sequence[int], cells: Sequence[int]) -> None:
         assert self.settings.size is not None
@@ -101,19 +101,19 @@ class FirstStage:
             raise UserError(f"{known}: give a smaller size, of multiples of {list(stride)}")
         if not images.same_aspect((height, width), (tall, wide)):
             raise UserError(
-                f"{known} differ in shape; prepare clips of several shapes with sr_sizes= instead"
+                f"{known} differ in aspect ratio; prepare clips of several aspect ratios with sr_sizes= instead"
             )
 
     @torch.no_grad()
     def __call__(self, video: Tensor, audio: Tensor, text: Sequence[Tensor], rng: BatchRng) -> Tensor:
-        """The clips' own latents [B,C,T,h,w], [B,A,Ca] -> what a first stage might give instead of the video."""
+        """The clips' own latents [B,C,T,h,w], [B,A,Ca] -> video latents like those of a first stage [B,C,T,h,w]."""
         chosen, what, level = rng.uniform(), rng.uniform(), rng.uniform()
         noise = rng.normal(video.shape[1:]).to(video.device)
         settings, result = self.settings, video
         if settings.base_share > 0:
             result = self._resampled(video, audio, text, chosen < settings.base_share, level, noise)
         if settings.coarse > 0:
-            # The upper end of the same draw: a clip is either resampled or made coarse, while both shares fit.
+            # The upper end of the same random number: a clip is either resampled or made coarse, if both shares fit.
             coarse = chosen >= 1 - settings.coarse
             factors = torch.tensor(settings.coarse_factors)[(what * len(settings.coarse_factors)).long()]
             for i in coarse.nonzero().flatten().tolist():
@@ -131,7 +131,7 @@ class FirstStage:
         level: Tensor,
         noise: Tensor,
     ) -> Tensor:
-        """SDEdit of the chosen clips [B] bool, each from its own noise level (a place in `base_sigma`)."""
+        """SDEdit of the chosen clips [B] bool, each from its own noise level (a position in `base_sigma`)."""
         rows = chosen.nonzero().flatten()
         if not len(rows):
             return video
@@ -139,11 +139,11 @@ class FirstStage:
         low, high = self.settings.base_sigma
         sigma = (low + (high - low) * level[rows]).to(video.device)
         rows = rows.to(video.device)
-        words, sound = [text[i] for i in rows.tolist()], audio[rows]
+        words, own_audio = [text[i] for i in rows.tolist()], audio[rows]
         x = add_noise(video[rows], noise[rows], sigma)
         # The solver's grid from 1 to 0, scaled to begin at each clip's own level.
         grid = Euler(self.settings.base_steps).sigmas.tolist()
         for here, after in pairwise(grid):
-            velocity, _ = self.base(x, sound, words)
+            velocity, _ = self.base(x, own_audio, words)
             x = x + ((after - here) / grid[0]) * sigma.view(-1, 1, 1, 1, 1) * velocity
         return video.index_copy(0, rows, x)
