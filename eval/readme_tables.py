@@ -4,7 +4,7 @@
     python -m eval.readme_tables check=true   # compare only
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
-SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `metrics all`, and those of
+SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics all`, and those of
 `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take the metrics to show.
 """
 
@@ -114,6 +114,59 @@ def peaks_table(file: str) -> str:
     )
 
 
+def overview_table(_: str = "") -> str:
+    """Markdown for the front page: one result of every recipe, from the same files as the tables of their pages."""
+    files = {
+        "pretrain": "eval/results/tiny_base/scores.json",
+        "dmd2": "eval/results/dmd2/compare.json",
+        "sr": "eval/results/tiny_sr/table.json",
+        "turbo_vae": "eval/results/tiny_turbo/scores.json",
+        "lora": "eval/results/tiny_lora/scores.json",
+        "memory": "inference/results/memory_peaks.json",
+    }
+    found = {name: _read(file) for name, file in files.items()}
+
+    value = tables.format_interval
+    base = found["pretrain"]["columns"]["base"]
+    teacher, student = (
+        next(c for name, c in found["dmd2"]["columns"].items() if name.startswith(start))
+        for start in ("teacher, 32", "student")
+    )
+    speed = teacher["seconds_per_clip"] / student["seconds_per_clip"]
+    gain = found["sr"]["sets"]["clip"]["differences"]["latents"]["psnr"]
+    decoders = {name: found["turbo_vae"]["columns"][name] for name in ("teacher", "student")}
+    cheaper = decoders["teacher"]["cost"]["flops"] / decoders["student"]["cost"]["flops"]
+    adapted = found["lora"]["columns"]["tiny_lora"]["table"]["skin_distance"]
+    peak = min(row["bytes"] for row in found["memory"]["peaks"] if row["resolution"] == "1080p")
+    rows = [
+        ["Flow-matching pretraining", "train +recipe=pretrain",
+         f"lip-sync skill {value(base['table']['sync_skill'])}; the codec's own is 1", "pretrain",
+         "recipes/README.md#pretraining"],
+        ["DMD-2 distillation", "train +recipe=dmd2",
+         f"{student['calls']} network calls instead of {teacher['calls']}, {speed:.1f} times faster; lip-sync skill "
+         f"{value(student['rows']['sync_skill'])}, teacher {value(teacher['rows']['sync_skill'])}", "dmd2",
+         "recipes/README.md#dmd-2"],
+        ["Super-resolution", "train +recipe=sr", f"PSNR {value(gain)} dB above enlarged latents", "sr",
+         "recipes/README.md#super-resolution"],
+        ["Turbo VAE decoder", "train +recipe=turbo_vae",
+         f"PSNR {decoders['student']['table']['psnr']['value']:.1f} dB, its teacher "
+         f"{decoders['teacher']['table']['psnr']['value']:.1f} dB, with {cheaper:.1f} times fewer FLOPs", "turbo_vae",
+         "recipes/README.md#turbo-vae"],
+        ["LoRA", "train +recipe=lora",
+         f"a skin tone that no prompt names: distance from equal shares {value(adapted)}, of at most 0.667", "lora",
+         "recipes/README.md#lora"],
+        ["Memory planner, offloading", "zoo plan 15b resolution=1080p gpu_gb=24",
+         f"1080p from {peak / 1e9:.1f} GB (computed)", "memory", "magihuman/zoo/README.md"],
+    ]  # fmt: skip
+    return tables.table(
+        ["", "`python -m magihuman.`", "result in the tiny world, 95 % interval"],
+        [
+            [f"[{title}]({page})", f"`{command}`", f"[{text}]({files[name]})"]
+            for title, command, text, name, page in rows
+        ],
+    )
+
+
 def _comparison(values: Values, keys: tuple[str, ...] = tables.COMPARISON) -> str:
     return tables.comparison(values, keys, brief=True)
 
@@ -134,6 +187,7 @@ def kinds() -> dict[str, Callable[..., str]]:
         "ablation": partial(_with_origin, tables.ablation),
         "cost": cost_table,
         "peaks": peaks_table,
+        "overview": overview_table,
         "metrics": lambda _: tables.glossary(),
     }
 
