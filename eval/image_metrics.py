@@ -3,12 +3,7 @@
 psnr(frames, truth), ssim(frames, truth)   # uint8 [F,H,W,3]
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
 CEILING = 99.0  # dB reported for equal frames
@@ -37,14 +32,14 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> float:
     Raises:
         ValueError: clips of different shapes, or frames smaller than the window.
     """
+    import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _require_same(frames, truth)
     if min(frames.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs frames of at least {WINDOW} pixels, not {list(frames.shape[1:3])}")
-    found = structural_similarity_index_measure(
-        _luma(frames), _luma(truth), sigma=1.5, data_range=1.0, return_full_image=True
-    )
+    a, b = (torch.from_numpy(luma(x, np.float64))[:, None] for x in (frames, truth))
+    found = structural_similarity_index_measure(a, b, sigma=1.5, data_range=255.0, return_full_image=True)
     edge = (
         WINDOW // 2
     )  # torchmetrics' own mean counts windows beyond the edges, which the published index does not
@@ -56,9 +51,6 @@ def _require_same(frames: np.ndarray, truth: np.ndarray) -> None:
         raise ValueError(f"clips of {list(frames.shape)} and {list(truth.shape)} cannot be compared")
 
 
-def _luma(frames: np.ndarray) -> "Tensor":
-    """[F,1,H,W] fp64 in [0,1]."""
-    import torch
-
-    weights = torch.tensor(LUMA, dtype=torch.float64)
-    return (torch.from_numpy(np.ascontiguousarray(frames)).double() / 255 @ weights)[:, None]
+def luma(frames: np.ndarray, dtype: type[np.floating] = np.float32) -> np.ndarray:
+    """BT.601 luma in 8-bit levels: uint8 [F,H,W,3] -> [F,H,W]."""
+    return frames.astype(dtype) @ np.array(LUMA, dtype)

@@ -23,6 +23,7 @@ from data.tiny.puppets import (
     draw_puppet,
     portrait,
 )
+from eval.image_metrics import luma
 
 PROMPTED = ("face", "hair", "shirt", "wall")  # attributes that a caption states
 # The lips of the widest and of the most open vowel, plus a margin for blur.
@@ -126,10 +127,6 @@ def mouth_openness(frames: np.ndarray) -> np.ndarray:
     return share.sum(-1) / size**2
 
 
-def _luma(frames: np.ndarray) -> np.ndarray:
-    return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-
-
 def see(frames: np.ndarray) -> Seen:
     """Measure one clip, uint8 [F,H,W,3].
 
@@ -145,13 +142,13 @@ def see(frames: np.ndarray) -> Seen:
     mouth = _regions(frames.shape[1])["mouth"]
     openness = mouth_openness(frames)
     amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))
-    luma = _luma(frames)
+    levels = luma(frames) / 255
     laplacian = (
-        luma[:, :-2, 1:-1]
-        + luma[:, 2:, 1:-1]
-        + luma[:, 1:-1, :-2]
-        + luma[:, 1:-1, 2:]
-        - 4 * luma[:, 1:-1, 1:-1]
+        levels[:, :-2, 1:-1]
+        + levels[:, 2:, 1:-1]
+        + levels[:, 1:-1, :-2]
+        + levels[:, 1:-1, 2:]
+        - 4 * levels[:, 1:-1, 1:-1]
     )
     return Seen(
         attributes=attributes(frames),
@@ -160,5 +157,5 @@ def see(frames: np.ndarray) -> Seen:
         static=amplitude < STATIC_AMPLITUDE,
         sharpness=float(laplacian.var(axis=(1, 2)).mean()),
         mouth_sharpness=float(laplacian[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
-        flicker=float(np.abs(np.diff(luma, axis=0))[:, ~mouth].mean()),
+        flicker=float(np.abs(np.diff(levels, axis=0))[:, ~mouth].mean()),
     )

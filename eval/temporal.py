@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.image_metrics import LUMA, psnr, ssim
+from eval.image_metrics import luma, psnr, ssim
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def clip_errors(
     """
     each = [psnr(frames[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
     similar = [ssim(frames[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
-    luma, true_luma = _luma(frames), _luma(truth)
-    offset = (luma - true_luma).mean((1, 2))
+    levels, true_levels = luma(frames), luma(truth)
+    offset = (levels - true_levels).mean((1, 2))
     return ClipErrors(
         psnr=float(np.mean(each)),
         ssim=float(np.mean(similar)),
@@ -61,7 +61,7 @@ def clip_errors(
         flicker=flicker(frames, truth),
         seam=seam(cuts, truth, boundaries),
         drift=float(abs(offset[-1]) - abs(offset[0])),
-        sharpness=_detail(luma) / max(_detail(true_luma), 1e-9),
+        sharpness=_detail(levels) / max(_detail(true_levels), 1e-9),
         frame_psnr=tuple(each),
     )
 
@@ -102,10 +102,6 @@ def seam(cuts: Cuts, truth: np.ndarray, boundaries: Sequence[int]) -> float | No
 def latent_starts(frames: int, stride: int) -> list[int]:
     """Numbers of the frames that begin a latent, without the clip's first: 1, 1 + s, 1 + 2 s, ..."""
     return list(range(1, frames, stride))
-
-
-def _luma(frames: np.ndarray) -> np.ndarray:
-    return frames.astype(np.float32) @ np.array(LUMA, np.float32)
 
 
 def _detail(luma: np.ndarray) -> float:
