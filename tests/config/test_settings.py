@@ -147,7 +147,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "magihuman.train", *arguments],
-        capture_output=True, text=True, cwd=CONFIGS.parent, env=environment, timeout=60,
+        capture_output=True, text=True, cwd=CONFIGS.parent, env=environment, timeout=200,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Launcher:
             processes[-1].start()
         processes[0].join(120)
         for process in processes:
-            process.join(10 if processes[0].exitcode == 0 else 0.1)
+            process.join(60 if processes[0].exitcode == 0 else 0.1)
             process.kill()
             process.join()
         return [process.exitcode for process in processes]

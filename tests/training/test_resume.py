@@ -42,7 +42,7 @@ class Processes:
 
     def run(self, folder: Path, *overrides: str) -> int:
         process = self.start(folder, *overrides)
-        process.join(60)
+        process.join(120)
         assert process.exitcode is not None
         return process.exitcode
 
@@ -130,7 +130,7 @@ def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(
     while not (folder / "metrics.csv").exists():
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.join(30)
+    process.join(120)
     assert process.exitcode == 75
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "preempted"
