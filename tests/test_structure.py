@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import itertools
 import os
 import re
 import resource
@@ -34,13 +35,14 @@ FLOORS = {
         ("media",),
         ("codecs",),
         ("zoo",),
-        ("training",),
         ("config",),
+        ("training",),
         ("distill",),
         ("train", "infer"),
     ),
     "inference": (
-        ("prompting", "requests"),
+        ("requests",),
+        ("prompting",),
         ("fast",),
         ("memory",),
         ("pipeline",),
@@ -79,7 +81,7 @@ def named_by(text: str) -> str | None:
     """The module that a string such as "data.prepare:main" or "eval.dmd2.run" refers to."""
     if not re.fullmatch(r"[a-z_]+(\.\w+)+(:\w+)?", text):
         return None
-    if text == "data.module":  # a group of settings
+    if re.fullmatch(r"data\.(module|make)(\.[a-z_]+)?", text):  # settings
         return None
     parts = text.split(":")[0].split(".")
     known = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
@@ -90,6 +92,14 @@ def named_by(text: str) -> str | None:
 def imports(name: str) -> frozenset[str]:
     """Modules of this repository that a module imports, anywhere in it, also by a string."""
     found = set()
+    # "-m", "magihuman.train" in a list is a command that somebody may type.
+    commands = [
+        after
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.List)
+        for before, after in itertools.pairwise(node.elts)
+        if isinstance(before, ast.Constant) and before.value == "-m"
+    ]
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -98,12 +108,11 @@ def imports(name: str) -> frozenset[str]:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 found.add(full if full in SOURCES else str(node.module))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in commands:
             found.add(named_by(node.value) or "")
     return frozenset((found & SOURCES.keys()) - {name})
 
 
-@UNDER_WAY
 @EVERY_MODULE
 def test_packages_import_only_what_they_may(name: str) -> None:
     package = name.split(".")[0]
@@ -112,7 +121,6 @@ def test_packages_import_only_what_they_may(name: str) -> None:
     assert siblings <= allowed, f"{package} must not import {siblings - allowed}"
 
 
-@UNDER_WAY
 def test_lower_floors_import_no_upper_ones() -> None:
     wrong = []
     for package, floors in FLOORS.items():
@@ -126,7 +134,6 @@ def test_lower_floors_import_no_upper_ones() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@UNDER_WAY
 def test_no_import_circle() -> None:
     """Tarjan's strongly connected components of more than one module."""
     index: dict[str, int] = {}
@@ -179,7 +186,6 @@ def test_models_are_pure(name: str) -> None:
     assert "open" not in calls
 
 
-@UNDER_WAY
 def test_the_engine_knows_no_recipe() -> None:
     engine = [
         n
@@ -267,7 +273,6 @@ def test_help_starts_fast(name: str) -> None:
     )
 
 
-@UNDER_WAY
 def test_results_hold_no_path_of_a_machine() -> None:
     found = [
         f"{path.relative_to(REPO)}: {match.group()}"
