@@ -92,7 +92,7 @@ def library_versions() -> dict[str, str]:
 class RunFolder:
     """One training run on disk; only the main process writes.
 
-        run = RunFolder("runs/pretrain/first")
+        run = RunFolder("runs/NAME")
         run.read()["metrics"]
 
     Args:
