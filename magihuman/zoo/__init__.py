@@ -1,4 +1,4 @@
-"""Model zoo: named architectures and checkpoints, loading, conversion, verification, memory planning.
+"""Model zoo: architectures and checkpoints by name, loading, conversion, verification, memory planning.
 
 python -m magihuman.zoo list | inspect PATH | verify DIR [--strict] | convert SRC DST | plan MODEL
 

@@ -11,7 +11,7 @@ from magihuman.errors import UserError, report_and_exit
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m magihuman.zoo",
-        description="Architectures, checkpoints, and proof that the code is right.",
+        description="Architectures and checkpoints: list, inspect, convert, verify, plan memory.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect = commands.add_parser(
         "inspect",
-        help="what is in a checkpoint",
+        help="content of a checkpoint",
         description="Print tensors, shapes, dtypes, sizes, config and provenance of a checkpoint.",
     )
     inspect.add_argument(
@@ -43,12 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_"
     )
-    # Its settings are key=value, read by `_convert`; here it is for the list of commands only.
-    commands.add_parser("convert", help="a checkpoint into another layout: export, released, diffusers")
-    commands.add_parser(
-        "plan", help="the memory that a run will need, and what to change when it does not fit"
-    )
-    commands.add_parser("peaks", help="the peak memory of inference in every mode, as a table and as JSON")
+    # Only for the list of commands: settings of the next three are key=value, see `main`.
+    commands.add_parser("convert", help="convert a checkpoint to another layout: export, released, diffusers")
+    commands.add_parser("plan", help="memory of a run, and what to change if it does not fit")
+    commands.add_parser("peaks", help="peak memory of inference in every mode, as a table and as JSON")
     return parser
 
 
@@ -59,7 +57,7 @@ def _convert(arguments: list[str]) -> str:
     program = "python -m magihuman.zoo convert"
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         return usage(convert, program).replace("src=... dst=...", "SRC DST")
-    # The first two may come without their names, as with any program that copies.
+    # The first two may come without their names, as in any copy command.
     for position, name in enumerate(("src", "dst")):
         if position < len(arguments) and not arguments[position].startswith(f"{name}="):
             arguments[position] = f"{name}={arguments[position]}"

@@ -68,11 +68,13 @@ def build(
     device: "torch.device | str" = "cpu",
     seed: int | None = None,
 ) -> "Denoiser":
-    """Make a network with fresh weights.
+    """Build a network with random weights.
+
+        zoo.build(zoo.arch("small"), zoo.pack("small"), compute_dtype=torch.bfloat16, seed=1)
 
     Args:
-        compute_dtype: torch.float32 or torch.bfloat16; linear_dtype: storage of the block matrices, fp32 where
-            absent (master weights).
+        compute_dtype: torch.float32 or torch.bfloat16.
+        linear_dtype: storage of the block matrices; None is fp32 (master weights).
         device: "meta" makes shapes only.
         seed: of the initial weights; None draws from torch's default generator.
     """
@@ -103,7 +105,7 @@ def find(checkpoint: str | Path) -> Path:
     540p_sr, 1080p_sr), or OWNER/NAME[/FOLDER] in the cache of the Hugging Face Hub.
 
     Raises:
-        UserError: when it is none of these, saying what it is, what there is to choose from, or what fetches it.
+        UserError: when it is none of these, with the choices or the command that fetches it.
     """
     shipped = checkpoint_names()
     if str(checkpoint) in shipped:
@@ -130,15 +132,17 @@ def load(
     compute_dtype: "torch.dtype | None" = None,
     lora: str | Path | None = None,
 ) -> Loaded:
-    """Open a checkpoint for use.
+    """Load a checkpoint for inference or evaluation.
+
+        denoiser = zoo.load("tiny/base").denoiser
 
     Args:
         checkpoint: see `find`.
-        compute_dtype: bf16 on a GPU and fp32 elsewhere where absent; the block matrices are kept in it.
+        compute_dtype: also of the stored block matrices; None is bf16 on a GPU and fp32 elsewhere.
         lora: folder of a LoRA (`magihuman.zoo.lora_files`) to merge into the weights; the config is then its own.
 
     Raises:
-        UserError: when one cannot be found or does not fit.
+        UserError: when checkpoint or LoRA cannot be found or do not fit.
     """
     import torch
 
@@ -151,11 +155,11 @@ def load(
     device = torch.device(device)
     dtype = compute_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     denoiser = build(config.model, config.pack, compute_dtype=dtype, linear_dtype=dtype, device="meta")
-    kinds = {key: tensor.dtype for key, tensor in denoiser.model.state_dict().items()}
+    dtypes = {key: tensor.dtype for key, tensor in denoiser.model.state_dict().items()}
     stored: Iterable[tuple[str, torch.Tensor]] = load_state_dict(folder, config.model).items()
     if lora is not None:
         config = lora_files.config_with_lora(config, lora, str(checkpoint))
         stored = lora_files.apply(dict(stored), lora, config.model)
-    state = {key: tensor.to(device, kinds[key]) for key, tensor in stored}
+    state = {key: tensor.to(device, dtypes[key]) for key, tensor in stored}
     denoiser.model.load_state_dict(state, assign=True)
     return Loaded(denoiser.eval(), config, folder)

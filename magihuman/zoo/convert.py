@@ -1,6 +1,6 @@
-"""Checkpoints from one layout into another, tensor by tensor: the published one (SPEC 9), ours, diffusers-style.
+"""Conversion of checkpoints between layouts, tensor by tensor: published (SPEC 9), exported, diffusers-style.
 
-The network's tensors keep their names everywhere. Memory is that of one piece of one tensor (`tensor_files`).
+Tensor names are equal in all layouts. Memory is that of one block of one tensor (`io.streamed_safetensors`).
 """
 
 import re
@@ -28,7 +28,7 @@ FILES = (".safetensors", ".zst", *PICKLES)
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert: its files, what they hold, and its config."""
+    """A checkpoint to convert: files, their tensors, and its config."""
 
     label: str
     files: Sequence[Path]
@@ -121,18 +121,18 @@ def convert(
 
 
 def open_source(src: str, role: str | None = None) -> Source:
-    """Find a checkpoint and compare every name and shape with its config.
+    """Find a checkpoint and check every name and shape against its config.
 
     Raises:
-        UserError: absent, damaged, or naming missing, unexpected and wrong-shaped tensors.
+        UserError: missing, damaged, or naming missing, unexpected and wrong-shaped tensors.
     """
     path = Path(src).expanduser()
     if path.is_file():
         if path.suffix not in FILES:
-            raise UserError(f"{src} is no file of tensors; those end in {', '.join(FILES)}")
+            raise UserError(f"{src} is not a file of tensors; those end in {', '.join(FILES)}")
         files, specs = [path], read_specs(path)
         if role is None:
-            infer_model(_shapes(specs), src)  # another network than this one is the worse error
+            infer_model(_shapes(specs), src)  # another network is the more important error
             raise UserError(f"{src} does not say which model it holds; add role= one of {', '.join(ROLES)}")
         config = config_for(role, _shapes(specs), src)
     elif (path / DIFFUSERS_INDEX).is_file():
@@ -140,7 +140,7 @@ def open_source(src: str, role: str | None = None) -> Source:
         specs = _read_all(files)
         own = diffusers_style.our_config(path)
         if own and role:
-            raise UserError(f"{src} says itself what it is ({diffusers_style.OUR_CONFIG}); leave role= out")
+            raise UserError(f"{src} has a config of its own ({diffusers_style.OUR_CONFIG}); leave role= out")
         config = own or config_for(_role(path, role), _shapes(specs), src)
     else:
         from magihuman import zoo
@@ -156,13 +156,13 @@ def open_source(src: str, role: str | None = None) -> Source:
 def target_specs(
     specs: Mapping[str, Spec], model: DiTConfig, matrices: str | None, label: str
 ) -> dict[str, Spec]:
-    """What to write, in the network's order: block matrices as asked, everything else fp32 (SPEC 1.2).
+    """Tensors to write, in the network's order: block matrices in the given dtype, others in fp32 (SPEC 1.2).
 
     Args:
         matrices: "BF16", "F32", or None to keep each as it is.
 
     Raises:
-        UserError: a tensor of a type that holds no plain numbers, of a quantised port say.
+        UserError: a tensor of another dtype than READABLE, as in quantised ports.
     """
     for name, spec in specs.items():
         if spec.dtype not in READABLE:
@@ -185,7 +185,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), flags=re.IGNORECASE)
     size = int(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " ")) if found else 0
     if size < 1:
-        raise UserError(f"max_shard={text} is no size; write 5GB or 500MB")
+        raise UserError(f"max_shard={text} is not a size; write 5GB or 500MB")
     return size
 
 
@@ -205,9 +205,9 @@ def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> s
 
 
 def _convert_file(source: Path, target: Path) -> str:
-    """All tensors of one file as safetensors, names and types as they are."""
+    """All tensors of one file as safetensors, with the same names and dtypes."""
     if source.suffix not in FILES:
-        raise UserError(f"{source} is no file of tensors; those end in {', '.join(FILES)}")
+        raise UserError(f"{source} is not a file of tensors; those end in {', '.join(FILES)}")
     specs = read_specs(source)
     total = sum(spec.nbytes for spec in specs.values())
     with staged(target, total) as work:
@@ -220,7 +220,7 @@ def _convert_file(source: Path, target: Path) -> str:
 def _write_shards(
     folder: Path, stem: str, specs: Mapping[str, Spec], limit: int, files: Sequence[Path], scratch: Path
 ) -> int:
-    """Write the files and their index; returns how many. Each source file is read once, whatever the order."""
+    """Write the shards and their index; returns their number. Each source file is read once."""
     plan = plan_shards({name: spec.nbytes for name, spec in specs.items()}, limit)
     weight_map = {}
     with ExitStack() as stack:

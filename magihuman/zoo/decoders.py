@@ -1,7 +1,10 @@
-"""Light decoders by name: architectures of configs/decoder, exported folders, run folders, the published Turbo VAE.
+"""Light video decoders by name: architectures, exported folders, run folders, and the published Turbo-VAED.
 
-An export is a folder with `model.safetensors` and `config.json`, which says the layout (ours, `causal`, or the
-`released` one), its hyperparameters, and whose latents the decoder takes.
+    codec = decoders.load("tiny/turbo")
+    frames = codec.decode(latents)
+
+An export is a folder with `model.safetensors` and `config.json`: layout (`causal`, `released`, or `wan` for teachers),
+hyperparameters, and the codec whose latents the decoder takes.
 """
 
 import json
@@ -30,7 +33,7 @@ LAYOUTS = ("causal", "released", "wan")
 
 @dataclass(frozen=True)
 class Latents:
-    """The latent contract of a decoder: normalised latents of the codec of this name and shape.
+    """Latents that a decoder takes: normalised, of a codec with this name and shape.
 
     Attributes:
         codec: `Contract.video_codec`, with a content hash where the codec is fitted.
@@ -50,7 +53,7 @@ class Latents:
         return {"codec": self.codec, "channels": self.channels, "stride": list(self.stride)}
 
     def require(self, other: "Latents", mine: str, theirs: str) -> None:
-        """Raises UserError unless both are equal; `mine` and `theirs` say whose they are."""
+        """Raises UserError unless both are equal; `mine` and `theirs` name the owners in the message."""
         if self != other:
             raise UserError(
                 f"{mine} takes latents {_words(self)}, but {theirs} has those {_words(other)}; choose the decoder that "
@@ -69,11 +72,11 @@ class DecoderConfig:
     Attributes:
         layout: `causal` (ours), `released`, or `wan` (a teacher); network: its hyperparameters, as
             `CausalDecoderConfig.to_dict`, as the release's JSON, or as `WanDecoderConfig.to_dict`.
-        latents: what it decodes.
-        provenance: free facts about the training, such as recipe, seed and steps; its run.json has the data by sha256.
+        latents: its input.
+        provenance: facts about the training, such as recipe, seed and steps.
 
     Raises:
-        UserError: an unknown layout, hyperparameters that cannot be, or a network of other latents.
+        UserError: an unknown layout, impossible hyperparameters, or a network for other latents.
     """
 
     layout: str
@@ -153,7 +156,7 @@ def arch(name: str) -> dict[str, Any]:
 
 
 def summary(name: str) -> str:
-    """Size and kind of an architecture in a line; without torch."""
+    """Size and type of an architecture in a line; without torch."""
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.codecs.costs import TURBO_PARAMETERS
 
@@ -181,7 +184,7 @@ def config_for(name: str, contract: "Contract") -> DecoderConfig:
 def build(
     config: DecoderConfig, device: "torch.device | str" = "cpu", seed: int | None = None
 ) -> "CausalDecoder | TrainableTurboDecoder | WanDecoder":
-    """Make a network to train, with fresh fp32 weights: normalised latents to frames, with `taps` for features.
+    """Build a network for training, with random fp32 weights: normalised latents to frames, `taps` for features.
 
     Args:
         device: "meta" makes shapes only.
@@ -205,7 +208,7 @@ def build(
 
 
 def _statistics(latents: Latents) -> "tuple[Tensor, Tensor] | tuple[None, None]":
-    """Mean and standard deviation that the released layout undoes: Wan's own (None), and none for other codecs."""
+    """Latent statistics that the released layout undoes: Wan's (None), else mean 0 and standard deviation 1."""
     import torch
 
     if latents.codec == "wan2.2":
@@ -223,7 +226,7 @@ def names() -> list[str]:
 
 
 def is_decoder(folder: str | Path) -> bool:
-    """Whether a folder is a decoder's export."""
+    """Whether a folder is an exported decoder."""
     try:
         values = json.loads((Path(folder) / CONFIG).read_text())
     except (OSError, ValueError):
@@ -232,8 +235,8 @@ def is_decoder(folder: str | Path) -> bool:
 
 
 def find(decoder: str | Path) -> Path | None:
-    """Folder of a decoder of ours: a shipped name, an exported folder, or a run folder; None where it is none of
-    these, as the published Turbo VAE is."""
+    """Folder of an exported decoder: a shipped name, the folder itself, or a run folder; None if it is none of these,
+    as for the published Turbo-VAED."""
     if str(decoder) in names():
         return WEIGHTS / str(decoder)
     folder = Path(decoder).expanduser()
@@ -241,7 +244,7 @@ def find(decoder: str | Path) -> Path | None:
 
 
 def config_of(decoder: str | Path) -> DecoderConfig | None:
-    """The config of a decoder of ours, see `find`; None for others.
+    """Config of an exported decoder, see `find`; None for others.
 
     Raises:
         UserError: a config that does not fit.
@@ -256,10 +259,10 @@ def config_of(decoder: str | Path) -> DecoderConfig | None:
 
 
 def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfig) -> Path:
-    """Write an export; a reader sees the old folder or the whole new one, never a part.
+    """Write an export atomically.
 
     Args:
-        state: of the network that `build` makes, in the dtypes to store.
+        state: state dict of a network from `build`, in the dtypes to store.
 
     Raises:
         UserError: when the state does not fit the config.
@@ -288,11 +291,11 @@ def load(
     device: "torch.device | str" = "cpu",
     dtype: "torch.dtype | None" = None,
 ) -> "CausalDecoderCodec | TurboCodec | WanDecoder":
-    """Open a decoder for use.
+    """Load a decoder for inference.
 
     Args:
         decoder: a name or folder, see `find`, or what `TurboCodec.load` takes.
-        dtype: in which it computes; bf16 on a GPU and fp32 elsewhere where absent, but bf16 for the published one.
+        dtype: compute dtype; None is bf16 on a GPU and for the published decoder, fp32 elsewhere.
 
     Raises:
         UserError: when it cannot be found or does not fit.

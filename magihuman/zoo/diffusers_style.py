@@ -1,8 +1,8 @@
 """A checkpoint as a diffusers-style folder: transformer/, vae/, audio_vae/, scheduler/, model_index.json.
 
-diffusers has no class for this network. The class names are those of the public port that uses the same layout
-(FastVideo), whose transformer keeps the release's tensor names; vae/ and audio_vae/ are true diffusers models.
-`magihuman.json` beside model_index.json is our whole config, so that nothing is lost on the way back.
+diffusers has no class for this network. The class names are those of the public port with the same layout (FastVideo),
+whose transformer keeps the release's tensor names; vae/ and audio_vae/ are diffusers models. `magihuman.json` next to
+model_index.json is our complete config, so that converting back loses nothing.
 """
 
 import os
@@ -23,7 +23,7 @@ OUR_CONFIG = "magihuman.json"
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec to be written: the file it comes from, its config.json, name there -> (name, spec) here."""
+    """A codec to write: source file, its config.json, and source name -> (name, spec) here."""
 
     path: Path
     config: dict[str, Any]
@@ -31,15 +31,15 @@ class Codec:
 
     @property
     def nbytes(self) -> int:
-        """Size of its tensors."""
+        """Bytes of its tensors."""
         return sum(spec.nbytes for _, spec in self.names.values())
 
 
 def our_config(folder: Path) -> ExportConfig | None:
-    """The config that `write_configs` left in a diffusers-style folder; None in somebody else's.
+    """The config that `write_configs` left in a diffusers-style folder; None in folders of other programs.
 
     Raises:
-        UserError: it is damaged.
+        UserError: damaged.
     """
     path = folder / OUR_CONFIG
     if not path.is_file():
@@ -51,7 +51,7 @@ def our_config(folder: Path) -> ExportConfig | None:
 
 
 def write_configs(folder: Path, config: ExportConfig, codecs: Mapping[str, Codec]) -> None:
-    """Write every JSON file but the codecs'.
+    """Write all JSON files except those of the codecs.
 
     Args:
         codecs: by subfolder name.
@@ -81,10 +81,10 @@ def write_configs(folder: Path, config: ExportConfig, codecs: Mapping[str, Codec
 
 
 def find_codecs(vae: str | None, audio_vae: str | None) -> dict[str, Codec]:
-    """The codecs to put into the folder: those given, or else those that the environment names.
+    """Codecs to write: the given ones, else those of the environment variables.
 
     Raises:
-        UserError: a given one is absent (with the command that fetches it) or does not fit its network.
+        UserError: one is missing (with the command that fetches it) or does not fit its network.
     """
     found = {}
     for name, source, part, make in (
@@ -137,5 +137,5 @@ def _oobleck(source: str) -> Codec:
 def _already(path: Path, specs: Mapping[str, Spec], kind: str) -> Codec:
     config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
     if config.get("_class_name") != kind:
-        raise UserError(f"{path} is no {kind}: its config.json names {config.get('_class_name')!r}")
+        raise UserError(f"{path} is not an {kind}: its config.json names {config.get('_class_name')!r}")
     return Codec(path, config, {name: (name, spec) for name, spec in specs.items()})

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: a safetensors file, an exported folder, a LoRA or a run folder."""
+"""Description of a checkpoint: safetensors file, exported folder, LoRA or run folder (`zoo inspect`)."""
 
 import json
 from collections import Counter
@@ -15,14 +15,14 @@ BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-BUFFERS = ("adapter.rope.bands",)  # which `DiTConfig.parameter_count` leaves out
+BUFFERS = ("adapter.rope.bands",)  # not counted by `DiTConfig.parameter_count`
 
 
 def describe(path: str | Path) -> str:
-    """Readable account of a checkpoint: run facts, config, tensors, totals.
+    """Text with run record, config, tensors and totals of a checkpoint.
 
     Raises:
-        UserError: when there is nothing there that can be described.
+        UserError: when there is no checkpoint.
     """
     path = Path(path)
     if path.is_file():
@@ -64,7 +64,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}") from None
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def _json_block(title: str, values: Any) -> str:
@@ -104,7 +104,7 @@ def _tensor_table(files: list[Path]) -> str:
 
 
 def readable_size(count: float) -> str:
-    """Bytes in words, such as 30.64 GB."""
+    """Bytes with a unit, such as 30.64 GB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"

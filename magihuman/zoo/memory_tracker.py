@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors alive while code runs, on any device, also on "meta", where nothing is computed."""
+"""Peak memory of tensors while code runs, counted on any device, also on "meta" without computation."""
 
 import weakref
 from types import TracebackType
@@ -10,9 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Within the block: `live` and `peak` bytes of storages that were made inside it.
+    """Context manager that counts `live` and `peak` bytes of storages created inside it; not those within kernels.
 
-    Temporaries inside a kernel are not seen.
+    with Allocations() as memory:
+        network(x)
+    memory.peak
     """
 
     def __init__(self) -> None:
@@ -22,7 +24,7 @@ class Allocations(TorchDispatchMode):
         self._before: list[weakref.ref[Any]] = []
 
     def ignore(self, *tensors: torch.Tensor) -> "Allocations":
-        """Storages that existed before, so that views of them do not count."""
+        """Exclude existing storages, so that views of them are not counted."""
         self._known |= {id(t.untyped_storage()) for t in tensors}
         self._kept = tensors
         return self

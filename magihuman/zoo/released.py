@@ -1,7 +1,7 @@
-"""The published weights, which carry no config of ours: what they are shows in their tensors and the folder's name.
+"""Configs of the published weights, from tensor shapes and the folder's name.
 
-Tensors tell every width (`infer_model`), so tiny files of the same layout work too. They do not tell how a model
-is to be sampled, nor whether it attends locally: that is the folder's name (SPEC 9), or the setting role=.
+Shapes give the architecture (`infer_model`), so tiny files of the same layout work too. Sampling settings and local
+attention follow from the folder's name (SPEC 9) or the setting role=.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Role:
-    """What a published folder is for (SPEC 3.5, 4.1, 4.3, 4.4).
+    """Sampling settings, clip size and coordinates of a published model (SPEC 3.5, 4.1, 4.3, 4.4).
 
     Attributes:
         coords_style: v2 for base models, v1 for super-resolution.
-        local: video tokens see a window of frames in most layers (SPEC 1.6).
+        local: local attention in most layers (SPEC 1.6).
     """
 
     sampling: Sampling
@@ -54,7 +54,7 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
     """The config of a published model.
 
     Args:
-        shapes: of all its tensors, by name; source: what to call it in messages.
+        shapes: of all its tensors, by name; source: its name in messages.
 
     Raises:
         UserError: unknown role, or tensors of another network.
@@ -89,27 +89,27 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
 def infer_model(shapes: Shapes, source: object) -> DiTConfig:
     """Hyperparameters from the tensors' shapes (SPEC 1.2).
 
-    H and the inputs' widths are the embedders' shapes, D is 8 times the rotary bands, a layer has experts where its
-    norm is 3H long, and GELU7 where the up projection is as wide as the down projection's input (SwiGLU7's is
-    twice that). The fused projection's rows are (H/D + 2G) D and, with gates, H/D more; gates are assumed where
-    both readings would give whole heads, since the release has them.
+    H and input widths are the embedders' shapes; D is 8 times the number of rotary bands; a layer has experts where its
+    norm has 3H elements, and GELU7 where the up projection is as wide as the input of the down projection (SwiGLU7:
+    twice as wide). The fused projection has (H/D + 2G) D rows, and H/D more with gates; gates are assumed where both
+    would give whole heads, since the release has them.
 
     Raises:
-        UserError: a tensor that is needed for this is absent or odd.
+        UserError: a tensor that is needed for this is missing or has an unexpected shape.
     """
 
     def shape(key: str, ndim: int) -> tuple[int, ...]:
         found = shapes.get(key)
         if found is None or len(found) != ndim or 0 in found:
-            what = "lacks" if found is None else f"has an odd shape {list(found)} for"
-            raise UserError(f"{source} is no daVinci-MagiHuman network: it {what} {key}; {_NOT_IT}")
+            what = "lacks" if found is None else f"has an unexpected shape {list(found)} for"
+            raise UserError(f"{source} is not a daVinci-MagiHuman network: it {what} {key}; {_NOT_IT}")
         return found
 
     hidden, video = shape("adapter.video_embedder.weight", 2)
     head_dim = 8 * shape("adapter.rope.bands", 1)[0]
     layers = {int(part) for key in shapes if (part := _layer(key)).isdigit()}
     if not layers:
-        raise UserError(f"{source} is no daVinci-MagiHuman network: it lacks block.layers.0; {_NOT_IT}")
+        raise UserError(f"{source} is not a daVinci-MagiHuman network: it lacks block.layers.0; {_NOT_IT}")
     count = max(layers) + 1
     experts, gelu, post_norm = [], [], []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Where a checkpoint argument points: a folder, a run folder, a published folder, or a Hub id. Never the network."""
+"""Locating checkpoints: folders, run folders, published folders, ids in the local Hub cache; nothing is downloaded."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ from magihuman.zoo.released import REPO, ROLES, Shapes, config_for
 DIFFUSERS_INDEX = "model_index.json"
 
 RUNS = "runs"
-"""Where trainings write by default, as RUNS/recipe/name."""
+"""Default folder of training runs: RUNS/recipe/name."""
 
 
 def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
@@ -22,10 +22,10 @@ def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
     or OWNER/NAME[/FOLDER] in the cache of the Hugging Face Hub.
 
     Args:
-        shipped: names to list when nothing is found.
+        shipped: names of shipped checkpoints, for messages.
 
     Raises:
-        UserError: when it is none of these, saying what there is to choose from, or what fetches it.
+        UserError: when it is none of these, with the choices or the command that fetches it.
     """
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
@@ -39,7 +39,7 @@ def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
     repo, _, inner = _split_hub_id(text)
     ours = text.partition("/")[0] in {name.partition("/")[0] for name in shipped}
     a_run = folder.parts[:1] == (RUNS,)
-    # A first part that exists here means a misspelt path, not a name of the Hub; so does that of all runs.
+    # A first part that exists here, or `runs`, means a misspelt path and not a Hub id.
     if repo and not ours and not a_run and not Path(repo).parent.exists():
         return _in_hub_cache(repo, inner, shipped)
     more = f"; {_fetch_into(folder)}" if folder.name in ROLES and not ours else ""
@@ -56,18 +56,18 @@ def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = N
     """The config of a folder found by `locate`: its own, or that of the published model which it holds.
 
     Args:
-        role: which published model, where the folder's name does not say it.
-        shapes: of its tensors, where they are known already.
+        role: published model, where the folder's name does not say it.
+        shapes: of its tensors, if already known.
 
     Raises:
         UserError: it does not fit, or nothing says which model it is.
     """
     if (folder / CONFIG).is_file() and not _is_foreign(folder / CONFIG):
         if role is not None:
-            raise UserError(f"{folder} says itself what it is ({CONFIG}); leave role= out")
+            raise UserError(f"{folder} has a config of its own ({CONFIG}); leave role= out")
         return load_config(folder)
     if not _has_weights(folder):
-        return load_config(folder)  # whose message says what is amiss
+        return load_config(folder)  # raises with the reason
     if role is None:
         role = next((name for name in (folder.name, folder.resolve().name) if name in ROLES), None)
     if role is None:
@@ -82,13 +82,13 @@ def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = N
 
 
 def choices(name: str, shipped: Sequence[str]) -> str:
-    """The shipped names for a message, and which of them may have been meant by `name`."""
+    """The shipped names for a message, and the one closest to `name`."""
     close = difflib.get_close_matches(name, shipped, n=1)
     return (", ".join(shipped) or "none yet") + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _fetch_into(folder: Path) -> str:
-    """What brings the published weights to `folder`, whose name is that of one of them."""
+    """Command that downloads the published weights of that name to `folder`."""
     return f"fetch it with: hf download {REPO} --include '{folder.name}/*' --local-dir {folder.parent}"
 
 
@@ -119,7 +119,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _is_foreign(config: Path) -> bool:
-    """Whether a config.json is somebody else's: a JSON object that names no format."""
+    """Whether a config.json is not ours: a JSON object without a format."""
     try:
         values = json.loads(config.read_text())
     except (OSError, ValueError):

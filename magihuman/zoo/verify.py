@@ -1,4 +1,4 @@
-"""Run a folder of stored vectors against this implementation and print what passes."""
+"""Verification against stored test vectors (`zoo verify`)."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. status: "pass", "FAIL" or "unsupported"; result is absent where nothing ran."""
+    """One line of the report; status: "pass", "FAIL" or "unsupported"; result: None where nothing ran."""
 
     case: str
     kind: str
@@ -47,13 +47,15 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the folder that holds {MANIFEST} and the vector files")
+        raise UserError(
+            f"{folder} is not a folder; give the folder that holds {MANIFEST} and the vector files"
+        )
     try:
         files = json.loads(path.read_text())["files"]
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}; give the folder of the vector files") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no manifest of vectors ({error!r}); copy the folder again") from None
+        raise UserError(f"{path} is not a manifest of vectors ({error!r}); copy the folder again") from None
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} lists no cases; copy the folder again")
     for name, entry in files.items():

@@ -61,7 +61,7 @@ class TestFiles:
     def test_sizes(self) -> None:
         assert [parse_size(s) for s in ("5GB", "500 mb", "1.5k", "7")] == [5 * 10**9, 5 * 10**8, 1500, 7]
         for wrong in ("", "much", "0", "-1GB", "5TB"):
-            with pytest.raises(UserError, match=f"max_shard={wrong} is no size"):
+            with pytest.raises(UserError, match=f"max_shard={wrong} is not a size"):
                 parse_size(wrong)
 
 
@@ -175,7 +175,7 @@ class TestRoundTrips:
             assert zoo.config_of(tmp_path / f"of-{name}" / "x") == zoo.config_of(release / "distill")
         with pytest.raises(UserError, match="does not say which model it holds; add role= one of base"):
             convert(str(tmp_path / "all.ckpt"), str(tmp_path / "x"))
-        with pytest.raises(UserError, match="says itself what it is"):
+        with pytest.raises(UserError, match="has a config of its own"):
             convert(str(tmp_path / "of-all.ckpt" / "x"), str(tmp_path / "y"), role="base")
 
     def test_pickle_to_safetensors(self, tmp_path: Path) -> None:

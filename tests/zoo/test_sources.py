@@ -107,7 +107,7 @@ class TestWhatItIs:
         ("key", "shape", "message"),
         [
             ("adapter.rope.bands", None, r"lacks adapter\.rope\.bands"),
-            ("adapter.video_embedder.weight", (32,), r"odd shape \[32\] for adapter\.video_embedder"),
+            ("adapter.video_embedder.weight", (32,), r"unexpected shape \[32\] for adapter\.video_embedder"),
             ("block.layers.3.mlp.up_gate_proj.weight", None, r"lacks block\.layers\.3\.mlp\.up_gate_proj"),
         ],
     )

@@ -298,7 +298,7 @@ class TestCommandLine:
         command = [sys.executable, "-m", "magihuman.zoo", "verify", "/nowhere"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: /nowhere is no folder")
+        assert done.stderr.startswith("error: /nowhere is not a folder")
         assert done.stderr.count("\n") == 1
 
     def test_inspect_a_run_folder(
