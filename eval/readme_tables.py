@@ -85,7 +85,7 @@ def cost_table(*files: str) -> str:
 
 
 def peaks_table(file: str) -> str:
-    """Markdown of a file written by `magihuman.zoo.peaks`: a row per resolution and storage of the weights."""
+    """Markdown of a file written by `magihuman.zoo.commands.peaks`: a row per resolution and storage of the weights."""
     values = _read(file)
     rows, settings, made = values["peaks"], values["settings"], values["provenance"]
     if any(row["how"] != "computed" for row in rows):

@@ -35,7 +35,7 @@ from inference.benchmark.video_decoders import decoder_row
 from inference.fast import require_kernel
 from magihuman.models.config import local_layers
 from magihuman.models.denoiser import Denoiser
-from magihuman.zoo import plan
+from magihuman.zoo import memory_plan
 
 SIZES = ("256p", "540p", "1080p")
 DECODERS = ("turbo", "b")
@@ -71,7 +71,7 @@ def planned_bytes(case: ClipCase) -> int:
     """What `python -m magihuman.zoo plan` computes for a clip's last loop alone."""
     base, *further = case.stages
     (height, width), (_, rows, columns) = (base.height, base.width), case.stride
-    request = plan.Request(
+    request = memory_plan.ClipRequest(
         base=base.config,
         patch=base.pack.patch_size,
         stride=case.stride,
@@ -84,10 +84,10 @@ def planned_bytes(case: ClipCase) -> int:
         second=further[0].config if further else None,
         enlarged=case.pixels if further else (0, 0),
         turbo=True,
-        compute=plan.BF16 if case.released else plan.FP32,
+        compute=memory_plan.BF16 if case.released else memory_plan.FP32,
     )
     last = "refine" if further else "sample"
-    return next(need.alone for need in plan.needs(request) if need.stage == last)
+    return next(need.alone for need in memory_plan.stage_memory(request) if need.stage == last)
 
 
 class SuiteBench(Bench):

@@ -40,7 +40,7 @@ from magihuman.models.gpu_specs import peak_flops
 from magihuman.models.latent_contract import Contract
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext, quiet
-from magihuman.zoo import plan_training
+from magihuman.zoo import memory_plan
 from recipes.base import Recipe
 from recipes.dmd2 import DMD2
 from recipes.lora import Lora
@@ -179,13 +179,13 @@ class TrainingBench(Bench):
 
     def _planned(self, mode: str, batch: int) -> int:
         """What `python -m magihuman.zoo plan` computes for one GPU."""
-        run = plan_training.Run(
+        run = memory_plan.TrainingStep(
             self.stage.config,
             self.stage.tokens.times(batch if self.kind == "lora" else 1),
             checkpointing=CHECKPOINTING[mode],
             rank=self.ranks[self.kind],
         )
-        return plan_training.per_gpu(run, self.kind, 1, "lora")
+        return memory_plan.per_gpu(run, self.kind, 1, "lora")
 
     # -- the recipes with random weights in place of a checkpoint's
 

@@ -6,7 +6,7 @@ import torch
 
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
-from magihuman.zoo.plan import Request, peak, require_room
+from magihuman.zoo.memory_plan import ClipRequest, peak, require_memory
 
 if TYPE_CHECKING:
     from inference.loading import Source
@@ -16,14 +16,14 @@ TEXT = 340
 """Tokens of a long prompt. The true number is known when the text encoder is loaded; it matters little."""
 
 
-def request_for(source: "Source", settings: "Settings", batch: int) -> Request:
+def request_for(source: "Source", settings: "Settings", batch: int) -> ClipRequest:
     """A batch of such clips as a request of the memory planner."""
     contract, second = source.config.contract, settings.sr
     ours = source.decoder
     student = (
         CausalDecoderConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
     )
-    return Request(
+    return ClipRequest(
         base=source.config.model,
         patch=source.config.pack.patch_size,
         stride=contract.video_stride,
@@ -61,4 +61,4 @@ def check_fits(source: "Source", settings: "list[Settings]", batch: int) -> None
         return
     available = torch.cuda.get_device_properties(source.device).total_memory
     worst = max((request_for(source, each, batch) for each in settings), key=peak)
-    require_room(worst, available)
+    require_memory(worst, available)

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(arguments: list[str]) -> str:
     from magihuman.cli import settings, usage
-    from magihuman.zoo.convert import convert
+    from magihuman.zoo.commands import convert
 
     program = "python -m magihuman.zoo convert"
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
@@ -108,12 +108,12 @@ def main(argv: list[str] | None = None) -> int:
         print(_convert(given[1:]))
         return 0
     if given[:1] == ["plan"]:
-        from magihuman.zoo.plan_command import plan
+        from magihuman.zoo.commands import plan
 
         print(_sized(plan, "plan", given[1:]))
         return 0
     if given[:1] == ["peaks"]:
-        from magihuman.zoo.peaks import peaks
+        from magihuman.zoo.commands import peaks
 
         print(_sized(peaks, "peaks", given[1:]))
         return 0

@@ -20,9 +20,8 @@ from magihuman.zoo.inspect import readable_size
 from magihuman.zoo.released import ROLES, config_for, infer_model
 from magihuman.zoo.sources import DIFFUSERS_INDEX, read_config
 
-LAYOUTS = ("export", "released", "diffusers")
-DTYPES = {"keep": None, "bf16": "BF16", "fp32": "F32"}
 READABLE = ("F32", "BF16", "F16", "F64")
+DTYPES = {"keep": None, "bf16": "BF16", "fp32": "F32"}
 FILES = (".safetensors", ".zst", *PICKLES)
 
 
@@ -36,43 +35,18 @@ class Source:
     config: ExportConfig
 
 
-def convert(
+def convert_checkpoint(
     src: str,
     dst: str,
-    to: str = "export",
-    dtype: str = "keep",
-    max_shard: str = "5GB",
-    role: str | None = None,
-    vae: str | None = None,
-    audio_vae: str | None = None,
-    lora: str | None = None,
+    to: str,
+    dtype: str,
+    max_shard: str,
+    role: str | None,
+    vae: str | None,
+    audio_vae: str | None,
+    lora: str | None,
 ) -> str:
-    """Turn a checkpoint into another layout; DST appears whole or not at all.
-
-    Args:
-        src: published folder (base, distill, ...; shards may be .zst), export, run folder, shipped name, Hub id,
-            diffusers-style folder, or one file (.safetensors, or a pickle: .ckpt .pth .pt .bin)
-        dst: folder to make; or, from one file, a NEW.safetensors with the same tensors
-        to: export (ours), released (as published), or diffusers
-        dtype: of the block matrices: keep, bf16 or fp32; all other tensors are fp32 always
-        max_shard: upper bound of a file, such as 5GB or 500MB
-        role: base, distill, 540p_sr or 1080p_sr, where the name of SRC does not say it
-        vae: Wan 2.2 VAE for to=diffusers; none takes MAGIHUMAN_WAN_VAE, or leaves it out
-        audio_vae: Stable Audio VAE for to=diffusers; none takes MAGIHUMAN_STABLE_AUDIO, or leaves it out
-        lora: LoRA to merge into the weights, with to=export; the whole network is then held in memory
-
-    Returns:
-        What was written, in words.
-
-    Raises:
-        UserError: SRC is damaged or not this network, or DST cannot be written.
-    """
-    if to not in LAYOUTS:
-        raise UserError(f"to={to} is unknown; choose one of {', '.join(LAYOUTS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
-    if to != "diffusers" and (vae or audio_vae):
-        raise UserError("vae= and audio_vae= belong to to=diffusers; the other layouts hold no codecs")
+    """The command `magihuman.zoo.commands.convert`, whose docstring has the arguments."""
     limit, target = parse_size(max_shard), Path(dst).expanduser()
     if lora is not None:
         if (to, dtype) != ("export", "keep"):

@@ -9,7 +9,7 @@ import pytest
 
 from eval import cost, readme_tables
 from magihuman.errors import UserError
-from magihuman.zoo.peaks import peaks
+from magihuman.zoo.commands import peaks
 
 
 def test_all_readmes_are_rendered_from_their_files() -> None:

@@ -16,7 +16,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import ExportConfig
 from magihuman.models.latent_contract import Contract
-from magihuman.zoo.plan import needs
+from magihuman.zoo.memory_plan import stage_memory
 
 CONTRACT = Contract("wan", "oobleck", "t5", 48, 64, 3584, (4, 16, 16), 25.0, 51200, 2)
 CONFIG = ExportConfig(zoo.arch("15b"), zoo.pack("15b"), "released", CONTRACT)
@@ -72,7 +72,7 @@ def test_a_light_decoder_counts_as_what_it_is(gpu: SimpleNamespace) -> None:
     latents = decoders.Latents("wan", 48, (4, 16, 16))
     ours = decoders.DecoderConfig(described["layout"], described["network"], latents)
     decode = {
-        name: needs(room.request_for(_source(**changes), LARGE, 1))[-1].activations
+        name: stage_memory(room.request_for(_source(**changes), LARGE, 1))[-1].activations
         for name, changes in {
             "wan": {},
             "published": {"turbo": "turbo_vae"},

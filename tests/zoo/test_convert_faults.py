@@ -23,7 +23,7 @@ from magihuman.io.export import INDEX, weight_files
 from magihuman.io.streamed_safetensors import SafetensorsWriter, read_specs
 from magihuman.models.config import DiTConfig
 from magihuman.zoo.__main__ import main
-from magihuman.zoo.convert import convert
+from magihuman.zoo.commands import convert
 
 LAST = "model-00007-of-00007.safetensors"
 
@@ -156,7 +156,7 @@ class TestInterruptions:
         slow = (
             "import sys, time\n"
             "from magihuman.io.streamed_safetensors import SafetensorsWriter\n"
-            "from magihuman.zoo.convert import convert\n"
+            "from magihuman.zoo.commands import convert\n"
             "write, done = SafetensorsWriter.write, []\n"
             "def dawdle(self, name, blocks):\n"
             "    write(self, name, blocks)\n"

@@ -20,7 +20,7 @@ from magihuman.models import lora
 from magihuman.models.config import LoraConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.zoo import lora_files
-from magihuman.zoo.convert import convert
+from magihuman.zoo.commands import convert
 from magihuman.zoo.inspect import describe
 
 CONTRACT = replace(training_stub.CONTRACT, audio_channels=6, text_channels=10)

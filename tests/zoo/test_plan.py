@@ -11,15 +11,24 @@ import pytest
 
 from magihuman import zoo
 from magihuman.errors import UserError
-from magihuman.zoo import footprint, plan_training
+from magihuman.zoo import footprint, memory_plan
 from magihuman.zoo.__main__ import main
+from magihuman.zoo.commands import plan
 from magihuman.zoo.footprint import Tokens
-from magihuman.zoo.plan import GB, MEMORY, RESERVE, Request, needs, peak, remedies, require_room
-from magihuman.zoo.plan_command import plan
+from magihuman.zoo.memory_plan import (
+    GB,
+    MEMORY,
+    RESERVE,
+    ClipRequest,
+    peak,
+    remedies,
+    require_memory,
+    stage_memory,
+)
 
 BIG = zoo.arch("15b")
 # 5 s at 256p, then 1080p.
-REQUEST = Request(BIG, 2, (4, 16, 16), True, 125, 126, 256, 448)
+REQUEST = ClipRequest(BIG, 2, (4, 16, 16), True, 125, 126, 256, 448)
 LARGE = replace(REQUEST, second=BIG, enlarged=(1088, 1920))
 
 
@@ -38,7 +47,7 @@ class TestInference:
             assert fast[0] > fast[1] > fast[2]
 
     def test_sums(self) -> None:
-        stages = {need.stage: need for need in needs(LARGE)}
+        stages = {need.stage: need for need in stage_memory(LARGE)}
         assert list(stages) == ["text", "condition", "sample", "refine", "decode"]
         weights = 30_642_008_128 * 2 + sum(
             sum(stages[name].weights.values()) for name in ("text", "condition")
@@ -52,7 +61,7 @@ class TestInference:
 
     def test_guidance_and_batches_cost_activations(self) -> None:
         def work(**changes: object) -> int:
-            return needs(replace(REQUEST, **changes))[2].activations  # type: ignore[arg-type]
+            return stage_memory(replace(REQUEST, **changes))[2].activations  # type: ignore[arg-type]
 
         assert work(guided=True) == pytest.approx(2 * work(), rel=0.02)
         assert work(guided=True, cfg_passes=2) == work()
@@ -77,20 +86,20 @@ class TestInference:
         assert size <= peak(replace(REQUEST, memory="low")) + 4 * GB
 
     def test_refusal_is_one_line_with_the_remedy(self) -> None:
-        require_room(REQUEST, 80 * GB)
+        require_memory(REQUEST, 80 * GB)
         with pytest.raises(
             UserError, match=r"needs \d+\.\d GB .*computed.*40\.0 GB; use memory=balanced"
         ) as e:
-            require_room(REQUEST, 40 * GB)
+            require_memory(REQUEST, 40 * GB)
         assert "\n" not in str(e.value)
         with pytest.raises(UserError, match="larger GPU"):
-            require_room(LARGE, 4 * GB)
+            require_memory(LARGE, 4 * GB)
 
 
 class TestTraining:
     """The table of research on DMD-2 (its section 5.6) and that on pretraining."""
 
-    RUN = plan_training.Run(BIG, Tokens(3584, 126, 340))
+    RUN = memory_plan.TrainingStep(BIG, Tokens(3584, 126, 340))
 
     @pytest.mark.parametrize(
         ("sharing", "ema", "rank", "total", "shards"),
@@ -106,27 +115,27 @@ class TestTraining:
     def test_dmd2_state(
         self, sharing: str, ema: str, rank: int, total: float, shards: tuple[float, ...]
     ) -> None:
-        state = plan_training.state_bytes(replace(self.RUN, ema=ema, rank=rank), "dmd2", sharing)
+        state = memory_plan.state_bytes(replace(self.RUN, ema=ema, rank=rank), "dmd2", sharing)
         assert state / GB == pytest.approx(total, abs=0.6)
         for gpus, size in zip((8, 16, 32, 64), shards, strict=True):
             assert state / gpus / GB == pytest.approx(size, abs=0.08)
 
     def test_pretraining_state(self) -> None:
-        state = plan_training.state_bytes(replace(self.RUN, ema="cpu"), "pretrain")
+        state = memory_plan.state_bytes(replace(self.RUN, ema="cpu"), "pretrain")
         assert state == 16 * 15_299_419_136
 
     def test_recomputing_saves(self) -> None:
-        kept = plan_training.work_bytes(replace(self.RUN, checkpointing=False), "pretrain")
-        assert kept > 5 * plan_training.work_bytes(self.RUN, "pretrain")
+        kept = memory_plan.work_bytes(replace(self.RUN, checkpointing=False), "pretrain")
+        assert kept > 5 * memory_plan.work_bytes(self.RUN, "pretrain")
         # Attention's results in bf16 and the log-sum-exps of 40 heads in fp32, of all layers but the one in work.
         attention = replace(self.RUN, checkpointing="attention")
         more = 39 * 4050 * (2 * 5120 + 4 * 40)
-        recomputed = plan_training.work_bytes(self.RUN, "pretrain")
-        assert plan_training.work_bytes(attention, "pretrain") == recomputed + more
-        available = plan_training.per_gpu(self.RUN, "pretrain", 8)
-        report = plan_training.report(attention, "pretrain", 8, "", available)
+        recomputed = memory_plan.work_bytes(self.RUN, "pretrain")
+        assert memory_plan.work_bytes(attention, "pretrain") == recomputed + more
+        available = memory_plan.per_gpu(self.RUN, "pretrain", 8)
+        report = memory_plan.training_report(attention, "pretrain", 8, "", available)
         assert "  recompute attention in the backward pass as well: checkpointing=true" in report
-        assert plan_training.gathered_bytes(self.RUN, 1) == 0
+        assert memory_plan.gathered_bytes(self.RUN, 1) == 0
 
     @pytest.mark.parametrize(("task", "sharing"), [("lora", "full"), ("dmd2", "lora")])
     def test_a_frozen_base_has_no_master_weights(self, task: str, sharing: str) -> None:
@@ -134,8 +143,7 @@ class TestTraining:
             run = replace(self.RUN, checkpointing=checkpointing)
             casts = footprint.cast_bytes(BIG, 2, checkpointing)
             assert (
-                plan_training.work_bytes(run, task, sharing)
-                == plan_training.work_bytes(run, "pretrain") - casts
+                memory_plan.work_bytes(run, task, sharing) == memory_plan.work_bytes(run, "pretrain") - casts
             )
         # Without recomputation 30 GB of bf16 copies of 15 B master weights would wait for the backward pass.
         assert casts == pytest.approx(2 * BIG.parameter_count(), rel=0.01)

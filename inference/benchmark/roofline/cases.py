@@ -8,7 +8,7 @@ from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
 from magihuman.zoo.footprint import Tokens
-from magihuman.zoo.plan import SIZES as RELEASED_SIZES
+from magihuman.zoo.memory_plan import SIZES as RELEASED_SIZES
 
 if TYPE_CHECKING:
     from magihuman.io.export import ExportConfig

@@ -21,7 +21,7 @@ from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import kind_of, profile_pass
 from magihuman.errors import UserError
-from magihuman.zoo import plan
+from magihuman.zoo import memory_plan
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
@@ -272,11 +272,11 @@ def test_a_profiler_that_sees_nothing_is_no_idle_device() -> None:
 
 def test_planned_memory_is_the_plan_command_s() -> None:
     found = suite.planned_bytes(make("1080p"))
-    request = plan.Request(
+    request = memory_plan.ClipRequest(
         make("1080p").stages[0].config, 2, (4, 16, 16), True, 125, 126, 256, 448,
         second=make("1080p").stages[1].config, enlarged=(1088, 1920), turbo=True,
     )  # fmt: skip
-    by_name = {need.stage: need.alone for need in plan.needs(request)}
+    by_name = {need.stage: need.alone for need in memory_plan.stage_memory(request)}
     assert found == by_name["refine"]
     assert suite.planned_bytes(make("256p")) == by_name["sample"]
 

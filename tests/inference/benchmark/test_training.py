@@ -16,7 +16,7 @@ from inference.benchmark.roofline.cases import make
 from inference.benchmark.training_steps import TrainingBench, _Timer
 from magihuman.models.config import LoraConfig
 from magihuman.models.flops import forward_flops, lora_flops
-from magihuman.zoo import plan_training
+from magihuman.zoo import memory_plan
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,8 @@ def test_the_table_and_the_plan(dry: Path, tmp_path: Path) -> None:
     assert len(computed) == 8
 
     stage = make("256p").stages[0]
-    run = plan_training.Run(stage.config, stage.tokens, rank=32)
+    run = memory_plan.TrainingStep(stage.config, stage.tokens, rank=32)
     # 30.6 GB of weights in bf16, 20 bytes for each number of the adapter.
-    count, own = stage.config.parameter_count(), 20 * plan_training.footprint.lora_count(stage.config, 32)
-    assert plan_training.state_bytes(run, "lora") == 2 * count + own
-    assert plan_training.per_gpu(run, "lora", 1) < 48e9
+    count, own = stage.config.parameter_count(), 20 * memory_plan.footprint.lora_count(stage.config, 32)
+    assert memory_plan.state_bytes(run, "lora") == 2 * count + own
+    assert memory_plan.per_gpu(run, "lora", 1) < 48e9

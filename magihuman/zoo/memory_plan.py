@@ -1,0 +1,379 @@
+"""Memory of inference and training on a GPU, computed before anything is loaded (`zoo plan`, `zoo peaks`).
+
+    request = ClipRequest(zoo.arch("15b"), 2, (4, 16, 16), True, frames=125, audio=126, height=256, width=448)
+    peak(request) / GB                        # bytes at the worst moment of the run
+    per_gpu(TrainingStep(config, tokens), "dmd2", gpus=8, sharing="lora")
+
+All numbers come from the formulas of `magihuman.zoo.footprint`; none is measured. Gigabytes are decimal.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from magihuman.codecs import costs
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
+from magihuman.errors import UserError
+from magihuman.models.config import Checkpointing, DiTConfig
+from magihuman.zoo import footprint
+from magihuman.zoo.footprint import ADAM, BF16, FP32, Tokens
+
+GB = 10**9
+RESERVE = int(1.5 * GB)
+"""Assumed, not computed: the CUDA context, workspaces of kernels, gaps between allocations."""
+
+MEMORY = ("fast", "balanced", "low")
+FORMS = (None, "fp8", "int4")
+SIZES = {"256p": (256, 448, None), "540p": (256, 448, (512, 896)), "1080p": (256, 448, (1088, 1920))}
+LATENT_COPIES = 12  # latents, noise, velocities, solver state
+TURBO_FRAMES, WAN_FRAMES = 28, 4  # decoded at a time
+CLUSTERS = (1, 8, 16, 32, 64)
+
+WEIGHT_SHARING = ("full", "lora_fake_score", "lora")
+"""Weight sharing of DMD-2's networks: none; the fake score is a LoRA on the teacher; student and fake score are."""
+
+# -- inference --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """A clip, or several in a batch, whose memory is planned.
+
+    Attributes:
+        base: network of the base stage; second: of super-resolution, or None.
+        patch, stride: of packing and codec; released: codecs and text encoder are the published ones.
+        frames, audio: frames and audio latents; height, width: pixels of the base stage; enlarged: of super-resolution.
+        text: tokens of a prompt; batch: clips at once; guided: with an unconditional branch, in the same batch where
+            cfg_passes is 1; sr_guided: also in super-resolution.
+        turbo: decode with the published Turbo decoder; student: with a causal decoder; tile: pixels per side of its tiles.
+        compute: bytes of the compute dtype; memory, weights: as infer's settings.
+    """
+
+    base: DiTConfig
+    patch: int
+    stride: tuple[int, int, int]
+    released: bool
+    frames: int
+    audio: int
+    height: int
+    width: int
+    text: int = 340
+    batch: int = 1
+    guided: bool = False
+    cfg_passes: int = 1
+    second: DiTConfig | None = None
+    enlarged: tuple[int, int] = (0, 0)
+    sr_guided: bool = False
+    turbo: bool = False
+    student: CausalDecoderConfig | None = None
+    tile: int | None = None
+    compute: int = BF16
+    memory: str = "fast"
+    weights: str | None = None
+
+    @property
+    def form(self) -> str:
+        """Storage format of the block matrices."""
+        return self.weights or ("bf16" if self.compute == BF16 else "fp32")
+
+    def tokens(self, height: int, width: int) -> Tokens:
+        """Tokens of one clip."""
+        time, rows, columns = self.stride
+        area = (height // rows // self.patch) * (width // columns // self.patch)
+        return Tokens(((self.frames - 1) // time + 1) * area, self.audio, self.text)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage: weights by network, and activations."""
+
+    stage: str
+    weights: dict[str, int]
+    activations: int
+
+    @property
+    def alone(self) -> int:
+        return sum(self.weights.values()) + self.activations
+
+
+def stage_memory(request: ClipRequest) -> list[StageMemory]:
+    """Memory of every stage, in order of execution."""
+    size = request.enlarged if request.second else (request.height, request.width)
+    pixels = size[0] * size[1]
+    if request.released:
+        text = {"text encoder": costs.text_encoder_bytes(request.memory == "low")}
+        text_work = costs.text_activation_bytes(min(request.text, costs.TEXT_LIMIT))
+        video = costs.WAN_ENCODER
+        decoder = costs.TURBO_DECODER if request.turbo else costs.WAN_DECODER
+        chunk = TURBO_FRAMES if request.turbo else WAN_FRAMES
+        if request.student is not None:
+            decoder = costs.causal_decoder_memory(request.student, *size, request.tile)
+            chunk = request.student.chunk(pixels // prod(request.stride[1:])) * request.stride[0]
+        audio, audio_decoder = costs.OOBLECK_ENCODER, costs.OOBLECK_DECODER
+    else:
+        text, text_work, chunk = {}, 0, request.frames
+        video = decoder = costs.TINY_VIDEO
+        audio = audio_decoder = costs.TINY_AUDIO
+    audio_codec = {"audio codec": audio.weights}
+    light = request.turbo or request.student is not None
+    decoder_name = "Turbo decoder" if light else "video codec"
+    # Tiles of the Wan decoder all keep their cache, whose size was not counted.
+    area = min(pixels, request.tile**2) if request.tile and light else pixels
+    # Four fp32 copies of a chunk during the conversion to 8-bit frames.
+    decode_work = decoder.activations(area) + footprint.clip_bytes(chunk, *size, 4)
+    return [
+        StageMemory("text", text, text_work),
+        StageMemory(
+            "condition",
+            {"video codec": video.weights, **audio_codec},
+            max(video.activations(pixels), audio.activations(request.audio)),
+        ),
+        _network("sample", request, request.base, (request.height, request.width), request.guided),
+        *(
+            [_network("refine", request, request.second, request.enlarged, request.sr_guided)]
+            if request.second
+            else []
+        ),
+        StageMemory(
+            "decode",
+            {decoder_name: decoder.weights, **audio_codec},
+            max(decode_work, audio_decoder.activations(request.audio)),
+        ),
+    ]
+
+
+def _network(
+    stage: str, request: ClipRequest, config: DiTConfig, size: tuple[int, int], guided: bool
+) -> StageMemory:
+    branches = 2 if guided and request.cfg_passes == 1 else 1
+    one = request.tokens(*size)
+    tokens = one.times(request.batch * branches)
+    latents = FP32 * (one.video * config.video_in_channels + one.audio * config.audio_in_channels)
+    work = (
+        footprint.forward_bytes(config, tokens, request.compute)
+        + footprint.restored_bytes(config, request.form, request.compute)
+        + LATENT_COPIES * request.batch * latents
+    )
+    weights = footprint.streamed_bytes if request.memory == "low" else footprint.weight_bytes
+    return StageMemory(stage, {f"{stage} network": weights(config, request.form)}, work)
+
+
+def peak(request: ClipRequest) -> int:
+    """Peak bytes of the run, with the reserve."""
+    stages = stage_memory(request)
+    if request.memory != "fast":
+        return RESERVE + max(need.alone for need in stages)
+    resident: dict[str, int] = {}
+    for need in stages:
+        resident |= need.weights
+    return RESERVE + sum(resident.values()) + max(need.activations for need in stages)
+
+
+def remedies(request: ClipRequest, available: int, most: int = 3) -> list[tuple[str, int]]:
+    """Settings that make a request fit, lossless ones first: (settings, bytes then).
+
+    Where memory= and weights= are not enough: memory=low with one guidance branch at a time, one clip at a time, and
+    shorter clips.
+    """
+    found: list[tuple[str, int]] = []
+    for form in FORMS:
+        for memory in MEMORY:
+            other = replace(request, memory=memory, weights=form or request.weights)
+            changes = [f"memory={memory}"] if memory != request.memory else []
+            changes += [f"weights={form}"] if form and form != request.weights else []
+            if changes and peak(other) <= available:
+                found.append((" ".join(changes), peak(other)))
+                break  # a mode that saves more is slower and not needed
+    if found:
+        return found[:most]
+    low = replace(request, memory="low")
+    for settings, other in (
+        ("cfg_passes=2", replace(low, cfg_passes=2)),
+        ("batch=1", replace(low, batch=1)),
+        ("cfg_passes=2 batch=1", replace(low, cfg_passes=2, batch=1)),
+    ):
+        if other != low and peak(other) <= available:
+            return [(f"memory=low {settings}", peak(other))]
+    smallest = replace(low, cfg_passes=2, batch=1)
+    for frames in range(request.frames - 25, 0, -25):
+        other = replace(smallest, frames=frames, audio=min(frames, request.audio))
+        if peak(other) <= available:
+            seconds = (frames - 1) // 25
+            return [(f"memory=low cfg_passes=2 batch=1 seconds={seconds}", peak(other))] if seconds else []
+    return []
+
+
+def require_memory(request: ClipRequest, available: int) -> None:
+    """Refuse a request that does not fit.
+
+    Args:
+        available: bytes of the GPU.
+
+    Raises:
+        UserError: the computed bytes and what to change.
+    """
+    needed = peak(request)
+    if needed <= available:
+        return
+    ways = [f"{settings} ({_gb(size)})" for settings, size in remedies(request, available)]
+    worst = max(
+        stage_memory(request), key=lambda need: need.alone if request.memory != "fast" else need.activations
+    )
+    raise UserError(
+        f"this needs {_gb(needed)} of GPU memory (computed; the stage {worst.stage} decides), and the GPU has "
+        f"{_gb(available)}; {'use ' + ', or '.join(ways) if ways else _last_resort(request)}"
+    )
+
+
+def _last_resort(request: ClipRequest) -> str:
+    if request.second or request.height * request.width > 256 * 448:
+        return "no setting helps at this size; choose a smaller resolution, turbo= or a larger GPU"
+    return "no setting helps; use device=cpu or a larger GPU"
+
+
+def inference_report(request: ClipRequest, title: str, available: int) -> str:
+    """Table of the stages, peak of every mode, and what to change if it does not fit."""
+    lines = [f"{title}; every number is computed, none measured"]
+    lines.append(f"{'stage':<28}{'weights':>10}{'other':>10}{'alone':>10}  GB")
+    for need in stage_memory(request):
+        name = need.stage
+        if need.stage in ("sample", "refine"):
+            size = (request.height, request.width) if need.stage == "sample" else request.enlarged
+            name += f" {size[1]}x{size[0]}, {request.tokens(*size).total} tokens"
+        cells = (sum(need.weights.values()), need.activations, need.alone)
+        lines.append(f"{name:<28}" + "".join(f"{cell / GB:>10.2f}" for cell in cells))
+    lines.append(f"{'assumed for CUDA itself':<48}{RESERVE / GB:>10.2f}")
+    lines.append("peak by memory= (columns) and weights= (rows)")
+    lines.append(f"{'':<28}" + "".join(f"{memory:>10}" for memory in MEMORY) + "  GB")
+    for form in FORMS:
+        peaks = [peak(replace(request, memory=memory, weights=form)) for memory in MEMORY]
+        name = form or replace(request, weights=None).form
+        lines.append(f"  {name:<26}" + "".join(f"{cell / GB:>10.2f}" for cell in peaks))
+    needed = peak(request)
+    chosen = f"memory={request.memory}" + (f" weights={request.weights}" if request.weights else "")
+    if needed <= available:
+        lines.append(f"fits: {chosen} needs {_gb(needed)} of {_gb(available)}")
+    else:
+        lines.append(f"does not fit: {chosen} needs {_gb(needed)}, there are {_gb(available)}")
+        ways = remedies(request, available)
+        lines += [f"  {settings} needs {_gb(size)}" for settings, size in ways]
+        if not ways:
+            lines.append(f"  {_last_resort(request)}")
+    return "\n".join(lines)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step.
+
+    Attributes:
+        tokens: of the samples of one GPU in a micro-batch.
+        compute: bytes of the compute dtype.
+        checkpointing: see `magihuman.models.config.Checkpointing`.
+        ema: device of the EMA weights, "gpu" or "cpu"; rank: of the LoRAs.
+    """
+
+    config: DiTConfig
+    tokens: Tokens
+    compute: int = BF16
+    checkpointing: Checkpointing = True
+    ema: str = "gpu"
+    rank: int = 128
+
+
+def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
+    """Weights, gradients, optimiser state and EMA of all GPUs together, with fp32 master weights and Adam.
+
+    Args:
+        task: "pretrain", "lora" or "dmd2"; sharing: of the latter, one of WEIGHT_SHARING.
+    """
+    count, lora = step.config.parameter_count(), footprint.lora_count(step.config, step.rank)
+    ema = FP32 if step.ema == "gpu" else 0
+    if task == "pretrain":
+        return (ADAM + ema) * count
+    if task == "lora":  # a frozen base, the trained LoRA, and its EMA
+        return BF16 * count + (ADAM + ema) * lora
+    return {
+        "full": (2 * ADAM + BF16 + ema) * count,
+        "lora_fake_score": (ADAM + BF16 + ema) * count + ADAM * lora,
+        "lora": BF16 * count + (2 * ADAM + ema) * lora,
+    }[sharing]
+
+
+def gathered_bytes(step: TrainingStep, gpus: int) -> int:
+    """In addition to its shards: fp32 weights of this and the next block, and one block's gradient."""
+    if gpus == 1:
+        return 0
+    return 3 * max(footprint.layer_bytes(step.config, "fp32"))
+
+
+def work_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
+    """Activations, and copies of fp32 master weights in the compute dtype.
+
+    Where only LoRAs are trained there are no master weights: the frozen base is stored in the compute dtype.
+    """
+    activations = footprint.training_bytes(step.config, step.tokens, step.compute, step.checkpointing)
+    if task == "lora" or (task == "dmd2" and sharing == "lora"):
+        return activations
+    return activations + footprint.cast_bytes(step.config, step.compute, step.checkpointing)
+
+
+def per_gpu(step: TrainingStep, task: str, gpus: int, sharing: str = "full") -> int:
+    """Peak of one GPU when the state is sharded over all of them."""
+    work = work_bytes(step, task, sharing)
+    return state_bytes(step, task, sharing) // gpus + gathered_bytes(step, gpus) + work + RESERVE
+
+
+def training_report(step: TrainingStep, task: str, gpus: int, title: str, available: int) -> str:
+    """Memory by kind, a table over cluster sizes, and what to change if it does not fit."""
+    ways = WEIGHT_SHARING if task == "dmd2" else ("full",)
+    lines = [f"{title}; every number is computed, none measured"]
+    largest = max(work_bytes(step, task, way) for way in ways)
+    lines.append(f"{'activations':<28}{largest / GB:>10.2f}  GB per GPU")
+    lines.append(
+        f"{'gathered blocks':<28}{gathered_bytes(step, max(gpus, 2)) / GB:>10.2f}  with several GPUs"
+    )
+    lines.append(f"{'assumed for CUDA itself':<28}{RESERVE / GB:>10.2f}")
+    clusters = sorted({*CLUSTERS, gpus})
+    header = "".join(f"{f'{n} GPU':>10}" for n in clusters)
+    for name, peak in (("state (sharded)", False), ("peak", True)):
+        lines.append(f"{name:<18}{'total':>10}{header}  GB per GPU")
+        for way in ways:
+            total = state_bytes(step, task, way)
+            row = [per_gpu(step, task, n, way) if peak else total // n for n in clusters]
+            label = way if task == "dmd2" else task
+            cells = "".join(f"{cell / GB:>10.1f}" for cell in row)
+            lines.append(f"  {label:<16}{total / GB:>10.1f}{cells}")
+    for way in ways:
+        label = f"{gpus} GPU" + (f", sharing {way}" if task == "dmd2" else "")
+        needed = per_gpu(step, task, gpus, way)
+        if needed <= available:
+            lines.append(f"fits: {label} needs {needed / GB:.1f} GB of {available / GB:.1f} GB")
+        else:
+            lines.append(
+                f"does not fit: {label} needs {needed / GB:.1f} GB, there are {available / GB:.1f} GB"
+            )
+            lines.append(f"  {_advice(step, task, gpus, way, available)}")
+    return "\n".join(lines)
+
+
+def _advice(step: TrainingStep, task: str, gpus: int, sharing: str, available: int) -> str:
+    if not step.checkpointing:
+        return "recompute blocks in the backward pass: checkpointing=true"
+    if (
+        step.checkpointing is not True
+        and per_gpu(replace(step, checkpointing=True), task, gpus, sharing) <= available
+    ):
+        return "recompute attention in the backward pass as well: checkpointing=true"
+    if step.ema == "gpu" and per_gpu(replace(step, ema="cpu"), task, gpus, sharing) <= available:
+        return "keep the EMA weights on the CPU: ema=cpu"
+    for n in (2, 4, 8, 16, 32, 64, 128, 256):
+        if n > gpus and per_gpu(step, task, n, sharing) <= available:
+            return f"shard over {n} GPUs: gpus={n}"
+    return "the activations alone are too large: fewer clips per GPU, or smaller ones"
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f} GB"
