@@ -46,7 +46,7 @@ class CausalDecoder(nn.Module):
         widths = [stage.width for stage in config.stages]
         self.conv_in = CausalConv(config.latent_channels, widths[0], spatial=True)
         self.stages = nn.ModuleList(
-            Stage(stage, after) for stage, after in zip(config.stages, [*widths[1:], None], strict=True)
+            StageLayers(stage, after) for stage, after in zip(config.stages, [*widths[1:], None], strict=True)
         )
         time, space = config.patch
         self.conv_out = nn.Conv2d(widths[-1], RGB * time * space**2, 3, padding=1)
@@ -127,7 +127,7 @@ class Memory:
         return whole
 
 
-class Stage(nn.Module):
+class StageLayers(nn.Module):
     """Residual blocks, then upsampling to the next stage's width `after`, if there is one."""
 
     def __init__(self, config: DecoderStage, after: int | None) -> None:

@@ -26,7 +26,7 @@ FILES = (".safetensors", ".zst", *PICKLES)
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint to convert: files, their tensors, and its config."""
 
     label: str
@@ -94,7 +94,7 @@ def convert_checkpoint(
     return "\n".join(lines)
 
 
-def open_source(src: str, role: str | None = None) -> Source:
+def open_source(src: str, role: str | None = None) -> SourceCheckpoint:
     """Find a checkpoint and check every name and shape against its config.
 
     Raises:
@@ -124,7 +124,7 @@ def open_source(src: str, role: str | None = None) -> Source:
         specs = _read_all(files)
         config = read_config(folder, role, _shapes(specs))
     check_fit(_shapes(specs), config.model, src)
-    return Source(src, files, specs, config)
+    return SourceCheckpoint(src, files, specs, config)
 
 
 def target_specs(

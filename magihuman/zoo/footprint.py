@@ -18,7 +18,7 @@ ADAM = 16
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCounts:
     """Packed tokens of a batch: all samples' video, audio and text."""
 
     video: int
@@ -29,9 +29,9 @@ class Tokens:
     def total(self) -> int:
         return self.video + self.audio + self.text
 
-    def times(self, samples: int) -> "Tokens":
+    def times(self, samples: int) -> "TokenCounts":
         """Of that many equal samples."""
-        return Tokens(self.video * samples, self.audio * samples, self.text * samples)
+        return TokenCounts(self.video * samples, self.audio * samples, self.text * samples)
 
 
 # -- weights -------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def lora_count(config: DiTConfig, rank: int) -> int:
 # -- activations of the transformer ----------------------------------------------------------------------------------
 
 
-def forward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
+def forward_bytes(config: DiTConfig, tokens: TokenCounts, compute: int) -> int:
     """Peak of one forward pass without gradients: in the MLP of the widest layer.
 
     Alive are the embedded input, the block's input and middle (fp32 residuals), the attention's result and the
@@ -124,7 +124,7 @@ def forward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
     return worst + _table_bytes(config, tokens)
 
 
-def saved_bytes(config: DiTConfig, layer: int, tokens: Tokens, compute: int) -> int:
+def saved_bytes(config: DiTConfig, layer: int, tokens: TokenCounts, compute: int) -> int:
     """What a block keeps for its backward pass."""
     hidden, dim = config.hidden_size, config.head_dim
     rotated = (config.num_heads + config.num_query_groups) * dim
@@ -138,7 +138,7 @@ def saved_bytes(config: DiTConfig, layer: int, tokens: Tokens, compute: int) -> 
     return per_token * tokens.total
 
 
-def backward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
+def backward_bytes(config: DiTConfig, tokens: TokenCounts, compute: int) -> int:
     """Temporaries of a block's backward pass beyond what it saved: the activation's fp32 gradients."""
     half = compute < FP32
     factors = {True: 18 if half else 10, False: 29 if half else 17}  # numbers of bytes per inner channel
@@ -148,14 +148,14 @@ def backward_bytes(config: DiTConfig, tokens: Tokens, compute: int) -> int:
     return (FP32 * config.hidden_size + widest) * tokens.total
 
 
-def kept_bytes(config: DiTConfig, tokens: Tokens, compute: int, checkpointing: Checkpointing) -> int:
+def kept_bytes(config: DiTConfig, tokens: TokenCounts, compute: int, checkpointing: Checkpointing) -> int:
     """What one block keeps until it is recomputed: its fp32 input, and with "attention" also attention's result in the
     compute dtype and the fp32 log-sum-exp of every query head."""
     attention = compute * config.hidden_size + FP32 * config.num_heads if checkpointing == "attention" else 0
     return (FP32 * config.hidden_size + attention) * tokens.total
 
 
-def training_bytes(config: DiTConfig, tokens: Tokens, compute: int, checkpointing: Checkpointing) -> int:
+def training_bytes(config: DiTConfig, tokens: TokenCounts, compute: int, checkpointing: Checkpointing) -> int:
     """Peak of activations in a training step, without weights and gradients.
 
     Args:
@@ -178,7 +178,7 @@ def cast_bytes(config: DiTConfig, compute: int, checkpointing: Checkpointing) ->
     return max(layers) if checkpointing else sum(layers)
 
 
-def _table_bytes(config: DiTConfig, tokens: Tokens) -> int:
+def _table_bytes(config: DiTConfig, tokens: TokenCounts) -> int:
     """Rotary table and coordinates."""
     return int(tokens.total * FP32 * (ROPE_SHARE * config.head_dim + 9))
 

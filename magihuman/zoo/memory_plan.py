@@ -15,7 +15,7 @@ from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.zoo import footprint
-from magihuman.zoo.footprint import ADAM, BF16, FP32, Tokens
+from magihuman.zoo.footprint import ADAM, BF16, FP32, TokenCounts
 
 GB = 10**9
 RESERVE = int(1.5 * GB)
@@ -75,11 +75,11 @@ class ClipRequest:
         """Storage format of the block matrices."""
         return self.weights or ("bf16" if self.compute == BF16 else "fp32")
 
-    def tokens(self, height: int, width: int) -> Tokens:
-        """Tokens of one clip."""
+    def tokens(self, height: int, width: int) -> TokenCounts:
+        """TokenCounts of one clip."""
         time, rows, columns = self.stride
         area = (height // rows // self.patch) * (width // columns // self.patch)
-        return Tokens(((self.frames - 1) // time + 1) * area, self.audio, self.text)
+        return TokenCounts(((self.frames - 1) // time + 1) * area, self.audio, self.text)
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class TrainingStep:
     """
 
     config: DiTConfig
-    tokens: Tokens
+    tokens: TokenCounts
     compute: int = BF16
     checkpointing: Checkpointing = True
     ema: str = "gpu"

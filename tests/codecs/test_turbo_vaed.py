@@ -25,8 +25,8 @@ from magihuman.codecs.turbo_vaed import (
     windows,
 )
 from magihuman.errors import UserError
-from magihuman.zoo.checks import Case
-from magihuman.zoo.checks.codecs import check_turbo
+from magihuman.zoo.checks import VectorCase
+from magihuman.zoo.checks.autoencoders import check_turbo
 
 SMALL = {
     **TURBO_SETTINGS,
@@ -75,9 +75,9 @@ def latents(length: int, batch: int = 1, channels: int = 48) -> torch.Tensor:
     return torch.randn(batch, channels, length, 2, 3, generator=torch.Generator().manual_seed(length))
 
 
-def vector(golden: Path, name: str) -> Case:
+def vector(golden: Path, name: str) -> VectorCase:
     meta = json.loads((golden / "manifest.json").read_text())["files"][name]["meta"]
-    return Case(name, meta, load_file(golden / f"{name}.safetensors"))
+    return VectorCase(name, meta, load_file(golden / f"{name}.safetensors"))
 
 
 @pytest.mark.parametrize(("name", "results"), [("turbo_vaed_tiny", 9), ("turbo_vaed_dw", 5)])
@@ -88,7 +88,7 @@ def test_equals_the_released_decoder(golden: Path, name: str, results: int) -> N
 
 
 def test_the_check_finds_mistakes(golden: Path) -> None:
-    def failing(case: Case) -> list[str]:
+    def failing(case: VectorCase) -> list[str]:
         return [result.what for result in check_turbo(case) if not result.passed]
 
     case = vector(golden, "turbo_vaed_dw")

@@ -22,7 +22,7 @@ from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.rotary import rotary_bands, rotary_table
 from magihuman.models.tokens import Layout, patchify
-from magihuman.zoo.checks.dit import vector_arithmetic
+from magihuman.zoo.checks.network import vector_arithmetic
 
 HERE = Path(__file__).resolve().parent
 SHARED = {"video_in_channels": 12, "audio_in_channels": 6, "text_in_channels": 10}

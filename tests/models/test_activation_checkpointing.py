@@ -16,7 +16,7 @@ from magihuman.models.config import Checkpointing
 from magihuman.models.denoiser import Denoiser
 from magihuman.training import parallel
 from magihuman.zoo import footprint
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_tracker import Allocations
 
 MODES: tuple[Checkpointing, ...] = (False, True, "attention")
@@ -83,7 +83,7 @@ def test_kept_memory_is_that_of_the_formula(dtype: torch.dtype) -> None:
     """After the forward pass: all inputs of blocks; with "attention" its results and log-sum-exps, too."""
     config = replace(CONFIG, hidden_size=64, num_layers=6, mm_layers=(0, 5))
     video, audio, text = inputs([40], audio=60)
-    tokens = Tokens(12, 60, 40)
+    tokens = TokenCounts(12, 60, 40)
     kept = {}
     for mode in MODES:
         network = fused(make(config, dtype), mode)

@@ -12,7 +12,7 @@ from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, TreadConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.zoo.checks.dit import check_dit
+from magihuman.zoo.checks.network import check_dit
 from magihuman.zoo.verify import verify
 
 
@@ -196,10 +196,10 @@ def test_refusals() -> None:
 
 
 def test_vectors_of_more_than_one_sample_are_unsupported() -> None:
-    from magihuman.zoo.checks import Case, Unsupported
+    from magihuman.zoo.checks import Unsupported, VectorCase
 
     with pytest.raises(Unsupported, match="O1"):
-        check_dit(Case("dit_two", {}, {"in/x_t": torch.zeros(2, 3, 1, 2, 2)}))
+        check_dit(VectorCase("dit_two", {}, {"in/x_t": torch.zeros(2, 3, 1, 2, 2)}))
 
 
 def test_blocks_compile_without_graph_breaks() -> None:

@@ -9,7 +9,7 @@ from magihuman import zoo
 from magihuman.distill.networks import build_networks
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_plan import WEIGHT_SHARING, TrainingStep, state_bytes
 
 ADAM = 4 + 8  # bytes of an fp32 gradient and two moments
@@ -37,7 +37,9 @@ def test_the_plan_counts_all_weights_and_optimiser_states(sharing: str) -> None:
     modules = [networks.teacher, networks.fake_score, networks.student, networks.average]
     weights = {id(weight): weight for module in modules for weight in module.parameters()}.values()
     held = sum(w.numel() * (w.element_size() + ADAM * w.requires_grad) for w in weights)
-    planned = state_bytes(TrainingStep(zoo.arch("15b"), Tokens(3584, 126, 340), rank=128), "dmd2", sharing)
+    planned = state_bytes(
+        TrainingStep(zoo.arch("15b"), TokenCounts(3584, 126, 340), rank=128), "dmd2", sharing
+    )
     # Beyond the plan's bf16 for what is frozen, embedders and heads are fp32, and adapters own trained copies of them:
     # 0.8 of 50 GB where all else is an adapter (counted 581.4, 345.4, 50.4 against 581.4, 345.0, 49.6).
     assert planned <= held <= 1.02 * planned

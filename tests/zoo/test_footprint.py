@@ -15,7 +15,7 @@ from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.tokens import Layout
 from magihuman.zoo import footprint
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_tracker import Allocations
 
 GRIDS = {"256p": (32, 8, 14), "540p": (32, 16, 28), "1080p": (32, 34, 60)}
@@ -33,7 +33,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dit, "attention", attend)
 
 
-def _inputs(config: DiTConfig, tokens: Tokens, grid: tuple[int, int, int], device: str) -> tuple[Any, ...]:
+def _inputs(
+    config: DiTConfig, tokens: TokenCounts, grid: tuple[int, int, int], device: str
+) -> tuple[Any, ...]:
     layout = Layout.build(grid, tokens.audio, [tokens.text])
     layout = replace(layout, coords=layout.coords.to(device), modality=layout.modality.to(device))
     layout = layout.with_rotary(torch.zeros(tokens.total, config.head_dim * 3 // 4, device=device))
@@ -84,7 +86,7 @@ def test_stored_and_streamed_weights(form: str) -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("15b", torch.bfloat16), ("1b", torch.float32)])
 def test_forward_at_full_size(fused: None, name: str, dtype: torch.dtype, resolution: str) -> None:
     config, grid = zoo.arch(name), GRIDS[resolution]
-    tokens = Tokens(grid[0] * grid[1] * grid[2], 126, 340)
+    tokens = TokenCounts(grid[0] * grid[1] * grid[2], 126, 340)
     model, inputs = _meta(config, dtype, dtype), _inputs(config, tokens, grid, "meta")
     with torch.no_grad(), Allocations() as counted:
         model(*inputs)
@@ -104,7 +106,7 @@ def test_training(fused: None, name: str, checkpointing: Checkpointing, dtype: t
     if name == "15b":
         config = replace(config, num_layers=6, mm_layers=(0, 5), gelu7_layers=(0,))
     grid = (32, 16, 28)
-    tokens = Tokens(32 * 16 * 28, 126, 340)
+    tokens = TokenCounts(32 * 16 * 28, 126, 340)
     model, inputs = _meta(config, dtype, torch.float32), _inputs(config, tokens, grid, "meta")
     model.gradient_checkpointing = checkpointing
     for parameter in model.parameters():
@@ -120,7 +122,7 @@ def test_training(fused: None, name: str, checkpointing: Checkpointing, dtype: t
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_a_real_forward_on_the_cpu(name: str) -> None:
     config, grid = zoo.arch(name), (8, 12, 12)
-    tokens = Tokens(1152, 13, 20)
+    tokens = TokenCounts(1152, 13, 20)
     denoiser = zoo.build(config, zoo.pack(name), compute_dtype=torch.float32, seed=0)
     model = denoiser.model.eval()
     model.attention_backend = "sdpa"

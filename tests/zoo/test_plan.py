@@ -14,7 +14,7 @@ from magihuman.errors import UserError
 from magihuman.zoo import footprint, memory_plan
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.commands import plan
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_plan import (
     GB,
     MEMORY,
@@ -34,7 +34,7 @@ LARGE = replace(REQUEST, second=BIG, enlarged=(1088, 1920))
 
 class TestInference:
     def test_tokens_are_the_published_ones(self) -> None:
-        assert REQUEST.tokens(256, 448) == Tokens(3584, 126, 340)
+        assert REQUEST.tokens(256, 448) == TokenCounts(3584, 126, 340)
         assert REQUEST.tokens(512, 896).total == 14802
         assert REQUEST.tokens(1088, 1920).total == 65746
 
@@ -99,7 +99,7 @@ class TestInference:
 class TestTraining:
     """The table of research on DMD-2 (its section 5.6) and that on pretraining."""
 
-    RUN = memory_plan.TrainingStep(BIG, Tokens(3584, 126, 340))
+    RUN = memory_plan.TrainingStep(BIG, TokenCounts(3584, 126, 340))
 
     @pytest.mark.parametrize(
         ("sharing", "ema", "rank", "total", "shards"),

@@ -17,7 +17,7 @@ from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version
 from magihuman.models.gpu_specs import GPUS, gpu
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 
 FORMAT = "magihuman-predictions/1"
 NOTE = "computed, not measured"
@@ -39,7 +39,7 @@ def stages(
     sr_time: float | None = None,
     decode_time: float | None = None,
 ) -> str:
-    """Tokens, FLOPs, bytes and least time of every stage; with measured times also the share of the peak they reach.
+    """TokenCounts, FLOPs, bytes and least time of every stage; with measured times also the share of the peak they reach.
 
     Args:
         size: 256p, 540p, 1080p, tiny, layer, or all of the first three
@@ -99,7 +99,7 @@ def _line(work: Work, limits: DeviceLimits, seconds: float | None, peak: float) 
     return line
 
 
-def _sum(tokens: Tokens) -> str:
+def _sum(tokens: TokenCounts) -> str:
     return f"{tokens.video}+{tokens.audio}+{tokens.text}={tokens.total}"
 
 

@@ -7,7 +7,7 @@ from magihuman import zoo
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_plan import SIZES as RELEASED_SIZES
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ class DenoisingStage:
     sides: int = 1
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> TokenCounts:
         """Of one pass."""
         area = (self.height // self.pack.patch_size) * (self.width // self.pack.patch_size)
-        return Tokens(self.frames * area, self.audio, self.text)
+        return TokenCounts(self.frames * area, self.audio, self.text)
 
     @property
     def window(self) -> int | None:

@@ -21,7 +21,7 @@ from inference.benchmark.roofline.work import (
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import BF16, attention_pairs, pointwise_bytes
 from magihuman.models.gpu_specs import GPUS
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 
 TILE = (128, 256)
 """Rows and columns of the output that one multiprocessor computes at a time."""
@@ -209,7 +209,7 @@ def _matrices(config: DiTConfig, layer: int, padding: int) -> list[tuple[str, in
     ]
 
 
-def _boundary_bytes(config: DiTConfig, tokens: Tokens) -> int:
+def _boundary_bytes(config: DiTConfig, tokens: TokenCounts) -> int:
     """Queries, keys and values read in bf16, written and read in fp32 and cast; the result permuted."""
     rows = (config.num_heads + 2 * config.num_query_groups) * config.head_dim
     return config.num_layers * tokens.total * (rows * 8 + 4 * config.hidden_size)

@@ -13,7 +13,7 @@ from magihuman.errors import UserError
 from magihuman.models.flops import BF16, FP32, ForwardFlops, forward_flops, pointwise_bytes, product_bytes
 from magihuman.models.gpu_specs import Gpu
 from magihuman.zoo import footprint
-from magihuman.zoo.footprint import Tokens
+from magihuman.zoo.footprint import TokenCounts
 
 PUBLISHED_DECODERS = ("turbo", "wan")
 
@@ -34,7 +34,7 @@ class Work:
     flops: int
     moved: int
     sent: int = 0
-    tokens: Tokens | None = None
+    tokens: TokenCounts | None = None
     passes: int = 1
     exact: bool = True
 

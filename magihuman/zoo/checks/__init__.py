@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = {
-    "dit_": "dit:check_dit",
+    "dit_": "network:check_dit",
     "coords_": "packing:check_coords",
     "data_proxy": "packing:check_data_proxy",
     "local_ranges": "packing:check_local_ranges",
     "text_pad": "packing:check_text_pad",
-    "unipc_": "sampling:check_unipc",
-    "ddim_": "sampling:check_renoise",
-    "sde_": "sampling:check_sde",
-    "sr_sigma_table": "sampling:check_sr_sigma_table",
-    "wan22_": "codecs:check_wan",
-    "wan22_latent_stats": "codecs:check_wan_statistics",
-    "oobleck_": "codecs:check_oobleck",
-    "audio_encode_": "codecs:check_audio_encode",
-    "audio_utils": "codecs:check_audio_utils",
-    "turbo_vaed_": "codecs:check_turbo",
-    "image_": "images:check_image",
-    "video_uint8": "images:check_video_uint8",
-    "sr_prepare": "images:check_sr_prepare",
+    "unipc_": "solver_steps:check_unipc",
+    "ddim_": "solver_steps:check_renoise",
+    "sde_": "solver_steps:check_sde",
+    "sr_sigma_table": "solver_steps:check_sr_sigma_table",
+    "wan22_": "autoencoders:check_wan",
+    "wan22_latent_stats": "autoencoders:check_wan_statistics",
+    "oobleck_": "autoencoders:check_oobleck",
+    "audio_encode_": "autoencoders:check_audio_encode",
+    "audio_utils": "autoencoders:check_audio_utils",
+    "turbo_vaed_": "autoencoders:check_turbo",
+    "image_": "frames:check_image",
+    "video_uint8": "frames:check_video_uint8",
+    "sr_prepare": "frames:check_sr_prepare",
     "loop_": "loop:check_loop",
 }
 """Prefix of a case's name -> module here and function."""
@@ -41,7 +41,7 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Case:
+class VectorCase:
     """One file of a vector folder: its name, its meta data and its tensors."""
 
     name: str
@@ -66,7 +66,7 @@ class Result:
         return self.error <= self.tolerance  # False for NaN
 
 
-Check = Callable[[Case], list[Result]]
+Check = Callable[[VectorCase], list[Result]]
 
 
 def kind_of(name: str) -> str | None:

@@ -13,8 +13,8 @@ from magihuman.flow.solvers import make_solver
 from magihuman.flow.super_resolution import NOISE_INDEX, start
 from magihuman.models.denoiser import Denoiser, PackConfig
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.zoo.checks import Case, Result, compare, compare_relative
-from magihuman.zoo.checks.dit import dit_config
+from magihuman.zoo.checks import Result, VectorCase, compare, compare_relative
+from magihuman.zoo.checks.network import dit_config
 
 FP32 = 2e-4
 BF16 = 0.08  # relative L2
@@ -76,7 +76,7 @@ def guided_loop(
     return denoise(velocity, solvers, noise, conditioning, lambda i, x, v, stepped: on_step(stepped))
 
 
-def check_loop(case: Case, loop: Loop = guided_loop) -> list[Result]:
+def check_loop(case: VectorCase, loop: Loop = guided_loop) -> list[Result]:
     """Base stage and, if stored, super-resolution: every step and the results, in fp32 and in bf16 compute.
 
     Starts, fresh noise and encoded conditions are the stored ones.
@@ -104,7 +104,7 @@ def _compare(what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> Res
     return compare_relative(what, ours, theirs, BF16)
 
 
-def _compare_steps(case: Case, states: Sequence[Pair], trace: str, dtype: torch.dtype) -> list[Result]:
+def _compare_steps(case: VectorCase, states: Sequence[Pair], trace: str, dtype: torch.dtype) -> list[Result]:
     videos, audios = (torch.stack(parts) for parts in zip(*states, strict=True))
     return [
         _compare(f"{trace}/video_out", videos, case.tensors[f"{trace}/video_out"], dtype),
@@ -115,7 +115,7 @@ def _compare_steps(case: Case, states: Sequence[Pair], trace: str, dtype: torch.
 class _Run:
     """One stored run with its settings."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, loop: Loop) -> None:
+    def __init__(self, case: VectorCase, dtype: torch.dtype, loop: Loop) -> None:
         self.case, self.dtype, self.loop = case, dtype, loop
         self.meta, self.settings = case.meta, case.meta["evaluation_config"]
         self.noise = [tensor for _, tensor in sorted(case.group("noise/").items())]

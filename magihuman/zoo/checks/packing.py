@@ -6,13 +6,13 @@ from torch import Tensor
 from magihuman.models.attention import local_mask, local_ranges
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.models.tokens import Layout, pad_or_trim, patchify, unpatchify
-from magihuman.zoo.checks import Case, Result, compare
+from magihuman.zoo.checks import Result, VectorCase, compare
 
 ROTARY = 1e-6
 RECEPTIVE_FIELD = 11  # the data proxy's default; the cases do not name it
 
 
-def check_coords(case: Case) -> list[Result]:
+def check_coords(case: VectorCase) -> list[Result]:
     """Coordinates, modality ids and rotary tables of several grids; one application of a table."""
     results = []
     tables = {}
@@ -38,7 +38,7 @@ def check_coords(case: Case) -> list[Result]:
     return results
 
 
-def check_data_proxy(case: Case) -> list[Result]:
+def check_data_proxy(case: VectorCase) -> list[Result]:
     """Latents to the packed sequence of all samples one after another, and the model's output back."""
     meta, patch = case.meta, case.meta["patch"]
     video, audio = case.tensors["in/x_t"], case.tensors["in/audio"][:, : meta["audio_len"]]
@@ -80,7 +80,7 @@ def check_data_proxy(case: Case) -> list[Result]:
     return results + range_results(case, layout, RECEPTIVE_FIELD, "out")
 
 
-def range_results(case: Case, layout: Layout, receptive: int, prefix: str) -> list[Result]:
+def range_results(case: VectorCase, layout: Layout, receptive: int, prefix: str) -> list[Result]:
     """Compare stored query and key ranges, where the case has them."""
     if f"{prefix}/q_ranges" not in case.tensors:
         return []
@@ -92,7 +92,7 @@ def range_results(case: Case, layout: Layout, receptive: int, prefix: str) -> li
     ]
 
 
-def check_local_ranges(case: Case) -> list[Result]:
+def check_local_ranges(case: VectorCase) -> list[Result]:
     """Range pairs, the mask, and that the pairs cover the mask without touching a key twice."""
     results = []
     for i, (video, others, frames, receptive) in enumerate(case.meta["cases"]):
@@ -115,7 +115,7 @@ def _cover(queries: Tensor, keys: Tensor, length: int) -> Tensor:
     return counts
 
 
-def check_text_pad(case: Case) -> list[Result]:
+def check_text_pad(case: VectorCase) -> list[Result]:
     """Text features padded or cut to a fixed length."""
     padded, length = pad_or_trim(case.tensors["in"], case.tensors["out"].shape[1])
     true_length = torch.tensor(case.meta["length_returned"])

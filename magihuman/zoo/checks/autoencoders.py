@@ -11,8 +11,8 @@ from magihuman.codecs.oobleck import OobleckCodec, cross_fade
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
 from magihuman.codecs.wan import WanCodec
 from magihuman.media.images import to_playback_rate
-from magihuman.zoo.checks import Case, Result, compare
-from magihuman.zoo.checks.dit import vector_arithmetic
+from magihuman.zoo.checks import Result, VectorCase, compare
+from magihuman.zoo.checks.network import vector_arithmetic
 
 VAE = 1e-4
 RESAMPLE = 1e-5
@@ -20,7 +20,7 @@ TURBO = 1e-4
 AUDIO_RATE = 51200
 
 
-def check_wan(case: Case) -> list[Result]:
+def check_wan(case: VectorCase) -> list[Result]:
     """Key map, normalised latents and unclamped frames at every stored length."""
     codec = WanCodec.from_released(case.group("w/"), case.name, case.tensors["mean"], case.tensors["std"])
     results = _key_map(case, wan.key_map(codec.vae))
@@ -32,7 +32,7 @@ def check_wan(case: Case) -> list[Result]:
     return results
 
 
-def check_wan_statistics(case: Case) -> list[Result]:
+def check_wan_statistics(case: VectorCase) -> list[Result]:
     """The published means and standard deviations of the latent channels."""
     ours = {"mean": wan.LATENT_MEAN, "std": wan.LATENT_STD}
     return [
@@ -41,7 +41,7 @@ def check_wan_statistics(case: Case) -> list[Result]:
     ]
 
 
-def check_oobleck(case: Case) -> list[Result]:
+def check_oobleck(case: VectorCase) -> list[Result]:
     """Key map, a bottleneck sample with the stored noise, and a decoded waveform."""
     codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
     sound, noise = case.tensors["enc/wav"][None], case.tensors["enc/noise"].transpose(1, 2)
@@ -55,7 +55,7 @@ def check_oobleck(case: Case) -> list[Result]:
     ]
 
 
-def check_audio_encode(case: Case) -> list[Result]:
+def check_audio_encode(case: VectorCase) -> list[Result]:
     """A waveform, in one piece or in cross-faded windows, with the stored noise per window."""
     codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
     sound = _test_audio(case.meta["samples"])[: case.meta["seconds"] * AUDIO_RATE]
@@ -66,7 +66,7 @@ def check_audio_encode(case: Case) -> list[Result]:
     ]
 
 
-def check_audio_utils(case: Case) -> list[Result]:
+def check_audio_utils(case: VectorCase) -> list[Result]:
     """Cross-fading of blocks, and the way back from the model's time base to 44.1 kHz."""
     results = [
         compare(f"{i}/out", cross_fade(list(case.tensors[f"{i}/in"])), case.tensors[f"{i}/out"], 1e-6)
@@ -76,7 +76,7 @@ def check_audio_utils(case: Case) -> list[Result]:
     return [*results, compare("resample/out", resampled, case.tensors["resample/out"], RESAMPLE)]
 
 
-def check_turbo(case: Case) -> list[Result]:
+def check_turbo(case: VectorCase) -> list[Result]:
     """Names and parameters, one window as first and as later one, then whole clips through the windows."""
     config = TurboConfig.from_json(case.meta["config"])
     tensors = case.tensors
@@ -108,7 +108,7 @@ def _test_audio(samples: int) -> Tensor:
     return torch.from_numpy(sound.astype(np.float32))
 
 
-def _key_map(case: Case, ours: dict[str, str]) -> list[Result]:
+def _key_map(case: VectorCase, ours: dict[str, str]) -> list[Result]:
     stored = case.meta.get("key_map_to_diffusers")
     if stored is None:
         return []

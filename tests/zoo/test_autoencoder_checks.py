@@ -7,15 +7,15 @@ import pytest
 from safetensors.torch import load_file
 
 from magihuman.zoo import checks
-from magihuman.zoo.checks import Case, Result, checker, kind_of
+from magihuman.zoo.checks import Result, VectorCase, checker, kind_of
 
 
-def case_of(golden: Path, name: str) -> Case:
+def case_of(golden: Path, name: str) -> VectorCase:
     meta = json.loads((golden / "manifest.json").read_text())["files"][name]["meta"]
-    return Case(name, meta, load_file(golden / f"{name}.safetensors"))
+    return VectorCase(name, meta, load_file(golden / f"{name}.safetensors"))
 
 
-def run(case: Case) -> dict[str, Result]:
+def run(case: VectorCase) -> dict[str, Result]:
     kind = kind_of(case.name)
     assert kind is not None
     return {result.what.split(" (")[0]: result for result in checker(kind)(case)}
@@ -55,7 +55,7 @@ def test_a_wrong_weight_is_found(
     golden: Path, name: str, weight: str, found_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With one thread the sums differ from the vectors', so that the allowance for rounding is in force.
-    monkeypatch.setattr("magihuman.zoo.checks.dit.THREADS", 1)
+    monkeypatch.setattr("magihuman.zoo.checks.network.THREADS", 1)
     case = case_of(golden, name)
     case.tensors[weight] += 0.05
     assert not run(case)[found_by].passed

@@ -13,7 +13,7 @@ from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.tokens import Layout, patchify
-from magihuman.zoo.checks import Case, Result, Unsupported, compare, compare_relative
+from magihuman.zoo.checks import Result, Unsupported, VectorCase, compare, compare_relative
 from magihuman.zoo.checks.packing import ROTARY, range_results
 
 FP32 = 2e-5
@@ -26,7 +26,7 @@ THREADS = 2
 """Threads the vectors were computed with; the sum order of fp32 products depends on it."""
 
 
-def check_dit(case: Case) -> list[Result]:
+def check_dit(case: VectorCase) -> list[Result]:
     """Packing, then `ref_fp32/*` in fp32 compute, then `out/*` in bf16 compute.
 
     With full attention `out/*` must be equal bit for bit, provided that this machine's products can be: its fp32
@@ -84,19 +84,19 @@ def _rounds_alike() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def _pack_config(case: Case) -> PackConfig:
+def _pack_config(case: VectorCase) -> PackConfig:
     proxy = case.meta["data_proxy"]
     return PackConfig(proxy["patch_size"], proxy["coords_style"], proxy["frame_receptive_field"])
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Forward:
     layout: Layout
     embed: Tensor
     outputs: dict[str, Tensor]
 
 
-def _run(case: Case, config: DiTConfig, pack: PackConfig, dtype: torch.dtype) -> _Run:
+def _run(case: VectorCase, config: DiTConfig, pack: PackConfig, dtype: torch.dtype) -> _Forward:
     model = SingleStreamDiT(config, compute_dtype=dtype, linear_dtype=torch.bfloat16)
     model.load_state_dict(case.group("w/"))
     model.attention_backend = "reference"
@@ -109,7 +109,7 @@ def _run(case: Case, config: DiTConfig, pack: PackConfig, dtype: torch.dtype) ->
     model.adapter.register_forward_hook(lambda module, inputs, output: seen.update(embed=output))
     model.register_forward_hook(lambda module, inputs, output: seen.update(rows=output))
     video_v, audio_v = denoiser(video, audio, [text], layout)
-    return _Run(
+    return _Forward(
         layout, seen["embed"], {"video": video_v, "audio": audio_v, "packed": _pack(seen["rows"], layout)}
     )
 
@@ -121,7 +121,7 @@ def _pack(rows: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
     return torch.cat([*padded, rows[0].new_zeros(layout.sizes[2], width)])
 
 
-def _packing_results(case: Case, layout: Layout, pack: PackConfig) -> list[Result]:
+def _packing_results(case: VectorCase, layout: Layout, pack: PackConfig) -> list[Result]:
     tokens = patchify(case.tensors["in/x_t"], pack.patch_size)[0]
     stored = case.tensors["mid/tokens"][: layout.video_len, : tokens.shape[1]]
     results = [

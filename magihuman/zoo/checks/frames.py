@@ -8,14 +8,14 @@ from PIL import Image
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import NOISE_INDEX, noise_audio, noise_video, upsample_latents
 from magihuman.media.images import crop_to_aspect, frames_to_uint8, image_to_frame, resize_frames
-from magihuman.zoo.checks import Case, Result, compare
+from magihuman.zoo.checks import Result, VectorCase, compare
 
 OTHER_PILLOW = 2 / 255 * 2
 """Allowed where another Pillow made the vectors: its Lanczos filter may round by two levels."""
 SUPER_RESOLUTION = 1e-6
 
 
-def check_image(case: Case) -> list[Result]:
+def check_image(case: VectorCase) -> list[Result]:
     """The crop to the aspect ratio, then resizing and scaling."""
     tolerance = 0.0 if case.meta.get("pillow") == PIL.__version__ else OTHER_PILLOW
     results = []
@@ -29,7 +29,7 @@ def check_image(case: Case) -> list[Result]:
     return results
 
 
-def check_video_uint8(case: Case) -> list[Result]:
+def check_video_uint8(case: VectorCase) -> list[Result]:
     """8-bit frames, and finished frames resized (`up_MODE_wW_hH`)."""
     frames = frames_to_uint8(case.tensors["video"])[0]
     results = [compare("uint8", frames, case.tensors["uint8"])]
@@ -40,7 +40,7 @@ def check_video_uint8(case: Case) -> list[Result]:
     return results
 
 
-def check_sr_prepare(case: Case) -> list[Result]:
+def check_sr_prepare(case: VectorCase) -> list[Result]:
     """Upsampled latents, their noised version, and the noised audio."""
     tensors = case.tensors
     height, width = tensors["upsampled"].shape[-2:]

@@ -6,12 +6,12 @@ import torch
 
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.solvers import SDE, FlowUniPC, ReNoise, Solver
-from magihuman.zoo.checks import Case, Result, compare
+from magihuman.zoo.checks import Result, VectorCase, compare
 
 TOLERANCE = 1e-5
 
 
-def check_unipc(case: Case) -> list[Result]:
+def check_unipc(case: VectorCase) -> list[Result]:
     """Predictor-corrector: grid, every sample, and every sample between corrector and predictor."""
     solver = FlowUniPC(case.meta["steps"], case.meta["shift"])
     results, corrected = _trajectory(case, solver)
@@ -21,18 +21,18 @@ def check_unipc(case: Case) -> list[Result]:
     return results
 
 
-def check_renoise(case: Case) -> list[Result]:
+def check_renoise(case: VectorCase) -> list[Result]:
     """The sampler that the release calls step_ddim."""
     return _trajectory(case, ReNoise(case.meta["steps"], case.meta["shift"]))[0]
 
 
-def check_sde(case: Case) -> list[Result]:
+def check_sde(case: VectorCase) -> list[Result]:
     """The stochastic solver with a stored angle per step."""
     theta = case.tensors["theta"].tolist()
     return _trajectory(case, SDE(case.meta["steps"], case.meta["shift"], theta))[0]
 
 
-def _trajectory(case: Case, solver: Solver) -> tuple[list[Result], list[torch.Tensor]]:
+def _trajectory(case: VectorCase, solver: Solver) -> tuple[list[Result], list[torch.Tensor]]:
     results = [compare("sigmas", solver.sigmas, case.tensors["sigmas"], TOLERANCE)]
     if "timesteps" in case.tensors:
         results.append(compare("timesteps", solver.timesteps, case.tensors["timesteps"]))
@@ -47,7 +47,7 @@ def _trajectory(case: Case, solver: Solver) -> tuple[list[Result], list[torch.Te
     return results, corrected
 
 
-def check_sr_sigma_table(case: Case) -> list[Result]:
+def check_sr_sigma_table(case: VectorCase) -> list[Result]:
     """Signal amplitudes, and the two numbers that the super-resolution stage takes from them."""
     table = zero_snr_table()
     amplitude = table[220].item()
