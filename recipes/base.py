@@ -45,12 +45,14 @@ class Recipe(L.LightningModule):
         may_differ_from_init: settings of the model in which it may differ from the checkpoint `init`.
         fixed_on_resume: names of the recipe's settings that a resumed training must not change (`gan.taps` for a setting
             inside another).
+        renamed_values: old -> new names of values of these settings, for runs of earlier versions.
         strategies: names of the strategies that the recipe supports.
     """
 
     optimizers_needed = 1
     may_differ_from_init: tuple[str, ...] = ()
     fixed_on_resume: tuple[str, ...] = ()
+    renamed_values: Mapping[str, str] = {}
     strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
     def __init__(self, context: TrainingContext) -> None:

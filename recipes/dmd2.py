@@ -95,6 +95,7 @@ class DMD2(Recipe):
 
     optimizers_needed = 2
     fixed_on_resume = ("networks", "lora", "gan.taps")
+    renamed_values = {"lora_critic": "lora_fake_score"}
 
     def __init__(
         self,

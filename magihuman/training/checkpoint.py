@@ -127,6 +127,8 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     recipe = locate(node["recipe"]["_target_"], "recipe")
     for path in (*FIXED, *(f"recipe.{name}" for name in getattr(recipe, "fixed_on_resume", ()))):
         old, new = _entry(then, path), _entry(node, path)
+        if isinstance(old, str):
+            old = getattr(recipe, "renamed_values", {}).get(old, old)
         # Single and ddp read each other's files; the others shard in their own ways.
         if path == "strategy.name":
             old, new = ("files" if name in ("single", "ddp") else name for name in (old, new))

@@ -141,6 +141,39 @@ def test_other_networks_do_not_continue_a_run(shards, parent, tmp_path) -> None:
         assert message in str(error.value), settings
 
 
+def test_a_checkpoint_of_version_0_1_0_is_renamed_on_load() -> None:
+    from magihuman.distill.settings import rename_old_names
+
+    old = {
+        "state_dict": {"critic.model.x": 1, "shared.a.lora.critic.A": 2, "adversary.heads.x": 3, "denoiser.y": 4},
+        "recipe": {
+            "step": 5,
+            "critic_updates": 6,
+            "health": {
+                "reference": {"texts": [], "std_video": 1, "spread_video": 2, "start": {"health/spread_video": 3}},
+                "strikes": {"health/std_audio": 1, "health/lag_video": 0},
+                "sums": {"critic_error/video": 1.0, "dm/audio": 2.0},
+            },
+        },
+    }  # fmt: skip
+    rename_old_names(old)
+    assert old["state_dict"] == {
+        "fake_score.model.x": 1, "shared.a.lora.fake_score.A": 2, "discriminator.heads.x": 3, "denoiser.y": 4
+    }  # fmt: skip
+    assert old["recipe"] == {
+        "step": 5,
+        "fake_score_updates": 6,
+        "monitor": {
+            "reference": {"texts": [], "std_video": 1, "diversity_video": 2, "start": {"monitor/diversity_video": 3}},
+            "strikes": {"monitor/std_audio": 1, "monitor/lag_video": 0},
+            "sums": {"fake_score_error/video": 1.0, "dm/audio": 2.0},
+        },
+    }  # fmt: skip
+    renamed = {**old, "recipe": dict(old["recipe"])}
+    rename_old_names(renamed)  # a checkpoint of today stays as it is
+    assert renamed == old
+
+
 def test_prompts_alone_are_enough(tmp_path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("round face, ginger hair, blue shirt, green wall, says ma bi so\n" * 3)
