@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -52,7 +52,7 @@ class Recipe(L.LightningModule):
     optimizers_needed = 1
     may_differ_from_init: tuple[str, ...] = ()
     fixed_on_resume: tuple[str, ...] = ()
-    renamed_values: Mapping[str, str] = {}
+    renamed_values: ClassVar[Mapping[str, str]] = {}
     strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
     def __init__(self, context: TrainingContext) -> None:

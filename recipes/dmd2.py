@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class DMD2(Recipe):
 
     optimizers_needed = 2
     fixed_on_resume = ("networks", "lora", "gan.taps")
-    renamed_values = {"lora_critic": "lora_fake_score"}
+    renamed_values: ClassVar[dict[str, str]] = {"lora_critic": "lora_fake_score"}
 
     def __init__(
         self,
