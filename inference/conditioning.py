@@ -1,5 +1,4 @@
-"""What a user gives beside the prompt: a first frame and a sound track brought to the clip's size, a negative
-prompt from a file."""
+"""Conditioning inputs of a clip: first frame, audio track and negative prompt, read from files and fitted to it."""
 
 import hashlib
 from pathlib import Path
@@ -9,18 +8,18 @@ import torch
 from magihuman.errors import UserError
 from magihuman.media import decoding, images
 
-# Only the beginning of a sound can be used; one of many minutes is a mistake, and slow to decode.
-LONGEST_SOUND = 300.0
+# Only the beginning of a track is used; one of many minutes is a mistake, and slow to decode.
+LONGEST_AUDIO = 300.0
 # Of the negative prompt that the released base model is guided away from (SPEC 5).
 NEGATIVE_LENGTH = 1719
 NEGATIVE_SHA256 = "4515a21f8d125d12e5a42b23e65bb09f46ea9817567f1834ad556e8cd1852c4b"
 
 
-def read_picture(path: str | Path, height: int, width: int) -> torch.Tensor:
-    """A picture file as the first frame: [1,3,1,height,width] fp32 in [-1,1], centre-cropped and resized.
+def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
+    """An image file as the first frame: [1,3,1,height,width] fp32 in [-1,1], centre-cropped and resized.
 
     Raises:
-        UserError: the file is missing, no picture, or too thin for the clip's shape.
+        UserError: the file is missing, not an image, or too thin for the clip's shape.
     """
     from PIL import Image
 
@@ -36,25 +35,25 @@ def read_picture(path: str | Path, height: int, width: int) -> torch.Tensor:
     return images.image_to_frame(Image.fromarray(pixels[0].numpy()), height, width)
 
 
-def sound_seconds(path: str | Path, rate: int) -> float:
-    """How long a file's sound lasts when it is read at `rate` Hz; it is decoded, so that damage is found.
+def audio_seconds_of(path: str | Path, rate: int) -> float:
+    """Duration of a file's audio when it is read at `rate` Hz; the file is decoded, so that damage is found.
 
     Raises:
-        UserError: the file is missing, unreadable, has no audio, or lasts longer than `LONGEST_SOUND`.
+        UserError: the file is missing, unreadable, has no audio, or lasts longer than `LONGEST_AUDIO`.
     """
     try:
         seconds = decoding.probe(path).seconds
-        if seconds > LONGEST_SOUND:
+        if seconds > LONGEST_AUDIO:
             raise UserError(
-                f"it lasts {seconds:.0f} s, and {LONGEST_SOUND:g} s is the most; cut the part you mean"
+                f"it lasts {seconds:.0f} s, and {LONGEST_AUDIO:g} s is the most; cut the part you mean"
             )
         return decoding.read_audio(path, rate).shape[1] / rate
     except UserError as error:
         raise _unusable(path, error) from error
 
 
-def read_sound(path: str | Path, rate: int, channels: int, samples: int) -> torch.Tensor:
-    """The sound of a media file: [1,channels,samples] fp32 at `rate`, cut or padded with silence at its end.
+def read_audio_track(path: str | Path, rate: int, channels: int, samples: int) -> torch.Tensor:
+    """The audio of a media file: [1,channels,samples] fp32 at `rate`, cut or padded with silence at its end.
 
     Raises:
         UserError: the file is missing, unreadable or has no audio.

@@ -1,14 +1,11 @@
-"""Finished clips, in memory or written while they are decoded.
+"""Streaming decoders: latents to 8-bit frames, whole or in tiles, and clips written while they are decoded.
 
-Latents to finished pictures as a stream: `for pictures in decoder.stream(latents)`.
+    for frames in Decoder(codec).stream(latents): ...      # uint8 [n,H,W,3] on the CPU
 
 One interface for all codecs: the Wan decoder goes latent by latent, the released Turbo decoder window by window, our
-students chunk by chunk with a state; what can do none of this decodes at once. Pictures become 8-bit on the device,
-a quarter of the bytes, and travel to the CPU while the next ones are decoded.
-
-Decoding a picture in overlapping tiles, for cards that cannot hold the whole one.
-
-All tiles walk through the clip together, one chunk at a time, so that memory does not grow with its length.
+causal decoders chunk by chunk with a state, and any other codec decodes at once. Frames become 8-bit on the device, a
+quarter of the bytes, and are copied to the CPU while the next ones are decoded. Large frames can be decoded in
+overlapping tiles; all tiles advance through the clip together, so memory does not grow with its length.
 """
 
 from collections import deque
@@ -30,7 +27,7 @@ Streamer = Callable[[Tensor], Iterator[Tensor]]
 """Latents [B,C,T,h,w] -> frames [B,3,n,H,W] fp32, part by part."""
 
 AHEAD = 2
-"""Chunks of pictures that may wait for the encoder; the decoder then waits for it, so that memory does not grow."""
+"""Chunks of frames that may wait for the encoder; the decoder then waits for it, so that memory does not grow."""
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
@@ -78,7 +75,7 @@ def playable(wave: torch.Tensor, rate: int) -> tuple[torch.Tensor, int]:
 def write(
     path: str | Path, chunks: Iterator[torch.Tensor], fps: float, wave: torch.Tensor, rate: int
 ) -> tuple[int, ...]:
-    """Write an mp4 while its pictures are made: they are encoded in a thread beside the one that makes the next.
+    """Write an mp4 while its frames are decoded: a second thread encodes them.
 
     The bytes are those of encoding everything afterwards. The file appears when it is whole.
 
@@ -97,7 +94,7 @@ def write(
 
     first = next(chunks)
     size = (int(first.shape[1]), int(first.shape[2]))
-    frames = heard = 0
+    frames = written = 0
     with Mp4Writer(path, size, fps, rate if wave.numel() else 0, wave.shape[0] or 1) as writer:
 
         def add(chunk: torch.Tensor, sound: torch.Tensor) -> None:
@@ -109,15 +106,15 @@ def write(
         with ThreadPoolExecutor(1) as encoder:
             for chunk in _chain(first, chunks):
                 frames += len(chunk)
-                until = max(heard, min(round(frames / fps * rate), wave.shape[1]))
-                waiting.append(encoder.submit(add, chunk, wave[:, heard:until]))
-                heard = until
+                until = max(written, min(round(frames / fps * rate), wave.shape[1]))
+                waiting.append(encoder.submit(add, chunk, wave[:, written:until]))
+                written = until
                 if len(waiting) > AHEAD:
                     waiting.popleft().result()
             for future in waiting:
                 future.result()
-        if heard < wave.shape[1]:
-            writer.add_wave(wave[:, heard:])
+        if written < wave.shape[1]:
+            writer.add_wave(wave[:, written:])
     return frames, *size
 
 
@@ -327,6 +324,6 @@ def stream_tiles(stream: Streamer, latents: Tensor, tile: int, stride: int) -> I
                 whole = part.new_zeros(*part.shape[:3], height * stride, width * stride)
             high, wide = (slice(span.start * stride, span.stop * stride) for span in (row, column))
             whole[..., high, wide] += part * weight.to(part.device)
-            del part  # a name for it, or for a view of `whole`, would keep it beside the next one
+            del part  # a name for it, or for a view of `whole`, would keep it in memory with the next one
         assert whole is not None
         yield whole

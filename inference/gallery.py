@@ -1,6 +1,6 @@
 """A page of all clips of a folder, to open in any browser: python -m inference.gallery FOLDER.
 
-One static file beside the clips: it loads nothing but them, needs no server, and may be moved with its folder. The same
+One static file next to the clips: it loads nothing but them, needs no server, and may be moved with its folder. The same
 folder gives the same bytes.
 """
 
@@ -160,8 +160,8 @@ def _range(values: set[float]) -> str:
 
 def render(title: str, cards: list[Card]) -> str:
     """The page. Settings that all clips share stand once at its top, the others with their clip."""
-    told = [card.facts for card in cards if card.facts]
-    shared = {k: v for k, v in told[0].items() if all(f.get(k) == v for f in told)} if told else {}
+    known = [card.facts for card in cards if card.facts]
+    shared = {k: v for k, v in known[0].items() if all(f.get(k) == v for f in known)} if known else {}
     good = sum(not card.problem for card in cards)
     count = f"{len(cards)} clip{'' if len(cards) == 1 else 's'}"
     count += f", {len(cards) - good} with problems" if good < len(cards) else ""
@@ -232,7 +232,7 @@ def _link(name: str, ending: str) -> str:
 
 
 def gallery(folder: str) -> None:
-    """Write index.html, a page of all clips of a folder, beside them.
+    """Write index.html, a page of all clips of a folder, into it.
 
     Args:
         folder: that `python -m magihuman.infer prompts=... output=FOLDER` wrote

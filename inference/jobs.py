@@ -54,7 +54,7 @@ class Job:
 
     @property
     def record_path(self) -> Path:
-        """Of the JSON beside the mp4."""
+        """Path of the JSON record, next to the mp4."""
         return self.path.with_suffix(".json")
 
     def finished(self) -> dict[str, Any] | None:
@@ -163,7 +163,7 @@ class Resolver:
         self._hashes: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
         self._pictures: set[tuple[str, int, int]] = set()
-        self._said: set[str] = set()
+        self._noted: set[str] = set()
 
     def job(self, request: Request) -> Job:
         """One request resolved.
@@ -198,15 +198,15 @@ class Resolver:
         return Job(request, settings, identity, path, options.command())
 
     def check_prompts(self, codecs: "CodecBundle", prompts: Sequence[str]) -> None:
-        """Say once if there are prompts that mean nothing to these codecs."""
+        """Note once if prompts do not have the only form that the text encoder was made for."""
         if codecs.prompt_pattern is None:
             return
         strange = [p for p in prompts if not re.fullmatch(codecs.prompt_pattern, " ".join(p.split()))]
         if strange:
             short = strange[0] if len(strange[0]) <= 60 else strange[0][:57] + "..."
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            self._say(
-                f"the prompt {short!r}{more} is not of the only form that the {codecs.name} world knows, such as "
+            self._note(
+                f"the prompt {short!r}{more} is not of the only form that the {codecs.name} text encoder knows, such as "
                 f"{codecs.prompt_example!r}"
             )
 
@@ -215,9 +215,11 @@ class Resolver:
         options = self._with_own(request)
         if request.audio is not None:
             if request.audio not in self._seconds:
-                from inference.conditioning import sound_seconds
+                from inference.conditioning import audio_seconds_of
 
-                self._seconds[request.audio] = sound_seconds(request.audio, source.config.contract.audio_rate)
+                self._seconds[request.audio] = audio_seconds_of(
+                    request.audio, source.config.contract.audio_rate
+                )
             audio_seconds = self._seconds[request.audio]
         if options.seconds == AUTO:
             options = replace(options, seconds=self._auto(request, audio_seconds))
@@ -236,60 +238,60 @@ class Resolver:
 
             wanted = seconds_for(request.prompt)
         if wanted is None:
-            self._say(
+            self._note(
                 "seconds=auto: the prompt has no dialogue, so the clip gets the checkpoint's usual length"
             )
             return None
         limit = longest(self.source.config)
         if wanted > limit:
-            self._say(f"seconds=auto: {wanted:g} s are needed, {limit:g} s is the most for this checkpoint")
+            self._note(f"seconds=auto: {wanted:g} s are needed, {limit:g} s is the most for this checkpoint")
         return min(wanted, limit)
 
     def _announce(self, request: Request, settings: "Settings") -> None:
-        """What the clip gets other than was asked for."""
+        """Notes on settings of the clip that differ from the requested ones."""
         sizes = {"height": settings.height, "width": settings.width}
         if settings.sr is not None:
             sizes |= {"sr_height": settings.sr.height, "sr_width": settings.sr.width}
         for name, found in sizes.items():
             asked = getattr(self.source.options, name)
             if asked not in (None, found):
-                self._say(
+                self._note(
                     f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
                 )
         small, sr = (settings.height, settings.width), settings.sr
         if sr is not None and not _same_aspect(small, (sr.height, sr.width)):
-            self._say(
+            self._note(
                 f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
-                f"{settings.width}x{settings.height}, so pictures are stretched; see sr_width= and sr_height="
+                f"{settings.width}x{settings.height}, so frames are stretched; see sr_width= and sr_height="
             )
         if request.audio is not None:
             length, used = self._seconds[request.audio], settings.audio / self.source.config.contract.fps
             if length > used + 0.05:
-                self._say(
+                self._note(
                     f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)"
                 )
         config = self.source.config
         spec = bundle_spec(config.codecs)
         if not spec.many_lengths and settings.frames > config.size.frames:
             asked, usual = (frames / config.contract.fps for frames in (settings.frames, config.size.frames))
-            self._say(
+            self._note(
                 f"{asked:g} s is longer than the {usual:g} s that this checkpoint was trained on; the clip may "
                 "fall apart (see seconds=)"
             )
         if spec.negative_prompt and settings.guidance.needed and not settings.negative_prompt.strip():
-            self._say("guidance without a negative prompt; the release has one: see negative_prompt_file=")
+            self._note("guidance without a negative prompt; the release has one: see negative_prompt_file=")
 
-    def _say(self, text: str) -> None:
+    def _note(self, text: str) -> None:
         # Every process of a torchrun command resolves all requests; one of them speaks.
-        if text not in self._said and ranks()[0] == 0:
-            self._said.add(text)
+        if text not in self._noted and ranks()[0] == 0:
+            self._noted.add(text)
             note(text)
 
     def _check_picture(self, path: str, height: int, width: int) -> None:
-        from inference.conditioning import read_picture
+        from inference.conditioning import read_image
 
         if (path, height, width) not in self._pictures:
-            read_picture(path, height, width)
+            read_image(path, height, width)
             self._pictures.add((path, height, width))
 
     def _described(self, path: str | None) -> dict[str, str] | None:

@@ -63,11 +63,11 @@ def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, c
         return sr
     from magihuman import zoo
 
-    beside = zoo.find(checkpoint).parent / f"{resolution}_sr"
-    if beside.is_dir():
-        return str(beside)
+    sibling = zoo.find(checkpoint).parent / f"{resolution}_sr"
+    if sibling.is_dir():
+        return str(sibling)
     raise UserError(
-        f"resolution={resolution} needs a second stage: {beside} is not there; give sr=CHECKPOINT, the folder "
+        f"resolution={resolution} needs a second stage: {sibling} is not there; give sr=CHECKPOINT, the folder "
         f"{resolution}_sr of the published weights"
     )
 

@@ -1,7 +1,10 @@
-"""From prompts to clips: encode the conditions, denoise, enlarge, decode (SPEC 4).
+"""Pipeline from prompts to clips: text, conditioning, sampling, super-resolution, decoding (SPEC 4).
 
-Stages follow each other (text, condition, sample, refine, decode), and each says which networks it needs, so
-that `inference.memory.Stages` can keep one of them on the device at a time.
+    clip = pipeline.generate(["a prompt"], seeds=[1], steps=8)[0]
+    clip.save("x.mp4")
+
+Each stage (text, condition, sample, refine, decode) names the networks that it needs, so that `inference.memory.Stages`
+can keep one of them on the device at a time.
 """
 
 import time
@@ -42,7 +45,7 @@ Files = Sequence[str | Path] | None
 
 @dataclass
 class Draft:
-    """A clip as latents: video [C,T,h,w], audio [A,Ca], fp32 on the CPU; `sound`: the given sound file."""
+    """A clip as latents: video [C,T,h,w], audio [A,Ca], fp32 on the CPU; `sound`: the conditioning audio file."""
 
     prompt: str
     seed: int
@@ -57,14 +60,14 @@ class Pipeline:
     Args:
         loaded: the base stage; second: super-resolution, or None.
         decoder: decodes instead of the bundle's video codec (a Turbo decoder), or None.
-        tile: pixels a side of the tiles in which large pictures are decoded, or None, see `inference.decoding`.
+        tile: pixels a side of the tiles in which large frames are decoded, or None, see `inference.decoding`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
-        tier: how both networks shall compute, see `inference.fast`; the default leaves them as they come.
+        tier: optimisation level of both networks, see `inference.fast`; the default leaves them as they come.
 
     Attributes:
         folder: of the base checkpoint.
         dtype: of the network's products, such as "float32".
-        tier: that the base computes in.
+        tier: of the base network.
         times: seconds spent per stage so far: text, condition, sample, refine, decode.
 
     Raises:
@@ -165,7 +168,7 @@ class Pipeline:
 
         Args:
             batch: how many are computed at once; it changes memory and speed, not the clips.
-            image, audio: given first frame and sound track, the same for all prompts.
+            image, audio: first frame and audio track, the same for all prompts.
             options: as for `settings`.
 
         Raises:
@@ -173,9 +176,9 @@ class Pipeline:
         """
         given_audio = None
         if audio is not None:
-            from inference.conditioning import sound_seconds
+            from inference.conditioning import audio_seconds_of
 
-            given_audio = sound_seconds(audio, self.codecs.audio_codec.sample_rate)
+            given_audio = audio_seconds_of(audio, self.codecs.audio_codec.sample_rate)
         chosen = self.settings(given_audio, **options)
         made = []
         for start in range(0, len(prompts), batch):
@@ -216,7 +219,7 @@ class Pipeline:
         """Latents of one batch, all with the same settings.
 
         Args:
-            images, sounds: a first frame and a sound track for each, or None.
+            images, sounds: files of a first frame and an audio track for each prompt, or None.
 
         Raises:
             UserError: a condition that cannot be used, or a network whose output is not finite.
@@ -249,7 +252,7 @@ class Pipeline:
                 generators,
                 image_latent=image,
                 audio_latent=sound if noise is None else None,
-                progress=_told(progress, "sample"),
+                progress=_for_stage(progress, "sample"),
                 noise=noise,
                 cfg_passes=settings.cfg_passes,
                 device=self.device,
@@ -296,7 +299,7 @@ class Pipeline:
                 shift=stage.shift,
                 guidance=guidance,
                 image_latent=image,
-                progress=_told(progress, "refine"),
+                progress=_for_stage(progress, "refine"),
                 cfg_passes=settings.cfg_passes,
                 device=self.device,
             )
@@ -304,25 +307,25 @@ class Pipeline:
         return video
 
     def encode_images(self, paths: Files, height: int, width: int) -> torch.Tensor | None:
-        """Picture files as first latent frames [B,C,1,h,w]; each is encoded alone (SPEC 4.3)."""
-        from inference.conditioning import read_picture
+        """Image files as first latent frames [B,C,1,h,w]; each is encoded alone (SPEC 4.3)."""
+        from inference.conditioning import read_image
 
         if paths is None:
             return None
         codec = self.codecs.video_codec
         with self.stage("condition"):
-            latents = [codec.encode(read_picture(path, height, width).to(device_of(codec))) for path in paths]
+            latents = [codec.encode(read_image(path, height, width).to(device_of(codec))) for path in paths]
         return torch.cat(latents).to(self.device)
 
     def encode_sounds(
         self, paths: Files, settings: Settings, generators: Sequence[torch.Generator]
     ) -> torch.Tensor | None:
-        """The sounds of media files as audio latents [B,A,Ca], cut or padded to the clip's length.
+        """Audio of media files as latents [B,A,Ca], cut or padded to the clip's length.
 
         They are read as one channel (SPEC 4.7). A codec with a random bottleneck draws from each clip's
         generator, before all other noise (SPEC 4.2).
         """
-        from inference.conditioning import read_sound
+        from inference.conditioning import read_audio_track
 
         if paths is None:
             return None
@@ -330,23 +333,25 @@ class Pipeline:
         latents = []
         with self.stage("condition"):
             for path, generator in zip(paths, generators, strict=True):
-                wave = read_sound(path, codec.sample_rate, 1, codec.hop * settings.audio).to(device_of(codec))
+                wave = read_audio_track(path, codec.sample_rate, 1, codec.hop * settings.audio).to(
+                    device_of(codec)
+                )
                 drawn = {"generator": generator} if getattr(codec, "samples_bottleneck", False) else {}
                 latents.append(codec.encode(wave, **drawn))
         return torch.cat(latents).to(self.device)
 
     def decode(self, draft: Draft) -> Clip:
-        """A draft's pictures and sound."""
+        """A draft's frames and audio."""
         frames = torch.cat(list(self.frames(draft)))
         wave, rate = self.wave(draft)
         fps = self.codecs.contract.fps
         return Clip(draft.prompt, draft.seed, frames, wave, rate, fps, draft.video, draft.audio)
 
     def write(self, draft: Draft, path: str | Path) -> dict[str, Any]:
-        """Decode a draft into an mp4, picture by picture where the decoder can; adds to `times["write"]`.
+        """Decode a draft into an mp4, frame by frame where the decoder can; adds to `times["write"]`.
 
         Returns:
-            what the file holds, for its record.
+            facts about the file for its record.
 
         Raises:
             UserError: odd size.
@@ -361,7 +366,7 @@ class Pipeline:
         return facts | {"sample_rate": rate if wave.numel() else 0, "samples": wave.shape[1]}
 
     def frames(self, draft: Draft) -> Iterator[torch.Tensor]:
-        """A draft's pictures, uint8 [n,H,W,3] on the CPU each, in as many parts as the decoder makes."""
+        """A draft's frames, uint8 [n,H,W,3] on the CPU each, in as many parts as the decoder makes."""
         parts = self.decoder.stream(draft.video)
         while True:
             # The next chunk may be on the device while this one is written: waiting for it would end that.
@@ -372,20 +377,20 @@ class Pipeline:
             yield pictures
 
     def wave(self, draft: Draft) -> tuple[torch.Tensor, int]:
-        """A draft's sound, fp32 [channels,N], and its rate: the given sound itself, or the decoded latents."""
+        """A draft's audio, fp32 [channels,N], and its rate: the conditioning audio itself, or the decoded latents."""
         codec = self.codecs.audio_codec
         if draft.sound is not None:
-            from inference.conditioning import read_sound
+            from inference.conditioning import read_audio_track
 
             rate = clips.playback_rate(codec.sample_rate)
             samples = round(len(draft.audio) / self.codecs.contract.fps * rate)
-            return read_sound(draft.sound, rate, codec.waveform_channels, samples)[0], rate
+            return read_audio_track(draft.sound, rate, codec.waveform_channels, samples)[0], rate
         with self.stage("decode"):
             wave = codec.decode(draft.audio[None].to(device_of(codec)))[0]
             return wave.float().clamp(-1, 1).cpu(), codec.sample_rate
 
 
-def _told(progress: StageProgress | None, stage: str) -> Callable[..., None] | None:
+def _for_stage(progress: StageProgress | None, stage: str) -> Callable[..., None] | None:
     return None if progress is None else lambda step, of, *_: progress(stage, step, of)
 
 

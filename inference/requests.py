@@ -220,7 +220,7 @@ def read_requests(path: str | Path, seed: int) -> list[Request]:
 
     Args:
         path: `.txt` (a prompt a line), `.jsonl` (an object a line) or `.csv` (a header, then a row each);
-            objects and rows know the fields of `FIELDS`, of which only `prompt` is needed. Relative
+            objects and rows have the fields of `FIELDS`, of which only `prompt` is needed. Relative
             image and audio paths start at the file's folder.
         seed: request i (counted from 0) without a seed of its own gets `seed + i`.
 

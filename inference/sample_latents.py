@@ -2,8 +2,8 @@
 
     python -m inference.sample_latents checkpoint=tiny/base prompts=FILE output=sampled.safetensors
 
-Encoded films are not what a decoder meets: a diffusion model's latents are smoother here and odder there. The truth
-for them is what the teacher decodes.
+In use, a decoder gets sampled latents, whose statistics differ from those of encoded videos; the teacher's frames are
+their ground truth.
 """
 
 from collections.abc import Mapping

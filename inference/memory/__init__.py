@@ -1,7 +1,7 @@
-"""How a request fits into a GPU: where weights live, in which form, and what stays there between stages.
+"""Offloading and weight storage: which weights are on the GPU in which format, and which stay between stages.
 
 `Stages` brings a stage's modules to the device and takes them away; `prepare_transformer` gives the network its
-place (resident, or streamed layer by layer) and its storage (bf16, fp8, int4); `CachedText` keeps prompts' features
+device (resident, or streamed layer by layer) and its storage (bf16, fp8, int4); `CachedText` keeps prompts' features
 on disk. `python -m magihuman.zoo plan` computes what each choice needs.
 """
 

@@ -1,4 +1,4 @@
-"""Asks, before weights are loaded, whether a command's clips fit into its GPU."""
+"""Memory check of a command before weights are loaded: do its clips fit into the GPU?"""
 
 from typing import TYPE_CHECKING
 

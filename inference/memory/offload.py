@@ -114,7 +114,7 @@ class Streamed:
 def prepare_transformer(
     denoiser: Denoiser, memory: str, weights: str | None, device: torch.device | str
 ) -> Part | None:
-    """Give a loaded network its storage and its place; done once, before the first call.
+    """Apply weight storage and offloading to a loaded network; once, before the first call.
 
     Args:
         denoiser: on the CPU, or on the device where memory is "fast".

@@ -1,4 +1,4 @@
-"""Features of prompts on disk, so that a prompt is encoded once per machine and not once per run."""
+"""Disk cache of text features: a prompt is encoded once per machine, not once per run."""
 
 import hashlib
 import os
@@ -22,9 +22,9 @@ def default_folder() -> Path:
 
 
 def encoder_identity(encoder: TextEncoder, name: str) -> str:
-    """What decides a prompt's features beside the prompt: name, weights, dtype, and kind of device.
+    """Identity of a text encoder, which with the prompt determines the features: name, weights, dtype, kind of device.
 
-    Every weight counts with its name, shape and first numbers, so two encoders of one name are told apart without
+    Every weight counts with its name, shape and first numbers, so two encoders of one name are distinguished without
     reading all of them.
 
     Args:

@@ -148,7 +148,9 @@ def _main_faults(main: str) -> list[Fault]:
 
 def _sound_faults(body: str) -> list[Fault]:
     if not re.search(r"\w", body):
-        return [Fault("'Background Sound:' is empty", f"say what is heard beside the voices, or {NO_SOUND}")]
+        return [
+            Fault("'Background Sound:' is empty", f"name the sounds other than the voices, or {NO_SOUND}")
+        ]
     if re.search(r"\n\s*\n", body):
         return [
             Fault("text follows the block 'Background Sound:'", "end there; descriptions belong to the start")
