@@ -1,1 +1,1 @@
-"""Measures, each shown beside its upper bound."""
+"""Evaluation: metrics with intervals and upper bounds, comparisons, tables and figures; see eval/README.md."""

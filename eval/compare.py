@@ -66,9 +66,9 @@ def column(
             "own": draw.own.tolist(), "other": draw.other.tolist(), "sync_retrieval": draw.found.tolist()
         }  # fmt: skip
         for clip, wave in zip(draw.clips, tracks, strict=True):
-            spans, stated = clip.heard.vowel_spans, clip.vowels.reference
+            spans, stated = clip.speech.vowel_spans, clip.vowels.reference
             whole = wave is not None and len(spans) == stated
-            voice = pitch(wave, clip.heard) if wave is not None else None
+            voice = pitch(wave, clip.speech) if wave is not None else None
             of_clip = {
                 **{key: metric.of(clip) for key, metric in CLIP_METRICS.items() if metric.compared},
                 "semitones": float("nan") if voice is None else 12 * float(np.log2(voice / 150)),
@@ -80,7 +80,9 @@ def column(
         for key, listed in rows.items():
             values.setdefault(key, []).append(listed)
     tones = list(SKINS)
-    skins = np.array([[tones.index(clip.seen.attributes["skin"]) for clip in draw.clips] for draw in scores])
+    skins = np.array(
+        [[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores]
+    )
     arrays = {key: np.array(listed, float).T for key, listed in values.items()}
     arrays["nearest"] = distribution.nearest
     return Column(name, role, arrays, skins.T, distribution, facts or {})

@@ -100,7 +100,7 @@ def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: 
         first_frame: whether clips were conditioned on it; without it the skin tone is the model's choice.
     """
     right = [
-        clip.seen.attributes["skin"] == puppet.skin
+        clip.vision.attributes["skin"] == puppet.skin
         for clip, puppet in zip(scores.clips, puppets, strict=True)
     ]
     skin = stats.share(np.array(right)) if first_frame else stats.unavailable("no first frame", len(right))

@@ -293,7 +293,7 @@ def _write_report(
     from eval.figures import run_page
     from magihuman.training.report import heading, sample_sheets
 
-    run_page(run / "metrics.csv", values, shown).savefig(run / "report.png", dpi=90)
+    run_page(run / "metrics.csv", shown).savefig(run / "report.png", dpi=90)
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     clips, compare, sheet, numbers = (
         [os.path.relpath(path, run) for path in saved],
@@ -303,7 +303,7 @@ def _write_report(
         *heading(record),
         tables.comparison(values),
         "",
-        "![curves, table, clips](report.png)",
+        "![curves and clips](report.png)",
         "",
         f"Metric by metric: [compare.png]({compare}), all clips: [sheet.png]({sheet}), all values: "
         f"[compare.json]({numbers}).",

@@ -15,11 +15,9 @@ from eval.tables import (
     BETTER,
     DECODER_KEYS,
     METRICS,
-    SIGNS,
     SR_COLUMNS,
     Values,
     ablation_title,
-    format_short,
 )
 
 if TYPE_CHECKING:
@@ -142,14 +140,14 @@ def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: in
 
 def _heard_and_wrong(score: "ClipScore") -> str:
     """Recognised syllables, and attributes that differ from the caption."""
-    wrong = [f"{name} {score.seen.attributes[name]}" for name, right in score.right.items() if not right]
-    heard = f"heard: {' '.join(score.heard.words) or 'nothing'}"
+    wrong = [f"{name} {score.vision.attributes[name]}" for name, right in score.right.items() if not right]
+    heard = f"heard: {' '.join(score.speech.words) or 'nothing'}"
     return f"{heard} | wrong: {', '.join(wrong)}" if wrong else heard
 
 
 def _mouth_curves(axes: "Axes", score: "ClipScore", legend: bool, last: bool) -> None:
     """Mouth opening over the frames: as seen, and as the audio calls for."""
-    axes.plot(score.seen.openness - score.seen.openness.min(), color="C3", lw=1, label="mouth seen")
+    axes.plot(score.vision.openness - score.vision.openness.min(), color="C3", lw=1, label="mouth seen")
     if score.called is not None:
         axes.plot(score.called, color="C0", lw=1, label="mouth that the audio calls for")
     agreement = score.sync.status if score.sync.r is None else f"r {score.sync.r:.2f}, lag {score.sync.lag}"
@@ -173,28 +171,25 @@ COLOURS = {"truth": "0.6", "bound": "0.3", "teacher": "C0"}
 BASELINES = ("C1", "C2", "C4")
 STUDENTS = ("C3", "C6", "C8", "C9", "C5")
 ACROSS = 5  # panels side by side
-# Panels of a run's page: columns of metrics.csv under their names of today and of before; a triple is a ratio.
+# Panels of a run's page: columns of metrics.csv; (label, numerator, denominator) is a ratio.
 CURVES: tuple[tuple[str, tuple[str | tuple[str, str, str], ...]], ...] = (
     ("matching gradient", ("dm/video", "dm/audio")),
-    ("fake score: loss", ("fake_score/video", "fake_score/audio", "critic/video", "critic/audio")),
+    ("fake score: loss", ("fake_score/video", "fake_score/audio")),
     (
         "error on samples, fake score / teacher",
         (
             ("video", "fake_score_error/video", "teacher_error/video"),
             ("audio", "fake_score_error/audio", "teacher_error/audio"),
-            ("video", "critic_error/video", "teacher_error/video"),  # runs of version 0.1.0
-            ("audio", "critic_error/audio", "teacher_error/audio"),
         ),
     ),
     (
-        "student / teacher",
-        (
-            *(f"monitor/{name}_{m}" for name in ("std", "diversity") for m in ("video", "audio")),
-            *(f"health/{name}_{m}" for name in ("std", "spread") for m in ("video", "audio")),
-        ),
+        "collapse monitor: student / teacher",
+        ("monitor/std_video", "monitor/std_audio", "monitor/diversity_video", "monitor/diversity_audio"),
     ),
-    ("gradient norms", ("grad_norm", "grad_norm/fake_score", "grad_norm/critic")),
+    ("gradient norms", ("grad_norm", "grad_norm/fake_score")),
 )
+# Names in metrics.csv before version 0.2.
+OLD_NAMES = (("critic", "fake_score"), ("health/spread", "monitor/diversity"), ("health/", "monitor/"))
 
 
 def _colours(values: Values) -> dict[str, str]:
@@ -241,18 +236,15 @@ def _time_bars(axes: "Axes", values: Values, palette: Mapping[str, str]) -> None
     axes.tick_params(labelsize=7)
 
 
-def run_page(metrics: Path, values: Values, shown: Sequence[Shown], prompts: int = 3) -> Figure:
-    """One page of a distillation run: training curves, a short table, and clips of teacher and student."""
+def run_page(metrics: Path, shown: Sequence[Shown], prompts: int = 3) -> Figure:
+    """One page of a distillation run: training curves, and clips of teacher and student."""
     few = [column for column in shown if column.role in ("teacher", "student")]
     lines = min(prompts, len(shown[0].frames)) * len(few)
-    count = len(next(iter(values["columns"].values()))["rows"])
-    heights = (2.6, 0.24 * (count + 3) + 0.7, 1.25 * lines + 0.4)
+    heights = (2.6, 1.25 * lines + 0.4)
     figure = Figure(figsize=(15, sum(heights)), layout="constrained")
-    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-    upper, middle, lower = parts
-    _training_curves(upper, metrics)
-    _short_table(middle.subplots(), values)
-    _clip_rows(lower, few, prompts)
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    _training_curves(parts[0], metrics)
+    _clip_rows(parts[1], few, prompts)
     return figure
 
 
@@ -260,7 +252,11 @@ def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
     """Losses and the collapse monitor's signals over the training."""
     from magihuman.training.report import read_metrics
 
-    series = read_metrics(metrics)
+    series = {}
+    for column, points in read_metrics(metrics).items():
+        for old, new in OLD_NAMES:
+            column = column.replace(old, new)
+        series[column] = points
     for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
         for name in names:
             if points := _curve(series, name):
@@ -289,39 +285,6 @@ def _curve(
     _, top, below = name
     under = dict(series.get(below, ()))
     return [(step, value / under[step]) for step, value in series.get(top, ()) if under.get(step)]
-
-
-def _short_table(axes: "Axes", values: Values) -> None:
-    """Values without intervals; a student's cell is green or red where it differs from the full teacher's."""
-    columns = values["columns"]
-    teacher = next(name for name, c in columns.items() if c["role"] == "teacher")
-    tints = {"better": "#cfe8cf", "worse": "#f3cdcd"}
-    body, fills, labels = [], [], []
-    for key in next(iter(columns.values()))["rows"]:
-        labels.append(f"{SIGNS[METRICS[key].direction]}  {key}")
-        body.append([format_short(c["rows"][key]) for c in columns.values()])
-        verdicts = [values["against"].get(name, {}).get(teacher, {}).get(key, {}) for name in columns]
-        fills.append([tints.get(verdict.get("verdict", ""), "white") for verdict in verdicts])
-    labels += ["↓  seconds per clip", "↓  network calls"]
-    body += [
-        [f"{c['seconds_per_clip']:.3f}" if "seconds_per_clip" in c else "" for c in columns.values()],
-        [str(c.get("calls", "")) for c in columns.values()],
-    ]
-    fills += [["white"] * len(columns)] * 2
-    axes.axis("off")
-    drawn = axes.table(
-        body, cellColours=fills, rowLabels=labels, cellLoc="center", loc="center",
-        colLabels=[name.replace(", ", "\n", 1) for name in columns],
-    )  # fmt: skip
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(8)
-    drawn.scale(1, 1.15)
-    for place in range(len(columns)):
-        drawn[0, place].set_height(2 * drawn[1, 0].get_height())
-    axes.set_title(
-        f"students in green: better than {teacher}, in red: worse (95 % intervals over prompts); "
-        "↑ higher is better, ↓ lower, = nearer to the codec reconstruction", fontsize=8,
-    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ RECOGNISER_SEED = 4_000_037
 UTTERANCES = 240
 
 HOP = SAMPLE_RATE // 100  # 10 ms
-PER_PICTURE = SAMPLE_RATE // FPS // HOP
+HOPS_PER_FRAME = SAMPLE_RATE // FPS // HOP
 WINDOW = 512  # 32 ms
 BANDS = 32
 CONTEXT = (-5, -2, 0, 2, 5)  # frames stacked into one feature vector
@@ -43,7 +43,7 @@ SWITCH = -4.0  # log probability of leaving a class
 
 
 @dataclass(frozen=True)
-class Heard:
+class Recognised:
     """Recognised syllables, with the start and end of their vowels in seconds.
 
     `silent` is true where the whole clip is below `SILENT_RMS`; `words` is empty then.
@@ -76,11 +76,11 @@ class Edits:
         return self.reference - self.substitutions - self.deletions
 
 
-def edits(reference: tuple[str, ...], heard: tuple[str, ...]) -> Edits:
+def edits(reference: tuple[str, ...], recognised: tuple[str, ...]) -> Edits:
     """Edits of a recognised from a reference sequence by jiwer: fewest errors, among equals the most hits."""
     import jiwer
 
-    found = jiwer.process_words(" ".join(reference), " ".join(heard))
+    found = jiwer.process_words(" ".join(reference), " ".join(recognised))
     return Edits(found.substitutions, found.deletions, found.insertions, len(reference))
 
 
@@ -151,7 +151,7 @@ def _fitted() -> _Fit:
     for index in range(UTTERANCES):
         puppet = draw_puppet(RECOGNISER_SEED, index)
         wave = synthesise(puppet)
-        if index % 2:  # half of them with noise 15 to 40 dB below the speech: decoded sound is never clean
+        if index % 2:  # half of them with noise 15 to 40 dB below the speech: decoded audio is never clean
             noise = rng.standard_normal(len(wave))
             wave = wave + noise * wave.std() * 10 ** (-rng.uniform(15, 40) / 20)
         rows.append(features(wave))
@@ -161,18 +161,18 @@ def _fitted() -> _Fit:
     means = np.stack([x[y == k].mean(0) for k in range(len(CLASSES))])
     clear = y >= 0
     weights = np.linalg.solve(_ridge(x[clear] - means[y[clear]], 0.05), means.T)
-    pictures = np.concatenate([_per_picture(r, FRAMES) for r in rows])
+    per_frame = np.concatenate([_per_frame(r, FRAMES) for r in rows])
     target = np.concatenate(openings)
-    centre = pictures.mean(0)
-    pull = (pictures - centre).T @ (target - target.mean()) / len(target)
-    opening = np.linalg.solve(_ridge(pictures - centre, 0.01), pull)
+    centre = per_frame.mean(0)
+    pull = (per_frame - centre).T @ (target - target.mean()) / len(target)
+    opening = np.linalg.solve(_ridge(per_frame - centre, 0.01), pull)
     bias = -0.5 * np.sum(means.T * weights, 0)
     return _Fit(weights, bias, opening, float(target.mean() - centre @ opening))
 
 
-def _per_picture(rows: np.ndarray, frames: int) -> np.ndarray:
+def _per_frame(rows: np.ndarray, frames: int) -> np.ndarray:
     """Mean of the audio's frames during each video frame: [frames, features] from [frames * 4, features]."""
-    return rows[: frames * PER_PICTURE].reshape(frames, PER_PICTURE, -1).mean(1)
+    return rows[: frames * HOPS_PER_FRAME].reshape(frames, HOPS_PER_FRAME, -1).mean(1)
 
 
 def called_opening(wave: np.ndarray, frames: int) -> np.ndarray | None:
@@ -182,16 +182,16 @@ def called_opening(wave: np.ndarray, frames: int) -> np.ndarray | None:
     one, so this follows the drawn mouth far closer than loudness does (r = .98 against .88). `wave` is [N] at 16 kHz,
     cut or filled with silence to the video's length. None where it is silent.
     """
-    needed = frames * PER_PICTURE * HOP
+    needed = frames * HOPS_PER_FRAME * HOP
     wave = _clean(wave)[:needed]
     if _is_silent(wave):
         return None
     fit = _fitted()
     rows = features(np.pad(wave, (0, needed - len(wave))))
-    return np.maximum(_per_picture(rows, frames) @ fit.opening + fit.opening_bias, 0)
+    return np.maximum(_per_frame(rows, frames) @ fit.opening + fit.opening_bias, 0)
 
 
-def pitch(wave: np.ndarray, heard: Heard) -> float | None:
+def pitch(wave: np.ndarray, speech: Recognised) -> float | None:
     """The voice's pitch in Hz: the median over the vowels, None where there is none.
 
     Autocorrelation of frames of 50 ms whose power spectrum is flattened (to the power 1/4), since otherwise a formant
@@ -200,7 +200,7 @@ def pitch(wave: np.ndarray, heard: Heard) -> float | None:
     wave, length = _clean(wave), SAMPLE_RATE // 20
     starts = [
         start
-        for begin, end in heard.vowel_spans
+        for begin, end in speech.vowel_spans
         for start in range(
             round((begin + 0.01) * SAMPLE_RATE), round((end - 0.01) * SAMPLE_RATE) - length, HOP
         )
@@ -278,11 +278,11 @@ def _search(scores: np.ndarray) -> np.ndarray:
     return np.array(path[::-1])
 
 
-def hear(wave: np.ndarray) -> Heard:
+def recognise(wave: np.ndarray) -> Recognised:
     """The syllables of a waveform [N] at 16 kHz."""
     wave = _clean(wave)
     if _is_silent(wave):
-        return Heard((), (), True)
+        return Recognised((), (), True)
     fit = _fitted()
     scores = features(wave) @ fit.weights + fit.bias
     scores -= scores.max(1, keepdims=True)
@@ -301,4 +301,4 @@ def hear(wave: np.ndarray) -> Heard:
         elif name in VOWELS:
             words.append(onset + name)
             spans.append((start * HOP / SAMPLE_RATE, stop * HOP / SAMPLE_RATE))
-    return Heard(tuple(words), tuple(spans), False)
+    return Recognised(tuple(words), tuple(spans), False)

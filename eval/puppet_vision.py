@@ -32,7 +32,7 @@ STATIC_AMPLITUDE = 0.004  # of the image's area; the smallest vowel (u) opens 0.
 
 
 @dataclass(frozen=True)
-class Seen:
+class FrameMeasures:
     """Measurements of one clip.
 
     Attributes:
@@ -127,7 +127,7 @@ def mouth_openness(frames: np.ndarray) -> np.ndarray:
     return share.sum(-1) / size**2
 
 
-def see(frames: np.ndarray) -> Seen:
+def measure_frames(frames: np.ndarray) -> FrameMeasures:
     """Measure one clip, uint8 [F,H,W,3].
 
     Raises:
@@ -150,7 +150,7 @@ def see(frames: np.ndarray) -> Seen:
         + levels[:, 1:-1, 2:]
         - 4 * levels[:, 1:-1, 1:-1]
     )
-    return Seen(
+    return FrameMeasures(
         attributes=attributes(frames),
         openness=openness,
         amplitude=amplitude,

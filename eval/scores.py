@@ -16,8 +16,8 @@ import numpy as np
 from data.tiny.puppets import SKINS, Puppet, parse_caption
 from eval import stats
 from eval.lip_sync import Sync, correlation, sync_of
-from eval.puppet_speech import Edits, Heard, called_opening, edits, hear
-from eval.puppet_vision import PROMPTED, Seen, see
+from eval.puppet_speech import Edits, Recognised, called_opening, edits, recognise
+from eval.puppet_vision import PROMPTED, FrameMeasures, measure_frames
 from eval.stats import Measure, unavailable
 from eval.tables import CANDIDATES, METRICS
 
@@ -27,7 +27,7 @@ class ClipScore:
     """Measurements of one clip.
 
     Attributes:
-        seen, heard: attributes and mouth in the frames, syllables in the audio.
+        vision, speech: attributes and mouth in the frames, syllables in the audio.
         syllables, vowels: edits from the caption's to the recognised ones.
         right: attribute -> whether it is as the caption states.
         called: mouth opening that the audio calls for [F], None where it is silent.
@@ -35,8 +35,8 @@ class ClipScore:
     """
 
     caption: str
-    seen: Seen
-    heard: Heard
+    vision: FrameMeasures
+    speech: Recognised
     syllables: Edits
     vowels: Edits
     right: dict[str, bool]
@@ -46,17 +46,17 @@ class ClipScore:
     def to_dict(self) -> dict[str, Any]:
         return {
             "caption": self.caption,
-            "attributes": self.seen.attributes,
+            "attributes": self.vision.attributes,
             "right": self.right,
-            "heard": list(self.heard.words),
+            "heard": list(self.speech.words),
             "vowel_hits": self.vowels.hits,
             "vowels_exact": self.vowels.errors == 0,
             "syllable_errors": self.syllables.errors,
             "sync": asdict(self.sync),
-            "amplitude": self.seen.amplitude,
-            "sharpness": self.seen.sharpness,
-            "mouth_sharpness": self.seen.mouth_sharpness,
-            "flicker": self.seen.flicker,
+            "amplitude": self.vision.amplitude,
+            "sharpness": self.vision.sharpness,
+            "mouth_sharpness": self.vision.mouth_sharpness,
+            "flicker": self.vision.flicker,
         }
 
 
@@ -114,16 +114,17 @@ def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> Cli
     audio = np.zeros(0) if wave is None else np.asarray(wave)
     if audio.ndim != 1:
         raise ValueError(f"wave must be [N] (one channel), not {list(audio.shape)}")
-    seen, heard, called = see(frames), hear(audio), called_opening(audio, len(frames))
+    vision, speech = measure_frames(frames), recognise(audio)
+    called = called_opening(audio, len(frames))
     return ClipScore(
         caption=caption,
-        seen=seen,
-        heard=heard,
-        syllables=edits(words, heard.words),
-        vowels=edits(tuple(word[-1] for word in words), heard.vowels),
-        right={name: seen.attributes[name] == stated[name] for name in PROMPTED},
+        vision=vision,
+        speech=speech,
+        syllables=edits(words, speech.words),
+        vowels=edits(tuple(word[-1] for word in words), speech.vowels),
+        right={name: vision.attributes[name] == stated[name] for name in PROMPTED},
         called=called,
-        sync=sync_of(seen.openness, called, seen.static),
+        sync=sync_of(vision.openness, called, vision.static),
     )
 
 
@@ -153,12 +154,12 @@ CLIP_METRICS = {
     "vowels": ClipMetric(lambda clip: clip.vowels.hits / clip.vowels.reference, stats.share, compared=True),
     "vowels_exact": ClipMetric(lambda clip: float(clip.vowels.errors == 0), stats.share, compared=True),
     "words_exact": ClipMetric(lambda clip: float(clip.syllables.errors == 0), stats.share),
-    "static": ClipMetric(lambda clip: float(clip.seen.static), stats.share),
-    "silent": ClipMetric(lambda clip: float(clip.heard.silent), stats.share),
-    "amplitude": ClipMetric(lambda clip: clip.seen.amplitude, compared=True),
-    "sharpness": ClipMetric(lambda clip: clip.seen.sharpness, compared=True),
-    "mouth_sharpness": ClipMetric(lambda clip: clip.seen.mouth_sharpness, compared=True),
-    "flicker": ClipMetric(lambda clip: clip.seen.flicker, compared=True),
+    "static": ClipMetric(lambda clip: float(clip.vision.static), stats.share),
+    "silent": ClipMetric(lambda clip: float(clip.speech.silent), stats.share),
+    "amplitude": ClipMetric(lambda clip: clip.vision.amplitude, compared=True),
+    "sharpness": ClipMetric(lambda clip: clip.vision.sharpness, compared=True),
+    "mouth_sharpness": ClipMetric(lambda clip: clip.vision.mouth_sharpness, compared=True),
+    "flicker": ClipMetric(lambda clip: clip.vision.flicker, compared=True),
 }  # fmt: skip
 
 
@@ -172,9 +173,11 @@ def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]
         if clip.sync.r is None:
             continue
         around = [clips[(i + k) % len(clips)].called for k in range(1, len(clips))]
-        voices = [v for v in around if v is not None and len(v) == len(clip.seen.openness)][: CANDIDATES - 1]
-        if voices:
-            values = [correlation(clip.seen.openness, voice) for voice in voices]
+        tracks = [v for v in around if v is not None and len(v) == len(clip.vision.openness)][
+            : CANDIDATES - 1
+        ]
+        if tracks:
+            values = [correlation(clip.vision.openness, track) for track in tracks]
             other[i] = np.mean(values)
             found[i] = clip.sync.r > max(values)
     return other, found
@@ -268,7 +271,7 @@ def score_clips(
     own = np.array([clip.sync.r or 0.0 for clip in clips])
     shifted = np.array([clip.sync.shifted or 0.0 for clip in clips])
     other, found = _against_others(clips)
-    counts = Counter(clip.seen.attributes["skin"] for clip in clips)
+    counts = Counter(clip.vision.attributes["skin"] for clip in clips)
     skins = np.array([counts[name] for name in SKINS])
     table = {
         name: metric.average(np.array([metric.of(clip) for clip in clips], float))

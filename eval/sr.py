@@ -27,7 +27,7 @@ from eval.image_metrics import psnr, ssim
 from eval.lip_sync import correlation
 from eval.output import folder_for, provenance, training_record, write_results
 from eval.puppet_speech import called_opening
-from eval.puppet_vision import mouth_region, see
+from eval.puppet_vision import measure_frames, mouth_region
 from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, held_out, noise_seed, require_tiny
 from eval.tables import CANDIDATES, METRICS
 from magihuman.errors import UserError
@@ -196,13 +196,13 @@ def _clip_values(frames: np.ndarray, number: int, inputs: Inputs, mouth: np.ndar
     clips; a static mouth counts 0, since it follows nothing.
     """
     count = len(inputs.text)
-    seen = see(frames)
+    vision = measure_frames(frames)
     called = [inputs.called[(number + k) % count] for k in range(min(CANDIDATES, count))]
-    follows = [0.0 if seen.static or c is None else correlation(seen.openness, c) for c in called]
+    follows = [0.0 if vision.static or c is None else correlation(vision.openness, c) for c in called]
     values = {
-        "sharpness": seen.sharpness,
-        "mouth_sharpness": seen.mouth_sharpness,
-        "flicker": seen.flicker,
+        "sharpness": vision.sharpness,
+        "mouth_sharpness": vision.mouth_sharpness,
+        "flicker": vision.flicker,
         "own": follows[0],
         "other": float(np.mean(follows[1:])) if count > 1 else 0.0,
     }
@@ -259,7 +259,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure a super-resolution checkpoint of the tiny world on inputs-out clips.
 
-    Prints the tables; writes, for each part, PART.json and PART.md, and frames: clips.png, audio.png, steps.png.
+    Prints the tables; writes, for each part, PART.json and PART.md, and figures: clips.png, audio.png, steps.png.
 
     Args:
         checkpoint: shipped name, exported folder or run folder of the second stage

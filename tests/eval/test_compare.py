@@ -18,7 +18,7 @@ from eval.diversity import (
     embed,
     real_draw,
 )
-from eval.puppet_speech import Heard, hear, pitch
+from eval.puppet_speech import Recognised, pitch, recognise
 from eval.puppets import Clips, ground_truth, held_out, through_codec
 from eval.scores import CLIP_METRICS
 from magihuman.codecs.bundle import CodecBundle, load_bundle
@@ -213,11 +213,11 @@ def test_pitch_is_heard():
     puppets = [draw_puppet(81, index) for index in range(40)]
     drawn = np.array([np.mean([s.pitch * (1 + s.glide / 2) for s in p.syllables]) for p in puppets])
     waves = [synthesise(p) for p in puppets]
-    heard = np.array([pitch(wave, hear(wave)) for wave in waves], float)
+    heard = np.array([pitch(wave, recognise(wave)) for wave in waves], float)
     off = 12 * np.abs(np.log2(heard / drawn))
     assert (off < 1.5).mean() >= 0.95
     assert np.corrcoef(heard, drawn)[0, 1] > 0.95
-    assert pitch(np.zeros(16000), Heard((), (), True)) is None
+    assert pitch(np.zeros(16000), Recognised((), (), True)) is None
 
 
 # ----------------------------------------------------------------------------------------------------

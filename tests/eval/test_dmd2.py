@@ -81,7 +81,7 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     assert written == {"compare.json", "compare.md", "compare.png", "sheet.png", *clips}
     page = (runs / "a" / "report.md").read_text()
     assert page.startswith("# DMD2: a\n")
-    for part in ("| vowels right ↑ |", "![curves, table, clips](report.png)", "compare/clips/student-1.mp4"):
+    for part in ("| vowels right ↑ |", "![curves and clips](report.png)", "compare/clips/student-1.mp4"):
         assert part in page
     assert str(runs) not in page
     assert list(values["columns"]) == COLUMNS

@@ -7,7 +7,7 @@ import pytest
 
 from data.tiny.puppets import draw_puppet, mouth_track, synthesise
 from eval import puppet_speech
-from eval.puppet_speech import RECOGNISER_SEED, called_opening, edits, hear
+from eval.puppet_speech import RECOGNISER_SEED, called_opening, edits, recognise
 
 
 def error_rates(spoil, count=60, seed=60) -> tuple[float, float, float]:
@@ -16,7 +16,7 @@ def error_rates(spoil, count=60, seed=60) -> tuple[float, float, float]:
     rng = np.random.default_rng(0)
     for index in range(count):
         puppet = draw_puppet(seed, index)
-        heard = hear(spoil(synthesise(puppet), rng))
+        heard = recognise(spoil(synthesise(puppet), rng))
         syllables += edits(puppet.words, heard.words).errors
         wrong = edits(tuple(w[-1] for w in puppet.words), heard.vowels).errors
         vowels += wrong
@@ -71,7 +71,7 @@ def test_other_speech_backwards_speech_and_noise_are_wrong():
     ids=["zeros", "empty", "nan", "quiet", "short"],
 )
 def test_silence_is_told_apart_from_speech(wave):
-    heard = hear(wave)
+    heard = recognise(wave)
     assert heard.silent
     assert heard.words == ()
     assert called_opening(wave, 25) is None
@@ -81,7 +81,7 @@ def test_vowel_spans_lie_where_the_vowels_are():
     off = []
     for index in range(40):
         puppet = draw_puppet(63, index)
-        for (start, stop), s in zip(hear(synthesise(puppet)).vowel_spans, puppet.syllables, strict=True):
+        for (start, stop), s in zip(recognise(synthesise(puppet)).vowel_spans, puppet.syllables, strict=True):
             off += [start - s.start - s.onset_seconds, stop - s.end]
     assert np.abs(off).mean() < 0.015
     assert np.abs(off).max() < 0.05

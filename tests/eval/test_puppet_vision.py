@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import FACES, HAIR, SHIRTS, SKINS, WALLS, draw_puppet, mouth_track, render
-from eval.puppet_vision import attributes, mouth_openness, see
+from eval.puppet_vision import attributes, measure_frames, mouth_openness
 
 VALUES = {
     "face": FACES,
@@ -93,25 +93,25 @@ def test_openness_does_not_mind_blur_and_hardly_noise():
 
 def test_a_frozen_mouth_is_static_and_the_smallest_vowel_is_not():
     frames = render(draw_puppet(56, 0))
-    frozen = see(np.repeat(frames[:1], 25, 0))
+    frozen = measure_frames(np.repeat(frames[:1], 25, 0))
     assert frozen.static
     assert frozen.amplitude == 0
     speaking = [p for p in (draw_puppet(56, i) for i in range(3000)) if all(w[1] == "u" for w in p.words)]
     assert speaking
     for puppet in speaking:
-        seen = see(render(puppet))
+        seen = measure_frames(render(puppet))
         assert not seen.static
         assert seen.amplitude > 0.009
 
 
 def test_sharpness_falls_with_blur_and_flicker_rises_with_noise():
     frames = render(draw_puppet(57, 0)).astype(float)
-    clean = see(frames.astype(np.uint8))
-    soft = see(gaussian_filter(frames, (0, 1, 1, 0)).astype(np.uint8))
+    clean = measure_frames(frames.astype(np.uint8))
+    soft = measure_frames(gaussian_filter(frames, (0, 1, 1, 0)).astype(np.uint8))
     assert soft.sharpness < 0.15 * clean.sharpness
     assert soft.mouth_sharpness < 0.3 * clean.mouth_sharpness
     noise = np.random.default_rng(0).standard_normal(frames.shape) * 0.05 * 255
-    rough = see(np.clip(frames + noise, 0, 255).astype(np.uint8))
+    rough = measure_frames(np.clip(frames + noise, 0, 255).astype(np.uint8))
     assert clean.flicker < 1e-4
     assert 0.02 < rough.flicker < 0.06
     assert rough.sharpness > clean.sharpness  # noise looks sharp: read sharpness beside flicker
@@ -119,10 +119,10 @@ def test_sharpness_falls_with_blur_and_flicker_rises_with_noise():
 
 def test_other_pictures_are_refused():
     with pytest.raises(ValueError, match="uint8"):
-        see(np.zeros((5, 64, 64, 3), np.float32))
+        measure_frames(np.zeros((5, 64, 64, 3), np.float32))
     with pytest.raises(ValueError, match="square"):
-        see(np.zeros((5, 64, 32, 3), np.uint8))
+        measure_frames(np.zeros((5, 64, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="square"):
-        see(np.zeros((1, 64, 64, 3), np.uint8))
-    black = see(np.zeros((5, 64, 64, 3), np.uint8))  # nothing to see is no error
+        measure_frames(np.zeros((1, 64, 64, 3), np.uint8))
+    black = measure_frames(np.zeros((5, 64, 64, 3), np.uint8))  # nothing to see is no error
     assert black.static

@@ -42,7 +42,7 @@ def test_the_bound_through_the_codec_is_near_perfect(world):
     assert coded.table["sync_skill"].value == pytest.approx(1)
     assert coded.table["sync_lag0"].value > 0.95
     assert 0.95 < truth.table["sync_skill"].value < 1.3
-    assert [c.seen.attributes["skin"] for c in coded.clips] == [p.skin for p in held_out(60)]
+    assert [c.vision.attributes["skin"] for c in coded.clips] == [p.skin for p in held_out(60)]
 
 
 def test_held_out_puppets_are_of_a_world_of_their_own():
@@ -185,9 +185,9 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     clip.right.update(face=False, shirt=False)
     sheet = figures.contact_sheet([figures.Shown("t", "model", clips.frames, clips.waves, scores.clips)])
     face, shirt, heard = (
-        clip.seen.attributes["face"],
-        clip.seen.attributes["shirt"],
-        " ".join(clip.heard.words),
+        clip.vision.attributes["face"],
+        clip.vision.attributes["shirt"],
+        " ".join(clip.speech.words),
     )
     title = sheet.axes[0].get_title(loc="left")
     assert title == f"{puppets[0].caption}\nt | heard: {heard} | wrong: face {face}, shirt {shirt}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eval import sr
-from eval.puppet_vision import see
+from eval.puppet_vision import measure_frames
 from eval.puppets import ground_truth, held_out
 from eval.readme_tables import sr_table
 from magihuman.codecs.bundle import CodecBundle, load_bundle
@@ -74,7 +74,7 @@ def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: 
 def test_the_mouth_is_measured_alike_at_both_sizes() -> None:
     puppets = held_out(4)
     for size in (64, 128):
-        seen = [see(frames) for frames in ground_truth(puppets, size).frames]
+        seen = [measure_frames(frames) for frames in ground_truth(puppets, size).frames]
         if size == 64:
             first = seen
     for small, large in zip(first, seen, strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from eval.lip_sync import correlation
 from eval.puppet_speech import called_opening
-from eval.puppet_vision import see
+from eval.puppet_vision import measure_frames
 from eval.sr import bicubic
 from inference.jobs import Resolver
 from inference.loading import find
@@ -45,8 +45,8 @@ def test_a_clip_of_both_stages(tmp_path: Path) -> None:
     assert torch.equal(first.wave, second.wave)  # the second stage hears it and leaves it
     assert float(second.wave.square().mean().sqrt()) > 0.01
 
-    enlarged = see(bicubic(first.frames[None], 128)[0].numpy())
-    refined = see(second.frames.numpy())
+    enlarged = measure_frames(bicubic(first.frames[None], 128)[0].numpy())
+    refined = measure_frames(second.frames.numpy())
     assert refined.attributes == enlarged.attributes
     assert refined.sharpness > 2 * enlarged.sharpness
     called = called_opening(second.wave[0].numpy(), len(second.frames))
