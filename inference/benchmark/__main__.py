@@ -259,7 +259,7 @@ def train(
 
 
 def collect(input: str = RUNS, output: str | None = None) -> str:
-    """Turn the results of `suite` and `train` into committed files, and make tables, picture and README anew.
+    """Turn the results of `suite` and `train` into committed files, and render tables, picture and README.
 
     Example:
         python -m inference.benchmark collect input=runs/latency

@@ -35,7 +35,7 @@ _TRACE = 4000  # characters of a traceback that are kept: its end names the fail
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one pass of a stage takes: video [1,C,T,h,w], audio [1,A,Ca], text [S,Ct]."""
+    """Inputs of one pass of a stage: video [1,C,T,h,w], audio [1,A,Ca], text [S,Ct]."""
 
     video: Tensor
     audio: Tensor
@@ -66,7 +66,7 @@ def dtype_for(name: str, case: ClipCase, device: torch.device) -> torch.dtype:
 def build(
     case: ClipCase, device: torch.device, dtype: torch.dtype, checkpoint: str | None
 ) -> tuple[Denoiser, str]:
-    """The network of a clip's last stage, on the device, and what its weights are, in words.
+    """The network of a clip's last stage, on the device, and a description of its weights.
 
     The other stage runs on the same weights (`view`): times do not depend on them, memory does.
 
@@ -200,7 +200,7 @@ def first_passes(
 
 
 def facts(network: Denoiser) -> dict[str, Any]:
-    """What a tier switched on, and the attention kernels of all stages that have run; nothing for the reference."""
+    """Options of a tier, and the attention kernels of all stages that have run; empty for the reference."""
     if not isinstance(network, FastDenoiser):
         return {"options": {}}
     model: Any = network.model
@@ -308,7 +308,7 @@ class ReferenceOutput:
             self.why_not["float32"] = "not computed: fp32 takes too long at this size"
 
     def _computed(self, dtype: str, reference: Denoiser, inputs: Inputs) -> Velocities | None:
-        """A pass of the reference, or None: the times of what is compared with it are worth having all the same."""
+        """A pass of the reference, or None where it fails: the times of faster networks are still of use."""
         try:
             return _on_cpu(one_pass(reference, inputs))
         except Exception as error:  # its windows are compiled, and compilers fail in many ways
@@ -317,7 +317,7 @@ class ReferenceOutput:
 
     def errors(self, found: Velocities) -> dict[str, Any]:
         """Of a faster network's velocities: against the reference in its dtype, and against it in fp32 with the
-        reference's own distance from that beside it.
+        reference's own distance from that.
 
         Raises:
             ValueError: velocities that are not finite.

@@ -152,7 +152,7 @@ class BudgetedRun:
         _append(self.log, line + "\n")
 
     def run(self, steps: Sequence[Step]) -> str:
-        """Do the steps in their order; returns a table of what became of each."""
+        """Run the steps in order; returns a table with the status of each."""
         for step in steps:
             self._do(step)
         return self.report(steps)
@@ -211,7 +211,7 @@ class BudgetedRun:
 
 @dataclass
 class RecordedRun:
-    """What one run left on disk.
+    """One run as recorded on disk.
 
     Attributes:
         header: the first line; steps: last line of each finished step, by name; runs: "run" lines by step, in order.
@@ -290,7 +290,7 @@ def choose(steps: Sequence[Step], names: str | None) -> list[Step]:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append in one write and hand it to the disk, so that a kill loses at most the line being written."""
+    """Append in one write and flush to disk, so that a kill loses at most the line being written."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(handle, text.encode())
@@ -302,7 +302,7 @@ def _append(path: Path, text: str) -> None:
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise `StepTimeout` in here after that many seconds of real time, as soon as Python code runs again; and again
-    after as many more, for code that goes on without what took too long."""
+    after as many more, for code that catches the first one and goes on."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield  # signals reach the main thread only
         return
@@ -323,7 +323,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 class Bench:
-    """What is measured, and the steps that measure it.
+    """A benchmark: a device and the steps that measure it.
 
     Args:
         device: where the networks run.
@@ -371,7 +371,7 @@ def run_benchmark(
     steps: str | None,
     output: str | None,
 ) -> str:
-    """Run a benchmark's steps within the time budget; returns what became of each.
+    """Run a benchmark's steps within the time budget; returns the status of each.
 
     Args:
         command: name of the command and of its files.
@@ -397,7 +397,7 @@ def run_benchmark(
 
 
 def folder_for(output: str | None, dry: bool) -> Path:
-    """Where results go; dry runs never into the folder of real ones, unless that is asked for."""
+    """Folder of the results; that of dry runs is another one, unless `output` names it."""
     if output is not None:
         return Path(output)
     return FOLDER.with_name(f"{FOLDER.name}-dry") if dry else FOLDER

@@ -1,6 +1,6 @@
-"""What a request needs beside the network: text encoder, codecs, decoder; released ones with random weights.
+"""Text encoder, codecs and decoder of a timed request; the released ones with random weights.
 
-A part that cannot be had on this machine is `Missing`, with the reason; its stage is then reported as not measured.
+A component that this machine cannot run is `Missing`, with the reason; its stage is then reported as not measured.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,15 @@ T5GEMMA: dict[str, Any] = {
     "head_dim": 256, "vocab_size": costs.T5GEMMA_WORDS,
 }  # fmt: skip
 
-_WORKSPACE = 1.3  # what a decoder's activations take with its convolutions' workspaces
+_WORKSPACE = (
+    1.3  # a decoder's activations with the workspaces of its convolutions, relative to activations alone
+)
 _USABLE = 0.95  # of the device's memory
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a part is not there."""
+    """Reason for a missing component."""
 
     reason: str
 
@@ -103,14 +105,16 @@ def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype)
 def _text(case: ClipCase, device: torch.device) -> Any:
     if device.type == "cpu":
         return Missing("its 9 B parameters are for a GPU")
-    if device.type == "cuda":  # "meta" has room for everything
+    if device.type == "cuda":  # "meta" tensors take no memory
         last = case.stages[-1]
         needed = footprint.weight_bytes(last.config, "bf16") + costs.text_encoder_bytes()
         needed += int(_WORKSPACE * costs.TURBO_DECODER.activations(case.pixels[0] * case.pixels[1]))
         memory = torch.cuda.get_device_properties(device).total_memory
         # Else a clip's decoder runs out of memory, and with it goes the clip's total.
         if needed > _USABLE * memory:
-            return Missing(f"{memory / 1e9:.0f} GB do not hold it beside the network and the decoder at work")
+            return Missing(
+                f"{memory / 1e9:.0f} GB do not hold it together with the network and the running decoder"
+            )
     return _had(lambda: _t5gemma(device, case.stages[0].text), "transformers", device)
 
 
@@ -165,7 +169,7 @@ def _tiny_decoder(name: str, device: torch.device) -> Any:
 
 
 def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
-    """The part, or why not: its library, room for it, or a version of the library that knows it by another name."""
+    """The component, or why it is missing: its library, memory, or a version of the library with other names."""
     if find_spec(needs) is None:
         return Missing(f"{needs} is not installed")
     try:
@@ -178,7 +182,7 @@ def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line; of one that wraps another (as compilers' do), what that says."""
+    """Message of an error in one line; of the innermost one where errors wrap others, as compilers' do."""
     while isinstance(cause := getattr(error, "inner_exception", None) or error.__cause__, BaseException):
         error = cause
     said = str(error).strip().splitlines()

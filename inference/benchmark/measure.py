@@ -81,7 +81,7 @@ def _prepare(
     decoder: str,
     changes: Mapping[str, Any],
 ) -> list[Contender]:
-    """Every tier's network beside what the reference makes of the same inputs."""
+    """Every tier's network with its errors against the reference on the same inputs."""
     start = time.perf_counter()
     reference, weights = bench_networks.build(case, device, dtype, checkpoint)
     built = time.perf_counter() - start
@@ -124,7 +124,7 @@ def _prepare(
 
 
 def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: int, budget: float) -> None:
-    """Warm up, then time; contenders take turns, so that what disturbs one disturbs all."""
+    """Warm up, then time; contenders take turns, so that a disturbance affects all of them."""
     for contender in contenders:
         for number in range(warm):
             times = contender.request.run(look_for_waits=number == warm - 1)
@@ -149,7 +149,7 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
 def described(
     case: ClipCase, tier: str, network: Denoiser, weights: str, found: components.Parts | None
 ) -> Row:
-    """All that a row says beside times."""
+    """The columns of a row other than times."""
     geometry = {
         stage.name: {
             "latents": [stage.frames, stage.height, stage.width],
@@ -198,7 +198,7 @@ def _finished(case: ClipCase, contender: Contender, roof: Mapping[str, float], d
     work = {stage.name: stage.passes * forward(stage).total for stage in case.stages}
     if case.released and row["decoder"] and "video decode" in found:
         work["video decode"] = video_decoder(case, row["decoder"]["name"]).flops
-    one_thread = device.type == "cpu" and torch.get_num_threads() == 1  # see `clock.undisturbed`
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1  # see `timers.undisturbed`
     times = row["processor_time"] if one_thread else found
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     row["rates"] = rates(times, work, roof, machine)

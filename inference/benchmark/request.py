@@ -1,4 +1,4 @@
-"""One request, stage by stage as inference runs it: text to an mp4 file with sound, nothing else in between."""
+"""A timed request, stage by stage as inference runs it: from text to an mp4 file with sound."""
 
 import tempfile
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from magihuman.models.denoiser import Denoiser
 
 T = TypeVar("T")
 CONDITIONS = ("image", "sound")
-"""Stages that run only where a picture or a sound is given; timed beside the request, not in it."""
+"""Stages that run only where a picture or a sound is given; timed in addition to the request, not as part of it."""
 STAGES = ("text", "noise", "base", "sr", "video decode", "to host", "audio decode", "encode and mux")
 PUBLISHED_STAGES = ("base", "sr", "video decode", "to host")
 """Whose sum is compared with the published totals: diffusion, and pictures in the host's memory."""

@@ -71,7 +71,7 @@ def gpu_state() -> dict[str, Any]:
 
 
 def _smi(query: str) -> list[str]:
-    """Lines of an answer; none where there is no nvidia-smi or it does not know the question."""
+    """Lines of the answer; none where there is no nvidia-smi or it does not support the query."""
     command = ["nvidia-smi", query, "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

@@ -1,4 +1,4 @@
-"""Markdown tables of the result files, for the README: latency beside the published times, decoders, optimisations.
+"""Markdown tables of the result files, for the README: latency next to the published times, decoders, optimisations.
 
 A block of the README between `<!-- latency FOLDER -->` (or another name of `TABLES`) and `<!-- end -->` is rendered from
 the files of that folder, or from that file. Predictions have tables or rows of their own, labelled so.
@@ -210,7 +210,7 @@ def memory_table(folder: str) -> str:
 
 
 def decoders_table(folder: str) -> str:
-    """Parameters, FLOPs and memory of the video decoders, computed; below each what was measured."""
+    """Parameters, FLOPs and memory of the video decoders, computed; below each the measurements."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row["size"], row["decoder"], row["layout"], row["frames"], row.get("cudnn_benchmark", False)
@@ -240,7 +240,7 @@ def decoders_table(folder: str) -> str:
 
 
 def decode_cost_table(file: str) -> str:
-    """What `python -m inference.benchmark decode_cost` computed of the light decoders, and apart from it what it timed.
+    """Computed counts of the light decoders (`python -m inference.benchmark decode_cost`), and its CPU times apart from them.
 
     Raises:
         ValueError: computed rows that hold anything else.
@@ -560,7 +560,7 @@ def all_tables(folder: Path) -> str:
 
 
 def render(text: str, up: str = "") -> str:
-    """A text with every block of `TABLES` made anew.
+    """A text with every block of `TABLES` rendered again.
 
     Args:
         up: path from the folder of the page to the repository, as links to result files need it.
@@ -582,7 +582,7 @@ def render(text: str, up: str = "") -> str:
 
 
 def check_readme(readme: Path | None = None) -> list[tuple[str, str]]:
-    """Compare the tables of the README, or of another page, with the result files; gives their names and sources.
+    """Compare the tables of the README, or of another page, with the result files; returns their names and sources.
 
     Raises:
         UserError: a table differs, or there is none of the latency.

@@ -1,9 +1,9 @@
-"""All inference measurements of a GPU in one process and one time budget: `python -m inference.benchmark suite`.
+"""Suite of all inference measurements of a GPU, in one process and one time budget: `python -m inference.benchmark suite`.
 
 One network of 15 B random weights serves every size; only the faster forms of it (tiers) are made anew. Steps run in
 order of value, so that a run that is cut off has measured what matters most:
 
-    roof            a large matrix product and a large copy: what this device reaches at most
+    roof            a large matrix product and a large copy: peak rates of this device
     truth           the reference at 256p in fp32 and bf16, with and without windows: the error column
     reference 256p  the network as written: the ratio to published code
     fast ...        256p, 540p and 1080p in bf16, compiled, CUDA graphs; where the time goes (profiler)
@@ -179,7 +179,7 @@ class SuiteBench(Bench):
         return Step(f"{tier} {size}", seconds, partial(self.clip, tier, size), needs, most=most)
 
     def roof(self) -> Values:
-        """What the device reaches in one large product and one large copy, in bursts; whether torch can compile."""
+        """Peak rates of the device: one large product and one large copy; and whether torch can compile."""
         values: Values = {"roof": peak_rates(self.device, self.dtype), "compiler": "not asked on a CPU"}
         if self.device.type == "cuda":
             x = torch.ones(8, device=self.device)

@@ -246,12 +246,12 @@ def peak_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 # -- profile
 
 KINDS = {
-    # In this order: attention kernels have "gemm" and "cutlass" in some of their names.
+    # Order matters: attention kernels have "gemm" and "cutlass" in some of their names.
     "attention": re.compile(r"attention|sdpa|fmha|flash", re.I),
     "products": re.compile(r"gemm|nvjet|cutlass|cublas|matmul|::mm|addmm|bmm|linear", re.I),
     "pointwise": re.compile(r"triton_|elementwise|vectorized|reduce|copy|memcpy|cat|softmax|norm", re.I),
 }
-"""Kinds of kernels by their names, as cuBLAS, cuDNN, FlashAttention and Inductor call them."""
+"""Kinds of kernels by their names, in cuBLAS, cuDNN, FlashAttention and Inductor."""
 
 _SHOWN = 20
 

@@ -89,7 +89,7 @@ class TrainingBench(Bench):
             measured("lora", "attention", 16, batch=4),
             made("dmd2", "build", 12),
             *(measured("dmd2", mode, 24) for mode in ("attention", "blocks")),
-            # What hangs while it compiles costs nothing that comes before it.
+            # Last, so that a compilation that hangs costs no other step.
             made("lora", "rebuild"),
             compiled("lora", 45),
             made("dmd2", "rebuild", 12),
@@ -97,7 +97,7 @@ class TrainingBench(Bench):
         ]
 
     def roof(self) -> Values:
-        """What the device reaches in one large matrix product and one large copy."""
+        """Peak rates of the device: one large matrix product and one large copy."""
         return {"roof": peak_rates(self.device, torch.float32 if self.dry else torch.bfloat16)}
 
     def build(self, kind: str) -> Values:
@@ -247,7 +247,7 @@ class TrainingBench(Bench):
         return made
 
     def batch(self, size: int, number: int) -> Values:
-        """Standard normal latents and text features, as the data module gives them."""
+        """Standard normal latents and text features, in the form of the data module."""
         stage, config = self.stage, self.stage.config
         generator = torch.Generator().manual_seed(number)
 
@@ -288,7 +288,7 @@ class _Resident(L.LightningModule):
 
 
 class _Batches:
-    """Endless batches, made on the CPU when they are asked for."""
+    """Endless batches, made on the CPU on demand."""
 
     def __init__(self, make_batch: Callable[[int], Values]) -> None:
         self.make_batch = make_batch

@@ -90,7 +90,7 @@ def decode(
                     rows.append(row)
                     print(describe(row), flush=True)
         how = {} if any("seconds" in row.get("measured", {}) for row in rows) else {"how": COMPUTED}
-        # A file for every size: what is measured is kept if time is up before the largest is done.
+        # A file for every size, so that results are kept if time is up before the largest is done.
         written.append(result_files.write("decode", f"{case.size}-{decoder}", rows, made | how, folder))
     return "\n".join(f"written to {path}" for path in written)
 
@@ -105,11 +105,11 @@ def decoder_row(
     cudnn_benchmark: bool = False,
     to_host_only: bool = False,
 ) -> Row:
-    """What is computed of a decoder, and where a GPU is at hand its times.
+    """A decoder's computed counts, and its times where there is a GPU.
 
     Args:
         layout: of the weights in memory, contiguous or channels_last.
-        dtype: of the weights, see `networks.dtype_for`; Wan is bfloat16 as released.
+        dtype: of the weights, see `bench_networks.dtype_for`; Wan is bfloat16 as released.
         repeat: timed clips, after one to warm up.
         cudnn_benchmark: let cuDNN time its convolution algorithms on the first clip instead of choosing by heuristics.
         to_host_only: leave out the time without the copy to the host's memory.
@@ -165,7 +165,7 @@ def _tiny(case: ClipCase, name: str, device: torch.device) -> Any:
 
 
 def _computed(case: ClipCase, name: str) -> Row:
-    """What follows from shapes: exact FLOPs, the least time on an H100, peak memory."""
+    """Counts from shapes: exact FLOPs, the least time on an H100, peak memory."""
     work = video_decoder(case, name)
     return {
         "parameters": decoder_parameters(name),
@@ -178,8 +178,8 @@ def _computed(case: ClipCase, name: str) -> Row:
 
 
 def peak_memory(case: ClipCase, name: str) -> int:
-    """Computed bytes of weights and activations while a clip is decoded chunk by chunk, bf16, without what kernels
-    take for themselves."""
+    """Computed bytes of weights and activations while a clip is decoded chunk by chunk, bf16, without
+    the workspaces of kernels."""
     last = case.stages[-1]
     pixels = case.pixels[0] * case.pixels[1]
     published = {"turbo": costs.TURBO_DECODER, "wan": costs.WAN_DECODER}
@@ -302,7 +302,7 @@ def random_codec(
         return CausalDecoderCodec(network)
     if isinstance(network, TrainableTurboDecoder):
         return TurboCodec(network.decoder, network.config).to(device)
-    raise UserError(f"decoder {name!r} is no student; choose one of {', '.join(NAMES)}")
+    raise UserError(f"decoder {name!r} is not one of ours; choose one of {', '.join(NAMES)}")
 
 
 def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> DecodeCost:
@@ -431,7 +431,7 @@ def cost_report(side: int, latents: int, repeat: int, output: Path | None) -> st
                 cost.product_bytes + cost.pointwise_bytes
             )
             row["seconds"] = {key: cost.seconds(GPUS[key]) for key in ("h100", "h200")}
-            # What the release's published time says of our prediction for it, applied to the student.
+            # The ratio of the release's published time to our prediction for it, applied to the student.
             row["seconds_by_published"] = (
                 PUBLISHED[size]["decode"] * cost.seconds(GPUS["h100"])[1] / base.seconds(GPUS["h100"])[1]
             )

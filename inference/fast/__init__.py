@@ -1,4 +1,4 @@
-"""Faster networks in tiers of exactness: `prepare(denoiser, tier)` gives one that is called like the denoiser.
+"""Faster networks in tiers (optimisation levels): `prepare(denoiser, tier)` returns one that is called like the denoiser.
 
     reference      the network as written
     exact          bit-equal to it, with all that never changes made once

@@ -27,7 +27,7 @@ _LARGEST_AVERAGE = 8.0
 """Attention averages values; a trial's are standard normal, of which none of 10^14 lies beyond this."""
 
 _STEPS = 0.02, 0.1, 0.02
-"""What one unit of an 8-bit trial's q, k and v stands for: e4m3 ends at 448 units."""
+"""Value of one unit of an 8-bit trial's q, k and v: e4m3 ends at 448 units."""
 
 _LARGE_KEYS, _KEY_SCALE = 3, 2.0
 """The last keys of a trial are larger by this factor, so that a missing one of 65,746 changes the output measurably."""
@@ -37,7 +37,7 @@ _CHUNK = 4096
 
 
 class Call(NamedTuple):
-    """What a trial has to know of one call of a kernel.
+    """Shapes and strides of one call of a kernel, for a trial.
 
     Attributes:
         samples, queries, keys: q is [samples, queries, Hq, D], k and v are [samples, keys, Hkv, D].
@@ -153,7 +153,7 @@ def probe(
     dim: int,
     call: Call = SMALL,
 ) -> str | None:
-    """What is wrong with a kernel in one call on this device, found by making that call; None if nothing is.
+    """Fault of a kernel in one call on this device, found by making that call; None if there is none.
 
     Some rows are compared with fp32 attention, see `_fault`. Takes the memory of the call's tensors (3.3 GB for
     65,746 tokens of 40 heads with the strides of a layer) and 200 MB for the comparison, and frees it.
@@ -218,7 +218,7 @@ def _drawn(
 def _fault(
     out: Tensor, lse: Tensor | None, given: tuple[Tensor, Tensor, Tensor], want_lse: bool
 ) -> str | None:
-    """What is wrong with a kernel's output for `given`, or None.
+    """Fault of a kernel's output for the inputs `given`, or None.
 
     All of it has to be finite and no larger than an average of the values can be. About 16 rows of the first and the
     last sample are compared with fp32 attention: the first rows, the last rows, and those at tile boundaries.

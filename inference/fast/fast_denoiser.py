@@ -1,4 +1,4 @@
-"""A `Denoiser` whose transformer runs fast; what `inference.fast.prepare` gives."""
+"""A `Denoiser` with a `FastTransformer`; the result of `inference.fast.prepare`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +60,7 @@ class FastDenoiser(Denoiser):
         """See `Denoiser.forward`; a LoRA has to be merged beforehand."""
         model: Any = self.model
         if model.cache is not None:
-            # A sampling loop gives the same features in every step, so they tell its passes apart.
+            # A sampling loop passes the same features in every step, so they identify its passes.
             model.cache.enter((video.shape, *map(id, text)))
         return super().forward(video, audio, text, layout, lora)
 

@@ -61,7 +61,7 @@ def multiply(x: Tensor, codes: Tensor, row_scales: Tensor, scales: Tensor) -> Te
         scale_a=scale,
         scale_b=one,
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,  # Hopper then sums with 14 bits, far finer than what 8-bit inputs leave
+        use_fast_accum=True,  # Hopper then sums with 14 bits, far finer than 8-bit inputs
     )
     return y.float() * row_scales
 

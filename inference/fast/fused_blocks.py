@@ -25,7 +25,7 @@ _RECOMPILATIONS = 64
 
 
 class BlockTokens(NamedTuple):
-    """What regions know of the tokens.
+    """Token layout of the compiled functions.
 
     Attributes:
         sizes: rows of each expert in a layer with experts.
@@ -40,7 +40,7 @@ class BlockTokens(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """What attention takes, q [L,Hq,D], k and v [L,Hkv,D], and what waits for its output, each expert's [n,Hq]."""
+    """Inputs of attention, q [L,Hq,D], k and v [L,Hkv,D], and the gates of its output, each expert's [n,Hq]."""
 
     q: Tensor
     k: Tensor
@@ -107,7 +107,7 @@ def between(
     following: LayerTensors,
     next_kind: BlockKind,
 ) -> tuple[Tensor, Projected]:
-    """`after` of one layer and `before` of the next, so that what lies between them is fused."""
+    """`after` of one layer and `before` of the next in one function, so that they are fused."""
     x = after(x, out, gates, tokens, w, kind)
     return x, before(x, tokens, following, next_kind)
 

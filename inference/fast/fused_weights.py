@@ -26,7 +26,7 @@ class MatrixTensors(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """All tensors of a layer, the form in which regions take them. Norms are 1 + w, one row per expert."""
+    """All tensors of a layer, as arguments of the compiled functions. Norms are 1 + w, one row per expert."""
 
     attention_norm: Tensor
     qk_norm: Tensor
@@ -41,7 +41,7 @@ class LayerTensors(NamedTuple):
 
 
 class BlockKind(NamedTuple):
-    """What a region has to know of a layer beside its tensors."""
+    """Properties of a layer that a compiled function depends on, in addition to its tensors."""
 
     experts: int
     heads: int
@@ -79,7 +79,7 @@ class Matrix(nn.Module):
         self.register_buffer("scales", scales)
 
     def tensors(self) -> MatrixTensors:
-        """As they are now: what looks after memory may have moved them."""
+        """As they are now: memory management may have moved them."""
         return MatrixTensors(self.weight, self.row_scales, self.scales)
 
 
@@ -182,7 +182,7 @@ class FastLayer(nn.Module):
         return each.amax(dim=0).unflatten(0, (self.kind.shared, -1)).amax(dim=1)
 
     def _attention_scales(self, values: Tensor | None) -> Tensor:
-        """What one 8-bit unit of q, k and v stands for, fp32 [3,Hkv]; rotation keeps a head's length."""
+        """Values of one 8-bit unit of q, k and v, fp32 [3,Hkv]; rotation keeps a head's length."""
         assert values is not None
         heads = self.kind.heads
         bounds = [fp8.norm_bound(part) for part in (self.qk_norm[:, :heads], self.qk_norm[:, heads:])]

@@ -68,7 +68,7 @@ def variants(name: str) -> tuple[Kernel, ...]:
 def plain(
     q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """In the dtype of q, holding all scores; see the module for shapes."""
+    """In the dtype of q, with all scores in memory; see the module for shapes."""
     b, n, _, dim = q.shape
     shared = k.shape[2]
     # Query heads of one key head are stacked as rows of one product.

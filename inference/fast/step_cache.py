@@ -24,7 +24,7 @@ def reused_steps(steps: int) -> tuple[bool, ...]:
 
 
 class StepCache:
-    """The middle layers' last two changes for every pass of a trajectory: each side of the guidance may be a pass."""
+    """The middle layers' last two changes for every pass of a trajectory; with guidance a step has two passes."""
 
     def __init__(self) -> None:
         self._plan: tuple[bool, ...] = ()
@@ -44,7 +44,7 @@ class StepCache:
         self._steps[key] = self._steps.get(key, -1) + 1
 
     def change(self) -> Tensor | None:
-        """What to add to the residual stream instead of running the middle layers now; None to run them."""
+        """Forecast to add to the residual stream instead of running the middle layers; None to run them."""
         step, known = self._steps.get(self._key, 0), self._changes.get(self._key, [])
         if step >= len(self._plan) or not self._plan[step] or len(known) < 2:
             return None
@@ -52,7 +52,7 @@ class StepCache:
         return torch.lerp(older, newer, (step - before) / (last - before))
 
     def keep(self, entered: Tensor, left: Tensor) -> None:
-        """Remember what the middle layers did to the residual stream, fp32 [L,H] before and after."""
+        """Keep the middle layers' change of the residual stream, fp32 [L,H] before and after."""
         if any(self._plan):
             known = self._changes.setdefault(self._key, [])
             self._changes[self._key] = [*known[-1:], (self._steps[self._key], left - entered)]

@@ -1,4 +1,4 @@
-"""The tiers: how far a faster network may depart from the reference, and what each switches on. Without torch.
+"""Tiers (optimisation levels): permitted deviation from the reference, and the options of each. Without torch.
 
 Exactness: E0, bit-equal to the reference on the same device; E1, the same mathematics with other kernels, sum orders
 or fewer roundings, within a stated bound of the fp32 reference; approximate, other mathematics, off by default and
@@ -17,7 +17,7 @@ FP8 = ("off", "shared", "all")
 
 @dataclass(frozen=True)
 class Tier:
-    """A named promise.
+    """An optimisation level.
 
     Attributes:
         exactness: "E0", "E1" or "approximate".
@@ -48,7 +48,7 @@ TIERS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a tier is made of; each can be switched alone, to measure what it brings.
+    """Options of a tier; each can be switched alone, to measure its gain.
 
     Attributes:
         planes: gate and linear rows of the up projection in two blocks instead of alternating.
@@ -121,7 +121,7 @@ def choose_tier(tier: str | None, device_type: str, memory: str, weights: str | 
 
 
 def options_for(tier: str, device_type: str, **changes: Any) -> Options:
-    """What a tier switches on for a device of this type ("cuda" or "cpu"), with some of it changed.
+    """Options of a tier on a device of this type ("cuda" or "cpu"), with some of them changed.
 
     On the CPU the E1 tiers leave out what only pays on a GPU: compilation takes half a minute there, and the CPU's
     products do not care where rows start.

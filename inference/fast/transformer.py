@@ -1,4 +1,4 @@
-"""The transformer run fast: the same weights and mathematics as `SingleStreamDiT`, arranged for repeated calls."""
+"""Fast transformer: the weights and mathematics of `SingleStreamDiT`, arranged for repeated calls in inference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class LayoutPlan:
 
     Attributes:
         packed: tokens modality by modality, as layers with experts want them.
-        by_sample: the same sample by sample, as attention wants them; the very same for one sample.
+        by_sample: the same sample by sample, as attention wants them; the same object for one sample.
         order, inverse: see `magihuman.models.tokens.Layout`; None where rows are never moved.
         kernel: computes attention; None for the reference's own choice.
         passed_over: why kernels that would be faster do not, "name: reason" each.

@@ -126,7 +126,7 @@ def gpus(size: str = "all", decoder: str = "turbo") -> str:
 
 
 def published(tflops: float = 790.0) -> str:
-    """What the published table (5-second clip, one H100) means: rates, utilisation, and distance to the least time.
+    """Rates and utilisation that the published table (5-second clip, one H100) implies, and its ratio to the least time.
 
     Args:
         tflops: the peak that the least time is taken at, in TFLOP/s

@@ -52,7 +52,7 @@ class DenoisingStage:
 
     @property
     def window(self) -> int | None:
-        """Frames that local layers see to each side, or None where all layers see everything."""
+        """Frames that local layers attend to on each side, or None where all layers attend to everything."""
         return self.pack.frame_receptive_field if self.config.local_attn_layers else None
 
     @property
@@ -123,7 +123,7 @@ def make(
 
     Args:
         steps, sr_steps: of the solvers; those of the published table where absent.
-        guided: the base stage runs both sides of the guidance.
+        guided: the base stage runs the conditional and the unconditional branch of guidance.
         model: another network than `15b` or `tiny`: of configs/model, a checkpoint's name or folder, or its config.
             Only checkpoints need torch.
 

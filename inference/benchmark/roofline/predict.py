@@ -1,4 +1,4 @@
-"""Predicted times: the work of a stage at rates that kernels reach, and what each optimisation should bring.
+"""Predicted times: the work of a stage at the rates of kernels, and the expected gain of each optimisation.
 
 A prediction is a sum of parts that do not overlap: products, attention, pointwise kernels, embedders and heads, host.
 The rates of `LADDER` are assumptions of the study that came before the first measurement (published kernel rates and
@@ -26,7 +26,7 @@ from magihuman.zoo.footprint import TokenCounts
 TILE = (128, 256)
 """Rows and columns of the output that one multiprocessor computes at a time."""
 
-_GOOD_TILING = 0.97  # at which the rates were measured: only what is lost beyond is charged
+_GOOD_TILING = 0.97  # at which the rates were measured: only further losses are charged
 _SHORT = 600.0  # tokens: attention reaches n / (n + this) of its rate for long sequences
 _ENDS = 60e12  # FLOP/s of fp32 products
 _COPY = 0.9  # share of the bandwidth that a kernel reaches
@@ -46,7 +46,7 @@ H200, H100 = Machine("H200", 4.3e12, 132), Machine("H100", 2.9e12, 132)
 
 @dataclass(frozen=True)
 class Rates:
-    """What kernels reach, in 10^12 FLOP/s.
+    """Rates of kernels, in 10^12 FLOP/s.
 
     Attributes:
         products: of the blocks; down: of SwiGLU's down projection, whose rows may be badly aligned.
@@ -71,7 +71,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Rung:
-    """Everything up to an optimisation; `name` says what came last, `key` finds its measurement."""
+    """All optimisations up to one; `name` is that of the last one, `key` finds its measurement."""
 
     key: str
     name: str
@@ -138,7 +138,7 @@ def rates_of(tier: str, kernel: str) -> Rates:
 
 
 def machine_of(device_name: str) -> Machine | None:
-    """The machine that torch gives this name; None where no rates are assumed for it."""
+    """The machine with this device name in torch; None where no rates are assumed for it."""
     return next((machine for machine in (H200, H100) if machine.name in device_name), None)
 
 
@@ -219,7 +219,7 @@ def _boundary_bytes(config: DiTConfig, tokens: TokenCounts) -> int:
 
 SIZES = tuple(PUBLISHED)
 REACHED = 790.0
-"""10^12 FLOP/s of a large bf16 product on an H200, measured before this project; what floors are taken at."""
+"""10^12 FLOP/s of a large bf16 product on an H200, measured before this project; the lower bounds use it."""
 
 TARGETS = {
     "attention": {"256p": 1.55, "540p": 6.0, "1080p": 35.0},
@@ -245,7 +245,7 @@ def clip(case: ClipCase, rates: Rates, machine: Machine, decoder: str = "turbo")
 
 
 def floor(case: ClipCase, tflops: float = REACHED) -> Cell:
-    """What no exact bf16 path can pass, as `clip`: all arithmetic at this rate, and nothing else."""
+    """Lower bound of any exact bf16 path, as `clip`: all arithmetic at this rate, and nothing else."""
     limits = DeviceLimits.of(GPUS["h200"], tflops)
     loops = {stage.name: bound(network(stage), limits).seconds for stage in case.stages}
     return _summed(loops["base"], loops.get("sr", 0.0), bound(video_decoder(case), limits).seconds)

@@ -171,7 +171,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a device can do at most: FLOP/s, bytes per second of its memory and of the link to the host."""
+    """Peak rates of a device: FLOP/s, bytes per second of its memory and of the link to the host."""
 
     name: str
     flops: float
@@ -193,7 +193,7 @@ class DeviceLimits:
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time of a stage in seconds, and what takes it: compute, memory or link."""
+    """The least time of a stage in seconds, and the limit that sets it: compute, memory or link."""
 
     seconds: float
     by: str
