@@ -14,7 +14,7 @@ from data.scan import MediaFile, probe_file
 from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter
 from data.worker_pool import Tick
 from magihuman.io.files import write_atomically
-from magihuman.media.decoding import MediaClip, MediaError, MediaReader, read_image
+from magihuman.media.reading import MediaClip, MediaError, MediaReader, read_image
 
 if TYPE_CHECKING:  # the parent process imports the tasks only by name
     import torch

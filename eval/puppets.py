@@ -179,7 +179,7 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
     """
     from tqdm import tqdm
 
-    from magihuman.media.decoding import MediaError, read_clip
+    from magihuman.media.reading import MediaError, read_clip
 
     movies = sorted(Path(folder).glob("*.mp4"))[:limit]
     if not movies:

@@ -44,8 +44,8 @@ STEPS = (1, 2, 3, 5, 8, 16)
 
 
 @dataclass
-class Inputs:
-    """Inputs-out clips as inputs of the second stage.
+class StageInputs:
+    """Held-out clips as inputs of the second stage.
 
     Attributes:
         video [n,C,T,h,w], audio [n,A,Ca]: first-stage latents; text: n tensors [S,Ct].
@@ -64,14 +64,14 @@ class Inputs:
 Method = Callable[[slice], "Tensor"]
 
 
-def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> Inputs:
+def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> StageInputs:
     """The puppets themselves, drawn at the first stage's size and encoded."""
     import torch
 
     puppets = held_out(count)
     waves = [synthesise(p) for p in puppets]
     audio = torch.cat([codecs.audio_codec.encode(torch.from_numpy(w)[None, None].float()) for w in waves])
-    return Inputs(
+    return StageInputs(
         video=encode(codecs, ground_truth(puppets, size).frames),
         audio=audio,
         text=codecs.text_encoder.encode([p.caption for p in puppets]),
@@ -80,7 +80,7 @@ def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> I
     )
 
 
-def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: bool) -> Inputs:
+def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: bool) -> StageInputs:
     """Samples of the first stage for the puppets' captions, with the mouth openings that their own audio calls for."""
     import torch
     from tqdm import tqdm
@@ -98,7 +98,7 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
         part = captions[first : first + batch]
         drafts += pipeline.draft(part, [noise_seed(seed, first + k) for k in range(len(part))], settings)
     waves = [pipeline.wave(draft)[0].numpy().mean(0) for draft in drafts]
-    return Inputs(
+    return StageInputs(
         video=torch.stack([draft.video for draft in drafts]),
         audio=torch.stack([draft.audio for draft in drafts]),
         text=codecs.text_encoder.encode(captions),
@@ -131,7 +131,7 @@ def bicubic(frames: "Tensor", size: int) -> "Tensor":
 
 def refined(
     second: "Loaded",
-    inputs: Inputs,
+    inputs: StageInputs,
     part: slice,
     *,
     steps: int,
@@ -164,7 +164,7 @@ def refined(
 
 
 def measure_method(
-    method: Method, inputs: Inputs, codecs: "CodecBundle", size: int, batch: int = 10
+    method: Method, inputs: StageInputs, codecs: "CodecBundle", size: int, batch: int = 10
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
     """Values per clip [n] by name of the frames that `method` makes, the first frames, seconds of the method."""
     import torch
@@ -189,7 +189,7 @@ def measure_method(
     return {name: np.array(column) for name, column in values.items()}, kept, spent
 
 
-def _clip_values(frames: np.ndarray, number: int, inputs: Inputs, mouth: np.ndarray) -> dict[str, float]:
+def _clip_values(frames: np.ndarray, number: int, inputs: StageInputs, mouth: np.ndarray) -> dict[str, float]:
     """Metrics of one clip, frames uint8 [F,H,W,3].
 
     `own` and `other` are the mouth's correlation with the clip's own audio and, in the mean, with that of the next
@@ -339,16 +339,18 @@ def run(
 class _Setting:
     second: "Loaded"
     codecs: "CodecBundle"
-    drawn: Inputs
+    drawn: StageInputs
     size: int
     steps: int
     seed: int
     batch: int
 
-    def measure(self, method: Method, inputs: Inputs | None = None) -> tuple[Any, list[np.ndarray], float]:
+    def measure(
+        self, method: Method, inputs: StageInputs | None = None
+    ) -> tuple[Any, list[np.ndarray], float]:
         return measure_method(method, inputs or self.drawn, self.codecs, self.size, self.batch)
 
-    def refiner(self, inputs: Inputs | None = None, steps: int | None = None, **options: Any) -> Method:
+    def refiner(self, inputs: StageInputs | None = None, steps: int | None = None, **options: Any) -> Method:
         chosen, count = inputs or self.drawn, steps or self.steps
         return lambda part: refined(
             self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options
@@ -378,7 +380,7 @@ class _Setting:
         return self.measure(lambda part: encode(self.codecs, truth[part], self.batch))[0]
 
 
-def _table(setting: _Setting, sampled: Inputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+def _table(setting: _Setting, sampled: StageInputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
     """Both sets of clips enlarged in three ways, and the codec bound."""
     bound = setting.bound
     sets, frames, seconds = {}, {}, {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from magihuman.errors import UserError
-from magihuman.media import decoding, images
+from magihuman.media import reading, images
 
 # Only the beginning of a track is used; one of many minutes is a mistake, and slow to decode.
 LONGEST_AUDIO = 300.0
@@ -24,7 +24,7 @@ def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
     from PIL import Image
 
     try:
-        pixels = decoding.read_image(path)
+        pixels = reading.read_image(path)
     except UserError as error:
         raise UserError(f"image={path}: {error}; give a png or jpg file") from error
     rows, columns = pixels.shape[1:3]
@@ -42,12 +42,12 @@ def audio_seconds_of(path: str | Path, rate: int) -> float:
         UserError: the file is missing, unreadable, has no audio, or lasts longer than `LONGEST_AUDIO`.
     """
     try:
-        seconds = decoding.probe(path).seconds
+        seconds = reading.probe(path).seconds
         if seconds > LONGEST_AUDIO:
             raise UserError(
                 f"it lasts {seconds:.0f} s, and {LONGEST_AUDIO:g} s is the most; cut the part you mean"
             )
-        return decoding.read_audio(path, rate).shape[1] / rate
+        return reading.read_audio(path, rate).shape[1] / rate
     except UserError as error:
         raise _unusable(path, error) from error
 
@@ -59,7 +59,7 @@ def read_audio_track(path: str | Path, rate: int, channels: int, samples: int) -
         UserError: the file is missing, unreadable or has no audio.
     """
     try:
-        wave = decoding.read_audio(path, rate, channels)[:, :samples]
+        wave = reading.read_audio(path, rate, channels)[:, :samples]
     except UserError as error:
         raise _unusable(path, error) from error
     return torch.nn.functional.pad(wave, (0, samples - wave.shape[1]))[None]

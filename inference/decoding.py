@@ -127,7 +127,7 @@ class Decoder:
     """A codec's decoding half.
 
     Args:
-        codec: has `stride`, `channels`, and `decode` or `decode_stream`, see `magihuman.codecs.base`.
+        codec: has `stride`, `channels`, and `decode` or `decode_stream`, see `magihuman.codecs.protocols`.
         tile: pixels a side of the tiles in which large pictures are decoded, blended where they overlap, for small
             cards; None decodes pictures whole.
 

@@ -14,7 +14,7 @@ from magihuman.errors import UserError
 from magihuman.io.export import ExportConfig, released_dtypes, save_export
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.models.flops import Sample, passes, samples
+from magihuman.models.flops import SampleTokens, passes, samples
 from magihuman.training import parallel
 from magihuman.training.callbacks import Meter
 from magihuman.training.context import TrainingContext
@@ -84,7 +84,7 @@ class Recipe(L.LightningModule):
         model, _ = self.context.transformer
         return float(sum(passes(model, sample).update for sample in self.samples(batch)))
 
-    def samples(self, batch: dict[str, Any]) -> list[Sample]:
+    def samples(self, batch: dict[str, Any]) -> list[SampleTokens]:
         """Token counts of a batch; a dropped text counts with its own length."""
         lengths = [len(text) for text in batch["text"]]
         return samples(self.context.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)

@@ -38,10 +38,15 @@ from torch import Tensor, nn
 from magihuman import zoo
 from magihuman.distill.collapse_monitor import CollapseMonitor, MonitorSettings, update_statistics
 from magihuman.distill.discriminator import Discriminator, GanSettings
+from magihuman.distill.fake_score_settings import (
+    FakeScoreSettings,
+    check_resume,
+    check_settings,
+    rename_old_names,
+)
 from magihuman.distill.networks import LORAS, Networks, build_networks, frozen
 from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout, micro_batches, roll_out, sampler
-from magihuman.distill.settings import FakeScoreSettings, check_resume, check_settings, rename_old_names
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, x0_from_velocity

@@ -38,7 +38,7 @@ BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisedBatch:
     """A noised batch: network inputs, targets and masks.
 
     Attributes:
@@ -117,7 +117,7 @@ class FlowMatching:
         self._count(meter, noised, plain, audio_loss, total)
         return total
 
-    def noised(self, batch: dict[str, Any], rng: BatchRng, progress: float, conditioned: bool) -> Noised:
+    def noised(self, batch: dict[str, Any], rng: BatchRng, progress: float, conditioned: bool) -> NoisedBatch:
         """Noise a batch; with conditioning and dropped texts where `conditioned`."""
         video, audio = batch["video"], batch["audio"]
         device, samples, frames = video.device, len(video), video.shape[2]
@@ -147,7 +147,7 @@ class FlowMatching:
         # Conditioning has noise level 0, frame by frame for the video.
         video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
         audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
-        return Noised(
+        return NoisedBatch(
             video=(1 - video_level) * video + video_level * video_noise,
             audio=(1 - audio_level) * audio + audio_level * audio_noise,
             text=text,
@@ -160,7 +160,9 @@ class FlowMatching:
         )
 
     @staticmethod
-    def _count(meter: Meter, noised: Noised, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
+    def _count(
+        meter: Meter, noised: NoisedBatch, video_loss: Tensor, audio_loss: Tensor, total: Tensor
+    ) -> None:
         has_audio = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
         has_video = noised.video_mask.flatten(1).amax(1)
         meter.add("loss", total)
@@ -234,7 +236,7 @@ class Pretrain(Recipe):
         model, _ = self.context.transformer
         return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
 
-    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> Noised:
+    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> NoisedBatch:
         """The noised batch, as `loss` would make it now."""
         return self.objective.noised(batch, rng, self.progress, conditioned)
 

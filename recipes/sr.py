@@ -66,7 +66,7 @@ BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
-class Noised:
+class SRBatch:
     """A noised batch: network inputs, targets and mask.
 
     Attributes:
@@ -198,7 +198,7 @@ class SuperResolution(Recipe):
         large = batch.get("video_sr", batch["video"]).float()
         return {**batch, "video": self.first_stage.downsized(large), "video_sr": large}
 
-    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> Noised:
+    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> SRBatch:
         """Noise a paired batch; with a clean first frame for some clips where `conditioned`."""
         clean, audio = batch["video_sr"], batch["audio"]
         device, samples, frames = clean.device, len(clean), clean.shape[2]
@@ -213,7 +213,7 @@ class SuperResolution(Recipe):
         if conditioned and frames > 1:
             mask[:, :, 0] = (first >= self.first_frame).float().view(-1, 1, 1, 1).to(device)
         level = sigma.view(-1, 1, 1, 1, 1) * mask
-        return Noised(
+        return SRBatch(
             video=(1 - level) * clean + level * source,
             audio=noisy_audio,
             video_target=source - clean,

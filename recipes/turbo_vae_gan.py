@@ -66,7 +66,7 @@ class Gan:
             )
 
 
-class Discriminator(nn.Module):
+class PatchDiscriminator(nn.Module):
     """Patch discriminator: clips [B,3,F,H,W] -> scores [B,1,F',H',W'], high for real ones."""
 
     def __init__(self, width: int = 32) -> None:
@@ -92,7 +92,7 @@ class Discriminator(nn.Module):
 
 
 def adversarial_losses(
-    discriminator: Discriminator, decoded: Tensor, truth: Tensor, others: Tensor, last: nn.Parameter
+    discriminator: PatchDiscriminator, decoded: Tensor, truth: Tensor, others: Tensor, last: nn.Parameter
 ) -> tuple[Tensor, Tensor]:
     """(generator's loss, balanced against the other losses; discriminator's loss), scalars.
 
@@ -213,7 +213,7 @@ class TurboVAEGAN(TurboVAE):
             sampled_share=sampled_share,
         )
         self.gan, self.lpips = gan, lpips
-        self.discriminator: Discriminator | None = None
+        self.discriminator: PatchDiscriminator | None = None
         if lpips and lpips_backbone is None:
             raise UserError(
                 "recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights"
@@ -230,7 +230,7 @@ class TurboVAEGAN(TurboVAE):
         if self.gan is not None:
             with torch.random.fork_rng():
                 torch.manual_seed(stream(self.context.seed, "heads"))
-                self.discriminator = Discriminator(self.gan.width)
+                self.discriminator = PatchDiscriminator(self.gan.width)
 
     def configure_optimizers(self) -> Any:
         if self.discriminator is None or self.gan is None:

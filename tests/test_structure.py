@@ -46,7 +46,7 @@ FLOORS = {
         ("fast",),
         ("memory",),
         ("pipeline",),
-        ("cli",),
+        ("infer_command",),
         ("benchmark",),
     ),
 }
@@ -216,12 +216,12 @@ def test_module_and_public_names_are_documented(name: str) -> None:
     assert not undocumented, f"public names without a docstring: {undocumented}"
 
 
-@UNDER_WAY
 def test_names_have_one_meaning() -> None:
     files = collections.defaultdict(set)
     classes = collections.defaultdict(set)
     for name in SOURCES:
-        files[name.split(".")[-1]].add(name)
+        if not name.startswith("magihuman.zoo.checks."):  # each is called after what it checks
+            files[name.split(".")[-1]].add(name)
         for node in tree(name).body:
             if isinstance(node, ast.ClassDef):
                 classes[node.name].add(name)
@@ -248,6 +248,7 @@ SAME_SUBJECT = {
     "conditioning": "read in inference, evaluated in eval",
     "sampling": "the loop in magihuman.flow, its networks in inference",
     "decoders": "loaded by magihuman.zoo, timed by inference.benchmark",
+    "tiny": "the tiny world's clips in data, its codecs in magihuman.codecs",
 }
 
 

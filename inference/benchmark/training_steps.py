@@ -28,7 +28,7 @@ from magihuman import zoo
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.distill.collapse_monitor import MonitorSettings
 from magihuman.distill.discriminator import GanSettings
-from magihuman.distill.settings import FakeScoreSettings
+from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior

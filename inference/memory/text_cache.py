@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from magihuman.codecs.base import TextEncoder
+from magihuman.codecs.protocols import TextEncoder
 from magihuman.io.files import write_atomically
 
 VARIABLE = "MAGIHUMAN_CACHE"
@@ -40,7 +40,7 @@ def encoder_identity(encoder: TextEncoder, name: str) -> str:
 
 
 class CachedText:
-    """A text encoder behind a folder of features. Implements `magihuman.codecs.base.TextEncoder`.
+    """A text encoder behind a folder of features. Implements `magihuman.codecs.protocols.TextEncoder`.
 
     A file is named sha256(encoder, prompt) and appears whole or not at all, so several processes may share the folder.
     A file that cannot be read is made again; a folder that cannot be written is done without.

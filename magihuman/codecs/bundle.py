@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magihuman.codecs import tiny_captions
-from magihuman.codecs.base import AudioCodec, TextEncoder, VideoCodec
+from magihuman.codecs.protocols import AudioCodec, TextEncoder, VideoCodec
 from magihuman.errors import UserError
 from magihuman.models.latent_contract import Contract
 
@@ -117,7 +117,7 @@ class BundleSpec:
         return {part: path for part, path in {**known, **chosen}.items() if path}
 
 
-class _Released(BundleSpec):
+class _ReleasedSpec(BundleSpec):
     """One audio latent more than fps * seconds, and as many latent frames as they begin (SPEC 4.1)."""
 
     def seconds(self, frames: int, contract: Contract) -> float:
@@ -144,7 +144,7 @@ class _Released(BundleSpec):
 
 SPECS = {
     "tiny": BundleSpec("tiny"),
-    "released": _Released(
+    "released": _ReleasedSpec(
         "released",
         published=True,
         variables=RELEASED_VARIABLES,

@@ -38,7 +38,7 @@ WINDOW_LATENTS = 725  # 29 s at 25 latents a second
 class OobleckCodec(nn.Module):
     """Waveforms [B,2,N] <-> latents [B,A,Ca], N = hop * A; always fp32, as the release keeps it.
 
-    Implements `magihuman.codecs.base.AudioCodec`. `sample_rate` is the model's time base, 25 * hop
+    Implements `magihuman.codecs.protocols.AudioCodec`. `sample_rate` is the model's time base, 25 * hop
     (51,200 Hz in the release).
     """
 

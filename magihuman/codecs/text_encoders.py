@@ -85,7 +85,7 @@ MAX_TOKENS = 640
 class T5GemmaEncoder(nn.Module):
     """T5-Gemma: prompts -> features [S,Ct] fp32, S <= 640; Ct = 3584 in the release.
 
-    Implements `magihuman.codecs.base.TextEncoder`.
+    Implements `magihuman.codecs.protocols.TextEncoder`.
 
     Args:
         model: a transformers encoder whose output has `last_hidden_state`.

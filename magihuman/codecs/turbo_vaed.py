@@ -403,7 +403,7 @@ def windows(length: int, first: int, step: int, rate: int = 4) -> list[Window]:
 
 
 class TurboCodec(nn.Module):
-    """The decoder of a `VideoCodec` (`magihuman.codecs.base`), in sliding windows; encoding needs `WanCodec`.
+    """The decoder of a `VideoCodec` (`magihuman.codecs.protocols`), in sliding windows; encoding needs `WanCodec`.
 
     Its state dict has the released names.
 

@@ -46,7 +46,7 @@ LATENT_STD = (
 class WanCodec(nn.Module):
     """Frames [B,3,F,H,W] <-> normalised latents [B,C,T,h,w]; F = 4(T-1)+1, H = 16h, W = 16w in the release.
 
-    Implements `magihuman.codecs.base.VideoCodec`.
+    Implements `magihuman.codecs.protocols.VideoCodec`.
 
     Args:
         vae: an `AutoencoderKLWan` in the compute dtype.

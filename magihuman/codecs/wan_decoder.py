@@ -126,7 +126,7 @@ class WanDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """`forward` without gradients, fp32 out, as in `magihuman.codecs.base.VideoCodec`."""
+        """`forward` without gradients, fp32 out, as in `magihuman.codecs.protocols.VideoCodec`."""
         return self(latents.to(self.decoder.conv_in.weight.device)).float()
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Writing mp4 files: H.264 and AAC through PyAV, the same bytes every time; decoding is in `magihuman.media.decoding`."""
+"""Writing mp4 files: H.264 and AAC through PyAV, the same bytes every time; decoding is in `magihuman.media.reading`."""
 
 from __future__ import annotations
 

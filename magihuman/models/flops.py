@@ -142,7 +142,7 @@ def pointwise_bytes(config: DiTConfig, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleTokens:
     """Size of one sample, on which the FLOPs of its passes depend.
 
     Attributes:
@@ -157,7 +157,7 @@ class Sample:
     window: int | None = None
 
 
-def samples(pack: PackConfig, video: Sequence[int], audio: int, text: Iterable[int]) -> list[Sample]:
+def samples(pack: PackConfig, video: Sequence[int], audio: int, text: Iterable[int]) -> list[SampleTokens]:
     """The samples of a batch.
 
     Args:
@@ -165,7 +165,7 @@ def samples(pack: PackConfig, video: Sequence[int], audio: int, text: Iterable[i
     """
     tokens = prod(video[-3:]) // pack.patch_size**2
     window = pack.frame_receptive_field if pack.frame_receptive_field >= 0 else None
-    return [Sample(tokens, audio, words, video[-3], window) for words in text]
+    return [SampleTokens(tokens, audio, words, video[-3], window) for words in text]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Passes:
 
 def passes(
     config: DiTConfig,
-    sample: Sample,
+    sample: SampleTokens,
     *,
     lora: LoraConfig | None = None,
     layers: int | None = None,
@@ -210,7 +210,7 @@ def passes(
 
 def distillation_flops(
     config: DiTConfig,
-    sample: Sample,
+    sample: SampleTokens,
     *,
     loras: Collection[str] = (),
     lora: LoraConfig | None = None,

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from magihuman.codecs.base import VideoCodec
+from magihuman.codecs.protocols import VideoCodec
 from magihuman.errors import UserError
 from magihuman.flow.path import add_noise
 from magihuman.flow.solvers import Euler

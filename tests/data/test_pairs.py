@@ -13,7 +13,7 @@ from data.tiny.dataset import make_clips
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.super_resolution import shrink_pictures
-from magihuman.media.decoding import read_clip
+from magihuman.media.reading import read_clip
 
 
 @pytest.fixture(scope="module")

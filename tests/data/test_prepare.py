@@ -316,7 +316,7 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     from data.inspect import inspect
     from data.tiny.dataset import make_clips
     from magihuman.codecs.bundle import load_bundle
-    from magihuman.media.decoding import read_clip
+    from magihuman.media.reading import read_clip
 
     make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
     prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, pixels=True, progress=False)

@@ -24,7 +24,7 @@ from data.tiny.puppets import (
 )
 from magihuman.cli import run
 from magihuman.errors import UserError
-from magihuman.media.decoding import probe, read_clip
+from magihuman.media.reading import probe, read_clip
 
 
 def test_a_puppet_is_a_function_of_seed_and_index():

@@ -26,7 +26,7 @@ def world() -> CodecBundle:
 
 
 @pytest.fixture(scope="module")
-def held(world: CodecBundle) -> sr.Inputs:
+def held(world: CodecBundle) -> sr.StageInputs:
     return sr.drawn_clips(6, world, 64, 128)
 
 
@@ -51,7 +51,7 @@ def test_skills_and_differences_of_known_values() -> None:
     assert list(made["differences"]) == ["bicubic"]
 
 
-def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.Inputs) -> None:
+def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.StageInputs) -> None:
     assert held.truth is not None
     truth, codec = held.truth, world.video_codec
     bound, kept, _ = sr.measure_method(lambda part: sr.encode(world, truth[part]), held, world, 128)

@@ -25,9 +25,9 @@ from magihuman.codecs.causal_decoder import (
 )
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
-from magihuman.media.decoding import read_clip
 from magihuman.media.images import frames_to_uint8
 from magihuman.media.mp4 import write_mp4
+from magihuman.media.reading import read_clip
 from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
 

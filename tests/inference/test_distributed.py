@@ -11,7 +11,7 @@ from fake_bundle import FRAMES, fake_checkpoint
 
 from magihuman import zoo
 from magihuman.io.export import load_config, save_export
-from magihuman.media.decoding import read_clip
+from magihuman.media.reading import read_clip
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -18,7 +18,7 @@ from infer_command import failure, manifest, run, write_prompts
 from PIL import Image
 
 from magihuman import infer
-from magihuman.media.decoding import probe
+from magihuman.media.reading import probe
 
 REPO = Path(__file__).resolve().parents[2]
 

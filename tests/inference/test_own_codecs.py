@@ -13,7 +13,7 @@ from infer_command import failure, run
 from data.prepare import prepare
 from magihuman.codecs import bundle
 from magihuman.errors import UserError
-from magihuman.media.decoding import probe
+from magihuman.media.reading import probe
 
 REPO = Path(__file__).resolve().parents[2]
 OWN = "pooled_bundle:build"

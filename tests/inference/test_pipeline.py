@@ -12,7 +12,7 @@ from inference.pipeline import Clip, Pipeline, frames_for
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
-from magihuman.media.decoding import probe, read_clip
+from magihuman.media.reading import probe, read_clip
 from magihuman.models.latent_contract import Contract
 
 

@@ -18,8 +18,8 @@ from inference.pipeline import Draft, Pipeline
 from inference.requests import InferOptions
 from magihuman import infer
 from magihuman.flow.sampling import seeded
-from magihuman.media.decoding import MediaReader, probe, read_audio
 from magihuman.media.mp4 import write_mp4
+from magihuman.media.reading import MediaReader, probe, read_audio
 
 PROMPT = 'A woman in a garden. Dialogue: <Woman, English>: "Good morning." Background Sound: birds'
 SIZE = {"height": 32, "width": 64, "sr_height": 64, "sr_width": 96}

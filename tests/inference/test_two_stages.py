@@ -19,7 +19,7 @@ from inference.settings import require_role
 from magihuman import infer, zoo
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
-from magihuman.media.decoding import probe, read_clip
+from magihuman.media.reading import probe, read_clip
 
 PROMPT = "round face, ginger hair, blue shirt, green wall, says ma bi so"
 SHARED = (f"prompt={PROMPT}", "checkpoint=tiny/base", "seed=1", "steps=16", "device=cpu", "progress=false")

@@ -18,9 +18,9 @@ from toy_dmd2 import Watched, make_context
 
 from magihuman.distill.collapse_monitor import MonitorSettings
 from magihuman.distill.discriminator import GanSettings
+from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout
-from magihuman.distill.settings import FakeScoreSettings
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise

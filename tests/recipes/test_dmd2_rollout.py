@@ -11,8 +11,8 @@ from torch import Tensor
 from toy_dmd2 import Alone, Watched, make_context
 
 from inference.sampling import LatentShape, sample
+from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.distill.rollout import MicroBatch, roll_out
-from magihuman.distill.settings import FakeScoreSettings
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Conditioning, Pair, draw_noise, seeded
 from magihuman.flow.sigmas import sigma_grid

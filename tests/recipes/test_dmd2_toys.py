@@ -12,7 +12,7 @@ from torch import Tensor
 from toy_dmd2 import PRIOR, Field, Net, PointDMD2
 from toy_mixture import Figures, Mixture, compare, ring
 
-from magihuman.distill.settings import FakeScoreSettings
+from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
 

@@ -10,7 +10,7 @@ from processes import Launcher
 from small_turbo import batch, recipe, rng
 
 from magihuman.errors import UserError
-from recipes.turbo_vae_gan import LPIPS, ROWS, Discriminator, Gan, TurboVAEGAN, adversarial_losses
+from recipes.turbo_vae_gan import LPIPS, ROWS, Gan, PatchDiscriminator, TurboVAEGAN, adversarial_losses
 
 
 class Vgg16(torch.nn.Module):
@@ -92,7 +92,7 @@ def test_the_adversarial_stage_begins_late_and_its_gradients_do_not_meet() -> No
     assert {group["lr"] for group in groups[:-1]} != decoders
     assert groups[-1]["lr"] == 0.01  # however little is left of the decoder's
 
-    discriminator, last = Discriminator(8), torch.nn.Parameter(torch.ones(()))
+    discriminator, last = PatchDiscriminator(8), torch.nn.Parameter(torch.ones(()))
     truth = torch.rand(1, 3, 5, 16, 16)
     decoded = truth * last
     others = 0.01 * (decoded - 2).square().mean()

@@ -22,12 +22,12 @@ from toy_dmd2 import DIT, UNGUIDED, Alone, make_context
 
 from magihuman import zoo
 from magihuman.distill.discriminator import GanSettings
-from magihuman.distill.settings import FakeScoreSettings
+from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import LoraConfig, PackConfig, TreadConfig
-from magihuman.models.flops import Sample, distillation_flops, forward_flops, lora_flops, passes
+from magihuman.models.flops import SampleTokens, distillation_flops, forward_flops, lora_flops, passes
 from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
@@ -175,7 +175,7 @@ class TestDMD2:
 
     def test_a_longer_negative_prompt(self) -> None:
         kinds = {"steps": 8, "updates": 5, "samples_per_rollout": 6, "student_updated": True}
-        sample = Sample(VIDEO, AUDIO, 3)
+        sample = SampleTokens(VIDEO, AUDIO, 3)
         more = distillation_flops(DIT, sample, null_text=50, **kinds) - distillation_flops(
             DIT, sample, **kinds
         )
@@ -215,6 +215,6 @@ def test_an_adapter_up_to_a_layer() -> None:
     assert lora_flops(DIT, SIZE, VIDEO + AUDIO + 2) == own(2)
     parts = [lora_flops(DIT, SIZE, 10, layers=n) for n in (0, 1, 2)]
     assert parts == [0, 2 * 10 * 3 * 242, 2 * 10 * 3 * (242 + 234)]
-    tap = passes(DIT, Sample(VIDEO, AUDIO, 2), lora=SIZE, layers=1)
+    tap = passes(DIT, SampleTokens(VIDEO, AUDIO, 2), lora=SIZE, layers=1)
     only = forward(2, layers=1) + lora_flops(DIT, SIZE, VIDEO + AUDIO + 2, layers=1)
     assert (tap.forward, tap.through) == (only, 2 * only + attention(2, layers=1))

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_one_line(tmp_path) -> None:
 
 
 def test_infer_applies_an_adapter_and_its_record_names_it(tmp_path) -> None:
-    from inference.cli import run
+    from inference.infer_command import run
     from inference.requests import InferOptions
 
     base = zoo.load("tiny/base")

@@ -86,7 +86,7 @@ def check_loop(case: VectorCase, loop: Loop = guided_loop) -> list[Result]:
         (torch.float32, "trace/", "out/"),
         (torch.bfloat16, "trace_bf16/", "out_bf16/"),
     ):
-        run = _Run(case, dtype, loop)
+        run = _LoopRun(case, dtype, loop)
         states, last = run.base()
         results += _compare_steps(case, states, f"{trace}base", dtype)
         if case.meta["sr"][0] is not None:
@@ -112,7 +112,7 @@ def _compare_steps(case: VectorCase, states: Sequence[Pair], trace: str, dtype: 
     ]
 
 
-class _Run:
+class _LoopRun:
     """One stored run with its settings."""
 
     def __init__(self, case: VectorCase, dtype: torch.dtype, loop: Loop) -> None:

@@ -12,8 +12,8 @@ from bad_media import Sound, movie
 
 from magihuman.errors import UserError
 from magihuman.media.contact_sheet import write_contact_sheet
-from magihuman.media.decoding import MediaError, MediaReader, probe, read_audio, read_clip, read_image
 from magihuman.media.mp4 import Mp4Writer, write_mp4
+from magihuman.media.reading import MediaError, MediaReader, probe, read_audio, read_clip, read_image
 
 RATE = 16000
 
