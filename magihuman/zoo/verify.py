@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CaseVerdict:
     """One line of the report; status: "pass", "FAIL" or "unsupported"; result: None where nothing ran."""
 
     case: str
@@ -23,7 +23,7 @@ class Verdict:
     result: Result | None = None
 
 
-def verify(folder: str | Path, only: str = "") -> list[Verdict]:
+def verify(folder: str | Path, only: str = "") -> list[CaseVerdict]:
     """Check every case of a vector folder whose name starts with `only`.
 
     A file that is missing, altered or unreadable is a failure of its case.
@@ -64,27 +64,27 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _verify_case(folder: Path, name: str, entry: dict[str, Any]) -> list[Verdict]:
+def _verify_case(folder: Path, name: str, entry: dict[str, Any]) -> list[CaseVerdict]:
     kind = kind_of(name)
     fault = _file_fault(folder, entry)
     if fault:
-        return [Verdict(name, kind or "-", "FAIL", fault)]
+        return [CaseVerdict(name, kind or "-", "FAIL", fault)]
     if kind is None:
-        return [Verdict(name, "-", "unsupported", "no check for this kind yet")]
+        return [CaseVerdict(name, "-", "unsupported", "no check for this kind yet")]
     try:
         results = checker(kind)(VectorCase(name, entry.get("meta", {}), _tensors(folder / entry["file"])))
     except Unsupported as reason:
-        return [Verdict(name, kind, "unsupported", str(reason))]
+        return [CaseVerdict(name, kind, "unsupported", str(reason))]
     except Exception as error:  # a broken case must not hide the others
         return [
-            Verdict(
+            CaseVerdict(
                 name,
                 kind,
                 "FAIL",
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             )
         ]
-    return [Verdict(name, kind, "pass" if r.passed else "FAIL", r.what, r) for r in results]
+    return [CaseVerdict(name, kind, "pass" if r.passed else "FAIL", r.what, r) for r in results]
 
 
 def _file_fault(folder: Path, entry: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def _tensors(path: Path) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def report(rows: list[Verdict], strict: bool) -> tuple[str, int]:
+def report(rows: list[CaseVerdict], strict: bool) -> tuple[str, int]:
     """Table and exit status: 1 after any failure, or under `strict` after anything unsupported."""
     header = ("case", "kind", "what", "max abs error", "tolerance", "pass")
     lines = [header, *(_line(row) for row in rows)]
@@ -133,7 +133,7 @@ def report(rows: list[Verdict], strict: bool) -> tuple[str, int]:
     return text, int(counts["FAIL"] > 0 or (strict and counts["unsupported"] > 0))
 
 
-def _line(row: Verdict) -> tuple[str, ...]:
+def _line(row: CaseVerdict) -> tuple[str, ...]:
     kind = row.kind.rstrip("_")
     if row.result is None:
         return row.case, kind, row.detail, "", "", row.status
