@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from magihuman.errors import UserError
-from magihuman.media import reading, images
+from magihuman.media import images, reading
 
 # Only the beginning of a track is used; one of many minutes is a mistake, and slow to decode.
 LONGEST_AUDIO = 300.0

@@ -142,7 +142,7 @@ def test_other_networks_do_not_continue_a_run(shards, parent, tmp_path) -> None:
 
 
 def test_a_checkpoint_of_version_0_1_0_is_renamed_on_load() -> None:
-    from magihuman.distill.settings import rename_old_names
+    from magihuman.distill.fake_score_settings import rename_old_names
 
     old = {
         "state_dict": {"critic.model.x": 1, "shared.a.lora.critic.A": 2, "adversary.heads.x": 3, "denoiser.y": 4},
