@@ -31,9 +31,7 @@ class Bucket:
         return cls(int(frames), int(height), int(width), name.endswith("+a"))
 
 
-def parse_sizes(
-    texts: Sequence[str], stride: tuple[int, int], setting: str = "sizes"
-) -> list[tuple[int, int]]:
+def parse_sizes(texts: Sequence[str], stride: tuple[int, int], setting: str = "sizes") -> list[tuple[int, int]]:
     """Sizes (height, width) from texts such as "448x256" (width x height).
 
     Args:
@@ -72,9 +70,7 @@ def pair_sizes(small: Sequence[tuple[int, int]], large: Sequence[tuple[int, int]
         if tall < height or wide < width:
             raise UserError(f"{names} is smaller; give the size of the second stage")
         if not images.same_aspect((height, width), (tall, wide)):
-            raise UserError(
-                f"{names} has another aspect ratio; choose one within {images.SAME_ASPECT:.0%} of it"
-            )
+            raise UserError(f"{names} has another aspect ratio; choose one within {images.SAME_ASPECT:.0%} of it")
     if len(set(large)) < len(large):
         raise UserError(
             "sr_sizes names a size twice: a clip of it could belong to two of sizes; prepare each into its own folder"

@@ -96,9 +96,7 @@ def read_tables(tables: list[Path]) -> Tables:
             file, caption = _pick(row, FILE_COLUMNS), _pick(row, CAPTION_COLUMNS)
             if file is None or caption is None:
                 missing, names = ("file", FILE_COLUMNS) if file is None else ("caption", CAPTION_COLUMNS)
-                found.problems.append(
-                    (table, f"line {number} has no {missing}: a column {' or '.join(names[:3])}")
-                )
+                found.problems.append((table, f"line {number} has no {missing}: a column {' or '.join(names[:3])}"))
                 if file is None and table.suffix.lower() != ".jsonl":
                     break  # the header lacks the column, so every row does
                 continue

@@ -90,9 +90,7 @@ def available_frames(seconds: float, fps: float) -> int:
     return max(0, ceil(seconds * fps - 0.5 - 1e-6))
 
 
-def make_plan(
-    files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[str, str], rules: Rules
-) -> ClipPlan:
+def make_plan(files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[str, str], rules: Rules) -> ClipPlan:
     """Plan the clips of `files`, in this order.
 
     Args:
@@ -114,9 +112,7 @@ class _Rejected(Exception):
     pass
 
 
-def _clips_of(
-    found: MediaFile, tables: Tables, duplicates: Mapping[str, str], rules: Rules
-) -> list[PlannedClip]:
+def _clips_of(found: MediaFile, tables: Tables, duplicates: Mapping[str, str], rules: Rules) -> list[PlannedClip]:
     info = found.info
     if info is None:
         raise _Rejected(found.problem)
@@ -133,9 +129,7 @@ def _clips_of(
     except CaptionError as error:
         raise _Rejected(str(error)) from error
     if not caption and rules.captions_required:
-        raise _Rejected(
-            "has no caption: put a .txt next to it or a row into a table (captions=optional takes it)"
-        )
+        raise _Rejected("has no caption: put a .txt next to it or a row into a table (captions=optional takes it)")
     if info.seconds > found.size:
         raise _Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
     choices = rules.large or rules.sizes

@@ -183,11 +183,7 @@ def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _encode(
-    codecs: CodecBundle,
-    job: EncodeJob,
-    bucket: Bucket,
-    group: list[tuple[PlannedClip, MediaClip]],
-    writer: ShardWriter,
+    codecs: CodecBundle, job: EncodeJob, bucket: Bucket, group: list[tuple[PlannedClip, MediaClip]], writer: ShardWriter
 ) -> dict[str, str]:
     """Encode clips of one bucket and add them to the shard; returns rejections by key."""
     import torch

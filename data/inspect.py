@@ -54,9 +54,7 @@ class Statistics:
         return "\n".join(lines + [f"  corrupt: {reason}" for reason in self.corrupt])
 
 
-def inspect(
-    shards: str, output: str | None = None, samples: int = 12, codecs: str | None = None, seed: int = 0
-) -> str:
+def inspect(shards: str, output: str | None = None, samples: int = 12, codecs: str | None = None, seed: int = 0) -> str:
     """Print statistics of shards and write a contact sheet of some decoded samples.
 
     Args:

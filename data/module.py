@@ -74,9 +74,7 @@ class Batches(Dataset[dict[str, Any]]):
                     return self._shards.entries[number].key, self._shards.read(number)
                 except SampleError:
                     continue
-        raise UserError(
-            f"no sample of bucket {bucket} in {self._shards.folder} can be read; copy the shards again"
-        )
+        raise UserError(f"no sample of bucket {bucket} in {self._shards.folder} can be read; copy the shards again")
 
 
 def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor) -> dict[str, Any]:
@@ -334,7 +332,5 @@ def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:
     for number, entry in enumerate(shards.entries):
         sides[source_of(entry.key) in validation].append(number)
     if not sides[0]:
-        raise UserError(
-            f"val_fraction={val_fraction} leaves none of {len(hashes)} files to train on; lower it"
-        )
+        raise UserError(f"val_fraction={val_fraction} leaves none of {len(hashes)} files to train on; lower it")
     return sides

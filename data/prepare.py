@@ -119,13 +119,9 @@ def _claimed(output: Path) -> Iterator[Path]:
             work.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(work / "lock", wait=False))
         except BlockingIOError:
-            raise UserError(
-                f"another data.prepare is writing to {output}; wait for it or choose another"
-            ) from None
+            raise UserError(f"another data.prepare is writing to {output}; wait for it or choose another") from None
         except OSError as error:
-            raise UserError(
-                f"output={output} cannot be written ({error.strerror}); choose another folder"
-            ) from error
+            raise UserError(f"output={output} cannot be written ({error.strerror}); choose another folder") from error
         _sweep(output)
         try:
             yield work
@@ -158,9 +154,7 @@ class _Preparation:
         started = time.monotonic()
         listing = list_files(self.source, self.target)
         if not listing.media:
-            raise UserError(
-                f"input={self.source} holds no media file ({len(listing.ignored)} files of other kinds)"
-            )
+            raise UserError(f"input={self.source} holds no media file ({len(listing.ignored)} files of other kinds)")
         codecs = self._describe_codecs(pool)
         fps = codecs["contract"]["fps"]
         files = self._probe(pool, listing.media)
@@ -180,17 +174,12 @@ class _Preparation:
         report.save(self.target)
         if not entries:
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
-            raise UserError(
-                f"no clip of {self.source} could be used{most}; {self.target}/report.md says why, per file"
-            )
+            raise UserError(f"no clip of {self.source} could be used{most}; {self.target}/report.md says why, per file")
         Index(self.settings["codecs"], codecs["contract"], shards, fingerprint).save(self.target)
         shutil.rmtree(self.work)
         if self.bar:
             spent = time.monotonic() - started
-            print(
-                f"prepared in {spent:.1f} s, {1000 * spent / max(1, len(plan.clips)):.0f} ms a clip",
-                file=sys.stderr,
-            )
+            print(f"prepared in {spent:.1f} s, {1000 * spent / max(1, len(plan.clips)):.0f} ms a clip", file=sys.stderr)
         return report
 
     def _describe_codecs(self, pool: Workers) -> dict[str, Any]:
@@ -226,9 +215,7 @@ class _Preparation:
         seen = _read_journal(journal)
         known = {found.path: seen.get((found.path, found.size, found.modified)) for found in media}
         new = [found for found in media if known[found.path] is None]
-        with tqdm(
-            total=len(media), initial=len(media) - len(new), desc="probing", disable=not self.bar
-        ) as bar:
+        with tqdm(total=len(media), initial=len(media) - len(new), desc="probing", disable=not self.bar) as bar:
             chunks = {f"probe-{i:07d}": new[i : i + PROBE_CHUNK] for i in range(0, len(new), PROBE_CHUNK)}
             with open(journal, "a") as file:
                 for _, results in pool.run(probe_files, chunks, bar.update):
@@ -283,14 +270,10 @@ class _Preparation:
             if done is not None:
                 results[name] = done
         todo = {
-            name: ShardJob(str(self.target / f"{name}.tar"), slices[name], job)
-            for name in names
-            if name not in results
+            name: ShardJob(str(self.target / f"{name}.tar"), slices[name], job) for name in names if name not in results
         }
         ready = sum(len(slices[name]) for name in results)
-        with tqdm(
-            total=len(plan.clips), initial=ready, desc="encoding", unit="clip", disable=not self.bar
-        ) as bar:
+        with tqdm(total=len(plan.clips), initial=ready, desc="encoding", unit="clip", disable=not self.bar) as bar:
             for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
                 content = {"entries": [asdict(e) for e in result.entries], "refused": result.rejected}

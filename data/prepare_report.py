@@ -56,9 +56,7 @@ class PrepareReport:
             "files": {s: self.count(s) for s in ("taken", "partly", "rejected", "ignored")},
             "buckets": dict(self.buckets),
             "reasons": dict(self.reasons),
-            "table_problems": [
-                {"table": table, "problem": problem} for table, problem in self.table_problems
-            ],
+            "table_problems": [{"table": table, "problem": problem} for table, problem in self.table_problems],
             "per_file": [vars(result) for result in self.files],
         }
         write_atomically(folder / "report.json", json.dumps(content, indent=1) + "\n", sync=True)
@@ -90,22 +88,11 @@ class PrepareReport:
 
     def markdown(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.settings.items())
-        lines = [
-            "# Report of data.prepare",
-            "",
-            f"Settings: {settings}",
-            "",
-            "```",
-            self.summary(),
-            "```",
-            "",
-        ]
+        lines = ["# Report of data.prepare", "", f"Settings: {settings}", "", "```", self.summary(), "```", ""]
         lines += ["| file | result | clips | reason |", "|---|---|---|---|"]
         order = {"rejected": 0, "partly": 1, "ignored": 2, "taken": 3}
         for result in sorted(self.files, key=lambda r: (order[r.status], r.file)):
-            lines.append(
-                f"| {_cell(result.file)} | {result.status} | {result.clips} | {_cell(result.reason)} |"
-            )
+            lines.append(f"| {_cell(result.file)} | {result.status} | {result.clips} | {_cell(result.reason)} |")
         return "\n".join(lines) + "\n"
 
 
@@ -151,10 +138,7 @@ def make_report(
         elif taken[name]:
             files.append(
                 FileResult(
-                    name,
-                    "partly",
-                    taken[name],
-                    f"{lost[0]} ({len(lost)} of {taken[name] + len(lost)} windows lost)",
+                    name, "partly", taken[name], f"{lost[0]} ({len(lost)} of {taken[name] + len(lost)} windows lost)"
                 )
             )
         else:

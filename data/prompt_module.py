@@ -73,12 +73,7 @@ class PromptDataModule(LightningDataModule):
         self._codecs = load_bundle(codecs)
         self.null_text = self._codecs.text_encoder.encode([""])[0]
         time, *space = self.contract.video_stride
-        self._video = (
-            self.contract.video_channels,
-            (frames - 1) // time + 1,
-            height // space[0],
-            width // space[1],
-        )
+        self._video = (self.contract.video_channels, (frames - 1) // time + 1, height // space[0], width // space[1])
         self._audio = (frames, self.contract.audio_channels)
         self._position = 0
         self._loader: PromptLoader | None = None

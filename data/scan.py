@@ -71,9 +71,7 @@ def _walk(root: Path, skip: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]
             continue
         seen.add((status.st_dev, status.st_ino))
         yield folder, entries
-        inner = [
-            folder / entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)
-        ]
+        inner = [folder / entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
         pending.extend(reversed(inner))
 
 
@@ -93,9 +91,7 @@ def list_files(root: Path, output: Path) -> Listing:
     for folder, entries in _walk(root.absolute(), output.resolve()):
         if isinstance(entries, OSError):
             relative = os.path.relpath(folder, root.absolute())
-            others.append(
-                MediaFile(str(folder), relative, problem=f"folder cannot be read: {entries.strerror}")
-            )
+            others.append(MediaFile(str(folder), relative, problem=f"folder cannot be read: {entries.strerror}"))
             continue
         for entry in entries:
             path = folder / entry.name
@@ -110,9 +106,7 @@ def list_files(root: Path, output: Path) -> Listing:
             suffix = path.suffix.lower()
             found = MediaFile(str(path), relative, status.st_size, status.st_mtime_ns)
             if not path.is_file():
-                others.append(
-                    MediaFile(str(path), relative, problem="is not a regular file (pipe, socket or device)")
-                )
+                others.append(MediaFile(str(path), relative, problem="is not a regular file (pipe, socket or device)"))
             elif suffix in MEDIA or not suffix:
                 media.append(found)
             elif suffix in TABLES:
@@ -124,9 +118,7 @@ def list_files(root: Path, output: Path) -> Listing:
     stems = {path for found in media for path in (str(Path(found.path).with_suffix("")), found.path)}
     for path, found in texts:
         if str(path.with_suffix("")) not in stems:
-            others.append(
-                MediaFile(found.path, found.relative, problem="caption without a media file of its name")
-            )
+            others.append(MediaFile(found.path, found.relative, problem="caption without a media file of its name"))
     return Listing(media, tables, others)
 
 

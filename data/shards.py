@@ -73,9 +73,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def add(
-        self, key: str, bucket: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
-    ) -> None:
+    def add(self, key: str, bucket: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Append one sample; floating tensors are stored as fp16."""
         from safetensors.torch import save
         from webdataset.writer import TarWriter
@@ -136,8 +134,7 @@ class Index:
             "null_text": NULL_TEXT,
             "fingerprint": self.fingerprint,
             "shards": [
-                {"name": name, "samples": [asdict(entry) for entry in entries]}
-                for name, entries in self.shards
+                {"name": name, "samples": [asdict(entry) for entry in entries]} for name, entries in self.shards
             ],
         }
         write_atomically(folder / INDEX, json.dumps(content), sync=True)
@@ -155,9 +152,7 @@ class Index:
         try:
             content = json.loads(path.read_bytes())
             if content["format"] != FORMAT:
-                raise UserError(
-                    f"{path} has the format {content['format']!r}, not {FORMAT!r}; prepare the data again"
-                )
+                raise UserError(f"{path} has the format {content['format']!r}, not {FORMAT!r}; prepare the data again")
             shards = [(s["name"], [Entry(**entry) for entry in s["samples"]]) for s in content["shards"]]
             return cls(content["world"], content["contract"], shards, content.get("fingerprint", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -44,14 +44,10 @@ def read(runs: Path) -> tuple[Metrics, list[str]]:
     """
     metrics, commands = _of_second_stages(runs) if runs.suffix == ".json" else _of_decoders(runs)
     if FULL not in metrics:
-        raise UserError(
-            f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`"
-        )
+        raise UserError(f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`")
     for variant, seeds in metrics.items():
         if seeds.keys() != metrics[FULL].keys():
-            raise UserError(
-                f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(metrics[FULL])}"
-            )
+            raise UserError(f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(metrics[FULL])}")
     wanted = metrics[FULL][min(metrics[FULL])].keys()
     for variant, seeds in metrics.items():
         for seed, found in seeds.items():
@@ -134,10 +130,7 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
 
         write_results(Path(output), "ablation", {**report, "provenance": provenance()}, text)
         ablation_bars(report).savefig(Path(output) / "ablation.png", dpi=110)
-    return {
-        variant: {name: cell["mean"] for name, cell in row.items()}
-        for variant, row in report["table"].items()
-    }
+    return {variant: {name: cell["mean"] for name, cell in row.items()} for variant, row in report["table"].items()}
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ def column(
         for key, listed in rows.items():
             values.setdefault(key, []).append(listed)
     tones = list(SKINS)
-    skins = np.array(
-        [[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores]
-    )
+    skins = np.array([[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores])
     arrays = {key: np.array(listed, float).T for key, listed in values.items()}
     arrays["nearest"] = distribution.nearest
     return Column(name, role, arrays, skins.T, distribution, facts or {})
@@ -261,9 +259,7 @@ class Comparison:
         self.bound = self.of_role("bound")[0]
         self.teacher = self.of_role("teacher")[0]
         weight = weights(self.prompts)
-        self.found = {
-            (c.name, row.name): row.statistic(c, self.bound, weight) for c in columns for row in ROWS
-        }
+        self.found = {(c.name, row.name): row.statistic(c, self.bound, weight) for c in columns for row in ROWS}
 
     def of_role(self, *roles: str) -> list[Column]:
         return [c for c in self.columns if c.role in roles]
@@ -365,9 +361,7 @@ def _diversity_claim(kept: Mapping[str, Any]) -> dict[str, Any]:
     words = [found["verdict"] for found in known.values()]
     lost = any(word in ("lost", "over") for word in words)
     near = any("noise" in word for word in words)
-    details = [
-        f"{name} {format_interval(found['ratio'])}: {found['verdict']}" for name, found in known.items()
-    ]
+    details = [f"{name} {format_interval(found['ratio'])}: {found['verdict']}" for name, found in known.items()]
     return {
         "about": f"diversity: within {TOLERANCE:.0%} of the teacher's (ratios)".replace("%", " %"),
         "verdict": "not kept" if lost else "kept within noise" if near else "kept" if known else "n/a",

@@ -72,9 +72,7 @@ def run(
                     part = slice(first, min(first + batch, clips))
                     _sample(sampler, truth, part, conditions, seed, made)
                     bar.update(part.stop - part.start)
-                columns[sampler.name] = conditioning_column(
-                    made.score(bound), puppets, first_frame=conditions[0]
-                )
+                columns[sampler.name] = conditioning_column(made.score(bound), puppets, first_frame=conditions[0])
             sets[name] = columns
     values = {
         "format": FORMAT,
@@ -99,10 +97,7 @@ def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: 
     Args:
         first_frame: whether clips were conditioned on it; without it the skin tone is the model's choice.
     """
-    right = [
-        clip.vision.attributes["skin"] == puppet.skin
-        for clip, puppet in zip(scores.clips, puppets, strict=True)
-    ]
+    right = [clip.vision.attributes["skin"] == puppet.skin for clip, puppet in zip(scores.clips, puppets, strict=True)]
     skin = stats.share(np.array(right)) if first_frame else stats.unavailable("no first frame", len(right))
     found = {**scores.table, "skin": skin}
     return {name: found[name].to_dict() for name in METRICS}
@@ -125,9 +120,7 @@ def _samplers(teacher: str, student: str) -> list[Sampler]:
     ]
 
 
-def _sample(
-    sampler: Sampler, truth: Clips, part: slice, conditions: tuple[bool, bool], seed: int, made: Clips
-) -> None:
+def _sample(sampler: Sampler, truth: Clips, part: slice, conditions: tuple[bool, bool], seed: int, made: Clips) -> None:
     """Add clips of the prompts `part` to `made`, conditioned on the truth's (first frame, audio)."""
     from inference.sampling import sample
     from inference.settings import latent_shape

@@ -68,9 +68,7 @@ def measure_cost(command: str, output: str) -> dict[str, Any]:
         "provenance": provenance(),
     }
     write_results(Path(output).parent, Path(output).stem, found)
-    print(
-        f"{found['seconds']:.0f} s, {cpu:.0f} CPU-seconds, at most {peak / 1e9:.2f} GB; written to {output}"
-    )
+    print(f"{found['seconds']:.0f} s, {cpu:.0f} CPU-seconds, at most {peak / 1e9:.2f} GB; written to {output}")
     return found
 
 

@@ -128,8 +128,7 @@ class Reference:
         self.look = real["look"]
         self.centre = {space: centre[space].mean(1, keepdims=True) for space in SPACES}
         self.among = {
-            space: distances_between(self._of(self.target, space), self._of(self.target, space))
-            for space in SPACES
+            space: distances_between(self._of(self.target, space), self._of(self.target, space)) for space in SPACES
         }
 
     def _of(self, clips: dict[str, np.ndarray], space: str) -> np.ndarray:

@@ -24,16 +24,7 @@ from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all
 from eval.output import folder_for, provenance, write_results
-from eval.puppets import (
-    BOUND,
-    HELD_OUT_SEED,
-    Clips,
-    ground_truth,
-    held_out,
-    require_tiny,
-    through_codec,
-    write_clips,
-)
+from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, require_tiny, through_codec, write_clips
 from eval.scores import Scores
 from magihuman.errors import UserError
 
@@ -82,12 +73,7 @@ def run(
         UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, or a value that cannot
             be used.
     """
-    for name, value, least in (
-        ("prompts", prompts, 2),
-        ("seeds", seeds, 1),
-        ("batch", batch, 1),
-        ("keep", keep, 1),
-    ):
+    for name, value, least in (("prompts", prompts, 2), ("seeds", seeds, 1), ("batch", batch, 1), ("keep", keep, 1)):
         if value < least:
             raise UserError(f"{name}={value} is impossible; give at least {least}")
     names = [part.strip() for part in student.split(",") if part.strip()]
@@ -119,8 +105,7 @@ def run(
         "compare": str(folder / "compare.json"),
         "report": None if report is None else str(report),
         "verdicts": {
-            name: {claim["about"]: claim["verdict"] for claim in claims}
-            for name, claims in values["claims"].items()
+            name: {claim["about"]: claim["verdict"] for claim in claims} for name, claims in values["claims"].items()
         },
     }
 
@@ -185,12 +170,7 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _measured(
-    codecs: "CodecBundle",
-    samplers: Sequence[Sampler],
-    captions: Sequence[str],
-    seeds: int,
-    keep: int,
-    progress: bool,
+    codecs: "CodecBundle", samplers: Sequence[Sampler], captions: Sequence[str], seeds: int, keep: int, progress: bool
 ) -> tuple[list[Column], list["Shown"]]:
     """All columns, ground truth and codec bound first, and the clips of the first prompts for the contact sheet."""
     from tqdm import tqdm
@@ -215,9 +195,7 @@ def _measured(
             columns.append(column(name, role, scores, [clips.waves for clips in draws], distribution, facts))
             if role != "truth":
                 first = draws[0]
-                shown.append(
-                    Shown(name, role, first.frames[:keep], first.waves[:keep], scores[0].clips[:keep])
-                )
+                shown.append(Shown(name, role, first.frames[:keep], first.waves[:keep], scores[0].clips[:keep]))
             bar.update()
 
         add("ground truth", "truth", truths)

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.tables import (
-    BETTER,
-    DECODER_KEYS,
-    METRICS,
-    SR_COLUMNS,
-    Values,
-    ablation_title,
-)
+from eval.tables import BETTER, DECODER_KEYS, METRICS, SR_COLUMNS, Values, ablation_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,9 +123,7 @@ def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: in
             axes = figure.add_subplot(grid[line, 0])
             caption = f"{score.caption}\n" if place == 0 else ""
             _frame_row(
-                axes,
-                _evenly(column.frames[prompt], 9),
-                title=f"{caption}{column.name} | {_heard_and_wrong(score)}",
+                axes, _evenly(column.frames[prompt], 9), title=f"{caption}{column.name} | {_heard_and_wrong(score)}"
             )
             axes = figure.add_subplot(grid[line, 1])
             _mouth_curves(axes, score, legend=line == 0, last=line == count * len(shown) - 1)
@@ -261,9 +252,7 @@ def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
         for name in names:
             if points := _curve(series, name):
                 label = name if isinstance(name, str) else name[0]
-                axes.plot(
-                    *zip(*points, strict=True), label=label, lw=1, marker="." if len(points) < 20 else ""
-                )
+                axes.plot(*zip(*points, strict=True), label=label, lw=1, marker="." if len(points) < 20 else "")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("iteration", fontsize=8)
         axes.tick_params(labelsize=7)
@@ -271,9 +260,7 @@ def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=7)
         else:
-            axes.text(
-                0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes
-            )
+            axes.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes)
 
 
 def _curve(
@@ -330,9 +317,7 @@ def sr_audio(values: Values) -> Figure:
             points = [_points(values["sets"][factor], [name], key) for factor in factors]
             value = np.concatenate([p[0] for p in points])
             ends = np.concatenate([p[1] for p in points], axis=1)
-            axes.errorbar(
-                range(len(factors)), value, yerr=ends, marker="o", capsize=3, label=SR_COLUMNS[name]
-            )
+            axes.errorbar(range(len(factors)), value, yerr=ends, marker="o", capsize=3, label=SR_COLUMNS[name])
         axes.set_xticks(range(len(factors)), [f"x{factor}" for factor in factors])
         axes.set_xlabel("coarseness of the first stage")
         axes.set_ylabel(METRICS[key].title, fontsize=8)
@@ -403,8 +388,6 @@ def ablation_bars(values: Values) -> Figure:
         )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_xticks(range(len(variants)), [v.replace("_", "\n") for v in variants], fontsize=8)
-        axes.set_title(
-            f"{ablation_title(name)}\ndifference from full ({means['full'][name]['mean']:.4g})", fontsize=8
-        )
+        axes.set_title(f"{ablation_title(name)}\ndifference from full ({means['full'][name]['mean']:.4g})", fontsize=8)
         axes.grid(axis="y", alpha=0.3)
     return figure

@@ -125,9 +125,7 @@ def sample_all(
             bar.update(sampler.calls)
     for sampler in samplers:
         if sampler.cached is None:
-            sampler.video, sampler.audio = (
-                torch.cat(parts) for parts in zip(*made[sampler.name], strict=True)
-            )
+            sampler.video, sampler.audio = (torch.cat(parts) for parts in zip(*made[sampler.name], strict=True))
             if sampler.name in stores:
                 stores[sampler.name].write()
 
@@ -190,10 +188,7 @@ class _Store:
 
         try:
             with safe_open(self.file, "pt") as tensors:
-                self.sampler.video, self.sampler.audio = (
-                    tensors.get_tensor("video"),
-                    tensors.get_tensor("audio"),
-                )
+                self.sampler.video, self.sampler.audio = (tensors.get_tensor("video"), tensors.get_tensor("audio"))
                 self.sampler.cached = json.loads(tensors.metadata()["made"])
         except (OSError, SafetensorError):  # not there yet, or cut off
             self.sampler.video = self.sampler.audio = self.sampler.cached = None

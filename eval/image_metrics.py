@@ -20,9 +20,7 @@ def psnr(frames: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None)
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     _require_same(frames, truth)
-    a, b = (
-        torch.from_numpy((x if where is None else x[:, where]).astype(np.float64)) for x in (frames, truth)
-    )
+    a, b = (torch.from_numpy((x if where is None else x[:, where]).astype(np.float64)) for x in (frames, truth))
     return min(CEILING, float(peak_signal_noise_ratio(a, b, data_range=255.0)))
 
 
@@ -40,9 +38,7 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> float:
         raise ValueError(f"SSIM needs frames of at least {WINDOW} pixels, not {list(frames.shape[1:3])}")
     a, b = (torch.from_numpy(luma(x, np.float64))[:, None] for x in (frames, truth))
     found = structural_similarity_index_measure(a, b, sigma=1.5, data_range=255.0, return_full_image=True)
-    edge = (
-        WINDOW // 2
-    )  # torchmetrics' own mean counts windows beyond the edges, which the published index does not
+    edge = WINDOW // 2  # torchmetrics' own mean counts windows beyond the edges, which the published index does not
     return float(found[1][..., edge:-edge, edge:-edge].mean())
 
 

@@ -39,11 +39,7 @@ def provenance() -> dict[str, Any]:
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "libraries": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-        },
+        "libraries": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
     }
 
 

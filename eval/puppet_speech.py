@@ -12,17 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.tiny.puppets import (
-    FPS,
-    FRAMES,
-    ONSETS,
-    SAMPLE_RATE,
-    VOWELS,
-    Puppet,
-    draw_puppet,
-    mouth_track,
-    synthesise,
-)
+from data.tiny.puppets import FPS, FRAMES, ONSETS, SAMPLE_RATE, VOWELS, Puppet, draw_puppet, mouth_track, synthesise
 
 RECOGNISER_SEED = 4_000_037
 UTTERANCES = 240
@@ -201,9 +191,7 @@ def pitch(wave: np.ndarray, speech: Recognised) -> float | None:
     starts = [
         start
         for begin, end in speech.vowel_spans
-        for start in range(
-            round((begin + 0.01) * SAMPLE_RATE), round((end - 0.01) * SAMPLE_RATE) - length, HOP
-        )
+        for start in range(round((begin + 0.01) * SAMPLE_RATE), round((end - 0.01) * SAMPLE_RATE) - length, HOP)
     ]
     starts = [start for start in starts if start + length <= len(wave)]
     if not starts:

@@ -11,18 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.tiny.puppets import (
-    FACES,
-    HAIR,
-    LIP,
-    MOUTH_CENTRE,
-    MOUTH_INSIDE,
-    SHIRTS,
-    SKINS,
-    WALLS,
-    draw_puppet,
-    portrait,
-)
+from data.tiny.puppets import FACES, HAIR, LIP, MOUTH_CENTRE, MOUTH_INSIDE, SHIRTS, SKINS, WALLS, draw_puppet, portrait
 from eval.image_metrics import luma
 
 PROMPTED = ("face", "hair", "shirt", "wall")  # attributes that a caption states
@@ -136,9 +125,7 @@ def measure_frames(frames: np.ndarray) -> FrameMeasures:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
     if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
-        raise ValueError(
-            f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}"
-        )
+        raise ValueError(f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}")
     mouth = _regions(frames.shape[1])["mouth"]
     openness = mouth_openness(frames)
     amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))

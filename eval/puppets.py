@@ -81,9 +81,7 @@ def through_codec(clips: Clips, codecs: "CodecBundle", batch: int = 8) -> Clips:
         part = slice(start, start + batch)
         frames, waves = clips.as_tensors(part)
         video, audio = codecs.video_codec, codecs.audio_codec
-        result.add(
-            video.decode(video.encode(frames)), audio.decode(audio.encode(waves)), clips.captions[part]
-        )
+        result.add(video.decode(video.encode(frames)), audio.decode(audio.encode(waves)), clips.captions[part])
     return result
 
 
@@ -153,9 +151,7 @@ def generate(
     with tqdm(total=len(prompts), desc="sampling", unit="clip", disable=not progress) as bar:
         for first in range(0, len(prompts), batch):
             part = list(prompts[first : first + batch])
-            for clip in pipeline.make(
-                part, [noise_seed(seed, first + k) for k in range(len(part))], settings
-            ):
+            for clip in pipeline.make(part, [noise_seed(seed, first + k) for k in range(len(part))], settings):
                 clips.frames.append(clip.frames.numpy())
                 clips.waves.append(clip.wave.numpy().mean(0) if clip.wave.numel() else None)
                 clips.captions.append(clip.prompt)
@@ -193,9 +189,7 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
             parse_caption(caption)
             clip = read_clip(movie, fps=FPS, rate=SAMPLE_RATE)
             if clip.frames.shape[1] != clip.frames.shape[2]:
-                raise ValueError(
-                    f"is {clip.frames.shape[2]}x{clip.frames.shape[1]}; the tiny world is square"
-                )
+                raise ValueError(f"is {clip.frames.shape[2]}x{clip.frames.shape[1]}; the tiny world is square")
         except (OSError, ValueError, MediaError) as error:
             refused[movie.name] = str(error)
             continue
@@ -249,12 +243,7 @@ def run(
     """
     if (checkpoint is None) == (clips is None):
         raise UserError("give either checkpoint=NAME_OR_FOLDER or clips=FOLDER")
-    for name, value, least in (
-        ("prompts", prompts, 1),
-        ("batch", batch, 1),
-        ("keep", keep, 0),
-        ("seed", seed, 0),
-    ):
+    for name, value, least in (("prompts", prompts, 1), ("batch", batch, 1), ("keep", keep, 0), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name}={value} is impossible; give at least {least}")
     start = time.perf_counter()
@@ -278,10 +267,7 @@ def run(
         "format": FORMAT,
         "held_out_seed": HELD_OUT_SEED,
         "seconds": round(time.perf_counter() - start, 1),
-        "columns": {
-            **{bound: found.to_dict() for bound, found in limits.items()},
-            name: {**facts, **scores.to_dict()},
-        },
+        "columns": {**{bound: found.to_dict() for bound, found in limits.items()}, name: {**facts, **scores.to_dict()}},
         "provenance": provenance(),
     }
     write_results(folder, "scores", values, tables.scores(values))
@@ -317,19 +303,14 @@ def _draw(values: dict[str, Any], clips: Clips, scores: Scores, folder: Path, na
 
     figures.score_bars(values).savefig(folder / "scores.png", dpi=110)
     if keep:
-        paths = [
-            folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(clips.captions)))
-        ]
+        paths = [folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(clips.captions)))]
         write_clips(paths, clips.frames, clips.waves, clips.captions)
         shown = figures.Shown(name, "model", clips.frames[:keep], clips.waves[:keep], scores.clips[:keep])
         figures.contact_sheet([shown]).savefig(folder / "clips.png", dpi=90)
 
 
 def write_clips(
-    paths: Sequence[Path],
-    frames: Sequence[np.ndarray],
-    waves: Sequence[np.ndarray | None],
-    captions: Sequence[str],
+    paths: Sequence[Path], frames: Sequence[np.ndarray], waves: Sequence[np.ndarray | None], captions: Sequence[str]
 ) -> None:
     """Write a clip per path as mp4, with its caption in a .txt of the same name; further clips are left out."""
     from magihuman.media.mp4 import write_mp4

@@ -25,10 +25,7 @@ FOLDERS = ("configs", "data", "eval", "inference", "magihuman", "recipes", "slur
 
 def pages() -> list[Path]:
     """README.md of the repository and of every package and folder in it."""
-    return [
-        REPO / "README.md",
-        *sorted(page for name in FOLDERS for page in (REPO / name).rglob("README.md")),
-    ]
+    return [REPO / "README.md", *sorted(page for name in FOLDERS for page in (REPO / name).rglob("README.md"))]
 
 
 Values = dict[str, Any]
@@ -50,7 +47,9 @@ def _read(file: str) -> Values:
 def _with_origin(render_values: Callable[..., str], file: str, *keys: str) -> str:
     """Table of a result file by a function of `eval.tables`, with its origin below."""
     values = _read(file)
-    return f"{render_values(values, *([keys] if keys else []))}\n\nFrom [{file}]({file}): {_origin(values['provenance'])}."
+    return (
+        f"{render_values(values, *([keys] if keys else []))}\n\nFrom [{file}]({file}): {_origin(values['provenance'])}."
+    )
 
 
 def sr_table(file: str, name: str = "clip", *keys: str) -> str:
@@ -93,17 +92,13 @@ def peaks_table(file: str) -> str:
     modes = list(dict.fromkeys((row["decoder"], row["memory"]) for row in rows))
     sizes: dict[tuple[str, str], dict[tuple[str, str], int]] = {}
     for row in rows:
-        sizes.setdefault((row["resolution"], row["weights"]), {})[row["decoder"], row["memory"]] = row[
-            "bytes"
-        ]
+        sizes.setdefault((row["resolution"], row["weights"]), {})[row["decoder"], row["memory"]] = row["bytes"]
     header = ["computed, GB", *(f"{decoder}, {memory}" for decoder, memory in modes)]
     lines = [
         [f"{resolution}, {weights}", *(f"{cells[mode] / 1e9:.1f}" for mode in modes)]
         for (resolution, weights), cells in sizes.items()
     ]
-    commit = made["code"].get("commit", "unknown")[:12] + (
-        " with changes" if made["code"].get("changed") else ""
-    )
+    commit = made["code"].get("commit", "unknown")[:12] + (" with changes" if made["code"].get("changed") else "")
     guidance = f"guidance with cfg_passes={settings['cfg_passes']}" if settings["guided"] else "no guidance"
     return (
         f"{tables.table(header, lines)}\n\n"
@@ -238,9 +233,7 @@ def update(check: bool = False) -> None:
     Raises:
         UserError: with check, a page that is out of date; or a block that cannot be rendered.
     """
-    rendered = {
-        page: render(page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()) for page in pages()
-    }
+    rendered = {page: render(page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()) for page in pages()}
     rendered |= result_pages()
     for page, new in rendered.items():
         if page.read_text(encoding="utf-8") == new:

@@ -173,9 +173,7 @@ def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]
         if clip.sync.r is None:
             continue
         around = [clips[(i + k) % len(clips)].called for k in range(1, len(clips))]
-        tracks = [v for v in around if v is not None and len(v) == len(clip.vision.openness)][
-            : CANDIDATES - 1
-        ]
+        tracks = [v for v in around if v is not None and len(v) == len(clip.vision.openness)][: CANDIDATES - 1]
         if tracks:
             values = [correlation(clip.vision.openness, track) for track in tracks]
             other[i] = np.mean(values)
@@ -261,9 +259,7 @@ def score_clips(
         ValueError: lists of different lengths, no clips, or a clip that `score_clip` refuses.
     """
     if not len(frames) == len(waves) == len(truths):
-        raise ValueError(
-            f"{len(frames)} clips, {len(waves)} waves, {len(truths)} captions: not the same number"
-        )
+        raise ValueError(f"{len(frames)} clips, {len(waves)} waves, {len(truths)} captions: not the same number")
     if not frames:
         raise ValueError("no clips to score")
     captions = [truth.caption if isinstance(truth, Puppet) else truth for truth in truths]

@@ -286,9 +286,7 @@ def run(
         if part not in PARTS:
             raise UserError(f"parts={parts}: {part!r} is unknown; choose from {', '.join(PARTS)}")
     if clips < 2 or batch < 1:
-        raise UserError(
-            f"clips={clips} and batch={batch} are impossible; give at least 2 clips and a batch of 1"
-        )
+        raise UserError(f"clips={clips} and batch={batch} are impossible; give at least 2 clips and a batch of 1")
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
     compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
@@ -345,16 +343,12 @@ class _Setting:
     seed: int
     batch: int
 
-    def measure(
-        self, method: Method, inputs: StageInputs | None = None
-    ) -> tuple[Any, list[np.ndarray], float]:
+    def measure(self, method: Method, inputs: StageInputs | None = None) -> tuple[Any, list[np.ndarray], float]:
         return measure_method(method, inputs or self.drawn, self.codecs, self.size, self.batch)
 
     def refiner(self, inputs: StageInputs | None = None, steps: int | None = None, **options: Any) -> Method:
         chosen, count = inputs or self.drawn, steps or self.steps
-        return lambda part: refined(
-            self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options
-        )
+        return lambda part: refined(self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options)
 
     @cached_property
     def result(self) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:

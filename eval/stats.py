@@ -37,9 +37,7 @@ def unavailable(reason: str, n: int = 0) -> Measure:
 
 def ends_of(draws: np.ndarray) -> tuple[float, float]:
     """Ends of the percentile interval of resampled values, of those that are finite."""
-    low, high = np.nanquantile(
-        np.where(np.isfinite(draws), draws, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    )
+    low, high = np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -42,12 +42,7 @@ class Metric:
 
 
 SIGNS = {"up": "↑", "down": "↓", "target": "=", "": ""}
-BETTER = {
-    "up": "higher is better",
-    "down": "lower is better",
-    "target": "nearer to the target is better",
-    "": "",
-}
+BETTER = {"up": "higher is better", "down": "lower is better", "target": "nearer to the target is better", "": ""}
 LEGEND = (
     "↑ higher, ↓ lower, = nearer to the codec reconstruction is better; in brackets there: the deviation from it. "
     "95 % intervals over prompts: of 20 rows, one differs by chance."
@@ -98,9 +93,7 @@ METRICS = {
     "change": Metric("error of the change between frames", "8-bit levels", "down"),
     "still_flicker": Metric("change where the truth stands still", "8-bit levels", "down"),
     "seam": Metric("change error at chunk ends over that elsewhere (target: 1)", direction="target"),
-    "drift": Metric(
-        "growth of the luma error from first to last frame (target: 0)", "8-bit levels", "target"
-    ),
+    "drift": Metric("growth of the luma error from first to last frame (target: 0)", "8-bit levels", "target"),
     "sharpness_ratio": Metric("sharpness over the truth's (target: 1)", direction="target"),
     # Cost
     "parameters": Metric("parameters", "M", "down"),
@@ -154,9 +147,7 @@ def format_deviation(measure: Values) -> str:
     """Interval; where the measure has a target and knows its deviation: "0.0119 (+9.40 % [-4.80, +24.40])"."""
     if measure.get("off") is None or measure["value"] is None:
         return format_interval(measure)
-    return (
-        f"{format_value(measure['value'])} ({format_interval(measure['off'], 100, signed=True, unit=' %')})"
-    )
+    return f"{format_value(measure['value'])} ({format_interval(measure['off'], 100, signed=True, unit=' %')})"
 
 
 def format_half(measure: Values) -> str:
@@ -187,9 +178,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def metric_rows(
-    columns: Mapping[str, Values],
-    keys: Iterable[str],
-    show: Callable[[Values], str] = format_interval,
+    columns: Mapping[str, Values], keys: Iterable[str], show: Callable[[Values], str] = format_interval
 ) -> list[list[str]]:
     """A row per metric, a cell per column of measures; n/a where a column lacks the metric.
 
@@ -197,10 +186,7 @@ def metric_rows(
         KeyError: a key that is not in `METRICS`.
     """
     return [
-        [
-            METRICS[key].heading,
-            *(show(column[key]) if key in column else "n/a" for column in columns.values()),
-        ]
+        [METRICS[key].heading, *(show(column[key]) if key in column else "n/a" for column in columns.values())]
         for key in keys
     ]
 
@@ -266,9 +252,7 @@ def _scores_rows(values: Values, keys: Sequence[str] = ()) -> list[list[str]]:
     tables = {f"{name} (n={column['n']})": column["table"] for name, column in columns.items()}
     rows = [["", *tables], *metric_rows(tables, chosen(tables, keys))]
     if not keys:
-        counts = [
-            f"{_counts(column['skins'])}, p={column['skin_uniform_p']:.2g}" for column in columns.values()
-        ]
+        counts = [f"{_counts(column['skins'])}, p={column['skin_uniform_p']:.2g}" for column in columns.values()]
         rows.append(["skin tones (not prompted), p of equal shares", *counts])
     return rows
 
@@ -295,9 +279,7 @@ def super_resolution(values: Values) -> str:
     parts = []
     for name, content in values["sets"].items():
         title = titles.get(name, f"first stage: the clip itself, details {name} times coarser")
-        parts.append(
-            f"### {title} ({values['clips']} clips, 95 % intervals)\n\n{super_resolution_set(content)}"
-        )
+        parts.append(f"### {title} ({values['clips']} clips, 95 % intervals)\n\n{super_resolution_set(content)}")
     return "\n\n".join(parts)
 
 
@@ -412,8 +394,7 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
     verdicts = verdict_lines(values)
     if brief:
         verdicts = [
-            f"- {names[name]}: "
-            + "; ".join(f"{claim['about']}: **{claim['verdict'].upper()}**" for claim in found)
+            f"- {names[name]}: " + "; ".join(f"{claim['about']}: **{claim['verdict'].upper()}**" for claim in found)
             for name, found in students.items()
         ]
     counts = f"{values['prompts']} prompts x {len(values['seeds'])} seeds."

@@ -39,9 +39,7 @@ Cuts = Sequence[tuple[np.ndarray, Sequence[int]]]
 """One clip decoded with different cuts into chunks, each with the numbers of the frames that begin a chunk."""
 
 
-def clip_errors(
-    frames: np.ndarray, truth: np.ndarray, boundaries: Sequence[int] = (), cuts: Cuts = ()
-) -> ClipErrors:
+def clip_errors(frames: np.ndarray, truth: np.ndarray, boundaries: Sequence[int] = (), cuts: Cuts = ()) -> ClipErrors:
     """Errors of a clip.
 
     Args:

@@ -163,21 +163,13 @@ def run(
             columns.append(score)
         if teacher is not None:
             columns.append(
-                score_decoder(
-                    "student, teacher as truth", loaded["student"].decode, latents, shown["teacher"]
-                )[0]
+                score_decoder("student, teacher as truth", loaded["student"].decode, latents, shown["teacher"])[0]
             )
         if sampled is not None:
             columns += _on_sampled(sampled, loaded, mine.codec)
     report = {
         "format": FORMAT,
-        "settings": {
-            "student": student,
-            "teacher": teacher,
-            "clips": clips,
-            "sampled": sampled,
-            "chunk": CHUNK,
-        },
+        "settings": {"student": student, "teacher": teacher, "clips": clips, "sampled": sampled, "chunk": CHUNK},
         "threads": torch.get_num_threads(),
         "columns": {
             c.name: {
@@ -214,9 +206,7 @@ def _decoder_configs(sources: Mapping[str, str]) -> dict[str, Any]:
         found[role] = decoders.config_of(source)
         if found[role] is None:
             known = ", ".join(decoders.names())
-            raise UserError(
-                f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}"
-            )
+            raise UserError(f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}")
     return found
 
 

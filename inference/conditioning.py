@@ -29,9 +29,7 @@ def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
         raise UserError(f"image={path}: {error}; give a png or jpg file") from error
     rows, columns = pixels.shape[1:3]
     if min(rows * width // height, columns * height // width) < 1:
-        raise UserError(
-            f"image={path} has {columns} x {rows} pixels, too thin for a clip of {width} x {height}"
-        )
+        raise UserError(f"image={path} has {columns} x {rows} pixels, too thin for a clip of {width} x {height}")
     return images.image_to_frame(Image.fromarray(pixels[0].numpy()), height, width)
 
 
@@ -44,9 +42,7 @@ def audio_seconds_of(path: str | Path, rate: int) -> float:
     try:
         seconds = reading.probe(path).seconds
         if seconds > LONGEST_AUDIO:
-            raise UserError(
-                f"it lasts {seconds:.0f} s, and {LONGEST_AUDIO:g} s is the most; cut the part you mean"
-            )
+            raise UserError(f"it lasts {seconds:.0f} s, and {LONGEST_AUDIO:g} s is the most; cut the part you mean")
         return reading.read_audio(path, rate).shape[1] / rate
     except UserError as error:
         raise _unusable(path, error) from error

@@ -49,9 +49,7 @@ class LayoutShard(Layout):
         """Raises ValueError: token routing belongs to training."""
         raise ValueError("tokens that are split over processes cannot be routed")
 
-    def attend(
-        self, attention: Attend, q: Tensor, k: Tensor, v: Tensor, backend: str, window: int | None
-    ) -> Tensor:
+    def attend(self, attention: Attend, q: Tensor, k: Tensor, v: Tensor, backend: str, window: int | None) -> Tensor:
         """Attention of this process's tokens over all tokens.
 
         Args:
@@ -101,14 +99,10 @@ def shard_layout(whole: Layout, rank: int, processes: int, group: Any = None) ->
     before = sum(sum(share) for share in by_process[:rank])
     device = whole.coords.device
     own = order[before : before + sum(by_process[rank])].to(device)
-    values: dict[str, Any] = {
-        field.name: getattr(whole, field.name) for field in fields(Layout) if field.init
-    }
+    values: dict[str, Any] = {field.name: getattr(whole, field.name) for field in fields(Layout) if field.init}
     values |= {"coords": whole.coords[own], "modality": whole.modality[own]}
     values["rotary"] = None if whole.rotary is None else whole.rotary[own]
-    return LayoutShard(
-        **values, whole=whole, shares=by_process, rank=rank, group=group, positions=positions.to(device)
-    )
+    return LayoutShard(**values, whole=whole, shares=by_process, rank=rank, group=group, positions=positions.to(device))
 
 
 def require_divisible_heads(config: DiTConfig, processes: int) -> None:

@@ -296,9 +296,7 @@ def latents_per_tile(tile: int | None, stride: tuple[int, int, int]) -> int | No
         return None
     space = stride[1]
     if tile < SMALLEST * space or tile % space:
-        raise UserError(
-            f"tile={tile} is impossible; give a multiple of {space} pixels, at least {SMALLEST * space}"
-        )
+        raise UserError(f"tile={tile} is impossible; give a multiple of {space} pixels, at least {SMALLEST * space}")
     return tile // space
 
 

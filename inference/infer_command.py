@@ -35,9 +35,7 @@ def run(options: InferOptions) -> None:
     rank, processes, _ = ranks()
     shared = processes > 1 and options.prompts is None
     with _plain_warnings():
-        source = find(
-            replace(options, negative_prompt=_negative_prompt(options), negative_prompt_file=None), shared
-        )
+        source = find(replace(options, negative_prompt=_negative_prompt(options), negative_prompt_file=None), shared)
         resolver = Resolver(source, folder)
         jobs = [resolver.job(request) for request in requests]
         manifest = None if options.prompts is None else folder / MANIFEST
@@ -167,9 +165,7 @@ def _number(seconds: float | str | None) -> float | str | None:
         return check_seconds(seconds, "the command line")
 
 
-def _requests(
-    prompt: str | None, prompts: str | None, output: str | None, seed: int
-) -> tuple[list[Request], Path]:
+def _requests(prompt: str | None, prompts: str | None, output: str | None, seed: int) -> tuple[list[Request], Path]:
     """The requests, and the folder for their files."""
     if (prompt is None) == (prompts is None):
         raise UserError('give either prompt="what to show and say" or prompts=FILE')

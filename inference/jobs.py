@@ -62,9 +62,7 @@ class Job:
         try:
             record = json.loads(self.record_path.read_text(encoding="utf-8"))
             # Compared as JSON: tuples have become lists there.
-            same = all(
-                record.get(key) == value for key, value in json.loads(json.dumps(self.identity)).items()
-            )
+            same = all(record.get(key) == value for key, value in json.loads(json.dumps(self.identity)).items())
             return record if same and file_hash(self.path) == record["sha256"] else None
         except (OSError, ValueError, AttributeError, KeyError):
             return None
@@ -217,9 +215,7 @@ class Resolver:
             if request.audio not in self._seconds:
                 from inference.conditioning import audio_seconds_of
 
-                self._seconds[request.audio] = audio_seconds_of(
-                    request.audio, source.config.contract.audio_rate
-                )
+                self._seconds[request.audio] = audio_seconds_of(request.audio, source.config.contract.audio_rate)
             audio_seconds = self._seconds[request.audio]
         if options.seconds == AUTO:
             options = replace(options, seconds=self._auto(request, audio_seconds))
@@ -238,9 +234,7 @@ class Resolver:
 
             wanted = seconds_for(request.prompt)
         if wanted is None:
-            self._note(
-                "seconds=auto: the prompt has no dialogue, so the clip gets the checkpoint's usual length"
-            )
+            self._note("seconds=auto: the prompt has no dialogue, so the clip gets the checkpoint's usual length")
             return None
         limit = longest(self.source.config)
         if wanted > limit:
@@ -255,9 +249,7 @@ class Resolver:
         for name, found in sizes.items():
             asked = getattr(self.source.options, name)
             if asked not in (None, found):
-                self._note(
-                    f"{name}={asked} is rounded down to {found}, a multiple of what the network can make"
-                )
+                self._note(f"{name}={asked} is rounded down to {found}, a multiple of what the network can make")
         small, sr = (settings.height, settings.width), settings.sr
         if sr is not None and not _same_aspect(small, (sr.height, sr.width)):
             self._note(
@@ -267,9 +259,7 @@ class Resolver:
         if request.audio is not None:
             length, used = self._seconds[request.audio], settings.audio / self.source.config.contract.fps
             if length > used + 0.05:
-                self._note(
-                    f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)"
-                )
+                self._note(f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)")
         config = self.source.config
         spec = bundle_spec(config.codecs)
         if not spec.many_lengths and settings.frames > config.size.frames:

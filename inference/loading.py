@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def ranks() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
     rank, processes, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     return rank, processes, local
 
@@ -249,9 +248,7 @@ def find(options: InferOptions, shared: bool = False) -> Source:
 
         config = lora_files.config_with_lora(config, options.lora, checkpoint)
     if options.codecs not in (None, config.codecs):
-        raise UserError(
-            f"codecs={options.codecs}, but checkpoint={checkpoint} was trained with {config.codecs!r}"
-        )
+        raise UserError(f"codecs={options.codecs}, but checkpoint={checkpoint} was trained with {config.codecs!r}")
     allow_codecs(options.codecs)
     require_allowed(config.codecs)
     given = {part: getattr(options, part) for part in ("video_codec", "audio_codec", "text_encoder")}

@@ -88,9 +88,7 @@ class Pipeline:
         loaded.config.contract.require(codecs.contract, "the checkpoint", f"codecs {codecs.name!r}")
         require_role(loaded.config, loaded.folder, first=True)
         if second is not None:
-            second.config.contract.require(
-                codecs.contract, "the checkpoint of sr=", f"codecs {codecs.name!r}"
-            )
+            second.config.contract.require(codecs.contract, "the checkpoint of sr=", f"codecs {codecs.name!r}")
             require_role(second.config, second.folder, first=False)
         if decoder is not None:
             require_decoder(decoder, codecs.contract)
@@ -124,9 +122,7 @@ class Pipeline:
         """
         unknown = sorted(set(options) - {field.name for field in fields(InferOptions)})
         if unknown:
-            raise UserError(
-                f"unknown sampling option {unknown[0]}; they are those of `magihuman.infer --help`"
-            )
+            raise UserError(f"unknown sampling option {unknown[0]}; they are those of `magihuman.infer --help`")
         return resolve(self.config, self.second_config, InferOptions(**options), given_audio)
 
     @contextmanager
@@ -203,9 +199,7 @@ class Pipeline:
         progress: StageProgress | None = None,
     ) -> list[Clip]:
         """One batch, all with the same settings; arguments and errors as for `draft`."""
-        return [
-            self.decode(draft) for draft in self.draft(prompts, seeds, settings, images, sounds, progress)
-        ]
+        return [self.decode(draft) for draft in self.draft(prompts, seeds, settings, images, sounds, progress)]
 
     def draft(
         self,
@@ -333,9 +327,7 @@ class Pipeline:
         latents = []
         with self.stage("condition"):
             for path, generator in zip(paths, generators, strict=True):
-                wave = read_audio_track(path, codec.sample_rate, 1, codec.hop * settings.audio).to(
-                    device_of(codec)
-                )
+                wave = read_audio_track(path, codec.sample_rate, 1, codec.hop * settings.audio).to(device_of(codec))
                 drawn = {"generator": generator} if getattr(codec, "samples_bottleneck", False) else {}
                 latents.append(codec.encode(wave, **drawn))
         return torch.cat(latents).to(self.device)
@@ -399,9 +391,7 @@ def require_decoder(decoder: Any, contract: Contract) -> None:
     found = decoder.channels, tuple(decoder.stride)
     wanted = contract.video_channels, tuple(contract.video_stride)
     if found != wanted:
-        raise UserError(
-            f"the decoder takes {found[0]} channels at strides {found[1]}, the codecs have {wanted}"
-        )
+        raise UserError(f"the decoder takes {found[0]} channels at strides {found[1]}, the codecs have {wanted}")
 
 
 def require_positions(
@@ -413,9 +403,7 @@ def require_positions(
     if any(len(features) < 2 for features in text):
         raise UserError("the second stage needs a prompt of at least two tokens; say more")
     if any(len(features) < 2 for features in negative or ()):
-        raise UserError(
-            "the second stage needs a negative prompt of at least two tokens; give one, or sr_cfg=1"
-        )
+        raise UserError("the second stage needs a negative prompt of at least two tokens; give one, or sr_cfg=1")
     if audio < 2:
         raise UserError("the second stage needs at least two audio latents; make a longer clip")
 

@@ -52,8 +52,7 @@ class InferOptions:
         None, "LoRA merged into the checkpoint: the folder adapter/ of a run with recipe=lora, or the run"
     )
     sr: str | None = option(
-        None,
-        "checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr",
+        None, "checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr"
     )
     turbo: str | None = option(
         None,
@@ -67,15 +66,11 @@ class InferOptions:
         None,
         "package.module:function of your own codecs, for checkpoints that were trained with them; imports that code",
     )
-    video_codec: str | None = option(
-        None, "Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE"
-    )
+    video_codec: str | None = option(None, "Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE")
     audio_codec: str | None = option(
         None, "Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO"
     )
-    text_encoder: str | None = option(
-        None, "T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA"
-    )
+    text_encoder: str | None = option(None, "T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA")
     prompt: str | None = option(None, "the scene and the speech, up to 640 tokens")
     prompts: str | None = option(
         None,
@@ -89,21 +84,16 @@ class InferOptions:
     )
     output: str | None = option(None, "the mp4 to write; with prompts= the folder")
     seed: int = option(42, "of the noise; prompt i of a file gets seed + i unless it has its own")
-    steps: int | None = option(
-        None, "solver steps; none takes the checkpoint's setting, as for all sampling settings"
-    )
+    steps: int | None = option(None, "solver steps; none takes the checkpoint's setting, as for all sampling settings")
     solver: str | None = option(None, "unipc, renoise (distilled models), euler or sde")
     shift: float | None = option(None, "of the noise levels; higher spends more steps on noisy ones")
     cfg: float | dict[str, float] | None = option(  # noqa: RUF009
-        None,
-        'guidance scale, 1 is off; or by part: cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"',
+        None, 'guidance scale, 1 is off; or by part: cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"'
     )
     cfg_passes: int = option(
         1, "1 computes both branches of the guidance at once, 2 one after the other in less memory"
     )
-    compat: str | None = option(
-        None, "o2 lets unguided sampling change the given audio, as the released code does"
-    )
+    compat: str | None = option(None, "o2 lets unguided sampling change the given audio, as the released code does")
     seconds: float | str | None = option(
         None,
         "length, rounded to the nearest possible number of frames; auto takes the given audio's, or what the prompt's "
@@ -117,9 +107,7 @@ class InferOptions:
     height: int | None = option(None, "of the clip in pixels, before super-resolution")
     width: int | None = option(None, "of the clip in pixels, before super-resolution")
     sr_steps: int | None = option(None, "solver steps of the second stage")
-    sr_cfg: float | None = option(
-        None, "guidance scale of the second stage, 1 is off; the release also knows 3.5"
-    )
+    sr_cfg: float | None = option(None, "guidance scale of the second stage, 1 is off; the release also knows 3.5")
     sr_height: int | None = option(None, "of the finished clip in pixels")
     sr_width: int | None = option(None, "of the finished clip in pixels")
     image: str | None = option(None, "image file for the first frame, cropped to the clip's shape")
@@ -128,13 +116,9 @@ class InferOptions:
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", identity=True)
     dtype: str | None = option(
-        None,
-        "of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU",
-        identity=True,
+        None, "of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU", identity=True
     )
-    memory: str = option(
-        "fast", "fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)"
-    )
+    memory: str = option("fast", "fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)")
     weights: str | None = option(
         None, "store the network's matrices in bf16, fp8 or int4; none keeps them", identity=True
     )
@@ -146,9 +130,7 @@ class InferOptions:
         identity=True,
     )
     batch: int | None = option(
-        None,
-        "clips of a prompt file that are computed at once; none is 8, with the published weights 1",
-        command=False,
+        None, "clips of a prompt file that are computed at once; none is 8, with the published weights 1", command=False
     )
     gallery: bool = option(
         False, "with prompts=: also write index.html, a page of the clips for any browser", command=False
@@ -358,8 +340,6 @@ def check_length(text: str, what: str) -> None:
     """
     words = len(text.split())
     if words > MAX_WORDS:
-        raise UserError(
-            f"{what} has {words} words, and the text encoder reads {MAX_WORDS} tokens; shorten it"
-        )
+        raise UserError(f"{what} has {words} words, and the text encoder reads {MAX_WORDS} tokens; shorten it")
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{what} has {len(text)} characters, and {MAX_CHARACTERS} is the most; shorten it")

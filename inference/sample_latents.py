@@ -62,9 +62,7 @@ def make(
     with locked(target.with_name(f".{target.name}.lock")):
         if target.exists():
             asked = {"clips": clips, "steps": steps, "cfg": cfg}
-            _require_made_with(
-                target, facts | {key: str(value) for key, value in asked.items() if value is not None}
-            )
+            _require_made_with(target, facts | {key: str(value) for key, value in asked.items() if value is not None})
         else:
             _sample(target, read_prompts(prompts), facts, clips, batch, steps, cfg, device, progress)
     return str(target)
@@ -124,13 +122,9 @@ def _require_made_with(path: Path, wanted: Mapping[str, str]) -> None:
             made = {**(file.metadata() or {}), "clips": str(file.get_slice("video").get_shape()[0])}
     except (SafetensorError, OSError) as error:
         raise UserError(f"output={path} is there and cannot be read ({error}); remove it") from error
-    other = [
-        f"{key}={made[key]}, not {value}" for key, value in wanted.items() if made.get(key, value) != value
-    ]
+    other = [f"{key}={made[key]}, not {value}" for key, value in wanted.items() if made.get(key, value) != value]
     if other:
-        raise UserError(
-            f"output={path} was made with {'; '.join(other)}; remove it, or choose another output="
-        )
+        raise UserError(f"output={path} was made with {'; '.join(other)}; remove it, or choose another output=")
 
 
 def read_prompts(source: str) -> list[str]:
@@ -164,9 +158,7 @@ def open_teacher(source: str, codecs: Any, device: Any) -> Any:
     config = decoders.config_of(source)
     if config is None:
         return WanCodec.load(source, device=device)
-    config.latents.require(
-        decoders.Latents.of(codecs.contract), f"teacher={source}", f"codecs {codecs.name!r}"
-    )
+    config.latents.require(decoders.Latents.of(codecs.contract), f"teacher={source}", f"codecs {codecs.name!r}")
     return decoders.load(source, device, torch.float32)
 
 

@@ -113,9 +113,7 @@ def sample(
         if generator is None or len(generator) != batch:
             raise ValueError(f"{batch} prompts need {batch} generators, or stored noise")
         fresh = steps if solvers[0].stochastic else 0
-        noise = draw_noise(
-            shape.both, generator, fresh, device, audio=audio_latent, audio_steps=audio_latent is None
-        )
+        noise = draw_noise(shape.both, generator, fresh, device, audio=audio_latent, audio_steps=audio_latent is None)
     elif audio_latent is not None:
         noise = Noise(Pair(noise.start.video, audio_latent), noise.steps)
 

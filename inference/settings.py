@@ -75,12 +75,7 @@ class Settings:
         values = {name: getattr(self, name) for name in names} | {"cfg": self.guidance.to_dict()}
         if self.sr is not None:
             sr = self.sr
-            values |= {
-                "sr_steps": sr.steps,
-                "sr_cfg": sr.guidance,
-                "sr_height": sr.height,
-                "sr_width": sr.width,
-            }
+            values |= {"sr_steps": sr.steps, "sr_cfg": sr.guidance, "sr_height": sr.height, "sr_width": sr.width}
         # On the command line an empty negative prompt means the checkpoint's own, and a space none.
         return values | {"negative_prompt": self.negative_prompt or " "}
 
@@ -163,9 +158,7 @@ def guidance_from(cfg: float | dict[str, float] | Guidance) -> Guidance:
     if not isinstance(cfg, dict):
         return Guidance(cfg, cfg, audio=cfg)
     if not all(isinstance(value, int | float) for value in cfg.values()):
-        raise UserError(
-            f'cfg={cfg} needs numbers, for example cfg="{{video_high: 5, video_low: 2, audio: 5}}"'
-        )
+        raise UserError(f'cfg={cfg} needs numbers, for example cfg="{{video_high: 5, video_low: 2, audio: 5}}"')
     return Guidance.from_dict(cfg)
 
 
@@ -179,11 +172,7 @@ def require_role(config: ExportConfig, name: object, first: bool) -> None:
     second = released.endswith("_sr") or config.provenance.get("stage") == "second"
     known = second or bool(released) or config.pack.coords_style == "v2"
     if first == second and known:
-        use = (
-            "second stage; give it as sr="
-            if second
-            else "first stage; one for the second, as tiny/sr, is wanted"
-        )
+        use = "second stage; give it as sr=" if second else "first stage; one for the second, as tiny/sr, is wanted"
         raise UserError(f"{name} is {released or 'a checkpoint'}, for the {use}")
 
 
@@ -201,9 +190,7 @@ def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]
     )
 
 
-def _named_sizes(
-    options: InferOptions, config: ExportConfig, second: ExportConfig | None
-) -> dict[str, int | None]:
+def _named_sizes(options: InferOptions, config: ExportConfig, second: ExportConfig | None) -> dict[str, int | None]:
     """height, width, sr_height and sr_width as given, or by the name of a resolution."""
     name = options.resolution
     given = {key: getattr(options, key) for key in ("height", "width", "sr_height", "sr_width")}
@@ -224,9 +211,7 @@ def _named_sizes(
         raise UserError(f"resolution={name} needs a second stage; give sr=CHECKPOINT, the folder {name}_sr")
     if large is None and second is not None:
         raise UserError(f"resolution={name} is the first stage alone; leave sr= out, or choose 540p or 1080p")
-    sizes = dict(
-        zip(("height", "width", "sr_height", "sr_width"), (*base, *(large or (None, None))), strict=True)
-    )
+    sizes = dict(zip(("height", "width", "sr_height", "sr_width"), (*base, *(large or (None, None))), strict=True))
     return sizes
 
 

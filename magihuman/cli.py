@@ -47,9 +47,7 @@ def calm_bars() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
-def run_one(
-    functions: Mapping[str, Callable[..., Any]], program: str, argv: Sequence[str] | None = None
-) -> Any:
+def run_one(functions: Mapping[str, Callable[..., Any]], program: str, argv: Sequence[str] | None = None) -> Any:
     """`run` the function that the first argument names; the first of `functions` where it names none.
 
     --help alone lists the names; behind a name it is that function's help.
@@ -132,22 +130,13 @@ def usage(function: Callable[..., Any], program: str) -> str:
     """The help: the docstring's first paragraphs, then every setting, its line of `Args:` and its default."""
     text = inspect.getdoc(function) or ""
     head, _, rest = text.partition("\nArgs:\n")
-    entries = dict(
-        re.findall(r"^    (\w+): ((?:.+\n?)(?:^ {8}.+\n?)*)", rest.split("\nRaises:")[0], flags=re.M)
-    )
+    entries = dict(re.findall(r"^    (\w+): ((?:.+\n?)(?:^ {8}.+\n?)*)", rest.split("\nRaises:")[0], flags=re.M))
     parameters = inspect.signature(function).parameters.values()
     needed = [f"{p.name}=..." for p in parameters if p.default is p.empty]
-    lines = [
-        f"usage: {' '.join([program, *needed])} [key=value ...]",
-        "",
-        head.split("\nRaises:")[0].rstrip(),
-        "",
-    ]
+    lines = [f"usage: {' '.join([program, *needed])} [key=value ...]", "", head.split("\nRaises:")[0].rstrip(), ""]
     for parameter in parameters:
         about = " ".join(entries.get(parameter.name, "").split())
-        default = (
-            "required" if parameter.default is parameter.empty else f"default {_shown(parameter.default)}"
-        )
+        default = "required" if parameter.default is parameter.empty else f"default {_shown(parameter.default)}"
         lines.append(f"  {parameter.name:<12} {about} ({default})")
     return "\n".join(lines)
 

@@ -205,11 +205,7 @@ def _check_pairs(settings: TrainSettings) -> None:
     optim, trainer, strategy = settings.optim, settings.trainer, settings.strategy
     if trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={trainer.max_steps} trains nothing; give at least 1")
-    for name, value in (
-        ("accumulate", trainer.accumulate),
-        ("devices", trainer.devices),
-        ("nodes", trainer.nodes),
-    ):
+    for name, value in (("accumulate", trainer.accumulate), ("devices", trainer.devices), ("nodes", trainer.nodes)):
         if value < 1:
             raise UserError(f"trainer.{name}={value} is impossible; give at least 1")
     if trainer.log_every < 1:
@@ -217,9 +213,7 @@ def _check_pairs(settings: TrainSettings) -> None:
     if trainer.max_time is not None:
         parse_time(trainer.max_time)
     if optim.algorithm == "muon" and optim.adamw_lr is None:
-        raise UserError(
-            "optim.algorithm=muon also needs optim.adamw_lr (embedders, norms, heads), for example 1e-3"
-        )
+        raise UserError("optim.algorithm=muon also needs optim.adamw_lr (embedders, norms, heads), for example 1e-3")
     if not 0 <= optim.ema_decay < 1:
         raise UserError(f"optim.ema_decay={optim.ema_decay} should be in [0, 1); 0 switches the average off")
     if optim.lr <= 0:
@@ -241,9 +235,7 @@ def _check_pairs(settings: TrainSettings) -> None:
                 "choose optim=adamw or strategy=fsdp2"
             )
         if strategy.name == "zero3" and optim.ema_decay > 0:
-            raise UserError(
-                "strategy=zero3 keeps no weight average; set optim.ema_decay=0 or choose strategy=fsdp2"
-            )
+            raise UserError("strategy=zero3 keeps no weight average; set optim.ema_decay=0 or choose strategy=fsdp2")
         optimizers = getattr(recipe, "optimizers_needed", 1)
         if optimizers > 1:
             raise UserError(

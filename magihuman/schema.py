@@ -93,9 +93,7 @@ def _schema(target: Callable[..., Any]) -> tuple[dict[str, Any], set[str], bool]
     """(name -> hint, required names, whether any further name is taken) of a dataclass or callable."""
     if is_dataclass(target):
         hints = get_type_hints(target)
-        required = {
-            f.name for f in fields(target) if f.init and f.default is MISSING and f.default_factory is MISSING
-        }
+        required = {f.name for f in fields(target) if f.init and f.default is MISSING and f.default_factory is MISSING}
         return {f.name: hints[f.name] for f in fields(target) if f.init}, required, False
     function = target.__init__ if inspect.isclass(target) else target
     try:
@@ -139,9 +137,7 @@ def check(node: Any, schema: Callable[..., Any], path: str, provided: Sequence[s
                 continue
             known = sorted(set(names) - set(provided))
             where = path or "the configuration"
-            raise UserError(
-                f"unknown setting {dot}{key}{suggest(key, known)}; {where} has: {', '.join(known)}"
-            )
+            raise UserError(f"unknown setting {dot}{key}{suggest(key, known)}; {where} has: {', '.join(known)}")
         if value == "???":
             raise UserError(f"{dot}{key} is not given; set it with {dot}{key}=VALUE")
         if not _fits(value, names[key], f"{dot}{key}"):
@@ -213,9 +209,7 @@ def call(node: Mapping[str, Any], path: str = "call", **provided: Any) -> Any:
     target = locate(node["_target_"], path)
     names, _, _ = _schema(target)
     settings = {
-        key: _convert(value, names.get(key, Any), calls=True)
-        for key, value in node.items()
-        if key not in _RESERVED
+        key: _convert(value, names.get(key, Any), calls=True) for key, value in node.items() if key not in _RESERVED
     }
     if node.get("_partial_", False):
         return functools.partial(target, **settings, **provided)

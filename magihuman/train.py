@@ -84,13 +84,9 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     resume = find_resume(settings.resume, run.checkpoints)
     record = run.read()
     if settings.resume == "none" and record:
-        raise UserError(
-            f"{folder} holds a training already; remove it, choose another name=, or use resume=auto"
-        )
+        raise UserError(f"{folder} holds a training already; remove it, choose another name=, or use resume=auto")
     if record.get("status") == "finished" and record.get("steps", 0) >= settings.trainer.max_steps:
-        say(
-            f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name="
-        )
+        say(f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name=")
         return folder
 
     if resume is not None:
@@ -202,10 +198,7 @@ def bf16_slowdown() -> float:
     import torch.nn.functional as F
 
     def seconds(dtype: torch.dtype) -> float:
-        x, weight = (
-            torch.ones(1024, 256, dtype=dtype),
-            torch.ones(1024, 256, dtype=dtype),
-        )  # as in the tiny network
+        x, weight = (torch.ones(1024, 256, dtype=dtype), torch.ones(1024, 256, dtype=dtype))  # as in the tiny network
         times = []
         for _ in range(3):
             start = time.perf_counter()

@@ -152,9 +152,7 @@ class Recipe(L.LightningModule):
         """
         assert self.device_mesh is not None
         mesh, strategy = self.device_mesh["data_parallel"], self.context.strategy
-        parallel.shard(
-            network, mesh, reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload
-        )
+        parallel.shard(network, mesh, reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload)
         device = torch.device("cpu") if strategy.offload else self.trainer.strategy.root_device
         parallel.fill(network, weights, device)
 
@@ -190,9 +188,7 @@ class Recipe(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        norm = clip_gradients(
-            [p for g in optimizer.param_groups for p in g["params"]], self.context.optim.clip_norm
-        )
+        norm = clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.context.optim.clip_norm)
         self.count_norm("grad_norm", norm)
 
     def count_norm(self, name: str, norm: float) -> None:
@@ -212,9 +208,7 @@ class Recipe(L.LightningModule):
                 "lower optim.lr, lengthen optim.warmup, or set trainer.precision=fp32"
             )
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.after_step()
 
@@ -249,11 +243,7 @@ class Recipe(L.LightningModule):
             codecs=self.context.codecs,
             contract=self.context.contract,
             size=self.context.size,
-            provenance={
-                **self.context.provenance,
-                "steps": self.step,
-                "averaged": self.context.optim.ema_decay > 0,
-            },
+            provenance={**self.context.provenance, "steps": self.step, "averaged": self.context.optim.ema_decay > 0},
             **self.export_settings(),
         )
 

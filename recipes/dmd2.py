@@ -38,12 +38,7 @@ from torch import Tensor, nn
 from magihuman import zoo
 from magihuman.distill.collapse_monitor import CollapseMonitor, MonitorSettings, update_statistics
 from magihuman.distill.discriminator import Discriminator, GanSettings
-from magihuman.distill.fake_score_settings import (
-    FakeScoreSettings,
-    check_resume,
-    check_settings,
-    rename_old_names,
-)
+from magihuman.distill.fake_score_settings import FakeScoreSettings, check_resume, check_settings, rename_old_names
 from magihuman.distill.networks import LORAS, Networks, build_networks, frozen
 from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout, micro_batches, roll_out, sampler
@@ -60,14 +55,7 @@ from magihuman.models.lora import base_state, lora_state, merge, without_base
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.context import TrainingContext
-from magihuman.training.optim import (
-    build_optimizer,
-    build_schedule,
-    clip_gradients,
-    decay_at,
-    ema_update,
-    fill_state,
-)
+from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, decay_at, ema_update, fill_state
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo.lora_files import save_lora
 from recipes.base import Recipe
@@ -125,9 +113,7 @@ class DMD2(Recipe):
         super().__init__(context)
         self.automatic_optimization = False
         if context.init is None:
-            raise UserError(
-                "dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
-            )
+            raise UserError("dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base")
         teacher = zoo.config_of(context.init)
         first = {"recipe.first_step": first_step, "recipe.fake_score.first_step": fake_score.first_step}
         check_settings(context, teacher, sigma, networks, first, sampling.steps, micro_batch)
@@ -216,10 +202,7 @@ class DMD2(Recipe):
             both = Pair(sigma, sigma)
             real, unguided = self.teacher_velocity(noisy, text, both)
             fake = self.velocity("fake_score", text, noisy, both)
-            found = [
-                matching_gradient(x0[m], noisy[m], real[m], fake[m], sigma, conditioning.mask[m])
-                for m in (0, 1)
-            ]
+            found = [matching_gradient(x0[m], noisy[m], real[m], fake[m], sigma, conditioning.mask[m]) for m in (0, 1)]
         gradient = Pair(found[0][0], found[1][0])
         statistics = update_statistics(x0, noise, gradient, unguided, fake, conditioning.mask)
         self.monitor.add(statistics)
@@ -240,9 +223,7 @@ class DMD2(Recipe):
         assert self.networks is not None
         norm = clip_gradients(list(self.networks.weights(role).values()), self.context.optim.clip_norm)
         self.count_norm("grad_norm" if role == "student" else f"grad_norm/{role}", norm)
-        if (
-            role == "fake_score" and self.discriminator is not None and self.gan_active
-        ):  # one optimiser for both
+        if role == "fake_score" and self.discriminator is not None and self.gan_active:  # one optimiser for both
             heads = list(self.discriminator.parameters())
             if self.context.strategy.name == "fsdp2":
                 parallel.average_gradients(heads)
@@ -270,9 +251,7 @@ class DMD2(Recipe):
 
     def weighted(self, losses: Pair) -> Tensor:
         """Sum over modalities, mean over samples."""
-        return sum(
-            self.modality_weights[name] * loss.mean() for name, loss in zip(MODALITIES, losses, strict=True)
-        )  # type: ignore[return-value]
+        return sum(self.modality_weights[name] * loss.mean() for name, loss in zip(MODALITIES, losses, strict=True))  # type: ignore[return-value]
 
     def velocity(self, role: str, text: list[Tensor], x: Pair, sigma: Pair) -> Pair:
         """v of student, average, fake score or teacher without guidance; [B,...] like x.

@@ -27,14 +27,7 @@ from magihuman.io.provenance import fingerprint
 from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser, WithLora
 from magihuman.models.flops import passes
-from magihuman.models.lora import (
-    add_lora,
-    base_state,
-    copy_lora,
-    lora_parameters,
-    lora_state,
-    without_base,
-)
+from magihuman.models.lora import add_lora, base_state, copy_lora, lora_parameters, lora_state, without_base
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
 from magihuman.training.optim import Ramp, decay_at, ema_update
@@ -86,9 +79,7 @@ class Lora(Recipe):
                 "lora fine-tunes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
             )
         if context.optim.algorithm != "adamw":
-            raise UserError(
-                f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw"
-            )
+            raise UserError(f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw")
         # The average is a second LoRA, not a second network.
         super().__init__(replace(context, optim=replace(context.optim, ema_decay=0.0)))
         self.decay = context.optim.ema_decay
@@ -130,9 +121,7 @@ class Lora(Recipe):
     def _shell(self) -> Denoiser:
         shape, pack = self.context.transformer
         return self.add_loras(
-            zoo.build(
-                shape, pack, compute_dtype=self.compute_dtype, linear_dtype=torch.bfloat16, device="meta"
-            )
+            zoo.build(shape, pack, compute_dtype=self.compute_dtype, linear_dtype=torch.bfloat16, device="meta")
         )
 
     @property
@@ -188,9 +177,7 @@ class Lora(Recipe):
         super().on_load_checkpoint(checkpoint)
         base = checkpoint["recipe"]["base"]
         if base != self.base:
-            raise UserError(
-                f"the checkpoint's LoRA belongs to init={base}, not to init={self.base}; give init={base}"
-            )
+            raise UserError(f"the checkpoint's LoRA belongs to init={base}, not to init={self.base}; give init={base}")
 
     def export_config(self) -> ExportConfig:
         config = super().export_config()

@@ -93,9 +93,7 @@ class FlowMatching:
                     f"recipe.audio_conditioning + recipe.video_conditioning = {both:g} exceeds 1; lower one of them"
                 )
 
-    def loss(
-        self, denoiser: Any, batch: dict[str, Any], rng: BatchRng, progress: float, meter: Meter
-    ) -> Tensor:
+    def loss(self, denoiser: Any, batch: dict[str, Any], rng: BatchRng, progress: float, meter: Meter) -> Tensor:
         """The loss of one batch, a scalar.
 
         Args:
@@ -160,9 +158,7 @@ class FlowMatching:
         )
 
     @staticmethod
-    def _count(
-        meter: Meter, noised: NoisedBatch, video_loss: Tensor, audio_loss: Tensor, total: Tensor
-    ) -> None:
+    def _count(meter: Meter, noised: NoisedBatch, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
         has_audio = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
         has_video = noised.video_mask.flatten(1).amax(1)
         meter.add("loss", total)

@@ -258,10 +258,7 @@ class SuperResolution(Recipe):
             video, noisy_audio = start(batch["video"], batch["audio"], noise, signal, scale)
             velocity, _ = network(video, noisy_audio, batch["text"])
             errors.append(float((moving * (video - velocity - batch["video_sr"]).square()).mean()))
-        return metrics | {
-            "val/start": errors[0],
-            "val/audio_gap": (errors[1] - errors[0]) / max(errors[1], 1e-12),
-        }
+        return metrics | {"val/start": errors[0], "val/audio_gap": (errors[1] - errors[0]) / max(errors[1], 1e-12)}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`: the second stage's tokens, plus the expected first-stage passes, which run on a

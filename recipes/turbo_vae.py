@@ -67,18 +67,14 @@ class TurboVAE(Recipe):
         self.crop, self.sampled_share = crop, sampled_share
         self.decoder: nn.Module | None = None
         if context.trainer.activation_checkpointing or context.trainer.compile:
-            raise UserError(
-                "this recipe takes trainer.activation_checkpointing=false and trainer.compile=false"
-            )
+            raise UserError("this recipe takes trainer.activation_checkpointing=false and trainer.compile=false")
         if (crop is not None and crop < 1) or not 0 <= sampled_share <= 1:
             raise UserError(
                 f"recipe.crop={crop} is at least 1 or null, recipe.sampled_share={sampled_share} lies in [0, 1]"
             )
         self.sampled = None
         if sampled is not None:
-            self.sampled = SampledLatents(
-                str(sampled), self.config.latents.channels, self.config.latents.codec
-            )
+            self.sampled = SampledLatents(str(sampled), self.config.latents.channels, self.config.latents.codec)
             usual = [3, context.size.frames, context.size.height, context.size.width]
             if self.sampled.frames[1:] != usual:
                 raise UserError(
@@ -162,16 +158,12 @@ class TurboVAE(Recipe):
         rows, columns = latents.shape[-2:]
         return (rows, columns) if self.crop is None else (min(rows, self.crop), min(columns, self.crop))
 
-    def _cropped(
-        self, latents: Tensor, frames: Tensor, positions: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _cropped(self, latents: Tensor, frames: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         sides, strides = self._trained_on(latents), self.config.latents.stride[1:]
         pairs = []
         for i in range(len(latents)):
             few, shown = [], []
-            for position, whole, side, stride in zip(
-                positions, latents.shape[-2:], sides, strides, strict=True
-            ):
+            for position, whole, side, stride in zip(positions, latents.shape[-2:], sides, strides, strict=True):
                 first = int(position[i] * (whole - side + 1))
                 few.append(slice(first, first + side))
                 shown.append(slice(first * stride, (first + side) * stride))
@@ -207,9 +199,7 @@ class TurboVAE(Recipe):
         """Write the decoder with its latent contract."""
         if self.global_rank == 0:
             facts = {**self.context.provenance, "steps": self.step, "averaged": self.ema is not None}
-            config = decoders.DecoderConfig(
-                self.config.layout, self.config.network, self.config.latents, facts
-            )
+            config = decoders.DecoderConfig(self.config.layout, self.config.network, self.config.latents, facts)
             decoders.save(folder, self.network.state_dict(), config)
 
 
@@ -229,13 +219,9 @@ def forward_flops(config: decoders.DecoderConfig, shape: tuple[int, ...]) -> int
 def _config(student: dict[str, Any], context: TrainingContext) -> decoders.DecoderConfig:
     """The student's config for the latents of the shards."""
     if set(student) - {"codecs"} != {"layout", "network"}:
-        raise UserError(
-            f"recipe.student has {sorted(student)}; choose decoder=NAME, or give layout and network"
-        )
+        raise UserError(f"recipe.student has {sorted(student)}; choose decoder=NAME, or give layout and network")
     if student["layout"] not in ("causal", "released"):
-        raise UserError(
-            f"recipe.student.layout={student['layout']} cannot be trained; choose causal or released"
-        )
+        raise UserError(f"recipe.student.layout={student['layout']} cannot be trained; choose causal or released")
     latents = decoders.Latents.of(context.contract)
     return decoders.DecoderConfig(student["layout"], student["network"], latents)
 
@@ -244,11 +230,7 @@ def _init_weights(init: str, config: decoders.DecoderConfig) -> dict[str, Tensor
     """Weights of another decoder of the same architecture."""
     folder, other = decoders.find(init), decoders.config_of(init)
     if folder is None or other is None:
-        raise UserError(
-            f"init={init} is not a decoder; choose from {', '.join(decoders.names())}, or a run folder"
-        )
+        raise UserError(f"init={init} is not a decoder; choose from {', '.join(decoders.names())}, or a run folder")
     if (other.layout, other.network, other.latents) != (config.layout, config.network, config.latents):
-        raise UserError(
-            f"init={init} is another decoder than recipe.student; choose the one it was trained as"
-        )
+        raise UserError(f"init={init} is another decoder than recipe.student; choose the one it was trained as")
     return {key: value.float() for key, value in read_state(folder / decoders.MODEL).items()}

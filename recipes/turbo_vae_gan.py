@@ -155,9 +155,7 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        x, y = (
-            (clip.transpose(1, 2).flatten(0, 1) - self.shift) / self.scale for clip in (prediction, truth)
-        )
+        x, y = ((clip.transpose(1, 2).flatten(0, 1) - self.shift) / self.scale for clip in (prediction, truth))
         total = prediction.new_zeros(())
         for row, head in zip(self.rows, self.heads, strict=True):
             x, y = row(x), row(y)
@@ -215,13 +213,9 @@ class TurboVAEGAN(TurboVAE):
         self.gan, self.lpips = gan, lpips
         self.discriminator: PatchDiscriminator | None = None
         if lpips and lpips_backbone is None:
-            raise UserError(
-                "recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights"
-            )
+            raise UserError("recipe.lpips needs recipe.lpips_backbone, a file of torchvision's VGG-16 weights")
         # Frozen; in a tuple, so that neither checkpoints nor optimisers contain it.
-        self._perceptual: tuple[LPIPS, ...] = (
-            (LPIPS(lpips_backbone),) if lpips and lpips_backbone is not None else ()
-        )
+        self._perceptual: tuple[LPIPS, ...] = (LPIPS(lpips_backbone),) if lpips and lpips_backbone is not None else ()
 
     def configure_model(self) -> None:
         if self.decoder is not None:

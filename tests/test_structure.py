@@ -53,9 +53,7 @@ FLOORS = {
 HEAVY = {"torch", "lightning", "transformers", "diffusers", "wandb", "matplotlib", "av", "scipy"}
 # The same file name in two packages, where both are about the same thing.
 SHARED_NAMES = {"__init__", "__main__"}
-RECIPES = sorted(
-    path.stem for path in (REPO / "recipes").glob("*.py") if path.stem not in ("__init__", "base")
-)
+RECIPES = sorted(path.stem for path in (REPO / "recipes").glob("*.py") if path.stem not in ("__init__", "base"))
 HELP_SECONDS = 1.0
 
 SOURCES = {
@@ -165,33 +163,20 @@ def test_no_import_circle() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("magihuman.models.")])
 def test_models_are_pure(name: str) -> None:
-    modules = {
-        alias.name for node in ast.walk(tree(name)) if isinstance(node, ast.Import) for alias in node.names
-    }
+    modules = {alias.name for node in ast.walk(tree(name)) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom)}
     calls = {
-        node.func.id
-        for node in ast.walk(tree(name))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        node.func.id for node in ast.walk(tree(name)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
-    assert not {
-        m for m in modules if m.startswith(("torch.distributed", "safetensors", "pathlib", "json", "os"))
-    }
+    assert not {m for m in modules if m.startswith(("torch.distributed", "safetensors", "pathlib", "json", "os"))}
     assert "distributed" not in {
-        alias.name
-        for node in ast.walk(tree(name))
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.name for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert "open" not in calls
 
 
 def test_the_engine_knows_no_recipe() -> None:
-    engine = [
-        n
-        for n in SOURCES
-        if n.startswith("magihuman.training") or n in ("magihuman.train", "magihuman.config")
-    ]
+    engine = [n for n in SOURCES if n.startswith("magihuman.training") or n in ("magihuman.train", "magihuman.config")]
     named = [
         f"{name}:{node.lineno}: {node.value!r}"
         for name in engine
@@ -228,9 +213,7 @@ def test_names_have_one_meaning() -> None:
     for stem in SHARED_NAMES:
         files.pop(stem, None)
     # A package and a module of another package may be about the same: recipes.dmd2 trains what eval.dmd2 evaluates.
-    twice = {
-        stem: sorted(names) for stem, names in files.items() if len(names) > 1 and stem not in SAME_SUBJECT
-    }
+    twice = {stem: sorted(names) for stem, names in files.items() if len(names) > 1 and stem not in SAME_SUBJECT}
     assert not twice
     assert not {stem: sorted(names) for stem, names in classes.items() if len(names) > 1}
 
@@ -258,20 +241,13 @@ def test_help_starts_fast(name: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", name, "--help"],
-        cwd=REPO,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
+        [sys.executable, "-m", name, "--help"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=200
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower() or "+recipe" in done.stdout
-    assert seconds < HELP_SECONDS, (
-        f"{seconds:.2f} s of processor time; import heavy packages inside functions"
-    )
+    assert seconds < HELP_SECONDS, f"{seconds:.2f} s of processor time; import heavy packages inside functions"
 
 
 def test_results_hold_no_path_of_a_machine() -> None:
@@ -289,15 +265,6 @@ def test_results_hold_no_path_of_a_machine() -> None:
 def test_top_level_holds_what_was_agreed() -> None:
     folders = {p.name for p in REPO.iterdir() if p.is_dir() and not p.name.startswith(".")}
     agreed = {"configs", "magihuman", "recipes", "data", "eval", "inference", "tests", "slurm"}
-    made_by_use = {
-        "runs",
-        "outputs",
-        "multirun",
-        "wandb",
-        "tiny_world",
-        "magihuman.egg-info",
-        "__pycache__",
-        "build",
-    }
+    made_by_use = {"runs", "outputs", "multirun", "wandb", "tiny_world", "magihuman.egg-info", "__pycache__", "build"}
     assert agreed <= folders
     assert folders - agreed <= made_by_use | {"dist"}

@@ -55,9 +55,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", folder, cwd=folder)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=folder)
-    inside = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
-    )
+    inside = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     # A plain path in a .pth file: what is editable in this environment stays out.
     here = dict.fromkeys([sysconfig.get_path("purelib"), *site.getsitepackages()])
     (inside / "dependencies.pth").write_text("\n".join(here) + "\n")

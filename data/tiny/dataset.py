@@ -31,13 +31,7 @@ from magihuman.io.files import locked, write_atomically
 
 SETTINGS_FILE = ".puppets.json"
 SIZES = (32, 512)
-APPEARANCE = {
-    "face": FACES,
-    "hair": tuple(HAIR),
-    "shirt": tuple(SHIRTS),
-    "wall": tuple(WALLS),
-    "skin": tuple(SKINS),
-}
+APPEARANCE = {"face": FACES, "hair": tuple(HAIR), "shirt": tuple(SHIRTS), "wall": tuple(WALLS), "skin": tuple(SKINS)}
 
 
 def clip_name(index: int) -> str:
@@ -92,12 +86,7 @@ def make_clips(
     """
     from tqdm import tqdm
 
-    for name, value, least in (
-        ("clips", clips, 1),
-        ("seed", seed, 0),
-        ("first", first, 0),
-        ("workers", workers, 1),
-    ):
+    for name, value, least in (("clips", clips, 1), ("seed", seed, 0), ("first", first, 0), ("workers", workers, 1)):
         if value < least:
             raise UserError(f"{name}={value} is out of range; give at least {least}")
     if size % 2 or not SIZES[0] <= size <= SIZES[1]:
@@ -107,11 +96,7 @@ def make_clips(
     check_appearance(wanted)
     numbers = list(islice((i for i in count(first) if _matches(draw_puppet(seed, i), wanted)), clips))
     _claim(folder, {"seed": seed, "size": size, **wanted})
-    todo = [
-        i
-        for i in numbers
-        if not all((folder / f"{clip_name(i)}.{ending}").exists() for ending in ("mp4", "txt"))
-    ]
+    todo = [i for i in numbers if not all((folder / f"{clip_name(i)}.{ending}").exists() for ending in ("mp4", "txt"))]
     job = partial(write_clip, output=folder, seed=seed, size=size)
     bar = tqdm(total=clips, initial=clips - len(todo), desc="puppets", unit="clip", disable=not progress)
     written = 0
@@ -133,9 +118,7 @@ def check_appearance(wanted: Mapping[str, str]) -> None:
     """Raises UserError for an attribute or value that no puppet has; the message lists the choices."""
     for name, value in wanted.items():
         if name not in APPEARANCE:
-            raise UserError(
-                f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(APPEARANCE)}"
-            )
+            raise UserError(f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(APPEARANCE)}")
         if value not in APPEARANCE[name]:
             raise UserError(f"only={{{name}: {value}}}: choose {name} from {', '.join(APPEARANCE[name])}")
 
@@ -199,9 +182,7 @@ def ensure(
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"data.make.folder={folder} cannot be made: {error.strerror}; choose another"
-        ) from error
+        raise UserError(f"data.make.folder={folder} cannot be made: {error.strerror}; choose another") from error
     with locked(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
             make_clips(str(root / f"clips-{name}"), clips, seed, rendered, workers=workers, only=only)

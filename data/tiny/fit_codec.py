@@ -103,12 +103,7 @@ def _mouth_weight(size: int) -> torch.Tensor:
 
 
 def fit_video(
-    channels: int = 12,
-    steps: int = 700,
-    clips: int = 300,
-    batch: int = 6,
-    whitening: float = 0.5,
-    log: bool = True,
+    channels: int = 12, steps: int = 700, clips: int = 300, batch: int = 6, whitening: float = 0.5, log: bool = True
 ) -> TinyVideoCodec:
     """Train the video codec; the module's docstring describes the loss."""
     import torch
@@ -156,10 +151,7 @@ def fit_video(
         optimiser.step()
         schedule.step()
         if log and (step + 1) % 50 == 0:
-            print(
-                f"step {step + 1}/{steps}  loss {loss.item():.5f}  {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+            print(f"step {step + 1}/{steps}  loss {loss.item():.5f}  {time.monotonic() - began:.0f} s", flush=True)
     with torch.no_grad():
         latents = codec.encode_blocks(codec.blocks(_float(small))).movedim(1, -1).flatten(0, -2)
         codec.mean.copy_(latents.mean(0))

@@ -76,21 +76,14 @@ def train(
     frames, truth = puppet_frames(range(clips), size), puppet_frames(VALIDATION, size).float() / 127.5 - 1
     validation = codecs.video_codec.encode(truth)
     figures = {"codec": psnr(codecs.video_codec.decode(validation), truth)}
-    config = WanDecoderConfig(
-        codecs.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True)
-    )
+    config = WanDecoderConfig(codecs.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True))
     teacher = WanDecoder.build(config)
     average = EMA(teacher, 0.98)
     settings = OptimSettings("muon", lr, adamw_lr=lr / 6, betas=(0.9, 0.98), warmup=10)
     optimiser = build_optimizer(teacher, None, settings)
     schedule = build_schedule(optimiser, settings, steps)
     state, done, spent = Path(f"{output}.state.pt"), 0, 0.0
-    parts: dict[str, Any] = {
-        "teacher": teacher,
-        "average": average,
-        "optimiser": optimiser,
-        "schedule": schedule,
-    }
+    parts: dict[str, Any] = {"teacher": teacher, "average": average, "optimiser": optimiser, "schedule": schedule}
     if state.exists():
         saved = torch.load(state, weights_only=True)
         for name, part in parts.items():
@@ -111,9 +104,7 @@ def train(
         schedule.step()
         average.update(teacher)
         if step % 20 == 0:
-            print(
-                f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True
-            )
+            print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True)
         if step % EVERY == 0 or step == steps:
             with torch.no_grad():
                 figures["teacher"] = psnr(torch.cat([average.module(z) for z in validation.split(4)]), truth)

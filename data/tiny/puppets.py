@@ -31,13 +31,7 @@ FORMANTS = {
     "o": (500, 850, 2450),
     "u": (310, 700, 2300),
 }
-MOUTHS = {
-    "a": (0.125, 0.115),
-    "e": (0.145, 0.080),
-    "i": (0.150, 0.052),
-    "o": (0.085, 0.100),
-    "u": (0.060, 0.065),
-}
+MOUTHS = {"a": (0.125, 0.115), "e": (0.145, 0.080), "i": (0.150, 0.052), "o": (0.085, 0.100), "u": (0.060, 0.065)}
 REST_WIDTH = 0.105
 LIP = (185, 50, 65)
 MOUTH_INSIDE = (70, 8, 28)
@@ -135,9 +129,7 @@ def _ramp(time: np.ndarray, start: float, end: float, rise: float, fall: float) 
     return (0.5 - 0.5 * np.cos(np.pi * up)) * (0.5 - 0.5 * np.cos(np.pi * down))
 
 
-def _voice(
-    time: np.ndarray, pitch: np.ndarray, formants: tuple[float, ...], widths: tuple[float, ...]
-) -> np.ndarray:
+def _voice(time: np.ndarray, pitch: np.ndarray, formants: tuple[float, ...], widths: tuple[float, ...]) -> np.ndarray:
     """A harmonic tone of instantaneous `pitch`, its harmonics weighted by resonances at `formants` (Hz)."""
     phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
     mean = float(pitch.mean())
@@ -166,13 +158,9 @@ def synthesise(puppet: Puppet) -> np.ndarray:
         sound = 0.45 * vowel / np.sqrt(np.mean(vowel**2)) * 0.4 * _ramp(time, opening, s.end, 0.02, 0.05)
         if s.onset == "m":
             hum = _voice(time, pitch, (250, 1000, 2200), (80, 60, 60))
-            sound += (
-                0.07 * hum / np.sqrt(np.mean(hum**2)) * _ramp(time, s.start, opening + 0.01, 0.015, 0.015)
-            )
+            sound += 0.07 * hum / np.sqrt(np.mean(hum**2)) * _ramp(time, s.start, opening + 0.01, 0.015, 0.015)
         elif s.onset == "b":
-            burst = rng.standard_normal(len(time)) * _ramp(
-                time, opening - 0.018, opening + 0.006, 0.003, 0.02
-            )
+            burst = rng.standard_normal(len(time)) * _ramp(time, opening - 0.018, opening + 0.006, 0.003, 0.02)
             prevoice = np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE)
             sound += 0.10 * burst + 0.05 * prevoice * _ramp(time, opening - 0.05, opening, 0.01, 0.01)
         else:
@@ -286,12 +274,6 @@ def parse_caption(caption: str) -> dict[str, str | tuple[str, ...]]:
         kinds = (face[1], hair[1], shirt[1], wall[1], says[0])
         if kinds != ("face", "hair", "shirt", "wall", "says"):
             raise ValueError
-        return {
-            "face": face[0],
-            "hair": hair[0],
-            "shirt": shirt[0],
-            "wall": wall[0],
-            "words": tuple(says[1:]),
-        }
+        return {"face": face[0], "hair": hair[0], "shirt": shirt[0], "wall": wall[0], "words": tuple(says[1:])}
     except (ValueError, IndexError):
         raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {EXAMPLE!r}") from None

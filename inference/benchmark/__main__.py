@@ -65,9 +65,7 @@ def measure(
         blocks = check_readme()
         folders = sorted({folder for kind, folder in blocks if kind == "latency"})
         pictures = [name for folder in folders for name in check_pictures(REPO / folder)]
-        return (
-            f"{len(blocks)} tables of the README and {len(pictures)} pictures are those of the result files"
-        )
+        return f"{len(blocks)} tables of the README and {len(pictures)} pictures are those of the result files"
     if warm < 1 or repeat < 1:
         raise UserError(f"warm={warm} repeat={repeat} is impossible; give at least 1 each")
     from inference.benchmark import measure as clips
@@ -200,9 +198,7 @@ def ladder(
     return climbing.ladder(case, rungs, options, device, dtype, warm, repeat, folder_of(output))
 
 
-def suite(
-    minutes: float = 8.5, dry: bool = False, steps: str | None = None, output: str | None = None
-) -> str:
+def suite(minutes: float = 8.5, dry: bool = False, steps: str | None = None, output: str | None = None) -> str:
     """Measure everything about inference on one GPU within a time budget, the most valuable first.
 
     Each result is appended to OUTPUT/suite.jsonl as soon as it is known; OUTPUT/suite.log is the log. Afterwards, on
@@ -227,9 +223,7 @@ def suite(
     return run_benchmark("suite", SuiteBench, minutes, dry, steps, output)
 
 
-def train(
-    minutes: float = 3.5, dry: bool = False, steps: str | None = None, output: str | None = None
-) -> str:
+def train(minutes: float = 3.5, dry: bool = False, steps: str | None = None, output: str | None = None) -> str:
     """Time training steps of the 15B network on one GPU within a time budget, the most valuable first.
 
     Each result is appended to OUTPUT/train.jsonl as soon as it is known; OUTPUT/train.log is the log. Afterwards, on
@@ -277,9 +271,7 @@ def collect(input: str = RUNS, output: str | None = None) -> str:
     return collecting.collect(Path(input), folder_of(output))
 
 
-def predict(
-    size: str = "tiny", tier: str = "fast", output: str | None = None, results: str | None = None
-) -> str:
+def predict(size: str = "tiny", tier: str = "fast", output: str | None = None, results: str | None = None) -> str:
     """Predict a clip's passes from the newest microbenchmarks of its size, and compare with the newest measurement.
 
     Args:

@@ -45,9 +45,7 @@ class Inputs:
 def refuse_hopeless(case: ClipCase, device: torch.device) -> None:
     """Raises UserError where a CPU would have to hold a network for GPUs."""
     if device.type == "cpu" and case.stages[0].config.parameter_count() > LARGE:
-        raise UserError(
-            f"size={case.size} of {case.model} needs a GPU; on a CPU choose size=tiny or size=layer"
-        )
+        raise UserError(f"size={case.size} of {case.model} needs a GPU; on a CPU choose size=tiny or size=layer")
 
 
 def dtype_for(name: str, case: ClipCase, device: torch.device) -> torch.dtype:
@@ -63,9 +61,7 @@ def dtype_for(name: str, case: ClipCase, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def build(
-    case: ClipCase, device: torch.device, dtype: torch.dtype, checkpoint: str | None
-) -> tuple[Denoiser, str]:
+def build(case: ClipCase, device: torch.device, dtype: torch.dtype, checkpoint: str | None) -> tuple[Denoiser, str]:
     """The network of a clip's last stage, on the device, and a description of its weights.
 
     The other stage runs on the same weights (`view`): times do not depend on them, memory does.
@@ -82,9 +78,7 @@ def build(
     if checkpoint is not None:
         loaded = zoo.load(checkpoint, device, dtype)
         if loaded.config.model != case.stages[0].config:
-            raise UserError(
-                f"checkpoint={checkpoint} is not of the shape of {case.model}; leave checkpoint= out"
-            )
+            raise UserError(f"checkpoint={checkpoint} is not of the shape of {case.model}; leave checkpoint= out")
         return loaded.denoiser, f"{checkpoint}, {kind}{shared}"
     with torch.no_grad():
         denoiser = zoo.build(
@@ -92,10 +86,7 @@ def build(
         )
         model = denoiser.model
         generator = torch.Generator(device=device).manual_seed(SEED + 1)
-        for head in (
-            model.final_linear_video,
-            model.final_linear_audio,
-        ):  # at the start of a training they are zero
+        for head in (model.final_linear_video, model.final_linear_audio):  # at the start of a training they are zero
             nn.init.normal_(head.weight, std=head.in_features**-0.5, generator=generator)
     return denoiser.eval().requires_grad_(False), f"random, {kind}{shared}"
 
@@ -153,9 +144,7 @@ def one_pass(denoiser: Denoiser, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _layout(denoiser: Denoiser, inputs: Inputs) -> Layout:
-    return denoiser.layout_for(
-        inputs.video.shape, inputs.audio.shape[1], [len(inputs.text)], inputs.video.device
-    )
+    return denoiser.layout_for(inputs.video.shape, inputs.audio.shape[1], [len(inputs.text)], inputs.video.device)
 
 
 def first_passes(
@@ -257,9 +246,7 @@ def options_from(text: str | None) -> dict[str, Any]:
     return changes
 
 
-def faster(
-    denoiser: Denoiser, tier: str, device: torch.device, release: bool, changes: Mapping[str, Any]
-) -> Denoiser:
+def faster(denoiser: Denoiser, tier: str, device: torch.device, release: bool, changes: Mapping[str, Any]) -> Denoiser:
     """`inference.fast.prepare`; a clip's stages share the result (`view`).
 
     Raises:

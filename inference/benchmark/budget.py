@@ -383,9 +383,7 @@ def run_benchmark(
     if not 0 < minutes < 1000:
         raise UserError(f"minutes={minutes:g} is impossible; give a number above 0 and below 1000")
     if not dry and not torch.cuda.is_available():
-        raise UserError(
-            f"torch finds no GPU; `{command} dry=true` runs the same steps with a tiny network on the CPU"
-        )
+        raise UserError(f"torch finds no GPU; `{command} dry=true` runs the same steps with a tiny network on the CPU")
     device = device_of("cpu" if dry else "cuda")
     bench = make_bench(device, dry)
     chosen = choose(bench.steps(), steps)

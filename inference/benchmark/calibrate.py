@@ -35,9 +35,7 @@ def predict(size: str, tier: str, output: Path | None, results: Path | None) -> 
     usual = "padded" if "gpu" in found["provenance"] else "as is"
     kind = "fp8" if tier.startswith("fp8") else usual  # of layers without experts: those stay in bf16
     predicted = {stage.name: _one_pass(stage, found["rows"], kind, usual) for stage in case.stages}
-    own = [
-        r for r in measured(folder) if r["tier"] == tier and _same_clip(r, case) and _same_machine(r, found)
-    ]
+    own = [r for r in measured(folder) if r["tier"] == tier and _same_clip(r, case) and _same_machine(r, found)]
     values: Row = {
         "format": FORMAT,
         "kind": "predicted",
@@ -111,11 +109,7 @@ def _one_pass(stage: DenoisingStage, rows: list[Row], form: str, experts_form: s
         pairs = attention_pairs(tokens.video, tokens.audio + tokens.text, stage.frames, window)
         attention += 4 * pairs * config.hidden_size / _attention_rate(rows, window)
     copy = next(row["copy_tbps"] for row in rows if row.get("what") == "roof") * 1e12
-    parts = {
-        "products": products,
-        "attention": attention,
-        "pointwise": pointwise_bytes(config, tokens.total) / copy,
-    }
+    parts = {"products": products, "attention": attention, "pointwise": pointwise_bytes(config, tokens.total) / copy}
     return {
         **{name: float(f"{value:.4g}") for name, value in parts.items()},
         "total": float(f"{sum(parts.values()):.4g}"),
@@ -151,11 +145,7 @@ def _compared(case: ClipCase, row: Row, predicted: dict[str, Row]) -> Row:
         seconds = times[stage.name]["median"] / row["geometry"][stage.name]["passes"]
         share = predicted[stage.name]["total"] / seconds
         found[stage.name] = {"seconds_per_pass": float(f"{seconds:.4g}"), "explained": round(share, 3)}
-    return {
-        "file": row["file"],
-        "of": "processor time" if "processor_time" in row else "clock",
-        "stages": found,
-    }
+    return {"file": row["file"], "of": "processor time" if "processor_time" in row else "clock", "stages": found}
 
 
 def _lines(values: Row) -> list[str]:

@@ -35,16 +35,12 @@ def collect(source: Path, output: Path | None) -> str:
     folder = output or result_files.FOLDER
     files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
     if not files:
-        raise UserError(
-            f"input={source} holds no .jsonl file; give the folder that `suite` or `train` wrote to"
-        )
+        raise UserError(f"input={source} holds no .jsonl file; give the folder that `suite` or `train` wrote to")
     lines: list[str] = []
     runs = [(run, file) for file in files for run in read_runs(file)]
     every = [run for run, _ in runs]
     if output is None and all(run.header["dry"] for run, _ in runs):
-        raise UserError(
-            f"input={source} holds dry runs only, none of it is a result; give output=FOLDER to look at it"
-        )
+        raise UserError(f"input={source} holds dry runs only, none of it is a result; give output=FOLDER to look at it")
     for run, file in runs:
         others = [other for other in every if other is not run and _same_origin(other, run)]
         lines += _collected(run, others, file, folder, committed=output is None)
@@ -60,18 +56,14 @@ def _same_origin(a: RecordedRun, b: RecordedRun) -> bool:
     return same and a.header["dry"] == b.header["dry"]
 
 
-def _collected(
-    run: RecordedRun, others: Sequence[RecordedRun], file: Path, folder: Path, committed: bool
-) -> list[str]:
+def _collected(run: RecordedRun, others: Sequence[RecordedRun], file: Path, folder: Path, committed: bool) -> list[str]:
     """Write one run's files; a line for each."""
     header = run.header
     name = f"{header['command']} of {header['provenance']['date']}"
     if header["dry"] and committed:
         return [f"{file.name}: {name} is a dry run and was left out"]
     identity = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
-    known = [
-        found["file"] for found in result_files.read(folder) if found["provenance"].get("run") == identity
-    ]
+    known = [found["file"] for found in result_files.read(folder) if found["provenance"].get("run") == identity]
     if known:
         return [f"{file.name}: {name} is there already: {', '.join(known)}; delete these to collect it again"]
     made = _provenance(header["provenance"]) | {"run": identity, "collected_from": file.name}
@@ -82,9 +74,7 @@ def _collected(
             path = result_files.write(kind, name_of_file, rows, made, folder)
             lines.append(f"{path.name}: {len(rows)} rows")
     if not run.whole:
-        lines.append(
-            f"{file.name}: the last line of {name} is incomplete (the run was killed) and was left out"
-        )
+        lines.append(f"{file.name}: the last line of {name} is incomplete (the run was killed) and was left out")
     failed = [step for step, line in run.steps.items() if line["status"] == "failed"]
     if failed:
         lines.append(f"failed steps: {', '.join(failed)}; reasons are in the steps file")
@@ -117,9 +107,7 @@ def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, l
         kernels = [{"what": "roof", **roof}, *kernels] if kernels else []
     kept = ("step", "status", "at", "seconds", "reason", "trace", "gave_up", "compiler", *_MEMORY)
     return {
-        "measure": [
-            row for tier in TIERS for size in SIZES for row in _clip_rows([run, *others], tier, size, roof)
-        ],
+        "measure": [row for tier in TIERS for size in SIZES for row in _clip_rows([run, *others], tier, size, roof)],
         "decode": [line["row"] for line in _done(run, "decode ")],
         "micro": kernels,
         "profile": [_profile_row(run, line) for line in _done(run, "profile ")],
@@ -168,9 +156,7 @@ def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values |
     if all("processor_time" in line for line in counted):
         row["processor_time"] = summaries([line["processor_time"] for line in counted])
     # All passes of a loop do the same work, so they show how steady a single request was.
-    row["passes"] = {
-        name: summary([second for line in counted for second in line["passes"][name]]) for name in loops
-    }
+    row["passes"] = {name: summary([second for line in counted for second in line["passes"][name]]) for name in loops}
     row["steady"] = all(row["passes"][name]["cv"] <= UNSTEADY for name in loops)
     row["host_waits"] = last.get("host_waits") or {loops[-1]: first["host_waits"]}
     if "planned_bytes" in last:
@@ -232,9 +218,7 @@ def _rendered(folder: Path) -> list[str]:
                 lines.append(calibrate.predict(size, tier, None, None).splitlines()[-1])
             # Not all of its rates were measured.
             except (UserError, ValueError, KeyError, StopIteration) as error:
-                lines.append(
-                    f"no prediction at measured rates for {size} {tier}: {error or type(error).__name__}"
-                )
+                lines.append(f"no prediction at measured rates for {size} {tier}: {error or type(error).__name__}")
     try:
         lines.append(f"drawn: {figure.draw(folder)}")
     except UserError:

@@ -32,9 +32,7 @@ T5GEMMA: dict[str, Any] = {
     "head_dim": 256, "vocab_size": costs.T5GEMMA_WORDS,
 }  # fmt: skip
 
-_WORKSPACE = (
-    1.3  # a decoder's activations with the workspaces of its convolutions, relative to activations alone
-)
+_WORKSPACE = 1.3  # a decoder's activations with the workspaces of its convolutions, relative to activations alone
 _USABLE = 0.95  # of the device's memory
 
 
@@ -112,9 +110,7 @@ def _text(case: ClipCase, device: torch.device) -> Any:
         memory = torch.cuda.get_device_properties(device).total_memory
         # Else a clip's decoder runs out of memory, and with it goes the clip's total.
         if needed > _USABLE * memory:
-            return Missing(
-                f"{memory / 1e9:.0f} GB do not hold it together with the network and the running decoder"
-            )
+            return Missing(f"{memory / 1e9:.0f} GB do not hold it together with the network and the running decoder")
     return _had(lambda: _t5gemma(device, case.stages[0].text), "transformers", device)
 
 
@@ -163,9 +159,7 @@ def _tiny_decoder(name: str, device: torch.device) -> Any:
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 
     with torch.device(device):
-        return CausalDecoderCodec(
-            CausalDecoder(CausalDecoderConfig.from_dict(students.arch(name)["network"]))
-        )
+        return CausalDecoderCodec(CausalDecoder(CausalDecoderConfig.from_dict(students.arch(name)["network"])))
 
 
 def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:

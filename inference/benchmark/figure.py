@@ -28,9 +28,7 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The bars: seconds of base, SR and decode with the copy to the host; of one card after the other."""
     bars = []
     # The published card first.
-    rows = sorted(
-        measured(folder), key=lambda row: ("H100" not in row["made"]["machine"], row["made"]["machine"])
-    )
+    rows = sorted(measured(folder), key=lambda row: ("H100" not in row["made"]["machine"], row["made"]["machine"]))
     for size, times in PUBLISHED.items():
         bars.append({"size": size, "name": "published", **{k: times.get(k, 0.0) for k in _COLOURS}})
         for row in rows:
@@ -67,10 +65,7 @@ def draw(folder: Path) -> Path:
 
     shown = values(folder)
     figure = Figure(figsize=(10, 5.5), layout="constrained")
-    most = {
-        panel: max(sum(bar["size"] == size for bar in bars) for size in PUBLISHED)
-        for panel, bars in shown.items()
-    }
+    most = {panel: max(sum(bar["size"] == size for bar in bars) for size in PUBLISHED) for panel, bars in shown.items()}
     ratios = [1 + count for count in most.values()]
     axes = figure.subplots(2, len(PUBLISHED), squeeze=False, height_ratios=ratios)
     titles = {

@@ -62,20 +62,12 @@ def ladder(
     reference, weights = bench_networks.build(case, place, kind, None)
     inputs = {stage.name: bench_networks.draw(stage, reference, place) for stage in case.stages}
     outputs = {
-        stage.name: ReferenceOutput(
-            bench_networks.view(reference, stage), inputs[stage.name], affordable(stage)
-        )
+        stage.name: ReferenceOutput(bench_networks.view(reference, stage), inputs[stage.name], affordable(stage))
         for stage in case.stages
     }
     rows: list[Row] = []
     for name in names:
-        row: Row = {
-            "size": case.size,
-            "model": case.model,
-            "key": name,
-            "tier": RUNGS[name][0],
-            "weights": weights,
-        }
+        row: Row = {"size": case.size, "model": case.model, "key": name, "tier": RUNGS[name][0], "weights": weights}
         row["geometry"] = {s.name: {"tokens": s.tokens.total, "passes": s.passes} for s in case.stages}
         row["roof"] = peaks
         try:

@@ -95,9 +95,7 @@ def _prepare(
     contenders = []
     for name in names:
         start = time.perf_counter()
-        network = bench_networks.faster(
-            reference, name, device, len(names) == 1 and name != "reference", changes
-        )
+        network = bench_networks.faster(reference, name, device, len(names) == 1 and name != "reference", changes)
         prepared = time.perf_counter() - start
         denoisers = {stage.name: bench_networks.view(network, stage) for stage in case.stages}
         errors, first = {}, {}
@@ -105,9 +103,7 @@ def _prepare(
         for stage in case.stages:
             start = time.perf_counter()
             seen = denoisers[stage.name]
-            velocities, reasons = bench_networks.first_passes(
-                seen, (network, *denoisers.values()), inputs[stage.name]
-            )
+            velocities, reasons = bench_networks.first_passes(seen, (network, *denoisers.values()), inputs[stage.name])
             gave_up |= {option: reason.splitlines()[0] for option, reason in reasons.items()}
             errors[stage.name] = truths[stage.name].errors(velocities)
             first[stage.name] = round(time.perf_counter() - start, 4)
@@ -146,9 +142,7 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
             contender.row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
 
 
-def described(
-    case: ClipCase, tier: str, network: Denoiser, weights: str, found: components.Parts | None
-) -> Row:
+def described(case: ClipCase, tier: str, network: Denoiser, weights: str, found: components.Parts | None) -> Row:
     """The columns of a row other than times."""
     geometry = {
         stage.name: {
@@ -207,9 +201,7 @@ def _finished(case: ClipCase, contender: Contender, roof: Mapping[str, float], d
     return row
 
 
-def rates(
-    times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, float] | None, machine: str
-) -> Row:
+def rates(times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, float] | None, machine: str) -> Row:
     """TFLOP/s of each stage, its share of the measured roof, and of the data sheet's bf16 peak (MFU) if known.
 
     Args:
@@ -253,9 +245,7 @@ def describe(row: Row) -> str:
         if "status" in cell:
             lines.append(f"  {name:<15} n/a: {cell['reason']}")
             continue
-        line = (
-            f"  {name:<15}{cell['median']:>10.4g} s   [{cell['min']:.4g}, {cell['max']:.4g}], n={cell['n']}"
-        )
+        line = f"  {name:<15}{cell['median']:>10.4g} s   [{cell['min']:.4g}, {cell['max']:.4g}], n={cell['n']}"
         if name in row["geometry"]:
             tokens = row["geometry"][name]["tokens"]
             line += f"   N={tokens['total']}, {row['geometry'][name]['passes']} passes"
@@ -264,9 +254,7 @@ def describe(row: Row) -> str:
         lines.append(line)
     lines.append(f"  {'request':<15}{row['request']['median']:>10.4g} s")
     for name, where in row.get("host_waits", {}).items():
-        lines.append(
-            f"  {name}: the host waited {len(where)} times for the GPU {' '.join(sorted(set(where)))}"
-        )
+        lines.append(f"  {name}: the host waited {len(where)} times for the GPU {' '.join(sorted(set(where)))}")
     for key, words in (("", ""), ("_in_processor_time", " in processor time")):
         for name, ratio in row.get(f"faster_than_reference{key}", {}).items():
             lines.append(f"  {name}: {ratio:.2f} times the reference's speed in this run{words}")

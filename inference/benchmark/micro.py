@@ -113,18 +113,13 @@ class Microbenchmark:
     def experts(self) -> list[Row]:
         """The up projection of an expert layer: one product each, or one for all."""
         config, tokens = self.stage.config, self.stage.tokens
-        hidden, wide = (
-            config.hidden_size,
-            -(-config.intermediate_size(config.num_layers - 1) // PADDING) * PADDING,
-        )
+        hidden, wide = (config.hidden_size, -(-config.intermediate_size(config.num_layers - 1) // PADDING) * PADDING)
         counts = [tokens.video, tokens.audio, tokens.text]
         useful = 2 * sum(counts) * hidden * 2 * wide
 
         def separate() -> Callable[[], object]:
             x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
-            return lambda: torch.cat(
-                [F.linear(part, w) for part, w in zip(x.split(counts), weights, strict=True)]
-            )
+            return lambda: torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weights, strict=True)])
 
         def grouped() -> Callable[[], object]:
             x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
@@ -163,9 +158,7 @@ class Microbenchmark:
                 if kernel != "plain" or tokens.total <= _CHECKED:
                     makes[kernel] = partial(self._kernel, kernel, q, k, v, layout, window)
             for form, make_call in makes.items():
-                reason = (
-                    None if form == "reference" else attention_kernels.refusal(form, self.device, self.dtype)
-                )
+                reason = None if form == "reference" else attention_kernels.refusal(form, self.device, self.dtype)
                 found = self._try(make_call) if reason is None else reason
                 row = self._row("attention", name, form, useful, found, tokens=tokens.total)
                 if not isinstance(found, str) and truth is not None:
@@ -202,9 +195,7 @@ class Microbenchmark:
         group = q.shape[1] // k.shape[1]
         mask = None
         if window is not None:
-            mask = local_mask(tokens.video, tokens.audio + tokens.text, self.stage.frames, window).to(
-                self.device
-            )
+            mask = local_mask(tokens.video, tokens.audio + tokens.text, self.stage.frames, window).to(self.device)
         outs = []
         for head in range(q.shape[1]):  # one head at a time: the scores of all would be gigabytes
             scores = q[:, head].float() @ k[:, head // group].float().T * q.shape[2] ** -0.5
@@ -240,9 +231,7 @@ class Microbenchmark:
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, UserError) as error:
             return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
-    def _row(
-        self, what: str, name: str, form: str, useful: int, found: dict[str, Any] | str, **facts: int
-    ) -> Row:
+    def _row(self, what: str, name: str, form: str, useful: int, found: dict[str, Any] | str, **facts: int) -> Row:
         row: Row = {"what": what, "name": name, "form": form, **facts}
         if isinstance(found, str):
             return {**row, "status": "n/a", "reason": found}

@@ -73,14 +73,8 @@ class TimedRequest:
             self.missing["encode and mux"] = "av is not installed"
         elif "video decode" in self.missing or "audio decode" in self.missing:
             self.missing["encode and mux"] = "no pictures or no sound"
-        side = (
-            case.pixels
-            if len(case.stages) == 1
-            else (base.height * case.stride[1], base.width * case.stride[2])
-        )
-        self.pictures = [
-            torch.rand(1, 3, 1, *size, generator=generator) * 2 - 1 for size in {side, case.pixels}
-        ]
+        side = case.pixels if len(case.stages) == 1 else (base.height * case.stride[1], base.width * case.stride[2])
+        self.pictures = [torch.rand(1, 3, 1, *size, generator=generator) * 2 - 1 for size in {side, case.pixels}]
 
     @torch.no_grad()
     def run(self, look_for_waits: bool = False) -> dict[str, float]:
@@ -104,9 +98,7 @@ class TimedRequest:
         video, audio = self._denoise(watch, self.words if text is None else text, look_for_waits)
         if parts is not None:
             frames = self._decode(watch, parts.decoder, video)
-            wave = self._apart(
-                watch, "audio decode", lambda: parts.audio.decode(audio)[0].float().clamp(-1, 1).cpu()
-            )
+            wave = self._apart(watch, "audio decode", lambda: parts.audio.decode(audio)[0].float().clamp(-1, 1).cpu())
             if frames is None or wave is None:
                 self.missing.setdefault("encode and mux", "no pictures or no sound")
             self._apart(watch, "encode and mux", lambda: self._write(frames, wave), host=True)
@@ -122,9 +114,7 @@ class TimedRequest:
         with watch.stage("noise"):
             steps = base.steps if make_solver(self.solver, 1).stochastic else 0
             noise = draw_noise(shape.both, generators, steps, self.device)
-            large = (
-                draw(_shape(self.denoisers["sr"], further[0]), generators, self.device) if further else None
-            )
+            large = draw(_shape(self.denoisers["sr"], further[0]), generators, self.device) if further else None
         negative = None if self.guidance is None else [self.words]
         looked_at = self.device if look_for_waits else torch.device("cpu")
         with watch.stage("base"), host_waits(looked_at) as found:
@@ -159,16 +149,12 @@ class TimedRequest:
 
     def _decode(self, watch: Stopwatch, codec: Any, video: Tensor) -> list[Tensor] | None:
         """Pictures in the host's memory."""
-        parts = self._apart(
-            watch, "video decode", lambda: [to_pictures(part) for part in Decoder(codec).frames(video)]
-        )
+        parts = self._apart(watch, "video decode", lambda: [to_pictures(part) for part in Decoder(codec).frames(video)])
         if parts is None:
             self.missing.setdefault("to host", "no pictures")
             return None
         if not self._host:  # memory that the device can copy into, taken once
-            self._host = [
-                torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda) for part in parts
-            ]
+            self._host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda) for part in parts]
         with watch.stage("to host"):
             for target, part in zip(self._host, parts, strict=True):
                 target.copy_(part, non_blocking=True)
@@ -200,9 +186,7 @@ class TimedRequest:
         if self.parts is None:
             return {}
         watch, parts = Stopwatch(self.device), self.parts
-        self._apart(
-            watch, "image", lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures]
-        )
+        self._apart(watch, "image", lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures])
         self._apart(watch, "sound", lambda: parts.audio.encode(self._wave(parts.audio)))
         times = watch.finish()
         del times["request"]

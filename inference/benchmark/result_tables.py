@@ -90,9 +90,7 @@ def _speedups(rows: list[Row]) -> list[str]:
             continue
         seconds = reference["stages"]["base"]["median"]
         ratios = [f"{tier} {seconds / row['stages']['base']['median']:.2f}x" for tier, row in own.items()]
-        lines.append(
-            f"{card(machine)}, base loop against the network as written, eager: {', '.join(ratios)}."
-        )
+        lines.append(f"{card(machine)}, base loop against the network as written, eager: {', '.join(ratios)}.")
     return lines
 
 
@@ -279,11 +277,7 @@ def decode_cost_table(file: str) -> str:
             for name, row in cpu["decoders"].items()
         ]
         first = f"measured on a CPU: {cpu['side']} px, {cpu['latents']} latents"
-        lines += [
-            "",
-            *markdown_table((first, "s, one thread", "released over this", "of FLOPs"), "lrrr", timed),
-            "",
-        ]
+        lines += ["", *markdown_table((first, "s, one thread", "released over this", "of FLOPs"), "lrrr", timed), ""]
         lines.append(
             "Processor time in fp32 with random weights, the least of the rounds, all in one run, taking turns."
         )
@@ -307,10 +301,7 @@ def profile_table(folder: str) -> str:
     for row in rows:
         kinds, machine = row["kinds"], predict.machine_of(row["made"]["machine"])
         where = f"{row['size']} {row['tier']}, {card(row['made']['machine'])}"
-        seconds = [
-            *(kinds[kind] for kind in ("products", "attention", "pointwise", "other", "idle")),
-            row["wall"],
-        ]
+        seconds = [*(kinds[kind] for kind in ("products", "attention", "pointwise", "other", "idle")), row["wall"]]
         cells.append([where, f"measured, {row['attention_kernel']}", *(f"{s:.4f}" for s in seconds)])
         if machine is not None:
             # The rates assumed of the attention kernel that ran.
@@ -344,18 +335,7 @@ def training_table(folder: str) -> str:
         ])  # fmt: skip
         where = f"{name}, {row['batch']} clips, {recomputed} recomputed"
         computed.append([where, "*computed by `zoo plan`*", f"{row['planned_bytes'] / 1e9:.1f}"])
-    heads = (
-        "step",
-        "device",
-        "clips",
-        "compiled",
-        "recomputed",
-        "s",
-        "tokens/s",
-        "model PFLOP",
-        "MFU",
-        "peak GB",
-    )
+    heads = ("step", "device", "clips", "compiled", "recomputed", "s", "tokens/s", "model PFLOP", "MFU", "peak GB")
     lines = [*markdown_table(heads, "llrllrrrrr", cells), ""]
     if not rows:
         return "\n".join([*lines, NOTHING])
@@ -399,10 +379,7 @@ def gains_table(folder: str) -> str:
         if set(cells["measured"]) != {"-"}:
             rows.append([rung.name, "measured", *cells["measured"]])
     machines = sorted(
-        {
-            f"{row['machine']}, {row['date']}, attention {row.get('attention_kernel')}"
-            for row in found.values()
-        }
+        {f"{row['machine']}, {row['date']}, attention {row.get('attention_kernel')}" for row in found.values()}
     )
     heads = ["after", "", *(f"{size} {stage.name} x{stage.steps}" for size, stage in stages.items())]
     return "\n".join([
@@ -554,9 +531,7 @@ BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n(.*?)<!-- end -->"
 def all_tables(folder: Path) -> str:
     """Every table, the measured ones of this folder."""
     usual = str(folder.absolute())
-    return "\n\n".join(
-        f"## {kind}\n\n{make_one(SOURCES.get(kind, usual))}" for kind, make_one in TABLES.items()
-    )
+    return "\n\n".join(f"## {kind}\n\n{make_one(SOURCES.get(kind, usual))}" for kind, make_one in TABLES.items())
 
 
 def render(text: str, up: str = "") -> str:
@@ -593,9 +568,7 @@ def check_readme(readme: Path | None = None) -> list[tuple[str, str]]:
         raise UserError(f"{readme.name} differs from its result files; run `python -m eval.readme_tables`")
     blocks = [(kind, argument.strip()) for kind, argument, _ in BLOCK.findall(text)]
     if not any(kind == "latency" for kind, _ in blocks):
-        raise UserError(
-            f"{readme.name} has no block <!-- latency inference/results/latency --> ... <!-- end -->"
-        )
+        raise UserError(f"{readme.name} has no block <!-- latency inference/results/latency --> ... <!-- end -->")
     return blocks
 
 

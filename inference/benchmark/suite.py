@@ -41,11 +41,7 @@ SIZES = ("256p", "540p", "1080p")
 DECODERS = ("turbo", "b")
 _REPEATS = {"256p": 5, "540p": 3, "1080p": 2}  # timed requests at most, after one that warms up
 _WARMED = ("256p", "540p")  # at 1080p a request takes half a minute, and two passes have run before
-_FORMS = {
-    "1080p": ("products", "attention"),
-    "540p": ("attention",),
-    "256p": ("products", "experts", "attention"),
-}
+_FORMS = {"1080p": ("products", "attention"), "540p": ("attention",), "256p": ("products", "experts", "attention")}
 
 
 def cases(dry: bool) -> dict[str, ClipCase]:
@@ -242,9 +238,7 @@ class SuiteBench(Bench):
         if name not in self.inputs:
             self.inputs[name] = bench_networks.draw(stage, view, self.device)
         start = time.perf_counter()
-        velocities, reasons = bench_networks.first_passes(
-            view, (self.network, *self.views.values()), self.inputs[name]
-        )
+        velocities, reasons = bench_networks.first_passes(view, (self.network, *self.views.values()), self.inputs[name])
         synchronise(self.device)
         values: Values = {"tier": tier, "size": name, "first_pass": round(time.perf_counter() - start, 3)}
         if reasons:
@@ -298,10 +292,7 @@ class SuiteBench(Bench):
     def profile(self, size: str) -> Values:
         """Where the time of one pass goes, kernel by kernel."""
         view, inputs = self.views[size], self.inputs[size]
-        return {
-            "size": size,
-            "profile": profile_pass(lambda: bench_networks.one_pass(view, inputs), self.device),
-        }
+        return {"size": size, "profile": profile_pass(lambda: bench_networks.one_pass(view, inputs), self.device)}
 
     def decode(self, size: str, name: str, cudnn_benchmark: bool = False) -> Values:
         """A decoder alone, to pictures in the host's memory.
@@ -315,14 +306,7 @@ class SuiteBench(Bench):
         own = {"turbo": "codec", "b": "tiny"}[name] if self.dry else name
         repeat = 1 if size == "1080p" and name == "turbo" else 3
         row = decoder_row(
-            self.cases[size],
-            own,
-            "contiguous",
-            self.device,
-            "auto",
-            repeat,
-            cudnn_benchmark,
-            to_host_only=True,
+            self.cases[size], own, "contiguous", self.device, "auto", repeat, cudnn_benchmark, to_host_only=True
         )
         if "reason" in row["measured"]:
             raise RuntimeError(row["measured"]["reason"])

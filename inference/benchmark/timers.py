@@ -128,9 +128,7 @@ def _seconds(begin: Any, end: Any) -> float:
 
 
 @contextmanager
-def timed_calls(
-    modules: Mapping[str, torch.nn.Module], device: torch.device
-) -> Iterator[dict[str, list[float]]]:
+def timed_calls(modules: Mapping[str, torch.nn.Module], device: torch.device) -> Iterator[dict[str, list[float]]]:
     """Seconds of every call of these modules, by name; complete at the end.
 
     Nothing waits for a GPU before the end. The modules may be views that share their hooks.
@@ -197,9 +195,7 @@ def undisturbed(found: Mapping[str, float | int]) -> float:
 
 def summaries(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float | int]]:
     """Summary of every stage over requests; of those that ran in all of them."""
-    return {
-        name: summary([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)
-    }
+    return {name: summary([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
 
 
 def device_of(name: str) -> torch.device:
@@ -237,9 +233,7 @@ def peak_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {
         "side": side,
         "tflops": float(f"{2 * side**3 / min(product['min'], undisturbed(product)) / 1e12:.4g}"),
-        "copy_tbps": float(
-            f"{2 * _COPIED[device.type] / min(copied['min'], undisturbed(copied)) / 1e12:.4g}"
-        ),
+        "copy_tbps": float(f"{2 * _COPIED[device.type] / min(copied['min'], undisturbed(copied)) / 1e12:.4g}"),
     }
 
 

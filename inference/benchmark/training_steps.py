@@ -121,9 +121,7 @@ class TrainingBench(Bench):
         if self.device.type == "cuda":
             there = torch.cuda.get_device_properties(self.device).total_memory
             if planned > there:
-                raise UserError(
-                    f"it needs {planned / 1e9:.0f} GB by `zoo plan`, the GPU has {there / 1e9:.0f}"
-                )
+                raise UserError(f"it needs {planned / 1e9:.0f} GB by `zoo plan`, the GPU has {there / 1e9:.0f}")
         denoiser: Denoiser = self.recipe.denoiser if self.kind == "lora" else self.recipe.networks.shared
         denoiser.model.gradient_checkpointing = CHECKPOINTING[mode]
         if compiled:

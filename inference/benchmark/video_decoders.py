@@ -187,9 +187,7 @@ def peak_memory(case: ClipCase, name: str) -> int:
         return published[name].weights + published[name].activations(pixels)
     codec = components.released_decoder(name, torch.device("meta"), torch.bfloat16)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in codec.parameters())
-    latents = torch.zeros(
-        1, codec.channels, min(last.frames, _COUNTED_LATENTS), last.height, last.width, device="meta"
-    )
+    latents = torch.zeros(1, codec.channels, min(last.frames, _COUNTED_LATENTS), last.height, last.width, device="meta")
     with torch.no_grad(), Allocations() as counted:
         for part in codec.decode_stream(latents):
             del part
@@ -237,9 +235,7 @@ def describe(row: Row) -> str:
     line = f"{row['size']:<6} {row['decoder']:<8} {row['layout']:<14}{row['parameters'] / 1e6:>8.1f} M"
     line += " cudnn.benchmark" if row["cudnn_benchmark"] else ""
     if "flops" in row:
-        line += (
-            f"{row['flops'] / 1e12:>9.1f} TFLOP{row['computed']['peak_memory_bytes'] / 1e9:>7.2f} GB computed"
-        )
+        line += f"{row['flops'] / 1e12:>9.1f} TFLOP{row['computed']['peak_memory_bytes'] / 1e9:>7.2f} GB computed"
     found = row["measured"]
     if "reason" in found:
         return f"{line}; not measured: {found['reason']}"
@@ -292,9 +288,7 @@ def random_codec(
     """
     described = decoders.arch(name)
     if not bundle_spec(described["codecs"]).published:
-        raise UserError(
-            f"decoder {name!r} is for the {described['codecs']} codecs; choose one of {', '.join(NAMES)}"
-        )
+        raise UserError(f"decoder {name!r} is for the {described['codecs']} codecs; choose one of {', '.join(NAMES)}")
     latents = decoders.Latents("wan2.2", 48, (4, 16, 16))
     config = decoders.DecoderConfig(described["layout"], described["network"], latents)
     network = decoders.build(config, device, seed=0).to(dtype)
@@ -317,12 +311,8 @@ def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> D
     """
     codec = random_codec(name, "meta")
     if height % codec.stride[1] or width % codec.stride[2] or min(height, width, latents) < 1:
-        raise UserError(
-            f"{height}x{width} with {latents} latents: sizes must be multiples of {codec.stride[1]}"
-        )
-    z = torch.empty(
-        1, codec.channels, latents, height // codec.stride[1], width // codec.stride[2], device="meta"
-    )
+        raise UserError(f"{height}x{width} with {latents} latents: sizes must be multiples of {codec.stride[1]}")
+    z = torch.empty(1, codec.channels, latents, height // codec.stride[1], width // codec.stride[2], device="meta")
     weights = [*codec.parameters(), *codec.buffers()]
     frames = 0
     with torch.no_grad(), Allocations().ignore(*weights, z) as memory, _Traffic() as traffic:
@@ -415,9 +405,7 @@ def cost_report(side: int, latents: int, repeat: int, output: Path | None) -> st
         UserError: a size that cannot be, or a file that cannot be written.
     """
     if side % 16 or side < 0 or latents < 1 or repeat < 1:
-        raise UserError(
-            f"side={side} latents={latents} repeat={repeat}: side is a multiple of 16, the others >= 1"
-        )
+        raise UserError(f"side={side} latents={latents} repeat={repeat}: side is a multiple of 16, the others >= 1")
     rows = []
     lines = [f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}"]
     for size, (height, width) in SIZES.items():
@@ -465,23 +453,14 @@ def cost_report(side: int, latents: int, repeat: int, output: Path | None) -> st
     given = {"side": side, "latents": latents, "repeat": repeat, "output": output}
     values = {
         "format": FORMAT,
-        "assumed": {
-            "flops_per_second": REACHED,
-            "bandwidth": {k: GPUS[k].bandwidth for k in ("h100", "h200")},
-        },
+        "assumed": {"flops_per_second": REACHED, "bandwidth": {k: GPUS[k].bandwidth for k in ("h100", "h200")}},
         "targets_for_b": {"seconds": TARGETS, "peak_bytes_1080p": TARGET_BYTES},
         "published_for_released_h100": {size: times["decode"] for size, times in PUBLISHED.items()},
         "computed": rows,
         "cpu": measured,
         "provenance": {
             "command": shlex.join(
-                [
-                    "python",
-                    "-m",
-                    "inference.benchmark",
-                    "decode_cost",
-                    *(f"{k}={v}" for k, v in given.items()),
-                ]
+                ["python", "-m", "inference.benchmark", "decode_cost", *(f"{k}={v}" for k, v in given.items())]
             ),
             "code": code_version(),
             "machine": processor(),

@@ -145,13 +145,7 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def probe(
-    kernel: Kernel,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    shared: int,
-    dim: int,
-    call: Call = SMALL,
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, shared: int, dim: int, call: Call = SMALL
 ) -> str | None:
     """Fault of a kernel in one call on this device, found by making that call; None if there is none.
 
@@ -196,9 +190,7 @@ def recording() -> tuple[Kernel, list[Call]]:
     return Kernel("recording", run), calls
 
 
-def _drawn(
-    call: Call, which: int, heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator
-) -> Tensor:
+def _drawn(call: Call, which: int, heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Standard normal q (which=0), k (1) or v (2) of a call; the last keys are longer."""
     shape = call.samples, call.keys if which else call.queries, heads, dim
     device = generator.device
@@ -215,9 +207,7 @@ def _drawn(
     return x
 
 
-def _fault(
-    out: Tensor, lse: Tensor | None, given: tuple[Tensor, Tensor, Tensor], want_lse: bool
-) -> str | None:
+def _fault(out: Tensor, lse: Tensor | None, given: tuple[Tensor, Tensor, Tensor], want_lse: bool) -> str | None:
     """Fault of a kernel's output for the inputs `given`, or None.
 
     All of it has to be finite and no larger than an average of the values can be. About 16 rows of the first and the
@@ -265,9 +255,7 @@ def _truth(given: Sequence[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
     q = torch.stack([q[:, row].float() for row in rows], dim=1) * steps[0]
     outs, sums = [], []
     for head, queries in enumerate(q.chunk(k.shape[2], dim=2)):
-        keys, values = (
-            x[:, :, head : head + 1].float() * step for x, step in zip((k, v), steps[1:], strict=True)
-        )
+        keys, values = (x[:, :, head : head + 1].float() * step for x, step in zip((k, v), steps[1:], strict=True))
         out, lse = plain(queries, keys, values, True)
         assert lse is not None
         outs.append(out)

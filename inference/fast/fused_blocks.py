@@ -141,9 +141,7 @@ def activation(y: Tensor, kind: BlockKind) -> Tensor:
     return torch.sigmoid(g * ALPHA).mul_(g).mul_(shifted)
 
 
-def multiply(
-    parts: Sequence[Tensor], matrix: MatrixTensors, ends: Tensor | None, kind: BlockKind
-) -> Sequence[Tensor]:
+def multiply(parts: Sequence[Tensor], matrix: MatrixTensors, ends: Tensor | None, kind: BlockKind) -> Sequence[Tensor]:
     """Each expert's rows times its weights: [n,columns] each -> [n,rows] each, in the compute dtype, or fp32 after
     8-bit products."""
     if matrix.row_scales is not None and matrix.scales is not None:
@@ -205,7 +203,5 @@ class CompiledBlocks:
             import torch._dynamo.config as dynamo
 
             dynamo.recompile_limit = max(dynamo.recompile_limit, _RECOMPILATIONS)
-            compiled: Any = partial(
-                torch.compile, fullgraph=True, dynamic=False if mode == "static" else None
-            )
+            compiled: Any = partial(torch.compile, fullgraph=True, dynamic=False if mode == "static" else None)
             self.before, self.after, self.between = compiled(before), compiled(after), compiled(between)

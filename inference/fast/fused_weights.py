@@ -101,9 +101,7 @@ class FastLayer(nn.Module):
     mlp_post_norm: Tensor | None
     attention_scales: Tensor | None
 
-    def __init__(
-        self, block: Block, config: DiTConfig, layer: int, options: Options, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, block: Block, config: DiTConfig, layer: int, options: Options, dtype: torch.dtype) -> None:
         super().__init__()
         experts = config.experts(layer)
         eight = options.fp8 == "all" or (options.fp8 == "shared" and experts == 1)
@@ -186,9 +184,7 @@ class FastLayer(nn.Module):
         assert values is not None
         heads = self.kind.heads
         bounds = [fp8.norm_bound(part) for part in (self.qk_norm[:, :heads], self.qk_norm[:, heads:])]
-        return torch.stack([values.new_tensor(b).expand_as(values) for b in bounds] + [values]).div(
-            fp8.LARGEST
-        )
+        return torch.stack([values.new_tensor(b).expand_as(values) for b in bounds] + [values]).div(fp8.LARGEST)
 
 
 def padded_width(width: int) -> int:

@@ -112,9 +112,7 @@ def _cudnn(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _taken(
-        torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False),
-        q,
-        want_lse,
+        torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False), q, want_lse
     )
 
 
@@ -123,9 +121,7 @@ def _cudnn_repeated(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = _with_repeated_heads(q, k, v)
     return _taken(
-        torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False),
-        q,
-        want_lse,
+        torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False), q, want_lse
     )
 
 
@@ -148,9 +144,7 @@ def _taken(result: Any, q: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | Non
     return result[0].transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
 
-def _fa3(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _fa3(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     function: Any = import_module("flash_attn_interface").flash_attn_func
     given: dict[str, Any] = {"return_attn_probs": True} if want_lse else {}
     if scales is not None:
@@ -189,14 +183,7 @@ def _emulated(
 
 
 def windowed(
-    kernel: Kernel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    video: int,
-    frames: int,
-    reach: int,
-    scales: Tensor | None = None,
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, video: int, frames: int, reach: int, scales: Tensor | None = None
 ) -> Tensor:
     """Local attention of samples of equal length, in the order video, audio, text.
 

@@ -34,11 +34,7 @@ TIERS = {
     for tier in (
         Tier("reference", "E0", "the network as it is written in magihuman.models.dit"),
         Tier("exact", "E0", "the reference's arithmetic, with all that never changes made once"),
-        Tier(
-            "fast",
-            "E1",
-            "the same mathematics through other kernels: padded, compiled, experts in one product",
-        ),
+        Tier("fast", "E1", "the same mathematics through other kernels: padded, compiled, experts in one product"),
         Tier("fp8", "approximate", "fast, with block products in 8-bit floats at fixed scales"),
         Tier("fp8_attention", "approximate", "fp8, and attention in 8-bit floats (FlashAttention-3, Hopper)"),
         Tier("cached", "approximate", "fast, with the middle layers' change forecast in some of many steps"),
@@ -76,9 +72,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in (("compile", COMPILE), ("attention", ATTENTION), ("fp8", FP8)):
             if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is unknown; choose one of {', '.join(choices)}"
-                )
+                raise UserError(f"{name}={getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
 
 
 def check_tier(name: str) -> Tier:

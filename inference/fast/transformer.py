@@ -64,9 +64,7 @@ class FastTransformer(nn.Module):
         UserError: an attention kernel that cannot run on the device, or weights that cannot take the form.
     """
 
-    def __init__(
-        self, model: SingleStreamDiT, options: Options, device: torch.device, release: bool = False
-    ) -> None:
+    def __init__(self, model: SingleStreamDiT, options: Options, device: torch.device, release: bool = False) -> None:
         super().__init__()
         config = model.config
         self.config, self.options = config, options
@@ -78,9 +76,7 @@ class FastTransformer(nn.Module):
         self.passed_over: tuple[str, ...] = ()
         self._shape = config.num_heads, config.num_query_groups, config.head_dim
         if options.attention != "reference":
-            self.kernel, self.passed_over = choose(
-                options.attention, device, self.compute_dtype, *self._shape
-            )
+            self.kernel, self.passed_over = choose(options.attention, device, self.compute_dtype, *self._shape)
         self.adapter = model.adapter
         self.final_norm_video, self.final_norm_audio = model.final_norm_video, model.final_norm_audio
         self.final_linear_video, self.final_linear_audio = model.final_linear_video, model.final_linear_audio
@@ -262,9 +258,7 @@ class FastTransformer(nn.Module):
             if i + 1 < stop and self._sorted(i + 1, plan) == by_sample:
                 following: Any = self.layers[i + 1]
                 own, other = layer.tensors(), following.tensors()
-                x, inputs = self._regions.between(
-                    x, out, gates, tokens, own, layer.kind, other, following.kind
-                )
+                x, inputs = self._regions.between(x, out, gates, tokens, own, layer.kind, other, following.kind)
             else:
                 x = self._regions.after(x, out, gates, tokens, layer.tensors(), layer.kind)
                 inputs = None
@@ -274,9 +268,7 @@ class FastTransformer(nn.Module):
         """Whether a layer's rows lie sample by sample."""
         return plan.order is not None and layer not in self.config.mm_layers
 
-    def _attend(
-        self, inputs: Projected, plan: LayoutPlan, layout: Layout, layer: FastLayer, by_sample: bool
-    ) -> Tensor:
+    def _attend(self, inputs: Projected, plan: LayoutPlan, layout: Layout, layer: FastLayer, by_sample: bool) -> Tensor:
         window = self.local_window if layer.local else None
         q, k, v = inputs.q, inputs.k, inputs.v
         if plan.kernel is None:

@@ -20,9 +20,7 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> ClipReque
     """A batch of such clips as a request of the memory planner."""
     contract, second = source.config.contract, settings.sr
     ours = source.decoder
-    student = (
-        CausalDecoderConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
-    )
+    student = CausalDecoderConfig.from_dict(ours.network) if ours is not None and ours.layout == "causal" else None
     return ClipRequest(
         base=source.config.model,
         patch=source.config.pack.patch_size,

@@ -51,9 +51,7 @@ class Resident:
         skip: modules inside it whose tensors someone else looks after.
     """
 
-    def __init__(
-        self, module: nn.Module, device: torch.device | str, skip: tuple[nn.Module, ...] = ()
-    ) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | str, skip: tuple[nn.Module, ...] = ()) -> None:
         self.device = torch.device(device)
         skipped = {id(inner) for outer in skip for inner in outer.modules()}
         self._owners: list[tuple[nn.Module, str, Tensor]] = []
@@ -61,10 +59,7 @@ class Resident:
         for inner in module.modules():
             if id(inner) in skipped:
                 continue
-            for name, tensor in (
-                *inner.named_parameters(recurse=False),
-                *inner.named_buffers(recurse=False),
-            ):
+            for name, tensor in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False)):
                 if id(tensor) not in kept:
                     kept[id(tensor)] = _pinned(tensor.detach().cpu(), self.device)
                 self._owners.append((inner, name, kept[id(tensor)]))
@@ -180,9 +175,7 @@ class Stages:
     @property
     def present(self) -> list[str]:
         """Stages whose parts are all on the device now, in "balanced" and "low"."""
-        return [
-            name for name, parts in self._stages.items() if parts and all(p in self._present for p in parts)
-        ]
+        return [name for name, parts in self._stages.items() if parts and all(p in self._present for p in parts)]
 
     def enter(self, stage: str) -> None:
         """Bring the stage's parts to the device, after all others have left it.
@@ -297,8 +290,7 @@ class LayerStream:
         if self._slots:
             return
         self._slots = [
-            torch.empty(self._slot_bytes(slot), dtype=torch.uint8, device=self.device)
-            for slot in range(SLOTS)
+            torch.empty(self._slot_bytes(slot), dtype=torch.uint8, device=self.device) for slot in range(SLOTS)
         ]
         for i, entries in enumerate(self._entries):
             for entry in entries:

@@ -109,8 +109,6 @@ class CachedText:
         half = kept.half()
         # T5-Gemma's features are rounded to fp16 (SPEC 5), so half the space holds them exactly.
         data = save({"features": half if torch.equal(half.float(), kept) else kept})
-        with suppress(
-            OSError
-        ):  # a full or read-only disk costs the next run its cache, not this one its clip
+        with suppress(OSError):  # a full or read-only disk costs the next run its cache, not this one its clip
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path(prompt), data)

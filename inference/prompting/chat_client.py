@@ -61,9 +61,7 @@ def endpoint_chat(endpoint: str, model: str | None, api_key: str | None, timeout
         try:
             found = client.chat.completions.create(**options, extra_headers=headers)
         except openai.APITimeoutError:
-            raise UserError(
-                f"{url} gave no answer within {timeout:g} s; try again or set a larger timeout="
-            ) from None
+            raise UserError(f"{url} gave no answer within {timeout:g} s; try again or set a larger timeout=") from None
         except openai.APIConnectionError as error:
             raise UserError(_unreachable(error, url)) from None
         except openai.APIStatusError as error:
@@ -83,9 +81,7 @@ def _address(endpoint: str) -> str:
     except ValueError:  # an unmatched bracket, or a port that is not a number
         usable = None
     if not usable or not re.fullmatch(r"[!-~]+", endpoint.strip()):
-        raise UserError(
-            f"endpoint={endpoint!r} is not an address; write for example http://127.0.0.1:8000/v1"
-        )
+        raise UserError(f"endpoint={endpoint!r} is not an address; write for example http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query:
         raise UserError(
             "endpoint= must not hold a key; put it into an environment variable and name that: api_key=NAME"
@@ -131,9 +127,7 @@ def _refusal(error: Any, url: str, key: str, variable: str) -> str:
     message = _plain(body.get("message") or "")
     said = f" ({message.replace(key, '***') if key else message})" if message else ""
     if status in (401, 403):
-        advice = (
-            f"check {variable}" if key else f"export {variable}=... or name another variable: api_key=NAME"
-        )
+        advice = f"check {variable}" if key else f"export {variable}=... or name another variable: api_key=NAME"
         return f"{url} refuses {'the key' if key else 'a call without key'}: {status}{said}; {advice}"
     if status == 404:
         return f"{url} has no such page or model: 404{said}; check endpoint= (most end in /v1) and model="
@@ -232,12 +226,8 @@ def _model_folder(model: str) -> str:
         try:
             return snapshot_download(model, local_files_only=True)
         except (OSError, ValueError):
-            raise UserError(
-                f"model={model} is not on this machine; fetch it with: hf download {model}"
-            ) from None
+            raise UserError(f"model={model} is not on this machine; fetch it with: hf download {model}") from None
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={model} is not a folder of a transformers model; name one, a Hub id, or an endpoint="
-        )
+        raise UserError(f"model={model} is not a folder of a transformers model; name one, a Hub id, or an endpoint=")
     return str(folder)

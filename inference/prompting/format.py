@@ -39,11 +39,7 @@ _SPEAKER = re.compile(r"\s*(<[^<>]*>|[^\s:：][^:：]{0,79}?)\s*[:：]\s*")
 _MARKUP = re.compile(r"\*\*|__|```|^\s*#+\s|^\s*[-*•]\s+(?=<|\w)", re.MULTILINE)
 _MARKS = '"“”„«»「」『』'
 # Chinese characters and kana stand in one Japanese sentence.
-_SCRIPTS = {
-    "CJK": "Chinese or Japanese",
-    "HIRAGANA": "Chinese or Japanese",
-    "KATAKANA": "Chinese or Japanese",
-}
+_SCRIPTS = {"CJK": "Chinese or Japanese", "HIRAGANA": "Chinese or Japanese", "KATAKANA": "Chinese or Japanese"}
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,7 @@ def check_form(prompt: str, seconds: float | None = None) -> Report:
 def _places(prompt: str, pattern: str) -> list[tuple[int, int]]:
     """(start, end) of every heading, bold or not; where one starts a line, those within sentences are prose."""
     at_line = [
-        m.span()
-        for m in re.finditer(rf"^[^\S\n#*_]*[#*_]*[^\S\n]*{pattern}", prompt, re.IGNORECASE | re.MULTILINE)
+        m.span() for m in re.finditer(rf"^[^\S\n#*_]*[#*_]*[^\S\n]*{pattern}", prompt, re.IGNORECASE | re.MULTILINE)
     ]
     return at_line or [m.span() for m in re.finditer(rf"\b{pattern}", prompt, re.IGNORECASE)]
 
@@ -136,25 +131,17 @@ def _heading_faults(places: dict[str, list[tuple[int, int]]]) -> list[Fault]:
 
 def _main_faults(main: str) -> list[Fault]:
     if not re.search(r"\w", main):
-        return [
-            Fault("no description stands before the blocks", "start with a paragraph that says what is seen")
-        ]
+        return [Fault("no description stands before the blocks", "start with a paragraph that says what is seen")]
     if re.search(r"\n\s*\n", main):
-        return [
-            Fault("the description has several paragraphs", "make it one, without introduction or headings")
-        ]
+        return [Fault("the description has several paragraphs", "make it one, without introduction or headings")]
     return []
 
 
 def _sound_faults(body: str) -> list[Fault]:
     if not re.search(r"\w", body):
-        return [
-            Fault("'Background Sound:' is empty", f"name the sounds other than the voices, or {NO_SOUND}")
-        ]
+        return [Fault("'Background Sound:' is empty", f"name the sounds other than the voices, or {NO_SOUND}")]
     if re.search(r"\n\s*\n", body):
-        return [
-            Fault("text follows the block 'Background Sound:'", "end there; descriptions belong to the start")
-        ]
+        return [Fault("text follows the block 'Background Sound:'", "end there; descriptions belong to the start")]
     return []
 
 
@@ -221,13 +208,9 @@ def _notes(prompt: str, main: str, places: dict[str, list[tuple[int, int]]]) -> 
     if len(scripts) > 1:
         notes.append(f"the dialogue mixes languages ({', '.join(scripts)}); one per clip is spoken best")
     elif len(tongues := _languages_named(prompt)) > 1:
-        notes.append(
-            f"the speakers have several languages ({', '.join(tongues)}); one per clip is spoken best"
-        )
+        notes.append(f"the speakers have several languages ({', '.join(tongues)}); one per clip is spoken best")
     if places["Dialogue"] and not re.search(r"\w", said) and QUOTED.search(main):
-        notes.append(
-            "the description quotes words that 'Dialogue:' does not have; only those there are timed"
-        )
+        notes.append("the description quotes words that 'Dialogue:' does not have; only those there are timed")
     return notes
 
 

@@ -87,10 +87,7 @@ def rewrite(request: str, chat: Chat, seconds: float | None = None) -> str:
         UserError: no answer.
     """
     limit = f"\n\nThe clip has {seconds:g} seconds: the dialogue must fit." if seconds is not None else ""
-    talk: list[Message] = [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": request.strip() + limit},
-    ]
+    talk: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request.strip() + limit}]
     faults: list[Fault] = []
     for _ in range(2):
         answer = chat(talk)

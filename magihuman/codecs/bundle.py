@@ -135,9 +135,7 @@ class _ReleasedSpec(BundleSpec):
             latents = round(min(given_audio, seconds) * contract.fps, 6)  # a sample is worth 5e-4 latents
             audio = math.floor(latents) if latents <= WINDOW_LATENTS else math.ceil(latents)
             if audio < 1:
-                raise UserError(
-                    f"the given audio lasts {given_audio:.3f} s; give at least {1 / contract.fps:g} s"
-                )
+                raise UserError(f"the given audio lasts {given_audio:.3f} s; give at least {1 / contract.fps:g} s")
         stride = contract.video_stride[0]
         return Length((audio - 1) // stride * stride + 1, audio)
 
@@ -241,9 +239,7 @@ def _own_bundle(name: str, device: str) -> CodecBundle:
     return made
 
 
-def _contract(
-    names: tuple[str, str, str], video: VideoCodec, audio: AudioCodec, text: TextEncoder
-) -> Contract:
+def _contract(names: tuple[str, str, str], video: VideoCodec, audio: AudioCodec, text: TextEncoder) -> Contract:
     """The contract of these parts at 25 fps; `names` of video codec, audio codec and text encoder."""
     return Contract(
         *names,
@@ -262,9 +258,7 @@ def _fitted(module: Any, file: Path) -> str:
     from safetensors.torch import load_file
 
     if not file.exists():
-        raise UserError(
-            f"the tiny world's codec {file} is missing; make it with `python -m data.tiny.fit_codec`"
-        )
+        raise UserError(f"the tiny world's codec {file} is missing; make it with `python -m data.tiny.fit_codec`")
     module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
     return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
@@ -277,9 +271,7 @@ def _tiny_bundle(device: "torch.device") -> CodecBundle:
 
     video_file, audio_file = TINY_FILES / "video_codec.safetensors", TINY_FILES / "audio_codec.safetensors"
     if not video_file.exists():
-        raise UserError(
-            f"the tiny world's codec {video_file} is missing; make it with `python -m data.tiny.fit_codec`"
-        )
+        raise UserError(f"the tiny world's codec {video_file} is missing; make it with `python -m data.tiny.fit_codec`")
     with safe_open(video_file, "pt") as tensors:
         channels = tensors.get_slice("mean").get_shape()[0]
     video, audio, text = TinyVideoCodec(channels), TinyAudioCodec(), ByteTextEncoder()
@@ -301,9 +293,7 @@ def _released_bundle(device: "torch.device", paths: dict[str, str | None]) -> Co
 
     unknown = set(paths) - set(RELEASED_VARIABLES)
     if unknown:
-        raise UserError(
-            f"the released codecs have no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}"
-        )
+        raise UserError(f"the released codecs have no part {sorted(unknown)}; parts are {list(RELEASED_VARIABLES)}")
     found = bundle_spec("released").paths(paths)
     missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part in RELEASED_VARIABLES if part not in found]
     if missing:

@@ -80,13 +80,9 @@ class CausalDecoder(nn.Module):
         """
         return self._run(latents, state)
 
-    def _run(
-        self, latents: Tensor, state: State | None, taps: list[Tensor] | None = None
-    ) -> tuple[Tensor, State]:
+    def _run(self, latents: Tensor, state: State | None, taps: list[Tensor] | None = None) -> tuple[Tensor, State]:
         if latents.ndim != 5 or latents.shape[1] != self.channels or not latents.shape[2]:
-            raise ValueError(
-                f"latents {list(latents.shape)}: this decoder takes [B,{self.channels},T,h,w] with T >= 1"
-            )
+            raise ValueError(f"latents {list(latents.shape)}: this decoder takes [B,{self.channels},T,h,w] with T >= 1")
         memory = Memory(state)
         x = latents.to(self.conv_out.weight.dtype).permute(0, 2, 3, 4, 1)  # [B,T,h,w,C]
         x = self.conv_in(x, memory)
@@ -183,9 +179,7 @@ class CausalConv(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, spatial: bool) -> None:
         super().__init__()
         size = 3 if spatial else 1
-        self.conv = nn.Conv3d(
-            channels_in, channels_out, (REACH + 1, size, size), padding=(0, size // 2, size // 2)
-        )
+        self.conv = nn.Conv3d(channels_in, channels_out, (REACH + 1, size, size), padding=(0, size // 2, size // 2))
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """[B,T,H,W,C] -> the same, with the output's channels."""
@@ -198,9 +192,7 @@ def norm_silu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or (x.is_cuda and FUSED):
         return F.silu(F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), inplace=not torch.is_grad_enabled())
     # Without a fused kernel, F.rms_norm makes three fp32 copies of x.
-    norm = torch.linalg.vector_norm(
-        x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(norm.square() / x.shape[-1] + NORM_EPS)
     return F.silu(torch.mul(x, scale, out=torch.empty_like(x)), inplace=True)
 

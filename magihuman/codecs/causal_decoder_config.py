@@ -94,9 +94,7 @@ class CausalDecoderConfig:
 
     def widest(self) -> int:
         """Elements of the largest activation per latent frame and latent position."""
-        return max(
-            stage.width * time * area for stage, (time, area) in zip(self.stages, self.grids(), strict=True)
-        )
+        return max(stage.width * time * area for stage, (time, area) in zip(self.stages, self.grids(), strict=True))
 
     def layers(self) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
         """Every convolution and linear map: (channels in, channels out, kernel taps, its stage's `grids` entry)."""

@@ -97,9 +97,7 @@ def turbo_decoder_flops(frames: int, height: int, width: int) -> int:
 # -- video: our decoders
 
 
-def causal_decoder_memory(
-    config: CausalDecoderConfig, height: int, width: int, tile: int | None = None
-) -> CodecMemory:
+def causal_decoder_memory(config: CausalDecoderConfig, height: int, width: int, tile: int | None = None) -> CodecMemory:
     """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
 
     Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and

@@ -66,9 +66,7 @@ class OobleckCodec(nn.Module):
             return cls.from_released(read_state(path, PREFIX), autoencoder_config(path), path).to(device)
         config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
         if config.get("_class_name") != "AutoencoderOobleck":
-            raise UserError(
-                f"{path} is not an Oobleck VAE: its config.json names {config.get('_class_name')!r}"
-            )
+            raise UserError(f"{path} is not an Oobleck VAE: its config.json names {config.get('_class_name')!r}")
         vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
         load_strict(vae, read_state(path), {key: key for key in vae.state_dict()}, path, torch.float32)
         return cls(vae).to(device)
@@ -230,14 +228,10 @@ def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[
             "sampling_rate": 44100,
         }
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"the audio VAE's configuration of {source} lacks {error}; use that of {REPO}"
-        ) from error
+        raise UserError(f"the audio VAE's configuration of {source} lacks {error}; use that of {REPO}") from error
     broken = [fact for fact, holds in facts.items() if not holds]
     if broken:
-        raise UserError(
-            f"the audio VAE of {source} is another network; it should hold that {'; '.join(broken)}"
-        )
+        raise UserError(f"the audio VAE of {source} is another network; it should hold that {'; '.join(broken)}")
     return arguments
 
 

@@ -100,10 +100,7 @@ class T5GemmaEncoder(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        source: str | Path = REPO,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
+        cls, source: str | Path = REPO, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> "T5GemmaEncoder":
         """Load from a folder of a T5-Gemma checkpoint or a cached Hub id; never downloads.
 
@@ -128,9 +125,7 @@ class T5GemmaEncoder(nn.Module):
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises many types for damaged files
-            raise UserError(
-                f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            raise UserError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         model, report = loaded
         # transformers initialises missing tensors randomly and only logs it.
         if report["missing_keys"]:
@@ -154,8 +149,7 @@ class T5GemmaEncoder(nn.Module):
             states = self.model(**tokens).last_hidden_state  # [1,n,Ct]
             if states.shape[1] > MAX_TOKENS:
                 warnings.warn(
-                    f"a prompt of {states.shape[1]} tokens is cut to {MAX_TOKENS} (starts {prompt[:40]!r}); "
-                    "shorten it",
+                    f"a prompt of {states.shape[1]} tokens is cut to {MAX_TOKENS} (starts {prompt[:40]!r}); shorten it",
                     stacklevel=2,
                 )
             features.append(states[0, :MAX_TOKENS].half().float())

@@ -50,9 +50,7 @@ class TinyVideoCodec(nn.Module):
         """[B,3,F,H,W] -> [B*T,192,H/4,W/4]: the pixel values of each latent position as channels."""
         count, height, width = frames.shape[2:]
         if count % 4 != 1 or height % 4 or width % 4:
-            raise ValueError(
-                f"need 4k+1 frames and sides divisible by 4, got {count} frames of {height}x{width}"
-            )
+            raise ValueError(f"need 4k+1 frames and sides divisible by 4, got {count} frames of {height}x{width}")
         padded = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)  # [B,3,4T,H,W]
         grouped = padded.unflatten(2, (-1, 4)).permute(0, 2, 3, 1, 4, 5)  # [B,T,4,3,H,W]
         return F.pixel_unshuffle(grouped.flatten(0, 1).flatten(1, 2), 4)  # [B*T,192,h,w]
@@ -125,9 +123,7 @@ class TinyAudioCodec(nn.Module):
         self.register_buffer("window", torch.hann_window(self.window_length), persistent=False)
         # Bins are weighted by the slope of the mel scale: hearing resolves low frequencies better.
         frequency = torch.linspace(0, self.sample_rate / 2, bins)
-        self.register_buffer(
-            "weight", (700 / (700 + frequency)).sqrt().repeat(self.columns), persistent=False
-        )
+        self.register_buffer("weight", (700 / (700 + frequency)).sqrt().repeat(self.columns), persistent=False)
 
     @property
     def _margin(self) -> int:
@@ -137,9 +133,7 @@ class TinyAudioCodec(nn.Module):
     def _spectrum(self, waveform: torch.Tensor) -> torch.Tensor:
         """[B,N] -> complex columns [B,257,4A]."""
         padded = F.pad(waveform, (self._margin, self._margin))
-        return torch.stft(
-            padded, self.window_length, self.step, window=self.window, center=False, return_complex=True
-        )
+        return torch.stft(padded, self.window_length, self.step, window=self.window, center=False, return_complex=True)
 
     def _waveform(self, spectrum: torch.Tensor) -> torch.Tensor:
         """Least-squares inverse of `_spectrum`: complex [B,257,4A] -> [B,N]."""

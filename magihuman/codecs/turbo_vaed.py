@@ -88,14 +88,10 @@ class TurboConfig:
         }
         for name, length in lengths.items():
             if len(getattr(self, name)) != length:
-                raise UserError(
-                    f"Turbo decoder: {name} = {list(getattr(self, name))} must have {length} entries"
-                )
+                raise UserError(f"Turbo decoder: {name} = {list(getattr(self, name))} must have {length} entries")
         sizes = ("latent_channels", "out_channels", "first_chunk_size", "step_size")
         lists = ("decoder_block_out_channels", "decoder_layers_per_block")
-        for name, value in [(n, getattr(self, n)) for n in sizes] + [
-            (n, min(getattr(self, n))) for n in lists
-        ]:
+        for name, value in [(n, getattr(self, n)) for n in sizes] + [(n, min(getattr(self, n))) for n in lists]:
             if value < 1:
                 raise UserError(f"Turbo decoder: {name} must be at least 1, not {value}")
         if self.decoder_causal or self.patch_size != PATCH or self.patch_size_t != 1:
@@ -104,9 +100,7 @@ class TurboConfig:
                 f"{self.decoder_causal}, {self.patch_size} and {self.patch_size_t}"
             )
         if self.decoder_dw_kernel_size % 2 == 0:
-            raise UserError(
-                f"Turbo decoder: decoder_dw_kernel_size {self.decoder_dw_kernel_size} must be odd"
-            )
+            raise UserError(f"Turbo decoder: decoder_dw_kernel_size {self.decoder_dw_kernel_size} must be odd")
         if not self.use_unpatchify and self.decoder_block_out_channels[0] % PATCH**2:
             raise UserError(
                 f"Turbo decoder: without use_unpatchify the last width must be a multiple of {PATCH**2}, not "
@@ -133,9 +127,7 @@ class TurboConfig:
         unknown = [key for key in values if key not in known and not key.startswith(_IGNORED_SETTINGS)]
         if unknown:
             warnings.warn(f"Turbo decoder: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
-        }
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         try:
             return cls(**given)
         except (TypeError, AttributeError) as error:
@@ -227,12 +219,9 @@ class UpBlock(nn.Module):
         if stage.channels_in != width:
             self.conv_in = ResidualBlock(stage.channels_in, width, depthwise=kernel, shortcut_eps=eps)
         scaled = stage.upsample != "none"
-        self.upsamplers = nn.ModuleList(
-            [Upsampler(width, stage.upsample == "space_time")] if scaled else [],
-        )
+        self.upsamplers = nn.ModuleList([Upsampler(width, stage.upsample == "space_time")] if scaled else [])
         self.resnets = nn.ModuleList(
-            ResidualBlock(width, width, depthwise=kernel, shortcut_eps=eps, relu=scaled)
-            for _ in range(stage.blocks)
+            ResidualBlock(width, width, depthwise=kernel, shortcut_eps=eps, relu=scaled) for _ in range(stage.blocks)
         )
 
     def forward(self, x: torch.Tensor, first: bool) -> torch.Tensor:
@@ -274,13 +263,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        *,
-        depthwise: int | None,
-        shortcut_eps: float,
-        relu: bool = False,
+        self, channels_in: int, channels_out: int, *, depthwise: int | None, shortcut_eps: float, relu: bool = False
     ) -> None:
         super().__init__()
         self.relu = relu
@@ -318,15 +301,11 @@ class DepthwiseConv3d(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, kernel: int) -> None:
         super().__init__()
         space = kernel // 2
-        self.depthwise_conv = nn.Conv3d(
-            channels_in, channels_in, kernel, padding=(0, space, space), groups=channels_in
-        )
+        self.depthwise_conv = nn.Conv3d(channels_in, channels_in, kernel, padding=(0, space, space), groups=channels_in)
         self.pointwise_conv = nn.Conv3d(channels_in, channels_out, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pointwise_conv(
-            self.depthwise_conv(_repeat_edges(x, self.depthwise_conv.kernel_size[0] // 2))
-        )
+        return self.pointwise_conv(self.depthwise_conv(_repeat_edges(x, self.depthwise_conv.kernel_size[0] // 2)))
 
 
 def _convolution(channels_in: int, channels_out: int, depthwise: int | None, dense: int) -> nn.Module:
@@ -432,10 +411,7 @@ class TurboCodec(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        source: str | Path = REPO,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
+        cls, source: str | Path = REPO, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> "TurboCodec":
         """Load the released checkpoint, or its safetensors version, with its JSON in the same folder.
 
@@ -489,9 +465,7 @@ class TurboCodec(nn.Module):
             ValueError: latents are not [B,C,T,h,w] with the decoder's C and T >= 1.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels or not latents.shape[2]:
-            raise ValueError(
-                f"latents {list(latents.shape)}: the Turbo decoder takes [B,{self.channels},T,h,w]"
-            )
+            raise ValueError(f"latents {list(latents.shape)}: the Turbo decoder takes [B,{self.channels},T,h,w]")
         config = self.config
         plan = windows(latents.shape[2], config.first_chunk_size, config.step_size, self.stride[0])
         for window in plan:
@@ -519,9 +493,7 @@ class TrainableTurboDecoder(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(
-        self, config: TurboConfig, mean: torch.Tensor | None = None, std: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, config: TurboConfig, mean: torch.Tensor | None = None, std: torch.Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.channels = config.latent_channels

@@ -74,10 +74,7 @@ class WanCodec(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        source: str | Path = REPO,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
+        cls, source: str | Path = REPO, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> "WanCodec":
         """Load from `Wan2.2_VAE.pth`, the same as safetensors, a diffusers folder, or a cached Hub id.
 
@@ -127,9 +124,7 @@ class WanCodec(nn.Module):
         """
         step, space, _ = self.stride
         if frames.shape[2] % step != 1 or frames.shape[3] % space or frames.shape[4] % space:
-            raise ValueError(
-                f"frames {list(frames.shape)}: their number must be {step}k+1, sizes multiples of {space}"
-            )
+            raise ValueError(f"frames {list(frames.shape)}: their number must be {step}k+1, sizes multiples of {space}")
         moments = self.vae.encode(frames.to(self.mean.device, self.mean.dtype)).latent_dist
         return ((moments.mode() - self.mean) * (1.0 / self.std)).float()
 
@@ -187,8 +182,7 @@ def released_config(state: Mapping[str, torch.Tensor], source: str | Path) -> di
         "dim_mult": multipliers,
         "num_res_blocks": blocks,
         "temperal_downsample": [
-            f"encoder.downsamples.{level}.downsamples.{blocks}.time_conv.weight" in state
-            for level in range(levels - 1)
+            f"encoder.downsamples.{level}.downsamples.{blocks}.time_conv.weight" in state for level in range(levels - 1)
         ],
         "is_residual": True,
         "in_channels": pixels,

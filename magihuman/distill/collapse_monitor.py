@@ -150,9 +150,7 @@ class CollapseMonitor:
         def ratio(over: str, under: str) -> float | None:
             return found[over] / found[under] if found.get(under, 0.0) > 0 else None
 
-        ratios = {
-            f"monitor/lag_{m}": ratio(f"fake_score_error/{m}", f"teacher_error/{m}") for m in MODALITIES
-        }
+        ratios = {f"monitor/lag_{m}": ratio(f"fake_score_error/{m}", f"teacher_error/{m}") for m in MODALITIES}
         ratios["monitor/balance"] = ratio("dm/audio", "dm/video")
         return {name: value for name, value in ratios.items() if value is not None}
 

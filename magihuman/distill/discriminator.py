@@ -66,9 +66,7 @@ class GanSettings:
         if self.taps is None:
             return tuple(sorted({depth // 3, depth // 2, (3 * depth) // 4}))
         if not self.taps or not all(0 <= tap < depth for tap in self.taps):
-            raise UserError(
-                f"recipe.gan.taps={list(self.taps)} must be layers of the network, 0 to {depth - 1}"
-            )
+            raise UserError(f"recipe.gan.taps={list(self.taps)} must be layers of the network, 0 to {depth - 1}")
         return tuple(sorted(set(self.taps)))
 
 
@@ -122,9 +120,7 @@ class Discriminator(nn.Module):
         logits = self.score(features, noisy, sigma)
         return torch.stack([F.softplus(-value).mean() for value in logits.values()]).sum()
 
-    def loss(
-        self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, conditioning: Conditioning
-    ) -> Tensor:
+    def loss(self, features: Features, x0: Pair, noise: Pair, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Loss of the heads: softplus(-D(real)) + softplus(D(fake)) + gradient penalty at real samples.
 
         Args:

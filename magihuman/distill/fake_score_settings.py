@@ -84,9 +84,7 @@ def check_settings(
         )
     for name, step in first_steps.items():
         if not 0 <= step < steps:
-            raise UserError(
-                f"{name}={step} is not one of the {steps} steps of recipe.sampling; give 0 to {steps - 1}"
-            )
+            raise UserError(f"{name}={step} is not one of the {steps} steps of recipe.sampling; give 0 to {steps - 1}")
 
 
 def check_resume(checkpoint: Mapping[str, Any], init: str | None, state: Mapping[str, Any]) -> None:
@@ -100,9 +98,7 @@ def check_resume(checkpoint: Mapping[str, Any], init: str | None, state: Mapping
     """
     saved = checkpoint["recipe"].get("init", init)  # older checkpoints do not have it
     if saved != init:
-        raise UserError(
-            f"the checkpoint was distilled from init={saved}, not from init={init}; give init={saved}"
-        )
+        raise UserError(f"the checkpoint was distilled from init={saved}, not from init={init}; give init={saved}")
     if "state_dict" in checkpoint and checkpoint["state_dict"].keys() != state.keys():
         raise UserError(
             "the checkpoint holds other networks than these settings build; continue with recipe.networks, "

@@ -18,11 +18,7 @@ from magihuman.models.config import LoraConfig
 from magihuman.models.denoiser import Denoiser, WithLora
 from magihuman.models.lora import add_lora, copy_lora, lora_parameters
 
-LORAS = {
-    "full": (),
-    "lora_fake_score": ("fake_score",),
-    "lora": ("student", "fake_score", "average"),
-}
+LORAS = {"full": (), "lora_fake_score": ("fake_score",), "lora": ("student", "fake_score", "average")}
 """Weight sharing -> roles that are LoRAs."""
 
 

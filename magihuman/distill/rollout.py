@@ -108,9 +108,7 @@ def sampler(
             some = slice(start, start + (size or len(texts)))
             words = [text.to(device) for text in texts[some]]
             like = Pair(*(torch.zeros(len(words), *one, device=device) for one in shape))
-            ends.append(
-                roll_out(settings, partial(velocity, words), noise[some], Conditioning.nothing(like)).end
-            )
+            ends.append(roll_out(settings, partial(velocity, words), noise[some], Conditioning.nothing(like)).end)
         return Pair(*map(torch.cat, zip(*ends, strict=True))) if len(ends) > 1 else ends[0]
 
     return sample
@@ -144,13 +142,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    batch: dict[str, Any],
-    rng: BatchRng,
-    *,
-    first_frame: float,
-    audio_conditioning: float,
-    gan: bool,
-    size: int | None,
+    batch: dict[str, Any], rng: BatchRng, *, first_frame: float, audio_conditioning: float, gan: bool, size: int | None
 ) -> Iterator[MicroBatch]:
     """Split a batch and draw which samples are conditioned on their first frame or audio.
 

@@ -72,9 +72,7 @@ class Conditioning:
 
     def insert(self, generated: Pair) -> Pair:
         """`generated` with the conditioning positions replaced by clean latents, as new tensors."""
-        return each(
-            lambda x, clean, mask: torch.where(mask > 0, x, clean), generated, self.latents, self.mask
-        )
+        return each(lambda x, clean, mask: torch.where(mask > 0, x, clean), generated, self.latents, self.mask)
 
     def select(self, samples: slice) -> "Conditioning":
         """Conditioning of some samples of the batch."""
@@ -171,10 +169,7 @@ def denoise(
     for i in range(solvers[0].steps):
         v, fresh = velocity(x, i), noise.steps[i] if noise.steps else (None, None)
         stepped = Pair(
-            *(
-                x[m] if solver is None else solver.step(v[m], i, x[m], fresh[m])
-                for m, solver in enumerate(solvers)
-            )
+            *(x[m] if solver is None else solver.step(v[m], i, x[m], fresh[m]) for m, solver in enumerate(solvers))
         )
         if on_step is not None:
             on_step(i, x, v, stepped)

@@ -80,9 +80,7 @@ class SigmaPrior:
         if self.kind not in KINDS:
             raise UserError(f"sigma prior {self.kind!r} is unknown; choose from {', '.join(KINDS)}")
         if self.coupling not in COUPLINGS:
-            raise UserError(
-                f"sigma coupling {self.coupling!r} is unknown; choose from {', '.join(COUPLINGS)}"
-            )
+            raise UserError(f"sigma coupling {self.coupling!r} is unknown; choose from {', '.join(COUPLINGS)}")
         if not self.shift > 0 or not self.std > 0:
             raise UserError(f"sigma prior needs shift > 0 and std > 0, not {self.shift} and {self.std}")
         if self.kind == "uniform" and self.shift != 1:

@@ -87,9 +87,7 @@ class SDE(Solver):
 
     def __init__(self, steps: int, shift: float = 5.0, theta: Sequence[float] | None = None) -> None:
         super().__init__(steps, shift)
-        self.theta = (
-            [sde_theta(i, steps) for i in range(steps)] if theta is None else [float(t) for t in theta]
-        )
+        self.theta = [sde_theta(i, steps) for i in range(steps)] if theta is None else [float(t) for t in theta]
         if len(self.theta) != steps:
             raise UserError(f"{len(self.theta)} values of theta for {steps} steps; give one per step")
 
@@ -140,9 +138,7 @@ class FlowUniPC(Solver):
 
     def step(self, velocity: Tensor, i: int, sample: Tensor, noise: Tensor | None = None) -> Tensor:
         if i != self._next:
-            raise ValueError(
-                f"UniPC expected step {self._next}, not {i}; call reset() before a new trajectory"
-            )
+            raise ValueError(f"UniPC expected step {self._next}, not {i}; call reset() before a new trajectory")
         estimate = sample - self._sigma[i] * velocity
         self.corrected = sample if i == 0 else self._correct(estimate, i)
         self._estimates = [*self._estimates[-1:], estimate]

@@ -33,9 +33,7 @@ def noise_video(upsampled: torch.Tensor, noise: torch.Tensor, signal: torch.Tens
     return upsampled * _expand(signal, upsampled) + noise * _expand(added, noise)
 
 
-def noise_audio(
-    audio: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor | float = AUDIO_NOISE
-) -> torch.Tensor:
+def noise_audio(audio: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor | float = AUDIO_NOISE) -> torch.Tensor:
     """Noised audio [B,A,Ca], scale * eps + (1 - scale) * audio; constant input of the stage."""
     return noise * _expand(scale, noise) + audio * _expand(1.0 - _exact(scale), audio)
 

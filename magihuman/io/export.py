@@ -112,10 +112,7 @@ def released_dtypes(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str,
 
 
 def save_export(
-    folder: str | Path,
-    state: Mapping[str, Tensor],
-    config: ExportConfig,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    folder: str | Path, state: Mapping[str, Tensor], config: ExportConfig, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Path:
     """Write an exported checkpoint in one step: readers find the old folder or the complete new one.
 

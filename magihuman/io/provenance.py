@@ -30,17 +30,12 @@ def fingerprint(path: Path) -> dict[str, Any]:
     hashed = files if total <= HASHED_BYTES else indices
     digest = hashlib.sha256()
     for file in files:
-        digest.update(
-            f"{file.relative_to(path) if file != path else file.name} {file.stat().st_size}\n".encode()
-        )
+        digest.update(f"{file.relative_to(path) if file != path else file.name} {file.stat().st_size}\n".encode())
     for file in hashed:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-    return {
-        "sha256": digest.hexdigest(),
-        "of": "all bytes" if hashed is files else "index files, names and sizes",
-    }
+    return {"sha256": digest.hexdigest(), "of": "all bytes" if hashed is files else "index files, names and sizes"}
 
 
 def code_version() -> dict[str, Any]:
@@ -49,9 +44,7 @@ def code_version() -> dict[str, Any]:
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        return subprocess.run(
-            command, cwd=root, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
@@ -78,8 +71,5 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{cores} cores of {name}"

@@ -118,9 +118,7 @@ class SafetensorsReader:
         except UserError:
             if path == label:
                 raise
-            raise UserError(
-                f"{label} is not a complete safetensors file when unpacked; fetch it again"
-            ) from None
+            raise UserError(f"{label} is not a complete safetensors file when unpacked; fetch it again") from None
         self.specs = {name: Spec(shape, dtype) for name, (shape, dtype) in header.items()}
         self.file = path.open("rb")
         (length,) = struct.unpack("<Q", self.file.read(8))
@@ -183,11 +181,7 @@ class SafetensorsWriter:
         end = 0
         for name in sorted(specs, key=lambda n: (-_RANK[specs[n].dtype], n)):
             start, end = end, end + specs[name].nbytes
-            header[name] = {
-                "dtype": specs[name].dtype,
-                "shape": list(specs[name].shape),
-                "data_offsets": [start, end],
-            }
+            header[name] = {"dtype": specs[name].dtype, "shape": list(specs[name].shape), "data_offsets": [start, end]}
             self.spans[name] = (start, end)
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -215,9 +209,7 @@ class SafetensorsWriter:
         """Flush the file to the disk, unless there was an error."""
         try:
             if kind is None and self.waiting:
-                raise RuntimeError(
-                    f"{len(self.waiting)} tensors were not written, for example {min(self.waiting)}"
-                )
+                raise RuntimeError(f"{len(self.waiting)} tensors were not written, for example {min(self.waiting)}")
             if kind is None:
                 self.file.flush()
                 os.fsync(self.file.fileno())

@@ -10,9 +10,7 @@ _MARGIN = 6
 _LINE = 14  # pixels per line of text
 
 
-def write_contact_sheet(
-    path: str | Path, clips: Sequence[Any], captions: Sequence[str], **layout: Any
-) -> None:
+def write_contact_sheet(path: str | Path, clips: Sequence[Any], captions: Sequence[str], **layout: Any) -> None:
     """Write `draw_contact_sheet` as a PNG; makes the folder."""
     image = draw_contact_sheet(clips, captions, **layout)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +43,7 @@ def draw_contact_sheet(
     from PIL import Image, ImageDraw, ImageFont
 
     if not clips or len(clips) != len(captions):
-        raise ValueError(
-            f"need as many captions as clips and at least one, got {len(captions)} and {len(clips)}"
-        )
+        raise ValueError(f"need as many captions as clips and at least one, got {len(captions)} and {len(clips)}")
     font = ImageFont.load_default(11)
     rows = [_strip(np.asarray(clip), frames_per_clip, height) for clip in clips]
     cell_width = max(row.width for row in rows)
@@ -64,9 +60,7 @@ def draw_contact_sheet(
         left = _MARGIN + number % columns * (cell_width + _MARGIN)
         upper = top + number // columns * (cell_height + _MARGIN)
         sheet.paste(row, (left, upper))
-        draw.text(
-            (left, upper + height + 1), _fitting(caption, cell_width, font), fill=(60, 60, 60), font=font
-        )
+        draw.text((left, upper + height + 1), _fitting(caption, cell_width, font), fill=(60, 60, 60), font=font)
     return sheet
 
 

@@ -80,10 +80,7 @@ def resize_frames(
     corners = None if mode == "nearest" else False
     resized = [
         F.interpolate(
-            frame.permute(2, 0, 1)[None].float() / 255.0,
-            size=(height, width),
-            mode=mode,
-            align_corners=corners,
+            frame.permute(2, 0, 1)[None].float() / 255.0, size=(height, width), mode=mode, align_corners=corners
         )
         for frame in frames
     ]

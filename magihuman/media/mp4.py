@@ -53,10 +53,7 @@ class Mp4Writer:
 
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._container = av.open(
-            str(self._output.__enter__().absolute()),
-            "w",
-            format="mp4",
-            container_options={"movflags": "+faststart"},
+            str(self._output.__enter__().absolute()), "w", format="mp4", container_options={"movflags": "+faststart"}
         )
         # x264's macroblock tree reads beyond rows of odd lengths: with it, equal frames gave unequal files.
         options = {"crf": str(self._crf), "x264-params": "mbtree=0"}
@@ -102,9 +99,7 @@ class Mp4Writer:
             raise ValueError(f"wave must be [{self._channels if self._audio else 0},n], not {array.shape}")
         if not np.isfinite(array).all():
             raise ValueError("wave holds values that are not finite")
-        frame = av.AudioFrame.from_ndarray(
-            array, format="fltp", layout="mono" if self._channels == 1 else "stereo"
-        )
+        frame = av.AudioFrame.from_ndarray(array, format="fltp", layout="mono" if self._channels == 1 else "stereo")
         frame.sample_rate, frame.pts, frame.time_base = self._rate, self._samples, Fraction(1, self._rate)
         self._samples += array.shape[1]
         self._container.mux(self._audio.encode(frame))
@@ -128,14 +123,7 @@ def _numpy(values: Any) -> np.ndarray:
 
 
 def write_mp4(
-    path: str | Path,
-    frames: Any,
-    fps: float,
-    wave: Any = None,
-    rate: int = 0,
-    *,
-    crf: int = 18,
-    threads: int = 1,
+    path: str | Path, frames: Any, fps: float, wave: Any = None, rate: int = 0, *, crf: int = 18, threads: int = 1
 ) -> None:
     """Write one clip as mp4 in one pass; it appears complete or not at all, with the same bytes every time.
 

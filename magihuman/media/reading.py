@@ -552,10 +552,7 @@ class AudioTrack(_Track):
             self._seek(source_first / self._rate - 0.2)  # decoders need a frame or two to settle
             self._gone = source_first if source_first > 0 else -(1 << 60)
         self._decode_until(source_last)
-        if any(
-            start - 0.1 < broken and (count is None or broken < start + count / rate)
-            for broken in self._damage
-        ):
+        if any(start - 0.1 < broken and (count is None or broken < start + count / rate) for broken in self._damage):
             raise MediaError(f"its audio is damaged near {max(start, 0):.2f} s")
         if count is None:
             source_last = max(self._reached, source_first)

@@ -63,9 +63,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str, wi
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention back end {backend!r}; choose from {', '.join(BACKENDS)}")
     if window is not None and layout.frames == 0:
-        raise ValueError(
-            "local attention needs whole frames; this layout holds a routed subset of the tokens"
-        )
+        raise ValueError("local attention needs whole frames; this layout holds a routed subset of the tokens")
     if backend == "auto":
         backend = _choose(q, layout, window)
     if window is not None and backend not in LOCAL_BACKENDS:
@@ -96,10 +94,7 @@ def local_ranges(video: int, others: int, frames: int, receptive: int) -> tuple[
     """
     per_frame = video // frames
     queries = [(i * per_frame, (i + 1) * per_frame) for i in range(frames)]
-    keys = [
-        (max(0, (i - receptive) * per_frame), min(video, (i + receptive + 1) * per_frame))
-        for i in range(frames)
-    ]
+    keys = [(max(0, (i - receptive) * per_frame), min(video, (i + receptive + 1) * per_frame)) for i in range(frames)]
     end = video + others
     queries += [(0, video), (video, end)]
     keys += [(video, end), (0, end)]
@@ -297,9 +292,7 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
 
         device, length = layout.coords.device, layout.length
         starts = layout.cu_seqlens.long()
-        sample = torch.repeat_interleave(
-            torch.arange(layout.batch, device=device), starts.diff(), output_size=length
-        )
+        sample = torch.repeat_interleave(torch.arange(layout.batch, device=device), starts.diff(), output_size=length)
         video = layout.modality == VIDEO
         frame = layout.coords[:, 0]
         if layout.order is not None:

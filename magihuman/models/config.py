@@ -88,9 +88,7 @@ class DiTConfig(_FromDict):
             elif field.name.endswith("_layers"):
                 object.__setattr__(self, field.name, self._layers(field.name, value))
         if self.hidden_size % self.head_dim:
-            raise UserError(
-                f"dit.hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}"
-            )
+            raise UserError(f"dit.hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}")
         if self.head_dim % 8:
             raise UserError(f"dit.head_dim must be a multiple of 8 (rotary bands), not {self.head_dim}")
         if self.num_heads % self.num_query_groups:
@@ -106,9 +104,7 @@ class DiTConfig(_FromDict):
             raise UserError(f"dit.{name} must be a list of layer numbers, not {value!r}") from None
         wrong = [i for i in layers if not 0 <= i < self.num_layers]
         if wrong:
-            raise UserError(
-                f"dit.{name} names layer {wrong[0]}, but the layers are 0 to {self.num_layers - 1}"
-            )
+            raise UserError(f"dit.{name} names layer {wrong[0]}, but the layers are 0 to {self.num_layers - 1}")
         return layers
 
     @property
@@ -217,9 +213,7 @@ class TreadConfig(_FromDict):
         if not 0 < self.selection_rate <= 1:
             raise UserError(f"tread.selection_rate must be above 0 and at most 1, not {self.selection_rate}")
         if not 0 <= self.start_layer <= self.end_layer:
-            raise UserError(
-                f"tread needs 0 <= start_layer <= end_layer, not {self.start_layer}, {self.end_layer}"
-            )
+            raise UserError(f"tread needs 0 <= start_layer <= end_layer, not {self.start_layer}, {self.end_layer}")
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,7 @@ class Denoiser(nn.Module):
                     text_offset=self.pack.text_offset,
                     device=device,
                 )
-                masked = self.model.attention_backend in (
-                    "auto",
-                    "flex",
-                )  # other back ends need no block mask
+                masked = self.model.attention_backend in ("auto", "flex")  # other back ends need no block mask
                 window = self.model.window if masked else None
                 self._layouts[key] = prepare_block_mask(layout.with_rotary(self.model.rotary(layout)), window)
         return self._layouts[key]
@@ -130,12 +127,7 @@ class Denoiser(nn.Module):
         )
 
     def features(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        text: Sequence[Tensor],
-        taps: Sequence[int],
-        lora: str | None = None,
+        self, video: Tensor, audio: Tensor, text: Sequence[Tensor], taps: Sequence[int], lora: str | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Residual stream of both modalities after some layers.
 
@@ -147,9 +139,7 @@ class Denoiser(nn.Module):
         """
         layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
-        *_, streams = self.model(
-            tokens, audio.flatten(0, 1), torch.cat(list(text)), layout, lora=lora, taps=taps
-        )
+        *_, streams = self.model(tokens, audio.flatten(0, 1), torch.cat(list(text)), layout, lora=lora, taps=taps)
         parts = [stream.split(layout.sizes)[:2] for stream in streams]
         return [(v.unflatten(0, (len(video), -1)), a.unflatten(0, (len(video), -1))) for v, a in parts]
 
@@ -183,12 +173,7 @@ class WithLora(Denoiser):
         return super().forward(video, audio, text, layout, lora or self.lora)
 
     def features(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        text: Sequence[Tensor],
-        taps: Sequence[int],
-        lora: str | None = None,
+        self, video: Tensor, audio: Tensor, text: Sequence[Tensor], taps: Sequence[int], lora: str | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """As `Denoiser.features`, with this LoRA unless another is named."""
         return super().features(video, audio, text, taps, lora or self.lora)

@@ -57,9 +57,7 @@ class Embedders(nn.Module):
 
     def forward(self, video: Tensor, audio: Tensor, text: Tensor) -> Tensor:
         """[Nv,Cv], [Na,Ca], [Nt,Ct] -> fp32 [L,H] in packed order."""
-        parts = zip(
-            (self.video_embedder, self.audio_embedder, self.text_embedder), (video, audio, text), strict=True
-        )
+        parts = zip((self.video_embedder, self.audio_embedder, self.text_embedder), (video, audio, text), strict=True)
         return torch.cat([linear_fp32(embedder, tokens) for embedder, tokens in parts])
 
 
@@ -289,11 +287,7 @@ class SingleStreamDiT(nn.Module):
         if seed is not None:
             generator = torch.Generator(device=self.final_linear_video.weight.device).manual_seed(seed)
         hidden, depth = self.config.hidden_size, 2 * self.config.num_layers
-        for embedder in (
-            self.adapter.video_embedder,
-            self.adapter.audio_embedder,
-            self.adapter.text_embedder,
-        ):
+        for embedder in (self.adapter.video_embedder, self.adapter.audio_embedder, self.adapter.text_embedder):
             nn.init.normal_(embedder.weight, std=projection_std(embedder.in_features), generator=generator)
             nn.init.zeros_(embedder.bias)
         self.adapter.rope.bands.copy_(rotary_bands(self.config.head_dim))
@@ -323,9 +317,7 @@ class SingleStreamDiT(nn.Module):
         if lora is None:
             return self
         if lora not in self.lora_configs:
-            raise ValueError(
-                f"no LoRA {lora!r} in this network; it has {sorted(self.lora_configs) or 'none'}"
-            )
+            raise ValueError(f"no LoRA {lora!r} in this network; it has {sorted(self.lora_configs) or 'none'}")
         if lora not in self.lora:
             return self
         own = self.lora[lora]
@@ -384,9 +376,7 @@ class SingleStreamDiT(nn.Module):
         )
         return (*velocities, tapped) if taps else velocities
 
-    def _run(
-        self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, lora: str | None
-    ) -> Tensor:
+    def _run(self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, lora: str | None) -> Tensor:
         mode = self.gradient_checkpointing if torch.is_grad_enabled() else False
         attend = self._attention(layout, mode)
         for layer in self.block.layers[start:stop]:
@@ -401,9 +391,7 @@ class SingleStreamDiT(nn.Module):
         # Blocks are compiled only where torch._dynamo is loaded; importing it here would cost 2 s.
         return attention if inside or "torch._dynamo" not in sys.modules else _outside_of_graphs(attention)
 
-    def _run_routed(
-        self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig, lora: str | None
-    ) -> Tensor:
+    def _run_routed(self, x: Tensor, table: Tensor, layout: Layout, tread: TreadConfig, lora: str | None) -> Tensor:
         stop = min(tread.end_layer + 1, self.config.num_layers)
         x = self._run(x, table, layout, 0, min(tread.start_layer, stop), lora)
         if tread.start_layer < stop:

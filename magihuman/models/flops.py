@@ -196,9 +196,7 @@ def passes(
         layers, tread: as for `forward_flops`.
     """
     tokens = sample.video, sample.audio, sample.text
-    base = forward_flops(
-        config, *tokens, frames=sample.frames, window=sample.window, layers=layers, tread=tread
-    )
+    base = forward_flops(config, *tokens, frames=sample.frames, window=sample.window, layers=layers, tread=tread)
     through = 2 * (base.products + base.ends) + 3 * base.attention
     if lora is None:
         return Passes(base.total, through, 3 * base.total)

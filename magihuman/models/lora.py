@@ -47,9 +47,7 @@ __all__ = [
 ]
 
 
-def add_lora(
-    model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 0, rng_name: str | None = None
-) -> None:
+def add_lora(model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 0, rng_name: str | None = None) -> None:
     """Add a LoRA to a network; with B = 0 at the start it computes the same as the base.
 
     Its parameters are fp32, on the base's device, and require gradients; the base's are left alone (freeze them with
@@ -128,9 +126,7 @@ def copy_lora(model: SingleStreamDiT, source: str, target: str) -> None:
         KeyError: no LoRA of that name. ValueError: their configs differ.
     """
     if model.lora_configs[source] != model.lora_configs[target]:
-        raise ValueError(
-            f"{source} is {model.lora_configs[source]}, {target} is {model.lora_configs[target]}"
-        )
+        raise ValueError(f"{source} is {model.lora_configs[source]}, {target} is {model.lora_configs[target]}")
     sources = lora_parameters(model, source).values()
     for mine, theirs in zip(lora_parameters(model, target).values(), sources, strict=True):
         mine.copy_(theirs)
@@ -149,24 +145,16 @@ def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def without_base(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """A state dict without the weights below `prefix` that belong to no LoRA: what a checkpoint on a frozen base saves."""
-    return {
-        key: tensor for key, tensor in state.items() if not key.startswith(prefix) or lora_of(key) is not None
-    }
+    return {key: tensor for key, tensor in state.items() if not key.startswith(prefix) or lora_of(key) is not None}
 
 
 def lora_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """One LoRA's part of a state dict, under keys without its name: `....lora.A`, `lora.adapter....`."""
-    return {
-        key.replace(f"lora.{name}.", "lora.", 1): tensor
-        for key, tensor in state.items()
-        if lora_of(key) == name
-    }
+    return {key.replace(f"lora.{name}.", "lora.", 1): tensor for key, tensor in state.items() if lora_of(key) == name}
 
 
 @torch.no_grad()
-def merge(
-    base: Mapping[str, Tensor], lora: Mapping[str, Tensor], config: LoraConfig
-) -> Iterator[tuple[str, Tensor]]:
+def merge(base: Mapping[str, Tensor], lora: Mapping[str, Tensor], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """A base's weights with a LoRA merged into them, one tensor after the other.
 
     Args:

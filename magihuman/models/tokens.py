@@ -99,9 +99,7 @@ class Layout:
     cu_seqlens: Tensor
     rotary: Tensor | None = None
     block_masks: dict[int | None, Any] = field(default_factory=dict, init=False, repr=False)
-    _routes: dict[tuple[int, int, tuple[int, ...]], "Layout"] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _routes: dict[tuple[int, int, tuple[int, ...]], "Layout"] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -131,9 +129,7 @@ class Layout:
         return cls._assemble(frames * rows * columns, audio, tuple(text), frames, coords.to(device))
 
     @classmethod
-    def _assemble(
-        cls, video: int, audio: int, text: tuple[int, ...], frames: int, coords: Tensor
-    ) -> "Layout":
+    def _assemble(cls, video: int, audio: int, text: tuple[int, ...], frames: int, coords: Tensor) -> "Layout":
         device, batch = coords.device, len(text)
         sizes = torch.tensor([batch * video, batch * audio, sum(text)])
         modality = torch.repeat_interleave(torch.arange(3), sizes).to(device)
@@ -178,13 +174,7 @@ class Layout:
         return replace(self, rotary=table)
 
     def attend(
-        self,
-        attention: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        backend: str,
-        window: int | None,
+        self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, backend: str, window: int | None
     ) -> Tensor:
         """`attention` of these tokens; overridden by layouts that are one process's share of a sequence."""
         return attention(q, k, v, self, backend, window)
@@ -247,14 +237,10 @@ def _coords(grid: tuple[int, int, int], audio: int, text: Sequence[int], style: 
     if not text:
         raise ValueError("a batch needs at least one sample; text holds one length per sample")
     if style == "v1" and 1 in text:
-        raise ValueError(
-            "coordinates v1 have no position for a single text token; use two or more, or style v2"
-        )
+        raise ValueError("coordinates v1 have no position for a single text token; use two or more, or style v2")
     if style == "v1" and audio == 1 and frames > 1:
         raise ValueError("coordinates v1 have no scale for a single audio token with several video frames")
-    position = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(
-        -1, 3
-    )
+    position = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(-1, 3)
     video = _coordinate_rows(position, grid, grid)
     audio_frames = frames if style == "v1" else (audio - 1) // 4 + 1
     audio_rows = _coordinate_rows(_on_time_axis(audio), (audio, 1, 1), (audio_frames, 1, 1))

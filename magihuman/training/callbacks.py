@@ -41,12 +41,7 @@ class Meter:
 
     @torch.no_grad()
     def add_bands(
-        self,
-        name: str,
-        values: torch.Tensor,
-        position: torch.Tensor,
-        edges: Sequence[float],
-        weights: torch.Tensor,
+        self, name: str, values: torch.Tensor, position: torch.Tensor, edges: Sequence[float], weights: torch.Tensor
     ) -> None:
         """Count values [N] by bands of `position` [N]: one mean per interval between edges, the last one closed."""
         for low, high in pairwise(edges):
@@ -67,9 +62,7 @@ class Meter:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(table)
         return {
-            name: total / count
-            for name, (total, count) in zip(names, table.cpu().tolist(), strict=True)
-            if count > 0
+            name: total / count for name, (total, count) in zip(names, table.cpu().tolist(), strict=True) if count > 0
         }
 
 
@@ -130,9 +123,7 @@ class LogLines(L.Callback):
         if self.progress and trainer.is_global_zero and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05
-            )
+            self._bar = tqdm(total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,10 +168,7 @@ class LogLines(L.Callback):
             done = max(1, recipe.step - self._begun[1])
             left = (now - self._begun[0]) / done * (recipe.max_steps - recipe.step)
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(
-                f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left",
-                flush=True,
-            )
+            print(f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left", flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:

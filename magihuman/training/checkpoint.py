@@ -58,9 +58,7 @@ def step_of(checkpoint: Path) -> int:
     """
     digits = checkpoint.stem.removeprefix("step-")
     if not digits.isdigit():
-        raise UserError(
-            f"{checkpoint.name} is not named step-NNNNNNNN.ckpt; resume from a checkpoint of a run folder"
-        )
+        raise UserError(f"{checkpoint.name} is not named step-NNNNNNNN.ckpt; resume from a checkpoint of a run folder")
     return int(digits)
 
 

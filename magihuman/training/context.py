@@ -15,14 +15,7 @@ import lightning as L
 from torch import Tensor
 
 from magihuman import zoo
-from magihuman.config import (
-    ModelSettings,
-    OptimSettings,
-    StrategySettings,
-    TrainerSettings,
-    TrainSettings,
-    parse_time,
-)
+from magihuman.config import ModelSettings, OptimSettings, StrategySettings, TrainerSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
 from magihuman.io.export import Size
 from magihuman.io.provenance import fingerprint
@@ -80,12 +73,7 @@ def require_fit(model: ModelSettings, contract: Contract) -> None:
     """
     patch_area = model.pack.patch_size**2
     for name, has, needs, why in (
-        (
-            "video",
-            model.dit.video_in_channels,
-            contract.video_channels * patch_area,
-            f" x patch area {patch_area}",
-        ),
+        ("video", model.dit.video_in_channels, contract.video_channels * patch_area, f" x patch area {patch_area}"),
         ("audio", model.dit.audio_in_channels, contract.audio_channels, ""),
         ("text", model.dit.text_in_channels, contract.text_channels, ""),
     ):
@@ -126,9 +114,7 @@ def find_init(settings: TrainSettings) -> Path | None:
     folder = decoders.find(settings.init)
     if folder is None:
         known = ", ".join(decoders.names())
-        raise UserError(
-            f"init={settings.init} is not a decoder; choose a run folder, an export, or one of {known}"
-        )
+        raise UserError(f"init={settings.init} is not a decoder; choose a run folder, an export, or one of {known}")
     return folder
 
 
@@ -150,9 +136,7 @@ def require_same_model(settings: TrainSettings, contract: Contract) -> None:
         ("dit", model.dit.to_dict(), parent.model.to_dict()),
         ("pack", model.pack.to_dict(), parent.pack.to_dict()),
     ):
-        wrong = [
-            f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in allowed
-        ]
+        wrong = [f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in allowed]
         if wrong:
             raise UserError(
                 f"init={settings.init} is a model of another size than model.{part} ({'; '.join(wrong)}); "
@@ -177,9 +161,7 @@ def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, A
     sr_size = getattr(data, "sr_size", None)
     if model is not None:
         require_fit(model, contract)
-        require_patches(
-            model, contract, [*getattr(data, "sizes", ()), *([] if sr_size is None else [sr_size])]
-        )
+        require_patches(model, contract, [*getattr(data, "sizes", ()), *([] if sr_size is None else [sr_size])])
         if settings.init is not None:
             require_same_model(settings, contract)
     null_text = data.null_text
@@ -229,9 +211,7 @@ class Session:
     What of Lightning is switched off, and why: `magihuman/README.md`.
     """
 
-    def __init__(
-        self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any
-    ) -> None:
+    def __init__(self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any) -> None:
         check_device(settings.trainer)
         options = settings.trainer
         seconds = None if options.max_time is None else parse_time(options.max_time)

@@ -70,9 +70,7 @@ class SampledLatents:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise UserError(
-                f"recipe.sampled={path} is not a file; make it with `python -m inference.sample_latents`"
-            )
+            raise UserError(f"recipe.sampled={path} is not a file; make it with `python -m inference.sample_latents`")
         try:
             file = safe_open(path, "pt")
             self._parts = {name: file.get_slice(name) for name in ("video", "frames")}
@@ -80,9 +78,7 @@ class SampledLatents:
         except (SafetensorError, OSError) as error:
             raise UserError(f"recipe.sampled={path} cannot be read ({error}); make it again") from error
         if codec not in (None, found):
-            raise UserError(
-                f"recipe.sampled={path} holds latents of {found!r}, not of {codec!r}; make it again"
-            )
+            raise UserError(f"recipe.sampled={path} holds latents of {found!r}, not of {codec!r}; make it again")
         self.shape, self.frames = (self._parts[name].get_shape() for name in ("video", "frames"))
         if self.shape[1] != channels or self.frames[0] != self.shape[0]:
             raise UserError(

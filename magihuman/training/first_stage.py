@@ -68,10 +68,7 @@ class FirstStage:
     """
 
     def __init__(
-        self,
-        settings: FirstStageSettings,
-        base: Denoiser | None = None,
-        codec: VideoCodec | None = None,
+        self, settings: FirstStageSettings, base: Denoiser | None = None, codec: VideoCodec | None = None
     ) -> None:
         self.settings = settings
         self.base = base
@@ -94,9 +91,7 @@ class FirstStage:
         assert self.settings.size is not None
         (height, width), (tall, wide) = self.settings.size, pixels
         stride = tall // cells[0], wide // cells[1]
-        known = (
-            f"recipe.first_stage.size={[height, width]} (height, width) and clips of {[tall, wide]} pixels"
-        )
+        known = f"recipe.first_stage.size={[height, width]} (height, width) and clips of {[tall, wide]} pixels"
         if height % stride[0] or width % stride[1] or not 0 < height <= tall or not 0 < width <= wide:
             raise UserError(f"{known}: give a smaller size, of multiples of {list(stride)}")
         if not images.same_aspect((height, width), (tall, wide)):
@@ -123,13 +118,7 @@ class FirstStage:
         return result
 
     def _resampled(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        text: Sequence[Tensor],
-        chosen: Tensor,
-        level: Tensor,
-        noise: Tensor,
+        self, video: Tensor, audio: Tensor, text: Sequence[Tensor], chosen: Tensor, level: Tensor, noise: Tensor
     ) -> Tensor:
         """SDEdit of the chosen clips [B] bool, each from its own noise level (a position in `base_sigma`)."""
         rows = chosen.nonzero().flatten()

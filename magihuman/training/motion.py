@@ -63,8 +63,6 @@ def sync_gap(
     errors = []
     for paired_audio in (noisy_audio, noisy_audio.roll(1, dims=0)):
         velocity, _ = denoiser(noisy_video, paired_audio, text)
-        errors.append(
-            (weight * (x0_from_velocity(noisy_video, velocity, sigma_video) - video).square()).mean()
-        )
+        errors.append((weight * (x0_from_velocity(noisy_video, velocity, sigma_video) - video).square()).mean())
     own, other = (float(e) for e in errors)
     return (other - own) / max(other, 1e-12)

@@ -91,9 +91,7 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalise(matrices, group["steps"]).flatten(0, 1).to(weight.dtype).view(whole.shape)
         if isinstance(direction, DTensor):
             # No source rank: every process holds the same matrix and keeps its own part of it.
-            update = distribute_tensor(
-                update, direction.device_mesh, direction.placements, src_data_rank=None
-            )
+            update = distribute_tensor(update, direction.device_mesh, direction.placements, src_data_rank=None)
         rows, columns = matrices.shape[-2:]
         weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
@@ -253,9 +251,7 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin <= self.finish <= 1:
-            raise UserError(
-                f"a ramp needs 0 <= begin <= finish <= 1, not begin={self.begin}, finish={self.finish}"
-            )
+            raise UserError(f"a ramp needs 0 <= begin <= finish <= 1, not begin={self.begin}, finish={self.finish}")
 
     def at(self, progress: float) -> float:
         """Value at `progress` in [0, 1] of the training."""

@@ -47,9 +47,7 @@ def check_device(trainer: TrainerSettings) -> None:
         )
 
 
-def build_strategy(
-    settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False
-) -> Strategy | str:
+def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False) -> Strategy | str:
     """The Lightning strategy for `settings`.
 
     Args:
@@ -63,13 +61,9 @@ def build_strategy(
     if settings.name == "ddp":
         # All weights take part in every step (a missing modality contributes zero), so DDP need not search for
         # unused ones; unless each step trains another network.
-        return DDPStrategy(
-            find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DDPStrategy(find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True)
     if settings.name == "fsdp2":
-        return ModelParallelStrategy(
-            data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1
-        )
+        return ModelParallelStrategy(data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1)
     return _zero(int(settings.name[-1]), settings.offload)
 
 
@@ -82,9 +76,7 @@ def _zero(stage: int, offload: bool) -> Strategy:
         )
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    return DeepSpeedStrategy(
-        stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3
-    )
+    return DeepSpeedStrategy(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
 
 
 def plugins(settings: StrategySettings) -> list[Any]:
@@ -104,9 +96,7 @@ def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
     yield from denoiser.model.block.layers
 
 
-def shard(
-    denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False
-) -> None:
+def shard(denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False) -> None:
     """Shard every block, then the remaining weights, with FSDP2, in place.
 
     Args:
@@ -193,10 +183,7 @@ def compile_blocks(denoiser: Denoiser) -> None:
     Raises:
         UserError: a version of torch that compiles fp32 blocks to wrong gradients.
     """
-    if (
-        denoiser.model.compute_dtype == torch.float32
-        and TorchVersion(torch.__version__) < FP32_COMPILES_SINCE
-    ):
+    if denoiser.model.compute_dtype == torch.float32 and TorchVersion(torch.__version__) < FP32_COMPILES_SINCE:
         raise UserError(
             f"trainer.compile=true with trainer.precision=fp32 gives wrong gradients with torch {torch.__version__}; "
             f"use precision=bf16, compile=false, or torch {FP32_COMPILES_SINCE}"

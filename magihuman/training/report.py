@@ -114,8 +114,6 @@ def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
         else:
-            axis.text(
-                0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes
-            )
+            axis.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes)
     figure.savefig(file, dpi=100)
     pyplot.close(figure)

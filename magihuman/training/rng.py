@@ -30,9 +30,7 @@ class BatchRng:
     """
 
     def __init__(self, seed: int, batch: int, index: torch.Tensor | Sequence[int]) -> None:
-        self.generators = [
-            torch.Generator().manual_seed(stream(seed, batch, int(position))) for position in index
-        ]
+        self.generators = [torch.Generator().manual_seed(stream(seed, batch, int(position))) for position in index]
 
     def __len__(self) -> int:
         return len(self.generators)

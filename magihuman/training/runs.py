@@ -61,9 +61,7 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
         name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
         name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
     if name is None and processes_launched() > 1:
-        raise UserError(
-            "several processes were started and need one run folder; give it a name with name=..."
-        )
+        raise UserError("several processes were started and need one run folder; give it a name with name=...")
     if name is None:
         name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
     return Path(node["runs"]) / recipe / str(name)
@@ -82,11 +80,7 @@ def library_versions() -> dict[str, str]:
     import lightning
     import torch
 
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
 
 
 class RunFolder:
@@ -126,9 +120,7 @@ class RunFolder:
         try:
             record = json.loads(file.read_text())
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file} is damaged ({error}); move the folder away or choose another name="
-            ) from error
+            raise UserError(f"{file} is damaged ({error}); move the folder away or choose another name=") from error
         return dict(record)
 
     @rank_zero_only

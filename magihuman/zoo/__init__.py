@@ -6,16 +6,6 @@ from magihuman import zoo
 denoiser = zoo.load("tiny/base").denoiser
 """
 
-from magihuman.zoo.checkpoints import (
-    Loaded,
-    arch,
-    arch_names,
-    build,
-    checkpoint_names,
-    config_of,
-    find,
-    load,
-    pack,
-)
+from magihuman.zoo.checkpoints import Loaded, arch, arch_names, build, checkpoint_names, config_of, find, load, pack
 
 __all__ = ["Loaded", "arch", "arch_names", "build", "checkpoint_names", "config_of", "find", "load", "pack"]

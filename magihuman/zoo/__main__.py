@@ -27,9 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         help="content of a checkpoint",
         description="Print tensors, shapes, dtypes, sizes, config and provenance of a checkpoint.",
     )
-    inspect.add_argument(
-        "path", help="safetensors file, exported folder, run folder, or a shipped name (tiny/base)"
-    )
+    inspect.add_argument("path", help="safetensors file, exported folder, run folder, or a shipped name (tiny/base)")
     verify = commands.add_parser(
         "verify",
         help="run stored vectors against this implementation",
@@ -40,9 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", type=Path, help="folder that holds manifest.json")
     verify.add_argument("--strict", action="store_true", help="count unsupported cases as failures")
-    verify.add_argument(
-        "--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_"
-    )
+    verify.add_argument("--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_")
     # Only for the list of commands: settings of the next three are key=value, see `main`.
     commands.add_parser("convert", help="convert a checkpoint to another layout: export, released, diffusers")
     commands.add_parser("plan", help="memory of a run, and what to change if it does not fit")

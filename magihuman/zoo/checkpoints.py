@@ -84,9 +84,7 @@ def build(
     from magihuman.models.dit import SingleStreamDiT
 
     with torch.device(device):
-        model = SingleStreamDiT(
-            config, compute_dtype=compute_dtype, linear_dtype=linear_dtype or torch.float32
-        )
+        model = SingleStreamDiT(config, compute_dtype=compute_dtype, linear_dtype=linear_dtype or torch.float32)
     if torch.device(device).type != "meta":
         model.init_weights(seed)
     return Denoiser(model, pack_config)
@@ -95,8 +93,7 @@ def build(
 def checkpoint_names() -> list[str]:
     """Names of the checkpoints that ship with the package."""
     return sorted(
-        path.parent.relative_to(WEIGHTS).as_posix()
-        for path in WEIGHTS.glob("**/model.safetensors.index.json")
+        path.parent.relative_to(WEIGHTS).as_posix() for path in WEIGHTS.glob("**/model.safetensors.index.json")
     )
 
 

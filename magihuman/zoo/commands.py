@@ -207,20 +207,9 @@ def peaks(
                 for memory in MEMORY:
                     form = None if weights == "bf16" else weights
                     mode = replace(request, turbo=decoder == "turbo", weights=form, memory=memory)
-                    named = {
-                        "resolution": resolution,
-                        "decoder": decoder,
-                        "weights": weights,
-                        "memory": memory,
-                    }
+                    named = {"resolution": resolution, "decoder": decoder, "weights": weights, "memory": memory}
                     rows.append({**named, "bytes": peak(mode), "how": "computed"})
-    settings = {
-        "seconds": seconds,
-        "text": text,
-        "batch": batch,
-        "guided": guided,
-        "cfg_passes": cfg_passes,
-    }
+    settings = {"seconds": seconds, "text": text, "batch": batch, "guided": guided, "cfg_passes": cfg_passes}
     if output is not None:
         given = [f"{name}={value}" for name, value in settings.items()]
         command = ["python", "-m", "magihuman.zoo", "peaks", model, *given, f"output={output}"]
@@ -326,9 +315,7 @@ def _sizes(
         if resolution not in SIZES:
             raise UserError(f"resolution={resolution} is unknown; choose one of {', '.join(SIZES)}")
         if not model.released:
-            raise UserError(
-                f"resolution={resolution} is for released codecs; give height= and width= instead"
-            )
+            raise UserError(f"resolution={resolution} is for released codecs; give height= and width= instead")
         if height is not None or width is not None:
             raise UserError(f"resolution={resolution} and height= or width= contradict each other; give one")
         rows, columns, enlarged = SIZES[resolution]

@@ -50,15 +50,11 @@ def convert_checkpoint(
     limit, target = parse_size(max_shard), Path(dst).expanduser()
     if lora is not None:
         if (to, dtype) != ("export", "keep"):
-            raise UserError(
-                "lora= makes an export with the release's types; convert that one further (to=, dtype=)"
-            )
+            raise UserError("lora= makes an export with the release's types; convert that one further (to=, dtype=)")
         return _merge(src, target, lora, limit, role)
     if target.suffix == ".safetensors":
         if not Path(src).is_file() or (to, dtype, role) != ("export", "keep", None):
-            raise UserError(
-                f"{dst} is a file: SRC must be one too, and its tensors stay as they are (no to=, dtype=)"
-            )
+            raise UserError(f"{dst} is a file: SRC must be one too, and its tensors stay as they are (no to=, dtype=)")
         return _convert_file(Path(src), target)
     source = open_source(src, role)
     specs = target_specs(source.specs, source.config.model, DTYPES[dtype], source.label)
@@ -127,9 +123,7 @@ def open_source(src: str, role: str | None = None) -> SourceCheckpoint:
     return SourceCheckpoint(src, files, specs, config)
 
 
-def target_specs(
-    specs: Mapping[str, Spec], model: DiTConfig, matrices: str | None, label: str
-) -> dict[str, Spec]:
+def target_specs(specs: Mapping[str, Spec], model: DiTConfig, matrices: str | None, label: str) -> dict[str, Spec]:
     """Tensors to write, in the network's order: block matrices in the given dtype, others in fp32 (SPEC 1.2).
 
     Args:

@@ -287,9 +287,7 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
 
 
 def load(
-    decoder: str | Path,
-    device: "torch.device | str" = "cpu",
-    dtype: "torch.dtype | None" = None,
+    decoder: str | Path, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "CausalDecoderCodec | TurboCodec | WanDecoder":
     """Load a decoder for inference.
 

@@ -56,10 +56,7 @@ def write_configs(folder: Path, config: ExportConfig, codecs: Mapping[str, Codec
     Args:
         codecs: by subfolder name.
     """
-    parts = {
-        "transformer": ["diffusers", "MagiHumanDiT"],
-        "scheduler": ["diffusers", "FlowUniPCMultistepScheduler"],
-    }
+    parts = {"transformer": ["diffusers", "MagiHumanDiT"], "scheduler": ["diffusers", "FlowUniPCMultistepScheduler"]}
     parts |= {name: ["diffusers", codec.config["_class_name"]] for name, codec in codecs.items()}
     write_json(folder / "model_index.json", {"_class_name": "MagiHumanPipeline", **parts})
     patch = config.pack.patch_size
@@ -129,9 +126,7 @@ def _oobleck(source: str) -> Codec:
         return _already(path, specs, "AutoencoderOobleck")
     shapes = {name: spec.shape for name, spec in own.items()}
     config, names = oobleck.to_diffusers(shapes, oobleck.autoencoder_config(path), path)
-    return Codec(
-        path, config, {prefix + n: (key, Spec(shape, own[n].dtype)) for n, (key, shape) in names.items()}
-    )
+    return Codec(path, config, {prefix + n: (key, Spec(shape, own[n].dtype)) for n, (key, shape) in names.items()})
 
 
 def _already(path: Path, specs: Mapping[str, Spec], kind: str) -> Codec:

@@ -142,9 +142,7 @@ def backward_bytes(config: DiTConfig, tokens: TokenCounts, compute: int) -> int:
     """Temporaries of a block's backward pass beyond what it saved: the activation's fp32 gradients."""
     half = compute < FP32
     factors = {True: 18 if half else 10, False: 29 if half else 17}  # numbers of bytes per inner channel
-    widest = max(
-        factors[i in config.gelu7_layers] * config.intermediate_size(i) for i in range(config.num_layers)
-    )
+    widest = max(factors[i in config.gelu7_layers] * config.intermediate_size(i) for i in range(config.num_layers))
     return (FP32 * config.hidden_size + widest) * tokens.total
 
 

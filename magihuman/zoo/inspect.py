@@ -98,9 +98,7 @@ def _tensor_table(files: list[Path]) -> str:
     apart = f", of which {buffered:,} in buffers" if buffered else ""
     where = f"{len(files)} file{'s' * (len(files) != 1)}"
     total = f"{len(rows)} tensors in {where}, {numbers.total():,} numbers{apart} ({kinds})"
-    return (
-        "tensors\n" + "\n".join(f"  {line}" for line in lines) + f"\n{total}, {readable_size(sizes.total())}"
-    )
+    return "tensors\n" + "\n".join(f"  {line}" for line in lines) + f"\n{total}, {readable_size(sizes.total())}"
 
 
 def readable_size(count: float) -> str:

@@ -49,9 +49,7 @@ def find(lora: str | Path) -> Path:
     for candidate in (folder, folder / "adapter"):
         if is_lora(candidate):
             return candidate
-    raise UserError(
-        f"{lora} holds no LoRA ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora"
-    )
+    raise UserError(f"{lora} holds no LoRA ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora")
 
 
 def save_lora(
@@ -147,9 +145,7 @@ def load_lora(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor], 
             blocks = up.unflatten(1, (count, -1)).unflatten(0, (count, -1))  # [E, rows, E, r]
             own = torch.stack([blocks[e, :, e] for e in range(count)])  # [E, rows, r]
             if count > 1 and up.count_nonzero() != own.count_nonzero():
-                raise UserError(
-                    f"{folder} does not fit this network: {key} mixes the experts, which ours keep apart"
-                )
+                raise UserError(f"{folder} does not fit this network: {key} mixes the experts, which ours keep apart")
             state[f"{key}.lora.A"], state[f"{key}.lora.B"] = down, own.flatten(0, 1)
         for key in _ends(model) if lora.heads else ():
             state[f"lora.{key}"] = file.get_tensor(PREFIX + key)

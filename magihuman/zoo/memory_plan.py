@@ -128,11 +128,7 @@ def stage_memory(request: ClipRequest) -> list[StageMemory]:
             max(video.activations(pixels), audio.activations(request.audio)),
         ),
         _network("sample", request, request.base, (request.height, request.width), request.guided),
-        *(
-            [_network("refine", request, request.second, request.enlarged, request.sr_guided)]
-            if request.second
-            else []
-        ),
+        *([_network("refine", request, request.second, request.enlarged, request.sr_guided)] if request.second else []),
         StageMemory(
             "decode",
             {decoder_name: decoder.weights, **audio_codec},
@@ -141,9 +137,7 @@ def stage_memory(request: ClipRequest) -> list[StageMemory]:
     ]
 
 
-def _network(
-    stage: str, request: ClipRequest, config: DiTConfig, size: tuple[int, int], guided: bool
-) -> StageMemory:
+def _network(stage: str, request: ClipRequest, config: DiTConfig, size: tuple[int, int], guided: bool) -> StageMemory:
     branches = 2 if guided and request.cfg_passes == 1 else 1
     one = request.tokens(*size)
     tokens = one.times(request.batch * branches)
@@ -215,9 +209,7 @@ def require_memory(request: ClipRequest, available: int) -> None:
     if needed <= available:
         return
     ways = [f"{settings} ({_gb(size)})" for settings, size in remedies(request, available)]
-    worst = max(
-        stage_memory(request), key=lambda need: need.alone if request.memory != "fast" else need.activations
-    )
+    worst = max(stage_memory(request), key=lambda need: need.alone if request.memory != "fast" else need.activations)
     raise UserError(
         f"this needs {_gb(needed)} of GPU memory (computed; the stage {worst.stage} decides), and the GPU has "
         f"{_gb(available)}; {'use ' + ', or '.join(ways) if ways else _last_resort(request)}"
@@ -332,9 +324,7 @@ def training_report(step: TrainingStep, task: str, gpus: int, title: str, availa
     lines = [f"{title}; every number is computed, none measured"]
     largest = max(work_bytes(step, task, way) for way in ways)
     lines.append(f"{'activations':<28}{largest / GB:>10.2f}  GB per GPU")
-    lines.append(
-        f"{'gathered blocks':<28}{gathered_bytes(step, max(gpus, 2)) / GB:>10.2f}  with several GPUs"
-    )
+    lines.append(f"{'gathered blocks':<28}{gathered_bytes(step, max(gpus, 2)) / GB:>10.2f}  with several GPUs")
     lines.append(f"{'assumed for CUDA itself':<28}{RESERVE / GB:>10.2f}")
     clusters = sorted({*CLUSTERS, gpus})
     header = "".join(f"{f'{n} GPU':>10}" for n in clusters)
@@ -352,9 +342,7 @@ def training_report(step: TrainingStep, task: str, gpus: int, title: str, availa
         if needed <= available:
             lines.append(f"fits: {label} needs {needed / GB:.1f} GB of {available / GB:.1f} GB")
         else:
-            lines.append(
-                f"does not fit: {label} needs {needed / GB:.1f} GB, there are {available / GB:.1f} GB"
-            )
+            lines.append(f"does not fit: {label} needs {needed / GB:.1f} GB, there are {available / GB:.1f} GB")
             lines.append(f"  {_advice(step, task, gpus, way, available)}")
     return "\n".join(lines)
 
@@ -362,10 +350,7 @@ def training_report(step: TrainingStep, task: str, gpus: int, title: str, availa
 def _advice(step: TrainingStep, task: str, gpus: int, sharing: str, available: int) -> str:
     if not step.checkpointing:
         return "recompute blocks in the backward pass: checkpointing=true"
-    if (
-        step.checkpointing is not True
-        and per_gpu(replace(step, checkpointing=True), task, gpus, sharing) <= available
-    ):
+    if step.checkpointing is not True and per_gpu(replace(step, checkpointing=True), task, gpus, sharing) <= available:
         return "recompute attention in the backward pass as well: checkpointing=true"
     if step.ema == "gpu" and per_gpu(replace(step, ema="cpu"), task, gpus, sharing) <= available:
         return "keep the EMA weights on the CPU: ema=cpu"

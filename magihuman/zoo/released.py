@@ -41,9 +41,7 @@ _NONE = Guidance(1.0, 1.0, audio=1.0)
 _SR = Sampling("unipc", steps=5, shift=5.0, guidance=_NONE)
 
 ROLES = {
-    "base": Role(
-        Sampling("unipc", steps=32, shift=5.0, guidance=Guidance(5.0, 2.0, 500, 5.0)), Size(FRAMES, 256, 448)
-    ),
+    "base": Role(Sampling("unipc", steps=32, shift=5.0, guidance=Guidance(5.0, 2.0, 500, 5.0)), Size(FRAMES, 256, 448)),
     "distill": Role(Sampling("renoise", steps=8, shift=5.0, guidance=_NONE), Size(FRAMES, 256, 448)),
     "540p_sr": Role(_SR, Size(FRAMES, 512, 896), "v1"),
     "1080p_sr": Role(_SR, Size(FRAMES, 1088, 1920), "v1", local=True),

@@ -47,9 +47,7 @@ def locate(checkpoint: str | Path, shipped: Sequence[str] = ()) -> Path:
         found = sorted(Path(RUNS).glob("*/*/export"), key=lambda path: path.stat().st_mtime)
         names = [str(path.parent) for path in reversed(found[-5:])]
         more = f"; newest finished runs here: {', '.join(names) or 'none'}"
-    raise UserError(
-        f"checkpoint {text!r} is neither a folder nor a shipped name ({choices(text, shipped)}){more}"
-    )
+    raise UserError(f"checkpoint {text!r} is neither a folder nor a shipped name ({choices(text, shipped)}){more}")
 
 
 def read_config(folder: Path, role: str | None = None, shapes: Shapes | None = None) -> ExportConfig:

@@ -47,9 +47,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder; give the folder that holds {MANIFEST} and the vector files"
-        )
+        raise UserError(f"{folder} is not a folder; give the folder that holds {MANIFEST} and the vector files")
     try:
         files = json.loads(path.read_text())["files"]
     except FileNotFoundError:
@@ -78,10 +76,7 @@ def _verify_case(folder: Path, name: str, entry: dict[str, Any]) -> list[CaseVer
     except Exception as error:  # a broken case must not hide the others
         return [
             CaseVerdict(
-                name,
-                kind,
-                "FAIL",
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                name, kind, "FAIL", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
         ]
     return [CaseVerdict(name, kind, "pass" if r.passed else "FAIL", r.what, r) for r in results]
@@ -120,14 +115,10 @@ def report(rows: list[CaseVerdict], strict: bool) -> tuple[str, int]:
     header = ("case", "kind", "what", "max abs error", "tolerance", "pass")
     lines = [header, *(_line(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
     cases: dict[str, str] = {}
     for row in rows:
-        cases[row.case] = max(
-            cases.get(row.case, ""), row.status, key=("", "pass", "unsupported", "FAIL").index
-        )
+        cases[row.case] = max(cases.get(row.case, ""), row.status, key=("", "pass", "unsupported", "FAIL").index)
     counts = {status: list(cases.values()).count(status) for status in ("pass", "FAIL", "unsupported")}
     text += f"\n{counts['pass']} cases pass, {counts['FAIL']} fail, {counts['unsupported']} unsupported"
     return text, int(counts["FAIL"] > 0 or (strict and counts["unsupported"] > 0))

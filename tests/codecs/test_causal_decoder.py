@@ -63,9 +63,7 @@ def config(request: Any) -> CausalDecoderConfig:
 def test_sizes_and_arithmetic_are_those_of_the_design(name: str, millions: float, teraflops: float) -> None:
     described = decoders.arch(name)
     network = decoders.build(
-        decoders.DecoderConfig(
-            described["layout"], described["network"], decoders.Latents("wan2.2", 48, (4, 16, 16))
-        ),
+        decoders.DecoderConfig(described["layout"], described["network"], decoders.Latents("wan2.2", 48, (4, 16, 16))),
         "meta",
     )
     count = sum(p.numel() for p in network.parameters())
@@ -281,10 +279,7 @@ def test_a_clip_cannot_go_on_with_another_size_or_batch() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            {"stages": [{"width": 8, "blocks": 1, "kind": "full", "up": [2, 2]}]},
-            "the last stage does not upsample",
-        ),
+        ({"stages": [{"width": 8, "blocks": 1, "kind": "full", "up": [2, 2]}]}, "the last stage does not upsample"),
         ({"stages": [{"width": 8, "blocks": 1, "kind": "wide"}]}, "kind is full or split"),
         ({"stages": []}, "at least one stage"),
         ({"stages": [{"width": 8, "kind": "full"}]}, "blocks"),

@@ -69,9 +69,7 @@ def stable_audio(tmp_path: Path) -> Path:
     """A folder laid out as stabilityai/stable-audio-open-1.0, with tiny widths."""
     config = tiny_config()
     state = {oobleck.PREFIX + name: tensor for name, tensor in released_state(config).items()}
-    save_file(
-        {**state, "model.model.to_timestep_embed.0.weight": torch.zeros(2)}, tmp_path / "model.safetensors"
-    )
+    save_file({**state, "model.model.to_timestep_embed.0.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "model_config.json").write_text(
         json.dumps({"model": {"pretransform": {"type": "autoencoder", "config": config}}})
     )
@@ -149,9 +147,7 @@ def test_loads_a_stable_audio_folder(stable_audio: Path) -> None:
 def test_diffusers_folder_equals_original_file(stable_audio: Path, tmp_path: Path) -> None:
     codec = OobleckCodec.load(stable_audio)
     codec.vae.save_pretrained(tmp_path / "release" / "audio_vae")
-    assert torch.equal(
-        OobleckCodec.load(tmp_path / "release").encode(waveform(80)), codec.encode(waveform(80))
-    )
+    assert torch.equal(OobleckCodec.load(tmp_path / "release").encode(waveform(80)), codec.encode(waveform(80)))
 
 
 def test_bottleneck_mean_sample_and_seed(stable_audio: Path) -> None:

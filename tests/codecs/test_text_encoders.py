@@ -56,9 +56,7 @@ def checkpoint(tmp_path: Path, whole_model: Any) -> Path:
 def features_of(whole_model: Any, ids: list[int], **options: Any) -> torch.Tensor:
     tokens = torch.tensor([ids])
     with torch.no_grad():
-        states = whole_model.model.encoder(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), **options
-        )
+        states = whole_model.model.encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
     return states.last_hidden_state[0]
 
 
@@ -118,9 +116,7 @@ def test_names_the_missing_file(checkpoint: Path, name: str) -> None:
 def test_names_the_missing_shard_and_tensor(checkpoint: Path) -> None:
     state = load_file(checkpoint / "model.safetensors")
     gone = "model.encoder.layers.1.mlp.up_proj.weight"
-    save_file(
-        {k: v for k, v in state.items() if k != gone}, checkpoint / "model.safetensors", {"format": "pt"}
-    )
+    save_file({k: v for k, v in state.items() if k != gone}, checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors \(encoder\.layers\.1\.mlp\.up_proj\.weight\)"):
         T5GemmaEncoder.load(checkpoint)
     (checkpoint / "model.safetensors.index.json").write_text(
@@ -153,9 +149,7 @@ def test_absence_names_the_command_and_never_downloads(
         T5GemmaEncoder.load(source)
 
 
-def test_finds_the_folder_in_the_hub_cache(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finds_the_folder_in_the_hub_cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--google--t5gemma-9b-9b-ul2"
     (repo / "refs").mkdir(parents=True)

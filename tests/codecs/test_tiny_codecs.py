@@ -55,9 +55,7 @@ def test_still_image_is_one_latent_frame(world: CodecBundle) -> None:
     still = _clip(64)[:, :, :1]
     latents = world.video_codec.encode(still)
     assert latents.shape[2] == 1
-    torch.testing.assert_close(
-        latents[:, :, 0], world.video_codec.encode(_clip(64))[:, :, 0], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(latents[:, :, 0], world.video_codec.encode(_clip(64))[:, :, 0], atol=1e-5, rtol=1e-5)
     assert world.video_codec.decode(latents).shape == still.shape
 
 
@@ -87,11 +85,7 @@ def test_audio_codec_keeps_the_spectrum(world: CodecBundle) -> None:
 def test_audio_latent_k_belongs_to_video_frame_k(world: CodecBundle) -> None:
     wave = torch.zeros(1, 1, 16000)
     wave[..., 640 * 9 : 640 * 10] = torch.sin(torch.arange(640) * 0.3) * 0.4
-    change = (
-        (world.audio_codec.encode(wave) - world.audio_codec.encode(torch.zeros_like(wave)))
-        .square()
-        .sum(-1)[0]
-    )
+    change = (world.audio_codec.encode(wave) - world.audio_codec.encode(torch.zeros_like(wave))).square().sum(-1)[0]
     assert change.argmax() == 9
 
 

@@ -120,10 +120,7 @@ def test_release_has_its_tensors_and_parameters(golden: Path) -> None:
     published = json.loads((golden.parent / "spec" / "turbo_release_keys.json").read_text())
     with torch.device("meta"):
         codec = TurboCodec(
-            TurboDecoder(TurboConfig.from_json(TURBO_SETTINGS)),
-            TurboConfig.from_json(TURBO_SETTINGS),
-            None,
-            None,
+            TurboDecoder(TurboConfig.from_json(TURBO_SETTINGS)), TurboConfig.from_json(TURBO_SETTINGS), None, None
         )
     assert {key: list(value.shape) for key, value in codec.state_dict().items()} == published
     assert len(published) == 80
@@ -138,20 +135,13 @@ def test_lists_are_turned_round() -> None:
         UpStage(256, 128, 2, "space", False),
         UpStage(128, 64, 2, "none", False),
     )
-    depthwise = TurboConfig.from_json(
-        {**TURBO_SETTINGS, "decoder_is_dw_conv": [False, False, False, True, True]}
-    )
+    depthwise = TurboConfig.from_json({**TURBO_SETTINGS, "decoder_is_dw_conv": [False, False, False, True, True]})
     assert [stage.depthwise for stage in depthwise.stages] == [True, False, False, False]
 
 
 def test_only_stages_that_upsample_begin_with_relu() -> None:
     decoder = TurboDecoder(TurboConfig.from_json(SMALL))
-    assert [[block.relu for block in stage.resnets] for stage in decoder.up_blocks] == [
-        [True],
-        [True],
-        [True],
-        [False],
-    ]
+    assert [[block.relu for block in stage.resnets] for stage in decoder.up_blocks] == [[True], [True], [True], [False]]
     assert decoder.up_blocks[2].conv_in is not None
     assert not decoder.up_blocks[2].conv_in.relu
     assert not decoder.mid_block["resnets"][0].relu
@@ -194,12 +184,7 @@ def test_absent_and_unknown_settings_are_named() -> None:
 
 
 def test_schedule_of_a_released_clip() -> None:
-    assert windows(26, 7, 7) == [
-        Window(0, 8, 0, 4),
-        Window(6, 15, 4, 4),
-        Window(13, 22, 4, 4),
-        Window(20, 28, 4, 8),
-    ]
+    assert windows(26, 7, 7) == [Window(0, 8, 0, 4), Window(6, 15, 4, 4), Window(13, 22, 4, 4), Window(20, 28, 4, 8)]
     assert windows(5, 7, 7) == [Window(0, 7, 0, 8)]
     assert windows(7, 7, 7) == [Window(0, 7, 0, 0)]
     assert sum(window.stop - window.start for window in windows(32, 7, 7)) == 43

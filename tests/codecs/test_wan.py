@@ -99,9 +99,7 @@ def test_loads_the_original_file(checkpoint: Path) -> None:
     mean = torch.tensor(wan.LATENT_MEAN).view(1, -1, 1, 1, 1)
     std = torch.tensor(wan.LATENT_STD).view(1, -1, 1, 1, 1)
     torch.testing.assert_close(latents * std + mean, moments, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        WanCodec.load(checkpoint.parent, dtype=torch.float32).encode(frames()), latents
-    )
+    torch.testing.assert_close(WanCodec.load(checkpoint.parent, dtype=torch.float32).encode(frames()), latents)
 
 
 def test_reads_the_older_pickle_format_and_safetensors(
@@ -130,9 +128,7 @@ def test_stream_is_the_clip_in_pieces(checkpoint: Path) -> None:
     assert [piece.shape[2] for piece in pieces] == [1, 4, 4]
     assert torch.equal(torch.cat(pieces, 2), codec.decode(latents))
     # Causal: a prefix decodes to a prefix, and two streams at a time do not disturb each other.
-    torch.testing.assert_close(
-        codec.decode(latents[:, :, :2]), torch.cat(pieces[:2], 2), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(codec.decode(latents[:, :, :2]), torch.cat(pieces[:2], 2), atol=1e-5, rtol=1e-5)
     both = [torch.cat(pair) for pair in zip(*(codec.decode_stream(z[None]) for z in latents), strict=True)]
     torch.testing.assert_close(torch.cat(both, 2), codec.decode(latents), atol=1e-5, rtol=1e-5)
 
@@ -220,9 +216,7 @@ def test_absence_names_the_command_that_fetches_it(
         WanCodec.load(tmp_path)
 
 
-def test_finds_the_file_in_the_hub_cache(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finds_the_file_in_the_hub_cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repo = tmp_path / "hub" / "models--Wan-AI--Wan2.2-TI2V-5B"
     (repo / "snapshots" / "abc").mkdir(parents=True)

@@ -6,9 +6,7 @@ from magihuman.cli import settings
 from magihuman.errors import UserError
 
 
-def _command(
-    tier: str = "exact", steps: int = 8, check: bool = False, sizes: list[str] | None = None
-) -> None:
+def _command(tier: str = "exact", steps: int = 8, check: bool = False, sizes: list[str] | None = None) -> None:
     """A command.
 
     Args:

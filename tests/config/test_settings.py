@@ -27,8 +27,7 @@ def test_every_recipe_composes_with_every_size(recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"),
-    [(g, n) for g in ("optim", "trainer", "logger", "callbacks", "strategy") for n in available(g)],
+    ("group", "name"), [(g, n) for g in ("optim", "trainer", "logger", "callbacks", "strategy") for n in available(g)]
 )
 def test_every_choice_of_every_group_is_valid(group, name) -> None:
     overrides = [f"{group}={name}", "optim=adamw"] if group == "strategy" else [f"{group}={name}"]
@@ -49,36 +48,21 @@ def test_every_experiment_composes(experiment) -> None:
 @pytest.mark.parametrize("size", available("model"))
 def test_every_model_size_builds_its_settings(size) -> None:
     settings = validate(node("+recipe=pretrain", f"model={size}"))
-    assert (
-        settings.model.dit.num_layers
-        == node("+recipe=pretrain", f"model={size}")["model"]["dit"]["num_layers"]
-    )
+    assert settings.model.dit.num_layers == node("+recipe=pretrain", f"model={size}")["model"]["dit"]["num_layers"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "no recipe given; add +recipe=NAME, one of: "),
-        (
-            ["+recipe=pretrain", "+trainer.max_stepz=3"],
-            "unknown setting trainer.max_stepz, did you mean 'max_steps'?",
-        ),
-        (
-            ["+recipe=pretrain", "+recipe.text_drap=0.1"],
-            "unknown setting recipe.text_drap, did you mean 'text_drop'?",
-        ),
+        (["+recipe=pretrain", "+trainer.max_stepz=3"], "unknown setting trainer.max_stepz, did you mean 'max_steps'?"),
+        (["+recipe=pretrain", "+recipe.text_drap=0.1"], "unknown setting recipe.text_drap, did you mean 'text_drop'?"),
         (["+recipe=pretrain", "+extra=1"], "unknown setting extra"),
-        (
-            ["+recipe=pretrain", "+recipe.sigma.knd=x"],
-            "unknown setting recipe.sigma.knd, did you mean 'kind'?",
-        ),
+        (["+recipe=pretrain", "+recipe.sigma.knd=x"], "unknown setting recipe.sigma.knd, did you mean 'kind'?"),
         (["+recipe=pretrain", "trainer.max_steps=many"], "trainer.max_steps='many' should be an integer"),
         (["+recipe=pretrain", "optim.lr=fast"], "optim.lr='fast' should be a number"),
         (["+recipe=pretrain", "optim.betas=[0.9]"], "optim.betas=[0.9] should be a list of a number"),
-        (
-            ["+recipe=pretrain", "trainer.precision=fp8"],
-            "trainer.precision='fp8' should be one of bf16, fp32",
-        ),
+        (["+recipe=pretrain", "trainer.precision=fp8"], "trainer.precision='fp8' should be one of bf16, fp32"),
         (
             ["+recipe=pretrain", "trainer.activation_checkpointing=atention"],
             "trainer.activation_checkpointing='atention' should be one of false, true, attention",
@@ -87,15 +71,9 @@ def test_every_model_size_builds_its_settings(size) -> None:
             ["+recipe=pretrain", "trainer.activation_checkpointing=1"],
             "trainer.activation_checkpointing=1 should be one of false, true, attention",
         ),
-        (
-            ["+recipe=pretrain", "recipe.first_frame=often"],
-            "recipe.first_frame='often' should be a number or Ramp",
-        ),
+        (["+recipe=pretrain", "recipe.first_frame=often"], "recipe.first_frame='often' should be a number or Ramp"),
         (["+recipe=pretrain", "+recipe.context=1"], "recipe.context is set by the program"),
-        (
-            ["+recipe=pretrain", "data=shards"],
-            "data.module.shards is not given; set it with data.module.shards=VALUE",
-        ),
+        (["+recipe=pretrain", "data=shards"], "data.module.shards is not given; set it with data.module.shards=VALUE"),
         (
             ["+recipe=pretrain", "recipe._target_=recipes.nothing.X"],
             "recipe._target_=recipes.nothing.X cannot be imported",
@@ -103,19 +81,13 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=pretrain", "trainer.max_steps=0"], "trainer.max_steps=0 trains nothing"),
         (["+recipe=pretrain", "trainer.max_time=soon"], "trainer.max_time='soon' should look like 01:30:00"),
         (["+recipe=pretrain", "trainer.devices=4"], "choose strategy=ddp or strategy=fsdp2"),
-        (
-            ["+recipe=pretrain", "optim=muon", "optim.adamw_lr=null"],
-            "optim.algorithm=muon also needs optim.adamw_lr",
-        ),
+        (["+recipe=pretrain", "optim=muon", "optim.adamw_lr=null"], "optim.algorithm=muon also needs optim.adamw_lr"),
         (["+recipe=pretrain", "optim.ema_decay=1"], "optim.ema_decay=1 should be in [0, 1)"),
         (
             ["+recipe=pretrain", "optim=muon", "strategy=zero2"],
             "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2",
         ),
-        (
-            ["+recipe=pretrain", "strategy=zero3", "optim=adamw"],
-            "set optim.ema_decay=0 or choose strategy=fsdp2",
-        ),
+        (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
     ],
 )
@@ -127,16 +99,7 @@ def test_mistakes_are_named_with_their_remedy(words, message) -> None:
 
 
 def test_words_of_the_command_line_become_overrides_of_hydra() -> None:
-    words = [
-        "recipe=sr",
-        "+experiment=tiny_sr",
-        "model=tiny",
-        "optim.lr=1",
-        "+name=x",
-        "-m",
-        "~after_fit",
-        "hydra.x=1",
-    ]
+    words = ["recipe=sr", "+experiment=tiny_sr", "model=tiny", "optim.lr=1", "+name=x", "-m", "~after_fit", "hydra.x=1"]
     assert overrides(words) == [
         "+recipe=sr", "+experiment=tiny_sr", "model=tiny", "++optim.lr=1", "++name=x", "-m", "~after_fit", "hydra.x=1",
     ]  # fmt: skip
@@ -180,13 +143,7 @@ def test_the_command_line_fails_with_one_line_and_status_2(arguments, message) -
 def test_help_names_groups_and_starts_without_torch() -> None:
     result = command("--help")
     assert result.returncode == 0, result.stderr
-    for text in (
-        "+recipe=pretrain",
-        "recipe: ",
-        "strategy: ",
-        "ema_decay",
-        "continues after an interruption",
-    ):
+    for text in ("+recipe=pretrain", "recipe: ", "strategy: ", "ema_decay", "continues after an interruption"):
         assert text in result.stdout
     probe = "import sys, magihuman.train, magihuman.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=CONFIGS.parent).returncode == 0

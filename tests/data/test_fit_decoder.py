@@ -15,9 +15,7 @@ from magihuman.zoo import decoders
 SMALL = {"steps": 3, "clips": 2, "batch": 1, "crop": 4, "width": 4}
 
 
-def test_a_stopped_training_goes_on_to_the_same_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_goes_on_to_the_same_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_decoder, "VALIDATION", range(100_000, 100_002))
     monkeypatch.setattr(fit_decoder, "EVERY", 1)
     through = fit_decoder.train(str(tmp_path / "a"), **SMALL)
@@ -53,6 +51,4 @@ def test_the_shipped_teacher_is_as_good_as_its_record_says() -> None:
     mine = fit_decoder.psnr(teacher.decode(latents), truth)
     codec = fit_decoder.psnr(world.video_codec.decode(latents), truth)
     assert mine > codec + 0.5
-    assert mine == pytest.approx(
-        config.provenance["held_out_psnr_db"]["teacher"], abs=1.5
-    )  # of 4 puppets, not 16
+    assert mine == pytest.approx(config.provenance["held_out_psnr_db"]["teacher"], abs=1.5)  # of 4 puppets, not 16

@@ -209,23 +209,17 @@ def test_a_bucket_without_a_readable_sample_is_an_error(shards: Path, tmp_path: 
     shutil.copytree(shards, copy)
     reader = Shards(copy)
     corrupt(copy, [i for i, entry in enumerate(reader.entries) if entry.bucket == "25x64x64"])
-    with pytest.raises(
-        UserError, match=r"no sample of bucket 25x64x64 in .* can be read; copy the shards again"
-    ):
+    with pytest.raises(UserError, match=r"no sample of bucket 25x64x64 in .* can be read; copy the shards again"):
         take(module(copy), 13)
 
 
 def test_unusable_shards_are_one_line_with_a_remedy(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"holds no index.json and no .tar; make them with `python -m data.prepare"
-    ):
+    with pytest.raises(UserError, match=r"holds no index.json and no .tar; make them with `python -m data.prepare"):
         LatentDataModule(str(tmp_path))
     copy = tmp_path / "missing"
     shutil.copytree(shards, copy)
     (copy / "shard-000001.tar").unlink()
-    with pytest.raises(
-        UserError, match=r"shard .*shard-000001.tar is missing or unreadable .*; copy it again, or"
-    ):
+    with pytest.raises(UserError, match=r"shard .*shard-000001.tar is missing or unreadable .*; copy it again, or"):
         LatentDataModule(str(copy))
     whole = (shards / "shard-000001.tar").read_bytes()
     (copy / "shard-000001.tar").write_bytes(whole[: len(whole) // 2])

@@ -73,9 +73,7 @@ def test_samples_of_one_and_of_two_sizes_do_not_mix(clips: Path, tmp_path: Path)
     both = Shards(prepared(clips, tmp_path / "both", sizes="64x64", sr_sizes="128x128"))
     first, second = both.read(0), both.read(1)
     del second.tensors["video_sr"]
-    with pytest.raises(
-        UserError, match="sample b has no video_sr, a has; prepare both with the same settings"
-    ):
+    with pytest.raises(UserError, match="sample b has no video_sr, a has; prepare both with the same settings"):
         collate([("a", first), ("b", second)], range(2), torch.zeros(0, 64))
 
 
@@ -120,6 +118,4 @@ def test_pictures_are_shrunk_without_a_shift_or_new_colours() -> None:
         small[..., 4:-4], ramp.unflatten(4, (32, 2)).mean(5)[:, :, :, ::2, 4:-4], atol=1e-3, rtol=0
     )
     checks = (torch.arange(64) % 2 * 2.0 - 1).expand(1, 3, 5, 64, 64)
-    assert (
-        shrink_pictures(checks, 32, 32)[..., 2:-2].abs().max() < 0.01
-    )  # not aliased to one of the two colours
+    assert shrink_pictures(checks, 32, 32)[..., 2:-2].abs().max() < 0.01  # not aliased to one of the two colours

@@ -41,9 +41,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expec
 
 
 def command(source: Path, output: Path, *settings: str) -> list[str]:
-    given = dict(
-        word.split("=", 1) for word in (CODECS, "shard_clips=3", "workers=2", "progress=false", *settings)
-    )
+    given = dict(word.split("=", 1) for word in (CODECS, "shard_clips=3", "workers=2", "progress=false", *settings))
     words = [f"{key}={value}" for key, value in given.items()]
     return [sys.executable, "-m", "data.prepare", f"input={source}", f"output={output}", *words]
 
@@ -106,9 +104,7 @@ def samples(output: Path) -> dict[str, Any]:
     return {f"{s.meta['source']}@{s.meta['start']:g}": s for s in read}
 
 
-def test_odd_but_good_files_hold_the_right_pictures_and_sound(
-    permissive: tuple[Path, dict[str, Any]],
-) -> None:
+def test_odd_but_good_files_hold_the_right_pictures_and_sound(permissive: tuple[Path, dict[str, Any]]) -> None:
     """The bright quarter of the drawn frame must be where the display matrix puts it, the tone where it began."""
     found = samples(permissive[0])
     plain = found["copy-of-plain.mp4@0"].tensors
@@ -151,14 +147,10 @@ def test_odd_but_good_files_hold_the_right_pictures_and_sound(
         green = found[f"{name}@0"].tensors["video"][1, 3, 14].float()  # latent frame 3: frames 9 to 12
         reference = plain["video"][1, 3, 14].float()
         assert (green - reference).abs().max() < 0.75, name  # at most one column off
-        assert (
-            abs(float((green > -0.5).float().argmax()) - float((reference > -0.5).float().argmax())) <= 1
-        ), name
+        assert abs(float((green > -0.5).float().argmax()) - float((reference > -0.5).float().argmax())) <= 1, name
 
 
-def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
-    clips: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_killed_at_random_points_and_resumed_gives_the_same_bytes(clips: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "shards"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills = 0
@@ -284,9 +276,7 @@ def test_folders_without_use_are_refused_with_a_reason(tmp_path: Path) -> None:
     assert (tmp_path / "mine").exists()
     clips = folder_of_clips(tmp_path / "media", 1)
     (clips / "c00.txt").unlink()
-    with pytest.raises(
-        UserError, match=r"no clip of .* could be used; most often: has no caption; .*report.md"
-    ):
+    with pytest.raises(UserError, match=r"no clip of .* could be used; most often: has no caption; .*report.md"):
         prepare(str(clips), str(tmp_path / "out"), codecs=CODECS[7:], progress=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
@@ -343,16 +333,9 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     assert "bucket 25x64x64+a: 4" in text
     assert f"video latents: {world.contract.video_channels} channels" in text
     assert (tmp_path / "sheet.png").stat().st_size > 3000
-    large = prepare(
-        str(tmp_path / "clips"), str(tmp_path / "large"), sizes="128x128", workers=1, progress=False
-    )
+    large = prepare(str(tmp_path / "clips"), str(tmp_path / "large"), sizes="128x128", workers=1, progress=False)
     assert large.buckets == {"25x128x128+a": 4}
-    assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (
-        world.contract.video_channels,
-        7,
-        32,
-        32,
-    )
+    assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (world.contract.video_channels, 7, 32, 32)
 
 
 def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path, tmp_path: Path) -> None:
@@ -370,7 +353,5 @@ def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path
     assert "checksum differs" in text
     bare = [sys.executable, "-m", "data.inspect", str(copy), "samples=0"]
     assert "1 corrupt" in subprocess.run(bare, cwd=REPO, capture_output=True, text=True, check=True).stdout
-    with pytest.raises(
-        UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"
-    ):
+    with pytest.raises(UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"):
         inspect(str(copy), str(tmp_path / "x.png"), codecs="tiny")

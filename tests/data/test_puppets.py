@@ -109,9 +109,7 @@ def test_the_caption_can_be_read_back():
         }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "caption", ["", "hello", "round face", "a, b, c, d, e", "round face, red hair, x, y, says"]
-)
+@pytest.mark.parametrize("caption", ["", "hello", "round face", "a, b, c, d, e", "round face, red hair, x, y, says"])
 def test_another_sentence_is_refused(caption):
     with pytest.raises(ValueError, match="not a tiny-world caption"):
         parse_caption(caption)
@@ -122,17 +120,9 @@ def test_clips_are_ordinary_files_that_do_not_depend_on_the_run(tmp_path: Path):
     assert make_clips(str(tmp_path / "b"), 2, seed=2, first=2, workers=1, progress=False) == 2
     for name in ("clip-000002", "clip-000003"):
         for ending in (".mp4", ".txt"):
-            assert (tmp_path / "a" / (name + ending)).read_bytes() == (
-                tmp_path / "b" / (name + ending)
-            ).read_bytes()
+            assert (tmp_path / "a" / (name + ending)).read_bytes() == (tmp_path / "b" / (name + ending)).read_bytes()
     info = probe(tmp_path / "a" / "clip-000000.mp4")
-    assert (info.width, info.height, info.fps, info.audio_rate, info.audio_channels) == (
-        64,
-        64,
-        25.0,
-        16000,
-        1,
-    )
+    assert (info.width, info.height, info.fps, info.audio_rate, info.audio_channels) == (64, 64, 25.0, 16000, 1)
     puppet = draw_puppet(2, 3)
     assert (tmp_path / "a" / "clip-000003.txt").read_text() == puppet.caption + "\n"
     clip = read_clip(tmp_path / "a" / "clip-000003.mp4", fps=25, rate=16000)

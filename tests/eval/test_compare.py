@@ -27,16 +27,12 @@ ROW = {row.name: row for row in ROWS}
 PROMPTS, DRAWS = 20, 3
 
 
-def made(
-    name: str, role: str, *, base: float = 0.0, skins: np.ndarray | None = None, seed: int = 0
-) -> Column:
+def made(name: str, role: str, *, base: float = 0.0, skins: np.ndarray | None = None, seed: int = 0) -> Column:
     """A column of made-up values: every one `base` more than a prompt's own, which all columns share."""
     shared = np.random.default_rng(0).uniform(0.9, 1.1, (PROMPTS, 1)).repeat(DRAWS, 1)
     noise = np.random.default_rng(seed).normal(0, 0.01, (PROMPTS, DRAWS)) if seed else 0
     names = [name for name, metric in CLIP_METRICS.items() if metric.compared]
-    values = dict.fromkeys(
-        (*names, "sync_retrieval", "nearest", "own", "semitones", "start_ms"), shared + base + noise
-    )
+    values = dict.fromkeys((*names, "sync_retrieval", "nearest", "own", "semitones", "start_ms"), shared + base + noise)
     values["other"] = values["own"] * 0.3
     values["end_ms"] = values["start_ms"]
     tones = np.tile(np.arange(3), (PROMPTS, 1)) if skins is None else skins
@@ -67,9 +63,7 @@ def test_deviation_within_a_prompt_leaves_out_what_was_not_heard():
     own = Column("a", "student", {"x": values}, np.zeros((3, 3), int), made("b", "bound").distribution)
     found = deviation_of("x")(own, own, np.ones((1, 3)))
     assert found is not None
-    assert found[0] == pytest.approx(
-        np.sqrt((2 + 4) / 2)
-    )  # variances 2 and 4; the third prompt has one value
+    assert found[0] == pytest.approx(np.sqrt((2 + 4) / 2))  # variances 2 and 4; the third prompt has one value
     nothing = Column("a", "student", {"x": values[2:]}, np.zeros((1, 3), int), own.distribution)
     assert deviation_of("x")(nothing, nothing, np.ones((1, 1))) is None
 
@@ -138,9 +132,7 @@ def test_differences_are_paired():
 
 def test_noise_is_called_noise():
     found = compared(made("few", "baseline", seed=5), made("student", "student", seed=6))
-    words = [
-        found.against(found.columns[3], found.columns[2], ROW[n]).word for n in ("attributes", "sharpness")
-    ]
+    words = [found.against(found.columns[3], found.columns[2], ROW[n]).word for n in ("attributes", "sharpness")]
     assert words == ["within noise", "within noise"]
 
 
@@ -172,13 +164,7 @@ def test_all_right_keeps_a_doubt():
 
 
 @pytest.mark.parametrize(
-    ("counts", "word"),
-    [
-        ((20, 20, 20), "kept"),
-        ((0, 60, 0), "lost"),
-        ((29, 2, 29), "lost"),
-        ((22, 27, 11), "kept"),
-    ],
+    ("counts", "word"), [((20, 20, 20), "kept"), ((0, 60, 0), "lost"), ((29, 2, 29), "lost"), ((22, 27, 11), "kept")]
 )
 def test_diversity_has_to_stay_within_a_tenth(counts, word):
     tones = np.random.default_rng(2).permutation(np.repeat(np.arange(3), counts)).reshape(PROMPTS, DRAWS)
@@ -253,8 +239,7 @@ def found(world) -> Comparison:
         for p, q in zip(drawn, first[0], strict=True)
     ]
     ends = [
-        [replace(p, skin=("light", "dark")[(i + k) % 2]) for i, p in enumerate(drawn)]
-        for k, drawn in enumerate(first)
+        [replace(p, skin=("light", "dark")[(i + k) % 2]) for i, p in enumerate(drawn)] for k, drawn in enumerate(first)
     ]
     sets = {
         "bound": bound,

@@ -39,11 +39,7 @@ def runs(world, tmp_path_factory) -> Path:
         denoiser = zoo.build(zoo.arch("tiny"), zoo.pack("tiny"), compute_dtype=torch.float32, seed=seed)
         config = ExportConfig(zoo.arch("tiny"), zoo.pack("tiny"), "tiny", world.contract, sampling=sampling)
         save_export(folder / name / "export", denoiser.model.state_dict(), config)
-    made = {
-        "command": ["python", "-m", "magihuman.train", "+recipe=dmd2"],
-        "seed": 5,
-        "code": {"commit": "c"},
-    }
+    made = {"command": ["python", "-m", "magihuman.train", "+recipe=dmd2"], "seed": 5, "code": {"commit": "c"}}
     record = {"recipe": "recipes.dmd2.DMD2", "name": "a", "created": "today", "steps": 20, "provenance": made}
     (folder / "a" / "run.json").write_text(json.dumps({**record, "metrics": {"memory_gb": 1.23041}}))
     (folder / "a" / "checkpoints").mkdir()
@@ -75,9 +71,7 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     folder = runs / "a" / "compare"
     assert Path(result["compare"]) == folder / "compare.json"
     written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    clips = {
-        f"clips/{who}-{k}.{end}" for who in ("teacher", "student") for k in (0, 1) for end in ("mp4", "txt")
-    }
+    clips = {f"clips/{who}-{k}.{end}" for who in ("teacher", "student") for k in (0, 1) for end in ("mp4", "txt")}
     assert written == {"compare.json", "compare.md", "compare.png", "sheet.png", *clips}
     page = (runs / "a" / "report.md").read_text()
     assert page.startswith("# DMD2: a\n")
@@ -174,10 +168,7 @@ def test_only_the_teacher_is_kept_and_changes_nothing(runs, compared):
     for name in COLUMNS[2:5]:
         assert again["columns"][name]["kept"] is not None
         assert again["columns"][name]["rows"] == values["columns"][name]["rows"]
-    assert (
-        again["columns"]["student a, 1 re-noise steps, no CFG"]["rows"]
-        == values["columns"][COLUMNS[-1]]["rows"]
-    )
+    assert again["columns"]["student a, 1 re-noise steps, no CFG"]["rows"] == values["columns"][COLUMNS[-1]]["rows"]
 
 
 def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch):
@@ -201,11 +192,7 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
         values[part][other] = values[part][COLUMNS[-1]]
     (tmp_path / "c.json").write_text(json.dumps(values))
     lines = readme_tables.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
-    header = [
-        "through codec",
-        "teacher, 2 steps, CFG (4 calls)",
-        "teacher, 1 re-noise steps, no CFG (1 calls)",
-    ]
+    header = ["through codec", "teacher, 2 steps, CFG (4 calls)", "teacher, 1 re-noise steps, no CFG (1 calls)"]
     assert lines[1] == f"|  | {' | '.join([*header, 'student', 'student b'])} |"
     assert "| training state in a checkpoint, MB ↓ |  |  |  | 2 | 2 |" in lines
     assert "| peak memory of the training process, GB ↓ |  |  |  | 1.23 | 1.23 |" in lines
@@ -255,10 +242,7 @@ def test_a_claim_says_by_how_much_and_to_which_side():
         "worse: sharpness 12.00 % [11.00, 13.00] farther from the bound",
         "within noise: skin_tones",
     ]
-    assert (diversity["verdict"], diversity["details"]) == (
-        "not kept",
-        ["skin_tones 0.800 [0.700, 0.880]: lost"],
-    )
+    assert (diversity["verdict"], diversity["details"]) == ("not kept", ["skin_tones 0.800 [0.700, 0.880]: lost"])
     assert speed["details"][0].startswith("8.0 times: 0.100 s against 0.800 s")
 
 
@@ -292,7 +276,4 @@ def test_names_of_columns(runs, world):
     assert dmd2._short_names(["x/a", "y/a"]) == ["student x/a", "student y/a"]
     settings = Pipeline(zoo.load(str(runs / "teacher")), world).settings()
     assert dmd2.sampler_words(settings) == "2 steps, CFG"
-    assert (
-        dmd2.sampler_words(replace(settings, solver="euler", guidance=FEW.guidance))
-        == "2 euler steps, no CFG"
-    )
+    assert dmd2.sampler_words(replace(settings, solver="euler", guidance=FEW.guidance)) == "2 euler steps, no CFG"

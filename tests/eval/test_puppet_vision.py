@@ -9,13 +9,7 @@ from scipy.ndimage import gaussian_filter
 from data.tiny.puppets import FACES, HAIR, SHIRTS, SKINS, WALLS, draw_puppet, mouth_track, render
 from eval.puppet_vision import attributes, measure_frames, mouth_openness
 
-VALUES = {
-    "face": FACES,
-    "hair": tuple(HAIR),
-    "shirt": tuple(SHIRTS),
-    "wall": tuple(WALLS),
-    "skin": tuple(SKINS),
-}
+VALUES = {"face": FACES, "hair": tuple(HAIR), "shirt": tuple(SHIRTS), "wall": tuple(WALLS), "skin": tuple(SKINS)}
 
 
 def drawn_area(puppet) -> np.ndarray:

@@ -67,19 +67,12 @@ def test_real_clips_in_a_folder_score_like_the_truth(folder, tmp_path, capsys):
     name = folder.name
     report = json.loads(Path(result["scores"]).read_text())
     assert result["n"] == 24
-    assert result["vowels"] == {
-        "value": 1.0,
-        "low": pytest.approx(0.862, abs=1e-3),
-        "high": 1.0,
-        "bound": 1.0,
-    }
+    assert result["vowels"] == {"value": 1.0, "low": pytest.approx(0.862, abs=1e-3), "high": 1.0, "bound": 1.0}
     assert list(report["columns"]) == ["ground truth", "through codec", name]
     for row in ("attributes", "vowels", "vowels_exact", "words_exact"):
         assert value(report, name, row) == 1
     assert value(report, name, "sync_r") > 0.97
-    written = {
-        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()
-    }
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert written == {
         "scores.json", "scores.md", "scores.png", "clips.json", "clips.png",
         "clips/clip-000000.mp4", "clips/clip-000000.txt", "clips/clip-000001.mp4", "clips/clip-000001.txt",
@@ -162,10 +155,7 @@ def test_a_run_folder_is_sampled_scored_and_gets_its_eval_folder(untrained):
     assert column["seconds"] > 0
     assert report["held_out_seed"] == HELD_OUT_SEED
     assert column["table"]["vowels_exact"]["value"] == 0
-    captions = [
-        clip["caption"]
-        for clip in json.loads((untrained / "eval" / "clips.json").read_text())[untrained.name]
-    ]
+    captions = [clip["caption"] for clip in json.loads((untrained / "eval" / "clips.json").read_text())[untrained.name]]
     assert captions == [p.caption for p in held_out(3)]
 
 
@@ -184,11 +174,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     clip = scores.clips[0]
     clip.right.update(face=False, shirt=False)
     sheet = figures.contact_sheet([figures.Shown("t", "model", clips.frames, clips.waves, scores.clips)])
-    face, shirt, heard = (
-        clip.vision.attributes["face"],
-        clip.vision.attributes["shirt"],
-        " ".join(clip.speech.words),
-    )
+    face, shirt, heard = (clip.vision.attributes["face"], clip.vision.attributes["shirt"], " ".join(clip.speech.words))
     title = sheet.axes[0].get_title(loc="left")
     assert title == f"{puppets[0].caption}\nt | heard: {heard} | wrong: face {face}, shirt {shirt}"
     assert "wrong" not in sheet.axes[2].get_title(loc="left")

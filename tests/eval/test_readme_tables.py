@@ -16,9 +16,7 @@ def test_all_readmes_are_rendered_from_their_files() -> None:
     readme_tables.update(check=True)
 
 
-def test_tables_of_a_package_page_are_rendered_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_of_a_package_page_are_rendered_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cost_file = Path("eval/results/readme_run.json")
     for page in ("README.md", "eval/README.md", "inference/benchmark/README.md"):
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +39,7 @@ def test_tables_of_a_package_page_are_rendered_and_checked(
 
 def test_the_metrics_of_the_glossary_are_those_of_the_tables(tmp_path: Path) -> None:
     text = readme_tables.render("<!-- metrics all -->\n<!-- end -->")
-    assert (
-        "| `sharpness` | sharpness (variance of the Laplacian) |  | nearer to the target is better |" in text
-    )
+    assert "| `sharpness` | sharpness (variance of the Laplacian) |  | nearer to the target is better |" in text
     assert "| `psnr` | PSNR | dB | higher is better |" in text
 
 
@@ -61,9 +57,7 @@ def test_block_without_file_says_which() -> None:
         readme_tables.render("<!-- scores no/such.json -->\n<!-- end -->")
 
 
-def test_peaks_are_shown_by_mode_and_only_if_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peaks_are_shown_by_mode_and_only_if_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme_tables, "REPO", tmp_path)
     file = tmp_path / "peaks.json"
     peaks("15b", output=str(file))
@@ -73,9 +67,7 @@ def test_peaks_are_shown_by_mode_and_only_if_computed(
         "| computed, GB | wan, fast | wan, balanced | wan, low | turbo, fast | turbo, balanced | turbo, low |"
     )
     assert len(table) == 2 + 9 + 2
-    largest = [
-        row["bytes"] for row in values["peaks"] if (row["resolution"], row["weights"]) == ("1080p", "int4")
-    ]
+    largest = [row["bytes"] for row in values["peaks"] if (row["resolution"], row["weights"]) == ("1080p", "int4")]
     assert table[10] == f"| 1080p, int4 | {' | '.join(f'{size / 1e9:.1f}' for size in largest)} |"
     values["peaks"][0]["how"] = "measured"
     file.write_text(json.dumps(values))

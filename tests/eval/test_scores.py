@@ -130,9 +130,7 @@ def test_blur_costs_sharpness_and_no_sync(sigma, least, truth, frames, waves):
     assert value(scores, "attributes") == 1
 
 
-@pytest.mark.parametrize(
-    ("level", "least", "flicker"), [(0.05, 0.98, 0.037), (0.1, 0.97, 0.072), (0.2, 0.92, 0.133)]
-)
+@pytest.mark.parametrize(("level", "least", "flicker"), [(0.05, 0.98, 0.037), (0.1, 0.97, 0.072), (0.2, 0.92, 0.133)])
 def test_noise_costs_flicker_and_little_sync(level, least, flicker, truth, frames, waves):
     rng = np.random.default_rng(0)
     rough = [np.clip(m + rng.standard_normal(m.shape) * level * 255, 0, 255).astype(np.uint8) for m in frames]

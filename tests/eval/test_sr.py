@@ -96,11 +96,7 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     results = sr.run("tiny/sr", clips=3, steps=1, output=str(tmp_path), progress=False)
     assert set(results) == {"scores", "table", "audio", "steps"}
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {
-        "clips.png",
-        "audio.png",
-        "steps.png",
-    }
+    assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {"clips.png", "audio.png", "steps.png"}
     facts = json.loads((tmp_path / "table.json").read_text())
     assert facts["clips"] == 3
     assert list(facts["sets"]["clip"]["columns"]) == ["bicubic", "latents", "sr", "bound"]
@@ -110,9 +106,7 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     audio = json.loads((tmp_path / "audio.json").read_text())["sets"]
     assert list(audio) == ["1", "8"]
     assert list(audio["8"]["columns"]) == ["bicubic", "latents", "sr", "sr, noise for sound", "bound"]
-    assert (
-        audio["8"]["columns"]["bicubic"]["psnr"]["value"] < audio["1"]["columns"]["bicubic"]["psnr"]["value"]
-    )
+    assert audio["8"]["columns"]["bicubic"]["psnr"]["value"] < audio["1"]["columns"]["bicubic"]["psnr"]["value"]
     heard, unheard = (audio["8"]["columns"][name]["psnr"]["value"] for name in ("sr", "sr, noise for sound"))
     assert heard != unheard
     assert heard < audio["1"]["columns"]["sr"]["psnr"]["value"]
@@ -130,18 +124,14 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     assert "| lip-sync skill (other clips' audio 0, codec bound 1) ↑ |" in text
 
 
-def test_other_checkpoints_are_compared_and_their_training_is_told(
-    world: CodecBundle, tmp_path: Path
-) -> None:
+def test_other_checkpoints_are_compared_and_their_training_is_told(world: CodecBundle, tmp_path: Path) -> None:
     from magihuman import zoo
 
     run = tmp_path / "runs" / "again"
     shutil.copytree(zoo.find("tiny/sr"), run / "export")
     made = {"command": ["python", "-m", "magihuman.train", "name=again"], "code": {"commit": "abc"}}
     (run / "run.json").write_text(json.dumps({"steps": 7, "provenance": made}))
-    results = sr.run(
-        "tiny/sr", clips=2, parts="others", others=str(run), steps=1, output=str(tmp_path), progress=False
-    )
+    results = sr.run("tiny/sr", clips=2, parts="others", others=str(run), steps=1, output=str(tmp_path), progress=False)
     columns = results["others"]["clip"]["columns"]
     assert list(columns) == ["sr", "again", "bound"]
     assert columns["sr"] == columns["again"]  # the same weights on the same noise
@@ -164,9 +154,7 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
     for run in runs:
         shutil.copytree(zoo.find("tiny/sr"), run / "export")
     others = ",".join(map(str, runs))
-    results = sr.run(
-        "tiny/sr", clips=2, parts="others", others=others, steps=1, output=str(tmp_path), progress=False
-    )
+    results = sr.run("tiny/sr", clips=2, parts="others", others=others, steps=1, output=str(tmp_path), progress=False)
     assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bound"]
 
 
@@ -175,10 +163,7 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
     [
         ({"checkpoint": "tiny/base"}, "tiny/base is a checkpoint, for the first stage"),
         ({"base": "tiny/sr"}, "tiny/sr is a checkpoint, for the second stage"),
-        (
-            {"parts": "others", "others": "tiny/sr,tiny/distill"},
-            "tiny/distill is a checkpoint, for the first",
-        ),
+        ({"parts": "others", "others": "tiny/sr,tiny/distill"}, "tiny/distill is a checkpoint, for the first"),
         ({"parts": "tables"}, "choose from table, audio, steps"),
         ({"clips": 1}, "at least 2 clips"),
         ({"parts": "others"}, "belong together"),

@@ -91,11 +91,7 @@ def test_distance_to_uniform():
 
 
 def test_nothing_is_unavailable_with_a_reason_never_zero():
-    for measure in (
-        stats.mean(np.array([])),
-        stats.proportion(0, 0),
-        stats.distance_to_uniform(np.zeros(3, int)),
-    ):
+    for measure in (stats.mean(np.array([])), stats.proportion(0, 0), stats.distance_to_uniform(np.zeros(3, int))):
         assert measure.value is None
         assert measure.status == "unavailable"
         assert measure.reason

@@ -27,9 +27,7 @@ def test_a_wrong_gain_and_offset_cost_psnr() -> None:
     assert 21 < found.psnr < 23
     assert found.ssim < 0.999
     stretched = (wrong.astype(float) - wrong.min()) / (np.ptp(wrong)) * 255
-    assert (
-        clip_errors(stretched.round().astype(np.uint8), truth).psnr > 50
-    )  # what normalising would have hidden
+    assert clip_errors(stretched.round().astype(np.uint8), truth).psnr > 50  # what normalising would have hidden
 
 
 def test_equal_clips_are_perfect_and_frames_are_averaged() -> None:
@@ -52,10 +50,7 @@ def test_flicker_is_what_moves_where_nothing_does() -> None:
     blinking[::2] += 3
     assert flicker(blinking, still) == 3
     assert flicker(blinking + 20, still) == 3  # a constant offset does not flicker
-    assert (
-        flicker(blinking, np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1).repeat(24, 1).repeat(24, 2))
-        is None
-    )
+    assert flicker(blinking, np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1).repeat(24, 1).repeat(24, 2)) is None
     half = still.copy()
     half[1::2, :12] += 50  # the truth itself moves in the upper half
     assert flicker(half, half) == 0

@@ -41,9 +41,7 @@ def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) 
 
 def test_the_shipped_student_is_what_its_table_says() -> None:
     """tiny/turbo: far better than the linear codec, no seam, and no worse than its teacher where it was measured."""
-    table = json.loads(
-        (Path(turbo_vae.__file__).with_name("results") / "tiny_turbo" / "scores.json").read_text()
-    )
+    table = json.loads((Path(turbo_vae.__file__).with_name("results") / "tiny_turbo" / "scores.json").read_text())
     told = {name: column["table"]["psnr"]["value"] for name, column in table["columns"].items()}
     assert told["student"] > told["teacher"] > told["codec"] + 1
     assert table["columns"]["student"]["cost"]["streaming"] < 1e-5
@@ -56,28 +54,20 @@ def test_the_shipped_student_is_what_its_table_says() -> None:
 
 def test_the_readme_shows_the_rows_that_it_asks_for() -> None:
     folder = "eval/results/tiny_turbo"
-    shown = readme_tables.render(
-        f"<!-- decoding {folder}/scores.json psnr seconds -->\n<!-- end -->"
-    ).splitlines()
+    shown = readme_tables.render(f"<!-- decoding {folder}/scores.json psnr seconds -->\n<!-- end -->").splitlines()
     values = json.loads((readme_tables.REPO / folder / "scores.json").read_text())["columns"]["student"]
     assert [line.split(" | ")[0] for line in shown[3:5]] == ["| PSNR, dB ↑", "| processor seconds per clip ↓"]
     assert f"{values['table']['psnr']['value']:.2f} [" in shown[3]
     assert f"| {values['cost']['seconds']:.3g} |" in shown[4]
-    table = json.loads((readme_tables.REPO / folder / "ablation_align" / "ablation.json").read_text())[
-        "table"
-    ]
-    shown = readme_tables.render(
-        f"<!-- ablation {folder}/ablation_align/ablation.json -->\n<!-- end -->"
-    ).splitlines()
+    table = json.loads((readme_tables.REPO / folder / "ablation_align" / "ablation.json").read_text())["table"]
+    shown = readme_tables.render(f"<!-- ablation {folder}/ablation_align/ablation.json -->\n<!-- end -->").splitlines()
     assert f"| no_align | {table['no_align']['student: psnr']['mean']:.2f} (+0.34" in "\n".join(shown)
 
 
 def test_a_perfect_decoder_is_perfect() -> None:
     truth = torch.randint(0, 256, (1, 5, 16, 16, 3), dtype=torch.uint8)
     frames = truth.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    judged, made = turbo_vae.score_decoder(
-        "same", lambda _: frames, torch.zeros(1, 3, 2, 4, 4), truth.numpy()
-    )
+    judged, made = turbo_vae.score_decoder("same", lambda _: frames, torch.zeros(1, 3, 2, 4, 4), truth.numpy())
     assert (made == truth.numpy()).all()
     assert judged.table["psnr"].value == 99
     assert judged.table["change"].value == 0
@@ -98,9 +88,7 @@ def test_every_sampled_clip_is_judged_once(tmp_path: Path) -> None:
             seen.append(float(latents[0, 0, 0, 0, 0]))
             return (latents[:, :, :1, :1, :1] / 127.5 - 1).expand(1, 3, 5, 16, 16)
 
-    columns = turbo_vae._on_sampled(
-        str(tmp_path / "sampled.safetensors"), {"codec": Codec(), "student": Codec()}, ""
-    )
+    columns = turbo_vae._on_sampled(str(tmp_path / "sampled.safetensors"), {"codec": Codec(), "student": Codec()}, "")
     assert seen == [*range(50), *range(50)]
     assert columns[1].table["psnr"].value == 99
 

@@ -30,10 +30,7 @@ def test_half_precision_latents_are_handled_in_fp32() -> None:
 def test_mean_counts_only_what_the_mask_names() -> None:
     values = torch.arange(12.0).view(2, 1, 3, 2)
     mask = torch.tensor([[1.0, 0, 0], [0, 0, 0]]).view(2, 1, 3, 1)
-    assert masked_mean_per_sample(values, mask).tolist() == [
-        0.5,
-        0.0,
-    ]  # the second sample has no place at all
+    assert masked_mean_per_sample(values, mask).tolist() == [0.5, 0.0]  # the second sample has no place at all
     assert masked_mean_per_sample(values).tolist() == [2.5, 8.5]
     assert masked_mean_per_sample(torch.zeros(2, 0, 4)).tolist() == [0.0, 0.0]
 

@@ -6,13 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from magihuman.flow.sigmas import zero_snr_table
-from magihuman.flow.super_resolution import (
-    AUDIO_NOISE,
-    NOISE_INDEX,
-    noise_audio,
-    noise_video,
-    upsample_latents,
-)
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, noise_audio, noise_video, upsample_latents
 
 
 def test_start_equals_the_release(golden: Path) -> None:
@@ -30,9 +24,7 @@ def test_corners_stay_and_time_is_untouched() -> None:
     latents = torch.randn(1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     up = upsample_latents(latents, 7, 11)
     assert up.shape == (1, 2, 3, 7, 11)
-    torch.testing.assert_close(
-        up[..., [0, 0, -1, -1], [0, -1, 0, -1]], latents[..., [0, 0, -1, -1], [0, -1, 0, -1]]
-    )
+    torch.testing.assert_close(up[..., [0, 0, -1, -1], [0, -1, 0, -1]], latents[..., [0, 0, -1, -1], [0, -1, 0, -1]])
     torch.testing.assert_close(up[..., ::2, ::2], latents)
 
 

@@ -27,10 +27,7 @@ from magihuman.zoo.checks.network import vector_arithmetic
 HERE = Path(__file__).resolve().parent
 SHARED = {"video_in_channels": 12, "audio_in_channels": 6, "text_in_channels": 10}
 DITS = {
-    "dit_own_sandwich": (
-        DiTConfig(4, 48, 16, 1, **SHARED, mm_layers=(0, 3), gelu7_layers=(0,)),
-        PackConfig(2, "v2"),
-    ),
+    "dit_own_sandwich": (DiTConfig(4, 48, 16, 1, **SHARED, mm_layers=(0, 3), gelu7_layers=(0,)), PackConfig(2, "v2")),
     "dit_own_plain": (
         DiTConfig(2, 32, 16, 2, **SHARED, post_norm_layers=(1,), enable_attn_gating=False),
         PackConfig(2, "v1"),
@@ -48,9 +45,7 @@ def main() -> None:
     with vector_arithmetic(), torch.no_grad():
         for seed, (name, (config, pack)) in enumerate(DITS.items()):
             entries[name] = _write(name, *_dit(config, pack, seed))
-        entries["unipc_own"] = _write(
-            "unipc_own", *_trajectory(FlowUniPC(6, 3.0), {"steps": 6, "shift": 3.0})
-        )
+        entries["unipc_own"] = _write("unipc_own", *_trajectory(FlowUniPC(6, 3.0), {"steps": 6, "shift": 3.0}))
         entries["ddim_own"] = _write("ddim_own", *_trajectory(ReNoise(4, 5.0), {"steps": 4, "shift": 5.0}))
         entries["sde_own"] = _write("sde_own", *_trajectory(SDE(6, 2.0), {"steps": 6, "shift": 2.0}))
         entries["coords_own"] = _write("coords_own", *_coords())
@@ -61,9 +56,7 @@ def main() -> None:
 def _write(name: str, meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     path = HERE / f"{name}.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    shapes = {
-        k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()
-    }
+    shapes = {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in tensors.items()}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "sha256": digest, "meta": meta, "tensors": shapes}
 
@@ -94,9 +87,7 @@ def _dit(config: DiTConfig, pack: PackConfig, seed: int) -> tuple[dict[str, Any]
         tensors |= {f"{prefix}/video": video_v, f"{prefix}/audio": audio_v}
     tokens = patchify(video, pack.patch_size)
     embed = model.adapter(tokens[0], audio[0], text[0, :text_len])
-    queries, keys = local_ranges(
-        layout.video_len, audio.shape[1] + text_len, layout.frames, pack.frame_receptive_field
-    )
+    queries, keys = local_ranges(layout.video_len, audio.shape[1] + text_len, layout.frames, pack.frame_receptive_field)
     assert layout.rotary is not None
     tensors |= {
         "mid/tokens": tokens[0],

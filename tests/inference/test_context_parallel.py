@@ -25,9 +25,7 @@ SHAPE = LatentShape(3, 3, 6, 2, 5, 6)
 
 
 def _denoiser(config: DiTConfig, window: int) -> Denoiser:
-    denoiser = zoo.build(
-        config, PackConfig(2, frame_receptive_field=window), compute_dtype=torch.float32, seed=1
-    )
+    denoiser = zoo.build(config, PackConfig(2, frame_receptive_field=window), compute_dtype=torch.float32, seed=1)
     generator = torch.Generator().manual_seed(2)
     for head in (denoiser.model.final_linear_video, denoiser.model.final_linear_audio):
         torch.nn.init.normal_(head.weight, std=0.2, generator=generator)
@@ -42,9 +40,7 @@ def _results(denoiser: Denoiser) -> dict[str, Tensor]:
     with torch.no_grad():
         single = denoiser(*z, [text])
     denoiser.model.frame_receptive_field = -1
-    looped = sample(
-        denoiser, [text], [other], SHAPE, 3, "unipc", Guidance(3.0, 2.0, audio=2.0), generator=seeded([4])
-    )
+    looped = sample(denoiser, [text], [other], SHAPE, 3, "unipc", Guidance(3.0, 2.0, audio=2.0), generator=seeded([4]))
     names = ("single video", "single audio", "looped video", "looped audio")
     return dict(zip(names, (*single, *looped), strict=True))
 
@@ -101,7 +97,5 @@ def test_shares_cover_every_token_once(processes: int) -> None:
 
 def test_heads_that_do_not_divide() -> None:
     require_divisible_heads(zoo.arch("15b"), 8)
-    with pytest.raises(
-        UserError, match="8 key/value heads cannot be split over 3 processes; start 1, 2, 4, 8"
-    ):
+    with pytest.raises(UserError, match="8 key/value heads cannot be split over 3 processes; start 1, 2, 4, 8"):
         require_divisible_heads(zoo.arch("15b"), 3)

@@ -17,12 +17,7 @@ from inference import decoding
 from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_pictures
 from inference.pipeline import Pipeline
 from magihuman import infer, zoo
-from magihuman.codecs.causal_decoder import (
-    CausalDecoder,
-    CausalDecoderCodec,
-    CausalDecoderConfig,
-    DecoderStage,
-)
+from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec, CausalDecoderConfig, DecoderStage
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
 from magihuman.media.images import frames_to_uint8
@@ -32,9 +27,7 @@ from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
 
 SMALL = CausalDecoderConfig(3, (DecoderStage(8, 1, "full", (2, 2)), DecoderStage(6, 2, "split")), (2, 2))
-REACH = (
-    6  # latents that a pixel of SMALL sees to each side: 1 + 2 at the latents' resolution, 5 at twice that
-)
+REACH = 6  # latents that a pixel of SMALL sees to each side: 1 + 2 at the latents' resolution, 5 at twice that
 
 
 def _student(seed: int = 0, chunk: int | None = None) -> CausalDecoderCodec:
@@ -235,12 +228,8 @@ def test_small_pictures_and_no_tile_are_decoded_whole() -> None:
 def test_tiles_need_less_memory(name: str, share: float) -> None:
     described = decoders.arch(name)
     latents = decoders.Latents("wan2.2", 48, (4, 16, 16))
-    network: Any = decoders.build(
-        decoders.DecoderConfig(described["layout"], described["network"], latents), "meta"
-    )
-    codec = (
-        CausalDecoderCodec(network) if name == "b" else TurboCodec(network.decoder, network.config).to("meta")
-    )
+    network: Any = decoders.build(decoders.DecoderConfig(described["layout"], described["network"], latents), "meta")
+    codec = CausalDecoderCodec(network) if name == "b" else TurboCodec(network.decoder, network.config).to("meta")
     z, peaks = torch.empty(1, 48, 2, 68, 120, device="meta"), []
     for tile in (None, 1024):
         with torch.no_grad(), Allocations().ignore(*codec.parameters(), *codec.buffers(), z) as memory:
@@ -252,9 +241,7 @@ def test_tiles_need_less_memory(name: str, share: float) -> None:
 
 @pytest.mark.parametrize("tile", [16, 33, 0])
 def test_a_tile_that_cannot_be_is_refused(tile: int) -> None:
-    with pytest.raises(
-        UserError, match=rf"tile={tile} is impossible; give a multiple of 4 pixels, at least 32"
-    ):
+    with pytest.raises(UserError, match=rf"tile={tile} is impossible; give a multiple of 4 pixels, at least 32"):
         Decoder(_student(), tile)
     assert latents_per_tile(None, (4, 4, 4)) is None
 

@@ -196,9 +196,7 @@ def test_a_stopped_run_leaves_a_page_and_the_next_one_completes_it(
 ) -> None:
     page = tmp_path / "clips" / PAGE
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "inference.pipeline.Pipeline.write", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
-        )
+        patch.setattr("inference.pipeline.Pipeline.write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(SystemExit):
             infer.main(made)
     assert "2 clips, 2 with problems" in page.read_text()
@@ -231,14 +229,10 @@ def test_a_real_browser_plays_the_clips_and_filters_them(tmp_path: Path, made: l
     address = (folder / PAGE).as_uri()
 
     page = Page(browse(tmp_path, "--dump-dom", address))
-    metadata = {
-        unquote((a["src"] or "").partition("#")[0]): a.get("data-metadata") for a, _ in page.all("video")
-    }
+    metadata = {unquote((a["src"] or "").partition("#")[0]): a.get("data-metadata") for a, _ in page.all("video")}
     assert metadata == {'a #1 "été" 人.mp4': "32x32", "0001-a-calm-voice.mp4": "32x32", "broken.mp4": None}
     assert [text for _, text in page.all("title")] == ["clips"]  # the script in the prompt did not run
-    assert [t for a, t in page.all("p", **{"class": "problem"}) if "hidden" not in a] == [
-        "this browser cannot play it"
-    ]
+    assert [t for a, t in page.all("p", **{"class": "problem"}) if "hidden" not in a] == ["this browser cannot play it"]
     assert ["hidden" in a for a, _ in page.all("article")] == [False, False, False]
 
     page = Page(browse(tmp_path, "--dump-dom", f"{address}#voice%20CALM"))

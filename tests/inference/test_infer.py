@@ -54,9 +54,7 @@ def test_what_the_world_does_not_know_is_said_once(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def strict(*arguments: Any, **named: Any) -> Any:
-        return replace(
-            fake_bundle(*arguments, **named), prompt_pattern="face( m[ai])+", prompt_example="face ma"
-        )
+        return replace(fake_bundle(*arguments, **named), prompt_pattern="face( m[ai])+", prompt_example="face ma")
 
     monkeypatch.setattr("magihuman.codecs.bundle.load_bundle", strict)
     prompts = tmp_path / "p.txt"
@@ -71,9 +69,7 @@ def test_what_the_world_does_not_know_is_said_once(
     assert "note: " not in capsys.readouterr().err
 
 
-def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(checkpoint: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(f"checkpoint={checkpoint}", "prompt=x y", f"output={tmp_path / name / 'x.mp4'}", f"seed={seed}")
     a, b, c = ((tmp_path / name / "x.mp4").read_bytes() for name in "abc")
@@ -103,13 +99,7 @@ def test_the_recorded_command_repeats_the_clip(checkpoint: Path, tmp_path: Path)
 
 def test_a_sound_steers_the_clip(checkpoint: Path, tmp_path: Path) -> None:
     run(f"checkpoint={checkpoint}", "prompt=a", f"output={tmp_path / 'x.mp4'}", "seed=1")
-    run(
-        f"checkpoint={checkpoint}",
-        "prompt=a",
-        f"output={tmp_path / 'y.mp4'}",
-        "seed=2",
-        f"audio={tmp_path / 'x.mp4'}",
-    )
+    run(f"checkpoint={checkpoint}", "prompt=a", f"output={tmp_path / 'y.mp4'}", "seed=2", f"audio={tmp_path / 'x.mp4'}")
     record = json.loads((tmp_path / "y.json").read_text())
     assert record["audio"]["path"] == str(tmp_path / "x.mp4")
     assert record["audio"]["sha256"] == json.loads((tmp_path / "x.json").read_text())["sha256"]
@@ -215,10 +205,7 @@ def test_sigkill_in_the_middle_loses_nothing_and_repeats_nothing(checkpoint: Pat
 def test_the_length_can_follow_the_dialogue(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [
-        '{"prompt": "a face", "seconds": "auto"}',
-        '{"prompt": "says \\"ma bi so\\"", "seconds": "auto"}',
-    ]
+    lines = ['{"prompt": "a face", "seconds": "auto"}', '{"prompt": "says \\"ma bi so\\"", "seconds": "auto"}']
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     output = tmp_path / "out"
     run(f"checkpoint={checkpoint}", f"prompts={tmp_path / 'p.jsonl'}", f"output={output}")
@@ -227,17 +214,10 @@ def test_the_length_can_follow_the_dialogue(
     assert "the prompt has no dialogue" in capsys.readouterr().err
 
 
-def test_a_negative_prompt_from_a_file(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_negative_prompt_from_a_file(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "n.txt").write_text("grey wall\n")
     output = tmp_path / "x.mp4"
-    common = [
-        f"checkpoint={checkpoint}",
-        "prompt=a",
-        f"output={output}",
-        f"negative_prompt_file={tmp_path / 'n.txt'}",
-    ]
+    common = [f"checkpoint={checkpoint}", "prompt=a", f"output={output}", f"negative_prompt_file={tmp_path / 'n.txt'}"]
     run(*common)
     assert "not the released negative prompt: 9 characters" in capsys.readouterr().err
     assert json.loads(output.with_suffix(".json").read_text())["settings"]["negative_prompt"] == "grey wall"
@@ -259,14 +239,7 @@ def test_processes_share_the_prompts_and_one_manifest(checkpoint: Path, tmp_path
     prompts, script = write_prompts(tmp_path, 5), tmp_path / "ranks.py"
     script.write_text(RANKS)
     arguments = [f"checkpoint={checkpoint}", f"prompts={prompts}", "batch=1", "device=cpu", "progress=false"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     command = [*launch, str(REPO / "tests"), *arguments, f"output={tmp_path / 'two'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}:{REPO}/tests/support"}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
@@ -352,9 +325,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_conditions_and_checkpoints(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_conditions_and_checkpoints(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.png").write_text("no picture")
     (tmp_path / "s.wav").write_bytes(b"RIFF....")
     common = ["prompt=a", f"output={tmp_path / 'out' / 'x.mp4'}"]
@@ -367,14 +338,10 @@ def test_bad_conditions_and_checkpoints(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "x.mp4"
-    assert "cannot write to the folder" in failure(
-        capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}"
-    )
+    assert "cannot write to the folder" in failure(capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}")
 
 
 def test_a_full_disk_leaves_no_half_clip(
@@ -409,9 +376,7 @@ def test_a_disk_that_fills_up_while_writing(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_sounds_that_cannot_be_used(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sounds_that_cannot_be_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import wave
 
     (tmp_path / "empty.wav").touch()
@@ -420,8 +385,6 @@ def test_sounds_that_cannot_be_used(
         file.writeframes(bytes(600 * 8000))
     for name, message in (("empty.wav", "the file is empty (0 bytes)"), ("long.wav", "it lasts 600 s")):
         output = tmp_path / "out" / "x.mp4"
-        error = failure(
-            capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}", f"audio={tmp_path / name}"
-        )
+        error = failure(capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}", f"audio={tmp_path / name}")
         assert message in error
         assert not output.parent.exists()

@@ -318,9 +318,7 @@ class _Encoder:
 
     def encode(self, prompts: list[str]) -> list[torch.Tensor]:
         self.calls.append(list(prompts))
-        features = [
-            torch.randn(1 + len(p), 4, generator=torch.Generator().manual_seed(len(p))) for p in prompts
-        ]
+        features = [torch.randn(1 + len(p), 4, generator=torch.Generator().manual_seed(len(p))) for p in prompts]
         return [f.half().float() for f in features] if self.exact else features
 
 
@@ -343,9 +341,7 @@ class TestTextCache:
         assert second.known("one")
         assert not second.known("two")
         names = {p.name for p in (tmp_path / "cache").iterdir()}
-        assert names == {
-            hashlib.sha256(f"t5-1\0{p}".encode()).hexdigest() + ".safetensors" for p in ("one", "three")
-        }
+        assert names == {hashlib.sha256(f"t5-1\0{p}".encode()).hexdigest() + ".safetensors" for p in ("one", "three")}
         per_number = 2 if exact else 4
         sizes = {p: first.path(p).stat().st_size for p in ("one", "three")}
         assert sizes["three"] - sizes["one"] == pytest.approx(2 * 4 * per_number, abs=8)

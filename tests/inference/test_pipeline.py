@@ -57,8 +57,7 @@ def test_the_checkpoint_s_settings_are_the_default(pipeline: Pipeline) -> None:
 
 def test_negative_prompt_and_guidance_change_the_clip(pipeline: Pipeline) -> None:
     base, negative, off = (
-        pipeline.generate(["a"], [1], **settings)[0]
-        for settings in ({}, {"negative_prompt": "grey wall"}, {"cfg": 1})
+        pipeline.generate(["a"], [1], **settings)[0] for settings in ({}, {"negative_prompt": "grey wall"}, {"cfg": 1})
     )
     assert not torch.equal(base.video, negative.video)
     assert not torch.equal(base.video, off.video)
@@ -165,13 +164,7 @@ def test_a_saved_clip_plays_with_its_length_size_and_sound(pipeline: Pipeline, t
     clip.save(tmp_path / "y.mp4")
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()
     info = probe(tmp_path / "x.mp4")
-    assert (info.kind, info.width, info.height, info.audio_rate, info.audio_channels) == (
-        "video",
-        SIDE,
-        SIDE,
-        16000,
-        1,
-    )
+    assert (info.kind, info.width, info.height, info.audio_rate, info.audio_channels) == ("video", SIDE, SIDE, 16000, 1)
     assert info.fps == pytest.approx(25)
     assert info.seconds == pytest.approx(FRAMES / 25, abs=0.01)
     assert len(read_clip(tmp_path / "x.mp4", fps=25).frames) == FRAMES
@@ -191,7 +184,5 @@ def test_a_rate_that_players_do_not_know_is_resampled(tmp_path: Path) -> None:
 
 def test_a_silent_clip_has_no_sound_track(tmp_path: Path) -> None:
     frames = torch.zeros(5, 16, 16, 3, dtype=torch.uint8)
-    Clip("", 0, frames, torch.empty(1, 0), 16000, 25.0, torch.empty(0), torch.empty(0)).save(
-        tmp_path / "x.mp4"
-    )
+    Clip("", 0, frames, torch.empty(1, 0), 16000, 25.0, torch.empty(0), torch.empty(0)).save(tmp_path / "x.mp4")
     assert not probe(tmp_path / "x.mp4").has_audio

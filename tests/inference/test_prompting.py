@@ -62,28 +62,16 @@ def test_good_forms(prompt: str) -> None:
         (f"{MAIN}\n\nDialogue:\n\n{SOUND}", ["'Dialogue:' is empty"]),
         (f"{MAIN}\n\n{DIALOGUE}\n\nBackground Sound:", ["'Background Sound:' is empty"]),
         (f"{MAIN}\n\n{DIALOGUE}\n\n{DIALOGUE}\n\n{SOUND}", ["'Dialogue:' stands 2 times"]),
-        (
-            f"{MAIN}\n\n{DIALOGUE}\n<Man, English>:\n\n{SOUND}",
-            ["the speaker <Man, English> has no line"],
-        ),
+        (f"{MAIN}\n\n{DIALOGUE}\n<Man, English>:\n\n{SOUND}", ["the speaker <Man, English> has no line"]),
         (f"{MAIN}\n\nDialogue: <Man, English>\n\n{SOUND}", ["the speaker <Man, English> has no line"]),
         (f'{MAIN}\n\nDialogue:\nBen: "..."\n\n{SOUND}', ["the speaker Ben has no line"]),
         (f'{MAIN}\n\nDialogue:\n"Hello."\n\n{SOUND}', ['"Hello." has no speaker']),
         (f"{MAIN}\n\nDialogue:\nBen: Hello.\n\n{SOUND}", ["speech without quotation marks: Hello."]),
         (f"{MAIN}\n\nDialogue:\nNone.\n\n{SOUND}", ["speech without quotation marks: None."]),
-        (
-            f'{MAIN}\n\nDialogue:\nBen: "Hello.\n\n{SOUND}',
-            ['a quotation mark in Ben: "Hello. has no partner'],
-        ),
-        (
-            GOOD.replace("Dialogue:", "**Dialogue:**"),
-            ["the prompt has markup (such as ** or # or list marks)"],
-        ),
+        (f'{MAIN}\n\nDialogue:\nBen: "Hello.\n\n{SOUND}', ['a quotation mark in Ben: "Hello. has no partner']),
+        (GOOD.replace("Dialogue:", "**Dialogue:**"), ["the prompt has markup (such as ** or # or list marks)"]),
         (f"{MAIN}\n\n## {DIALOGUE}\n\n{SOUND}", ["the prompt has markup (such as ** or # or list marks)"]),
-        (
-            GOOD.replace("near", "near " * 640),
-            ["the prompt has 678 words, and the text encoder reads 640 tokens"],
-        ),
+        (GOOD.replace("near", "near " * 640), ["the prompt has 678 words, and the text encoder reads 640 tokens"]),
         ("", None),
     ],
 )
@@ -214,9 +202,7 @@ def test_from_a_request_to_a_prompt(server: Server, run: Run, monkeypatch: pytes
     monkeypatch.setenv("MY_KEY", "secret-1")
     server.says(MAIN)
     server.says(GOOD, finish_reason="stop")
-    status, out, err = run(
-        "a kitchen in the morning", f"endpoint={server.url}/", "model=some-chat", "api_key=MY_KEY"
-    )
+    status, out, err = run("a kitchen in the morning", f"endpoint={server.url}/", "model=some-chat", "api_key=MY_KEY")
     assert (status, out) == (0, GOOD + "\n")
     assert "about 3 s" in err
     path, headers, body = server.requests[1]
@@ -283,9 +269,7 @@ def test_what_goes_wrong_with_an_endpoint_is_one_line(
     assert re.search(said, err), err
 
 
-def test_an_error_of_the_server_is_tried_again(
-    server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_server_is_tried_again(server: Server, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     server.replies.append(refuses(500))
     server.says(GOOD)
@@ -293,9 +277,7 @@ def test_an_error_of_the_server_is_tried_again(
     assert (status, out) == (0, GOOD + "\n")
 
 
-def test_a_missing_client_names_the_command_that_installs_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_client_names_the_command_that_installs_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     status, _, err = run("request=x", "endpoint=http://127.0.0.1:9/v1")
     assert status == 2
@@ -344,10 +326,7 @@ def test_bad_settings(run: Run, words: tuple[str, ...], said: str) -> None:
 
 def test_a_key_nobody_named_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-3")
-    sent = {
-        url: chats._key(None, url)[0]
-        for url in ("http://10.0.0.1/v1", "http://localhost/v1", "https://a.b/v1")
-    }
+    sent = {url: chats._key(None, url)[0] for url in ("http://10.0.0.1/v1", "http://localhost/v1", "https://a.b/v1")}
     assert list(sent.values()) == ["", "secret-3", "secret-3"]
     assert chats._key("OPENAI_API_KEY", "http://10.0.0.1/v1")[0] == "secret-3"
 
@@ -379,22 +358,14 @@ def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()))
     vocabulary = {letter: i for i, letter in enumerate(["<eos>", *letters])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer, inner.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    inner.pre_tokenizer, inner.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     tokenizer.save_pretrained(folder)
-    size: dict[str, Any] = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
+    size: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), eos_token_id=0, **size)).save_pretrained(folder)
     return folder
 

@@ -121,9 +121,7 @@ def test_one_seed_gives_the_same_bytes_in_every_place_of_memory(
     assert all(f"{stage} " in summary for stage in stages)
 
 
-def test_distilled_turbo_and_the_release_beside_it(
-    release: Path, given: dict[str, Path], tmp_path: Path
-) -> None:
+def test_distilled_turbo_and_the_release_beside_it(release: Path, given: dict[str, Path], tmp_path: Path) -> None:
     """resolution= finds the second stage beside the base; the recorded command repeats the clip."""
     output = tmp_path / "x.mp4"
     settings = common(release, "540p", checkpoint=release / "distill", output=output, sr=None)
@@ -140,9 +138,7 @@ def test_distilled_turbo_and_the_release_beside_it(
     assert found.second_folder == release / "540p_sr"
     assert found.second is not None
     assert found.second.model.local_attn_layers == ()
-    large = loading.find(
-        InferOptions(checkpoint=str(release / "base"), resolution="1080p", device="cpu")
-    ).second
+    large = loading.find(InferOptions(checkpoint=str(release / "base"), resolution="1080p", device="cpu")).second
     assert large is not None
     assert large.model.local_attn_layers
 
@@ -283,9 +279,7 @@ def test_bad_input(
     assert not output.parent.exists()
 
 
-def test_no_second_stage_beside_the_base(
-    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_second_stage_beside_the_base(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = tmp_path / "alone" / "base"
     shutil.copytree(release / "base", alone)
     with pytest.raises(SystemExit):

@@ -62,11 +62,7 @@ def test_csv_with_quoted_commas_and_empty_cells(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "seconds": "inf"}', "seconds must be a positive number"),
         ("p.jsonl", '{"prompt": "a", "name": "../x"}', "cannot be a file name"),
         ("p.jsonl", '{"prompt": "a", "image": "nowhere.png"}', "does not exist"),
-        (
-            "p.jsonl",
-            '{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}',
-            "in line 1 and again in line 2",
-        ),
+        ("p.jsonl", '{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}', "in line 1 and again in line 2"),
         ("p.csv", "text\na\n", "needs a column 'prompt'"),
         ("p.csv", "prompt\nround, red\n", "more cells than the header"),
     ],
@@ -88,9 +84,6 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 
 def test_slug_is_short_plain_and_never_empty() -> None:
-    assert (
-        slug("Round face/../etc, GINGER hair; says ma bi so and more")
-        == "round-face-etc-ginger-hair-says-ma-bi-so"
-    )
+    assert slug("Round face/../etc, GINGER hair; says ma bi so and more") == "round-face-etc-ginger-hair-says-ma-bi-so"
     assert slug("彼女は話す") == "clip"
     assert slug("x" * 99) == "x" * 40

@@ -36,9 +36,7 @@ def test_a_wrong_loop_would_be_noticed(golden: Path, monkeypatch: pytest.MonkeyP
     """One guidance scale moved by a hundredth, or the last overwrite of the first frame left out."""
     wrong = "magihuman.zoo.checks.loop.Guidance"
     monkeypatch.setattr(wrong, lambda **scales: Guidance(**{**scales, "audio": 5.05}))
-    assert "out/audio" in {
-        result.what for result in check_released_loop(golden, "loop_base_t2v") if not result.passed
-    }
+    assert "out/audio" in {result.what for result in check_released_loop(golden, "loop_base_t2v") if not result.passed}
     monkeypatch.undo()
     monkeypatch.setattr(Conditioning, "insert", lambda self, generated: generated)
     assert "out/video" in {
@@ -65,10 +63,7 @@ def denoiser() -> Denoiser:
     model = SingleStreamDiT(config, compute_dtype=torch.float32)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
-    for head in (
-        model.final_linear_video,
-        model.final_linear_audio,
-    ):  # they start as zeros: no velocity at all
+    for head in (model.final_linear_video, model.final_linear_audio):  # they start as zeros: no velocity at all
         torch.nn.init.normal_(head.weight, std=0.1, generator=generator)
     return Denoiser(model, PackConfig()).eval()
 
@@ -113,9 +108,7 @@ def test_the_second_stage_draws_its_video_first_and_overwritten_audio_draws_in_t
 
 @pytest.mark.parametrize("solver", ["unipc", "renoise", "euler", "sde"])
 @pytest.mark.parametrize("guidance", [None, Guidance()], ids=["plain", "guided"])
-def test_a_batch_gives_what_each_prompt_gives_alone(
-    denoiser: Denoiser, solver: str, guidance: Guidance | None
-) -> None:
+def test_a_batch_gives_what_each_prompt_gives_alone(denoiser: Denoiser, solver: str, guidance: Guidance | None) -> None:
     text, negative = features([3, 1, 5]), features([2, 2, 2], seed=6)
     image = torch.randn(3, 4, 1, 4, 4, generator=torch.Generator().manual_seed(9))
 

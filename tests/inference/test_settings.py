@@ -55,9 +55,7 @@ def test_published_defaults(configs: dict[str, ExportConfig]) -> None:
     assert resolve(configs["distill"], configs["540p_sr"], InferOptions(sr_cfg=3.5)).needs_negative
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("256p", (256, 448)), ("540p", (512, 896)), ("1080p", (1088, 1920))]
-)
+@pytest.mark.parametrize(("name", "size"), [("256p", (256, 448)), ("540p", (512, 896)), ("1080p", (1088, 1920))])
 def test_named_resolutions(configs: dict[str, ExportConfig], name: str, size: tuple[int, int]) -> None:
     second = configs.get(f"{name}_sr")
     settings = resolve(configs["base"], second, InferOptions(resolution=name))

@@ -66,8 +66,7 @@ def test_samples_of_a_training_keep_both_stages_on_its_device() -> None:
 @pytest.mark.parametrize("name", ["tiny/base", "tiny/distill"])
 def test_a_first_stage_is_no_second_one(name: str) -> None:
     with pytest.raises(
-        UserError,
-        match=f"{name} is a checkpoint, for the first stage; one for the second, as tiny/sr, is wanted",
+        UserError, match=f"{name} is a checkpoint, for the first stage; one for the second, as tiny/sr, is wanted"
     ):
         find(InferOptions(sr=name, device="cpu"))
 
@@ -79,16 +78,12 @@ def test_a_checkpoint_that_does_not_say_its_stage_may_be_either() -> None:
         require_role(config, "x", first)
 
 
-def test_a_second_stage_enlarges_and_says_when_it_stretches(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_stage_enlarges_and_says_when_it_stretches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def resolver(**options: int) -> Resolver:
         return Resolver(find(InferOptions(sr="tiny/sr", device="cpu", **options)), tmp_path)
 
     request = Request("x", PROMPT, 0)
-    with pytest.raises(
-        UserError, match="128x128 is smaller than the first's 144x64; give a larger sr_width="
-    ):
+    with pytest.raises(UserError, match="128x128 is smaller than the first's 144x64; give a larger sr_width="):
         resolver(width=144).job(request)
     resolver().job(request)
     assert capsys.readouterr().err == ""

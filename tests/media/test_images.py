@@ -10,13 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from magihuman.media.images import (
-    crop_to_aspect,
-    frames_to_uint8,
-    image_to_frame,
-    resize_frames,
-    to_playback_rate,
-)
+from magihuman.media.images import crop_to_aspect, frames_to_uint8, image_to_frame, resize_frames, to_playback_rate
 
 
 def test_conditioning_frames_equal_the_release(golden: Path) -> None:
@@ -32,9 +26,7 @@ def test_conditioning_frames_equal_the_release(golden: Path) -> None:
         torch.testing.assert_close(frame[:, :, 0], vector[f"{index}/preprocessed"], atol=4 / 255, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((100, 50), (50, 50)), ((50, 100), (50, 50)), ((64, 64), (64, 64))]
-)
+@pytest.mark.parametrize(("size", "expected"), [((100, 50), (50, 50)), ((50, 100), (50, 50)), ((64, 64), (64, 64))])
 def test_crop_is_centred(size: tuple[int, int], expected: tuple[int, int]) -> None:
     width, height = size
     columns = np.tile(np.arange(width, dtype=np.uint8), (height, 1))

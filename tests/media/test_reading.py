@@ -43,16 +43,10 @@ def test_round_trip_keeps_pictures_sound_and_counts(tmp_path: Path) -> None:
     assert error < 2.0  # a wrong colour matrix costs about 8, a shifted frame about 5
     assert clip.wave is not None
     assert clip.wave.shape == (1, RATE)
-    assert (
-        snr(wave[:, 200:-200], clip.wave.numpy()[:, 200:-200]) > 25
-    )  # in step to the sample: priming is gone
+    assert snr(wave[:, 200:-200], clip.wave.numpy()[:, 200:-200]) > 25  # in step to the sample: priming is gone
     with av.open(str(tmp_path / "a.mp4")) as container:
         video, audio = container.streams.video[0], container.streams.audio[0]
-        assert (video.codec_context.name, video.codec_context.pix_fmt, video.frames) == (
-            "h264",
-            "yuv420p",
-            25,
-        )
+        assert (video.codec_context.name, video.codec_context.pix_fmt, video.frames) == ("h264", "yuv420p", 25)
         assert audio.codec_context.name == "aac"
         assert video.average_rate == 25
         assert int(video.codec_context.colorspace) == int(video.codec_context.color_primaries) == 1  # BT.709
@@ -145,9 +139,7 @@ def test_a_container_that_starts_late_starts_at_zero(tmp_path: Path, start: floa
     assert abs(onset - 0.4 * RATE) < 0.025 * RATE  # an AAC frame may be smeared before the onset
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [(8000, 16000), (44100, 16000), (48000, 51200), (16000, 44100)]
-)
+@pytest.mark.parametrize(("source", "target"), [(8000, 16000), (44100, 16000), (48000, 51200), (16000, 44100)])
 def test_resampling_keeps_phase_and_level(tmp_path: Path, source: int, target: int) -> None:
     write_mp4(tmp_path / "a.mp4", smooth(), 25, tone(rate=source), source)
     clip = read_clip(tmp_path / "a.mp4", fps=25, start=0.2, frames=15, rate=target)
@@ -240,9 +232,7 @@ def test_contact_sheet_shows_every_clip(tmp_path: Path) -> None:
 
     red, blue = np.zeros((9, 64, 64, 3), np.uint8), np.zeros((1, 32, 64, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 255
-    write_contact_sheet(
-        tmp_path / "s.png", [red, blue], ["one", "two " * 200], frames_per_clip=4, height=40, title="t"
-    )
+    write_contact_sheet(tmp_path / "s.png", [red, blue], ["one", "two " * 200], frames_per_clip=4, height=40, title="t")
     sheet = np.asarray(Image.open(tmp_path / "s.png")).astype(int)
     assert sheet.shape[1] == 4 * (80 + 2) - 2 + 12
     assert (sheet == [255, 0, 0]).all(-1).sum() == 4 * 40 * 40

@@ -47,9 +47,7 @@ def fused(denoiser: Denoiser, mode: Checkpointing) -> Denoiser:
     return denoiser
 
 
-def trained(
-    denoiser: Denoiser, text: list[int], lora: str | None = None
-) -> tuple[dict[str, Tensor], Counter]:
+def trained(denoiser: Denoiser, text: list[int], lora: str | None = None) -> tuple[dict[str, Tensor], Counter]:
     """Gradients by name, and the operators of the forward and the backward pass."""
     denoiser.zero_grad()
     with Operators() as run:
@@ -60,9 +58,7 @@ def trained(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, "student"])
 @pytest.mark.parametrize("text", [[4, 4], [4, 2]])
-def test_gradients_to_the_bit_and_attention_once(
-    text: list[int], lora: str | None, dtype: torch.dtype
-) -> None:
+def test_gradients_to_the_bit_and_attention_once(text: list[int], lora: str | None, dtype: torch.dtype) -> None:
     kernels = CONFIG.num_layers * len(set(text))  # one for each length of a sample
     results, products = {}, {}
     for mode in MODES:
@@ -93,11 +89,7 @@ def test_kept_memory_is_that_of_the_formula(dtype: torch.dtype) -> None:
         kept[mode] = counted.live
         del velocities
     more, less = (footprint.kept_bytes(config, tokens, dtype.itemsize, m) for m in ("attention", True))
-    assert (
-        kept["attention"] - kept[True]
-        == 6 * (more - less)
-        == 6 * tokens.total * (dtype.itemsize * 64 + 4 * 4)
-    )
+    assert kept["attention"] - kept[True] == 6 * (more - less) == 6 * tokens.total * (dtype.itemsize * 64 + 4 * 4)
     assert 6 * less < kept[True] < kept["attention"] < 0.5 * kept[False]
 
 
@@ -146,9 +138,7 @@ def test_compiled_blocks_have_the_same_gradients(dtype: torch.dtype) -> None:
 
 def test_a_torch_that_compiles_wrong_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    with pytest.raises(
-        UserError, match=r"precision=fp32 gives wrong gradients with torch 2\.11\.0\+cu130; use"
-    ):
+    with pytest.raises(UserError, match=r"precision=fp32 gives wrong gradients with torch 2\.11\.0\+cu130; use"):
         parallel.compile_blocks(make(dtype=torch.float32))
     parallel.compile_blocks(make(dtype=torch.bfloat16))
     torch._dynamo.reset()

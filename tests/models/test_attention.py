@@ -33,9 +33,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None)
             key = head // (HEADS // SHARED)
             scores = q[rows, head] @ k[rows, key].T / DIM**0.5
             scores = scores.masked_fill(~mask.to(q.device), -torch.inf)
-            out = out.index_put(
-                (rows, torch.tensor(head, device=q.device)), scores.softmax(-1) @ v[rows, key]
-            )
+            out = out.index_put((rows, torch.tensor(head, device=q.device)), scores.softmax(-1) @ v[rows, key])
     return out
 
 
@@ -120,9 +118,7 @@ def test_refusals_name_the_choices() -> None:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(
-    ("backend", "window"), [("sdpa", None), ("flex", None), ("flex", 1), ("windowed", 1)]
-)
+@pytest.mark.parametrize(("backend", "window"), [("sdpa", None), ("flex", None), ("flex", 1), ("windowed", 1)])
 def test_backends_on_cuda(backend: str, window: int | None, name: str) -> None:
     check(backend, LAYOUTS[name], window, device="cuda")
 

@@ -13,9 +13,7 @@ from magihuman.models.gpu_specs import GPUS, gpu, recognise
 
 
 def _counted(config: DiTConfig, backend: str, window: int) -> int:
-    denoiser = zoo.build(
-        config, PackConfig(frame_receptive_field=window), compute_dtype=torch.float32, seed=0
-    )
+    denoiser = zoo.build(config, PackConfig(frame_receptive_field=window), compute_dtype=torch.float32, seed=0)
     denoiser.model.attention_backend = backend
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(torch.zeros(1, 3, 5, 4, 4), torch.zeros(1, 9, 4), [torch.zeros(6, 5)])

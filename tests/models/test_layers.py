@@ -40,11 +40,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor
     "rms shared by heads": (rms_norm, plain_rms, [spread(5, 3, 8), spread(8)]),
     "gelu7": (gelu7, plain_gelu7, [spread(40, 6, scale=6)]),
     "swiglu7": (swiglu7, plain_swiglu7, [spread(40, 6, scale=6), spread(41, 6, scale=6)[:40]]),
-    "rotary": (
-        lambda x: apply_rotary(x, spread(5, 12)),
-        lambda x: plain_rotary(x, spread(5, 12)),
-        [spread(5, 3, 16)],
-    ),
+    "rotary": (lambda x: apply_rotary(x, spread(5, 12)), lambda x: plain_rotary(x, spread(5, 12)), [spread(5, 3, 16)]),
 }
 
 

@@ -93,9 +93,7 @@ def test_a_change_too_small_for_bf16_weights_is_kept() -> None:
     x = torch.randn(256, 64, generator=draw).bfloat16()
     weight = (torch.randn(96, 64, generator=draw) / 8).bfloat16()
     update = Update(
-        (torch.randn(4, 64, generator=draw) / 8).bfloat16(),
-        torch.randn(96, 4, generator=draw).bfloat16(),
-        1e-4,
+        (torch.randn(4, 64, generator=draw) / 8).bfloat16(), torch.randn(96, 4, generator=draw).bfloat16(), 1e-4
     )
     true = update.scale * x.float() @ update.down.float().T @ update.up.float().T
 
@@ -124,9 +122,7 @@ def test_sizes_on_the_15b_network(rank, matrices) -> None:
     lora.add_lora(model, "student", LoraConfig(rank))
     parameters = lora.lora_parameters(model, "student")
     inside = sum(p.numel() for key, p in parameters.items() if key.startswith("block."))
-    ends = (
-        sum(prod(s) for key, s, _ in config.tensors() if not key.startswith("block.")) - config.head_dim // 8
-    )
+    ends = sum(prod(s) for key, s, _ in config.tensors() if not key.startswith("block.")) - config.head_dim // 8
     assert inside == matrices
     assert sum(p.numel() for p in parameters.values()) - inside == ends == 20_997_120
     assert sum(p.numel() for p in model.parameters()) == config.parameter_count() + inside + ends

@@ -4,16 +4,7 @@ import pytest
 import torch
 
 from magihuman.models.rotary import rotary_bands, rotary_table
-from magihuman.models.tokens import (
-    AUDIO,
-    TEXT,
-    VIDEO,
-    Layout,
-    pad_or_trim,
-    patchify,
-    patchify_target,
-    unpatchify,
-)
+from magihuman.models.tokens import AUDIO, TEXT, VIDEO, Layout, pad_or_trim, patchify, patchify_target, unpatchify
 
 
 def latents(batch: int = 2) -> torch.Tensor:
@@ -34,9 +25,7 @@ def test_output_tokens_are_channel_last() -> None:
     tokens = patchify_target(z, 2)
     frame, row, column, channel, dy, dx = 1, 0, 1, 2, 0, 1
     token = (frame * 2 + row) * 3 + column
-    assert (
-        tokens[0, token, (dy * 2 + dx) * 3 + channel] == z[0, channel, frame, 2 * row + dy, 2 * column + dx]
-    )
+    assert tokens[0, token, (dy * 2 + dx) * 3 + channel] == z[0, channel, frame, 2 * row + dy, 2 * column + dx]
     assert torch.equal(unpatchify(tokens, (2, 4, 6), 2, 3), z)
     assert not torch.equal(unpatchify(patchify(z, 2), (2, 4, 6), 2, 3), z)  # O5: not inverses
 

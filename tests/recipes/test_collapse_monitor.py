@@ -60,9 +60,7 @@ def test_a_forgotten_mode_ends_the_run_after_as_many_looks_as_allowed_in_a_row()
     again = monitor(patience=3, std=(0.0, 9.0))
     again.load_state_dict(checked.state_dict())  # as a resumed run does
     again.check(collapsed, 100)
-    with pytest.raises(
-        UserError, match=r"diversity_video is .* at step 120.*mode collapse: raise recipe.fake_score"
-    ):
+    with pytest.raises(UserError, match=r"diversity_video is .* at step 120.*mode collapse: raise recipe.fake_score"):
         again.check(collapsed, 120)
 
 
@@ -71,9 +69,7 @@ def test_a_student_that_begins_outside_of_the_limits_has_to_get_no_worse() -> No
     for scale in (0.5, 0.48, 0.7, 1.0):
         checked.check(checked.measure(sampler(scale, 3)), 20)
     with pytest.raises(UserError, match=r"monitor/diversity_video .*in a row; raise recipe.fake_score"):
-        monitor(std=(0.0, 9.0), patience=1).check(
-            {"monitor/diversity_video": 1.6}, 20
-        )  # too many is not too few
+        monitor(std=(0.0, 9.0), patience=1).check({"monitor/diversity_video": 1.6}, 20)  # too many is not too few
     for scale in (0.45, 1.4):  # worse, and too far on the other side
         with pytest.raises(UserError, match=r"monitor/std_video is .*, outside of 0.475 to 1.25"):
             checked.check(checked.measure(sampler(scale, 3)), 40)

@@ -37,14 +37,10 @@ def test_the_plan_counts_all_weights_and_optimiser_states(sharing: str) -> None:
     modules = [networks.teacher, networks.fake_score, networks.student, networks.average]
     weights = {id(weight): weight for module in modules for weight in module.parameters()}.values()
     held = sum(w.numel() * (w.element_size() + ADAM * w.requires_grad) for w in weights)
-    planned = state_bytes(
-        TrainingStep(zoo.arch("15b"), TokenCounts(3584, 126, 340), rank=128), "dmd2", sharing
-    )
+    planned = state_bytes(TrainingStep(zoo.arch("15b"), TokenCounts(3584, 126, 340), rank=128), "dmd2", sharing)
     # Beyond the plan's bf16 for what is frozen, embedders and heads are fp32, and adapters own trained copies of them:
     # 0.8 of 50 GB where all else is an adapter (counted 581.4, 345.4, 50.4 against 581.4, 345.0, 49.6).
     assert planned <= held <= 1.02 * planned
     # Distinct networks are distinct in memory, and adapters share their base.
     large = sum(w.numel() > 1e6 and w.element_size() == 2 for w in weights)
-    assert large == len(
-        [w for w in _network(torch.bfloat16).parameters() if w.numel() > 1e6 and w.element_size() == 2]
-    )
+    assert large == len([w for w in _network(torch.bfloat16).parameters() if w.numel() > 1e6 and w.element_size() == 2])

@@ -19,11 +19,7 @@ SETTINGS = {
         "recipe.micro_batch=1",
     ],
     "lora_fake_score": ["recipe.networks=lora_fake_score", "recipe.lora.rank=2"],
-    "lora": [
-        "recipe.networks=lora",
-        "recipe.lora.rank=2",
-        "recipe.gan={weight: 0.1, network: fake_score, start: 0}",
-    ],
+    "lora": ["recipe.networks=lora", "recipe.lora.rank=2", "recipe.gan={weight: 0.1, network: fake_score, start: 0}"],
 }
 
 
@@ -37,9 +33,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_weight_sharing_continues_exactly_and_moves_only_what_it_should(
-    name, shards, parent, tmp_path
-) -> None:
+def test_every_weight_sharing_continues_exactly_and_moves_only_what_it_should(name, shards, parent, tmp_path) -> None:
     through = distil(tmp_path / "a", shards, parent, *SETTINGS[name])
     halves = distil(tmp_path / "b", shards, parent, *SETTINGS[name], "trainer.max_time=00:00:00")
     distil(halves, shards, parent, *SETTINGS[name])

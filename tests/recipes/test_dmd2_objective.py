@@ -254,18 +254,14 @@ class PairDMD2(toy_dmd2.PointDMD2):
         return self.networks.role(role)(x, sigma.video)
 
 
-def gradients(
-    folder: Path, tiles: int = 1, teacher_video: float = 0.5, **weights: float
-) -> tuple[Tensor, Tensor]:
+def gradients(folder: Path, tiles: int = 1, teacher_video: float = 0.5, **weights: float) -> tuple[Tensor, Tensor]:
     """Gradients of the student's two gains in a student's turn, with video tokens repeated `tiles` times."""
     student = Gains()
     networks = toy_dmd2.Networks(
         lambda x, s: Pair(teacher_video * x.video, 0.6 * x.audio),
         lambda x, s: Pair(0.3 * x.video + 0.1, 0.2 * x.audio - 0.1), student, student,
     )  # fmt: skip
-    made = PairDMD2(
-        toy_dmd2.make_context(folder), networks, None, sampling=Sampling("renoise", 2, 5.0), **weights
-    )
+    made = PairDMD2(toy_dmd2.make_context(folder), networks, None, sampling=Sampling("renoise", 2, 5.0), **weights)
     made.configure_model()
     draw = torch.Generator().manual_seed(10)
 
@@ -308,9 +304,7 @@ def test_one_mean_over_both_modalities_would_drown_it() -> None:  # T8's control
         x0, noise, real, fake = (torch.randn(4, 1, sum(sizes), generator=draw)).unbind()
         sigma = torch.tensor([0.5])
         x0.requires_grad_()
-        gradient, _ = matching_gradient(
-            x0.detach(), add_noise(x0, noise, 0.5).detach(), real, fake, sigma, EVERYWHERE
-        )
+        gradient, _ = matching_gradient(x0.detach(), add_noise(x0, noise, 0.5).detach(), real, fake, sigma, EVERYWHERE)
         surrogate_loss(x0, gradient, EVERYWHERE).sum().backward()
         shares.append(x0.grad[:, sizes[0] :].abs().sum())
     assert shares[1] < 0.05 * shares[0]
@@ -332,9 +326,7 @@ class Sides(nn.Module):
     def begin(self, steps: int) -> None:
         pass
 
-    def forward(
-        self, video: Tensor, audio: Tensor, text: list[Tensor], layout: object = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, video: Tensor, audio: Tensor, text: list[Tensor], layout: object = None) -> tuple[Tensor, Tensor]:
         sides = torch.tensor([float(features.any()) for features in text])
         return sides.view(-1, 1, 1, 1, 1).expand_as(video), sides.view(-1, 1, 1).expand_as(audio)
 
@@ -364,9 +356,7 @@ def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch
     sigma = sigma_grid(100, 5.0)[:-1]
     x = Pair(torch.zeros(100, 3, 1, 2, 2), torch.zeros(100, 2, 4))
     guided, plain = made.teacher_velocity(x, words * 100, Pair(sigma, sigma))
-    assert torch.equal(
-        torch.stack([guided.video.mean((1, 2, 3, 4)), guided.audio.mean((1, 2))], 1), in_the_sampler
-    )
+    assert torch.equal(torch.stack([guided.video.mean((1, 2, 3, 4)), guided.audio.mean((1, 2))], 1), in_the_sampler)
     assert plain.video.unique().tolist() == plain.audio.unique().tolist() == [1.0]
 
     made.guidance = Guidance(1, 1, 500, 1)  # a scale of 1 is the conditional prediction

@@ -70,14 +70,8 @@ def test_conditions_are_clean_in_every_input_and_get_no_gradient(tmp_path: Path,
         recipe.fake_score_objective(part, turn).backward()
     recipe.student_objective(part).backward()
     assert share_of_clean_inputs(recipe, part) == {"student": 1, "fake_score": 1, "teacher": 1}
-    counts = {
-        role: sum(call.role == role for call in recipe.calls) for role in ("student", "fake_score", "teacher")
-    }
-    assert counts == {
-        "student": 3 + 1,
-        "fake_score": 3 + 1,
-        "teacher": 2,
-    }  # the teacher with and without the text
+    counts = {role: sum(call.role == role for call in recipe.calls) for role in ("student", "fake_score", "teacher")}
+    assert counts == {"student": 3 + 1, "fake_score": 3 + 1, "teacher": 2}  # the teacher with and without the text
 
     trained = [call for call in recipe.calls if call.gradients]
     assert [call.role for call in trained] == ["fake_score"] * 3 + ["student"]
@@ -107,8 +101,7 @@ def test_a_masked_objective_is_that_of_what_is_left(tmp_path: Path) -> None:
     assert not gradient[:, :, 0].any()
     torch.testing.assert_close(surrogate_loss(x0, gradient, mask), surrogate_loss(x0[:, :, 1:], alone, rest))
     torch.testing.assert_close(
-        fake_score_loss(real, x0, noise, mask),
-        fake_score_loss(*(x[:, :, 1:] for x in (real, x0, noise)), rest),
+        fake_score_loss(real, x0, noise, mask), fake_score_loss(*(x[:, :, 1:] for x in (real, x0, noise)), rest)
     )
 
 
@@ -191,9 +184,7 @@ def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_pat
     stored = load_file(tmp_path / "model-00001-of-00001.safetensors")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in teacher.state_dict().items())
     assert not any(w.requires_grad for w in teacher.parameters())
-    assert (
-        teacher.tread is recipe.networks.fake_score.model.tread is None
-    )  # dropped tokens would change the level
+    assert teacher.tread is recipe.networks.fake_score.model.tread is None  # dropped tokens would change the level
     # Frozen matrices as the network computes with them; what is trained, averaged and at the ends, in full.
     assert teacher.block.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert teacher.final_linear_video.weight.dtype == torch.float32
@@ -220,9 +211,7 @@ def test_a_student_that_never_has_a_finite_gradient_ends_the_run(tmp_path, monke
     monkeypatch.setattr(recipe, "student_objective", lambda part: turn(part) * torch.nan)
     for cycle in range(19):
         recipe.training_step(batch(cycle), 0)
-    with pytest.raises(
-        UserError, match=r"gradient \(grad_norm\) was not finite for 20 steps.*lower optim.lr"
-    ):
+    with pytest.raises(UserError, match=r"gradient \(grad_norm\) was not finite for 20 steps.*lower optim.lr"):
         recipe.training_step(batch(19), 0)
 
 

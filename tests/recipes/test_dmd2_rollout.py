@@ -98,10 +98,7 @@ def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> Non
     settings = recipe.teacher_sampling
     assert (settings.solver, settings.guidance) == ("unipc", GUIDANCE)
     guided = roll_out(
-        settings,
-        lambda x, sigma: recipe.teacher_velocity(x, some.text, sigma)[0],
-        some.generators,
-        some.conditioning,
+        settings, lambda x, sigma: recipe.teacher_velocity(x, some.text, sigma)[0], some.generators, some.conditioning
     )
     null = [recipe.context.null_text] * 3
     states, end = followed(recipe.networks.teacher, some, settings, negative_text=null)

@@ -115,8 +115,7 @@ def _paired() -> Mixture:
 
 PAIRED = _paired()
 VIDEO, AUDIO = (
-    Mixture(PAIRED.means[:, part], PAIRED.weights, PAIRED.deviations[part])
-    for part in (slice(2), slice(2, 4))
+    Mixture(PAIRED.means[:, part], PAIRED.weights, PAIRED.deviations[part]) for part in (slice(2), slice(2, 4))
 )
 
 

@@ -55,9 +55,7 @@ class Predicts(torch.nn.Module):
         return self.video, self.audio
 
 
-def loss_of(
-    made: Pretrain, batch: dict, error_video: torch.Tensor, error_audio: torch.Tensor, batch_number: int = 0
-):
+def loss_of(made: Pretrain, batch: dict, error_video: torch.Tensor, error_audio: torch.Tensor, batch_number: int = 0):
     """Loss where the network is off by the given errors."""
     noised = made.noised(batch, rng(len(batch["video"]), batch_number), conditioned=True)
     made.denoiser = Predicts(noised.video_target + error_video, noised.audio_target + error_audio)
@@ -73,9 +71,7 @@ def test_inputs_lie_on_the_path_and_a_perfect_network_has_no_loss() -> None:
     torch.testing.assert_close(noised.video, (1 - s) * batch["video"] + s * noise)
     assert abs(float(noise.mean())) < 0.1
     assert 0.9 < float(noise.std()) < 1.1
-    torch.testing.assert_close(
-        noised.audio - batch["audio"], noised.audio_sigma.view(-1, 1, 1) * noised.audio_target
-    )
+    torch.testing.assert_close(noised.audio - batch["audio"], noised.audio_sigma.view(-1, 1, 1) * noised.audio_target)
 
 
 def test_each_modality_is_a_mean_of_its_own_and_weighted() -> None:
@@ -150,14 +146,9 @@ def test_conditions_come_with_their_probabilities_and_ramps() -> None:
 
 
 def test_clips_without_sound_and_still_pictures_contribute_what_they_have() -> None:
-    for batch in (
-        training_stub.batch(range(3), sound=False),
-        training_stub.batch(range(3), sound=False, frames=1),
-    ):
+    for batch in (training_stub.batch(range(3), sound=False), training_stub.batch(range(3), sound=False, frames=1)):
         made = recipe(
-            audio_conditioning=0.5,
-            video_conditioning=0.5,
-            first_frame=1.0 if batch["video"].shape[2] == 1 else 0.0,
+            audio_conditioning=0.5, video_conditioning=0.5, first_frame=1.0 if batch["video"].shape[2] == 1 else 0.0
         )
         loss, _ = loss_of(made, batch, torch.tensor(3.0), torch.zeros(3, 0, 4))
         assert loss == pytest.approx(9.0)  # nothing is given: there is no other modality, no other frame
@@ -243,7 +234,6 @@ def test_token_routing_is_for_training_only() -> None:
     assert not torch.equal(outputs[0], outputs[2])
     made.denoiser.eval()
     assert torch.equal(
-        made.denoiser(batch["video"], batch["audio"], text)[0],
-        made.denoiser(batch["video"], batch["audio"], text)[0],
+        made.denoiser(batch["video"], batch["audio"], text)[0], made.denoiser(batch["video"], batch["audio"], text)[0]
     )
     assert made.ema.module.model.tread is None  # what is sampled never routes

@@ -31,10 +31,7 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path)
     assert (record["status"], record["steps"], record["starts"]) == ("finished", 3, 2)
     assert record["parents"][0]["role"] == "shards"
     assert len(record["parents"][0]["sha256"]) == 64
-    states = [
-        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for run in (through, halves)
-    ]
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (through, halves)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert all(t.isfinite().all() for t in states[0].values())
@@ -53,18 +50,14 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path)
     assert exported["block.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
     assert exported["adapter.video_embedder.weight"].dtype == torch.float32
     # The average is a network, or an adapter of the only one.
-    places = [
-        f"{at}.adapter.video_embedder.weight" for at in ("ema.module.model", "denoiser.model.lora.average")
-    ]
+    places = [f"{at}.adapter.video_embedder.weight" for at in ("ema.module.model", "denoiser.model.lora.average")]
     average = next(states[0][key] for key in places if key in states[0])
     assert torch.equal(exported["adapter.video_embedder.weight"], average)
 
 
 def test_a_training_starts_from_another_ones_weights(shards, tmp_path) -> None:
     parent = training_stub.train_here(tmp_path / "a", shards, ["+recipe=pretrain"])
-    child = training_stub.train_here(
-        tmp_path / "b", shards, ["+recipe=pretrain", f"init={parent}", "optim.lr=1e-12"]
-    )
+    child = training_stub.train_here(tmp_path / "b", shards, ["+recipe=pretrain", f"init={parent}", "optim.lr=1e-12"])
     old, new = (load_file(run / "export" / "model-00001-of-00001.safetensors") for run in (parent, child))
     assert all(torch.allclose(old[k].float(), new[k].float(), atol=1e-6) for k in old)
     record = json.loads((child / "run.json").read_text())
@@ -75,26 +68,13 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
     parent = training_stub.train_here(tmp_path / "a", shards, ["+recipe=pretrain"])
     folder = tmp_path / "b"
     cases = {
-        (
-            "model.dit.audio_in_channels=8",
-        ): "the model takes audio_in_channels=8, the shards hold 4 audio channels",
+        ("model.dit.audio_in_channels=8",): "the model takes audio_in_channels=8, the shards hold 4 audio channels",
         ("model.pack.patch_size=4",): "set model.dit.video_in_channels=48",
-        (
-            f"init={parent}",
-            "model.dit.hidden_size=32",
-        ): "is a model of another size than model.dit (hidden_size 16",
+        (f"init={parent}", "model.dit.hidden_size=32"): "is a model of another size than model.dit (hidden_size 16",
         ("init=nothing/here",): "neither a folder nor a shipped name",
-        (
-            "data.module.shards=/nowhere",
-        ): "holds no index.json and no .tar; make them with `python -m data.prepare",
-        (
-            f"resume={parent}",
-            "model.dit.num_layers=3",
-        ): "was saved with another model.dit (num_layers 2 then, 3 now)",
-        (
-            f"resume={parent}",
-            "strategy=fsdp2",
-        ): "was saved with another strategy.name (files then, fsdp2 now)",
+        ("data.module.shards=/nowhere",): "holds no index.json and no .tar; make them with `python -m data.prepare",
+        (f"resume={parent}", "model.dit.num_layers=3"): "was saved with another model.dit (num_layers 2 then, 3 now)",
+        (f"resume={parent}", "strategy=fsdp2"): "was saved with another strategy.name (files then, fsdp2 now)",
         (
             f"resume={parent}",
             "data.module.batch_size=4",
@@ -115,19 +95,12 @@ def test_a_missing_shard_is_one_line(shards, tmp_path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     (broken / "shard-000000.tar").unlink()
-    with pytest.raises(
-        UserError, match=r"shard .*shard-000000.tar is missing or unreadable .*; copy it again"
-    ):
+    with pytest.raises(UserError, match=r"shard .*shard-000000.tar is missing or unreadable .*; copy it again"):
         training_stub.train_here(tmp_path / "a", broken, ["+recipe=pretrain"])
 
 
 def test_gradients_that_stay_infinite_end_the_training_with_advice(shards, tmp_path) -> None:
-    overrides = [
-        "+recipe=pretrain",
-        "trainer.max_steps=40",
-        "recipe.video_weight=inf",
-        "callbacks.validation=null",
-    ]
+    overrides = ["+recipe=pretrain", "trainer.max_steps=40", "recipe.video_weight=inf", "callbacks.validation=null"]
     with pytest.raises(UserError, match=r"not finite for 20 steps.*lower optim.lr"):
         training_stub.train_here(tmp_path / "a", shards, overrides)
     record = json.loads((tmp_path / "a" / "run.json").read_text())
@@ -136,18 +109,13 @@ def test_gradients_that_stay_infinite_end_the_training_with_advice(shards, tmp_p
 
 
 def test_samples_and_held_out_figures_are_made_on_the_way_and_change_nothing(shards, tmp_path) -> None:
-    common = [
-        "+recipe=pretrain",
-        "optim.ema_decay=0",
-    ]  # without an average the trained network itself is sampled
+    common = ["+recipe=pretrain", "optim.ema_decay=0"]  # without an average the trained network itself is sampled
     bare = training_stub.train_here(tmp_path / "a", shards, [*common, "callbacks.validation=null"])
     samples = (
         "callbacks.samples={_target_: magihuman.training.callbacks.Samples, every_steps: 2, prompts: [one, two], "
         "pipeline: {_target_: training_stub.FakePipeline, _partial_: true}, settings: {steps: 4}}"
     )
-    full = training_stub.train_here(
-        tmp_path / "b", shards, [*common, samples, "callbacks.validation.every_steps=2"]
-    )
+    full = training_stub.train_here(tmp_path / "b", shards, [*common, samples, "callbacks.validation.every_steps=2"])
     names = sorted(path.relative_to(full / "samples").as_posix() for path in (full / "samples").rglob("*.*"))
     assert names == [
         "step-00000002.png", "step-00000002/00.mp4", "step-00000002/01.mp4",

@@ -177,9 +177,7 @@ def test_local_layers_train_and_give_the_masked_network_s_gradients() -> None:
     exact: list[torch.Tensor] = []
     local = replace(SMALL, local_attn_layers=(0, 1))
     for backend in ("auto", "reference"):  # as trainings choose it: range pairs with log-sum-exp on a CPU
-        denoiser = zoo.build(
-            local, PackConfig(2, "v1", frame_receptive_field=1), compute_dtype=torch.float32, seed=1
-        )
+        denoiser = zoo.build(local, PackConfig(2, "v1", frame_receptive_field=1), compute_dtype=torch.float32, seed=1)
         for head in (denoiser.model.final_linear_video, denoiser.model.final_linear_audio):
             torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(2))
         denoiser.model.attention_backend = backend
@@ -205,9 +203,7 @@ def test_coarse_latents_lose_detail_and_keep_their_mean() -> None:
     flat = torch.full((1, 1, 1, 8, 8), 3.0)
     torch.testing.assert_close(coarsen(flat, 8), flat)
     one = FirstStage(FirstStageSettings(coarse=1.0, coarse_factors=(8,)))
-    torch.testing.assert_close(
-        one(latents, torch.zeros(2, 0, 4), [], BatchRng(0, 0, range(2))), coarsen(latents, 8)
-    )
+    torch.testing.assert_close(one(latents, torch.zeros(2, 0, 4), [], BatchRng(0, 0, range(2))), coarsen(latents, 8))
     none = FirstStage(FirstStageSettings())
     assert none(latents, torch.zeros(2, 0, 4), [], BatchRng(0, 0, range(2))) is latents
 
@@ -276,9 +272,7 @@ def test_it_starts_from_a_first_stage_and_exports_its_own_size(tmp_path: Path) -
     shards = training_stub.write_shards(tmp_path / "shards")
     base = training_stub.train_here(tmp_path / "base", shards, ["+recipe=pretrain", "trainer.max_steps=1"])
     run = training_stub.train_here(
-        tmp_path / "sr",
-        shards,
-        ["+recipe=sr", f"init={base}", "model.dit.local_attn_layers=[1]", "optim.lr=1e-12"],
+        tmp_path / "sr", shards, ["+recipe=sr", f"init={base}", "model.dit.local_attn_layers=[1]", "optim.lr=1e-12"]
     )
     config = zoo.config_of(run)
     assert (config.size.height, config.size.width, config.pack.coords_style) == (32, 32, "v1")

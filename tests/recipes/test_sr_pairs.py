@@ -72,9 +72,7 @@ def test_a_clip_without_a_second_size_is_one_line() -> None:
 
 def test_sizes_that_the_patches_do_not_divide_are_one_line_before_the_training(tmp_path: Path) -> None:
     shards = training_stub.write_shards(tmp_path / "shards", large=7)
-    with pytest.raises(
-        UserError, match="clips of 28x28 pixels, whose latents cannot be cut into patches of 2"
-    ):
+    with pytest.raises(UserError, match="clips of 28x28 pixels, whose latents cannot be cut into patches of 2"):
         training_stub.train_here(tmp_path / "run", shards, ["+recipe=sr"])
     assert not (tmp_path / "run").exists()
 

@@ -27,9 +27,7 @@ def teacher(tmp_path_factory) -> Path:
     latents = decoders.Latents.of(training_stub.CONTRACT)
     folder = tmp_path_factory.mktemp("teacher") / "export"
     network = WanDecoder.build(TEACHER)
-    return decoders.save(
-        folder, network.state_dict(), decoders.DecoderConfig("wan", TEACHER.to_dict(), latents)
-    )
+    return decoders.save(folder, network.state_dict(), decoders.DecoderConfig("wan", TEACHER.to_dict(), latents))
 
 
 # Losses
@@ -39,9 +37,7 @@ def test_pixel_detail_and_change_have_their_closed_forms() -> None:
     truth = torch.rand(2, 3, 5, 16, 16)
     assert losses.charbonnier(truth, truth) == 0
     assert losses.charbonnier(truth + 0.3, truth).item() == pytest.approx((0.09 + 1e-4) ** 0.5 - 1e-2)
-    assert losses.laplacian(truth + 0.3, truth).item() == pytest.approx(
-        0, abs=1e-6
-    )  # no detail in a constant
+    assert losses.laplacian(truth + 0.3, truth).item() == pytest.approx(0, abs=1e-6)  # no detail in a constant
     assert [band.shape[-1] for band in losses.laplacian_bands(truth)] == [16, 8, 4]
     stripes = torch.zeros(1, 3, 1, 16, 16)
     stripes[..., ::2] = 1.0
@@ -135,9 +131,7 @@ def test_a_crop_cuts_the_longer_side_of_a_picture_alone() -> None:
     shown = (wide * 10).repeat_interleave(4, 3).repeat_interleave(4, 4).repeat_interleave(4, 2)[:, :, 3:]
     latents, frames = made.examples({"video": wide, "frames": shown.byte()}, rng(2))
     assert (latents.shape, frames.shape) == ((2, 3, 3, 4, 4), (2, 3, 9, 16, 16))
-    assert torch.equal(
-        ((frames + 1) * 12.75).round()[..., ::4], latents[:, :, :1, :1].expand(-1, -1, 9, 16, -1)
-    )
+    assert torch.equal(((frames + 1) * 12.75).round()[..., ::4], latents[:, :, :1, :1].expand(-1, -1, 9, 16, -1))
     square = {"video": torch.zeros(2, 3, 3, 4, 4)}
     assert made.batch_flops({"video": wide}) == made.batch_flops(square) == recipe().batch_flops(square)
 
@@ -211,9 +205,7 @@ def test_it_starts_from_another_decoder_and_names_mistakes(tmp_path: Path) -> No
     shards = training_stub.write_shards(tmp_path / "shards")
     parent = training_stub.train_here(tmp_path / "a", shards, ["+recipe=turbo_vae", "recipe.crop=2"])
     child = training_stub.train_here(
-        tmp_path / "c",
-        shards,
-        ["+recipe=turbo_vae", f"init={parent}", "optim.lr=1e-12", "optim.adamw_lr=1e-12"],
+        tmp_path / "c", shards, ["+recipe=turbo_vae", f"init={parent}", "optim.lr=1e-12", "optim.adamw_lr=1e-12"]
     )
     old, new = (load_file(run / "export" / decoders.MODEL) for run in (parent, child))
     assert all(torch.allclose(old[k], new[k], atol=1e-6) for k in old)

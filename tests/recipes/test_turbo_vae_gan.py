@@ -62,9 +62,7 @@ def test_lpips_needs_nothing_but_the_backbones_file(tmp_path: Path, monkeypatch:
     # torchmetrics' own, on a backbone that needs no torchvision; images are averaged.
     monkeypatch.setattr(theirs, "Vgg16", lambda **_: Vgg16(state))
     two = torch.rand(2, 3, 2, 32, 32) * 2 - 1
-    wanted = theirs._LPIPS(net="vgg")(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (two, two.roll(1, 0)))
-    ).mean()
+    wanted = theirs._LPIPS(net="vgg")(*(x.transpose(1, 2).flatten(0, 1) for x in (two, two.roll(1, 0)))).mean()
     torch.testing.assert_close(distance(two, two.roll(1, 0)), wanted, rtol=1e-3, atol=0)
     del state["features.28.bias"]
     torch.save(state, file)
@@ -100,9 +98,7 @@ def test_the_adversarial_stage_begins_late_and_its_gradients_do_not_meet() -> No
     assert torch.autograd.grad(own, last, allow_unused=True, retain_graph=True)[0] is None
     assert all(
         g is None
-        for g in torch.autograd.grad(
-            generator, list(discriminator.parameters()), allow_unused=True, retain_graph=True
-        )
+        for g in torch.autograd.grad(generator, list(discriminator.parameters()), allow_unused=True, retain_graph=True)
     )
     pull = torch.autograd.grad(others, last, retain_graph=True)[0].abs()
     push = torch.autograd.grad(generator, last)[0].abs()
@@ -116,10 +112,7 @@ def test_it_continues_exactly_and_names_mistakes(tmp_path: Path) -> None:
     halves = training_stub.train_here(tmp_path / "b", shards, [*common, "trainer.max_time=00:00:00"])
     assert json.loads((halves / "run.json").read_text())["steps"] == 1
     training_stub.train_here(halves, shards, common)
-    states = [
-        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for run in (through, halves)
-    ]
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (through, halves)]
     assert states[0].keys() == states[1].keys()
     assert {key.partition(".")[0] for key in states[0]} == {"decoder", "ema", "discriminator"}
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
@@ -152,7 +145,5 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for mine, shared in zip(one, two, strict=True):
         torch.testing.assert_close(shared["exp_avg"], mine["exp_avg"], rtol=1e-3, atol=1e-6)
     still = first[1]["state_dict"]
-    moved = {
-        key.partition(".")[0] for key, value in last[1]["state_dict"].items() if (value != still[key]).all()
-    }
+    moved = {key.partition(".")[0] for key, value in last[1]["state_dict"].items() if (value != still[key]).all()}
     assert {"decoder", "discriminator"} <= moved

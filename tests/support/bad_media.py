@@ -80,9 +80,7 @@ def movie(
             audio = container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout)
         unit = video.codec_context.time_base or Fraction(1, round(fps))
         for moment in moments:
-            frame = av.VideoFrame.from_ndarray(picture(moment, width, height), format="rgb24").reformat(
-                format=pixels
-            )
+            frame = av.VideoFrame.from_ndarray(picture(moment, width, height), format="rgb24").reformat(format=pixels)
             frame.pts, frame.time_base = round((moment + start) / unit), unit
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
@@ -90,12 +88,8 @@ def movie(
             length = (seconds if sound.seconds is None else sound.seconds) * sound.rate
             time = np.arange(int(length)) / sound.rate
             lanes = len(audio.codec_context.layout.channels)
-            wave = np.repeat((sound.level * np.sin(2 * np.pi * TONE * time))[None], lanes, 0).astype(
-                np.float32
-            )
-            resampler = av.AudioResampler(
-                format=audio.codec_context.format.name, layout=sound.layout, rate=sound.rate
-            )
+            wave = np.repeat((sound.level * np.sin(2 * np.pi * TONE * time))[None], lanes, 0).astype(np.float32)
+            resampler = av.AudioResampler(format=audio.codec_context.format.name, layout=sound.layout, rate=sound.rate)
             size = audio.codec_context.frame_size or 1024
             for first in range(0, wave.shape[1], size):
                 piece = np.ascontiguousarray(wave[:, first : first + size])
@@ -122,9 +116,7 @@ def build(folder: Path) -> dict[str, Expected]:
     expected: dict[str, Expected] = {}
     seeds = iter(range(1, 1000))
 
-    def put(
-        name: str, what: Expected, make: Callable[[Path], object], caption: str | bytes | None = "a bar"
-    ) -> None:
+    def put(name: str, what: Expected, make: Callable[[Path], object], caption: str | bytes | None = "a bar") -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
@@ -133,15 +125,11 @@ def build(folder: Path) -> dict[str, Expected]:
             path.with_suffix(".txt").write_bytes(text)
         expected[name] = what
 
-    def clip(
-        name: str, what: Expected = Expected("taken"), caption: str | bytes | None = "a bar", **how: Any
-    ) -> None:
+    def clip(name: str, what: Expected = Expected("taken"), caption: str | bytes | None = "a bar", **how: Any) -> None:
         # Lengths differ by a thousandth of a second of sound, so that no two files are equal by accident.
         sound = how.pop("sound", Sound())
         if sound is not None and sound.seconds is None:
-            sound = Sound(
-                sound.rate, sound.layout, sound.codec, sound.start, 1.0 + next(seeds) / 1000, sound.level
-            )
+            sound = Sound(sound.rate, sound.layout, sound.codec, sound.start, 1.0 + next(seeds) / 1000, sound.level)
         put(name, what, lambda path: movie(path, sound=sound, **how), caption)
 
     _good(clip)
@@ -162,13 +150,7 @@ def _good(clip: Callable[..., None]) -> None:
     clip("container.avi", codec="mpeg4", sound=Sound(44100, "stereo", "libmp3lame"))
     clip("container.ts", start=5.0)
     clip("container.flv", sound=Sound(44100))
-    clip(
-        "animated.gif",
-        Expected("rejected", "has no audio", 0, "taken"),
-        codec="gif",
-        pixels="rgb8",
-        sound=None,
-    )
+    clip("animated.gif", Expected("rejected", "has no audio", 0, "taken"), codec="gif", pixels="rgb8", sound=None)
     for fps in (12, 24, 30, 60):
         clip(f"fps-{fps}.mp4", fps=fps)
     clip("fps-ntsc.mp4", fps=30000 / 1001, seconds=1.01)
@@ -253,16 +235,8 @@ def _broken(clip: Callable[..., None], put: Callable[..., None]) -> None:
 
     put("empty.mp4", Expected("rejected", "0 bytes", 0), lambda path: path.write_bytes(b""))
     put("truncated-no-index.mp4", unreadable, lambda path: cut(path, 0.6, False))
-    put(
-        "truncated-data.mp4",
-        Expected("rejected", "its video ends at 0.40 s", 0),
-        lambda path: cut(path, 0.5, True),
-    )
-    put(
-        "truncated-head.mp4",
-        Expected("rejected", "neither video nor audio", 0),
-        lambda path: cut(path, 0.02, True),
-    )
+    put("truncated-data.mp4", Expected("rejected", "its video ends at 0.40 s", 0), lambda path: cut(path, 0.5, True))
+    put("truncated-head.mp4", Expected("rejected", "neither video nor audio", 0), lambda path: cut(path, 0.02, True))
     put("truncated.webm", Expected("rejected", "its video ends at", 0), _cut_webm)
     put("damaged-middle.mp4", Expected("rejected", "damaged", 0), lambda path: damaged(path, 1.0, 0.6))
     partly = Expected("rejected", "has no audio", 0, "partly", 3)
@@ -325,11 +299,7 @@ def _pictures(put: Callable[..., None]) -> None:
     put("still-turned.jpg", still, turned)
     put("still-half.jpg", Expected("rejected", "cannot be read", 0), half)
     bomb = "the image is too large"
-    put(
-        "still-bomb.png",
-        Expected("rejected", bomb, 0),
-        lambda path: path.write_bytes(_png_header(60000, 60000)),
-    )
+    put("still-bomb.png", Expected("rejected", bomb, 0), lambda path: path.write_bytes(_png_header(60000, 60000)))
 
 
 def _png_header(width: int, height: int) -> bytes:
@@ -345,11 +315,7 @@ def _png_header(width: int, height: int) -> bytes:
 
 
 def _captions(clip: Callable[..., None], folder: Path, expected: dict[str, Expected]) -> None:
-    clip(
-        "caption-latin1.mp4",
-        Expected("rejected", "is not UTF-8 (byte 0xe9 at 3)", 0),
-        "caf\xe9".encode("latin-1"),
-    )
+    clip("caption-latin1.mp4", Expected("rejected", "is not UTF-8 (byte 0xe9 at 3)", 0), "caf\xe9".encode("latin-1"))
     clip("caption-empty.mp4", Expected("rejected", "has no caption", 0, "taken"), " \n\t")
     clip("caption-missing.mp4", Expected("rejected", "has no caption", 0, "taken"), None)
     clip("caption-bom.mp4", caption=b"\xef\xbb\xbfa bar\r\nover two lines")
@@ -361,23 +327,13 @@ def _captions(clip: Callable[..., None], folder: Path, expected: dict[str, Expec
     )
     rows = [{"path": "caption-jsonl.mp4", "text": "a bar in json"}, {"path": "lost.mp4", "text": "x"}]
     lines = [json.dumps(row) for row in rows]
-    (folder / "list.jsonl").write_text(
-        "\n".join([*lines, "{broken", json.dumps({"path": "plain.mp4"})]) + "\n"
-    )
+    (folder / "list.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"path": "plain.mp4"})]) + "\n")
     expected["gone.mp4"] = Expected("rejected", "named in list.csv line 3, but there is no such file", 0)
     expected["lost.mp4"] = Expected("rejected", "named in list.jsonl line 2, but there is no such file", 0)
 
 
-def _names(
-    clip: Callable[..., None], put: Callable[..., None], folder: Path, expected: dict[str, Expected]
-) -> None:
-    for name in (
-        "name with spaces.mp4",
-        "größe-嘴.mp4",
-        "new\nline.mp4",
-        "percent%03d.mp4",
-        "concat:a|b.mp4",
-    ):
+def _names(clip: Callable[..., None], put: Callable[..., None], folder: Path, expected: dict[str, Expected]) -> None:
+    for name in ("name with spaces.mp4", "größe-嘴.mp4", "new\nline.mp4", "percent%03d.mp4", "concat:a|b.mp4"):
         clip(name)
     clip("n" * 240 + ".mp4")
     clip("bytes-\udcff.mp4")
@@ -390,12 +346,7 @@ def _names(
     # The earlier of two equal files in name order is the original.
     expected["plain.mp4"] = Expected("rejected", "same content as copy-of-plain.mp4", 0)
     expected["copy-of-plain.mp4"] = Expected("taken")
-    put(
-        "notes.pdf",
-        Expected("ignored", ".pdf is not a media file", 0),
-        lambda path: path.write_bytes(b"%PDF"),
-        None,
-    )
+    put("notes.pdf", Expected("ignored", ".pdf is not a media file", 0), lambda path: path.write_bytes(b"%PDF"), None)
     (folder / "alone.txt").write_text("no movie of this name")
     expected["alone.txt"] = Expected("ignored", "caption without a media file", 0)
     (folder / "nothing-in-here").mkdir()

@@ -107,9 +107,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, major: int = 9) -> Iterator[FakeTe
     mode = _Mode(allow_non_fake_inputs=True)
     assemble = Layout._assemble.__func__
 
-    def assembled(
-        cls: type[Layout], video: int, audio: int, text: Any, frames: int, coords: Tensor
-    ) -> Layout:
+    def assembled(cls: type[Layout], video: int, audio: int, text: Any, frames: int, coords: Tensor) -> Layout:
         """Lengths are read from small tensors on the host, so those have to be real."""
         with unset_fake_temporarily():
             layout = assemble(cls, video, audio, text, frames, torch.zeros(coords.shape))

@@ -48,10 +48,7 @@ def make(root: Path, layers: int = 40) -> FakeRelease:
         layers: 40 as published, with its 331 tensors; fewer make sampling faster (at least 8).
     """
     release = FakeRelease(
-        root / "daVinci-MagiHuman",
-        root / "Wan2.2-TI2V-5B",
-        root / "stable-audio-open-1.0",
-        root / "t5gemma-9b-9b-ul2",
+        root / "daVinci-MagiHuman", root / "Wan2.2-TI2V-5B", root / "stable-audio-open-1.0", root / "t5gemma-9b-9b-ul2"
     )
     make_weights(release.weights, layers)
     make_turbo(release.weights / "turbo_vae")
@@ -203,8 +200,7 @@ def make_wan(folder: Path) -> None:
     state = vae.state_dict()
     folder.mkdir(parents=True)
     torch.save(
-        {name: state[inner].contiguous() for name, inner in codecs_wan.key_map(vae).items()},
-        folder / "Wan2.2_VAE.pth",
+        {name: state[inner].contiguous() for name, inner in codecs_wan.key_map(vae).items()}, folder / "Wan2.2_VAE.pth"
     )
 
 
@@ -214,17 +210,9 @@ def make_stable_audio(folder: Path) -> None:
 
     from magihuman.codecs import oobleck
 
-    shared = {
-        "channels": 2 * AUDIO_CHANNELS,
-        "c_mults": [1] * 5,
-        "strides": [2, 4, 4, 8, 8],
-        "use_snake": True,
-    }
+    shared = {"channels": 2 * AUDIO_CHANNELS, "c_mults": [1] * 5, "strides": [2, 4, 4, 8, 8], "use_snake": True}
     config: dict[str, Any] = {
-        "encoder": {
-            "type": "oobleck",
-            "config": {**shared, "in_channels": 2, "latent_dim": 2 * AUDIO_CHANNELS},
-        },
+        "encoder": {"type": "oobleck", "config": {**shared, "in_channels": 2, "latent_dim": 2 * AUDIO_CHANNELS}},
         "decoder": {
             "type": "oobleck",
             "config": {**shared, "out_channels": 2, "latent_dim": AUDIO_CHANNELS, "final_tanh": False},

@@ -54,9 +54,7 @@ class LetterText:
 def build(device: str) -> CodecBundle:
     """64 x 64 px, 25 frames at 25 fps, 16 kHz mono."""
     contract = Contract("pooled", "framed", "letters", 3, 32, 26, (4, 4, 4), 25.0, 16000, 1)
-    return CodecBundle(
-        "pooled", contract, PooledVideo(), FramedAudio(), LetterText(), height=64, width=64, frames=25
-    )
+    return CodecBundle("pooled", contract, PooledVideo(), FramedAudio(), LetterText(), height=64, width=64, frames=25)
 
 
 def deadly(device: str) -> Any:

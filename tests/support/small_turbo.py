@@ -16,18 +16,13 @@ STUDENT = {
     "layout": "causal",
     "network": {
         "latent_channels": 3,
-        "stages": [
-            {"width": 8, "blocks": 1, "kind": "full", "up": [2, 2]},
-            {"width": 8, "blocks": 1, "kind": "split"},
-        ],
+        "stages": [{"width": 8, "blocks": 1, "kind": "full", "up": [2, 2]}, {"width": 8, "blocks": 1, "kind": "split"}],
         "patch": [2, 2],
     },
 }
 
 
-def recipe(
-    contract: Contract = training_stub.CONTRACT, kind: type[TurboVAE] = TurboVAE, **settings: Any
-) -> TurboVAE:
+def recipe(contract: Contract = training_stub.CONTRACT, kind: type[TurboVAE] = TurboVAE, **settings: Any) -> TurboVAE:
     context = TrainingContext(
         model=None, pack=None, codecs="stub", contract=contract, size=Size(9, 16, 16),
         null_text=torch.zeros(1, 5), optim=OptimSettings(lr=1e-2, ema_decay=0.9),

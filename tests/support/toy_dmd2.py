@@ -177,13 +177,7 @@ class PointDMD2(Alone):
         for cycle in range(cycles):
             index = torch.arange(cycle * batch, (cycle + 1) * batch)
             self.training_step(
-                {
-                    "video": empty.video,
-                    "audio": empty.audio,
-                    "text": [torch.zeros(2, 5)] * batch,
-                    "index": index,
-                },
-                0,
+                {"video": empty.video, "audio": empty.audio, "text": [torch.zeros(2, 5)] * batch, "index": index}, 0
             )
 
     @torch.no_grad()
@@ -196,9 +190,7 @@ class PointDMD2(Alone):
         return join(roll_out(self.sampling, velocity, generators, Conditioning.nothing(like)).end)
 
 
-def pretrained(
-    field: Field, truth: Any, blind: bool, updates: int, batch: int = 256, width: int = 128
-) -> Net:
+def pretrained(field: Field, truth: Any, blind: bool, updates: int, batch: int = 256, width: int = 128) -> Net:
     """A network that was fitted to a velocity for a while."""
     torch.manual_seed(1)
     draw = torch.Generator().manual_seed(1)

@@ -101,8 +101,7 @@ def compare(samples: Tensor, truth: Mixture) -> Figures:
     away, nearest = torch.cdist(samples[:, :2], truth.means[:, :2]).min(1)
     inside = away <= 3 * truth.deviations[0]
     masses, kept = (
-        torch.bincount(near, minlength=len(truth.weights)) / len(samples)
-        for near in (nearest, nearest[inside])
+        torch.bincount(near, minlength=len(truth.weights)) / len(samples) for near in (nearest, nearest[inside])
     )
     return Figures(
         distance=float((ours - theirs).square().mean().sqrt()),

@@ -93,11 +93,7 @@ def stepped(recipe: Recipe, batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize("tread", [None, TreadConfig(0.5, 1, 1)])
 def test_pretraining(tmp_path: Path, tread: TreadConfig | None) -> None:
     recipe = Pretrain(
-        replace(make_context(tmp_path), init=None),
-        sigma=SigmaPrior(),
-        sampling=Sampling(),
-        text_drop=0.0,
-        tread=tread,
+        replace(make_context(tmp_path), init=None), sigma=SigmaPrior(), sampling=Sampling(), text_drop=0.0, tread=tread
     )
     recipe.configure_model()
     batch = training_stub.batch(range(3))
@@ -176,9 +172,7 @@ class TestDMD2:
     def test_a_longer_negative_prompt(self) -> None:
         kinds = {"steps": 8, "updates": 5, "samples_per_rollout": 6, "student_updated": True}
         sample = SampleTokens(VIDEO, AUDIO, 3)
-        more = distillation_flops(DIT, sample, null_text=50, **kinds) - distillation_flops(
-            DIT, sample, **kinds
-        )
+        more = distillation_flops(DIT, sample, null_text=50, **kinds) - distillation_flops(DIT, sample, **kinds)
         assert more == forward(50)
 
     @pytest.mark.parametrize("networks", ["full", "lora_fake_score", "lora"])
@@ -186,14 +180,8 @@ class TestDMD2:
         recipe = self.made(tmp_path, Guidance(), networks=networks)
         batch = training_stub.batch(range(2))
         inputs = embedding(2) + embedding(3)
-        for trained in (
-            5,
-            6,
-        ):  # passes whose gradients end at data: the fake score's alone, then the student's too
-            assert (
-                counted(lambda: recipe.training_step(batch, 0))
-                == recipe.batch_flops(batch) - trained * inputs
-            )
+        for trained in (5, 6):  # passes whose gradients end at data: the fake score's alone, then the student's too
+            assert counted(lambda: recipe.training_step(batch, 0)) == recipe.batch_flops(batch) - trained * inputs
 
     @pytest.mark.parametrize(("networks", "judge"), [("full", "teacher"), ("lora", "fake_score")])
     def test_an_iteration_with_the_discriminator(self, tmp_path: Path, networks: str, judge: str) -> None:

@@ -20,12 +20,8 @@ STEPS = 2
 
 def base() -> Denoiser:
     """The same random network everywhere, stored as the release stores it."""
-    model = zoo.build(
-        LOCAL, PackConfig(2, "v2", 1), compute_dtype=torch.float32, linear_dtype=torch.bfloat16, seed=3
-    )
-    torch.nn.init.normal_(
-        model.model.final_linear_video.weight, std=0.1, generator=torch.Generator().manual_seed(4)
-    )
+    model = zoo.build(LOCAL, PackConfig(2, "v2", 1), compute_dtype=torch.float32, linear_dtype=torch.bfloat16, seed=3)
+    torch.nn.init.normal_(model.model.final_linear_video.weight, std=0.1, generator=torch.Generator().manual_seed(4))
     return adapt(model)
 
 
@@ -40,8 +36,7 @@ def adapt(network: Denoiser) -> Denoiser:
 def train(network: Denoiser, rows: slice) -> Tensor:
     """Updates that take turns, with calls of the base in between; returns the base's last prediction."""
     optimizers = {
-        name: torch.optim.SGD(lora.lora_parameters(network, name).values(), lr=0.1)
-        for name in ("critic", "student")
+        name: torch.optim.SGD(lora.lora_parameters(network, name).values(), lr=0.1) for name in ("critic", "student")
     }
     for step in range(STEPS):
         for name, optimizer in optimizers.items():
@@ -68,11 +63,7 @@ def child(rank: int, port: int, folder: str) -> None:
     with torch.device("meta"):
         network = adapt(
             zoo.build(
-                LOCAL,
-                PackConfig(2, "v2", 1),
-                compute_dtype=torch.float32,
-                linear_dtype=torch.bfloat16,
-                device="meta",
+                LOCAL, PackConfig(2, "v2", 1), compute_dtype=torch.float32, linear_dtype=torch.bfloat16, device="meta"
             )
         )
     parallel.shard(network, mesh)

@@ -36,9 +36,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape) -> None:
     assert values.min() > 0.5
     assert values.max() < 1.4
     u, _, v = torch.linalg.svd(draw(*shape), full_matrices=False)
-    cosine = nn.functional.cosine_similarity(
-        orthogonalise(draw(*shape), 5).float().flatten(1), (u @ v).flatten(1)
-    )
+    cosine = nn.functional.cosine_similarity(orthogonalise(draw(*shape), 5).float().flatten(1), (u @ v).flatten(1))
     assert cosine.min() > 0.95
 
 
@@ -89,11 +87,7 @@ def test_matrices_of_the_blocks_go_to_muon_and_all_else_to_adamw() -> None:
     model = SingleStreamDiT(CONFIG)
     optimizer = build_optimizer(model, CONFIG, MUON)
     by_experts = {g["experts"]: g for g in optimizer.param_groups}
-    assert {n: len(g["params"]) for n, g in by_experts.items()} == {
-        0: len(list(model.parameters())) - 8,
-        1: 4,
-        3: 4,
-    }
+    assert {n: len(g["params"]) for n, g in by_experts.items()} == {0: len(list(model.parameters())) - 8, 1: 4, 3: 4}
     assert by_experts[0]["lr"] == 0.003
     assert by_experts[0]["weight_decay"] == 0
     assert all(p.ndim == 2 for n in (1, 3) for p in by_experts[n]["params"])

@@ -41,15 +41,10 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     # average, which a look at it leaves behind.
     saving = [f"trainer.activation_checkpointing={'attention' if strategy == 'fsdp2' else 'true'}"]
     if strategy == "fsdp2":
-        saving += [
-            "strategy.reshard_after_forward=false",
-            f"+callbacks.look={{{VALIDATION}, every_steps: 1}}",
-        ]
+        saving += ["strategy.reshard_after_forward=false", f"+callbacks.look={{{VALIDATION}, every_steps: 1}}"]
     assert world.run(killed, strategy, 2, *saving) == [0, 0]
     for rank in (0, 1):
-        assert seen(killed)[rank] == [
-            p for p in shared[rank] if p >= 12
-        ]  # goes on at the fourth batch of four
+        assert seen(killed)[rank] == [p for p in shared[rank] if p >= 12]  # goes on at the fourth batch of four
 
     one, whole, resumed = exported(single), exported(through), exported(killed)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -54,14 +54,7 @@ def processes(shards) -> Processes:
 
 def assert_same_training(folder: Path, reference: Path) -> None:
     mine, theirs = final_state(folder), final_state(reference)
-    for part in (
-        "state_dict",
-        "optimizer_states",
-        "lr_schedulers",
-        "recipe",
-        "LatentDataModule",
-        "global_step",
-    ):
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "recipe", "LatentDataModule", "global_step"):
         assert_same(mine[part], theirs[part], part)
     assert any(key.startswith("ema.") for key in mine["state_dict"])
     exported = "export/model-00001-of-00001.safetensors"
@@ -122,9 +115,7 @@ def test_sigkill_while_a_checkpoint_is_written(processes, reference, tmp_path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(
-    processes, reference, tmp_path, number
-) -> None:
+def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(processes, reference, tmp_path, number) -> None:
     folder = tmp_path / "stopped"
     process = processes.start(folder, KILL % "delay: 0.03")
     while not (folder / "metrics.csv").exists():

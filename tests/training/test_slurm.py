@@ -11,12 +11,7 @@ from magihuman.config import CONFIGS, validate
 from magihuman.train import plain
 
 SCRIPTS = sorted((CONFIGS.parent / "slurm").glob("*.sbatch"))
-SLURM = {
-    "SLURM_NTASKS_PER_NODE": "8",
-    "SLURM_JOB_NUM_NODES": "4",
-    "SLURM_ARRAY_TASK_ID": "3",
-    "SLURM_JOB_ID": "17",
-}
+SLURM = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NUM_NODES": "4", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "17"}
 
 
 def test_the_promised_scripts_are_there() -> None:
@@ -38,9 +33,7 @@ def test_a_script_is_valid_and_so_is_its_command(script: Path, tmp_path) -> None
     assert settings.seed == 5
     if "data=shards" in words:
         assert settings.data.module["shards"] == "some where"
-        missing = subprocess.run(
-            ["bash", script], env={**environment, "SHARDS": ""}, capture_output=True, text=True
-        )
+        missing = subprocess.run(["bash", script], env={**environment, "SHARDS": ""}, capture_output=True, text=True)
         assert missing.returncode != 0
         assert "give the folder of shards" in missing.stderr
 

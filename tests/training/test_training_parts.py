@@ -237,9 +237,7 @@ def test_a_continuation_keeps_the_settings_it_replaces(tmp_path) -> None:
     assert run.read()["earlier"][0]["steps"] == 6
 
 
-def test_slow_bf16_of_a_cpu_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slow_bf16_of_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without AVX512-BF16 a training of minutes takes hours."""
     times = iter([0, 0.7, 0, 0.3, 0, 0.9, 0, 0.2, 0, 0.1, 0, 0.4])  # three products in bf16, three in fp32
     with monkeypatch.context() as patch:

@@ -112,15 +112,10 @@ class TestRoundTrips:
         assert left_in(there) == names
         parts = json.loads((there / "model_index.json").read_text())
         assert parts["vae"] == ["diffusers", "AutoencoderKLWan"]
-        assert same(
-            tensors_of(there / "transformer", "diffusion_pytorch_model"), tensors_of(release / "1080p_sr")
-        )
+        assert same(tensors_of(there / "transformer", "diffusion_pytorch_model"), tensors_of(release / "1080p_sr"))
         # diffusers itself reads its two, and the codecs are what they were.
         assert AutoencoderKLWan.from_pretrained(there, subfolder="vae").config.latents_std[0] == 0.4765
-        assert (
-            AutoencoderOobleck.from_pretrained(there, subfolder="audio_vae").config.decoder_input_channels
-            == 4
-        )
+        assert AutoencoderOobleck.from_pretrained(there, subfolder="audio_vae").config.decoder_input_channels == 4
         for kind, original in ((WanCodec, "wan"), (OobleckCodec, "sound")):
             a, b = kind.load(there), kind.load(tmp_path / original)  # type: ignore[attr-defined]
             assert same(a.state_dict(), b.state_dict())
@@ -148,9 +143,7 @@ class TestRoundTrips:
     def test_types(self, release: Path, tmp_path: Path) -> None:
         full, mixed = tensors_of(release / "distill"), tensors_of(release / "base")
         convert(str(release / "distill"), str(tmp_path / "a"), dtype="bf16")
-        assert same(
-            tensors_of(tmp_path / "a"), {k: v.bfloat16() if k in MATRICES else v for k, v in full.items()}
-        )
+        assert same(tensors_of(tmp_path / "a"), {k: v.bfloat16() if k in MATRICES else v for k, v in full.items()})
         assert {str(v.dtype) for v in mixed.values()} == {"torch.float32", "torch.bfloat16"}
         said = convert(str(release / "base"), str(tmp_path / "b"), dtype="fp32")
         assert "warning" not in said

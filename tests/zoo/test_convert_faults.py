@@ -97,10 +97,7 @@ class TestBadInput:
         (tmp_path / "full" / "file").write_text("mine")
         (tmp_path / "note.txt").write_text("words")
         for arguments, message in (
-            (
-                [source, f"{tmp_path}/x", "to=zip"],
-                "to=zip is unknown; choose one of export, released, diffusers",
-            ),
+            ([source, f"{tmp_path}/x", "to=zip"], "to=zip is unknown; choose one of export, released, diffusers"),
             ([source, f"{tmp_path}/x", "dtype=fp8"], "dtype=fp8 is unknown"),
             ([source, f"{tmp_path}/x", "vae=y"], "belong to to=diffusers"),
             ([source, f"{tmp_path}/x", "max_shard=x"], "max_shard=x is not a size"),
@@ -169,9 +166,7 @@ class TestInterruptions:
         )
         target = tmp_path / "x"
         command = [sys.executable, "-c", slow, str(release / "base"), str(target)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "half\n"
             (work,) = tmp_path.iterdir()

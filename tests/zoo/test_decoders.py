@@ -8,12 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from magihuman.codecs.bundle import load_bundle
-from magihuman.codecs.causal_decoder import (
-    CausalDecoder,
-    CausalDecoderCodec,
-    CausalDecoderConfig,
-    DecoderStage,
-)
+from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec, CausalDecoderConfig, DecoderStage
 from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
@@ -108,9 +103,7 @@ def test_a_damaged_export_is_named(tmp_path: Path) -> None:
 
 def test_a_decoder_of_other_latents_is_refused() -> None:
     LATENTS.require(Latents("tiny-0123", 4, (4, 4, 4)), "turbo=x", "the world")
-    with pytest.raises(
-        UserError, match=r"turbo=x takes latents of 'tiny-0123' .* the world has those of 'tiny-9'"
-    ):
+    with pytest.raises(UserError, match=r"turbo=x takes latents of 'tiny-0123' .* the world has those of 'tiny-9'"):
         LATENTS.require(Latents("tiny-9", 4, (4, 4, 4)), "turbo=x", "the world")
     with pytest.raises(UserError, match="layout 'acausal' is unknown"):
         DecoderConfig("acausal", {}, LATENTS)
@@ -118,9 +111,7 @@ def test_a_decoder_of_other_latents_is_refused() -> None:
 
 def test_what_is_no_decoder_is_taken_for_the_published_one(tmp_path: Path) -> None:
     assert decoders.find(tmp_path) is None
-    with pytest.raises(
-        UserError, match=r"turbo_vae/checkpoint-340000\.ckpt.*decoders that ship with the package"
-    ):
+    with pytest.raises(UserError, match=r"turbo_vae/checkpoint-340000\.ckpt.*decoders that ship with the package"):
         decoders.load(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="a run folder whose training has exported nothing yet"):

@@ -33,9 +33,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dit, "attention", attend)
 
 
-def _inputs(
-    config: DiTConfig, tokens: TokenCounts, grid: tuple[int, int, int], device: str
-) -> tuple[Any, ...]:
+def _inputs(config: DiTConfig, tokens: TokenCounts, grid: tuple[int, int, int], device: str) -> tuple[Any, ...]:
     layout = Layout.build(grid, tokens.audio, [tokens.text])
     layout = replace(layout, coords=layout.coords.to(device), modality=layout.modality.to(device))
     layout = layout.with_rotary(torch.zeros(tokens.total, config.head_dim * 3 // 4, device=device))
@@ -57,9 +55,7 @@ def test_weights_are_exact(name: str) -> None:
     config = zoo.arch(name)
     for form, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         state = _meta(config, dtype, dtype).state_dict()
-        assert footprint.weight_bytes(config, form) == sum(
-            t.numel() * t.element_size() for t in state.values()
-        )
+        assert footprint.weight_bytes(config, form) == sum(t.numel() * t.element_size() for t in state.values())
     if name == "15b":  # SPEC 1.2
         assert footprint.weight_bytes(config, "bf16") == 30_642_008_128
         assert footprint.weight_bytes(config, "fp32") == 61_197_676_608

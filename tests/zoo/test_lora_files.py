@@ -52,9 +52,7 @@ def test_an_adapter_is_read_back_exactly_and_applied(config, tmp_path) -> None:
     # The network with the adapter over the base as it is stored.
     denoiser.model.load_state_dict(zoo.load(base).denoiser.model.state_dict(), strict=False)
     batch = inputs([4, 2])
-    torch.testing.assert_close(
-        loaded.denoiser(*batch), denoiser(*batch, lora="student"), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(loaded.denoiser(*batch), denoiser(*batch, lora="student"), rtol=1e-4, atol=1e-4)
 
 
 class Mirror(nn.Module):
@@ -100,9 +98,7 @@ def test_convert_merges_and_inspect_describes(tmp_path) -> None:
     assert zoo.config_of(tmp_path / "merged") == OWN
     one, two = zoo.load(tmp_path / "merged"), zoo.load(base, lora=folder, compute_dtype=torch.bfloat16)
     state = two.denoiser.model.state_dict()
-    assert all(
-        torch.equal(t.to(state[k].dtype), state[k]) for k, t in one.denoiser.model.state_dict().items()
-    )
+    assert all(torch.equal(t.to(state[k].dtype), state[k]) for k, t in one.denoiser.model.state_dict().items())
     described = describe(folder)
     assert "lora_alpha: 4.5" in described
     assert "solver: renoise" in described

@@ -15,16 +15,7 @@ from magihuman.zoo import footprint, memory_plan
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.commands import plan
 from magihuman.zoo.footprint import TokenCounts
-from magihuman.zoo.memory_plan import (
-    GB,
-    MEMORY,
-    RESERVE,
-    ClipRequest,
-    peak,
-    remedies,
-    require_memory,
-    stage_memory,
-)
+from magihuman.zoo.memory_plan import GB, MEMORY, RESERVE, ClipRequest, peak, remedies, require_memory, stage_memory
 
 BIG = zoo.arch("15b")
 # 5 s at 256p, then 1080p.
@@ -49,9 +40,7 @@ class TestInference:
     def test_sums(self) -> None:
         stages = {need.stage: need for need in stage_memory(LARGE)}
         assert list(stages) == ["text", "condition", "sample", "refine", "decode"]
-        weights = 30_642_008_128 * 2 + sum(
-            sum(stages[name].weights.values()) for name in ("text", "condition")
-        )
+        weights = 30_642_008_128 * 2 + sum(sum(stages[name].weights.values()) for name in ("text", "condition"))
         most = max(need.activations for need in stages.values())
         assert peak(LARGE) == RESERVE + weights + most
         balanced = replace(LARGE, memory="balanced")
@@ -87,9 +76,7 @@ class TestInference:
 
     def test_refusal_is_one_line_with_the_remedy(self) -> None:
         require_memory(REQUEST, 80 * GB)
-        with pytest.raises(
-            UserError, match=r"needs \d+\.\d GB .*computed.*40\.0 GB; use memory=balanced"
-        ) as e:
+        with pytest.raises(UserError, match=r"needs \d+\.\d GB .*computed.*40\.0 GB; use memory=balanced") as e:
             require_memory(REQUEST, 40 * GB)
         assert "\n" not in str(e.value)
         with pytest.raises(UserError, match="larger GPU"):
@@ -112,9 +99,7 @@ class TestTraining:
             ("lora", "gpu", 64, 40, (5.0, 2.5, 1.25, 0.6)),
         ],
     )
-    def test_dmd2_state(
-        self, sharing: str, ema: str, rank: int, total: float, shards: tuple[float, ...]
-    ) -> None:
+    def test_dmd2_state(self, sharing: str, ema: str, rank: int, total: float, shards: tuple[float, ...]) -> None:
         state = memory_plan.state_bytes(replace(self.RUN, ema=ema, rank=rank), "dmd2", sharing)
         assert state / GB == pytest.approx(total, abs=0.6)
         for gpus, size in zip((8, 16, 32, 64), shards, strict=True):
@@ -142,9 +127,7 @@ class TestTraining:
         for checkpointing in (True, False):
             run = replace(self.RUN, checkpointing=checkpointing)
             casts = footprint.cast_bytes(BIG, 2, checkpointing)
-            assert (
-                memory_plan.work_bytes(run, task, sharing) == memory_plan.work_bytes(run, "pretrain") - casts
-            )
+            assert memory_plan.work_bytes(run, task, sharing) == memory_plan.work_bytes(run, "pretrain") - casts
         # Without recomputation 30 GB of bf16 copies of 15 B master weights would wait for the backward pass.
         assert casts == pytest.approx(2 * BIG.parameter_count(), rel=0.01)
 
@@ -152,8 +135,7 @@ class TestTraining:
 class TestCommand:
     def test_it_needs_no_torch(self) -> None:
         code = (
-            "import sys; from magihuman.zoo.__main__ import main; main(sys.argv[1:]); "
-            "assert 'torch' not in sys.modules"
+            "import sys; from magihuman.zoo.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, "plan", "15b", "resolution=540p", "gpu_gb=40"],

@@ -94,11 +94,7 @@ class TestWhatItIs:
         assert configs["base"].sampling.guidance == Guidance(5.0, 2.0, 500, 5.0)
         assert configs["base"].model == configs["540p_sr"].model == zoo.arch("15b")
         assert configs["1080p_sr"].model == replace(zoo.arch("15b"), local_attn_layers=local_layers(40))
-        assert {(c.size.height, c.size.width) for c in configs.values()} == {
-            (256, 448),
-            (512, 896),
-            (1088, 1920),
-        }
+        assert {(c.size.height, c.size.width) for c in configs.values()} == {(256, 448), (512, 896), (1088, 1920)}
         contract = configs["base"].contract
         assert (contract.video_channels, contract.audio_channels, contract.text_channels) == (48, 64, 3584)
         assert (contract.video_stride, contract.audio_rate) == ((4, 16, 16), 51200)
@@ -147,12 +143,8 @@ class TestFind:
     def test_published_folder(self, release: Path, role: str) -> None:
         loaded = zoo.load(release / role)
         assert loaded.folder == release / role
-        assert (
-            loaded.config == config_for(role, shapes_of(dit_config(8)), role) == zoo.config_of(release / role)
-        )
-        video, audio = loaded.denoiser(
-            torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 4), [torch.randn(3, 16)]
-        )
+        assert loaded.config == config_for(role, shapes_of(dit_config(8)), role) == zoo.config_of(release / role)
+        video, audio = loaded.denoiser(torch.randn(1, 48, 2, 4, 4), torch.randn(1, 5, 4), [torch.randn(3, 16)])
         assert (video.shape, audio.shape) == ((1, 48, 2, 4, 4), (1, 5, 4))
         assert video.abs().mean() > 1e-3
         assert video.isfinite().all()
@@ -168,9 +160,7 @@ class TestFind:
         (tmp_path / "mine").symlink_to(release / "distill")
         assert zoo.config_of(tmp_path / "mine").sampling.solver == "renoise"
         shutil.copytree(release / "distill", tmp_path / "copy")
-        with pytest.raises(
-            UserError, match="rename it to one of base, distill, 540p_sr, 1080p_sr, or convert"
-        ):
+        with pytest.raises(UserError, match="rename it to one of base, distill, 540p_sr, 1080p_sr, or convert"):
             zoo.load(tmp_path / "copy")
 
     def test_somebody_elses_config_is_passed_over(self, release: Path, tmp_path: Path) -> None:
@@ -180,9 +170,7 @@ class TestFind:
 
     def test_export_and_run_folder(self, tmp_path: Path) -> None:
         fake_checkpoint(tmp_path / "run" / "export")
-        assert (
-            zoo.find(tmp_path / "run") == zoo.find(tmp_path / "run" / "export") == tmp_path / "run" / "export"
-        )
+        assert zoo.find(tmp_path / "run") == zoo.find(tmp_path / "run" / "export") == tmp_path / "run" / "export"
 
     def test_a_file_and_a_diffusers_folder_name_the_remedy(self, release: Path, tmp_path: Path) -> None:
         (tmp_path / "model_index.json").write_text("{}")
@@ -194,9 +182,7 @@ class TestFind:
         shutil.copytree(release / "base", tmp_path / "base")
         shard = weight_files(tmp_path / "base")[2]
         shard.rename(f"{shard}.zst")
-        with pytest.raises(
-            UserError, match=rf"{shard.name}\.zst is compressed; unpack .* convert .*/base NEW"
-        ):
+        with pytest.raises(UserError, match=rf"{shard.name}\.zst is compressed; unpack .* convert .*/base NEW"):
             zoo.load(tmp_path / "base")
 
     def test_hub_id(self, hub: Path, release: Path) -> None:
@@ -247,9 +233,7 @@ class TestFind:
             zoo.find("tiny/bse")
         assert "hf download" not in str(caught.value)
 
-    def test_misspelt_path_is_no_hub_id(
-        self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_misspelt_path_is_no_hub_id(self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "runs").mkdir()
         with pytest.raises(UserError) as caught:

@@ -133,14 +133,8 @@ class TestExport:
             (lambda f: (f / INDEX).write_text("{}"), "no index"),
             (lambda f: (f / INDEX).unlink(), "holds no weights"),
             (lambda f: (f / "model-00001-of-00001.safetensors").unlink(), "names the shard"),
-            (
-                lambda f: (f / "model-00001-of-00001.safetensors").write_bytes(b"xx"),
-                "not a readable safetensors",
-            ),
-            (
-                lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../../etc/passwd"}}'),
-                "names the shard",
-            ),
+            (lambda f: (f / "model-00001-of-00001.safetensors").write_bytes(b"xx"), "not a readable safetensors"),
+            (lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../../etc/passwd"}}'), "names the shard"),
         ],
     )
     def test_damage_is_one_line(self, tmp_path: Path, state, damage, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -196,9 +190,7 @@ class TestVerify:
 
     def test_every_released_kind_of_this_stage(self, golden: Path) -> None:
         rows = [
-            row
-            for kind in ("coords_", "data_proxy", "local_ranges", "text_pad")
-            for row in verify(golden, only=kind)
+            row for kind in ("coords_", "data_proxy", "local_ranges", "text_pad") for row in verify(golden, only=kind)
         ]
         assert len({row.case for row in rows}) == 6
         assert [row for row in rows if row.status != "pass"] == []
@@ -206,9 +198,7 @@ class TestVerify:
     @pytest.fixture
     def copy(self, tmp_path: Path) -> Path:
         return Path(
-            shutil.copytree(
-                OWN, tmp_path / "own", ignore=shutil.ignore_patterns("*.py", "dit_*", "__pycache__")
-            )
+            shutil.copytree(OWN, tmp_path / "own", ignore=shutil.ignore_patterns("*.py", "dit_*", "__pycache__"))
         )
 
     def rewrite(self, folder: Path, change) -> None:  # type: ignore[no-untyped-def]
@@ -240,9 +230,7 @@ class TestVerify:
 
     def test_a_manifest_that_lies_about_shapes_fails(self, copy: Path) -> None:
         self.rewrite(copy, lambda files: files["sde_own"]["tensors"]["theta"].update(shape=[7]))
-        assert [r.detail for r in verify(copy, only="sde")] == [
-            "sde_own.safetensors: tensor theta is [6], not [7]"
-        ]
+        assert [r.detail for r in verify(copy, only="sde")] == ["sde_own.safetensors: tensor theta is [6], not [7]"]
 
     def test_a_check_that_raises_fails_its_case_only(self, copy: Path) -> None:
         self.rewrite(copy, lambda files: files["sde_own"]["meta"].pop("steps"))
@@ -250,9 +238,7 @@ class TestVerify:
         assert [r.detail for r in rows if r.status == "FAIL"] == ["KeyError: 'steps'"]
         assert len({r.case for r in rows}) == 4
 
-    def test_unknown_kinds_fail_only_when_strict(
-        self, copy: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_unknown_kinds_fail_only_when_strict(self, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.rewrite(copy, lambda files: files.update(riddle=files.pop("sde_own")))
         assert main(["verify", str(copy)]) == 0
         assert "1 unsupported" in capsys.readouterr().out

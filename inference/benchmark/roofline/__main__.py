@@ -60,9 +60,7 @@ def stages(
     sheet = gpu(device)
     limits = DeviceLimits.of(sheet, tflops, bandwidth)
     times = {"base": base_time, "sr": sr_time, "video decode": decode_time}
-    lines = [
-        f"limits of {limits.name}: {limits.flops / 1e12:g} TFLOP/s, {limits.bandwidth / 1e12:g} TB/s; {NOTE}"
-    ]
+    lines = [f"limits of {limits.name}: {limits.flops / 1e12:g} TFLOP/s, {limits.bandwidth / 1e12:g} TB/s; {NOTE}"]
     for case in [make(name, steps, sr_steps, seconds, text, guided, model) for name in _sizes(size)]:
         height, width = case.pixels
         parameters = case.stages[0].config.parameter_count()
@@ -75,9 +73,7 @@ def stages(
         ]
         works = stages_of(case, decoder)
         lines += [_line(work, limits, times.get(work.stage), sheet.bf16) for work in works]
-        wanted = [
-            bound(work, limits).seconds for work in works if work.stage in ("base", "sr", "video decode")
-        ]
+        wanted = [bound(work, limits).seconds for work in works if work.stage in ("base", "sr", "video decode")]
         lines.append(f"base + sr + video decode: at least {sum(wanted):.3g} s")
     return "\n".join(lines)
 
@@ -111,10 +107,7 @@ def gpus(size: str = "all", decoder: str = "turbo") -> str:
         decoder: turbo, wan, or a student of configs/decoder such as a and b
     """
     cases = [make(name) for name in _sizes(size)]
-    lines = [
-        f"{NOTE}; data sheets, bf16",
-        f"{'':<16}" + "".join(f"{case.size:>10}" for case in cases) + "  s",
-    ]
+    lines = [f"{NOTE}; data sheets, bf16", f"{'':<16}" + "".join(f"{case.size:>10}" for case in cases) + "  s"]
     for device in GPUS.values():
         limits = DeviceLimits.of(device)
         cells = []
@@ -132,9 +125,7 @@ def published(tflops: float = 790.0) -> str:
         tflops: the peak that the least time is taken at, in TFLOP/s
     """
     limits, peak = DeviceLimits.of(GPUS["h100"], tflops), GPUS["h100"].bf16
-    lines = [
-        f"{'stage':<20}{'N':>8}{'PFLOP':>8}{'paper s':>9}{'TFLOP/s':>9}{'MFU':>8}{'least s':>9}{'ratio':>7}"
-    ]
+    lines = [f"{'stage':<20}{'N':>8}{'PFLOP':>8}{'paper s':>9}{'TFLOP/s':>9}{'MFU':>8}{'least s':>9}{'ratio':>7}"]
     for size, times in PUBLISHED.items():
         for work in stages_of(make(size)):
             seconds = times.get({"video decode": "decode"}.get(work.stage, work.stage))
@@ -194,14 +185,7 @@ def _write(path: Path, device: str, values: dict[str, Any]) -> None:
         "provenance": {
             "how": "computed from the config at assumed rates (inference.benchmark.roofline.predict), not measured",
             "command": shlex.join(
-                [
-                    "python",
-                    "-m",
-                    "inference.benchmark.roofline",
-                    "ladder",
-                    f"device={device}",
-                    f"output={path}",
-                ]
+                ["python", "-m", "inference.benchmark.roofline", "ladder", f"device={device}", f"output={path}"]
             ),
             "code": code_version(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -214,12 +198,7 @@ def _write(path: Path, device: str, values: dict[str, Any]) -> None:
         raise UserError(f"cannot write output={path}: {error.strerror or error}") from error
 
 
-COMMANDS: dict[str, Callable[..., str]] = {
-    "stages": stages,
-    "gpus": gpus,
-    "published": published,
-    "ladder": ladder,
-}
+COMMANDS: dict[str, Callable[..., str]] = {"stages": stages, "gpus": gpus, "published": published, "ladder": ladder}
 
 if __name__ == "__main__":
     try:

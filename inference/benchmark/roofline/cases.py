@@ -134,10 +134,7 @@ def make(
         raise UserError(f"size={size} is unknown; choose one of {', '.join(SIZES)}")
     if size == "layer" and steps is None:
         steps = 1
-    counts = {
-        "steps": BASE_STEPS if steps is None else steps,
-        "sr_steps": SR_STEPS if sr_steps is None else sr_steps,
-    }
+    counts = {"steps": BASE_STEPS if steps is None else steps, "sr_steps": SR_STEPS if sr_steps is None else sr_steps}
     seconds = (5.0 if size in RELEASED_SIZES else 1.0) if seconds is None else seconds
     for name, number in (*counts.items(), ("seconds", seconds), ("text", 1 if text is None else text)):
         if not 0 < number < 1000:

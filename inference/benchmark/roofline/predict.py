@@ -10,14 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
-from inference.benchmark.roofline.work import (
-    PUBLISHED,
-    DeviceLimits,
-    bound,
-    forward,
-    network,
-    video_decoder,
-)
+from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, bound, forward, network, video_decoder
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import BF16, attention_pairs, pointwise_bytes
 from magihuman.models.gpu_specs import GPUS
@@ -172,9 +165,7 @@ def one_pass(stage: DenoisingStage, rates: Rates, machine: Machine) -> PassSecon
                 seconds = 2.0 * count * columns * rows / rate / tiling
                 products += max(seconds, BF16 * columns * rows / machine.bandwidth)
         local = stage.window is not None and layer in config.local_attn_layers
-        pairs = attention_pairs(
-            tokens.video, tokens.audio + tokens.text, stage.frames, stage.window if local else None
-        )
+        pairs = attention_pairs(tokens.video, tokens.audio + tokens.text, stage.frames, stage.window if local else None)
         reached = (rates.local if local else rates.attention) * 1e12 * tokens.total / (tokens.total + _SHORT)
         attention += 4.0 * pairs * config.hidden_size / reached
     traffic = rates.pointwise * pointwise_bytes(config, tokens.total)
@@ -201,12 +192,7 @@ def _matrices(config: DiTConfig, layer: int, padding: int) -> list[tuple[str, in
     hidden, inner = config.hidden_size, config.intermediate_size(layer)
     wide = -(-inner // padding) * padding
     up = wide * (config.up_width(layer) // inner)
-    return [
-        ("qkv", hidden, config.qkv_width),
-        ("proj", hidden, hidden),
-        ("up", hidden, up),
-        ("down", wide, hidden),
-    ]
+    return [("qkv", hidden, config.qkv_width), ("proj", hidden, hidden), ("up", hidden, up), ("down", wide, hidden)]
 
 
 def _boundary_bytes(config: DiTConfig, tokens: TokenCounts) -> int:

@@ -75,9 +75,7 @@ def network(stage: DenoisingStage) -> Work:
         + product_bytes(stage.config, stage.tokens.total)
         + pointwise_bytes(stage.config, stage.tokens.total)
     )
-    return Work(
-        stage.name, stage.passes * forward(stage).total, stage.passes * moved, 0, stage.tokens, stage.passes
-    )
+    return Work(stage.name, stage.passes * forward(stage).total, stage.passes * moved, 0, stage.tokens, stage.passes)
 
 
 def text_encoder(tokens: int) -> Work:
@@ -96,9 +94,7 @@ def picture_encoder(case: ClipCase) -> Work:
 
 def sound_encoder(case: ClipCase) -> Work:
     """Oobleck encoder; fp32."""
-    return Work(
-        "sound", costs.OOBLECK_ENCODE * case.audio, FP32 * costs.OOBLECK_ENCODER_PARAMETERS, exact=False
-    )
+    return Work("sound", costs.OOBLECK_ENCODE * case.audio, FP32 * costs.OOBLECK_ENCODER_PARAMETERS, exact=False)
 
 
 def sound_decoder(case: ClipCase) -> Work:

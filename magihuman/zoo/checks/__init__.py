@@ -84,9 +84,7 @@ def checker(kind: str) -> Check:
 def compare(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float = 0.0) -> Result:
     """Largest absolute difference; infinite where the shapes differ."""
     if ours.shape != theirs.shape:
-        return Result(
-            f"{what} (shape {list(ours.shape)}, expected {list(theirs.shape)})", float("inf"), tolerance
-        )
+        return Result(f"{what} (shape {list(ours.shape)}, expected {list(theirs.shape)})", float("inf"), tolerance)
     if not ours.numel():
         return Result(what, 0.0, tolerance)
     return Result(what, (ours.double() - theirs.double()).abs().max().item(), tolerance)

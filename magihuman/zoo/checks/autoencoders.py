@@ -36,8 +36,7 @@ def check_wan_statistics(case: VectorCase) -> list[Result]:
     """The published means and standard deviations of the latent channels."""
     ours = {"mean": wan.LATENT_MEAN, "std": wan.LATENT_STD}
     return [
-        compare(name, torch.tensor(values, dtype=torch.float64), case.tensors[name])
-        for name, values in ours.items()
+        compare(name, torch.tensor(values, dtype=torch.float64), case.tensors[name]) for name, values in ours.items()
     ]
 
 
@@ -48,9 +47,7 @@ def check_oobleck(case: VectorCase) -> list[Result]:
     latent = case.tensors["dec/latent"].T[None]
     return [
         *_key_map(case, oobleck.key_map(codec.vae)),
-        _compare_audio(
-            "enc/latent", codec, lambda: _encode(codec, sound, [noise]), case.tensors["enc/latent"]
-        ),
+        _compare_audio("enc/latent", codec, lambda: _encode(codec, sound, [noise]), case.tensors["enc/latent"]),
         _compare_audio("dec/wav", codec, lambda: codec.decode(latent), case.tensors["dec/wav"]),
     ]
 
@@ -61,9 +58,7 @@ def check_audio_encode(case: VectorCase) -> list[Result]:
     sound = _test_audio(case.meta["samples"])[: case.meta["seconds"] * AUDIO_RATE]
     stored = case.group("noise/")
     noise = [stored[str(index)].transpose(1, 2) for index in range(len(stored))]
-    return [
-        _compare_audio("out", codec, lambda: _encode(codec, sound[None, None], noise), case.tensors["out"])
-    ]
+    return [_compare_audio("out", codec, lambda: _encode(codec, sound[None, None], noise), case.tensors["out"])]
 
 
 def check_audio_utils(case: VectorCase) -> list[Result]:

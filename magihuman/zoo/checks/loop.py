@@ -82,10 +82,7 @@ def check_loop(case: VectorCase, loop: Loop = guided_loop) -> list[Result]:
     Starts, fresh noise and encoded conditions are the stored ones.
     """
     results = []
-    for dtype, trace, out in (
-        (torch.float32, "trace/", "out/"),
-        (torch.bfloat16, "trace_bf16/", "out_bf16/"),
-    ):
+    for dtype, trace, out in ((torch.float32, "trace/", "out/"), (torch.bfloat16, "trace_bf16/", "out_bf16/")):
         run = _LoopRun(case, dtype, loop)
         states, last = run.base()
         results += _compare_steps(case, states, f"{trace}base", dtype)
@@ -121,9 +118,7 @@ class _LoopRun:
         self.noise = [tensor for _, tensor in sorted(case.group("noise/").items())]
 
     def denoiser(self, stage: str, config: str, coords: str) -> Denoiser:
-        model = SingleStreamDiT(
-            dit_config(self.meta[config]), compute_dtype=self.dtype, linear_dtype=torch.bfloat16
-        )
+        model = SingleStreamDiT(dit_config(self.meta[config]), compute_dtype=self.dtype, linear_dtype=torch.bfloat16)
         model.load_state_dict(self.case.group(f"w/{stage}/"))
         model.attention_backend = "reference"
         proxy = self.settings["data_proxy_config"]
@@ -147,14 +142,11 @@ class _LoopRun:
             first = Pair(video, audio)
         fresh = [] if guided else list(map(Pair, noise[: 2 * steps : 2], noise[1 : 2 * steps : 2]))
         guidance = Guidance(
-            video_high=self.settings["video_txt_guidance_scale"],
-            audio=self.settings["audio_txt_guidance_scale"],
+            video_high=self.settings["video_txt_guidance_scale"], audio=self.settings["audio_txt_guidance_scale"]
         )
         denoiser, solver = self.denoiser("base", "model_config", "v2"), "unipc" if guided else "renoise"
         noise_of_run = Noise(first, fresh)
-        return self.sample(
-            denoiser, noise_of_run, steps, solver, guidance if guided else None, self.meta["a2v"]
-        )
+        return self.sample(denoiser, noise_of_run, steps, solver, guidance if guided else None, self.meta["a2v"])
 
     def super_resolution(self, video: Tensor, audio: Tensor) -> tuple[list[Pair], Tensor]:
         """Latents after every step of the second stage, and its video; the clip keeps the base stage's audio."""

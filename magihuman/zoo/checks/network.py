@@ -109,9 +109,7 @@ def _run(case: VectorCase, config: DiTConfig, pack: PackConfig, dtype: torch.dty
     model.adapter.register_forward_hook(lambda module, inputs, output: seen.update(embed=output))
     model.register_forward_hook(lambda module, inputs, output: seen.update(rows=output))
     video_v, audio_v = denoiser(video, audio, [text], layout)
-    return _Forward(
-        layout, seen["embed"], {"video": video_v, "audio": audio_v, "packed": _pack(seen["rows"], layout)}
-    )
+    return _Forward(layout, seen["embed"], {"video": video_v, "audio": audio_v, "packed": _pack(seen["rows"], layout)})
 
 
 def _pack(rows: tuple[Tensor, Tensor], layout: Layout) -> Tensor:

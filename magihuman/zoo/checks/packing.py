@@ -43,9 +43,7 @@ def check_data_proxy(case: VectorCase) -> list[Result]:
     meta, patch = case.meta, case.meta["patch"]
     video, audio = case.tensors["in/x_t"], case.tensors["in/audio"][:, : meta["audio_len"]]
     grid = (video.shape[2], video.shape[3], video.shape[4])
-    text = [
-        features[:length] for features, length in zip(case.tensors["in/text"], meta["text_lens"], strict=True)
-    ]
+    text = [features[:length] for features, length in zip(case.tensors["in/text"], meta["text_lens"], strict=True)]
     layout = Layout.build(
         (grid[0], grid[1] // patch, grid[2] // patch),
         audio.shape[1],

@@ -12,18 +12,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[3]
 THERE = ("torch", "triton", "numpy", "safetensors", "einops", "PyYAML")
-ABSENT = (
-    "hydra",
-    "omegaconf",
-    "lightning",
-    "diffusers",
-    "transformers",
-    "av",
-    "tqdm",
-    "matplotlib",
-    "scipy",
-    "PIL",
-)
+ABSENT = ("hydra", "omegaconf", "lightning", "diffusers", "transformers", "av", "tqdm", "matplotlib", "scipy", "PIL")
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +38,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
             head, _, marker = line.partition(";")
             if "extra" not in marker:
                 wanted.append(
-                    head.split("[")[0]
-                    .split("<")[0]
-                    .split(">")[0]
-                    .split("=")[0]
-                    .split("!")[0]
-                    .split("~")[0]
-                    .strip()
+                    head.split("[")[0].split("<")[0].split(">")[0].split("=")[0].split("!")[0].split("~")[0].strip()
                 )
     return folder
 

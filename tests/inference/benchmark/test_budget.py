@@ -33,9 +33,7 @@ class Clock:
         return self.now
 
 
-def simulated(
-    steps: list[Step], seconds: float, slow: float, folder: Path
-) -> tuple[BudgetedRun, dict[str, int]]:
+def simulated(steps: list[Step], seconds: float, slow: float, folder: Path) -> tuple[BudgetedRun, dict[str, int]]:
     """The run of a plan whose steps take `slow` times what is expected, one repetition after the other."""
     clock = Clock()
     run = BudgetedRun(folder, "simulated", seconds, clock)
@@ -237,9 +235,7 @@ def test_what_is_on_disk_survives_sigkill(tmp_path: Path) -> None:
     """Killed at some moment of the real dry run: every line on disk is whole, and names a step of the plan."""
     command = [sys.executable, "-m", "inference.benchmark", "suite", "dry=true", f"output={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = tmp_path / "suite.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (file.exists() and file.read_text().count("\n") >= 8):

@@ -46,11 +46,7 @@ def test_a_clip(size: str, tier: str, tmp_path: Path, monkeypatch: pytest.Monkey
     _check_clip(row)
     if tier != "reference":
         assert row["attention_kernel"] == "cudnn"
-        assert (row["options"]["pad"], row["options"]["grouped"], row["options"]["graphs"]) == (
-            True,
-            True,
-            True,
-        )
+        assert (row["options"]["pad"], row["options"]["grouped"], row["options"]["graphs"]) == (True, True, True)
 
 
 @pytest.mark.parametrize("tier", ["fast", "fp8"])
@@ -106,10 +102,7 @@ def test_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["fast", "256p", "turbo"]["planned_bytes"] > 30e9
     assert {name: len(runs) for name, runs in found.runs.items()}["fast 256p"] == 6
     kernels = found.steps["kernels 1080p"]["rows"]
-    assert {row["form"] for row in kernels if row["what"] == "attention" and "tflops" in row} >= {
-        "cudnn",
-        "flash2",
-    }
+    assert {row["form"] for row in kernels if row["what"] == "attention" and "tflops" in row} >= {"cudnn", "flash2"}
 
 
 @pytest.mark.timeout(900)

@@ -56,9 +56,7 @@ def test_both_stages_run_on_one_network() -> None:
         given = bench_networks.draw(stage, network, CPU)
         seen = bench_networks.view(network, stage)
         assert seen.model.block is network.model.block
-        for a, b in zip(
-            bench_networks.one_pass(seen, given), bench_networks.one_pass(alone, given), strict=True
-        ):
+        for a, b in zip(bench_networks.one_pass(seen, given), bench_networks.one_pass(alone, given), strict=True):
             assert torch.equal(a, b)
     base, sr = (bench_networks.view(network, stage) for stage in case.stages)
     given = bench_networks.draw(case.stages[1], network, CPU)
@@ -147,11 +145,7 @@ def _check_rows(by_kind: dict[str, list[Any]]) -> None:
     peak, *micro = (row for row in by_kind["micro"] if row["what"] != "roof" or row is by_kind["micro"][0])
     assert peak["tflops"] > 0
     forms = {(row["what"], row["name"], row["form"]) for row in micro}
-    assert {
-        ("product", "down", "as is"),
-        ("product", "down", "padded"),
-        ("experts", "up", "grouped"),
-    } <= forms
+    assert {("product", "down", "as is"), ("product", "down", "padded"), ("experts", "up", "grouped")} <= forms
     plain = next(row for row in micro if row["form"] == "plain")
     assert plain["relative_l2_to_fp32"] < 1e-5
     cudnn = next(row for row in micro if row["form"] == "cudnn")
@@ -206,8 +200,7 @@ def test_released_decoders_by_name() -> None:
     assert {"turbo", "wan", "a", "b"} <= set(names)
     counts = {
         name: sum(
-            p.numel()
-            for p in components.released_decoder(name, torch.device("meta"), torch.bfloat16).parameters()
+            p.numel() for p in components.released_decoder(name, torch.device("meta"), torch.bfloat16).parameters()
         )
         for name in names
         if name != "wan"
@@ -243,9 +236,7 @@ def test_released_decoders_by_name() -> None:
         ("size=tiny checkpoint=tiny/base model=small", "size=tiny is not for small"),
     ],
 )
-def test_mistakes_are_one_line(
-    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as caught:

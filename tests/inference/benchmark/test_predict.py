@@ -37,9 +37,7 @@ def _micro(rate: float) -> list[dict[str, Any]]:
 
 def test_a_pass_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     rate = 0.05
-    with pytest.raises(
-        UserError, match=r"no microbenchmarks of size=tiny; run `python -m inference\.benchmark"
-    ):
+    with pytest.raises(UserError, match=r"no microbenchmarks of size=tiny; run `python -m inference\.benchmark"):
         predict(output=str(tmp_path / "p"), results=str(tmp_path))
     path = result_files.write("micro", "tiny", _micro(rate), MADE, tmp_path)
     told = predict(output=str(tmp_path / "p"), results=str(tmp_path))
@@ -113,9 +111,7 @@ def test_experts_stay_in_16_bits_and_layers_without_windows_see_everything() -> 
         return {"what": what, "name": name, "form": form, **found}
 
     rows: list[dict[str, Any]] = [{"what": "roof", "copy_tbps": 3.0}]
-    rows += [
-        row("product", n, f, r) for n in calibrate._MATRICES for f, r in (("padded", 600), ("fp8", 1200))
-    ]
+    rows += [row("product", n, f, r) for n in calibrate._MATRICES for f, r in (("padded", 600), ("fp8", 1200))]
     rows += [row("attention", "dense", "cudnn", 500), row("attention", "window 11", "cudnn", 250)]
     stage = make("1080p").stages[-1]
     found = calibrate._one_pass(stage, rows, "fp8", "padded")

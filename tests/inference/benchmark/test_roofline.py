@@ -48,9 +48,7 @@ def test_tiny_network_is_counted_exactly(number: int) -> None:
 
 def test_floors_of_the_study() -> None:
     """1.03, 3.18 and 24.25 s at 790 TFLOP/s: no exact bf16 path can pass these."""
-    least = {
-        size: bound(work.network(make(size).stages[-1]), AT_790).seconds for size in ("256p", "540p", "1080p")
-    }
+    least = {size: bound(work.network(make(size).stages[-1]), AT_790).seconds for size in ("256p", "540p", "1080p")}
     assert least["256p"] == pytest.approx(1.03, abs=0.005)
     assert least["540p"] == pytest.approx(3.18, abs=0.005)
     assert least["1080p"] == pytest.approx(24.25, abs=0.01)
@@ -82,12 +80,7 @@ def test_pointwise_and_product_traffic_by_hand() -> None:
     pointwise = 24 * hidden + 4 * (hidden + 1024) + 4 * hidden + 2 * 3 * inner
     assert pointwise_bytes(config, 10) == 10 * pointwise
     products = (
-        2 * (hidden + qkv)
-        + 2 * (hidden + 2 * 1024)
-        + 2 * hidden
-        + 4 * hidden
-        + 2 * (2 * inner + inner)
-        + 2 * hidden
+        2 * (hidden + qkv) + 2 * (hidden + 2 * 1024) + 2 * hidden + 4 * hidden + 2 * (2 * inner + inner) + 2 * hidden
     )
     assert work.product_bytes(config, 10) == 10 * (products + 2 * hidden - 2 * hidden)
 

@@ -65,14 +65,7 @@ def test_every_step_runs(dry: Path) -> None:
     assert list(run.steps) == planned
     # As the issue of this benchmark orders them: correctness before times, exact before approximate.
     order = ["roof", "truth", "reference 256p", "fast 256p", "fast 540p", "fast 1080p", "decode 1080p turbo"]
-    order += [
-        "fp8 256p",
-        "fp8 540p",
-        "fp8 1080p",
-        "kernels 256p",
-        "decode 256p turbo search",
-        "fp8_attention 256p",
-    ]
+    order += ["fp8 256p", "fp8 540p", "fp8 1080p", "kernels 256p", "decode 256p turbo search", "fp8_attention 256p"]
     assert [name for name in planned if name in order] == order
     assert run.header["provenance"]["code"]["sources"]
     log = dry.with_suffix(".log").read_text()
@@ -147,9 +140,7 @@ def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path:
     assert len(re.findall(r"\| 1080p \| H100 SXM \| fast \(E1\), auto, (turbo|b) ", first)) == 2
     error = next(line for line in first.splitlines() if "fp8 (approximate), auto, b" in line).split("|")[-3]
     assert 1e-3 < float(error) < 0.3
-    measured = [
-        row for row in result_files.measured(out) if row["size"] == "256p" and row["decoder"]["name"] == "b"
-    ]
+    measured = [row for row in result_files.measured(out) if row["size"] == "256p" and row["decoder"]["name"] == "b"]
     seconds = {row["tier"]: row["stages"]["base"]["median"] for row in measured}
     ratio = f"fast {seconds['reference'] / seconds['fast']:.2f}x"
     line = next(line for line in table.splitlines() if "network as written, eager" in line and "H100" in line)
@@ -184,11 +175,7 @@ def test_one_command_makes_everything_that_is_committed(
     """Result files, predictions at the measured rates, the picture, and the tables of every page."""
     results, predictions = tmp_path / "results", tmp_path / "predictions"
     results.mkdir()
-    blocks = [
-        f"<!-- latency {results} -->",
-        f"<!-- calibrated {predictions} -->",
-        f"<!-- profile {results} -->",
-    ]
+    blocks = [f"<!-- latency {results} -->", f"<!-- calibrated {predictions} -->", f"<!-- profile {results} -->"]
     (tmp_path / "PAGE.md").write_text("".join(f"{block}\n<!-- end -->\n" for block in blocks))
     monkeypatch.setattr(result_files, "FOLDER", results)
     monkeypatch.setattr(calibrate, "FOLDER", predictions)
@@ -225,9 +212,7 @@ def test_a_row_takes_what_its_own_run_lacks_from_another_one(dry: Path, tmp_path
         file.write_text("".join(json.dumps(line) + "\n" for line in runs))
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         collect(str(file), output=str(out))
-        return [
-            row for found in result_files.read(out) if found["kind"] == "measure" for row in found["rows"]
-        ]
+        return [row for found in result_files.read(out) if found["kind"] == "measure" for row in found["rows"]]
 
     together = table([header, *only, later, *without])
     assert {row["decoder"]["name"] for row in together} == {"turbo", "b"}
@@ -240,21 +225,12 @@ def test_a_row_takes_what_its_own_run_lacks_from_another_one(dry: Path, tmp_path
     ("name", "kind"),
     [
         ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "products"),
-        (
-            "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel>>",
-            "products",
-        ),
-        (
-            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x128x128_4x1x1_kernel0_0",
-            "attention",
-        ),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel>>", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x128x128_4x1x1_kernel0_0", "attention"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64>>", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention"),
         ("triton_red_fused_add_mean_mul_pow_rsqrt_3", "pointwise"),
-        (
-            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
-            "pointwise",
-        ),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "pointwise"),
         ("Memset (Device)", "other"),
     ],
 )
@@ -281,9 +257,7 @@ def test_planned_memory_is_the_plan_command_s() -> None:
     assert suite.planned_bytes(make("256p")) == by_name["sample"]
 
 
-def test_where_the_host_waited_is_of_the_run_that_looked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_host_waited_is_of_the_run_that_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Looked:
         def __init__(self, *_: Any) -> None:
             self.waits: dict[str, list[str]] = {}
@@ -304,9 +278,7 @@ def test_where_the_host_waited_is_of_the_run_that_looked(
     assert [line["counted"] for line in found.runs["fast 256p"]] == [False, True]
 
 
-def test_collecting_refuses_what_is_no_result(
-    dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collecting_refuses_what_is_no_result(dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="holds dry runs only, none of it is a result"):
         collect(str(dry))
     assert budget.folder_for(None, True) != budget.folder_for(None, False) == Path("runs/latency")

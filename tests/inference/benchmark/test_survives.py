@@ -26,9 +26,7 @@ def test_the_fp32_reference_of_540p_fits_beside_the_weights() -> None:
     config = DiTConfig(1, 5120, 128, 8, 192, 64, 3584)
     network = zoo.build(config, PackConfig(), compute_dtype=torch.bfloat16, device=META)
     video = torch.empty(1, 48, 32, 32, 56, device=META)
-    given = bench_networks.Inputs(
-        video, torch.empty(1, 126, 64, device=META), torch.empty(340, 3584, device=META)
-    )
+    given = bench_networks.Inputs(video, torch.empty(1, 126, 64, device=META), torch.empty(340, 3584, device=META))
     with Allocations() as counted:
         bench_networks.one_pass(bench_networks.in_fp32(network.requires_grad_(False)), given)
     assert counted.peak < 12e9
@@ -43,9 +41,7 @@ def test_frame_by_frame_is_the_same_attention(window: int | None) -> None:
     seen = bench_networks.view(network, replace(stage, pack=pack))
     given = bench_networks.draw(stage, network, CPU)
     wanted = bench_networks.one_pass(seen, given)
-    for ours, theirs in zip(
-        bench_networks.one_pass(bench_networks.in_fp32(seen), given), wanted, strict=True
-    ):
+    for ours, theirs in zip(bench_networks.one_pass(bench_networks.in_fp32(seen), given), wanted, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
@@ -127,10 +123,7 @@ def test_what_cannot_be_compiled_or_recorded_is_given_up_and_named(
         budget=0.001, output=str(tmp_path),
     )  # fmt: skip
     ((row,),) = [values["rows"] for values in result_files.read(tmp_path)]
-    assert row["gave_up"] == {
-        "compile": "RuntimeError: no compiler here",
-        "graphs": "RuntimeError: no capture here",
-    }
+    assert row["gave_up"] == {"compile": "RuntimeError: no compiler here", "graphs": "RuntimeError: no capture here"}
     assert (row["options"]["compile"], row["options"]["graphs"]) == ("off", False)
     assert row["errors"]["sr"]["against_float32_reference"]["video_relative_l2"] < 1e-5
     assert row["comparable"]["n"] >= 1, told

@@ -58,14 +58,8 @@ def test_files_are_only_added(tmp_path: Path) -> None:
     second = result_files.write("measure", "1080p fast", [row(base=9)], made(), tmp_path)
     assert first.read_bytes() == before
     assert second != first
-    assert [values["rows"][0]["stages"]["base"]["median"] for values in result_files.read(tmp_path)] == [
-        1.25,
-        9,
-    ]
-    for damaged in (
-        {**json.loads(before), "format": "x"},
-        {**json.loads(before), "provenance": {"how": "predicted"}},
-    ):
+    assert [values["rows"][0]["stages"]["base"]["median"] for values in result_files.read(tmp_path)] == [1.25, 9]
+    for damaged in ({**json.loads(before), "format": "x"}, {**json.loads(before), "provenance": {"how": "predicted"}}):
         (tmp_path / "x.json").write_text(json.dumps(damaged))
         with pytest.raises(UserError, match="not a result file"):
             result_files.read(tmp_path)
@@ -102,19 +96,9 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
             "attention_kernel": "cudnn",
         }
 
-    failed = {
-        "key": "fp8_attention",
-        "size": "256p",
-        "model": "15b",
-        "status": "n/a",
-        "reason": "no FlashAttention-3",
-    }
+    failed = {"key": "fp8_attention", "size": "256p", "model": "15b", "status": "n/a", "reason": "no FlashAttention-3"}
     result_files.write(
-        "ladder",
-        "256p",
-        [rung("eager", 0.25), rung("pad", 0.2), rung("attention", 0.1875), failed],
-        made(),
-        tmp_path,
+        "ladder", "256p", [rung("eager", 0.25), rung("pad", 0.2), rung("attention", 0.1875), failed], made(), tmp_path
     )
     table = result_tables.gains_table(str(tmp_path))
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines()[2:] if "|" in line]
@@ -123,10 +107,7 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
         ["*predicted*", "2.10"], ["measured", "2.00"], ["*predicted*", "1.72 (-0.38)"], ["measured", "1.60 (-0.40)"],
         ["*predicted*", "1.45 (-0.27)"],
     ]  # fmt: skip
-    assert rows[-2:] == [
-        ["FP8 attention", "*predicted*", "0.87 (-0.06)"],
-        ["FP8 attention", "measured", "n/a"],
-    ]
+    assert rows[-2:] == [["FP8 attention", "*predicted*", "0.87 (-0.06)"], ["FP8 attention", "measured", "n/a"]]
     # Attention by cuDNN is measured against what is assumed of cuDNN.
     assert ["windows as dense attention by cuDNN, merged by log-sum-exp", "measured", "1.50 (-0.10)"] in rows
     assert "attention cudnn" in table
@@ -135,8 +116,7 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
 def _readme(folder: Path) -> Path:
     file = folder / "README.md"
     blocks = "\n\n".join(
-        f"<!-- {kind} {result_tables.SOURCES.get(kind, folder)} -->\n<!-- end -->"
-        for kind in result_tables.TABLES
+        f"<!-- {kind} {result_tables.SOURCES.get(kind, folder)} -->\n<!-- end -->" for kind in result_tables.TABLES
     )
     file.write_text(f"# Title\n\n{blocks}\n\nend\n")
     file.write_text(result_tables.render(file.read_text()))

@@ -34,12 +34,7 @@ def test_every_step_runs(dry: Path) -> None:
     (run,) = read_runs(dry)
     assert {name: line.get("reason") for name, line in run.steps.items() if line["status"] != "done"} == {}
     settings = {
-        (
-            line["row"]["recipe"],
-            line["row"]["activation_checkpointing"],
-            line["row"]["compile"],
-            line["row"]["batch"],
-        )
+        (line["row"]["recipe"], line["row"]["activation_checkpointing"], line["row"]["compile"], line["row"]["batch"])
         for line in run.steps.values()
         if "row" in line
     }
@@ -60,30 +55,19 @@ def test_flops_and_rates_by_hand(dry: Path) -> None:
     for name, batch in (("lora attention", 1), ("lora attention batch 4", 4)):
         row = run.steps[name]["row"]
         assert row["model_flops"] == batch * (through + 3 * adapter + forward.ends)
-        assert row["tokens_per_second"] == pytest.approx(
-            batch * tokens.total / row["seconds"]["median"], rel=1e-3
-        )
-        assert row["tflops"] == pytest.approx(
-            row["model_flops"] / row["seconds"]["median"] / 1e12, rel=0.01, abs=1e-5
-        )
+        assert row["tokens_per_second"] == pytest.approx(batch * tokens.total / row["seconds"]["median"], rel=1e-3)
+        assert row["tflops"] == pytest.approx(row["model_flops"] / row["seconds"]["median"] / 1e12, rel=0.01, abs=1e-5)
         assert row["mfu"] is None  # no data sheet of a CPU
     # A rollout's eight passes, five updates of the fake score, one of the student; then the teacher with guidance and
     # the fake score.
     passes = forward.total + adapter
     update = through + 3 * adapter + forward.ends
-    assert (
-        run.steps["dmd2 blocks"]["row"]["model_flops"] == 8 * passes + 6 * update + 2 * forward.total + passes
-    )
+    assert run.steps["dmd2 blocks"]["row"]["model_flops"] == 8 * passes + 6 * update + 2 * forward.total + passes
 
 
 @pytest.mark.parametrize(
     ("expected", "seconds", "counted"),
-    [
-        (45, [50, 1, 1, 1, 1], 4),
-        (6, [3.5, 1.2, 1.2, 1.2, 1.2], 4),
-        (24, [12.5, 10, 10, 10], 2),
-        (6, [9, 9], 1),
-    ],
+    [(45, [50, 1, 1, 1, 1], 4), (6, [3.5, 1.2, 1.2, 1.2, 1.2], 4), (24, [12.5, 10, 10, 10], 2), (6, [9, 9], 1)],
 )
 def test_the_iteration_that_warms_up_never_counts(
     expected: float, seconds: list[float], counted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,14 +106,10 @@ def test_adapters_are_trained_and_the_base_is_not(tmp_path: Path) -> None:
     for kind in ("lora", "dmd2"):
         bench.build(kind)
         snapshot(kind, "before")
-        bench.run.run(
-            [step for step in bench.steps() if step.name == "roof"]
-        )  # a step's budget for the timer
+        bench.run.run([step for step in bench.steps() if step.name == "roof"])  # a step's budget for the timer
         bench.measure("none", 1)
         snapshot(kind, "after")
-        moved = {
-            name for name, value in seen["before"].items() if not torch.equal(value, seen["after"][name])
-        }
+        moved = {name for name, value in seen["before"].items() if not torch.equal(value, seen["after"][name])}
         adapters = {name for name in seen["before"] if "lora" in name}
         assert moved, kind
         assert moved <= adapters, kind

@@ -102,12 +102,7 @@ def untouched(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) 
 
 
 STRIDES = (401 * 96, 96, 16, 1), (401 * 96, 96, 16, 1), (401 * 40, 40, 16, 1)
-CALLS = (
-    Call(1, 401, 401, False, STRIDES),
-    Call(1, 401, 331, True),
-    Call(2, 402, 331, False),
-    Call(1, 34, 47386, True),
-)
+CALLS = (Call(1, 401, 401, False, STRIDES), Call(1, 401, 331, True), Call(2, 402, 331, False), Call(1, 34, 47386, True))
 
 
 @pytest.fixture
@@ -144,18 +139,14 @@ def test_a_fault_at_one_length(fault: Any, reason: str, dtype: torch.dtype, tria
     """Auto goes on to the next kernel and says why; a kernel that was named is an error of one line."""
     first = "fa3" if dtype == torch.bfloat16 else "sdpa"
     trials[first] = (faulty(fault)._replace(name=first), *trials[first])
-    with pytest.warns(
-        UserWarning, match=f"^attention uses the kernel plain; faster ones failed: {first}: its trial"
-    ):
+    with pytest.warns(UserWarning, match=f"^attention uses the kernel plain; faster ones failed: {first}: its trial"):
         found = choose("auto", CPU, dtype, *HEADS, CALLS)
     assert found.kernel.run is kernels.plain
     (said,) = found.passed_over
     assert said.startswith(f"{first}: its trial with ")
     assert re.search(reason, said), said
     trials[first] = trials[first][:1]
-    with pytest.raises(
-        UserError, match=f"attention={first} cannot run here: .*{reason}.*; use attention=auto$"
-    ):
+    with pytest.raises(UserError, match=f"attention={first} cannot run here: .*{reason}.*; use attention=auto$"):
         choose(first, CPU, dtype, *HEADS, CALLS)
 
 
@@ -178,9 +169,7 @@ def test_the_order_of_preference(trials: Any) -> None:
 
 
 def test_what_a_machine_lacks_is_a_reason_too(trials: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        attention_kernels, "refusal", lambda name, *_: "not here; use that" if name == "fa3" else None
-    )
+    monkeypatch.setattr(attention_kernels, "refusal", lambda name, *_: "not here; use that" if name == "fa3" else None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what is not installed is nothing to warn of
         choose("auto", CPU, torch.bfloat16, *HEADS)
@@ -259,9 +248,7 @@ def noting(calls: list[Call], run: kernels.Run = kernels.plain) -> Kernel:
 @pytest.mark.parametrize(("frames", "reach"), [(1, 1), (5, 1), (5, 3), (5, 4), (7, 11), (6, 0), (32, 11)])
 @pytest.mark.parametrize("others", [0, 5])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_the_calls_of_windows_are_those_that_are_made(
-    frames: int, reach: int, others: int, samples: int
-) -> None:
+def test_the_calls_of_windows_are_those_that_are_made(frames: int, reach: int, others: int, samples: int) -> None:
     made: list[Call] = []
     q, k, v = (torch.randn(samples, 2 * frames + others, heads, 8) for heads in (4, 2, 2))
     windowed(noting(made), q, k, v, 2 * frames, frames, reach)

@@ -54,9 +54,7 @@ def test_released_vectors(golden: Path, name: str) -> None:
     video, audio = tensors["in/x_t"], tensors["in/audio_x_t"][:, : lengths["audio_feat_len"][0]]
     text = [tensors["in/txt_feat"][0, : lengths["txt_feat_len"][0]]]
     for dtype in (torch.float32, torch.bfloat16):
-        model = SingleStreamDiT(
-            dit_config(case.meta["model_config"]), compute_dtype=dtype, linear_dtype=torch.bfloat16
-        )
+        model = SingleStreamDiT(dit_config(case.meta["model_config"]), compute_dtype=dtype, linear_dtype=torch.bfloat16)
         model.load_state_dict(case.group("w/"))
         model.attention_backend = "reference"
         reference = Denoiser(model, pack).eval()
@@ -87,9 +85,7 @@ def test_the_shipped_checkpoint() -> None:
     video = torch.randn(2, 12, 2, 16, 16, generator=generator)
     audio = torch.randn(2, 5, 64, generator=generator)
     text = [torch.randn(n, 128, generator=generator) for n in (9, 1)]
-    assert torch.equal(
-        *(velocities(each, (video, audio, text)) for each in (reference, prepare(reference, "exact")))
-    )
+    assert torch.equal(*(velocities(each, (video, audio, text)) for each in (reference, prepare(reference, "exact"))))
 
 
 def test_forty_layers() -> None:

@@ -35,14 +35,7 @@ def test_the_same_bytes_by_default_and_the_record_names_the_tier(checkpoint: Pat
     def made(name: str, *more: str) -> tuple[bytes, dict[str, Any]]:
         output = tmp_path / f"{name}.mp4"
         infer.main(
-            [
-                f"checkpoint={checkpoint}",
-                "prompt=a b",
-                f"output={output}",
-                "device=cpu",
-                "progress=false",
-                *more,
-            ]
+            [f"checkpoint={checkpoint}", "prompt=a b", f"output={output}", "device=cpu", "progress=false", *more]
         )
         return output.read_bytes(), json.loads(output.with_suffix(".json").read_text())
 
@@ -58,9 +51,7 @@ def test_the_same_bytes_by_default_and_the_record_names_the_tier(checkpoint: Pat
 def test_a_tier_with_every_place_in_memory(checkpoint: Path) -> None:
     latents = []
     for tier, memory in (("reference", "fast"), ("exact", "fast"), ("exact", "balanced")):
-        pipeline = find(
-            InferOptions(checkpoint=str(checkpoint), device="cpu", memory=memory, tier=tier)
-        ).load()
+        pipeline = find(InferOptions(checkpoint=str(checkpoint), device="cpu", memory=memory, tier=tier)).load()
         assert pipeline.tier.name == tier
         assert isinstance(pipeline.denoiser, FastDenoiser) == (tier != "reference")
         latents.append(pipeline.generate(["a b"], [1], cfg=2)[0].video)
@@ -87,9 +78,7 @@ def test_what_a_command_computes_with() -> None:
     for rest in (("low", None, False), ("fast", "int4", False), ("fast", None, True)):
         assert choose_tier(None, "cpu", *rest) == "reference"
         assert choose_tier("reference", "cpu", *rest) == "reference"
-    with pytest.raises(
-        UserError, match="tier=fast cannot be used here: memory=low streams the reference's layers"
-    ):
+    with pytest.raises(UserError, match="tier=fast cannot be used here: memory=low streams the reference's layers"):
         choose_tier("fast", "cuda", "low", None, False)
     with pytest.raises(UserError, match="weights=fp8 is the reference's storage; leave weights= out"):
         choose_tier("fp8", "cuda", "fast", "fp8", False)
@@ -99,16 +88,12 @@ def test_what_a_command_computes_with() -> None:
         choose_tier("quick", "cuda", "low", None, False)
 
 
-def test_a_missing_kernel_is_noticed_before_weights_load(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_kernel_is_noticed_before_weights_load(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     require_kernel("fp8", gpu, torch.bfloat16)
     require_kernel("fp8_attention", torch.device("cpu"), torch.float32)  # emulated
-    with pytest.raises(
-        UserError, match="tier=fp8_attention cannot run here: FlashAttention-3 is not installed; build"
-    ):
+    with pytest.raises(UserError, match="tier=fp8_attention cannot run here: FlashAttention-3 is not installed; build"):
         require_kernel("fp8_attention", gpu, torch.bfloat16)
     with pytest.raises(UserError, match="tier=best is unknown"):
         find(InferOptions(checkpoint=str(checkpoint), device="cpu", tier="best"))
@@ -137,7 +122,5 @@ for tier in inference.fast.TIERS:
     video, audio = sample(network, [torch.randn(3, 10)], None, shape, 2, generator=seeded([0]))
     assert video.isfinite().all() and audio.isfinite().all(), tier
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=280
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr

@@ -27,9 +27,7 @@ TIERS = ("exact", "fast", "fp8", "fp8_attention", "cached")
 def run(denoiser: Denoiser, steps: int = 4, solver: str = "unipc", **given: Any) -> tuple[Tensor, Tensor]:
     _, _, text = inputs([4, 2])
     _, _, negative = inputs([1, 1], seed=2)
-    return sample(
-        denoiser, text, negative, SHAPE, steps, solver, Guidance(), generator=seeded([1, 2]), **given
-    )
+    return sample(denoiser, text, negative, SHAPE, steps, solver, Guidance(), generator=seeded([1, 2]), **given)
 
 
 # ----------------------------------------------------------------------------------------------- waits for the host
@@ -77,9 +75,7 @@ def test_a_whole_loop_without_values(tier: str, lengths: list[int], monkeypatch:
     """On torch's meta device reading a value or a shape that depends on one is an error."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     wanted = "fp8_emulated" if tier == "fp8_attention" else "cudnn"
-    monkeypatch.setattr(
-        "inference.fast.transformer.choose", lambda *_: Choice(kernels.variants(wanted)[0], ())
-    )
+    monkeypatch.setattr("inference.fast.transformer.choose", lambda *_: Choice(kernels.variants(wanted)[0], ()))
     options = options_for(tier, "cuda")
     assert (options.grouped, options.pad, options.sort, options.compile) == (True, True, True, "auto")
     real = network(SANDWICH, torch.bfloat16)
@@ -186,9 +182,7 @@ def test_a_loop_runs_the_middle_layers_when_the_plan_says() -> None:
     for passes in (1, 2):
         middle[0] = 0
         text, negative = inputs([3])[2], inputs([3], seed=2)[2]
-        sample(
-            cached, text, negative, SHAPE, 32, guidance=Guidance(), generator=seeded([1]), cfg_passes=passes
-        )
+        sample(cached, text, negative, SHAPE, 32, guidance=Guidance(), generator=seeded([1]), cfg_passes=passes)
         assert middle[0] == passes * (32 - 13)
         assert len(cached.model.cache._changes) == passes
 
@@ -254,7 +248,5 @@ def test_forecasting_beats_fewer_steps_on_the_shipped_checkpoint() -> None:
         return sample(denoiser, text, negative, shape, steps, guidance=guidance, generator=seeded([1]))
 
     assert sum(reused_steps(16)) == 6
-    for wanted, forecast, fewer in zip(
-        latents("fast", 16), latents("cached", 16), latents("fast", 12), strict=True
-    ):
+    for wanted, forecast, fewer in zip(latents("fast", 16), latents("cached", 16), latents("fast", 12), strict=True):
         assert error(forecast, wanted) < 0.4 * error(fewer, wanted) < 0.02

@@ -88,10 +88,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(interfaces.CudaInterface, "is_available", staticmethod(lambda: True))
     monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     monkeypatch.setattr(DeviceProperties, "create", classmethod(lambda cls, device: hopper))
-    for passes in (
-        joint_graph,
-        post_grad,
-    ):  # patterns of attention and the like, which are traced on the device
+    for passes in (joint_graph, post_grad):  # patterns of attention and the like, which are traced on the device
         monkeypatch.setattr(passes, "lazy_init", lambda *_, **__: None)
     monkeypatch.setattr(GraphLowering, "compile_to_module", load)
     monkeypatch.setattr(driver, "_active", Driver())
@@ -119,9 +116,7 @@ def matrix(experts: int, rows: int, columns: int, eight: bool) -> MatrixTensors:
     weight = torch.empty(experts, rows, columns, dtype=dtype, device="cuda")
     if not eight:
         return MatrixTensors(weight, None, None)
-    return MatrixTensors(
-        weight, torch.empty(experts, rows, device="cuda"), torch.empty(experts, 2, device="cuda")
-    )
+    return MatrixTensors(weight, torch.empty(experts, rows, device="cuda"), torch.empty(experts, 2, device="cuda"))
 
 
 def layer(
@@ -152,9 +147,7 @@ def stream(kind: BlockKind, eight: bool, sizes: tuple[int, ...] = SIZES) -> tupl
     counts = sizes if kind.experts > 1 else (rows,)
     before = (kind.heads + 2 * kind.shared) * kind.dim
     width = before + (-(-kind.heads // 16) * 16 if eight else kind.heads)
-    gates = tuple(
-        torch.empty(n, width, dtype=dtype, device="cuda")[:, before : before + kind.heads] for n in counts
-    )
+    gates = tuple(torch.empty(n, width, dtype=dtype, device="cuda")[:, before : before + kind.heads] for n in counts)
     out = torch.empty(rows, kind.heads, DIM, dtype=torch.bfloat16, device="cuda")
     return torch.empty(rows, kind.heads * kind.dim, device="cuda"), out, gates
 
@@ -175,9 +168,7 @@ def test_between_two_layers(own: Any, following: Any, products: list[str], lower
         "gelu experts": (3, True), "experts": (3,), "shared": (1,), "fp8": (1, False, True),
     }  # fmt: skip
     (w, kind), (other, next_kind) = layer(*made[own]), layer(*made[following])
-    code = compiled(
-        fused_blocks.between, lowered, *stream(kind, own == "fp8"), tokens(), w, kind, other, next_kind
-    )
+    code = compiled(fused_blocks.between, lowered, *stream(kind, own == "fp8"), tokens(), w, kind, other, next_kind)
     assert re.findall(r"extern_kernels\.(\w+)\(", code) == products
     if kind.experts == next_kind.experts == 1:
         # Gate; residual sum and norm, twice; activation; norms and rotation of queries and keys, and their parts.
@@ -204,9 +195,7 @@ def test_the_published_shapes(size: str, lowered: list[str]) -> None:
         w, kind = layer(*made[own], released=True)
         other, next_kind = layer(*made[following], released=True)
         given = stream(kind, own == "fp8", RELEASED[size])
-        code = compiled(
-            fused_blocks.between, lowered, *given, tokens(RELEASED[size]), w, kind, other, next_kind
-        )
+        code = compiled(fused_blocks.between, lowered, *given, tokens(RELEASED[size]), w, kind, other, next_kind)
         products = re.findall(r"extern_kernels\.(\w+)\(", code)
         names = {"fp8": "_scaled_mm", "shared": "mm"}
         wanted = [names.get(own, "_grouped_mm")] * 3 + [names.get(following, "_grouped_mm")]

@@ -22,12 +22,7 @@ FP32 = 2e-5
 """Relative L2 distance after 40 layers in fp32; what the reference itself is allowed on the released vectors."""
 
 MIXED = replace(
-    DEEP,
-    num_layers=6,
-    mm_layers=(0, 4, 5),
-    gelu7_layers=(0, 2),
-    local_attn_layers=(1, 4),
-    post_norm_layers=(3,),
+    DEEP, num_layers=6, mm_layers=(0, 4, 5), gelu7_layers=(0, 2), local_attn_layers=(1, 4), post_norm_layers=(3,)
 )
 SWITCHES = [
     {"pad": True},
@@ -52,10 +47,7 @@ def test_forty_layers_in_fp32() -> None:
     reference = network(DEEP)
     batch = inputs([4, 2])
     for tier, switches in (("fast", {}), ("fast", SWITCHES[-1])):
-        assert (
-            error(velocities(prepare(reference, tier, **switches), batch), velocities(reference, batch))
-            < FP32
-        )
+        assert error(velocities(prepare(reference, tier, **switches), batch), velocities(reference, batch)) < FP32
 
 
 @pytest.mark.parametrize("switches", [{}, SWITCHES[-1]], ids=["cpu", "as on a gpu"])
@@ -87,9 +79,7 @@ def test_the_release_s_widths() -> None:
 @pytest.mark.parametrize(("frames", "reach"), [(1, 1), (5, 1), (5, 2), (5, 3), (4, 3), (7, 11), (6, 0)])
 @pytest.mark.parametrize("others", [(3, 4), (0, 2)])
 @pytest.mark.parametrize("name", ["plain", "sdpa"])
-def test_windows_are_the_masked_attention(
-    frames: int, reach: int, others: tuple[int, int], name: str
-) -> None:
+def test_windows_are_the_masked_attention(frames: int, reach: int, others: tuple[int, int], name: str) -> None:
     layout = Layout.build((frames, 2, 2), others[0], [others[1]])
     generator = torch.Generator().manual_seed(frames)
     q, k, v = (torch.randn(layout.length, heads, 16, generator=generator) for heads in (6, 2, 2))
@@ -110,9 +100,7 @@ def test_only_windows_off_both_ends_are_merged() -> None:
     x = torch.zeros(1, 32 * 2 + 5, 1, 8)
     assert windowed(kernel, x, x, x, 64, 32, 11).shape == x.shape
     assert len([keys for keys, lse in calls if lse and keys == 5]) == 8
-    assert [keys for keys, lse in calls if not lse] == [
-        5 + 2 * n for n in (*range(12, 24), *range(23, 11, -1))
-    ] + [69]
+    assert [keys for keys, lse in calls if not lse] == [5 + 2 * n for n in (*range(12, 24), *range(23, 11, -1))] + [69]
     assert len(_runs(32, 11)) == 32
     assert _runs(5, 3) == [(0, 1, 0, 4), (1, 4, 0, 5), (4, 5, 1, 5)]
 
@@ -121,9 +109,7 @@ def test_merging_is_attention_over_the_union() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 8, generator=generator) for n in (3, 9, 9))
     (kernel,) = variants("plain")
-    (a, a_lse), (b, b_lse) = (
-        kernel.run(q, k[:, part], v[:, part], True, None) for part in (slice(4), slice(4, 9))
-    )
+    (a, a_lse), (b, b_lse) = (kernel.run(q, k[:, part], v[:, part], True, None) for part in (slice(4), slice(4, 9)))
     assert a_lse is not None
     assert b_lse is not None
     whole, lse = kernel.run(q, k, v, True, None)
@@ -138,9 +124,7 @@ def test_merging_is_attention_over_the_union() -> None:
 def test_kernels_that_cannot_run_say_why() -> None:
     cpu = torch.device("cpu")
     for name in ("cudnn", "flash2", "fa3", "fp8"):
-        with pytest.raises(
-            UserError, match=f"attention={name} cannot run here: it needs an NVIDIA GPU, this is cpu"
-        ):
+        with pytest.raises(UserError, match=f"attention={name} cannot run here: it needs an NVIDIA GPU, this is cpu"):
             choose(name, cpu, torch.bfloat16, 4, 2, 16)
     assert refusal("sdpa", cpu, torch.float32) is None
     with pytest.raises(UserError, match="attention=fa4 is unknown; choose one of reference, auto"):
