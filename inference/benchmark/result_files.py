@@ -1,4 +1,4 @@
-"""Result files in inference/results/latency: JSON with everything needed to repeat a measurement; written once, never changed."""
+"""Result files in inference/results/latency: JSON with all that a repetition needs; written once, never changed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""python -m inference.benchmark.roofline [stages|gpus|published|ladder] [key=value ...]: computed costs and bounds, no torch."""
+"""`python -m inference.benchmark.roofline [stages|gpus|published|ladder] [key=value ...]`: computed costs, without torch."""
 
 import json
 import shlex
