@@ -19,7 +19,7 @@ from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, par
 from eval import tables
 from eval.output import folder_for, provenance, write_results
 from eval.scores import Scores, score_clips, skills
-from magihuman.errors import UserError
+from magihuman.errors import NotApplicable, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def require_tiny(command: str, *checkpoints: str) -> None:
         zoo.find(name)
     for name in checkpoints:
         if (codecs := zoo.config_of(name).codecs) != "tiny":
-            raise UserError(f"{command} measures the tiny world, and {name} is of {codecs!r}")
+            raise NotApplicable(f"{command} measures the tiny world, and {name} is of {codecs!r}")
 
 
 def generate(

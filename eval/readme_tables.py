@@ -135,7 +135,7 @@ def overview_table(_: str = "") -> str:
     peak = min(row["bytes"] for row in found["memory"]["peaks"] if row["resolution"] == "1080p")
     rows = [
         ["Flow-matching pretraining", "train +recipe=pretrain",
-         f"lip-sync skill {value(base['table']['sync_skill'])}; the codec's own is 1", "pretrain",
+         f"lip-sync skill {value(base['table']['sync_skill'])}", "pretrain",
          "recipes/README.md#pretraining"],
         ["DMD-2 distillation", "train +recipe=dmd2",
          f"{student['calls']} network calls instead of {teacher['calls']}, {speed:.1f} times faster; lip-sync skill "
@@ -144,19 +144,20 @@ def overview_table(_: str = "") -> str:
         ["Super-resolution", "train +recipe=sr", f"PSNR {value(gain)} dB above enlarged latents", "sr",
          "recipes/README.md#super-resolution"],
         ["Turbo VAE decoder", "train +recipe=turbo_vae",
-         f"PSNR {decoders['student']['table']['psnr']['value']:.1f} dB, its teacher "
+         f"trained on true frames: PSNR {decoders['student']['table']['psnr']['value']:.1f} dB, its teacher "
          f"{decoders['teacher']['table']['psnr']['value']:.1f} dB, with {cheaper:.1f} times fewer FLOPs", "turbo_vae",
          "recipes/README.md#turbo-vae"],
         ["LoRA", "train +recipe=lora",
-         f"a skin tone that no prompt names: distance from equal shares {value(adapted)}, of at most 0.667", "lora",
+         f"learns one skin tone of three that no prompt names: distance from equal shares {value(adapted)}, "
+         "0.667 if complete", "lora",
          "recipes/README.md#lora"],
-        ["Memory planner, offloading", "zoo plan 15b resolution=1080p gpu_gb=24",
+        ["Memory planner, offloading", "zoo plan 15b resolution=1080p gpu_gb=28",
          f"1080p from {peak / 1e9:.1f} GB (computed)", "memory", "magihuman/zoo/README.md"],
     ]  # fmt: skip
     return tables.table(
-        ["", "`python -m magihuman.`", "result in the tiny world, 95 % interval"],
+        ["what", "command", "result in the tiny world, 95 % interval"],
         [
-            [f"[{title}]({page})", f"`{command}`", f"[{text}]({files[name]})"]
+            [f"[{title}]({page})", f"`python -m magihuman.{command}`", f"[{text}]({files[name]})"]
             for title, command, text, name, page in rows
         ],
     )

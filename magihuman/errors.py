@@ -8,6 +8,13 @@ class UserError(Exception):
     """
 
 
+class NotApplicable(UserError):
+    """A step that does not apply to this input, such as an evaluation of puppets for other clips.
+
+    As a command it is an error; as a step after a training it is skipped with a note.
+    """
+
+
 def report_and_exit(error: UserError) -> None:
     """Print `error` on stderr as one line and leave with status 2.
 

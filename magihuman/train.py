@@ -18,7 +18,7 @@ from typing import Any
 
 from magihuman.cli import calm_bars
 from magihuman.config import CONFIGS, TrainSettings, available, groups, validate
-from magihuman.errors import UserError, report_and_exit
+from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.schema import call, one_line, suggest
 
 SLOW_BF16 = 3.0
@@ -162,7 +162,11 @@ def after_fit(settings: TrainSettings, run: Any) -> None:
         if node is None:
             continue
         with stage(name):
-            result = call(node, f"after_fit.{name}")
+            try:
+                result = call(node, f"after_fit.{name}")
+            except NotApplicable as reason:
+                say(f"   note: after_fit.{name} is skipped: {reason}")
+                continue
         if isinstance(result, Mapping):
             run.update(results={name: dict(result)})
 

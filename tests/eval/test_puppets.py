@@ -193,7 +193,7 @@ def test_the_legend_of_the_bars_overlaps_no_panel():
 
 def test_a_clip_depends_on_its_prompt_and_the_seed_only(untrained):
     prompts = [p.caption for p in held_out(3)]
-    settings = {"steps": 1, "guidance": 1.0, "progress": False}
+    settings = {"steps": 1, "cfg": 1.0, "progress": False}
     together, _, _ = program.generate(str(untrained), prompts, batch=3, **settings)
     alone, _, _ = program.generate(str(untrained), prompts[:1], batch=1, **settings)
     other, _, _ = program.generate(str(untrained), prompts[:1], batch=1, seed=1, **settings)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from magihuman import zoo
 from magihuman.config import available
 from magihuman.errors import UserError
+from magihuman.train import after_fit
+from magihuman.training.runs import RunFolder
 from magihuman.zoo import decoders
 
 
@@ -126,3 +128,11 @@ def test_samples_and_held_out_figures_are_made_on_the_way_and_change_nothing(sha
     assert [bool(line.split(",")[column]) for line in metrics[1:]] == [False, True, True]
     weights = "export/model-00001-of-00001.safetensors"
     assert (bare / weights).read_bytes() == (full / weights).read_bytes()
+
+
+def test_an_evaluation_that_does_not_apply_is_skipped(tmp_path, capsys) -> None:
+    step = {"_target_": "training_stub.puppets_only"}
+    run = RunFolder(tmp_path)
+    after_fit(SimpleNamespace(after_fit={"eval": step, "none": None}), run)
+    assert "results" not in run.read()
+    assert "after_fit.eval is skipped: eval.puppets measures the tiny world" in capsys.readouterr().out

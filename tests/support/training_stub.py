@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from magihuman.errors import NotApplicable
 from magihuman.models.latent_contract import Contract
 
 CONTRACT = Contract(
@@ -167,3 +168,8 @@ class FakePipeline:
         assert (len(prompts), seeds, steps) == (2, [0, 1], 4)
         torch.randn(100)
         return [FakeClip() for _ in prompts]
+
+
+def puppets_only() -> None:
+    """An evaluation that does not apply."""
+    raise NotApplicable("eval.puppets measures the tiny world")
