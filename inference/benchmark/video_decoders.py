@@ -38,7 +38,7 @@ from inference.decoding import Decoder, to_pictures
 from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
+from magihuman.codecs.turbo_vaed import TurboCodec
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, processor
@@ -294,8 +294,8 @@ def random_codec(
     network = decoders.build(config, device, seed=0).to(dtype)
     if isinstance(network, CausalDecoder):
         return CausalDecoderCodec(network)
-    if isinstance(network, TrainableTurboDecoder):
-        return TurboCodec(network.decoder, network.config).to(device)
+    if isinstance(network, TurboCodec):
+        return network.eval().requires_grad_(False)
     raise UserError(f"decoder {name!r} is not one of ours; choose one of {', '.join(NAMES)}")
 
 

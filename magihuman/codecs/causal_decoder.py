@@ -35,7 +35,7 @@ class CausalDecoder(nn.Module):
     """Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W], about [-1,1], not clamped; differentiable.
 
     F = s (T - 1) + 1 for a stride of s frames; input and output have the dtype of the weights. `forward` is for whole
-    clips, `taps` for losses on features, `step` for streaming.
+    clips, `step` for streaming.
     """
 
     def __init__(self, config: CausalDecoderConfig) -> None:
@@ -55,15 +55,6 @@ class CausalDecoder(nn.Module):
         """A whole clip."""
         return self.step(latents)[0]
 
-    def taps(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Frames, and every stage's features before upsampling: [B,width,T_i,h_i,w_i] each.
-
-        After upsampling by (t, s), T_i = t (T_(i-1) - 1) + 1 and h_i = s h_(i-1), as in the Wan decoder's blocks.
-        """
-        taps: list[Tensor] = []
-        frames, _ = self._run(latents, None, taps)
-        return frames, [tap.permute(0, 4, 1, 2, 3) for tap in taps]
-
     def step(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The next latents of a clip.
 
@@ -78,16 +69,13 @@ class CausalDecoder(nn.Module):
         Raises:
             ValueError: latents of another shape than the network's or the state's.
         """
-        return self._run(latents, state)
-
-    def _run(self, latents: Tensor, state: State | None, taps: list[Tensor] | None = None) -> tuple[Tensor, State]:
         if latents.ndim != 5 or latents.shape[1] != self.channels or not latents.shape[2]:
             raise ValueError(f"latents {list(latents.shape)}: this decoder takes [B,{self.channels},T,h,w] with T >= 1")
         memory = Memory(state)
         x = latents.to(self.conv_out.weight.dtype).permute(0, 2, 3, 4, 1)  # [B,T,h,w,C]
         x = self.conv_in(x, memory)
         for stage in self.stages:
-            x = stage(x, memory, taps)
+            x = stage(x, memory)
         time, space = self.config.patch
         x = shuffle(over_frames(self.conv_out, norm_silu(x)), time, space)
         if state is None:
@@ -133,12 +121,10 @@ class StageLayers(nn.Module):
         self.blocks = nn.ModuleList(block(config.width) for _ in range(config.blocks))
         self.up = None if after is None else nn.Linear(config.width, after * self.time * self.space**2)
 
-    def forward(self, x: Tensor, memory: Memory, taps: list[Tensor] | None = None) -> Tensor:
-        """[B,T,H,W,C] -> the next stage's input; the blocks' output is appended to `taps`."""
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B,T,H,W,C] -> the next stage's input."""
         for block in self.blocks:
             x = block(x, memory)
-        if taps is not None:
-            taps.append(x)
         if self.up is None:
             return x
         x = shuffle(self.up(x), self.time, self.space)

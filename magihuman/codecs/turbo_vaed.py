@@ -188,16 +188,6 @@ class TurboDecoder(nn.Module):
         x = self.mid_block["resnets"](self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x, first)
-        return self._head(x)
-
-    def taps(self, latents: torch.Tensor, first: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`forward`, and the outputs of the middle block and every up block: [B,width,T_i,h_i,w_i] each."""
-        taps = [self.mid_block["resnets"](self.conv_in(latents))]
-        for block in self.up_blocks:
-            taps.append(block(taps[-1], first))
-        return self._head(taps[-1]), taps
-
-    def _head(self, x: torch.Tensor) -> torch.Tensor:
         if not self.unpatchify:
             x = _per_frame(self._shuffle_up, _silu(rms_norm(x, NORM_EPS)))
         x = self.conv_out(_silu(rms_norm(x, NORM_EPS)))
@@ -387,7 +377,7 @@ class TurboCodec(nn.Module):
     Its state dict has the released names.
 
     Args:
-        decoder: in the compute dtype; gradients are turned off.
+        decoder: in the compute dtype.
         mean, std: [C] latent statistics, fp32 (SPEC 8.3); those of the release by default.
     """
 
@@ -402,12 +392,18 @@ class TurboCodec(nn.Module):
         std: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.decoder = decoder.eval().requires_grad_(False)
+        self.decoder = decoder
         self.config = config
         self.channels = config.latent_channels
         space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
         self.stride: tuple[int, int, int] = (time, space, space)
-        _register_statistics(self, mean, std)
+        mean = torch.tensor(LATENT_MEAN) if mean is None else mean
+        std = torch.tensor(LATENT_STD) if std is None else std
+        for name, values in (("means", mean), ("standard deviations", std)):
+            if values.shape != (self.channels,):
+                raise UserError(f"the Turbo decoder has {self.channels} channels, but {len(values)} {name}")
+        self.register_buffer("mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.float().view(1, -1, 1, 1, 1), persistent=False)
 
     @classmethod
     def load(
@@ -439,7 +435,7 @@ class TurboCodec(nn.Module):
         std: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "TurboCodec":
-        """Build from a state dict in the names of the checkpoint, without its alignment heads.
+        """Build from a state dict in the names of the checkpoint, without its alignment heads; for inference alone.
 
         Raises:
             UserError: naming missing, unexpected and wrong-shaped tensors.
@@ -448,7 +444,11 @@ class TurboCodec(nn.Module):
             decoder = TurboDecoder(config)
         names = {f"decoder.{key}": key for key in decoder.state_dict()}
         load_strict(decoder, decoder_tensors(state), names, source, dtype)
-        return cls(decoder, config, mean, std)
+        return cls(decoder.eval().requires_grad_(False), config, mean, std)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """A whole clip in one window, with gradients, for training; `decode` is for long clips."""
+        return self.decoder(self.denormalise(latents), first=True)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -476,57 +476,9 @@ class TurboCodec(nn.Module):
             yield frames[:, :, window.head : frames.shape[2] - window.tail].float()
 
     def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents -> the network's input, on its device and in its dtype; arithmetic in fp32."""
-        dtype = self.decoder.conv_in.conv.weight.dtype
-        return denormalise(latents.to(self.mean.device, dtype), self.mean, self.std)
-
-
-class TrainableTurboDecoder(nn.Module):
-    """The Turbo network for training, with the interface of `causal_decoder.CausalDecoder` except `step`.
-
-    Normalised latents [B,C,T,h,w] -> frames [B,3,F,H,W] in one window; `TurboCodec` decodes long clips.
-
-    Args:
-        mean, std: [C] latent statistics, undone first; those of the Wan 2.2 codec by default.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, config: TurboConfig, mean: torch.Tensor | None = None, std: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.channels = config.latent_channels
-        space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
-        self.stride: tuple[int, int, int] = (time, space, space)
-        self.decoder = TurboDecoder(config)
-        _register_statistics(self, mean, std)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """A whole clip in one window."""
-        return self.decoder(self._raw(latents), first=True)
-
-    def taps(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Frames, and the outputs of the middle block and every up block: [B,width,T_i,h_i,w_i] each."""
-        return self.decoder.taps(self._raw(latents), first=True)
-
-    def _raw(self, latents: torch.Tensor) -> torch.Tensor:
-        return denormalise(latents.to(self.decoder.conv_in.conv.weight.dtype), self.mean, self.std)
-
-
-def _register_statistics(module: nn.Module, mean: torch.Tensor | None, std: torch.Tensor | None) -> None:
-    mean = torch.tensor(LATENT_MEAN) if mean is None else mean
-    std = torch.tensor(LATENT_STD) if std is None else std
-    for name, values in (("means", mean), ("standard deviations", std)):
-        if values.shape != (module.channels,):
-            raise UserError(f"the Turbo decoder has {module.channels} channels, but {len(values)} {name}")
-    module.register_buffer("mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
-    module.register_buffer("std", std.float().view(1, -1, 1, 1, 1), persistent=False)
-
-
-def denormalise(latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Undo the normalisation by [1,C,1,1,1] fp32 statistics; the result has the dtype of `latents` (SPEC 8.3)."""
-    return (latents / (1.0 / std) + mean).to(latents.dtype)
+        """Normalised latents -> the network's input, on its device and in its dtype; arithmetic in fp32 (SPEC 8.3)."""
+        latents = latents.to(self.mean.device, self.decoder.conv_in.conv.weight.dtype)
+        return (latents / (1.0 / self.std) + self.mean).to(latents.dtype)
 
 
 def decoder_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

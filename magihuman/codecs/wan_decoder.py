@@ -1,8 +1,7 @@
-"""The Wan 2.2 decoder for training: whole clips with gradients, and features of its first blocks.
+"""The Wan 2.2 decoder for training: whole clips with gradients, as the teacher of the tiny world (`data.tiny.fit_decoder`).
 
 `wan.WanCodec` decodes latent by latent, as inference needs. Here every convolution runs once over the whole clip, with
-the same result (tested). It is the teacher of lighter decoders (`recipes/turbo_vae.py`); a student of the first blocks'
-features computes these alone, 4.5 % of the arithmetic of the published decoder.
+the same result (tested).
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magihuman.codecs.wan import WanCodec
 from magihuman.errors import UserError
 
 
@@ -69,13 +67,11 @@ class WanDecoder(nn.Module):
     Args:
         decoder: diffusers' `WanDecoder3d` of the Wan 2.2 kind.
         patch: see `WanDecoderConfig`.
-        before: module applied to the latents first (de-normalisation and a 1x1 convolution in the release), or None.
     """
 
-    def __init__(self, decoder: Any, patch: int, before: nn.Module | None = None) -> None:
+    def __init__(self, decoder: Any, patch: int) -> None:
         super().__init__()
         self.decoder = decoder
-        self.before = before
         self.patch = patch
         self.channels: int = decoder.z_dim
         doublings = [b.upsampler.mode == "upsample3d" for b in decoder.up_blocks if b.upsampler is not None]
@@ -94,34 +90,14 @@ class WanDecoder(nn.Module):
         )  # fmt: skip
         return cls(decoder, config.patch)
 
-    @classmethod
-    def from_codec(cls, codec: WanCodec) -> "WanDecoder":
-        """The decoder of a codec, sharing its weights."""
-        return cls(codec.vae.decoder, codec.vae.config.patch_size or 1, Denormalise(codec))
-
-    def truncated(self, blocks: int) -> "WanDecoder":
-        """Remove the layers after the first `blocks` up blocks, in place: for `features`, not for frames.
-
-        Raises:
-            UserError: the decoder has fewer.
-        """
-        has = len(self.decoder.up_blocks)
-        if not 0 <= blocks <= has:
-            raise UserError(f"teacher_blocks={blocks}, but this teacher has {has} up blocks")
-        self.decoder.up_blocks = self.decoder.up_blocks[:blocks]
-        self.decoder.norm_out = self.decoder.conv_out = None
-        return self
-
-    def features(self, latents: Tensor, blocks: int = 1) -> list[Tensor]:
-        """Outputs of the middle block and of the first `blocks` up blocks: [B,width,T_i,h_i,w_i]; later layers do not run."""
-        return self._run(latents, blocks)
-
     def forward(self, latents: Tensor) -> Tensor:
         """A whole clip."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         decoder = self.decoder
-        x = self._run(latents, len(decoder.up_blocks))[-1]
+        x = decoder.mid_block(decoder.conv_in(latents.to(decoder.conv_in.weight.dtype)))
+        for block in decoder.up_blocks:
+            x = _up(block, x)
         return unpatchify(decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x))), self.patch)
 
     @torch.no_grad()
@@ -132,31 +108,6 @@ class WanDecoder(nn.Module):
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """`decode` in one piece."""
         yield self.decode(latents)
-
-    def _run(self, latents: Tensor, blocks: int) -> list[Tensor]:
-        decoder = self.decoder
-        z = latents if self.before is None else self.before(latents)
-        taps = [decoder.mid_block(decoder.conv_in(z.to(decoder.conv_in.weight.dtype)))]
-        for block in decoder.up_blocks[:blocks]:
-            taps.append(_up(block, taps[-1]))
-        return taps
-
-
-class Denormalise(nn.Module):
-    """Normalised latents -> input of the published decoder: statistics undone, then a 1x1 convolution."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, codec: WanCodec) -> None:
-        super().__init__()
-        self.mix = codec.vae.post_quant_conv
-        self.register_buffer("mean", codec.mean, persistent=False)
-        self.register_buffer("std", codec.std, persistent=False)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """[B,C,T,h,w] -> the same shape, in the codec's dtype."""
-        return self.mix(latents.to(self.mean.dtype) / (1.0 / self.std) + self.mean)
 
 
 def _up(block: Any, x: Tensor) -> Tensor:

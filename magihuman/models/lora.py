@@ -33,19 +33,6 @@ from magihuman.models.config import LoraConfig
 from magihuman.models.dit import Ends, SingleStreamDiT
 from magihuman.models.layers import ExpertLinear, LowRank, projection_std
 
-__all__ = [
-    "LoraConfig",
-    "add_lora",
-    "base_state",
-    "copy_lora",
-    "lora_parameters",
-    "lora_state",
-    "merge",
-    "merged",
-    "remove_loras",
-    "without_base",
-]
-
 
 def add_lora(model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 0, rng_name: str | None = None) -> None:
     """Add a LoRA to a network; with B = 0 at the start it computes the same as the base.
@@ -87,20 +74,6 @@ def add_lora(model: SingleStreamDiT, name: str, config: LoraConfig, seed: int = 
                 own.copy_(model.get_parameter(key))
         model.lora[name] = ends
     model.lora_configs[name] = config
-
-
-def remove_loras(model: SingleStreamDiT, *names: str) -> None:
-    """Remove LoRAs by name, all of them without a name.
-
-    Raises:
-        KeyError: no LoRA of that name.
-    """
-    for name in names or tuple(model.lora_configs):
-        del model.lora_configs[name]
-        for _, linear in _linears(model):
-            del linear.lora[name]
-        if name in model.lora:
-            del model.lora[name]
 
 
 def lora_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

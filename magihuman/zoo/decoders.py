@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-    from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
+    from magihuman.codecs.turbo_vaed import TurboCodec
     from magihuman.codecs.wan_decoder import WanDecoder
     from magihuman.models.latent_contract import Contract
 
@@ -171,20 +171,10 @@ def summary(name: str) -> str:
     )
 
 
-def config_for(name: str, contract: "Contract") -> DecoderConfig:
-    """The config of an architecture for a codec bundle's latents.
-
-    Raises:
-        UserError: unknown name, or an architecture for other latents.
-    """
-    described = arch(name)
-    return DecoderConfig(described["layout"], described["network"], Latents.of(contract))
-
-
 def build(
     config: DecoderConfig, device: "torch.device | str" = "cpu", seed: int | None = None
-) -> "CausalDecoder | TrainableTurboDecoder | WanDecoder":
-    """Build a network for training, with random fp32 weights: normalised latents to frames, `taps` for features.
+) -> "CausalDecoder | TurboCodec | WanDecoder":
+    """Build a network for training, with random fp32 weights: normalised latents to frames.
 
     Args:
         device: "meta" makes shapes only.
@@ -194,7 +184,7 @@ def build(
 
     from magihuman.codecs.causal_decoder import CausalDecoder
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
-    from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboConfig
+    from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
     from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
 
     with torch.random.fork_rng(enabled=seed is not None), torch.device(device):
@@ -204,7 +194,8 @@ def build(
             return CausalDecoder(CausalDecoderConfig.from_dict(config.network))
         if config.layout == "wan":
             return WanDecoder.build(WanDecoderConfig.from_dict(config.network))
-        return TrainableTurboDecoder(TurboConfig.from_json(config.network), *_statistics(config.latents))
+        layout = TurboConfig.from_json(config.network)
+        return TurboCodec(TurboDecoder(layout), layout, *_statistics(config.latents))
 
 
 def _statistics(latents: Latents) -> "tuple[Tensor, Tensor] | tuple[None, None]":

@@ -16,7 +16,7 @@ from magihuman.codecs.causal_decoder import (
     shuffle,
 )
 from magihuman.codecs.causal_decoder_config import LONGEST_CHUNK, POSITIONS
-from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboConfig
+from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
@@ -88,22 +88,6 @@ def test_frames_per_latent_and_pixels_per_position(config: CausalDecoderConfig) 
     for frames in (1, 2, 5):
         shape = network(_latents(config, frames, batch=2)).shape
         assert shape == (2, 3, time * (frames - 1) + 1, 3 * space, 4 * space)
-
-
-def test_taps_have_the_resolutions_of_the_stages() -> None:
-    network, z = _student(STAGED), _latents(STAGED, 3, batch=2)
-    frames, taps = network.taps(z)
-    assert [tuple(tap.shape) for tap in taps] == [
-        (2, 8, 3, 3, 4), (2, 6, 5, 6, 8), (2, 4, 9, 12, 16), (2, 4, 9, 24, 32)
-    ]  # fmt: skip
-    assert torch.equal(frames, network(z))
-
-
-def test_taps_carry_gradients_of_their_own_stage_only() -> None:
-    network = _student(PATCHED).requires_grad_(True)
-    network.taps(_latents(PATCHED, 2))[1][0].square().sum().backward()
-    assert network.conv_in.conv.weight.grad is not None
-    assert network.conv_out.weight.grad is None
 
 
 # Causality and streaming
@@ -244,12 +228,12 @@ def test_the_released_layout_is_a_student_too() -> None:
         "decoder_layers_per_block": [1] * 5,
     }
     torch.manual_seed(0)
-    student = TrainableTurboDecoder(TurboConfig.from_json(small))
+    config = TurboConfig.from_json(small)
+    student = TurboCodec(TurboDecoder(config), config)
     z = torch.randn(1, 48, 3, 2, 2)
-    frames, taps = student.taps(z)
+    frames = student(z)
     assert frames.shape == (1, 3, 9, 32, 32)
-    assert torch.equal(frames, student(z))
-    assert [tap.shape[2] for tap in taps] == [3, 5, 9, 9, 9]
+    assert frames.requires_grad
     raw = z * student.std + student.mean
     torch.testing.assert_close(frames, student.decoder(raw, first=True), rtol=1e-4, atol=1e-5)
 

@@ -15,10 +15,10 @@ from magihuman.zoo import decoders as zoo
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    contract = load_bundle("tiny").contract
-    config = zoo.config_for("tiny", contract)
-    network = zoo.build(config, seed=0)
-    return zoo.save(tmp_path_factory.mktemp("student") / "export", network.state_dict(), config)
+    network, latents = zoo.arch("tiny")["network"], zoo.Latents.of(load_bundle("tiny").contract)
+    config = zoo.DecoderConfig("causal", network, latents)
+    state = zoo.build(config, seed=0).state_dict()
+    return zoo.save(tmp_path_factory.mktemp("student") / "export", state, config)
 
 
 def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) -> None:

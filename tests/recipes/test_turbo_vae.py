@@ -52,7 +52,7 @@ def test_pixel_detail_and_change_have_their_closed_forms() -> None:
 # The teacher
 
 
-def test_a_whole_clip_equals_latent_by_latent_and_features_are_those_of_the_full_decoder() -> None:
+def test_a_whole_clip_equals_latent_by_latent() -> None:
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
@@ -64,20 +64,10 @@ def test_a_whole_clip_equals_latent_by_latent_and_features_are_those_of_the_full
     mean, std = torch.randn(5), torch.rand(5) + 0.5
     codec = WanCodec(vae, mean, std)
     latents = torch.randn(2, 5, 4, 3, 2)
-    seen: dict[str, list[torch.Tensor]] = {"mid": [], "up": []}
-    for name, block in (("mid", vae.decoder.mid_block), ("up", vae.decoder.up_blocks[0])):
-        block.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(out))
-    decoded = codec.decode(latents)
-    parts = {name: torch.cat(pieces, 2) for name, pieces in seen.items()}
-    whole = WanDecoder.from_codec(codec)
+    raw = vae.post_quant_conv(latents * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1))
+    whole = WanDecoder(vae.decoder, 2)
     assert whole.stride == codec.stride
-    torch.testing.assert_close(whole.decode(latents), decoded, atol=2e-5, rtol=1e-4)
-    features = whole.truncated(1).features(latents)
-    kept = {id(p) for p in whole.parameters()}
-    assert not any(id(p) in kept for p in (*vae.encoder.parameters(), *vae.quant_conv.parameters()))
-    assert [f.shape for f in features] == [(2, 8, 4, 3, 2), (2, 8, 7, 6, 4)]
-    for mine, theirs in zip(features, parts.values(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(whole.decode(raw), codec.decode(latents), atol=2e-5, rtol=1e-4)
     single = WanDecoder.build(TEACHER).decode(torch.randn(1, 3, 1, 2, 2))
     assert single.shape == (1, 3, 1, 8, 8)
 
@@ -87,8 +77,6 @@ def test_a_teacher_is_saved_with_its_contract_and_opened_again(teacher: Path) ->
     assert isinstance(opened, WanDecoder)
     assert (opened.channels, opened.stride) == (3, (4, 4, 4))
     assert opened.decode(torch.zeros(1, 3, 3, 2, 2)).shape == (1, 3, 9, 8, 8)
-    with pytest.raises(UserError, match="teacher_blocks=4, but this teacher has 3 up blocks"):
-        opened.truncated(4)
 
 
 # The recipe

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from magihuman.codecs.bundle import load_bundle
 from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec, CausalDecoderConfig, DecoderStage
-from magihuman.codecs.turbo_vaed import TrainableTurboDecoder, TurboCodec
+from magihuman.codecs.turbo_vaed import TurboCodec
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
 from magihuman.zoo.decoders import DecoderConfig, Latents
@@ -25,10 +25,11 @@ def _export(folder: Path, config: DecoderConfig = CONFIG) -> Path:
 
 def test_every_architecture_fits_its_world() -> None:
     assert decoders.arch_names() == ["a", "b", "released", "tiny"]
-    tiny = load_bundle("tiny").contract
-    assert decoders.config_for("tiny", tiny).latents == Latents(tiny.video_codec, 12, (4, 4, 4))
+    tiny = Latents.of(load_bundle("tiny").contract)
+    described = {name: decoders.arch(name) for name in ("tiny", "b")}
+    assert DecoderConfig("causal", described["tiny"]["network"], tiny).latents.channels == 12
     with pytest.raises(UserError, match=r"upsamples by \[4, 16, 16\], but its latents are of 'tiny-"):
-        decoders.config_for("b", tiny)
+        DecoderConfig("causal", described["b"]["network"], tiny)
     with pytest.raises(UserError, match="'big' is unknown; choose from a, b, released, tiny"):
         decoders.arch("big")
 
@@ -66,7 +67,7 @@ def test_the_released_layout_is_exported_with_the_statistics_of_its_codec(tmp_pa
     }
     config = DecoderConfig("released", network, Latents(codec, 48, (4, 16, 16)))
     student = decoders.build(config, seed=0)
-    assert isinstance(student, TrainableTurboDecoder)
+    assert isinstance(student, TurboCodec)
     assert bool((student.mean != 0).any()) == (codec == "wan2.2")
     loaded = decoders.load(decoders.save(tmp_path / "d", student.state_dict(), config))
     assert isinstance(loaded, TurboCodec)
