@@ -20,7 +20,7 @@ from data.order import FixedOrder, Order
 from data.shards import LARGE, Sample, SampleError, Shards
 from magihuman.codecs.bundle import allow_codecs
 from magihuman.errors import UserError
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 
 
 class Batches(Dataset[dict[str, Any]]):

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 
 
 class PromptLoader:

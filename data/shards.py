@@ -25,7 +25,7 @@ from magihuman.io.files import atomic_path, write_atomically
 if TYPE_CHECKING:  # torch takes a second to import and the parent process of data.prepare does not need it
     import torch
 
-    from magihuman.models.latent_contract import Contract
+    from magihuman.models.config import Contract
 
 FORMAT = "magihuman-shards/1"
 INDEX = "index.json"
@@ -271,7 +271,7 @@ class Shards:
     @property
     def contract(self) -> Contract | None:
         """Latent contract; None for tars without an index."""
-        from magihuman.models.latent_contract import Contract
+        from magihuman.models.config import Contract
 
         return None if self.index.contract is None else Contract.from_dict(self.index.contract)
 

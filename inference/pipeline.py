@@ -32,8 +32,7 @@ from magihuman.flow.guidance import frame_scales
 from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
 from magihuman.io.export import ExportConfig
-from magihuman.models.config import PackConfig
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract, PackConfig
 from magihuman.zoo import Loaded
 
 __all__ = ["Clip", "Draft", "Pipeline", "Settings", "StageProgress", "frames_for"]

@@ -33,11 +33,10 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import CONFIG, ExportConfig, Sampling, Size
-from magihuman.models.config import Checkpointing, LoraConfig
+from magihuman.models.config import Checkpointing, Contract, LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import forward_flops
 from magihuman.models.gpu_specs import peak_flops
-from magihuman.models.latent_contract import Contract
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext, quiet
 from magihuman.zoo import memory_plan

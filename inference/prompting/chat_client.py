@@ -218,7 +218,7 @@ def _template(tokenizer: Any, messages: list[Message]) -> Any:
 def _model_folder(model: str) -> str:
     from pathlib import Path
 
-    from magihuman.io.released_files import is_hub_id
+    from magihuman.io.files import is_hub_id
 
     if is_hub_id(model):
         from huggingface_hub import snapshot_download

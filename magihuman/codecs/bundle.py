@@ -22,13 +22,17 @@ from typing import TYPE_CHECKING, Any
 from magihuman.codecs import tiny_captions
 from magihuman.codecs.protocols import AudioCodec, TextEncoder, VideoCodec
 from magihuman.errors import UserError
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 
 if TYPE_CHECKING:
     import torch
 
 NAMES = ("tiny", "released")
 TINY_FILES = Path(__file__).resolve().parents[1] / "zoo" / "weights" / "tiny" / "codecs"
+
+RELEASED_REPO = "GAIR/daVinci-MagiHuman"
+ROLES = ("base", "distill", "540p_sr", "1080p_sr")
+"""The released networks, as their folders are called."""
 
 # Environment variables with the paths of the released parts, for parts whose path is not given.
 RELEASED_VARIABLES = {

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from magihuman.errors import UserError
-from magihuman.io.released_files import is_hub_id, read_json
+from magihuman.io.files import is_hub_id
+from magihuman.io.released_files import read_json
 
 WORD_CHANNELS = 64
 PREVIOUS_CHANNELS = 32

@@ -19,8 +19,7 @@ from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.files import atomic_path
 from magihuman.io.released_files import require_fit
-from magihuman.models.config import DiTConfig, PackConfig
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract, DiTConfig, PackConfig
 
 FORMAT = "magihuman/1"
 CONFIG = "config.json"

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,3 +127,8 @@ def _remove_left_over(parent: Path, prefix: str) -> None:
         except OSError:  # in use, or only just made
             continue
         shutil.rmtree(work, ignore_errors=True)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` looks like an `owner/name` of the Hub and is not an existing path."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source))) and not Path(source).expanduser().exists()

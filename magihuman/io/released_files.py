@@ -5,7 +5,6 @@ file contains the command that downloads it.
 """
 
 import json
-import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,9 @@ import torch
 from torch import nn
 
 from magihuman.errors import UserError
+from magihuman.io.files import is_hub_id
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LISTED = 4  # names shown per kind of mismatch before "and N more"
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Whether `source` looks like an `owner/name` of the Hub and is not an existing path."""
-    return bool(_HUB_ID.fullmatch(str(source))) and not Path(source).expanduser().exists()
 
 
 def locate(source: str | Path, wanted: Sequence[str], repo: str) -> Path:

@@ -19,8 +19,7 @@ from magihuman.config import ModelSettings, OptimSettings, StrategySettings, Tra
 from magihuman.errors import UserError
 from magihuman.io.export import Size
 from magihuman.io.provenance import fingerprint
-from magihuman.models.config import DiTConfig, PackConfig
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
 from magihuman.training.callbacks import Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption

@@ -9,16 +9,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from magihuman.codecs.bundle import bundle_spec
+from magihuman.codecs.bundle import ROLES, bundle_spec
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
 from magihuman.io.files import NEW, staged
 from magihuman.io.streamed_safetensors import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
 from magihuman.models.config import DiTConfig
 from magihuman.zoo import diffusers_style
+from magihuman.zoo.checkpoints import DIFFUSERS_INDEX, read_config
 from magihuman.zoo.inspect import readable_size
-from magihuman.zoo.released import ROLES, config_for, infer_model
-from magihuman.zoo.sources import DIFFUSERS_INDEX, read_config
+from magihuman.zoo.released import config_for, infer_model
 
 READABLE = ("F32", "BF16", "F16", "F64")
 DTYPES = {"keep": None, "bf16": "BF16", "fp32": "F32"}

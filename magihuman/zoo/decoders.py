@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
     from magihuman.codecs.turbo_vaed import TurboCodec
     from magihuman.codecs.wan_decoder import WanDecoder
-    from magihuman.models.latent_contract import Contract
+    from magihuman.models.config import Contract
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "decoder"
 WEIGHTS = Path(__file__).resolve().parent / "weights"

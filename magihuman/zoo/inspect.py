@@ -8,6 +8,7 @@ from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
+from magihuman.zoo.checkpoints import choices
 from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
 
 BYTES = {
@@ -30,7 +31,6 @@ def describe(path: str | Path) -> str:
     if not path.is_dir():
         from magihuman import zoo
         from magihuman.zoo import decoders
-        from magihuman.zoo.sources import choices
 
         raise UserError(
             f"{path} does not exist; give a safetensors file, an exported folder, a LoRA, a run folder or a "

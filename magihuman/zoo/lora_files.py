@@ -174,16 +174,6 @@ def config_with_lora(base: ExportConfig, folder: str | Path, name: str) -> Expor
     return replace(own, codecs=base.codecs)
 
 
-def apply(state: Mapping[str, Tensor], folder: str | Path, model: DiTConfig) -> Iterator[tuple[str, Tensor]]:
-    """A base's state dict with a LoRA merged into it, tensor by tensor, see `magihuman.models.lora.merge`.
-
-    Raises:
-        UserError: as `load_lora`.
-    """
-    weights, size = load_lora(folder, model)
-    return merge(state, weights, size)
-
-
 def merged(
     base: Mapping[str, Tensor], lora: Mapping[str, Tensor], size: LoraConfig, model: DiTConfig
 ) -> dict[str, Tensor]:

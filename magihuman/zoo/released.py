@@ -7,13 +7,12 @@ attention follow from the folder's name (SPEC 9) or the setting role=.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from magihuman.codecs.bundle import RELEASED_REPO, ROLES
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import ExportConfig, Sampling, Size
-from magihuman.models.config import EXPERTS, DiTConfig, PackConfig, local_layers
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import EXPERTS, Contract, DiTConfig, PackConfig, local_layers
 
-REPO = "GAIR/daVinci-MagiHuman"
 PATCH = 2
 FRAMES = 101  # 4 s at 25 frames per second (SPEC 4.1)
 
@@ -40,7 +39,7 @@ _NONE = Guidance(1.0, 1.0, audio=1.0)
 # The published settings run super-resolution without guidance (SPEC 4.4).
 _SR = Sampling("unipc", steps=5, shift=5.0, guidance=_NONE)
 
-ROLES = {
+_SETTINGS = {
     "base": Role(Sampling("unipc", steps=32, shift=5.0, guidance=Guidance(5.0, 2.0, 500, 5.0)), Size(FRAMES, 256, 448)),
     "distill": Role(Sampling("renoise", steps=8, shift=5.0, guidance=_NONE), Size(FRAMES, 256, 448)),
     "540p_sr": Role(_SR, Size(FRAMES, 512, 896), "v1"),
@@ -59,7 +58,7 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
     """
     if role not in ROLES:
         raise UserError(f"role={role} is unknown; choose one of {', '.join(ROLES)}")
-    facts, model = ROLES[role], infer_model(shapes, source)
+    facts, model = _SETTINGS[role], infer_model(shapes, source)
     if facts.local:
         model = replace(model, local_attn_layers=local_layers(model.num_layers))
     return ExportConfig(
@@ -80,7 +79,7 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
         ),
         sampling=facts.sampling,
         size=facts.size,
-        provenance={"released": role, "repository": REPO},
+        provenance={"released": role, "repository": RELEASED_REPO},
     )
 
 

@@ -15,7 +15,7 @@ from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import ExportConfig
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 from magihuman.zoo.memory_plan import stage_memory
 
 CONTRACT = Contract("wan", "oobleck", "t5", 48, 64, 3584, (4, 16, 16), 25.0, 51200, 2)

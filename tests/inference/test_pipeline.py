@@ -13,7 +13,7 @@ from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.media.reading import probe, read_clip
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from magihuman.codecs.bundle import CodecBundle
 from magihuman.codecs.text_encoders import ByteTextEncoder
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import ExportConfig, Sampling, Size, save_export
-from magihuman.models.config import DiTConfig, PackConfig
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract, DiTConfig, PackConfig
 
 FRAMES, SIDE, HOP = 17, 32, 640
 

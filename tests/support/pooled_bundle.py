@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from magihuman.codecs.bundle import CodecBundle
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 
 
 class PooledVideo:

@@ -7,7 +7,7 @@ import training_stub
 
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.io.export import Size
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 from magihuman.training.context import TrainingContext
 from magihuman.training.rng import BatchRng
 from recipes.turbo_vae import TurboVAE

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from magihuman.errors import NotApplicable
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract
 
 CONTRACT = Contract(
     video_codec="stub", audio_codec="stub", text_encoder="stub", video_channels=3, audio_channels=4,

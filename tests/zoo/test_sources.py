@@ -11,13 +11,14 @@ from fake_bundle import fake_checkpoint
 from fake_release import SHARDS, dit_config, make_hollow, make_weights
 
 from magihuman import zoo
+from magihuman.codecs.bundle import ROLES
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.io.export import weight_files
 from magihuman.io.streamed_safetensors import read_specs
-from magihuman.models.config import DiTConfig
+from magihuman.models.config import DiTConfig, local_layers
 from magihuman.zoo.inspect import describe
-from magihuman.zoo.released import ROLES, config_for, infer_model, local_layers
+from magihuman.zoo.released import config_for, infer_model
 
 
 def shapes_of(config: DiTConfig) -> dict[str, tuple[int, ...]]:

@@ -25,8 +25,7 @@ from magihuman.io.export import (
     released_dtypes,
     save_export,
 )
-from magihuman.models.config import DiTConfig, PackConfig
-from magihuman.models.latent_contract import Contract
+from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.verify import verify
 
