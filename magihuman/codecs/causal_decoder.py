@@ -25,8 +25,6 @@ from magihuman.codecs.causal_decoder_config import REACH, RGB, CausalDecoderConf
 NORM_EPS = 1e-6
 FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
 
-__all__ = ["CausalDecoder", "CausalDecoderCodec", "CausalDecoderConfig", "DecoderStage", "State"]
-
 State = tuple[Tensor, ...]
 """The last two input frames of every convolution over time, [B,2,H,W,C] each."""
 

@@ -27,8 +27,9 @@ class TinyVideoCodec(nn.Module):
     rotation: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, channels: int = 12, encoder_width: int = 192, decoder_width: int = 128) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
+        encoder_width, decoder_width = 192, 128
         self.channels = channels
         self.encode_linear = nn.Conv2d(self.block_values, channels, 1)
         self.encode_wide = nn.Conv2d(channels, encoder_width, 3, padding=1, padding_mode="replicate")

@@ -11,8 +11,6 @@ from magihuman.models.config import PackConfig
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.tokens import Layout, patchify, unpatchify
 
-__all__ = ["Denoiser", "PackConfig", "WithLora"]
-
 _KEPT_LAYOUTS = 16
 
 

@@ -27,8 +27,6 @@ from magihuman.models.layers import (
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.models.tokens import Layout
 
-__all__ = ["DiTConfig", "SingleStreamDiT", "TreadConfig"]
-
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -240,7 +238,6 @@ class SingleStreamDiT(nn.Module):
         gradient_checkpointing: what of each block is recomputed in the backward pass: nothing (False), everything (True),
             or all but attention ("attention"), see `magihuman.models.activation_checkpointing`.
         tread: token routing, in training mode only; None for none.
-        tread_generator: random generator of the routing; None takes torch's default one.
         attention_backend: see `magihuman.models.attention`.
         frame_receptive_field: window of the local layers, in frames to each side; negative turns windows off.
         lora_configs: rank and scale of each LoRA by name, see `magihuman.models.lora.add_lora`.
@@ -263,7 +260,6 @@ class SingleStreamDiT(nn.Module):
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing: Checkpointing = False
         self.tread: TreadConfig | None = None
-        self.tread_generator: torch.Generator | None = None
         self.attention_backend = "auto"
         self.frame_receptive_field = 11
         self.lora_configs: dict[str, LoraConfig] = {}
@@ -395,7 +391,7 @@ class SingleStreamDiT(nn.Module):
         stop = min(tread.end_layer + 1, self.config.num_layers)
         x = self._run(x, table, layout, 0, min(tread.start_layer, stop), lora)
         if tread.start_layer < stop:
-            rows, kept = layout.route(tread.selection_rate, self.tread_generator)
+            rows, kept = layout.route(tread.selection_rate)
             through = self._run(x[rows], table[rows], kept, tread.start_layer, stop, lora)
             x = x.index_copy(0, rows, through)
         return self._run(x, table, layout, stop, self.config.num_layers, lora)

@@ -157,16 +157,6 @@ def merge(base: Mapping[str, Tensor], lora: Mapping[str, Tensor], config: LoraCo
         raise ValueError(f"{sorted(left)[0]} belongs to no matrix of this network")
 
 
-def merged(model: SingleStreamDiT, name: str) -> dict[str, Tensor]:
-    """State dict of a plain network equal to this one with a LoRA; changed matrices in fp32.
-
-    Raises:
-        KeyError: no LoRA of that name.
-    """
-    config, state = model.lora_configs[name], model.state_dict()
-    return dict(merge(base_state(state), lora_state(state, name), config))
-
-
 def _linears(model: SingleStreamDiT) -> Iterator[tuple[str, ExpertLinear]]:
     for key, module in model.named_modules():
         if isinstance(module, ExpertLinear):

@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.models.config import COORDS_STYLES, PackConfig
-
-__all__ = ["Layout", "PackConfig", "pad_or_trim", "patchify", "patchify_target", "unpatchify"]
+from magihuman.models.config import COORDS_STYLES
 
 VIDEO, AUDIO, TEXT = 0, 1, 2
 
@@ -33,7 +31,10 @@ def patchify(z: Tensor, patch: int) -> Tensor:
     Raises:
         ValueError: when h or w is not a multiple of the patch size.
     """
-    grid = _patches(z, patch)  # [B,C,T,h/p,p,w/p,p]
+    height, width = z.shape[-2:]
+    if height % patch or width % patch:
+        raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch} x {patch}")
+    grid = z.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [B,C,T,h/p,p,w/p,p]
     return grid.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
@@ -48,18 +49,6 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: int, channels:
     frames, height, width = grid
     x = tokens.reshape(-1, frames, height // patch, width // patch, patch, patch, channels)
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, channels, frames, height, width)
-
-
-def patchify_target(z: Tensor, patch: int) -> Tensor:
-    """Inverse of `unpatchify`: latents [B,C,T,h,w] -> tokens [B,N,p p C] in the model's output order."""
-    return _patches(z, patch).permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
-
-
-def _patches(z: Tensor, patch: int) -> Tensor:
-    height, width = z.shape[-2:]
-    if height % patch or width % patch:
-        raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch} x {patch}")
-    return z.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
 
 
 def pad_or_trim(features: Tensor, length: int) -> tuple[Tensor, int]:
@@ -179,7 +168,7 @@ class Layout:
         """`attention` of these tokens; overridden by layouts that are one process's share of a sequence."""
         return attention(q, k, v, self, backend, window)
 
-    def route(self, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, "Layout"]:
+    def route(self, rate: float) -> tuple[Tensor, "Layout"]:
         """Draw the tokens that take part in routed layers: the same share of each modality of each sample.
 
         Counts depend on lengths only, so there is no synchronisation with the device.
@@ -193,7 +182,7 @@ class Layout:
             return min(length, max(1, round(rate * length)))
 
         def draw(samples: int, length: int, start: int) -> Tensor:
-            score = torch.rand(samples, length, generator=generator, device=device)
+            score = torch.rand(samples, length, device=device)
             kept = score.argsort(dim=1)[:, : keep(length)].sort(dim=1).values
             return (kept + start + length * torch.arange(samples, device=device).unsqueeze(1)).flatten()
 

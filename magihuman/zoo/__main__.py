@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from magihuman.errors import UserError, report_and_exit
@@ -39,36 +38,28 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, help="folder that holds manifest.json")
     verify.add_argument("--strict", action="store_true", help="count unsupported cases as failures")
     verify.add_argument("--only", default="", metavar="PREFIX", help="only cases whose name starts so, say dit_")
-    # Only for the list of commands: settings of the next three are key=value, see `main`.
+    # Only for the list of commands: settings of the next three are key=value, see `_run`.
     commands.add_parser("convert", help="convert a checkpoint to another layout: export, released, diffusers")
     commands.add_parser("plan", help="memory of a run, and what to change if it does not fit")
     commands.add_parser("peaks", help="peak memory of inference in every mode, as a table and as JSON")
     return parser
 
 
-def _convert(arguments: list[str]) -> str:
+def _run(name: str, arguments: list[str]) -> str:
+    """Run `convert`, `plan` or `peaks`, whose first settings may come without their names, as in any copy command."""
     from magihuman.cli import settings, usage
-    from magihuman.zoo.commands import convert
+    from magihuman.zoo import commands
 
-    program = "python -m magihuman.zoo convert"
+    function, program = getattr(commands, name), f"python -m magihuman.zoo {name}"
+    unnamed = ("src", "dst") if name == "convert" else ("model",)
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        return usage(convert, program).replace("src=... dst=...", "SRC DST")
-    # The first two may come without their names, as in any copy command.
-    for position, name in enumerate(("src", "dst")):
-        if position < len(arguments) and not arguments[position].startswith(f"{name}="):
-            arguments[position] = f"{name}={arguments[position]}"
-    return convert(**settings(convert, arguments, program))
-
-
-def _sized(function: Callable[..., str], name: str, arguments: list[str]) -> str:
-    """Run `plan` or `peaks`, whose first setting, the model, may come without its name."""
-    from magihuman.cli import settings, usage
-
-    program = f"python -m magihuman.zoo {name}"
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        return usage(function, program).replace("model=...", "MODEL")
-    if "=" not in arguments[0]:
-        arguments[0] = f"model={arguments[0]}"
+        text = usage(function, program)
+        for setting in unnamed:
+            text = text.replace(f"{setting}=...", setting.upper())
+        return text
+    for position, (setting, argument) in enumerate(zip(unnamed, arguments, strict=False)):
+        if "=" not in argument or (name == "convert" and not argument.startswith(f"{setting}=")):
+            arguments[position] = f"{setting}={argument}"
     return function(**settings(function, arguments, program))
 
 
@@ -100,18 +91,8 @@ def _list() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["convert"]:
-        print(_convert(given[1:]))
-        return 0
-    if given[:1] == ["plan"]:
-        from magihuman.zoo.commands import plan
-
-        print(_sized(plan, "plan", given[1:]))
-        return 0
-    if given[:1] == ["peaks"]:
-        from magihuman.zoo.commands import peaks
-
-        print(_sized(peaks, "peaks", given[1:]))
+    if given[:1] in (["convert"], ["plan"], ["peaks"]):
+        print(_run(given[0], given[1:]))
         return 0
     arguments = _parser().parse_args(given)
     if arguments.command == "list":

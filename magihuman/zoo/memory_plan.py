@@ -162,7 +162,7 @@ def peak(request: ClipRequest) -> int:
     return RESERVE + sum(resident.values()) + max(need.activations for need in stages)
 
 
-def remedies(request: ClipRequest, available: int, most: int = 3) -> list[tuple[str, int]]:
+def remedies(request: ClipRequest, available: int) -> list[tuple[str, int]]:
     """Settings that make a request fit, lossless ones first: (settings, bytes then).
 
     Where memory= and weights= are not enough: memory=low with one guidance branch at a time, one clip at a time, and
@@ -178,7 +178,7 @@ def remedies(request: ClipRequest, available: int, most: int = 3) -> list[tuple[
                 found.append((" ".join(changes), peak(other)))
                 break  # a mode that saves more is slower and not needed
     if found:
-        return found[:most]
+        return found[:3]
     low = replace(request, memory="low")
     for settings, other in (
         ("cfg_passes=2", replace(low, cfg_passes=2)),

@@ -17,7 +17,8 @@ from inference import decoding
 from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_pictures
 from inference.pipeline import Pipeline
 from magihuman import infer, zoo
-from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec, CausalDecoderConfig, DecoderStage
+from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig, DecoderStage
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
 from magihuman.media.images import frames_to_uint8

@@ -10,8 +10,9 @@ from inference.sampling import LatentShape, sample
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Conditioning, draw_noise, seeded
-from magihuman.models.denoiser import Denoiser, PackConfig
-from magihuman.models.dit import DiTConfig, SingleStreamDiT
+from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.denoiser import Denoiser
+from magihuman.models.dit import SingleStreamDiT
 
 SHAPE = LatentShape(channels=4, frames=3, height=4, width=4, audio=9, audio_channels=6)
 

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from small_dit import LOCAL, SIZE, adapted, inputs, loss, make
+from small_dit import LOCAL, SIZE, adapted, inputs, loss, make, merged
 from torch import Tensor
 
 from magihuman import zoo
@@ -53,7 +53,7 @@ def test_training_one_adapter_touches_neither_the_base_nor_the_other() -> None:
 @pytest.mark.parametrize("heads", [True, False])
 def test_merged_weights_compute_what_the_adapter_computes(heads) -> None:
     denoiser, batch = adapted(config=replace(SIZE, heads=heads)), inputs([5, 1])
-    state = lora.merged(denoiser.model, "student")
+    state = merged(denoiser, "student")
     plain = make(LOCAL)
     plain.model.load_state_dict(state)
     torch.testing.assert_close(plain(*batch), denoiser(*batch, lora="student"), rtol=1e-4, atol=1e-4)

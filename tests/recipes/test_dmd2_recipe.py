@@ -14,6 +14,7 @@ import torch
 import training_stub
 from processes import Launcher, assert_same, final_state
 from safetensors.torch import load_file
+from small_dit import patchify_target
 from toy_dmd2 import Watched, make_context
 
 from magihuman.distill.collapse_monitor import MonitorSettings
@@ -26,7 +27,7 @@ from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
 from magihuman.flow.sampling import Conditioning, Pair
 from magihuman.io.export import Sampling
-from magihuman.models.tokens import patchify, patchify_target
+from magihuman.models.tokens import patchify
 
 GUIDANCE = Guidance(3.0, 1.5, 500, 2.0)
 RENOISE = Sampling("renoise", 3, 5.0)

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import training_stub
+from small_dit import patchify_target
 
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling, Size
 from magihuman.models.config import DiTConfig, PackConfig, TreadConfig
-from magihuman.models.tokens import patchify_target
 from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight
 from magihuman.training.optim import Ramp, build_optimizer

@@ -52,3 +52,15 @@ def adapted(dtype: torch.dtype = torch.float32, config: LoraConfig = SIZE) -> De
 
 def loss(velocities: tuple[Tensor, Tensor]) -> Tensor:
     return velocities[0].square().mean() + velocities[1].square().mean()
+
+
+def merged(denoiser: Denoiser, name: str) -> dict[str, Tensor]:
+    """State dict of a plain network equal to this one with a LoRA."""
+    state, config = denoiser.model.state_dict(), denoiser.model.lora_configs[name]
+    return dict(lora.merge(lora.base_state(state), lora.lora_state(state, name), config))
+
+
+def patchify_target(z: Tensor, patch: int) -> Tensor:
+    """Inverse of `unpatchify`: latents [B,C,T,h,w] -> tokens [B,N,p p C] in the model's output order."""
+    grid = z.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [B,C,T,h/p,p,w/p,p]
+    return grid.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)

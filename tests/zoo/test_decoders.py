@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from magihuman.codecs.bundle import load_bundle
-from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec, CausalDecoderConfig, DecoderStage
+from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig, DecoderStage
 from magihuman.codecs.turbo_vaed import TurboCodec
 from magihuman.errors import UserError
 from magihuman.zoo import decoders

@@ -1,6 +1,8 @@
 """Where a checkpoint argument points, and what published weights are taken for."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -51,6 +53,14 @@ def snapshot(hub: Path, release: Path) -> Path:
     (repo / "refs" / "main").write_text("abc")
     shutil.copytree(release, repo / "snapshots" / "abc")
     return repo / "snapshots" / "abc"
+
+
+def test_an_unknown_name_is_refused_without_torch() -> None:
+    code = (
+        "import sys\nfrom magihuman import zoo\ntry:\n    zoo.find('tiny/bas')\nexcept zoo.checkpoints.UserError as error:\n"
+        "    assert \"did you mean 'tiny/base'\" in str(error)\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
 
 
 class TestWhatItIs:

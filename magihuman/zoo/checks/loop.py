@@ -1,7 +1,6 @@
 """The sampling loop of both stages against stored runs of the release: every step and the results."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from magihuman.flow.sampling import Conditioning, Noise, Pair, denoise
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.solvers import make_solver
 from magihuman.flow.super_resolution import NOISE_INDEX, start
-from magihuman.models.denoiser import Denoiser, PackConfig
+from magihuman.models.config import PackConfig
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.zoo.checks import Result, VectorCase, compare, compare_relative
 from magihuman.zoo.checks.network import dit_config
@@ -20,26 +20,8 @@ FP32 = 2e-4
 BF16 = 0.08  # relative L2
 
 
-class Loop(Protocol):
-    """A sampling loop for one clip: `guided_loop`, or another implementation to be checked."""
-
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        text: list[Tensor],
-        negative_text: list[Tensor] | None,
-        noise: Noise,
-        *,
-        steps: int,
-        solver: str,
-        shift: float,
-        guidance: Guidance | FrameScales | None,
-        image_latent: Tensor | None,
-        keep_audio: bool,
-        on_step: Callable[[Pair], None],
-    ) -> Pair:
-        """Latents after the last step; `keep_audio` leaves the audio of `noise` unchanged."""
-        ...
+Loop = Callable[..., Pair]
+"""A sampling loop for one clip with the parameters of `guided_loop`, or another implementation to be checked."""
 
 
 @torch.no_grad()
@@ -57,7 +39,10 @@ def guided_loop(
     keep_audio: bool,
     on_step: Callable[[Pair], None],
 ) -> Pair:
-    """`magihuman.flow.sampling.denoise` with a conditional and, with guidance, an unconditional pass per step."""
+    """`magihuman.flow.sampling.denoise` with a conditional and, with guidance, an unconditional pass per step.
+
+    Returns the latents after the last step; `keep_audio` leaves the audio of `noise` unchanged.
+    """
     video_solver, audio_solver = make_solver(solver, steps, shift), make_solver(solver, steps, shift)
     timesteps = video_solver.timesteps.tolist()
 
