@@ -85,7 +85,7 @@ class TrainerSettings:
             losses and optimiser are always fp32.
         activation_checkpointing: parts of the blocks that the backward pass recomputes instead of storing their
             activations: none (false), all (true), or all but attention (`attention`, faster for long sequences),
-            see `magihuman.models.activation_checkpointing`.
+            see `magihuman.models.config.Checkpointing`.
         threads: CPU threads per process; null: torch's default.
     """
 

@@ -134,6 +134,12 @@ class TurboConfig:
             raise UserError(f"these are not the settings of a Turbo decoder: {error}") from error
 
     @property
+    def stride(self) -> tuple[int, int, int]:
+        """(frames, rows, columns) of pixels per latent."""
+        space = self.spatial_compression_ratio
+        return self.temporal_compression_ratio, space, space
+
+    @property
     def stages(self) -> tuple[UpStage, ...]:
         """The up blocks, first to last."""
         widths = self.decoder_block_out_channels[::-1]
@@ -395,8 +401,7 @@ class TurboCodec(nn.Module):
         self.decoder = decoder
         self.config = config
         self.channels = config.latent_channels
-        space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
-        self.stride: tuple[int, int, int] = (time, space, space)
+        self.stride = config.stride
         mean = torch.tensor(LATENT_MEAN) if mean is None else mean
         std = torch.tensor(LATENT_STD) if std is None else std
         for name, values in (("means", mean), ("standard deviations", std)):

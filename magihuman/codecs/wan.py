@@ -88,7 +88,9 @@ class WanCodec(nn.Module):
         state = read_state(path)
         if "quant_conv.weight" in state:
             config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
-            vae = _build(diffusers_config(config, path))
+            if config.get("_class_name") != "AutoencoderKLWan" or not config.get("is_residual"):
+                raise UserError(f"{path} is not a Wan 2.2 VAE: its config.json names {config.get('_class_name')!r}")
+            vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
             load_strict(vae, state, {key: key for key in vae.state_dict()}, path, dtype)
             mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
             return cls(vae, mean, std).to(device)
@@ -190,17 +192,6 @@ def released_config(state: Mapping[str, torch.Tensor], source: str | Path) -> di
         "patch_size": patch,
         "scale_factor_spatial": patch * 2 ** (levels - 1),
     }
-
-
-def diffusers_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Check a diffusers configuration.
-
-    Raises:
-        UserError: it belongs to another network.
-    """
-    if config.get("_class_name") != "AutoencoderKLWan" or not config.get("is_residual"):
-        raise UserError(f"{path} is not a Wan 2.2 VAE: its config.json names {config.get('_class_name')!r}")
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def key_map(vae: Any) -> dict[str, str]:

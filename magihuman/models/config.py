@@ -14,8 +14,18 @@ COORDS_STYLES = ("v1", "v2")
 """v2: base and distilled models; v1: super-resolution models (SPEC 2.1)."""
 
 Checkpointing = Literal[False, True, "attention"]
-"""Recomputation of the blocks in the backward pass: none, everything, or all but attention; see
-`magihuman.models.activation_checkpointing`."""
+"""Activation checkpointing of the blocks: which activations the backward pass recomputes.
+
+    False        none: all activations are kept
+    True         all of the block: only its input is kept (Chen et al. 2016, arXiv 1604.06174)
+    "attention"  all but attention: the attention kernel's output and log-sum-exp are kept as well; queries, keys and
+                 values are recomputed. Selective checkpointing after Korthikanti et al. 2022 (arXiv 2205.05198), who
+                 recompute attention because it stored all scores; fused kernels store none.
+
+"attention" covers the fused kernels of `scaled_dot_product_attention` and flash-attn. Other back ends
+(`magihuman.models.attention`) are recomputed with the rest of the block: plain products, whose scores would have to be
+kept, and FlexAttention, which is compiled separately and hides its kernel from the policy.
+"""
 
 _Config = TypeVar("_Config", bound="_FromDict")
 

@@ -5,12 +5,13 @@ There is no timestep input: the network infers the noise level from the tokens.
 
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from magihuman.models.activation_checkpointing import recomputed
 from magihuman.models.attention import Attend, attention
 from magihuman.models.config import Checkpointing, DiTConfig, LoraConfig, TreadConfig
 from magihuman.models.layers import (
@@ -28,6 +29,25 @@ from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.models.tokens import Layout
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
+
+FUSED_ATTENTION = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)
+"""Operators whose results are kept, by qualified name, since some exist on some machines only."""
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator.name() in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_ALL_BUT_ATTENTION = partial(create_selective_checkpoint_contexts, _policy)
 
 
 @cache
@@ -236,7 +256,7 @@ class SingleStreamDiT(nn.Module):
 
     Attributes:
         gradient_checkpointing: what of each block is recomputed in the backward pass: nothing (False), everything (True),
-            or all but attention ("attention"), see `magihuman.models.activation_checkpointing`.
+            or all but attention ("attention"), see `magihuman.models.config.Checkpointing`.
         tread: token routing, in training mode only; None for none.
         attention_backend: see `magihuman.models.attention`.
         frame_receptive_field: window of the local layers, in frames to each side; negative turns windows off.
@@ -377,7 +397,11 @@ class SingleStreamDiT(nn.Module):
         attend = self._attention(layout, mode)
         for layer in self.block.layers[start:stop]:
             inputs = (x, table, layout, self.attention_backend, self.window, self.compute_dtype, lora, attend)
-            x = recomputed(layer, *inputs, mode=mode) if mode else layer(*inputs)
+            if mode:
+                contexts = _ALL_BUT_ATTENTION if mode == "attention" else noop_context_fn
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+            else:
+                x = layer(*inputs)
         return x
 
     def _attention(self, layout: Layout, mode: Checkpointing) -> Attend:

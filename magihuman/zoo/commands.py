@@ -147,13 +147,11 @@ def plan(
     known = model_of(model)
     size, enlarged = _sizes(known, resolution, height, width)
     guided = known.guided if guided is None else guided
-    request = replace(
-        infer_request(known, size, enlarged, seconds, text, batch, guided, cfg_passes),
-        turbo=turbo,
-        compute=BF16 if dtype == "bfloat16" else FP32,
-        memory=memory,
-        weights=weights,
-    )
+    compute = BF16 if dtype == "bfloat16" else FP32
+    request = infer_request(
+        known, size, enlarged, seconds, text=text, batch=batch, guided=guided, cfg_passes=cfg_passes, turbo=turbo,
+        compute=compute, memory=memory, weights=weights,
+    )  # fmt: skip
     last = enlarged or size
     what = f"{known.name}, {known.config.parameter_count() / 1e9:.2f} B parameters, {task}"
     clip = f"{seconds:g} s of {last[1]}x{last[0]}"
@@ -201,7 +199,9 @@ def peaks(
     guided = known.guided if guided is None else guided
     rows: list[dict[str, Any]] = []
     for resolution, (height, width, enlarged) in SIZES.items():
-        request = infer_request(known, (height, width), enlarged, seconds, text, batch, guided, cfg_passes)
+        request = infer_request(
+            known, (height, width), enlarged, seconds, text=text, batch=batch, guided=guided, cfg_passes=cfg_passes
+        )
         for decoder in DECODERS:
             for weights in WEIGHTS:
                 for memory in MEMORY:
@@ -255,14 +255,7 @@ def check_numbers(**numbers: float) -> None:
 
 
 def infer_request(
-    model: Model,
-    size: tuple[int, int],
-    enlarged: tuple[int, int] | None,
-    seconds: float,
-    text: int,
-    batch: int,
-    guided: bool,
-    cfg_passes: int,
+    model: Model, size: tuple[int, int], enlarged: tuple[int, int] | None, seconds: float, **settings: Any
 ) -> ClipRequest:
     """A clip of that length; (height, width) of the base stage, and of super-resolution if there is one."""
     audio = round(seconds * FPS) + 1
@@ -275,12 +268,9 @@ def infer_request(
         audio=audio,
         height=size[0],
         width=size[1],
-        text=text,
-        batch=batch,
-        guided=guided,
-        cfg_passes=cfg_passes,
         second=model.config if enlarged else None,
         enlarged=enlarged or (0, 0),
+        **settings,
     )
 
 

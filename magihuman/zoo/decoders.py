@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-    from magihuman.codecs.turbo_vaed import TurboCodec
-    from magihuman.codecs.wan_decoder import WanDecoder
+    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
+    from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
+    from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
     from magihuman.models.config import Contract
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "decoder"
@@ -87,11 +88,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise UserError(f"decoder layout {self.layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
-        channels, stride = _shape_of(self.layout, self.network)
-        if (channels, stride) != (self.latents.channels, self.latents.stride):
+        found = _hyperparameters(self.layout, self.network)
+        if (found.latent_channels, found.stride) != (self.latents.channels, self.latents.stride):
             raise UserError(
-                f"the decoder's network takes {channels} channels and upsamples by {list(stride)}, but its latents "
-                f"are {_words(self.latents)}"
+                f"the decoder's network takes {found.latent_channels} channels and upsamples by {list(found.stride)}, "
+                f"but its latents are {_words(self.latents)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,22 +117,18 @@ class DecoderConfig:
             raise UserError(f"a decoder's setting is missing or of the wrong type: {error}") from None
 
 
-def _shape_of(layout: str, network: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
+def _hyperparameters(layout: str, network: Mapping[str, Any]) -> "CausalDecoderConfig | TurboConfig | WanDecoderConfig":
     if layout == "causal":
         from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 
-        ours = CausalDecoderConfig.from_dict(network)
-        return ours.latent_channels, ours.stride
+        return CausalDecoderConfig.from_dict(network)
     if layout == "wan":
         from magihuman.codecs.wan_decoder import WanDecoderConfig
 
-        teacher = WanDecoderConfig.from_dict(network)
-        return teacher.latent_channels, teacher.stride
+        return WanDecoderConfig.from_dict(network)
     from magihuman.codecs.turbo_vaed import TurboConfig
 
-    theirs = TurboConfig.from_json(network)
-    space = theirs.spatial_compression_ratio
-    return theirs.latent_channels, (theirs.temporal_compression_ratio, space, space)
+    return TurboConfig.from_json(network)
 
 
 # -- architectures -------------------------------------------------------------------------------------------------
