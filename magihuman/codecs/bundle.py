@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from magihuman.codecs import tiny_captions
 from magihuman.codecs.protocols import AudioCodec, TextEncoder, VideoCodec
@@ -257,36 +257,30 @@ def _contract(names: tuple[str, str, str], video: VideoCodec, audio: AudioCodec,
     )
 
 
-def _fitted(module: Any, file: Path) -> str:
-    """Load `file` strictly into `module`; returns a short content hash for the contract."""
+def _tiny_state(codec: str) -> tuple[dict[str, "torch.Tensor"], str]:
+    """The fitted weights of a codec of the tiny world in fp32, and its name in the contract with a short content hash."""
     from safetensors.torch import load_file
 
+    file = TINY_FILES / f"{codec}.safetensors"
     if not file.exists():
         raise UserError(f"the tiny world's codec {file} is missing; make it with `python -m data.tiny.fit_codec`")
-    module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return {key: tensor.float() for key, tensor in load_file(file).items()}, f"tiny-{digest}"
 
 
 def _tiny_bundle(device: "torch.device") -> CodecBundle:
-    from safetensors import safe_open
-
     from magihuman.codecs.text_encoders import ByteTextEncoder
     from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
 
-    video_file, audio_file = TINY_FILES / "video_codec.safetensors", TINY_FILES / "audio_codec.safetensors"
-    if not video_file.exists():
-        raise UserError(f"the tiny world's codec {video_file} is missing; make it with `python -m data.tiny.fit_codec`")
-    with safe_open(video_file, "pt") as tensors:
-        channels = tensors.get_slice("mean").get_shape()[0]
-    video, audio, text = TinyVideoCodec(channels), TinyAudioCodec(), ByteTextEncoder()
-    video_hash, audio_hash = _fitted(video, video_file), _fitted(audio, audio_file)
-    names = (f"tiny-{video_hash}", f"tiny-{audio_hash}", "bytes-1")
-    contract = _contract(names, video, audio, text)
-    video.to(device).eval().requires_grad_(False)
-    audio.to(device).eval().requires_grad_(False)
+    video_state, video_name = _tiny_state("video_codec")
+    audio_state, audio_name = _tiny_state("audio_codec")
+    video, audio, text = TinyVideoCodec(len(video_state["mean"])), TinyAudioCodec(), ByteTextEncoder()
+    for codec, state in ((video, video_state), (audio, audio_state)):
+        codec.load_state_dict(state)
+        codec.to(device).eval().requires_grad_(False)
     return CodecBundle(
-        "tiny", contract, video, audio, text, height=64, width=64, frames=25,
-        prompt_pattern=tiny_captions.CAPTION, prompt_example=tiny_captions.EXAMPLE,
+        "tiny", _contract((video_name, audio_name, "bytes-1"), video, audio, text), video, audio, text,
+        height=64, width=64, frames=25, prompt_pattern=tiny_captions.CAPTION, prompt_example=tiny_captions.EXAMPLE,
     )  # fmt: skip
 
 
@@ -307,6 +301,5 @@ def _released_bundle(device: "torch.device", paths: dict[str, str | None]) -> Co
     video = WanCodec.load(str(found["video_codec"]), device=device)
     audio = OobleckCodec.load(str(found["audio_codec"]), device=device)
     text = T5GemmaEncoder.load(str(found["text_encoder"]), device=device)
-    names = ("wan2.2", "stable-audio-oobleck", "t5gemma-9b-9b-ul2")
-    contract = _contract(names, video, audio, text)
+    contract = _contract(("wan2.2", "stable-audio-oobleck", "t5gemma-9b-9b-ul2"), video, audio, text)
     return CodecBundle("released", contract, video, audio, text, height=256, width=448, frames=101)

@@ -8,13 +8,9 @@ from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
+from magihuman.io.streamed_safetensors import DTYPES
 from magihuman.zoo.checkpoints import choices
 from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
-
-BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 BUFFERS = ("adapter.rope.bands",)  # not counted by `DiTConfig.parameter_count`
 
@@ -88,10 +84,11 @@ def _tensor_table(files: list[Path]) -> str:
     for file in files:
         for name, (shape, dtype) in read_header(file).items():
             count = prod(shape)
+            size = count * DTYPES[dtype].itemsize if dtype in DTYPES else 0
             buffered += count if name in BUFFERS else 0
-            rows.append((name, str(list(shape)), dtype, readable_size(count * BYTES.get(dtype, 0))))
+            rows.append((name, str(list(shape)), dtype, readable_size(size)))
             numbers[dtype] += count
-            sizes[dtype] += count * BYTES.get(dtype, 0)
+            sizes[dtype] += size
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     kinds = ", ".join(f"{numbers[dtype]:,} {dtype}" for dtype in sorted(numbers))
