@@ -165,6 +165,31 @@ class TrainSettings:
     decoder: Any = None
 
 
+# Settings of version 0.1.0 -> their names now.
+RENAMED = {
+    "recipe.critic": "recipe.fake_score",
+    "recipe.health": "recipe.monitor",
+    "recipe.given_audio": "recipe.audio_conditioning",
+    "recipe.given_video": "recipe.video_conditioning",
+    "callbacks.held_out": "callbacks.validation",
+    "data.make.world": "data.make.codecs",
+    "world": "data.make.codecs",
+}
+
+
+def _refuse_old_names(node: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting that was renamed, with its name now."""
+    for old, new in RENAMED.items():
+        *path, last = old.split(".")
+        inner: Any = node
+        for part in path:
+            inner = inner.get(part) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and last in inner:
+            raise UserError(f"{old} is {new} since version 0.2.0")
+    if (node.get("recipe") or {}).get("networks") == "lora_critic":
+        raise UserError("recipe.networks=lora_critic is recipe.networks=lora_fake_score since version 0.2.0")
+
+
 def groups() -> list[str]:
     """Names of the configuration groups: the folders of configs/."""
     return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
@@ -186,6 +211,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     """
     if node.get("recipe") is None:
         raise UserError(f"no recipe given; add +recipe=NAME, one of: {', '.join(available('recipe'))}")
+    _refuse_old_names(node)
     check(node, TrainSettings, "")
     settings: TrainSettings = build(TrainSettings, node)
     check_call(settings.recipe, "recipe", provided=("context",))

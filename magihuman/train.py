@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,11 @@ def overrides(arguments: Sequence[str]) -> list[str]:
         UserError: a choice that its group does not have.
     """
     words = []
-    for word in arguments:
+    for previous, word in pairwise(["", *arguments]):
         key, equals, value = word.partition("=")
+        if not equals and not key.startswith(("-", "~")) and not previous.startswith("-"):
+            meant = f"; did you mean +recipe={key}?" if key in available("recipe") else ""
+            raise UserError(f"{word!r} is not of the form key=value{meant}")
         name = key.lstrip("+")
         if not equals or key.startswith(("-", "~")) or name.startswith("hydra") or "@" in name:
             words.append(word)

@@ -28,8 +28,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     named = all("::" in argument for argument in config.args)
     if named and option.markexpr == "not slow":
         option.markexpr = ""  # a slow test that is asked for by its name runs
-    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker runs this hook too, and would start workers of its own
-        return
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # a worker, or a pytest that a test starts
     if getattr(option, "numprocesses", 0) is not None or option.dist != "no" or option.tx:

@@ -51,7 +51,7 @@ FLOORS = {
     ),
 }
 HEAVY = {"torch", "lightning", "transformers", "diffusers", "wandb", "matplotlib", "av", "scipy"}
-# The same file name in two packages, where both are about the same thing.
+# Every package may have these.
 SHARED_NAMES = {"__init__", "__main__"}
 RECIPES = sorted(path.stem for path in (REPO / "recipes").glob("*.py") if path.stem not in ("__init__", "base"))
 HELP_SECONDS = 1.0

@@ -89,6 +89,10 @@ def test_every_model_size_builds_its_settings(size) -> None:
         ),
         (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
+        (["+recipe=dmd2", "+recipe.critic.lr=1e-4"], "recipe.critic is recipe.fake_score since version 0.2.0"),
+        (["+recipe=dmd2", "recipe.networks=lora_critic"], "is recipe.networks=lora_fake_score since version 0.2.0"),
+        (["+recipe=pretrain", "+callbacks.held_out=null"], "callbacks.held_out is callbacks.validation"),
+        (["+recipe=pretrain", "+data.make.world=tiny"], "data.make.world is data.make.codecs"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(words, message) -> None:
@@ -104,6 +108,9 @@ def test_words_of_the_command_line_become_overrides_of_hydra() -> None:
         "+recipe=sr", "+experiment=tiny_sr", "model=tiny", "++optim.lr=1", "++name=x", "-m", "~after_fit", "hydra.x=1",
     ]  # fmt: skip
     assert overrides(overrides(words)) == overrides(words)
+    assert overrides(["--cfg", "job", "+recipe=sr"]) == ["--cfg", "job", "+recipe=sr"]
+    with pytest.raises(UserError, match="'dmd2' is not of the form key=value; did you mean \\+recipe=dmd2"):
+        overrides(["dmd2"])
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
