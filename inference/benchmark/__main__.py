@@ -9,7 +9,7 @@ from pathlib import Path
 from magihuman.cli import run_one
 from magihuman.errors import UserError
 
-RUNS = str(Path("runs") / "latency")
+RUNS = "runs/latency"
 
 
 def measure(
@@ -25,7 +25,6 @@ def measure(
     checkpoint: str | None = None,
     options: str | None = None,
     device: str = "auto",
-    dtype: str = "auto",
     warm: int = 2,
     repeat: int = 5,
     budget: float = 60.0,
@@ -48,7 +47,6 @@ def measure(
         checkpoint: weights instead of random ones; tiny has tiny/base
         options: changes of the tier's options, such as compile=static,graphs=false
         device: auto, cpu or cuda
-        dtype: auto, bfloat16 or float32
         warm: requests before the timed ones
         repeat: timed requests, at least
         budget: seconds of timed requests after which no more are added
@@ -74,30 +72,18 @@ def measure(
     case = make(size, steps, sr_steps, seconds, text, guided, model)
     if size == "tiny" and model is None and checkpoint is None:
         checkpoint = "tiny/base"
-    return clips.measure(
-        case, tier, decoder, checkpoint, options, device, dtype, warm, repeat, budget, folder_of(output)
-    )
+    return clips.measure(case, tier, decoder, checkpoint, options, device, warm, repeat, budget, folder_of(output))
 
 
 def decode(
-    size: str = "all",
-    decoder: str = "all",
-    seconds: float | None = None,
-    layouts: str = "contiguous,channels_last",
-    device: str = "auto",
-    dtype: str = "auto",
-    repeat: int = 5,
-    output: str | None = None,
+    size: str = "all", decoder: str = "all", device: str = "auto", repeat: int = 5, output: str | None = None
 ) -> str:
     """Parameters, FLOPs, peak memory and time of the video decoders; on a CPU the released sizes are computed only.
 
     Args:
         size: 256p, 540p, 1080p, all of them, or tiny
         decoder: a name, or all: turbo and wan as published, and the students of configs/decoder
-        seconds: length of the clip
-        layouts: of the weights in memory, for the published Turbo decoder: contiguous, channels_last
         device: auto, cpu or cuda
-        dtype: auto, bfloat16 or float32
         repeat: timed clips
         output: another folder for the result
 
@@ -106,46 +92,32 @@ def decode(
     """
     from inference.benchmark import video_decoders
 
-    return video_decoders.decode(size, decoder, seconds, layouts, device, dtype, repeat, folder_of(output))
+    return video_decoders.decode(size, decoder, device, repeat, folder_of(output))
 
 
-def decode_cost(side: int = 64, latents: int = 14, repeat: int = 2, output: str | None = None) -> str:
+def decode_cost(output: str | None = None) -> str:
     """Counts of the light decoders at 256p, 540p and 1080p with predicted times, and CPU times at a small size.
 
     Args:
-        side: of the square picture whose decoding is timed on the CPU, in pixels; 0 times nothing
-        latents: of that clip
-        repeat: how often it is timed; the least counts
         output: JSON file to write everything to
 
     Raises:
-        UserError: a size that cannot be, or a file that cannot be written.
+        UserError: a file that cannot be written.
     """
     from inference.benchmark import video_decoders
 
-    return video_decoders.cost_report(side, latents, repeat, folder_of(output))
+    return video_decoders.cost_report(folder_of(output))
 
 
 def micro(
-    size: str = "256p",
-    what: str = "products,experts,attention",
-    model: str | None = None,
-    seconds: float | None = None,
-    text: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    output: str | None = None,
+    size: str = "256p", what: str = "products,experts,attention", device: str = "auto", output: str | None = None
 ) -> str:
     """Time products, experts and attention alone, at the shapes of a clip's last stage.
 
     Args:
         size: as for measure
         what: of products, experts, attention
-        model: another architecture of configs/model
-        seconds: length of the clip
-        text: tokens of the prompt
         device: auto, cpu or cuda
-        dtype: auto, bfloat16 or float32
         output: another folder for the result
 
     Raises:
@@ -154,20 +126,14 @@ def micro(
     from inference.benchmark import micro as kernels
     from inference.benchmark.roofline.cases import make
 
-    case = make(size, seconds=seconds, text=text, model=model)
-    return kernels.micro(case, what, device, dtype, folder_of(output))
+    return kernels.micro(make(size), what, device, folder_of(output))
 
 
 def ladder(
     size: str = "256p",
     rungs: str = "eager,pad,compile,grouped,attention,fp8,fp8_attention",
-    model: str | None = None,
-    seconds: float | None = None,
-    text: int | None = None,
     options: str | None = None,
     device: str = "auto",
-    dtype: str = "auto",
-    warm: int = 2,
     repeat: int = 3,
     output: str | None = None,
 ) -> str:
@@ -178,13 +144,8 @@ def ladder(
     Args:
         size: as for measure
         rungs: of eager, pad, compile, grouped, attention, fp8, fp8_attention
-        model: another architecture of configs/model
-        seconds: length of the clip
-        text: tokens of the prompt
         options: changes of every rung's options, such as compile=off
         device: auto, cpu or cuda
-        dtype: auto, bfloat16 or float32
-        warm: passes before the timed ones
         repeat: timed passes
         output: another folder for the result
 
@@ -194,8 +155,7 @@ def ladder(
     from inference.benchmark import ladder as climbing
     from inference.benchmark.roofline.cases import make
 
-    case = make(size, seconds=seconds, text=text, model=model)
-    return climbing.ladder(case, rungs, options, device, dtype, warm, repeat, folder_of(output))
+    return climbing.ladder(make(size), rungs, options, device, repeat, folder_of(output))
 
 
 def suite(minutes: float = 8.5, dry: bool = False, steps: str | None = None, output: str | None = None) -> str:

@@ -27,7 +27,6 @@ LARGE = 2_000_000_000
 """Parameters above which one network is on the device at a time, and none on a CPU."""
 LONGEST_FP32 = 20_000
 """Tokens up to which the fp32 reference is computed as well; a 1080p pass of it takes minutes."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SEED = 0
 Velocities = tuple[Tensor, Tensor]
 _TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
@@ -48,17 +47,9 @@ def refuse_hopeless(case: ClipCase, device: torch.device) -> None:
         raise UserError(f"size={case.size} of {case.model} needs a GPU; on a CPU choose size=tiny or size=layer")
 
 
-def dtype_for(name: str, case: ClipCase, device: torch.device) -> torch.dtype:
-    """Of products and matrices: `auto` is bf16 for the released sizes and on a GPU, else fp32.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if name == "auto":
-        return torch.bfloat16 if case.released or device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"dtype={name} is unknown; choose one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+def dtype_for(case: ClipCase, device: torch.device) -> torch.dtype:
+    """Of products and matrices: bf16 for the released sizes and on a GPU, else fp32."""
+    return torch.bfloat16 if case.released or device.type == "cuda" else torch.float32
 
 
 def build(case: ClipCase, device: torch.device, dtype: torch.dtype, checkpoint: str | None) -> tuple[Denoiser, str]:
@@ -80,23 +71,24 @@ def build(case: ClipCase, device: torch.device, dtype: torch.dtype, checkpoint: 
         if loaded.config.model != case.stages[0].config:
             raise UserError(f"checkpoint={checkpoint} is not of the shape of {case.model}; leave checkpoint= out")
         return loaded.denoiser, f"{checkpoint}, {kind}{shared}"
-    with torch.no_grad():
-        denoiser = zoo.build(
-            stage.config, stage.pack, compute_dtype=dtype, linear_dtype=dtype, device=device, seed=SEED
-        )
-        model = denoiser.model
-        generator = torch.Generator(device=device).manual_seed(SEED + 1)
-        for head in (model.final_linear_video, model.final_linear_audio):  # at the start of a training they are zero
-            nn.init.normal_(head.weight, std=head.in_features**-0.5, generator=generator)
+    denoiser = random_network(stage, dtype, device)
     return denoiser.eval().requires_grad_(False), f"random, {kind}{shared}"
+
+
+@torch.no_grad()
+def random_network(stage: DenoisingStage, dtype: torch.dtype, device: torch.device) -> Denoiser:
+    """Random weights on the device; the output heads are not zero, as they would be at initialisation."""
+    made = zoo.build(stage.config, stage.pack, compute_dtype=dtype, linear_dtype=dtype, device=device, seed=SEED)
+    generator = torch.Generator(device=device).manual_seed(SEED + 1)
+    for head in (made.model.final_linear_video, made.model.final_linear_audio):
+        nn.init.normal_(head.weight, std=head.in_features**-0.5, generator=generator)
+    return made
 
 
 def view(denoiser: Denoiser, stage: DenoisingStage) -> Denoiser:
     """The same network and weights as the given stage's: its coordinates, its windows or none."""
-    windows_off = stage.window is None
-    pack = replace(stage.pack, frame_receptive_field=-1) if windows_off else stage.pack
-    seen: Any = _shallow(denoiser)
-    seen._modules["model"] = _shallow(denoiser.model)
+    pack = replace(stage.pack, frame_receptive_field=-1) if stage.window is None else stage.pack
+    seen = _shallow(denoiser)
     seen.pack, seen._layouts = pack, {}
     seen.model.frame_receptive_field = pack.frame_receptive_field
     return seen
@@ -108,17 +100,18 @@ def in_fp32(denoiser: Denoiser) -> Denoiser:
     Attention goes frame by frame, in memory that grows with a frame: torch's fused kernels of a GPU take no shared
     key heads in fp32, so that it would hold all scores instead, 70 GB of them for the 14,802 tokens of 540p.
     """
-    seen: Any = _shallow(denoiser)
-    seen._modules["model"] = _shallow(denoiser.model)
+    seen = _shallow(denoiser)
     seen.model.compute_dtype = torch.float32
     seen.model.attention_backend = "windowed"
     return seen
 
 
-def _shallow(module: nn.Module) -> Any:
-    """Another module of the same parameters and parts, with attributes of its own."""
-    seen = copy.copy(module)
-    seen._modules = dict(module._modules)
+def _shallow(denoiser: Denoiser) -> Any:
+    """Another denoiser and model of the same parameters and parts, with attributes of their own."""
+    seen: Any = copy.copy(denoiser)
+    model: Any = copy.copy(denoiser.model)
+    model._modules = dict(denoiser.model._modules)
+    seen._modules = {**denoiser._modules, "model": model}
     return seen
 
 
@@ -269,8 +262,8 @@ def distance(found: Velocities, wanted: Velocities) -> dict[str, float]:
     values = {}
     for name, a, b in zip(("video", "audio"), found, wanted, strict=True):
         a, b = a.float().cpu(), b.float().cpu()
-        values[f"{name}_relative_l2"] = _rounded(float((a - b).norm() / b.norm()))
-        values[f"{name}_max_abs"] = _rounded(float((a - b).abs().max()))
+        values[f"{name}_relative_l2"] = float(f"{float((a - b).norm() / b.norm()):.4g}")
+        values[f"{name}_max_abs"] = float(f"{float((a - b).abs().max()):.4g}")
     return values
 
 
@@ -297,7 +290,8 @@ class ReferenceOutput:
     def _computed(self, dtype: str, reference: Denoiser, inputs: Inputs) -> Velocities | None:
         """A pass of the reference, or None where it fails: the times of faster networks are still of use."""
         try:
-            return _on_cpu(one_pass(reference, inputs))
+            video, audio = one_pass(reference, inputs)
+            return video.float().cpu(), audio.float().cpu()
         except Exception as error:  # its windows are compiled, and compilers fail in many ways
             self.why_not[dtype] = f"the reference could not be computed: {reason_of(error)}"
             return None
@@ -322,11 +316,3 @@ class ReferenceOutput:
         if wanted is None:
             return {"status": "n/a", "reason": self.why_not[dtype]}
         return distance(found, wanted)
-
-
-def _on_cpu(velocities: Velocities) -> Velocities:
-    return velocities[0].float().cpu(), velocities[1].float().cpu()
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")

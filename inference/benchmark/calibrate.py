@@ -35,7 +35,14 @@ def predict(size: str, tier: str, output: Path | None, results: Path | None) -> 
     usual = "padded" if "gpu" in found["provenance"] else "as is"
     kind = "fp8" if tier.startswith("fp8") else usual  # of layers without experts: those stay in bf16
     predicted = {stage.name: _one_pass(stage, found["rows"], kind, usual) for stage in case.stages}
-    own = [r for r in measured(folder) if r["tier"] == tier and _same_clip(r, case) and _same_machine(r, found)]
+    # Of the same number of tokens too: others are other passes.
+    tokens = {stage.name: stage.tokens.total for stage in case.stages}
+    own = [
+        row
+        for row in measured(folder)
+        if (row["tier"], row["size"], row["made"]["machine"]) == (tier, size, found["provenance"]["machine"])
+        and {name: stage["tokens"]["total"] for name, stage in row["geometry"].items()} == tokens
+    ]
     values: Row = {
         "format": FORMAT,
         "kind": "predicted",
@@ -81,16 +88,6 @@ def _newest_micro(folder: Path, size: str) -> Row:
     )
 
 
-def _same_clip(row: Row, case: ClipCase) -> bool:
-    """Also as long: passes of another number of tokens are other passes."""
-    tokens = {name: stage["tokens"]["total"] for name, stage in row["geometry"].items()}
-    return row["size"] == case.size and tokens == {stage.name: stage.tokens.total for stage in case.stages}
-
-
-def _same_machine(row: Row, found: Row) -> bool:
-    return row["made"]["machine"] == found["provenance"]["machine"]
-
-
 def _one_pass(stage: DenoisingStage, rows: list[Row], form: str, experts_form: str) -> Row:
     """Predicted seconds of a pass, by part. The products of all layers are equally many.
 
@@ -125,16 +122,13 @@ def _attention_rate(rows: list[Row], window: int | None) -> float:
 
 
 def _rate(rows: list[Row], form: str) -> float:
-    """FLOP/s of a layer's products together."""
-    found = [_largest(rows, name, form) for name in _MATRICES]
-    return sum(row["flops"] for row in found) / sum(row["flops"] / (row["tflops"] * 1e12) for row in found)
-
-
-def _largest(rows: list[Row], name: str, form: str) -> Row:
-    """The product of that matrix with the most rows, in the form or, where it has no other, as it is."""
-    found = [row for row in rows if row.get("what") == "product" and row["name"] == name and "seconds" in row]
-    own = [row for row in found if row["form"] == form] or [row for row in found if row["form"] == "as is"]
-    return max(own, key=lambda row: row["tokens"])
+    """FLOP/s of a layer's products together, each with the most rows, in the form or, where it has no other, as it is."""
+    largest = []
+    for name in _MATRICES:
+        found = [row for row in rows if row.get("what") == "product" and row["name"] == name and "seconds" in row]
+        own = [row for row in found if row["form"] == form] or [row for row in found if row["form"] == "as is"]
+        largest.append(max(own, key=lambda row: row["tokens"]))
+    return sum(row["flops"] for row in largest) / sum(row["flops"] / (row["tflops"] * 1e12) for row in largest)
 
 
 def _compared(case: ClipCase, row: Row, predicted: dict[str, Row]) -> Row:

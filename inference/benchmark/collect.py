@@ -38,11 +38,10 @@ def collect(source: Path, output: Path | None) -> str:
         raise UserError(f"input={source} holds no .jsonl file; give the folder that `suite` or `train` wrote to")
     lines: list[str] = []
     runs = [(run, file) for file in files for run in read_runs(file)]
-    every = [run for run, _ in runs]
     if output is None and all(run.header["dry"] for run, _ in runs):
         raise UserError(f"input={source} holds dry runs only, none of it is a result; give output=FOLDER to look at it")
     for run, file in runs:
-        others = [other for other in every if other is not run and _same_origin(other, run)]
+        others = [other for other, _ in runs if other is not run and _same_origin(other, run)]
         lines += _collected(run, others, file, folder, committed=output is None)
     if output is None:
         lines += _rendered(folder)
@@ -103,7 +102,8 @@ def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, l
     roof = roof_line["roof"] if roof_line else None
     kernels = [row for line in _done(run, "kernels ") for row in line["rows"]]
     if roof:
-        kernels = [_with_share(row, roof) for row in kernels]
+        shares = ({"of_roof": round(row["tflops"] / roof["tflops"], 4)} if "tflops" in row else {} for row in kernels)
+        kernels = [row | share for row, share in zip(kernels, shares, strict=True)]
         kernels = [{"what": "roof", **roof}, *kernels] if kernels else []
     kept = ("step", "status", "at", "seconds", "reason", "trace", "gave_up", "compiler", *_MEMORY)
     return {
@@ -122,10 +122,6 @@ def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, l
 
 def _done(run: RecordedRun, prefix: str) -> Iterable[Values]:
     return (line for name, line in run.steps.items() if name.startswith(prefix) and line["status"] == "done")
-
-
-def _with_share(row: Values, roof: Values) -> Values:
-    return row | {"of_roof": round(row["tflops"] / roof["tflops"], 4)} if "tflops" in row else row
 
 
 def _profile_row(run: RecordedRun, line: Values) -> Values:

@@ -13,6 +13,9 @@ import torch
 from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.work import decoders as released_decoders
 from magihuman.codecs import costs
+from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
+from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
+from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
 from magihuman.zoo import decoders as students
 from magihuman.zoo import footprint
@@ -86,9 +89,18 @@ def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype)
     from magihuman.codecs.tiny_captions import EXAMPLE
 
     codecs = load_bundle("tiny", device)
-    chosen, weights = codecs.video_codec, codecs.contract.video_codec
+    chosen: Any = codecs.video_codec
+    weights = codecs.contract.video_codec
     if decoder not in ("auto", "codec"):
-        chosen, weights = _tiny_decoder(decoder, device), decoder
+        known = decoder_names(case)
+        if decoder not in known:
+            raise UserError(f"decoder={decoder} is unknown for size=tiny; choose one of {', '.join(known)}")
+        weights = decoder
+        chosen = (
+            students.load(decoder, device)
+            if decoder in students.names()
+            else random_codec(decoder, device, torch.float32)
+        )
     return Parts(
         text=codecs.text_encoder,
         video=codecs.video_codec,
@@ -135,31 +147,24 @@ def released_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Any
         raise UserError(f"decoder={name} is unknown; choose one of {', '.join(released_decoders())}")
     if name == "wan":
         return _had(lambda: _wan(device), "diffusers", device)
-    network = students.arch("released" if name == "turbo" else name)["network"]
-    with torch.device(device), torch.no_grad():
-        if name == "turbo":
-            from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
-
-            config = TurboConfig.from_json(network)
-            return TurboCodec(TurboDecoder(config).to(dtype), config)
-        from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-        from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
-
-        return CausalDecoderCodec(CausalDecoder(CausalDecoderConfig.from_dict(network)).to(dtype))
+    return random_codec("released" if name == "turbo" else name, device, dtype)
 
 
-def _tiny_decoder(name: str, device: torch.device) -> Any:
-    if name in students.names():
-        return students.load(name, device)
-    case_names = [n for n in students.arch_names() if students.arch(n)["codecs"] == "tiny"]
-    if name not in case_names:
-        known = ", ".join(("codec", *case_names, *students.names()))
-        raise UserError(f"decoder={name} is unknown for size=tiny; choose one of {known}")
-    from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
+def random_codec(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> CausalDecoderCodec | TurboCodec:
+    """An architecture of configs/decoder with random weights, always the same ones.
 
-    with torch.device(device):
-        return CausalDecoderCodec(CausalDecoder(CausalDecoderConfig.from_dict(students.arch(name)["network"])))
+    Args:
+        device: "meta" makes shapes only.
+    """
+    described = students.arch(name)
+    with torch.random.fork_rng(), torch.device(device), torch.no_grad():
+        torch.manual_seed(0)
+        if described["layout"] == "causal":
+            return CausalDecoderCodec(CausalDecoder(CausalDecoderConfig.from_dict(described["network"])).to(dtype))
+        config = TurboConfig.from_json(described["network"])
+        return TurboCodec(TurboDecoder(config).to(dtype), config)
 
 
 def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:

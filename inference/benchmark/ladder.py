@@ -1,12 +1,9 @@
 """Measured gain of each optimisation: one pass of a clip's networks after each rung of the predicted ladder."""
 
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from inference.benchmark import bench_networks, result_files
 from inference.benchmark.bench_networks import ReferenceOutput, affordable, refuse_hopeless
@@ -15,7 +12,6 @@ from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.predict import LADDER
 from inference.benchmark.timers import device_of, free, peak_rates, time_call
 from magihuman.errors import UserError
-from magihuman.models.denoiser import Denoiser
 
 # Tier and options of a rung. Those not named stay as the rung before left them.
 _PAD = {
@@ -36,16 +32,7 @@ RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
 assert set(RUNGS) <= {rung.key for rung in LADDER}
 
 
-def ladder(
-    case: ClipCase,
-    rungs: str,
-    options: str | None,
-    device: str,
-    dtype: str,
-    warm: int,
-    repeat: int,
-    folder: Path | None,
-) -> str:
+def ladder(case: ClipCase, rungs: str, options: str | None, device: str, repeat: int, folder: Path | None) -> str:
     """Time one pass of every stage after each optimisation; see the command `ladder` for the settings.
 
     Raises:
@@ -57,7 +44,7 @@ def ladder(
             raise UserError(f"rungs={name} is unknown; choose from {', '.join(RUNGS)}")
     place = device_of(device)
     refuse_hopeless(case, place)
-    kind, changes = bench_networks.dtype_for(dtype, case, place), bench_networks.options_from(options)
+    kind, changes = bench_networks.dtype_for(case, place), bench_networks.options_from(options)
     made, peaks = result_files.provenance(place), peak_rates(place, kind)
     reference, weights = bench_networks.build(case, place, kind, None)
     inputs = {stage.name: bench_networks.draw(stage, reference, place) for stage in case.stages}
@@ -65,48 +52,31 @@ def ladder(
         stage.name: ReferenceOutput(bench_networks.view(reference, stage), inputs[stage.name], affordable(stage))
         for stage in case.stages
     }
+
+    def measured(tier: str, own: dict[str, Any]) -> Row:
+        network = bench_networks.faster(reference, tier, place, False, {**own, **changes} if own else {})
+        row: Row = {"stages": {}, "errors": {}, "first_pass": {}, **bench_networks.facts(network)}
+        for stage in case.stages:
+            call = partial(bench_networks.one_pass, bench_networks.view(network, stage), inputs[stage.name])
+            start = time.perf_counter()
+            row["errors"][stage.name] = outputs[stage.name].errors(call())
+            row["first_pass"][stage.name] = round(time.perf_counter() - start, 3)
+            row["stages"][stage.name] = time_call(call, place, least=repeat, most=2 * repeat)
+        return row
+
     rows: list[Row] = []
     for name in names:
-        row: Row = {"size": case.size, "model": case.model, "key": name, "tier": RUNGS[name][0], "weights": weights}
+        tier, own = RUNGS[name]
+        row: Row = {"size": case.size, "model": case.model, "key": name, "tier": tier, "weights": weights}
         row["geometry"] = {s.name: {"tokens": s.tokens.total, "passes": s.passes} for s in case.stages}
         row["roof"] = peaks
         try:
-            row |= _measured(case, name, reference, inputs, outputs, changes, place, warm, repeat)
+            row |= measured(tier, own)
+            told = "one pass of " + ", ".join(f"{s} {cell['median']:.4g} s" for s, cell in row["stages"].items())
         except Exception as error:  # compilers and kernels fail in many ways, and the other rungs still count
             row |= {"status": "n/a", "reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+            told = f"n/a: {row['reason']}"
         rows.append(row)
-        print(_line(row), flush=True)
+        print(f"{name:<14} {told}", flush=True)
         free(place)
     return f"written to {result_files.write('ladder', case.size, rows, made, folder)}"
-
-
-def _measured(
-    case: ClipCase,
-    name: str,
-    reference: Denoiser,
-    inputs: Mapping[str, bench_networks.Inputs],
-    outputs: Mapping[str, ReferenceOutput],
-    changes: Mapping[str, Any],
-    device: torch.device,
-    warm: int,
-    repeat: int,
-) -> Row:
-    """Options, errors and times of one rung."""
-    tier, own = RUNGS[name]
-    network = bench_networks.faster(reference, tier, device, False, {**own, **changes} if own else {})
-    row: Row = {"stages": {}, "errors": {}, "first_pass": {}, **bench_networks.facts(network)}
-    for stage in case.stages:
-        seen, given = bench_networks.view(network, stage), inputs[stage.name]
-        start = time.perf_counter()
-        row["errors"][stage.name] = outputs[stage.name].errors(bench_networks.one_pass(seen, given))
-        row["first_pass"][stage.name] = round(time.perf_counter() - start, 3)
-        call = partial(bench_networks.one_pass, seen, given)
-        row["stages"][stage.name] = time_call(call, device, warm=warm, least=repeat, most=2 * repeat)
-    return row
-
-
-def _line(row: Row) -> str:
-    if "status" in row:
-        return f"{row['key']:<14} n/a: {row['reason']}"
-    cells = [f"{name} {cell['median']:.4g} s" for name, cell in row["stages"].items()]
-    return f"{row['key']:<14} one pass of {', '.join(cells)}"

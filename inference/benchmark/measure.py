@@ -39,7 +39,6 @@ def measure(
     checkpoint: str | None,
     options: str | None,
     device: str,
-    dtype: str,
     warm: int,
     repeat: int,
     budget: float,
@@ -52,7 +51,7 @@ def measure(
     """
     place = device_of(device)
     refuse_hopeless(case, place)
-    kind = bench_networks.dtype_for(dtype, case, place)
+    kind = bench_networks.dtype_for(case, place)
     changes = bench_networks.options_from(options)
     names = bench_networks.tiers(tiers)
     for name in names:
@@ -85,7 +84,7 @@ def _prepare(
     start = time.perf_counter()
     reference, weights = bench_networks.build(case, device, dtype, checkpoint)
     built = time.perf_counter() - start
-    _say(f"{case.size}: network of {weights} in {built:.1f} s")
+    print(f"{case.size}: network of {weights} in {built:.1f} s", flush=True)
     inputs, truths = {}, {}
     for stage in case.stages:
         seen = bench_networks.view(reference, stage)
@@ -107,9 +106,9 @@ def _prepare(
             gave_up |= {option: reason.splitlines()[0] for option, reason in reasons.items()}
             errors[stage.name] = truths[stage.name].errors(velocities)
             first[stage.name] = round(time.perf_counter() - start, 4)
-            _say(f"  {name}, {stage.name}: first pass {first[stage.name]:.1f} s")
+            print(f"  {name}, {stage.name}: first pass {first[stage.name]:.1f} s", flush=True)
             for option, reason in reasons.items():
-                _say(f"  without {option}: {reason.splitlines()[0]}")
+                print(f"  without {option}: {reason.splitlines()[0]}", flush=True)
         row = described(case, name, network, weights, found)
         row["errors"] = errors
         if gave_up:
@@ -128,7 +127,7 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
                 contender.row["host_waits"] = contender.request.waits
             if not number:
                 contender.row["cold"]["first_request"] = {k: round(v, 4) for k, v in times.items()}
-        _say(f"  {contender.tier}: warm, request {times['request']:.3g} s")
+        print(f"  {contender.tier}: warm, request {times['request']:.3g} s", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start, done = time.perf_counter(), 0
@@ -174,16 +173,10 @@ def described(case: ClipCase, tier: str, network: Denoiser, weights: str, found:
 def _finished(case: ClipCase, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
     """The row with its times."""
     row, requests = contender.row, contender.times
-    found = summaries(requests)
-    missing = contender.request.missing
     names = [*STAGES, *CONDITIONS] if contender.request.parts is not None else [s.name for s in case.stages]
-    stages: Row = {}
-    for name in names:
-        if name in found:
-            stages[name] = found[name]
-        elif name in missing:
-            stages[name] = {"status": "n/a", "reason": missing[name]}
-    row["stages"] = stages
+    found = summaries(requests)
+    cells = {name: {"status": "n/a", "reason": reason} for name, reason in contender.request.missing.items()} | found
+    row["stages"] = {name: cells[name] for name in names if name in cells}
     if device.type == "cpu":
         row["processor_time"] = summaries(contender.worked)
     row["request"] = found["request"]
@@ -220,19 +213,15 @@ def rates(times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, 
 
 
 def _compare_in_run(rows: list[Row]) -> None:
-    """Beside every row how many times faster than the reference of the same run its loops were."""
+    """Give every row the speed of its loops compared with the reference of the same run."""
     reference = next((row for row in rows if row["tier"] == "reference" and not row["options"]), None)
     if reference is None or len(rows) < 2:
         return
     for row in rows:
-        row["faster_than_reference"] = _ratios(reference, row, "stages")
-        if "processor_time" in row:
-            row["faster_than_reference_in_processor_time"] = _ratios(reference, row, "processor_time")
-
-
-def _ratios(reference: Row, row: Row, of: str) -> dict[str, float]:
-    names = row["geometry"]
-    return {name: round(reference[of][name]["median"] / row[of][name]["median"], 3) for name in names}
+        for key, of in (("", "stages"), ("_in_processor_time", "processor_time")):
+            if of in row:
+                ratios = {s: round(reference[of][s]["median"] / row[of][s]["median"], 3) for s in row["geometry"]}
+                row[f"faster_than_reference{key}"] = ratios
 
 
 def describe(row: Row) -> str:
@@ -259,7 +248,3 @@ def describe(row: Row) -> str:
         for name, ratio in row.get(f"faster_than_reference{key}", {}).items():
             lines.append(f"  {name}: {ratio:.2f} times the reference's speed in this run{words}")
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -31,7 +31,7 @@ _FORMS = ("as is", "padded", "fp8", "fp8 rows")
 _CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
 
 
-def micro(case: ClipCase, what: str, device: str, dtype: str, folder: Path | None) -> str:
+def micro(case: ClipCase, what: str, device: str, folder: Path | None) -> str:
     """Time single operations at the shapes of a clip's last stage; see the command `micro` for the settings.
 
     Raises:
@@ -42,7 +42,7 @@ def micro(case: ClipCase, what: str, device: str, dtype: str, folder: Path | Non
     if unknown:
         raise UserError(f"what={unknown[0]} is unknown; choose from {', '.join(GROUPS)}")
     place = device_of(device)
-    kind = dtype_for(dtype, case, place)
+    kind = dtype_for(case, place)
     made, peaks = result_files.provenance(place), peak_rates(place, kind)
     bench = Microbenchmark(case, place, kind)
     rows = [row for name in groups for row in getattr(bench, name)()]
@@ -117,12 +117,15 @@ class Microbenchmark:
         counts = [tokens.video, tokens.audio, tokens.text]
         useful = 2 * sum(counts) * hidden * 2 * wide
 
+        def operands() -> tuple[Tensor, Tensor]:
+            return self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+
         def separate() -> Callable[[], object]:
-            x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+            x, weights = operands()
             return lambda: torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weights, strict=True)])
 
         def grouped() -> Callable[[], object]:
-            x, weights = self._normal(sum(counts), hidden), self._normal(3, 2 * wide, hidden) / hidden**0.5
+            x, weights = operands()
             ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(self.device)
             function: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
             return lambda: function(x, weights.transpose(1, 2), offs=ends)
@@ -153,7 +156,7 @@ class Microbenchmark:
             own = partial(attention, q, k, v, layout, "auto", window)
             makes: dict[str, Callable[[], Callable[[], Tensor]]] = {}
             if reference:
-                makes["reference"] = partial(_given, own)
+                makes["reference"] = lambda own=own: own
             for kernel in ("plain", "sdpa", "cudnn", "flash2", "fa3"):
                 if kernel != "plain" or tokens.total <= _CHECKED:
                     makes[kernel] = partial(self._kernel, kernel, q, k, v, layout, window)
@@ -212,22 +215,11 @@ class Microbenchmark:
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device).to(self.dtype)
 
-    def _try(self, make_call: Callable[[], Callable[[], object]]) -> dict[str, Any] | str:
-        """Times of what `make_call` makes, see `_time`; making it may fail as well."""
-        call: list[Callable[[], object]] = []
-
-        def made() -> object:
-            if not call:
-                call.append(make_call())
-            return call[0]()
-
-        return self._time(made)
-
     @torch.no_grad()
-    def _time(self, call: Callable[[], object]) -> dict[str, Any] | str:
-        """Times, or why there are none: a form that this device or torch does not have is a result too."""
+    def _try(self, make_call: Callable[[], Callable[[], object]]) -> dict[str, Any] | str:
+        """Times of the call made, or why there are none: a form that this device or torch lacks is a result too."""
         try:
-            return time_call(call, self.device, budget=self.budget)
+            return time_call(make_call(), self.device, budget=self.budget)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, UserError) as error:
             return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
@@ -237,10 +229,6 @@ class Microbenchmark:
             return {**row, "status": "n/a", "reason": found}
         rate = useful / undisturbed(found) / 1e12
         return {**row, "seconds": found, "flops": useful, "tflops": float(f"{rate:.4g}")}
-
-
-def _given(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return call
 
 
 def _line(row: Row) -> str:

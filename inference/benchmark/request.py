@@ -89,12 +89,8 @@ class TimedRequest:
         watch, parts = Stopwatch(self.device), self.parts
         text = None
         if parts is not None:
-            text = self._apart(
-                watch,
-                "text",
-                lambda: parts.text.encode([parts.prompt])[0].to(self.device),
-                host=not self._on_device(parts.text),
-            )
+            on_host = not (isinstance(parts.text, torch.nn.Module) and self.device.type == "cuda")
+            text = self._apart(watch, "text", lambda: parts.text.encode([parts.prompt])[0].to(self.device), on_host)
         video, audio = self._denoise(watch, self.words if text is None else text, look_for_waits)
         if parts is not None:
             frames = self._decode(watch, parts.decoder, video)
@@ -109,7 +105,8 @@ class TimedRequest:
 
     def _denoise(self, watch: Stopwatch, text: Tensor, look_for_waits: bool) -> tuple[Tensor, Tensor]:
         base, *further = self.case.stages
-        shape = _shape(self.denoisers["base"], base)
+        denoiser = self.denoisers["base"]
+        shape = _shape(denoiser, base)
         generators = seeded([SEED])
         with watch.stage("noise"):
             steps = base.steps if make_solver(self.solver, 1).stochastic else 0
@@ -119,7 +116,7 @@ class TimedRequest:
         looked_at = self.device if look_for_waits else torch.device("cpu")
         with watch.stage("base"), host_waits(looked_at) as found:
             video, audio = sample(
-                self.denoisers["base"],
+                denoiser,
                 [text],
                 negative,
                 shape,
@@ -131,19 +128,9 @@ class TimedRequest:
             )
         self.waits = {"base": found}
         if large is not None:
+            denoiser, steps, shape = self.denoisers["sr"], further[0].steps, _shape(self.denoisers["sr"], further[0])
             with watch.stage("sr"), host_waits(looked_at) as found:
-                denoiser, stage = self.denoisers["sr"], further[0]
-                video = refine(
-                    denoiser,
-                    video,
-                    audio,
-                    [text],
-                    None,
-                    _shape(denoiser, stage),
-                    large,
-                    steps=stage.steps,
-                    device=self.device,
-                )
+                video = refine(denoiser, video, audio, [text], None, shape, large, steps=steps, device=self.device)
             self.waits["sr"] = found
         return video, audio
 
@@ -186,17 +173,16 @@ class TimedRequest:
         if self.parts is None:
             return {}
         watch, parts = Stopwatch(self.device), self.parts
+
+        def encode_sound() -> Tensor:
+            shape = 1, parts.audio.waveform_channels, parts.audio.hop * self.case.audio
+            return parts.audio.encode(0.1 * torch.randn(shape, device=self.device))
+
         self._apart(watch, "image", lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures])
-        self._apart(watch, "sound", lambda: parts.audio.encode(self._wave(parts.audio)))
+        self._apart(watch, "sound", encode_sound)
         times = watch.finish()
         del times["request"]
         return times
-
-    def _wave(self, codec: Any) -> Tensor:
-        return 0.1 * torch.randn(1, codec.waveform_channels, codec.hop * self.case.audio, device=self.device)
-
-    def _on_device(self, part: Any) -> bool:
-        return isinstance(part, torch.nn.Module) and self.device.type == "cuda"
 
 
 def _shape(denoiser: Denoiser, stage: Any) -> LatentShape:

@@ -97,7 +97,7 @@ def write(kind: str, name: str, rows: list[Row], made: dict[str, Any], folder: P
     folder = FOLDER if folder is None else folder
     commit = made["code"].get("commit", made["code"]["sources"])[:7]
     date = re.sub(r"[-:]|\+.*", "", made["date"])
-    stem = _slug(f"{date}-{made['machine']}-{kind}-{name}-{commit}")
+    stem = re.sub(r"[^a-z0-9.]+", "-", f"{date}-{made['machine']}-{kind}-{name}-{commit}".lower()).strip("-")
     values = {"format": FORMAT, "kind": kind, "rows": rows, "provenance": made}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,3 @@ def origin(rows: Iterable[Row]) -> str:
     machines = {f"{each['machine']}, torch {each['libraries']['torch']}" for each in made}
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"{'; '.join(sorted(machines))}; {when}; commit {', '.join(sorted(commits))}."
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

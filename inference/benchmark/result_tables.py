@@ -411,7 +411,10 @@ _TARGETS = {"attention": "exact", "fp8": "FP8 linears", "fp8_attention": "FP8 li
 
 
 def predicted_table(file: str) -> str:
-    """Predicted seconds, labelled so, of a file of `roofline ladder output=FILE` or of `predict`.
+    """Predicted base + SR + decode after each optimisation, labelled so, with published times, floors and targets.
+
+    Args:
+        file: of `roofline ladder output=FILE`.
 
     Raises:
         ValueError: the file holds something that is not a prediction.
@@ -419,20 +422,6 @@ def predicted_table(file: str) -> str:
     values: Row = json.loads((REPO / file).read_text())
     if values["kind"] != "predicted":
         raise ValueError("a number that is not predicted")
-    made = values["provenance"]
-    if "rates_from" in values:
-        first = f"a pass of {values['size']} {values['tier']}"
-        cells = [[f"{name}, {made['machine']}", *row] for name, row in _pass_cells(values)]
-        told = f"Predicted at the rates of {values['rates_from']}: {made['machine']}."
-        lines = [*markdown_table((first, *_PASS), "llrrrr", cells), "", told]
-    else:
-        lines = _ladder_lines(values)
-    lines[-1] += f" From [{file}]({file}): {made['date'][:10]}, {_commit(made)}."
-    return "\n".join(lines)
-
-
-def _ladder_lines(values: Row) -> list[str]:
-    """Base + SR + decode after each optimisation, with published times, floors and targets."""
 
     def total(clip: dict[str, float], digits: int = 2) -> str:
         parts = [clip[name] for name in ("base", "sr", "decode") if clip.get(name)]
@@ -459,29 +448,14 @@ def _ladder_lines(values: Row) -> list[str]:
         if "target" in row:
             wanted = [f"{row['target'][size]:g}" for size in sizes]
             rows.append([f"*target, {_TARGETS[row['key']]}*", *wanted, ""])
-    return [
+    made = values["provenance"]
+    return "\n".join([
         *markdown_table(heads, "l" + "r" * (len(sizes) + 1), rows),
         "",
         "Computed from FLOPs and bytes at assumed rates of kernels, never measured; decoders at "
         f"{assumed['decode_tflops']:g} TFLOP/s, pictures to the host at {assumed['link_gbps']:g} GB/s. Each row adds "
-        "to the one above.",
-    ]
-
-
-_PASS = ("", "products s", "attention s", "pointwise s", "total s")
-
-
-def _pass_cells(values: Row) -> list[tuple[str, list[str]]]:
-    """(stage, cells) of predictions at measured rates; below each, the measured seconds of a pass."""
-    rows, found = [], values["measured"]
-    for name, parts in values["stages"].items():
-        cells = [f"{parts[part]:.4f}" for part in ("products", "attention", "pointwise", "total")]
-        rows.append((name, ["*PREDICTED at measured rates*", *cells]))
-        if found:
-            own = found["stages"][name]
-            told = f"{own['seconds_per_pass']:.4f}; {own['explained']:.0%} explained"
-            rows.append((name, [f"measured, {found['of']}", "-", "-", "-", told]))
-    return rows
+        f"to the one above. From [{file}]({file}): {made['date'][:10]}, {_commit(made)}.",
+    ])  # fmt: skip
 
 
 def calibrated_table(folder: str) -> str:
@@ -498,13 +472,17 @@ def calibrated_table(folder: str) -> str:
             key = machine, values["size"], values["tier"]
             if key not in latest or values["provenance"]["date"] >= latest[key]["provenance"]["date"]:
                 latest[key] = values
-    cells = [
-        [f"{size} {tier} {name}, {card(machine)}", *row]
-        for (machine, size, tier), values in latest.items()
-        for name, row in _pass_cells(values)
-    ]
+    parts, cells = ("products", "attention", "pointwise", "total"), []
+    for (machine, size, tier), values in latest.items():
+        for name, seconds in values["stages"].items():
+            where = f"{size} {tier} {name}, {card(machine)}"
+            cells.append([where, "*PREDICTED at measured rates*", *(f"{seconds[part]:.4f}" for part in parts)])
+            if found := values["measured"]:
+                own = found["stages"][name]
+                explained = f"{own['seconds_per_pass']:.4f}; {own['explained']:.0%} explained"
+                cells.append([where, f"measured, {found['of']}", "-", "-", "-", explained])
     told = "Predicted at the rates that microbenchmarks of the same run reached; never measured itself."
-    lines = markdown_table(("one pass", *_PASS), "llrrrr", cells)
+    lines = markdown_table(("one pass", "", *(f"{part} s" for part in parts)), "llrrrr", cells)
     return "\n".join([*lines, "", told if latest else NOTHING])
 
 

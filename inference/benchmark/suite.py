@@ -305,9 +305,7 @@ class SuiteBench(Bench):
         self.drop()
         own = {"turbo": "codec", "b": "tiny"}[name] if self.dry else name
         repeat = 1 if size == "1080p" and name == "turbo" else 3
-        row = decoder_row(
-            self.cases[size], own, "contiguous", self.device, "auto", repeat, cudnn_benchmark, to_host_only=True
-        )
+        row = decoder_row(self.cases[size], own, self.device, repeat, cudnn_benchmark)
         if "reason" in row["measured"]:
             raise RuntimeError(row["measured"]["reason"])
         return {"size": size, "row": {**row, "decoder": name}}

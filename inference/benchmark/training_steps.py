@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from inference.benchmark import result_files
+from inference.benchmark.bench_networks import random_network
 from inference.benchmark.budget import Bench, BudgetedRun, Step, Values
 from inference.benchmark.roofline.cases import DenoisingStage, make
 from inference.benchmark.timers import peak_rates, summary, synchronise
-from magihuman import zoo
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.distill.collapse_monitor import MonitorSettings
 from magihuman.distill.discriminator import GanSettings
@@ -44,7 +44,6 @@ from recipes.base import Recipe
 from recipes.dmd2 import DMD2
 from recipes.lora import Lora
 
-SEED = 0
 CHECKPOINTING: dict[str, Checkpointing] = {"none": False, "blocks": True, "attention": "attention"}
 """Values of trainer.activation_checkpointing: nothing is recomputed, whole blocks, or all but attention."""
 
@@ -144,7 +143,7 @@ class TrainingBench(Bench):
         )
         # In a dry run nothing is compiled: C++ kernels take minutes to build.
         with torch.compiler.set_stance("force_eager" if self.dry else "default"):
-            trainer.fit(self.recipe, _Batches(partial(self.batch, batch)))
+            trainer.fit(self.recipe, map(partial(self.batch, batch), count()))
         figures = self.recipe.meter.flush("cpu")
         if figures.get("not_finite"):
             raise ValueError("a gradient was not finite")
@@ -208,7 +207,7 @@ class TrainingBench(Bench):
 
         class RandomLora(_Resident, Lora):
             def make_network(self) -> Denoiser:
-                return self.add_loras(bench.network())
+                return self.add_loras(random_network(bench.stage, torch.bfloat16, bench.device))
 
         return RandomLora(self._context(), lora=LoraConfig(self.ranks["lora"]), merge=False)
 
@@ -217,7 +216,7 @@ class TrainingBench(Bench):
 
         class RandomDMD2(_Resident, DMD2):
             def copy_teacher(self, frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
-                network = bench.network()
+                network = random_network(bench.stage, torch.bfloat16, bench.device)
                 network.requires_grad_(not frozen)
                 prepare(network)
                 return network
@@ -234,14 +233,6 @@ class TrainingBench(Bench):
             gan=GanSettings(weight=0.0),
             micro_batch=1,
         )
-
-    def network(self) -> Denoiser:
-        """Random bf16 weights on the device; the output heads are not zero, as they would be at initialisation."""
-        config, pack, dtype = self.stage.config, self.stage.pack, torch.bfloat16
-        made = zoo.build(config, pack, compute_dtype=dtype, linear_dtype=dtype, device=self.device, seed=SEED)
-        for head in (made.model.final_linear_video, made.model.final_linear_audio):
-            torch.nn.init.normal_(head.weight, std=head.in_features**-0.5)
-        return made
 
     def batch(self, size: int, number: int) -> Values:
         """Standard normal latents and text features, in the form of the data module."""
@@ -282,16 +273,6 @@ class _Resident(L.LightningModule):
 
     def cpu(self) -> Any:
         return self
-
-
-class _Batches:
-    """Endless batches, made on the CPU on demand."""
-
-    def __init__(self, make_batch: Callable[[int], Values]) -> None:
-        self.make_batch = make_batch
-
-    def __iter__(self) -> Iterator[Values]:
-        return map(self.make_batch, count())
 
 
 class _Timer(L.Callback):

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inference.benchmark import components, result_files
 from inference.benchmark.bench_networks import SEED, dtype_for
+from inference.benchmark.components import random_codec
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, make
 from inference.benchmark.roofline.work import (
@@ -36,14 +37,10 @@ from inference.benchmark.roofline.work import (
 from inference.benchmark.timers import device_of, summary, synchronise
 from inference.decoding import Decoder, to_pictures
 from magihuman.codecs import costs
-from magihuman.codecs.bundle import bundle_spec
-from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-from magihuman.codecs.turbo_vaed import TurboCodec
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, processor
 from magihuman.models.gpu_specs import GPUS, Gpu
-from magihuman.zoo import decoders
 from magihuman.zoo.memory_tracker import Allocations
 
 COMPUTED = "computed, not measured"
@@ -56,69 +53,43 @@ REACHED = 400e12
 """Assumed FLOP/s of convolutions in bf16 on an H100 or H200; the peak is 989e12."""
 TARGETS = {"256p": 0.04, "540p": 0.12, "1080p": 0.5}  # seconds for B
 TARGET_BYTES = 4e9  # for B at 1080p
+CPU_SIDE, CPU_LATENTS, CPU_REPEAT = 64, 14, 2  # of the square clip that is timed on the CPU
 
 
-def decode(
-    size: str,
-    decoder: str,
-    seconds: float | None,
-    layouts: str,
-    device: str,
-    dtype: str,
-    repeat: int,
-    folder: Path | None,
-) -> str:
+def decode(size: str, decoder: str, device: str, repeat: int, folder: Path | None) -> str:
     """Count, and on a GPU time, the video decoders; see the command `decode` for the settings.
 
     Raises:
         UserError: a setting that cannot be.
     """
     place, written = device_of(device), []
-    wanted = [name.strip() for name in layouts.split(",")]
-    for name in wanted:
-        if name not in ("contiguous", "channels_last"):
-            raise UserError(f"layouts={name} is unknown; choose from contiguous, channels_last")
     made = result_files.provenance(place)
-    for case in [make(name, seconds=seconds) for name in (PUBLISHED if size == "all" else (size,))]:
+    for case in [make(name) for name in (PUBLISHED if size == "all" else (size,))]:
         names, rows = components.decoder_names(case), []
         if decoder != "all" and decoder not in names:
             raise UserError(f"decoder={decoder} is unknown; choose one of all, {', '.join(names)}")
         for name in names if decoder == "all" else (decoder,):
-            for layout in wanted if name == "turbo" and place.type == "cuda" else wanted[:1]:
-                for search in (False, True) if place.type == "cuda" else (False,):
-                    row = decoder_row(case, name, layout, place, dtype, repeat, search)
-                    rows.append(row)
-                    print(describe(row), flush=True)
-        how = {} if any("seconds" in row.get("measured", {}) for row in rows) else {"how": COMPUTED}
+            for search in (False, True) if place.type == "cuda" else (False,):
+                rows.append(decoder_row(case, name, place, repeat, search))
+                print(describe(rows[-1]), flush=True)
+        how = {} if any("to_host_seconds" in row["measured"] for row in rows) else {"how": COMPUTED}
         # A file for every size, so that results are kept if time is up before the largest is done.
         written.append(result_files.write("decode", f"{case.size}-{decoder}", rows, made | how, folder))
     return "\n".join(f"written to {path}" for path in written)
 
 
-def decoder_row(
-    case: ClipCase,
-    name: str,
-    layout: str,
-    device: torch.device,
-    dtype: str,
-    repeat: int,
-    cudnn_benchmark: bool = False,
-    to_host_only: bool = False,
-) -> Row:
+def decoder_row(case: ClipCase, name: str, device: torch.device, repeat: int, cudnn_benchmark: bool = False) -> Row:
     """A decoder's computed counts, and its times where there is a GPU.
 
     Args:
-        layout: of the weights in memory, contiguous or channels_last.
-        dtype: of the weights, see `bench_networks.dtype_for`; Wan is bfloat16 as released.
         repeat: timed clips, after one to warm up.
         cudnn_benchmark: let cuDNN time its convolution algorithms on the first clip instead of choosing by heuristics.
-        to_host_only: leave out the time without the copy to the host's memory.
     """
     last = case.stages[-1]
     row: Row = {
         "size": case.size,
         "decoder": name,
-        "layout": layout,
+        "layout": "contiguous",
         "cudnn_benchmark": cudnn_benchmark,
         "latents": [last.frames, last.height, last.width],
         "pixels": list(case.pixels),
@@ -127,41 +98,25 @@ def decoder_row(
     if case.released:
         row |= _computed(case, name)
         if device.type == "cpu":
-            row["measured"] = {"status": "n/a", "reason": "no GPU at hand"}
-            return row
-    kind = dtype_for(dtype, case, device)
-    if name == "wan":
-        kind = torch.bfloat16  # as released
-    codec = components.released_decoder(name, device, kind) if case.released else _tiny(case, name, device)
+            return row | {"measured": {"status": "n/a", "reason": "no GPU at hand"}}
+    # Wan is bfloat16 as released.
+    kind = torch.bfloat16 if name == "wan" else dtype_for(case, device)
+    if case.released:
+        codec = components.released_decoder(name, device, kind)
+    else:
+        codec = components.make(case, name, device, torch.float32).decoder
     if isinstance(codec, components.Missing):
-        row["measured"] = {"status": "n/a", "reason": codec.reason}
-        return row
+        return row | {"measured": {"status": "n/a", "reason": codec.reason}}
     if "parameters" not in row:
         row["parameters"] = sum(tensor.numel() for tensor in codec.parameters())
-    if layout == "channels_last":
-        _channels_last(codec)
     usual, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, cudnn_benchmark
     try:
-        row["measured"] = _measured(case, codec, device, repeat, to_host_only) | {
-            "dtype": str(kind).removeprefix("torch.")
-        }
+        row["measured"] = _measured(case, codec, device, repeat) | {"dtype": str(kind).removeprefix("torch.")}
     except RuntimeError as error:  # too large for the device's memory, or a kernel that it does not have
         row["measured"] = {"status": "n/a", "reason": str(error).strip().splitlines()[0][:200]}
     finally:
         torch.backends.cudnn.benchmark = usual
     return row
-
-
-def _channels_last(codec: torch.nn.Module) -> None:
-    """Kernels of convolutions with channels varying fastest. (`Module.to` takes one format for 4 and 5 dimensions.)"""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in codec.parameters():
-        if parameter.ndim in formats:
-            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
-
-
-def _tiny(case: ClipCase, name: str, device: torch.device) -> Any:
-    return components.make(case, name, device, torch.float32).decoder
 
 
 def _computed(case: ClipCase, name: str) -> Row:
@@ -195,36 +150,22 @@ def peak_memory(case: ClipCase, name: str) -> int:
 
 
 @torch.no_grad()
-def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int, to_host_only: bool) -> Row:
-    """Seconds to 8-bit pictures on the device, and to pictures in the host's memory while the next are decoded."""
-    last, decoder = case.stages[-1], Decoder(codec)
-    generator = torch.Generator().manual_seed(SEED)
+def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int) -> Row:
+    """Seconds to pictures in the host's memory, which are copied while the next are decoded."""
+    last, decoder, times = case.stages[-1], Decoder(codec), []
     shape = (1, codec.channels, last.frames, last.height, last.width)
-    latents = torch.randn(shape, generator=generator).to(device)
-
-    def on_device() -> None:
-        for part in decoder.frames(latents):
-            to_pictures(part)
-
-    def to_host() -> None:
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(device)
+    for number in range(repeat + 1):  # the first one chooses the convolutions' kernels
+        synchronise(device)
+        start = time.perf_counter()
         for _ in decoder.stream(latents):
             pass
-
-    row: Row = {}
-    for name, call in (("seconds", on_device), ("to_host_seconds", to_host)):
-        if to_host_only and call is on_device:
-            continue
-        times = []
-        for number in range(repeat + 1):  # the first one chooses the convolutions' kernels
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            if number:
-                times.append(time.perf_counter() - start)
-            elif device.type == "cuda":  # not the workspaces of the search
-                torch.cuda.reset_peak_memory_stats(device)
-        row[name] = summary(times)
+        synchronise(device)
+        if number:
+            times.append(time.perf_counter() - start)
+        elif device.type == "cuda":  # not the workspaces of the search
+            torch.cuda.reset_peak_memory_stats(device)
+    row: Row = {"to_host_seconds": summary(times)}
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return row
@@ -232,15 +173,14 @@ def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int, to_
 
 def describe(row: Row) -> str:
     """A row for the terminal."""
-    line = f"{row['size']:<6} {row['decoder']:<8} {row['layout']:<14}{row['parameters'] / 1e6:>8.1f} M"
+    line = f"{row['size']:<6} {row['decoder']:<8}{row['parameters'] / 1e6:>8.1f} M"
     line += " cudnn.benchmark" if row["cudnn_benchmark"] else ""
     if "flops" in row:
         line += f"{row['flops'] / 1e12:>9.1f} TFLOP{row['computed']['peak_memory_bytes'] / 1e9:>7.2f} GB computed"
     found = row["measured"]
     if "reason" in found:
         return f"{line}; not measured: {found['reason']}"
-    alone = f"{found['seconds']['median']:.4g} s, " if "seconds" in found else ""
-    return f"{line}; {alone}to the host {found['to_host_seconds']['median']:.4g} s"
+    return f"{line}; to the host {found['to_host_seconds']['median']:.4g} s"
 
 
 # -- counts of the light decoders
@@ -278,40 +218,14 @@ class DecodeCost:
         return fused, compute + self.pointwise_bytes / gpu.bandwidth
 
 
-def random_codec(
-    name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> CausalDecoderCodec | TurboCodec:
-    """A decoder of configs/decoder for Wan latents with random weights.
-
-    Raises:
-        UserError: an unknown name, or a decoder for other latents.
-    """
-    described = decoders.arch(name)
-    if not bundle_spec(described["codecs"]).published:
-        raise UserError(f"decoder {name!r} is for the {described['codecs']} codecs; choose one of {', '.join(NAMES)}")
-    latents = decoders.Latents("wan2.2", 48, (4, 16, 16))
-    config = decoders.DecoderConfig(described["layout"], described["network"], latents)
-    network = decoders.build(config, device, seed=0).to(dtype)
-    if isinstance(network, CausalDecoder):
-        return CausalDecoderCodec(network)
-    if isinstance(network, TurboCodec):
-        return network.eval().requires_grad_(False)
-    raise UserError(f"decoder {name!r} is not one of ours; choose one of {', '.join(NAMES)}")
-
-
 def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> DecodeCost:
     """Count one clip.
 
     Args:
         name: of configs/decoder, for Wan latents: released, a, b.
         height, width: in pixels, multiples of 16; latents: T.
-
-    Raises:
-        UserError: an unknown name or a size that cannot be.
     """
     codec = random_codec(name, "meta")
-    if height % codec.stride[1] or width % codec.stride[2] or min(height, width, latents) < 1:
-        raise UserError(f"{height}x{width} with {latents} latents: sizes must be multiples of {codec.stride[1]}")
     z = torch.empty(1, codec.channels, latents, height // codec.stride[1], width // codec.stride[2], device="meta")
     weights = [*codec.parameters(), *codec.buffers()]
     frames = 0
@@ -379,33 +293,30 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def cpu_seconds(names: tuple[str, ...], side: int, latents: int, repeat: int) -> dict[str, dict[str, Any]]:
-    """Processor seconds per clip of each decoder, random weights in fp32, one thread; the decoders take turns.
-
-    Args:
-        side: of the square picture in pixels.
-    """
-    codecs = {name: random_codec(name, "cpu", torch.float32) for name in names}
-    z = torch.randn(1, 48, latents, side // 16, side // 16, generator=torch.Generator().manual_seed(0))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(repeat + 1):
+def cpu_seconds() -> dict[str, dict[str, Any]]:
+    """Processor seconds per small clip of each decoder, random weights in fp32, one thread; the decoders take turns."""
+    codecs = {name: random_codec(name, "cpu", torch.float32) for name in NAMES}
+    z = torch.randn(1, 48, CPU_LATENTS, CPU_SIDE // 16, CPU_SIDE // 16, generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in NAMES}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for number in range(CPU_REPEAT + 1):
         for name, codec in codecs.items():
             start = time.thread_time()
             for _ in Decoder(codec).stream(z if number else z[:, :, :1]):
                 pass
             if number:
                 times[name].append(time.thread_time() - start)
+    torch.set_num_threads(threads)
     return {name: {"seconds": min(found), "all": found} for name, found in times.items()}
 
 
-def cost_report(side: int, latents: int, repeat: int, output: Path | None) -> str:
-    """Count the light decoders, and time them at a small size; see the command `decode_cost` for the settings.
+def cost_report(output: Path | None) -> str:
+    """Count the light decoders, and time them at a small size; see the command `decode_cost`.
 
     Raises:
-        UserError: a size that cannot be, or a file that cannot be written.
+        UserError: a file that cannot be written.
     """
-    if side % 16 or side < 0 or latents < 1 or repeat < 1:
-        raise UserError(f"side={side} latents={latents} repeat={repeat}: side is a multiple of 16, the others >= 1")
     rows = []
     lines = [f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}"]
     for size, (height, width) in SIZES.items():
@@ -415,53 +326,42 @@ def cost_report(side: int, latents: int, repeat: int, output: Path | None) -> st
             base = base or cost
             row: dict[str, Any] = {"size": size, "how": "computed", **asdict(cost)}
             row["flops_of_released"] = base.flops / cost.flops
-            row["bytes_of_released"] = (base.product_bytes + base.pointwise_bytes) / (
-                cost.product_bytes + cost.pointwise_bytes
-            )
+            moved, own = (each.product_bytes + each.pointwise_bytes for each in (base, cost))
+            row["bytes_of_released"] = moved / own
             row["seconds"] = {key: cost.seconds(GPUS[key]) for key in ("h100", "h200")}
-            # The ratio of the release's published time to our prediction for it, applied to the student.
-            row["seconds_by_published"] = (
-                PUBLISHED[size]["decode"] * cost.seconds(GPUS["h100"])[1] / base.seconds(GPUS["h100"])[1]
-            )
             rows.append(row)
             low, high = row["seconds"]["h100"]
             lines.append(
                 f"{size:<8}{name:<10}{cost.flops / 1e12:>9.1f}{cost.product_bytes / 1e9:>9.1f}"
                 f"{cost.pointwise_bytes / 1e9:>10.1f}{cost.peak_bytes / 1e9:>9.2f}{low:>11.3f} - {high:.3f}"
             )
-    measured = None
-    if side:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        found = cpu_seconds(NAMES, side, latents, repeat)
-        torch.set_num_threads(threads)
-        counts = {name: decode_cost(name, side, side, latents) for name in NAMES}
-        for name, values in found.items():
-            values["flops"] = counts[name].flops
-            values["of_released"] = found[NAMES[0]]["seconds"] / values["seconds"]
-            values["flops_of_released"] = counts[NAMES[0]].flops / counts[name].flops
-            lines.append(
-                f"CPU {side} px, {latents} latents, {name:<10}{values['seconds']:>8.2f} s, released takes "
-                f"{values['of_released']:.1f} times as long (FLOPs: {values['flops_of_released']:.1f})"
-            )
-        measured = {
-            "how": "measured: processor seconds of one thread, fp32, random weights, all in this run",
-            "side": side, "latents": latents, "repeat": repeat, "decoders": found,
-        }  # fmt: skip
+    found = cpu_seconds()
+    flops = {name: decode_cost(name, CPU_SIDE, CPU_SIDE, CPU_LATENTS).flops for name in NAMES}
+    for name, values in found.items():
+        values["flops"] = flops[name]
+        values["of_released"] = found[NAMES[0]]["seconds"] / values["seconds"]
+        values["flops_of_released"] = flops[NAMES[0]] / flops[name]
+        lines.append(
+            f"CPU {CPU_SIDE} px, {CPU_LATENTS} latents, {name:<10}{values['seconds']:>8.2f} s, released takes "
+            f"{values['of_released']:.1f} times as long (FLOPs: {values['flops_of_released']:.1f})"
+        )
     if output is None:
         return "\n".join(lines)
-    given = {"side": side, "latents": latents, "repeat": repeat, "output": output}
     values = {
         "format": FORMAT,
         "assumed": {"flops_per_second": REACHED, "bandwidth": {k: GPUS[k].bandwidth for k in ("h100", "h200")}},
         "targets_for_b": {"seconds": TARGETS, "peak_bytes_1080p": TARGET_BYTES},
         "published_for_released_h100": {size: times["decode"] for size, times in PUBLISHED.items()},
         "computed": rows,
-        "cpu": measured,
+        "cpu": {
+            "how": "measured: processor seconds of one thread, fp32, random weights, all in this run",
+            "side": CPU_SIDE,
+            "latents": CPU_LATENTS,
+            "repeat": CPU_REPEAT,
+            "decoders": found,
+        },
         "provenance": {
-            "command": shlex.join(
-                ["python", "-m", "inference.benchmark", "decode_cost", *(f"{k}={v}" for k, v in given.items())]
-            ),
+            "command": shlex.join(["python", "-m", "inference.benchmark", "decode_cost", f"output={output}"]),
             "code": code_version(),
             "machine": processor(),
             "libraries": {"python": platform.python_version(), "torch": torch.__version__},

@@ -18,16 +18,8 @@ if TYPE_CHECKING:
     from magihuman.models.denoiser import Denoiser
 
 __all__ = [
-    "TIERS",
-    "Options",
-    "Tier",
-    "check_tier",
-    "choose_tier",
-    "options_for",
-    "prepare",
-    "require_kernel",
-    "tier_of",
-]
+    "TIERS", "Options", "Tier", "check_tier", "choose_tier", "options_for", "prepare", "require_kernel", "tier_of",
+]  # fmt: skip
 
 
 def prepare(

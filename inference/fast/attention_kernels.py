@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inference.fast.fp8 import FP8
-from inference.fast.kernels import Kernel, plain, variants
+from inference.fast.kernels import Kernel, Output, plain, variants
 from magihuman.errors import UserError
 
 _BUILD_FA3 = "build flash-attention/hopper (package flash_attn_interface)"
@@ -88,7 +88,10 @@ def choose(
         return Choice(variants(name)[0], ())
     passed_over: list[str] = []
     failed: list[str] = []
-    for candidate in _candidates(name, dtype):
+    candidates: tuple[str, ...] = (name,)
+    if name == "auto":  # the fastest first
+        candidates = ("fa3", "cudnn", "flash2", "sdpa") if dtype == torch.bfloat16 else ("sdpa",)
+    for candidate in candidates:
         reason = refusal(candidate, device, dtype)
         if reason is not None:
             if name != "auto":
@@ -107,13 +110,6 @@ def choose(
             passed_over.append(failed[-1])
     remedy = {"auto": "tier=exact", "fp8": "tier=fp8"}.get(name, "attention=auto")
     raise UserError(f"attention={name} cannot run here: {'; '.join(passed_over)}; use {remedy}")
-
-
-def _candidates(name: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Names to try on a GPU, the fastest first."""
-    if name != "auto":
-        return (name,)
-    return ("fa3", "cudnn", "flash2", "sdpa") if dtype == torch.bfloat16 else ("sdpa",)
 
 
 def needs_trials(device: torch.device) -> bool:
@@ -180,9 +176,7 @@ def recording() -> tuple[Kernel, list[Call]]:
     """
     calls: list[Call] = []
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
         calls.append(Call(q.shape[0], q.shape[1], k.shape[1], want_lse, (q.stride(), k.stride(), v.stride())))
         out = q.new_empty(q.shape, dtype=torch.bfloat16 if q.dtype == FP8 else q.dtype)
         return out, q.new_empty(q.shape[:3], dtype=torch.float32) if want_lse else None
@@ -213,7 +207,6 @@ def _fault(out: Tensor, lse: Tensor | None, given: tuple[Tensor, Tensor, Tensor]
     All of it has to be finite and no larger than an average of the values can be. About 16 rows of the first and the
     last sample are compared with fp32 attention: the first rows, the last rows, and those at tile boundaries.
     """
-    eight_bits = given[0].dtype == FP8
     if want_lse and lse is None:
         return "gave no log-sum-exps"
     low, high = (float(x) for x in out.aminmax())
@@ -229,7 +222,7 @@ def _fault(out: Tensor, lse: Tensor | None, given: tuple[Tensor, Tensor, Tensor]
         distances.append(float(away.max()))
         if lse is not None and want_lse:
             sums.append(float((lse[sample, rows] - true_lse).abs().max()))
-    limit = _TOLERANCE_FP8 if eight_bits else _TOLERANCE
+    limit = _TOLERANCE_FP8 if given[0].dtype == FP8 else _TOLERANCE
     if not max(distances) < limit:
         return f"was off by {max(distances):.2g}, {limit} is allowed"
     if not max(sums) < _TOLERANCE_SUMS:

@@ -97,9 +97,6 @@ class FastLayer(nn.Module):
     attention_norm: Tensor
     qk_norm: Tensor
     mlp_norm: Tensor
-    attention_post_norm: Tensor | None
-    mlp_post_norm: Tensor | None
-    attention_scales: Tensor | None
 
     def __init__(self, block: Block, config: DiTConfig, layer: int, options: Options, dtype: torch.dtype) -> None:
         super().__init__()
@@ -111,12 +108,13 @@ class FastLayer(nn.Module):
                 f"{config.hidden_size}; use tier=fast"
             )
         eight_attention = options.attention in ("fp8", "fp8_emulated")
+        heads, shared, dim = config.num_heads, config.num_query_groups, config.head_dim
         self.local = block.local
         self.kind = BlockKind(
             experts=experts,
-            heads=config.num_heads,
-            shared=config.num_query_groups,
-            dim=config.head_dim,
+            heads=heads,
+            shared=shared,
+            dim=dim,
             gated=config.enable_attn_gating,
             gelu=block.mlp.gelu,
             planes=options.planes or options.pad,
@@ -124,15 +122,12 @@ class FastLayer(nn.Module):
             eight_bit_attention=eight_attention,
         )
         attention, mlp = block.attention, block.mlp
-        heads, shared, dim = config.num_heads, config.num_query_groups, config.head_dim
         pairs = zip(attention.q_norm.slices(), attention.k_norm.slices(), strict=True)
         qk = [torch.cat([q.expand(heads, dim), k.expand(shared, dim)]) for q, k in pairs]
         self.register_buffer("attention_norm", _scale(attention.pre_norm))
         self.register_buffer("qk_norm", 1 + torch.stack(qk).detach().float())
         self.register_buffer("mlp_norm", _scale(mlp.pre_norm))
-        for name in ("attn_post_norm", "mlp_post_norm"):
-            norm = getattr(block, name)
-            own = name.replace("attn", "attention")
+        for own, norm in (("attention_post_norm", block.attn_post_norm), ("mlp_post_norm", block.mlp_post_norm)):
             self.register_buffer(own, None if norm is None else _scale(norm))
 
         qkv = _stacked(attention.linear_qkv, dtype)
@@ -158,18 +153,8 @@ class FastLayer(nn.Module):
 
     def tensors(self) -> LayerTensors:
         """All tensors as they are now."""
-        return LayerTensors(
-            self.attention_norm,
-            self.qk_norm,
-            self.mlp_norm,
-            self.attention_post_norm,
-            self.mlp_post_norm,
-            self.qkv.tensors(),
-            self.proj.tensors(),
-            self.up.tensors(),
-            self.down.tensors(),
-            self.attention_scales,
-        )
+        parts = (getattr(self, name) for name in LayerTensors._fields)
+        return LayerTensors(*(part.tensors() if isinstance(part, Matrix) else part for part in parts))
 
     def _value_bounds(self, qkv: Tensor) -> Tensor:
         """Largest value of each key head over all experts, fp32 [Hkv]."""

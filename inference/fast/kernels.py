@@ -28,7 +28,10 @@ _MATH_LIMIT = 1 << 25
 _PROBABILITY_SCALE = 256.0
 """FlashAttention-3 stretches probabilities by 2^8 before it rounds them to e4m3."""
 
-Run = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], tuple[Tensor, Tensor | None]]
+Output = tuple[Tensor, Tensor | None]
+"""Attention [b,n,Hq,D], and the log-sum-exps fp32 [b,n,Hq] where they were wanted."""
+
+Run = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Output]
 
 
 class Kernel(NamedTuple):
@@ -52,22 +55,15 @@ def variants(name: str) -> tuple[Kernel, ...]:
     if name == "fp8_emulated":
         return (Kernel(name, _emulated, eight_bits=True),)
     runs: dict[str, Run] = {
-        "auto": _by_size,
-        "plain": plain,
-        "sdpa": _sdpa,
-        "flash2": _flash2,
-        "fa3": _fa3,
-        "fp8": _fa3,
-    }
+        "auto": _by_size, "plain": plain, "sdpa": _sdpa, "flash2": _flash2, "fa3": _fa3, "fp8": _fa3,
+    }  # fmt: skip
     return (Kernel(name, runs[name], eight_bits=name == "fp8"),)
 
 
 # -- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def plain(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def plain(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     """In the dtype of q, with all scores in memory; see the module for shapes."""
     b, n, _, dim = q.shape
     shared = k.shape[2]
@@ -88,9 +84,7 @@ def _by_head(x: Tensor, b: int, shared: int, n: int) -> Tensor:
     return x.view(b, shared, -1, n, x.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     if q.device.type == "cpu":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -100,34 +94,26 @@ def _sdpa(
     return _taken(result, q, want_lse)
 
 
-def _by_size(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _by_size(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
     return (plain if scores <= _MATH_LIMIT else _sdpa)(q, k, v, want_lse)
 
 
-def _cudnn(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _taken(
         torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False), q, want_lse
     )
 
 
-def _cudnn_repeated(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _cudnn_repeated(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     q, k, v = _with_repeated_heads(q, k, v)
     return _taken(
         torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, want_lse, 0.0, False, False), q, want_lse
     )
 
 
-def _flash2(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _flash2(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _taken(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False), q, want_lse)
 
@@ -138,13 +124,13 @@ def _with_repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     return q.transpose(1, 2), k, v
 
 
-def _taken(result: Any, q: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _taken(result: Any, q: Tensor, want_lse: bool) -> Output:
     """Output and log-sum-exp of an aten kernel, whose sums may come as [b,Hq,n] or [b,Hq,n,1]."""
     lse = result[1].reshape(q.shape[0], q.shape[1], -1)[..., : q.shape[2]] if want_lse else None
     return result[0].transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
 
-def _fa3(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def _fa3(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     function: Any = import_module("flash_attn_interface").flash_attn_func
     given: dict[str, Any] = {"return_attn_probs": True} if want_lse else {}
     if scales is not None:
@@ -156,9 +142,7 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None 
     return out, lse.transpose(1, 2) if want_lse else None
 
 
-def _emulated(
-    q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _emulated(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     """Where FlashAttention-3 rounds: inputs, and probabilities relative to their row's largest; sums stay fp32."""
     assert scales is not None
     group = q.shape[2] // k.shape[2]

@@ -17,29 +17,21 @@ FP8 = ("off", "shared", "all")
 
 @dataclass(frozen=True)
 class Tier:
-    """An optimisation level.
-
-    Attributes:
-        exactness: "E0", "E1" or "approximate".
-        summary: one line for listings.
-    """
+    """An optimisation level; `exactness` is "E0", "E1" or "approximate"."""
 
     name: str
     exactness: str
-    summary: str
 
 
-TIERS = {
-    tier.name: tier
-    for tier in (
-        Tier("reference", "E0", "the network as it is written in magihuman.models.dit"),
-        Tier("exact", "E0", "the reference's arithmetic, with all that never changes made once"),
-        Tier("fast", "E1", "the same mathematics through other kernels: padded, compiled, experts in one product"),
-        Tier("fp8", "approximate", "fast, with block products in 8-bit floats at fixed scales"),
-        Tier("fp8_attention", "approximate", "fp8, and attention in 8-bit floats (FlashAttention-3, Hopper)"),
-        Tier("cached", "approximate", "fast, with the middle layers' change forecast in some of many steps"),
-    )
+_EXACTNESS = {
+    "reference": "E0",  # the network as it is written in magihuman.models.dit
+    "exact": "E0",  # the reference's arithmetic, with all that never changes made once
+    "fast": "E1",  # the same mathematics through other kernels: padded, compiled, experts in one product
+    "fp8": "approximate",  # fast, with block products in 8-bit floats at fixed scales
+    "fp8_attention": "approximate",  # fp8, and attention in 8-bit floats (FlashAttention-3, Hopper)
+    "cached": "approximate",  # fast, with the middle layers' change forecast in some of many steps
 }
+TIERS = {name: Tier(name, exactness) for name, exactness in _EXACTNESS.items()}
 
 
 @dataclass(frozen=True)
@@ -124,12 +116,9 @@ def options_for(tier: str, device_type: str, **changes: Any) -> Options:
         UserError: an unknown tier, option or value.
     """
     check_tier(tier)
-    unknown = set(changes) - {field.name for field in fields(Options)}
-    if unknown:
-        raise UserError(
-            f"tier {tier} has no option {', '.join(sorted(unknown))}; "
-            f"the options are {', '.join(field.name for field in fields(Options))}"
-        )
+    known = [field.name for field in fields(Options)]
+    if unknown := set(changes) - set(known):
+        raise UserError(f"tier {tier} has no option {', '.join(sorted(unknown))}; the options are {', '.join(known)}")
     gpu = device_type == "cuda"
     # Bit by bit as the reference, which sorts the rows of the up projection on the CPU only.
     options = Options(planes=not gpu)

@@ -56,8 +56,6 @@ class FastTransformer(nn.Module):
 
     Args:
         model: gives embedders, heads and, where their form does not change, matrices, which are then shared.
-        options: see `inference.fast.tiers`.
-        device: where it will run.
         release: take the blocks away from `model` one by one, so that nothing is held twice.
 
     Raises:

@@ -179,7 +179,7 @@ def test_our_decoders(name: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("tile", [256, 512, 1024])
 def test_our_decoders_in_tiles(tile: int) -> None:
-    from inference.benchmark.video_decoders import random_codec
+    from inference.benchmark.components import random_codec
     from inference.decoding import Decoder, to_pictures
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo import decoders

@@ -6,18 +6,16 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, Work, bound, utilisation
+from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, bound, utilisation
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version
 from magihuman.models.gpu_specs import GPUS, gpu
-from magihuman.zoo.footprint import TokenCounts
 
 FORMAT = "magihuman-predictions/1"
 NOTE = "computed, not measured"
@@ -35,11 +33,8 @@ def stages(
     text: int | None = None,
     guided: bool = False,
     decoder: str = "turbo",
-    base_time: float | None = None,
-    sr_time: float | None = None,
-    decode_time: float | None = None,
 ) -> str:
-    """TokenCounts, FLOPs, bytes and least time of every stage; with measured times also the share of the peak they reach.
+    """Tokens, FLOPs, bytes and least time of every stage.
 
     Args:
         size: 256p, 540p, 1080p, tiny, layer, or all of the first three
@@ -53,13 +48,8 @@ def stages(
         text: tokens of the prompt
         guided: the base stage with guidance, two passes a step
         decoder: turbo, wan, or a student of configs/decoder such as a and b
-        base_time: measured seconds of the base stage
-        sr_time: measured seconds of super-resolution
-        decode_time: measured seconds of the video decoder
     """
-    sheet = gpu(device)
-    limits = DeviceLimits.of(sheet, tflops, bandwidth)
-    times = {"base": base_time, "sr": sr_time, "video decode": decode_time}
+    limits = DeviceLimits.of(gpu(device), tflops, bandwidth)
     lines = [f"limits of {limits.name}: {limits.flops / 1e12:g} TFLOP/s, {limits.bandwidth / 1e12:g} TB/s; {NOTE}"]
     for case in [make(name, steps, sr_steps, seconds, text, guided, model) for name in _sizes(size)]:
         height, width = case.pixels
@@ -72,7 +62,13 @@ def stages(
             f"{'least s':>10}  by",
         ]
         works = stages_of(case, decoder)
-        lines += [_line(work, limits, times.get(work.stage), sheet.bf16) for work in works]
+        for work in works:
+            n, least = work.tokens, bound(work, limits)
+            tokens = "" if n is None else f"{n.video}+{n.audio}+{n.text}={n.total}"
+            lines.append(
+                f"{work.stage:<14}{tokens:>24}{work.passes:>8}{work.flops / work.passes / 1e12:>12.4g}"
+                f"{work.flops / 1e15:>10.4g}{work.moved / 1e9:>10.4g}{least.seconds:>10.3g}  {least.by}"
+            )
         wanted = [bound(work, limits).seconds for work in works if work.stage in ("base", "sr", "video decode")]
         lines.append(f"base + sr + video decode: at least {sum(wanted):.3g} s")
     return "\n".join(lines)
@@ -80,23 +76,6 @@ def stages(
 
 def _sizes(size: str) -> tuple[str, ...]:
     return tuple(PUBLISHED) if size == "all" else (size,)
-
-
-def _line(work: Work, limits: DeviceLimits, seconds: float | None, peak: float) -> str:
-    tokens = "" if work.tokens is None else _sum(work.tokens)
-    least = bound(work, limits)
-    line = (
-        f"{work.stage:<14}{tokens:>24}{work.passes:>8}{work.flops / work.passes / 1e12:>12.4g}"
-        f"{work.flops / 1e15:>10.4g}{work.moved / 1e9:>10.4g}{least.seconds:>10.3g}  {least.by}"
-    )
-    if seconds:
-        share = utilisation(work, seconds, peak)
-        line += f"; {seconds:g} s is {share * peak / 1e12:.4g} TFLOP/s, MFU {share:.3%}"
-    return line
-
-
-def _sum(tokens: TokenCounts) -> str:
-    return f"{tokens.video}+{tokens.audio}+{tokens.text}={tokens.total}"
 
 
 def gpus(size: str = "all", decoder: str = "turbo") -> str:
@@ -155,7 +134,20 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
         raise UserError(f"device={device} has no assumed rates; choose one of {', '.join(machines)}")
     values = predict.predictions(machines[device])
     if output is not None:
-        _write(Path(output), device, values)
+        command = ["python", "-m", "inference.benchmark.roofline", "ladder", f"device={device}", f"output={output}"]
+        provenance = {
+            "how": "computed from the config at assumed rates (inference.benchmark.roofline.predict), not measured",
+            "command": shlex.join(command),
+            "code": code_version(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        head = {"format": FORMAT, "kind": "predicted"}
+        whole = {**head, **values, "published": PUBLISHED, "provenance": provenance}
+        try:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(output), json.dumps(whole, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write output={output}: {error.strerror or error}") from error
     heads = [f"{size} {stage['stage']} x{stage['steps']}" for size, stage in values["stages"].items()]
     lines = [
         f"{values['machine']}, seconds per loop, and of base + sr + decode; {NOTE}, at assumed rates",
@@ -174,28 +166,6 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
             wanted = "".join(f"{row['target'][size]:>10.2f}" for size in PUBLISHED)
             lines.append(f"{'  target':<76}{'':>14}{'':>14}{'':>14}{wanted}")
     return "\n".join(lines)
-
-
-def _write(path: Path, device: str, values: dict[str, Any]) -> None:
-    whole = {
-        "format": FORMAT,
-        "kind": "predicted",
-        **values,
-        "published": PUBLISHED,
-        "provenance": {
-            "how": "computed from the config at assumed rates (inference.benchmark.roofline.predict), not measured",
-            "command": shlex.join(
-                ["python", "-m", "inference.benchmark.roofline", "ladder", f"device={device}", f"output={path}"]
-            ),
-            "code": code_version(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(whole, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write output={path}: {error.strerror or error}") from error
 
 
 COMMANDS: dict[str, Callable[..., str]] = {"stages": stages, "gpus": gpus, "published": published, "ladder": ladder}

@@ -1,7 +1,6 @@
 """The clips that are timed and computed: sizes, tokens and steps of every stage."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from magihuman import zoo
 from magihuman.codecs.bundle import bundle_spec
@@ -9,9 +8,6 @@ from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
 from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_plan import SIZES as RELEASED_SIZES
-
-if TYPE_CHECKING:
-    from magihuman.io.export import ExportConfig
 
 SIZES = (*RELEASED_SIZES, "tiny", "layer")
 FPS = 25
@@ -116,7 +112,7 @@ def make(
     seconds: float | None = None,
     text: int | None = None,
     guided: bool = False,
-    model: "str | ExportConfig | None" = None,
+    model: str | None = None,
 ) -> ClipCase:
     """The clip called `size`: 256p, 540p and 1080p of the released network, 5 s; `tiny` of the puppet world, 1 s, with
     a second stage of the same network at twice the size; `layer`, one pass of one full-width layer, 1 s of 256p.
@@ -124,8 +120,7 @@ def make(
     Args:
         steps, sr_steps: of the solvers; those of the published table where absent.
         guided: the base stage runs the conditional and the unconditional branch of guidance.
-        model: another network than `15b` or `tiny`: of configs/model, a checkpoint's name or folder, or its config.
-            Only checkpoints need torch.
+        model: another network than `15b` or `tiny`: of configs/model, or a checkpoint's name or folder, which needs torch
 
     Raises:
         UserError: a size, number or network that cannot be.
@@ -147,13 +142,12 @@ def make(
     return build(network, size, counts["steps"], counts["sr_steps"], seconds, text, 2 if guided else 1)
 
 
-def _network(model: "str | ExportConfig") -> _Network:
-    if isinstance(model, str):
-        if model in zoo.arch_names():
-            config = zoo.arch(model)
-            return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT)
-        return replace(_network(zoo.config_of(model)), name=model)
-    return _Network("the network", model.model, model.pack, bundle_spec(model.codecs).published)
+def _network(model: str) -> _Network:
+    if model in zoo.arch_names():
+        config = zoo.arch(model)
+        return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT)
+    found = zoo.config_of(model)
+    return _Network(model, found.model, found.pack, bundle_spec(found.codecs).published)
 
 
 def _released(

@@ -75,44 +75,23 @@ CUDNN = 580, 545
 """10^12 FLOP/s assumed of cuDNN's attention, with all pairs and in windows: FlashAttention-3 is not on PyPI."""
 
 LADDER = (
-    Rung(
-        "eager",
-        "eager, cuDNN attention, Flex windows, three products per expert layer",
-        Rates(680, 300, 580, 380, 4.0, True, True, 0.012),
-    ),
-    Rung(
-        "pad",
-        "feed-forward width padded to 13696, bf16 at the attention boundary",
-        Rates(680, 680, 580, 380, 3.6, False, True, 0.012, 128),
-    ),
-    Rung(
-        "compile",
-        "regions compiled with static shapes, all that is constant made once",
-        Rates(680, 680, 580, 380, 1.15, False, True, 0.004, 128),
-    ),
-    Rung(
-        "grouped",
-        "one product for all experts, no waiting for the host (CUDA graphs)",
-        Rates(685, 685, 580, 380, 1.05, False, False, 0.0007, 128),
-    ),
-    Rung(
-        "windows",
-        "windows as dense attention by cuDNN, merged by log-sum-exp",
-        Rates(685, 685, CUDNN[0], CUDNN[1], 1.05, False, False, 0.0007, 128),
-    ),
-    Rung(
-        "attention",
-        "FlashAttention-3 or -4 instead of cuDNN",
-        Rates(685, 685, 640, 600, 1.05, False, False, 0.0007, 128),
-    ),
-    Rung(
-        "tuned",
-        "tuned products, activation in the product's epilogue",
-        Rates(715, 715, 650, 630, 0.75, False, False, 0.0005, 128),
-    ),
+    Rung("eager", "eager, cuDNN attention, Flex windows, three products per expert layer",
+         Rates(680, 300, 580, 380, 4.0, True, True, 0.012)),
+    Rung("pad", "feed-forward width padded to 13696, bf16 at the attention boundary",
+         Rates(680, 680, 580, 380, 3.6, False, True, 0.012, 128)),
+    Rung("compile", "regions compiled with static shapes, all that is constant made once",
+         Rates(680, 680, 580, 380, 1.15, False, True, 0.004, 128)),
+    Rung("grouped", "one product for all experts, no waiting for the host (CUDA graphs)",
+         Rates(685, 685, 580, 380, 1.05, False, False, 0.0007, 128)),
+    Rung("windows", "windows as dense attention by cuDNN, merged by log-sum-exp",
+         Rates(685, 685, *CUDNN, 1.05, False, False, 0.0007, 128)),
+    Rung("attention", "FlashAttention-3 or -4 instead of cuDNN",
+         Rates(685, 685, 640, 600, 1.05, False, False, 0.0007, 128)),
+    Rung("tuned", "tuned products, activation in the product's epilogue",
+         Rates(715, 715, 650, 630, 0.75, False, False, 0.0005, 128)),
     Rung("fp8", "FP8 linears", Rates(1120, 1120, 650, 630, 1.0, False, False, 0.0005, 128)),
     Rung("fp8_attention", "FP8 attention", Rates(1120, 1120, 950, 900, 1.0, False, False, 0.0005, 128)),
-)
+)  # fmt: skip
 
 
 _TIERS = {"fast": "attention", "fp8": "fp8", "fp8_attention": "fp8_attention"}
@@ -257,16 +236,8 @@ def predictions(machine: Machine) -> dict[str, Any]:
         }
         clips = {size: clip(case, rung.rates, machine) for size, case in cases.items()}
         student = {size: clip(case, rung.rates, machine, STUDENT)["total"] for size, case in cases.items()}
-        row: dict[str, Any] = {
-            "key": rung.key,
-            "after": rung.name,
-            "seconds": last,
-            "clips": clips,
-            "student_totals": student,
-        }
-        if rung.key in TARGETS:
-            row["target"] = TARGETS[rung.key]
-        rows.append(row)
+        row = {"key": rung.key, "after": rung.name, "seconds": last, "clips": clips, "student_totals": student}
+        rows.append(row | ({"target": TARGETS[rung.key]} if rung.key in TARGETS else {}))
     stages = {
         size: {
             "stage": case.stages[-1].name,

@@ -3,7 +3,7 @@
 Exact for the transformer; codecs by coefficients counted on shapes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from magihuman.codecs import costs
@@ -27,7 +27,6 @@ class Work:
         moved: bytes of device memory that it cannot avoid: weights once per pass, and for networks every activation
             between kernels once out and once in; for codecs only what enters and leaves.
         sent: bytes over the link to the host.
-        exact: counted from a config of ours, not by coefficients.
     """
 
     stage: str
@@ -36,7 +35,6 @@ class Work:
     sent: int = 0
     tokens: TokenCounts | None = None
     passes: int = 1
-    exact: bool = True
 
 
 def stages(case: ClipCase, decoder: str = "turbo") -> list[Work]:
@@ -81,7 +79,7 @@ def network(stage: DenoisingStage) -> Work:
 def text_encoder(tokens: int) -> Work:
     """Encoder half of T5-Gemma, one prompt."""
     moved = costs.text_encoder_bytes() - BF16 * costs.T5GEMMA_WIDTH * (costs.T5GEMMA_WORDS - tokens)
-    return Work("text", costs.text_encoder_flops(tokens), moved, exact=False)
+    return Work("text", costs.text_encoder_flops(tokens), moved)
 
 
 def picture_encoder(case: ClipCase) -> Work:
@@ -89,25 +87,25 @@ def picture_encoder(case: ClipCase) -> Work:
     flops = sum(costs.wan_encoder_flops(stage.height, stage.width) for stage in case.stages)
     pixels = sum(3 * stage.height * stage.width * case.stride[1] * case.stride[2] for stage in case.stages)
     moved = BF16 * (len(case.stages) * costs.WAN_ENCODER_PARAMETERS + pixels)
-    return Work("image", flops, moved, exact=False)
+    return Work("image", flops, moved)
 
 
 def sound_encoder(case: ClipCase) -> Work:
     """Oobleck encoder; fp32."""
-    return Work("sound", costs.OOBLECK_ENCODE * case.audio, FP32 * costs.OOBLECK_ENCODER_PARAMETERS, exact=False)
+    return Work("sound", costs.OOBLECK_ENCODE * case.audio, FP32 * costs.OOBLECK_ENCODER_PARAMETERS)
 
 
 def sound_decoder(case: ClipCase) -> Work:
     """Oobleck decoder; fp32."""
     moved = FP32 * costs.OOBLECK_DECODER_PARAMETERS
-    return Work("audio decode", costs.OOBLECK_DECODE * case.audio, moved, exact=False)
+    return Work("audio decode", costs.OOBLECK_DECODE * case.audio, moved)
 
 
 def video_decoder(case: ClipCase, decoder: str = "turbo") -> Work:
     """The last stage's latents to 8-bit pictures on the device."""
     last = case.stages[-1]
     flops = decoder_flops(decoder, last.frames, last.height, last.width)
-    return Work("video decode", flops, BF16 * decoder_parameters(decoder) + case.bytes_out, exact=False)
+    return Work("video decode", flops, BF16 * decoder_parameters(decoder) + case.bytes_out)
 
 
 def decoders() -> tuple[str, ...]:
@@ -137,10 +135,9 @@ def _student(name: str) -> CausalDecoderConfig | None:
 
 
 def _known_student(name: str) -> CausalDecoderConfig:
-    if name not in decoders():
+    found = _student(name) if name in decoders() else None
+    if found is None:
         raise UserError(f"decoder={name} is unknown; choose one of {', '.join(decoders())}")
-    found = _student(name)
-    assert found is not None
     return found
 
 
@@ -177,14 +174,9 @@ class DeviceLimits:
     @classmethod
     def of(cls, device: Gpu, tflops: float | None = None, bandwidth: float | None = None) -> "DeviceLimits":
         """Those of the data sheet, or measured ones in their place (10^12 FLOP/s, 10^12 bytes per second)."""
-        sheet = cls(device.name, device.bf16, device.bandwidth, device.link)
-        name = sheet.name + (f" at {tflops:g} TFLOP/s" if tflops else "")
-        return replace(
-            sheet,
-            name=name,
-            flops=tflops * 1e12 if tflops else sheet.flops,
-            bandwidth=bandwidth * 1e12 if bandwidth else sheet.bandwidth,
-        )
+        name = device.name + (f" at {tflops:g} TFLOP/s" if tflops else "")
+        flops = tflops * 1e12 if tflops else device.bf16
+        return cls(name, flops, bandwidth * 1e12 if bandwidth else device.bandwidth, device.link)
 
 
 @dataclass(frozen=True)
@@ -197,11 +189,8 @@ class Bound:
 
 def bound(work: Work, limits: DeviceLimits) -> Bound:
     """Where arithmetic and traffic overlap perfectly."""
-    times = {
-        "compute": work.flops / limits.flops,
-        "memory": work.moved / limits.bandwidth,
-        "link": work.sent / limits.link,
-    }
+    compute, memory, link = work.flops / limits.flops, work.moved / limits.bandwidth, work.sent / limits.link
+    times = {"compute": compute, "memory": memory, "link": link}
     by = max(times, key=lambda name: times[name])
     return Bound(times[by], by)
 

@@ -74,7 +74,7 @@ from inference.benchmark.roofline.cases import make
 import torch
 print(measure(tier="reference,fast", seconds=0.36, steps=1, sr_steps=1, repeat=2, warm=1, budget=0.1,
               output={str(tmp_path)!r}))
-print(micro("tiny", seconds=0.36, what="attention", output={str(tmp_path)!r}))
+print(micro("tiny", what="attention", output={str(tmp_path)!r}))
 print(suite(dry=True, steps="fast 1080p,decode 256p b,fp8 256p", output={str(tmp_path / "suite")!r}))
 try:
     train(dry=True, output={str(tmp_path)!r})

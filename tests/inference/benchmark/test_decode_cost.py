@@ -9,7 +9,6 @@ import pytest
 
 from eval import readme_tables
 from inference.benchmark import result_tables, video_decoders
-from magihuman.errors import UserError
 
 FILE = Path(video_decoders.__file__).parents[1] / "results" / "decode_cost.json"
 
@@ -53,10 +52,3 @@ def test_tables_keep_what_is_computed_from_what_was_timed(
     (tmp_path / "x.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="not computed"):
         result_tables.decode_cost_table("x.json")
-
-
-def test_names_and_sizes_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="'tiny' is for the tiny codecs"):
-        video_decoders.decode_cost("tiny", 256, 448)
-    with pytest.raises(UserError, match="multiples of 16"):
-        video_decoders.decode_cost("b", 250, 448)

@@ -57,7 +57,7 @@ def test_the_largest_clip(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (row,) = run(f"measure size=1080p tier={tier} {ONCE}", tmp_path, monkeypatch)
     _check_clip(row, text=False)
     # 80 GB: 31 of weights, 19 of the text encoder, and 27 or more while the pictures are decoded.
-    assert row["stages"]["text"]["reason"].startswith("86 GB do not hold it beside")
+    assert row["stages"]["text"]["reason"].startswith("86 GB do not hold it together")
     assert row["geometry"]["sr"]["tokens"]["total"] == 65746
     assert row["geometry"]["sr"]["window"] == 11
 
@@ -155,7 +155,7 @@ def test_eight_bit_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = run("ladder size=256p warm=1 repeat=1 options=compile=off", tmp_path, monkeypatch)
+    rows = run("ladder size=256p repeat=1 options=compile=off", tmp_path, monkeypatch)
     missing = {row["key"]: row["reason"] for row in rows if "status" in row}
     assert list(missing) == ["fp8_attention"]
     assert "FlashAttention-3 is not installed" in missing["fp8_attention"]
@@ -170,7 +170,5 @@ def test_kernels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run("decode size=256p repeat=1", tmp_path, monkeypatch)
-    assert {(row["decoder"], row["layout"]) for row in rows} >= {
-        ("turbo", "contiguous"), ("turbo", "channels_last"), ("b", "contiguous"),
-    }  # fmt: skip
-    assert [row["measured"] for row in rows if "seconds" not in row["measured"]] == []
+    assert {row["decoder"] for row in rows} >= {"turbo", "wan", "b"}
+    assert [row["measured"] for row in rows if "to_host_seconds" not in row["measured"]] == []

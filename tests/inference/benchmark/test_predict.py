@@ -8,7 +8,7 @@ import pytest
 
 from inference.benchmark import calibrate, result_files
 from inference.benchmark.__main__ import predict
-from inference.benchmark.result_tables import predicted_table
+from inference.benchmark.result_tables import calibrated_table
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import forward
 from magihuman.errors import UserError
@@ -53,9 +53,15 @@ def test_a_pass_is_the_sum_of_its_parts(tmp_path: Path) -> None:
         assert parts["pointwise"] == pytest.approx(least, rel=1e-3)
         assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"), rel=1e-3)
     assert "predicted seconds per pass" in told
-    table = predicted_table(str(file))
-    assert table.startswith("| a pass of tiny fast |")
+    assert "no GPU was available" in calibrated_table(str(file.parent))  # rates of a CPU
+    values["provenance"]["machine"] = "NVIDIA H100 80GB HBM3"
+    file.write_text(json.dumps(values))
+    table = calibrated_table(str(file.parent))
     assert table.count("*PREDICTED at measured rates*") == 2
+    assert (
+        f"| tiny fast base, H100 SXM | *PREDICTED at measured rates* | {values['stages']['base']['products']:.4f}"
+        in table
+    )
     assert "| measured" not in table
 
 
