@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from inference.benchmark.budget import StepTimeout
 from inference.benchmark.components import reason_of
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
-from inference.fast import TIERS, check_tier, prepare
-from inference.fast.fast_denoiser import FastDenoiser
-from inference.fast.transformer import LONGEST_GRAPH
+from inference.fast import prepare
+from inference.fast.transformer import LONGEST_GRAPH, FastDenoiser
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
@@ -145,8 +144,7 @@ def first_passes(
 ) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
     """Velocities of a first pass; of a second one where that is recorded as a CUDA graph.
 
-    What cannot be compiled or recorded here is given up in `every` view of the network: a row that names what it lacks
-    is worth more than none.
+    Options that fail here are given up in `every` view of the network: a row that names what it lacks is of use.
 
     Returns:
         and why options were given up, by option: the reason in the first line, the traceback in those below.
@@ -190,12 +188,7 @@ def facts(network: Denoiser) -> dict[str, Any]:
 
 
 def kernel_of(denoiser: Denoiser, inputs: Inputs) -> dict[str, Any]:
-    """The attention kernel of one stage, and why faster ones were passed over ("name: reason" each).
-
-    Nothing for the reference.
-
-    Args:
-        denoiser: the stage's view of a network; inputs: what its passes take.
+    """The attention kernel of one stage's view, and why faster ones were passed over; nothing for the reference.
 
     Raises:
         UserError: the kernel named in the options fails at this stage's lengths.
@@ -208,17 +201,16 @@ def kernel_of(denoiser: Denoiser, inputs: Inputs) -> dict[str, Any]:
     return {"attention_kernel": kernel, "passed_over": list(plan.passed_over)}
 
 
-def tiers(text: str) -> list[str]:
-    """Names from `a,b`, checked.
+def named(option: str, text: str, known: Iterable[str]) -> list[str]:
+    """Names from `a,b`.
 
     Raises:
-        UserError: an unknown tier, or none.
+        UserError: an unknown name.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"tier={text} names no tier; choose from {', '.join(TIERS)}")
+    names = [name.strip() for name in text.split(",")]
     for name in names:
-        check_tier(name)
+        if name not in known:
+            raise UserError(f"{option}={name} is unknown; choose from {', '.join(known)}")
     return names
 
 

@@ -5,7 +5,6 @@ the kernel; and its pointwise kernels, at the bandwidth of a copy. What measured
 waiting, and kernels that move more than they must. Predictions go to a folder of their own.
 """
 
-import json
 from pathlib import Path
 
 from inference.benchmark import result_files
@@ -14,7 +13,6 @@ from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.roofline.work import forward
 from inference.fast import check_tier
 from magihuman.errors import UserError
-from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, sources_hash
 from magihuman.models.flops import attention_pairs, pointwise_bytes
 
@@ -60,9 +58,8 @@ def predict(size: str, tier: str, output: Path | None, results: Path | None) -> 
             "date": found["provenance"]["date"],
         },
     }
-    path = (output or FOLDER) / f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(values, indent=1) + "\n")
+    name = f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
+    path = result_files.save((output or FOLDER) / name, values)
     return "\n".join([*_lines(values), f"written to {path}"])
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from inference.benchmark import bench_networks, result_files
-from inference.benchmark.bench_networks import ReferenceOutput, affordable, refuse_hopeless
+from inference.benchmark.bench_networks import ReferenceOutput, affordable, named, refuse_hopeless
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.predict import LADDER
 from inference.benchmark.timers import device_of, free, peak_rates, time_call
-from magihuman.errors import UserError
 
 # Tier and options of a rung. Those not named stay as the rung before left them.
 _PAD = {
@@ -38,10 +37,7 @@ def ladder(case: ClipCase, rungs: str, options: str | None, device: str, repeat:
     Raises:
         UserError: a setting that cannot be.
     """
-    names = [name.strip() for name in rungs.split(",")]
-    for name in names:
-        if name not in RUNGS:
-            raise UserError(f"rungs={name} is unknown; choose from {', '.join(RUNGS)}")
+    names = named("rungs", rungs, RUNGS)
     place = device_of(device)
     refuse_hopeless(case, place)
     kind, changes = bench_networks.dtype_for(case, place), bench_networks.options_from(options)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ from magihuman.models.gpu_specs import recognise
 class Contender:
     """A tier ready to run."""
 
-    tier: str
-    network: Denoiser
     request: TimedRequest
     row: Row
-    times: list[dict[str, float]]
-    worked: list[dict[str, float]]
+    times: list[dict[str, float]] = field(default_factory=list)
+    worked: list[dict[str, float]] = field(default_factory=list)
 
 
 def measure(
@@ -53,7 +51,7 @@ def measure(
     refuse_hopeless(case, place)
     kind = bench_networks.dtype_for(case, place)
     changes = bench_networks.options_from(options)
-    names = bench_networks.tiers(tiers)
+    names = bench_networks.named("tier", tiers, TIERS)
     for name in names:
         if "attention" not in changes:
             require_kernel(name, place, kind)
@@ -114,7 +112,7 @@ def _prepare(
         if gave_up:
             row["gave_up"] = gave_up
         row["cold"] = {"build": round(built, 3), "prepare": round(prepared, 4), "first_pass": first}
-        contenders.append(Contender(name, network, TimedRequest(case, denoisers, found, device), row, [], []))
+        contenders.append(Contender(TimedRequest(case, denoisers, found, device), row))
     return contenders
 
 
@@ -127,7 +125,7 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
                 contender.row["host_waits"] = contender.request.waits
             if not number:
                 contender.row["cold"]["first_request"] = {k: round(v, 4) for k, v in times.items()}
-        print(f"  {contender.tier}: warm, request {times['request']:.3g} s", flush=True)
+        print(f"  {contender.row['tier']}: warm, request {times['request']:.3g} s", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start, done = time.perf_counter(), 0

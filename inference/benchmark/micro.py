@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.benchmark import result_files
-from inference.benchmark.bench_networks import dtype_for
+from inference.benchmark.bench_networks import dtype_for, named
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from inference.benchmark.timers import device_of, peak_rates, time_call, undisturbed
@@ -37,10 +37,7 @@ def micro(case: ClipCase, what: str, device: str, folder: Path | None) -> str:
     Raises:
         UserError: a setting that cannot be.
     """
-    groups = [name.strip() for name in what.split(",")]
-    unknown = [name for name in groups if name not in GROUPS]
-    if unknown:
-        raise UserError(f"what={unknown[0]} is unknown; choose from {', '.join(GROUPS)}")
+    groups = named("what", what, GROUPS)
     place = device_of(device)
     kind = dtype_for(case, place)
     made, peaks = result_files.provenance(place), peak_rates(place, kind)
@@ -153,10 +150,9 @@ class Microbenchmark:
             useful = 4 * attention_pairs(tokens.video, others, self.stage.frames, window) * config.hidden_size
             name = "dense" if window is None else f"window {window}"
             truth = self._truth(q, k, v, window)
-            own = partial(attention, q, k, v, layout, "auto", window)
             makes: dict[str, Callable[[], Callable[[], Tensor]]] = {}
             if reference:
-                makes["reference"] = lambda own=own: own
+                makes["reference"] = partial(partial, attention, q, k, v, layout, "auto", window)
             for kernel in ("plain", "sdpa", "cudnn", "flash2", "fa3"):
                 if kernel != "plain" or tokens.total <= _CHECKED:
                     makes[kernel] = partial(self._kernel, kernel, q, k, v, layout, window)

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,15 +99,24 @@ def write(kind: str, name: str, rows: list[Row], made: dict[str, Any], folder: P
     date = re.sub(r"[-:]|\+.*", "", made["date"])
     stem = re.sub(r"[^a-z0-9.]+", "-", f"{date}-{made['machine']}-{kind}-{name}-{commit}".lower()).strip("-")
     values = {"format": FORMAT, "kind": kind, "rows": rows, "provenance": made}
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():  # an older measurement stays as it is
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    return save(path, values)
+
+
+def save(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a JSON file; returns its path.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path, number = folder / f"{stem}.json", 1
-        while path.exists():  # an older measurement stays as it is
-            number += 1
-            path = folder / f"{stem}-{number}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 

@@ -16,7 +16,6 @@ order of value, so that a run that is cut off has measured what matters most:
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -41,7 +40,6 @@ SIZES = ("256p", "540p", "1080p")
 DECODERS = ("turbo", "b")
 _REPEATS = {"256p": 5, "540p": 3, "1080p": 2}  # timed requests at most, after one that warms up
 _WARMED = ("256p", "540p")  # at 1080p a request takes half a minute, and two passes have run before
-_FORMS = {"1080p": ("products", "attention"), "540p": ("attention",), "256p": ("products", "experts", "attention")}
 
 
 def cases(dry: bool) -> dict[str, ClipCase]:
@@ -66,7 +64,6 @@ def windows_at_256p(largest: ClipCase) -> DenoisingStage:
 def planned_bytes(case: ClipCase) -> int:
     """What `python -m magihuman.zoo plan` computes for a clip's last loop alone."""
     base, *further = case.stages
-    (height, width), (_, rows, columns) = (base.height, base.width), case.stride
     request = memory_plan.ClipRequest(
         base=base.config,
         patch=base.pack.patch_size,
@@ -74,8 +71,8 @@ def planned_bytes(case: ClipCase) -> int:
         released=case.released,
         frames=case.frames,
         audio=case.audio,
-        height=height * rows,
-        width=width * columns,
+        height=base.height * case.stride[1],
+        width=base.width * case.stride[2],
         text=base.text,
         second=further[0].config if further else None,
         enlarged=case.pixels if further else (0, 0),
@@ -314,15 +311,11 @@ class SuiteBench(Bench):
         """Matrix products, experts and attention alone at a size's shapes."""
         self.drop()
         bench = Microbenchmark(self.cases[size], self.device, self.dtype, budget=0.0 if self.dry else 0.3)
-        groups: dict[str, Callable[[], list[Values]]] = {
-            "products": bench.products,
-            "experts": bench.experts,
-            # The reference's own windows would be compiled first, for half a minute.
-            "attention": partial(bench.attention, reference=size != "1080p"),
-        }
-        rows: list[Values] = []
-        for group in _FORMS[size]:
-            rows += groups[group]()
+        rows = bench.experts() if size == "256p" else []
+        if size != "540p":
+            rows += bench.products()
+        # The reference's own windows would be compiled first, for half a minute.
+        rows += bench.attention(reference=size != "1080p")
         return {"size": size, "rows": [{**row, "size": size} for row in rows]}
 
     def require_fp8_attention(self) -> Values:

@@ -270,8 +270,7 @@ def profile_pass(call: Callable[[], object], device: torch.device) -> dict[str, 
     with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as profiler:
         start = time.perf_counter()
         call()
-        if gpu:
-            torch.cuda.synchronize(device)
+        synchronise(device)
         wall = time.perf_counter() - start
     found = []
     for event in profiler.key_averages():

@@ -5,7 +5,6 @@ size without one: a clip is decoded on the "meta" device, in chunks or windows a
 counted. Nothing is measured there; `cost_report` adds times on this machine's CPU at a small size.
 """
 
-import json
 import platform
 import shlex
 import time
@@ -38,7 +37,6 @@ from inference.benchmark.timers import device_of, summary, synchronise
 from inference.decoding import Decoder, to_pictures
 from magihuman.codecs import costs
 from magihuman.errors import UserError
-from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, processor
 from magihuman.models.gpu_specs import GPUS, Gpu
 from magihuman.zoo.memory_tracker import Allocations
@@ -368,9 +366,4 @@ def cost_report(output: Path | None) -> str:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write output={output}: {error.strerror or error}") from error
-    return "\n".join([*lines, f"written to {output}"])
+    return "\n".join([*lines, f"written to {result_files.save(output, values)}"])

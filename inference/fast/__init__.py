@@ -47,7 +47,7 @@ def prepare(
         return denoiser
     import torch
 
-    from inference.fast.fast_denoiser import FastDenoiser
+    from inference.fast.transformer import FastDenoiser
     from magihuman.errors import UserError
 
     if isinstance(denoiser, FastDenoiser):

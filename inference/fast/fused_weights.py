@@ -1,6 +1,6 @@
 """A block's weights in the form that a tier multiplies with, made once when the network is prepared."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,7 @@ class FastLayer(nn.Module):
     attention_norm: Tensor
     qk_norm: Tensor
     mlp_norm: Tensor
+    attention_scales: Tensor | None
 
     def __init__(self, block: Block, config: DiTConfig, layer: int, options: Options, dtype: torch.dtype) -> None:
         super().__init__()
@@ -153,8 +154,12 @@ class FastLayer(nn.Module):
 
     def tensors(self) -> LayerTensors:
         """All tensors as they are now."""
-        parts = (getattr(self, name) for name in LayerTensors._fields)
-        return LayerTensors(*(part.tensors() if isinstance(part, Matrix) else part for part in parts))
+
+        def now(name: str) -> Any:
+            part = getattr(self, name)
+            return part.tensors() if isinstance(part, Matrix) else part
+
+        return LayerTensors(*map(now, LayerTensors._fields))
 
     def _value_bounds(self, qkv: Tensor) -> Tensor:
         """Largest value of each key head over all experts, fp32 [Hkv]."""

@@ -1,6 +1,7 @@
-"""Fast transformer: the weights and mathematics of `SingleStreamDiT`, arranged for repeated calls in inference."""
+"""Fast transformer: the weights and mathematics of `SingleStreamDiT`, arranged for repeated calls in inference; and the
+`Denoiser` of it that `inference.fast.prepare` returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -14,8 +15,9 @@ from inference.fast.fused_blocks import BlockTokens, CompiledBlocks, Projected, 
 from inference.fast.fused_weights import FastLayer
 from inference.fast.kernels import Kernel, windowed
 from inference.fast.step_cache import StepCache
-from inference.fast.tiers import Options
+from inference.fast.tiers import Options, Tier
 from magihuman.models.attention import attention
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import Block, SingleStreamDiT
 from magihuman.models.layers import linear_fp32
 from magihuman.models.rotary import rotary_table
@@ -280,6 +282,65 @@ class FastTransformer(nn.Module):
             outs.append(_dense(plan.kernel, queries, keys, values, layout, window, layer.attention_scales))
             start += samples * n
         return _rows(torch.cat(outs) if len(outs) > 1 else outs[0], inverse)
+
+
+class FastDenoiser(Denoiser):
+    """See `Denoiser`; `tier` and `options` say what runs.
+
+    Args:
+        denoiser: the reference; its embedders and heads are shared.
+        device, release: see `FastTransformer`.
+
+    Raises:
+        UserError: as `FastTransformer`.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, tier: Tier, options: Options, device: torch.device, release: bool = False
+    ) -> None:
+        model: Any = FastTransformer(denoiser.model, options, device, release)
+        super().__init__(model, denoiser.pack)
+        self.tier, self.options = tier, options
+        self.eval()
+
+    def layout_for(
+        self,
+        video_shape: Sequence[int],
+        audio_len: int,
+        text_lens: Sequence[int],
+        device: torch.device | str | None = None,
+    ) -> Layout:
+        """See `Denoiser.layout_for`; also makes all else that does not change between steps.
+
+        Raises:
+            UserError: see `FastTransformer.plan`.
+        """
+        layout = super().layout_for(video_shape, audio_len, text_lens, device)
+        model: Any = self.model
+        with torch.no_grad():
+            model.plan(layout)
+        return layout
+
+    def forward(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Sequence[Tensor],
+        layout: Layout | None = None,
+        lora: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Denoiser.forward`; a LoRA has to be merged beforehand."""
+        model: Any = self.model
+        if model.cache is not None:
+            # A sampling loop passes the same features in every step, so they identify its passes.
+            model.cache.enter((video.shape, *map(id, text)))
+        return super().forward(video, audio, text, layout, lora)
+
+    def begin(self, steps: int) -> None:
+        """A trajectory starts: forget what was kept between the steps of the last one."""
+        model: Any = self.model
+        if model.cache is not None:
+            model.cache.begin(steps)
 
 
 class _Released(nn.Module):

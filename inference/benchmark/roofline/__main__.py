@@ -1,23 +1,22 @@
 """`python -m inference.benchmark.roofline [stages|gpus|published|ladder] [key=value ...]`: computed costs, without torch."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from inference.benchmark.calibrate import FORMAT
+from inference.benchmark.result_files import save
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, bound, utilisation
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
-from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version
 from magihuman.models.gpu_specs import GPUS, gpu
 
-FORMAT = "magihuman-predictions/1"
 NOTE = "computed, not measured"
 
 
@@ -143,11 +142,7 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
         }
         head = {"format": FORMAT, "kind": "predicted"}
         whole = {**head, **values, "published": PUBLISHED, "provenance": provenance}
-        try:
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(output), json.dumps(whole, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write output={output}: {error.strerror or error}") from error
+        save(Path(output), whole)
     heads = [f"{size} {stage['stage']} x{stage['steps']}" for size, stage in values["stages"].items()]
     lines = [
         f"{values['machine']}, seconds per loop, and of base + sr + decode; {NOTE}, at assumed rates",

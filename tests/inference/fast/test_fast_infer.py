@@ -11,7 +11,7 @@ import torch
 from fake_bundle import fake_bundle, fake_checkpoint
 
 from inference.fast import choose_tier, require_kernel
-from inference.fast.fast_denoiser import FastDenoiser
+from inference.fast.transformer import FastDenoiser
 from inference.loading import find
 from inference.pipeline import Pipeline
 from inference.requests import InferOptions
