@@ -19,6 +19,7 @@ from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from inference.benchmark.timers import device_of, peak_rates, time_call, undisturbed
 from inference.fast import attention_kernels, fp8
+from inference.fast.fused_blocks import grouped_mm
 from inference.fast.kernels import windowed
 from magihuman.errors import UserError
 from magihuman.models.attention import attention, local_mask
@@ -124,8 +125,7 @@ class Microbenchmark:
         def grouped() -> Callable[[], object]:
             x, weights = operands()
             ends = torch.tensor(counts).cumsum(0).to(torch.int32).to(self.device)
-            function: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
-            return lambda: function(x, weights.transpose(1, 2), offs=ends)
+            return lambda: grouped_mm(x, weights.transpose(1, 2), ends)
 
         forms = {"separate": separate, "grouped": grouped}
         return [

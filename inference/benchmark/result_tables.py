@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from inference.benchmark import result_files
 from inference.benchmark.result_files import Row, card, is_published_card, measured, newest, on_gpu, origin
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
@@ -378,9 +377,8 @@ def gains_table(folder: str) -> str:
         rows.append([rung.name, "*predicted*", *cells["predicted"]])
         if set(cells["measured"]) != {"-"}:
             rows.append([rung.name, "measured", *cells["measured"]])
-    machines = sorted(
-        {f"{row['machine']}, {row['date']}, attention {row.get('attention_kernel')}" for row in found.values()}
-    )
+    made = [(row["made"], row.get("attention_kernel")) for row in found.values()]
+    machines = sorted({f"{m['machine']}, {m['date'][:10]}, attention {kernel}" for m, kernel in made})
     heads = ["after", "", *(f"{size} {stage.name} x{stage.steps}" for size, stage in stages.items())]
     return "\n".join([
         *markdown_table(heads, "ll" + "r" * len(stages), rows),
@@ -394,16 +392,12 @@ def gains_table(folder: str) -> str:
 def _measured_rungs(folder: Path) -> dict[tuple[str, str], Row]:
     """Newest row by rung and clip, of GPUs only."""
     found: dict[tuple[str, str], Row] = {}
-    for values in result_files.read(folder):
-        made = values["provenance"]
-        if values["kind"] != "ladder" or "gpu" not in made:
-            continue
-        for row in values["rows"]:
-            if row["model"] == "15b":
-                key = row["key"]
-                if key == "attention" and row.get("attention_kernel") != "fa3":
-                    key = "windows"  # the ladder's own name for windows by cuDNN
-                found[key, row["size"]] = {**row, "machine": made["machine"], "date": made["date"][:10]}
+    rows = newest(folder, "ladder", lambda row: (row["key"], row["size"], row["model"]))
+    for row in sorted(rows, key=lambda row: row["made"]["date"]):
+        if on_gpu(row) and row["model"] == "15b":
+            # The ladder's own name for windows by cuDNN.
+            by_cudnn = row["key"] == "attention" and row.get("attention_kernel") != "fa3"
+            found["windows" if by_cudnn else row["key"], row["size"]] = row
     return found
 
 

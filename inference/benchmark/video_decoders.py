@@ -94,7 +94,12 @@ def decoder_row(case: ClipCase, name: str, device: torch.device, repeat: int, cu
         "frames": case.frames,
     }
     if case.released:
-        row |= _computed(case, name)
+        work = video_decoder(case, name)
+        row |= {"parameters": decoder_parameters(name), "flops": work.flops}
+        row["computed"] = {
+            "least_seconds_h100": float(f"{bound(work, DeviceLimits.of(GPUS['h100'])).seconds:.4g}"),
+            "peak_memory_bytes": peak_memory(case, name),
+        }
         if device.type == "cpu":
             return row | {"measured": {"status": "n/a", "reason": "no GPU at hand"}}
     # Wan is bfloat16 as released.
@@ -115,19 +120,6 @@ def decoder_row(case: ClipCase, name: str, device: torch.device, repeat: int, cu
     finally:
         torch.backends.cudnn.benchmark = usual
     return row
-
-
-def _computed(case: ClipCase, name: str) -> Row:
-    """Counts from shapes: exact FLOPs, the least time on an H100, peak memory."""
-    work = video_decoder(case, name)
-    return {
-        "parameters": decoder_parameters(name),
-        "flops": work.flops,
-        "computed": {
-            "least_seconds_h100": float(f"{bound(work, DeviceLimits.of(GPUS['h100'])).seconds:.4g}"),
-            "peak_memory_bytes": peak_memory(case, name),
-        },
-    }
 
 
 def peak_memory(case: ClipCase, name: str) -> int:

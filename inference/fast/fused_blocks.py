@@ -151,7 +151,7 @@ def multiply(parts: Sequence[Tensor], matrix: MatrixTensors, ends: Tensor | None
     if ends is None or len(parts) == 1:
         return [F.linear(x, w) for x, w in zip(parts, matrix.weight.unbind(), strict=False)]
     count = len(parts)
-    y = _grouped_mm(torch.cat(parts), matrix.weight[:count].transpose(1, 2), ends[:count])
+    y = grouped_mm(torch.cat(parts), matrix.weight[:count].transpose(1, 2), ends[:count])
     return y.split([len(part) for part in parts])
 
 
@@ -162,7 +162,8 @@ def can_group(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x [n,columns] up to each of `ends` times a matrix [columns,rows] of `weights` each -> [n,rows]."""
     function: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
     return function(x, weights, offs=ends)
 

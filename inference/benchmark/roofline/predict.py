@@ -155,11 +155,6 @@ def one_pass(stage: DenoisingStage, rates: Rates, machine: Machine) -> PassSecon
     return PassSeconds(products, attention, traffic / (_COPY * machine.bandwidth), ends / _ENDS, rates.host)
 
 
-def seconds(case: ClipCase, rates: Rates, machine: Machine) -> dict[str, float]:
-    """Predicted seconds of every denoising loop."""
-    return {stage.name: stage.passes * one_pass(stage, rates, machine).total for stage in case.stages}
-
-
 def wave_efficiency(rows: int, columns: int, units: int) -> float:
     """Share of the device that a product's tiles fill: ragged edges, and multiprocessors idle in the last round."""
     tiles = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1])
@@ -204,7 +199,7 @@ Cell = dict[str, float]
 
 def clip(case: ClipCase, rates: Rates, machine: Machine, decoder: str = "turbo") -> Cell:
     """Predicted seconds of base, sr (0 where there is none), decode with the copy to the host, and their total."""
-    loops = seconds(case, rates, machine)
+    loops = {stage.name: stage.passes * one_pass(stage, rates, machine).total for stage in case.stages}
     decode = video_decoder(case, decoder).flops / _DECODE + case.bytes_out / _LINK
     return _summed(loops["base"], loops.get("sr", 0.0), decode)
 
