@@ -68,12 +68,12 @@ def test_released_vectors(golden: Path, name: str) -> None:
 @pytest.mark.parametrize("tier", ["exact", "fast"])
 def test_released_loops(golden: Path, name: str, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both stages with all their steps pass the same comparison as the reference."""
-    plain = loop._Run.denoiser
+    plain = loop._LoopRun.denoiser
 
     def prepared(self: Any, *arguments: Any) -> Denoiser:
         return prepare(plain(self, *arguments), tier)
 
-    monkeypatch.setattr(loop._Run, "denoiser", prepared)
+    monkeypatch.setattr(loop._LoopRun, "denoiser", prepared)
     results = check_released_loop(golden, name)
     assert len(results) >= 8
     assert [result for result in results if not result.passed] == []
