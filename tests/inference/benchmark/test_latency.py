@@ -1,6 +1,7 @@
 """Latency on the CPU: every command at tiny size, distances from the reference, one network for both stages."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from small_case import small_case
 
-from inference.benchmark import bench_networks, components, result_files, timers
+from inference.benchmark import bench_networks, components, result_files, timers, video_decoders
 from inference.benchmark.__main__ import COMMANDS, measure
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import Stopwatch, summary, time_call
@@ -102,6 +103,7 @@ def test_distances_from_the_reference() -> None:
 def test_every_command_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_SIDE", "_COPIED"):
         monkeypatch.setitem(getattr(timers, name), "cpu", 1 << 8 if name == "_SIDE" else 1 << 20)
+    monkeypatch.setattr(video_decoders, "make", partial(make, seconds=0.36))
     short = ["size=tiny", f"output={tmp_path}"]
     for line in (
         "micro what=products,experts",
