@@ -387,9 +387,15 @@ def run_benchmark(
     device = device_of("cpu" if dry else "cuda")
     bench = make_bench(device, dry)
     chosen = choose(bench.steps(), steps)
-    # Dry runs have a folder of their own.
-    folder = Path(output) if output is not None else FOLDER.with_name(f"{FOLDER.name}-dry") if dry else FOLDER
+    folder = folder_for(output, dry)
     run = BudgetedRun(folder, command, 60 * minutes, before=bench.reset_peak, after=bench.memory)
     bench.run = run
     run.header(command, dry, result_files.provenance(device))
     return f"{run.run(chosen)}\nnext: python -m inference.benchmark collect input={run.results}"
+
+
+def folder_for(output: str | None, dry: bool) -> Path:
+    """Folder of the results; that of dry runs is another one, unless `output` names it."""
+    if output is not None:
+        return Path(output)
+    return FOLDER.with_name(f"{FOLDER.name}-dry") if dry else FOLDER
