@@ -164,7 +164,7 @@ def random_codec(
         if described["layout"] == "causal":
             return CausalDecoderCodec(CausalDecoder(CausalDecoderConfig.from_dict(described["network"])).to(dtype))
         config = TurboConfig.from_json(described["network"])
-        return TurboCodec(TurboDecoder(config).to(dtype), config)
+        return TurboCodec(TurboDecoder(config).to(dtype), config).eval().requires_grad_(False)
 
 
 def _had(build: Callable[[], Any], needs: str, device: torch.device) -> Any:
