@@ -9,6 +9,7 @@ and verdicts are arithmetic on its draws. The resampling is own code: scipy's bo
 columns and statistics.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,25 +61,24 @@ def column(
     facts: dict[str, Any] | None = None,
 ) -> Column:
     """Column of S clips per prompt, from the scores of each draw of clips; `waves` [S][P] for the pitch."""
-    values: dict[str, list[list[float]]] = {}
+    values: dict[str, list[Any]] = defaultdict(list)
     for draw, tracks in zip(scores, waves, strict=True):
-        rows: dict[str, list[float]] = {
-            "own": draw.own.tolist(), "other": draw.other.tolist(), "sync_retrieval": draw.found.tolist()
-        }  # fmt: skip
+        values["own"].append(draw.own)
+        values["other"].append(draw.other)
+        values["sync_retrieval"].append(draw.found)
+        rows: dict[str, list[float]] = defaultdict(list)
         for clip, wave in zip(draw.clips, tracks, strict=True):
             spans, stated = clip.speech.vowel_spans, clip.vowels.reference
             whole = wave is not None and len(spans) == stated
             voice = pitch(wave, clip.speech) if wave is not None else None
-            of_clip = {
-                **{key: metric.of(clip) for key, metric in CLIP_METRICS.items() if metric.compared},
-                "semitones": float("nan") if voice is None else 12 * float(np.log2(voice / 150)),
-                "start_ms": 1000 * spans[0][0] if whole else float("nan"),
-                "end_ms": 1000 * spans[-1][1] if whole else float("nan"),
-            }
-            for key, value in of_clip.items():
-                rows.setdefault(key, []).append(value)
+            for key, metric in CLIP_METRICS.items():
+                if metric.compared:
+                    rows[key].append(metric.of(clip))
+            rows["semitones"].append(np.nan if voice is None else 12 * np.log2(voice / 150))
+            rows["start_ms"].append(1000 * spans[0][0] if whole else np.nan)
+            rows["end_ms"].append(1000 * spans[-1][1] if whole else np.nan)
         for key, listed in rows.items():
-            values.setdefault(key, []).append(listed)
+            values[key].append(listed)
     tones = list(SKINS)
     skins = np.array([[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores])
     arrays = {key: np.array(listed, float).T for key, listed in values.items()}
@@ -86,9 +86,7 @@ def column(
     return Column(name, role, arrays, skins.T, distribution, facts or {})
 
 
-# ----------------------------------------------------------------------------------------------------
-# Statistics: (column, bound, weights [R,P]) -> values [R], or None where it cannot be had
-# ----------------------------------------------------------------------------------------------------
+# ---- Statistics: (column, bound, weights [R,P]) -> values [R], or None where it cannot be had ----
 
 Statistic = Callable[[Column, Column, np.ndarray], np.ndarray | None]
 
@@ -204,19 +202,17 @@ ROWS = tuple(
 )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Measures and verdicts
-# ----------------------------------------------------------------------------------------------------
+# ---- Measures and verdicts ----
 
 
-def measure_of(draws: np.ndarray | None, count: int, why: str = "needs several clips of a prompt") -> Measure:
+def measure_of(draws: np.ndarray | None, count: int) -> Measure:
     """The first draw with the percentile interval of the others.
 
     Where a statistic is at its ceiling (all skin tones equally often), all other draws lie below: the interval
     reaches up to the value then.
     """
     if draws is None or not np.isfinite(draws[0]):
-        return unavailable(why, count)
+        return unavailable("needs several clips of a prompt", count)
     value, (low, high) = float(draws[0]), ends_of(draws[1:])
     return Measure(value, min(low, value), max(high, value), count)
 
@@ -312,9 +308,7 @@ class Comparison:
         return ratio, "kept"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Verdicts from the values of a compare.json
-# ----------------------------------------------------------------------------------------------------
+# ---- Verdicts from the values of a compare.json ----
 
 
 def claims(values: Mapping[str, Any], student: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from eval import stats, tables
 from eval.dmd2 import sampler_words
 from eval.generate import Sampler
 from eval.output import folder_for, provenance, write_results
-from eval.puppets import Clips, ground_truth, held_out, noise_seed, require_tiny, through_codec
+from eval.puppets import Clips, ground_truth, held_out, noise_seed, through_codec, tiny_pipelines
 from eval.scores import Scores
 from magihuman.errors import UserError
 
@@ -105,13 +105,7 @@ def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: 
 
 def _samplers(teacher: str, student: str) -> list[Sampler]:
     """The teacher with its own settings and with the student's sampler; the student."""
-    require_tiny("eval.conditioning", teacher, student)
-    from inference.pipeline import Pipeline
-    from magihuman import zoo
-    from magihuman.codecs.bundle import load_bundle
-
-    codecs = load_bundle("tiny")
-    pipelines = [Pipeline(zoo.load(name), codecs) for name in (teacher, student)]
+    pipelines = tiny_pipelines("eval.conditioning", teacher, student, device="cpu")
     full, few = (pipeline.settings() for pipeline in pipelines)
     return [
         Sampler(f"teacher, {sampler_words(full)}", pipelines[0], full),

@@ -10,7 +10,6 @@ are the same for all (`eval.compare`).
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +22,14 @@ from eval import tables
 from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all
-from eval.output import folder_for, provenance, write_results
-from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, require_tiny, through_codec, write_clips
+from eval.output import folder_for, provenance, short_names, write_results
+from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec, tiny_pipelines, write_clips
 from eval.scores import Scores
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
     from eval.figures import Shown
-    from inference.pipeline import Pipeline
     from inference.settings import Settings
-    from magihuman.codecs.bundle import CodecBundle
 
 FORMAT = "magihuman-compare/1"
 
@@ -80,13 +77,13 @@ def run(
     if not names or len(set(names)) < len(names):
         raise UserError(f"student={student} should name one or more checkpoints, each once, with commas")
     start = time.perf_counter()
-    codecs, samplers = _samplers(names, teacher, device)
+    samplers = _samplers(names, teacher, device)
     folder = Path(output) if output else folder_for("compare", *names)
     captions = [puppet.caption for puppet in held_out(prompts)]
     sample_all(
         samplers, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
     )  # fmt: skip
-    columns, shown = _measured(codecs, samplers, captions, seeds, min(keep, prompts), progress)
+    columns, shown = _measured(samplers, captions, seeds, min(keep, prompts), progress)
     values = _values(Comparison(columns), {"prompts": prompts, "seeds": list(range(seeds))})
     values["seconds"] = round(time.perf_counter() - start, 1)
     values["provenance"] = provenance()
@@ -110,9 +107,7 @@ def run(
     }
 
 
-# ----------------------------------------------------------------------------------------------------
-# Columns
-# ----------------------------------------------------------------------------------------------------
+# ---- Columns ----
 
 
 def sampler_words(settings: "Settings") -> str:
@@ -121,13 +116,9 @@ def sampler_words(settings: "Settings") -> str:
     return f"{settings.steps} {kind}steps, {'CFG' if settings.guidance.needed else 'no CFG'}"
 
 
-def _samplers(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBundle", list[Sampler]]:
+def _samplers(names: Sequence[str], teacher: str, device: str) -> list[Sampler]:
     """The teacher with its own settings, with as few steps as the students, with the students' sampler; the students."""
-    require_tiny("eval.dmd2", teacher, *names)
-    from magihuman.codecs.bundle import load_bundle
-
-    codecs = load_bundle("tiny")
-    pipelines = [_pipeline(name, codecs, device) for name in (teacher, *names)]
+    pipelines = tiny_pipelines("eval.dmd2", teacher, *names, device=device)
     full, few = pipelines[0].settings(), pipelines[1].settings()
     for name, pipeline in zip(names, pipelines[1:], strict=True):
         if pipeline.settings() != few:
@@ -145,39 +136,21 @@ def _samplers(names: Sequence[str], teacher: str, device: str) -> tuple["CodecBu
             taken = name in [sampler.name for sampler in samplers]
             title = f"{name}, shift {settings.shift:g}" if taken else name
             samplers.append(Sampler(title, pipelines[0], settings, cache=True))
-    for name, pipeline in zip(_short_names(names), pipelines[1:], strict=True):
+    titles = ["student"] if len(names) == 1 else [f"student {name}" for name in short_names(names)]
+    for name, pipeline in zip(titles, pipelines[1:], strict=True):
         samplers.append(Sampler(f"{name}, {sampler_words(few)}", pipeline, few))
-    return codecs, samplers
-
-
-def _pipeline(name: str, codecs: "CodecBundle", device: str) -> "Pipeline":
-    import torch
-
-    from inference.pipeline import Pipeline
-    from magihuman import zoo
-
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return Pipeline(zoo.load(name, chosen), codecs)
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """ "student" for one, else "student" and the last part, the whole path where that is not enough."""
-    if len(names) == 1:
-        return ["student"]
-    last = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
-    twice = Counter(last)
-    return [f"student {name if twice[end] > 1 else end}" for name, end in zip(names, last, strict=True)]
+    return samplers
 
 
 def _measured(
-    codecs: "CodecBundle", samplers: Sequence[Sampler], captions: Sequence[str], seeds: int, keep: int, progress: bool
+    samplers: Sequence[Sampler], captions: Sequence[str], seeds: int, keep: int, progress: bool
 ) -> tuple[list[Column], list["Shown"]]:
     """All columns, ground truth and codec bound first, and the clips of the first prompts for the contact sheet."""
     from tqdm import tqdm
 
     from eval.figures import Shown
 
-    puppets = held_out(len(captions))
+    puppets, codecs = held_out(len(captions)), samplers[0].pipeline.codecs
     columns: list[Column] = []
     shown: list[Shown] = []
     with tqdm(total=len(samplers) + 3, desc="measuring", unit="column", disable=not progress) as bar:
@@ -207,9 +180,7 @@ def _measured(
     return columns, shown
 
 
-# ----------------------------------------------------------------------------------------------------
-# Result files
-# ----------------------------------------------------------------------------------------------------
+# ---- Result files ----
 
 
 def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
@@ -225,25 +196,20 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
         columns[own.name] = {
             "role": own.role, "n": own.clips, "skins": dict(zip(SKINS, counts, strict=True)), **own.facts, "rows": rows
         }  # fmt: skip
-    against: dict[str, Any] = {}
-    diversity: dict[str, Any] = {}
-    for own in found.of_role("student"):
-        against[own.name] = {
-            other.name: {row.name: found.against(own, other, row).to_dict() for row in ROWS}
-            for other in found.of_role("teacher", "baseline")
-        }
-        kept = {row.name: found.kept(own, row) for row in ROWS if row.diversity}
-        diversity[own.name] = {
-            name: {"ratio": ratio.to_dict(), "verdict": word} for name, (ratio, word) in kept.items()
-        }
-    values = {
-        "format": FORMAT,
-        "held_out_seed": HELD_OUT_SEED,
-        **facts,
-        "columns": columns,
-        "against": against,
-        "diversity": diversity,
+    students, others = found.of_role("student"), found.of_role("teacher", "baseline")
+    against = {
+        own.name: {o.name: {row.name: found.against(own, o, row).to_dict() for row in ROWS} for o in others}
+        for own in students
     }
+    diversity: dict[str, Any] = {own.name: {} for own in students}
+    for own in students:
+        for row in (row for row in ROWS if row.diversity):
+            ratio, word = found.kept(own, row)
+            diversity[own.name][row.name] = {"ratio": ratio.to_dict(), "verdict": word}
+    values = {
+        "format": FORMAT, "held_out_seed": HELD_OUT_SEED, **facts, "columns": columns, "against": against,
+        "diversity": diversity,
+    }  # fmt: skip
     values["claims"] = {name: claims(values, name) for name in against}
     return values
 
@@ -273,23 +239,18 @@ def _write_report(
 
     run_page(run / "metrics.csv", shown).savefig(run / "report.png", dpi=90)
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    clips, compare, sheet, numbers = (
-        [os.path.relpath(path, run) for path in saved],
-        *(os.path.relpath(folder / name, run) for name in ("compare.png", "sheet.png", "compare.json")),
+    compare, sheet, numbers, *clips = (
+        os.path.relpath(path, run)
+        for path in (*(folder / name for name in ("compare.png", "sheet.png", "compare.json")), *saved)
     )
-    lines = [
-        *heading(record),
+    about = f"Metric by metric: [compare.png]({compare}), all clips: [sheet.png]({sheet}), all values: [compare.json]"
+    paragraphs = [
         tables.comparison(values),
-        "",
         "![curves and clips](report.png)",
-        "",
-        f"Metric by metric: [compare.png]({compare}), all clips: [sheet.png]({sheet}), all values: "
-        f"[compare.json]({numbers}).",
-        "",
+        f"{about}({numbers}).",
         "Clips: " + ", ".join(f"[{Path(link).stem}]({link})" for link in clips) + ".",
-        "",
-        *sample_sheets(run),
     ]
+    lines = [*heading(record), "\n\n".join(paragraphs), "", *sample_sheets(run)]
     (run / "report.md").write_text("\n".join(lines), encoding="utf-8")
     return run / "report.md"
 

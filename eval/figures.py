@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from eval.scores import ClipScore
 
-# ----------------------------------------------------------------------------------------------------
-# Shared parts
-# ----------------------------------------------------------------------------------------------------
+# ---- Shared parts ----
 
 
 def _interval(axes: "Axes", place: float, measure: Values, bar: float | None = None, **style: Any) -> None:
@@ -58,9 +56,7 @@ def _evenly(clip: np.ndarray, count: int) -> np.ndarray:
     return clip[np.linspace(0, len(clip) - 1, count).round().astype(int)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# eval.puppets
-# ----------------------------------------------------------------------------------------------------
+# ---- eval.puppets ----
 
 # Panels: metrics with a common scale.
 PANELS = (
@@ -90,9 +86,7 @@ def score_bars(values: Values) -> Figure:
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------
-# Contact sheets of eval.puppets and eval.dmd2
-# ----------------------------------------------------------------------------------------------------
+# ---- Contact sheets of eval.puppets and eval.dmd2 ----
 
 
 @dataclass(frozen=True)
@@ -154,25 +148,17 @@ def _mouth_curves(axes: "Axes", score: "ClipScore", legend: bool, last: bool) ->
         axes.legend(fontsize=5, loc="upper right")
 
 
-# ----------------------------------------------------------------------------------------------------
-# eval.dmd2
-# ----------------------------------------------------------------------------------------------------
+# ---- eval.dmd2 ----
 
 COLOURS = {"truth": "0.6", "bound": "0.3", "teacher": "C0"}
 BASELINES = ("C1", "C2", "C4")
 STUDENTS = ("C3", "C6", "C8", "C9", "C5")
 ACROSS = 5  # panels side by side
-# Panels of a run's page: columns of metrics.csv; (label, numerator, denominator) is a ratio.
-CURVES: tuple[tuple[str, tuple[str | tuple[str, str, str], ...]], ...] = (
+# Panels of a run's page: columns of metrics.csv, and "video", "audio": ratios of errors.
+CURVES = (
     ("matching gradient", ("dm/video", "dm/audio")),
     ("fake score: loss", ("fake_score/video", "fake_score/audio")),
-    (
-        "error on samples, fake score / teacher",
-        (
-            ("video", "fake_score_error/video", "teacher_error/video"),
-            ("audio", "fake_score_error/audio", "teacher_error/audio"),
-        ),
-    ),
+    ("error on samples, fake score / teacher", ("video", "audio")),
     (
         "collapse monitor: student / teacher",
         ("monitor/std_video", "monitor/std_audio", "monitor/diversity_video", "monitor/diversity_audio"),
@@ -248,11 +234,13 @@ def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
         for old, new in OLD_NAMES:
             column = column.replace(old, new)
         series[column] = points
+    for kind in ("video", "audio"):
+        teacher, own = dict(series.get(f"teacher_error/{kind}", ())), series.get(f"fake_score_error/{kind}", ())
+        series[kind] = [(step, error / teacher[step]) for step, error in own if teacher.get(step)]
     for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
         for name in names:
-            if points := _curve(series, name):
-                label = name if isinstance(name, str) else name[0]
-                axes.plot(*zip(*points, strict=True), label=label, lw=1, marker="." if len(points) < 20 else "")
+            if curve := series.get(name):
+                axes.plot(*zip(*curve, strict=True), label=name, lw=1, marker="." if len(curve) < 20 else "")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("iteration", fontsize=8)
         axes.tick_params(labelsize=7)
@@ -263,65 +251,53 @@ def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
             axes.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes)
 
 
-def _curve(
-    series: Mapping[str, Sequence[tuple[int, float]]], name: str | tuple[str, str, str]
-) -> list[tuple[int, float]]:
-    """Points (iteration, value) of a column of metrics.csv, or of the ratio (label, numerator, denominator)."""
-    if isinstance(name, str):
-        return list(series.get(name, ()))
-    _, top, below = name
-    under = dict(series.get(below, ()))
-    return [(step, value / under[step]) for step, value in series.get(top, ()) if under.get(step)]
+# ---- eval.sr ----
 
 
-# ----------------------------------------------------------------------------------------------------
-# eval.sr
-# ----------------------------------------------------------------------------------------------------
-
-
-def _points(content: Values, names: Sequence[str], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n] and distances to the intervals' ends [2,n]."""
-    found = [content["columns"][name][key] for name in names]
-    value = np.array([f["value"] for f in found])
-    ends = np.array([[f["value"] - f["low"], f["high"] - f["value"]] for f in found]).T
-    return value, np.maximum(ends, 0)
-
-
-def sr_steps(values: Values) -> Figure:
-    """PSNR, sharpness and lip-sync skill over the number of solver steps, with the codec bound as a line."""
-    content = values["sets"]["clip"]
-    names = [name for name in content["columns"] if name != "bound"]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    keys = ("psnr", "sharpness", "sync_skill")
+def _sr_panels(
+    keys: Sequence[str],
+    curves: Mapping[str, Sequence[Values]],
+    places: Sequence[float],
+    ticks: Sequence[str],
+    label: str,
+) -> Figure:
+    """A panel per metric; a curve per label over the columns of a result file."""
+    figure = Figure(figsize=(4.2 * len(keys), 3.4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
-        value, ends = _points(content, names, key)
-        axes.errorbar([int(n) for n in names], value, yerr=ends, marker="o", capsize=3)
-        if key != "psnr":
-            axes.axhline(content["columns"]["bound"][key]["value"], color="0.5", ls="--", label="codec bound")
-            axes.legend(fontsize=8)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([int(n) for n in names], names)
-        axes.set_xlabel("solver steps")
+        for name, columns in curves.items():
+            found = [column[key] for column in columns]
+            ends = np.array([[f["value"] - f["low"], f["high"] - f["value"]] for f in found]).T
+            value = [f["value"] for f in found]
+            axes.errorbar(places, value, yerr=np.maximum(ends, 0), marker="o", capsize=3, label=name)
+        axes.set_xticks(places, ticks)
+        axes.set_xlabel(label)
         axes.set_ylabel(METRICS[key].title, fontsize=8)
         axes.grid(alpha=0.3)
     return figure
 
 
+def sr_steps(values: Values) -> Figure:
+    """PSNR, sharpness and lip-sync skill over the number of solver steps, with the codec bound as a line."""
+    columns, keys = dict(values["sets"]["clip"]["columns"]), ("psnr", "sharpness", "sync_skill")
+    bound, names = columns.pop("bound"), list(columns)
+    places = [float(np.log2(int(name))) for name in names]
+    figure = _sr_panels(keys, {"second stage": list(columns.values())}, places, names, "solver steps")
+    for axes, key in zip(figure.axes[1:], keys[1:], strict=True):
+        axes.axhline(bound[key]["value"], color="0.5", ls="--", label="codec bound")
+        axes.legend(fontsize=8)
+    return figure
+
+
 def sr_audio(values: Values) -> Figure:
     """Lip-sync skill and mouth PSNR over the coarseness of the first stage, with the audio and with noise for it."""
-    factors = list(values["sets"])
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    keys = ("sync_skill", "mouth_psnr")
-    for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
-        for name in ("bicubic", "latents", "sr", "sr, noise for sound"):
-            points = [_points(values["sets"][factor], [name], key) for factor in factors]
-            value = np.concatenate([p[0] for p in points])
-            ends = np.concatenate([p[1] for p in points], axis=1)
-            axes.errorbar(range(len(factors)), value, yerr=ends, marker="o", capsize=3, label=SR_COLUMNS[name])
-        axes.set_xticks(range(len(factors)), [f"x{factor}" for factor in factors])
-        axes.set_xlabel("coarseness of the first stage")
-        axes.set_ylabel(METRICS[key].title, fontsize=8)
-        axes.grid(alpha=0.3)
+    sets = values["sets"]
+    curves = {
+        SR_COLUMNS[name]: [content["columns"][name] for content in sets.values()]
+        for name in ("bicubic", "latents", "sr", "sr, noise for sound")
+    }
+    ticks = [f"x{factor}" for factor in sets]
+    figure = _sr_panels(("sync_skill", "mouth_psnr"), curves, range(len(sets)), ticks, "coarseness of the first stage")
+    for axes in figure.axes:
         axes.legend(fontsize=8)
     return figure
 
@@ -335,9 +311,7 @@ def sr_frames(movies: Mapping[str, Sequence[np.ndarray]], clips: int = 4) -> Fig
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------
-# eval.turbo_vae and eval.ablation
-# ----------------------------------------------------------------------------------------------------
+# ---- eval.turbo_vae and eval.ablation ----
 
 
 def decoder_bars(values: Values) -> Figure:

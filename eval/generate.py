@@ -46,8 +46,8 @@ class Sampler:
     pipeline: "Pipeline"
     settings: "Settings"
     cache: bool = False
-    video: "Tensor | None" = None
-    audio: "Tensor | None" = None
+    video: "Tensor" = field(init=False)
+    audio: "Tensor" = field(init=False)
     seconds: list[float] = field(default_factory=list)
     cached: dict[str, Any] | None = None
 
@@ -56,27 +56,22 @@ class Sampler:
         """Network calls per clip; guidance needs two per step."""
         return self.settings.steps * (2 if self.settings.guidance.needed else 1)
 
-    def time(self) -> float:
-        """Seconds of denoising per clip: the median over batches."""
-        return float(np.median(self.seconds))
-
     def facts(self) -> dict[str, Any]:
         """Checkpoint, settings, times and training, for a result file."""
         folder = self.pipeline.folder
+        known = folder.parent if folder.name == "export" else folder  # as its user knows it
         return {
-            "checkpoint": {"name": _short(folder), **fingerprint(folder)},
+            "checkpoint": {"name": "/".join(known.parts[-2:]), **fingerprint(folder)},
             "sampling": self.settings.to_dict(),
             "calls": self.calls,
-            "seconds_per_clip": self.time(),
+            "seconds_per_clip": float(np.median(self.seconds)),
             "seconds_of_batches": [round(value, 4) for value in self.seconds],
             "kept": self.cached,
-            "trained": training_record(folder.parent if folder.name == "export" else folder),
+            "trained": training_record(known),
         }
 
     def clips(self, prompts: Sequence[str], first: int, batch: int = 10) -> Clips:
         """Decoded clips of the latents from number `first` on, one per prompt."""
-        assert self.video is not None
-        assert self.audio is not None
         codecs, made = self.pipeline.codecs, Clips()
         for start in range(first, first + len(prompts), batch):
             part = slice(start, min(start + batch, first + len(prompts)))
@@ -109,9 +104,10 @@ def sample_all(
 
     texts = list(prompts) * len(seeds)
     noise = [noise_seed(seed, index) for seed in seeds for index in range(len(prompts))]
-    stores = {s.name: _Store(s, texts, noise, folder) for s in samplers if s.cache and folder is not None}
-    for store in stores.values():
-        store.read()
+    files = {s.name: _cache_file(folder, s, texts, noise) for s in samplers if s.cache and folder is not None}
+    for sampler in samplers:
+        if sampler.name in files:
+            _read_cache(sampler, files[sampler.name])
     batches = [slice(first, first + batch) for first in range(0, len(texts), batch)]
     made: dict[str, list[tuple[Tensor, Tensor]]] = {sampler.name: [] for sampler in samplers}
     total = sum(sampler.calls for _, sampler in _schedule(samplers, batches))
@@ -120,14 +116,14 @@ def sample_all(
             bar.set_postfix_str(sampler.name)
             latents = _sampled(sampler, texts[part], noise[part])
             if sampler.cached is not None and not made[sampler.name] and not _same(sampler, part, latents):
-                sampler.cached = sampler.video = sampler.audio = None  # made by other code
+                sampler.cached = None  # made by other code
             made[sampler.name].append(latents)
             bar.update(sampler.calls)
     for sampler in samplers:
         if sampler.cached is None:
             sampler.video, sampler.audio = (torch.cat(parts) for parts in zip(*made[sampler.name], strict=True))
-            if sampler.name in stores:
-                stores[sampler.name].write()
+            if sampler.name in files:
+                _write_cache(sampler, files[sampler.name])
 
 
 def _schedule(samplers: Sequence[Sampler], batches: Sequence[slice]) -> Iterator[tuple[slice, Sampler]]:
@@ -148,58 +144,39 @@ def _sampled(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> 
 
 
 def _same(sampler: Sampler, part: slice, latents: "tuple[Tensor, Tensor]") -> bool:
-    assert sampler.video is not None
-    assert sampler.audio is not None
     pairs = zip((sampler.video[part], sampler.audio[part]), latents, strict=True)
     return all(float((old - new).square().mean().sqrt()) < SAME for old, new in pairs)
 
 
-def _short(folder: Path) -> str:
-    """Last two parts of a checkpoint's folder, as its user knows it."""
-    parts = folder.parts[:-1] if folder.name == "export" else folder.parts
-    return "/".join(parts[-2:])
+def _cache_file(folder: Path, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> Path:
+    """File of a sampler's latents; its name hashes all that they depend on, except the code."""
+    key = {
+        "checkpoint": fingerprint(sampler.pipeline.folder)["sha256"],
+        "world": repr(sampler.pipeline.codecs.contract),
+        "settings": sampler.settings.to_dict(),
+        "dtype": sampler.pipeline.dtype,
+        "clips": list(zip(prompts, seeds, strict=True)),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"latents-{name}.safetensors"
 
 
-@dataclass
-class _Store:
-    """Cached latents of one sampler: a file whose name hashes all that they depend on, except the code."""
+def _read_cache(sampler: Sampler, file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
 
-    sampler: Sampler
-    prompts: list[str]
-    seeds: list[int]
-    folder: Path | None
+    try:
+        with safe_open(file, "pt") as tensors:
+            sampler.video, sampler.audio = tensors.get_tensor("video"), tensors.get_tensor("audio")
+            sampler.cached = json.loads(tensors.metadata()["made"])
+    except (OSError, SafetensorError):  # not there yet, or cut off
+        sampler.cached = None
 
-    @property
-    def file(self) -> Path:
-        assert self.folder is not None
-        pipeline = self.sampler.pipeline
-        key = {
-            "checkpoint": fingerprint(pipeline.folder)["sha256"],
-            "world": repr(pipeline.codecs.contract),
-            "settings": self.sampler.settings.to_dict(),
-            "dtype": pipeline.dtype,
-            "clips": list(zip(self.prompts, self.seeds, strict=True)),
-        }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"latents-{name}.safetensors"
 
-    def read(self) -> None:
-        from safetensors import SafetensorError, safe_open
+def _write_cache(sampler: Sampler, file: Path) -> None:
+    from safetensors.torch import save_file
 
-        try:
-            with safe_open(self.file, "pt") as tensors:
-                self.sampler.video, self.sampler.audio = (tensors.get_tensor("video"), tensors.get_tensor("audio"))
-                self.sampler.cached = json.loads(tensors.metadata()["made"])
-        except (OSError, SafetensorError):  # not there yet, or cut off
-            self.sampler.video = self.sampler.audio = self.sampler.cached = None
-
-    def write(self) -> None:
-        from safetensors.torch import save_file
-
-        assert self.sampler.video is not None
-        assert self.sampler.audio is not None
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "code": code_version()}
-        tensors = {"video": self.sampler.video.contiguous(), "audio": self.sampler.audio.contiguous()}
-        with atomic_path(self.file) as partial:
-            save_file(tensors, partial, {"made": json.dumps(made)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "code": code_version()}
+    tensors = {"video": sampler.video.contiguous(), "audio": sampler.audio.contiguous()}
+    with atomic_path(file) as partial:
+        save_file(tensors, partial, {"made": json.dumps(made)})

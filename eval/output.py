@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ def folder_for(kind: str, *names: str) -> Path:
     if len(names) == 1 and (Path(names[0]) / "export").is_dir():
         return Path(names[0]) / kind
     return Path("runs") / kind / "+".join(name.strip("./").replace("/", "-") for name in names)[:100]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Last parts of checkpoints' names or folders, the whole where several end alike."""
+    last = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    return [name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)]
 
 
 def write_results(folder: Path, name: str, values: Mapping[str, Any], text: str | None = None) -> None:

@@ -29,6 +29,7 @@ PITCHES = (90, 245)  # Hz; puppets speak between 92 and 240
 CLASSES = ("silence", *ONSETS, *VOWELS)
 # Shortest stay in 10 ms frames; a real onset lasts 50 ms (b) to 110 ms, a vowel 130 ms or more.
 SHORTEST = {"silence": 1, "b": 3, "m": 4, "s": 4, **dict.fromkeys(VOWELS, 8)}
+FOLLOWING = {"silence": ONSETS, **dict.fromkeys(ONSETS, VOWELS), **dict.fromkeys(VOWELS, ("silence", *ONSETS))}
 SWITCH = -4.0  # log probability of leaving a class
 
 
@@ -232,13 +233,7 @@ def _grammar() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for state in range(first[name], last[name]):
             transition[state, state + 1] = 0
         transition[last[name], last[name]] = 0
-        if name in ONSETS:
-            following = list(VOWELS)
-        elif name in VOWELS:
-            following = ["silence", *ONSETS]
-        else:
-            following = list(ONSETS)
-        for other in following:
+        for other in FOLLOWING[name]:
             transition[last[name], first[other]] = SWITCH
     ends = np.array([last[name] for name in ("silence", *VOWELS)])
     return np.array(owner), transition, ends

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from data.tiny.puppets import FACES, HAIR, LIP, MOUTH_CENTRE, MOUTH_INSIDE, SHIRTS, SKINS, WALLS, draw_puppet, portrait
-from eval.image_metrics import luma
+from eval.image_metrics import laplacian, luma
 
 PROMPTED = ("face", "hair", "shirt", "wall")  # attributes that a caption states
 # The lips of the widest and of the most open vowel, plus a margin for blur.
@@ -126,23 +126,17 @@ def measure_frames(frames: np.ndarray) -> FrameMeasures:
         raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
     if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
         raise ValueError(f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}")
-    mouth = _regions(frames.shape[1])["mouth"]
+    mouth = mouth_region(frames.shape[1])
     openness = mouth_openness(frames)
     amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))
     levels = luma(frames) / 255
-    laplacian = (
-        levels[:, :-2, 1:-1]
-        + levels[:, 2:, 1:-1]
-        + levels[:, 1:-1, :-2]
-        + levels[:, 1:-1, 2:]
-        - 4 * levels[:, 1:-1, 1:-1]
-    )
+    edges = laplacian(levels)
     return FrameMeasures(
         attributes=attributes(frames),
         openness=openness,
         amplitude=amplitude,
         static=amplitude < STATIC_AMPLITUDE,
-        sharpness=float(laplacian.var(axis=(1, 2)).mean()),
-        mouth_sharpness=float(laplacian[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
+        sharpness=float(edges.var(axis=(1, 2)).mean()),
+        mouth_sharpness=float(edges[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
         flicker=float(np.abs(np.diff(levels, axis=0))[:, ~mouth].mean()),
     )

@@ -24,6 +24,7 @@ from magihuman.errors import NotApplicable, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from inference.pipeline import Pipeline
     from magihuman.codecs.bundle import CodecBundle
 
 FORMAT = "magihuman-scores/1"
@@ -59,8 +60,14 @@ class Clips:
 
         silence = np.zeros(FRAMES * SAMPLE_RATE // FPS)
         waves = np.stack([silence if wave is None else wave for wave in self.waves[part]])
-        frames = torch.from_numpy(np.stack(self.frames[part])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return frames, torch.from_numpy(waves).float()[:, None]
+        return frames_tensor(self.frames[part]), torch.from_numpy(waves).float()[:, None]
+
+
+def frames_tensor(clips: Sequence[np.ndarray]) -> "Tensor":
+    """Clips uint8 [F,H,W,3] as codecs encode them: fp32 [B,3,F,H,W] in [-1,1]."""
+    import torch
+
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def held_out(count: int) -> list[Puppet]:
@@ -113,6 +120,20 @@ def require_tiny(command: str, *checkpoints: str) -> None:
             raise NotApplicable(f"{command} measures the tiny world, and {name} is of {codecs!r}")
 
 
+def tiny_pipelines(command: str, *checkpoints: str, device: str) -> "list[Pipeline]":
+    """Checkpoints of the tiny world with the same codecs, on the device auto, cpu or cuda; see `require_tiny`."""
+    require_tiny(command, *checkpoints)
+    import torch
+
+    from inference.pipeline import Pipeline
+    from magihuman import zoo
+    from magihuman.codecs.bundle import load_bundle
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    codecs = load_bundle("tiny")
+    return [Pipeline(zoo.load(name, chosen), codecs) for name in checkpoints]
+
+
 def generate(
     checkpoint: str,
     prompts: Sequence[str],
@@ -134,18 +155,9 @@ def generate(
     Raises:
         UserError: unknown checkpoint, one not of the tiny world, or a setting that cannot be.
     """
-    require_tiny("eval.puppets", checkpoint)
-    import torch
+    (pipeline,) = tiny_pipelines("eval.puppets", checkpoint, device=device)
     from tqdm import tqdm
 
-    from inference.pipeline import Pipeline
-    from magihuman import zoo
-    from magihuman.codecs.bundle import load_bundle
-
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = zoo.load(checkpoint, chosen)
-    codecs = load_bundle(loaded.config.codecs)
-    pipeline = Pipeline(loaded, codecs)
     settings = pipeline.settings(**overrides)
     clips, start = Clips(), time.perf_counter()
     with tqdm(total=len(prompts), desc="sampling", unit="clip", disable=not progress) as bar:
@@ -164,7 +176,7 @@ def generate(
         "seconds_by_stage": {stage: round(value, 2) for stage, value in pipeline.times.items()},
         "device": str(pipeline.device),
     }
-    return clips, facts, codecs
+    return clips, facts, pipeline.codecs
 
 
 def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[Clips, dict[str, str]]:

@@ -31,12 +31,14 @@ def pages() -> list[Path]:
 Values = dict[str, Any]
 
 
-def _origin(provenance: Values) -> str:
-    """Date, machine, torch and commit of a result."""
-    code = provenance["code"]
-    commit = code.get("commit", "unknown")[:12] + (" with changes" if code.get("changed") else "")
-    torch = provenance["libraries"]["torch"]
-    return f"{provenance['date'][:10]}, {provenance['machine']}, torch {torch}, commit {commit}"
+def _commit(code: Values) -> str:
+    return "commit " + code.get("commit", "unknown")[:12] + (" with changes" if code.get("changed") else "")
+
+
+def _origin(file: str, provenance: Values) -> str:
+    """Result file with date, machine, torch and commit."""
+    made = f"{provenance['date'][:10]}, {provenance['machine']}, torch {provenance['libraries']['torch']}"
+    return f"From [{file}]({file}): {made}, {_commit(provenance['code'])}."
 
 
 def _read(file: str) -> Values:
@@ -44,12 +46,15 @@ def _read(file: str) -> Values:
     return values
 
 
-def _with_origin(render_values: Callable[..., str], file: str, *keys: str) -> str:
-    """Table of a result file by a function of `eval.tables`, with its origin below."""
-    values = _read(file)
-    return (
-        f"{render_values(values, *([keys] if keys else []))}\n\nFrom [{file}]({file}): {_origin(values['provenance'])}."
-    )
+def _with_origin(render_values: Callable[..., str], default: tuple[str, ...] = ()) -> Callable[..., str]:
+    """Function of (file, *metrics): table of a result file by a function of `eval.tables`, with its origin below."""
+
+    def table(file: str, *keys: str) -> str:
+        values, chosen = _read(file), keys or default
+        shown = render_values(values, chosen) if chosen else render_values(values)
+        return f"{shown}\n\n{_origin(file, values['provenance'])}"
+
+    return table
 
 
 def sr_table(file: str, name: str = "clip", *keys: str) -> str:
@@ -60,10 +65,8 @@ def sr_table(file: str, name: str = "clip", *keys: str) -> str:
     """
     values = _read(file)
     about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
-    return (
-        f"{tables.super_resolution_set(values['sets'][name], keys)}\n\n"
-        f"{about} From [{file}]({file}): {_origin(values['provenance'])}."
-    )
+    shown = tables.super_resolution_set(values["sets"][name], keys)
+    return f"{shown}\n\n{about} {_origin(file, values['provenance'])}"
 
 
 def cost_table(*files: str) -> str:
@@ -71,15 +74,10 @@ def cost_table(*files: str) -> str:
     rows = []
     for file in files:
         values = _read(file)
-        rows.append(
-            [
-                f"`{values['command']}`",
-                f"{values['seconds'] / 60:.1f} min",
-                f"{values['cpu_seconds'] / 60:.1f} min",
-                f"{values['peak_memory_bytes'] / 1e9:.2f} GB",
-                f"[{_origin(values['provenance'])}]({file})",
-            ]
-        )
+        minutes = [f"{values[key] / 60:.1f} min" for key in ("seconds", "cpu_seconds")]
+        made = _origin(file, values["provenance"]).partition(": ")[2].rstrip(".")
+        memory = f"{values['peak_memory_bytes'] / 1e9:.2f} GB"
+        rows.append([f"`{values['command']}`", *minutes, memory, f"[{made}]({file})"])
     return tables.table(["command", "wall", "CPU", "memory of all processes", "measured"], rows)
 
 
@@ -98,14 +96,13 @@ def peaks_table(file: str) -> str:
         [f"{resolution}, {weights}", *(f"{cells[mode] / 1e9:.1f}" for mode in modes)]
         for (resolution, weights), cells in sizes.items()
     ]
-    commit = made["code"].get("commit", "unknown")[:12] + (" with changes" if made["code"].get("changed") else "")
     guidance = f"guidance with cfg_passes={settings['cfg_passes']}" if settings["guided"] else "no guidance"
     return (
         f"{tables.table(header, lines)}\n\n"
         f"Computed, not measured: {values['model']}, {settings['seconds']:g} s, {guidance}, prompts of "
         f"{settings['text']} tokens, batch={settings['batch']}; "
         f"{values['assumed_for_cuda_bytes'] / 1e9:g} GB in each are assumed for CUDA itself. From [{file}]({file}): "
-        f"{made['date'][:10]}, commit {commit}."
+        f"{made['date'][:10]}, {_commit(made['code'])}."
     )
 
 
@@ -163,24 +160,16 @@ def overview_table(_: str = "") -> str:
     )
 
 
-def _comparison(values: Values, keys: tuple[str, ...] = tables.COMPARISON) -> str:
-    return tables.comparison(values, keys, brief=True)
-
-
-def _scores(values: Values, keys: tuple[str, ...] = tables.SCORES) -> str:
-    return tables.scores(values, keys)
-
-
 def kinds() -> dict[str, Callable[..., str]]:
     """Kind of a block -> function of its words that returns Markdown."""
     return {
         **BENCHMARK_TABLES,
-        "scores": partial(_with_origin, _scores),
+        "scores": _with_origin(tables.scores, tables.SCORES),
         "sr": sr_table,
-        "distill": partial(_with_origin, _comparison),
-        "conditions": partial(_with_origin, tables.conditioning),
-        "decoding": partial(_with_origin, tables.decoders),
-        "ablation": partial(_with_origin, tables.ablation),
+        "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
+        "conditions": _with_origin(tables.conditioning),
+        "decoding": _with_origin(tables.decoders),
+        "ablation": _with_origin(tables.ablation),
         "cost": cost_table,
         "peaks": peaks_table,
         "overview": overview_table,

@@ -2,7 +2,7 @@
 
     python -m eval.sr checkpoint=tiny/sr output=eval/results/tiny_sr
 
-The clips are those of inputs-out puppets (`eval.puppets`); the second stage gets two sets of them:
+The clips are those of held-out puppets (`eval.puppets`); the second stage gets two sets of them:
 
 clip    the puppet drawn at 64 pixels, through the codec. The truth at 128 pixels is known, so PSNR and SSIM are.
 base    samples of the first stage for the puppet's caption, with its own audio. There is no truth; sharpness and lip
@@ -24,11 +24,11 @@ import numpy as np
 from data.tiny.puppets import synthesise
 from eval import stats, tables
 from eval.image_metrics import psnr, ssim
-from eval.lip_sync import correlation
-from eval.output import folder_for, provenance, training_record, write_results
+from eval.output import folder_for, provenance, short_names, training_record, write_results
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import measure_frames, mouth_region
-from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, held_out, noise_seed, require_tiny
+from eval.puppets import HELD_OUT_SEED, frames_tensor, ground_truth, held_out, noise_seed, require_tiny, tiny_pipelines
+from eval.scores import correlation
 from eval.tables import CANDIDATES, METRICS
 from magihuman.errors import UserError
 
@@ -85,13 +85,7 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     import torch
     from tqdm import tqdm
 
-    from inference.pipeline import Pipeline
-    from magihuman import zoo
-    from magihuman.codecs.bundle import load_bundle
-
-    loaded = zoo.load(checkpoint)
-    codecs = load_bundle(loaded.config.codecs)
-    pipeline = Pipeline(loaded, codecs)
+    (pipeline,) = tiny_pipelines("eval.sr", checkpoint, device="cpu")
     settings, captions = pipeline.settings(), [p.caption for p in held_out(count)]
     drafts = []
     for first in tqdm(range(0, count, batch), desc="first stage", disable=not progress):
@@ -101,8 +95,8 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     return StageInputs(
         video=torch.stack([draft.video for draft in drafts]),
         audio=torch.stack([draft.audio for draft in drafts]),
-        text=codecs.text_encoder.encode(captions),
-        called=[called_opening(wave, codecs.frames) for wave in waves],
+        text=pipeline.codecs.text_encoder.encode(captions),
+        called=[called_opening(wave, pipeline.codecs.frames) for wave in waves],
         truth=None,
     )
 
@@ -111,12 +105,8 @@ def encode(codecs: "CodecBundle", frames: Sequence[np.ndarray], batch: int = 10)
     """Frames uint8 [F,H,W,3] of n clips -> latents [n,C,T,h,w]."""
     import torch
 
-    clips = Clips(list(frames), [None] * len(frames))
-    parts = [
-        codecs.video_codec.encode(clips.as_tensors(slice(first, first + batch))[0])
-        for first in range(0, len(frames), batch)
-    ]
-    return torch.cat(parts)
+    batches = [frames[first : first + batch] for first in range(0, len(frames), batch)]
+    return torch.cat([codecs.video_codec.encode(frames_tensor(part)) for part in batches])
 
 
 def bicubic(frames: "Tensor", size: int) -> "Tensor":
@@ -127,66 +117,6 @@ def bicubic(frames: "Tensor", size: int) -> "Tensor":
     flat = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
     large = F.interpolate(flat, (size, size), mode="bicubic", align_corners=False)
     return large.add(0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
-
-
-def refined(
-    second: "Loaded",
-    inputs: StageInputs,
-    part: slice,
-    *,
-    steps: int,
-    size: int,
-    seed: int = 0,
-    audio_noise: float | None = None,
-    video: "Tensor | None" = None,
-) -> "Tensor":
-    """Latents of a batch of the clips, refined as in inference; clip i has its own noise.
-
-    Args:
-        audio_noise: noise level of the audio; None takes inference's, 1 replaces the audio by noise.
-        video: first-stage latents [n,C,T,h,w] instead of the clips' own.
-    """
-    from inference.sampling import LatentShape
-    from inference.super_resolution import draw, refine
-    from magihuman.flow.sampling import seeded
-    from magihuman.flow.super_resolution import AUDIO_NOISE
-
-    low, audio = (inputs.video if video is None else video)[part], inputs.audio[part]
-    stride = second.config.contract.video_stride[1]
-    channels, frames, edge = low.shape[1], low.shape[2], size // stride
-    shape = LatentShape(channels, frames, edge, edge, audio.shape[1], audio.shape[2])
-    numbers = range(len(inputs.text))[part]
-    noise = draw(shape, seeded([noise_seed(seed, 500_000 + i) for i in numbers]), "cpu")
-    return refine(
-        second.denoiser, low, audio, inputs.text[part], None, shape, noise,
-        steps=steps, shift=second.config.sampling.shift, audio_noise=AUDIO_NOISE if audio_noise is None else audio_noise,
-    )  # fmt: skip
-
-
-def measure_method(
-    method: Method, inputs: StageInputs, codecs: "CodecBundle", size: int, batch: int = 10
-) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
-    """Values per clip [n] by name of the frames that `method` makes, the first frames, seconds of the method."""
-    import torch
-
-    from magihuman.media.images import frames_to_uint8
-
-    values: dict[str, list[float]] = {}
-    kept: list[np.ndarray] = []
-    spent, count = 0.0, len(inputs.text)
-    for first in range(0, count, batch):
-        part = slice(first, min(count, first + batch))
-        start = time.perf_counter()
-        made = method(part)
-        spent += time.perf_counter() - start
-        if made.dtype != torch.uint8:
-            made = frames_to_uint8(codecs.video_codec.decode(made))
-        for i, frames in enumerate(made.numpy(), first):
-            for name, value in _clip_values(frames, i, inputs, mouth_region(size)).items():
-                values.setdefault(name, []).append(value)
-            if len(kept) < 8:
-                kept.append(frames)
-    return {name: np.array(column) for name, column in values.items()}, kept, spent
 
 
 def _clip_values(frames: np.ndarray, number: int, inputs: StageInputs, mouth: np.ndarray) -> dict[str, float]:
@@ -213,36 +143,28 @@ def _clip_values(frames: np.ndarray, number: int, inputs: StageInputs, mouth: np
     return values
 
 
-def paired_columns(
-    values: Mapping[str, Mapping[str, np.ndarray]], order: Sequence[str], against: str
-) -> dict[str, Any]:
+def paired_columns(values: Mapping[str, Mapping[str, np.ndarray]], against: str) -> dict[str, Any]:
     """Measures of every column, and the paired differences of column `against` and each other column.
 
     Args:
         values: column -> name -> values per clip [n]; "bound" is the reference of the skill.
     """
-    bound = values["bound"]
-    level = bound["other"]
-    per_clip = {}  # with a clip's share of the skill: differences of skills are means of these
-    for name in order:
-        column = values[name]
-        skill = (column["own"] - level) / float((bound["own"] - level).mean())
+    level = values["bound"]["other"]
+    best = values["bound"]["own"] - level
+    per_clip, measures = {}, {}
+    for name, column in values.items():
+        skill = (column["own"] - level) / float(best.mean())  # a clip's share: differences of skills are means of these
         rows = {**column, "sync_r": column["own"], "sync_skill": skill}
         per_clip[name] = {key: rows[key] for key in METRICS if key in rows}
-    measures = {name: {key: stats.mean(row) for key, row in rows.items()} for name, rows in per_clip.items()}
-    for name, rows in measures.items():
-        rows["sync_skill"] = stats.ratio(values[name]["own"] - level, bound["own"] - level)
+        measures[name] = {key: stats.mean(row).to_dict() for key, row in per_clip[name].items()}
+        measures[name]["sync_skill"] = stats.ratio(column["own"] - level, best).to_dict()
     own = per_clip[against]
     differences = {
         name: {key: stats.difference(own[key], rows[key]).to_dict() for key in own if key in rows}
         for name, rows in per_clip.items()
         if name not in (against, "bound")
     }
-    return {
-        "columns": {name: {key: m.to_dict() for key, m in rows.items()} for name, rows in measures.items()},
-        "against": against,
-        "differences": differences,
-    }
+    return {"columns": measures, "against": against, "differences": differences}
 
 
 def run(
@@ -257,7 +179,7 @@ def run(
     output: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a super-resolution checkpoint of the tiny world on inputs-out clips.
+    """Measure a super-resolution checkpoint of the tiny world on held-out clips.
 
     Prints the tables; writes, for each part, PART.json and PART.md, and figures: clips.png, audio.png, steps.png.
 
@@ -303,7 +225,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     count = second.config.sampling.steps if steps is None else steps
     drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
-    setting = _Setting(second, codecs, drawn, size, count, seed, batch)
+    evaluation = Evaluation(second, codecs, drawn, size, count, seed, batch)
     results: dict[str, Any] = {"scores": str(folder / f"{chosen[0]}.json")}
     from eval import figures
 
@@ -311,15 +233,15 @@ def run(
         start = time.perf_counter()
         if part == "table":
             sampled = sampled_clips(clips, base, seed, batch, progress)
-            values, frames = _table(setting, sampled)
+            values, frames = _table(evaluation, sampled)
             figures.sr_frames(frames).savefig(folder / "clips.png", dpi=80)
         elif part == "audio":
-            values = _audio(setting)
+            values = _audio(evaluation)
             figures.sr_audio(values).savefig(folder / "audio.png", dpi=110)
         elif part == "others":
-            values = _others(setting, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
+            values = _others(evaluation, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
         else:
-            values = _steps(setting)
+            values = _steps(evaluation)
             figures.sr_steps(values).savefig(folder / "steps.png", dpi=110)
         facts = {
             "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
@@ -334,26 +256,78 @@ def run(
 
 
 @dataclass
-class _Setting:
+class Evaluation:
+    """A second stage with its inputs and settings, and the measurement of methods of enlarging.
+
+    Attributes:
+        drawn: the puppets themselves, with the truth; size: of the frames; steps: of the solver; seed: of the noise.
+    """
+
     second: "Loaded"
     codecs: "CodecBundle"
     drawn: StageInputs
     size: int
     steps: int
-    seed: int
-    batch: int
+    seed: int = 0
+    batch: int = 10
 
-    def measure(self, method: Method, inputs: StageInputs | None = None) -> tuple[Any, list[np.ndarray], float]:
-        return measure_method(method, inputs or self.drawn, self.codecs, self.size, self.batch)
+    def measure(
+        self, method: Method, inputs: StageInputs | None = None
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
+        """Values per clip [n] by name of the frames that `method` makes, the first frames, seconds per clip."""
+        import torch
 
-    def refiner(self, inputs: StageInputs | None = None, steps: int | None = None, **options: Any) -> Method:
-        chosen, count = inputs or self.drawn, steps or self.steps
-        return lambda part: refined(self.second, chosen, part, steps=count, size=self.size, seed=self.seed, **options)
+        from magihuman.media.images import frames_to_uint8
 
-    @cached_property
-    def result(self) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
-        """The second stage as it is, on the clips themselves."""
-        return self.measure(self.refiner())
+        inputs = inputs or self.drawn
+        values: dict[str, list[float]] = {}
+        kept: list[np.ndarray] = []
+        spent, count = 0.0, len(inputs.text)
+        for first in range(0, count, self.batch):
+            part = slice(first, min(count, first + self.batch))
+            start = time.perf_counter()
+            made = method(part)
+            spent += time.perf_counter() - start
+            if made.dtype != torch.uint8:
+                made = frames_to_uint8(self.codecs.video_codec.decode(made))
+            for i, frames in enumerate(made.numpy(), first):
+                for name, value in _clip_values(frames, i, inputs, mouth_region(self.size)).items():
+                    values.setdefault(name, []).append(value)
+            kept += list(made.numpy())[: 8 - len(kept)]
+        return {name: np.array(column) for name, column in values.items()}, kept, round(spent / count, 4)
+
+    def refiner(
+        self,
+        inputs: StageInputs | None = None,
+        steps: int | None = None,
+        video: "Tensor | None" = None,
+        with_audio: bool = True,
+    ) -> Method:
+        """Refinement as in inference; clip i has its own noise.
+
+        Args:
+            video: first-stage latents [n,C,T,h,w] instead of the inputs' own.
+            with_audio: False replaces the audio by noise.
+        """
+        from inference.sampling import LatentShape
+        from inference.super_resolution import draw, refine
+        from magihuman.flow.sampling import seeded
+        from magihuman.flow.super_resolution import AUDIO_NOISE
+
+        given = inputs or self.drawn
+        low = given.video if video is None else video
+        edge = self.size // self.second.config.contract.video_stride[1]
+        shape = LatentShape(low.shape[1], low.shape[2], edge, edge, given.audio.shape[1], given.audio.shape[2])
+
+        def method(part: slice) -> "Tensor":
+            seeds = [noise_seed(self.seed, 500_000 + i) for i in range(len(given.text))[part]]
+            return refine(
+                self.second.denoiser, low[part], given.audio[part], given.text[part], None, shape,
+                draw(shape, seeded(seeds), "cpu"), steps=steps or self.steps,
+                shift=self.second.config.sampling.shift, audio_noise=AUDIO_NOISE if with_audio else 1.0,
+            )  # fmt: skip
+
+        return method
 
     def bicubic(self, video: "Tensor") -> Method:
         from magihuman.media.images import frames_to_uint8
@@ -368,84 +342,72 @@ class _Setting:
         return lambda part: upsample_latents(video[part], edge, edge)
 
     @cached_property
+    def result(self) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
+        """The second stage as it is, on the clips themselves."""
+        return self.measure(self.refiner())
+
+    @cached_property
     def bound(self) -> dict[str, np.ndarray]:
-        assert self.drawn.truth is not None
-        truth = self.drawn.truth
+        """Values of the true frames through the codec."""
+        truth = self.drawn.truth or []
         return self.measure(lambda part: encode(self.codecs, truth[part], self.batch))[0]
 
 
-def _table(setting: _Setting, sampled: StageInputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+def _table(evaluation: Evaluation, sampled: StageInputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
     """Both sets of clips enlarged in three ways, and the codec bound."""
-    bound = setting.bound
     sets, frames, seconds = {}, {}, {}
-    for name, inputs in (("clip", setting.drawn), ("base", sampled)):
-        columns = {"bound": bound}
-        methods = {
-            "bicubic": setting.bicubic(inputs.video),
-            "latents": setting.upsampled(inputs.video),
-            "sr": setting.refiner(inputs),
+    for name, inputs in (("clip", evaluation.drawn), ("base", sampled)):
+        drawn = inputs is evaluation.drawn
+        measured = {
+            "bicubic": evaluation.measure(evaluation.bicubic(inputs.video), inputs),
+            "latents": evaluation.measure(evaluation.upsampled(inputs.video), inputs),
+            "sr": evaluation.result if drawn else evaluation.measure(evaluation.refiner(inputs), inputs),
         }
-        for column, method in methods.items():
-            known = column == "sr" and inputs is setting.drawn
-            columns[column], kept, spent = setting.result if known else setting.measure(method, inputs)
-            frames[f"{name}: {column}"] = kept
-            seconds[f"{name}: {column}"] = round(spent / len(inputs.text), 4)
-        sets[name] = paired_columns(columns, order=("bicubic", "latents", "sr", "bound"), against="sr")
-    assert setting.drawn.truth is not None
-    frames["truth"] = setting.drawn.truth[:8]
+        for column, (_, kept, spent) in measured.items():
+            frames[f"{name}: {column}"], seconds[f"{name}: {column}"] = kept, spent
+        columns = {column: values for column, (values, _, _) in measured.items()}
+        sets[name] = paired_columns({**columns, "bound": evaluation.bound}, against="sr")
+    frames["truth"] = (evaluation.drawn.truth or [])[:8]
     return {"sets": sets, "seconds_per_clip": seconds}, frames
 
 
-def _audio(setting: _Setting) -> dict[str, Any]:
+def _audio(evaluation: Evaluation) -> dict[str, Any]:
     """Coarser and coarser first stages, refined with the audio and with noise instead of it."""
     from magihuman.flow.super_resolution import coarsen
 
-    bound, sets = setting.bound, {}
+    sets = {}
     for factor in COARSE:
-        video = coarsen(setting.drawn.video, factor)
+        video = coarsen(evaluation.drawn.video, factor)
         columns = {
-            "bicubic": setting.measure(setting.bicubic(video))[0],
-            "latents": setting.measure(setting.upsampled(video))[0],
-            "sr": (setting.result if factor == 1 else setting.measure(setting.refiner(video=video)))[0],
-            "sr, noise for sound": setting.measure(setting.refiner(video=video, audio_noise=1.0))[0],
-            "bound": bound,
+            "bicubic": evaluation.measure(evaluation.bicubic(video))[0],
+            "latents": evaluation.measure(evaluation.upsampled(video))[0],
+            "sr": (evaluation.result if factor == 1 else evaluation.measure(evaluation.refiner(video=video)))[0],
+            "sr, noise for sound": evaluation.measure(evaluation.refiner(video=video, with_audio=False))[0],
+            "bound": evaluation.bound,
         }
-        sets[str(factor)] = paired_columns(columns, order=tuple(columns), against="sr")
+        sets[str(factor)] = paired_columns(columns, against="sr")
     return {"sets": sets}
 
 
-def _steps(setting: _Setting) -> dict[str, Any]:
+def _steps(evaluation: Evaluation) -> dict[str, Any]:
     """The second stage with different numbers of solver steps."""
-    columns, seconds = {"bound": setting.bound}, {}
+    columns, seconds = {}, {}
     for count in STEPS:
-        known = count == setting.steps
-        measured = setting.result if known else setting.measure(setting.refiner(steps=count))
-        columns[str(count)], _, spent = measured
-        seconds[str(count)] = round(spent / len(setting.drawn.text), 4)
-    order = (*map(str, STEPS), "bound")
-    return {
-        "sets": {"clip": paired_columns(columns, order=order, against=str(setting.steps))},
-        "seconds_per_clip": seconds,
-    }
+        known = count == evaluation.steps
+        measured = evaluation.result if known else evaluation.measure(evaluation.refiner(steps=count))
+        columns[str(count)], _, seconds[str(count)] = measured
+    sets = {"clip": paired_columns({**columns, "bound": evaluation.bound}, against=str(evaluation.steps))}
+    return {"sets": sets, "seconds_per_clip": seconds}
 
 
-def _others(setting: _Setting, checkpoints: Mapping[str, "Loaded"]) -> dict[str, Any]:
+def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"]) -> dict[str, Any]:
     """Several second stages on the same clips with the same noise."""
-    short = {name: _short(name) for name in checkpoints}
-    if len(set(short.values())) < len(short):  # runs of different folders
-        short = {name: name for name in checkpoints}
-    columns = {"bound": setting.bound}
-    for name, loaded in checkpoints.items():
-        columns[short[name]] = replace(setting, second=loaded).result[0]
-    order = (*short.values(), "bound")
+    short = dict(zip(checkpoints, short_names(list(checkpoints)), strict=True))
+    columns = {short[name]: replace(evaluation, second=loaded).result[0] for name, loaded in checkpoints.items()}
     return {
-        "sets": {"clip": paired_columns(columns, order=order, against=order[0])},
+        "sets": {"clip": paired_columns({**columns, "bound": evaluation.bound}, against=next(iter(columns)))},
         "trained": {short[name]: training_record(name) for name in checkpoints},
     }
-
-
-def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 if __name__ == "__main__":

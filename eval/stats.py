@@ -41,7 +41,7 @@ def ends_of(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _bootstrap(statistic: Callable[..., np.ndarray], seed: int, *samples: np.ndarray) -> Measure:
+def _bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Measure:
     """Value of `statistic(*samples, axis)` with its percentile interval, clips [n] resampled in pairs."""
     from scipy.stats import bootstrap
 
@@ -51,18 +51,18 @@ def _bootstrap(statistic: Callable[..., np.ndarray], seed: int, *samples: np.nda
     with np.errstate(divide="ignore", invalid="ignore"):
         found = bootstrap(
             samples, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
-            paired=len(samples) > 1, vectorized=True, random_state=np.random.default_rng([seed, n]),
+            paired=len(samples) > 1, vectorized=True, random_state=np.random.default_rng([0, n]),
         )  # fmt: skip
     return Measure(value, *ends_of(found.bootstrap_distribution), n)
 
 
-def mean(values: np.ndarray, seed: int = 0) -> Measure:
+def mean(values: np.ndarray) -> Measure:
     """Mean of one finite value per clip [n], with its bootstrap interval."""
     values = np.asarray(values, float)
-    return _bootstrap(np.mean, seed, values) if len(values) else unavailable("no clips")
+    return _bootstrap(np.mean, values) if len(values) else unavailable("no clips")
 
 
-def share(values: np.ndarray, seed: int = 0) -> Measure:
+def share(values: np.ndarray) -> Measure:
     """Mean of values in [0,1], one per clip [n]: Wilson where every clip is all right or all wrong, else bootstrap.
 
     Resampling clips that are all right can only give "1.000 to 1.000"; Wilson's interval over the clips does not.
@@ -70,18 +70,18 @@ def share(values: np.ndarray, seed: int = 0) -> Measure:
     values = np.asarray(values, float)
     if np.isin(values, (0.0, 1.0)).all():
         return proportion(int(values.sum()), len(values))
-    return mean(values, seed)
+    return mean(values)
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> Measure:
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Measure:
     """Sum of `numerator` [n] over sum of `denominator` [n], clips resampled in pairs."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(numerator) == 0 or abs(denominator.sum()) < 1e-12:
         return unavailable("nothing to divide by", len(numerator))
-    return _bootstrap(lambda a, b, axis: a.sum(axis) / b.sum(axis), seed, numerator, denominator)
+    return _bootstrap(lambda a, b, axis: a.sum(axis) / b.sum(axis), numerator, denominator)
 
 
-def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Measure:
+def difference(a: np.ndarray, b: np.ndarray) -> Measure:
     """Mean of a - b over clips of the same prompts (paired): [n] each.
 
     Raises:
@@ -90,7 +90,7 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Measure:
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"paired values need the same clips: {len(a)} against {len(b)}")
-    return mean(a - b, seed)
+    return mean(a - b)
 
 
 def proportion(hits: int, n: int) -> Measure:
@@ -103,7 +103,7 @@ def proportion(hits: int, n: int) -> Measure:
     return Measure(hits / n, float(ends.low), float(ends.high), n)
 
 
-def distance_to_uniform(counts: np.ndarray, seed: int = 0) -> Measure:
+def distance_to_uniform(counts: np.ndarray) -> Measure:
     """Total-variation distance, 0 to 1 - 1/k, of counts [k] from equal shares, with its bootstrap interval.
 
     A sample of n from the uniform itself has a positive expected distance: compare with the ground truth's column.
@@ -113,7 +113,7 @@ def distance_to_uniform(counts: np.ndarray, seed: int = 0) -> Measure:
     n, k = int(counts.sum()), len(counts)
     if n == 0:
         return unavailable("no clips")
-    drawn = np.random.default_rng([seed, n]).multinomial(n, counts / n, RESAMPLES)
+    drawn = np.random.default_rng([0, n]).multinomial(n, counts / n, RESAMPLES)
     low, high = ends_of(0.5 * np.abs(drawn / n - 1 / k).sum(1))
     return Measure(float(0.5 * np.abs(counts / n - 1 / k).sum()), low, high, n)
 

@@ -1,6 +1,6 @@
 """Tables of the evaluation: names, units and directions of all metrics, one format for values, Markdown of result files.
 
-    print(metric_table({"student": values["columns"]["student"]["table"]}, ["psnr", "ssim"]))
+    print(scores(json.loads(Path("scores.json").read_text()), ["vowels", "sync_skill"]))
 
 Every table in a README and in a result's .md is made here, from the plain values of a result file. Figures are in
 `eval.figures`, intervals in `eval.stats`, verdicts in `eval.compare`.
@@ -110,9 +110,7 @@ METRICS = {
 DECODER_KEYS = {"flicker": "still_flicker", "sharpness": "sharpness_ratio"}
 
 
-# ----------------------------------------------------------------------------------------------------
-# Format
-# ----------------------------------------------------------------------------------------------------
+# ---- Format ----
 
 
 def digits_for(*values: float | None) -> int:
@@ -203,11 +201,6 @@ def chosen(columns: Mapping[str, Values], keys: Sequence[str]) -> Sequence[str]:
     return keys or sorted(known, key=list(METRICS).index)
 
 
-def metric_table(columns: Mapping[str, Values], keys: Iterable[str]) -> str:
-    """`table` of `metric_rows` under the columns' names."""
-    return table(["", *columns], metric_rows(columns, keys))
-
-
 def glossary() -> str:
     """All metrics: key in result files, name, unit, direction."""
     rows = [[f"`{key}`", m.label, m.unit, BETTER[m.direction]] for key, m in METRICS.items()]
@@ -215,9 +208,7 @@ def glossary() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# ----------------------------------------------------------------------------------------------------
-# One function per kind of result file
-# ----------------------------------------------------------------------------------------------------
+# ---- One function per kind of result file ----
 
 # Metrics of a scores.json in a README that names none.
 SCORES = (

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval import tables
+from eval.image_metrics import ClipErrors, clip_errors, latent_starts
 from eval.output import provenance, write_results
 from eval.stats import Measure, mean, unavailable
-from eval.temporal import ClipErrors, clip_errors, latent_starts
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,12 +42,9 @@ class DecoderScore:
     @property
     def table(self) -> dict[str, Measure]:
         """Means over clips with their intervals."""
-        return {row: self._row([getattr(clip, row) for clip in self.clips]) for row in ROWS}
-
-    @staticmethod
-    def _row(values: list[float | None]) -> Measure:
-        known = [value for value in values if value is not None]
-        return mean(np.array(known)) if known else unavailable("no clip has it", len(values))
+        known = {row: [v for clip in self.clips if (v := getattr(clip, row)) is not None] for row in ROWS}
+        nothing = unavailable("no clip has it", len(self.clips))
+        return {row: mean(np.array(values)) if values else nothing for row, values in known.items()}
 
 
 def to_uint8(frames: "Tensor") -> np.ndarray:
@@ -79,7 +76,7 @@ def score_decoder(
         if len(made[-1]) != count:
             raise UserError(f"{name} makes {len(made[-1])} frames of latents that stand for {count}")
         cuts = []
-        for first in range(1, CHUNK + 1) if cut is not None else ():
+        for first in range(1, CHUNK + 1) if cut else ():
             assert cut is not None
             streamed = cut(z, first)
             apart.append(float((streamed - frames).abs().max()))
@@ -139,7 +136,7 @@ def run(
     configs = _decoder_configs(sources)
     import torch
 
-    from eval.puppets import ground_truth, held_out
+    from eval.puppets import frames_tensor, ground_truth, held_out
     from magihuman.codecs.bundle import load_bundle
     from magihuman.codecs.causal_decoder import CausalDecoderCodec
     from magihuman.zoo import decoders
@@ -153,7 +150,7 @@ def run(
         configs[role].latents.require(mine, f"{role}={source}", "the tiny world")
         loaded[role] = decoders.load(source, dtype=torch.float32)
     truth = np.stack(ground_truth(held_out(clips)).frames)  # [N,F,H,W,3]
-    latents = codecs.video_codec.encode(torch.from_numpy(truth).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    latents = codecs.video_codec.encode(frames_tensor(list(truth)))
     columns, shown = [], {"truth": truth}
     with torch.no_grad():
         for role, codec in loaded.items():
@@ -167,18 +164,12 @@ def run(
             )
         if sampled is not None:
             columns += _on_sampled(sampled, loaded, mine.codec)
+    tables_of = {c.name: {row: m.to_dict() for row, m in c.table.items()} for c in columns}
     report = {
         "format": FORMAT,
         "settings": {"student": student, "teacher": teacher, "clips": clips, "sampled": sampled, "chunk": CHUNK},
         "threads": torch.get_num_threads(),
-        "columns": {
-            c.name: {
-                "n": len(c.clips),
-                "table": {row: measure.to_dict() for row, measure in c.table.items()},
-                "cost": c.cost,
-            }
-            for c in columns
-        },
+        "columns": {c.name: {"n": len(c.clips), "table": tables_of[c.name], "cost": c.cost} for c in columns},
         "provenance": provenance(),
     }
     text = tables.decoders(report)
@@ -193,7 +184,7 @@ def run(
     (folder / "clips.json").write_text(json.dumps(details) + "\n", encoding="utf-8")
     figures.decoder_bars(report).savefig(folder / "scores.png", dpi=110)
     figures.decoder_frames(shown).savefig(folder / "clips.png", dpi=110)
-    values = {c.name: {row: measure.value for row, measure in c.table.items()} for c in columns}
+    values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables_of.items()}
     return {"scores": str(folder / "scores.json"), **values}
 
 

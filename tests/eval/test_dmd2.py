@@ -12,6 +12,7 @@ import torch
 from eval import dmd2, readme_tables
 from eval.compare import claims
 from eval.generate import TIMED, Sampler, sample_all
+from eval.output import short_names
 from eval.puppets import generate, held_out, noise_seed
 from eval.tables import format_interval
 from inference.pipeline import Pipeline
@@ -124,7 +125,7 @@ def test_clips_are_those_of_eval_puppets(runs, world):
             assert np.abs(a - b).max() < 1e-3
     assert noise_seed(2, 5) == 2_000_011
     assert len(way.seconds) == 2  # 4 clips in batches of 3
-    assert way.time() == pytest.approx(np.mean(way.seconds))
+    assert way.facts()["seconds_per_clip"] == pytest.approx(np.mean(way.seconds))
 
 
 def test_kept_latents_are_used_if_they_are_still_true(runs, world, tmp_path):
@@ -271,9 +272,9 @@ def test_students_of_different_samplers_are_not_one_table(runs):
 
 
 def test_names_of_columns(runs, world):
-    assert dmd2._short_names(["runs/a"]) == ["student"]
-    assert dmd2._short_names(["runs/a/", "runs/b"]) == ["student a", "student b"]
-    assert dmd2._short_names(["x/a", "y/a"]) == ["student x/a", "student y/a"]
+    assert short_names(["tiny/base"]) == ["base"]
+    assert short_names(["runs/a/", "runs/b"]) == ["a", "b"]
+    assert short_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
     settings = Pipeline(zoo.load(str(runs / "teacher")), world).settings()
     assert dmd2.sampler_words(settings) == "2 steps, CFG"
     assert dmd2.sampler_words(replace(settings, solver="euler", guidance=FEW.guidance)) == "2 euler steps, no CFG"

@@ -7,13 +7,13 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import draw_puppet, render, synthesise
-from eval.lip_sync import sync_of
 from eval.output import folder_for
-from eval.scores import CLIP_METRICS, score_clip, score_clips
+from eval.scores import CLIP_METRICS, score_clip, score_clips, sync_of
 from eval.tables import METRICS
 
 N = 30
 PUPPETS = [draw_puppet(70, index) for index in range(N)]
+CAPTIONS = [puppet.caption for puppet in PUPPETS]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def waves():
 
 @pytest.fixture(scope="module")
 def truth(frames, waves):
-    return score_clips(frames, waves, PUPPETS)
+    return score_clips(frames, waves, CAPTIONS)
 
 
 def value(scores, name) -> float:
@@ -58,7 +58,7 @@ def test_the_truth_is_perfect(truth):
 
 
 def test_against_itself_the_skill_is_one(truth, frames, waves):
-    again = score_clips(frames, waves, [p.caption for p in PUPPETS], truth)
+    again = score_clips(frames, waves, CAPTIONS, truth)
     for name in ("sync_skill", "sync_skill_shifted"):
         assert again.table[name].low == pytest.approx(1)
         assert again.table[name].high == pytest.approx(1)
@@ -67,7 +67,7 @@ def test_against_itself_the_skill_is_one(truth, frames, waves):
 @pytest.mark.parametrize(("late", "r"), [(-2, 0.3), (1, 0.75), (2, 0.3), (3, 0.0), (5, 0.0)])
 def test_a_delay_is_found_to_the_frame_and_costs_skill(late, r, truth, frames, waves):
     moved = [np.roll(movie, late, 0) for movie in frames]  # every clip starts and ends with its mouth shut
-    scores = score_clips(moved, waves, PUPPETS, truth)
+    scores = score_clips(moved, waves, CAPTIONS, truth)
     assert np.mean(np.array(lags(scores)) == late) > 0.9
     assert value(scores, "sync_lag0") == 0
     assert value(scores, "sync_r") < r
@@ -76,7 +76,7 @@ def test_a_delay_is_found_to_the_frame_and_costs_skill(late, r, truth, frames, w
 
 def test_another_clips_voice_has_no_skill_though_it_correlates(truth, frames, waves):
     """The shared rhythm alone gives r near .6, and .6 of skill against circular shifts."""
-    scores = score_clips(frames, waves[1:] + waves[:1], PUPPETS, truth)
+    scores = score_clips(frames, waves[1:] + waves[:1], CAPTIONS, truth)
     assert 0.45 < value(scores, "sync_r") < 0.7
     assert abs(value(scores, "sync_skill")) < 0.25
     assert value(scores, "sync_skill_shifted") > 0.5
@@ -87,7 +87,7 @@ def test_another_clips_voice_has_no_skill_though_it_correlates(truth, frames, wa
 
 def test_shuffled_pictures_are_worse_than_another_voice(truth, frames, waves):
     rng = np.random.default_rng(0)
-    scores = score_clips([movie[rng.permutation(25)] for movie in frames], waves, PUPPETS, truth)
+    scores = score_clips([movie[rng.permutation(25)] for movie in frames], waves, CAPTIONS, truth)
     assert abs(value(scores, "sync_r")) < 0.12
     assert value(scores, "sync_skill") < -1
     assert value(scores, "sync_skill_shifted") < 0.2
@@ -95,7 +95,7 @@ def test_shuffled_pictures_are_worse_than_another_voice(truth, frames, waves):
 
 
 def test_a_frozen_picture_is_static_and_has_no_sync(truth, frames, waves):
-    scores = score_clips([np.repeat(movie[:1], 25, 0) for movie in frames], waves, PUPPETS, truth)
+    scores = score_clips([np.repeat(movie[:1], 25, 0) for movie in frames], waves, CAPTIONS, truth)
     assert value(scores, "static") == 1
     assert scores.table["sync_r"].value is None
     assert "moving mouth" in scores.table["sync_skill"].reason
@@ -105,7 +105,7 @@ def test_a_frozen_picture_is_static_and_has_no_sync(truth, frames, waves):
 
 @pytest.mark.parametrize("nothing", [np.zeros(16000, np.float32), None], ids=["zeros", "no track"])
 def test_silence_has_no_sync_and_no_lag(nothing, truth, frames):
-    scores = score_clips(frames, [nothing] * N, PUPPETS, truth)
+    scores = score_clips(frames, [nothing] * N, CAPTIONS, truth)
     assert value(scores, "silent") == 1
     assert scores.table["sync_r"].value is None
     assert {clip.sync.lag for clip in scores.clips} == {None}
@@ -115,7 +115,7 @@ def test_silence_has_no_sync_and_no_lag(nothing, truth, frames):
 
 def test_frozen_clips_among_good_ones_count_as_not_following(truth, frames, waves):
     half = [np.repeat(m[:1], 25, 0) if i % 2 else m for i, m in enumerate(frames)]
-    scores = score_clips(half, waves, PUPPETS, truth)
+    scores = score_clips(half, waves, CAPTIONS, truth)
     assert value(scores, "static") == 0.5
     assert value(scores, "sync_r") == pytest.approx(value(truth, "sync_r") / 2, abs=0.01)
     assert value(scores, "sync_retrieval") == 0.5
@@ -124,7 +124,7 @@ def test_frozen_clips_among_good_ones_count_as_not_following(truth, frames, wave
 @pytest.mark.parametrize(("sigma", "least"), [(1, 0.99), (2, 0.98), (3, 0.97)])
 def test_blur_costs_sharpness_and_no_sync(sigma, least, truth, frames, waves):
     soft = [gaussian_filter(movie.astype(float), (0, sigma, sigma, 0)).astype(np.uint8) for movie in frames]
-    scores = score_clips(soft, waves, PUPPETS, truth)
+    scores = score_clips(soft, waves, CAPTIONS, truth)
     assert value(scores, "sync_skill") > least
     assert value(scores, "sharpness") < 0.15 * value(truth, "sharpness")
     assert value(scores, "attributes") == 1
@@ -134,7 +134,7 @@ def test_blur_costs_sharpness_and_no_sync(sigma, least, truth, frames, waves):
 def test_noise_costs_flicker_and_little_sync(level, least, flicker, truth, frames, waves):
     rng = np.random.default_rng(0)
     rough = [np.clip(m + rng.standard_normal(m.shape) * level * 255, 0, 255).astype(np.uint8) for m in frames]
-    scores = score_clips(rough, waves, PUPPETS, truth)
+    scores = score_clips(rough, waves, CAPTIONS, truth)
     assert value(scores, "sync_skill") > least
     assert value(scores, "flicker") == pytest.approx(flicker, rel=0.15)
     assert value(scores, "attributes") == 1
@@ -146,21 +146,21 @@ def test_pictures_held_in_time_lose_skill(frames_held, low, high, truth, frames,
         means = movie[1:].reshape(24 // frames_held, frames_held, 64, 64, 3).mean(1).astype(np.uint8)
         return np.concatenate([movie[:1], means.repeat(frames_held, 0)])
 
-    scores = score_clips([hold(movie) for movie in frames], waves, PUPPETS, truth)
+    scores = score_clips([hold(movie) for movie in frames], waves, CAPTIONS, truth)
     assert low < value(scores, "sync_skill") < high
 
 
 def test_noise_for_a_video_scores_at_chance(truth, waves):
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (25, 64, 64, 3)).astype(np.uint8) for _ in range(N)]
-    scores = score_clips(noise, waves, PUPPETS, truth)
+    scores = score_clips(noise, waves, CAPTIONS, truth)
     assert value(scores, "attributes") < 0.4
     assert abs(value(scores, "sync_r")) < 0.15
     assert value(scores, "sync_retrieval") < 0.25
 
 
 def test_size_changes_nothing_but_sharpness(truth, waves):
-    large = score_clips([render(puppet, 128) for puppet in PUPPETS], waves, PUPPETS, truth)
+    large = score_clips([render(puppet, 128) for puppet in PUPPETS], waves, CAPTIONS, truth)
     assert value(large, "sync_skill") == pytest.approx(1, abs=0.01)
     assert value(large, "amplitude") == pytest.approx(value(truth, "amplitude"), rel=0.02)
     assert value(large, "sharpness") < 0.7 * value(truth, "sharpness")
@@ -176,14 +176,14 @@ def test_wrong_captions_are_wrong(truth, frames, waves):
 
 def test_a_collapsed_skin_tone_is_seen(truth, frames, waves):
     one = [i for i, p in enumerate(PUPPETS) if p.skin == "dark"]
-    scores = score_clips([frames[i] for i in one], [waves[i] for i in one], [PUPPETS[i] for i in one])
+    scores = score_clips([frames[i] for i in one], [waves[i] for i in one], [CAPTIONS[i] for i in one])
     assert value(scores, "skin_distance") == pytest.approx(2 / 3)
     assert scores.skin_p < 1e-3
     assert value(truth, "skin_distance") < 0.2
 
 
 def test_one_clip_has_a_score_but_no_comparison(truth, frames, waves):
-    scores = score_clips(frames[:1], waves[:1], PUPPETS[:1], truth)
+    scores = score_clips(frames[:1], waves[:1], CAPTIONS[:1], truth)
     assert value(scores, "sync_r") > 0.95
     assert "other clips" in scores.table["sync_other"].reason
     assert "other clips" in scores.table["sync_retrieval"].reason
@@ -191,7 +191,7 @@ def test_one_clip_has_a_score_but_no_comparison(truth, frames, waves):
 
 def test_what_cannot_be_scored_is_refused(frames, waves):
     with pytest.raises(ValueError, match="not the same number"):
-        score_clips(frames[:2], waves[:1], PUPPETS[:2])
+        score_clips(frames[:2], waves[:1], CAPTIONS[:2])
     with pytest.raises(ValueError, match="no clips"):
         score_clips([], [], [])
     with pytest.raises(ValueError, match="one channel"):

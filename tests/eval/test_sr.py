@@ -14,6 +14,7 @@ from eval import sr
 from eval.puppet_vision import measure_frames
 from eval.puppets import ground_truth, held_out
 from eval.readme_tables import sr_table
+from magihuman import zoo
 from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
 from magihuman.flow.super_resolution import upsample_latents
@@ -41,7 +42,7 @@ def test_skills_and_differences_of_known_values() -> None:
         "sr": values([0.8, 0.8, 0.8, 0.8], [0.1] * 4, [2, 3, 3, 4]),  # the level is the bound's for all
         "bound": bound,
     }
-    made = sr.paired_columns(columns, order=("bicubic", "sr", "bound"), against="sr")
+    made = sr.paired_columns(columns, against="sr")
     skill = {name: made["columns"][name]["sync_skill"]["value"] for name in columns}
     assert skill == pytest.approx({"bicubic": 0.5, "sr": 0.8, "bound": 1.0})
     difference = made["differences"]["bicubic"]
@@ -54,14 +55,13 @@ def test_skills_and_differences_of_known_values() -> None:
 def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.StageInputs) -> None:
     assert held.truth is not None
     truth, codec = held.truth, world.video_codec
-    bound, kept, _ = sr.measure_method(lambda part: sr.encode(world, truth[part]), held, world, 128)
+    measure = sr.Evaluation(zoo.load("tiny/sr"), world, held, size=128, steps=1).measure
+    bound, kept, _ = measure(lambda part: sr.encode(world, truth[part]))
     assert len(kept) == 6
     assert kept[0].shape == (25, 128, 128, 3)
-    small = sr.measure_method(
-        lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128), held, world, 128
-    )[0]
-    latents = sr.measure_method(lambda part: upsample_latents(held.video[part], 32, 32), held, world, 128)[0]
-    exact = sr.measure_method(lambda part: torch.from_numpy(np.stack(truth[part])), held, world, 128)[0]
+    small = measure(lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128))[0]
+    latents = measure(lambda part: upsample_latents(held.video[part], 32, 32))[0]
+    exact = measure(lambda part: torch.from_numpy(np.stack(truth[part])))[0]
     for name in ("psnr", "mouth_psnr", "ssim", "sharpness"):
         assert bound[name].mean() > latents[name].mean(), name
         assert latents[name].mean() > small[name].mean(), name
@@ -125,8 +125,6 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
 
 
 def test_other_checkpoints_are_compared_and_their_training_is_told(world: CodecBundle, tmp_path: Path) -> None:
-    from magihuman import zoo
-
     run = tmp_path / "runs" / "again"
     shutil.copytree(zoo.find("tiny/sr"), run / "export")
     made = {"command": ["python", "-m", "magihuman.train", "name=again"], "code": {"commit": "abc"}}
@@ -148,8 +146,6 @@ def test_other_checkpoints_are_compared_and_their_training_is_told(world: CodecB
 
 
 def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
-    from magihuman import zoo
-
     runs = [tmp_path / folder / "sr" for folder in "ab"]
     for run in runs:
         shutil.copytree(zoo.find("tiny/sr"), run / "export")
