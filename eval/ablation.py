@@ -45,16 +45,15 @@ def read(runs: Path) -> tuple[Metrics, list[str]]:
     metrics, commands = _of_second_stages(runs) if runs.suffix == ".json" else _of_decoders(runs)
     if FULL not in metrics:
         raise UserError(f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`")
+    first = min(metrics[FULL])
     for variant, seeds in metrics.items():
         if seeds.keys() != metrics[FULL].keys():
             raise UserError(f"{variant} was run with seeds {sorted(seeds)}, {FULL} with {sorted(metrics[FULL])}")
-    wanted = metrics[FULL][min(metrics[FULL])].keys()
-    for variant, seeds in metrics.items():
         for seed, found in seeds.items():
-            if found.keys() != wanted:
+            if differing := found.keys() ^ metrics[FULL][first].keys():
                 raise UserError(
-                    f"{variant}-s{seed} was evaluated otherwise than {FULL}-s{min(metrics[FULL])}: only one of them "
-                    f"has {', '.join(sorted(found.keys() ^ wanted))}; evaluate them alike"
+                    f"{variant}-s{seed} was evaluated otherwise than {FULL}-s{first}: only one of them has "
+                    f"{', '.join(sorted(differing))}; evaluate them alike"
                 )
     return metrics, commands
 

@@ -21,7 +21,6 @@ from eval.puppets import Clips, ground_truth, held_out, noise_seed, through_code
 from eval.scores import Scores
 from magihuman.errors import UserError
 
-FORMAT = "magihuman-conditions/1"
 # Set -> whether clips are conditioned on (first frame, audio).
 CONDITIONING = {"first frame": (True, False), "audio": (False, True), "first frame and audio": (True, True)}
 METRICS = ("attributes", "skin", "sync_skill", "sync_retrieval", "vowels")
@@ -56,8 +55,14 @@ def run(
 
     if clips < 2:
         raise UserError(f"clips={clips}: at least 2 are needed")
-    samplers = _samplers(teacher, student)
-    codecs = samplers[0].pipeline.codecs
+    own, other = tiny_pipelines("eval.conditioning", student, teacher, device="cpu")
+    full, few = other.settings(), own.settings()
+    samplers = [
+        Sampler(f"teacher, {sampler_words(full)}", other, full),
+        Sampler(f"teacher, {sampler_words(few)}", other, few),
+        Sampler(f"student, {sampler_words(few)}", own, few),
+    ]
+    codecs = own.codecs
     puppets = held_out(clips)
     truth = ground_truth(puppets)
     bound = through_codec(truth, codecs).score()
@@ -75,14 +80,9 @@ def run(
                 columns[sampler.name] = conditioning_column(made.score(bound), puppets, first_frame=conditions[0])
             sets[name] = columns
     values = {
-        "format": FORMAT,
-        "clips": clips,
-        "seed": seed,
-        "student": student,
-        "teacher": teacher,
-        "sets": sets,
-        "provenance": provenance(),
-    }
+        "format": "magihuman-conditions/1", "clips": clips, "seed": seed, "student": student, "teacher": teacher,
+        "sets": sets, "provenance": provenance(),
+    }  # fmt: skip
     folder = Path(output) if output else folder_for("conditions", student)
     text = tables.conditioning(values)
     write_results(folder, "conditions", values, text)
@@ -101,17 +101,6 @@ def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: 
     skin = stats.share(np.array(right)) if first_frame else stats.unavailable("no first frame", len(right))
     found = {**scores.table, "skin": skin}
     return {name: found[name].to_dict() for name in METRICS}
-
-
-def _samplers(teacher: str, student: str) -> list[Sampler]:
-    """The teacher with its own settings and with the student's sampler; the student."""
-    pipelines = tiny_pipelines("eval.conditioning", teacher, student, device="cpu")
-    full, few = (pipeline.settings() for pipeline in pipelines)
-    return [
-        Sampler(f"teacher, {sampler_words(full)}", pipelines[0], full),
-        Sampler(f"teacher, {sampler_words(few)}", pipelines[0], few),
-        Sampler(f"student, {sampler_words(few)}", pipelines[1], few),
-    ]
 
 
 def _sample(sampler: Sampler, truth: Clips, part: slice, conditions: tuple[bool, bool], seed: int, made: Clips) -> None:

@@ -229,11 +229,7 @@ def _save_clips(shown: Sequence["Shown"], folder: Path) -> list[Path]:
 def _write_report(
     run: Path, folder: Path, values: dict[str, Any], shown: Sequence["Shown"], saved: Sequence[Path]
 ) -> Path:
-    """Write report.md and report.png into a run folder: training curves, table, clips of teacher and student.
-
-    Args:
-        folder: of the comparison's own files; saved: its clips.
-    """
+    """Write report.md and report.png into a run folder; `folder` has the comparison's own files, `saved` are its clips."""
     from eval.figures import run_page
     from magihuman.training.report import heading, sample_sheets
 

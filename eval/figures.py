@@ -116,18 +116,12 @@ def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: in
             line, score = prompt * len(shown) + place, column.scores[prompt]
             axes = figure.add_subplot(grid[line, 0])
             caption = f"{score.caption}\n" if place == 0 else ""
-            _frame_row(
-                axes, _evenly(column.frames[prompt], 9), title=f"{caption}{column.name} | {_heard_and_wrong(score)}"
-            )
+            heard = " ".join(score.speech.words) or "nothing"
+            wrong = ", ".join(f"{k} {score.vision.attributes[k]}" for k, right in score.right.items() if not right)
+            title = f"{caption}{column.name} | heard: {heard}" + (f" | wrong: {wrong}" if wrong else "")
+            _frame_row(axes, _evenly(column.frames[prompt], 9), title=title)
             axes = figure.add_subplot(grid[line, 1])
             _mouth_curves(axes, score, legend=line == 0, last=line == count * len(shown) - 1)
-
-
-def _heard_and_wrong(score: "ClipScore") -> str:
-    """Recognised syllables, and attributes that differ from the caption."""
-    wrong = [f"{name} {score.vision.attributes[name]}" for name, right in score.right.items() if not right]
-    heard = f"heard: {' '.join(score.speech.words) or 'nothing'}"
-    return f"{heard} | wrong: {', '.join(wrong)}" if wrong else heard
 
 
 def _mouth_curves(axes: "Axes", score: "ClipScore", legend: bool, last: bool) -> None:

@@ -219,15 +219,13 @@ def _is_silent(wave: np.ndarray) -> bool:
 def _grammar() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chains of states that realise the grammar and the shortest stays.
 
-    Returns (class of each state [K], log transition [K, K], states in which a clip may end [E]); state 0 is
-    silence.
+    Returns (class of each state [K], log transition [K, K], first and last state of each class [2, classes]); state 0
+    is silence.
     """
-    owner: list[int] = []
-    first, last = {}, {}
-    for k, name in enumerate(CLASSES):
-        first[name] = len(owner)
-        owner += [k] * SHORTEST[name]
-        last[name] = len(owner) - 1
+    stays = [SHORTEST[name] for name in CLASSES]
+    owner = np.repeat(np.arange(len(CLASSES)), stays)
+    edges = np.stack([np.cumsum(stays) - stays, np.cumsum(stays) - 1])
+    first, last = (dict(zip(CLASSES, edge, strict=True)) for edge in edges)
     transition = np.full((len(owner), len(owner)), -np.inf)
     for name in CLASSES:
         for state in range(first[name], last[name]):
@@ -235,18 +233,17 @@ def _grammar() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         transition[last[name], last[name]] = 0
         for other in FOLLOWING[name]:
             transition[last[name], first[other]] = SWITCH
-    ends = np.array([last[name] for name in ("silence", *VOWELS)])
-    return np.array(owner), transition, ends
+    return owner, transition, edges
 
 
 def _search(scores: np.ndarray) -> np.ndarray:
     """Best path through the grammar for class scores [frames, classes]: state per frame, int [frames]."""
-    owner, transition, ends = _grammar()
+    owner, transition, (first, last) = _grammar()
+    ends = last[[name not in ONSETS for name in CLASSES]]  # a clip may end in silence or a vowel
     emission = scores[:, owner]
     best = np.full(len(owner), -np.inf)
     best[0] = 0
-    for name in ONSETS:
-        best[int(np.argmax(owner == CLASSES.index(name)))] = SWITCH
+    best[first[[name in ONSETS for name in CLASSES]]] = SWITCH
     best = best + emission[0]
     back = np.zeros(emission.shape, int)
     for t in range(1, len(emission)):

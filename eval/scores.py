@@ -103,10 +103,7 @@ class ClipScore:
             "vowels_exact": self.vowels.errors == 0,
             "syllable_errors": self.syllables.errors,
             "sync": asdict(self.sync),
-            "amplitude": self.vision.amplitude,
-            "sharpness": self.vision.sharpness,
-            "mouth_sharpness": self.vision.mouth_sharpness,
-            "flicker": self.vision.flicker,
+            **{key: getattr(self.vision, key) for key in ("amplitude", "sharpness", "mouth_sharpness", "flicker")},
         }
 
 
@@ -136,18 +133,13 @@ class Scores:
         return tuple(clip.caption for clip in self.clips)
 
     def to_dict(self) -> dict[str, Any]:
-        total = [clip.syllables for clip in self.clips]
+        edits = {key: sum(getattr(clip.syllables, key) for clip in self.clips) for key in Edits.__annotations__}
         return {
             "n": len(self.clips),
             "table": {name: m.to_dict() for name, m in self.table.items()},
             "skins": self.skins,
             "skin_uniform_p": self.skin_p,
-            "edits": {
-                "substitutions": sum(e.substitutions for e in total),
-                "deletions": sum(e.deletions for e in total),
-                "insertions": sum(e.insertions for e in total),
-                "syllables": sum(e.reference for e in total),
-            },
+            "edits": {"syllables" if key == "reference" else key: number for key, number in edits.items()},
         }
 
 
@@ -256,33 +248,6 @@ def skills(own: np.ndarray, reference: Scores | None, paired: bool) -> dict[str,
     }
 
 
-def _sync_table(
-    clips: Sequence[ClipScore],
-    own: np.ndarray,
-    other: np.ndarray,
-    shifted: np.ndarray,
-    found: np.ndarray,
-    reference: Scores | None,
-) -> dict[str, Measure]:
-    """Lip-sync metrics from the clips' correlations [n]; unavailable without a moving mouth or another clip."""
-    paired = reference is not None and reference.captions == tuple(clip.caption for clip in clips)
-    lags = np.array([clip.sync.lag == 0 for clip in clips if clip.sync.lag is not None], float)
-    table = {
-        "sync_r": stats.mean(own),
-        "sync_other": stats.mean(other),
-        "sync_shifted": stats.mean(shifted),
-        **skills(own, reference, paired),
-        "sync_lag0": stats.share(lags),
-        "sync_retrieval": stats.share(found),
-    }
-    if not len(lags):
-        return dict.fromkeys(table, unavailable("no clip has both a moving mouth and audio", len(clips)))
-    if len(clips) == 1:
-        alone = unavailable("needs other clips to compare with", 1)
-        table |= {"sync_other": alone, "sync_retrieval": alone}
-    return table
-
-
 def score_clips(
     frames: Sequence[np.ndarray],
     waves: Sequence[np.ndarray | None],
@@ -316,7 +281,21 @@ def score_clips(
     errors = np.array([clip.syllables.errors for clip in clips])
     stated = np.array([clip.syllables.reference for clip in clips])
     table["syllable_error"] = stats.ratio(errors, stated) if errors.any() else stats.share(errors)  # of 0: Wilson's
-    table |= _sync_table(clips, own, other, shifted, found, reference)
+    lags = np.array([clip.sync.lag == 0 for clip in clips if clip.sync.lag is not None], float)
+    sync = {
+        "sync_r": stats.mean(own),
+        "sync_other": stats.mean(other),
+        "sync_shifted": stats.mean(shifted),
+        **skills(own, reference, paired=reference is not None and reference.captions == tuple(captions)),
+        "sync_lag0": stats.share(lags),
+        "sync_retrieval": stats.share(found),
+    }
+    if not len(lags):
+        sync = dict.fromkeys(sync, unavailable("no clip has both a moving mouth and audio", len(clips)))
+    elif len(clips) == 1:
+        alone = unavailable("needs other clips to compare with", 1)
+        sync |= {"sync_other": alone, "sync_retrieval": alone}
+    table |= sync
     table["skin_distance"] = stats.distance_to_uniform(skins)
     return Scores(
         clips=clips,

@@ -208,7 +208,7 @@ def glossary() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# ---- One function per kind of result file ----
+# ---- One function per kind of result file; `keys` are the metrics to show, all where there are none ----
 
 # Metrics of a scores.json in a README that names none.
 SCORES = (
@@ -217,11 +217,7 @@ SCORES = (
 
 
 def scores(values: Values, keys: Sequence[str] = ()) -> str:
-    """Markdown of a scores.json of `eval.puppets`: a column per set of clips.
-
-    Args:
-        keys: metrics; all, and the counts of skin tones, where none is given.
-    """
+    """Markdown of a scores.json of `eval.puppets`: a column per set of clips."""
     header, *rows = _scores_rows(values, keys)
     return table(header, rows)
 
@@ -275,11 +271,7 @@ def super_resolution(values: Values) -> str:
 
 
 def super_resolution_set(content: Values, keys: Sequence[str] = ()) -> str:
-    """Markdown of one set of clips: every column, then the paired differences of the second stage and each of them.
-
-    Args:
-        keys: metrics, all where none is given.
-    """
+    """Markdown of one set of clips: every column, then the paired differences of the second stage and each of them."""
     names = {name: SR_COLUMNS.get(name, name) for name in content["columns"]}
     own, known = content["against"], content["columns"]
     shown = chosen(known, keys)
@@ -294,11 +286,7 @@ def super_resolution_set(content: Values, keys: Sequence[str] = ()) -> str:
 
 
 def decoders(values: Values, keys: Sequence[str] = ()) -> str:
-    """Markdown of a scores.json of `eval.turbo_vae`: a column per decoder and truth.
-
-    Args:
-        keys: metrics and costs as they are called in the file; all where none is given.
-    """
+    """Markdown of a scores.json of `eval.turbo_vae`: a column per decoder and truth; `keys` are the file's."""
     columns = values["columns"]
     measures = next(iter(columns.values()))["table"]
     costs = dict.fromkeys(key for column in columns.values() for key in column["cost"])
@@ -363,7 +351,6 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
     """Markdown of a compare.json of `eval.dmd2`: a column per sampler, then the verdicts.
 
     Args:
-        keys: metrics, all where none is given.
         brief: of several students, leave out the ground truth, other baselines than the teacher in the students'
             sampler, and the verdicts' details.
 
@@ -381,7 +368,12 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
     rows = metric_rows(tables, chosen(tables, keys), format_deviation)
     if not keys:
         rows.append(["skin tones", *(_counts(columns[name]["skins"]) for name in names)])
-    rows += _cost_rows(values, list(names))
+    costs = {"seconds_per_clip": [_or_empty(columns[name].get("seconds_per_clip"), 3) for name in names]}
+    if len(students) > 1:
+        made = [columns[name].get("trained", {}) for name in names]
+        costs["state_mb"] = [_or_empty(m.get("state_mb"), 0) for m in made]
+        costs["process_gb"] = [_or_empty(m.get("process_gb"), 2) for m in made]
+    rows += [[METRICS[key].heading, *cells] for key, cells in costs.items() if any(cells)]
     verdicts = verdict_lines(values)
     if brief:
         verdicts = [
@@ -390,17 +382,6 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
         ]
     counts = f"{values['prompts']} prompts x {len(values['seeds'])} seeds."
     return "\n".join([table(["", *names.values()], rows), "", f"{counts} {LEGEND}", "", *verdicts])
-
-
-def _cost_rows(values: Values, names: Sequence[str]) -> list[list[str]]:
-    """Denoising time, and of several students what their training took."""
-    columns = values["columns"]
-    made = [columns[name].get("trained", {}) for name in names]
-    rows = {"seconds_per_clip": [_or_empty(columns[name].get("seconds_per_clip"), 3) for name in names]}
-    if len(values["claims"]) > 1:
-        rows["state_mb"] = [_or_empty(m.get("state_mb"), 0) for m in made]
-        rows["process_gb"] = [_or_empty(m.get("process_gb"), 2) for m in made]
-    return [[METRICS[key].heading, *cells] for key, cells in rows.items() if any(cells)]
 
 
 def _or_empty(value: float | None, digits: int) -> str:

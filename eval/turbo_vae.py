@@ -133,13 +133,18 @@ def run(
     if clips < 1:
         raise UserError(f"clips={clips} measures nothing; give at least 1")
     sources = {role: name for role, name in (("teacher", teacher), ("student", student)) if name is not None}
-    configs = _decoder_configs(sources)
+    from magihuman.zoo import decoders
+
+    configs: dict[str, Any] = {role: decoders.config_of(source) for role, source in sources.items()}
+    for role, source in sources.items():  # before torch is loaded
+        if configs[role] is None:
+            known = ", ".join(decoders.names())
+            raise UserError(f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}")
     import torch
 
     from eval.puppets import frames_tensor, ground_truth, held_out
     from magihuman.codecs.bundle import load_bundle
     from magihuman.codecs.causal_decoder import CausalDecoderCodec
-    from magihuman.zoo import decoders
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -186,19 +191,6 @@ def run(
     figures.decoder_frames(shown).savefig(folder / "clips.png", dpi=110)
     values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables_of.items()}
     return {"scores": str(folder / "scores.json"), **values}
-
-
-def _decoder_configs(sources: Mapping[str, str]) -> dict[str, Any]:
-    """Config of the decoder of each role; refuses unknown names without loading torch."""
-    from magihuman.zoo import decoders
-
-    found = {}
-    for role, source in sources.items():
-        found[role] = decoders.config_of(source)
-        if found[role] is None:
-            known = ", ".join(decoders.names())
-            raise UserError(f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}")
-    return found
 
 
 def _on_sampled(path: str, loaded: Mapping[str, Any], codec: str) -> list[DecoderScore]:
