@@ -8,10 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.buckets import Bucket
 from data.clip_plan import PlannedClip
 from data.scan import MediaFile, probe_file
-from data.shards import LARGE, NULL_TEXT, Entry, ShardWriter
+from data.shards import LARGE, NULL_TEXT, Bucket, Entry, ShardWriter
 from data.worker_pool import Tick
 from magihuman.io.files import write_atomically
 from magihuman.media.reading import MediaClip, MediaError, MediaReader, read_image

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.order import permutation
 from data.shards import Sample, SampleError, Shards
 from magihuman.errors import UserError
 
@@ -78,6 +77,8 @@ def inspect(shards: str, output: str | None = None, samples: int = 12, codecs: s
 
 def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str]]:
     """Up to `count` random samples, and the errors of those that could not be read."""
+    from data.module import permutation
+
     found, corrupt = [], []
     for number in permutation(len(reader), seed)[:count]:
         try:

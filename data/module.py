@@ -1,26 +1,110 @@
-"""LightningDataModule over shards: batches of latents from a loader whose state is one global position.
+"""Data modules for training (latents of shards, or prompts alone), the random order of samples, and a resumable loader.
 
-Lightning restores the loader state of rank 0 on every rank and resumes its distributed sampler at a wrong sample after
-the first epoch. Therefore the position means the same on every rank, and there is no sampler.
+The order is a pure function of (seed, epoch, global index), independent of ranks, workers and what was read before, and the
+position means the same on every rank. So a run may resume with another number of processes. Neither webdataset's shuffle
+buffer (no state that could be saved) nor Lightning's sampler (it restores the state of rank 0 everywhere and resumes at a
+wrong sample after the first epoch) is used.
 """
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from data.buckets import Bucket
-from data.clip_plan import source_of
-from data.order import FixedOrder, Order
-from data.shards import LARGE, Sample, SampleError, Shards
-from magihuman.codecs.bundle import allow_codecs
+from data.shards import LARGE, Bucket, Sample, SampleError, Shards, source_of
+from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
 from magihuman.models.config import Contract
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, splitmix64's increment
+
+
+def mix(*numbers: int, count: int) -> np.ndarray:
+    """`count` pseudo-random uint64 seeded by integers; own code, so that no library's version can change an order."""
+    state = np.zeros(1, np.uint64)
+    for number in numbers:
+        state = _scramble(state + np.uint64((number + 1) * GOLDEN % 2**64))
+    return _scramble(state + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(count: int, *numbers: int) -> np.ndarray:
+    """A random permutation of range(count), seeded by `numbers`."""
+    return np.argsort(mix(*numbers, count=count), kind="stable")
+
+
+class Order:
+    """Training order: global batches of sample numbers, one bucket each.
+
+        order = Order({"25x64x64": range(100)}, batch_size=16, seed=0)
+        numbers = order.batch(7)  # the eighth batch of the run
+
+    In every epoch each bucket is shuffled and cut into batches, and the batches of all buckets are shuffled. The last
+    batch of a bucket is filled up from its first, so each sample comes at least once per epoch and every batch has
+    `batch_size` samples.
+
+    Args:
+        buckets: bucket name -> numbers of its samples, in index order.
+        batch_size: samples of a global batch, all ranks together.
+    """
+
+    def __init__(self, buckets: Mapping[str, Sequence[int]], batch_size: int, seed: int) -> None:
+        named = sorted(buckets.items())
+        self._buckets = {name: np.asarray(numbers) for name, numbers in named if len(numbers)}
+        self.batch_size, self.seed = batch_size, seed
+        self.batches_per_epoch = sum(-(-len(numbers) // batch_size) for numbers in self._buckets.values())
+        self._epoch: tuple[int, np.ndarray] | None = None  # cache of the last one
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Sample numbers of an epoch: int64 [batches, batch_size]."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            batches = []
+            for position, numbers in enumerate(self._buckets.values()):
+                shuffled = numbers[permutation(len(numbers), self.seed, epoch, position + 1)]
+                whole = -(-len(shuffled) // self.batch_size) * self.batch_size
+                batches.append(np.resize(shuffled, whole).reshape(-1, self.batch_size))
+            stacked = np.concatenate(batches)
+            self._epoch = epoch, stacked[permutation(len(stacked), self.seed, epoch, 0)]
+        return self._epoch[1]
+
+    def batch(self, number: int) -> np.ndarray:
+        """Sample numbers of global batch `number`, counted over all epochs: int64 [batch_size]."""
+        epoch, position = divmod(number, self.batches_per_epoch)
+        return self.epoch(epoch)[position]
+
+
+class FixedOrder:
+    """Validation order: every sample once, in index order; batches of one bucket, the last ones smaller.
+
+    Args:
+        ranks: a smaller batch is filled up to a multiple of their number, so that each has a sample.
+    """
+
+    def __init__(self, buckets: Mapping[str, Sequence[int]], batch_size: int, ranks: int) -> None:
+        self.batch_size = batch_size
+        self._batches = []
+        for _, numbers in sorted(buckets.items()):
+            for start in range(0, len(numbers), batch_size):
+                batch = np.asarray(numbers[start : start + batch_size])
+                self._batches.append(np.resize(batch, -(-len(batch) // ranks) * ranks))
+        self.batches_per_epoch = len(self._batches)
+
+    def batch(self, number: int) -> np.ndarray:
+        return self._batches[number]
 
 
 class Batches(Dataset[dict[str, Any]]):
@@ -109,7 +193,7 @@ class Loader:
         position: number of the global batch that comes next, counted over all epochs.
     """
 
-    def __init__(self, batches: Batches, workers: int, position: int = 0) -> None:
+    def __init__(self, batches: Dataset[dict[str, Any]], workers: int, position: int = 0) -> None:
         self._batches, self._workers = batches, workers
         self.position = position
 
@@ -129,7 +213,56 @@ class Loader:
             yield batch
 
 
-class LatentDataModule(LightningDataModule):
+class _Resumable(LightningDataModule):
+    """Base of the data modules: the position in an endless stream of global batches, kept over a resume."""
+
+    num_workers = 0
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self._position = 0  # global batches trained on
+        self._loader: Loader | None = None
+
+    def _batches(self, rank: int, ranks: int) -> Dataset[dict[str, Any]]:
+        """One rank's share of every global batch."""
+        raise NotImplementedError
+
+    def _ranks(self) -> tuple[int, int]:
+        """(this rank, number of ranks) of the attached trainer."""
+        if self.trainer is None:
+            return 0, 1
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        if self.batch_size % ranks:
+            raise UserError(
+                f"batch_size={self.batch_size} is over all ranks and not divisible by {ranks}; "
+                f"choose {-(-self.batch_size // ranks) * ranks}"
+            )
+        return rank, ranks
+
+    def train_dataloader(self) -> Loader:
+        self._loader = Loader(self._batches(*self._ranks()), self.num_workers, self._position)
+        return self._loader
+
+    def val_dataloader(self) -> Any:
+        return []
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the batches trained on, not those read ahead."""
+        if self.trainer is not None and self.trainer.training:
+            self._position = int(batch["index"][0]) // self.batch_size + 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict["position"]
+        if self._loader is not None:
+            self._loader.position = self._position
+
+
+class LatentDataModule(_Resumable):
     """Training and validation batches of latents (their contents: `Batches`).
 
         data = LatentDataModule("shards", batch_size=16)
@@ -156,13 +289,13 @@ class LatentDataModule(LightningDataModule):
         num_workers: int = 0,
         codecs: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size)
         if batch_size < 1 or num_workers < 0 or not 0 <= val_fraction < 1:
             raise UserError(
                 f"batch_size={batch_size} should be at least 1, num_workers={num_workers} at least 0 and "
                 f"val_fraction={val_fraction} in [0, 1)"
             )
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.num_workers, self.seed = num_workers, seed
         self.shards = shards
         self.reader = Shards(shards)
         if codecs not in (None, self.codecs):
@@ -173,8 +306,6 @@ class LatentDataModule(LightningDataModule):
         self.order = Order(self._by_bucket(train), batch_size, seed)
         self.train_samples, self.val_samples = len(train), len(val)
         self._val = self._by_bucket(val)
-        self._position = 0  # global batches trained on
-        self._loader: Loader | None = None
 
     def _by_bucket(self, numbers: list[int]) -> dict[str, list[int]]:
         groups: dict[str, list[int]] = defaultdict(list)
@@ -236,22 +367,8 @@ class LatentDataModule(LightningDataModule):
         """[S,Ct] fp32 features of the empty prompt; None where the shards do not hold them."""
         return self.reader.null_text()
 
-    def _ranks(self) -> tuple[int, int]:
-        """(this rank, number of ranks) of the attached trainer."""
-        if self.trainer is None:
-            return 0, 1
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        if self.batch_size % ranks:
-            raise UserError(
-                f"batch_size={self.batch_size} is over all ranks and not divisible by {ranks}; "
-                f"choose {-(-self.batch_size // ranks) * ranks}"
-            )
-        return rank, ranks
-
-    def train_dataloader(self) -> Loader:
-        batches = Batches(self.reader, self.order, *self._ranks())
-        self._loader = Loader(batches, self.num_workers, self._position)
-        return self._loader
+    def _batches(self, rank: int, ranks: int) -> Batches:
+        return Batches(self.reader, self.order, rank, ranks)
 
     def val_dataloader(self) -> Loader | list[Any]:
         if not self.val_samples:
@@ -261,11 +378,9 @@ class LatentDataModule(LightningDataModule):
         return _Repeated(Batches(self.reader, order, rank, ranks), self.num_workers, order.batches_per_epoch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the batches trained on, not those read ahead, and collect the skipped samples."""
+        """Also collect the skipped samples."""
         self.skipped.update(batch["skipped"])
-        if self.trainer is not None and self.trainer.training:
-            self._position = int(batch["index"][0]) // self.batch_size + 1
-        return batch
+        return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def _identity(self) -> dict[str, Any]:
         keys = hashlib.sha256("\n".join(entry.key for entry in self.reader.entries).encode()).hexdigest()[:16]
@@ -292,9 +407,7 @@ class LatentDataModule(LightningDataModule):
                 f"cannot resume in the middle of other data ({'; '.join(differing)}); restore the data "
                 "settings, or start a new run from the checkpoint's weights with init="
             )
-        self._position = state_dict["position"] // self.batch_size
-        if self._loader is not None:
-            self._loader.position = self._position
+        super().load_state_dict({"position": state_dict["position"] // self.batch_size})
 
 
 class _Repeated(Loader):
@@ -334,3 +447,88 @@ def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:
     if not sides[0]:
         raise UserError(f"val_fraction={val_fraction} leaves none of {len(hashes)} files to train on; lower it")
     return sides
+
+
+class PromptDataModule(_Resumable):
+    """Training batches of text features with zero latents of a clip's shape (`real` is false).
+
+        data = PromptDataModule("prompts.txt", batch_size=16)
+
+    Args:
+        file: text file with one prompt per line.
+        codecs: name of the codecs and the text encoder.
+        frames, height, width: of a clip, in pixels.
+        batch_size: samples per step over all ranks together.
+        seed: of the order.
+
+    Raises:
+        UserError: no prompts, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        codecs: str = "tiny",
+        frames: int = 25,
+        height: int = 64,
+        width: int = 64,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size)
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.module.file={file} cannot be read: {error}") from error
+        self.prompts = [line.strip() for line in lines if line.strip()]
+        if not self.prompts or batch_size < 1:
+            raise UserError(
+                f"data.module.file={file} holds {len(self.prompts)} prompts and batch_size is {batch_size}; "
+                "give at least one prompt, one per line, and one sample"
+            )
+        self.codecs, self.size = codecs, (frames, height, width)
+        self.seed = seed
+        allow_codecs(codecs)
+        self.bundle = load_bundle(codecs)
+        self.null_text = self.bundle.text_encoder.encode([""])[0]
+        time, *space = self.contract.video_stride
+        self.video_shape = (
+            self.contract.video_channels,
+            (frames - 1) // time + 1,
+            height // space[0],
+            width // space[1],
+        )
+        self.audio_shape = (frames, self.contract.audio_channels)
+
+    @property
+    def contract(self) -> Contract:
+        """Latent contract of the codecs."""
+        return self.bundle.contract
+
+    def _batches(self, rank: int, ranks: int) -> "_PromptBatches":
+        return _PromptBatches(self, rank, ranks)
+
+
+class _PromptBatches(Dataset[dict[str, Any]]):
+    def __init__(self, module: PromptDataModule, rank: int, ranks: int) -> None:
+        self._module, self._rank, self._ranks = module, rank, ranks
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Batch `number`: a pure function of the seed; every epoch has its own random order."""
+        module = self._module
+        size = module.batch_size
+        positions = range(number * size + self._rank, (number + 1) * size, self._ranks)
+        captions = [module.prompts[self._prompt(position)] for position in positions]
+        return {
+            "text": module.bundle.text_encoder.encode(captions),
+            "video": torch.zeros(len(captions), *module.video_shape),
+            "audio": torch.zeros(len(captions), *module.audio_shape),
+            "caption": captions,
+            "index": torch.tensor(list(positions)),
+            "real": False,
+        }
+
+    def _prompt(self, position: int) -> int:
+        epoch, within = divmod(position, len(self._module.prompts))
+        generator = torch.Generator().manual_seed(self._module.seed * 1_000_003 + epoch)
+        return int(torch.randperm(len(self._module.prompts), generator=generator)[within])

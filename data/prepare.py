@@ -18,9 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from data.buckets import check_lengths, pair_sizes, parse_sizes
 from data.captions import read_tables
-from data.clip_plan import ClipPlan, Rules, make_plan
+from data.clip_plan import ClipPlan, Rules, check_lengths, make_plan, pair_sizes, parse_sizes
 from data.prepare_report import PrepareReport, make_report
 from data.scan import Listing, MediaFile, find_duplicates, list_files
 from data.shards import INDEX, NULL_TEXT, Entry, Index

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.buckets import Bucket
 from data.captions import Tables
 from data.clip_plan import ClipPlan
 from data.scan import Listing, MediaFile
-from data.shards import Entry
+from data.shards import Bucket, Entry
 from magihuman.io.files import write_atomically
 
 

@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,27 @@ FORMAT = "magihuman-shards/1"
 INDEX = "index.json"
 NULL_TEXT = "null_text.safetensors"
 LARGE = "video_sr"  # latents at the second stage's size
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Clips of one length in frames, size in pixels, with or without audio: a batch of them is one dense tensor.
+
+    str(Bucket(25, 64, 64, True)) == "25x64x64+a"
+    """
+
+    frames: int
+    height: int
+    width: int
+    audio: bool
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}{'+a' if self.audio else ''}"
+
+    @classmethod
+    def parse(cls, name: str) -> Bucket:
+        frames, height, width = name.removesuffix("+a").split("x")
+        return cls(int(frames), int(height), int(width), name.endswith("+a"))
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,11 @@ class Sample:
 
 class SampleError(Exception):
     """A sample that cannot be read; the message is the reason."""
+
+
+def source_of(key: str) -> str:
+    """The part of a key that all clips of one file share."""
+    return key.rpartition("_")[0] or key
 
 
 class ShardWriter:
@@ -124,7 +150,6 @@ class Index:
     contract: dict[str, Any] | None
     shards: list[tuple[str, list[Entry]]]
     fingerprint: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         content = {

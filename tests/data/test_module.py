@@ -14,10 +14,8 @@ import torch
 from pooled_bundle import build as pooled_bundle
 from safetensors.torch import load
 
-from data.clip_plan import source_of
-from data.module import LatentDataModule, split
-from data.order import Order, mix, permutation
-from data.shards import Index, Shards, ShardWriter
+from data.module import LatentDataModule, Order, mix, permutation, split
+from data.shards import Index, Shards, ShardWriter, source_of
 from magihuman.errors import UserError
 
 BUCKETS = {"25x64x64+a": 41, "25x64x64": 9, "13x64x128+a": 22}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.buckets import pair_sizes, parse_sizes
+from data.clip_plan import pair_sizes, parse_sizes
 from data.module import LatentDataModule, collate
 from data.prepare import prepare
 from data.shards import SampleError, Shards

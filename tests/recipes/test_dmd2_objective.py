@@ -1,4 +1,4 @@
-"""The two objectives of DMD-2 against closed forms, and what must not change them (T1, T2, T3, T7, T8, T10)."""
+"""The two objectives of DMD-2 against closed forms: divergence, fixed point, half precision, modalities, guidance."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def unnormalised(x0: Tensor, noisy: Tensor, real: Tensor, fake: Tensor, sigma: T
     return gradient * (x0 - x0_from_velocity(noisy, real, sigma)).abs().mean(1, keepdim=True)
 
 
-# T1: an affine student of a Gaussian. The gradient is that of an integral of Kullback-Leibler divergences.
+# An affine student of a Gaussian. The gradient is that of an integral of Kullback-Leibler divergences.
 
 
 def gaussian_velocity(mean: Tensor, covariance: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def sampled_gradient(
     return torch.cat([matrix.grad.flatten(), shift.grad])
 
 
-def test_the_gradient_is_that_of_the_divergence() -> None:  # T1
+def test_the_gradient_is_that_of_the_divergence() -> None:
     draw = torch.Generator().manual_seed(2)
     matrix, root = torch.eye(3) + 0.4 * torch.randn(2, 3, 3, generator=draw)
     shift, mean = 0.3 * torch.randn(2, 3, generator=draw)
@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_the_divergence() -> None:  # T1
     assert torch.cosine_similarity(stale, expected, dim=0) < 0.98
 
 
-# T2: at the fixed point nothing moves.
+# At the fixed point nothing moves.
 
 
 def velocities(kind: str, truth: Mixture, y: Tensor, sigma: Tensor, prior: SigmaPrior) -> Tensor:
@@ -124,7 +124,7 @@ def split(student: Mixture) -> Mixture:
 
 @pytest.mark.parametrize("kind", ["told", "blind"])
 @pytest.mark.parametrize("truth", [gaussian(), ring()], ids=["gaussian", "ring"])
-def test_a_student_that_is_the_data_stays(kind: str, truth: Mixture) -> None:  # T2
+def test_a_student_that_is_the_data_stays(kind: str, truth: Mixture) -> None:
     prior, sizes = toy_dmd2.PRIOR, []
     for student in (truth, moved(truth, 0.5)):
         x0, _, y, sigma = noised(student)
@@ -146,7 +146,7 @@ def test_a_student_that_is_the_data_stays(kind: str, truth: Mixture) -> None:  #
     assert deviations[1].max() > 10
 
 
-def test_a_blind_fake_score_with_another_prior_moves_even_the_data() -> None:  # T2's control
+def test_a_blind_fake_score_with_another_prior_moves_even_the_data() -> None:
     truth, sizes = ring(), []
     x0, _, y, sigma = noised(truth)
     for prior in (toy_dmd2.PRIOR, SigmaPrior(shift=1.0)):
@@ -157,7 +157,7 @@ def test_a_blind_fake_score_with_another_prior_moves_even_the_data() -> None:  #
 
 
 @pytest.mark.parametrize(("dimensions", "low", "high"), [(2, 0.5, 9.0), (128, 0.0, 0.1), (512, 0.0, 0.03)])
-def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) -> None:  # T3
+def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) -> None:
     truth, draw = ring(dimensions), torch.Generator().manual_seed(7)
     x0, _ = truth.draw(256, draw)
     y = add_noise(x0, torch.randn(x0.shape, generator=draw), 0.8)
@@ -165,7 +165,7 @@ def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) 
     assert low <= (five - one).norm() / truth.velocity(y, torch.full((256,), 0.8)).norm() <= high
 
 
-def test_a_fake_score_with_another_prior_is_refused(tmp_path: Path) -> None:  # T3
+def test_a_fake_score_with_another_prior_is_refused(tmp_path: Path) -> None:
     sampling = Sampling("renoise", 4, 5.0)
     settings = toy_dmd2.make_context(tmp_path)
     with pytest.raises(UserError, match=r"recipe.sigma=.*is not the prior.*remove recipe.sigma"):
@@ -182,7 +182,7 @@ def test_a_fake_score_with_another_prior_is_refused(tmp_path: Path) -> None:  # 
 @pytest.mark.parametrize(("size", "dtype", "low", "high"), [
     (3e-3, torch.float32, 0.0, 1e-5), (3e-3, torch.bfloat16, 0.4, 1.0), (0.1, torch.bfloat16, 0.01, 0.1),
 ])  # fmt: skip
-def test_a_small_gradient_survives_the_surrogate(size, dtype, low, high) -> None:  # T7
+def test_a_small_gradient_survives_the_surrogate(size, dtype, low, high) -> None:
     x0, direction = torch.randn(2, 4, 50_000, generator=torch.Generator().manual_seed(8))
     gradient, x0 = size * direction, x0.requires_grad_()
     if dtype == torch.float32:
@@ -195,7 +195,7 @@ def test_a_small_gradient_survives_the_surrogate(size, dtype, low, high) -> None
     assert low <= error <= high
 
 
-def test_velocities_in_half_precision_are_subtracted_in_full() -> None:  # T7
+def test_velocities_in_half_precision_are_subtracted_in_full() -> None:
     draw = torch.Generator().manual_seed(8)
     real, x0, noise = torch.randn(3, 4, 5000, generator=draw)
     fake, sigma = (real + 0.01 * torch.randn(4, 5000, generator=draw)).bfloat16(), torch.full((4,), 0.5)
@@ -218,7 +218,7 @@ def test_a_sample_without_a_finite_gradient_gets_none_and_is_counted() -> None:
     assert torch.equal(gradient[::2], clean[::2])
 
 
-# T8: what happens to one modality does not reach the other.
+# What happens to one modality does not reach the other.
 
 
 class Gains(nn.Module):
@@ -276,7 +276,7 @@ def gradients(folder: Path, tiles: int = 1, teacher_video: float = 0.5, **weight
     return student.video.grad, student.audio.grad
 
 
-def test_many_video_tokens_do_not_drown_the_sound(tmp_path: Path) -> None:  # T8
+def test_many_video_tokens_do_not_drown_the_sound(tmp_path: Path) -> None:
     video, audio = gradients(tmp_path)
     assert min(abs(video), abs(audio)) > 1e-3
     many = gradients(tmp_path, tiles=86)
@@ -290,13 +290,13 @@ def test_many_video_tokens_do_not_drown_the_sound(tmp_path: Path) -> None:  # T8
     torch.testing.assert_close(torch.stack(swapped), torch.stack([0.25 * video, 0.5 * audio]))
 
 
-def test_the_normaliser_of_the_sound_knows_nothing_of_the_video(tmp_path: Path) -> None:  # T8
+def test_the_normaliser_of_the_sound_knows_nothing_of_the_video(tmp_path: Path) -> None:
     near, far = gradients(tmp_path), gradients(tmp_path, teacher_video=50.0)
     assert abs(far[0] - near[0]) > 0.1 * abs(near[0])
     assert torch.equal(far[1], near[1])
 
 
-def test_one_mean_over_both_modalities_would_drown_it() -> None:  # T8's control
+def test_one_mean_over_both_modalities_would_drown_it() -> None:
     draw = torch.Generator().manual_seed(11)
     shares = []
     for tiles in (1, 86):
@@ -310,7 +310,7 @@ def test_one_mean_over_both_modalities_would_drown_it() -> None:  # T8's control
     assert shares[1] < 0.05 * shares[0]
 
 
-# T10: one convention of guidance, the sampler's.
+# One convention of guidance, the sampler's.
 
 
 class Sides(nn.Module):
@@ -337,7 +337,7 @@ class SidesDMD2(PairDMD2):
         return Pair(*Sides()(x.video, x.audio, text))
 
 
-def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch) -> None:  # T10
+def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch) -> None:
     guidance, seen = Guidance(video_high=5.0, video_low=2.0, threshold=500, audio=4.0), []
 
     def watched(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -364,6 +364,6 @@ def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch
         assert torch.equal(guided, plain)
 
 
-def test_the_other_convention_of_guidance_is_one_less() -> None:  # T10
+def test_the_other_convention_of_guidance_is_one_less() -> None:
     positive, negative = torch.randn(2, 7, generator=torch.Generator().manual_seed(12))
     torch.testing.assert_close(combine(positive, negative, 3.0 + 1), positive + 3.0 * (positive - negative))

@@ -1,7 +1,4 @@
-"""The recipe's promises: masks (T9), roles (T12), resume (T14), several processes (T15), layout of tokens (T16).
-
-T13, adapters on one frozen base, is in test_dmd2_networks.py.
-"""
+"""The recipe DMD-2: conditioning masks, order of tokens, roles of the networks, resume, several processes."""
 
 import csv
 import shutil
@@ -41,7 +38,7 @@ def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
     return recipe
 
 
-# T9: what is given is seen clean by all networks, and counts nowhere.
+# What is given is seen clean by all networks, and counts nowhere.
 
 
 def conditioned() -> MicroBatch:
@@ -118,7 +115,7 @@ def test_clips_without_sound_and_stills_are_distilled_too(tmp_path: Path) -> Non
         assert recipe.student_updates == 1
 
 
-# T16: the networks write tokens in the order that inference reads, which is not the order in which they are read.
+# The networks write tokens in the order that inference reads, which is not the order in which they are read.
 
 
 def test_a_learned_sample_is_in_the_order_that_inference_reads(tmp_path: Path) -> None:
@@ -148,7 +145,7 @@ def test_a_learned_sample_is_in_the_order_that_inference_reads(tmp_path: Path) -
     assert float((tokens - patchify(target, 2)).square().mean()) > 0.1  # the input's order
 
 
-# T12: who is trained when, in which precision.
+# Who is trained when, in which precision.
 
 
 class Phases(Watched):
@@ -252,7 +249,7 @@ def test_a_student_is_not_gan_before_its_first_update(tmp_path, monkeypatch) -> 
         recipe.training_step(batch(6), 0)
 
 
-# T14: interrupted anywhere between cycles, a run ends as if it had not been.
+# Interrupted anywhere between cycles, a run ends as if it had not been.
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +303,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(shards, teacher, tmp_path)
     assert (damaged / exported).read_bytes() != (through / exported).read_bytes()
 
 
-# T15: two processes train what one does.
+# Two processes train what one does.
 
 
 @pytest.fixture(scope="module")

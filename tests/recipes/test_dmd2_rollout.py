@@ -1,4 +1,4 @@
-"""The student is trained on what inference shows it (T6), and nothing is computed twice (T11)."""
+"""Rollouts of the student are those of inference, and nothing is computed twice."""
 
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def same(a: Pair, b: Pair) -> bool:
 
 
 @pytest.mark.parametrize("first_frame", [False, True])
-def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool) -> None:  # T6
+def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool) -> None:
     recipe, some = made(tmp_path), part(first_frame)
     rollout = recipe.rollout(some)
     more = {"image_latent": some.conditioning.latents.video[:, :, :1]} if first_frame else {}
@@ -80,7 +80,7 @@ def test_the_rollout_is_what_inference_samples(tmp_path: Path, first_frame: bool
     assert not torch.equal(moved.end.video[2], end.video[2])
 
 
-def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:  # T6
+def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:
     recipe, some = made(tmp_path), part()
     some.conditioning.mask.audio[:] = 0
     rollout = recipe.rollout(some)
@@ -93,7 +93,7 @@ def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:  
     assert torch.equal(end.audio, sound)
 
 
-def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> None:  # T6, T10
+def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> None:
     recipe, some = made(tmp_path), part()
     settings = recipe.teacher_sampling
     assert (settings.solver, settings.guidance) == ("unipc", GUIDANCE)
@@ -106,14 +106,14 @@ def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> Non
     assert same(guided.end, end)
 
 
-def test_the_grid_is_the_released_one() -> None:  # T6
+def test_the_grid_is_the_released_one() -> None:
     released = torch.tensor([0.9998, 0.972, 0.937, 0.893, 0.833, 0.750, 0.625, 0.416, 0.0])
     assert (sigma_grid(8, 5.0) - released).abs().max() < 5e-4  # as far as it is written out
     u = 0.999 * (1 - torch.arange(9, dtype=torch.float64) / 8)
     assert (sigma_grid(8, 5.0) - 5 * u / (1 + 4 * u)).abs().max() < 1e-6
 
 
-def test_noise_of_sound_and_video_has_nothing_in_common() -> None:  # T6
+def test_noise_of_sound_and_video_has_nothing_in_common() -> None:
     noise = draw_noise(((2, 4, 5, 5), (25, 8)), seeded(range(16)), 3)  # 200 numbers each
     draws = [x.flatten() for pair in (noise.start, *noise.steps) for x in pair]
     correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(8)
@@ -130,7 +130,7 @@ COSTS = {True: 4, False: 1}
 )
 def test_updates_and_passes_of_a_cycle_are_counted(
     tmp_path: Path, updates: int, samples_per_rollout: int, steps: int, units: int
-) -> None:  # T11
+) -> None:
     """A cycle of 8 steps and 5 updates is one rollout 8, fake score 5 x 4, student 4, fake score 1, guided teacher 2."""
     warmup, cycles = 2, 5
     fake_score = FakeScoreSettings(updates=updates, warmup=warmup, samples_per_rollout=samples_per_rollout)
@@ -153,7 +153,7 @@ def test_updates_and_passes_of_a_cycle_are_counted(
     assert recipe.step == recipe.batches == cycles
 
 
-def test_every_step_is_learned_equally_often(tmp_path: Path) -> None:  # T11
+def test_every_step_is_learned_equally_often(tmp_path: Path) -> None:
     recipe = made(tmp_path, first_step=2)
     counts = torch.zeros(8, dtype=torch.long)
     for batch in range(200):

@@ -1,7 +1,4 @@
-"""DMD-2 end to end on points, where the truth is known in closed form (T4, T5, T17): the recipe's own loop.
-
-Gates are those of the study that the recipe was built from (`distill.md` 5.8); what was measured is beside them.
-"""
+"""DMD-2 end to end on points with a known distribution, in the recipe's own loop; each test states the measured values."""
 
 from pathlib import Path
 
@@ -61,7 +58,7 @@ def _blind(x: Tensor, _sigma: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_networks_that_know_the_level_learn_the_ring(told: Net, tmp_path: Path) -> None:
-    """T4. Measured: distance .62 before, .14, .18, .19 after; 8 modes; imbalance up to .03; outliers up to .06."""
+    """Measured: distance .62 before, .14, .18, .19 after; 8 modes; imbalance up to .03; outliers up to .06."""
     for seed in range(3):
         made = recipe(tmp_path, told, RING.velocity, 150, seed, shift=2.0, rates=(1e-3, 2e-3))
         made.configure_model()
@@ -78,7 +75,7 @@ def test_networks_that_know_the_level_learn_the_ring(told: Net, tmp_path: Path) 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_networks_that_are_not_told_learn_it_too(blind: Net, tmp_path: Path, seed: int) -> None:
-    """T5. Measured: distance .84 before, .29 and .28 after; 8 modes; outliers .13 and .14."""
+    """Measured: distance .84 before, .29 and .28 after; 8 modes; outliers .13 and .14."""
     made = recipe(tmp_path, blind, _blind, 350, seed, shift=3.0, rates=(1e-3, 4e-3))
     made.configure_model()
     before = figures(made, "student")
@@ -90,7 +87,7 @@ def test_networks_that_are_not_told_learn_it_too(blind: Net, tmp_path: Path, see
 
 
 def test_a_blind_fake_score_with_another_prior_teaches_nothing(blind: Net, tmp_path: Path) -> None:
-    """T5's control: the fake score learns at other levels. Measured: .77 of .84, where these settings lead to .31 under the
+    """The control: the fake score learns at other levels. Measured: .77 of .84, where these settings lead to .31 under the
     teacher's prior; .77 with the settings above, too."""
     made = recipe(tmp_path, blind, _blind, 150, 0, shift=2.0, rates=(2e-3, 4e-3))
     made.sigma = SigmaPrior(shift=1.0)
@@ -102,7 +99,7 @@ def test_a_blind_fake_score_with_another_prior_teaches_nothing(blind: Net, tmp_p
     assert after.modes <= 4, after
 
 
-# T17: a point's sound is decided by its mode.
+# A point's sound is decided by its mode.
 
 
 def _paired() -> Mixture:
@@ -132,7 +129,7 @@ def agreement(points: Tensor) -> float:
 
 @pytest.mark.slow
 def test_a_joint_fake_score_keeps_sound_and_picture_together(tmp_path: Path) -> None:
-    """T17. Measured: agreement .88 before and .96 after; .65 where teacher and fake score see one modality each."""
+    """Measured: agreement .88 before and .96 after; .65 where teacher and fake score see one modality each."""
     start = toy_dmd2.pretrained(PAIRED.velocity, PAIRED, blind=False, updates=800)
     found = {}
     for name, field in (("together", PAIRED.velocity), ("apart", _apart)):
