@@ -144,7 +144,7 @@ def _read(
             size = planned.large or (planned.height, planned.width)
             try:
                 if planned.still:
-                    yield planned, MediaClip(_still(planned.path, size), contract.fps, None, 0)
+                    yield planned, MediaClip(_still(planned.path, size), None)
                     continue
                 if planned.path != open_path:
                     if reader is not None:

@@ -125,7 +125,7 @@ def _min_median_max(values: list[int]) -> tuple[int, int, int]:
 def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, seed: int) -> None:
     """Decode some samples and write their frames with captions."""
     from magihuman.codecs.bundle import allow_codecs, load_bundle
-    from magihuman.media.contact_sheet import write_contact_sheet
+    from magihuman.media.contact_sheet import draw_contact_sheet
 
     name = codecs or reader.index.codecs
     if not name:
@@ -140,9 +140,9 @@ def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, see
         frames = bundle.video_codec.decode(sample.tensors["video"].float()[None])[0]  # [3,F,H,W]
         clips.append(((frames.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
     captions: list[Any] = [sample.meta.get("caption", "") for sample in found]
-    write_contact_sheet(
-        path, clips, captions, columns=2 if len(clips) > 3 else 1, title=f"{reader.folder.name}: {name}"
-    )
+    title = f"{reader.folder.name}: {name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_contact_sheet(clips, captions, columns=2 if len(clips) > 3 else 1, title=title).save(path, "PNG")
 
 
 if __name__ == "__main__":

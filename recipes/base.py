@@ -183,7 +183,7 @@ class Recipe(L.LightningModule):
         return self.loss(batch, rng)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.trained, self.context.transformer[0], self.context.optim)
+        optimizer = build_optimizer(self.trained, self.context.model, self.context.optim)
         schedule = build_schedule(optimizer, self.context.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -1,6 +1,6 @@
 """LoRA fine-tuning: flow matching with low-rank weight updates on a frozen checkpoint (Hu et al. 2021, arXiv 2106.09685).
 
-The loss is pretraining's (`recipes.pretrain.FlowMatching`); the base is `init`, frozen, with block matrices in bf16. Two
+The loss is pretraining's (`recipes.pretrain`); the base is `init`, frozen, with block matrices in bf16. Two
 LoRAs are added to it (`magihuman.models.lora`): the trained one and its moving average, which is sampled from and exported.
 Gradients, optimiser states and checkpoints cover the LoRAs only; the base is loaded from `init` at each start.
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from magihuman import zoo
 from magihuman.errors import UserError
@@ -31,17 +30,16 @@ from magihuman.models.lora import add_lora, base_state, copy_lora, lora_paramete
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
 from magihuman.training.optim import Ramp, decay_at, ema_update
-from magihuman.training.rng import BatchRng, stream
+from magihuman.training.rng import stream
 from magihuman.zoo import lora_files
-from recipes.base import Recipe
-from recipes.pretrain import FlowMatching
+from recipes.pretrain import Pretrain
 
 TUNED, AVERAGE = "tuned", "average"
 BASE = "denoiser.model."
 
 
-class Lora(Recipe):
-    """Low-rank fine-tuning of a checkpoint.
+class Lora(Pretrain):
+    """Pretraining of low-rank weight updates on a frozen checkpoint.
 
     Args:
         lora: rank, alpha, and whether embedders and heads are trained.
@@ -80,15 +78,12 @@ class Lora(Recipe):
             )
         if context.optim.algorithm != "adamw":
             raise UserError(f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw")
-        # The average is a second LoRA, not a second network.
-        super().__init__(replace(context, optim=replace(context.optim, ema_decay=0.0)))
-        self.decay = context.optim.ema_decay
-        self.base, self.lora, self.merge = context.init, lora, merge
         parent = zoo.config_of(context.init)
-        self.sampling = sampling or parent.sampling
-        self.objective = FlowMatching(
+        super().__init__(
+            # The average is a second LoRA, not a second network.
+            replace(context, optim=replace(context.optim, ema_decay=0.0)),
             sigma=sigma or parent.sigma_prior,
-            null_text=context.null_text,
+            sampling=sampling or parent.sampling,
             video_weight=video_weight,
             audio_weight=audio_weight,
             motion_floor=motion_floor,
@@ -97,13 +92,9 @@ class Lora(Recipe):
             audio_conditioning=audio_conditioning,
             video_conditioning=video_conditioning,
         )
+        self.decay = context.optim.ema_decay
+        self.base, self.lora, self.merge = context.init, lora, merge
         self.strict_loading = False  # checkpoints do not contain the base
-
-    def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
-        return self.objective.loss(self.trained, batch, rng, self.progress, self.meter)
-
-    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        return self.objective.validation_metrics(network, batch, rng)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`; without weight gradients of the frozen base, with the products of the LoRA."""
@@ -183,9 +174,6 @@ class Lora(Recipe):
         config = super().export_config()
         facts = {"averaged": self.decay > 0, "init": self.base, "lora": self.lora.to_dict()}
         return replace(config, provenance=config.provenance | facts)
-
-    def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.objective.sigma, "sampling": self.sampling}
 
     def export(self, folder: Path) -> None:
         """Write the LoRA next to `folder`, and the merged network into it."""

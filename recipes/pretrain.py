@@ -225,7 +225,7 @@ class Pretrain(Recipe):
         self.denoiser.model.tread = self.tread
 
     def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
-        return self.objective.loss(self.denoiser, batch, rng, self.progress, self.meter)
+        return self.objective.loss(self.trained, batch, rng, self.progress, self.meter)
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`; with token routing, only the tokens that a layer processes count."""

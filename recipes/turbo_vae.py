@@ -27,7 +27,7 @@ from magihuman.io.released_files import read_state
 from magihuman.training import decoder_training as losses
 from magihuman.training.context import TrainingContext
 from magihuman.training.decoder_training import SampledLatents
-from magihuman.training.optim import EMA, build_optimizer, build_schedule, clip_gradients
+from magihuman.training.optim import EMA, clip_gradients
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import decoders
 from recipes.base import Recipe
@@ -99,11 +99,6 @@ class TurboVAE(Recipe):
     def trained(self) -> nn.Module:
         assert self.decoder is not None
         return self.decoder
-
-    def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.trained, None, self.context.optim)
-        schedule = build_schedule(optimizer, self.context.optim, self.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         # The decoder's weights alone: other networks in the optimiser must not scale its gradient down.

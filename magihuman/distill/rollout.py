@@ -45,10 +45,6 @@ class Rollout:
     end: Pair
     sigmas: Tensor
 
-    @property
-    def steps(self) -> int:
-        return len(self.states)
-
     def state(self, step: Tensor) -> Pair:
         """x_k with a step k per sample, [B] on the CPU."""
         return _pick(self.states, step)

@@ -88,24 +88,22 @@ class SigmaPrior:
         if not 0 <= self.independent_fraction <= 1:
             raise UserError(f"independent_fraction must be within 0 and 1, not {self.independent_fraction}")
 
-    def sample(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Noise levels of video and of audio, fp32 [batch] each.
 
         The number of random values does not depend on the coupling, so that runs stay comparable.
         """
-        video, own = self._draw(batch, generator, device), self._draw(batch, generator, device)
-        apart = torch.rand(batch, generator=generator, device=device) < self.independent_fraction
+        video, own = self._draw(batch, generator), self._draw(batch, generator)
+        apart = torch.rand(batch, generator=generator) < self.independent_fraction
         if self.coupling == "shared":
             return video, video.clone()
         return video, torch.where(apart, own, video)
 
-    def _draw(self, batch: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    def _draw(self, batch: int, generator: torch.Generator | None) -> Tensor:
         if self.kind == "logit_normal":
-            draw = torch.randn(batch, generator=generator, device=device)
+            draw = torch.randn(batch, generator=generator)
             return shift_sigma(torch.sigmoid(self.mean + self.std * draw), self.shift)
-        return shift_sigma(torch.rand(batch, generator=generator, device=device), self.shift)
+        return shift_sigma(torch.rand(batch, generator=generator), self.shift)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,20 +1,12 @@
 """Contact sheets: an image with one row of thumbnails per clip and its caption."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _MARGIN = 6
 _LINE = 14  # pixels per line of text
-
-
-def write_contact_sheet(path: str | Path, clips: Sequence[Any], captions: Sequence[str], **layout: Any) -> None:
-    """Write `draw_contact_sheet` as a PNG; makes the folder."""
-    image = draw_contact_sheet(clips, captions, **layout)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "PNG")
 
 
 def draw_contact_sheet(

@@ -61,7 +61,6 @@ class MediaInfo:
 
     Attributes:
         kind: "video", "image" (one frame) or "audio" (no frame).
-        container: name of the demuxer, or the image format.
         width, height: as displayed, after rotation and pixel aspect; 0 for audio.
         fps: average frame rate, 0 for images and audio.
         length of the video, or of the audio where there is no video, 0 for images.
@@ -69,7 +68,6 @@ class MediaInfo:
     """
 
     kind: str
-    container: str
     width: int = 0
     height: int = 0
     fps: float = 0.0
@@ -84,12 +82,10 @@ class MediaInfo:
 
 @dataclass(frozen=True)
 class MediaClip:
-    """Frames uint8 [F,H,W,3] at `fps`; wave fp32 [channels,N] at `rate`, None without an audio track."""
+    """Frames uint8 [F,H,W,3]; wave fp32 [channels,N], None without an audio track."""
 
     frames: torch.Tensor
-    fps: float
     wave: torch.Tensor | None
-    rate: int
 
 
 def probe(path: str | Path) -> MediaInfo:
@@ -108,7 +104,7 @@ def probe(path: str | Path) -> MediaInfo:
             if audio is None:
                 raise MediaError("holds neither video nor audio")
             length = seconds_of(container, audio)
-            return MediaInfo("audio", container.format.name, 0, 0, 0.0, length, rate, channels)
+            return MediaInfo("audio", seconds=length, audio_rate=rate, audio_channels=channels)
         video.codec_context.thread_count = 1
         frames = container.decode(video)
         first, second = next(frames, None), next(frames, None)
@@ -118,12 +114,12 @@ def probe(path: str | Path) -> MediaInfo:
         if orientation(first)[0]:
             height, width = width, height
         if second is None:
-            return MediaInfo("image", container.format.name, width, height, 0.0, 0.0, rate, channels)
+            return MediaInfo("image", width, height, 0.0, 0.0, rate, channels)
         seconds = seconds_of(container, video)
         if seconds <= 0:
             raise MediaError("its video has no length (zero duration)")
         fps = float(video.average_rate or video.guessed_rate or 0)
-        return MediaInfo("video", container.format.name, width, height, fps, seconds, rate, channels)
+        return MediaInfo("video", width, height, fps, seconds, rate, channels)
 
 
 class MediaReader:
@@ -174,7 +170,7 @@ class MediaReader:
                 wave = torch.from_numpy(self._audio.read(start, samples, rate, channels))
         except (av.error.FFmpegError, OSError) as error:
             raise MediaError(f"cannot be decoded near {start:.2f} s: {reason(error)}") from error
-        return MediaClip(torch.from_numpy(np.ascontiguousarray(images)), fps, wave, rate)
+        return MediaClip(torch.from_numpy(np.ascontiguousarray(images)), wave)
 
 
 def read_clip(
@@ -231,7 +227,7 @@ def _probe_image(path: str | Path) -> MediaInfo | None:
             # EXIF orientations 5 to 8 exchange width and height.
             sideways = image.getexif().get(0x0112, 1) >= 5
             width, height = image.size[::-1] if sideways else image.size
-            return MediaInfo("image", str(image.format).lower(), width, height)
+            return MediaInfo("image", width, height)
     except UnidentifiedImageError:
         return None
     except Image.DecompressionBombError as error:

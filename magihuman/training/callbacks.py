@@ -115,8 +115,7 @@ class LogLines(L.Callback):
         self._flops = 0.0
         self._samples = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        recipe: Any = pl_module
+    def on_train_start(self, trainer: L.Trainer, recipe: Any) -> None:
         recipe.excluded_seconds = 0.0
         self._clock = self._printed = time.monotonic()
         self._begun = (self._clock, recipe.step)
@@ -125,10 +124,7 @@ class LogLines(L.Callback):
 
             self._bar = tqdm(total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        recipe: Any = pl_module
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._flops += recipe.batch_flops(batch)
         self._samples += len(batch["video"]) * trainer.world_size
         if not recipe.stepped:
@@ -170,7 +166,7 @@ class LogLines(L.Callback):
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left", flush=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, recipe: Any) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -180,15 +176,11 @@ class Limits(L.Callback):
 
     Args:
         seconds: None for no limit.
-
-    Attributes:
-        out_of_time: whether the time ended it.
     """
 
     def __init__(self, steps: int, seconds: float | None) -> None:
         self.steps = steps
         self.seconds = seconds
-        self.out_of_time = False
         self._before = 0.0
         self._start = time.monotonic()
 
@@ -202,20 +194,16 @@ class Limits(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["elapsed"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, recipe: Any) -> None:
         self._start = time.monotonic()
-        recipe: Any = pl_module
         trainer.should_stop = recipe.step >= self.steps
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        recipe: Any = pl_module
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not recipe.stepped:
             return
-        if self.seconds is not None:
-            self.out_of_time = bool(trainer.strategy.broadcast(self.elapsed > self.seconds))
-        if recipe.step >= self.steps or self.out_of_time:
+        # The main process decides for all.
+        out_of_time = self.seconds is not None and trainer.strategy.broadcast(self.elapsed > self.seconds)
+        if recipe.step >= self.steps or out_of_time:
             trainer.should_stop = True
 
 
@@ -232,17 +220,14 @@ class Validation(L.Callback):
         self.seed = seed
         self._batch: dict[str, Any] | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, recipe: Any) -> None:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         batch = next(iter(loader), None) if loader is not None else None
         if batch is not None:
             # Not by the trainer, whose hooks would count the batch as trained on.
-            self._batch = move_data_to_device(batch, pl_module.device)
+            self._batch = move_data_to_device(batch, recipe.device)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        recipe: Any = pl_module
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
         if self._batch is None or not due or not recipe.stepped:
             return
@@ -296,16 +281,12 @@ class Samples(L.Callback):
         self.folder: Path | None = None
         self._codecs: Any = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, recipe: Any) -> None:
         from magihuman.codecs.bundle import require_allowed
 
-        recipe: Any = pl_module
         require_allowed(recipe.context.codecs)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        recipe: Any = pl_module
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
         if not due or not recipe.stepped:
             return

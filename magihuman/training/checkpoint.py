@@ -178,22 +178,19 @@ class Checkpointer(L.Callback):
             for leftover in (*self.folder.glob("*.tmp"), *self.folder.glob(".*.part")):
                 remove(leftover)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not pl_module.stepped:
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not recipe.stepped:
             return
-        step = self._step(pl_module)
-        due = self.settings.every_steps > 0 and step % self.settings.every_steps == 0
+        due = self.settings.every_steps > 0 and recipe.step % self.settings.every_steps == 0
         if self.settings.every_minutes is not None:
             late = time.monotonic() - self._clock > 60 * self.settings.every_minutes
             due = due or bool(trainer.strategy.broadcast(late))
         if due or trainer.should_stop:
-            self.save(trainer, pl_module)
+            self.save(trainer, recipe)
 
-    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Path:
+    def save(self, trainer: L.Trainer, recipe: Any) -> Path:
         """Save now (on all processes); returns the checkpoint's path. Once per step."""
-        step = self._step(pl_module)
+        step = recipe.step
         path = self.folder / f"step-{step:08d}.ckpt"
         if step == self._saved_at:
             return path
@@ -212,10 +209,6 @@ class Checkpointer(L.Callback):
         self._saved_at = step
         self._clock = time.monotonic()
         return path
-
-    @staticmethod
-    def _step(pl_module: L.LightningModule) -> int:
-        return int(pl_module.step)  # type: ignore[arg-type]
 
 
 class Preemption(L.Callback):
@@ -239,10 +232,8 @@ class Preemption(L.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not pl_module.stepped:
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not recipe.stepped:
             return
         stop = self.received is not None
         # A scheduler may signal some processes only, and all must stop at one step.
@@ -250,8 +241,8 @@ class Preemption(L.Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and self.stopped_at is None:
             self.received = self.received or "a signal to another process"
-            self.checkpointer.save(trainer, pl_module)
-            self.stopped_at = int(pl_module.step)  # type: ignore[arg-type]
+            self.checkpointer.save(trainer, recipe)
+            self.stopped_at = recipe.step
             trainer.should_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

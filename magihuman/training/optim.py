@@ -8,7 +8,7 @@ because Lightning's automatic optimisation and its checkpoints count on one.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,29 +209,20 @@ def build_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor] * scheduled + [lambda _: 1.0] * constant)
 
 
-def gradient_norm(weights: Iterator[nn.Parameter] | list[nn.Parameter]) -> torch.Tensor:
-    """Norm of all gradients together, over all shards; 0-dimensional fp32."""
-    gradients = [w.grad for w in weights if w.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def clip_gradients(weights: list[nn.Parameter], max_norm: float | None) -> float:
-    """Scale gradients down to `max_norm` and return their norm before that.
+    """Scale gradients down to `max_norm` and return their norm before that, over all shards.
 
     A norm that is not finite drops the gradients altogether, so that the step changes nothing.
     """
-    norm = gradient_norm(weights)
-    value = float(norm)
+    gradients = [w.grad for w in weights if w.grad is not None]
+    norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(value):
         for weight in weights:
             weight.grad = None
     elif max_norm is not None and value > max_norm:
-        for weight in weights:
-            if weight.grad is not None:
-                weight.grad.mul_(max_norm / (value + 1e-6))
+        for gradient in gradients:
+            gradient.mul_(max_norm / (value + 1e-6))
     return value
 
 
@@ -313,24 +304,12 @@ class EMA(nn.Module):
         """The shadow stays in evaluation mode in whatever mode the recipe is."""
         return self
 
-    @property
-    def decay(self) -> float:
-        """Decay of the next update."""
-        return decay_at(self.updates, self.final_decay)
-
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """One EMA update with the weights of `model` (same architecture, same sharding); buffers are copied."""
         shadow = _local(self.module)
         weights = [w.to(s.dtype) for s, w in zip(shadow, _local(model), strict=True)]
-        torch._foreach_lerp_(shadow, weights, 1.0 - self.decay)
+        torch._foreach_lerp_(shadow, weights, 1.0 - decay_at(self.updates, self.final_decay))
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
         self.updates += 1
-
-    @torch.no_grad()
-    def reset(self, model: nn.Module) -> None:
-        """Start again from `model`'s weights."""
-        for shadow, weight in zip(_local(self.module), _local(model), strict=True):
-            shadow.copy_(weight)
-        self.updates = 0

@@ -11,7 +11,7 @@ import torch
 from bad_media import Sound, movie
 
 from magihuman.errors import UserError
-from magihuman.media.contact_sheet import write_contact_sheet
+from magihuman.media.contact_sheet import draw_contact_sheet
 from magihuman.media.mp4 import Mp4Writer, write_mp4
 from magihuman.media.reading import MediaError, MediaReader, probe, read_audio, read_clip, read_image
 
@@ -232,10 +232,12 @@ def test_contact_sheet_shows_every_clip(tmp_path: Path) -> None:
 
     red, blue = np.zeros((9, 64, 64, 3), np.uint8), np.zeros((1, 32, 64, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 255
-    write_contact_sheet(tmp_path / "s.png", [red, blue], ["one", "two " * 200], frames_per_clip=4, height=40, title="t")
+    draw_contact_sheet([red, blue], ["one", "two " * 200], frames_per_clip=4, height=40, title="t").save(
+        tmp_path / "s.png"
+    )
     sheet = np.asarray(Image.open(tmp_path / "s.png")).astype(int)
     assert sheet.shape[1] == 4 * (80 + 2) - 2 + 12
     assert (sheet == [255, 0, 0]).all(-1).sum() == 4 * 40 * 40
     assert (sheet == [0, 0, 255]).all(-1).sum() == 40 * 80  # one frame is shown once
     with pytest.raises(ValueError, match="as many captions as clips"):
-        write_contact_sheet(tmp_path / "s.png", [red], [])
+        draw_contact_sheet([red], [])
