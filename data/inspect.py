@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,41 +15,6 @@ if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
     import torch
 
 STATISTICS_FROM = 256  # samples read for the statistics
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Sizes, latent moments and text lengths of shards.
-
-    Attributes:
-        samples: in the shards; looked_at: read for the values below; corrupt: unreadable among those.
-        buckets: samples per bucket, of all.
-        video, audio: (mean, standard deviation) per channel, [C,2] and [Ca,2].
-        caption_words: (fewest, median, most); text_tokens: likewise.
-    """
-
-    samples: int
-    looked_at: int
-    corrupt: list[str]
-    buckets: dict[str, int]
-    video: np.ndarray
-    audio: np.ndarray
-    caption_words: tuple[int, int, int]
-    text_tokens: tuple[int, int, int]
-
-    def __str__(self) -> str:
-        lines = [f"{self.samples} samples, {self.looked_at} looked at, {len(self.corrupt)} corrupt"]
-        lines += [f"  bucket {name}: {number}" for name, number in self.buckets.items()]
-        for name, table in (("video", self.video), ("audio", self.audio)):
-            if len(table):
-                (low, least), (high, most) = table.min(0), table.max(0)
-                lines.append(
-                    f"  {name} latents: {len(table)} channels, mean {low:.2f} to {high:.2f}, "
-                    f"deviation {least:.2f} to {most:.2f}"
-                )
-        lines.append("  words per caption: {0} to {2} (median {1})".format(*self.caption_words))
-        lines.append("  text tokens: {0} to {2} (median {1})".format(*self.text_tokens))
-        return "\n".join(lines + [f"  corrupt: {reason}" for reason in self.corrupt])
 
 
 def inspect(shards: str, output: str | None = None, samples: int = 12, codecs: str | None = None, seed: int = 0) -> str:
@@ -67,7 +31,7 @@ def inspect(shards: str, output: str | None = None, samples: int = 12, codecs: s
         UserError: shards that cannot be read, or codecs that did not make them.
     """
     reader = Shards(shards)
-    text = str(statistics(reader, seed))
+    text = statistics(reader, seed)
     if samples < 1:
         return text
     path = Path(output) if output else Path(shards) / "contact_sheet.png"
@@ -90,22 +54,27 @@ def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str
     return found, corrupt
 
 
-def statistics(reader: Shards, seed: int = 0) -> Statistics:
-    """Statistics of up to STATISTICS_FROM random samples."""
+def statistics(reader: Shards, seed: int = 0) -> str:
+    """Sizes of the buckets, and latent moments and text lengths of up to STATISTICS_FROM random samples."""
     found, corrupt = _some(reader, STATISTICS_FROM, seed)
     buckets = Counter(entry.bucket for entry in reader.entries)
     video = [s.tensors["video"].float().flatten(1).double() for s in found]
     audio = [s.tensors["audio"].double().T for s in found if "audio" in s.tensors]
-    return Statistics(
-        samples=len(reader),
-        looked_at=len(found) + len(corrupt),
-        corrupt=corrupt,
-        buckets=dict(sorted(buckets.items())),
-        video=_moments(video),
-        audio=_moments(audio),
-        caption_words=_min_median_max([len(str(s.meta.get("caption", "")).split()) for s in found]),
-        text_tokens=_min_median_max([len(s.tensors["text"]) for s in found]),
-    )
+    lines = [f"{len(reader)} samples, {len(found) + len(corrupt)} looked at, {len(corrupt)} corrupt"]
+    lines += [f"  bucket {name}: {number}" for name, number in sorted(buckets.items())]
+    for name, table in (("video", _moments(video)), ("audio", _moments(audio))):
+        if len(table):
+            (low, least), (high, most) = table.min(0), table.max(0)
+            lines.append(
+                f"  {name} latents: {len(table)} channels, mean {low:.2f} to {high:.2f}, "
+                f"deviation {least:.2f} to {most:.2f}"
+            )
+    for name, lengths in (
+        ("words per caption", [len(str(s.meta.get("caption", "")).split()) for s in found]),
+        ("text tokens", [len(s.tensors["text"]) for s in found]),
+    ):
+        lines.append(f"  {name}: {min(lengths)} to {max(lengths)} (median {int(np.median(lengths))})")
+    return "\n".join(lines + [f"  corrupt: {reason}" for reason in corrupt])
 
 
 def _moments(parts: list[torch.Tensor]) -> np.ndarray:
@@ -116,10 +85,6 @@ def _moments(parts: list[torch.Tensor]) -> np.ndarray:
 
     everything = torch.cat(parts, 1)
     return torch.stack([everything.mean(1), everything.std(1)], 1).numpy()
-
-
-def _min_median_max(values: list[int]) -> tuple[int, int, int]:
-    return min(values), int(np.median(values)), max(values)
 
 
 def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, seed: int) -> None:

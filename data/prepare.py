@@ -219,7 +219,7 @@ class _Preparation:
             with open(journal, "a") as file:
                 for _, results in pool.run(probe_files, chunks, bar.update):
                     self._save_crashed()
-                    file.writelines(json.dumps(found.to_dict()) + "\n" for found in results)
+                    file.writelines(json.dumps(asdict(found)) + "\n" for found in results)
                     file.flush()
                     known |= {found.path: found for found in results}
         return [known[found.path] or found for found in media]

@@ -231,11 +231,9 @@ def _check_pairs(settings: TrainSettings) -> None:
     optim, trainer, strategy = settings.optim, settings.trainer, settings.strategy
     if trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={trainer.max_steps} trains nothing; give at least 1")
-    for name, value in (("accumulate", trainer.accumulate), ("devices", trainer.devices), ("nodes", trainer.nodes)):
-        if value < 1:
-            raise UserError(f"trainer.{name}={value} is impossible; give at least 1")
-    if trainer.log_every < 1:
-        raise UserError(f"trainer.log_every={trainer.log_every} is impossible; give at least 1")
+    for name in ("accumulate", "devices", "nodes", "log_every"):
+        if getattr(trainer, name) < 1:
+            raise UserError(f"trainer.{name}={getattr(trainer, name)} is impossible; give at least 1")
     if trainer.max_time is not None:
         parse_time(trainer.max_time)
     if optim.algorithm == "muon" and optim.adamw_lr is None:

@@ -28,9 +28,6 @@ class Pair(NamedTuple):
     video: Tensor
     audio: Tensor
 
-    def to(self, device: torch.device | str) -> "Pair":
-        return Pair(self.video.to(device), self.audio.to(device))
-
 
 def each(function: Callable[..., Tensor], *pairs: Pair) -> Pair:
     """Apply a function to the video tensors and to the audio tensors of the arguments.

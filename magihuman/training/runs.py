@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning
+import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -30,12 +32,6 @@ from magihuman.io.provenance import code_version
 
 RUN_NAME = "MAGIHUMAN_RUN"
 """Environment variable that passes the run's name to processes that Lightning starts."""
-
-
-def processes_launched() -> int:
-    """Number of processes that torchrun or srun started; 1 when Lightning starts them, or for a single one."""
-    tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
-    return int(os.environ.get("WORLD_SIZE") or tasks or 1)
 
 
 def in_batch_job() -> bool:
@@ -60,7 +56,9 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
     if name is None and in_batch_job():
         name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
         name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
-    if name is None and processes_launched() > 1:
+    # Processes that torchrun or srun started; Lightning's own get RUN_NAME.
+    tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
+    if name is None and int(os.environ.get("WORLD_SIZE") or tasks or 1) > 1:
         raise UserError("several processes were started and need one run folder; give it a name with name=...")
     if name is None:
         name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
@@ -68,19 +66,6 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
 
 
 FORMAT = "magihuman-run/1"
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """sha256 of a configuration, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on."""
-    import lightning
-    import torch
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
 
 
 class RunFolder:
@@ -158,13 +143,17 @@ class RunFolder:
             created=previous.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
             starts=previous.get("starts", 0) + 1,
             earlier=earlier,
-            config_sha256=config_hash(config),
+            config_sha256=hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
             parents=parents,
             provenance={
                 "command": ["python", "-m", "magihuman.train", *sys.argv[1:]],
                 "seed": config.get("seed"),
                 "code": code_version(),
-                "libraries": library_versions(),
+                "libraries": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "lightning": lightning.__version__,
+                },
             },
         )
 
