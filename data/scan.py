@@ -3,7 +3,6 @@
 A file that cannot be used is not an error: its `MediaFile` holds the reason.
 """
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.captions import TABLES
+from magihuman.io.provenance import file_hash
 from magihuman.media.reading import MediaError, MediaInfo, probe
 
 _VIDEO = "3g2 3gp asf avi dv flv gif ivf m2ts m4v mkv mov mp4 mpeg mpg mts mxf nut ogv rm ts vob webm wmv"
@@ -129,11 +129,6 @@ def probe_file(found: MediaFile) -> MediaFile:
         return replace(found, problem=f"cannot be read: {type(error).__name__}: {error}"[:200])
 
 
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_duplicates(files: Iterable[MediaFile]) -> dict[str, str]:
     """Relative path of a file -> relative path of an earlier one with the same bytes; reads only files of equal size."""
     by_size: dict[int, list[MediaFile]] = defaultdict(list)
@@ -144,7 +139,7 @@ def find_duplicates(files: Iterable[MediaFile]) -> dict[str, str]:
     for group in by_size.values():
         first: dict[str, str] = {}
         for found in group if len(group) > 1 else ():
-            original = first.setdefault(_digest(found.path), found.relative)
+            original = first.setdefault(file_hash(Path(found.path)), found.relative)
             if original != found.relative:
                 duplicates[found.relative] = original
     return duplicates

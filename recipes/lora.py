@@ -47,7 +47,7 @@ class Lora(Pretrain):
         sigma: prior of the noise levels; None takes the checkpoint's. Without timestep input the network infers the
             level from its input under this prior, so another prior makes it unlearn.
         sampling: settings stored in the exports; None takes the checkpoint's.
-        from video_weight to video_conditioning: see `recipes.pretrain.FlowMatching`.
+        from video_weight to video_conditioning: see `recipes.pretrain.Pretrain`.
 
     Raises:
         UserError: no `init`, or an optimiser without LoRA support.

@@ -26,7 +26,6 @@ from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import Sampling
 from magihuman.models.config import TreadConfig
 from magihuman.models.flops import passes
-from magihuman.training.callbacks import Meter
 from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight, sync_gap
 from magihuman.training.optim import Ramp, value_at
@@ -59,134 +58,20 @@ class NoisedBatch:
     audio_sigma: Tensor
 
 
-@dataclass(frozen=True)
-class FlowMatching:
-    """The flow-matching objective, for any recipe that trains a denoiser with it.
-
-    Attributes:
-        sigma: prior of the noise levels.
-        null_text: [S,Ct] features of the empty prompt, which replace those of a dropped text.
-        video_weight, audio_weight: of the modalities' losses.
-        motion_floor: loss weight of positions without motion (`motion_weight`); 1 gives all the same weight. May be a ramp.
-        text_drop: probability that the text is replaced.
-        first_frame, audio_conditioning, video_conditioning: probabilities that it stays clean. May be ramps.
-
-    Raises:
-        UserError: at construction, for probabilities that sum to more than one.
-    """
-
-    sigma: SigmaPrior
-    null_text: Tensor
-    video_weight: float = 1.0
-    audio_weight: float = 1.0
-    motion_floor: float | Ramp = 1.0
-    text_drop: float = 0.1
-    first_frame: float | Ramp = 0.1
-    audio_conditioning: float | Ramp = 0.1
-    video_conditioning: float | Ramp = 0.0
-
-    def __post_init__(self) -> None:
-        for share in (0.0, 1.0):
-            both = value_at(self.audio_conditioning, share) + value_at(self.video_conditioning, share)
-            if both > 1:
-                raise UserError(
-                    f"recipe.audio_conditioning + recipe.video_conditioning = {both:g} exceeds 1; lower one of them"
-                )
-
-    def loss(self, denoiser: Any, batch: dict[str, Any], rng: BatchRng, progress: float, meter: Meter) -> Tensor:
-        """The loss of one batch, a scalar.
-
-        Args:
-            denoiser: (video, audio, text) -> velocities.
-            progress: share of the training that is done, for ramps.
-            meter: for the values to log.
-        """
-        noised = self.noised(batch, rng, progress, conditioned=True)
-        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
-
-        video_error = (video_velocity - noised.video_target).square()
-        audio_error = (audio_velocity - noised.audio_target).square()
-        moving = motion_weight(batch["video"], value_at(self.motion_floor, progress))
-        video_loss = masked_mean_per_sample(moving * video_error, noised.video_mask)  # [B]
-        audio_loss = masked_mean_per_sample(audio_error, noised.audio_mask)  # [B]
-
-        total = (self.video_weight * video_loss + self.audio_weight * audio_loss).mean()
-        plain = masked_mean_per_sample(video_error, noised.video_mask)
-        self._count(meter, noised, plain, audio_loss, total)
-        return total
-
-    def noised(self, batch: dict[str, Any], rng: BatchRng, progress: float, conditioned: bool) -> NoisedBatch:
-        """Noise a batch; with conditioning and dropped texts where `conditioned`."""
-        video, audio = batch["video"], batch["audio"]
-        device, samples, frames = video.device, len(video), video.shape[2]
-
-        levels = [self.sigma.sample(1, generator) for generator in rng.generators]
-        video_sigma = torch.cat([level[0] for level in levels]).to(device)
-        audio_sigma = torch.cat([level[1] for level in levels]).to(device)
-        video_noise = rng.normal(video.shape[1:]).to(device)
-        audio_noise = rng.normal(audio.shape[1:]).to(device)
-        first, which, dropped = rng.uniform(), rng.uniform(), rng.uniform()
-
-        text = list(batch["text"])
-        video_mask = torch.ones(samples, 1, frames, 1, 1, device=device)
-        audio_mask = torch.ones(samples, 1, 1, device=device)
-        if conditioned:
-            if frames > 1:
-                clean = (first < value_at(self.first_frame, progress)).to(device)
-                video_mask[:, :, 0] = (~clean).float().view(-1, 1, 1, 1)
-            if audio.shape[1]:  # at most one modality is clean, and only if the other exists
-                clean_audio = which < value_at(self.audio_conditioning, progress)
-                clean_video = which >= 1 - value_at(self.video_conditioning, progress)
-                audio_mask *= (~clean_audio).float().view(-1, 1, 1).to(device)
-                video_mask *= (~clean_video).float().view(-1, 1, 1, 1, 1).to(device)
-            null = self.null_text.to(device)
-            text = [null if drop else t for t, drop in zip(text, dropped < self.text_drop, strict=True)]
-
-        # Conditioning has noise level 0, frame by frame for the video.
-        video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
-        audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
-        return NoisedBatch(
-            video=(1 - video_level) * video + video_level * video_noise,
-            audio=(1 - audio_level) * audio + audio_level * audio_noise,
-            text=text,
-            video_target=velocity_target(video, video_noise),
-            audio_target=velocity_target(audio, audio_noise),
-            video_mask=video_mask,
-            audio_mask=audio_mask,
-            video_sigma=video_sigma,
-            audio_sigma=audio_sigma,
-        )
-
-    @staticmethod
-    def _count(meter: Meter, noised: NoisedBatch, video_loss: Tensor, audio_loss: Tensor, total: Tensor) -> None:
-        has_audio = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
-        has_video = noised.video_mask.flatten(1).amax(1)
-        meter.add("loss", total)
-        meter.add("loss/video", video_loss, has_video)
-        meter.add("loss/audio", audio_loss, has_audio)
-        meter.add_bands("video", video_loss, noised.video_sigma, BANDS, has_video)
-        meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, has_audio)
-
-    @torch.no_grad()
-    def validation_metrics(self, denoiser: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        """Unweighted losses, and the sync gap, which tells whether lips will follow the audio."""
-        noised = self.noised(batch, rng, progress=1.0, conditioned=False)
-        video_velocity, audio_velocity = denoiser(noised.video, noised.audio, noised.text)
-        metrics = {"val/video": float((video_velocity - noised.video_target).square().mean())}
-        if batch["audio"].shape[1]:
-            metrics["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
-            noise = (noised.video_target + batch["video"], noised.audio_target + batch["audio"])
-            metrics["val/sync_gap"] = sync_gap(denoiser, batch["video"], batch["audio"], batch["text"], noise)
-        return metrics
-
-
 class Pretrain(Recipe):
     """Flow-matching pretraining.
 
     Args:
-        sigma, and video_weight to video_conditioning: see `FlowMatching`.
-        tread: token routing, or None.
+        sigma: prior of the noise levels.
         sampling: settings stored in the export for inference.
+        video_weight, audio_weight: of the modalities' losses.
+        motion_floor: loss weight of positions without motion (`motion_weight`); 1 gives all the same weight. May be a ramp.
+        text_drop: probability that the text is replaced by the empty prompt's.
+        first_frame, audio_conditioning, video_conditioning: probabilities that it stays clean. May be ramps.
+        tread: token routing, or None.
+
+    Raises:
+        UserError: probabilities that sum to more than one.
     """
 
     def __init__(
@@ -205,19 +90,16 @@ class Pretrain(Recipe):
         tread: TreadConfig | None = None,
     ) -> None:
         super().__init__(context)
-        self.objective = FlowMatching(
-            sigma=sigma,
-            null_text=context.null_text,
-            video_weight=video_weight,
-            audio_weight=audio_weight,
-            motion_floor=motion_floor,
-            text_drop=text_drop,
-            first_frame=first_frame,
-            audio_conditioning=audio_conditioning,
-            video_conditioning=video_conditioning,
-        )
-        self.sampling = sampling
-        self.tread = tread
+        self.sigma, self.sampling, self.tread = sigma, sampling, tread
+        self.video_weight, self.audio_weight, self.motion_floor = video_weight, audio_weight, motion_floor
+        self.text_drop, self.first_frame = text_drop, first_frame
+        self.audio_conditioning, self.video_conditioning = audio_conditioning, video_conditioning
+        for share in (0.0, 1.0):
+            both = value_at(audio_conditioning, share) + value_at(video_conditioning, share)
+            if both > 1:
+                raise UserError(
+                    f"recipe.audio_conditioning + recipe.video_conditioning = {both:g} exceeds 1; lower one of them"
+                )
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -225,19 +107,84 @@ class Pretrain(Recipe):
         self.denoiser.model.tread = self.tread
 
     def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
-        return self.objective.loss(self.trained, batch, rng, self.progress, self.meter)
+        noised = self.noised(batch, rng, conditioned=True)
+        video_velocity, audio_velocity = self.trained(noised.video, noised.audio, noised.text)
+
+        video_error = (video_velocity - noised.video_target).square()
+        audio_error = (audio_velocity - noised.audio_target).square()
+        moving = motion_weight(batch["video"], value_at(self.motion_floor, self.progress))
+        video_loss = masked_mean_per_sample(moving * video_error, noised.video_mask)  # [B]
+        audio_loss = masked_mean_per_sample(audio_error, noised.audio_mask)  # [B]
+
+        total = (self.video_weight * video_loss + self.audio_weight * audio_loss).mean()
+        plain = masked_mean_per_sample(video_error, noised.video_mask)
+        has_audio = noised.audio_mask.flatten(1).amax(1) * (1.0 if noised.audio.shape[1] else 0.0)
+        has_video = noised.video_mask.flatten(1).amax(1)
+        self.meter.add("loss", total)
+        self.meter.add("loss/video", plain, has_video)
+        self.meter.add("loss/audio", audio_loss, has_audio)
+        self.meter.add_bands("video", plain, noised.video_sigma, BANDS, has_video)
+        self.meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, has_audio)
+        return total
+
+    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> NoisedBatch:
+        """Noise a batch; with conditioning and dropped texts where `conditioned`."""
+        video, audio = batch["video"], batch["audio"]
+        device, samples, frames = video.device, len(video), video.shape[2]
+
+        levels = [self.sigma.sample(1, generator) for generator in rng.generators]
+        video_sigma = torch.cat([level[0] for level in levels]).to(device)
+        audio_sigma = torch.cat([level[1] for level in levels]).to(device)
+        video_noise = rng.normal(video.shape[1:]).to(device)
+        audio_noise = rng.normal(audio.shape[1:]).to(device)
+        first, which, dropped = rng.uniform(), rng.uniform(), rng.uniform()
+
+        text = list(batch["text"])
+        video_mask = torch.ones(samples, 1, frames, 1, 1, device=device)
+        audio_mask = torch.ones(samples, 1, 1, device=device)
+        if conditioned:
+            if frames > 1:
+                clean = (first < value_at(self.first_frame, self.progress)).to(device)
+                video_mask[:, :, 0] = (~clean).float().view(-1, 1, 1, 1)
+            if audio.shape[1]:  # at most one modality is clean, and only if the other exists
+                clean_audio = which < value_at(self.audio_conditioning, self.progress)
+                clean_video = which >= 1 - value_at(self.video_conditioning, self.progress)
+                audio_mask *= (~clean_audio).float().view(-1, 1, 1).to(device)
+                video_mask *= (~clean_video).float().view(-1, 1, 1, 1, 1).to(device)
+            null = self.context.null_text.to(device)
+            text = [null if drop else t for t, drop in zip(text, dropped < self.text_drop, strict=True)]
+
+        # Conditioning has noise level 0, frame by frame for the video.
+        video_level = video_sigma.view(-1, 1, 1, 1, 1) * video_mask
+        audio_level = audio_sigma.view(-1, 1, 1) * audio_mask
+        return NoisedBatch(
+            video=(1 - video_level) * video + video_level * video_noise,
+            audio=(1 - audio_level) * audio + audio_level * audio_noise,
+            text=text,
+            video_target=velocity_target(video, video_noise),
+            audio_target=velocity_target(audio, audio_noise),
+            video_mask=video_mask,
+            audio_mask=audio_mask,
+            video_sigma=video_sigma,
+            audio_sigma=audio_sigma,
+        )
+
+    @torch.no_grad()
+    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
+        """Unweighted losses, and the sync gap, which tells whether lips will follow the audio."""
+        noised = self.noised(batch, rng, conditioned=False)
+        video_velocity, audio_velocity = network(noised.video, noised.audio, noised.text)
+        metrics = {"val/video": float((video_velocity - noised.video_target).square().mean())}
+        if batch["audio"].shape[1]:
+            metrics["val/audio"] = float((audio_velocity - noised.audio_target).square().mean())
+            noise = (noised.video_target + batch["video"], noised.audio_target + batch["audio"])
+            metrics["val/sync_gap"] = sync_gap(network, batch["video"], batch["audio"], batch["text"], noise)
+        return metrics
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """See `Recipe.batch_flops`; with token routing, only the tokens that a layer processes count."""
         model, _ = self.context.transformer
         return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
 
-    def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> NoisedBatch:
-        """The noised batch, as `loss` would make it now."""
-        return self.objective.noised(batch, rng, self.progress, conditioned)
-
-    def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        return self.objective.validation_metrics(network, batch, rng)
-
     def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.objective.sigma, "sampling": self.sampling}
+        return {"sigma_prior": self.sigma, "sampling": self.sampling}
