@@ -348,7 +348,7 @@ def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path
     data = bytearray((copy / "shard-000001.tar").read_bytes())
     data[1000] ^= 0xFF
     (copy / "shard-000001.tar").write_bytes(bytes(data))
-    text = inspect(str(copy), str(tmp_path / "x.png"), samples=2)
+    text = inspect(str(copy), str(tmp_path / "x.png"), samples=2, codecs="pooled_bundle:build")  # user code is named
     assert "12 samples, 12 looked at, 1 corrupt" in text
     assert "checksum differs" in text
     bare = [sys.executable, "-m", "data.inspect", str(copy), "samples=0"]
