@@ -247,8 +247,8 @@ class TestVerify:
         ("content", "message"),
         [
             (None, "holds no manifest.json"),
-            ("{", "no manifest of vectors"),
-            ("[]", "no manifest"),
+            ("{", "not a manifest of vectors"),
+            ("[]", "not a manifest"),
             ('{"files": {}}', "lists no cases"),
             ('{"files": {"a": {}}}', "names no file"),
         ],
