@@ -163,7 +163,8 @@ def generate(
     with tqdm(total=len(prompts), desc="sampling", unit="clip", disable=not progress) as bar:
         for first in range(0, len(prompts), batch):
             part = list(prompts[first : first + batch])
-            for clip in pipeline.make(part, [noise_seed(seed, first + k) for k in range(len(part))], settings):
+            seeds = [noise_seed(seed, first + k) for k in range(len(part))]
+            for clip in map(pipeline.decode, pipeline.draft(part, seeds, settings)):
                 clips.frames.append(clip.frames.numpy())
                 clips.waves.append(clip.wave.numpy().mean(0) if clip.wave.numel() else None)
                 clips.captions.append(clip.prompt)

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def write(
 
         waiting: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1) as encoder:
-            for chunk in _chain(first, chunks):
+            for chunk in chain([first], chunks):
                 frames += len(chunk)
                 until = max(written, min(round(frames / fps * rate), wave.shape[1]))
                 waiting.append(encoder.submit(add, chunk, wave[:, written:until]))
@@ -116,11 +117,6 @@ def write(
         if written < wave.shape[1]:
             writer.add_wave(wave[:, written:])
     return frames, *size
-
-
-def _chain(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield first
-    yield from rest
 
 
 class Decoder:
@@ -138,11 +134,6 @@ class Decoder:
     def __init__(self, codec: Any, tile: int | None = None) -> None:
         self.codec = codec
         self.tile = latents_per_tile(tile, codec.stride)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the codec's tensors are now; codecs without any work on the CPU."""
-        return device_of(self.codec)
 
     @torch.no_grad()
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
@@ -176,20 +167,21 @@ class Decoder:
     @torch.no_grad()
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
         """The same before it becomes pictures: [B,C,T,h,w] -> [B,3,n,H,W] fp32 on the codec's device, not clamped."""
-        latents = latents.to(self.device)
-        stream = self._streamer(latents)
-        if self.tile is None or max(latents.shape[3:]) <= self.tile:
-            return stream(latents)
-        return stream_tiles(stream, latents, self.tile, self.codec.stride[1])
-
-    def _streamer(self, latents: Tensor) -> Streamer:
+        latents = latents.to(device_of(self.codec))
         codec = self.codec
         if isinstance(codec, CausalDecoderCodec):
             # As many latents at once as the whole picture would allow: tiles are joined in memory.
-            return partial(codec.decode_stream, chunk=codec.chunk_for(latents))
-        if hasattr(codec, "decode_stream"):
-            return codec.decode_stream
-        return lambda z: iter([codec.decode(z)])
+            stream: Streamer = partial(codec.decode_stream, chunk=codec.chunk_for(latents))
+        elif hasattr(codec, "decode_stream"):
+            stream = codec.decode_stream
+        else:
+
+            def stream(z: Tensor) -> Iterator[Tensor]:
+                yield codec.decode(z)
+
+        if self.tile is None or max(latents.shape[3:]) <= self.tile:
+            return stream(latents)
+        return stream_tiles(stream, latents, self.tile, codec.stride[1])
 
 
 def device_of(codec: Any) -> torch.device:
@@ -224,13 +216,9 @@ class _Arriving:
         return self._pictures
 
 
-_COPY_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _COPY_STREAMS:
-        _COPY_STREAMS[device] = torch.cuda.Stream(device)
-    return _COPY_STREAMS[device]
+    return torch.cuda.Stream(device)
 
 
 OVERLAP = 4  # a tile shares one part in so many with its neighbour

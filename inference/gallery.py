@@ -136,12 +136,12 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
     """A record's settings in words."""
     settings, scales, second = record["settings"], record["settings"]["guidance"], record["settings"]["sr"]
     video = {scales["video_high"], scales["video_low"]}
-    guidance = [f"video {_range(video)}", f"audio {scales['audio']:g}"]
+    both = " to ".join(f"{value:g}" for value in sorted(video, reverse=True))
     facts = {
         "size": f"{record['width']} × {record['height']}",
         "length": f"{record['frames'] / record['fps']:.2f} s, {record['frames']} frames",
         "solver": f"{settings['solver']}, {settings['steps']} steps, shift {settings['shift']:g}",
-        "guidance": "off" if video | {scales["audio"]} == {1.0} else ", ".join(guidance),
+        "guidance": "off" if video | {scales["audio"]} == {1.0} else f"video {both}, audio {scales['audio']:g}",
         "negative prompt": settings["negative_prompt"],
         "second stage": f"{second['steps']} steps, guidance {second['guidance']:g}" if second else "",
         "first frame": record["image"]["path"] if record["image"] else "",
@@ -152,10 +152,6 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
         "tier": record.get("tier", ""),
     }
     return {label: value for label, value in facts.items() if value}
-
-
-def _range(values: set[float]) -> str:
-    return " to ".join(f"{value:g}" for value in sorted(values, reverse=True))
 
 
 def render(title: str, cards: list[Card]) -> str:

@@ -76,7 +76,10 @@ def run(options: InferOptions) -> None:
 
                     write_page(folder, requests)
     share = f", process {rank} of {processes}" if processes > 1 else ""
-    _summary(f"{options.output}{share}", len(own), len(mine), times)
+    before = f", {len(mine) - len(own)} done before" if len(mine) > len(own) else ""
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
+    total = sum(times.values())
+    print(f"{options.output}{share}: {len(own)} made{before} in {total:.1f} s ({stages})", file=sys.stderr)
 
 
 def _checked(options: InferOptions) -> tuple[InferOptions, list[Request], Path]:
@@ -96,7 +99,13 @@ def _checked(options: InferOptions) -> tuple[InferOptions, list[Request], Path]:
         if options.prompts is None:
             raise UserError("gallery=true is for many clips, with prompts=FILE")
         check_page(folder)
-    return replace(options, seconds=_number(options.seconds)), requests, folder
+    seconds = options.seconds  # text, from the command line
+    if seconds is not None:
+        try:
+            seconds = float(seconds)  # its range is judged with the checkpoint
+        except ValueError:
+            seconds = check_seconds(seconds, "the command line")
+    return replace(options, seconds=seconds), requests, folder
 
 
 @contextmanager
@@ -153,16 +162,6 @@ def _negative_prompt(options: InferOptions) -> str | None:
         text = text.strip() if file is None else text
         check_length(text, "the negative prompt")
     return text
-
-
-def _number(seconds: float | str | None) -> float | str | None:
-    """The setting seconds=, which reaches us as text."""
-    if seconds is None:
-        return None
-    try:
-        return float(seconds)  # its range is judged with the checkpoint
-    except ValueError:
-        return check_seconds(seconds, "the command line")
 
 
 def _requests(prompt: str | None, prompts: str | None, output: str | None, seed: int) -> tuple[list[Request], Path]:
@@ -229,8 +228,9 @@ def _make(
     parts = [part for part in parts if any(job.request.name in waiting for job in part)]
     # All texts at once: the text encoder, the largest network of all, comes once.
     pipeline.text([job.request.prompt for part in parts for job in part])
-    pipeline.text([j.settings.negative_prompt for part in parts for j in part if j.settings.needs_negative])
-    total = sum(_steps(job) for part in parts for job in part)
+    chosen = [job.settings for part in parts for job in part]
+    pipeline.text([each.negative_prompt for each in chosen if each.needs_negative])
+    total = sum(each.steps + (each.sr.steps if each.sr else 0) for each in chosen)
     with tqdm(total=total, unit="step", disable=not (progress and parts)) as bar:
         for part in parts:
             settings, requests = part[0].settings, [job.request for job in part]
@@ -254,13 +254,3 @@ def _make(
                 if job.request.name in written:
                     write(job, partial(pipeline.write, draft), manifest)
                     made += 1
-
-
-def _steps(job: "Job") -> int:
-    return job.settings.steps + (job.settings.sr.steps if job.settings.sr else 0)
-
-
-def _summary(output: str, made: int, asked: int, times: dict[str, float]) -> None:
-    before = f", {asked - made} done before" if asked > made else ""
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
-    print(f"{output}: {made} made{before} in {sum(times.values()):.1f} s ({stages})", file=sys.stderr)

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from glob import escape
 from importlib import metadata
 from pathlib import Path
@@ -41,16 +41,30 @@ class Job:
     """A request with everything resolved.
 
     Attributes:
-        identity: the part of the record that decides the clip (prompt, seed, conditions, checkpoint, ...).
         path: of the mp4.
-        command: makes this clip alone.
+        options: of the command that makes this clip alone.
     """
 
     request: Request
     settings: "Settings"
-    identity: dict[str, Any]
     path: Path
-    command: list[str]
+    options: InferOptions
+    resolver: "Resolver"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The part of the record that decides the clip; hashes its files, so made only when it is needed."""
+        request, described = self.request, self.resolver.described
+        return {
+            "format": FORMAT,
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "image": described(request.image),
+            "audio": described(request.audio),
+            "settings": self.settings.to_dict(),
+            **self.resolver.source.parents,
+            **self.options.identity(),
+        }
 
     @property
     def record_path(self) -> Path:
@@ -87,7 +101,7 @@ def write(job: Job, save: Callable[[Path], dict[str, Any]], manifest: Path | Non
             "sha256": file_hash(job.path),
             **facts,
             "versions": versions(),
-            "command": shlex.join(job.command),
+            "command": shlex.join(job.options.command()),
         }
         write_atomically(job.record_path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         if manifest is not None:
@@ -157,10 +171,9 @@ class Resolver:
 
     def __init__(self, source: "Source", folder: Path) -> None:
         self.source, self.folder = source, folder
-        self._parents = source.parents()
         self._hashes: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
-        self._pictures: set[tuple[str, int, int]] = set()
+        self._pictures: set[tuple[str, tuple[int, int]]] = set()
         self._noted: set[str] = set()
 
     def job(self, request: Request) -> Job:
@@ -171,8 +184,11 @@ class Resolver:
         """
         settings = self._settings(request)
         self._announce(request, settings)
-        if request.image is not None:
-            self._check_picture(request.image, *settings.size)
+        if request.image is not None and (request.image, settings.size) not in self._pictures:
+            from inference.conditioning import read_image
+
+            read_image(request.image, *settings.size)
+            self._pictures.add((request.image, settings.size))
         path = self.folder / f"{request.name}.mp4"
         options = replace(
             self.source.options,
@@ -183,17 +199,7 @@ class Resolver:
             audio=request.audio,
             **settings.options(),
         )
-        identity = {
-            "format": FORMAT,
-            "prompt": request.prompt,
-            "seed": request.seed,
-            "image": self._described(request.image),
-            "audio": self._described(request.audio),
-            "settings": settings.to_dict(),
-            **self._parents,
-            **options.identity(),
-        }
-        return Job(request, settings, identity, path, options.command())
+        return Job(request, settings, path, options, self)
 
     def check_prompts(self, codecs: "CodecBundle", prompts: Sequence[str]) -> None:
         """Note once if prompts do not have the only form that the text encoder was made for."""
@@ -210,7 +216,8 @@ class Resolver:
 
     def _settings(self, request: Request) -> "Settings":
         source, audio_seconds = self.source, None
-        options = self._with_own(request)
+        own = {key: getattr(request, key) for key in ("negative_prompt", "seconds")}  # of a line of a prompt file
+        options = replace(source.options, **{key: value for key, value in own.items() if value is not None})
         if request.audio is not None:
             if request.audio not in self._seconds:
                 from inference.conditioning import audio_seconds_of
@@ -220,11 +227,6 @@ class Resolver:
         if options.seconds == AUTO:
             options = replace(options, seconds=self._auto(request, audio_seconds))
         return resolve(source.config, source.second, options, audio_seconds)
-
-    def _with_own(self, request: Request) -> InferOptions:
-        """The command's options with those that a line of a prompt file has of its own."""
-        own = {key: getattr(request, key) for key in ("negative_prompt", "seconds")}
-        return replace(self.source.options, **{key: value for key, value in own.items() if value is not None})
 
     def _auto(self, request: Request, sound: float | None) -> float | None:
         """seconds=auto: as long as the given sound, else as what is said takes; None for the usual length."""
@@ -245,17 +247,19 @@ class Resolver:
         """Notes on settings of the clip that differ from the requested ones."""
         sizes = {"height": settings.height, "width": settings.width}
         if settings.sr is not None:
-            sizes |= {"sr_height": settings.sr.height, "sr_width": settings.sr.width}
+            from magihuman.media.images import same_aspect
+
+            sr = settings.sr
+            sizes |= {"sr_height": sr.height, "sr_width": sr.width}
+            if not same_aspect((settings.height, settings.width), settings.size):
+                self._note(
+                    f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
+                    f"{settings.width}x{settings.height}, so frames are stretched; see sr_width= and sr_height="
+                )
         for name, found in sizes.items():
             asked = getattr(self.source.options, name)
             if asked not in (None, found):
                 self._note(f"{name}={asked} is rounded down to {found}, a multiple of what the network can make")
-        small, sr = (settings.height, settings.width), settings.sr
-        if sr is not None and not _same_aspect(small, (sr.height, sr.width)):
-            self._note(
-                f"the second stage's {sr.width}x{sr.height} is of another shape than the first's "
-                f"{settings.width}x{settings.height}, so frames are stretched; see sr_width= and sr_height="
-            )
         if request.audio is not None:
             length, used = self._seconds[request.audio], settings.audio / self.source.config.contract.fps
             if length > used + 0.05:
@@ -277,25 +281,13 @@ class Resolver:
             self._noted.add(text)
             note(text)
 
-    def _check_picture(self, path: str, height: int, width: int) -> None:
-        from inference.conditioning import read_image
-
-        if (path, height, width) not in self._pictures:
-            read_image(path, height, width)
-            self._pictures.add((path, height, width))
-
-    def _described(self, path: str | None) -> dict[str, str] | None:
+    def described(self, path: str | None) -> dict[str, str] | None:
+        """A conditioning file in the record."""
         if path is None:
             return None
         if path not in self._hashes:
             self._hashes[path] = file_hash(Path(path))
         return {"path": path, "sha256": self._hashes[path]}
-
-
-def _same_aspect(small: tuple[int, int], large: tuple[int, int]) -> bool:
-    from magihuman.media.images import same_aspect
-
-    return same_aspect(small, large)
 
 
 def batches(jobs: list[Job], size: int) -> list[list[Job]]:

@@ -6,6 +6,7 @@ pipeline = find(InferOptions(checkpoint="tiny/base", device="cpu")).load()
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ class Source:
         parts = bundle_spec(self.config.codecs).variables
         return {part: path for part in parts if (path := getattr(self.options, part)) is not None}
 
+    @cached_property
     def parents(self) -> dict[str, Any]:
         """Identity of everything that is loaded, for the record."""
         from magihuman.io.provenance import fingerprint
@@ -211,18 +213,47 @@ def _with_cache(codecs: "CodecBundle", stages: "Stages | None") -> "CodecBundle"
     return replace(codecs, text_encoder=CachedText(encode, identity, encoder.channels))
 
 
+def choose_tier(tier: str | None, device_type: str, memory: str, weights: str | None, shared: bool) -> str:
+    """The tier of a command.
+
+    None is "exact" on the CPU, where tests hold it to the reference bit by bit on the released vectors, and
+    "reference" on a GPU and wherever something else decides how the network is kept or computed.
+
+    Args:
+        memory, weights: see `inference.memory`; shared: several processes compute one clip together.
+
+    Raises:
+        UserError: an unknown tier, or one that does not go with the rest.
+    """
+    if tier is not None:
+        from inference.fast import check_tier
+
+        check_tier(tier)
+    reason = None
+    if memory == "low":
+        reason = "memory=low streams the reference's layers; use memory=balanced"
+    elif weights in ("fp8", "int4"):
+        reason = f"weights={weights} is the reference's storage; leave weights= out"
+    elif shared:
+        reason = "several processes compute this clip together as the reference does; give many prompts, or start one"
+    if tier not in (None, "reference") and reason is not None:
+        raise UserError(f"tier={tier} cannot be used here: {reason}")
+    if tier is None:
+        return "exact" if device_type == "cpu" and reason is None else "reference"
+    return tier
+
+
 def find(options: InferOptions, shared: bool = False) -> Source:
     """Resolve and validate the files, device and compute settings of a command, without reading weights.
 
     Args:
-        shared: several processes compute one clip together, see `inference.fast.tiers.choose_tier`.
+        shared: several processes compute one clip together, see `choose_tier`.
 
     Raises:
         UserError: a name, path or setting that does not fit.
     """
     import torch
 
-    from inference.fast.tiers import choose_tier
     from magihuman import zoo
 
     device, checkpoint = choose_device(options.device), options.checkpoint
@@ -264,7 +295,9 @@ def find(options: InferOptions, shared: bool = False) -> Source:
         from magihuman.zoo import decoders
 
         decoder = decoders.config_of(options.turbo)
-        if decoder is not None:
+        if decoder is None:
+            decoders.require_published(options.turbo)
+        else:
             wanted = decoders.Latents.of(config.contract)
             decoder.latents.require(wanted, f"turbo={options.turbo}", f"checkpoint={checkpoint}")
     if options.tile is not None:

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from inference import decoding as clips
 from inference.decoding import Clip, Decoder, device_of
-from inference.fast import prepare, tier_of
+from inference.fast import tier_of
 from inference.memory import Stages
 from inference.requests import InferOptions
 from inference.sampling import sample
@@ -31,8 +31,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import frame_scales
 from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
-from magihuman.io.export import ExportConfig
-from magihuman.models.config import Contract, PackConfig
+from magihuman.models.config import PackConfig
 from magihuman.zoo import Loaded
 
 __all__ = ["Clip", "Draft", "Pipeline", "Settings", "StageProgress", "frames_for"]
@@ -61,12 +60,11 @@ class Pipeline:
         decoder: decodes instead of the bundle's video codec (a Turbo decoder), or None.
         tile: pixels a side of the tiles in which large frames are decoded, or None, see `inference.decoding`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
-        tier: optimisation level of both networks, see `inference.fast`; the default leaves them as they come.
 
     Attributes:
         folder: of the base checkpoint.
         dtype: of the network's products, such as "float32".
-        tier: of the base network.
+        tier: optimisation level of the base network, see `inference.fast`.
         times: seconds spent per stage so far: text, condition, sample, refine, decode.
 
     Raises:
@@ -82,7 +80,6 @@ class Pipeline:
         decoder: Any = None,
         tile: int | None = None,
         stages: Stages | None = None,
-        tier: str = "reference",
     ) -> None:
         loaded.config.contract.require(codecs.contract, "the checkpoint", f"codecs {codecs.name!r}")
         require_role(loaded.config, loaded.folder, first=True)
@@ -90,12 +87,17 @@ class Pipeline:
             second.config.contract.require(codecs.contract, "the checkpoint of sr=", f"codecs {codecs.name!r}")
             require_role(second.config, second.folder, first=False)
         if decoder is not None:
-            require_decoder(decoder, codecs.contract)
-        self.denoiser = prepare(loaded.denoiser.eval(), tier)
+            found = decoder.channels, tuple(decoder.stride)
+            wanted = codecs.contract.video_channels, tuple(codecs.contract.video_stride)
+            if found != wanted:
+                raise UserError(
+                    f"the decoder takes {found[0]} channels at strides {found[1]}, the codecs have {wanted}"
+                )
+        self.denoiser = loaded.denoiser.eval()
         self.config = loaded.config
         self.folder = loaded.folder
         self.codecs = codecs
-        self.second = None if second is None else replace(second, denoiser=prepare(second.denoiser, tier))
+        self.second = second
         self.decoder = Decoder(codecs.video_codec if decoder is None else decoder, tile)
         self.stages = stages
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
@@ -103,11 +105,6 @@ class Pipeline:
         self.tier = tier_of(self.denoiser)
         self.times: dict[str, float] = defaultdict(float)
         self._texts: dict[str, torch.Tensor] = {}
-
-    @property
-    def second_config(self) -> ExportConfig | None:
-        """Of the second stage's checkpoint."""
-        return None if self.second is None else self.second.config
 
     def settings(self, given_audio: float | None = None, **options: Any) -> Settings:
         """The checkpoints' own sampling settings with the given ones in their place.
@@ -122,7 +119,8 @@ class Pipeline:
         unknown = sorted(set(options) - {field.name for field in fields(InferOptions)})
         if unknown:
             raise UserError(f"unknown sampling option {unknown[0]}; they are those of `magihuman.infer --help`")
-        return resolve(self.config, self.second_config, InferOptions(**options), given_audio)
+        second = None if self.second is None else self.second.config
+        return resolve(self.config, second, InferOptions(**options), given_audio)
 
     @contextmanager
     def stage(self, name: str, wait: bool = True) -> Iterator[None]:
@@ -178,27 +176,11 @@ class Pipeline:
         made = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            made += self.make(
-                part,
-                seeds[start : start + batch],
-                chosen,
-                None if image is None else [image] * len(part),
-                None if audio is None else [audio] * len(part),
-                progress,
-            )
+            images = None if image is None else [image] * len(part)
+            sounds = None if audio is None else [audio] * len(part)
+            drafts = self.draft(part, seeds[start : start + batch], chosen, images, sounds, progress)
+            made += [self.decode(draft) for draft in drafts]
         return made
-
-    def make(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        settings: Settings,
-        images: Files = None,
-        sounds: Files = None,
-        progress: StageProgress | None = None,
-    ) -> list[Clip]:
-        """One batch, all with the same settings; arguments and errors as for `draft`."""
-        return [self.decode(draft) for draft in self.draft(prompts, seeds, settings, images, sounds, progress)]
 
     def draft(
         self,
@@ -252,52 +234,35 @@ class Pipeline:
             )
         require_finite(video, audio, settings)
         if settings.sr is not None:
-            video = self._refine(video, audio, text, negative, settings, generators, large, progress)
+            assert self.second is not None  # `resolve` gives a second stage to its checkpoint alone
+            stage, shape = settings.sr, latent_shape(self.second.config, settings, settings.size)
+            scales = None
+            if stage.guidance != 1:
+                scales = frame_scales(stage.guidance, shape.frames, device=self.device)
+            with self.stage("refine"):
+                video = refine(
+                    self.second.denoiser,
+                    video,
+                    audio,
+                    text,
+                    negative,
+                    shape,
+                    draw(shape, generators, self.device),
+                    steps=stage.steps,
+                    shift=stage.shift,
+                    guidance=scales,
+                    image_latent=large,
+                    progress=_for_stage(progress, "refine"),
+                    cfg_passes=settings.cfg_passes,
+                    device=self.device,
+                )
+            require_finite(video, audio, settings)
         video, audio = video.cpu(), audio.cpu()
         given = [None] * count if sounds is None or noise is not None else list(sounds)
         return [
             Draft(prompt, seed, video[i], audio[i], given[i])
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-
-    def _refine(
-        self,
-        video: torch.Tensor,
-        audio: torch.Tensor,
-        text: list[torch.Tensor],
-        negative: list[torch.Tensor] | None,
-        settings: Settings,
-        generators: list[torch.Generator],
-        image: torch.Tensor | None,
-        progress: StageProgress | None,
-    ) -> torch.Tensor:
-        assert settings.sr is not None
-        if self.second is None:
-            raise ValueError("settings with a second stage need a checkpoint for it")
-        denoiser, stage = self.second.denoiser, settings.sr
-        shape = latent_shape(self.second.config, settings, settings.size)
-        guidance = None
-        if stage.guidance != 1:
-            guidance = frame_scales(stage.guidance, shape.frames, device=self.device)
-        with self.stage("refine"):
-            video = refine(
-                denoiser,
-                video,
-                audio,
-                text,
-                negative,
-                shape,
-                draw(shape, generators, self.device),
-                steps=stage.steps,
-                shift=stage.shift,
-                guidance=guidance,
-                image_latent=image,
-                progress=_for_stage(progress, "refine"),
-                cfg_passes=settings.cfg_passes,
-                device=self.device,
-            )
-        require_finite(video, audio, settings)
-        return video
 
     def encode_images(self, paths: Files, height: int, width: int) -> torch.Tensor | None:
         """Image files as first latent frames [B,C,1,h,w]; each is encoded alone (SPEC 4.3)."""
@@ -383,14 +348,6 @@ class Pipeline:
 
 def _for_stage(progress: StageProgress | None, stage: str) -> Callable[..., None] | None:
     return None if progress is None else lambda step, of, *_: progress(stage, step, of)
-
-
-def require_decoder(decoder: Any, contract: Contract) -> None:
-    """Raises UserError for a decoder of other latents than the codecs'."""
-    found = decoder.channels, tuple(decoder.stride)
-    wanted = contract.video_channels, tuple(contract.video_stride)
-    if found != wanted:
-        raise UserError(f"the decoder takes {found[0]} channels at strides {found[1]}, the codecs have {wanted}")
 
 
 def require_positions(

@@ -53,6 +53,14 @@ def make(
     Raises:
         UserError: prompts, a checkpoint or a teacher that cannot be used, or a file that was made otherwise.
     """
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from inference.pipeline import Pipeline
+    from magihuman import zoo
+    from magihuman.codecs.bundle import load_bundle
+
     allow_codecs(codecs)
     target = Path(output)
     if clips < 1 or batch < 1:
@@ -63,54 +71,30 @@ def make(
         if target.exists():
             asked = {"clips": clips, "steps": steps, "cfg": cfg}
             _require_made_with(target, facts | {key: str(value) for key, value in asked.items() if value is not None})
-        else:
-            _sample(target, read_prompts(prompts), facts, clips, batch, steps, cfg, device, progress)
+            return str(target)
+        texts = read_prompts(prompts)
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        loaded = zoo.load(checkpoint, device=chosen)
+        bundle = load_bundle(loaded.config.codecs, chosen)
+        decoder = open_teacher(teacher, bundle, chosen)
+        pipeline = Pipeline(loaded, bundle)
+        settings = pipeline.settings(steps=steps, cfg=cfg)
+        videos, frames = [], []
+        with tqdm(total=clips, desc="sampling", unit="clip", disable=not progress) as bar:
+            for start in range(0, clips, batch):
+                numbers = range(start, min(clips, start + batch))
+                drafts = pipeline.draft([texts[i % len(texts)] for i in numbers], [seed + i for i in numbers], settings)
+                for draft in drafts:
+                    latents = draft.video.half()  # decoded as it is stored
+                    decoded = decoder.decode(latents[None].float().to(chosen))[0].clamp(-1, 1)
+                    videos.append(latents)
+                    frames.append(((decoded + 1) * 127.5).round().byte().cpu())
+                bar.update(len(numbers))
+        facts |= {"steps": str(settings.steps), "codec": bundle.contract.video_codec}
+        facts |= {} if cfg is None else {"cfg": str(cfg)}
+        with atomic_path(target) as partial:
+            save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
     return str(target)
-
-
-def _sample(
-    target: Path,
-    texts: list[str],
-    facts: dict[str, str],
-    clips: int,
-    batch: int,
-    steps: int | None,
-    cfg: float | None,
-    device: str,
-    progress: bool,
-) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
-    from inference.pipeline import Pipeline
-    from magihuman import zoo
-    from magihuman.codecs.bundle import load_bundle
-
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    loaded = zoo.load(facts["checkpoint"], device=chosen)
-    codecs = load_bundle(loaded.config.codecs, chosen)
-    decoder = open_teacher(facts["teacher"], codecs, chosen)
-    pipeline = Pipeline(loaded, codecs)
-    given: dict[str, Any] = {"steps": steps, "cfg": cfg}
-    settings = pipeline.settings(**{key: value for key, value in given.items() if value is not None})
-    videos, frames = [], []
-    with tqdm(total=clips, desc="sampling", unit="clip", disable=not progress) as bar:
-        for start in range(0, clips, batch):
-            numbers = range(start, min(clips, start + batch))
-            drafts = pipeline.draft(
-                [texts[i % len(texts)] for i in numbers], [int(facts["seed"]) + i for i in numbers], settings
-            )
-            for draft in drafts:
-                latents = draft.video.half()  # decoded as it is stored
-                decoded = decoder.decode(latents[None].float().to(chosen))[0].clamp(-1, 1)
-                videos.append(latents)
-                frames.append(((decoded + 1) * 127.5).round().byte().cpu())
-            bar.update(len(numbers))
-    facts |= {"steps": str(settings.steps), "codec": codecs.contract.video_codec}
-    facts |= {} if cfg is None else {"cfg": str(cfg)}
-    with atomic_path(target) as partial:
-        save_file({"video": torch.stack(videos), "frames": torch.stack(frames)}, partial, metadata=facts)
 
 
 def _require_made_with(path: Path, wanted: Mapping[str, str]) -> None:

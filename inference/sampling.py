@@ -17,7 +17,6 @@ from magihuman.flow.guidance import combine
 from magihuman.flow.sampling import Conditioning, Noise, Pair, Shapes, denoise, draw_noise
 from magihuman.flow.solvers import make_solver
 from magihuman.models.denoiser import Denoiser
-from magihuman.models.tokens import Layout
 
 # Called after step i of n with the solver's latents: (i + 1, n, video, audio).
 Progress = Callable[[int, int, torch.Tensor, torch.Tensor], None]
@@ -121,7 +120,10 @@ def sample(
     branches = [list(text)] + ([] if guidance is None else [list(negative_text or ())])
     if cfg_passes == 1:
         branches = [[features for branch in branches for features in branch]]
-    passes = [(branch, _layout(denoiser, branch, shape, device)) for branch in branches]
+    passes = []
+    for branch in branches:
+        lengths = [len(features) for features in branch]
+        passes.append((branch, denoiser.layout_for((len(branch), *shape.video), shape.audio, lengths, device)))
     timesteps = solvers[0].timesteps.tolist()
     denoiser.begin(steps)
 
@@ -145,11 +147,6 @@ def sample(
     conditioning = None if image_latent is None else Conditioning.first_frame(image_latent, noise.start)
     audio_solver = solvers[1] if audio_latent is None else None
     return denoise(velocity, (solvers[0], audio_solver), noise, conditioning, report)
-
-
-def _layout(denoiser: Denoiser, text: Sequence[Tensor], shape: LatentShape, device: torch.device) -> Layout:
-    lengths = [len(features) for features in text]
-    return denoiser.layout_for((len(text), *shape.video), shape.audio, lengths, device)
 
 
 def _repeat(latents: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from inference.requests import InferOptions
 from inference.sampling import LatentShape
-from magihuman.codecs.bundle import Length, bundle_spec
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.solvers import SOLVERS
@@ -114,15 +114,19 @@ def resolve(
     given = InferOptions() if options is None else options
     own = config.sampling
     sizes = _named_sizes(given, config, second)
-    seconds = None if given.seconds is None else float(given.seconds)
-    length = _length(config, seconds, given_audio)
+    spec, limit = bundle_spec(config.codecs), longest(config)
+    if given.seconds is None:
+        seconds = spec.seconds(config.size.frames, config.contract)
+    elif limit < (seconds := float(given.seconds)) < math.inf:
+        raise UserError(f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}")
+    length = spec.length(seconds, config.contract, given_audio)
     chosen = Settings(
         solver=own.solver if given.solver is None else given.solver,
         steps=own.steps if given.steps is None else given.steps,
         shift=own.shift if given.shift is None else given.shift,
         guidance=own.guidance if given.cfg is None else guidance_from(given.cfg),
         negative_prompt=own.negative_prompt if given.negative_prompt is None else given.negative_prompt,
-        seconds=_usual_seconds(config) if seconds is None else seconds,
+        seconds=seconds,
         frames=length.frames,
         audio=length.audio,
         height=_side(config, "height", sizes["height"], config.size.height),
@@ -234,19 +238,6 @@ def fit_side(name: str, pixels: int, stride: int, patch: int) -> int:
 def _side(config: ExportConfig, name: str, given: int | None, usual: int) -> int:
     stride = config.contract.video_stride[1 if name.endswith("height") else 2]
     return fit_side(name, usual if given is None else given, stride, config.pack.patch_size)
-
-
-def _usual_seconds(config: ExportConfig) -> float:
-    """The setting seconds= of a checkpoint's usual clip."""
-    return bundle_spec(config.codecs).seconds(config.size.frames, config.contract)
-
-
-def _length(config: ExportConfig, seconds: float | None, given_audio: float | None) -> Length:
-    limit = longest(config)
-    if seconds is not None and limit < seconds < math.inf:
-        raise UserError(f"seconds={seconds:g} is too long for this checkpoint; give at most {limit:g}")
-    wanted = _usual_seconds(config) if seconds is None else seconds
-    return bundle_spec(config.codecs).length(wanted, config.contract, given_audio)
 
 
 def _check_second(stage: SecondStage, chosen: Settings) -> None:

@@ -7,11 +7,12 @@ The noise comes from the generators of the first stage:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inference.sampling import LatentShape, Progress, Scales, sample
+from inference.sampling import LatentShape, Scales, sample
 from magihuman.flow.sampling import Noise, Pair, draw_noise
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
@@ -38,10 +39,7 @@ def refine(
     shift: float = 5.0,
     guidance: Scales | None = None,
     audio_noise: float = AUDIO_NOISE,
-    image_latent: Tensor | None = None,
-    progress: Progress | None = None,
-    cfg_passes: int = 1,
-    device: torch.device | None = None,
+    **options: Any,
 ) -> Tensor:
     """Run the super-resolution stage.
 
@@ -54,8 +52,7 @@ def refine(
         steps, shift: of the solver, which is UniPC.
         guidance: from `magihuman.flow.guidance.frame_scales`, or None.
         audio_noise: noise level of the audio; other values than the released one are for ablations.
-        image_latent: the first frame [B,C,1,h,w], encoded at this stage's size.
-        progress, cfg_passes, device: as in `inference.sampling.sample`.
+        options: image_latent (at this stage's size), progress, cfg_passes, device of `inference.sampling.sample`.
 
     Returns:
         video latents at the new size, fp32; the clip keeps the audio of the first stage.
@@ -70,10 +67,7 @@ def refine(
         "unipc",
         guidance,
         shift,
-        image_latent=image_latent,
         audio_latent=noised_audio,
-        progress=progress,
         noise=Noise(Pair(video, noised_audio)),
-        cfg_passes=cfg_passes,
-        device=device,
+        **options,
     )[0]

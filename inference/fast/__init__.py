@@ -10,16 +10,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from inference.fast.tiers import TIERS, Options, Tier, check_tier, choose_tier, options_for
+from inference.fast.tiers import TIERS, Options, Tier, check_tier, options_for
 
 if TYPE_CHECKING:
     import torch
 
     from magihuman.models.denoiser import Denoiser
 
-__all__ = [
-    "TIERS", "Options", "Tier", "check_tier", "choose_tier", "options_for", "prepare", "require_kernel", "tier_of",
-]  # fmt: skip
+__all__ = ["TIERS", "Options", "Tier", "check_tier", "options_for", "prepare", "require_kernel", "tier_of"]
 
 
 def prepare(

@@ -78,34 +78,6 @@ def check_tier(name: str) -> Tier:
     return TIERS[name]
 
 
-def choose_tier(tier: str | None, device_type: str, memory: str, weights: str | None, shared: bool) -> str:
-    """The tier of a command.
-
-    None is "exact" on the CPU, where tests hold it to the reference bit by bit on the released vectors, and
-    "reference" on a GPU and wherever something else decides how the network is kept or computed.
-
-    Args:
-        memory, weights: see `inference.memory`; shared: several processes compute one clip together.
-
-    Raises:
-        UserError: an unknown tier, or one that does not go with the rest.
-    """
-    if tier is not None:
-        check_tier(tier)
-    reason = None
-    if memory == "low":
-        reason = "memory=low streams the reference's layers; use memory=balanced"
-    elif weights in ("fp8", "int4"):
-        reason = f"weights={weights} is the reference's storage; leave weights= out"
-    elif shared:
-        reason = "several processes compute this clip together as the reference does; give many prompts, or start one"
-    if tier not in (None, "reference") and reason is not None:
-        raise UserError(f"tier={tier} cannot be used here: {reason}")
-    if tier is None:
-        return "exact" if device_type == "cpu" and reason is None else "reference"
-    return tier
-
-
 def options_for(tier: str, device_type: str, **changes: Any) -> Options:
     """Options of a tier on a device of this type ("cuda" or "cpu"), with some of them changed.
 

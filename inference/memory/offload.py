@@ -273,11 +273,6 @@ class LayerStream:
             layer.register_forward_hook(lambda *_, i=i: self._after(i), always_call=True)
 
     @property
-    def host_bytes(self) -> int:
-        """CPU memory that the layers take."""
-        return sum(len(host) for host in self._host)
-
-    @property
     def device_bytes(self) -> int:
         """Device memory between `enter` and `leave`: for each slot its largest layer."""
         return sum(self._slot_bytes(slot) for slot in range(SLOTS))
@@ -359,11 +354,7 @@ class _Entry:
         return packed[self.start : self.stop].view(self.dtype).view(self.shape)
 
     def bind(self, tensor: Tensor) -> None:
-        own: Any = getattr(self.module, self.name)
-        if isinstance(own, nn.Parameter):
-            own.data = tensor
-        else:
-            setattr(self.module, self.name, tensor)
+        _bind(self.module, self.name, tensor)
 
 
 def _plan(layer: nn.Module) -> tuple[list[_Entry], int]:

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from magihuman.codecs.protocols import TextEncoder
 from magihuman.io.files import write_atomically
 
-VARIABLE = "MAGIHUMAN_CACHE"
 _SAMPLED = 256  # numbers of every weight that go into an encoder's identity
-
-
-def default_folder() -> Path:
-    """$MAGIHUMAN_CACHE/text, or ~/.cache/magihuman/text."""
-    return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "magihuman") / "text"
 
 
 def encoder_identity(encoder: TextEncoder, name: str) -> str:
@@ -49,10 +43,7 @@ class CachedText:
         encode: encodes new prompts; called with none of the known ones.
         identity: from `encoder_identity`.
         channels: Ct.
-        folder: made when first needed.
-
-    Attributes:
-        hits, misses: prompts found and encoded so far.
+        folder: made when first needed; None is $MAGIHUMAN_CACHE/text, or ~/.cache/magihuman/text.
     """
 
     def __init__(
@@ -65,24 +56,19 @@ class CachedText:
         self._encode = encode
         self.identity = identity
         self.channels = channels
-        self.folder = Path(folder) if folder is not None else default_folder()
-        self.hits = self.misses = 0
+        if folder is None:
+            folder = Path(os.environ.get("MAGIHUMAN_CACHE") or Path.home() / ".cache" / "magihuman") / "text"
+        self.folder = Path(folder)
 
     def path(self, prompt: str) -> Path:
         """The prompt's file."""
         key = hashlib.sha256(f"{self.identity}\0{prompt}".encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
-    def known(self, prompt: str) -> bool:
-        """The prompt's features are on disk, so that no encoder is needed for it."""
-        return self.path(prompt).is_file()
-
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Each prompt -> [S,Ct] fp32: on the CPU where it was known, else where the encoder left it."""
         features = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
         new = [prompt for prompt, found in features.items() if found is None]
-        self.hits += len(features) - len(new)
-        self.misses += len(new)
         if new:
             for prompt, made in zip(new, self._encode(new), strict=True):
                 self._write(prompt, made)

@@ -208,7 +208,7 @@ def load(
     from magihuman.zoo import lora_files
 
     folder = find(checkpoint)
-    config = read_config(folder)
+    config = config_of(checkpoint)
     device = torch.device(device)
     dtype = compute_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     denoiser = build(config.model, config.pack, compute_dtype=dtype, linear_dtype=dtype, device="meta")

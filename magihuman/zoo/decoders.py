@@ -295,7 +295,10 @@ def load(
 
     folder, config = find(decoder), config_of(decoder)
     if folder is None or config is None:
-        return _load_published(decoder, device, dtype or torch.bfloat16)
+        from magihuman.codecs.turbo_vaed import TurboCodec
+
+        require_published(decoder)
+        return TurboCodec.load(decoder, device, dtype or torch.bfloat16)
     usual = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     state, chosen = read_state(folder / MODEL), dtype or usual
     if config.layout == "released":
@@ -311,8 +314,9 @@ def load(
     return CausalDecoderCodec(network).to(device)
 
 
-def _load_published(decoder: str | Path, device: "torch.device | str", dtype: "torch.dtype") -> "TurboCodec":
-    from magihuman.codecs.turbo_vaed import FILES, REPO, TurboCodec
+def require_published(decoder: str | Path) -> None:
+    """Raises UserError for a decoder that is neither an export nor the published one, with the choices."""
+    from magihuman.codecs.turbo_vaed import FILES, REPO
     from magihuman.io.released_files import locate
 
     try:
@@ -323,4 +327,3 @@ def _load_published(decoder: str | Path, device: "torch.device | str", dtype: "t
         unfinished = unfinished if (folder / "run.json").is_file() else ""
         known = ", ".join(names()) or "none yet"
         raise UserError(f"{error}{unfinished}; decoders that ship with the package: {known}") from None
-    return TurboCodec.load(decoder, device, dtype)

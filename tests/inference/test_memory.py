@@ -74,7 +74,6 @@ class TestPlaces:
         slack = 256 * 12 * 2  # alignment of every tensor
         assert max(sizes[0::2]) + max(sizes[1::2]) <= stream.device_bytes
         assert stream.device_bytes <= max(sizes[0::2]) + max(sizes[1::2]) + slack
-        assert sum(sizes) <= stream.host_bytes <= sum(sizes) + 256 * 12 * 6
         stream.enter()
         storages = {p.untyped_storage().data_ptr() for p in denoiser.model.block.parameters()}
         assert len(storages) == 2
@@ -337,9 +336,6 @@ class TestTextCache:
         assert len(encoder.calls) == 1
         assert torch.equal(found[1], made[0])
         assert torch.equal(found[0], made[1])
-        assert (second.hits, second.misses) == (2, 0)
-        assert second.known("one")
-        assert not second.known("two")
         names = {p.name for p in (tmp_path / "cache").iterdir()}
         assert names == {hashlib.sha256(f"t5-1\0{p}".encode()).hexdigest() + ".safetensors" for p in ("one", "three")}
         per_number = 2 if exact else 4

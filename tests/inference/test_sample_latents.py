@@ -2,12 +2,12 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from inference import sample_latents
 from magihuman.codecs.bundle import load_bundle
@@ -64,15 +64,16 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
 def test_who_comes_second_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "sampled.safetensors"
     prompts.write_text(PROMPT)
-    made = []
+    made, read = [], sample_latents.read_prompts
 
-    def slowly(target: Path, *_: object) -> None:
-        made.append(target)
+    def slowly(source: str) -> list[str]:
+        made.append(source)
         time.sleep(0.3)
-        save_file({"video": torch.zeros(200, 1)}, target)
+        return read(source)
 
-    monkeypatch.setattr(sample_latents, "_sample", slowly)
+    monkeypatch.setattr(sample_latents, "read_prompts", slowly)
     with ThreadPoolExecutor(2) as pool:
-        paths = list(pool.map(lambda _: sample_latents.make(str(prompts), str(output)), range(2)))
+        one = partial(sample_latents.make, str(prompts), str(output), clips=1, steps=1)
+        paths = [future.result() for future in [pool.submit(one) for _ in range(2)]]
     assert paths == [str(output)] * 2
-    assert made == [output]
+    assert made == [str(prompts)]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from fake_bundle import fake_bundle, fake_checkpoint
 
-from inference.fast import choose_tier, require_kernel
+from inference.fast import prepare, require_kernel
 from inference.fast.transformer import FastDenoiser
-from inference.loading import find
+from inference.loading import choose_tier, find
 from inference.pipeline import Pipeline
 from inference.requests import InferOptions
 from magihuman import infer, zoo
@@ -59,16 +60,16 @@ def test_a_tier_with_every_place_in_memory(checkpoint: Path) -> None:
     assert torch.equal(latents[0], latents[2])
 
 
-def test_a_pipeline_takes_a_tier(checkpoint: Path) -> None:
+def test_a_pipeline_has_the_tier_of_its_network(checkpoint: Path) -> None:
     loaded = zoo.load(checkpoint)
-    pipeline = Pipeline(loaded, fake_bundle(), tier="fast")
+    pipeline = Pipeline(replace(loaded, denoiser=prepare(loaded.denoiser, "fast")), fake_bundle())
     assert (pipeline.tier.name, pipeline.tier.exactness) == ("fast", "E1")
     plain = Pipeline(loaded, fake_bundle())
     assert plain.tier.name == "reference"
     ours, theirs = (each.generate(["a b"], [1])[0].video for each in (pipeline, plain))
     assert (ours - theirs).abs().max() < 1e-4
     with pytest.raises(UserError, match="prepared for tier=fast; load the checkpoint again"):
-        Pipeline(zoo.Loaded(pipeline.denoiser, loaded.config, loaded.folder), fake_bundle(), tier="exact")
+        prepare(pipeline.denoiser, "exact")
 
 
 def test_what_a_command_computes_with() -> None:
