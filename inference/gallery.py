@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from inference.jobs import FORMAT, MANIFEST
-from inference.requests import Request
+from inference.requests import FORMAT, MANIFEST, Request
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import file_hash

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.requests import InferOptions, Request, check_length, check_seconds, check_seed, read_requests
+from inference.requests import MANIFEST, InferOptions, Request, check_length, check_seconds, check_seed, read_requests
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run(options: InferOptions) -> None:
     Raises:
         UserError: bad input; found before any weights are loaded wherever that is possible.
     """
-    from inference.jobs import MANIFEST, Resolver, batches
+    from inference.jobs import Resolver, batches
     from inference.loading import find, ranks
     from magihuman.codecs.bundle import bundle_spec
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.loading import ranks
-from inference.requests import AUTO, InferOptions, Request
+from inference.requests import AUTO, FORMAT, InferOptions, Request
 from inference.settings import longest, resolve
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from inference.loading import Source
     from inference.settings import Settings
     from magihuman.codecs.bundle import CodecBundle
-
-FORMAT = "magihuman-clip/1"
-MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)

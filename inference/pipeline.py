@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from inference.fast import tier_of
 from inference.memory import Stages
 from inference.requests import InferOptions
 from inference.sampling import sample
-from inference.settings import Settings, latent_shape, require_role, resolve
+from inference.settings import SAMPLING_OPTIONS, Settings, latent_shape, require_role, resolve
 from inference.super_resolution import draw, refine
 from magihuman import zoo
 from magihuman.codecs.bundle import CodecBundle, frames_for
@@ -116,9 +116,9 @@ class Pipeline:
         Raises:
             UserError: an unknown option, or an impossible value, with the possible ones.
         """
-        unknown = sorted(set(options) - {field.name for field in fields(InferOptions)})
+        unknown = sorted(set(options) - set(SAMPLING_OPTIONS))
         if unknown:
-            raise UserError(f"unknown sampling option {unknown[0]}; they are those of `magihuman.infer --help`")
+            raise UserError(f"{unknown[0]} is not a sampling option; they are {', '.join(SAMPLING_OPTIONS)}")
         second = None if self.second is None else self.second.config
         return resolve(self.config, second, InferOptions(**options), given_audio)
 

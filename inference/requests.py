@@ -17,6 +17,10 @@ from typing import Any
 from magihuman.errors import UserError
 
 FIELDS = ("prompt", "seed", "name", "image", "audio", "seconds", "negative_prompt")
+FORMAT = "magihuman-clip/1"
+"""Format of a clip's record."""
+MANIFEST = "manifest.jsonl"
+"""File in a folder of clips with a line per finished clip."""
 MAX_SEED = 2**63 - 1
 AUTO = "auto"
 # The text encoders read 640 tokens (SPEC 5), and a word is at least one; scripts without spaces have long words.

@@ -95,6 +95,13 @@ def longest(config: ExportConfig) -> float:
     return LONGEST * config.size.frames / config.contract.fps
 
 
+# The options that `resolve` reads; the others of `InferOptions` choose checkpoints, files and devices.
+SAMPLING_OPTIONS = (
+    *("steps", "solver", "cfg", "cfg_passes", "shift", "negative_prompt", "seconds", "compat", "resolution"),
+    *("height", "width", "sr_steps", "sr_cfg", "sr_height", "sr_width"),
+)
+
+
 def resolve(
     config: ExportConfig,
     second: ExportConfig | None = None,

@@ -66,7 +66,6 @@ COMMANDS = sorted(
     for name, path in SOURCES.items()
     if re.search(r"^if __name__ == .__main__.:", path.read_text(), re.M)
 )
-UNDER_WAY = pytest.mark.xfail(strict=False, reason="the redesign is under way; see them with --runxfail")
 EVERY_MODULE = pytest.mark.parametrize("name", SOURCES)
 
 
@@ -235,7 +234,6 @@ SAME_SUBJECT = {
 }
 
 
-@UNDER_WAY
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_starts_fast(name: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}

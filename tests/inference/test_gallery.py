@@ -13,8 +13,7 @@ from fake_bundle import fake_bundle, fake_checkpoint
 from PIL import Image
 
 from inference.gallery import PAGE, collect, write_page
-from inference.jobs import FORMAT, MANIFEST
-from inference.requests import Request
+from inference.requests import FORMAT, MANIFEST, Request
 from magihuman import infer
 from magihuman.errors import UserError
 from magihuman.io.provenance import file_hash
