@@ -5,6 +5,7 @@
         x = solver.step(velocity(x, sigma), i, x)          # stochastic solvers take noise= too
 
 All use the grid of `magihuman.flow.sigmas`. To add a solver, subclass `Solver`, implement `step`, and add a row to `SOLVERS`.
+A step gets one velocity, so methods with several evaluations a step (Heun) do not fit; a solver with a state overrides `reset`.
 Step coefficients are Python numbers computed at construction, so that a step needs no device synchronisation.
 """
 

@@ -218,7 +218,7 @@ def require_memory(request: ClipRequest, available: int) -> None:
 
 def _last_resort(request: ClipRequest) -> str:
     if request.second or request.height * request.width > 256 * 448:
-        return "no setting helps at this size; choose a smaller resolution, turbo= or a larger GPU"
+        return "no setting helps at this size; choose a smaller resolution or a larger GPU"
     return "no setting helps; use device=cpu or a larger GPU"
 
 
