@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from eval.image_metrics import CEILING, change_errors, clip_errors, flicker, latent_starts, psnr, seam, ssim
+from eval.image_metrics import CEILING, change_errors, clip_errors, flicker, latent_starts, luma, psnr, seam, ssim
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -139,3 +140,14 @@ def test_a_moment_that_is_hard_to_decode_is_no_seam() -> None:
         jumping[first[0] :] += 12
         jumps.append((jumping, first))
     assert seam(jumps, TRUTH, STARTS) == pytest.approx(12 / 1e-9)  # nothing changes elsewhere
+
+
+def test_ssim_is_that_of_torchmetrics_without_its_borders() -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
+    frames = np.clip(truth + draw.normal(0, 30, truth.shape), 0, 255).astype(np.uint8)
+    a, b = (torch.from_numpy(luma(x, np.float64))[:, None] for x in (frames, truth))
+    _, index = structural_similarity_index_measure(a, b, sigma=1.5, data_range=255.0, return_full_image=True)
+    assert ssim(frames, truth) == pytest.approx(float(index[..., 5:-5, 5:-5].mean()), abs=1e-9)
