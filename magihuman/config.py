@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from magihuman.errors import UserError
 from magihuman.models.config import Checkpointing, DiTConfig, PackConfig
-from magihuman.schema import build, check, check_call, locate
+from magihuman.schema import build, check, check_call, locate, suggest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -195,6 +195,14 @@ def groups() -> list[str]:
     return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
+def _callbacks() -> list[str]:
+    """Names of the callbacks in configs/callbacks."""
+    import yaml
+
+    files = (CONFIGS / "callbacks").glob("*.yaml")
+    return sorted({name for file in files for name in yaml.safe_load(file.read_text(encoding="utf-8")) or {}})
+
+
 def available(group: str) -> list[str]:
     """Names of the choices of a group: its yaml files."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
@@ -223,6 +231,10 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
         for name, call in (calls or {}).items():
             if call is not None:
                 check_call(call, f"{group}.{name}")
+            elif group == "callbacks" and name not in (known := _callbacks()):
+                raise UserError(f"unknown setting callbacks.{name}{suggest(name, known)}; there are {', '.join(known)}")
+    if (samples := (settings.callbacks or {}).get("samples")) and samples.get("prompts") == []:
+        raise UserError("prompts is empty; give at least one for the sample clips, or set callbacks.samples=null")
     _check_pairs(settings)
     return settings
 

@@ -32,9 +32,6 @@ from magihuman.training.optim import Ramp, value_at
 from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
 
-BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Edges of the bands of noise levels for which losses are logged."""
-
 
 @dataclass(frozen=True)
 class NoisedBatch:
@@ -123,8 +120,8 @@ class Pretrain(Recipe):
         self.meter.add("loss", total)
         self.meter.add("loss/video", plain, has_video)
         self.meter.add("loss/audio", audio_loss, has_audio)
-        self.meter.add_bands("video", plain, noised.video_sigma, BANDS, has_video)
-        self.meter.add_bands("audio", audio_loss, noised.audio_sigma, BANDS, has_audio)
+        self.meter.add_bands("video", plain, noised.video_sigma, has_video)
+        self.meter.add_bands("audio", audio_loss, noised.audio_sigma, has_audio)
         return total
 
     def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool) -> NoisedBatch:

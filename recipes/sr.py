@@ -61,9 +61,6 @@ from magihuman.training.optim import Ramp, value_at
 from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
 
-BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Edges of the bands of noise levels for which losses are logged."""
-
 
 @dataclass(frozen=True)
 class SRBatch:
@@ -169,7 +166,7 @@ class SuperResolution(Recipe):
         self.meter.add("loss", total)
         self.meter.add("loss/video", plain)
         self.meter.add("loss/audio", audio_loss)
-        self.meter.add_bands("video", plain, noised.sigma, BANDS, torch.ones_like(plain))
+        self.meter.add_bands("video", plain, noised.sigma, torch.ones_like(plain))
         return total
 
     def step_weight(self, sigma: Tensor) -> Tensor:

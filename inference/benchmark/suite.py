@@ -29,6 +29,7 @@ from inference.benchmark.measure import described
 from inference.benchmark.micro import Microbenchmark
 from inference.benchmark.request import TimedRequest
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
+from inference.benchmark.roofline.predict import SIZES
 from inference.benchmark.timers import host_waits, peak_rates, profile_pass, synchronise, timed_calls
 from inference.benchmark.video_decoders import decoder_row
 from inference.fast import require_kernel
@@ -36,7 +37,6 @@ from magihuman.models.config import local_layers
 from magihuman.models.denoiser import Denoiser
 from magihuman.zoo import memory_plan
 
-SIZES = ("256p", "540p", "1080p")
 DECODERS = ("turbo", "b")
 _REPEATS = {"256p": 5, "540p": 3, "1080p": 2}  # timed requests at most, after one that warms up
 _WARMED = ("256p", "540p")  # at 1080p a request takes half a minute, and two passes have run before

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from inference.fast.fp8 import FP8
+from magihuman.models.attention import MATH_LIMIT
 
-_MATH_LIMIT = 1 << 25
 """Scores up to which plain products beat the fused CPU kernel, as in magihuman.models.attention."""
 
 _PROBABILITY_SCALE = 256.0
@@ -96,7 +96,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None
 
 def _by_size(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
-    return (plain if scores <= _MATH_LIMIT else _sdpa)(q, k, v, want_lse)
+    return (plain if scores <= MATH_LIMIT else _sdpa)(q, k, v, want_lse)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from inference.memory.quantization import FORMS, store_weights
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
+from magihuman.zoo.memory_plan import MEMORY as MODES
 
-MODES = ("fast", "balanced", "low")
 DEEP = 8  # layers from which a network is worth streaming
 
 

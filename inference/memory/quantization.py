@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from magihuman.errors import UserError
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.layers import ExpertLinear
+from magihuman.zoo.footprint import INT4_GROUP
 
 FORMS = ("bf16", "fp8", "int4")
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
-INT4_GROUP = 64
 INT4_LARGEST = 7
 
 

@@ -41,6 +41,9 @@ RELEASED_VARIABLES = {
     "text_encoder": "MAGIHUMAN_T5GEMMA",
 }
 
+RELEASED_TEXT_CHANNELS = 3584
+"""Width of the released text encoder's features."""
+
 Resolution = tuple[tuple[int, int], tuple[int, int] | None]
 """(height, width) in pixels of the first stage, and of the second where there is one."""
 

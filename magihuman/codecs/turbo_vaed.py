@@ -424,8 +424,8 @@ class TurboCodec(nn.Module):
             UserError: missing (with the command that fetches it), damaged, or another network.
         """
         path = locate(source, FILES, REPO)
-        beside = [path.with_name(name) for name in CONFIG_FILES]
-        settings = next((file for file in beside if file.is_file()), beside[0])
+        candidates = [path.with_name(name) for name in CONFIG_FILES]
+        settings = next((file for file in candidates if file.is_file()), candidates[0])
         config = TurboConfig.from_json(read_json(settings, "the settings of the Turbo decoder"))
         state = read_state(path, wrappers=(AVERAGED,))
         return cls.from_released(state, config, path, dtype=dtype).to(device)

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from magihuman.flow.guidance import MODALITIES
 from magihuman.flow.solvers import Solver
-
-MODALITIES = ("video", "audio")
 
 Shapes = tuple[Sequence[int], Sequence[int]]
 """Shapes of one sample's latents: video (C, T, h, w) and audio (A, Ca)."""

@@ -29,7 +29,7 @@ LOCAL_BACKENDS = ("flex", "windowed", "reference")
 
 HAS_FLASH_ATTN = find_spec("flash_attn") is not None
 
-_MATH_LIMIT = 1 << 25
+MATH_LIMIT = 1 << 25
 """Scores (batch x heads x n x n) up to which plain products beat the fused CPU kernel."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, str, int | None], Tensor]
@@ -123,7 +123,7 @@ def _choose(q: Tensor, layout: Layout, window: int | None) -> str:
     if q.is_cuda:
         return "flash" if q.dtype != torch.float32 and HAS_FLASH_ATTN else "sdpa"
     scores = sum(samples * n * n for samples, n in layout.groups) * q.shape[1]
-    return "math" if scores <= _MATH_LIMIT else "sdpa"
+    return "math" if scores <= MATH_LIMIT else "sdpa"
 
 
 # -- packed <-> dense ------------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from magihuman.errors import UserError
 from magihuman.media.contact_sheet import draw_contact_sheet
 from magihuman.models.gpu_specs import peak_flops
 from magihuman.training.rng import BatchRng
+
+LOSS_BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Edges of the bands of noise levels for which losses are logged."""
 
 
 class Meter:
@@ -41,7 +43,12 @@ class Meter:
 
     @torch.no_grad()
     def add_bands(
-        self, name: str, values: torch.Tensor, position: torch.Tensor, edges: Sequence[float], weights: torch.Tensor
+        self,
+        name: str,
+        values: torch.Tensor,
+        position: torch.Tensor,
+        weights: torch.Tensor,
+        edges: Sequence[float] = LOSS_BANDS,
     ) -> None:
         """Count values [N] by bands of `position` [N]: one mean per interval between edges, the last one closed."""
         for low, high in pairwise(edges):
@@ -270,10 +277,6 @@ class Samples(L.Callback):
         every_steps: int = 1000,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        if not prompts:
-            raise UserError(
-                "callbacks.samples.prompts is empty; give at least one prompt or set callbacks.samples=null"
-            )
         self.pipeline = pipeline
         self.prompts = list(prompts)
         self.every_steps = every_steps

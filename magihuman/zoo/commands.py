@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman import zoo
-from magihuman.codecs.bundle import bundle_spec
+from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version
@@ -18,7 +18,6 @@ from magihuman.zoo.footprint import BF16, FP32
 from magihuman.zoo.memory_plan import FORMS, GB, MEMORY, RESERVE, SIZES, ClipRequest, peak
 
 TASKS = ("infer", "pretrain", "lora", "dmd2")
-RELEASED_TEXT = 3584
 FPS = 25.0
 LAYOUTS, DTYPES = ("export", "released", "diffusers"), ("keep", "bf16", "fp32")
 PEAKS_FORMAT = "magihuman-peaks/1"
@@ -282,7 +281,7 @@ def model_of(name: str) -> Model:
     """
     if name in zoo.arch_names():
         config = zoo.arch(name)
-        released = config.text_in_channels == RELEASED_TEXT
+        released = config.text_in_channels == RELEASED_TEXT_CHANNELS
         stride, size = ((4, 16, 16), (256, 448)) if released else ((4, 4, 4), (64, 64))
         return Model(name, config, zoo.pack(name).patch_size, stride, released, True, size)
     found = zoo.config_of(name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from magihuman.codecs import costs
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import Checkpointing, DiTConfig
@@ -23,7 +24,7 @@ RESERVE = int(1.5 * GB)
 
 MEMORY = ("fast", "balanced", "low")
 FORMS = (None, "fp8", "int4")
-SIZES = {"256p": (256, 448, None), "540p": (256, 448, (512, 896)), "1080p": (256, 448, (1088, 1920))}
+SIZES = {name: (*base, larger) for name, (base, larger) in bundle_spec("released").resolutions.items()}
 LATENT_COPIES = 12  # latents, noise, velocities, solver state
 TURBO_FRAMES, WAN_FRAMES = 28, 4  # decoded at a time
 CLUSTERS = (1, 8, 16, 32, 64)

@@ -92,6 +92,11 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=dmd2", "+recipe.critic.lr=1e-4"], "recipe.critic is recipe.fake_score since version 0.2.0"),
         (["+recipe=dmd2", "recipe.networks=lora_critic"], "is recipe.networks=lora_fake_score since version 0.2.0"),
         (["+recipe=pretrain", "+callbacks.held_out=null"], "callbacks.held_out is callbacks.validation"),
+        (
+            ["+recipe=pretrain", "+callbacks.validaton=null"],
+            "callbacks.validaton, did you mean 'validation'?; there are",
+        ),
+        (["+recipe=pretrain", "prompts=[]"], "prompts is empty; give at least one for the sample clips"),
         (["+recipe=pretrain", "+data.make.world=tiny"], "data.make.world is data.make.codecs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`eval.conditioning`: what is given is really given, and its measures tell a student that ignores it."""
+"""`eval.conditioning`: the conditioning reaches the network, and the metrics show a student that ignores it."""
 
 import json
 

@@ -70,7 +70,7 @@ def test_a_student_that_begins_outside_of_the_limits_has_to_get_no_worse() -> No
         checked.check(checked.measure(sampler(scale, 3)), 20)
     with pytest.raises(UserError, match=r"monitor/diversity_video .*in a row; raise recipe.fake_score"):
         monitor(std=(0.0, 9.0), patience=1).check({"monitor/diversity_video": 1.6}, 20)  # too many is not too few
-    for scale in (0.45, 1.4):  # worse, and too far on the other side
+    for scale in (0.45, 1.4):  # below and above the allowed range
         with pytest.raises(UserError, match=r"monitor/std_video is .*, outside of 0.475 to 1.25"):
             checked.check(checked.measure(sampler(scale, 3)), 40)
 

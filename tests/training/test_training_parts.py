@@ -43,7 +43,7 @@ def test_a_meter_averages_with_weights_and_by_band() -> None:
     meter.add("loss", 6.0)
     meter.add("never", torch.tensor([2.0]), torch.tensor([0.0]))
     values, sigma = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.5, 1.0])
-    meter.add_bands("x", values, sigma, (0.0, 0.5, 1.0), torch.tensor([1.0, 1.0, 1.0]))
+    meter.add_bands("x", values, sigma, torch.tensor([1.0, 1.0, 1.0]), (0.0, 0.5, 1.0))
     figures = meter.flush()
     assert figures == {"loss": pytest.approx(14 / 5), "x/sigma_0.0_0.5": 1.0, "x/sigma_0.5_1.0": 3.0}
     assert meter.flush() == {}

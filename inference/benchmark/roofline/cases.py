@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from magihuman import zoo
-from magihuman.codecs.bundle import bundle_spec
+from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
 from magihuman.zoo.footprint import TokenCounts
@@ -16,7 +16,6 @@ BASE_STEPS, SR_STEPS = 8, 5
 TEXT = 340  # tokens of the released example prompt's 254 words, about 1.33 each
 TINY_TEXT = 12  # words of the puppet world's example prompt
 TINY_SIDE, TINY_LARGE = 64, 128
-RELEASED_TEXT = 3584  # width of the released text encoder's features
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def make(
 def _network(model: str) -> _Network:
     if model in zoo.arch_names():
         config = zoo.arch(model)
-        return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT)
+        return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT_CHANNELS)
     found = zoo.config_of(model)
     return _Network(model, found.model, found.pack, bundle_spec(found.codecs).published)
 
