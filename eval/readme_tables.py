@@ -9,7 +9,6 @@ SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`,
 """
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from eval import tables
 from inference.benchmark.result_tables import TABLES as BENCHMARK_TABLES
 from magihuman.errors import UserError
+from magihuman.io import markdown
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "data", "eval", "inference", "magihuman", "recipes", "slurm", "tests")  # with READMEs
@@ -31,16 +31,6 @@ def pages() -> list[Path]:
 Values = dict[str, Any]
 
 
-def _commit(code: Values) -> str:
-    return "commit " + code.get("commit", "unknown")[:12] + (" with changes" if code.get("changed") else "")
-
-
-def _origin(file: str, provenance: Values) -> str:
-    """Result file with date, machine, torch and commit."""
-    made = f"{provenance['date'][:10]}, {provenance['machine']}, torch {provenance['libraries']['torch']}"
-    return f"From [{file}]({file}): {made}, {_commit(provenance['code'])}."
-
-
 def _read(file: str) -> Values:
     values: Values = json.loads((REPO / file).read_text(encoding="utf-8"))
     return values
@@ -52,7 +42,7 @@ def _with_origin(render_values: Callable[..., str], default: tuple[str, ...] = (
     def table(file: str, *keys: str) -> str:
         values, chosen = _read(file), keys or default
         shown = render_values(values, chosen) if chosen else render_values(values)
-        return f"{shown}\n\n{_origin(file, values['provenance'])}"
+        return f"{shown}\n\n{markdown.origin(file, values['provenance'])}"
 
     return table
 
@@ -66,7 +56,7 @@ def sr_table(file: str, name: str = "clip", *keys: str) -> str:
     values = _read(file)
     about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
     shown = tables.super_resolution_set(values["sets"][name], keys)
-    return f"{shown}\n\n{about} {_origin(file, values['provenance'])}"
+    return f"{shown}\n\n{about} {markdown.origin(file, values['provenance'])}"
 
 
 def cost_table(*files: str) -> str:
@@ -75,16 +65,16 @@ def cost_table(*files: str) -> str:
     for file in files:
         values = _read(file)
         minutes = [f"{values[key] / 60:.1f} min" for key in ("seconds", "cpu_seconds")]
-        made = _origin(file, values["provenance"]).partition(": ")[2].rstrip(".")
+        made = markdown.origin(file, values["provenance"]).partition(": ")[2].rstrip(".")
         memory = f"{values['peak_memory_bytes'] / 1e9:.2f} GB"
         rows.append([f"`{values['command']}`", *minutes, memory, f"[{made}]({file})"])
-    return tables.table(["command", "wall", "CPU", "memory of all processes", "measured"], rows)
+    return markdown.table(["command", "wall", "CPU", "memory of all processes", "measured"], rows)
 
 
 def peaks_table(file: str) -> str:
     """Markdown of a file written by `magihuman.zoo.commands.peaks`: a row per resolution and storage of the weights."""
     values = _read(file)
-    rows, settings, made = values["peaks"], values["settings"], values["provenance"]
+    rows, settings = values["peaks"], values["settings"]
     if any(row["how"] != "computed" for row in rows):
         raise ValueError("a number that is not computed")
     modes = list(dict.fromkeys((row["decoder"], row["memory"]) for row in rows))
@@ -98,11 +88,11 @@ def peaks_table(file: str) -> str:
     ]
     guidance = f"guidance with cfg_passes={settings['cfg_passes']}" if settings["guided"] else "no guidance"
     return (
-        f"{tables.table(header, lines)}\n\n"
+        f"{markdown.table(header, lines)}\n\n"
         f"Computed, not measured: {values['model']}, {settings['seconds']:g} s, {guidance}, prompts of "
         f"{settings['text']} tokens, batch={settings['batch']}; "
-        f"{values['assumed_for_cuda_bytes'] / 1e9:g} GB in each are assumed for CUDA itself. From [{file}]({file}): "
-        f"{made['date'][:10]}, {_commit(made['code'])}."
+        f"{values['assumed_for_cuda_bytes'] / 1e9:g} GB in each are assumed for CUDA itself. "
+        f"{markdown.origin(file, values['provenance'])}"
     )
 
 
@@ -151,7 +141,7 @@ def overview_table(_: str = "") -> str:
         ["Memory planner, offloading", "zoo plan 15b resolution=1080p gpu_gb=28",
          f"1080p from {peak / 1e9:.1f} GB (computed)", "memory", "magihuman/zoo/README.md"],
     ]  # fmt: skip
-    return tables.table(
+    return markdown.table(
         ["what", "command", "result in the tiny world, 95 % interval"],
         [
             [f"[{title}]({page})", f"`python -m magihuman.{command}`", f"[{text}]({files[name]})"]
@@ -177,32 +167,9 @@ def kinds() -> dict[str, Callable[..., str]]:
     }
 
 
-def block_pattern() -> re.Pattern[str]:
-    """Blocks of all kinds; groups: kind, words behind it."""
-    return re.compile(rf"<!-- ({'|'.join(kinds())}) ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
-
-
 def render(text: str, page: str = "README.md") -> str:
-    """Text of a README with every block rendered anew.
-
-    Args:
-        page: path in the repository; links to result files are relative to it.
-
-    Raises:
-        UserError: a block names a file that is missing or of another format.
-    """
-    functions, up = kinds(), "../" * page.count("/")
-
-    def block(match: re.Match[str]) -> str:
-        kind, words = match[1], match[2].split()
-        try:
-            table = functions[kind](*words)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"README block '{kind} {match[2]}' cannot be rendered: {error!r}") from error
-        table = re.sub(r"\]\((?=(eval|inference)/results/)", f"]({up}", table)
-        return f"<!-- {kind} {match[2]} -->\n{table}\n<!-- end -->"
-
-    return block_pattern().sub(block, text)
+    """Text of a README with every block rendered anew, see `magihuman.io.markdown.render`."""
+    return markdown.render(text, kinds(), page)
 
 
 def result_pages() -> dict[Path, str]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from magihuman.io.markdown import table
+
 CANDIDATES = 20
 """Audio tracks, the clip's own among them, in audio retrieval: fixed, so that the metric means the same for every n."""
 
@@ -161,12 +163,6 @@ def format_half(measure: Values) -> str:
     if off is None:
         return f"{shown} ±{width(measure):.{digits}f}"
     return f"{shown} ({100 * off['value']:+.1f} ±{100 * width(off):.1f} %)"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown table: header and rows of cells; the first column is left-aligned, the others right-aligned."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

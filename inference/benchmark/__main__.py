@@ -57,13 +57,11 @@ def measure(
         UserError: a setting that cannot be, or a README that differs.
     """
     if check:
-        from inference.benchmark.figure import check_pictures
-        from inference.benchmark.result_tables import REPO, check_readme
+        from inference.benchmark import figure, result_files, result_tables
 
-        blocks = check_readme()
-        folders = sorted({folder for kind, folder in blocks if kind == "latency"})
-        pictures = [name for folder in folders for name in check_pictures(REPO / folder)]
-        return f"{len(blocks)} tables of the README and {len(pictures)} pictures are those of the result files"
+        result_tables.render_readme(check=True)
+        pictures = figure.check_pictures(result_files.FOLDER)
+        return f"the tables of the README and {len(pictures)} pictures are those of the result files"
     if warm < 1 or repeat < 1:
         raise UserError(f"warm={warm} repeat={repeat} is impossible; give at least 1 each")
     from inference.benchmark import measure as clips

@@ -219,4 +219,4 @@ def _rendered(folder: Path) -> list[str]:
         lines.append(f"drawn: {figure.draw(folder)}")
     except UserError:
         lines.append("the picture was not drawn: pip install matplotlib, then collect again")
-    return [*lines, *(["rendered: inference/benchmark/README.md"] if result_tables.update_readme() else [])]
+    return [*lines, *([f"rendered: {result_tables.PAGE}"] if result_tables.render_readme() else [])]

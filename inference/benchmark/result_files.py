@@ -14,6 +14,7 @@ from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
+from magihuman.io.markdown import commit
 from magihuman.io.provenance import code_version, processor, sources_hash
 from magihuman.models.gpu_specs import GPUS, recognise
 
@@ -184,11 +185,7 @@ def origin(rows: Iterable[Row]) -> str:
     """Machines, days and commits of rows of `newest`."""
     made = [row["made"] for row in rows]
     days = sorted({each["date"][:10] for each in made})
-    commits = {
-        each["code"].get("commit", "sources " + each["code"].get("sources", "unknown"))[:12]
-        + (" with changes" if each["code"].get("changed") else "")
-        for each in made
-    }
+    commits = {commit(each["code"]) for each in made}
     machines = {f"{each['machine']}, torch {each['libraries']['torch']}" for each in made}
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"{'; '.join(sorted(machines))}; {when}; commit {', '.join(sorted(commits))}."

@@ -1,11 +1,10 @@
 """Markdown tables of the result files, for the README: latency next to the published times, decoders, optimisations.
 
-A block of the README between `<!-- latency FOLDER -->` (or another name of `TABLES`) and `<!-- end -->` is rendered from
-the files of that folder, or from that file. Predictions have tables or rows of their own, labelled so.
+A block `<!-- latency FOLDER -->` (or another name of `TABLES`) of a README is rendered from the files of that folder, or
+from that file. Predictions have tables or rows of their own, labelled so.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,33 @@ from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import PUBLISHED
 from magihuman.errors import UserError
+from magihuman.io import markdown
 from magihuman.models.gpu_specs import recognise
 
 REPO = Path(__file__).resolve().parents[2]
-README = Path(__file__).with_name("README.md")
+PAGE = "inference/benchmark/README.md"
 """The page with the tables of the benchmark."""
-UP = "../../"
 PREDICTIONS = "inference/results/predictions"
 DECODE_COST = "inference/results/decode_cost.json"
 NOTHING = "Nothing measured yet: no GPU was available."
 
 
-def markdown_table(heads: Sequence[str], alignment: str, rows: Iterable[Sequence[str]] = ()) -> list[str]:
-    """Lines of a table.
+def _measured(
+    heads: Sequence[str],
+    alignment: str,
+    cells: Iterable[Sequence[str]],
+    told: str,
+    rows: list[Row],
+    nothing: str = NOTHING,
+) -> str:
+    """A table with what is told about it and where its rows come from, or that there are none."""
+    return f"{markdown.table(heads, cells, alignment)}\n\n{f'{told} {origin(rows)}' if rows else nothing}"
 
-    Args:
-        alignment: a letter for each column: l left, r right.
-    """
-    ruler = "|" + "".join("---:|" if letter == "r" else "---|" for letter in alignment)
-    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (heads, *rows)]
-    return [lines[0], ruler, *lines[1:]]
+
+def _newest_15b(folder: str, kind: str, *settings: str) -> list[Row]:
+    """Newest rows of the 15B network, one for each value of these columns on each machine."""
+    rows = newest(REPO / folder, kind, lambda row: tuple(row[name] for name in settings))
+    return [row for row in rows if row["model"] == "15b"]
 
 
 # -- clips
@@ -59,24 +65,24 @@ def latency_table(folder: str) -> str:
         seconds = f"{times['base']:.1f}", sr, f"{times['decode']:.1f}", f"{times['total']:.1f}"
         cells.append([size, "H100, published", "not said", "not said", steps, *seconds, "-", "trained"])
         cells += [_gpu_cells(row) for row in same if row["size"] == size]
-    lines = [*markdown_table(_LATENCY, "lllllrrrrrl", cells), ""]
+    parts = [markdown.table(_LATENCY, cells, "lllllrrrrrl")]
     if not same:
-        lines.append(
+        parts.append(
             "No row of ours: no H100 was available yet. `python -m inference.benchmark suite` measures them all."
         )
     for machine in sorted({row["made"]["machine"] for row in rows if not is_published_card(row)}):
         own = [row for row in rows if row["made"]["machine"] == machine]
         cells = [_gpu_cells(row) for size in PUBLISHED for row in own if row["size"] == size]
-        lines += ["", f"{card(machine)}, another card than the published one:", ""]
-        lines += [*markdown_table(_LATENCY, "lllllrrrrrl", cells), ""]
-    lines += [f"{line}\n" for line in _speedups(rows)]
+        parts.append(f"{card(machine)}, another card than the published one:")
+        parts.append(markdown.table(_LATENCY, cells, "lllllrrrrrl"))
+    parts += _speedups(rows)
     if rows:
-        lines.append(
+        parts.append(
             "Medians with extremes of one process; the total is base + SR + decode with the copy to the host's memory. "
             f"{origin(rows)} N counts video, audio and text tokens. Error: relative L2 distance of the velocities, at "
             "256p from fp32, with windows for 1080p. Random weights: the times stand, the pictures mean nothing."
         )
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def _speedups(rows: list[Row]) -> list[str]:
@@ -176,31 +182,26 @@ def cpu_table(folder: str) -> str:
         "what", "tier", "N (base / SR)", "passes", "base: processor s; clock s", "SR: processor s; clock s",
         "speed against the reference, same run (in processor time; by clock)", "error",
     )  # fmt: skip
-    lines = [*markdown_table(heads, "lllllllr", cells), ""]
-    if not rows:
-        return "\n".join([*lines, "Nothing measured yet."])
-    threads = sorted({row["made"]["threads"] for row in rows})
-    load = max(row["made"].get("load_average", 0.0) for row in rows)
-    lines.append(
-        f"Measured on a CPU, medians; the clock's with extremes. {' or '.join(map(str, threads))} thread(s); load "
-        f"average of the machine at the start up to {load:g}: where it is above the threads, other programs lengthened "
-        f"the clock's times, not the processor's. {origin(rows)}"
+    threads = " or ".join(sorted({str(row["made"]["threads"]) for row in rows}))
+    load = max((row["made"].get("load_average", 0.0) for row in rows), default=0.0)
+    told = (
+        f"Measured on a CPU, medians; the clock's with extremes. {threads} thread(s); load average of the machine at the "
+        f"start up to {load:g}: where it is above the threads, other programs lengthened the clock's times, not the "
+        "processor's."
     )
-    return "\n".join(lines)
+    return _measured(heads, "lllllllr", cells, told, rows, "Nothing measured yet.")
 
 
 def memory_table(folder: str) -> str:
     """Peak memory of each clip's loops, measured, and as `python -m magihuman.zoo plan` computes it."""
-    rows = newest(REPO / folder, "measure", lambda row: (row["size"], row["tier"], row["model"]))
-    rows = [row for row in rows if row["model"] == "15b" and "peak_memory_bytes" in row]
+    rows = [row for row in _newest_15b(folder, "measure", "size", "tier") if "peak_memory_bytes" in row]
     cells = []
     for row in rows:
         where = f"{row['size']} {row['tier']}, {card(row['made']['machine'])}"
         cells.append([where, "measured peak", f"{row['peak_memory_bytes'] / 1e9:.1f}"])
         if "planned_bytes" in row:
             cells.append([where, "*computed by `zoo plan`*", f"{row['planned_bytes'] / 1e9:.1f}"])
-    lines = markdown_table(("clip, without codecs", "", "GB"), "llr", cells)
-    return "\n".join([*lines, "", f"GB are 10^9 bytes. {origin(rows)}" if rows else NOTHING])
+    return _measured(("clip, without codecs", "", "GB"), "llr", cells, "GB are 10^9 bytes.", rows)
 
 
 # -- decoders
@@ -232,8 +233,8 @@ def decoders_table(folder: str) -> str:
             memory = f"{found['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in found else "-"
             cells.append([*name, where, "", "", memory, _summary_cell(found["to_host_seconds"])])
     told = "5 s at 25 fps, random weights, bf16; times are to pictures in the host's memory."
-    lines = markdown_table(("clip", "decoder", "", "parameters", "TFLOP", "peak GB", "s"), "lllrrrl", cells)
-    return "\n".join([*lines, "", f"{told} {origin(rows)}" if rows else "Nothing computed yet."])
+    heads = ("clip", "decoder", "", "parameters", "TFLOP", "peak GB", "s")
+    return _measured(heads, "lllrrrl", cells, told, rows, "Nothing computed yet.")
 
 
 def decode_cost_table(file: str) -> str:
@@ -261,14 +262,13 @@ def decode_cost_table(file: str) -> str:
     )  # fmt: skip
     assumed, published = values["assumed"], values["published_for_released_h100"]
     times = ", ".join(f"{size} {seconds:g}" for size, seconds in published.items())
-    lines = [
-        *markdown_table(heads, "llrrrrrrrr", cells),
-        "",
-        f"Nothing in this table was measured: counts from shapes, bf16, random weights. Predicted at "
+    told = (
+        "Nothing in this table was measured: counts from shapes, bf16, random weights. Predicted at "
         f"{assumed['flops_per_second'] / 1e12:g} TFLOP/s and {assumed['bandwidth']['h100'] / 1e12:g} TB/s, from "
         f"everything fused to every operation a kernel of its own; the release publishes {times} s for its decoder on "
-        f"an H100. Target for B's peak at 1080p: {targets['peak_bytes_1080p'] / 1e9:g} GB.",
-    ]
+        f"an H100. Target for B's peak at 1080p: {targets['peak_bytes_1080p'] / 1e9:g} GB."
+    )
+    parts = [markdown.table(heads, cells, "llrrrrrrrr"), told]
     cpu = values["cpu"]
     if cpu is not None:
         timed = [
@@ -276,18 +276,11 @@ def decode_cost_table(file: str) -> str:
             for name, row in cpu["decoders"].items()
         ]
         first = f"measured on a CPU: {cpu['side']} px, {cpu['latents']} latents"
-        lines += ["", *markdown_table((first, "s, one thread", "released over this", "of FLOPs"), "lrrr", timed), ""]
-        lines.append(
-            "Processor time in fp32 with random weights, the least of the rounds, all in one run, taking turns."
-        )
-    made = values["provenance"]
-    where = f"{made['machine']}, torch {made['libraries']['torch']}"
-    return "\n".join([*lines, "", f"From [{file}]({file}): {made['date'][:10]}, {where}, {_commit(made)}."])
-
-
-def _commit(made: Row) -> str:
-    commit = made["code"].get("commit", "unknown")[:12]
-    return f"commit {commit}" + (" with changes" if made["code"].get("changed") else "")
+        parts += [
+            markdown.table((first, "s, one thread", "released over this", "of FLOPs"), timed),
+            "Processor time in fp32 with random weights, the least of the rounds, all in one run, taking turns.",
+        ]
+    return "\n\n".join([*parts, markdown.origin(file, values["provenance"])])
 
 
 # -- single passes and training steps
@@ -295,8 +288,7 @@ def _commit(made: Row) -> str:
 
 def profile_table(folder: str) -> str:
     """Seconds of one pass by kind of kernel, measured by the profiler, and as predicted."""
-    rows = newest(REPO / folder, "profile", lambda row: (row["size"], row["tier"], row["model"]))
-    rows, cells = [row for row in rows if row["model"] == "15b"], []
+    rows, cells = _newest_15b(folder, "profile", "size", "tier"), []
     for row in rows:
         kinds, machine = row["kinds"], predict.machine_of(row["made"]["machine"])
         where = f"{row['size']} {row['tier']}, {card(row['made']['machine'])}"
@@ -309,8 +301,7 @@ def profile_table(folder: str) -> str:
             seconds = [found.products, found.attention, found.pointwise, found.ends, found.host, found.total]
             cells.append([where, "*predicted at assumed rates*", *(f"{s:.4f}" for s in seconds)])
     heads = ("one pass", "", "products s", "attention s", "pointwise s", "other s", "idle s", "total s")
-    told = f"Measured with torch's profiler running. {origin(rows)}" if rows else NOTHING
-    return "\n".join([*markdown_table(heads, "llrrrrrr", cells), "", told])
+    return _measured(heads, "llrrrrrr", cells, "Measured with torch's profiler running.", rows)
 
 
 _RECIPES = {"lora": "LoRA step", "dmd2": "DMD-2 iteration, adapters on one base"}
@@ -319,9 +310,8 @@ _CHECKPOINTING = {"blocks": "whole blocks", "attention": "all but attention", "n
 
 def training_table(folder: str) -> str:
     """Training steps of the 15B network on one GPU."""
-    settings = ("recipe", "batch", "compile", "activation_checkpointing", "model", "rank")
-    rows = newest(REPO / folder, "train", lambda row: tuple(row[name] for name in settings))
-    rows, cells, computed = [row for row in rows if row["model"] == "15b"], [], []
+    rows = _newest_15b(folder, "train", "recipe", "batch", "compile", "activation_checkpointing", "rank")
+    cells, computed = [], []
     for row in rows:
         name = f"{_RECIPES[row['recipe']]}, rank {row['rank']}"
         recomputed = _CHECKPOINTING[row["activation_checkpointing"]]
@@ -335,16 +325,14 @@ def training_table(folder: str) -> str:
         where = f"{name}, {row['batch']} clips, {recomputed} recomputed"
         computed.append([where, "*computed by `zoo plan`*", f"{row['planned_bytes'] / 1e9:.1f}"])
     heads = ("step", "device", "clips", "compiled", "recomputed", "s", "tokens/s", "model PFLOP", "MFU", "peak GB")
-    lines = [*markdown_table(heads, "llrllrrrrr", cells), ""]
-    if not rows:
-        return "\n".join([*lines, NOTHING])
-    lines += [
-        f"One GPU, 5 s at 256p ({rows[0]['tokens_per_clip']} tokens), random weights; medians with extremes. Model "
+    tokens = " or ".join(sorted({str(row["tokens_per_clip"]) for row in rows}))
+    told = (
+        f"One GPU, 5 s at 256p ({tokens} tokens), random weights; medians with extremes. Model "
         "FLOPs are those that the recipe needs: what is computed again in the backward pass does not count. MFU is "
-        f"their share of the data sheet's bf16 peak. {origin(rows)}",
-        "",
-    ]
-    return "\n".join([*lines, *markdown_table(("", "", "GB"), "llr", computed)])
+        "their share of the data sheet's bf16 peak."
+    )
+    steps = _measured(heads, "llrllrrrrr", cells, told, rows)
+    return f"{steps}\n\n{markdown.table(('', '', 'GB'), computed, 'llr')}" if rows else steps
 
 
 # -- predictions
@@ -380,13 +368,12 @@ def gains_table(folder: str) -> str:
     made = [(row["made"], row.get("attention_kernel")) for row in found.values()]
     machines = sorted({f"{m['machine']}, {m['date'][:10]}, attention {kernel}" for m, kernel in made})
     heads = ["after", "", *(f"{size} {stage.name} x{stage.steps}" for size, stage in stages.items())]
-    return "\n".join([
-        *markdown_table(heads, "ll" + "r" * len(stages), rows),
-        "",
+    told = (
         "Seconds per loop and the change against the rung above. Predicted: computed from FLOPs and bytes at assumed "
-        "rates (`python -m inference.benchmark.roofline ladder`), never measured. Measured: one pass times the passes of the "
-        "loop; " + (f"{'; '.join(machines)}." if machines else "no GPU was available yet: there is no row."),
-    ])  # fmt: skip
+        "rates (`python -m inference.benchmark.roofline ladder`), never measured. Measured: one pass times the passes of "
+        f"the loop; {'; '.join(machines) or 'no GPU was available yet: there is no row'}."
+    )
+    return f"{markdown.table(heads, rows, 'll' + 'r' * len(stages))}\n\n{told}"
 
 
 def _measured_rungs(folder: Path) -> dict[tuple[str, str], Row]:
@@ -442,14 +429,12 @@ def predicted_table(file: str) -> str:
         if "target" in row:
             wanted = [f"{row['target'][size]:g}" for size in sizes]
             rows.append([f"*target, {_TARGETS[row['key']]}*", *wanted, ""])
-    made = values["provenance"]
-    return "\n".join([
-        *markdown_table(heads, "l" + "r" * (len(sizes) + 1), rows),
-        "",
+    told = (
         "Computed from FLOPs and bytes at assumed rates of kernels, never measured; decoders at "
         f"{assumed['decode_tflops']:g} TFLOP/s, pictures to the host at {assumed['link_gbps']:g} GB/s. Each row adds "
-        f"to the one above. From [{file}]({file}): {made['date'][:10]}, {_commit(made)}.",
-    ])  # fmt: skip
+        f"to the one above. {markdown.origin(file, values['provenance'])}"
+    )
+    return f"{markdown.table(heads, rows)}\n\n{told}"
 
 
 def calibrated_table(folder: str) -> str:
@@ -476,8 +461,8 @@ def calibrated_table(folder: str) -> str:
                 explained = f"{own['seconds_per_pass']:.4f}; {own['explained']:.0%} explained"
                 cells.append([where, f"measured, {found['of']}", "-", "-", "-", explained])
     told = "Predicted at the rates that microbenchmarks of the same run reached; never measured itself."
-    lines = markdown_table(("one pass", "", *(f"{part} s" for part in parts)), "llrrrr", cells)
-    return "\n".join([*lines, "", told if latest else NOTHING])
+    heads = ("one pass", "", *(f"{part} s" for part in parts))
+    return f"{markdown.table(heads, cells, 'llrrrr')}\n\n{told if latest else NOTHING}"
 
 
 # -- the README
@@ -497,7 +482,6 @@ TABLES: dict[str, Callable[[str], str]] = {
 }
 SOURCES = {"predicted": f"{PREDICTIONS}/h100.json", "calibrated": PREDICTIONS, "decode-cost": DECODE_COST}
 """Source of a table where it is not the folder of the result files."""
-BLOCK = re.compile(rf"<!-- ({'|'.join(TABLES)}) ([^>]*?) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def all_tables(folder: Path) -> str:
@@ -506,48 +490,23 @@ def all_tables(folder: Path) -> str:
     return "\n\n".join(f"## {kind}\n\n{make_one(SOURCES.get(kind, usual))}" for kind, make_one in TABLES.items())
 
 
-def render(text: str, up: str = "") -> str:
-    """A text with every block of `TABLES` rendered again.
+def render_readme(check: bool = False) -> bool:
+    """Render the tables of the README again; whether that changes it.
 
     Args:
-        up: path from the folder of the page to the repository, as links to result files need it.
+        check: write nothing, and refuse a change.
 
     Raises:
-        UserError: a block that cannot be rendered.
+        UserError: a block that cannot be rendered, none of the latency, or with check one that differs.
     """
-
-    def block(match: re.Match[str]) -> str:
-        kind, argument = match[1], match[2].strip()
-        try:
-            table = TABLES[kind](argument)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"README block '{kind} {argument}' cannot be rendered: {error!r}") from error
-        table = table.replace("](inference/results/", f"]({up}inference/results/")
-        return f"<!-- {kind} {argument} -->\n{table}\n<!-- end -->"
-
-    return BLOCK.sub(block, text)
-
-
-def check_readme(readme: Path | None = None) -> list[tuple[str, str]]:
-    """Compare the tables of the README, or of another page, with the result files; returns their names and sources.
-
-    Raises:
-        UserError: a table differs, or there is none of the latency.
-    """
-    readme, up = readme or README, "" if readme else UP
-    text = readme.read_text(encoding="utf-8")
-    if render(text, up) != text:
-        raise UserError(f"{readme.name} differs from its result files; run `python -m eval.readme_tables`")
-    blocks = [(kind, argument.strip()) for kind, argument, _ in BLOCK.findall(text)]
-    if not any(kind == "latency" for kind, _ in blocks):
-        raise UserError(f"{readme.name} has no block <!-- latency inference/results/latency --> ... <!-- end -->")
-    return blocks
-
-
-def update_readme() -> bool:
-    """Render the tables of the README anew; whether it changed."""
-    old = README.read_text(encoding="utf-8")
-    new = render(old, UP)
-    if new != old:
-        README.write_text(new, encoding="utf-8")
-    return new != old
+    readme = REPO / PAGE
+    old = readme.read_text(encoding="utf-8")
+    if "<!-- latency " not in old:
+        raise UserError(f"{PAGE} has no block <!-- latency inference/results/latency --> ... <!-- end -->")
+    new = markdown.render(old, TABLES, PAGE)
+    if new == old:
+        return False
+    if check:
+        raise UserError(f"{PAGE} differs from its result files; run `python -m eval.readme_tables`")
+    readme.write_text(new, encoding="utf-8")
+    return True

@@ -180,9 +180,9 @@ def test_one_command_makes_everything_that_is_committed(
     monkeypatch.setattr(result_files, "FOLDER", results)
     monkeypatch.setattr(calibrate, "FOLDER", predictions)
     monkeypatch.setattr(result_tables, "REPO", tmp_path)
-    monkeypatch.setattr(result_tables, "README", tmp_path / "PAGE.md")
+    monkeypatch.setattr(result_tables, "PAGE", "PAGE.md")
     told = collect(str(as_if(dry, tmp_path / "a", H100)))
-    assert "rendered: inference/benchmark/README.md" in told
+    assert "rendered: PAGE.md" in told
     assert f"drawn: {results / 'latency.png'}" in told
     assert len(list(predictions.glob("*.json"))) == 2 * len(suite.SIZES)
     page = (tmp_path / "PAGE.md").read_text()

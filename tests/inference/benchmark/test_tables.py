@@ -113,38 +113,45 @@ def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
     assert "attention cudnn" in table
 
 
-def _readme(folder: Path) -> Path:
-    file = folder / "README.md"
+@pytest.fixture
+def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A page with every table, of a repository with one result."""
+    monkeypatch.setattr(result_tables, "PAGE", "README.md")
+    result_files.write("measure", "a", [row()], made(), tmp_path / "results")
     blocks = "\n\n".join(
-        f"<!-- {kind} {result_tables.SOURCES.get(kind, folder)} -->\n<!-- end -->" for kind in result_tables.TABLES
+        f"<!-- {kind} {result_tables.REPO / result_tables.SOURCES[kind]} -->\n<!-- end -->"
+        if kind in result_tables.SOURCES
+        else f"<!-- {kind} results -->\n<!-- end -->"
+        for kind in result_tables.TABLES
     )
+    monkeypatch.setattr(result_tables, "REPO", tmp_path)
+    file = tmp_path / "README.md"
     file.write_text(f"# Title\n\n{blocks}\n\nend\n")
-    file.write_text(result_tables.render(file.read_text()))
+    assert result_tables.render_readme()
     return file
 
 
-def test_check_finds_every_difference(tmp_path: Path) -> None:
-    result_files.write("measure", "a", [row()], made(), tmp_path)
-    file = _readme(tmp_path)
-    assert [kind for kind, _ in result_tables.check_readme(file)] == list(result_tables.TABLES)
-    right = file.read_text()
-    file.write_text(right.replace("30.50", "29.50"))
+def test_check_finds_every_difference(readme: Path) -> None:
+    assert not result_tables.render_readme(check=True)
+    right = readme.read_text()
+    assert right.count("\n|---") >= len(result_tables.TABLES)
+    readme.write_text(right.replace("30.50", "29.50"))
     with pytest.raises(UserError, match="differs from its result files"):
-        result_tables.check_readme(file)
-    file.write_text(right)
-    result_files.write("measure", "b", [row(tier="fp8")], made(), tmp_path)
+        result_tables.render_readme(check=True)
+    assert "29.50" in readme.read_text()
+    readme.write_text(right)
+    result_files.write("measure", "b", [row(tier="fp8")], made(), readme.parent / "results")
     with pytest.raises(UserError, match="differs from its result files"):
-        result_tables.check_readme(file)
-    file.write_text("# Title without tables\n")
+        result_tables.render_readme(check=True)
+    readme.write_text("# Title without tables\n")
     with pytest.raises(UserError, match="has no block <!-- latency"):
-        result_tables.check_readme(file)
+        result_tables.render_readme(check=True)
 
 
-def test_eval_readme_renders_the_same_blocks(tmp_path: Path) -> None:
+def test_eval_readme_renders_the_same_blocks(readme: Path) -> None:
     from eval import readme_tables
 
-    file = _readme(tmp_path)
-    assert readme_tables.render(file.read_text()) == file.read_text()
+    assert readme_tables.render(readme.read_text()) == readme.read_text()
 
 
 def test_picture_carries_its_values(tmp_path: Path) -> None:
@@ -165,7 +172,8 @@ def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, t
     from magihuman.cli import settings
 
     assert settings(measure, ["--check"], "x") == {"check": True}
-    monkeypatch.setattr(result_tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(result_tables, "REPO", tmp_path)
+    monkeypatch.setattr(result_tables, "PAGE", "README.md")
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(UserError, match="has no block"):
         measure(check=True)
@@ -194,7 +202,7 @@ def test_committed_predictions_are_what_the_code_computes() -> None:
         assert table.startswith("| PREDICTED for one " + machine.name)
         assert "1.6 + 31.0 + 5.8 = **38.4**" in table
         assert "1.03 + 24.25 + 1.51 = **26.78**" in table
-        assert "| *target, FP8 linears and attention* | 1 | 4 | 24 | |" in table
+        assert "| *target, FP8 linears and attention* | 1 | 4 | 24 |  |" in table
     measured = next((result_tables.REPO / "inference/results/latency").glob("*-measure-*.json"))
     with pytest.raises(ValueError, match="not predicted"):
         predicted_table(str(measured))
