@@ -133,9 +133,9 @@ class LoggerSettings:
 class CheckpointSettings:
     """Intervals of resumable checkpoints, and how many are kept."""
 
-    every_steps: int = 1000
-    every_minutes: float | None = 20.0
-    keep: int = 2
+    every_steps: int
+    every_minutes: float | None
+    keep: int
 
 
 @dataclass(frozen=True)

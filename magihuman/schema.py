@@ -38,8 +38,8 @@ def _expected(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_expected(a) for a in args)
     if origin in (list, tuple, Sequence):
-        inner = [a for a in args if a is not Ellipsis]
-        return "a list" + (f" of {_expected(inner[0])}" if inner else "")
+        count = f" of {len(args)}" if origin is tuple and Ellipsis not in args else ""
+        return f"a list{count}" + (f", each {_expected(args[0])}" if args else "")
     if hint is dict or origin is dict:
         return "a mapping"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -90,25 +90,36 @@ def _fits(value: Any, hint: Any, path: str) -> bool:
 
 
 def _schema(target: Callable[..., Any]) -> tuple[dict[str, Any], set[str], bool]:
-    """(name -> hint, required names, whether any further name is taken) of a dataclass or callable."""
+    """(name -> hint, required names, whether any further name is taken) of a dataclass or callable.
+
+    The further names of a class whose constructor takes `**settings` are those of its base class.
+    """
     if is_dataclass(target):
         hints = get_type_hints(target)
         required = {f.name for f in fields(target) if f.init and f.default is MISSING and f.default_factory is MISSING}
         return {f.name: hints[f.name] for f in fields(target) if f.init}, required, False
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        hints = get_type_hints(function)
-    except (NameError, TypeError):
-        hints = {}
-    names, required, open_ended = {}, set(), False
-    for parameter in inspect.signature(target).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            open_ended = True
-        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            names[parameter.name] = hints.get(parameter.name, Any)
-            if parameter.default is parameter.empty:
-                required.add(parameter.name)
-    return names, required, open_ended
+    if inspect.isclass(target):
+        constructors = [vars(base)["__init__"] for base in target.__mro__[:-1] if "__init__" in vars(base)]
+    else:
+        constructors = [target]
+    names: dict[str, Any] = {}
+    required = set()
+    for function in constructors:
+        try:
+            hints = get_type_hints(function)
+        except (NameError, TypeError):
+            hints = {}
+        further = False
+        for parameter in list(inspect.signature(function).parameters.values())[inspect.isclass(target) :]:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                further = True
+            elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                if parameter.name not in names and parameter.default is parameter.empty:
+                    required.add(parameter.name)
+                names.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if not further:
+            return names, required, False
+    return names, required, True
 
 
 def check(node: Any, schema: Callable[..., Any], path: str, provided: Sequence[str] = ()) -> None:

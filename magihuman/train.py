@@ -22,6 +22,8 @@ from magihuman.config import CONFIGS, TrainSettings, available, groups, validate
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.schema import call, one_line, suggest
 
+RUN_NAME = "MAGIHUMAN_RUN"
+"""Environment variable that passes the run's name to processes that Lightning starts."""
 SLOW_BF16 = 3.0
 """A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
@@ -47,6 +49,37 @@ def stage(title: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     say(f"   {title}: {time.monotonic() - start:.0f} s")
+
+
+def in_batch_job() -> bool:
+    """Whether this runs in a Slurm batch job, and not in an interactive allocation (which may run several trainings)."""
+    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Path:
+    """The run folder: `folder`, or <runs>/<recipe>/<name>; without a name, the Slurm job or the time.
+
+    Args:
+        node: the configuration, with a recipe.
+        job_number: of a sweep's job, so that jobs of one second differ.
+
+    Raises:
+        UserError: several processes were started from outside and could not agree on a time.
+    """
+    if node.get("folder") is not None:
+        return Path(node["folder"])
+    recipe = str(node["recipe"]["_target_"]).split(".")[-2]
+    name = node.get("name") or os.environ.get(RUN_NAME)
+    if name is None and in_batch_job():
+        name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+        name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
+    # Processes that torchrun or srun started; Lightning's own get RUN_NAME.
+    tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
+    if name is None and int(os.environ.get("WORLD_SIZE") or tasks or 1) > 1:
+        raise UserError("several processes were started and need one run folder; give it a name with name=...")
+    if name is None:
+        name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
+    return Path(node["runs"]) / recipe / str(name)
 
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
@@ -126,7 +159,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
     from magihuman.training.checkpoint import SIGNALS, step_of
-    from magihuman.training.runs import RUN_NAME, CSVLog
+    from magihuman.training.runs import CSVLog
 
     step = 0
     if resume is not None:
@@ -276,8 +309,6 @@ def main() -> None:
     def job(config: Any) -> None:
         nonlocal composed
         composed, sys.argv[1:] = True, typed  # run.json and further processes get the command as it was typed
-        from magihuman.training.runs import choose_folder
-
         try:
             of_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
             job_number = HydraConfig.get().job.num if of_sweep else None

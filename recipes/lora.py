@@ -29,7 +29,7 @@ from magihuman.models.flops import passes
 from magihuman.models.lora import add_lora, base_state, copy_lora, lora_parameters, lora_state, without_base
 from magihuman.training import parallel
 from magihuman.training.context import TrainingContext
-from magihuman.training.optim import Ramp, decay_at, ema_update
+from magihuman.training.optim import decay_at, ema_update
 from magihuman.training.rng import stream
 from magihuman.zoo import lora_files
 from recipes.pretrain import Pretrain
@@ -47,10 +47,10 @@ class Lora(Pretrain):
         sigma: prior of the noise levels; None takes the checkpoint's. Without timestep input the network infers the
             level from its input under this prior, so another prior makes it unlearn.
         sampling: settings stored in the exports; None takes the checkpoint's.
-        from video_weight to video_conditioning: see `recipes.pretrain.Pretrain`.
+        pretraining: the other settings of `recipes.pretrain.Pretrain`, without `tread`.
 
     Raises:
-        UserError: no `init`, or an optimiser without LoRA support.
+        UserError: no `init`, token routing, or an optimiser without LoRA support.
     """
 
     strategies = ("single", "ddp", "fsdp2")
@@ -64,13 +64,7 @@ class Lora(Pretrain):
         merge: bool = True,
         sigma: SigmaPrior | None = None,
         sampling: Sampling | None = None,
-        video_weight: float = 1.0,
-        audio_weight: float = 1.0,
-        motion_floor: float | Ramp = 1.0,
-        text_drop: float = 0.1,
-        first_frame: float | Ramp = 0.1,
-        audio_conditioning: float | Ramp = 0.1,
-        video_conditioning: float | Ramp = 0.0,
+        **pretraining: Any,
     ) -> None:
         if context.init is None:
             raise UserError(
@@ -78,19 +72,15 @@ class Lora(Pretrain):
             )
         if context.optim.algorithm != "adamw":
             raise UserError(f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw")
+        if pretraining.get("tread") is not None:
+            raise UserError("recipe.tread routes tokens in pretraining only; leave it out of a LoRA fine-tuning")
         parent = zoo.config_of(context.init)
         super().__init__(
             # The average is a second LoRA, not a second network.
             replace(context, optim=replace(context.optim, ema_decay=0.0)),
             sigma=sigma or parent.sigma_prior,
             sampling=sampling or parent.sampling,
-            video_weight=video_weight,
-            audio_weight=audio_weight,
-            motion_floor=motion_floor,
-            text_drop=text_drop,
-            first_frame=first_frame,
-            audio_conditioning=audio_conditioning,
-            video_conditioning=video_conditioning,
+            **pretraining,
         )
         self.decay = context.optim.ema_decay
         self.base, self.lora, self.merge = context.init, lora, merge

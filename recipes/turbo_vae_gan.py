@@ -182,34 +182,19 @@ class TurboVAEGAN(TurboVAE):
     Args:
         gan: the adversarial stage, or None.
         lpips: weight of LPIPS; lpips_backbone: file of its VGG-16 (torchvision's).
-        others: see `TurboVAE`.
+        settings: of `TurboVAE`.
     """
 
     def __init__(
         self,
         context: TrainingContext,
         *,
-        student: dict[str, Any],
         gan: Gan | None = None,
         lpips: float = 0.0,
         lpips_backbone: str | None = None,
-        pixel: float = 1.0,
-        perceptual: float = 1.0,
-        temporal: float = 0.25,
-        crop: int | None = None,
-        sampled: str | dict[str, Any] | None = None,
-        sampled_share: float = 0.25,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            context,
-            student=student,
-            pixel=pixel,
-            perceptual=perceptual,
-            temporal=temporal,
-            crop=crop,
-            sampled=sampled,
-            sampled_share=sampled_share,
-        )
+        super().__init__(context, **settings)
         self.gan, self.lpips = gan, lpips
         self.discriminator: PatchDiscriminator | None = None
         if lpips and lpips_backbone is None:

@@ -1,4 +1,4 @@
-"""The run folder of a training: its location, run.json, metrics.csv, and the loggers.
+"""The run folder of a training: its files, run.json, metrics.csv, and the loggers.
 
 runs/<recipe>/<name>/
   config.yaml     the whole configuration
@@ -29,41 +29,6 @@ from magihuman.config import WandbSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, write_atomically
 from magihuman.io.provenance import code_version
-
-RUN_NAME = "MAGIHUMAN_RUN"
-"""Environment variable that passes the run's name to processes that Lightning starts."""
-
-
-def in_batch_job() -> bool:
-    """Whether this runs in a Slurm batch job, and not in an interactive allocation (which may run several trainings)."""
-    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-
-
-def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Path:
-    """The run folder: `folder`, or <runs>/<recipe>/<name>; without a name, the Slurm job or the time.
-
-    Args:
-        node: the configuration, with a recipe.
-        job_number: of a sweep's job, so that jobs of one second differ.
-
-    Raises:
-        UserError: several processes were started from outside and could not agree on a time.
-    """
-    if node.get("folder") is not None:
-        return Path(node["folder"])
-    recipe = str(node["recipe"]["_target_"]).split(".")[-2]
-    name = node.get("name") or os.environ.get(RUN_NAME)
-    if name is None and in_batch_job():
-        name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-        name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
-    # Processes that torchrun or srun started; Lightning's own get RUN_NAME.
-    tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
-    if name is None and int(os.environ.get("WORLD_SIZE") or tasks or 1) > 1:
-        raise UserError("several processes were started and need one run folder; give it a name with name=...")
-    if name is None:
-        name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
-    return Path(node["runs"]) / recipe / str(name)
-
 
 FORMAT = "magihuman-run/1"
 

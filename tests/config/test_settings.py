@@ -61,7 +61,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=pretrain", "+recipe.sigma.knd=x"], "unknown setting recipe.sigma.knd, did you mean 'kind'?"),
         (["+recipe=pretrain", "trainer.max_steps=many"], "trainer.max_steps='many' should be an integer"),
         (["+recipe=pretrain", "optim.lr=fast"], "optim.lr='fast' should be a number"),
-        (["+recipe=pretrain", "optim.betas=[0.9]"], "optim.betas=[0.9] should be a list of a number"),
+        (["+recipe=pretrain", "optim.betas=[0.9]"], "optim.betas=[0.9] should be a list of 2, each a number"),
         (["+recipe=pretrain", "trainer.precision=fp8"], "trainer.precision='fp8' should be one of bf16, fp32"),
         (
             ["+recipe=pretrain", "trainer.activation_checkpointing=atention"],
@@ -72,6 +72,8 @@ def test_every_model_size_builds_its_settings(size) -> None:
             "trainer.activation_checkpointing=1 should be one of false, true, attention",
         ),
         (["+recipe=pretrain", "recipe.first_frame=often"], "recipe.first_frame='often' should be a number or Ramp"),
+        (["+recipe=lora", "recipe.text_drop=often"], "recipe.text_drop='often' should be a number"),
+        (["+recipe=turbo_vae_gan", "+recipe.pixl=1"], "unknown setting recipe.pixl, did you mean 'pixel'?"),
         (["+recipe=pretrain", "+recipe.context=1"], "recipe.context is set by the program"),
         (["+recipe=pretrain", "data=shards"], "data.module.shards is not given; set it with data.module.shards=VALUE"),
         (

@@ -14,7 +14,7 @@ from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.training import checkpoint, parallel, runs
+from magihuman.training import checkpoint, parallel
 from magihuman.training.callbacks import Meter
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
@@ -153,22 +153,22 @@ def test_find_resume(tmp_path) -> None:
 
 
 def test_run_folders_are_named_so_that_every_process_agrees(monkeypatch) -> None:
-    for variable in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", runs.RUN_NAME):
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", train.RUN_NAME):
         monkeypatch.delenv(variable, raising=False)
     node = {"recipe": {"_target_": "recipes.pretrain.Pretrain"}, "runs": "runs", "name": None, "folder": None}
-    assert runs.choose_folder({**node, "name": "a"}).as_posix() == "runs/pretrain/a"
-    assert runs.choose_folder({**node, "folder": "x/y"}).as_posix() == "x/y"
-    assert runs.choose_folder(node, 3).name.endswith("-3")
+    assert train.choose_folder({**node, "name": "a"}).as_posix() == "runs/pretrain/a"
+    assert train.choose_folder({**node, "folder": "x/y"}).as_posix() == "x/y"
+    assert train.choose_folder(node, 3).name.endswith("-3")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="name="):
-        runs.choose_folder(node)
+        train.choose_folder(node)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert runs.choose_folder(node).name == "job-17"  # the same after a requeue
+    assert train.choose_folder(node).name == "job-17"  # the same after a requeue
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert runs.choose_folder(node).name == "job-16-4"
-    monkeypatch.setenv(runs.RUN_NAME, "given")
-    assert runs.choose_folder(node).name == "given"
+    assert train.choose_folder(node).name == "job-16-4"
+    monkeypatch.setenv(train.RUN_NAME, "given")
+    assert train.choose_folder(node).name == "given"
 
 
 def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
