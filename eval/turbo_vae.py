@@ -135,11 +135,9 @@ def run(
     sources = {role: name for role, name in (("teacher", teacher), ("student", student)) if name is not None}
     from magihuman.zoo import decoders
 
-    configs: dict[str, Any] = {role: decoders.config_of(source) for role, source in sources.items()}
     for role, source in sources.items():  # before torch is loaded
-        if configs[role] is None:
-            known = ", ".join(decoders.names())
-            raise UserError(f"{role}={source} is not a decoder; choose a run folder, an export, or from {known}")
+        decoders.require(source, role)
+    configs: dict[str, Any] = {role: decoders.config_of(source) for role, source in sources.items()}
     import torch
 
     from eval.puppets import frames_tensor, ground_truth, held_out

@@ -70,8 +70,13 @@ def run_one(functions: Mapping[str, Callable[..., Any]], program: str, argv: Seq
     raise SystemExit(0)
 
 
-def settings(function: Callable[..., Any], arguments: Sequence[str], program: str) -> dict[str, Any]:
+def settings(
+    function: Callable[..., Any], arguments: Sequence[str], program: str, unnamed: Sequence[str] = ()
+) -> dict[str, Any]:
     """Values by name from key=value texts (or --key value), checked against the signature of `function`.
+
+    Args:
+        unnamed: settings that may be given by their values alone, in this order.
 
     Raises:
         UserError: not key=value, given twice, unknown, missing or of the wrong type.
@@ -80,8 +85,11 @@ def settings(function: Callable[..., Any], arguments: Sequence[str], program: st
 
     hints = get_type_hints(function)
     values: dict[str, Any] = {}
+    waiting = list(unnamed)
     for argument in _joined(arguments, hints):
         key, equals, text = argument.lstrip("-").partition("=")
+        if waiting and not (equals and key.isidentifier()):  # a path may hold "=", too
+            key, equals, text = waiting.pop(0), "=", argument
         if not equals:
             raise UserError(f"{argument!r} is not of the form key=value; see `{program} --help`")
         if key in values:

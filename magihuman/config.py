@@ -8,14 +8,12 @@ them against the dataclass, or against the signature of the target.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from magihuman.errors import UserError
+from magihuman.io.files import CONFIGS
 from magihuman.models.config import Checkpointing, DiTConfig, PackConfig
 from magihuman.schema import build, check, check_call, locate, suggest
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def configured() -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]
     """
     import yaml
 
-    from magihuman.config import CONFIGS
+    from magihuman.io.files import CONFIGS
     from magihuman.schema import check_call, locate
 
     node = yaml.safe_load((CONFIGS / "infer.yaml").read_text(encoding="utf-8"))

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.cli import calm_bars
-from magihuman.config import CONFIGS, TrainSettings, available, groups, validate
+from magihuman.config import TrainSettings, available, groups, validate
 from magihuman.errors import NotApplicable, UserError, report_and_exit
+from magihuman.io.files import CONFIGS
 from magihuman.schema import call, one_line, suggest
 
 RUN_NAME = "MAGIHUMAN_RUN"

@@ -223,9 +223,8 @@ def _config(student: dict[str, Any], context: TrainingContext) -> decoders.Decod
 
 def _init_weights(init: str, config: decoders.DecoderConfig) -> dict[str, Tensor]:
     """Weights of another decoder of the same architecture."""
-    folder, other = decoders.find(init), decoders.config_of(init)
-    if folder is None or other is None:
-        raise UserError(f"init={init} is not a decoder; choose from {', '.join(decoders.names())}, or a run folder")
+    folder, other = decoders.require(init, "init"), decoders.config_of(init)
+    assert other is not None
     if (other.layout, other.network, other.latents) != (config.layout, config.network, config.latents):
         raise UserError(f"init={init} is another decoder than recipe.student; choose the one it was trained as")
     return {key: value.float() for key, value in read_state(folder / decoders.MODEL).items()}

@@ -18,7 +18,7 @@ from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
 from magihuman.errors import UserError
 from magihuman.zoo import decoders as students
-from magihuman.zoo import footprint
+from magihuman.zoo import footprint, names
 
 WAN: dict[str, Any] = {
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
@@ -98,7 +98,7 @@ def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype)
         weights = decoder
         chosen = (
             students.load(decoder, device)
-            if decoder in students.names()
+            if decoder in names.decoder_names()
             else random_codec(decoder, device, torch.float32)
         )
     return Parts(
@@ -130,8 +130,8 @@ def decoder_names(case: ClipCase) -> tuple[str, ...]:
     """Decoders of a case's latents; grows with configs/decoder and the decoders that ship with the package."""
     if case.released:
         return released_decoders()
-    own = [name for name in students.arch_names() if students.arch(name)["codecs"] == "tiny"]
-    return ("codec", *own, *(name for name in students.names() if name.startswith("tiny/")))
+    own = [name for name in names.arch_names("decoder") if students.arch(name)["codecs"] == "tiny"]
+    return ("codec", *own, *(name for name in names.decoder_names() if name.startswith("tiny/")))
 
 
 def released_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Any:

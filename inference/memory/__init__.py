@@ -5,13 +5,11 @@ device (resident, or streamed layer by layer) and its storage (bf16, fp8, int4);
 on disk. `python -m magihuman.zoo plan` computes what each choice needs.
 """
 
-from inference.memory.offload import MODES, LayerStream, Resident, Stages, check_memory, prepare_transformer
-from inference.memory.quantization import FORMS, store_weights
+from inference.memory.offload import LayerStream, Resident, Stages, check_memory, prepare_transformer
+from inference.memory.quantization import store_weights
 from inference.memory.text_cache import CachedText, encoder_identity
 
 __all__ = [
-    "FORMS",
-    "MODES",
     "CachedText",
     "LayerStream",
     "Resident",

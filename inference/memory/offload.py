@@ -13,18 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from inference.memory.quantization import FORMS, store_weights
+from inference.memory.quantization import store_weights
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
-from magihuman.zoo.memory_plan import MEMORY as MODES
+from magihuman.zoo.footprint import FORMS
+from magihuman.zoo.memory_plan import MEMORY
 
 DEEP = 8  # layers from which a network is worth streaming
 
 
 def check_memory(memory: str, weights: str | None) -> None:
     """Raises UserError for an unknown memory= or weights=, listing the choices."""
-    if memory not in MODES:
-        raise UserError(f"memory={memory} is unknown; choose one of {', '.join(MODES)}")
+    if memory not in MEMORY:
+        raise UserError(f"memory={memory} is unknown; choose one of {', '.join(MEMORY)}")
     if weights is not None and weights not in FORMS:
         raise UserError(f"weights={weights} is unknown; choose one of {', '.join(FORMS)}")
 
@@ -64,11 +65,6 @@ class Resident:
                     kept[id(tensor)] = _pinned(tensor.detach().cpu(), self.device)
                 self._owners.append((inner, name, kept[id(tensor)]))
         self.leave()
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors, shared ones once."""
-        return sum(t.numel() * t.element_size() for t in {id(t): t for *_, t in self._owners}.values())
 
     def enter(self) -> None:
         """Copy every tensor to the device; nothing where they are there."""
@@ -113,8 +109,8 @@ def prepare_transformer(
 
     Args:
         denoiser: on the CPU, or on the device where memory is "fast".
-        memory: one of MODES.
-        weights: one of `FORMS`, or None to keep the storage it was loaded in.
+        memory: one of MEMORY.
+        weights: one of FORMS, or None to keep the storage it was loaded in.
 
     Returns:
         what `Stages.add` takes: the part to bring and take away; None in "fast", where it is on the device for good.
@@ -137,7 +133,7 @@ class Stages:
     """Who is on the device. Every stage names its parts once; entering a stage sends away all other parts.
 
     Args:
-        memory: one of MODES.
+        memory: one of MEMORY.
         device: where stages run.
     """
 
@@ -163,19 +159,12 @@ class Stages:
                     member.to(self.device)
                     continue
                 if id(member) not in self._parts:
-                    self._parts[id(member)] = self._part(member)
+                    layers = _long_list(member) if self.memory == "low" else None
+                    part = Streamed(member, layers, self.device) if layers else Resident(member, self.device)
+                    self._parts[id(member)] = part
                 parts.append(self._parts[id(member)])
             elif hasattr(member, "enter"):
                 parts.append(member)
-
-    def _part(self, module: nn.Module) -> Part:
-        layers = _long_list(module) if self.memory == "low" else None
-        return Resident(module, self.device) if layers is None else Streamed(module, layers, self.device)
-
-    @property
-    def present(self) -> list[str]:
-        """Stages whose parts are all on the device now, in "balanced" and "low"."""
-        return [name for name, parts in self._stages.items() if parts and all(p in self._present for p in parts)]
 
     def enter(self, stage: str) -> None:
         """Bring the stage's parts to the device, after all others have left it.
@@ -272,21 +261,12 @@ class LayerStream:
             layer.register_forward_pre_hook(lambda *_, i=i: self._before(i))
             layer.register_forward_hook(lambda *_, i=i: self._after(i), always_call=True)
 
-    @property
-    def device_bytes(self) -> int:
-        """Device memory between `enter` and `leave`: for each slot its largest layer."""
-        return sum(self._slot_bytes(slot) for slot in range(SLOTS))
-
-    def _slot_bytes(self, slot: int) -> int:
-        return max((len(host) for host in self._host[slot::SLOTS]), default=0)
-
     def enter(self) -> None:
         """Take the slots and start to fill the first; nothing where they are taken already."""
         if self._slots:
             return
-        self._slots = [
-            torch.empty(self._slot_bytes(slot), dtype=torch.uint8, device=self.device) for slot in range(SLOTS)
-        ]
+        largest = [max(map(len, self._host[slot::SLOTS]), default=0) for slot in range(SLOTS)]
+        self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in largest]
         for i, entries in enumerate(self._entries):
             for entry in entries:
                 entry.bind(entry.view(self._slots[i % SLOTS]))

@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.fast.fp8 import quantise_rows
 from magihuman.errors import UserError
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.layers import ExpertLinear
 from magihuman.zoo.footprint import INT4_GROUP
 
-FORMS = ("bf16", "fp8", "int4")
-
-FP8 = torch.float8_e4m3fn
-FP8_LARGEST = 448.0
 INT4_LARGEST = 7
 
 
@@ -38,11 +35,9 @@ class Fp8Linear(nn.Module):
     def __init__(self, weight: Tensor, experts: int) -> None:
         super().__init__()
         self.experts = experts
-        largest = weight.abs().amax(dim=1, keepdim=True).float()
-        scales = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)  # [experts * rows, 1]
-        codes = torch.cat([(w.float() / s).to(FP8) for w, s in _by_expert(experts, weight, scales)])
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        codes, scales = zip(*map(quantise_rows, weight.chunk(experts)), strict=True)
+        self.register_buffer("codes", torch.cat(codes))
+        self.register_buffer("scales", torch.cat(scales).unsqueeze(1))  # [experts * rows, 1]
 
     def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """One matrix [rows, columns] per expert in `dtype`, restored when it is asked for."""
@@ -66,7 +61,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.experts = experts
         self.columns = weight.shape[1]
-        packed, scales = zip(*(_to_int4(w) for (w,) in _by_expert(experts, weight)), strict=True)
+        packed, scales = zip(*map(_to_int4, weight.chunk(experts)), strict=True)
         self.register_buffer("codes", torch.cat(packed))  # uint8 [experts * rows, groups, 32]
         self.register_buffer("scales", torch.cat(scales))  # bf16 [experts * rows, groups, 1]
 
@@ -86,14 +81,12 @@ def store_weights(
     """Change the storage of every block matrix in place, one at a time.
 
     Args:
-        form: one of FORMS.
+        form: one of `magihuman.zoo.footprint.FORMS`.
         convert_on: device of the conversion, much faster on a GPU; keep_on: device of the result.
 
     Raises:
-        UserError: an unknown form, or weights that are already in a smaller one.
+        UserError: weights that are already in a smaller form, or not finite.
     """
-    if form not in FORMS:
-        raise UserError(f"weights={form} is unknown; choose one of {', '.join(FORMS)}")
     found = [
         (parent, name, child)
         for parent in model.block.modules()

@@ -10,25 +10,24 @@ and shards name their bundle; since such a name is code, it is imported only aft
 (`allow_codecs`).
 """
 
-import hashlib
 import importlib
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magihuman.codecs import tiny_captions
 from magihuman.codecs.protocols import AudioCodec, TextEncoder, VideoCodec
 from magihuman.errors import UserError
+from magihuman.io.files import WEIGHTS
+from magihuman.io.provenance import file_hash
 from magihuman.models.config import Contract
 
 if TYPE_CHECKING:
     import torch
 
 NAMES = ("tiny", "released")
-TINY_FILES = Path(__file__).resolve().parents[1] / "zoo" / "weights" / "tiny" / "codecs"
 
 RELEASED_REPO = "GAIR/daVinci-MagiHuman"
 ROLES = ("base", "distill", "540p_sr", "1080p_sr")
@@ -264,11 +263,10 @@ def _tiny_state(codec: str) -> tuple[dict[str, "torch.Tensor"], str]:
     """The fitted weights of a codec of the tiny world in fp32, and its name in the contract with a short content hash."""
     from safetensors.torch import load_file
 
-    file = TINY_FILES / f"{codec}.safetensors"
+    file = WEIGHTS / "tiny" / "codecs" / f"{codec}.safetensors"
     if not file.exists():
         raise UserError(f"the tiny world's codec {file} is missing; make it with `python -m data.tiny.fit_codec`")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    return {key: tensor.float() for key, tensor in load_file(file).items()}, f"tiny-{digest}"
+    return {key: tensor.float() for key, tensor in load_file(file).items()}, f"tiny-{file_hash(file)[:8]}"
 
 
 def _tiny_bundle(device: "torch.device") -> CodecBundle:

@@ -68,7 +68,7 @@ class OobleckCodec(nn.Module):
         if config.get("_class_name") != "AutoencoderOobleck":
             raise UserError(f"{path} is not an Oobleck VAE: its config.json names {config.get('_class_name')!r}")
         vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
-        load_strict(vae, read_state(path), {key: key for key in vae.state_dict()}, path, torch.float32)
+        load_strict(vae, read_state(path), None, path, torch.float32)
         return cls(vae).to(device)
 
     @classmethod

@@ -91,7 +91,7 @@ class WanCodec(nn.Module):
             if config.get("_class_name") != "AutoencoderKLWan" or not config.get("is_residual"):
                 raise UserError(f"{path} is not a Wan 2.2 VAE: its config.json names {config.get('_class_name')!r}")
             vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
-            load_strict(vae, state, {key: key for key in vae.state_dict()}, path, dtype)
+            load_strict(vae, state, None, path, dtype)
             mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
             return cls(vae, mean, std).to(device)
         return cls.from_released(state, path, dtype=dtype).to(device)

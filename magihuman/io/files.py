@@ -12,6 +12,11 @@ from tempfile import mkdtemp
 
 from magihuman.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = _PACKAGE.parent / "configs"
+WEIGHTS = _PACKAGE / "zoo" / "weights"
+"""Folder of the checkpoints, decoders and codecs that ship with the package."""
+
 NEW = "new"
 _LOCK = "lock"
 

@@ -119,14 +119,14 @@ def read_state(path: Path, prefix: str = "", wrappers: Sequence[str] = ()) -> di
 def load_strict(
     module: nn.Module,
     state: Mapping[str, torch.Tensor],
-    key_map: Mapping[str, str],
+    key_map: Mapping[str, str] | None,
     source: str | Path,
     dtype: torch.dtype,
 ) -> None:
     """Load `state` into `module`, which may be on the meta device, after comparing every name and shape.
 
     Args:
-        key_map: name in the file -> name in the module, complete for the module.
+        key_map: name in the file -> name in the module, complete for the module; None where they are the same.
         dtype: of the module afterwards.
         source: name of the file in error messages.
 
@@ -134,6 +134,7 @@ def load_strict(
         UserError: naming missing, unexpected and wrong-shaped tensors by their names in the file.
     """
     expected = module.state_dict()
+    key_map = key_map or {key: key for key in expected}
     require_fit(
         {key: tuple(value.shape) for key, value in state.items()},
         {key: tuple(expected[inner].shape) for key, inner in key_map.items()},

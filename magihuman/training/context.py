@@ -110,11 +110,7 @@ def find_init(settings: TrainSettings) -> Path | None:
         return None
     if settings.model is not None:
         return zoo.find(settings.init)
-    folder = decoders.find(settings.init)
-    if folder is None:
-        known = ", ".join(decoders.names())
-        raise UserError(f"init={settings.init} is not a decoder; choose a run folder, an export, or one of {known}")
-    return folder
+    return decoders.require(settings.init, "init")
 
 
 def require_same_model(settings: TrainSettings, contract: Contract) -> None:

@@ -6,6 +6,7 @@ from magihuman import zoo
 denoiser = zoo.load("tiny/base").denoiser
 """
 
-from magihuman.zoo.checkpoints import Loaded, arch, arch_names, build, checkpoint_names, config_of, find, load, pack
+from magihuman.zoo.checkpoints import Loaded, arch, build, config_of, find, load, pack
+from magihuman.zoo.names import arch_names, checkpoint_names
 
 __all__ = ["Loaded", "arch", "arch_names", "build", "checkpoint_names", "config_of", "find", "load", "pack"]

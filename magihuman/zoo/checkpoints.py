@@ -5,17 +5,18 @@ that ships with the package ("tiny/base"), an exported folder, a run folder, or 
 cache of the Hugging Face Hub; nothing is downloaded. Finding one needs no torch.
 """
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from magihuman.codecs.bundle import RELEASED_REPO, ROLES
 from magihuman.errors import UserError
 from magihuman.io.files import is_hub_id
 from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.zoo import names
+from magihuman.zoo.names import choices
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from magihuman.io.export import ExportConfig
     from magihuman.models.denoiser import Denoiser
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 DIFFUSERS_INDEX = "model_index.json"
 
 RUNS = "runs"
@@ -40,32 +39,18 @@ class Loaded:
     folder: Path
 
 
-def arch_names() -> list[str]:
-    """Names of the architectures in configs/model."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
 def arch(name: str) -> DiTConfig:
     """Hyperparameters of a named network.
 
     Raises:
         UserError: for an unknown name, listing the choices.
     """
-    return DiTConfig.from_dict(_hyperparameters(name)["dit"])
+    return DiTConfig.from_dict(names.arch_settings(name)["dit"])
 
 
 def pack(name: str) -> PackConfig:
     """Token packing that belongs to a named network. Raises UserError as `arch` does."""
-    return PackConfig.from_dict(_hyperparameters(name).get("pack", {}))
-
-
-def _hyperparameters(name: str) -> dict[str, Any]:
-    import yaml
-
-    path = CONFIGS / f"{name}.yaml"
-    if name not in arch_names():
-        raise UserError(f"architecture {name!r} is unknown; choose from {', '.join(arch_names())}")
-    return yaml.safe_load(path.read_text())
+    return PackConfig.from_dict(names.arch_settings(name).get("pack", {}))
 
 
 def build(
@@ -99,13 +84,6 @@ def build(
     return Denoiser(model, pack_config)
 
 
-def checkpoint_names() -> list[str]:
-    """Names of the checkpoints that ship with the package."""
-    return sorted(
-        path.parent.relative_to(WEIGHTS).as_posix() for path in WEIGHTS.glob("**/model.safetensors.index.json")
-    )
-
-
 def find(checkpoint: str | Path) -> Path:
     """Folder of a checkpoint: a shipped name, an exported folder, a run folder (its export/), a published folder (base,
     distill, 540p_sr, 1080p_sr), or OWNER/NAME[/FOLDER] in the cache of the Hugging Face Hub.
@@ -113,9 +91,9 @@ def find(checkpoint: str | Path) -> Path:
     Raises:
         UserError: when it is none of these, with the choices or the command that fetches it.
     """
-    text, shipped = str(checkpoint), checkpoint_names()
+    text, shipped = str(checkpoint), names.checkpoint_names()
     if text in shipped:
-        return WEIGHTS / text
+        return names.WEIGHTS / text
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return _within(folder, text)
@@ -127,7 +105,7 @@ def find(checkpoint: str | Path) -> Path:
     owner, _, rest = text.partition("/")
     name, _, inner = rest.partition("/")
     repo, inner = f"{owner}/{name}", inner.strip("/")
-    ours = text.partition("/")[0] in {name.partition("/")[0] for name in shipped}
+    ours = owner in {each.partition("/")[0] for each in shipped}
     a_run = folder.parts[:1] == (RUNS,)
     # A first part that exists here, or `runs`, means a misspelt path and not a Hub id.
     if is_hub_id(repo) and not ours and not a_run and not Path(repo).parent.exists():
@@ -135,9 +113,9 @@ def find(checkpoint: str | Path) -> Path:
     more = f"; {_fetch_into(folder)}" if folder.name in ROLES and not ours else ""
     if a_run:
         found = sorted(Path(RUNS).glob("*/*/export"), key=lambda path: path.stat().st_mtime)
-        names = [str(path.parent) for path in reversed(found[-5:])]
-        more = f"; newest finished runs here: {', '.join(names) or 'none'}"
-    raise UserError(f"checkpoint {text!r} is neither a folder nor a shipped name ({choices(text)}){more}")
+        newest = [str(path.parent) for path in reversed(found[-5:])]
+        more = f"; newest finished runs here: {', '.join(newest) or 'none'}"
+    raise UserError(f"{_missing(text)}{more}")
 
 
 def config_of(checkpoint: str | Path) -> "ExportConfig":
@@ -225,11 +203,8 @@ def load(
 # -- finding checkpoints
 
 
-def choices(name: str, shipped: Iterable[str] | None = None) -> str:
-    """The shipped names (of checkpoints by default) for a message, and the one closest to `name`."""
-    shipped = checkpoint_names() if shipped is None else list(shipped)
-    close = difflib.get_close_matches(name, shipped, n=1)
-    return (", ".join(shipped) or "none yet") + (f"; did you mean {close[0]!r}?" if close else "")
+def _missing(name: str) -> str:
+    return f"checkpoint {name!r} is neither a folder nor a shipped name ({choices(name, 'checkpoint')})"
 
 
 def _fetch_into(folder: Path) -> str:
@@ -286,8 +261,7 @@ def _in_hub_cache(repo: str, inner: str) -> Path:
     try:
         root = Path(snapshot_download(repo, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-        name = "/".join(filter(None, (repo, inner)))
-        missing = f"checkpoint {name!r} is neither a folder nor a shipped name ({choices(name)})"
+        missing = _missing("/".join(filter(None, (repo, inner))))
         if not inner and Path(repo).name in ROLES:  # as in weights/base: a folder for the published weights
             raise UserError(f"{missing}; {_fetch_into(Path(repo))}") from None
         raise UserError(f"{missing}, and the Hub's {repo} is not on this machine; {fetch}") from None

@@ -1,35 +1,87 @@
-"""The commands `zoo convert`, `zoo plan` and `zoo peaks`: settings to a result; without torch until there is work."""
+"""The commands of `python -m magihuman.zoo`: settings to a text; without torch until there is work."""
 
 import json
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from magihuman import zoo
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
 from magihuman.errors import UserError
-from magihuman.io.files import write_atomically
+from magihuman.io.files import WEIGHTS, write_atomically
 from magihuman.io.provenance import code_version
-from magihuman.models.config import Checkpointing, DiTConfig
-from magihuman.zoo import memory_plan
-from magihuman.zoo.footprint import BF16, FP32
-from magihuman.zoo.memory_plan import FORMS, GB, MEMORY, RESERVE, SIZES, ClipRequest, peak
+from magihuman.models.config import Checkpointing
+from magihuman.zoo import memory_plan, names
+from magihuman.zoo.footprint import BF16, FORMS, FP32, Form
+from magihuman.zoo.memory_plan import GB, MEMORY, RESERVE, SIZES, ClipRequest, Memory, peak
 
-TASKS = ("infer", "pretrain", "lora", "dmd2")
 FPS = 25.0
-LAYOUTS, DTYPES = ("export", "released", "diffusers"), ("keep", "bf16", "fp32")
 PEAKS_FORMAT = "magihuman-peaks/1"
-DECODERS = ("wan", "turbo")
-WEIGHTS = ("bf16", "fp8", "int4")
+
+
+def list_names() -> str:
+    """Architectures and student decoders with their sizes, checkpoints and decoders that ship with the package."""
+    from magihuman.zoo import decoders
+
+    lines = ["architectures"]
+    for name in sorted(zoo.arch_names(), key=lambda n: zoo.arch(n).parameter_count()):
+        config = zoo.arch(name)
+        lines.append(
+            f"  {name:<8} {config.parameter_count():>14,} parameters  {config.num_layers} layers, "
+            f"hidden {config.hidden_size}, {config.num_heads} heads, {config.num_query_groups} key/value heads, "
+            f"patch {zoo.pack(name).patch_size}"
+        )
+    lines.append("student decoders")
+    for name in names.arch_names("decoder"):
+        lines.append(f"  {name:<8} {decoders.summary(name)}")
+    for title, shipped in (("checkpoints", zoo.checkpoint_names()), ("decoders", names.decoder_names())):
+        lines.append(title)
+        for name in shipped:
+            size = sum(f.stat().st_size for f in (WEIGHTS / name).glob("*.safetensors"))
+            lines.append(f"  {name:<8} {size / 1e6:.1f} MB")
+    return "\n".join(lines)
+
+
+def inspect(path: str) -> str:
+    """Tensors, shapes, dtypes, sizes, config and provenance of a checkpoint.
+
+    Args:
+        path: safetensors file, exported folder, LoRA, run folder, or a shipped name such as tiny/base
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    from magihuman.zoo.inspect import describe
+
+    return describe(WEIGHTS / path if path in (*zoo.checkpoint_names(), *names.decoder_names()) else path)
+
+
+def verify(folder: str, strict: bool = False, only: str = "") -> tuple[str, int]:
+    """Run stored vectors against this implementation: case, kind, largest absolute error, tolerance and pass.
+
+    Exit status: 0 all passed, 1 something failed, 2 no such folder.
+
+    Args:
+        folder: folder that holds manifest.json and safetensors files
+        strict: count unsupported cases as failures
+        only: only cases whose name starts so, such as dit_
+
+    Raises:
+        UserError: no readable manifest, or no case of that name.
+    """
+    from magihuman.zoo.verify import report, verify
+
+    return report(verify(folder, only), strict)
 
 
 def convert(
     src: str,
     dst: str,
-    to: str = "export",
-    dtype: str = "keep",
+    to: Literal["export", "released", "diffusers"] = "export",
+    dtype: Literal["keep", "bf16", "fp32"] = "keep",
     max_shard: str = "5GB",
     role: str | None = None,
     vae: str | None = None,
@@ -56,33 +108,27 @@ def convert(
     Raises:
         UserError: SRC is damaged or not this network, or DST cannot be written.
     """
-    if to not in LAYOUTS:
-        raise UserError(f"to={to} is unknown; choose one of {', '.join(LAYOUTS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is unknown; choose one of {', '.join(DTYPES)}")
     if to != "diffusers" and (vae or audio_vae):
         raise UserError("vae= and audio_vae= belong to to=diffusers; the other layouts hold no codecs")
-    from magihuman.zoo.convert import convert_checkpoint
+    from magihuman.zoo import convert as conversion
 
-    return convert_checkpoint(src, dst, to, dtype, max_shard, role, vae, audio_vae, lora)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network to plan for; `guided`: default of the checkpoint; `size`: (height, width) of the base stage."""
-
-    name: str
-    config: DiTConfig
-    patch: int
-    stride: tuple[int, int, int]
-    released: bool
-    guided: bool
-    size: tuple[int, int]
+    limit, target = conversion.parse_size(max_shard), Path(dst).expanduser()
+    if lora is not None:
+        if (to, dtype) != ("export", "keep"):
+            raise UserError("lora= makes an export with the release's types; convert that one further (to=, dtype=)")
+        return conversion.merge_lora(src, target, lora, limit, role)
+    if target.suffix == ".safetensors":
+        if not Path(src).is_file() or (to, dtype, role) != ("export", "keep", None):
+            raise UserError(f"{dst} is a file: SRC must be one too, and its tensors stay as they are (no to=, dtype=)")
+        return conversion.convert_file(Path(src), target)
+    matrices = {"keep": None, "bf16": "BF16", "fp32": "F32"}[dtype]
+    given = {"vae": vae, "audio_vae": audio_vae}
+    return conversion.convert_checkpoint(src, target, to, matrices, limit, role, given)
 
 
 def plan(
     model: str,
-    task: str = "infer",
+    task: Literal["infer", "pretrain", "lora", "dmd2"] = "infer",
     resolution: str | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -91,14 +137,14 @@ def plan(
     batch: int = 1,
     gpu_gb: float = 80.0,
     gpus: int = 1,
-    dtype: str = "bfloat16",
-    memory: str = "fast",
-    weights: str | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    memory: Memory = "fast",
+    weights: Form | None = None,
     guided: bool | None = None,
-    cfg_passes: int = 1,
+    cfg_passes: Literal[1, 2] = 1,
     turbo: bool = False,
     checkpointing: Checkpointing = True,
-    ema: str = "gpu",
+    ema: Literal["gpu", "cpu"] = "gpu",
     rank: int = 128,
 ) -> str:
     """Compute the memory of a run before anything is loaded, and what to change if it does not fit.
@@ -130,36 +176,21 @@ def plan(
     Raises:
         UserError: an impossible setting.
     """
-    choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-        ("task", task, TASKS),
-        ("memory", memory, MEMORY),
-        ("weights", weights, (*FORMS, "bf16")),
-        ("dtype", dtype, ("bfloat16", "float32")),
-        ("ema", ema, ("gpu", "cpu")),
-        ("cfg_passes", cfg_passes, (1, 2)),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            listed = ", ".join(str(choice) for choice in allowed if choice is not None)
-            raise UserError(f"{name}={value} is unknown; choose one of {listed}")
     check_numbers(text=text, batch=batch, gpus=gpus, rank=rank, seconds=seconds, gpu_gb=gpu_gb)
-    known = model_of(model)
-    size, enlarged = _sizes(known, resolution, height, width)
-    guided = known.guided if guided is None else guided
-    compute = BF16 if dtype == "bfloat16" else FP32
-    request = infer_request(
-        known, size, enlarged, seconds, text=text, batch=batch, guided=guided, cfg_passes=cfg_passes, turbo=turbo,
-        compute=compute, memory=memory, weights=weights,
+    request = _sized(infer_request(model, seconds, guided), resolution, height, width)
+    request = replace(
+        request, text=text, batch=batch, cfg_passes=cfg_passes, turbo=turbo, memory=memory, weights=weights,
+        compute=BF16 if dtype == "bfloat16" else FP32,
     )  # fmt: skip
-    last = enlarged or size
-    what = f"{known.name}, {known.config.parameter_count() / 1e9:.2f} B parameters, {task}"
+    last = request.enlarged if request.second else (request.height, request.width)
+    what = f"{model}, {request.base.parameter_count() / 1e9:.2f} B parameters, {task}"
     clip = f"{seconds:g} s of {last[1]}x{last[0]}"
     available = int(gpu_gb * GB)
     if task == "infer":
         sides = "with guidance" if request.guided else "without guidance"
         return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {batch}", available)
     tokens = request.tokens(*last).times(batch)
-    step = memory_plan.TrainingStep(known.config, tokens, request.compute, checkpointing, ema, rank)
+    step = memory_plan.TrainingStep(request.base, tokens, request.compute, checkpointing, ema, rank)
     title = f"{what}, {clip}, batch {batch} per GPU, {tokens.total} tokens"
     return memory_plan.training_report(step, task, gpus, title, available)
 
@@ -170,7 +201,7 @@ def peaks(
     text: int = 340,
     batch: int = 1,
     guided: bool | None = None,
-    cfg_passes: int = 1,
+    cfg_passes: Literal[1, 2] = 1,
     output: str | None = None,
 ) -> str:
     """Compute the peak of GPU memory for every resolution, decoder, weights= and memory= of infer.
@@ -190,22 +221,17 @@ def peaks(
         UserError: an impossible setting, or a file that cannot be written.
     """
     check_numbers(seconds=seconds, text=text, batch=batch)
-    if cfg_passes not in (1, 2):
-        raise UserError(f"cfg_passes={cfg_passes} is unknown; choose one of 1, 2")
-    known = model_of(model)
-    if not known.released:
+    plain = infer_request(model, seconds, guided)
+    if not plain.released:
         raise UserError(f"{model} has codecs of its own; peaks are for released ones, such as those of 15b")
-    guided = known.guided if guided is None else guided
+    plain, guided = replace(plain, text=text, batch=batch, cfg_passes=cfg_passes), plain.guided
     rows: list[dict[str, Any]] = []
-    for resolution, (height, width, enlarged) in SIZES.items():
-        request = infer_request(
-            known, (height, width), enlarged, seconds, text=text, batch=batch, guided=guided, cfg_passes=cfg_passes
-        )
-        for decoder in DECODERS:
-            for weights in WEIGHTS:
+    for resolution in SIZES:
+        request = _sized(plain, resolution)
+        for decoder in ("wan", "turbo"):
+            for weights in FORMS:
                 for memory in MEMORY:
-                    form = None if weights == "bf16" else weights
-                    mode = replace(request, turbo=decoder == "turbo", weights=form, memory=memory)
+                    mode = replace(request, turbo=decoder == "turbo", weights=weights, memory=memory)
                     named = {"resolution": resolution, "decoder": decoder, "weights": weights, "memory": memory}
                     rows.append({**named, "bytes": peak(mode), "how": "computed"})
     settings = {"seconds": seconds, "text": text, "batch": batch, "guided": guided, "cfg_passes": cfg_passes}
@@ -215,7 +241,7 @@ def peaks(
         values = {
             "format": PEAKS_FORMAT,
             "model": model,
-            "parameters": known.config.parameter_count(),
+            "parameters": plain.base.parameter_count(),
             "settings": settings,
             "assumed_for_cuda_bytes": RESERVE,
             "peaks": rows,
@@ -253,65 +279,60 @@ def check_numbers(**numbers: float) -> None:
             raise UserError(f"{name}={number:g} is impossible; give a positive number")
 
 
-def infer_request(
-    model: Model, size: tuple[int, int], enlarged: tuple[int, int] | None, seconds: float, **settings: Any
-) -> ClipRequest:
-    """A clip of that length; (height, width) of the base stage, and of super-resolution if there is one."""
-    audio = round(seconds * FPS) + 1
-    return ClipRequest(
-        base=model.config,
-        patch=model.patch,
-        stride=model.stride,
-        released=model.released,
-        frames=(audio - 1) // model.stride[0] * model.stride[0] + 1,
-        audio=audio,
-        height=size[0],
-        width=size[1],
-        second=model.config if enlarged else None,
-        enlarged=enlarged or (0, 0),
-        **settings,
-    )
+def infer_request(name: str, seconds: float, guided: bool | None = None) -> ClipRequest:
+    """A clip of that length and of the usual size of an architecture or a checkpoint.
 
-
-def model_of(name: str) -> Model:
-    """A network by the name of an architecture or checkpoint, or by its folder.
+    Args:
+        guided: with guidance; None is the checkpoint's own setting.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none of that name.
     """
     if name in zoo.arch_names():
-        config = zoo.arch(name)
-        released = config.text_in_channels == RELEASED_TEXT_CHANNELS
-        stride, size = ((4, 16, 16), (256, 448)) if released else ((4, 4, 4), (64, 64))
-        return Model(name, config, zoo.pack(name).patch_size, stride, released, True, size)
-    found = zoo.config_of(name)
-    return Model(
-        name,
-        found.model,
-        found.pack.patch_size,
-        found.contract.video_stride,
-        bundle_spec(found.codecs).published,
-        found.sampling.guidance.needed,
-        (found.size.height, found.size.width),
-    )
+        base, patch, needed = zoo.arch(name), zoo.pack(name).patch_size, True
+        released = base.text_in_channels == RELEASED_TEXT_CHANNELS
+        stride, (height, width) = ((4, 16, 16), (256, 448)) if released else ((4, 4, 4), (64, 64))
+    elif "/" not in name and not Path(name).exists():
+        known = names.choices(name, "architecture", "checkpoint")
+        raise UserError(f"model {name!r} is neither an architecture nor a checkpoint ({known})")
+    else:
+        found = zoo.config_of(name)
+        base, patch, needed = found.model, found.pack.patch_size, found.sampling.guidance.needed
+        released, stride = bundle_spec(found.codecs).published, found.contract.video_stride
+        height, width = found.size.height, found.size.width
+    audio = round(seconds * FPS) + 1
+    frames = (audio - 1) // stride[0] * stride[0] + 1
+    guided = needed if guided is None else guided
+    return ClipRequest(base, patch, stride, released, frames, audio, height, width, guided=guided)
 
 
-def _sizes(
-    model: Model, resolution: str | None, height: int | None, width: int | None
-) -> tuple[tuple[int, int], tuple[int, int] | None]:
-    """Pixels (height, width) of the base stage, and of super-resolution."""
+def _sized(
+    request: ClipRequest, resolution: str | None, height: int | None = None, width: int | None = None
+) -> ClipRequest:
+    """The clip at this resolution, with super-resolution by a network of the same shape where it has a second stage."""
     if resolution is not None:
         if resolution not in SIZES:
             raise UserError(f"resolution={resolution} is unknown; choose one of {', '.join(SIZES)}")
-        if not model.released:
+        if not request.released:
             raise UserError(f"resolution={resolution} is for released codecs; give height= and width= instead")
         if height is not None or width is not None:
             raise UserError(f"resolution={resolution} and height= or width= contradict each other; give one")
-        rows, columns, enlarged = SIZES[resolution]
-        return (rows, columns), enlarged
-    size = (height or model.size[0], width or model.size[1])
-    for name, pixels, stride in zip(("height", "width"), size, model.stride[1:], strict=True):
-        unit = stride * model.patch
+        rows, columns, larger = SIZES[resolution]
+        second = request.base if larger else None
+        return replace(request, height=rows, width=columns, second=second, enlarged=larger or (0, 0))
+    request = replace(request, height=height or request.height, width=width or request.width)
+    for name, stride in zip(("height", "width"), request.stride[1:], strict=True):
+        pixels, unit = getattr(request, name), stride * request.patch
         if pixels < unit or pixels % unit:
             raise UserError(f"{name}={pixels} is not a multiple of {unit}")
-    return size, None
+    return request
+
+
+COMMANDS: dict[str, Callable[..., str | tuple[str, int]]] = {
+    "list": list_names,
+    "inspect": inspect,
+    "verify": verify,
+    "convert": convert,
+    "plan": plan,
+    "peaks": peaks,
+}

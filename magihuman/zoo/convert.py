@@ -6,7 +6,6 @@ Tensor names are equal in all layouts. Memory is that of one block of one tensor
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from magihuman.codecs.bundle import ROLES, bundle_spec
@@ -21,68 +20,50 @@ from magihuman.zoo.inspect import readable_size
 from magihuman.zoo.released import config_for, infer_model
 
 READABLE = ("F32", "BF16", "F16", "F64")
-DTYPES = {"keep": None, "bf16": "BF16", "fp32": "F32"}
 FILES = (".safetensors", ".zst", *PICKLES)
 
 
-@dataclass(frozen=True)
-class SourceCheckpoint:
-    """A checkpoint to convert: files, their tensors, and its config."""
-
-    label: str
-    files: Sequence[Path]
-    specs: Mapping[str, Spec]
-    config: ExportConfig
-
-
 def convert_checkpoint(
-    src: str,
-    dst: str,
-    to: str,
-    dtype: str,
-    max_shard: str,
-    role: str | None,
-    vae: str | None,
-    audio_vae: str | None,
-    lora: str | None,
+    src: str, target: Path, to: str, matrices: str | None, limit: int, role: str | None, given: Mapping[str, str | None]
 ) -> str:
-    """The command `magihuman.zoo.commands.convert`, whose docstring has the arguments."""
-    limit, target = parse_size(max_shard), Path(dst).expanduser()
-    if lora is not None:
-        if (to, dtype) != ("export", "keep"):
-            raise UserError("lora= makes an export with the release's types; convert that one further (to=, dtype=)")
-        return _merge(src, target, lora, limit, role)
-    if target.suffix == ".safetensors":
-        if not Path(src).is_file() or (to, dtype, role) != ("export", "keep", None):
-            raise UserError(f"{dst} is a file: SRC must be one too, and its tensors stay as they are (no to=, dtype=)")
-        return _convert_file(Path(src), target)
-    source = open_source(src, role)
-    specs = target_specs(source.specs, source.config.model, DTYPES[dtype], source.label)
-    if to == "released" and not bundle_spec(source.config.codecs).published:
+    """Convert a checkpoint; returns a summary.
+
+    Args:
+        to: layout, export, released or diffusers.
+        matrices: dtype of the block matrices, see `target_specs`; limit: bytes of a file.
+        role: published model, where the name of `src` does not say it.
+        given: vae and audio_vae, files of the codecs for a diffusers-style folder.
+
+    Raises:
+        UserError: `src` is damaged or not this network, or `target` cannot be written.
+    """
+    files, found, config = open_source(src, role)
+    specs = target_specs(found, config.model, matrices, src)
+    if to == "released" and not bundle_spec(config.codecs).published:
         raise UserError(
-            f"{src} belongs to the codecs {source.config.codecs!r}, which the published layout has no place for; "
+            f"{src} belongs to the codecs {config.codecs!r}, which the published layout has no place for; "
             "use to=export or to=diffusers"
         )
-    codecs = diffusers_style.find_codecs(vae, audio_vae) if to == "diffusers" else {}
+    codecs = diffusers_style.find_codecs(given) if to == "diffusers" else {}
     total = sum(spec.nbytes for spec in specs.values())
     with staged(target, total + sum(codec.nbytes for codec in codecs.values())) as work:
         new = work / NEW
         inner, stem = (new / "transformer", diffusers_style.STEM) if to == "diffusers" else (new, "model")
         inner.mkdir(parents=True)
-        shards = _write_shards(inner, stem, specs, limit, source.files, work)
+        shards = _write_shards(inner, stem, specs, limit, files, work)
         if to == "export":
-            write_json(new / CONFIG, source.config.to_dict())
+            write_json(new / CONFIG, config.to_dict())
         elif to == "diffusers":
             for name, codec in codecs.items():
                 diffusers_style.write_codec(new / name, codec, work)
-            diffusers_style.write_configs(new, source.config, codecs)
+            diffusers_style.write_configs(new, config, codecs)
     lines = [f"{target}: {len(specs)} tensors in {shards} files, {readable_size(total)}"]
-    rounded = [n for n in specs if specs[n].dtype == "F32" and source.specs[n].dtype in ("BF16", "F16")]
-    kept = [n for n, _, is_matrix in source.config.model.tensors() if n in set(rounded) and not is_matrix]
+    rounded = [n for n in specs if specs[n].dtype == "F32" and found[n].dtype in ("BF16", "F16")]
+    kept = [n for n, _, is_matrix in config.model.tensors() if n in set(rounded) and not is_matrix]
     if kept:
         lines.append(
             f"warning: {len(kept)} tensors that the release keeps in fp32 came rounded ({kept[0]} as "
-            f"{source.specs[kept[0]].dtype}); fp32 again, but their last bits are gone"
+            f"{found[kept[0]].dtype}); fp32 again, but their last bits are gone"
         )
     if to == "diffusers" and len(codecs) < 2:
         absent = [name for name in ("vae", "audio_vae") if name not in codecs]
@@ -90,8 +71,8 @@ def convert_checkpoint(
     return "\n".join(lines)
 
 
-def open_source(src: str, role: str | None = None) -> SourceCheckpoint:
-    """Find a checkpoint and check every name and shape against its config.
+def open_source(src: str, role: str | None = None) -> tuple[Sequence[Path], Mapping[str, Spec], ExportConfig]:
+    """Files, tensors and config of a checkpoint, after comparing every name and shape with the config.
 
     Raises:
         UserError: missing, damaged, or naming missing, unexpected and wrong-shaped tensors.
@@ -120,7 +101,7 @@ def open_source(src: str, role: str | None = None) -> SourceCheckpoint:
         specs = _read_all(files)
         config = read_config(folder, role, _shapes(specs))
     check_fit(_shapes(specs), config.model, src)
-    return SourceCheckpoint(src, files, specs, config)
+    return files, specs, config
 
 
 def target_specs(specs: Mapping[str, Spec], model: DiTConfig, matrices: str | None, label: str) -> dict[str, Spec]:
@@ -157,7 +138,8 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> str:
+def merge_lora(src: str, target: Path, lora: str, limit: int, role: str | None) -> str:
+    """An export of a checkpoint with a LoRA merged into it, held in memory as a whole; returns a summary."""
     from magihuman import zoo
     from magihuman.io.export import load_state_dict, save_export
     from magihuman.zoo import lora_files
@@ -172,8 +154,8 @@ def _merge(src: str, target: Path, lora: str, limit: int, role: str | None) -> s
     return f"{target}: {len(merged)} tensors with {lora} merged, {readable_size(total)}"
 
 
-def _convert_file(source: Path, target: Path) -> str:
-    """All tensors of one file as safetensors, with the same names and dtypes."""
+def convert_file(source: Path, target: Path) -> str:
+    """All tensors of one file as safetensors, with the same names and dtypes; returns a summary."""
     if source.suffix not in FILES:
         raise UserError(f"{source} is not a file of tensors; those end in {', '.join(FILES)}")
     specs = read_specs(source)

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from magihuman.errors import UserError
+from magihuman.io.files import WEIGHTS
+from magihuman.zoo import names
+from magihuman.zoo.names import choices
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
     from magihuman.models.config import Contract
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "decoder"
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 FORMAT = "magihuman-decoder/1"
 CONFIG, MODEL = "config.json", "model.safetensors"
 LAYOUTS = ("causal", "released", "wan")
@@ -134,22 +135,9 @@ def _hyperparameters(layout: str, network: Mapping[str, Any]) -> "CausalDecoderC
 # -- architectures -------------------------------------------------------------------------------------------------
 
 
-def arch_names() -> list[str]:
-    """Names of the architectures in configs/decoder."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
 def arch(name: str) -> dict[str, Any]:
-    """An architecture: {"layout", "codecs", "network"} of configs/decoder/NAME.yaml.
-
-    Raises:
-        UserError: for an unknown name, listing the choices.
-    """
-    import yaml
-
-    if name not in arch_names():
-        raise UserError(f"student decoder {name!r} is unknown; choose from {', '.join(arch_names())}")
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    """An architecture: {"layout", "codecs", "network"} of configs/decoder/NAME.yaml. Raises UserError for an unknown name."""
+    return names.arch_settings(name, "decoder")
 
 
 def summary(name: str) -> str:
@@ -207,28 +195,13 @@ def _statistics(latents: Latents) -> "tuple[Tensor, Tensor] | tuple[None, None]"
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def names() -> list[str]:
-    """Names of the decoders that ship with the package."""
-    configs = (path for path in WEIGHTS.glob(f"**/{CONFIG}") if is_decoder(path.parent))
-    return sorted(path.parent.relative_to(WEIGHTS).as_posix() for path in configs)
-
-
-def is_decoder(folder: str | Path) -> bool:
-    """Whether a folder is an exported decoder."""
-    try:
-        values = json.loads((Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and str(values.get("format", "")).startswith("magihuman-decoder")
-
-
 def find(decoder: str | Path) -> Path | None:
     """Folder of an exported decoder: a shipped name, the folder itself, or a run folder; None if it is none of these,
     as for the published Turbo-VAED."""
-    if str(decoder) in names():
+    if str(decoder) in names.decoder_names():
         return WEIGHTS / str(decoder)
     folder = Path(decoder).expanduser()
-    return next((path for path in (folder, folder / "export") if is_decoder(path)), None)
+    return next((path for path in (folder, folder / "export") if names.is_decoder(path)), None)
 
 
 def config_of(decoder: str | Path) -> DecoderConfig | None:
@@ -274,6 +247,21 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
     return Path(folder)
 
 
+def require(decoder: str | Path, setting: str) -> Path:
+    """Folder of an exported decoder, see `find`.
+
+    Raises:
+        UserError: it is none; `setting` is the name of the user's setting.
+    """
+    folder = find(decoder)
+    if folder is None:
+        raise UserError(
+            f"{setting}={decoder} is not a decoder; give a run folder, an export, or a shipped name "
+            f"({choices(str(decoder), 'decoder')})"
+        )
+    return folder
+
+
 def load(
     decoder: str | Path, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "CausalDecoderCodec | TurboCodec | WanDecoder":
@@ -289,14 +277,11 @@ def load(
     import torch
 
     from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
-    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
     from magihuman.io.released_files import load_strict, read_state
 
     folder, config = find(decoder), config_of(decoder)
     if folder is None or config is None:
-        from magihuman.codecs.turbo_vaed import TurboCodec
-
         require_published(decoder)
         return TurboCodec.load(decoder, device, dtype or torch.bfloat16)
     usual = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -304,14 +289,11 @@ def load(
     if config.layout == "released":
         layout, (mean, std) = TurboConfig.from_json(config.network), _statistics(config.latents)
         return TurboCodec.from_released(state, layout, folder / MODEL, mean, std, chosen).to(device)
-    if config.layout == "wan":
-        teacher = build(config, "meta")
-        load_strict(teacher, state, {key: key for key in teacher.state_dict()}, folder / MODEL, chosen)
-        return cast("WanDecoder", teacher.eval().requires_grad_(False).to(device))
-    with torch.device("meta"):
-        network = CausalDecoder(CausalDecoderConfig.from_dict(config.network))
-    load_strict(network, state, {key: key for key in network.state_dict()}, folder / MODEL, chosen)
-    return CausalDecoderCodec(network).to(device)
+    network = build(config, "meta")
+    load_strict(network, state, None, folder / MODEL, chosen)
+    if isinstance(network, CausalDecoder):
+        return CausalDecoderCodec(network).to(device)
+    return cast("WanDecoder", network.eval().requires_grad_(False).to(device))
 
 
 def require_published(decoder: str | Path) -> None:
@@ -319,11 +301,14 @@ def require_published(decoder: str | Path) -> None:
     from magihuman.codecs.turbo_vaed import FILES, REPO
     from magihuman.io.released_files import locate
 
+    text, folder = str(decoder), Path(decoder).expanduser()
+    known = choices(text, "decoder")
+    owner, slash, _ = text.partition("/")
+    if not folder.exists() and (not slash or owner in {name.partition("/")[0] for name in names.decoder_names()}):
+        raise UserError(f"decoder {text!r} is neither a folder nor a shipped name ({known})")
     try:
         locate(decoder, FILES, REPO)
     except UserError as error:
-        folder = Path(decoder).expanduser()
         unfinished = "; it is a run folder whose training has exported nothing yet, or no decoder"
         unfinished = unfinished if (folder / "run.json").is_file() else ""
-        known = ", ".join(names()) or "none yet"
         raise UserError(f"{error}{unfinished}; decoders that ship with the package: {known}") from None

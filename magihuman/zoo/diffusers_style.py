@@ -77,18 +77,15 @@ def write_configs(folder: Path, config: ExportConfig, codecs: Mapping[str, Codec
     write_json(folder / OUR_CONFIG, config.to_dict())
 
 
-def find_codecs(vae: str | None, audio_vae: str | None) -> dict[str, Codec]:
-    """Codecs to write: the given ones, else those of the environment variables.
+def find_codecs(given: Mapping[str, str | None]) -> dict[str, Codec]:
+    """Codecs to write, of vae and audio_vae: the given files, else those of the environment variables.
 
     Raises:
         UserError: one is missing (with the command that fetches it) or does not fit its network.
     """
     found = {}
-    for name, source, part, make in (
-        ("vae", vae, "video_codec", _wan),
-        ("audio_vae", audio_vae, "audio_codec", _oobleck),
-    ):
-        source = source or os.environ.get(RELEASED_VARIABLES[part])
+    for name, part, make in (("vae", "video_codec", _wan), ("audio_vae", "audio_codec", _oobleck)):
+        source = given[name] or os.environ.get(RELEASED_VARIABLES[part])
         if source:
             found[name] = make(source)
     return found

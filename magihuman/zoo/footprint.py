@@ -6,9 +6,14 @@ same on the "meta" device. Workspaces of kernels are not included. Codecs are in
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, get_args
 
 from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.models.flops import BF16, FP32, lora_sides
+
+Form = Literal["bf16", "fp8", "int4"]
+FORMS: tuple[Form, ...] = get_args(Form)
+"""Storage of the block matrices."""
 
 FP8_SCALE = 4  # bytes per row
 INT4_GROUP, INT4_SCALE = 64, 2

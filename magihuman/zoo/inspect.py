@@ -9,8 +9,8 @@ from typing import Any
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
 from magihuman.io.streamed_safetensors import DTYPES
-from magihuman.zoo.checkpoints import choices
 from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
+from magihuman.zoo.names import choices
 
 BUFFERS = ("adapter.rope.bands",)  # not counted by `DiTConfig.parameter_count`
 
@@ -25,12 +25,9 @@ def describe(path: str | Path) -> str:
     if path.is_file():
         return _tensor_table([path])
     if not path.is_dir():
-        from magihuman import zoo
-        from magihuman.zoo import decoders
-
         raise UserError(
             f"{path} does not exist; give a safetensors file, an exported folder, a LoRA, a run folder or a "
-            f"shipped name ({choices(str(path), [*zoo.checkpoint_names(), *decoders.names()])})"
+            f"shipped name ({choices(str(path), 'checkpoint', 'decoder')})"
         )
     parts = []
     if (path / "run.json").is_file():

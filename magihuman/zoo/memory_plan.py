@@ -9,6 +9,7 @@ All numbers come from the formulas of `magihuman.zoo.footprint`; none is measure
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal, get_args
 
 from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
@@ -16,14 +17,14 @@ from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
 from magihuman.models.config import Checkpointing, DiTConfig
 from magihuman.zoo import footprint
-from magihuman.zoo.footprint import ADAM, BF16, FP32, TokenCounts
+from magihuman.zoo.footprint import ADAM, BF16, FORMS, FP32, TokenCounts
 
 GB = 10**9
 RESERVE = int(1.5 * GB)
 """Assumed, not computed: the CUDA context, workspaces of kernels, gaps between allocations."""
 
-MEMORY = ("fast", "balanced", "low")
-FORMS = (None, "fp8", "int4")
+Memory = Literal["fast", "balanced", "low"]
+MEMORY: tuple[Memory, ...] = get_args(Memory)
 SIZES = {name: (*base, larger) for name, (base, larger) in bundle_spec("released").resolutions.items()}
 LATENT_COPIES = 12  # latents, noise, velocities, solver state
 TURBO_FRAMES, WAN_FRAMES = 28, 4  # decoded at a time
@@ -170,7 +171,7 @@ def remedies(request: ClipRequest, available: int) -> list[tuple[str, int]]:
     shorter clips.
     """
     found: list[tuple[str, int]] = []
-    for form in FORMS:
+    for form in (None, *FORMS[1:]):
         for memory in MEMORY:
             other = replace(request, memory=memory, weights=form or request.weights)
             changes = [f"memory={memory}"] if memory != request.memory else []
@@ -237,7 +238,7 @@ def inference_report(request: ClipRequest, title: str, available: int) -> str:
     lines.append(f"{'assumed for CUDA itself':<48}{RESERVE / GB:>10.2f}")
     lines.append("peak by memory= (columns) and weights= (rows)")
     lines.append(f"{'':<28}" + "".join(f"{memory:>10}" for memory in MEMORY) + "  GB")
-    for form in FORMS:
+    for form in (None, *FORMS[1:]):
         peaks = [peak(replace(request, memory=memory, weights=form)) for memory in MEMORY]
         name = form or replace(request, weights=None).form
         lines.append(f"  {name:<26}" + "".join(f"{cell / GB:>10.2f}" for cell in peaks))

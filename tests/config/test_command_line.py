@@ -14,6 +14,15 @@ def _command(tier: str = "exact", steps: int = 8, check: bool = False, sizes: li
     """
 
 
+def test_values_without_names() -> None:
+    wanted = {"tier": "runs/a=b", "steps": 4}
+    for line in ("runs/a=b 4", "steps=4 runs/a=b", "--steps 4 runs/a=b"):
+        unnamed = ["tier", "steps"] if line.endswith("4") else ["tier"]
+        assert settings(_command, line.split(), "program", unnamed) == wanted
+    with pytest.raises(UserError, match="'more' is not of the form key=value"):
+        settings(_command, ["fast", "more"], "program", ["tier"])
+
+
 def test_both_styles_of_command_line() -> None:
     wanted = {"tier": "fp8", "steps": 4, "check": True}
     for line in ("tier=fp8 steps=4 check=true", "--tier fp8 --steps 4 --check", "--check --tier=fp8 steps=4"):

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import training_stub
 
-from magihuman.config import CONFIGS, OptimSettings, available, parse_time, validate
+from magihuman.config import OptimSettings, available, parse_time, validate
 from magihuman.errors import UserError
+from magihuman.io.files import CONFIGS
 from magihuman.schema import build, call, check
 from magihuman.train import overrides, plain
 

@@ -14,7 +14,7 @@ from magihuman.config import available
 from magihuman.errors import UserError
 from magihuman.train import after_fit
 from magihuman.training.runs import RunFolder
-from magihuman.zoo import decoders
+from magihuman.zoo import decoders, names
 
 
 @pytest.mark.parametrize("recipe", available("recipe"))
@@ -42,7 +42,7 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path)
     header = (through / "metrics.csv").read_text().splitlines()[0]
     assert "loss" in header
     assert "grad_norm" in header
-    if decoders.is_decoder(through / "export"):
+    if names.is_decoder(through / "export"):
         exported = load_file(through / "export" / decoders.MODEL)
         assert exported.keys() == decoders.load(through).network.state_dict().keys()
         assert all(torch.equal(exported[k], states[0][f"ema.module.{k}"]) for k in exported)

@@ -87,7 +87,7 @@ def compose(overrides: list[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from magihuman.config import CONFIGS
+    from magihuman.io.files import CONFIGS
     from magihuman.train import overrides as as_hydra_takes_them
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

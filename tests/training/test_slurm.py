@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import training_stub
 
-from magihuman.config import CONFIGS, validate
+from magihuman.config import validate
+from magihuman.io.files import CONFIGS
 from magihuman.train import plain
 
 SCRIPTS = sorted((CONFIGS.parent / "slurm").glob("*.sbatch"))

@@ -97,8 +97,8 @@ class TestBadInput:
         (tmp_path / "full" / "file").write_text("mine")
         (tmp_path / "note.txt").write_text("words")
         for arguments, message in (
-            ([source, f"{tmp_path}/x", "to=zip"], "to=zip is unknown; choose one of export, released, diffusers"),
-            ([source, f"{tmp_path}/x", "dtype=fp8"], "dtype=fp8 is unknown"),
+            ([source, f"{tmp_path}/x", "to=zip"], "to='zip' should be one of export, released, diffusers"),
+            ([source, f"{tmp_path}/x", "dtype=fp8"], "dtype='fp8' should be one of keep, bf16, fp32"),
             ([source, f"{tmp_path}/x", "vae=y"], "belong to to=diffusers"),
             ([source, f"{tmp_path}/x", "max_shard=x"], "max_shard=x is not a size"),
             ([source, f"{tmp_path}/x", "speed=9"], "speed"),

@@ -12,7 +12,7 @@ from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig, DecoderStage
 from magihuman.codecs.turbo_vaed import TurboCodec
 from magihuman.errors import UserError
-from magihuman.zoo import decoders
+from magihuman.zoo import decoders, names
 from magihuman.zoo.decoders import DecoderConfig, Latents
 
 LATENTS = Latents("tiny-0123", 4, (4, 4, 4))
@@ -25,7 +25,7 @@ def _export(folder: Path, config: DecoderConfig = CONFIG) -> Path:
 
 
 def test_every_architecture_fits_its_world() -> None:
-    assert decoders.arch_names() == ["a", "b", "released", "tiny"]
+    assert names.arch_names("decoder") == ["a", "b", "released", "tiny"]
     tiny = Latents.of(load_bundle("tiny").contract)
     described = {name: decoders.arch(name) for name in ("tiny", "b")}
     assert DecoderConfig("causal", described["tiny"]["network"], tiny).latents.channels == 12
@@ -118,8 +118,15 @@ def test_what_is_no_decoder_is_taken_for_the_published_one(tmp_path: Path) -> No
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="a run folder whose training has exported nothing yet"):
         decoders.load(tmp_path)
-    with pytest.raises(UserError, match="decoders that ship with the package"):
-        decoders.load("tiny/nosuch")
+    for name, told in (
+        ("tiny/turb", r"\(tiny/teacher, tiny/turbo; did you mean 'tiny/turbo'\?\)$"),
+        ("nosuch", r"\(tiny/teacher, tiny/turbo\)$"),
+        ("b", "'b' is the architecture of a decoder, which has no weights"),
+        ("tiny/base", "'tiny/base' is a checkpoint, for checkpoint="),
+    ):
+        with pytest.raises(UserError, match=told) as caught:
+            decoders.load(name)
+        assert "hf download" not in str(caught.value)
 
 
 def test_a_network_is_a_student_of_ours() -> None:

@@ -71,11 +71,11 @@ def test_stored_and_streamed_weights(form: str) -> None:
     assert footprint.weight_bytes(config, form) == held
     in_layers = sum(t.numel() * t.element_size() for t in model.block.state_dict().values())
     stream = LayerStream(list(model.block.layers), "cpu")
+    stream.enter()
+    storages = [t.untyped_storage() for t in model.block.state_dict().values()]
+    slots = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     # The slots round every tensor up to 256 bytes.
-    assert footprint.streamed_bytes(config, form) - (held - in_layers) == pytest.approx(
-        stream.device_bytes, abs=2 * 12 * 256
-    )
-    assert stream.device_bytes >= footprint.streamed_bytes(config, form) - (held - in_layers)
+    assert 0 <= slots - (footprint.streamed_bytes(config, form) - (held - in_layers)) <= 2 * 12 * 256
 
 
 @pytest.mark.parametrize("resolution", GRIDS)

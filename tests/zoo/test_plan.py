@@ -174,7 +174,7 @@ class TestCommand:
         for settings, message in (
             (["tiny"], "codecs of its own"),
             (["15b", "seconds=0"], "seconds=0 is impossible"),
-            (["15b", "cfg_passes=3"], "choose one of 1, 2"),
+            (["15b", "cfg_passes=3"], "one of 1, 2"),
             (["15b", f"output={tmp_path / 'file' / 'x.json'}"], "cannot write output="),
         ):
             with pytest.raises(UserError, match=message):
@@ -196,17 +196,31 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"resolution": "8k"}, "256p, 540p, 1080p"),
-            ({"task": "sing"}, "infer, pretrain, lora, dmd2"),
-            ({"memory": "none"}, "fast, balanced, low"),
-            ({"height": 250}, "multiple of 32"),
-            ({"resolution": "256p", "height": 256}, "contradict"),
-            ({"seconds": -1.0}, "positive"),
+            ("resolution=8k", "256p, 540p, 1080p"),
+            ("task=sing", "infer, pretrain, lora, dmd2"),
+            ("memory=none", "fast, balanced, low"),
+            ("weights=int8", "bf16, fp8, int4"),
+            ("height=250", "multiple of 32"),
+            ("resolution=256p height=256", "contradict"),
+            ("seconds=-1.0", "positive"),
         ],
     )
-    def test_mistakes(self, settings: dict[str, object], message: str) -> None:
+    def test_mistakes(self, settings: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            plan("15b", **settings)  # type: ignore[arg-type]
+            main(["plan", "15b", *settings.split()])
+
+    @pytest.mark.parametrize(
+        ("model", "hint"),
+        [
+            ("14b", "did you mean '15b'"),
+            ("b", "'b' is the architecture of a decoder"),
+            ("tiny/turbo", "'tiny/turbo' is a decoder, for turbo="),
+            ("tiny/bse", "did you mean 'tiny/base'"),
+        ],
+    )
+    def test_unknown_models(self, model: str, hint: str) -> None:
+        with pytest.raises(UserError, match=f"{model}' is neither .*{hint}"):
+            plan(model)
 
     def test_tiny_has_no_resolutions(self) -> None:
         with pytest.raises(UserError, match="height= and width="):

@@ -172,7 +172,7 @@ class TestLoad:
         self, tmp_path: Path, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save_export(tmp_path / "tiny" / "toy", state, CONFIG)
-        monkeypatch.setattr("magihuman.zoo.checkpoints.WEIGHTS", tmp_path)
+        monkeypatch.setattr("magihuman.zoo.names.WEIGHTS", tmp_path)
         assert zoo.checkpoint_names() == ["tiny/toy"]
         assert zoo.load("tiny/toy").folder == tmp_path / "tiny" / "toy"
         with pytest.raises(UserError, match=r"shipped name \(tiny/toy; did you mean 'tiny/toy'\?\)"):
@@ -265,7 +265,7 @@ class TestCommandLine:
     """python -m magihuman.zoo."""
 
     def test_help_and_list_start_without_torch(self) -> None:
-        for arguments in (["--help"], ["list"], ["verify", "--help"]):
+        for arguments in (["--help"], ["list"], ["verify", "--help"], ["verify"]):
             code = (
                 "import sys, runpy\n"
                 f"sys.argv = ['zoo', *{arguments}]\n"
@@ -277,7 +277,16 @@ class TestCommandLine:
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             assert time.process_time() - start < 1
-            assert "15,299,419,136" in done.stdout or "--help" in arguments
+            assert ("15,299,419,136" if arguments == ["list"] else "usage: python -m magihuman.zoo") in done.stdout
+
+    def test_an_unknown_command_is_one_line(self) -> None:
+        with pytest.raises(UserError, match="no command 'lst', did you mean 'list'"):
+            main(["lst"])
+
+    @pytest.mark.parametrize("line", ["verify --only coords {0}", "verify {0} only=coords strict=true"])
+    def test_settings_in_any_order(self, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(line.format(OWN).split()) == 0
+        assert "1 cases pass, 0 fail" in capsys.readouterr().out
 
     def test_bad_folder_exits_with_two(self) -> None:
         command = [sys.executable, "-m", "magihuman.zoo", "verify", "/nowhere"]

@@ -110,9 +110,9 @@ def video_decoder(case: ClipCase, decoder: str = "turbo") -> Work:
 
 def decoders() -> tuple[str, ...]:
     """Decoders of the released latents: the published two, and our students of configs/decoder."""
-    from magihuman.zoo import decoders as students
+    from magihuman.zoo import names
 
-    own = [name for name in students.arch_names() if _student(name) is not None]
+    own = [name for name in names.arch_names("decoder") if _student(name) is not None]
     return (*PUBLISHED_DECODERS, *own)
 
 
