@@ -183,7 +183,7 @@ def test_calls_get_dataclasses_where_their_hints_say_so() -> None:
     assert partial(scale=3) == (_Point(1), ["a"], 3)
     with pytest.raises(UserError, match=r"unknown setting call.corner.z; call.corner has: x, y"):
         check({**target, "corner": {"x": 1, "z": 2}}, _area, "call")
-    with pytest.raises(UserError, match=r"call.names=\[1\] should be a list of a string"):
+    with pytest.raises(UserError, match=r"call.names=\[1\] should be a list, each a string"):
         check({**target, "names": [1]}, _area, "call")
 
 
