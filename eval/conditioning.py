@@ -118,7 +118,7 @@ def _sample(sampler: Sampler, truth: Clips, part: slice, conditions: tuple[bool,
         pipeline.denoiser, pipeline.text(captions), negative, shape, settings.steps, settings.solver,
         settings.guidance, settings.shift, seeded([noise_seed(seed, k) for k in range(part.start, part.stop)]),
         image_latent=video_codec.encode(frames[:, :, :1]) if conditions[0] else None,
-        audio_latent=audio_codec.encode(waves)[:, : shape.audio] if conditions[1] else None,
+        audio_latent=audio_codec.encode(waves)[:, : shape[1][0]] if conditions[1] else None,
     )  # fmt: skip
     made.add(video_codec.decode(video), audio_codec.decode(audio), captions)
 

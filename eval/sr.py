@@ -309,7 +309,6 @@ class Evaluation:
             video: first-stage latents [n,C,T,h,w] instead of the inputs' own.
             with_audio: False replaces the audio by noise.
         """
-        from inference.sampling import LatentShape
         from inference.super_resolution import draw, refine
         from magihuman.flow.sampling import seeded
         from magihuman.flow.super_resolution import AUDIO_NOISE
@@ -317,7 +316,7 @@ class Evaluation:
         given = inputs or self.drawn
         low = given.video if video is None else video
         edge = self.size // self.second.config.contract.video_stride[1]
-        shape = LatentShape(low.shape[1], low.shape[2], edge, edge, given.audio.shape[1], given.audio.shape[2])
+        shape = (*low.shape[1:3], edge, edge), given.audio.shape[1:]
 
         def method(part: slice) -> "Tensor":
             seeds = [noise_seed(self.seed, 500_000 + i) for i in range(len(given.text))[part]]

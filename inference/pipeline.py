@@ -214,7 +214,7 @@ class Pipeline:
             noise = None
             if sound is not None and settings.compat == "o2" and not settings.guidance.needed:
                 steps = settings.steps if make_solver(settings.solver, 1).stochastic else 0
-                noise = draw_noise(shape.both, generators, steps, self.device, audio=sound)
+                noise = draw_noise(shape, generators, steps, self.device, audio=sound)
             video, audio = sample(
                 self.denoiser,
                 text,
@@ -238,7 +238,7 @@ class Pipeline:
             stage, shape = settings.sr, latent_shape(self.second.config, settings, settings.size)
             scales = None
             if stage.guidance != 1:
-                scales = frame_scales(stage.guidance, shape.frames, device=self.device)
+                scales = frame_scales(stage.guidance, shape[0][1], device=self.device)
             with self.stage("refine"):
                 video = refine(
                     self.second.denoiser,

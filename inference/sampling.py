@@ -7,7 +7,6 @@ same clip in any batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -35,33 +34,12 @@ class Scales(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class LatentShape:
-    """Shape of one sample's latents: video [channels, frames, height, width], audio [audio, audio_channels]."""
-
-    channels: int
-    frames: int
-    height: int
-    width: int
-    audio: int
-    audio_channels: int
-
-    @property
-    def video(self) -> tuple[int, int, int, int]:
-        return (self.channels, self.frames, self.height, self.width)
-
-    @property
-    def both(self) -> Shapes:
-        """As `magihuman.flow.sampling.draw_noise` takes them."""
-        return self.video, (self.audio, self.audio_channels)
-
-
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
     text: Sequence[torch.Tensor],
     negative_text: Sequence[torch.Tensor] | None,
-    shape: LatentShape,
+    shape: Shapes,
     steps: int,
     solver: str = "unipc",
     guidance: Scales | None = None,
@@ -80,7 +58,7 @@ def sample(
         denoiser: in eval mode, on the device where the loop runs.
         text: per sample features [S_i,Ct] fp32 at their true length.
         negative_text: features of the unconditional branch, with lengths of their own; needed with `guidance`.
-        shape: of one sample's latents.
+        shape: of one sample's latents: video (C,T,h,w), audio (A,Ca).
         steps: solver steps n >= 1.
         solver: a name of `magihuman.flow.solvers.SOLVERS`; video and audio get an object each (SPEC 3.5).
         guidance: scales by modality and integer timestep; None is one pass without guidance ("cfg 1").
@@ -112,7 +90,7 @@ def sample(
         if generator is None or len(generator) != batch:
             raise ValueError(f"{batch} prompts need {batch} generators, or stored noise")
         fresh = steps if solvers[0].stochastic else 0
-        noise = draw_noise(shape.both, generator, fresh, device, audio=audio_latent, audio_steps=audio_latent is None)
+        noise = draw_noise(shape, generator, fresh, device, audio=audio_latent, audio_steps=audio_latent is None)
     elif audio_latent is not None:
         noise = Noise(Pair(noise.start.video, audio_latent), noise.steps)
 
@@ -123,7 +101,7 @@ def sample(
     passes = []
     for branch in branches:
         lengths = [len(features) for features in branch]
-        passes.append((branch, denoiser.layout_for((len(branch), *shape.video), shape.audio, lengths, device)))
+        passes.append((branch, denoiser.layout_for((len(branch), *shape[0]), shape[1][0], lengths, device)))
     timesteps = solvers[0].timesteps.tolist()
     denoiser.begin(steps)
 

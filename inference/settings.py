@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from inference.requests import InferOptions
-from inference.sampling import LatentShape
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
+from magihuman.flow.sampling import Shapes
 from magihuman.flow.solvers import SOLVERS
 from magihuman.io.export import ExportConfig
 
@@ -187,18 +187,12 @@ def require_role(config: ExportConfig, name: object, first: bool) -> None:
         raise UserError(f"{name} is {released or 'a checkpoint'}, for the {use}")
 
 
-def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]) -> LatentShape:
-    """Latents of one clip at `size` (height, width) in pixels, multiples of the codec's strides."""
+def latent_shape(config: ExportConfig, settings: Settings, size: tuple[int, int]) -> Shapes:
+    """Video and audio latents of one clip at `size` (height, width) in pixels, multiples of the codec's strides."""
     contract = config.contract
-    time, *space = contract.video_stride
-    return LatentShape(
-        channels=contract.video_channels,
-        frames=(settings.frames - 1) // time + 1,
-        height=size[0] // space[0],
-        width=size[1] // space[1],
-        audio=settings.audio,
-        audio_channels=contract.audio_channels,
-    )
+    time, rows, columns = contract.video_stride
+    video = contract.video_channels, (settings.frames - 1) // time + 1, size[0] // rows, size[1] // columns
+    return video, (settings.audio, contract.audio_channels)
 
 
 def _named_sizes(options: InferOptions, config: ExportConfig, second: ExportConfig | None) -> dict[str, int | None]:

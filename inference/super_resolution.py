@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.sampling import LatentShape, Scales, sample
-from magihuman.flow.sampling import Noise, Pair, draw_noise
+from inference.sampling import Scales, sample
+from magihuman.flow.sampling import Noise, Pair, Shapes, draw_noise
 from magihuman.flow.sigmas import zero_snr_table
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
 from magihuman.models.denoiser import Denoiser
 
 
-def draw(
-    shape: LatentShape, generators: Sequence[torch.Generator], device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def draw(shape: Shapes, generators: Sequence[torch.Generator], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Noise for video [B,C,T,h,w], then audio [B,A,Ca], from generators that drew the first stage's (SPEC 4.2)."""
-    return draw_noise(shape.both, generators, device=device, video_first=True).start
+    return draw_noise(shape, generators, device=device, video_first=True).start
 
 
 def refine(
@@ -32,7 +30,7 @@ def refine(
     audio: Tensor,
     text: Sequence[Tensor],
     negative_text: Sequence[Tensor] | None,
-    shape: LatentShape,
+    shape: Shapes,
     noise: tuple[Tensor, Tensor],
     *,
     steps: int,

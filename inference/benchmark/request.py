@@ -15,10 +15,10 @@ from inference.benchmark.components import Missing, Parts, reason_of
 from inference.benchmark.roofline.cases import FPS, ClipCase
 from inference.benchmark.timers import Stopwatch, host_waits
 from inference.decoding import Decoder, to_pictures
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from inference.super_resolution import draw, refine
 from magihuman.flow.guidance import Guidance
-from magihuman.flow.sampling import draw_noise, seeded
+from magihuman.flow.sampling import Shapes, draw_noise, seeded
 from magihuman.flow.solvers import make_solver
 from magihuman.models.denoiser import Denoiser
 
@@ -110,7 +110,7 @@ class TimedRequest:
         generators = seeded([SEED])
         with watch.stage("noise"):
             steps = base.steps if make_solver(self.solver, 1).stochastic else 0
-            noise = draw_noise(shape.both, generators, steps, self.device)
+            noise = draw_noise(shape, generators, steps, self.device)
             large = draw(_shape(self.denoisers["sr"], further[0]), generators, self.device) if further else None
         negative = None if self.guidance is None else [self.words]
         looked_at = self.device if look_for_waits else torch.device("cpu")
@@ -185,12 +185,6 @@ class TimedRequest:
         return times
 
 
-def _shape(denoiser: Denoiser, stage: Any) -> LatentShape:
-    return LatentShape(
-        channels=denoiser.latent_channels,
-        frames=stage.frames,
-        height=stage.height,
-        width=stage.width,
-        audio=stage.audio,
-        audio_channels=stage.config.audio_in_channels,
-    )
+def _shape(denoiser: Denoiser, stage: Any) -> Shapes:
+    video = denoiser.latent_channels, stage.frames, stage.height, stage.width
+    return video, (stage.audio, stage.config.audio_in_channels)

@@ -10,7 +10,7 @@ from free_port import free_port
 from torch import Tensor
 
 from inference.context_parallel import parallelise, require_divisible_heads, shard_layout
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
@@ -21,7 +21,7 @@ from magihuman.models.tokens import Layout
 
 # 4 query and 2 key/value heads; layer 1 is local. Odd numbers of tokens in every modality.
 CONFIG = DiTConfig(4, 64, 16, 2, 12, 6, 10, mm_layers=(0, 3), gelu7_layers=(0,), local_attn_layers=(1,))
-SHAPE = LatentShape(3, 3, 6, 2, 5, 6)
+SHAPE = (3, 3, 6, 2), (5, 6)
 
 
 def _denoiser(config: DiTConfig, window: int) -> Denoiser:
@@ -36,7 +36,7 @@ def _results(denoiser: Denoiser) -> dict[str, Tensor]:
     """A plain call with a window, and a guided sampling loop: its batch of two has unequal texts."""
     generator = torch.Generator().manual_seed(3)
     text, other = torch.randn(7, 10, generator=generator), torch.randn(2, 10, generator=generator)
-    z = torch.randn(1, *SHAPE.video, generator=generator), torch.randn(1, 5, 6, generator=generator)
+    z = torch.randn(1, *SHAPE[0], generator=generator), torch.randn(1, 5, 6, generator=generator)
     with torch.no_grad():
         single = denoiser(*z, [text])
     denoiser.model.frame_receptive_field = -1
@@ -52,7 +52,7 @@ def _child(rank: int, port: int, folder: str) -> None:
     parallelise(denoiser.model)
     torch.save(_results(denoiser), Path(folder) / f"{rank}.pt")
     with pytest.raises(RuntimeError, match="no_grad"):
-        denoiser(torch.zeros(1, *SHAPE.video), torch.zeros(1, 5, 6), [torch.zeros(2, 10)])
+        denoiser(torch.zeros(1, *SHAPE[0]), torch.zeros(1, 5, 6), [torch.zeros(2, 10)])
     with pytest.raises(UserError, match="3 key/value heads"):
         parallelise(_denoiser(replace(CONFIG, hidden_size=96, num_query_groups=3), 1).model)
     torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from inference.memory import (
     store_weights,
 )
 from inference.memory.quantization import Fp8Linear, Int4Linear
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman import zoo
 from magihuman.codecs.text_encoders import ByteTextEncoder
 from magihuman.errors import UserError
@@ -27,7 +27,7 @@ from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.layers import ExpertLinear
 
-SHAPE = LatentShape(3, 2, 4, 4, 5, 6)
+SHAPE = (3, 2, 4, 4), (5, 6)
 
 
 def _denoiser(layers: int = 4, dtype: torch.dtype = torch.float32) -> Denoiser:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from released_loop import check_released_loop
 
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Conditioning, draw_noise, seeded
@@ -14,7 +14,7 @@ from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 
-SHAPE = LatentShape(channels=4, frames=3, height=4, width=4, audio=9, audio_channels=6)
+SHAPE = (4, 3, 4, 4), (9, 6)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def features(lengths: list[int], seed: int = 5) -> list[torch.Tensor]:
 
 
 def test_noise_is_drawn_in_the_released_order() -> None:
-    noise = draw_noise(SHAPE.both, seeded([3, 4]), steps=2)
+    noise = draw_noise(SHAPE, seeded([3, 4]), steps=2)
     for b, seed in enumerate([3, 4]):
         g = torch.Generator().manual_seed(seed)
         assert torch.equal(noise.start.audio[b], torch.randn(9, 6, generator=g))
@@ -87,7 +87,7 @@ def test_noise_is_drawn_in_the_released_order() -> None:
 
 def test_given_audio_draws_nothing() -> None:
     audio = torch.zeros(1, 9, 6)
-    noise = draw_noise(SHAPE.both, seeded([3]), steps=1, audio=audio, audio_steps=False)
+    noise = draw_noise(SHAPE, seeded([3]), steps=1, audio=audio, audio_steps=False)
     g = torch.Generator().manual_seed(3)
     assert noise.start.audio is audio
     assert torch.equal(noise.start.video[0], torch.randn(4, 3, 4, 4, generator=g))
@@ -97,11 +97,11 @@ def test_given_audio_draws_nothing() -> None:
 
 def test_the_second_stage_draws_its_video_first_and_overwritten_audio_draws_in_the_steps() -> None:
     g = torch.Generator().manual_seed(3)
-    start = draw_noise(SHAPE.both, seeded([3]), video_first=True).start
+    start = draw_noise(SHAPE, seeded([3]), video_first=True).start
     assert torch.equal(start.video[0], torch.randn(4, 3, 4, 4, generator=g))
     assert torch.equal(start.audio[0], torch.randn(9, 6, generator=g))
     g.manual_seed(3)
-    noise = draw_noise(SHAPE.both, seeded([3]), steps=1, audio=torch.zeros(1, 9, 6))
+    noise = draw_noise(SHAPE, seeded([3]), steps=1, audio=torch.zeros(1, 9, 6))
     assert torch.equal(noise.start.video[0], torch.randn(4, 3, 4, 4, generator=g))
     assert torch.equal(noise.steps[0].video[0], torch.randn(4, 3, 4, 4, generator=g))
     assert torch.equal(noise.steps[0].audio[0], torch.randn(9, 6, generator=g))
@@ -183,7 +183,7 @@ def test_the_draws_of_training_are_left_alone(denoiser: Denoiser) -> None:
 
 
 def test_a_world_without_sound(denoiser: Denoiser) -> None:
-    silent = LatentShape(4, 3, 4, 4, audio=0, audio_channels=6)
+    silent = (4, 3, 4, 4), (0, 6)
     video, audio = sample(denoiser, features([3]), None, silent, 2, generator=seeded([0]))
     assert audio.shape == (1, 0, 6)
     assert torch.isfinite(video).all()

@@ -41,7 +41,7 @@ def test_released_lengths(
     assert settings.audio == audio
     assert settings.frames == 4 * latent_frames - 3
     shape = latent_shape(configs["base"], settings, settings.size)
-    assert (shape.frames, shape.audio, shape.height, shape.width) == (latent_frames, audio, 16, 28)
+    assert (shape[0][1:], shape[1][0]) == ((latent_frames, 16, 28), audio)
 
 
 def test_published_defaults(configs: dict[str, ExportConfig]) -> None:

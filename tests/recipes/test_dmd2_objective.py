@@ -9,7 +9,7 @@ import toy_dmd2
 from torch import Tensor, nn
 from toy_mixture import Mixture, gaussian, ring
 
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman.distill.objective import matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout
 from magihuman.errors import UserError
@@ -346,7 +346,7 @@ def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch
 
     monkeypatch.setattr("inference.sampling.combine", watched)
     words, nothing = [torch.ones(2, 5)], [torch.zeros(2, 5)]
-    shape = LatentShape(3, 1, 2, 2, 2, 4)
+    shape = (3, 1, 2, 2), (2, 4)
     sample(Sides(), words, nothing, shape, 100, "euler", guidance, 5.0, seeded([0]))
     assert set(seen) == {5.0, 2.0, 4.0}
     in_the_sampler = torch.tensor(seen).view(100, 2)  # [steps, modalities]

@@ -10,7 +10,7 @@ import training_stub
 from torch import Tensor
 from toy_dmd2 import Alone, Watched, make_context
 
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.distill.rollout import MicroBatch, roll_out
 from magihuman.flow.guidance import Guidance
@@ -20,7 +20,7 @@ from magihuman.io.export import Sampling
 
 GUIDANCE = Guidance(video_high=3.0, video_low=1.5, threshold=500, audio=2.0)
 RENOISE = Sampling("renoise", 8, 5.0)
-SHAPE = LatentShape(3, 3, 4, 4, 9, 4)
+SHAPE = (3, 3, 4, 4), (9, 4)
 
 
 def part(first_frame: bool = False) -> MicroBatch:
@@ -85,7 +85,7 @@ def test_with_given_sound_the_video_follows_inference(tmp_path: Path) -> None:
     some.conditioning.mask.audio[:] = 0
     rollout = recipe.rollout(some)
     # Inference draws nothing for a given sound, so it gets the rollout's draws.
-    noise = draw_noise(SHAPE.both, seeded([5, 6, 7]), 8)
+    noise = draw_noise(SHAPE, seeded([5, 6, 7]), 8)
     sound = some.conditioning.latents.audio
     states, end = followed(recipe.networks.student, some, recipe.sampling, noise=noise, audio_latent=sound)
     assert all(torch.equal(a.video, b.video) for a, b in zip(rollout.states[1:], states, strict=False))

@@ -10,7 +10,6 @@ import training_stub
 from safetensors.torch import load_file
 from small_sr import RELEASED, SMALL, Fixed, clips, recipe
 
-from inference.sampling import LatentShape
 from inference.super_resolution import draw, refine
 from magihuman import zoo
 from magihuman.errors import UserError
@@ -53,7 +52,7 @@ def test_a_training_s_inputs_at_the_path_s_start_equal_the_release(golden: Path)
 
 def test_training_and_inference_begin_with_the_same_bits() -> None:
     made, batch = recipe(**RELEASED), clips(2)
-    shape = LatentShape(3, 3, 8, 8, 9, 4)
+    shape = (3, 3, 8, 8), (9, 4)
     noise = draw(shape, seeded([5, 6]), "cpu")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 

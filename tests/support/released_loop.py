@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman.flow.sampling import Noise, Pair
 from magihuman.models.denoiser import Denoiser
 from magihuman.zoo.checks import Result, VectorCase
@@ -32,7 +32,7 @@ def inference_loop(
     **settings: Any,
 ) -> Pair:
     """`inference.sampling.sample` as a `magihuman.zoo.checks.loop.Loop`."""
-    shape = LatentShape(*noise.start.video.shape[1:], *noise.start.audio.shape[1:])
+    shape = noise.start.video.shape[1:], noise.start.audio.shape[1:]
     video, audio = sample(
         denoiser,
         text,

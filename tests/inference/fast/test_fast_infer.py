@@ -115,11 +115,11 @@ from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.dit import SingleStreamDiT
 model = SingleStreamDiT(DiTConfig(2, 32, 16, 1, 12, 6, 10, mm_layers=(0,)), compute_dtype=torch.float32)
 model.init_weights(0)
-from inference.sampling import LatentShape, sample
+from inference.sampling import sample
 from magihuman.flow.sampling import seeded
 for tier in inference.fast.TIERS:
     network = inference.fast.prepare(Denoiser(model, PackConfig(2)).eval(), tier)
-    shape = LatentShape(3, 2, 4, 4, 5, 6)
+    shape = (3, 2, 4, 4), (5, 6)
     video, audio = sample(network, [torch.randn(3, 10)], None, shape, 2, generator=seeded([0]))
     assert video.isfinite().all() and audio.isfinite().all(), tier
 """
