@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from magihuman import zoo
 from magihuman.errors import UserError
-from magihuman.io.export import ExportConfig, released_dtypes, save_export
+from magihuman.flow.sigmas import SigmaPrior
+from magihuman.io.export import ExportConfig, Sampling, released_dtypes, save_export
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.flops import SampleTokens, passes, samples
@@ -29,13 +30,14 @@ class Recipe(L.LightningModule):
     """A Lightning module that trains one network. A recipe implements `loss`, with all random numbers from `rng`.
 
         class Mine(Recipe):
+            sigma, sampling = SigmaPrior("uniform"), Sampling("unipc", 32)
             def loss(self, batch, rng): ...
-            def export_settings(self): return {"sigma_prior": self.sigma, "sampling": self.sampling}
 
     Args:
         context: network, latents and engine settings.
 
     Attributes:
+        sigma: prior of the noise levels; sampling: settings of inference. A recipe sets both; exports store them.
         denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
         ema: average of its weights, or None.
         step: optimiser steps so far; batches: batches of this process so far. Both are kept over a resume.
@@ -49,6 +51,8 @@ class Recipe(L.LightningModule):
         strategies: names of the strategies that the recipe supports.
     """
 
+    sigma: SigmaPrior
+    sampling: Sampling
     optimizers_needed = 1
     may_differ_from_init: tuple[str, ...] = ()
     fixed_on_resume: tuple[str, ...] = ()
@@ -88,10 +92,6 @@ class Recipe(L.LightningModule):
         """Token counts of a batch; a dropped text counts with its own length."""
         lengths = [len(text) for text in batch["text"]]
         return samples(self.context.transformer[1], batch["video"].shape, batch["audio"].shape[1], lengths)
-
-    def export_settings(self) -> dict[str, Any]:
-        """`sigma_prior` and `sampling` of the exported checkpoint (see `magihuman.io.export.ExportConfig`)."""
-        raise NotImplementedError
 
     # The network
 
@@ -244,7 +244,8 @@ class Recipe(L.LightningModule):
             contract=self.context.contract,
             size=self.context.size,
             provenance={**self.context.provenance, "steps": self.step, "averaged": self.context.optim.ema_decay > 0},
-            **self.export_settings(),
+            sigma_prior=self.sigma,
+            sampling=self.sampling,
         )
 
     def exported_weights(self) -> dict[str, Tensor]:

@@ -443,6 +443,3 @@ class DMD2(Recipe):
             if self.global_rank == 0:
                 average, target = lora_state(state, "average"), folder.parent / "adapter"
                 save_lora(target, average, self.lora, self.export_config(), str(self.context.init))
-
-    def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.sigma, "sampling": self.sampling}

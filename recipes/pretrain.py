@@ -182,6 +182,3 @@ class Pretrain(Recipe):
         """See `Recipe.batch_flops`; with token routing, only the tokens that a layer processes count."""
         model, _ = self.context.transformer
         return float(sum(passes(model, sample, tread=self.tread).update for sample in self.samples(batch)))
-
-    def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.sigma, "sampling": self.sampling}

@@ -277,9 +277,6 @@ class SuperResolution(Recipe):
         )
         return total + settings.base_share * settings.base_steps * once
 
-    def export_settings(self) -> dict[str, Any]:
-        return {"sigma_prior": self.sigma, "sampling": self.sampling}
-
     def export_config(self) -> ExportConfig:
         """As in every recipe, with the size of the second stage as the clip's, and marked as a second stage."""
         config = super().export_config()

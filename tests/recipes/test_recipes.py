@@ -1,17 +1,20 @@
-"""Every recipe in configs/recipe trains, exports and continues exactly."""
+"""Every recipe in configs/recipe, and the example of recipes/README.md, trains, exports and continues exactly."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import training_stub
+import yaml
 from safetensors.torch import load_file
 
 from magihuman import zoo
 from magihuman.config import available
 from magihuman.errors import UserError
+from magihuman.io.files import CONFIGS
 from magihuman.train import after_fit
 from magihuman.training.runs import RunFolder
 from magihuman.zoo import decoders, names
@@ -56,6 +59,18 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path)
     places = [f"{at}.adapter.video_embedder.weight" for at in ("ema.module.model", "denoiser.model.lora.average")]
     average = next(states[0][key] for key in places if key in states[0])
     assert torch.equal(exported["adapter.video_embedder.weight"], average)
+
+
+def test_the_recipe_of_the_page_trains_and_exports(shards, tmp_path, monkeypatch) -> None:
+    page = (CONFIGS.parent / "recipes" / "README.md").read_text(encoding="utf-8")
+    code, settings = (re.search(rf"```{kind}\n(.*?)```", page, re.S)[1] for kind in ("python", "yaml"))
+    (tmp_path / "huber.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = yaml.safe_load(settings)["recipe"]
+    recipe["_target_"] = recipe["_target_"].removeprefix("recipes.")
+    config = zoo.config_of(training_stub.train_here(tmp_path / "run", shards, ["+recipe=pretrain"], recipe))
+    assert (config.sigma_prior.kind, config.sigma_prior.shift) == ("shifted", 5.0)
+    assert (config.sampling.solver, config.sampling.steps) == ("unipc", 32)
 
 
 def test_a_training_starts_from_another_ones_weights(shards, tmp_path) -> None:

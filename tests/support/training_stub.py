@@ -94,8 +94,8 @@ def compose(overrides: list[str]) -> Any:
         return hydra_compose("train", as_hydra_takes_them(overrides))
 
 
-def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
-    """Train in this process as the command line does."""
+def train_here(folder: Path, shards: Path, overrides: list[str], recipe: dict[str, Any] | None = None) -> Path:
+    """Train in this process as the command line does; `recipe` replaces that of the overrides."""
     from omegaconf import OmegaConf
 
     from magihuman.config import validate
@@ -103,6 +103,7 @@ def train_here(folder: Path, shards: Path, overrides: list[str]) -> Path:
 
     network = DECODER if any("=turbo_vae" in word for word in overrides) else TRANSFORMER
     config = compose([*ENGINE, *network, f"folder={folder}", f"data.module.shards={shards}", *overrides])
+    config.recipe = recipe or config.recipe
     node = plain(config)
     return train(node, OmegaConf.to_yaml(config), folder, validate(node))
 
