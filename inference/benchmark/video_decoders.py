@@ -5,11 +5,7 @@ size without one: a clip is decoded on the "meta" device, in chunks or windows a
 counted. Nothing is measured there; `cost_report` adds times on this machine's CPU at a small size.
 """
 
-import platform
-import shlex
 import time
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,19 +21,11 @@ from inference.benchmark.bench_networks import SEED, dtype_for
 from inference.benchmark.components import random_codec
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, make
-from inference.benchmark.roofline.work import (
-    PUBLISHED,
-    PUBLISHED_DECODERS,
-    DeviceLimits,
-    bound,
-    decoder_parameters,
-    video_decoder,
-)
+from inference.benchmark.roofline.work import PUBLISHED, PUBLISHED_DECODERS, bound, decoder_parameters, video_decoder
 from inference.benchmark.timers import device_of, summary, synchronise
 from inference.decoding import Decoder, to_pictures
 from magihuman.codecs import costs
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version, processor
 from magihuman.models.gpu_specs import GPUS, Gpu
 from magihuman.zoo.memory_tracker import Allocations
 
@@ -45,8 +33,6 @@ COMPUTED = "computed, not measured"
 _COUNTED_LATENTS = 10  # frames after which no chunk is larger than those before
 FORMAT = "magihuman-decode-cost/1"
 NAMES = ("released", "a", "b")
-SIZES = {"256p": (256, 448), "540p": (512, 896), "1080p": (1088, 1920)}  # rows, columns
-LATENTS = 32  # of a 5-second clip at 25 fps
 REACHED = 400e12
 """Assumed FLOP/s of convolutions in bf16 on an H100 or H200; the peak is 989e12."""
 TARGETS = {"256p": 0.04, "540p": 0.12, "1080p": 0.5}  # seconds for B
@@ -97,7 +83,7 @@ def decoder_row(case: ClipCase, name: str, device: torch.device, repeat: int, cu
         work = video_decoder(case, name)
         row |= {"parameters": decoder_parameters(name), "flops": work.flops}
         row["computed"] = {
-            "least_seconds_h100": float(f"{bound(work, DeviceLimits.of(GPUS['h100'])).seconds:.4g}"),
+            "least_seconds_h100": float(f"{bound(work, GPUS['h100']).seconds:.4g}"),
             "peak_memory_bytes": peak_memory(case, name),
         }
         if device.type == "cpu":
@@ -176,44 +162,21 @@ def describe(row: Row) -> str:
 # -- counts of the light decoders
 
 
-@dataclass(frozen=True)
-class DecodeCost:
-    """Of one clip from latents to 8-bit pictures on the device, in bf16.
-
-    Attributes:
-        latents: T; frames: pictures that come out; height, width: in pixels.
-        parameters, weight_bytes: of the network.
-        flops: of convolutions and linear maps, multiply-adds x 2, with what windows compute twice.
-        product_bytes: what these read and write, weights once per call: all that fused kernels would move.
-        pointwise_bytes: what every other operation reads and writes when each is a kernel of its own.
-        peak_bytes: most alive at a time: weights, activations, state, pictures; without kernels' own workspace.
-    """
-
-    decoder: str
-    latents: int
-    frames: int
-    height: int
-    width: int
-    parameters: int
-    weight_bytes: int
-    flops: int
-    product_bytes: int
-    pointwise_bytes: int
-    peak_bytes: int
-
-    def seconds(self, gpu: Gpu, reached: float = REACHED) -> tuple[float, float]:
-        """Predicted: (arithmetic and traffic overlap and all else is fused, every operation waits for the other)."""
-        compute = self.flops / reached
-        fused = max(compute, self.product_bytes / gpu.bandwidth)
-        return fused, compute + self.pointwise_bytes / gpu.bandwidth
-
-
-def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> DecodeCost:
-    """Count one clip.
+def decode_cost(name: str, height: int, width: int, latents: int) -> Row:
+    """Count one clip from latents to 8-bit pictures on the device, in bf16.
 
     Args:
         name: of configs/decoder, for Wan latents: released, a, b.
         height, width: in pixels, multiples of 16; latents: T.
+
+    Returns:
+        the arguments, and
+        frames: pictures that come out;
+        parameters, weight_bytes: of the network;
+        flops: of convolutions and linear maps, multiply-adds x 2, with what windows compute twice;
+        product_bytes: what these read and write, weights once per call: all that fused kernels would move;
+        pointwise_bytes: what every other operation reads and writes when each is a kernel of its own;
+        peak_bytes: most alive at a time: weights, activations, state, pictures; without kernels' own workspace.
     """
     codec = random_codec(name, "meta")
     z = torch.empty(1, codec.channels, latents, height // codec.stride[1], width // codec.stride[2], device="meta")
@@ -224,21 +187,27 @@ def decode_cost(name: str, height: int, width: int, latents: int = LATENTS) -> D
             for part in Decoder(codec).frames(z):
                 frames += to_pictures(part).shape[0]
                 del part
-    parameters = sum(p.numel() for p in codec.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in codec.parameters())
-    return DecodeCost(
-        decoder=name,
-        latents=latents,
-        frames=frames,
-        height=height,
-        width=width,
-        parameters=parameters,
-        weight_bytes=weight_bytes,
-        flops=arithmetic.get_total_flops(),
-        product_bytes=traffic.products,
-        pointwise_bytes=traffic.pointwise,
-        peak_bytes=weight_bytes + memory.peak,
-    )
+    return {
+        "decoder": name,
+        "latents": latents,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "parameters": sum(p.numel() for p in codec.parameters()),
+        "weight_bytes": weight_bytes,
+        "flops": arithmetic.get_total_flops(),
+        "product_bytes": traffic.products,
+        "pointwise_bytes": traffic.pointwise,
+        "peak_bytes": weight_bytes + memory.peak,
+    }
+
+
+def predicted_seconds(cost: Row, gpu: Gpu) -> tuple[float, float]:
+    """Of `decode_cost`: (arithmetic and traffic overlap and all else is fused, every operation waits for the other)."""
+    compute = cost["flops"] / REACHED
+    fused = max(compute, cost["product_bytes"] / gpu.bandwidth)
+    return fused, compute + cost["pointwise_bytes"] / gpu.bandwidth
 
 
 class _Traffic(TorchDispatchMode):
@@ -309,24 +278,23 @@ def cost_report(output: Path | None) -> str:
     """
     rows = []
     lines = [f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}"]
-    for size, (height, width) in SIZES.items():
-        base = None
-        for name in NAMES:
-            cost = decode_cost(name, height, width)
-            base = base or cost
-            row: dict[str, Any] = {"size": size, "how": "computed", **asdict(cost)}
-            row["flops_of_released"] = base.flops / cost.flops
-            moved, own = (each.product_bytes + each.pointwise_bytes for each in (base, cost))
+    for case in map(make, PUBLISHED):
+        counted = {name: decode_cost(name, *case.pixels, case.stages[-1].frames) for name in NAMES}
+        base = counted["released"]
+        for name, cost in counted.items():
+            row: Row = {"size": case.size, "how": "computed", **cost}
+            row["flops_of_released"] = base["flops"] / cost["flops"]
+            moved, own = (each["product_bytes"] + each["pointwise_bytes"] for each in (base, cost))
             row["bytes_of_released"] = moved / own
-            row["seconds"] = {key: cost.seconds(GPUS[key]) for key in ("h100", "h200")}
+            row["seconds"] = {key: predicted_seconds(cost, GPUS[key]) for key in ("h100", "h200")}
             rows.append(row)
             low, high = row["seconds"]["h100"]
             lines.append(
-                f"{size:<8}{name:<10}{cost.flops / 1e12:>9.1f}{cost.product_bytes / 1e9:>9.1f}"
-                f"{cost.pointwise_bytes / 1e9:>10.1f}{cost.peak_bytes / 1e9:>9.2f}{low:>11.3f} - {high:.3f}"
+                f"{case.size:<8}{name:<10}{cost['flops'] / 1e12:>9.1f}{cost['product_bytes'] / 1e9:>9.1f}"
+                f"{cost['pointwise_bytes'] / 1e9:>10.1f}{cost['peak_bytes'] / 1e9:>9.2f}{low:>11.3f} - {high:.3f}"
             )
     found = cpu_seconds()
-    flops = {name: decode_cost(name, CPU_SIDE, CPU_SIDE, CPU_LATENTS).flops for name in NAMES}
+    flops = {name: decode_cost(name, CPU_SIDE, CPU_SIDE, CPU_LATENTS)["flops"] for name in NAMES}
     for name, values in found.items():
         values["flops"] = flops[name]
         values["of_released"] = found[NAMES[0]]["seconds"] / values["seconds"]
@@ -350,12 +318,6 @@ def cost_report(output: Path | None) -> str:
             "repeat": CPU_REPEAT,
             "decoders": found,
         },
-        "provenance": {
-            "command": shlex.join(["python", "-m", "inference.benchmark", "decode_cost", f"output={output}"]),
-            "code": code_version(),
-            "machine": processor(),
-            "libraries": {"python": platform.python_version(), "torch": torch.__version__},
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
+        "provenance": {**result_files.provenance(torch.device("cpu")), "how": "counted; times of the CPU measured"},
     }
     return "\n".join([*lines, f"written to {result_files.save(output, values)}"])

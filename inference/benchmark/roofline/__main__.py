@@ -10,7 +10,7 @@ from inference.benchmark.calibrate import FORMAT
 from inference.benchmark.result_files import save
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, bound, utilisation
+from inference.benchmark.roofline.work import PUBLISHED, bound, limits
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
@@ -48,8 +48,8 @@ def stages(
         guided: the base stage with guidance, two passes a step
         decoder: turbo, wan, or a student of configs/decoder such as a and b
     """
-    limits = DeviceLimits.of(gpu(device), tflops, bandwidth)
-    lines = [f"limits of {limits.name}: {limits.flops / 1e12:g} TFLOP/s, {limits.bandwidth / 1e12:g} TB/s; {NOTE}"]
+    peak = limits(gpu(device), tflops, bandwidth)
+    lines = [f"limits of {peak.name}: {peak.bf16 / 1e12:g} TFLOP/s, {peak.bandwidth / 1e12:g} TB/s; {NOTE}"]
     for case in [make(name, steps, sr_steps, seconds, text, guided, model) for name in _sizes(size)]:
         height, width = case.pixels
         parameters = case.stages[0].config.parameter_count()
@@ -62,13 +62,13 @@ def stages(
         ]
         works = stages_of(case, decoder)
         for work in works:
-            n, least = work.tokens, bound(work, limits)
+            n, least = work.tokens, bound(work, peak)
             tokens = "" if n is None else f"{n.video}+{n.audio}+{n.text}={n.total}"
             lines.append(
                 f"{work.stage:<14}{tokens:>24}{work.passes:>8}{work.flops / work.passes / 1e12:>12.4g}"
                 f"{work.flops / 1e15:>10.4g}{work.moved / 1e9:>10.4g}{least.seconds:>10.3g}  {least.by}"
             )
-        wanted = [bound(work, limits).seconds for work in works if work.stage in ("base", "sr", "video decode")]
+        wanted = [bound(work, peak).seconds for work in works if work.stage in ("base", "sr", "video decode")]
         lines.append(f"base + sr + video decode: at least {sum(wanted):.3g} s")
     return "\n".join(lines)
 
@@ -87,11 +87,10 @@ def gpus(size: str = "all", decoder: str = "turbo") -> str:
     cases = [make(name) for name in _sizes(size)]
     lines = [f"{NOTE}; data sheets, bf16", f"{'':<16}" + "".join(f"{case.size:>10}" for case in cases) + "  s"]
     for device in GPUS.values():
-        limits = DeviceLimits.of(device)
         cells = []
         for case in cases:
             works = [w for w in stages_of(case, decoder) if w.stage in ("base", "sr", "video decode")]
-            cells.append(sum(bound(work, limits).seconds for work in works))
+            cells.append(sum(bound(work, device).seconds for work in works))
         lines.append(f"{device.name:<16}" + "".join(f"{cell:>10.3g}" for cell in cells))
     return "\n".join(lines)
 
@@ -102,18 +101,18 @@ def published(tflops: float = 790.0) -> str:
     Args:
         tflops: the peak that the least time is taken at, in TFLOP/s
     """
-    limits, peak = DeviceLimits.of(GPUS["h100"], tflops), GPUS["h100"].bf16
+    device = GPUS["h100"]
     lines = [f"{'stage':<20}{'N':>8}{'PFLOP':>8}{'paper s':>9}{'TFLOP/s':>9}{'MFU':>8}{'least s':>9}{'ratio':>7}"]
     for size, times in PUBLISHED.items():
         for work in stages_of(make(size)):
             seconds = times.get({"video decode": "decode"}.get(work.stage, work.stage))
             if seconds is None:
                 continue
-            share, least = utilisation(work, seconds, peak), bound(work, limits).seconds
+            rate, least = work.flops / seconds, bound(work, limits(device, tflops)).seconds
             tokens = work.tokens.total if work.tokens else ""
             lines.append(
                 f"{size + ' ' + work.stage:<20}{tokens:>8}{work.flops / 1e15:>8.3f}{seconds:>9.1f}"
-                f"{share * peak / 1e12:>9.0f}{share:>8.1%}{least:>9.2f}{seconds / least:>7.2f}"
+                f"{rate / 1e12:>9.0f}{rate / device.bf16:>8.1%}{least:>9.2f}{seconds / least:>7.2f}"
             )
     return "\n".join(lines)
 

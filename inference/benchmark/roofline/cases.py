@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from magihuman import zoo
-from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
+from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec, frames_for
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
 from magihuman.zoo.footprint import TokenCounts
@@ -96,14 +96,6 @@ class ClipCase:
         return 3 * self.frames * self.pixels[0] * self.pixels[1]
 
 
-@dataclass(frozen=True)
-class _Network:
-    name: str
-    config: DiTConfig
-    pack: PackConfig
-    released: bool
-
-
 def make(
     size: str,
     steps: int | None = None,
@@ -126,63 +118,43 @@ def make(
     """
     if size not in SIZES:
         raise UserError(f"size={size} is unknown; choose one of {', '.join(SIZES)}")
-    if size == "layer" and steps is None:
-        steps = 1
-    counts = {"steps": BASE_STEPS if steps is None else steps, "sr_steps": SR_STEPS if sr_steps is None else sr_steps}
-    seconds = (5.0 if size in RELEASED_SIZES else 1.0) if seconds is None else seconds
-    for name, number in (*counts.items(), ("seconds", seconds), ("text", 1 if text is None else text)):
-        if not 0 < number < 1000:
+    for name, number in (("steps", steps), ("sr_steps", sr_steps), ("seconds", seconds), ("text", text)):
+        if number is not None and not 0 < number < 1000:
             raise UserError(f"{name}={number:g} is impossible; give a number above 0 and below 1000")
-    network = _network(model or ("tiny" if size == "tiny" else "15b"))
-    if network.released == (size == "tiny"):
-        fitting = ", ".join(RELEASED_SIZES) if network.released else "tiny"
-        raise UserError(f"size={size} is not for {network.name}; choose one of {fitting}")
-    build = _released if network.released else _tiny
-    return build(network, size, counts["steps"], counts["sr_steps"], seconds, text, 2 if guided else 1)
-
-
-def _network(model: str) -> _Network:
-    if model in zoo.arch_names():
-        config = zoo.arch(model)
-        return _Network(model, config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT_CHANNELS)
-    found = zoo.config_of(model)
-    return _Network(model, found.model, found.pack, bundle_spec(found.codecs).published)
-
-
-def _released(
-    network: _Network, size: str, steps: int, sr_steps: int, seconds: float, text: int | None, sides: int
-) -> ClipCase:
-    config, pack, stride = network.config, network.pack, (4, 16, 16)
-    if size == "layer":
-        # A layer of the middle: shared by the modalities, SwiGLU7.
+    model = model or ("tiny" if size == "tiny" else "15b")
+    config, pack, released = _network(model)
+    if released == (size == "tiny"):
+        fitting = ", ".join(RELEASED_SIZES) if released else "tiny"
+        raise UserError(f"size={size} is not for {model}; choose one of {fitting}")
+    seconds = seconds or (5.0 if size in RELEASED_SIZES else 1.0)
+    large: tuple[int, int] | None
+    if released:
+        stride, usual_text, audio = (4, 16, 16), TEXT, round(seconds * FPS) + 1  # SPEC 4.1
+        *small, large = RELEASED_SIZES["256p" if size == "layer" else size]
+    else:
+        stride, usual_text, audio = (4, 4, 4), TINY_TEXT, frames_for(seconds, FPS, 4)
+        small, large = [TINY_SIDE, TINY_SIDE], (TINY_LARGE, TINY_LARGE)
+    if size == "layer":  # of the middle: shared by the modalities, SwiGLU7
         config = replace(config, num_layers=1, mm_layers=(), gelu7_layers=())
-    height, width, large = RELEASED_SIZES["256p" if size == "layer" else size]
-    audio = round(seconds * FPS) + 1  # SPEC 4.1
-    frames, words = (audio - 1) // stride[0] + 1, TEXT if text is None else text
 
-    def stage(
-        role: str, config: DiTConfig, pack: PackConfig, pixels: tuple[int, int], count: int, sides: int
-    ) -> DenoisingStage:
-        rows, columns = pixels[0] // stride[1], pixels[1] // stride[2]
-        return DenoisingStage(role, config, pack, frames, rows, columns, audio, words, count, sides)
-
-    stages = [stage("base", config, pack, (height, width), steps, sides)]
+    frames, (_, down, across) = (audio - 1) // stride[0] + 1, stride
+    height, width = small[0] // down, small[1] // across
+    steps, words, sides = steps or (1 if size == "layer" else BASE_STEPS), text or usual_text, 2 if guided else 1
+    stages = [DenoisingStage("base", config, pack, frames, height, width, audio, words, steps, sides)]
     if large is not None:
         if size == "1080p":
             config = replace(config, local_attn_layers=local_layers(config.num_layers))
-        stages.append(stage("sr", config, replace(pack, coords_style="v1"), large, sr_steps, 1))
-    return ClipCase(size, network.name, True, seconds, tuple(stages), stride)
+        if released:
+            pack = replace(pack, coords_style="v1")
+        height, width = large[0] // down, large[1] // across
+        stages.append(DenoisingStage("sr", config, pack, frames, height, width, audio, words, sr_steps or SR_STEPS))
+    return ClipCase(size, model, released, seconds, tuple(stages), stride)
 
 
-def _tiny(
-    network: _Network, size: str, steps: int, sr_steps: int, seconds: float, text: int | None, sides: int
-) -> ClipCase:
-    config, pack, stride = network.config, network.pack, (4, 4, 4)
-    frames = round((seconds * FPS - 1) / stride[0]) + 1
-    audio, words = stride[0] * (frames - 1) + 1, TINY_TEXT if text is None else text
-    small, large = TINY_SIDE // stride[1], TINY_LARGE // stride[1]
-    stages = (
-        DenoisingStage("base", config, pack, frames, small, small, audio, words, steps, sides),
-        DenoisingStage("sr", config, pack, frames, large, large, audio, words, sr_steps),
-    )
-    return ClipCase(size, network.name, False, seconds, stages, stride)
+def _network(model: str) -> tuple[DiTConfig, PackConfig, bool]:
+    """Shapes of an architecture or a checkpoint, and whether it is for the published codecs."""
+    if model in zoo.arch_names():
+        config = zoo.arch(model)
+        return config, zoo.pack(model), config.text_in_channels == RELEASED_TEXT_CHANNELS
+    found = zoo.config_of(model)
+    return found.model, found.pack, bundle_spec(found.codecs).published

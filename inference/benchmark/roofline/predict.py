@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
-from inference.benchmark.roofline.work import PUBLISHED, DeviceLimits, bound, forward, network, video_decoder
+from inference.benchmark.roofline.work import PUBLISHED, bound, forward, limits, network, video_decoder
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import BF16, attention_pairs, pointwise_bytes
-from magihuman.models.gpu_specs import GPUS
+from magihuman.models.gpu_specs import GPUS, Gpu
 from magihuman.zoo.footprint import TokenCounts
 
 TILE = (128, 256)
@@ -25,16 +25,8 @@ _ENDS = 60e12  # FLOP/s of fp32 products
 _COPY = 0.9  # share of the bandwidth that a kernel reaches
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Of a device: bytes per second of its memory, and multiprocessors."""
-
-    name: str
-    bandwidth: float
-    units: int
-
-
-H200, H100 = Machine("H200", 4.3e12, 132), Machine("H100", 2.9e12, 132)
+H200 = replace(GPUS["h200"], name="H200", bandwidth=4.3e12)
+H100 = replace(GPUS["h100"], name="H100", bandwidth=2.9e12)
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ def rates_of(tier: str, kernel: str) -> Rates:
     return replace(rates, attention=CUDNN[0], local=CUDNN[1])
 
 
-def machine_of(device_name: str) -> Machine | None:
+def machine_of(device_name: str) -> Gpu | None:
     """The machine with this device name in torch; None where no rates are assumed for it."""
     return next((machine for machine in (H200, H100) if machine.name in device_name), None)
 
@@ -129,7 +121,7 @@ class PassSeconds:
         return self.products + self.attention + self.pointwise + self.ends + self.host
 
 
-def one_pass(stage: DenoisingStage, rates: Rates, machine: Machine) -> PassSeconds:
+def one_pass(stage: DenoisingStage, rates: Rates, machine: Gpu) -> PassSeconds:
     """Predicted seconds of a forward pass."""
     config, tokens = stage.config, stage.tokens
     products = attention = 0.0
@@ -197,7 +189,7 @@ _LINK = 50e9  # bytes per second assumed from pinned memory of the device to the
 Cell = dict[str, float]
 
 
-def clip(case: ClipCase, rates: Rates, machine: Machine, decoder: str = "turbo") -> Cell:
+def clip(case: ClipCase, rates: Rates, machine: Gpu, decoder: str = "turbo") -> Cell:
     """Predicted seconds of base, sr (0 where there is none), decode with the copy to the host, and their total."""
     loops = {stage.name: stage.passes * one_pass(stage, rates, machine).total for stage in case.stages}
     decode = video_decoder(case, decoder).flops / _DECODE + case.bytes_out / _LINK
@@ -206,9 +198,9 @@ def clip(case: ClipCase, rates: Rates, machine: Machine, decoder: str = "turbo")
 
 def floor(case: ClipCase, tflops: float = REACHED) -> Cell:
     """Lower bound of any exact bf16 path, as `clip`: all arithmetic at this rate, and nothing else."""
-    limits = DeviceLimits.of(GPUS["h200"], tflops)
-    loops = {stage.name: bound(network(stage), limits).seconds for stage in case.stages}
-    return _summed(loops["base"], loops.get("sr", 0.0), bound(video_decoder(case), limits).seconds)
+    device = limits(GPUS["h200"], tflops)
+    loops = {stage.name: bound(network(stage), device).seconds for stage in case.stages}
+    return _summed(loops["base"], loops.get("sr", 0.0), bound(video_decoder(case), device).seconds)
 
 
 def _summed(base: float, sr: float, decode: float) -> Cell:
@@ -216,7 +208,7 @@ def _summed(base: float, sr: float, decode: float) -> Cell:
     return {name: round(seconds, 4) for name, seconds in cells.items()}
 
 
-def predictions(machine: Machine) -> dict[str, Any]:
+def predictions(machine: Gpu) -> dict[str, Any]:
     """All of it for one device: `stages` that are computed, `floor`, and a row for every rung of the ladder.
 
     A row's `seconds` are those of the clip's last loop alone; its `clips` those of base, SR and decode by the published

@@ -3,7 +3,8 @@
 Exact for the transformer; codecs by coefficients counted on shapes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from magihuman.codecs import costs
@@ -110,35 +111,12 @@ def video_decoder(case: ClipCase, decoder: str = "turbo") -> Work:
 
 def decoders() -> tuple[str, ...]:
     """Decoders of the released latents: the published two, and our students of configs/decoder."""
-    from magihuman.zoo import names
-
-    own = [name for name in names.arch_names("decoder") if _student(name) is not None]
-    return (*PUBLISHED_DECODERS, *own)
+    return (*PUBLISHED_DECODERS, *_students())
 
 
 def decoder_parameters(decoder: str) -> int:
     """Raises UserError for an unknown decoder."""
-    published = {"turbo": costs.TURBO_PARAMETERS, "wan": costs.WAN_DECODER_PARAMETERS}
-    if decoder in published:
-        return published[decoder]
-    return _known_student(decoder).parameter_count()
-
-
-def _student(name: str) -> CausalDecoderConfig | None:
-    """An architecture of ours for the released latents; None for others."""
-    from magihuman.zoo.decoders import arch
-
-    described = arch(name)
-    if not bundle_spec(described["codecs"]).published or described["layout"] != "causal":
-        return None
-    return CausalDecoderConfig.from_dict(described["network"])
-
-
-def _known_student(name: str) -> CausalDecoderConfig:
-    found = _student(name) if name in decoders() else None
-    if found is None:
-        raise UserError(f"decoder={name} is unknown; choose one of {', '.join(decoders())}")
-    return found
+    return _counts(decoder)[0]
 
 
 def decoder_flops(decoder: str, frames: int, height: int, width: int) -> int:
@@ -147,9 +125,29 @@ def decoder_flops(decoder: str, frames: int, height: int, width: int) -> int:
     Raises:
         UserError: unknown decoder.
     """
-    published = {"wan": costs.wan_decoder_flops, "turbo": costs.turbo_decoder_flops}
-    count = published[decoder] if decoder in published else _known_student(decoder).flops
-    return count(frames, height, width)
+    return _counts(decoder)[1](frames, height, width)
+
+
+def _counts(decoder: str) -> tuple[int, Callable[[int, int, int], int]]:
+    """Parameters, and the function of FLOPs."""
+    known = {name: (own.parameter_count(), own.flops) for name, own in _students().items()}
+    known["turbo"] = costs.TURBO_PARAMETERS, costs.turbo_decoder_flops
+    known["wan"] = costs.WAN_DECODER_PARAMETERS, costs.wan_decoder_flops
+    if decoder not in known:
+        raise UserError(f"decoder={decoder} is unknown; choose one of {', '.join(decoders())}")
+    return known[decoder]
+
+
+def _students() -> dict[str, CausalDecoderConfig]:
+    from magihuman.zoo import decoders as students
+    from magihuman.zoo import names
+
+    described = {name: students.arch(name) for name in names.arch_names("decoder")}
+    return {
+        name: CausalDecoderConfig.from_dict(values["network"])
+        for name, values in described.items()
+        if values["layout"] == "causal" and bundle_spec(values["codecs"]).published
+    }
 
 
 # -- bounds
@@ -162,21 +160,14 @@ PUBLISHED = {
 """Seconds that the paper gives for a 5-second clip on one H100."""
 
 
-@dataclass(frozen=True)
-class DeviceLimits:
-    """Peak rates of a device: FLOP/s, bytes per second of its memory and of the link to the host."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    link: float
-
-    @classmethod
-    def of(cls, device: Gpu, tflops: float | None = None, bandwidth: float | None = None) -> "DeviceLimits":
-        """Those of the data sheet, or measured ones in their place (10^12 FLOP/s, 10^12 bytes per second)."""
-        name = device.name + (f" at {tflops:g} TFLOP/s" if tflops else "")
-        flops = tflops * 1e12 if tflops else device.bf16
-        return cls(name, flops, bandwidth * 1e12 if bandwidth else device.bandwidth, device.link)
+def limits(device: Gpu, tflops: float | None = None, bandwidth: float | None = None) -> Gpu:
+    """A device with measured peaks (10^12 FLOP/s, 10^12 bytes per second) in place of the data sheet's."""
+    return replace(
+        device,
+        name=device.name + (f" at {tflops:g} TFLOP/s" if tflops else ""),
+        bf16=tflops * 1e12 if tflops else device.bf16,
+        bandwidth=bandwidth * 1e12 if bandwidth else device.bandwidth,
+    )
 
 
 @dataclass(frozen=True)
@@ -187,14 +178,9 @@ class Bound:
     by: str
 
 
-def bound(work: Work, limits: DeviceLimits) -> Bound:
+def bound(work: Work, device: Gpu) -> Bound:
     """Where arithmetic and traffic overlap perfectly."""
-    compute, memory, link = work.flops / limits.flops, work.moved / limits.bandwidth, work.sent / limits.link
+    compute, memory, link = work.flops / device.bf16, work.moved / device.bandwidth, work.sent / device.link
     times = {"compute": compute, "memory": memory, "link": link}
     by = max(times, key=lambda name: times[name])
     return Bound(times[by], by)
-
-
-def utilisation(work: Work, seconds: float, peak: float) -> float:
-    """Share of the peak FLOP/s that a measured time means (MFU)."""
-    return work.flops / seconds / peak

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from inference.benchmark.roofline import predict, work
 from inference.benchmark.roofline.__main__ import COMMANDS, ladder
 from inference.benchmark.roofline.cases import make
-from inference.benchmark.roofline.work import DeviceLimits, bound, utilisation
+from inference.benchmark.roofline.work import bound, limits
 from magihuman import zoo
 from magihuman.cli import run_one
 from magihuman.codecs import costs
@@ -22,7 +22,7 @@ from magihuman.models.flops import pointwise_bytes
 from magihuman.models.gpu_specs import GPUS
 
 REPO = Path(__file__).resolve().parents[3]
-AT_790 = DeviceLimits.of(GPUS["h200"], tflops=790)
+AT_790 = limits(GPUS["h200"], tflops=790)
 
 
 def _counted(function: Any) -> int:
@@ -69,7 +69,7 @@ def test_tokens_and_flops_of_the_published_sizes() -> None:
     # 8 layers see everything, 32 see 11 frames to each side.
     assert per_pass["1080p"].attention == pytest.approx(8 * 88.5e12 + 32 * 52.7e12, rel=2e-3)
     base = work.network(make("256p").stages[0])
-    assert utilisation(base, 1.6, GPUS["h100"].bf16) == pytest.approx(0.515, abs=0.001)
+    assert base.flops / 1.6 / GPUS["h100"].bf16 == pytest.approx(0.515, abs=0.001)
     assert make("256p", guided=True).stages[0].passes == 16
 
 
