@@ -178,7 +178,7 @@ def suite(minutes: float = 8.5, dry: bool = False, steps: str | None = None, out
     from inference.benchmark.budget import run_benchmark
     from inference.benchmark.suite import SuiteBench
 
-    return run_benchmark("suite", SuiteBench, minutes, dry, steps, output)
+    return run_benchmark("suite", SuiteBench, minutes, dry, steps, runs_folder(output, dry))
 
 
 def train(minutes: float = 3.5, dry: bool = False, steps: str | None = None, output: str | None = None) -> str:
@@ -207,7 +207,7 @@ def train(minutes: float = 3.5, dry: bool = False, steps: str | None = None, out
     from inference.benchmark.budget import run_benchmark
     from inference.benchmark.training_steps import TrainingBench
 
-    return run_benchmark("train", TrainingBench, minutes, dry, steps, output)
+    return run_benchmark("train", TrainingBench, minutes, dry, steps, runs_folder(output, dry))
 
 
 def collect(input: str = RUNS, output: str | None = None) -> str:
@@ -263,6 +263,11 @@ def table(output: str | None = None, picture: bool = True) -> str:
 def folder_of(output: str | None) -> Path | None:
     """A folder that was named; None is the usual one."""
     return None if output is None else Path(output)
+
+
+def runs_folder(output: str | None, dry: bool) -> Path:
+    """Folder of a run; that of dry runs is another one, unless it was named."""
+    return Path(output or (f"{RUNS}-dry" if dry else RUNS))
 
 
 COMMANDS: dict[str, Callable[..., str]] = {

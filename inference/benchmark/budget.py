@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from inference.benchmark import result_files
-from inference.benchmark.timers import device_of, free
+from inference.benchmark.timers import device_of, peak_memory, peak_rates, reset_peak
 from magihuman.errors import UserError
 
 FORMAT = "magihuman-benchmark/1"
@@ -34,8 +34,7 @@ _PATIENCE = 3.0  # a step is interrupted when it takes this many times the expec
 _GRACE = 20.0  # ... and this many seconds more
 _TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
 
-FOLDER = Path("runs") / "latency"
-
+CPU = torch.device("cpu")
 Values = dict[str, Any]
 
 
@@ -80,8 +79,8 @@ class BudgetedRun:
         folder: gets NAME.jsonl and NAME.log, appended to.
         name: of the files.
         seconds: time budget, counted from now.
+        device: whose peak memory becomes part of each result line.
         clock: monotonic seconds; tests give a simulated one.
-        before: called before each step; after: called after each step, its values become part of the result line.
 
     Raises:
         UserError: the folder cannot be written.
@@ -92,13 +91,11 @@ class BudgetedRun:
         folder: Path,
         name: str,
         seconds: float,
+        device: torch.device = CPU,
         clock: Callable[[], float] = time.monotonic,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[], Values] = dict,
     ) -> None:
         self.results, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
-        self.seconds, self.clock = seconds, clock
-        self.before, self.after = before, after
+        self.seconds, self.device, self.clock = seconds, device, clock
         self.status: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         self._took: dict[str, float] = {}
@@ -167,10 +164,10 @@ class BudgetedRun:
         self._now, start = step, self.clock()
         self.say(f"{step.name}: started, {self.left:.0f} s left")
         try:
-            self.before()
+            reset_peak(self.device)
             with _time_limit(min(_PATIENCE * step.longest + _GRACE, self.left)):
                 values = step.run()
-            self._end(step, "done", self.clock() - start, **values, **self.after())
+            self._end(step, "done", self.clock() - start, **values, **peak_memory(self.device))
         except (Exception, StepTimeout) as error:
             # Drivers, compilers and kernels fail in many ways; the other steps still count.
             reason = f"{type(error).__name__}: {str(error).strip()}"[:2000]
@@ -327,7 +324,7 @@ class Bench:
 
     Args:
         device: where the networks run.
-        dry: tiny networks.
+        dry: tiny networks, in fp32.
 
     Attributes:
         run: time budget and result files; set before the first step.
@@ -337,30 +334,15 @@ class Bench:
 
     def __init__(self, device: torch.device, dry: bool) -> None:
         self.device, self.dry = device, dry
+        self.dtype = torch.float32 if dry else torch.bfloat16
 
     def steps(self) -> list[Step]:
         """All steps in order of value, with the seconds that each should take on an H100: assumed until measured."""
         raise NotImplementedError
 
-    def reset_peak(self) -> None:
-        """Start a new measurement of peak memory.
-
-        The allocator's cache is kept: a timed request does not wait for memory that the pass before it had.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def memory(self) -> Values:
-        """Peak of allocated and reserved device memory since `reset_peak`, in bytes; nothing on a CPU."""
-        if self.device.type != "cuda":
-            return {}
-        reserved = torch.cuda.max_memory_reserved(self.device)
-        return {"peak_bytes": torch.cuda.max_memory_allocated(self.device), "reserved_bytes": reserved}
-
-    def free(self) -> None:
-        """Return memory that nothing refers to any more to the device."""
-        free(self.device)
-        self.reset_peak()
+    def peaks(self) -> Values:
+        """Peak rates of the device: one large matrix product and one large copy."""
+        return {"roof": peak_rates(self.device, self.dtype)}
 
 
 def run_benchmark(
@@ -369,12 +351,12 @@ def run_benchmark(
     minutes: float,
     dry: bool,
     steps: str | None,
-    output: str | None,
+    folder: Path,
 ) -> str:
     """Run a benchmark's steps within the time budget; returns the status of each.
 
     Args:
-        command: name of the command and of its files.
+        command: name of the command and of its files in `folder`.
         make_bench: takes the device and `dry`; the other settings are those of `suite`.
 
     Raises:
@@ -384,18 +366,8 @@ def run_benchmark(
         raise UserError(f"minutes={minutes:g} is impossible; give a number above 0 and below 1000")
     if not dry and not torch.cuda.is_available():
         raise UserError(f"torch finds no GPU; `{command} dry=true` runs the same steps with a tiny network on the CPU")
-    device = device_of("cpu" if dry else "cuda")
-    bench = make_bench(device, dry)
+    bench = make_bench(device_of("cpu" if dry else "cuda"), dry)
     chosen = choose(bench.steps(), steps)
-    folder = folder_for(output, dry)
-    run = BudgetedRun(folder, command, 60 * minutes, before=bench.reset_peak, after=bench.memory)
-    bench.run = run
-    run.header(command, dry, result_files.provenance(device))
-    return f"{run.run(chosen)}\nnext: python -m inference.benchmark collect input={run.results}"
-
-
-def folder_for(output: str | None, dry: bool) -> Path:
-    """Folder of the results; that of dry runs is another one, unless `output` names it."""
-    if output is not None:
-        return Path(output)
-    return FOLDER.with_name(f"{FOLDER.name}-dry") if dry else FOLDER
+    bench.run = BudgetedRun(folder, command, 60 * minutes, bench.device)
+    bench.run.header(command, dry, result_files.provenance(bench.device))
+    return f"{bench.run.run(chosen)}\nnext: python -m inference.benchmark collect input={bench.run.results}"

@@ -14,6 +14,7 @@ from typing import Any
 from inference.benchmark import calibrate, figure, result_files, result_tables
 from inference.benchmark.budget import RecordedRun, read_runs
 from inference.benchmark.measure import rates
+from inference.benchmark.micro import with_share
 from inference.benchmark.suite import DECODERS, SIZES
 from inference.benchmark.timers import UNSTEADY, summaries, summary
 from inference.fast import TIERS
@@ -98,21 +99,18 @@ def rows_of(run: RecordedRun, others: Sequence[RecordedRun] = ()) -> dict[str, l
     Args:
         others: further runs of the same machine and sources, for decoders that this one did not measure.
     """
-    roof_line = run.done("roof")
-    roof = roof_line["roof"] if roof_line else None
+    peaks = (run.done("roof") or {}).get("roof")
     kernels = [row for line in _done(run, "kernels ") for row in line["rows"]]
-    if roof:
-        shares = ({"of_roof": round(row["tflops"] / roof["tflops"], 4)} if "tflops" in row else {} for row in kernels)
-        kernels = [row | share for row, share in zip(kernels, shares, strict=True)]
-        kernels = [{"what": "roof", **roof}, *kernels] if kernels else []
+    if peaks and kernels:
+        kernels = [{"what": "roof", **peaks}, *(with_share(row, peaks) for row in kernels)]
     kept = ("step", "status", "at", "seconds", "reason", "trace", "gave_up", "compiler", *_MEMORY)
     return {
-        "measure": [row for tier in TIERS for size in SIZES for row in _clip_rows([run, *others], tier, size, roof)],
+        "measure": [row for tier in TIERS for size in SIZES for row in _clip_rows([run, *others], tier, size, peaks)],
         "decode": [line["row"] for line in _done(run, "decode ")],
         "micro": kernels,
         "profile": [_profile_row(run, line) for line in _done(run, "profile ")],
         "train": [
-            {**line["row"], "roof": roof, **{key: line[key] for key in _MEMORY if key in line}}
+            {**line["row"], "roof": peaks, **{key: line[key] for key in _MEMORY if key in line}}
             for line in run.steps.values()
             if line["status"] == "done" and "recipe" in line.get("row", {})
         ],
@@ -131,7 +129,7 @@ def _profile_row(run: RecordedRun, line: Values) -> Values:
     return {"size": size, "tier": tier, **facts, **line["profile"]}
 
 
-def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values | None) -> list[Values]:
+def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, peaks: Values | None) -> list[Values]:
     """A clip's rows of the first run: one for each decoder that was measured, one without a decoder if none was."""
     run = runs[0]
     first = run.done(f"{tier} {size} first")
@@ -158,12 +156,12 @@ def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values |
     if "planned_bytes" in last:
         row["planned_bytes"] = last["planned_bytes"]
     # Replaying a CUDA graph allocates nothing: the peak of a loop can be that of the first pass, which was recorded.
-    peaks = [line["peak_bytes"] for line in (first, last) if "peak_bytes" in line]
-    if peaks:
-        row["peak_memory_bytes"] = max(peaks)
+    memory = [line["peak_bytes"] for line in (first, last) if "peak_bytes" in line]
+    if memory:
+        row["peak_memory_bytes"] = max(memory)
     if last.get("gpu"):
         row["gpu_after"] = last["gpu"]
-    row["roof"], machine = roof, run.header["provenance"]["machine"]
+    row["roof"], machine = peaks, run.header["provenance"]["machine"]
     work = {name: stage["passes"] * stage["flops_per_pass"] for name, stage in row["geometry"].items()}
     rows = []
     for decoder in DECODERS:
@@ -172,9 +170,9 @@ def _clip_rows(runs: Sequence[RecordedRun], tier: str, size: str, roof: Values |
             stages = {**row["stages"], "decode to host": decoded["measured"]["to_host_seconds"]}
             named = {"name": decoder, "weights": "random", "cudnn_benchmark": decoded["cudnn_benchmark"]}
             flops = work | ({"decode to host": decoded["flops"]} if "flops" in decoded else {})
-            found = {"comparable": _sum(stages, loops), "rates": rates(stages, flops, roof, machine)}
+            found = {"comparable": _sum(stages, loops), "rates": rates(stages, flops, peaks, machine)}
             rows.append({**row, "decoder": named, "stages": stages, **found})
-    return rows or [{**row, "decoder": None, "rates": rates(row["stages"], work, roof, machine)}]
+    return rows or [{**row, "decoder": None, "rates": rates(row["stages"], work, peaks, machine)}]
 
 
 def _errors(run: RecordedRun, tier: str, size: str) -> Values:

@@ -14,7 +14,16 @@ from inference.benchmark.request import CONDITIONS, PUBLISHED_STAGES, STAGES, Ti
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.roofline.work import forward, video_decoder
-from inference.benchmark.timers import UNSTEADY, device_of, free, peak_rates, summaries, summary
+from inference.benchmark.timers import (
+    UNSTEADY,
+    device_of,
+    free,
+    peak_memory,
+    peak_rates,
+    reset_peak,
+    summaries,
+    summary,
+)
 from inference.fast import TIERS, require_kernel
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.gpu_specs import recognise
@@ -126,17 +135,16 @@ def _run(contenders: list[Contender], device: torch.device, warm: int, repeat: i
             if not number:
                 contender.row["cold"]["first_request"] = {k: round(v, 4) for k, v in times.items()}
         print(f"  {contender.row['tier']}: warm, request {times['request']:.3g} s", flush=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     start, done = time.perf_counter(), 0
     while done < repeat or (time.perf_counter() - start < budget and done < 4 * repeat):
         for contender in contenders:
             contender.times.append(contender.request.run())
             contender.worked.append(contender.request.worked)
         done += 1
-    for contender in contenders:
-        if device.type == "cuda":
-            contender.row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    if memory := peak_memory(device):
+        for contender in contenders:
+            contender.row["peak_memory_bytes"] = memory["peak_bytes"]
 
 
 def described(case: ClipCase, tier: str, network: Denoiser, weights: str, found: components.Parts | None) -> Row:
@@ -168,7 +176,7 @@ def described(case: ClipCase, tier: str, network: Denoiser, weights: str, found:
     }
 
 
-def _finished(case: ClipCase, contender: Contender, roof: Mapping[str, float], device: torch.device) -> Row:
+def _finished(case: ClipCase, contender: Contender, peaks: Mapping[str, float], device: torch.device) -> Row:
     """The row with its times."""
     row, requests = contender.row, contender.times
     names = [*STAGES, *CONDITIONS] if contender.request.parts is not None else [s.name for s in case.stages]
@@ -186,14 +194,14 @@ def _finished(case: ClipCase, contender: Contender, roof: Mapping[str, float], d
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1  # see `timers.undisturbed`
     times = row["processor_time"] if one_thread else found
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    row["rates"] = rates(times, work, roof, machine)
-    row["roof"] = dict(roof)
+    row["rates"] = rates(times, work, peaks, machine)
+    row["roof"] = dict(peaks)
     row["steady"] = all(found[stage.name]["cv"] <= UNSTEADY for stage in case.stages)
     return row
 
 
-def rates(times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, float] | None, machine: str) -> Row:
-    """TFLOP/s of each stage, its share of the measured roof, and of the data sheet's bf16 peak (MFU) if known.
+def rates(times: Mapping[str, Any], work: Mapping[str, int], peaks: Mapping[str, float] | None, machine: str) -> Row:
+    """TFLOP/s of each stage, its share of the measured peak, and of the data sheet's bf16 peak (MFU) if known.
 
     Args:
         times: spread of seconds by stage; work: FLOPs by stage.
@@ -203,8 +211,8 @@ def rates(times: Mapping[str, Any], work: Mapping[str, int], roof: Mapping[str, 
     for name, flops in work.items():
         reached = flops / times[name]["median"] / 1e12
         found[name] = {"tflops": round(reached, 5)}
-        if roof is not None:
-            found[name]["of_roof"] = round(reached / roof["tflops"], 4)
+        if peaks is not None:
+            found[name]["of_roof"] = round(reached / peaks["tflops"], 4)
         if known is not None:
             found[name]["mfu"] = round(reached * 1e12 / known.bf16, 4)
     return found

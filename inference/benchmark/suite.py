@@ -30,7 +30,7 @@ from inference.benchmark.micro import Microbenchmark
 from inference.benchmark.request import TimedRequest
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.roofline.predict import SIZES
-from inference.benchmark.timers import host_waits, peak_rates, profile_pass, synchronise, timed_calls
+from inference.benchmark.timers import free, host_waits, profile_pass, synchronise, timed_calls
 from inference.benchmark.video_decoders import decoder_row
 from inference.fast import require_kernel
 from magihuman.models.config import local_layers
@@ -90,7 +90,6 @@ class SuiteBench(Bench):
         super().__init__(device, dry)
         self.cases = cases(dry)
         self.largest = self.cases["1080p"]
-        self.dtype = torch.float32 if dry else torch.bfloat16
         base, sr = self.largest.stages
         self.stages: dict[str, DenoisingStage] = {
             "256p": base,
@@ -110,12 +109,12 @@ class SuiteBench(Bench):
         """Free the network in all its forms."""
         self.reference = self.network = None
         self.views = {}
-        self.free()
+        free(self.device)
 
     def steps(self) -> list[Step]:
         """See `Bench.steps`."""
         found = [
-            Step("roof", 12, self.roof),
+            Step("roof", 12, self.peaks),
             Step("build", 8, self.build),
             Step("truth", 15, self.truth, ("build",)),
             # Now, while the reference is there: a faster tier takes its layers.
@@ -171,9 +170,9 @@ class SuiteBench(Bench):
         needs = tuple(f"{tier} {name} first" for name in dict.fromkeys(("256p", size)))
         return Step(f"{tier} {size}", seconds, partial(self.clip, tier, size), needs, most=most)
 
-    def roof(self) -> Values:
-        """Peak rates of the device: one large product and one large copy; and whether torch can compile."""
-        values: Values = {"roof": peak_rates(self.device, self.dtype), "compiler": "not asked on a CPU"}
+    def peaks(self) -> Values:
+        """See `Bench.peaks`; and whether torch can compile."""
+        values = super().peaks() | {"compiler": "not asked on a CPU"}
         if self.device.type == "cuda":
             x = torch.ones(8, device=self.device)
             try:

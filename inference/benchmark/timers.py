@@ -38,10 +38,28 @@ def summary(seconds: Sequence[float]) -> dict[str, float | int]:
 
 
 def free(device: torch.device) -> None:
-    """Return memory that nothing refers to any more to the device."""
+    """Return memory that nothing refers to any more to the device, and start a new measurement of its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    reset_peak(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement of peak memory.
+
+    The allocator's cache is kept: a timed request does not wait for memory that the pass before it had.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak of allocated and reserved device memory since `reset_peak`, in bytes; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    reserved = torch.cuda.max_memory_reserved(device)
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}
 
 
 def synchronise(device: torch.device) -> None:

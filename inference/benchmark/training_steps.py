@@ -24,7 +24,7 @@ from inference.benchmark import result_files
 from inference.benchmark.bench_networks import random_network
 from inference.benchmark.budget import Bench, BudgetedRun, Step, Values
 from inference.benchmark.roofline.cases import DenoisingStage, make
-from inference.benchmark.timers import peak_rates, summary, synchronise
+from inference.benchmark.timers import free, summary, synchronise
 from magihuman.config import OptimSettings, StrategySettings, TrainerSettings
 from magihuman.distill.collapse_monitor import MonitorSettings
 from magihuman.distill.discriminator import GanSettings
@@ -81,7 +81,7 @@ class TrainingBench(Bench):
             return Step(f"{kind} {name}", seconds, partial(self.build, kind))
 
         return [
-            Step("roof", 6, self.roof),
+            Step("roof", 6, self.peaks),
             made("lora", "build"),
             *(measured("lora", mode, 6) for mode in ("attention", "blocks", "none")),
             measured("lora", "attention", 16, batch=4),
@@ -94,14 +94,10 @@ class TrainingBench(Bench):
             compiled("dmd2", 150),  # three adapters, with and without gradients: 25 graphs
         ]
 
-    def roof(self) -> Values:
-        """Peak rates of the device: one large matrix product and one large copy."""
-        return {"roof": peak_rates(self.device, torch.float32 if self.dry else torch.bfloat16)}
-
     def build(self, kind: str) -> Values:
         """A recipe with its networks: random weights on the device."""
         self.recipe = None
-        self.free()
+        free(self.device)
         self.kind = kind
         self.recipe = {"lora": self._lora, "dmd2": self._dmd2}[kind]()
         self.recipe.configure_model()
@@ -114,7 +110,7 @@ class TrainingBench(Bench):
         Args:
             mode: a key of CHECKPOINTING; batch: clips per step; compiled: blocks by torch.compile.
         """
-        self.free()  # optimizer states of the fit before
+        free(self.device)  # optimizer states of the fit before
         planned = self._planned(mode, batch)
         if self.device.type == "cuda":
             there = torch.cuda.get_device_properties(self.device).total_memory

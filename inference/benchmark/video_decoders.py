@@ -22,7 +22,7 @@ from inference.benchmark.components import random_codec
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, make
 from inference.benchmark.roofline.work import PUBLISHED, PUBLISHED_DECODERS, bound, decoder_parameters, video_decoder
-from inference.benchmark.timers import device_of, summary, synchronise
+from inference.benchmark.timers import device_of, peak_memory, reset_peak, summary, synchronise
 from inference.decoding import Decoder, to_pictures
 from magihuman.codecs import costs
 from magihuman.errors import UserError
@@ -84,7 +84,7 @@ def decoder_row(case: ClipCase, name: str, device: torch.device, repeat: int, cu
         row |= {"parameters": decoder_parameters(name), "flops": work.flops}
         row["computed"] = {
             "least_seconds_h100": float(f"{bound(work, GPUS['h100']).seconds:.4g}"),
-            "peak_memory_bytes": peak_memory(case, name),
+            "peak_memory_bytes": counted_memory(case, name),
         }
         if device.type == "cpu":
             return row | {"measured": {"status": "n/a", "reason": "no GPU at hand"}}
@@ -108,7 +108,7 @@ def decoder_row(case: ClipCase, name: str, device: torch.device, repeat: int, cu
     return row
 
 
-def peak_memory(case: ClipCase, name: str) -> int:
+def counted_memory(case: ClipCase, name: str) -> int:
     """Computed bytes of weights and activations while a clip is decoded chunk by chunk, bf16, without
     the workspaces of kernels."""
     last = case.stages[-1]
@@ -139,11 +139,11 @@ def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int) -> 
         synchronise(device)
         if number:
             times.append(time.perf_counter() - start)
-        elif device.type == "cuda":  # not the workspaces of the search
-            torch.cuda.reset_peak_memory_stats(device)
+        else:  # not the workspaces of the search
+            reset_peak(device)
     row: Row = {"to_host_seconds": summary(times)}
-    if device.type == "cuda":
-        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    if memory := peak_memory(device):
+        row["peak_memory_bytes"] = memory["peak_bytes"]
     return row
 
 

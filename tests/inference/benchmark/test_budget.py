@@ -36,7 +36,7 @@ class Clock:
 def simulated(steps: list[Step], seconds: float, slow: float, folder: Path) -> tuple[BudgetedRun, dict[str, int]]:
     """The run of a plan whose steps take `slow` times what is expected, one repetition after the other."""
     clock = Clock()
-    run = BudgetedRun(folder, "simulated", seconds, clock)
+    run = BudgetedRun(folder, "simulated", seconds, clock=clock)
     repetitions: dict[str, int] = {}
 
     def stand_in(step: Step) -> Step:
@@ -88,11 +88,14 @@ def test_the_plans_fit_their_default_budgets(tmp_path: Path) -> None:
     assert train.status["dmd2 attention compiled"] == "skipped"  # takes longer than all the rest: minutes=7
 
 
-def test_a_failing_step_is_a_line_and_not_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_step_is_a_line_and_not_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> dict[str, Any]:
         raise RuntimeError("cuDNN has no plan\nfor 47386 keys")
 
-    run = BudgetedRun(tmp_path, "r", 60, after=lambda: {"peak_bytes": 7})
+    monkeypatch.setattr(budget, "peak_memory", lambda device: {"peak_bytes": 7})
+    run = BudgetedRun(tmp_path, "r", 60)
     steps = [
         Step("bad", 1, fail),
         Step("after bad", 1, dict, ("bad",)),

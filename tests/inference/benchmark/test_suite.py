@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import budget, calibrate, result_files, result_tables, suite, timers
+from inference.benchmark import calibrate, result_files, result_tables, suite, timers
 from inference.benchmark import collect as collecting
-from inference.benchmark.__main__ import collect
+from inference.benchmark.__main__ import collect, runs_folder
 from inference.benchmark.__main__ import suite as run_suite
 from inference.benchmark.budget import BudgetedRun, choose, read_runs
 from inference.benchmark.collect import rows_of
@@ -281,7 +281,7 @@ def test_where_the_host_waited_is_of_the_run_that_looked(tmp_path: Path, monkeyp
 def test_collecting_refuses_what_is_no_result(dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="holds dry runs only, none of it is a result"):
         collect(str(dry))
-    assert budget.folder_for(None, True) != budget.folder_for(None, False) == Path("runs/latency")
+    assert runs_folder(None, True) != runs_folder(None, False) == Path("runs/latency")
     with pytest.raises(UserError, match=r"holds no \.jsonl file"):
         collect(str(tmp_path))
     for wrong in ({"dry": True, "minutes": 0.0}, {"minutes": -1.0}):
