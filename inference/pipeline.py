@@ -19,7 +19,6 @@ import torch
 
 from inference import decoding as clips
 from inference.decoding import Clip, Decoder, device_of
-from inference.fast import tier_of
 from inference.memory import Stages
 from inference.requests import InferOptions
 from inference.sampling import sample
@@ -102,7 +101,6 @@ class Pipeline:
         self.stages = stages
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
         self.dtype = str(self.denoiser.model.compute_dtype).removeprefix("torch.")
-        self.tier = tier_of(self.denoiser)
         self.times: dict[str, float] = defaultdict(float)
         self._texts: dict[str, torch.Tensor] = {}
 

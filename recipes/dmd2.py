@@ -39,7 +39,7 @@ from magihuman import zoo
 from magihuman.distill.collapse_monitor import CollapseMonitor, MonitorSettings, update_statistics
 from magihuman.distill.discriminator import Discriminator, GanSettings
 from magihuman.distill.fake_score_settings import FakeScoreSettings, check_resume, check_settings, rename_old_names
-from magihuman.distill.networks import LORAS, Networks, build_networks, frozen
+from magihuman.distill.networks import Networks, build_networks, frozen
 from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout, micro_batches, roll_out, sampler
 from magihuman.errors import UserError
@@ -48,7 +48,7 @@ from magihuman.flow.path import add_noise, x0_from_velocity
 from magihuman.flow.sampling import MODALITIES, Pair, each
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
-from magihuman.models.config import LoraConfig
+from magihuman.models.config import LORAS, LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import distillation_flops
 from magihuman.models.lora import base_state, lora_state, merge, without_base

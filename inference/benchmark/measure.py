@@ -169,7 +169,7 @@ def described(case: ClipCase, tier: str, network: Denoiser, weights: str, found:
         "clip": {"seconds": case.seconds, "frames": case.frames, "pixels": list(case.pixels)},
         "geometry": geometry,
         "tier": tier,
-        "exactness": TIERS[tier].exactness,
+        "exactness": TIERS[tier],
         **bench_networks.facts(network),
         "dtype": str(network.model.compute_dtype).removeprefix("torch."),
         "decoder": decoder,

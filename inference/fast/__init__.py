@@ -10,14 +10,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from inference.fast.tiers import TIERS, Options, Tier, check_tier, options_for
+from inference.fast.tiers import TIERS, Options, check_tier, options_for
 
 if TYPE_CHECKING:
     import torch
 
     from magihuman.models.denoiser import Denoiser
 
-__all__ = ["TIERS", "Options", "Tier", "check_tier", "options_for", "prepare", "require_kernel", "tier_of"]
+__all__ = ["TIERS", "Options", "check_tier", "options_for", "prepare", "require_kernel"]
 
 
 def prepare(
@@ -49,15 +49,10 @@ def prepare(
     from magihuman.errors import UserError
 
     if isinstance(denoiser, FastDenoiser):
-        raise UserError(f"this network was prepared for tier={denoiser.tier.name}; load the checkpoint again")
+        raise UserError(f"this network was prepared for tier={denoiser.tier}; load the checkpoint again")
     place = torch.device(device) if device is not None else denoiser.model.adapter.rope.bands.device
     options = options_for(tier, place.type, **changes)
-    return FastDenoiser(denoiser, TIERS[tier], options, place, release)
-
-
-def tier_of(denoiser: "Denoiser") -> Tier:
-    """The tier that a denoiser computes in."""
-    return getattr(denoiser, "tier", TIERS["reference"])
+    return FastDenoiser(denoiser, tier, options, place, release)
 
 
 def require_kernel(tier: str, device: "torch.device", dtype: "torch.dtype") -> None:

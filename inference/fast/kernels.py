@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from inference.fast.fp8 import FP8
-from magihuman.models.attention import MATH_LIMIT
-
-"""Scores up to which plain products beat the fused CPU kernel, as in magihuman.models.attention."""
+from magihuman.models import attention
 
 _PROBABILITY_SCALE = 256.0
 """FlashAttention-3 stretches probabilities by 2^8 before it rounds them to e4m3."""
@@ -64,24 +62,8 @@ def variants(name: str) -> tuple[Kernel, ...]:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
-    """In the dtype of q, with all scores in memory; see the module for shapes."""
-    b, n, _, dim = q.shape
-    shared = k.shape[2]
-    # Query heads of one key head are stacked as rows of one product.
-    rows = q.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(b * shared, -1, dim)
-    keys = k.permute(0, 2, 3, 1).reshape(b * shared, dim, -1)
-    values = v.permute(0, 2, 1, 3).reshape(b * shared, -1, dim)
-    scores = torch.baddbmm(rows.new_zeros(()), rows, keys, beta=0, alpha=dim**-0.5)
-    out = _by_head(torch.bmm(scores.softmax(dim=-1), values), b, shared, n)
-    lse = None
-    if want_lse:
-        lse = _by_head(scores.float().logsumexp(dim=-1, keepdim=True), b, shared, n).squeeze(-1)
-    return out, lse
-
-
-def _by_head(x: Tensor, b: int, shared: int, n: int) -> Tensor:
-    """[b Hkv, rep n, D] -> [b,n,Hq,D]."""
-    return x.view(b, shared, -1, n, x.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    """`magihuman.models.attention.plain`."""
+    return attention.plain(q, k, v, want_lse)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
@@ -96,7 +78,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None
 
 def _by_size(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
-    return (plain if scores <= MATH_LIMIT else _sdpa)(q, k, v, want_lse)
+    return (plain if scores <= attention.MATH_LIMIT else _sdpa)(q, k, v, want_lse)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, want_lse: bool, scales: Tensor | None = None) -> Output:

@@ -15,15 +15,7 @@ ATTENTION = ("reference", "auto", "plain", "sdpa", "cudnn", "flash2", "fa3", "fp
 FP8 = ("off", "shared", "all")
 
 
-@dataclass(frozen=True)
-class Tier:
-    """An optimisation level; `exactness` is "E0", "E1" or "approximate"."""
-
-    name: str
-    exactness: str
-
-
-_EXACTNESS = {
+TIERS = {
     "reference": "E0",  # the network as it is written in magihuman.models.dit
     "exact": "E0",  # the reference's arithmetic, with all that never changes made once
     "fast": "E1",  # the same mathematics through other kernels: padded, compiled, experts in one product
@@ -31,7 +23,7 @@ _EXACTNESS = {
     "fp8_attention": "approximate",  # fp8, and attention in 8-bit floats (FlashAttention-3, Hopper)
     "cached": "approximate",  # fast, with the middle layers' change forecast in some of many steps
 }
-TIERS = {name: Tier(name, exactness) for name, exactness in _EXACTNESS.items()}
+"""Exactness of every tier."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +59,10 @@ class Options:
                 raise UserError(f"{name}={getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
 
 
-def check_tier(name: str) -> Tier:
-    """The tier of that name.
-
-    Raises:
-        UserError: unknown, with the choices.
-    """
+def check_tier(name: str) -> None:
+    """Raises UserError for an unknown tier, listing the choices."""
     if name not in TIERS:
         raise UserError(f"tier={name} is unknown; choose one of {', '.join(TIERS)}")
-    return TIERS[name]
 
 
 def options_for(tier: str, device_type: str, **changes: Any) -> Options:

@@ -15,7 +15,7 @@ from inference.fast.fused_blocks import BlockTokens, CompiledBlocks, Projected, 
 from inference.fast.fused_weights import FastLayer
 from inference.fast.kernels import Kernel, windowed
 from inference.fast.step_cache import StepCache
-from inference.fast.tiers import Options, Tier
+from inference.fast.tiers import Options
 from magihuman.models.attention import attention
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import Block, SingleStreamDiT
@@ -296,7 +296,7 @@ class FastDenoiser(Denoiser):
     """
 
     def __init__(
-        self, denoiser: Denoiser, tier: Tier, options: Options, device: torch.device, release: bool = False
+        self, denoiser: Denoiser, tier: str, options: Options, device: torch.device, release: bool = False
     ) -> None:
         model: Any = FastTransformer(denoiser.model, options, device, release)
         super().__init__(model, denoiser.pack)

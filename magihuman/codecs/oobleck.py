@@ -154,16 +154,11 @@ def split_windows(waveform: torch.Tensor, window: int) -> list[torch.Tensor]:
 
     A waveform that fits into one window is returned unpadded.
     """
-    samples = waveform.shape[-1]
+    samples, step = waveform.shape[-1], window // 2
     if samples <= window:
         return [waveform]
-    pieces: list[torch.Tensor] = []
-    start = 0
-    while not pieces or start - window // 2 + window < samples:
-        piece = waveform[..., start : start + window]
-        pieces.append(F.pad(piece, (0, window - piece.shape[-1])))
-        start += window // 2
-    return pieces
+    padded = F.pad(waveform, (0, -(samples - window) % step))
+    return [piece.contiguous() for piece in padded.unfold(-1, window, step).unbind(-2)]
 
 
 def cross_fade(blocks: list[torch.Tensor]) -> torch.Tensor:

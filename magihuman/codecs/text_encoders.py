@@ -10,7 +10,6 @@ the features: one token per word, from its bytes, its index, and the previous wo
 """
 
 import hashlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from magihuman.errors import UserError
+from magihuman.io.export import weight_files
 from magihuman.io.files import is_hub_id
 from magihuman.io.released_files import read_json
 
@@ -183,17 +183,12 @@ def _complete_folder(source: str | Path) -> Path:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is damaged; {fetch}") from error
-        missing += sorted(name for name in shards if not (folder / name).is_file())
-    elif not (folder / "model.safetensors").is_file():
-        missing.append("model.safetensors")
     if missing:
         raise UserError(f"the text encoder in {folder} is incomplete, missing {', '.join(missing)}; {fetch}")
+    try:
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(f"the text encoder in {folder} is incomplete: {error}; {fetch}") from None
     kind = read_json(folder / "config.json", "the shape of the text encoder").get("model_type")
     if kind != "t5gemma":
         raise UserError(f"{folder} holds a model of type {kind!r}, not 't5gemma'; {fetch}")

@@ -4,18 +4,19 @@
 the same result (tested).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from magihuman.errors import UserError
+from magihuman.models.config import Plain
 
 
 @dataclass(frozen=True)
-class WanDecoderConfig:
+class WanDecoderConfig(Plain):
     """Hyperparameters of a decoder in Wan 2.2's layout.
 
     Attributes:
@@ -46,19 +47,6 @@ class WanDecoderConfig:
         """(frames, rows, columns) of pixels per latent."""
         space = 2 ** len(self.double_time) * self.patch
         return 2 ** sum(self.double_time), space, space
-
-    def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "WanDecoderConfig":
-        """Raises UserError for unknown, missing or impossible settings."""
-        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        try:
-            return cls(**given)
-        except TypeError as error:
-            raise UserError(f"these are not the settings of a teacher decoder: {error}") from error
 
 
 class WanDecoder(nn.Module):

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from magihuman.distill.networks import LORAS
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig
+from magihuman.models.config import LORAS
 from magihuman.training.context import TrainingContext
 
 

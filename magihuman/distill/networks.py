@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from magihuman.models.config import LoraConfig
+from magihuman.models.config import LORAS, LoraConfig
 from magihuman.models.denoiser import Denoiser, WithLora
 from magihuman.models.lora import add_lora, copy_lora, lora_parameters
-
-LORAS = {"full": (), "lora_fake_score": ("fake_score",), "lora": ("student", "fake_score", "average")}
-"""Weight sharing -> roles that are LoRAs."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.files import atomic_path
-from magihuman.io.released_files import require_fit
+from magihuman.io.released_files import read_json, require_fit
 from magihuman.models.config import Contract, DiTConfig, PackConfig
 
 FORMAT = "magihuman/1"
@@ -140,21 +140,19 @@ def save_export(
     return folder
 
 
-def load_config(folder: str | Path) -> ExportConfig:
+def load_config(folder: str | Path, name: str = CONFIG) -> ExportConfig:
     """Config of an exported checkpoint.
+
+    Args:
+        name: of the file.
 
     Raises:
         UserError: when it is absent, not JSON, or does not fit.
     """
-    path = Path(folder) / CONFIG
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not an exported checkpoint: it has no {CONFIG}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object; export the checkpoint again")
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{folder} is not an exported checkpoint: it has no {name}")
+    values = read_json(path, "the settings of the checkpoint")
     try:
         return ExportConfig.from_dict(values)
     except UserError as error:

@@ -25,14 +25,13 @@ class Mp4Writer:
 
     def __init__(
         self, path: str | Path, size: tuple[int, int], fps: float, rate: int = 0, channels: int = 1,
-        crf: int = 18, threads: int = 1,
+        crf: int = 18,
     ) -> None:  # fmt: skip
         """
         Args:
             size: (height, width), both even, as yuv420p needs.
             rate, channels: of the audio, 0: none.
             crf: x264 quality, 0 to 51, less is better.
-            threads: of x264; the bytes of the file depend on it.
 
         Raises:
             UserError: odd size, or not one or two channels.
@@ -44,7 +43,7 @@ class Mp4Writer:
         self._path = Path(path)
         self._output = atomic_path(self._path)
         self._size, self._fps = size, Fraction(fps).limit_denominator(1001)
-        self._rate, self._channels, self._crf, self._threads = rate, channels, crf, threads
+        self._rate, self._channels, self._crf = rate, channels, crf
         self._written = self._samples = 0
 
     def __enter__(self) -> Mp4Writer:
@@ -60,7 +59,7 @@ class Mp4Writer:
         video = self._container.add_stream("libx264", rate=self._fps, options=options)
         video.height, video.width, video.pix_fmt = *self._size, "yuv420p"
         context = video.codec_context
-        context.thread_count = self._threads
+        context.thread_count = 1  # the bytes of the file depend on it
         # BT.709, limited range, said so in the file: untagged small clips would be shown with BT.601 colours.
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
         self._video, self._reformatter, self._audio = video, VideoReformatter(), None
@@ -122,9 +121,7 @@ def _numpy(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
 
-def write_mp4(
-    path: str | Path, frames: Any, fps: float, wave: Any = None, rate: int = 0, *, crf: int = 18, threads: int = 1
-) -> None:
+def write_mp4(path: str | Path, frames: Any, fps: float, wave: Any = None, rate: int = 0, *, crf: int = 18) -> None:
     """Write one clip as mp4 in one pass; it appears complete or not at all, with the same bytes every time.
 
     Args:
@@ -141,7 +138,7 @@ def write_mp4(
     audio = None if wave is None else _numpy(wave)
     channels = 1 if audio is None else audio.shape[0]
     size = (int(array.shape[1]), int(array.shape[2]))
-    with Mp4Writer(path, size, fps, rate if audio is not None else 0, channels, crf, threads) as writer:
+    with Mp4Writer(path, size, fps, rate if audio is not None else 0, channels, crf) as writer:
         writer.add_frames(array)
         if audio is not None:
             writer.add_wave(audio)

@@ -131,8 +131,8 @@ class MediaReader:
     Use as a context manager. Raises MediaError on opening when the file holds no video.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
 
     def __enter__(self) -> MediaReader:
         self._video_input = opened(self._path)
@@ -141,8 +141,8 @@ class MediaReader:
         if stream is None:
             self._video_input.__exit__(None, None, None)
             raise MediaError("holds no video")
-        self._video = VideoTrack(container, stream, self._threads)
-        origin = float((stream.start_time or 0) * stream.time_base)
+        self._video = VideoTrack(container, stream)
+        origin = start_of(stream)
         # Audio has a demuxer of its own, so that neither track waits for the other's packets.
         self._audio_input = opened(self._path)
         container = self._audio_input.__enter__()
@@ -207,7 +207,7 @@ def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:
         if stream is None:
             raise MediaError("holds no audio")
         seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        wave = AudioTrack(container, stream).read(0.0, None, rate, channels)
+        wave = AudioTrack(container, stream, start_of(stream)).read(0.0, None, rate, channels)
     if seconds:  # coded frames are longer than the audio in them
         wave = wave[:, : max(1, round(seconds * rate))]
     if not wave.shape[1]:
@@ -298,6 +298,11 @@ def audio_stream(container: Any) -> Any | None:
     return None
 
 
+def start_of(stream: Any) -> float:
+    """Time of a stream's first frame on the container's clock [s]."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
 def seconds_of(container: Any, stream: Any) -> float:
     """Length of a stream: its own field, its tag (Matroska), or the end of its last packet."""
     if stream.duration:
@@ -306,7 +311,7 @@ def seconds_of(container: Any, stream: Any) -> float:
     if len(clock) == 3:
         with contextlib.suppress(ValueError):
             end = int(clock[0]) * 3600 + int(clock[1]) * 60 + float(clock[2])
-            return end - float((stream.start_time or 0) * stream.time_base)
+            return end - start_of(stream)
     rate = getattr(stream, "average_rate", None)
     usual = round(1 / (rate * stream.time_base)) if rate else 0  # for FLV and others without packet durations
     ends = [p.pts + (p.duration or usual) for p in container.demux(stream) if p.pts is not None]
@@ -336,11 +341,11 @@ def square_pixels(frame: Any, stream: Any) -> tuple[int, int]:
 class _Track:
     """One stream of an opened container, decoded forwards with seeks over long gaps."""
 
-    def __init__(self, container: Any, stream: Any, origin: float, threads: int) -> None:
+    def __init__(self, container: Any, stream: Any, origin: float) -> None:
         self._container, self._stream, self._origin = container, stream, origin
         self._base = float(stream.time_base)
         self._damage: list[float] = []  # times of what did not decode
-        stream.codec_context.thread_count = threads
+        stream.codec_context.thread_count = 1
         self._frames = self._decoded()
 
     def _time(self, stamp: int) -> float:
@@ -383,10 +388,10 @@ class _Track:
 class VideoTrack(_Track):
     """Frames at given times of a video stream; cheap for ascending times."""
 
-    def __init__(self, container: Any, stream: Any, threads: int = 1) -> None:
+    def __init__(self, container: Any, stream: Any) -> None:
         from av.video.reformatter import VideoReformatter
 
-        super().__init__(container, stream, float((stream.start_time or 0) * stream.time_base), threads)
+        super().__init__(container, stream, start_of(stream))
         self._reformatter = VideoReformatter()
         self._shown: Any = None  # on display at the position reached
         self._next: Any = None
@@ -486,12 +491,11 @@ class VideoTrack(_Track):
 class AudioTrack(_Track):
     """Any time range of an audio stream, resampled; silence outside of the track."""
 
-    def __init__(self, container: Any, stream: Any, origin: float | None = None, threads: int = 1) -> None:
-        """Args: origin: the first frame's time on the container's clock [s]; None: own start."""
+    def __init__(self, container: Any, stream: Any, origin: float) -> None:
+        """Args: origin: time 0 on the container's clock [s]."""
         import av
 
-        own = float((stream.start_time or 0) * stream.time_base)
-        super().__init__(container, stream, own if origin is None else origin, threads)
+        super().__init__(container, stream, origin)
         self._rate = int(stream.codec_context.sample_rate)
         self._to_float = av.AudioResampler(format="fltp")
         self._layout = ""

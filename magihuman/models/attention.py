@@ -177,16 +177,32 @@ def _from_dense(dense: list[Tensor], layout: Layout) -> Tensor:
 # -- dense kernels: q [b,n,Hq,D], k and v [b,m,Hkv,D] -> [b,n,Hq,D] ------------------------------------------------
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    b, n, heads, dim = q.shape
+def plain(q: Tensor, k: Tensor, v: Tensor, want_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Attention in plain products, with all scores in memory.
+
+    Args:
+        q: [b,n,Hq,D]; k, v: [b,m,Hkv,D].
+
+    Returns:
+        [b,n,Hq,D] in the dtype of q, and if wanted the log-sum-exp of the scaled scores, fp32 [b,n,Hq].
+    """
+    b, n, _, dim = q.shape
     shared = k.shape[2]
     # Query heads that share a key head are stacked as more rows of one product: keys are never repeated.
     rows = q.unflatten(2, (shared, -1)).permute(0, 2, 3, 1, 4).reshape(b * shared, -1, dim)
     keys = k.permute(0, 2, 3, 1).reshape(b * shared, dim, -1)
     values = v.permute(0, 2, 1, 3).reshape(b * shared, -1, dim)
     scores = torch.baddbmm(rows.new_zeros(()), rows, keys, beta=0, alpha=dim**-0.5)
-    out = torch.bmm(scores.softmax(dim=-1), values)
-    return out.view(b, shared, heads // shared, n, dim).permute(0, 3, 1, 2, 4).reshape(b, n, heads, dim)
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.view(b, shared, -1, n, x.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    lse = by_head(scores.float().logsumexp(dim=-1, keepdim=True)).squeeze(-1) if want_lse else None
+    return by_head(torch.bmm(scores.softmax(dim=-1), values)), lse
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain(q, k, v)[0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

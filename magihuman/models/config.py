@@ -1,6 +1,6 @@
 """Hyperparameters of network, token packing, token routing and LoRA, and the latent contract; without torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -27,12 +27,14 @@ Checkpointing = Literal[False, True, "attention"]
 kept, and FlexAttention, which is compiled separately and hides its kernel from the policy.
 """
 
-_Config = TypeVar("_Config", bound="_FromDict")
+_Config = TypeVar("_Config", bound="Plain")
 
 
-class _FromDict:
+class Plain:
+    """Base class of dataclasses that are stored as plain values."""
+
     @classmethod
-    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
         """Make the config from plain values; lists become tuples.
 
         Raises:
@@ -56,7 +58,7 @@ class _FromDict:
 
 
 @dataclass(frozen=True)
-class DiTConfig(_FromDict):
+class DiTConfig(Plain):
     """Shape of the single-stream transformer (SPEC 1.1).
 
     Attributes:
@@ -182,7 +184,7 @@ def local_layers(count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class PackConfig(_FromDict):
+class PackConfig(Plain):
     """Settings of token packing (SPEC 2).
 
     Attributes:
@@ -205,7 +207,7 @@ class PackConfig(_FromDict):
 
 
 @dataclass(frozen=True)
-class TreadConfig(_FromDict):
+class TreadConfig(Plain):
     """Token routing during training: unselected tokens skip a span of layers and rejoin after it (TREAD).
 
     Krause et al. 2025, arXiv 2501.04765. The release carries these settings unused: rate 0.5, layers 2 to 25.
@@ -226,8 +228,12 @@ class TreadConfig(_FromDict):
             raise UserError(f"tread needs 0 <= start_layer <= end_layer, not {self.start_layer}, {self.end_layer}")
 
 
+LORAS = {"full": (), "lora_fake_score": ("fake_score",), "lora": ("student", "fake_score", "average")}
+"""Weight sharing of DMD-2's networks -> those that are LoRAs on the teacher's weights."""
+
+
 @dataclass(frozen=True)
-class LoraConfig(_FromDict):
+class LoraConfig(Plain):
     """Size of a LoRA (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
@@ -257,7 +263,7 @@ class LoraConfig(_FromDict):
 
 
 @dataclass(frozen=True)
-class Contract:
+class Contract(Plain):
     """Names, shapes and rates of the latents of a checkpoint, a codec bundle or shards.
 
     It is stored with checkpoints and shards and compared at load, so a mismatch is an error instead of a wrong clip.
@@ -280,13 +286,6 @@ class Contract:
     fps: float
     audio_rate: int
     waveform_channels: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "video_stride": list(self.video_stride)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Contract":
-        return cls(**{**values, "video_stride": tuple(values["video_stride"])})
 
     def require(self, other: "Contract", mine: str, theirs: str) -> None:
         """Raise unless both contracts are equal.

@@ -43,20 +43,6 @@ GPUS = {
     "5090": Gpu("RTX 5090", 210e12, 419e12, 1.792e12, 32e9, _GEN5, 170),
 }
 
-# Part of the device name in torch -> key, the more specific one first.
-_DEVICE_NAMES = {
-    "H100 PCIe": "h100-pcie",
-    "H100 NVL": "h100-nvl",
-    "H100": "h100",
-    "H800": "h100",
-    "H200": "h200",
-    "B200": "b200",
-    "A100": "a100",
-    "L40S": "l40s",
-    "RTX 4090": "4090",
-    "RTX 5090": "5090",
-}
-
 
 def gpu(name: str) -> Gpu:
     """The device called `name`.
@@ -71,7 +57,9 @@ def gpu(name: str) -> Gpu:
 
 def recognise(device_name: str) -> Gpu | None:
     """The device that torch gives this name, or None."""
-    return next((GPUS[key] for part, key in _DEVICE_NAMES.items() if part in device_name), None)
+    plain = device_name.lower().replace("h800", "h100")
+    longest_first = sorted(GPUS, key=len, reverse=True)  # "h100-pcie" before "h100"
+    return next((GPUS[key] for key in longest_first if key.replace("-", " ") in plain), None)
 
 
 def peak_flops(device: "torch.device") -> float | None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def rotary_bands(head_dim: int, device: torch.device | str | None = None) -> Tensor:
+def rotary_bands(head_dim: int) -> Tensor:
     """Frequencies of one axis: 1 / 10000^(j / nb), nb = head_dim / 8. fp32 [nb]."""
     count = head_dim // 8
-    exponent = torch.arange(count, dtype=torch.int64, device=device).to(torch.float32) / count
+    exponent = torch.arange(count, dtype=torch.int64).to(torch.float32) / count
     return 1.0 / 10000.0**exponent
 
 

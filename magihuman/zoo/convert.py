@@ -10,7 +10,7 @@ from pathlib import Path
 
 from magihuman.codecs.bundle import ROLES, bundle_spec
 from magihuman.errors import UserError
-from magihuman.io.export import CONFIG, ExportConfig, check_fit, plan_shards, weight_files, write_json
+from magihuman.io.export import CONFIG, ExportConfig, check_fit, load_config, plan_shards, weight_files, write_json
 from magihuman.io.files import NEW, staged
 from magihuman.io.streamed_safetensors import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
 from magihuman.models.config import DiTConfig
@@ -89,10 +89,14 @@ def open_source(src: str, role: str | None = None) -> tuple[Sequence[Path], Mapp
     elif (path / DIFFUSERS_INDEX).is_file():
         files = weight_files(path / "transformer", compressed=True, stem=diffusers_style.STEM)
         specs = _read_all(files)
-        own = diffusers_style.our_config(path)
-        if own and role:
-            raise UserError(f"{src} has a config of its own ({diffusers_style.OUR_CONFIG}); leave role= out")
-        config = own or config_for(_role(path, role), _shapes(specs), src)
+        if (path / diffusers_style.OUR_CONFIG).is_file():
+            if role is not None:
+                raise UserError(f"{src} has a config of its own ({diffusers_style.OUR_CONFIG}); leave role= out")
+            config = load_config(path, diffusers_style.OUR_CONFIG)
+        else:  # made by another program
+            if role is None and path.name not in ROLES:
+                raise UserError(f"{path} has no {diffusers_style.OUR_CONFIG}; add role= one of {', '.join(ROLES)}")
+            config = config_for(role or path.name, _shapes(specs), src)
     else:
         from magihuman import zoo
 
@@ -203,9 +207,3 @@ def _read_all(files: Sequence[Path]) -> dict[str, Spec]:
 
 def _shapes(specs: Mapping[str, Spec]) -> dict[str, tuple[int, ...]]:
     return {name: spec.shape for name, spec in specs.items()}
-
-
-def _role(folder: Path, role: str | None) -> str:
-    if role is None and folder.name not in ROLES:
-        raise UserError(f"{folder} has no {diffusers_style.OUR_CONFIG}; add role= one of {', '.join(ROLES)}")
-    return role or folder.name

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS
+from magihuman.models.config import Plain
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
 
@@ -34,7 +35,7 @@ LAYOUTS = ("causal", "released", "wan")
 
 
 @dataclass(frozen=True)
-class Latents:
+class Latents(Plain):
     """Latents that a decoder takes: normalised, of a codec with this name and shape.
 
     Attributes:
@@ -50,9 +51,6 @@ class Latents:
     def of(cls, contract: "Contract") -> "Latents":
         """Those of a codec bundle."""
         return cls(contract.video_codec, contract.video_channels, contract.video_stride)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"codec": self.codec, "channels": self.channels, "stride": list(self.stride)}
 
     def require(self, other: "Latents", mine: str, theirs: str) -> None:
         """Raises UserError unless both are equal; `mine` and `theirs` name the owners in the message."""
@@ -111,9 +109,8 @@ class DecoderConfig:
         if values.get("format") != FORMAT:
             raise UserError(f"format is {values.get('format')!r}, this version reads {FORMAT!r}")
         try:
-            latents = values["latents"]
-            found = Latents(latents["codec"], latents["channels"], tuple(latents["stride"]))
-            return cls(values["layout"], values["network"], found, values.get("provenance", {}))
+            latents = Latents.from_dict(values["latents"])
+            return cls(values["layout"], values["network"], latents, values.get("provenance", {}))
         except (KeyError, TypeError) as error:
             raise UserError(f"a decoder's setting is missing or of the wrong type: {error}") from None
 

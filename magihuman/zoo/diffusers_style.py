@@ -35,21 +35,6 @@ class Codec:
         return sum(spec.nbytes for _, spec in self.names.values())
 
 
-def our_config(folder: Path) -> ExportConfig | None:
-    """The config that `write_configs` left in a diffusers-style folder; None in folders of other programs.
-
-    Raises:
-        UserError: damaged.
-    """
-    path = folder / OUR_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        return ExportConfig.from_dict(read_json(path, "the settings of the checkpoint"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def write_configs(folder: Path, config: ExportConfig, codecs: Mapping[str, Codec]) -> None:
     """Write all JSON files except those of the codecs.
 

@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
+from magihuman.io.released_files import read_json
 from magihuman.io.streamed_safetensors import DTYPES
 from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
 from magihuman.zoo.names import choices
@@ -31,10 +33,10 @@ def describe(path: str | Path) -> str:
         )
     parts = []
     if (path / "run.json").is_file():
-        parts.append(_json_block("run", _read_json(path / "run.json")))
+        parts.append(_json_block("run", path / "run.json"))
     export = path / "export" if (path / "export").is_dir() else path
     if (export / CONFIG).is_file():
-        parts.append(_json_block(f"config ({export / CONFIG})", _read_json(export / CONFIG)))
+        parts.append(_json_block(f"config ({export / CONFIG})", export / CONFIG))
     if (export / INDEX).is_file() or (export / SINGLE).is_file():
         parts.append(_tensor_table(weight_files(export)))
     elif loose := sorted(export.glob("*.safetensors")):
@@ -42,7 +44,7 @@ def describe(path: str | Path) -> str:
     lora = next((folder for folder in (path, path / "adapter") if is_lora(folder)), None)
     if lora is not None:
         file = lora / ADAPTER_CONFIG
-        parts.append(_json_block(f"LoRA ({file})", _read_json(file)))
+        parts.append(_json_block(f"LoRA ({file})", file))
         if lora != path:
             parts.append(_tensor_table(sorted(lora.glob("*.safetensors"))))
     checkpoints = sorted((path / "checkpoints").glob("*")) if (path / "checkpoints").is_dir() else []
@@ -53,20 +55,11 @@ def describe(path: str | Path) -> str:
     return "\n\n".join(parts)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+def _json_block(title: str, path: Path) -> str:
+    return title + "\n" + "\n".join(_flat_lines(read_json(path, "a description of the checkpoint"), "  "))
 
 
-def _json_block(title: str, values: Any) -> str:
-    return title + "\n" + "\n".join(_flat_lines(values, "  "))
-
-
-def _flat_lines(values: Any, indent: str) -> list[str]:
-    if not isinstance(values, dict):
-        return [f"{indent}{json.dumps(values)}"]
+def _flat_lines(values: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for key, value in values.items():
         if isinstance(value, dict) and value:

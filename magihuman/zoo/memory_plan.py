@@ -15,7 +15,7 @@ from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
-from magihuman.models.config import Checkpointing, DiTConfig
+from magihuman.models.config import LORAS, Checkpointing, DiTConfig
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import ADAM, BF16, FORMS, FP32, TokenCounts
 
@@ -29,9 +29,6 @@ SIZES = {name: (*base, larger) for name, (base, larger) in bundle_spec("released
 LATENT_COPIES = 12  # latents, noise, velocities, solver state
 TURBO_FRAMES, WAN_FRAMES = 28, 4  # decoded at a time
 CLUSTERS = (1, 8, 16, 32, 64)
-
-WEIGHT_SHARING = ("full", "lora_fake_score", "lora")
-"""Weight sharing of DMD-2's networks: none; the fake score is a LoRA on the teacher; student and fake score are."""
 
 # -- inference --------------------------------------------------------------------------------------------------------
 
@@ -281,7 +278,7 @@ def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
     """Weights, gradients, optimiser state and EMA of all GPUs together, with fp32 master weights and Adam.
 
     Args:
-        task: "pretrain", "lora" or "dmd2"; sharing: of the latter, one of WEIGHT_SHARING.
+        task: "pretrain", "lora" or "dmd2"; sharing: of the latter, a key of LORAS.
     """
     count, lora = step.config.parameter_count(), footprint.lora_count(step.config, step.rank)
     ema = FP32 if step.ema == "gpu" else 0
@@ -289,11 +286,8 @@ def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
         return (ADAM + ema) * count
     if task == "lora":  # a frozen base, the trained LoRA, and its EMA
         return BF16 * count + (ADAM + ema) * lora
-    return {
-        "full": (2 * ADAM + BF16 + ema) * count,
-        "lora_fake_score": (ADAM + BF16 + ema) * count + ADAM * lora,
-        "lora": BF16 * count + (2 * ADAM + ema) * lora,
-    }[sharing]
+    student, fake_score = (lora if role in LORAS[sharing] else count for role in ("student", "fake_score"))
+    return BF16 * count + ADAM * (student + fake_score) + ema * student  # BF16: the teacher
 
 
 def gathered_bytes(step: TrainingStep, gpus: int) -> int:
@@ -322,7 +316,7 @@ def per_gpu(step: TrainingStep, task: str, gpus: int, sharing: str = "full") -> 
 
 def training_report(step: TrainingStep, task: str, gpus: int, title: str, available: int) -> str:
     """Memory by kind, a table over cluster sizes, and what to change if it does not fit."""
-    ways = WEIGHT_SHARING if task == "dmd2" else ("full",)
+    ways = list(LORAS) if task == "dmd2" else ["full"]
     lines = [f"{title}; every number is computed, none measured"]
     largest = max(work_bytes(step, task, way) for way in ways)
     lines.append(f"{'activations':<28}{largest / GB:>10.2f}  GB per GPU")

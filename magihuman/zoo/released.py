@@ -4,6 +4,7 @@ Shapes give the architecture (`infer_model`), so tiny files of the same layout w
 attention follow from the folder's name (SPEC 9) or the setting role=.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -104,7 +105,7 @@ def infer_model(shapes: Shapes, source: object) -> DiTConfig:
 
     hidden, video = shape("adapter.video_embedder.weight", 2)
     head_dim = 8 * shape("adapter.rope.bands", 1)[0]
-    layers = {int(part) for key in shapes if (part := _layer(key)).isdigit()}
+    layers = {int(found[1]) for key in shapes if (found := re.match(r"block\.layers\.(\d+)\.", key))}
     if not layers:
         raise UserError(f"{source} is not a daVinci-MagiHuman network: it lacks block.layers.0; {_NOT_IT}")
     count = max(layers) + 1
@@ -135,7 +136,3 @@ def infer_model(shapes: Shapes, source: object) -> DiTConfig:
         post_norm_layers=tuple(post_norm),
         enable_attn_gating=gated,
     )
-
-
-def _layer(key: str) -> str:
-    return key.removeprefix("block.layers.").partition(".")[0] if key.startswith("block.layers.") else ""

@@ -1,12 +1,12 @@
 """Verification against stored test vectors (`zoo verify`)."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
+from magihuman.io.provenance import file_hash
 from magihuman.zoo.checks import Result, Unsupported, VectorCase, checker, kind_of
 
 MANIFEST = "manifest.json"
@@ -86,10 +86,8 @@ def _file_fault(folder: Path, entry: dict[str, Any]) -> str:
     path = folder / str(entry["file"])
     if not path.is_file():
         return f"{entry['file']} is missing"
-    if "sha256" in entry:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != entry["sha256"]:
-            return f"{entry['file']} differs from the manifest's sha256"
+    if "sha256" in entry and file_hash(path) != entry["sha256"]:
+        return f"{entry['file']} differs from the manifest's sha256"
     from safetensors import SafetensorError, safe_open
 
     try:

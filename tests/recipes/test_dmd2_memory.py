@@ -7,10 +7,10 @@ import torch
 
 from magihuman import zoo
 from magihuman.distill.networks import build_networks
-from magihuman.models.config import LoraConfig
+from magihuman.models.config import LORAS, LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.zoo.footprint import TokenCounts
-from magihuman.zoo.memory_plan import WEIGHT_SHARING, TrainingStep, state_bytes
+from magihuman.zoo.memory_plan import TrainingStep, state_bytes
 
 ADAM = 4 + 8  # bytes of an fp32 gradient and two moments
 
@@ -28,7 +28,7 @@ def _another(frozen: bool, prepare: Callable[[Denoiser], None]) -> Denoiser:
     return network
 
 
-@pytest.mark.parametrize("sharing", WEIGHT_SHARING)
+@pytest.mark.parametrize("sharing", LORAS)
 def test_the_plan_counts_all_weights_and_optimiser_states(sharing: str) -> None:
     student = None
     if sharing != "lora":

@@ -58,8 +58,8 @@ def test_every_weight_sharing_continues_exactly_and_moves_only_what_it_should(na
 
 def test_the_fake_score_starts_at_the_teacher_and_the_teacher_never_moves(shards, parent, tmp_path) -> None:
     from magihuman.config import validate
-    from magihuman.distill.networks import LORAS, build_networks
-    from magihuman.models.config import LoraConfig
+    from magihuman.distill.networks import build_networks
+    from magihuman.models.config import LORAS, LoraConfig
     from magihuman.schema import call
     from magihuman.train import make_data, plain
     from magihuman.training.context import build_context
