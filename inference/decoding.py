@@ -52,7 +52,7 @@ class Clip:
     audio: torch.Tensor
 
     def save(self, path: str | Path) -> None:
-        """Write an mp4 (H.264, and AAC where there is sound).
+        """Write an mp4 (H.264, and AAC where there is audio).
 
         Raises:
             UserError: odd size.
@@ -81,7 +81,7 @@ def write(
     The bytes are those of encoding everything afterwards. The file appears when it is whole.
 
     Args:
-        chunks: uint8 [n,H,W,3] each; the sound is added in step with them.
+        chunks: uint8 [n,H,W,3] each; the audio is added in step with them.
         wave: fp32 [channels,N] at `rate`; N = 0 for none.
 
     Returns:
@@ -98,10 +98,10 @@ def write(
     frames = written = 0
     with Mp4Writer(path, size, fps, rate if wave.numel() else 0, wave.shape[0] or 1) as writer:
 
-        def add(chunk: torch.Tensor, sound: torch.Tensor) -> None:
+        def add(chunk: torch.Tensor, part: torch.Tensor) -> None:
             writer.add_frames(chunk)
-            if sound.shape[1]:
-                writer.add_wave(sound)
+            if part.shape[1]:
+                writer.add_wave(part)
 
         waiting: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1) as encoder:
@@ -124,8 +124,8 @@ class Decoder:
 
     Args:
         codec: has `stride`, `channels`, and `decode` or `decode_stream`, see `magihuman.codecs.protocols`.
-        tile: pixels a side of the tiles in which large pictures are decoded, blended where they overlap, for small
-            cards; None decodes pictures whole.
+        tile: pixels a side of the tiles in which large frames are decoded, blended where they overlap, for small
+            cards; None decodes frames whole.
 
     Raises:
         UserError: a tile that the codec cannot have.
@@ -137,7 +137,7 @@ class Decoder:
 
     @torch.no_grad()
     def stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """Pictures of one clip, as many at a time as the codec makes.
+        """8-bit frames of one clip, as many at a time as the codec makes.
 
         Args:
             latents: normalised, [C,T,h,w] or [1,C,T,h,w], any device.
@@ -149,15 +149,15 @@ class Decoder:
             ValueError: more than one clip.
         """
         if latents.ndim == 5 and len(latents) != 1:
-            raise ValueError(f"latents {list(latents.shape)}: pictures are streamed clip by clip")
+            raise ValueError(f"latents {list(latents.shape)}: frames are streamed clip by clip")
         waiting: _Arriving | None = None
         for part in self.frames(latents if latents.ndim == 5 else latents[None]):
-            pictures = to_pictures(part)
+            frames = to_uint8(part)
             del part  # makes room for the next one
-            if pictures.device.type != "cuda":
-                yield pictures.cpu()
+            if frames.device.type != "cuda":
+                yield frames.cpu()
                 continue
-            arriving = _Arriving(pictures)
+            arriving = _Arriving(frames)
             if waiting is not None:
                 yield waiting.wait()
             waiting = arriving
@@ -166,11 +166,11 @@ class Decoder:
 
     @torch.no_grad()
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """The same before it becomes pictures: [B,C,T,h,w] -> [B,3,n,H,W] fp32 on the codec's device, not clamped."""
+        """The same before the conversion to 8 bit: [B,C,T,h,w] -> [B,3,n,H,W] fp32 on the codec's device, not clamped."""
         latents = latents.to(device_of(self.codec))
         codec = self.codec
         if isinstance(codec, CausalDecoderCodec):
-            # As many latents at once as the whole picture would allow: tiles are joined in memory.
+            # As many latents at once as the whole frame would allow: tiles are joined in memory.
             stream: Streamer = partial(codec.decode_stream, chunk=codec.chunk_for(latents))
         elif hasattr(codec, "decode_stream"):
             stream = codec.decode_stream
@@ -192,28 +192,28 @@ def device_of(codec: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def to_pictures(frames: Tensor) -> Tensor:
+def to_uint8(frames: Tensor) -> Tensor:
     """[1,3,n,H,W] in about [-1,1] -> uint8 [n,H,W,3] on the same device; one frame's temporaries at a time."""
     return torch.cat([frames_to_uint8(frames[:, :, i : i + 1])[0] for i in range(frames.shape[2])])
 
 
 class _Arriving:
-    """Pictures on their way from a GPU: on a stream of its own, so that the next chunk need not wait for the copy."""
+    """Frames on their way from a GPU: on a stream of its own, so that the next chunk need not wait for the copy."""
 
-    def __init__(self, pictures: Tensor) -> None:
-        copying = _copy_stream(pictures.device)
-        copying.wait_stream(torch.cuda.current_stream(pictures.device))
+    def __init__(self, frames: Tensor) -> None:
+        copying = _copy_stream(frames.device)
+        copying.wait_stream(torch.cuda.current_stream(frames.device))
         with torch.cuda.stream(copying):
-            self._pictures = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
-            self._pictures.copy_(pictures, non_blocking=True)
+            self._frames = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+            self._frames.copy_(frames, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(copying)
-        pictures.record_stream(copying)
+        frames.record_stream(copying)
 
     def wait(self) -> Tensor:
         """On the CPU, complete."""
         self._arrived.synchronize()
-        return self._pictures
+        return self._frames
 
 
 @cache
@@ -237,8 +237,8 @@ class Span:
 def spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
     """The fewest equal spans of at most `tile` latents that cover `length`, neighbours sharing at least `overlap`.
 
-    Towards a border inside the picture a span's weight falls linearly over the middle half of the overlap and is 0 in
-    the outer quarter: there the zeros beyond the border, which the whole picture does not have, weigh the most.
+    Towards a border inside the frame a span's weight falls linearly over the middle half of the overlap and is 0 in
+    the outer quarter: there the zeros beyond the border, which the whole frame does not have, weigh the most.
 
     Args:
         stride: pixels per latent.
@@ -275,7 +275,7 @@ def spans(length: int, tile: int, overlap: int, stride: int) -> list[Span]:
 
 
 def latents_per_tile(tile: int | None, stride: tuple[int, int, int]) -> int | None:
-    """The setting tile=, in pixels, as latents; None for the whole picture.
+    """The setting tile=, in pixels, as latents; None for whole frames.
 
     Raises:
         UserError: too small, or no multiple of the decoder's stride.

@@ -225,10 +225,10 @@ class Resolver:
             options = replace(options, seconds=self._auto(request, audio_seconds))
         return resolve(source.config, source.second, options, audio_seconds)
 
-    def _auto(self, request: Request, sound: float | None) -> float | None:
-        """seconds=auto: as long as the given sound, else as what is said takes; None for the usual length."""
-        wanted: float | None = sound
-        if sound is None:
+    def _auto(self, request: Request, audio_seconds: float | None) -> float | None:
+        """seconds=auto: as long as the conditioning audio, else as the dialogue takes; None for the usual length."""
+        wanted = audio_seconds
+        if audio_seconds is None:
             from inference.prompting.format import seconds_for
 
             wanted = seconds_for(request.prompt)

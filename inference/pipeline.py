@@ -42,13 +42,13 @@ Files = Sequence[str | Path] | None
 
 @dataclass
 class Draft:
-    """A clip as latents: video [C,T,h,w], audio [A,Ca], fp32 on the CPU; `sound`: the conditioning audio file."""
+    """A clip as latents: video [C,T,h,w], audio [A,Ca], fp32 on the CPU; `audio_file`: the conditioning audio."""
 
     prompt: str
     seed: int
     video: torch.Tensor
     audio: torch.Tensor
-    sound: str | Path | None = None
+    audio_file: str | Path | None = None
 
 
 class Pipeline:
@@ -174,9 +174,9 @@ class Pipeline:
         made = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            images = None if image is None else [image] * len(part)
-            sounds = None if audio is None else [audio] * len(part)
-            drafts = self.draft(part, seeds[start : start + batch], chosen, images, sounds, progress)
+            image_files = None if image is None else [image] * len(part)
+            audio_files = None if audio is None else [audio] * len(part)
+            drafts = self.draft(part, seeds[start : start + batch], chosen, image_files, audio_files, progress)
             made += [self.decode(draft) for draft in drafts]
         return made
 
@@ -185,14 +185,14 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         settings: Settings,
-        images: Files = None,
-        sounds: Files = None,
+        image_files: Files = None,
+        audio_files: Files = None,
         progress: StageProgress | None = None,
     ) -> list[Draft]:
         """Latents of one batch, all with the same settings.
 
         Args:
-            images, sounds: files of a first frame and an audio track for each prompt, or None.
+            image_files, audio_files: files of a first frame and an audio track for each prompt, or None.
 
         Raises:
             UserError: a condition that cannot be used, or a network whose output is not finite.
@@ -204,15 +204,15 @@ class Pipeline:
         if self.second is not None and settings.sr is not None:
             other = negative if settings.sr.guidance != 1 else None
             require_positions(self.second.denoiser.pack, text, other, settings.audio)
-        image = self.encode_images(images, settings.height, settings.width)
-        large = None if settings.sr is None else self.encode_images(images, *settings.size)
-        sound = self.encode_sounds(sounds, settings, generators)
+        image = self.encode_image_files(image_files, settings.height, settings.width)
+        large = None if settings.sr is None else self.encode_image_files(image_files, *settings.size)
+        audio_latent = self.encode_audio_files(audio_files, settings, generators)
         shape = latent_shape(self.config, settings, (settings.height, settings.width))
         with self.stage("sample"):
             noise = None
-            if sound is not None and settings.compat == "o2" and not settings.guidance.needed:
+            if audio_latent is not None and settings.compat == "o2" and not settings.guidance.needed:
                 steps = settings.steps if make_solver(settings.solver, 1).stochastic else 0
-                noise = draw_noise(shape, generators, steps, self.device, audio=sound)
+                noise = draw_noise(shape, generators, steps, self.device, audio=audio_latent)
             video, audio = sample(
                 self.denoiser,
                 text,
@@ -224,7 +224,7 @@ class Pipeline:
                 settings.shift,
                 generators,
                 image_latent=image,
-                audio_latent=sound if noise is None else None,
+                audio_latent=audio_latent if noise is None else None,
                 progress=_for_stage(progress, "sample"),
                 noise=noise,
                 cfg_passes=settings.cfg_passes,
@@ -256,13 +256,13 @@ class Pipeline:
                 )
             require_finite(video, audio, settings)
         video, audio = video.cpu(), audio.cpu()
-        given = [None] * count if sounds is None or noise is not None else list(sounds)
+        given = [None] * count if audio_files is None or noise is not None else list(audio_files)
         return [
             Draft(prompt, seed, video[i], audio[i], given[i])
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
 
-    def encode_images(self, paths: Files, height: int, width: int) -> torch.Tensor | None:
+    def encode_image_files(self, paths: Files, height: int, width: int) -> torch.Tensor | None:
         """Image files as first latent frames [B,C,1,h,w]; each is encoded alone (SPEC 4.3)."""
         from inference.conditioning import read_image
 
@@ -273,7 +273,7 @@ class Pipeline:
             latents = [codec.encode(read_image(path, height, width).to(device_of(codec))) for path in paths]
         return torch.cat(latents).to(self.device)
 
-    def encode_sounds(
+    def encode_audio_files(
         self, paths: Files, settings: Settings, generators: Sequence[torch.Generator]
     ) -> torch.Tensor | None:
         """Audio of media files as latents [B,A,Ca], cut or padded to the clip's length.
@@ -325,20 +325,20 @@ class Pipeline:
         while True:
             # The next chunk may be on the device while this one is written: waiting for it would end that.
             with self.stage("decode", wait=False):
-                pictures = next(parts, None)
-            if pictures is None:
+                frames = next(parts, None)
+            if frames is None:
                 return
-            yield pictures
+            yield frames
 
     def wave(self, draft: Draft) -> tuple[torch.Tensor, int]:
         """A draft's audio, fp32 [channels,N], and its rate: the conditioning audio itself, or the decoded latents."""
         codec = self.codecs.audio_codec
-        if draft.sound is not None:
+        if draft.audio_file is not None:
             from inference.conditioning import read_audio_track
 
             rate = clips.playback_rate(codec.sample_rate)
             samples = round(len(draft.audio) / self.codecs.contract.fps * rate)
-            return read_audio_track(draft.sound, rate, codec.waveform_channels, samples)[0], rate
+            return read_audio_track(draft.audio_file, rate, codec.waveform_channels, samples)[0], rate
         with self.stage("decode"):
             wave = codec.decode(draft.audio[None].to(device_of(codec)))[0]
             return wave.float().clamp(-1, 1).cpu(), codec.sample_rate

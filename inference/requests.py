@@ -116,7 +116,7 @@ class InferOptions:
     sr_width: int | None = option(None, "of the finished clip in pixels")
     image: str | None = option(None, "image file for the first frame, cropped to the clip's shape")
     audio: str | None = option(
-        None, "audio file, or a clip with audio: conditions the clip and becomes its sound track"
+        None, "audio file, or a clip with audio: conditions the clip and becomes its audio track"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", identity=True)
     dtype: str | None = option(

@@ -19,8 +19,9 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; 0 when done, 2 after a one-line error, 130 after Ctrl-C."""
-    from magihuman.cli import settings, usage
+    from magihuman.cli import calm_bars, settings, usage
 
+    calm_bars()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         run, options, defaults = configured()

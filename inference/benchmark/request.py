@@ -14,7 +14,7 @@ from inference.benchmark.bench_networks import SEED
 from inference.benchmark.components import Missing, Parts, reason_of
 from inference.benchmark.roofline.cases import FPS, ClipCase
 from inference.benchmark.timers import Stopwatch, host_waits
-from inference.decoding import Decoder, to_pictures
+from inference.decoding import Decoder, to_uint8
 from inference.sampling import sample
 from inference.super_resolution import draw, refine
 from magihuman.flow.guidance import Guidance
@@ -136,7 +136,7 @@ class TimedRequest:
 
     def _decode(self, watch: Stopwatch, codec: Any, video: Tensor) -> list[Tensor] | None:
         """Pictures in the host's memory."""
-        parts = self._apart(watch, "video decode", lambda: [to_pictures(part) for part in Decoder(codec).frames(video)])
+        parts = self._apart(watch, "video decode", lambda: [to_uint8(part) for part in Decoder(codec).frames(video)])
         if parts is None:
             self.missing.setdefault("to host", "no pictures")
             return None

@@ -23,7 +23,7 @@ from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, make
 from inference.benchmark.roofline.work import PUBLISHED, PUBLISHED_DECODERS, bound, decoder_parameters, video_decoder
 from inference.benchmark.timers import device_of, peak_memory, reset_peak, summary, synchronise
-from inference.decoding import Decoder, to_pictures
+from inference.decoding import Decoder, to_uint8
 from magihuman.codecs import costs
 from magihuman.errors import UserError
 from magihuman.models.gpu_specs import GPUS, Gpu
@@ -185,7 +185,7 @@ def decode_cost(name: str, height: int, width: int, latents: int) -> Row:
     with torch.no_grad(), Allocations().ignore(*weights, z) as memory, _Traffic() as traffic:
         with FlopCounterMode(display=False) as arithmetic:
             for part in Decoder(codec).frames(z):
-                frames += to_pictures(part).shape[0]
+                frames += to_uint8(part).shape[0]
                 del part
     weight_bytes = sum(p.numel() * p.element_size() for p in codec.parameters())
     return {

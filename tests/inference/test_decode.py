@@ -14,7 +14,7 @@ import torch
 from fake_bundle import FRAMES, SIDE, FakeVideoCodec, fake_bundle, fake_checkpoint
 
 from inference import decoding
-from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_pictures
+from inference.decoding import Decoder, latents_per_tile, spans, stream_tiles, to_uint8
 from inference.pipeline import Pipeline
 from magihuman import infer, zoo
 from magihuman.codecs.causal_decoder import CausalDecoder, CausalDecoderCodec
@@ -81,8 +81,8 @@ def test_pictures_come_before_later_latents_are_looked_at() -> None:
 
 def test_pictures_of_one_frame_at_a_time_are_those_of_all() -> None:
     frames = torch.randn(1, 3, 5, 6, 4)
-    assert torch.equal(to_pictures(frames), frames_to_uint8(frames)[0])
-    there = to_pictures(frames.to("meta"))
+    assert torch.equal(to_uint8(frames), frames_to_uint8(frames)[0])
+    there = to_uint8(frames.to("meta"))
     # 8 bits before anything leaves the device.
     assert (there.device.type, there.dtype) == ("meta", torch.uint8)
 

@@ -210,7 +210,7 @@ def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) 
     write_mp4(tmp_path / "s.mp4", np.zeros((2, 16, 16, 3), np.uint8), 25, wave, 44100)
     small = {"height": 32, "width": 32, "sr_height": 32, "sr_width": 32}
     settings = pipeline.settings(steps=1, sr_steps=1, seconds=40, given_audio=30.01, **small)
-    (draft,) = pipeline.draft(["a song"], [3], settings, sounds=[tmp_path / "s.mp4"])
+    (draft,) = pipeline.draft(["a song"], [3], settings, audio_files=[tmp_path / "s.mp4"])
     assert (settings.audio, settings.frames) == (751, 749)
     assert draft.video.shape[1] == 188
     codec: Any = pipeline.codecs.audio_codec

@@ -1,6 +1,7 @@
 """Sizes and lengths of clips, and what follows from a checkpoint and what is given (SPEC 4.1)."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from inference.settings import fit_side, latent_shape, resolve
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, frame_scales
+from magihuman.flow.solvers import SOLVERS
 from magihuman.io.export import ExportConfig
 from magihuman.zoo.released import config_for
 
@@ -109,3 +111,8 @@ def test_early_frames_are_guided_less() -> None:
     assert scales("video", 999).flatten().tolist() == [2.0] * 13 + [3.5] * 13  # type: ignore[union-attr]
     assert scales("audio", 999) == 1.0
     assert frame_scales(1.5, 3)("video", 0).flatten().tolist() == [1.5] * 3  # type: ignore[union-attr]
+
+
+def test_the_help_names_every_solver() -> None:
+    (text,) = (field.metadata["help"] for field in fields(InferOptions) if field.name == "solver")
+    assert all(re.search(rf"\b{name}\b", text) for name in SOLVERS)

@@ -180,7 +180,7 @@ def test_our_decoders(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("tile", [256, 512, 1024])
 def test_our_decoders_in_tiles(tile: int) -> None:
     from inference.benchmark.components import random_codec
-    from inference.decoding import Decoder, to_pictures
+    from inference.decoding import Decoder, to_uint8
     from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
     from magihuman.zoo import decoders
 
@@ -189,7 +189,7 @@ def test_our_decoders_in_tiles(tile: int) -> None:
     codec, z = random_codec("b", "meta"), torch.empty(1, 48, 3, height // 16, width // 16, device="meta")
     with torch.no_grad(), Allocations().ignore(*codec.parameters(), *codec.buffers(), z) as counted:
         for part in Decoder(codec, tile=tile).frames(z):
-            to_pictures(part)
+            to_uint8(part)
             del part
     computed = costs.causal_decoder_memory(config, height, width, tile).activations(0)
     # The tiles' own pictures are small; that those of 1024 pixels are cut to 816 and less is not computed.
