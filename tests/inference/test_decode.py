@@ -105,7 +105,7 @@ def test_a_part_is_gone_before_the_next_is_made() -> None:
 
 
 def test_pictures_of_two_clips_are_not_one_stream() -> None:
-    with pytest.raises(ValueError, match=r"\[2, 3, 2, 3, 3\]: pictures are streamed clip by clip"):
+    with pytest.raises(ValueError, match=r"\[2, 3, 2, 3, 3\]: frames are streamed clip by clip"):
         next(Decoder(_student()).stream(torch.zeros(2, 3, 2, 3, 3)))
 
 

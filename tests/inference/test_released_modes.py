@@ -258,7 +258,7 @@ def test_a_prompt_of_many_tokens_is_cut_and_said_so(
         ({"sr_height": 64}, "sr_height=64 needs a checkpoint for the second stage"),
         ({"resolution": "720p", "height": None, "width": None}, "choose one of 256p, 540p, 1080p"),
         ({"resolution": "256p"}, "resolution=256p and height= contradict"),
-        ({"turbo": "nowhere"}, "no file or folder"),
+        ({"turbo": "nowhere"}, "neither a folder nor a shipped name"),
         ({"compat": "o9"}, "compat=o9 is unknown"),
         ({"memory": "huge"}, "memory=huge is unknown"),
         ({"text_encoder": "nowhere"}, "no folder"),
