@@ -10,36 +10,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from data.captions import CaptionError, Tables, caption_of
+from data.options import PrepareOptions
 from data.scan import MediaFile
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.media import images
 
 
 @dataclass(frozen=True)
-class Rules:
-    """Which files are accepted and how they are cut.
+class Shapes:
+    """Choices of a clip's size and length.
 
     Attributes:
-        sizes: (height, width) choices; lengths: in frames, longest first; fps: of the latents.
+        sizes: (height, width) in pixels; lengths: in frames, longest first; fps: of the latents.
         large: for each of `sizes` the size of the second stage, or empty. The larger size decides whether a file fits.
-        captions_required: whether a file without a caption is rejected.
-        silent, images: whether clips without audio, and still images, are accepted.
-        max_crop, max_enlarge: see `choose_size`.
-        max_windows: clips per file, None: all.
     """
 
     sizes: Sequence[tuple[int, int]]
     lengths: Sequence[int]
     fps: float
-    captions_required: bool
-    silent: bool
-    images: bool
-    max_crop: float
-    max_enlarge: float
-    max_windows: int | None
     large: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(cls, options: PrepareOptions, codecs: Mapping[str, Any]) -> "Shapes":
+        """Choices of `options`, or the usual ones of codecs (`data.encode.describe_codecs`).
+
+        Raises:
+            UserError: a size or length that cannot be encoded, or sizes that are no pairs.
+        """
+        try:
+            lengths = [int(part) for part in str(options.frames or codecs["frames"]).split(",")]
+        except ValueError as error:
+            raise UserError(f"frames={options.frames!r} should be numbers such as 101,49,25") from error
+        contract = codecs["contract"]
+        time, tall, wide = contract["video_stride"]
+        patch = 1 if options.pixels else bundle_spec(options.codecs).patch  # decoders know no tokens
+        unit = patch * tall, patch * wide
+        small = parse_sizes(options.sizes or f"{codecs['width']}x{codecs['height']}", unit)
+        large = pair_sizes(small, parse_sizes(options.sr_sizes, unit, "sr_sizes")) if options.sr_sizes else ()
+        return cls(small, check_lengths(lengths, time), contract["fps"], large)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,9 @@ def available_frames(seconds: float, fps: float) -> int:
     return max(0, ceil(seconds * fps - 0.5 - 1e-6))
 
 
-def make_plan(files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[str, str], rules: Rules) -> ClipPlan:
+def make_plan(
+    files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, shapes: Shapes
+) -> ClipPlan:
     """Plan the clips of `files`, in this order.
 
     Args:
@@ -96,11 +110,9 @@ def make_plan(files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[st
     rejected: dict[str, str] = {}
     for found in files:
         try:
-            new = _clips_of(found, tables, duplicates, rules)
+            clips += _clips_of(found, tables, duplicates, options, shapes)
         except _Rejected as rejection:
             rejected[found.relative] = str(rejection)
-        else:
-            clips.extend(new)
     return ClipPlan(clips, rejected)
 
 
@@ -108,7 +120,9 @@ class _Rejected(Exception):
     pass
 
 
-def _clips_of(found: MediaFile, tables: Tables, duplicates: Mapping[str, str], rules: Rules) -> list[PlannedClip]:
+def _clips_of(
+    found: MediaFile, tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, shapes: Shapes
+) -> list[PlannedClip]:
     info = found.info
     if info is None:
         raise _Rejected(found.problem)
@@ -116,63 +130,65 @@ def _clips_of(found: MediaFile, tables: Tables, duplicates: Mapping[str, str], r
         raise _Rejected("has audio but no video")
     if found.relative in duplicates:
         raise _Rejected(f"same content as {duplicates[found.relative]} (duplicates=keep takes both)")
-    if info.kind == "image" and not rules.images:
+    if info.kind == "image" and not options.images:
         raise _Rejected("is a still image (images=true takes it)")
-    if info.kind == "video" and not info.has_audio and not rules.silent:
+    if info.kind == "video" and not info.has_audio and not options.silent:
         raise _Rejected("has no audio (silent=true takes it)")
     try:
         caption = caption_of(Path(found.path), tables)
     except CaptionError as error:
         raise _Rejected(str(error)) from error
-    if not caption and rules.captions_required:
+    if not caption and options.captions == "required":
         raise _Rejected("has no caption: put a .txt next to it or a row into a table (captions=optional takes it)")
     if info.seconds > found.size:
         raise _Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
-    choices = rules.large or rules.sizes
-    best, why = choose_size(info.height, info.width, choices, rules.max_crop, rules.max_enlarge)
+    choices = shapes.large or shapes.sizes
+    best, why = choose_size(info.height, info.width, choices, options.max_crop, options.max_enlarge)
     if best is None:
         raise _Rejected(why)
-    size = rules.sizes[list(choices).index(best)]
+    size = shapes.sizes[list(choices).index(best)]
     still = info.kind == "image"
     if still:
         windows = [(0, 1)]
     else:
-        available = available_frames(info.seconds, rules.fps)
-        windows = cut(available, rules.lengths, rules.max_windows)
+        available = available_frames(info.seconds, shapes.fps)
+        windows = cut(available, shapes.lengths, options.max_windows)
         if not windows:
             raise _Rejected(
-                f"is too short: {info.seconds:.2f} s are {available} frames at {rules.fps:g} fps, "
-                f"the shortest length is {min(rules.lengths)}"
+                f"is too short: {info.seconds:.2f} s are {available} frames at {shapes.fps:g} fps, "
+                f"the shortest length is {min(shapes.lengths)}"
             )
     return [
         PlannedClip(
             key=key_of(found.relative, number), path=found.path, relative=found.relative, caption=caption,
-            start=first / rules.fps, frames=frames, height=size[0], width=size[1], still=still,
-            large=best if rules.large else None,
+            start=first / shapes.fps, frames=frames, height=size[0], width=size[1], still=still,
+            large=best if shapes.large else None,
         )
         for number, (first, frames) in enumerate(windows)
     ]  # fmt: skip
 
 
-def parse_sizes(texts: Sequence[str], stride: tuple[int, int], setting: str = "sizes") -> list[tuple[int, int]]:
-    """Sizes (height, width) from texts such as "448x256" (width x height).
+def parse_sizes(texts: str, unit: tuple[int, int], setting: str = "sizes") -> list[tuple[int, int]]:
+    """Sizes (height, width) from a text such as "448x256,256x448" (width x height).
 
     Args:
-        stride: (height, width) in pixels of one latent.
+        unit: (height, width) in pixels of one video token.
         setting: name of the option in error messages.
 
     Raises:
-        UserError: not of that form, or not divisible by `stride`.
+        UserError: not of that form, or not divisible by `unit`; names the nearest size that is.
     """
     sizes = []
-    for text in texts:
+    for text in texts.replace(" ", "").split(","):
         width, _, height = text.lower().partition("x")
         if not (width.isdigit() and height.isdigit()):
             raise UserError(f"{setting}={text!r} should look like 448x256 (width x height)")
         size = (int(height), int(width))
-        if any(side == 0 or side % unit for side, unit in zip(size, stride, strict=True)):
+        tall, wide = (max(1, round(side / step)) * step for side, step in zip(size, unit, strict=True))
+        if size != (tall, wide):
             raise UserError(
-                f"{setting}={text}: the codec needs height divisible by {stride[0]} and width by {stride[1]}"
+                f"{setting}={text} cannot be trained: height must be divisible by {unit[0]} and width by {unit[1]}; "
+                f"the nearest size is {wide}x{tall}"
             )
         sizes.append(size)
     return sizes

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.clip_plan import PlannedClip
+from data.options import PrepareOptions
 from data.scan import MediaFile, probe_file
 from data.shards import LARGE, NULL_TEXT, Bucket, Entry, ShardWriter
 from data.worker_pool import Tick
@@ -25,31 +26,12 @@ SILENCE = 1e-4  # peak below which audio counts as silent (-80 dB)
 
 
 @dataclass(frozen=True)
-class EncodeJob:
-    """Settings of the encoding.
-
-    Attributes:
-        codecs: a name for `load_bundle` or "package.module:function" that returns a CodecBundle.
-        device: where the codecs run.
-        silent: whether clips with silent audio are accepted.
-        batch: clips per encoder call.
-        pixels: whether the frames are stored in addition to the latents.
-    """
-
-    codecs: str
-    device: str
-    silent: bool
-    batch: int
-    pixels: bool = False
-
-
-@dataclass(frozen=True)
 class ShardJob:
-    """One shard to write: its path and its clips."""
+    """One shard to write."""
 
-    path: str
+    path: Path
     clips: Sequence[PlannedClip]
-    encode: EncodeJob
+    options: PrepareOptions
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,7 @@ class ShardResult:
 
 @lru_cache(maxsize=1)
 def open_bundle(name: str, device: str) -> CodecBundle:
-    """The codecs of an `EncodeJob`, built once per process.
+    """Codecs and text encoder, built once per process.
 
     Raises:
         UserError: it does not exist or cannot be built.
@@ -105,26 +87,27 @@ def probe_files(files: Sequence[MediaFile], tick: Tick, excluded: frozenset[str]
 
 def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardResult:
     """Task: read, encode and store the clips of one shard."""
-    codecs = open_bundle(job.encode.codecs, job.encode.device)
+    options = job.options
+    codecs = open_bundle(options.codecs, options.device)
     rejected: dict[str, str] = {}
     waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, MediaClip]]] = {}
-    with ShardWriter(Path(job.path)) as writer:
+    with ShardWriter(job.path) as writer:
         for planned, clip in _read(job.clips, codecs, tick, excluded):
             if isinstance(clip, str):
                 rejected[planned.key] = clip
                 continue
             audio = clip.wave is not None and float(clip.wave.abs().max()) >= SILENCE
-            if not audio and not planned.still and not job.encode.silent:
+            if not audio and not planned.still and not options.silent:
                 state = "is silent" if clip.wave is not None else "is missing"
                 rejected[planned.key] = f"its audio {state} (silent=true takes it)"
                 continue
             bucket = Bucket(planned.frames, planned.height, planned.width, audio)
             group = waiting.setdefault((bucket, planned.large), [])
             group.append((planned, clip))
-            if len(group) == job.encode.batch:
-                rejected |= _encode(codecs, job.encode, bucket, waiting.pop((bucket, planned.large)), writer)
+            if len(group) == options.batch:
+                rejected |= _encode(codecs, options, bucket, waiting.pop((bucket, planned.large)), writer)
         for (bucket, _), group in waiting.items():
-            rejected |= _encode(codecs, job.encode, bucket, group, writer)
+            rejected |= _encode(codecs, options, bucket, group, writer)
     return ShardResult(writer.entries, rejected)
 
 
@@ -182,14 +165,18 @@ def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _encode(
-    codecs: CodecBundle, job: EncodeJob, bucket: Bucket, group: list[tuple[PlannedClip, MediaClip]], writer: ShardWriter
+    codecs: CodecBundle,
+    options: PrepareOptions,
+    bucket: Bucket,
+    group: list[tuple[PlannedClip, MediaClip]],
+    writer: ShardWriter,
 ) -> dict[str, str]:
     """Encode clips of one bucket and add them to the shard; returns rejections by key."""
     import torch
 
     from magihuman.flow.super_resolution import shrink_pictures
 
-    device = job.device
+    device = options.device
     frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
     pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     large = None
@@ -198,7 +185,7 @@ def _encode(
         # From the same pixels, so that both sizes are aligned to a fraction of a pixel.
         pixels = shrink_pictures(pixels, bucket.height, bucket.width)
     video = codecs.video_codec.encode(pixels).cpu()
-    stored = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu() if job.pixels else None  # [B,3,F,H,W]
+    stored = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu() if options.pixels else None  # [B,3,F,H,W]
     audio = None
     if bucket.audio:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.

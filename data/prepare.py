@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.captions import read_tables
-from data.clip_plan import ClipPlan, Rules, check_lengths, make_plan, pair_sizes, parse_sizes
+from data.clip_plan import ClipPlan, Shapes, make_plan
+from data.encode import ShardJob, ShardResult, describe_codecs, probe_files, write_shard
+from data.options import PrepareOptions
 from data.prepare_report import PrepareReport, make_report
 from data.scan import Listing, MediaFile, find_duplicates, list_files
 from data.shards import INDEX, NULL_TEXT, Entry, Index
@@ -33,79 +35,22 @@ PROBE_CHUNK = 32  # files per probing task
 PRELOADED = ("data.encode", "torch", "webdataset.writer", "magihuman.codecs.bundle")  # once for all workers
 
 
-def prepare(
-    input: str,
-    output: str,
-    codecs: str = "tiny",
-    workers: int = 0,
-    device: str = "cpu",
-    sizes: str | None = None,
-    sr_sizes: str | None = None,
-    frames: str | None = None,
-    captions: Literal["required", "optional"] = "required",
-    table: str | None = None,
-    silent: bool = False,
-    images: bool = False,
-    pixels: bool = False,
-    duplicates: Literal["skip", "keep"] = "skip",
-    max_crop: float = 0.5,
-    max_enlarge: float = 2.0,
-    max_windows: int | None = None,
-    shard_clips: int = 100,
-    batch: int = 8,
-    progress: bool = True,
-) -> PrepareReport:
-    """Encode a folder of media files to shards of latents.
-
-    Captions come from a .txt next to each file or from a .csv, .tsv or .jsonl with a file and a caption column. Long
-    files are cut into several clips. Files that cannot be used are listed in report.md with the reason.
-
-    Args:
-        input: folder of video files, searched with its subfolders
-        output: folder for the shards, made if it does not exist
-        codecs: codecs and text encoder: tiny, released, or package.module:function for your own
-        workers: processes, 0 for one per CPU core, or a single one with device=cuda
-        device: where the codecs run: cpu, cuda, cuda:1
-        sizes: width x height choices such as 448x256,256x448; a clip gets the one with the nearest aspect ratio
-        sr_sizes: sizes of the second stage, one for each of sizes, such as 896x512,512x896; clips are stored
-            at both, for training super-resolution
-        frames: lengths to cut to, such as 101,49,25; none for the usual length of the codecs
-        captions: required rejects files without a caption, optional accepts them with an empty one
-        table: a caption table elsewhere than in the input folder
-        silent: accept clips without audio; their audio is masked in training
-        images: accept still images as clips of one frame
-        pixels: store the frames too, for training a decoder; 7 to 27 times the space
-        duplicates: skip or keep files with the same bytes
-        max_crop: share of a frame's area that cropping to a size may remove
-        max_enlarge: largest factor of upscaling
-        max_windows: clips per file at most, none for all
-        shard_clips: clips per shard
-        batch: clips per encoder call
-        progress: show a bar
+def prepare(options: PrepareOptions) -> PrepareReport:
+    """Encode a folder of media files to shards of latents; a finished folder of the same options is left alone.
 
     Raises:
-        UserError: a folder that cannot be used, a setting out of range, or no usable clip.
+        UserError: a folder that cannot be used, sizes or lengths that the codecs cannot encode, or no usable clip.
     """
-    settings = {key: value for key, value in locals().items() if key not in ("workers", "progress", "device")}
-    source, target = Path(input).absolute(), Path(output).absolute()
-    if not source.is_dir():
-        raise UserError(f"input={input} is not a folder; give the folder that holds the video files")
-    for name, value in (("shard_clips", shard_clips), ("batch", batch), ("max_windows", max_windows)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} is out of range; give at least 1")
-    if workers < 0 or not 0 <= max_crop < 1 or max_enlarge <= 0:
-        raise UserError("workers must not be negative, max_crop in [0, 1), max_enlarge above 0")
-    if table is not None and not Path(table).is_file():
-        raise UserError(f"table={table} is not a file; give a .csv, .tsv or .jsonl")
-    with _claimed(target) as work:
-        task = _Preparation(source, target, work, settings, device, progress)
-        workers = workers or ((os.cpu_count() or 1) if device == "cpu" else 1)
+    with _claimed(options.target) as work:
+        task = _Preparation(options, work)
+        workers = options.workers or ((os.cpu_count() or 1) if options.device == "cpu" else 1)
         try:
             with Workers(workers, work, task.crashed, PRELOADED) as pool:
                 return task.run(pool)
         except OSError as error:
             raise UserError(
-                f"output={output} cannot be written ({error.strerror}); make room and give the same command again"
+                f"output={options.target} cannot be written ({error.strerror}); make room and give the same command "
+                "again"
             ) from error
 
 
@@ -141,11 +86,9 @@ def _sweep(output: Path) -> None:
 class _Preparation:
     """One run: probe the files, plan, encode the missing shards, report."""
 
-    def __init__(
-        self, source: Path, target: Path, work: Path, settings: dict[str, Any], device: str, bar: bool
-    ) -> None:
-        self.source, self.target, self.work, self.settings = source, target, work, settings
-        self.device, self.bar = device, bar
+    def __init__(self, options: PrepareOptions, work: Path) -> None:
+        self.options, self.work = options, work
+        self.source, self.target = options.source, options.target
         crashed = work / "crashed.json"
         self.crashed: set[str] = set(json.loads(crashed.read_text())) if crashed.exists() else set()
 
@@ -154,13 +97,14 @@ class _Preparation:
         listing = list_files(self.source, self.target)
         if not listing.media:
             raise UserError(f"input={self.source} holds no media file ({len(listing.ignored)} files of other kinds)")
-        codecs = self._describe_codecs(pool)
-        fps = codecs["contract"]["fps"]
+        options = self.options
+        payload = (options.codecs, options.device, str(self.work))
+        codecs = dict(pool.run(describe_codecs, {"codecs": payload}))["codecs"]
+        shapes = Shapes.of(options, codecs)
         files = self._probe(pool, listing.media)
-        table = self.settings["table"]
-        tables = read_tables([*listing.tables, *([Path(table).absolute()] if table else [])])
-        duplicates = {} if self.settings["duplicates"] == "keep" else find_duplicates(files)
-        plan = make_plan(files, tables, duplicates, self._rules(codecs))
+        tables = read_tables([*listing.tables, *([Path(options.table).absolute()] if options.table else [])])
+        duplicates = {} if options.duplicates == "keep" else find_duplicates(files)
+        plan = make_plan(files, tables, duplicates, options, shapes)
         fingerprint = self._claim_output(files, plan, codecs)
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
@@ -168,53 +112,30 @@ class _Preparation:
         (self.work / NULL_TEXT).replace(self.target / NULL_TEXT)
         entries, rejected, shards = self._encode(pool, plan)
         listing = Listing(files, listing.tables, listing.ignored)
-        shown = {key: value for key, value in self.settings.items() if value is not None}
-        report = make_report(shown, listing, tables, self.source, plan, entries, rejected, fps)
+        shown = {key: value for key, value in options.identity().items() if value is not None}
+        report = make_report(shown, listing, tables, self.source, plan, entries, rejected, shapes.fps)
         report.save(self.target)
         if not entries:
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
             raise UserError(f"no clip of {self.source} could be used{most}; {self.target}/report.md says why, per file")
-        Index(self.settings["codecs"], codecs["contract"], shards, fingerprint).save(self.target)
+        Index(options.codecs, codecs["contract"], shards, fingerprint).save(self.target)
         shutil.rmtree(self.work)
-        if self.bar:
+        if options.progress:
             spent = time.monotonic() - started
             print(f"prepared in {spent:.1f} s, {1000 * spent / max(1, len(plan.clips)):.0f} ms a clip", file=sys.stderr)
         return report
-
-    def _describe_codecs(self, pool: Workers) -> dict[str, Any]:
-        from data.encode import describe_codecs
-
-        payload = (self.settings["codecs"], self.device, str(self.work))
-        return dict(pool.run(describe_codecs, {"codecs": payload}))["codecs"]
-
-    def _rules(self, codecs: dict[str, Any]) -> Rules:
-        chosen = self.settings
-        sizes = str(chosen["sizes"] or f"{codecs['width']}x{codecs['height']}").replace(" ", "").split(",")
-        try:
-            lengths = [int(part) for part in str(chosen["frames"] or codecs["frames"]).split(",")]
-        except ValueError as error:
-            raise UserError(f"frames={chosen['frames']!r} should be numbers such as 101,49,25") from error
-        stride, fps = codecs["contract"]["video_stride"], codecs["contract"]["fps"]
-        small = parse_sizes(sizes, stride[1:])
-        large = str(chosen["sr_sizes"] or "").replace(" ", "")
-        return Rules(
-            sizes=small, lengths=check_lengths(lengths, stride[0]), fps=fps,
-            captions_required=chosen["captions"] == "required",
-            large=pair_sizes(small, parse_sizes(large.split(","), stride[1:], "sr_sizes")) if large else (),
-            **{key: chosen[key] for key in ("silent", "images", "max_crop", "max_enlarge", "max_windows")},
-        )  # fmt: skip
 
     def _probe(self, pool: Workers, media: list[MediaFile]) -> list[MediaFile]:
         """Probe the files; results of an earlier, interrupted run are reused."""
         from tqdm import tqdm
 
-        from data.encode import probe_files
-
         journal = self.work / PROBED
         seen = _read_journal(journal)
         known = {found.path: seen.get((found.path, found.size, found.modified)) for found in media}
         new = [found for found in media if known[found.path] is None]
-        with tqdm(total=len(media), initial=len(media) - len(new), desc="probing", disable=not self.bar) as bar:
+        with tqdm(
+            total=len(media), initial=len(media) - len(new), desc="probing", disable=not self.options.progress
+        ) as bar:
             chunks = {f"probe-{i:07d}": new[i : i + PROBE_CHUNK] for i in range(0, len(new), PROBE_CHUNK)}
             with open(journal, "a") as file:
                 for _, results in pool.run(probe_files, chunks, bar.update):
@@ -232,7 +153,7 @@ class _Preparation:
         """Raise an error if existing shards belong to another plan; returns the plan's fingerprint."""
         sizes = {found.relative: found.size for found in files}
         clips = [{**asdict(clip), "path": sizes[clip.relative]} for clip in plan.clips]
-        settings = {key: value for key, value in self.settings.items() if key not in ("input", "output")}
+        settings = {key: value for key, value in self.options.identity().items() if key not in ("input", "output")}
         settings["world"] = settings.pop("codecs")  # the key when fingerprints of older shards were made
         content = json.dumps([clips, settings, codecs], sort_keys=True)
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -257,22 +178,19 @@ class _Preparation:
         """Write the missing shards; returns all samples, rejections by key, and samples by shard."""
         from tqdm import tqdm
 
-        from data.encode import EncodeJob, ShardJob, ShardResult, write_shard
-
-        chosen, size = self.settings, self.settings["shard_clips"]
-        job = EncodeJob(chosen["codecs"], self.device, chosen["silent"], chosen["batch"], chosen["pixels"])
+        size = self.options.shard_clips
         names = [f"shard-{i:06d}" for i in range(-(-len(plan.clips) // size))]
         slices = {name: plan.clips[i * size : (i + 1) * size] for i, name in enumerate(names)}
-        results: dict[str, ShardResult] = {}
-        for name in names:
-            done = self._finished(name)
-            if done is not None:
-                results[name] = done
+        results = {name: done for name in names if (done := self._finished(name)) is not None}
         todo = {
-            name: ShardJob(str(self.target / f"{name}.tar"), slices[name], job) for name in names if name not in results
+            name: ShardJob(self.target / f"{name}.tar", slices[name], self.options)
+            for name in names
+            if name not in results
         }
         ready = sum(len(slices[name]) for name in results)
-        with tqdm(total=len(plan.clips), initial=ready, desc="encoding", unit="clip", disable=not self.bar) as bar:
+        with tqdm(
+            total=len(plan.clips), initial=ready, desc="encoding", unit="clip", disable=not self.options.progress
+        ) as bar:
             for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
                 content = {"entries": [asdict(e) for e in result.entries], "refused": result.rejected}
@@ -283,10 +201,8 @@ class _Preparation:
         shards = [(f"{name}.tar", results[name].entries) for name in names if results[name].entries]
         return entries, rejected, shards
 
-    def _finished(self, name: str) -> Any:
+    def _finished(self, name: str) -> ShardResult | None:
         """Result of a shard that an earlier run completed, or None."""
-        from data.encode import ShardResult
-
         manifest, tar = self.work / f"{name}.json", self.target / f"{name}.tar"
         if manifest.exists():
             content = json.loads(manifest.read_text())
@@ -314,7 +230,7 @@ def main() -> None:
     """The command `python -m data.prepare`, also installed as `magihuman-prepare`."""
     from magihuman.cli import run
 
-    print(run(prepare, "python -m data.prepare").summary())
+    print(run(prepare, "python -m data.prepare", options=PrepareOptions).summary())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import tables
-from eval.output import portable, provenance, write_results
+from eval.output import portable, publish
 from magihuman.errors import UserError
 
 FULL = "full"
@@ -122,13 +121,9 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
         "figures": {variant: {str(s): row for s, row in rows.items()} for variant, rows in metrics.items()},
         "commands": commands,
     }
-    text = tables.ablation(report)
-    print(text)
-    if output is not None:
-        from eval.figures import ablation_bars
+    from eval.figures import ablation_bars
 
-        write_results(Path(output), "ablation", {**report, "provenance": provenance()}, text)
-        ablation_bars(report).savefig(Path(output) / "ablation.png", dpi=110)
+    publish(None if output is None else Path(output), "ablation", report, {"ablation": ablation_bars(report)})
     return {variant: {name: cell["mean"] for name, cell in row.items()} for variant, row in report["table"].items()}
 
 

@@ -22,7 +22,7 @@ from eval.diversity import SPACES, DistributionMetrics
 from eval.puppet_speech import pitch
 from eval.scores import CLIP_METRICS, Scores
 from eval.stats import RESAMPLES, Measure, ends_of, unavailable
-from eval.tables import METRICS, format_interval
+from eval.tables import CANDIDATES, METRICS, format_interval
 
 TOLERANCE = 0.1  # of diversity: within 10 % of the teacher's
 FASTER = 1.05  # ratio of times from which they count as different
@@ -99,10 +99,11 @@ def weights(prompts: int) -> np.ndarray:
 
 
 def mean_of(name: str) -> Statistic:
-    """Mean over clips."""
+    """Mean over clips; None where a clip has no value."""
 
-    def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray:
-        return weight @ own.values[name].mean(1) / weight.sum(1)
+    def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | None:
+        values = own.values[name]
+        return weight @ values.mean(1) / weight.sum(1) if np.isfinite(values).all() else None
 
     return statistic
 
@@ -168,12 +169,19 @@ def energy_in(space: str) -> Statistic:
 
 @dataclass(frozen=True)
 class Row:
-    """A compared metric: key of `METRICS`, its statistic, whether it is of diversity, whether a mean of values in [0,1]."""
+    """A compared metric.
+
+    Attributes:
+        name: key of `METRICS`.
+        diversity: whether it is of diversity; share: whether it is a mean of values in [0,1].
+        needs: what is missing where there is no value.
+    """
 
     name: str
     statistic: Statistic
     diversity: bool = False
     share: bool = False
+    needs: str = "several clips of a prompt"
 
     @property
     def direction(self) -> str:
@@ -189,7 +197,7 @@ ROWS = tuple(
                 if metric.compared
             ),
             Row("sync_skill", sync_skill),
-            Row("sync_retrieval", mean_of("sync_retrieval"), share=True),
+            Row("sync_retrieval", mean_of("sync_retrieval"), share=True, needs=f"{CANDIDATES} prompts with audio"),
             Row("nearest", mean_of("nearest")),
             *(Row(f"energy_{space}", energy_in(space)) for space in SPACES),
             Row("skin_tones", skin_tones, diversity=True),
@@ -205,14 +213,14 @@ ROWS = tuple(
 # ---- Measures and verdicts ----
 
 
-def measure_of(draws: np.ndarray | None, count: int) -> Measure:
+def measure_of(draws: np.ndarray | None, count: int, row: Row) -> Measure:
     """The first draw with the percentile interval of the others.
 
     Where a statistic is at its ceiling (all skin tones equally often), all other draws lie below: the interval
     reaches up to the value then.
     """
     if draws is None or not np.isfinite(draws[0]):
-        return unavailable("needs several clips of a prompt", count)
+        return unavailable(f"needs {row.needs}", count)
     value, (low, high) = float(draws[0]), ends_of(draws[1:])
     return Measure(value, min(low, value), max(high, value), count)
 
@@ -265,30 +273,30 @@ class Comparison:
         draws = self.found[own.name, row.name]
         if row.share and draws is not None and draws[0] in (0.0, 1.0):
             return stats.proportion(round(draws[0] * self.prompts), self.prompts)
-        return measure_of(draws, own.clips)
+        return measure_of(draws, own.clips, row)
 
     def off(self, own: Column, row: Row) -> Measure:
         """Share by which a cell lies over the bound, or (negative) under it."""
         mine, bound = self.found[own.name, row.name], self.found[self.bound.name, row.name]
-        return measure_of(None if mine is None or bound is None else mine / bound - 1, own.clips)
+        return measure_of(None if mine is None or bound is None else mine / bound - 1, own.clips, row)
 
     def against(self, own: Column, baseline: Column, row: Row) -> Verdict:
         """Paired difference of `own` and `baseline`."""
         mine, theirs = self.found[own.name, row.name], self.found[baseline.name, row.name]
         bound = self.found[self.bound.name, row.name]
         if mine is None or theirs is None or bound is None:
-            nothing = measure_of(None, own.clips)
+            nothing = measure_of(None, own.clips, row)
             return Verdict(nothing, nothing, "n/a")
         gains = mine - theirs
         if row.direction == "down":
             gains = theirs - mine
         elif row.direction == "target":
             gains = np.abs(theirs / bound - 1) - np.abs(mine / bound - 1)
-        gain = measure_of(gains, own.clips)
+        gain = measure_of(gains, own.clips, row)
         assert gain.low is not None
         assert gain.high is not None
         word = "better" if gain.low > 0 else "worse" if gain.high < 0 else "within noise"
-        return Verdict(measure_of(mine - theirs, own.clips), gain, word)
+        return Verdict(measure_of(mine - theirs, own.clips, row), gain, word)
 
     def kept(self, own: Column, row: Row) -> tuple[Measure, str]:
         """Diversity as a ratio to the teacher's, and whether it is within `TOLERANCE`.
@@ -297,7 +305,7 @@ class Comparison:
         "within noise", where only the ratio is.
         """
         mine, theirs = self.found[own.name, row.name], self.found[self.teacher.name, row.name]
-        ratio = measure_of(None if mine is None or theirs is None else mine / theirs, own.clips)
+        ratio = measure_of(None if mine is None or theirs is None else mine / theirs, own.clips, row)
         if ratio.value is None or ratio.low is None or ratio.high is None:
             return ratio, "n/a"
         under, over = 1 - TOLERANCE, 1 + TOLERANCE

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from data.tiny.puppets import Puppet
-from eval import stats, tables
+from eval import stats
 from eval.dmd2 import sampler_words
 from eval.generate import Sampler
-from eval.output import folder_for, provenance, write_results
+from eval.output import folder_for, publish, require_at_least
 from eval.puppets import Clips, ground_truth, held_out, noise_seed, through_codec, tiny_pipelines
 from eval.scores import Scores
-from magihuman.errors import UserError
 
 # Set -> whether clips are conditioned on (first frame, audio).
 CONDITIONING = {"first frame": (True, False), "audio": (False, True), "first frame and audio": (True, True)}
@@ -53,8 +52,7 @@ def run(
     """
     from tqdm import tqdm
 
-    if clips < 2:
-        raise UserError(f"clips={clips}: at least 2 are needed")
+    require_at_least(clips=(clips, 2), batch=(batch, 1))
     own, other = tiny_pipelines("eval.conditioning", student, teacher, device="cpu")
     full, few = other.settings(), own.settings()
     samplers = [
@@ -81,14 +79,9 @@ def run(
             sets[name] = columns
     values = {
         "format": "magihuman-conditions/1", "clips": clips, "seed": seed, "student": student, "teacher": teacher,
-        "sets": sets, "provenance": provenance(),
+        "sets": sets,
     }  # fmt: skip
-    folder = Path(output) if output else folder_for("conditions", student)
-    text = tables.conditioning(values)
-    write_results(folder, "conditions", values, text)
-    print(text)
-    print(f"written to {folder}")
-    return values
+    return publish(Path(output) if output else folder_for("conditions", student), "conditions", values)
 
 
 def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: bool) -> dict[str, Any]:

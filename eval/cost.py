@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.output import portable, provenance, write_results
+from eval.output import portable, provenance, write_json
 from magihuman.errors import UserError
 
 INTERVAL = 0.25  # seconds between samples of the memory
@@ -67,7 +67,7 @@ def measure_cost(command: str, output: str) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "provenance": provenance(),
     }
-    write_results(Path(output).parent, Path(output).stem, found)
+    write_json(Path(output), found)
     print(f"{found['seconds']:.0f} s, {cpu:.0f} CPU-seconds, at most {peak / 1e9:.2f} GB; written to {output}")
     return found
 

@@ -22,7 +22,7 @@ from eval import tables
 from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all
-from eval.output import folder_for, provenance, short_names, write_results
+from eval.output import folder_for, publish, require_at_least, short_names
 from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec, tiny_pipelines, write_clips
 from eval.scores import Scores
 from magihuman.errors import UserError
@@ -70,9 +70,7 @@ def run(
         UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, or a value that cannot
             be used.
     """
-    for name, value, least in (("prompts", prompts, 2), ("seeds", seeds, 1), ("batch", batch, 1), ("keep", keep, 1)):
-        if value < least:
-            raise UserError(f"{name}={value} is impossible; give at least {least}")
+    require_at_least(prompts=(prompts, 2), seeds=(seeds, 1), batch=(batch, 1), keep=(keep, 1))
     names = [part.strip() for part in student.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"student={student} should name one or more checkpoints, each once, with commas")
@@ -86,18 +84,14 @@ def run(
     columns, shown = _measured(samplers, captions, seeds, min(keep, prompts), progress)
     values = _values(Comparison(columns), {"prompts": prompts, "seeds": list(range(seeds))})
     values["seconds"] = round(time.perf_counter() - start, 1)
-    values["provenance"] = provenance()
-    write_results(folder, "compare", values, tables.comparison(values))
     from eval import figures
 
-    figures.comparison_points(values).savefig(folder / "compare.png", dpi=100)
-    figures.contact_sheet(shown).savefig(folder / "sheet.png", dpi=90)
+    drawn = {"compare": figures.comparison_points(values), "sheet": figures.contact_sheet(shown)}
+    publish(folder, "compare", values, drawn, tables.comparison_text(values))
     saved = _save_clips(shown, folder / "clips")
     report = None
     if len(names) == 1 and (Path(names[0]) / "metrics.csv").is_file():
         report = _write_report(Path(names[0]), folder, values, shown, saved)
-    print(tables.comparison_text(values), flush=True)
-    print(f"written to {folder} ({time.perf_counter() - start:.0f} s)")
     return {
         "compare": str(folder / "compare.json"),
         "report": None if report is None else str(report),

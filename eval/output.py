@@ -1,4 +1,10 @@
-"""Output of the evaluation commands: folders, result files, and the record of code, machine and training in them."""
+"""Output of the evaluation commands, the same for all: a result file, its table, its figures.
+
+    values = {"format": "magihuman-scores/1", ...}                          # measured
+    publish(folder, "scores", values, {"scores": figures.score_bars(values)})
+
+Every command checks its options, measures, and hands plain values to `publish`; tables and figures are made from these.
+"""
 
 import json
 import os
@@ -7,10 +13,26 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from eval import tables
+from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, processor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def require_at_least(**given: tuple[int, int]) -> None:
+    """Check options, each name=(value, least).
+
+    Raises:
+        UserError: the first value below its least.
+    """
+    for name, (value, least) in given.items():
+        if value < least:
+            raise UserError(f"{name}={value} is impossible; give at least {least}")
 
 
 def folder_for(kind: str, *names: str) -> Path:
@@ -26,12 +48,42 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)]
 
 
-def write_results(folder: Path, name: str, values: Mapping[str, Any], text: str | None = None) -> None:
-    """Write NAME.json and, with `text`, NAME.md into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.json", json.dumps(values, indent=1) + "\n")
-    if text is not None:
-        write_atomically(folder / f"{name}.md", text + "\n")
+def publish(
+    folder: Path | None,
+    name: str,
+    values: Mapping[str, Any],
+    figures: "Mapping[str, Figure] | None" = None,
+    text: str | None = None,
+) -> dict[str, Any]:
+    """Print the table of a result; write NAME.json, NAME.md and the figures into a folder.
+
+    Args:
+        folder: made where it does not exist; None prints only.
+        values: content of the result file, of a format in `eval.tables.BY_FORMAT`; the provenance is added.
+        figures: name -> figure, written as PNG.
+        text: for the terminal instead of the Markdown table.
+
+    Returns:
+        The content of NAME.json.
+    """
+    table = tables.BY_FORMAT[values["format"]](values)
+    content = {**values, "provenance": provenance()}
+    if folder is not None:
+        write_json(folder / f"{name}.json", content)
+        write_atomically(folder / f"{name}.md", table + "\n")
+        for title, figure in (figures or {}).items():
+            figure.savefig(folder / f"{title}.png", dpi=100)
+    print(table if text is None else text, flush=True)
+    if folder is not None:
+        spent = f" ({values['seconds']:.0f} s)" if "seconds" in values else ""
+        print(f"written to {folder}{spent}")
+    return content
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values; the folder is made where it does not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(values, indent=1) + "\n")
 
 
 def provenance() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
 from eval import tables
-from eval.output import folder_for, provenance, write_results
+from eval.output import folder_for, publish, require_at_least, write_json
 from eval.scores import Scores, score_clips, skills
 from magihuman.errors import NotApplicable, UserError
 
@@ -256,9 +256,7 @@ def run(
     """
     if (checkpoint is None) == (clips is None):
         raise UserError("give either checkpoint=NAME_OR_FOLDER or clips=FOLDER")
-    for name, value, least in (("prompts", prompts, 1), ("batch", batch, 1), ("keep", keep, 0), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{name}={value} is impossible; give at least {least}")
+    require_at_least(prompts=(prompts, 1), batch=(batch, 1), keep=(keep, 0), seed=(seed, 0))
     start = time.perf_counter()
     refused: dict[str, str] = {}
     facts: dict[str, Any] = {}
@@ -276,21 +274,27 @@ def run(
     limits = bounds(prompts if checkpoint else len(made.captions), codecs, made.frames[0].shape[1])
     name = _name_of(checkpoint, clips)
     scores = made.score(limits[BOUND])
+    columns = {**limits, name: scores}
+    shown = {column: found.to_dict() for column, found in columns.items()}
+    shown[name] = {**facts, **shown[name]}
     values = {
         "format": FORMAT,
         "held_out_seed": HELD_OUT_SEED,
         "seconds": round(time.perf_counter() - start, 1),
-        "columns": {**{bound: found.to_dict() for bound, found in limits.items()}, name: {**facts, **scores.to_dict()}},
-        "provenance": provenance(),
+        "columns": shown,
     }
-    write_results(folder, "scores", values, tables.scores(values))
-    columns = {**limits, name: scores}
-    write_results(folder, "clips", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
-    _draw(values, made, scores, folder, name, keep)
-    print(tables.scores_text(values))
+    from eval import figures
+
+    drawn = {"scores": figures.score_bars(values)}
+    if keep:
+        paths = [folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(made.captions)))]
+        write_clips(paths, made.frames, made.waves, made.captions)
+        sheet = figures.Shown(name, "model", made.frames[:keep], made.waves[:keep], scores.clips[:keep])
+        drawn["clips"] = figures.contact_sheet([sheet])
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
-    print(f"written to {folder} ({values['seconds']:.0f} s)")
+    write_json(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
+    publish(folder, "scores", values, drawn, tables.scores_text(values))
     bound = limits[BOUND].table
     return {
         "scores": str(folder / "scores.json"),
@@ -308,18 +312,6 @@ def _name_of(checkpoint: str | None, clips: str | None) -> str:
 
     name = str(checkpoint or clips).rstrip("/")
     return name if checkpoint is not None and name in checkpoint_names() else name.rsplit("/", 1)[-1]
-
-
-def _draw(values: dict[str, Any], clips: Clips, scores: Scores, folder: Path, name: str, keep: int) -> None:
-    """Draw the bars, save the first clips as mp4 with their captions, and show them on a contact sheet."""
-    from eval import figures
-
-    figures.score_bars(values).savefig(folder / "scores.png", dpi=110)
-    if keep:
-        paths = [folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(clips.captions)))]
-        write_clips(paths, clips.frames, clips.waves, clips.captions)
-        shown = figures.Shown(name, "model", clips.frames[:keep], clips.waves[:keep], scores.clips[:keep])
-        figures.contact_sheet([shown]).savefig(folder / "clips.png", dpi=90)
 
 
 def write_clips(

@@ -116,7 +116,7 @@ class Scores:
         skins: skin tone -> clips; skin_p: p-value that they come from equal shares.
         own, other, shifted [n]: correlation of each clip's mouth with its own audio, in the mean with other clips'
             audio, and with its own audio shifted. A static or silent clip counts 0: it does not follow its audio.
-        found [n]: 1 where a clip's own audio fits best.
+        found [n]: 1 where a clip's own audio fits best of `CANDIDATES`, 0 where it does not, NaN where there are fewer.
     """
 
     clips: tuple[ClipScore, ...]
@@ -206,7 +206,7 @@ CLIP_METRICS = {
 
 
 def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean correlation with other clips' audio [n], and whether the own audio fits best [n].
+    """Mean correlation with other clips' audio [n], and whether the own audio fits best [n], NaN with too few others.
 
     The others are the next `CANDIDATES` - 1 clips of the same length with audio, in a circle.
     """
@@ -216,11 +216,17 @@ def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]
             continue
         around = [clips[(i + k) % len(clips)].called for k in range(1, len(clips))]
         tracks = [v for v in around if v is not None and len(v) == len(clip.vision.openness)][: CANDIDATES - 1]
-        if tracks:
-            values = [correlation(clip.vision.openness, track) for track in tracks]
-            other[i] = np.mean(values)
-            found[i] = clip.sync.r > max(values)
+        values = [correlation(clip.vision.openness, track) for track in tracks]
+        other[i] = np.mean(values) if values else 0.0
+        found[i] = clip.sync.r > max(values) if len(values) == CANDIDATES - 1 else np.nan
     return other, found
+
+
+def _retrieval(found: np.ndarray) -> Measure:
+    """Share of clips whose own audio fits best; as a share among fewer than `CANDIDATES` it would mean less."""
+    if np.isfinite(found).all():
+        return stats.share(found)
+    return unavailable(f"needs {CANDIDATES} clips of one length with audio", len(found))
 
 
 def _skill(own: np.ndarray, reference: Scores | None, chance: str, paired: bool) -> Measure:
@@ -288,13 +294,12 @@ def score_clips(
         "sync_shifted": stats.mean(shifted),
         **skills(own, reference, paired=reference is not None and reference.captions == tuple(captions)),
         "sync_lag0": stats.share(lags),
-        "sync_retrieval": stats.share(found),
+        "sync_retrieval": _retrieval(found),
     }
     if not len(lags):
         sync = dict.fromkeys(sync, unavailable("no clip has both a moving mouth and audio", len(clips)))
     elif len(clips) == 1:
-        alone = unavailable("needs other clips to compare with", 1)
-        sync |= {"sync_other": alone, "sync_retrieval": alone}
+        sync["sync_other"] = unavailable("needs other clips to compare with", 1)
     table |= sync
     table["skin_distance"] = stats.distance_to_uniform(skins)
     return Scores(

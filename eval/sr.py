@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.tiny.puppets import synthesise
-from eval import stats, tables
+from eval import stats
 from eval.image_metrics import psnr, ssim
-from eval.output import folder_for, provenance, short_names, training_record, write_results
+from eval.output import folder_for, publish, require_at_least, short_names, training_record
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import measure_frames, mouth_region
 from eval.puppets import HELD_OUT_SEED, frames_tensor, ground_truth, held_out, noise_seed, require_tiny, tiny_pipelines
@@ -207,8 +207,7 @@ def run(
     for part in chosen:
         if part not in PARTS:
             raise UserError(f"parts={parts}: {part!r} is unknown; choose from {', '.join(PARTS)}")
-    if clips < 2 or batch < 1:
-        raise UserError(f"clips={clips} and batch={batch} are impossible; give at least 2 clips and a batch of 1")
+    require_at_least(clips=(clips, 2), batch=(batch, 1))
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
     compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
@@ -222,7 +221,6 @@ def run(
     second = zoo.load(checkpoint)
     codecs, size = load_bundle("tiny"), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
     count = second.config.sampling.steps if steps is None else steps
     drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
     evaluation = Evaluation(second, codecs, drawn, size, count, seed, batch)
@@ -230,27 +228,25 @@ def run(
     from eval import figures
 
     for part in chosen:
-        start = time.perf_counter()
+        start, drawn_figures = time.perf_counter(), {}
         if part == "table":
             sampled = sampled_clips(clips, base, seed, batch, progress)
             values, frames = _table(evaluation, sampled)
-            figures.sr_frames(frames).savefig(folder / "clips.png", dpi=80)
+            drawn_figures["clips"] = figures.sr_frames(frames)
         elif part == "audio":
             values = _audio(evaluation)
-            figures.sr_audio(values).savefig(folder / "audio.png", dpi=110)
+            drawn_figures["audio"] = figures.sr_audio(values)
         elif part == "others":
             values = _others(evaluation, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
         else:
             values = _steps(evaluation)
-            figures.sr_steps(values).savefig(folder / "steps.png", dpi=110)
+            drawn_figures["steps"] = figures.sr_steps(values)
         facts = {
             "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
             "steps": count, "sampling_seed": seed, "held_out_seed": HELD_OUT_SEED,
-            "seconds": round(time.perf_counter() - start, 1), **values, "provenance": provenance(),
+            "seconds": round(time.perf_counter() - start, 1), **values,
         }  # fmt: skip
-        text = tables.super_resolution(facts)
-        write_results(folder, part, facts, text)
-        print(text, flush=True)
+        publish(folder, part, facts, drawn_figures)
         results[part] = values["sets"]
     return results
 

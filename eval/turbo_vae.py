@@ -6,7 +6,6 @@ Every decoder gets the same latents: those of held-out puppets, and on request s
 (`python -m inference.sample_latents`), for which the teacher's frames are the truth.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval import tables
 from eval.image_metrics import ClipErrors, clip_errors, latent_starts
-from eval.output import provenance, write_results
+from eval.output import publish, require_at_least, write_json
 from eval.stats import Measure, mean, unavailable
 from magihuman.errors import UserError
 
@@ -130,8 +128,7 @@ def run(
     Raises:
         UserError: a decoder that cannot be found, or of other latents.
     """
-    if clips < 1:
-        raise UserError(f"clips={clips} measures nothing; give at least 1")
+    require_at_least(clips=(clips, 1))
     sources = {role: name for role, name in (("teacher", teacher), ("student", student)) if name is not None}
     from magihuman.zoo import decoders
 
@@ -173,20 +170,14 @@ def run(
         "settings": {"student": student, "teacher": teacher, "clips": clips, "sampled": sampled, "chunk": CHUNK},
         "threads": torch.get_num_threads(),
         "columns": {c.name: {"n": len(c.clips), "table": tables_of[c.name], "cost": c.cost} for c in columns},
-        "provenance": provenance(),
     }
-    text = tables.decoders(report)
-    print(text)
     if output is None:
-        return report
+        return publish(None, "scores", report)
     from eval import figures
 
     folder = Path(output)
-    write_results(folder, "scores", report, text)
-    details = {c.name: [asdict(clip) for clip in c.clips] for c in columns}
-    (folder / "clips.json").write_text(json.dumps(details) + "\n", encoding="utf-8")
-    figures.decoder_bars(report).savefig(folder / "scores.png", dpi=110)
-    figures.decoder_frames(shown).savefig(folder / "clips.png", dpi=110)
+    publish(folder, "scores", report, {"scores": figures.decoder_bars(report), "clips": figures.decoder_frames(shown)})
+    write_json(folder / "clips.json", {c.name: [asdict(clip) for clip in c.clips] for c in columns})
     values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables_of.items()}
     return {"scores": str(folder / "scores.json"), **values}
 

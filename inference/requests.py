@@ -152,13 +152,6 @@ class InferOptions:
         return ["python", "-m", "magihuman.infer", *words]
 
 
-# The help of magihuman.cli comes from docstrings.
-InferOptions.__doc__ = "\n".join(
-    [str(InferOptions.__doc__).rstrip(), "", "    Args:"]
-    + [f"        {f.name}: {f.metadata['help']}" for f in fields(InferOptions)]
-)
-
-
 def _as_text(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {inner}" for key, inner in value.items()) + "}"

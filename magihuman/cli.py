@@ -10,12 +10,15 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError, report_and_exit
 
 
-def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None = None) -> Any:
+def run(
+    function: Callable[..., Any], program: str, argv: Sequence[str] | None = None, options: type | None = None
+) -> Any:
     """Call `function` with the settings of `argv` (default: of the process) and return what it returns.
 
     --help prints the help and exits 0; a `UserError`, also of a wrong setting, is one line and exit 2;
@@ -23,14 +26,18 @@ def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None =
 
     Args:
         program: what the user typed, such as "python -m data.tiny".
+        options: dataclass of the settings, whose instance is then the function's argument; its fields' "help" in the
+            metadata is the help.
     """
     calm_bars()
+    schema: Callable[..., Any] = options or function
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in arguments):
-        print(usage(function, program))
+        print(usage(schema, program))
         raise SystemExit(0)
     try:
-        return function(**settings(function, arguments, program))
+        given = settings(schema, arguments, program)
+        return function(**given) if options is None else function(options(**given))
     except UserError as error:
         report_and_exit(error)
     except KeyboardInterrupt:
@@ -139,6 +146,8 @@ def usage(function: Callable[..., Any], program: str) -> str:
     text = inspect.getdoc(function) or ""
     head, _, rest = text.partition("\nArgs:\n")
     entries = dict(re.findall(r"^    (\w+): ((?:.+\n?)(?:^ {8}.+\n?)*)", rest.split("\nRaises:")[0], flags=re.M))
+    if is_dataclass(function):
+        entries = {f.name: f.metadata.get("help", "") for f in fields(function)}
     parameters = inspect.signature(function).parameters.values()
     needed = [f"{p.name}=..." for p in parameters if p.default is p.empty]
     lines = [f"usage: {' '.join([program, *needed])} [key=value ...]", "", head.split("\nRaises:")[0].rstrip(), ""]

@@ -11,6 +11,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from data.options import PrepareOptions
 from data.prepare import prepare
 from data.shards import INDEX
 from data.tiny.puppets import (
@@ -186,13 +187,9 @@ def ensure(
     with locked(root / f".{name}.lock"):
         if not (shards / INDEX).exists():
             make_clips(str(root / f"clips-{name}"), clips, seed, rendered, workers=workers, only=only)
-            prepare(
-                str(root / f"clips-{name}"),
-                str(shards),
-                codecs=codecs,
-                workers=workers,
-                sizes=f"{size}x{size}",
-                sr_sizes=None if sr_size is None else f"{sr_size}x{sr_size}",
-                pixels=pixels,
-            )
+            options = PrepareOptions(
+                str(root / f"clips-{name}"), str(shards), codecs, workers, sizes=f"{size}x{size}",
+                sr_sizes=None if sr_size is None else f"{sr_size}x{sr_size}", pixels=pixels,
+            )  # fmt: skip
+            prepare(options)
     return str(shards)

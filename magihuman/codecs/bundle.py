@@ -80,6 +80,7 @@ class BundleSpec:
             FLOPs of their codecs are known (`magihuman.zoo.footprint`).
         variables: parts to be fetched by the user, with the environment variables of their paths.
         resolutions: sizes by name.
+        patch: latents a side of a video token in the models of these codecs.
         batch: clips computed at once by default.
         many_lengths: the models were trained on clips of many lengths, not on one.
         negative_prompt: guided models expect a negative prompt.
@@ -89,6 +90,7 @@ class BundleSpec:
     published: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
     resolutions: Mapping[str, Resolution] = field(default_factory=dict)
+    patch: int = 2
     batch: int = 8
     many_lengths: bool = False
     negative_prompt: bool = False
@@ -147,7 +149,7 @@ class _ReleasedSpec(BundleSpec):
 
 
 SPECS = {
-    "tiny": BundleSpec("tiny"),
+    "tiny": BundleSpec("tiny", patch=4),
     "released": _ReleasedSpec(
         "released",
         published=True,

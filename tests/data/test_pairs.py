@@ -7,6 +7,7 @@ import torch
 
 from data.clip_plan import pair_sizes, parse_sizes
 from data.module import LatentDataModule, collate
+from data.options import PrepareOptions
 from data.prepare import prepare
 from data.shards import SampleError, Shards
 from data.tiny.dataset import make_clips
@@ -24,7 +25,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(clips: Path, output: Path, **settings: str) -> Path:
-    prepare(str(clips), str(output), workers=1, progress=False, **settings)  # type: ignore[arg-type]
+    prepare(PrepareOptions(str(clips), str(output), workers=1, progress=False, **settings))  # type: ignore[arg-type]
     return output
 
 
@@ -90,23 +91,23 @@ def test_files_are_judged_by_the_larger_size(clips: Path, tmp_path: Path) -> Non
         ("448x256", "512x896", "has another aspect ratio"),
         ("448x256,480x272", "896x512,896x512", "sr_sizes names a size twice"),
         ("448x256,448x256", "896x512,1920x1088", "sizes names a size twice: clips of a batch share both"),
-        ("448x256", "900x514", "sr_sizes=900x514: the codec needs height divisible by 16"),
+        ("448x256", "900x514", "sr_sizes=900x514 cannot be trained: height must be divisible by 16"),
         ("448x256", "large", "sr_sizes='large' should look like"),
     ],
 )
 def test_sizes_that_are_no_pair_are_one_line(small: str, large: str, message: str) -> None:
     def read() -> None:
-        sizes = parse_sizes(small.split(","), (16, 16))
-        pair_sizes(sizes, parse_sizes(large.split(","), (16, 16), "sr_sizes"))
+        sizes = parse_sizes(small, (16, 16))
+        pair_sizes(sizes, parse_sizes(large, (16, 16), "sr_sizes"))
 
     with pytest.raises(UserError, match=message):
         read()
 
 
 def test_released_sizes_are_pairs() -> None:
-    small = parse_sizes(["448x256", "256x448"], (16, 16))
-    for large in (["896x512", "512x896"], ["1920x1088", "1088x1920"]):
-        sizes = parse_sizes(large, (16, 16), "sr_sizes")
+    small = parse_sizes("448x256,256x448", (32, 32))
+    for large in ("896x512,512x896", "1920x1088,1088x1920"):
+        sizes = parse_sizes(large, (32, 32), "sr_sizes")
         assert pair_sizes(small, sizes) == sizes
 
 

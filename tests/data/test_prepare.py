@@ -13,7 +13,9 @@ import pytest
 import torch
 from bad_media import Expected, build, movie, prepare_bad
 
+from data.options import PrepareOptions
 from data.prepare import prepare
+from data.prepare_report import PrepareReport
 from data.shards import Shards
 from magihuman.errors import UserError
 
@@ -40,6 +42,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Expec
     return folder, build(folder)
 
 
+def prepared(source: Path, output: Path, **options: Any) -> PrepareReport:
+    return prepare(PrepareOptions(str(source), str(output), **{"progress": False, **options}))
+
+
 def command(source: Path, output: Path, *settings: str) -> list[str]:
     given = dict(word.split("=", 1) for word in (CODECS, "shard_clips=3", "workers=2", "progress=false", *settings))
     words = [f"{key}={value}" for key, value in given.items()]
@@ -53,7 +59,7 @@ def contents(output: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "shards"
-    prepare(str(clips), str(output), codecs=CODECS[7:], workers=2, shard_clips=3, progress=False)
+    prepared(clips, output, codecs=CODECS[7:], workers=2, shard_clips=3)
     return output
 
 
@@ -171,7 +177,7 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(clips: Path, w
         process.wait()
     assert kills == 3
     assert not (output / "index.json").exists()
-    prepare(str(clips), str(output), codecs=CODECS[7:], workers=2, shard_clips=3, progress=False)
+    prepared(clips, output, codecs=CODECS[7:], workers=2, shard_clips=3)
     assert contents(output) == contents(whole)
     assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
     keys = [entry.key for entry in Shards(output).entries]
@@ -181,17 +187,17 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(clips: Path, w
 def test_number_of_workers_changes_nothing_and_a_finished_run_is_left_alone(
     clips: Path, whole: Path, tmp_path: Path
 ) -> None:
-    prepare(str(clips), str(tmp_path / "one"), codecs=CODECS[7:], workers=1, shard_clips=3, progress=False)
+    prepared(clips, tmp_path / "one", codecs=CODECS[7:], workers=1, shard_clips=3)
     assert contents(tmp_path / "one") == contents(whole)
     before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir()}
-    again = prepare(str(clips), str(whole), codecs=CODECS[7:], workers=1, shard_clips=3, progress=False)
+    again = prepared(clips, whole, codecs=CODECS[7:], workers=1, shard_clips=3)
     assert again.clips == 12
     assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == before
 
 
 def test_output_of_other_settings_is_refused(clips: Path, whole: Path) -> None:
     with pytest.raises(UserError, match=r"shards of other files or settings; delete it or choose another"):
-        prepare(str(clips), str(whole), codecs=CODECS[7:], shard_clips=4, progress=False)
+        prepared(clips, whole, codecs=CODECS[7:], shard_clips=4)
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(clips: Path, whole: Path, tmp_path: Path) -> None:
@@ -210,7 +216,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(clips: Path, whole: P
     assert result.stderr.startswith(f"error: output={output} cannot be written (File too large); make room")
     assert result.stderr.count("\n") == 1
     assert not list(output.glob("*.tar"))
-    prepare(str(clips), str(output), codecs=CODECS[7:], workers=1, shard_clips=3, progress=False)
+    prepared(clips, output, codecs=CODECS[7:], workers=1, shard_clips=3)
     assert contents(output) == contents(whole)
 
 
@@ -218,9 +224,9 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
     clips = folder_of_clips(tmp_path / "media", 7)
     deadly = clips / "c03.mp4"
     movie(deadly, seconds=1.0, width=96, height=96)
-    prepare(
-        str(clips), str(tmp_path / "shards"), codecs="pooled_bundle:deadly", workers=2, shard_clips=3, batch=1,
-        progress=False,
+    prepared(
+        clips, tmp_path / "shards", codecs="pooled_bundle:deadly", workers=2, shard_clips=3, batch=1,
+
     )  # fmt: skip
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
     status = {row["file"]: (row["status"], row["reason"]) for row in report["per_file"]}
@@ -237,7 +243,9 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
         (["silent=perhaps"], "silent='perhaps' should be true or false"),
         (["frames=24"], "frames=24: the video codec needs 4k+1 frames, for example 25"),
         (["sizes=64"], "sizes='64' should look like 448x256"),
-        (["sizes=66x64"], "needs height divisible by 4 and width by 4"),
+        (["sizes=66x64"], "sizes=66x64 cannot be trained: height must be divisible by 8 and width by 8; the nearest"),
+        (["codecs=tiny", "sizes=64x64,60x60"], "60x60 cannot be trained: height must be divisible by 16 and width by"),
+        (["pixels=true", "sizes=66x60"], "sizes=66x60 cannot be trained: height must be divisible by 4 and width by 4"),
         (["codecs=toy"], "codecs 'toy' are unknown; choose one of tiny, released"),
         (["captions=maybe"], "captions='maybe' should be one of required, optional"),
         (["table=nowhere.csv"], "table=nowhere.csv is not a file"),
@@ -255,7 +263,7 @@ def test_wrong_settings_are_one_line_with_a_remedy(
     if not any(word.startswith("codecs=") for word in settings):
         words.append(CODECS)
     with pytest.raises(SystemExit) as leaving:
-        run_command(prepare, "python -m data.prepare", [*words, *settings])
+        run_command(prepare, "python -m data.prepare", [*words, *settings], PrepareOptions)
     assert leaving.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -265,22 +273,22 @@ def test_wrong_settings_are_one_line_with_a_remedy(
 
 def test_folders_without_use_are_refused_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder; give the folder that holds the video files"):
-        prepare(str(tmp_path / "nothing"), str(tmp_path / "out"))
+        prepared(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no media file"):
-        prepare(str(tmp_path / "empty"), str(tmp_path / "out"), codecs=CODECS[7:])
+        prepared(tmp_path / "empty", tmp_path / "out", codecs=CODECS[7:])
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="holds no media file"):
-        prepare(str(tmp_path / "empty"), str(tmp_path / "mine"), codecs=CODECS[7:])
+        prepared(tmp_path / "empty", tmp_path / "mine", codecs=CODECS[7:])
     assert (tmp_path / "mine").exists()
     clips = folder_of_clips(tmp_path / "media", 1)
     (clips / "c00.txt").unlink()
     with pytest.raises(UserError, match=r"no clip of .* could be used; most often: has no caption; .*report.md"):
-        prepare(str(clips), str(tmp_path / "out"), codecs=CODECS[7:], progress=False)
+        prepared(clips, tmp_path / "out", codecs=CODECS[7:])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        prepare(str(clips), str(tmp_path / "file" / "out"), codecs=CODECS[7:])
+        prepared(clips, tmp_path / "file" / "out", codecs=CODECS[7:])
 
 
 def test_buckets_by_length_and_shape(tmp_path: Path) -> None:
@@ -293,9 +301,9 @@ def test_buckets_by_length_and_shape(tmp_path: Path) -> None:
     }.items():
         movie(clips / f"{name}.mp4", **how)  # type: ignore[arg-type]
         (clips / f"{name}.txt").write_text(name)
-    report = prepare(
-        str(clips), str(tmp_path / "out"), codecs=CODECS[7:], sizes="64x64,128x64,64x128", frames="25,13",
-        workers=1, progress=False,
+    report = prepared(
+        clips, tmp_path / "out", codecs=CODECS[7:], sizes="64x64,128x64,64x128", frames="25,13",
+        workers=1,
     )  # fmt: skip
     assert report.buckets == {"13x128x64+a": 1, "13x64x64+a": 1, "25x64x128+a": 1, "25x64x64+a": 2}
     assert report.seconds == pytest.approx((3 * 25 + 2 * 13) / 25)
@@ -309,7 +317,7 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     from magihuman.media.reading import read_clip
 
     make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
-    prepare(str(tmp_path / "clips"), str(tmp_path / "shards"), workers=1, pixels=True, progress=False)
+    prepared(tmp_path / "clips", tmp_path / "shards", workers=1, pixels=True)
     reader, world = Shards(tmp_path / "shards"), load_bundle("tiny")
     assert reader.contract == world.contract
     for i in range(4):
@@ -333,7 +341,7 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     assert "bucket 25x64x64+a: 4" in text
     assert f"video latents: {world.contract.video_channels} channels" in text
     assert (tmp_path / "sheet.png").stat().st_size > 3000
-    large = prepare(str(tmp_path / "clips"), str(tmp_path / "large"), sizes="128x128", workers=1, progress=False)
+    large = prepared(tmp_path / "clips", tmp_path / "large", sizes="128x128", workers=1)
     assert large.buckets == {"25x128x128+a": 4}
     assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (world.contract.video_channels, 7, 32, 32)
 

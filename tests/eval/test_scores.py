@@ -186,7 +186,14 @@ def test_one_clip_has_a_score_but_no_comparison(truth, frames, waves):
     scores = score_clips(frames[:1], waves[:1], CAPTIONS[:1], truth)
     assert value(scores, "sync_r") > 0.95
     assert "other clips" in scores.table["sync_other"].reason
-    assert "other clips" in scores.table["sync_retrieval"].reason
+
+
+@pytest.mark.parametrize(("count", "found"), [(19, None), (20, 1.0)])
+def test_retrieval_among_twenty_needs_twenty(count, found, frames, waves):
+    """With fewer, the own audio would win more easily."""
+    measure = score_clips(frames[:count], waves[:count], CAPTIONS[:count]).table["sync_retrieval"]
+    assert measure.value == found
+    assert measure.reason == ("" if found else "needs 20 clips of one length with audio")
 
 
 def test_what_cannot_be_scored_is_refused(frames, waves):

@@ -28,7 +28,7 @@ def world() -> CodecBundle:
 
 @pytest.fixture(scope="module")
 def held(world: CodecBundle) -> sr.StageInputs:
-    return sr.drawn_clips(6, world, 64, 128)
+    return sr.drawn_clips(4, world, 64, 128)
 
 
 def values(own: list[float], other: list[float], sharp: list[float]) -> dict[str, np.ndarray]:
@@ -57,7 +57,7 @@ def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: 
     truth, codec = held.truth, world.video_codec
     measure = sr.Evaluation(zoo.load("tiny/sr"), world, held, size=128, steps=1).measure
     bound, kept, _ = measure(lambda part: sr.encode(world, truth[part]))
-    assert len(kept) == 6
+    assert len(kept) == 4
     assert kept[0].shape == (25, 128, 128, 3)
     small = measure(lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128))[0]
     latents = measure(lambda part: upsample_latents(held.video[part], 32, 32))[0]
@@ -91,14 +91,14 @@ def test_bicubic_keeps_flat_pictures_and_size() -> None:
 def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sr, "STEPS", (1, 2))
     monkeypatch.setattr(sr, "COARSE", (1, 8))
-    without_truth = replace(sr.drawn_clips(3, world, 64, 128), truth=None)
+    without_truth = replace(sr.drawn_clips(2, world, 64, 128), truth=None)
     monkeypatch.setattr(sr, "sampled_clips", lambda *_: without_truth)
-    results = sr.run("tiny/sr", clips=3, steps=1, output=str(tmp_path), progress=False)
+    results = sr.run("tiny/sr", clips=2, steps=1, output=str(tmp_path), progress=False)
     assert set(results) == {"scores", "table", "audio", "steps"}
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {"clips.png", "audio.png", "steps.png"}
     facts = json.loads((tmp_path / "table.json").read_text())
-    assert facts["clips"] == 3
+    assert facts["clips"] == 2
     assert list(facts["sets"]["clip"]["columns"]) == ["bicubic", "latents", "sr", "bound"]
     assert facts["sets"]["clip"]["columns"]["bound"]["sync_skill"]["value"] == pytest.approx(1)
     assert "psnr" not in facts["sets"]["base"]["columns"]["sr"]
@@ -118,7 +118,7 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     assert table[0] == f"|  | {' | '.join(ways + gains)} |"
     assert table[2].startswith("| PSNR, dB ↑ | ")
     assert len(table) == 6
-    assert table[-1].startswith("3 clips, 1 steps, 95 % intervals over clips. From [")
+    assert table[-1].startswith("2 clips, 1 steps, 95 % intervals over clips. From [")
     text = (tmp_path / "steps.md").read_text()
     assert text.startswith("### first stage: the clip itself")
     assert "| lip-sync skill (other clips' audio 0, codec bound 1) ↑ |" in text
@@ -161,7 +161,7 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
         ({"base": "tiny/sr"}, "tiny/sr is a checkpoint, for the second stage"),
         ({"parts": "others", "others": "tiny/sr,tiny/distill"}, "tiny/distill is a checkpoint, for the first"),
         ({"parts": "tables"}, "choose from table, audio, steps"),
-        ({"clips": 1}, "at least 2 clips"),
+        ({"clips": 1}, "clips=1 is impossible; give at least 2"),
         ({"parts": "others"}, "belong together"),
     ],
 )

@@ -10,6 +10,7 @@ import training_stub
 from bad_media import movie
 from infer_command import failure, run
 
+from data.options import PrepareOptions
 from data.prepare import prepare
 from magihuman.codecs import bundle
 from magihuman.errors import UserError
@@ -36,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(6):
         movie(folder / "media" / f"c{i}.mp4", seconds=1.0 + i / 25)
         (folder / "media" / f"c{i}.txt").write_text(f"clip number {i}")
-    prepare(str(folder / "media"), str(folder / "shards"), codecs=OWN, workers=1, progress=False)
+    prepare(PrepareOptions(str(folder / "media"), str(folder / "shards"), codecs=OWN, workers=1, progress=False))
     return folder / "shards"
 
 
