@@ -93,11 +93,6 @@ def key_of(relative: str, window: int) -> str:
     return f"{words}-{digest}_{window:04d}"
 
 
-def available_frames(seconds: float, fps: float) -> int:
-    """Number of frames at `fps` in a video of `seconds`: those whose midpoint lies inside it."""
-    return max(0, ceil(seconds * fps - 0.5 - 1e-6))
-
-
 def make_plan(
     files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, shapes: Shapes
 ) -> ClipPlan:
@@ -151,7 +146,7 @@ def _clips_of(
     if still:
         windows = [(0, 1)]
     else:
-        available = available_frames(info.seconds, shapes.fps)
+        available = max(0, ceil(info.seconds * shapes.fps - 0.5 - 1e-6))  # frames whose midpoint lies inside it
         windows = cut(available, shapes.lengths, options.max_windows)
         if not windows:
             raise _Rejected(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,39 +119,32 @@ def _read(
 ) -> Iterator[tuple[PlannedClip, MediaClip | str]]:
     """Every clip, or the reason why it cannot be read; consecutive clips of a file are read in one pass."""
     contract = codecs.contract
-    reader: MediaReader | None = None
-    open_path, problem = "", ""
-    try:
-        for planned in clips:
-            tick(planned.path)
-            if planned.path in excluded:
-                yield planned, CRASHED
-                continue
-            size = planned.large or (planned.height, planned.width)
-            try:
-                if planned.still:
-                    yield planned, MediaClip(_still(planned.path, size), None)
+    for path, of_file in groupby(clips, key=attrgetter("path")):
+        reader, problem = None, ""
+        with ExitStack() as stack:
+            for planned in of_file:
+                tick(path)
+                if path in excluded:
+                    yield planned, CRASHED
                     continue
-                if planned.path != open_path:
-                    if reader is not None:
-                        reader.__exit__(None, None, None)
-                    reader, open_path, problem = None, planned.path, ""
-                    reader = MediaReader(planned.path).__enter__()
-                if reader is None:
-                    raise MediaError(problem)
-                yield planned, reader.read(
-                    fps=contract.fps, start=planned.start, frames=planned.frames, size=size,
-                    rate=contract.audio_rate, channels=contract.waveform_channels,
-                )  # fmt: skip
-            except MediaError as error:
-                problem = str(error)
-                yield planned, problem
-            except Exception as error:  # a bug of a decoder must not end the run
-                problem = f"cannot be decoded: {type(error).__name__}: {error}"[:200]
-                yield planned, problem
-    finally:
-        if reader is not None:
-            reader.__exit__(None, None, None)
+                size = planned.large or (planned.height, planned.width)
+                try:
+                    if planned.still:
+                        yield planned, MediaClip(_still(path, size), None)
+                        continue
+                    if problem and reader is None:
+                        raise MediaError(problem)
+                    reader = reader or stack.enter_context(MediaReader(path))
+                    yield planned, reader.read(
+                        fps=contract.fps, start=planned.start, frames=planned.frames, size=size,
+                        rate=contract.audio_rate, channels=contract.waveform_channels,
+                    )  # fmt: skip
+                except MediaError as error:
+                    problem = str(error)
+                    yield planned, problem
+                except Exception as error:  # a bug of a decoder must not end the run
+                    problem = f"cannot be decoded: {type(error).__name__}: {error}"[:200]
+                    yield planned, problem
 
 
 def _still(path: str, size: tuple[int, int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.output import portable, publish
+from eval.output import publish, training_record
 from magihuman.errors import UserError
 
 FULL = "full"
@@ -60,9 +60,9 @@ def read(runs: Path) -> tuple[Metrics, list[str]]:
 def _of_decoders(runs: Path) -> tuple[Metrics, list[str]]:
     metrics: Metrics = defaultdict(dict)
     commands = []
-    for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
-        match, scores = NAME.fullmatch(folder.name), folder / "eval" / "scores.json"
-        if match is None or not scores.exists():
+    for scores in sorted(runs.glob("*/eval/scores.json")):
+        run = scores.parents[1]
+        if (match := NAME.fullmatch(run.name)) is None:
             continue
         columns = json.loads(scores.read_text())["columns"]
         metrics[match["variant"]][int(match["seed"])] = {
@@ -70,8 +70,7 @@ def _of_decoders(runs: Path) -> tuple[Metrics, list[str]]:
             for column, row in SHOWN
             if column in columns and columns[column]["table"][row]["value"] is not None
         }
-        record = json.loads((folder / "run.json").read_text())
-        commands.append(" ".join(map(portable, record["provenance"]["command"])))
+        commands.append(training_record(run).get("command", ""))
     return dict(metrics), commands
 
 

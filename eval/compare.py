@@ -1,7 +1,7 @@
 """Paired comparison of samplers on the same prompts, several clips of each: intervals over prompts, verdicts.
 
     found = Comparison(columns)
-    found.against(student, teacher, ROWS[0]).word   # better, worse, within noise
+    found.against(student, teacher, ROWS[0])["verdict"]   # better, worse, within noise
 
 Clips of one prompt are alike, so prompts are resampled instead of clips, and all columns alike, which makes differences
 between columns paired. A row of `ROWS` is a statistic of one column under weights of the prompts; intervals, differences
@@ -225,25 +225,6 @@ def measure_of(draws: np.ndarray | None, count: int, row: Row) -> Measure:
     return Measure(value, min(low, value), max(high, value), count)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Comparison of two columns in one metric.
-
-    Attributes:
-        change: column minus baseline in the metric's unit.
-        gain: the change with the sign that makes positive better; of metrics with a target, by how much nearer to the
-            bound, as a share of the bound.
-        word: better or worse where the gain's interval excludes 0, else within noise; n/a without values.
-    """
-
-    change: Measure
-    gain: Measure
-    word: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"change": self.change.to_dict(), "gain": self.gain.to_dict(), "verdict": self.word}
-
-
 class Comparison:
     """Columns of the same prompts, resampled together.
 
@@ -280,40 +261,48 @@ class Comparison:
         mine, bound = self.found[own.name, row.name], self.found[self.bound.name, row.name]
         return measure_of(None if mine is None or bound is None else mine / bound - 1, own.clips, row)
 
-    def against(self, own: Column, baseline: Column, row: Row) -> Verdict:
-        """Paired difference of `own` and `baseline`."""
+    def against(self, own: Column, baseline: Column, row: Row) -> dict[str, Any]:
+        """Paired difference of `own` and `baseline`, as plain values.
+
+        Returns:
+            {"change": measure in the metric's unit; "gain": the change with the sign that makes positive better, of
+            metrics with a target by how much nearer to the bound, as a share of the bound; "verdict": better or worse
+            where the gain's interval excludes 0, else within noise; n/a without values}.
+        """
         mine, theirs = self.found[own.name, row.name], self.found[baseline.name, row.name]
         bound = self.found[self.bound.name, row.name]
-        if mine is None or theirs is None or bound is None:
-            nothing = measure_of(None, own.clips, row)
-            return Verdict(nothing, nothing, "n/a")
-        gains = mine - theirs
-        if row.direction == "down":
-            gains = theirs - mine
-        elif row.direction == "target":
-            gains = np.abs(theirs / bound - 1) - np.abs(mine / bound - 1)
-        gain = measure_of(gains, own.clips, row)
-        assert gain.low is not None
-        assert gain.high is not None
-        word = "better" if gain.low > 0 else "worse" if gain.high < 0 else "within noise"
-        return Verdict(measure_of(mine - theirs, own.clips, row), gain, word)
+        changes = gains = None
+        if mine is not None and theirs is not None and bound is not None:
+            changes = mine - theirs
+            if row.direction == "target":
+                gains = np.abs(theirs / bound - 1) - np.abs(mine / bound - 1)
+            else:
+                gains = -changes if row.direction == "down" else changes
+        gain, word = measure_of(gains, own.clips, row), "n/a"
+        if gain.low is not None and gain.high is not None:
+            word = "better" if gain.low > 0 else "worse" if gain.high < 0 else "within noise"
+        change = measure_of(changes, own.clips, row)
+        return {"change": change.to_dict(), "gain": gain.to_dict(), "verdict": word}
 
-    def kept(self, own: Column, row: Row) -> tuple[Measure, str]:
-        """Diversity as a ratio to the teacher's, and whether it is within `TOLERANCE`.
+    def kept(self, own: Column, row: Row) -> dict[str, Any]:
+        """Diversity as a ratio to the teacher's, and whether it is within `TOLERANCE`, as plain values.
 
-        The word is kept where the ratio is within; lost or over where the whole interval is outside; low or high, both
-        "within noise", where only the ratio is.
+        Returns:
+            {"ratio": measure; "verdict": kept where the ratio is within; lost or over where the whole interval is outside;
+            low or high, both "within noise", where only the ratio is; n/a without values}.
         """
         mine, theirs = self.found[own.name, row.name], self.found[self.teacher.name, row.name]
         ratio = measure_of(None if mine is None or theirs is None else mine / theirs, own.clips, row)
-        if ratio.value is None or ratio.low is None or ratio.high is None:
-            return ratio, "n/a"
         under, over = 1 - TOLERANCE, 1 + TOLERANCE
-        if ratio.value < under:
-            return ratio, "lost" if ratio.high < under else "low, within noise"
-        if ratio.value > over:
-            return ratio, "over" if ratio.low > over else "high, within noise"
-        return ratio, "kept"
+        if ratio.value is None or ratio.low is None or ratio.high is None:
+            word = "n/a"
+        elif ratio.value < under:
+            word = "lost" if ratio.high < under else "low, within noise"
+        elif ratio.value > over:
+            word = "over" if ratio.low > over else "high, within noise"
+        else:
+            word = "kept"
+        return {"ratio": ratio.to_dict(), "verdict": word}
 
 
 # ---- Verdicts from the values of a compare.json ----

@@ -192,15 +192,11 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
         }  # fmt: skip
     students, others = found.of_role("student"), found.of_role("teacher", "baseline")
     against = {
-        own.name: {o.name: {row.name: found.against(own, o, row).to_dict() for row in ROWS} for o in others}
-        for own in students
+        own.name: {o.name: {row.name: found.against(own, o, row) for row in ROWS} for o in others} for own in students
     }
-    diversity: dict[str, Any] = {own.name: {} for own in students}
-    for own in students:
-        for row in (row for row in ROWS if row.diversity):
-            ratio, word = found.kept(own, row)
-            diversity[own.name][row.name] = {"ratio": ratio.to_dict(), "verdict": word}
-    values = {
+    diverse = [row for row in ROWS if row.diversity]
+    diversity = {own.name: {row.name: found.kept(own, row) for row in diverse} for own in students}
+    values: dict[str, Any] = {
         "format": FORMAT, "held_out_seed": HELD_OUT_SEED, **facts, "columns": columns, "against": against,
         "diversity": diversity,
     }  # fmt: skip

@@ -114,9 +114,14 @@ def sample_all(
     with tqdm(total=total, desc="sampling", unit="call", disable=not progress) as bar:
         for part, sampler in _schedule(samplers, batches):
             bar.set_postfix_str(sampler.name)
-            latents = _sampled(sampler, texts[part], noise[part])
-            if sampler.cached is not None and not made[sampler.name] and not _same(sampler, part, latents):
-                sampler.cached = None  # made by other code
+            before = sampler.pipeline.times["sample"]
+            drafts = sampler.pipeline.draft(texts[part], noise[part], sampler.settings)
+            sampler.seconds.append((sampler.pipeline.times["sample"] - before) / len(drafts))
+            latents = torch.stack([d.video for d in drafts]), torch.stack([d.audio for d in drafts])
+            if sampler.cached is not None and not made[sampler.name]:
+                pairs = zip((sampler.video[part], sampler.audio[part]), latents, strict=True)
+                if any(float((old - new).square().mean().sqrt()) >= SAME for old, new in pairs):
+                    sampler.cached = None  # made by other code
             made[sampler.name].append(latents)
             bar.update(sampler.calls)
     for sampler in samplers:
@@ -132,20 +137,6 @@ def _schedule(samplers: Sequence[Sampler], batches: Sequence[slice]) -> Iterator
         for sampler in samplers:
             if sampler.cached is None or number < TIMED:
                 yield part, sampler
-
-
-def _sampled(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> "tuple[Tensor, Tensor]":
-    import torch
-
-    before = sampler.pipeline.times["sample"]
-    drafts = sampler.pipeline.draft(prompts, seeds, sampler.settings)
-    sampler.seconds.append((sampler.pipeline.times["sample"] - before) / len(prompts))
-    return torch.stack([d.video for d in drafts]), torch.stack([d.audio for d in drafts])
-
-
-def _same(sampler: Sampler, part: slice, latents: "tuple[Tensor, Tensor]") -> bool:
-    pairs = zip((sampler.video[part], sampler.audio[part]), latents, strict=True)
-    return all(float((old - new).square().mean().sqrt()) < SAME for old, new in pairs)
 
 
 def _cache_file(folder: Path, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> Path:

@@ -23,17 +23,11 @@ REPO = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "data", "eval", "inference", "magihuman", "recipes", "slurm", "tests")  # with READMEs
 
 
-def pages() -> list[Path]:
-    """README.md of the repository and of every package and folder in it."""
-    return [REPO / "README.md", *sorted(page for name in FOLDERS for page in (REPO / name).rglob("README.md"))]
-
-
 Values = dict[str, Any]
 
 
 def _read(file: str) -> Values:
-    values: Values = json.loads((REPO / file).read_text(encoding="utf-8"))
-    return values
+    return dict(json.loads((REPO / file).read_text(encoding="utf-8")))
 
 
 def _with_origin(render_values: Callable[..., str], default: tuple[str, ...] = ()) -> Callable[..., str]:
@@ -150,35 +144,25 @@ def overview_table(_: str = "") -> str:
     )
 
 
-def kinds() -> dict[str, Callable[..., str]]:
-    """Kind of a block -> function of its words that returns Markdown."""
-    return {
-        **BENCHMARK_TABLES,
-        "scores": _with_origin(tables.scores, tables.SCORES),
-        "sr": sr_table,
-        "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
-        "conditions": _with_origin(tables.conditioning),
-        "decoding": _with_origin(tables.decoders),
-        "ablation": _with_origin(tables.ablation),
-        "cost": cost_table,
-        "peaks": peaks_table,
-        "overview": overview_table,
-        "metrics": lambda _: tables.glossary(),
-    }
+# Kind of a block -> function of its words that returns Markdown.
+KINDS: markdown.Kinds = {
+    **BENCHMARK_TABLES,
+    "scores": _with_origin(tables.scores, tables.SCORES),
+    "sr": sr_table,
+    "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
+    "conditions": _with_origin(tables.conditioning),
+    "decoding": _with_origin(tables.decoders),
+    "ablation": _with_origin(tables.ablation),
+    "cost": cost_table,
+    "peaks": peaks_table,
+    "overview": overview_table,
+    "metrics": lambda _: tables.glossary(),
+}
 
 
 def render(text: str, page: str = "README.md") -> str:
     """Text of a README with every block rendered anew, see `magihuman.io.markdown.render`."""
-    return markdown.render(text, kinds(), page)
-
-
-def result_pages() -> dict[Path, str]:
-    """The .md file next to every result file in eval/results -> its text."""
-    found = {}
-    for page in sorted((REPO / "eval" / "results").rglob("*.md")):
-        values = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-        found[page] = tables.BY_FORMAT[values["format"]](values) + "\n"
-    return found
+    return markdown.render(text, KINDS, page)
 
 
 def update(check: bool = False) -> None:
@@ -190,8 +174,11 @@ def update(check: bool = False) -> None:
     Raises:
         UserError: with check, a page that is out of date; or a block that cannot be rendered.
     """
-    rendered = {page: render(page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()) for page in pages()}
-    rendered |= result_pages()
+    pages = [REPO / "README.md", *sorted(page for name in FOLDERS for page in (REPO / name).rglob("README.md"))]
+    rendered = {page: render(page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()) for page in pages}
+    for page in sorted((REPO / "eval" / "results").rglob("*.md")):
+        values = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+        rendered[page] = tables.BY_FORMAT[values["format"]](values) + "\n"
     for page, new in rendered.items():
         if page.read_text(encoding="utf-8") == new:
             continue

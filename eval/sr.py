@@ -13,11 +13,12 @@ without noise), sr, and as the codec bound the puppet drawn at 128 pixels, throu
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -60,8 +61,16 @@ class StageInputs:
     truth: list[np.ndarray] | None
 
 
-# A batch (slice) of the clips -> their enlarged latents, or frames uint8 [B,F,H,W,3].
-Method = Callable[[slice], "Tensor"]
+Method = Callable[[StageInputs, slice], "Tensor"]
+"""(clips, batch of them) -> their enlarged latents, or frames uint8 [B,F,H,W,3]."""
+
+
+class Measured(NamedTuple):
+    """Of frames that a method made: values per clip [n] by name, the first clips [F,H,W,3], seconds per clip."""
+
+    values: dict[str, np.ndarray]
+    frames: list[np.ndarray]
+    seconds: float
 
 
 def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> StageInputs:
@@ -267,103 +276,92 @@ class Evaluation:
     seed: int = 0
     batch: int = 10
 
-    def measure(
-        self, method: Method, inputs: StageInputs | None = None
-    ) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
-        """Values per clip [n] by name of the frames that `method` makes, the first frames, seconds per clip."""
+    def measure(self, method: Method, inputs: StageInputs) -> Measured:
+        """Metrics of the frames that `method` makes of all clips."""
         import torch
 
         from magihuman.media.images import frames_to_uint8
 
-        inputs = inputs or self.drawn
-        values: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = defaultdict(list)
         kept: list[np.ndarray] = []
         spent, count = 0.0, len(inputs.text)
         for first in range(0, count, self.batch):
-            part = slice(first, min(count, first + self.batch))
             start = time.perf_counter()
-            made = method(part)
+            made = method(inputs, slice(first, min(count, first + self.batch)))
             spent += time.perf_counter() - start
             if made.dtype != torch.uint8:
                 made = frames_to_uint8(self.codecs.video_codec.decode(made))
             for i, frames in enumerate(made.numpy(), first):
                 for name, value in _clip_values(frames, i, inputs, mouth_region(self.size)).items():
-                    values.setdefault(name, []).append(value)
+                    values[name].append(value)
             kept += list(made.numpy())[: 8 - len(kept)]
-        return {name: np.array(column) for name, column in values.items()}, kept, round(spent / count, 4)
+        return Measured({name: np.array(column) for name, column in values.items()}, kept, round(spent / count, 4))
 
-    def refiner(
-        self,
-        inputs: StageInputs | None = None,
-        steps: int | None = None,
-        video: "Tensor | None" = None,
-        with_audio: bool = True,
-    ) -> Method:
-        """Refinement as in inference; clip i has its own noise.
+    @property
+    def edge(self) -> int:
+        """Height and width of the second stage's latents."""
+        return self.size // self.second.config.contract.video_stride[1]
 
-        Args:
-            video: first-stage latents [n,C,T,h,w] instead of the inputs' own.
-            with_audio: False replaces the audio by noise.
-        """
+    def refine(self, inputs: StageInputs, part: slice, steps: int | None = None, with_audio: bool = True) -> "Tensor":
+        """Method: refinement as in inference; clip i has its own noise. Without audio there is noise in its place."""
         from inference.super_resolution import draw, refine
         from magihuman.flow.sampling import seeded
         from magihuman.flow.super_resolution import AUDIO_NOISE
 
-        given = inputs or self.drawn
-        low = given.video if video is None else video
-        edge = self.size // self.second.config.contract.video_stride[1]
-        shape = (*low.shape[1:3], edge, edge), given.audio.shape[1:]
+        low, audio = inputs.video, inputs.audio
+        shape = (*low.shape[1:3], self.edge, self.edge), audio.shape[1:]
+        seeds = [noise_seed(self.seed, 500_000 + i) for i in range(part.start, part.stop)]
+        return refine(
+            self.second.denoiser, low[part], audio[part], inputs.text[part], None, shape,
+            draw(shape, seeded(seeds), "cpu"), steps=steps or self.steps,
+            shift=self.second.config.sampling.shift, audio_noise=AUDIO_NOISE if with_audio else 1.0,
+        )  # fmt: skip
 
-        def method(part: slice) -> "Tensor":
-            seeds = [noise_seed(self.seed, 500_000 + i) for i in range(len(given.text))[part]]
-            return refine(
-                self.second.denoiser, low[part], given.audio[part], given.text[part], None, shape,
-                draw(shape, seeded(seeds), "cpu"), steps=steps or self.steps,
-                shift=self.second.config.sampling.shift, audio_noise=AUDIO_NOISE if with_audio else 1.0,
-            )  # fmt: skip
-
-        return method
-
-    def bicubic(self, video: "Tensor") -> Method:
+    def bicubic(self, inputs: StageInputs, part: slice) -> "Tensor":
+        """Method: decoded, then enlarged."""
         from magihuman.media.images import frames_to_uint8
 
-        codec = self.codecs.video_codec
-        return lambda part: bicubic(frames_to_uint8(codec.decode(video[part])), self.size)
+        return bicubic(frames_to_uint8(self.codecs.video_codec.decode(inputs.video[part])), self.size)
 
-    def upsampled(self, video: "Tensor") -> Method:
+    def upsampled(self, inputs: StageInputs, part: slice) -> "Tensor":
+        """Method: enlarged latents."""
         from magihuman.flow.super_resolution import upsample_latents
 
-        edge = self.size // self.second.config.contract.video_stride[1]
-        return lambda part: upsample_latents(video[part], edge, edge)
+        return upsample_latents(inputs.video[part], self.edge, self.edge)
+
+    def enlarged(self, inputs: StageInputs) -> dict[str, Measured]:
+        """Clips enlarged in three ways."""
+        ways = {"bicubic": self.bicubic, "latents": self.upsampled}
+        measured = {name: self.measure(way, inputs) for name, way in ways.items()}
+        return {**measured, "sr": self.refined if inputs is self.drawn else self.measure(self.refine, inputs)}
 
     @cached_property
-    def result(self) -> tuple[dict[str, np.ndarray], list[np.ndarray], float]:
+    def refined(self) -> Measured:
         """The second stage as it is, on the clips themselves."""
-        return self.measure(self.refiner())
+        return self.measure(self.refine, self.drawn)
 
     @cached_property
     def bound(self) -> dict[str, np.ndarray]:
         """Values of the true frames through the codec."""
         truth = self.drawn.truth or []
-        return self.measure(lambda part: encode(self.codecs, truth[part], self.batch))[0]
+        return self.measure(lambda _, part: encode(self.codecs, truth[part], self.batch), self.drawn).values
+
+    def set_of(self, measured: Mapping[str, Measured], against: str = "sr") -> dict[str, Any]:
+        """The columns with the codec bound, see `paired_columns`."""
+        return paired_columns({**{name: m.values for name, m in measured.items()}, "bound": self.bound}, against)
 
 
 def _table(evaluation: Evaluation, sampled: StageInputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
     """Both sets of clips enlarged in three ways, and the codec bound."""
-    sets, frames, seconds = {}, {}, {}
+    sets: dict[str, Any] = {}
+    measured: dict[str, Measured] = {}
     for name, inputs in (("clip", evaluation.drawn), ("base", sampled)):
-        drawn = inputs is evaluation.drawn
-        measured = {
-            "bicubic": evaluation.measure(evaluation.bicubic(inputs.video), inputs),
-            "latents": evaluation.measure(evaluation.upsampled(inputs.video), inputs),
-            "sr": evaluation.result if drawn else evaluation.measure(evaluation.refiner(inputs), inputs),
-        }
-        for column, (_, kept, spent) in measured.items():
-            frames[f"{name}: {column}"], seconds[f"{name}: {column}"] = kept, spent
-        columns = {column: values for column, (values, _, _) in measured.items()}
-        sets[name] = paired_columns({**columns, "bound": evaluation.bound}, against="sr")
-    frames["truth"] = (evaluation.drawn.truth or [])[:8]
-    return {"sets": sets, "seconds_per_clip": seconds}, frames
+        ways = evaluation.enlarged(inputs)
+        measured |= {f"{name}: {column}": found for column, found in ways.items()}
+        sets[name] = evaluation.set_of(ways)
+    frames = {name: found.frames for name, found in measured.items()}
+    seconds = {name: found.seconds for name, found in measured.items()}
+    return {"sets": sets, "seconds_per_clip": seconds}, {**frames, "truth": (evaluation.drawn.truth or [])[:8]}
 
 
 def _audio(evaluation: Evaluation) -> dict[str, Any]:
@@ -372,35 +370,32 @@ def _audio(evaluation: Evaluation) -> dict[str, Any]:
 
     sets = {}
     for factor in COARSE:
-        video = coarsen(evaluation.drawn.video, factor)
-        columns = {
-            "bicubic": evaluation.measure(evaluation.bicubic(video))[0],
-            "latents": evaluation.measure(evaluation.upsampled(video))[0],
-            "sr": (evaluation.result if factor == 1 else evaluation.measure(evaluation.refiner(video=video)))[0],
-            "sr, noise for sound": evaluation.measure(evaluation.refiner(video=video, with_audio=False))[0],
-            "bound": evaluation.bound,
-        }
-        sets[str(factor)] = paired_columns(columns, against="sr")
+        inputs = evaluation.drawn
+        if factor > 1:
+            inputs = replace(inputs, video=coarsen(inputs.video, factor))
+        noise = evaluation.measure(partial(evaluation.refine, with_audio=False), inputs)
+        sets[str(factor)] = evaluation.set_of({**evaluation.enlarged(inputs), "sr, noise for sound": noise})
     return {"sets": sets}
 
 
 def _steps(evaluation: Evaluation) -> dict[str, Any]:
     """The second stage with different numbers of solver steps."""
-    columns, seconds = {}, {}
-    for count in STEPS:
-        known = count == evaluation.steps
-        measured = evaluation.result if known else evaluation.measure(evaluation.refiner(steps=count))
-        columns[str(count)], _, seconds[str(count)] = measured
-    sets = {"clip": paired_columns({**columns, "bound": evaluation.bound}, against=str(evaluation.steps))}
-    return {"sets": sets, "seconds_per_clip": seconds}
+    measured = {
+        str(count): evaluation.refined
+        if count == evaluation.steps
+        else evaluation.measure(partial(evaluation.refine, steps=count), evaluation.drawn)
+        for count in STEPS
+    }
+    sets = {"clip": evaluation.set_of(measured, against=str(evaluation.steps))}
+    return {"sets": sets, "seconds_per_clip": {count: found.seconds for count, found in measured.items()}}
 
 
 def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"]) -> dict[str, Any]:
     """Several second stages on the same clips with the same noise."""
     short = dict(zip(checkpoints, short_names(list(checkpoints)), strict=True))
-    columns = {short[name]: replace(evaluation, second=loaded).result[0] for name, loaded in checkpoints.items()}
+    measured = {short[name]: replace(evaluation, second=loaded).refined for name, loaded in checkpoints.items()}
     return {
-        "sets": {"clip": paired_columns({**columns, "bound": evaluation.bound}, against=next(iter(columns)))},
+        "sets": {"clip": evaluation.set_of(measured, against=next(iter(measured)))},
         "trained": {short[name]: training_record(name) for name in checkpoints},
     }
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from eval.image_metrics import ClipErrors, clip_errors, latent_starts
 from eval.output import publish, require_at_least, write_json
-from eval.stats import Measure, mean, unavailable
+from eval.stats import mean, unavailable
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ ROWS = ("psnr", "ssim", "change", "flicker", "seam", "drift", "sharpness")  # se
 class DecoderScore:
     """One decoder against one truth: errors per clip, and the cost of decoding."""
 
-    name: str
     clips: list[ClipErrors] = field(default_factory=list)
     cost: dict[str, float | None] = field(default_factory=dict)
 
-    @property
-    def table(self) -> dict[str, Measure]:
-        """Means over clips with their intervals."""
-        known = {row: [v for clip in self.clips if (v := getattr(clip, row)) is not None] for row in ROWS}
-        nothing = unavailable("no clip has it", len(self.clips))
-        return {row: mean(np.array(values)) if values else nothing for row, values in known.items()}
+    def to_dict(self) -> dict[str, Any]:
+        """Column of a result file: means over clips with their intervals, and the cost."""
+        table = {}
+        for row in ROWS:
+            known = [value for clip in self.clips if (value := getattr(clip, row)) is not None]
+            table[row] = (mean(np.array(known)) if known else unavailable("no clip has it", len(self.clips))).to_dict()
+        return {"n": len(self.clips), "table": table, "cost": self.cost}
 
 
 def to_uint8(frames: "Tensor") -> np.ndarray:
@@ -64,7 +64,7 @@ def score_decoder(
     """
     count = truth.shape[1]
     starts = latent_starts(count, (count - 1) // (latents.shape[2] - 1))
-    result, made, seconds, apart = DecoderScore(name), [], [], []
+    result, made, seconds, apart = DecoderScore(), [], [], []
     for i in range(len(latents)):
         z = latents[i : i + 1]
         began = time.process_time()
@@ -151,25 +151,23 @@ def run(
         loaded[role] = decoders.load(source, dtype=torch.float32)
     truth = np.stack(ground_truth(held_out(clips)).frames)  # [N,F,H,W,3]
     latents = codecs.video_codec.encode(frames_tensor(list(truth)))
-    columns, shown = [], {"truth": truth}
+    columns: dict[str, DecoderScore] = {}
+    shown = {"truth": truth}
     with torch.no_grad():
         for role, codec in loaded.items():
             cut = partial(in_chunks, codec) if isinstance(codec, CausalDecoderCodec) else None
-            score, shown[role] = score_decoder(role, codec.decode, latents, truth, cut)
-            score.cost |= decoding_cost(codec, latents[:1])
-            columns.append(score)
+            columns[role], shown[role] = score_decoder(role, codec.decode, latents, truth, cut)
+            columns[role].cost |= decoding_cost(codec, latents[:1])
         if teacher is not None:
-            columns.append(
-                score_decoder("student, teacher as truth", loaded["student"].decode, latents, shown["teacher"])[0]
-            )
+            name = "student, teacher as truth"
+            columns[name], _ = score_decoder(name, loaded["student"].decode, latents, shown["teacher"])
         if sampled is not None:
-            columns += _on_sampled(sampled, loaded, mine.codec)
-    tables_of = {c.name: {row: m.to_dict() for row, m in c.table.items()} for c in columns}
-    report = {
+            columns |= _on_sampled(sampled, loaded, mine.codec)
+    report: dict[str, Any] = {
         "format": FORMAT,
         "settings": {"student": student, "teacher": teacher, "clips": clips, "sampled": sampled, "chunk": CHUNK},
         "threads": torch.get_num_threads(),
-        "columns": {c.name: {"n": len(c.clips), "table": tables_of[c.name], "cost": c.cost} for c in columns},
+        "columns": {name: column.to_dict() for name, column in columns.items()},
     }
     if output is None:
         return publish(None, "scores", report)
@@ -177,25 +175,23 @@ def run(
 
     folder = Path(output)
     publish(folder, "scores", report, {"scores": figures.decoder_bars(report), "clips": figures.decoder_frames(shown)})
-    write_json(folder / "clips.json", {c.name: [asdict(clip) for clip in c.clips] for c in columns})
-    values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables_of.items()}
+    write_json(folder / "clips.json", {name: [asdict(clip) for clip in c.clips] for name, c in columns.items()})
+    tables = {name: column["table"] for name, column in report["columns"].items()}
+    values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables.items()}
     return {"scores": str(folder / "scores.json"), **values}
 
 
-def _on_sampled(path: str, loaded: Mapping[str, Any], codec: str) -> list[DecoderScore]:
+def _on_sampled(path: str, loaded: Mapping[str, Any], codec: str) -> dict[str, DecoderScore]:
     """Codec and student on latents that a model made, against the frames that the file gives them."""
     import torch
 
     from magihuman.training.decoder_training import SampledLatents
 
     file = SampledLatents(path, loaded["student"].channels, codec)
-    pairs = [file[i] for i in range(len(file))]
-    latents = torch.stack([pair[0] for pair in pairs])
-    truth = torch.stack([pair[1] for pair in pairs]).permute(0, 2, 3, 4, 1).numpy()
-    return [
-        score_decoder(f"{role}, sampled latents, teacher as truth", loaded[role].decode, latents, truth)[0]
-        for role in ("codec", "student")
-    ]
+    latents, truth = (torch.stack(part) for part in zip(*(file[i] for i in range(len(file))), strict=True))
+    frames = truth.permute(0, 2, 3, 4, 1).numpy()
+    names = {role: f"{role}, sampled latents, teacher as truth" for role in ("codec", "student")}
+    return {name: score_decoder(name, loaded[role].decode, latents, frames)[0] for role, name in names.items()}
 
 
 if __name__ == "__main__":

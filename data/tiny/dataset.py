@@ -14,46 +14,35 @@ from typing import Any
 from data.options import PrepareOptions
 from data.prepare import prepare
 from data.shards import INDEX
-from data.tiny.puppets import (
-    FACES,
-    FPS,
-    HAIR,
-    SAMPLE_RATE,
-    SHIRTS,
-    SKINS,
-    WALLS,
-    Puppet,
-    draw_puppet,
-    render,
-    synthesise,
-)
+from data.tiny import puppets
+from data.tiny.puppets import FPS, SAMPLE_RATE, draw_puppet, render, synthesise
 from magihuman.errors import UserError
 from magihuman.io.files import locked, write_atomically
 
 SETTINGS_FILE = ".puppets.json"
 SIZES = (32, 512)
-APPEARANCE = {"face": FACES, "hair": tuple(HAIR), "shirt": tuple(SHIRTS), "wall": tuple(WALLS), "skin": tuple(SKINS)}
+APPEARANCE = {
+    "face": puppets.FACES,
+    "hair": tuple(puppets.HAIR),
+    "shirt": tuple(puppets.SHIRTS),
+    "wall": tuple(puppets.WALLS),
+    "skin": tuple(puppets.SKINS),
+}
 
 
-def clip_name(index: int) -> str:
-    """File name without ending of clip `index`."""
-    return f"clip-{index:06d}"
+def clip_files(folder: Path, index: int) -> tuple[Path, Path]:
+    """The mp4 and the caption of clip `index`."""
+    return folder / f"clip-{index:06d}.mp4", folder / f"clip-{index:06d}.txt"
 
 
-def write_clip(index: int, output: Path, seed: int, size: int) -> bool:
-    """Write the mp4 and caption of clip `index` unless both exist; returns whether anything was written.
-
-    The caption is written last and both files are atomic, so a killed run leaves no half clip behind.
-    """
+def write_clip(index: int, folder: Path, seed: int, size: int) -> None:
+    """Write clip `index`. The caption is last and both files are atomic, so a killed run leaves no half clip behind."""
     from magihuman.media.mp4 import write_mp4
 
-    movie, caption = (output / f"{clip_name(index)}.{ending}" for ending in ("mp4", "txt"))
-    if movie.exists() and caption.exists():
-        return False
+    movie, caption = clip_files(folder, index)
     puppet = draw_puppet(seed, index)
     write_mp4(movie, render(puppet, size), FPS, synthesise(puppet)[None], SAMPLE_RATE)
     write_atomically(caption, puppet.caption + "\n")
-    return True
 
 
 def make_clips(
@@ -95,24 +84,24 @@ def make_clips(
     folder = Path(output)
     wanted = dict(only or {})
     check_appearance(wanted)
-    numbers = list(islice((i for i in count(first) if _matches(draw_puppet(seed, i), wanted)), clips))
+    numbers = islice((i for i in count(first) if wanted.items() <= vars(draw_puppet(seed, i)).items()), clips)
     _claim(folder, {"seed": seed, "size": size, **wanted})
-    todo = [i for i in numbers if not all((folder / f"{clip_name(i)}.{ending}").exists() for ending in ("mp4", "txt"))]
-    job = partial(write_clip, output=folder, seed=seed, size=size)
-    bar = tqdm(total=clips, initial=clips - len(todo), desc="puppets", unit="clip", disable=not progress)
-    written = 0
-    with bar:
+    todo = [i for i in numbers if not all(file.exists() for file in clip_files(folder, i))]
+    job = partial(write_clip, folder=folder, seed=seed, size=size)
+    with tqdm(total=clips, initial=clips - len(todo), desc="puppets", unit="clip", disable=not progress) as bar:
         # Processes take seconds to start; a few clips are faster without them.
         if workers == 1 or len(todo) < 50:
-            for done in map(job, todo):
-                written += done
+            for index in todo:
+                job(index)
                 bar.update()
         else:
             with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                for done in pool.imap_unordered(job, todo, chunksize=8):
-                    written += done
+                for _ in pool.imap_unordered(job, todo, chunksize=8):
                     bar.update()
-    return written
+    if progress:
+        kept = f", {clips - len(todo)} were there" if len(todo) < clips else ""
+        print(f"{len(todo)} clips written to {folder}{kept}")
+    return len(todo)
 
 
 def check_appearance(wanted: Mapping[str, str]) -> None:
@@ -122,10 +111,6 @@ def check_appearance(wanted: Mapping[str, str]) -> None:
             raise UserError(f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(APPEARANCE)}")
         if value not in APPEARANCE[name]:
             raise UserError(f"only={{{name}: {value}}}: choose {name} from {', '.join(APPEARANCE[name])}")
-
-
-def _matches(puppet: Puppet, wanted: Mapping[str, str]) -> bool:
-    return all(getattr(puppet, name) == value for name, value in wanted.items())
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

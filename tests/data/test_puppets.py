@@ -131,7 +131,7 @@ def test_clips_are_ordinary_files_that_do_not_depend_on_the_run(tmp_path: Path):
     assert np.corrcoef(wave[: len(synthesise(puppet))], synthesise(puppet))[0, 1] > 0.98
 
 
-def test_a_stopped_run_goes_on_and_keeps_what_is_there(tmp_path: Path):
+def test_a_stopped_run_goes_on_and_keeps_what_is_there(tmp_path: Path, capsys):
     make_clips(str(tmp_path), 5, workers=1, progress=False)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     (tmp_path / "clip-000001.mp4").unlink()
@@ -141,6 +141,8 @@ def test_a_stopped_run_goes_on_and_keeps_what_is_there(tmp_path: Path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert (tmp_path / "clip-000002.mp4").stat().st_mtime_ns == kept
     assert make_clips(str(tmp_path), 5, workers=1, progress=False) == 0
+    make_clips(str(tmp_path), 6, workers=1)
+    assert capsys.readouterr().out == f"1 clips written to {tmp_path}, 5 were there\n"
 
 
 def test_several_processes_write_the_same_clips(tmp_path: Path):

@@ -115,8 +115,8 @@ def test_verdicts_know_which_way_is_better(row, student, baseline, word):
     found = compared(made("few", "baseline", base=baseline), made("student", "student", base=student))
     _, _, few, own = found.columns
     verdict = found.against(own, few, ROW[row])
-    assert verdict.word == word
-    assert verdict.change.value == pytest.approx(student - baseline, abs=1e-9)
+    assert verdict["verdict"] == word
+    assert verdict["change"]["value"] == pytest.approx(student - baseline, abs=1e-9)
 
 
 def test_differences_are_paired():
@@ -125,14 +125,14 @@ def test_differences_are_paired():
     own, teacher = found.columns[2], found.teacher
     value, other = found.value(own, ROW["sharpness"]), found.value(teacher, ROW["sharpness"])
     assert value.low < other.high
-    change = found.against(own, teacher, ROW["sharpness"]).change
-    assert change.low == pytest.approx(0.03)
-    assert change.high == pytest.approx(0.03)
+    change = found.against(own, teacher, ROW["sharpness"])["change"]
+    assert change["low"] == pytest.approx(0.03)
+    assert change["high"] == pytest.approx(0.03)
 
 
 def test_noise_is_called_noise():
     found = compared(made("few", "baseline", seed=5), made("student", "student", seed=6))
-    words = [found.against(found.columns[3], found.columns[2], ROW[n]).word for n in ("attributes", "sharpness")]
+    words = [found.against(found.columns[3], found.columns[2], ROW[n])["verdict"] for n in ("attributes", "sharpness")]
     assert words == ["within noise", "within noise"]
 
 
@@ -169,11 +169,11 @@ def test_all_right_keeps_a_doubt():
 def test_diversity_has_to_stay_within_a_tenth(counts, word):
     tones = np.random.default_rng(2).permutation(np.repeat(np.arange(3), counts)).reshape(PROMPTS, DRAWS)
     found = compared(made("student", "student", skins=tones))
-    ratio, said = found.kept(found.columns[2], ROW["skin_tones"])
-    assert said == word
-    assert ratio.low <= ratio.value <= ratio.high
+    kept = found.kept(found.columns[2], ROW["skin_tones"])
+    assert kept["verdict"] == word
+    assert kept["ratio"]["low"] <= kept["ratio"]["value"] <= kept["ratio"]["high"]
     over = compared(made("student", "student", base=0.3))
-    assert over.kept(over.columns[2], ROW["spread_look"])[1] == "over"
+    assert over.kept(over.columns[2], ROW["spread_look"])["verdict"] == "over"
 
 
 def test_columns_of_other_prompts_are_refused():
@@ -268,14 +268,14 @@ def test_real_and_spoilt_puppets_are_called_what_they_are():
     found = spoilt_puppets(12, 3)
     columns = {own.name: own for own in found.columns}
     for name, rows in SPOILT.items():
-        words = {row: found.against(columns[name], found.bound, ROW[row]).word for row in rows}
+        words = {row: found.against(columns[name], found.bound, ROW[row])["verdict"] for row in rows}
         assert words == dict.fromkeys(rows, "worse"), name
     for name, rows in LOST.items():
         for row in rows:
-            ratio, said = found.kept(columns[name], ROW[row])
-            assert (said, ratio.status) == ("lost", "ok"), (name, row)
+            kept = found.kept(columns[name], ROW[row])
+            assert (kept["verdict"], kept["ratio"]["status"]) == ("lost", "ok"), (name, row)
     # The floor, another real draw: of all rows, chance may call one or two of 19 worse.
-    words = [found.against(found.teacher, found.bound, row).word for row in ROWS if row.direction != "target"]
+    words = [found.against(found.teacher, found.bound, row)["verdict"] for row in ROWS if row.direction != "target"]
     assert words.count("worse") <= 1
     for space in SPACES:
         measure = found.value(found.teacher, ROW[f"energy_{space}"])

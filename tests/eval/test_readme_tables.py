@@ -46,7 +46,7 @@ def test_the_metrics_of_the_glossary_are_those_of_the_tables(tmp_path: Path) -> 
 
 def test_a_changed_figure_is_noticed() -> None:
     text = (readme_tables.REPO / "README.md").read_text()
-    block = markdown.block_pattern(readme_tables.kinds()).search(text)
+    block = markdown.block_pattern(readme_tables.KINDS).search(text)
     assert block is not None
     tampered = text.replace(block[0], block[0].replace("0.", "0.9", 1).replace(" min", "0 min", 1))
     assert tampered != text

@@ -17,8 +17,6 @@ from eval.readme_tables import sr_table
 from magihuman import zoo
 from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
-from magihuman.flow.super_resolution import upsample_latents
-from magihuman.media.images import frames_to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +52,15 @@ def test_skills_and_differences_of_known_values() -> None:
 
 def test_known_ways_of_enlarging_score_as_they_should(world: CodecBundle, held: sr.StageInputs) -> None:
     assert held.truth is not None
-    truth, codec = held.truth, world.video_codec
-    measure = sr.Evaluation(zoo.load("tiny/sr"), world, held, size=128, steps=1).measure
-    bound, kept, _ = measure(lambda part: sr.encode(world, truth[part]))
-    assert len(kept) == 4
-    assert kept[0].shape == (25, 128, 128, 3)
-    small = measure(lambda part: sr.bicubic(frames_to_uint8(codec.decode(held.video[part])), 128))[0]
-    latents = measure(lambda part: upsample_latents(held.video[part], 32, 32))[0]
-    exact = measure(lambda part: torch.from_numpy(np.stack(truth[part])))[0]
+    truth = held.truth
+    evaluation = sr.Evaluation(zoo.load("tiny/sr"), world, held, size=128, steps=1)
+    coded = evaluation.measure(lambda _, part: sr.encode(world, truth[part]), held)
+    assert len(coded.frames) == 4
+    assert coded.frames[0].shape == (25, 128, 128, 3)
+    bound, small = coded.values, evaluation.measure(evaluation.bicubic, held).values
+    latents = evaluation.measure(evaluation.upsampled, held).values
+    exact = evaluation.measure(lambda _, part: torch.from_numpy(np.stack(truth[part])), held).values
+    assert all((bound[name] == evaluation.bound[name]).all() for name in bound)
     for name in ("psnr", "mouth_psnr", "ssim", "sharpness"):
         assert bound[name].mean() > latents[name].mean(), name
         assert latents[name].mean() > small[name].mean(), name

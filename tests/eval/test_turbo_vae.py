@@ -69,8 +69,10 @@ def test_a_perfect_decoder_is_perfect() -> None:
     frames = truth.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     judged, made = turbo_vae.score_decoder("same", lambda _: frames, torch.zeros(1, 3, 2, 4, 4), truth.numpy())
     assert (made == truth.numpy()).all()
-    assert judged.table["psnr"].value == 99
-    assert judged.table["change"].value == 0
+    table = judged.to_dict()["table"]
+    assert table["psnr"]["value"] == 99
+    assert table["change"]["value"] == 0
+    assert table["seam"]["reason"] == "no clip has it"
 
 
 def test_every_sampled_clip_is_judged_once(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_every_sampled_clip_is_judged_once(tmp_path: Path) -> None:
 
     columns = turbo_vae._on_sampled(str(tmp_path / "sampled.safetensors"), {"codec": Codec(), "student": Codec()}, "")
     assert seen == [*range(50), *range(50)]
-    assert columns[1].table["psnr"].value == 99
+    assert columns["student, sampled latents, teacher as truth"].to_dict()["table"]["psnr"]["value"] == 99
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
