@@ -65,7 +65,8 @@ def _rows(table: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
     """(line number, row) pairs; for an unreadable row, the reason in its place."""
     if table.suffix.lower() == ".jsonl":
         rows: list[tuple[int, dict[str, Any] | str]] = []
-        for number, line in enumerate(text.splitlines(), 1):
+        # Split at line feeds alone: JSON strings may hold U+2028, where str.splitlines would cut as well.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -75,7 +76,7 @@ def _rows(table: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
                 continue
             rows.append((number, row if isinstance(row, dict) else "is not a JSON object"))
         return rows
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
     return [(reader.line_num, row) for row in reader]
 
 

@@ -3,8 +3,8 @@
 A tiny-world caption (`data.tiny.puppets`) leaves open the skin tone, the voice's pitch and the times of the syllables
 (heads neither move nor change place). A model may lose that variety without an error in any prompted attribute. Clips
 of one prompt are therefore compared with each other, and with real puppets of the same caption, in the latents of the
-codec's encoder. Real and generated clips are both encoded from decoded frames and audio: only what can be seen or heard
-counts, and losses of the codec are not attributed to a model.
+codec's encoder. Real and generated clips are both encoded from decoded frames and audio: only differences in these count,
+and losses of the codec are not attributed to a model.
 """
 
 from collections.abc import Sequence

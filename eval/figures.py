@@ -101,7 +101,7 @@ class Shown:
 
 
 def contact_sheet(shown: Sequence[Shown]) -> Figure:
-    """Per prompt nine frames of every column, with curves of the mouth that is seen and that the audio calls for."""
+    """Per prompt nine frames of every column, and curves of the mouth opening: visible, and called for by the audio."""
     figure = Figure(figsize=(13.5, 1.4 * len(shown) * len(shown[0].frames) + 0.5), layout="constrained")
     _clip_rows(figure, shown)
     return figure
@@ -116,17 +116,17 @@ def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: in
             line, score = prompt * len(shown) + place, column.scores[prompt]
             axes = figure.add_subplot(grid[line, 0])
             caption = f"{score.caption}\n" if place == 0 else ""
-            heard = " ".join(score.speech.words) or "nothing"
+            words = " ".join(score.speech.words) or "nothing"
             wrong = ", ".join(f"{k} {score.vision.attributes[k]}" for k, right in score.right.items() if not right)
-            title = f"{caption}{column.name} | heard: {heard}" + (f" | wrong: {wrong}" if wrong else "")
+            title = f"{caption}{column.name} | recognised: {words}" + (f" | wrong: {wrong}" if wrong else "")
             _frame_row(axes, _evenly(column.frames[prompt], 9), title=title)
             axes = figure.add_subplot(grid[line, 1])
             _mouth_curves(axes, score, legend=line == 0, last=line == count * len(shown) - 1)
 
 
 def _mouth_curves(axes: "Axes", score: "ClipScore", legend: bool, last: bool) -> None:
-    """Mouth opening over the frames: as seen, and as the audio calls for."""
-    axes.plot(score.vision.openness - score.vision.openness.min(), color="C3", lw=1, label="mouth seen")
+    """Mouth opening over the frames: the visible one, and the one that the audio calls for."""
+    axes.plot(score.vision.openness - score.vision.openness.min(), color="C3", lw=1, label="visible mouth")
     if score.called is not None:
         axes.plot(score.called, color="C0", lw=1, label="mouth that the audio calls for")
     agreement = score.sync.status if score.sync.r is None else f"r {score.sync.r:.2f}, lag {score.sync.lag}"
@@ -207,15 +207,15 @@ def _time_bars(axes: "Axes", values: Values, palette: Mapping[str, str]) -> None
     axes.tick_params(labelsize=7)
 
 
-def run_page(metrics: Path, shown: Sequence[Shown], prompts: int = 3) -> Figure:
+def run_page(metrics: Path, shown: Sequence[Shown]) -> Figure:
     """One page of a distillation run: training curves, and clips of teacher and student."""
     few = [column for column in shown if column.role in ("teacher", "student")]
-    lines = min(prompts, len(shown[0].frames)) * len(few)
+    lines = min(3, len(shown[0].frames)) * len(few)
     heights = (2.6, 1.25 * lines + 0.4)
     figure = Figure(figsize=(15, sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     _training_curves(parts[0], metrics)
-    _clip_rows(parts[1], few, prompts)
+    _clip_rows(parts[1], few, prompts=3)
     return figure
 
 
@@ -296,11 +296,11 @@ def sr_audio(values: Values) -> Figure:
     return figure
 
 
-def sr_frames(movies: Mapping[str, Sequence[np.ndarray]], clips: int = 4) -> Figure:
-    """One row per way of enlarging, two frames of each clip side by side."""
-    figure = Figure(figsize=(2.1 * 2 * clips, 2.15 * len(movies)), layout="constrained")
+def sr_frames(movies: Mapping[str, Sequence[np.ndarray]]) -> Figure:
+    """One row per way of enlarging, two frames of each of four clips side by side."""
+    figure = Figure(figsize=(2.1 * 8, 2.15 * len(movies)), layout="constrained")
     for axes, (name, made) in zip(figure.subplots(len(movies), 1), movies.items(), strict=True):
-        frames = [movie[k] for movie in made[:clips] for k in (len(movie) // 3, 2 * len(movie) // 3)]
+        frames = [movie[k] for movie in made[:4] for k in (len(movie) // 3, 2 * len(movie) // 3)]
         _frame_row(axes, frames, name)
     return figure
 
@@ -324,20 +324,20 @@ def decoder_bars(values: Values) -> Figure:
     return figure
 
 
-def decoder_frames(shown: Mapping[str, np.ndarray], clips: int = 2, count: int = 8) -> Figure:
-    """Rows of frames per clip: the truth, every decoder's frames, and their error, eight times enlarged.
+def decoder_frames(shown: Mapping[str, np.ndarray]) -> Figure:
+    """Rows of eight frames of two clips: the truth, every decoder's frames, and their error, eight times enlarged.
 
     Args:
         shown: "truth" and decoders -> clips uint8 [N,F,H,W,3].
     """
     rows: list[tuple[str, np.ndarray]] = []
-    for clip in range(min(clips, len(shown["truth"]))):
-        frames = {name: _evenly(movies[clip], count) for name, movies in shown.items()}
+    for clip in range(min(2, len(shown["truth"]))):
+        frames = {name: _evenly(movies[clip], 8) for name, movies in shown.items()}
         rows += frames.items()
         for name in [name for name in frames if name != "truth"]:
             error = np.abs(frames[name].astype(int) - frames["truth"])
             rows.append((f"{name}, error x 8", np.clip(8 * error, 0, 255).astype(np.uint8)))
-    figure = Figure(figsize=(1.3 * count + 1.5, 1.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.3 * 8 + 1.5, 1.3 * len(rows)), layout="constrained")
     for axes, (name, row) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         _frame_row(axes, row, name)
     return figure

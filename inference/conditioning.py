@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from inference.requests import read_text
 from magihuman.errors import UserError
 from magihuman.media import images, reading
 
@@ -73,13 +74,7 @@ def read_negative_prompt(path: str | Path) -> tuple[str, str | None]:
     Raises:
         UserError: the file is missing, empty or not UTF-8.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"negative_prompt_file={path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"negative_prompt_file={path} cannot be read: {error.strerror}") from error
-    text = text.rstrip("\n")
+    text = read_text(path, "negative_prompt_file").rstrip("\n")
     if not text.strip():
         raise UserError(f"negative_prompt_file={path} is empty")
     found = hashlib.sha256(text.encode()).hexdigest()

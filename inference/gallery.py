@@ -8,7 +8,8 @@ import html
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,13 @@ def collect(folder: Path, asked: Iterable[Request] = ()) -> list[Card]:
     return sorted(cards.values(), key=lambda card: card.name)
 
 
-def _manifest(path: Path) -> list[dict[str, Any]]:
-    lines = []
+def _manifest(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines with a clip; others were torn by a kill."""
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
-        try:
+        with suppress(ValueError, AttributeError):
             line = json.loads(text)
             if {"name", "prompt", "seed"} <= line.keys():
-                lines.append(line)
-        except (ValueError, AttributeError):
-            continue  # torn by a kill
-    return lines
+                yield line
 
 
 def _record(path: Path) -> dict[str, Any] | None:
@@ -144,7 +142,7 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
         "negative prompt": settings["negative_prompt"],
         "second stage": f"{second['steps']} steps, guidance {second['guidance']:g}" if second else "",
         "first frame": record["image"]["path"] if record["image"] else "",
-        "given sound": record["audio"]["path"] if record["audio"] else "",
+        "given audio": record["audio"]["path"] if record["audio"] else "",
         "checkpoint": record["checkpoint"]["name"],
         "weights": record["weights"] or "",
         "computed": f"{record['dtype']} on {record['device']}",
@@ -190,20 +188,20 @@ def render(title: str, cards: list[Card]) -> str:
 def _card(card: Card, shared: dict[str, str]) -> str:
     if card.video:
         shape = f' width="{card.size[1]}" height="{card.size[0]}"' if card.size else ""
-        # With the metadata alone a browser may show black; asked for a moment, it shows that picture.
-        picture = (
+        # With the metadata alone a browser may show black; asked for a moment, it shows that frame.
+        shown = (
             f'<video src="{_link(card.name, ".mp4")}#t=0.001"{shape} controls loop playsinline '
             f'preload="metadata" aria-label="{_text(card.name)}"></video>'
         )
     else:
         shape = f' style="aspect-ratio: {card.size[1]} / {card.size[0]}"' if card.size else ""
-        picture = f'<div class="gap"{shape}>no clip</div>'
+        shown = f'<div class="gap"{shape}>no clip</div>'
     own = {label: value for label, value in card.facts.items() if shared.get(label) != value}
     seed = f"<span>seed {_text(card.seed)}</span>" if card.seed is not None else ""
     link = f'<a href="{_link(card.name, ".json")}">record</a>' if card.record else ""
     prompt = _text(card.prompt) if card.prompt is not None else "prompt unknown"
     return f"""<article{' data-state="problem"' if card.problem else ""}>
-{picture}
+{shown}
 <p class="problem"{"" if card.problem else " hidden"}>{_text(card.problem)}</p>
 <p class="prompt" dir="auto">{prompt}</p>
 {_list(own)}
@@ -301,7 +299,7 @@ a { color: var(--accent); }
 #none { color: var(--faint); }
 """
 
-# The filter's words can also be given in the address, behind #. One clip plays at a time, since all have sound.
+# The filter's words can also be given in the address, behind #. One clip plays at a time, since all have audio.
 SCRIPT = """
 "use strict";
 const cards = [...document.querySelectorAll("article")];

@@ -7,13 +7,16 @@ seed whatever the other lines are, so an interrupted batch continues where it wa
 """
 
 import csv
+import io
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from magihuman.codecs.costs import TEXT_LIMIT
 from magihuman.errors import UserError
 
 FIELDS = ("prompt", "seed", "name", "image", "audio", "seconds", "negative_prompt")
@@ -23,8 +26,7 @@ MANIFEST = "manifest.jsonl"
 """File in a folder of clips with a line per finished clip."""
 MAX_SEED = 2**63 - 1
 AUTO = "auto"
-# The text encoders read 640 tokens (SPEC 5), and a word is at least one; scripts without spaces have long words.
-MAX_WORDS, MAX_CHARACTERS = 640, 10_000
+MAX_CHARACTERS = 10_000  # scripts without spaces have long words
 
 
 def option(default: Any, help: str, *, identity: bool = False, command: bool = True) -> Any:
@@ -75,7 +77,7 @@ class InferOptions:
         None, "Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO"
     )
     text_encoder: str | None = option(None, "T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA")
-    prompt: str | None = option(None, "the scene and the speech, up to 640 tokens")
+    prompt: str | None = option(None, f"the scene and the speech, up to {TEXT_LIMIT} tokens")
     prompts: str | None = option(
         None,
         "a file of many prompts: .txt (one a line), .jsonl or .csv (prompt, and optionally seed, name, image, audio, "
@@ -180,18 +182,27 @@ class Request:
     negative_prompt: str | None = None
 
 
-def slug(text: str, length: int = 40) -> str:
-    """A readable piece of file name from `text`: lower-case ASCII letters, digits and dashes, cut at a word.
+def slug(text: str) -> str:
+    """A readable piece of file name from `text`: up to 40 lower-case ASCII letters, digits and dashes, cut at a word.
 
     A prompt may hold slashes, quotes or any script, so it never becomes a path as it is (compare SPEC O11).
     """
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    name = ""
-    for word in words:
-        if name and len(name) + 1 + len(word) > length:
-            break
-        name = f"{name}-{word}" if name else word[:length]
-    return name or "clip"
+    lines = textwrap.wrap(" ".join(re.findall(r"[a-z0-9]+", text.lower())), 40, break_long_words=False)
+    return lines[0][:40].replace(" ", "-") if lines else "clip"
+
+
+def read_text(path: str | Path, setting: str) -> str:
+    """Content of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8; names the setting.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{setting}={path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{setting}={path} cannot be read: {error.strerror}") from error
 
 
 def read_requests(path: str | Path, seed: int) -> list[Request]:
@@ -211,15 +222,9 @@ def read_requests(path: str | Path, seed: int) -> list[Request]:
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise UserError(f"prompts={path}: cannot tell the format; name the file .txt, .jsonl or .csv")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts={path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"prompts={path} cannot be read: {error.strerror}") from error
     requests: list[Request] = []
     line_of: dict[str, int] = {}
-    for line, values in readers[path.suffix.lower()](text, path):
+    for line, values in readers[path.suffix.lower()](read_text(path, "prompts"), path):
         request = _request(values, len(requests), seed, f"{path} line {line}", path.parent)
         if request.name in line_of:
             raise UserError(
@@ -254,7 +259,7 @@ def _read_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.DictReader(text.splitlines(keepends=True))
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     if "prompt" not in (rows.fieldnames or ()):
         raise UserError(f"{path} line 1: the header needs a column 'prompt' (columns: {', '.join(FIELDS)})")
     for row in rows:
@@ -330,13 +335,13 @@ def check_seconds(value: Any, where: str) -> float | str:
 def check_length(text: str, what: str) -> None:
     """Refuse a text that is certainly longer than the text encoder reads.
 
-    What lies below, and still has more than 640 tokens, is cut by the encoder with a warning.
+    What lies below, and still has more than `TEXT_LIMIT` tokens, is cut by the encoder with a warning.
 
     Raises:
-        UserError: more than `MAX_WORDS` words or `MAX_CHARACTERS` characters.
+        UserError: more than `TEXT_LIMIT` words or `MAX_CHARACTERS` characters.
     """
-    words = len(text.split())
-    if words > MAX_WORDS:
-        raise UserError(f"{what} has {words} words, and the text encoder reads {MAX_WORDS} tokens; shorten it")
+    words = len(text.split())  # a word is at least one token
+    if words > TEXT_LIMIT:
+        raise UserError(f"{what} has {words} words, and the text encoder reads {TEXT_LIMIT} tokens; shorten it")
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{what} has {len(text)} characters, and {MAX_CHARACTERS} is the most; shorten it")

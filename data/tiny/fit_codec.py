@@ -24,6 +24,11 @@ if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
     from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
 
 FIT_SEED = 7001  # of the puppets; training and evaluation use others
+AUDIO_CLIPS, AUDIO_CHANNELS = 800, 64
+VIDEO_CLIPS, VIDEO_BATCH = 300, 6
+WHITENING = 0.5
+"""1 gives every channel the same variance, so that a model's loss is mostly unpredictable detail; with 0 the first few
+channels dominate."""
 
 
 def puppet_frames(indices: range, size: int) -> torch.Tensor:
@@ -38,31 +43,27 @@ def _float(frames: torch.Tensor) -> torch.Tensor:
     return frames.float() / 127.5 - 1
 
 
-def _normalising_scale(variance: torch.Tensor, whitening: float) -> torch.Tensor:
-    """Per-channel factors: variance^(-whitening/2), then a common factor to mean variance 1.
-
-    whitening 1 gives every channel the same variance, so that the model's loss is mostly unpredictable detail;
-    with 0 the first few channels dominate.
-    """
-    factor = variance.clamp_min(1e-8) ** (-whitening / 2)
+def _normalising_scale(variance: torch.Tensor) -> torch.Tensor:
+    """Per-channel factors: variance^(-WHITENING/2), then a common factor to mean variance 1."""
+    factor = variance.clamp_min(1e-8) ** (-WHITENING / 2)
     return factor / (variance * factor**2).mean().sqrt()
 
 
-def fit_audio(clips: int = 800, channels: int = 64, whitening: float = 0.5) -> TinyAudioCodec:
-    """PCA of weighted log-spectrum columns of `clips` puppets."""
+def fit_audio() -> TinyAudioCodec:
+    """PCA of weighted log-spectrum columns of puppets."""
     import torch
 
     from magihuman.codecs.tiny import TinyAudioCodec
 
-    codec = TinyAudioCodec(channels)
-    waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i)) for i in range(clips)]))
+    codec = TinyAudioCodec(AUDIO_CHANNELS)
+    waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i)) for i in range(AUDIO_CLIPS)]))
     features = codec.features(waves[:, None]).flatten(0, 1).double()
     codec.mean.copy_(features.mean(0))
     covariance = torch.cov(features.T)
     values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    values, vectors = values.flip(0)[:AUDIO_CHANNELS], vectors.flip(1)[:, :AUDIO_CHANNELS]
     codec.basis.copy_(vectors)
-    codec.scale.copy_(_normalising_scale(values, whitening))
+    codec.scale.copy_(_normalising_scale(values))
     return codec
 
 
@@ -94,17 +95,16 @@ def _upsample(latents: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _mouth_weight(size: int) -> torch.Tensor:
-    """Pixel weights [H,W] of mean about 1.3: three in the mouth window, one elsewhere."""
+    """Pixel weights [H,W] of mean 1, three times as large in the mouth window as elsewhere."""
     import torch
 
     grid = (torch.arange(size) + 0.5) / size
     near = ((grid - MOUTH_CENTRE[0]).abs() < 0.18)[None, :] & ((grid - MOUTH_CENTRE[1]).abs() < 0.16)[:, None]
-    return 1 + 2 * near.float()
+    weight = 1 + 2 * near.float()
+    return weight / weight.mean()
 
 
-def fit_video(
-    channels: int = 12, steps: int = 700, clips: int = 300, batch: int = 6, whitening: float = 0.5, log: bool = True
-) -> TinyVideoCodec:
+def fit_video(channels: int, steps: int) -> TinyVideoCodec:
     """Train the video codec; the module's docstring describes the loss."""
     import torch
 
@@ -112,7 +112,7 @@ def fit_video(
 
     torch.manual_seed(FIT_SEED)
     codec = TinyVideoCodec(channels)
-    large, small = puppet_frames(range(clips), 128), puppet_frames(range(clips), 64)
+    large, small = puppet_frames(range(VIDEO_CLIPS), 128), puppet_frames(range(VIDEO_CLIPS), 64)
     _initialise_by_pca(codec, codec.blocks(_float(small[:100])))
     matrices = [p for n, p in codec.named_parameters() if p.ndim > 1]
     vectors = [p for n, p in codec.named_parameters() if p.ndim == 1]
@@ -121,28 +121,26 @@ def fit_video(
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [4e-3, 3e-3], total_steps=steps, pct_start=0.1)
     weights = {size: _mouth_weight(size) for size in (64, 128)}
-    weights = {size: weight / weight.mean() for size, weight in weights.items()}
     order = torch.Generator().manual_seed(FIT_SEED)
     began = time.monotonic()
 
     def error(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         return ((prediction - truth).square() * weights[truth.shape[-1]]).mean()
 
+    def jitter(latents: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        level = 0.05 * torch.rand(len(latents), 1, 1, 1, generator=order)
+        return latents + level * deviation * torch.randn(latents.shape, generator=order)
+
     for step in range(steps):
-        chosen = torch.randint(clips, (batch,), generator=order)
+        chosen = torch.randint(VIDEO_CLIPS, (VIDEO_BATCH,), generator=order)
         big, little = _float(large[chosen]), _float(small[chosen])
         low, high = codec.encode_blocks(codec.blocks(little)), codec.encode_blocks(codec.blocks(big))
-        lifted = _upsample(low, batch)
+        lifted = _upsample(low, VIDEO_BATCH)
         deviation = low.detach().std()
-
-        def jitter(latents: torch.Tensor, deviation: torch.Tensor = deviation) -> torch.Tensor:
-            level = 0.05 * torch.rand(len(latents), 1, 1, 1, generator=order)
-            return latents + level * deviation * torch.randn(latents.shape, generator=order)
-
         loss = (
-            error(codec.frames(codec.decode_blocks(jitter(low)), batch), little)
-            + error(codec.frames(codec.decode_blocks(jitter(high)), batch), big)
-            + 2 * error(codec.frames(codec.decode_blocks(jitter(lifted)), batch), big)
+            error(codec.frames(codec.decode_blocks(jitter(low, deviation)), VIDEO_BATCH), little)
+            + error(codec.frames(codec.decode_blocks(jitter(high, deviation)), VIDEO_BATCH), big)
+            + 2 * error(codec.frames(codec.decode_blocks(jitter(lifted, deviation)), VIDEO_BATCH), big)
             + 0.02 * (lifted - high).square().mean() / high.detach().var()
         )
         optimiser.zero_grad()
@@ -150,22 +148,22 @@ def fit_video(
         torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if log and (step + 1) % 50 == 0:
+        if (step + 1) % 50 == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.5f}  {time.monotonic() - began:.0f} s", flush=True)
     with torch.no_grad():
         latents = codec.encode_blocks(codec.blocks(_float(small))).movedim(1, -1).flatten(0, -2)
         codec.mean.copy_(latents.mean(0))
         values, rotation = torch.linalg.eigh(torch.cov(latents.T.double()))
         codec.rotation.copy_(rotation.flip(1))
-        codec.scale.copy_(_normalising_scale(values.flip(0), whitening).float())
+        codec.scale.copy_(_normalising_scale(values.flip(0)).float())
     return codec
 
 
 def psnr(prediction: torch.Tensor, truth: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of frames in [-1,1]."""
-    import torch
+    from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    return float(10 * torch.log10(4 / (prediction.clamp(-1, 1) - truth).square().mean()))
+    return float(peak_signal_noise_ratio(prediction.clamp(-1, 1), truth, data_range=2.0))
 
 
 def report(codec: TinyVideoCodec, clips: int = 16) -> dict[str, float]:

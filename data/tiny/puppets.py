@@ -224,11 +224,11 @@ def portrait(puppet: Puppet, size: int) -> np.ndarray:
     y, x = np.meshgrid(grid, grid, indexing="ij")
     skin = np.array(SKINS[puppet.skin], float)
     hair = np.array(HAIR[puppet.hair], float)
-    picture = np.array(WALLS[puppet.wall], float) * (1.03 - 0.08 * y[..., None])
+    image = np.array(WALLS[puppet.wall], float) * (1.03 - 0.08 * y[..., None])
 
     def paint(mask: np.ndarray, colour: np.ndarray | tuple[int, int, int]) -> None:
-        nonlocal picture
-        picture = picture * (1 - mask) + np.asarray(colour, float) * mask
+        nonlocal image
+        image = image * (1 - mask) + np.asarray(colour, float) * mask
 
     cx, cy = x - 0.5, y - 0.5
     paint(_cover(_box(cx, y - 1.05, 0.40, 0.24, 0.15), pixel), SHIRTS[puppet.shirt])
@@ -240,7 +240,7 @@ def portrait(puppet: Puppet, size: int) -> np.ndarray:
     for side in (-0.095, 0.095):
         paint(_cover(_ellipse(cx - side, y - 0.44, 0.047, 0.038), pixel), (255, 255, 255))
         paint(_cover(_ellipse(cx - side, y - 0.443, 0.022, 0.024), pixel), (30, 30, 40))
-    return picture
+    return image
 
 
 def render(puppet: Puppet, size: int = 64) -> np.ndarray:

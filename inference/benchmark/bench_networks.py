@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.benchmark.budget import StepTimeout
+from inference.benchmark.budget import TRACE, StepTimeout
 from inference.benchmark.components import reason_of
 from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
 from inference.fast import prepare
@@ -28,7 +28,6 @@ LONGEST_FP32 = 20_000
 """Tokens up to which the fp32 reference is computed as well; a 1080p pass of it takes minutes."""
 SEED = 0
 Velocities = tuple[Tensor, Tensor]
-_TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def first_passes(
     reasons: dict[str, str] = {}
 
     def give_up(option: str, error: BaseException) -> None:
-        trace = "".join(traceback.format_exception(error))[-_TRACE:]
+        trace = "".join(traceback.format_exception(error))[-TRACE:]
         reasons[option] = f"{reason_of(error)}\n{trace}"
         for view in every:
             model: Any = view.model

@@ -32,7 +32,7 @@ from magihuman.errors import UserError
 FORMAT = "magihuman-benchmark/1"
 _PATIENCE = 3.0  # a step is interrupted when it takes this many times the expected seconds ...
 _GRACE = 20.0  # ... and this many seconds more
-_TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
+TRACE = 4000  # characters of a traceback that are kept: its end names the failing call
 
 CPU = torch.device("cpu")
 Values = dict[str, Any]
@@ -171,7 +171,7 @@ class BudgetedRun:
         except (Exception, StepTimeout) as error:
             # Drivers, compilers and kernels fail in many ways; the other steps still count.
             reason = f"{type(error).__name__}: {str(error).strip()}"[:2000]
-            trace = traceback.format_exc()[-_TRACE:]
+            trace = traceback.format_exc()[-TRACE:]
             self._end(step, "failed", self.clock() - start, reason=reason, trace=trace)
         return None
 

@@ -6,13 +6,13 @@ import torch
 
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
+from magihuman.codecs.costs import USUAL_TEXT
 from magihuman.zoo.memory_plan import ClipRequest, peak, require_memory
 
 if TYPE_CHECKING:
     from inference.loading import Source
     from inference.settings import Settings
 
-TEXT = 340
 """Tokens of a long prompt. The true number is known when the text encoder is loaded; it matters little."""
 
 
@@ -30,7 +30,7 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> ClipReque
         audio=settings.audio,
         height=settings.height,
         width=settings.width,
-        text=TEXT,
+        text=USUAL_TEXT,
         batch=batch,
         guided=settings.guidance.needed,
         cfg_passes=settings.cfg_passes,

@@ -23,8 +23,8 @@ cut (`seconds=auto` of infer makes the clip fit). Nobody speaks: `Dialogue: <No 
 
 Background Sound. Places and things that sound: rain on a roof, a distant tram. Nothing: `<No background sound>`.
 
-With a first frame (`image=`) the description must agree with the picture: name what it shows in a few words, then
-say what changes from there. With given sound (`audio=`) write under Dialogue what the recording says, word
+With a first frame (`image=`) the description must agree with the image: name what it shows in a few words, then
+say what changes from there. With conditioning audio (`audio=`) write under Dialogue what the recording says, word
 by word, and under Background Sound what else it holds; expression and pace should fit that voice.
 """
 
@@ -36,7 +36,7 @@ from pathlib import Path
 
 from inference.prompting.chat_client import Chat, Message, endpoint_chat, transformers_chat
 from inference.prompting.format import NO_SOUND, NO_SPEECH, QUOTED, Fault, Report, check_form
-from inference.requests import read_requests
+from inference.requests import read_requests, read_text
 from magihuman.errors import UserError
 
 PROGRAM = "python -m inference.prompting"
@@ -139,7 +139,7 @@ def make(
     seconds: float | None = None,
     timeout: float = 120.0,
     max_tokens: int = 4096,
-) -> tuple[str, list[str], int]:
+) -> int:
     """Turn a plain request into a prompt for the model, or check a prompt's form.
 
     Prints the prompt (remarks go to stderr); with check=, the faults with their remedies. Exit status 0: good form;
@@ -158,11 +158,10 @@ def make(
         max_tokens: longest answer of a transformers model.
 
     Returns:
-        (for stdout, lines for stderr, exit status 0 or 1).
+        The exit status, 0 or 1.
 
     Raises:
         UserError: bad settings; no answer from the model.
-        BadAnswer: the form of its answer is wrong.
     """
     if (request is None) == (check is None):
         raise UserError("give either request=TEXT (to rewrite it) or check=TEXT (to check a prompt)")
@@ -180,25 +179,33 @@ def make(
         chat = transformers_chat(model, max_tokens)
     else:
         raise UserError("name a chat model: model=FOLDER (transformers) or endpoint=URL (OpenAI-compatible)")
-    prompt = rewrite(plain, chat, seconds)
-    return prompt, _remarks(check_form(prompt, seconds)), 0
+    try:
+        prompt = rewrite(plain, chat, seconds)
+    except BadAnswer as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*_remarks(check_form(prompt, seconds)), sep="\n", file=sys.stderr)
+    print(prompt)
+    return 0
 
 
-def _checked(given: str, seconds: float | None) -> tuple[str, list[str], int]:
+def _checked(given: str, seconds: float | None) -> int:
+    """Print the faults and notes of a prompt, or of all in a file; the exit status."""
     if Path(given).suffix.lower() in (".jsonl", ".csv"):
         prompts = {f"{request.name}: ": request.prompt for request in read_requests(given, 0)}
     else:
         prompts = {"": _text(given, "check")}
-    lines, bad = [], 0
+    bad = 0
     for name, prompt in prompts.items():
         report = check_form(prompt, seconds)
-        lines += [f"{name}fault: {fault}" for fault in report.faults]
-        lines += [f"{name}{remark}" for remark in _remarks(report)]
         bad += bool(report.faults)
-    verdict = "the form is good" if not bad else "the form has faults"
+        for line in [*(f"fault: {fault}" for fault in report.faults), *_remarks(report)]:
+            print(f"{name}{line}")
     if len(prompts) > 1 and bad:
-        verdict = f"{bad} of {len(prompts)} prompts have faults"
-    return "\n".join([*lines, verdict]), [], min(bad, 1)
+        print(f"{bad} of {len(prompts)} prompts have faults")
+    else:
+        print("the form has faults" if bad else "the form is good")
+    return min(bad, 1)
 
 
 def _remarks(report: Report) -> list[str]:
@@ -221,12 +228,7 @@ def _text(given: str, what: str) -> str:
         if re.fullmatch(r"\S+\.(txt|md|text)|[./~]\S*/\S+", given):
             raise UserError(f"{what}={given}: no such file")
         return given
-    try:
-        return Path(given).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what}={given} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{what}={given} cannot be read: {error.strerror}") from error
+    return read_text(given, what)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -240,15 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if not re.match(r"-|help\Z|\w+=", words[0]):
         words[0] = f"request={words[0]}"
-    try:
-        text, remarks, status = run(make, PROGRAM, words)
-    except BadAnswer as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    for remark in remarks:
-        print(remark, file=sys.stderr)
-    print(text)
-    raise SystemExit(status)
+    raise SystemExit(run(make, PROGRAM, words))
 
 
 if __name__ == "__main__":

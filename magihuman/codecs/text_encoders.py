@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from magihuman.codecs.costs import TEXT_LIMIT
 from magihuman.errors import UserError
 from magihuman.io.export import weight_files
 from magihuman.io.files import is_hub_id
@@ -27,7 +28,6 @@ WORD_CHANNELS = 64
 PREVIOUS_CHANNELS = 32
 INDEX_CHANNELS = 32
 MAX_WORD_BYTES = 24
-MAX_WORDS = 640  # the token limit of the released model (SPEC 5)
 
 
 class ByteTextEncoder:
@@ -65,7 +65,7 @@ class ByteTextEncoder:
         """Each prompt -> fp32 [S,128], S = number of words (at least 1, at most 640)."""
         features = []
         for prompt in prompts:
-            words = [word.encode() for word in prompt.replace(",", " ").split()][:MAX_WORDS]
+            words = [word.encode() for word in prompt.replace(",", " ").split()][:TEXT_LIMIT]
             if not words:
                 features.append(torch.zeros(1, self.channels))
                 continue
@@ -80,7 +80,6 @@ class ByteTextEncoder:
 
 
 REPO = "google/t5gemma-9b-9b-ul2"
-MAX_TOKENS = 640
 
 
 class T5GemmaEncoder(nn.Module):
@@ -148,12 +147,12 @@ class T5GemmaEncoder(nn.Module):
         for prompt in prompts:
             tokens = self.tokenizer(prompt, return_tensors="pt").to(next(self.model.parameters()).device)
             states = self.model(**tokens).last_hidden_state  # [1,n,Ct]
-            if states.shape[1] > MAX_TOKENS:
+            if states.shape[1] > TEXT_LIMIT:
                 warnings.warn(
-                    f"a prompt of {states.shape[1]} tokens is cut to {MAX_TOKENS} (starts {prompt[:40]!r}); shorten it",
+                    f"a prompt of {states.shape[1]} tokens is cut to {TEXT_LIMIT} (starts {prompt[:40]!r}); shorten it",
                     stacklevel=2,
                 )
-            features.append(states[0, :MAX_TOKENS].half().float())
+            features.append(states[0, :TEXT_LIMIT].half().float())
         return features
 
 

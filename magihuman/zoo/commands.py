@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from magihuman import zoo
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
+from magihuman.codecs.costs import USUAL_TEXT
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS, write_atomically
 from magihuman.io.provenance import code_version
@@ -133,7 +134,7 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     seconds: float = 5.0,
-    text: int = 340,
+    text: int = USUAL_TEXT,
     batch: int = 1,
     gpu_gb: float = 80.0,
     gpus: int = 1,
@@ -198,7 +199,7 @@ def plan(
 def peaks(
     model: str,
     seconds: float = 5.0,
-    text: int = 340,
+    text: int = USUAL_TEXT,
     batch: int = 1,
     guided: bool | None = None,
     cfg_passes: Literal[1, 2] = 1,

@@ -55,7 +55,7 @@ class ClipRequest:
     audio: int
     height: int
     width: int
-    text: int = 340
+    text: int = costs.USUAL_TEXT
     batch: int = 1
     guided: bool = False
     cfg_passes: int = 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bad_media import Expected, build, movie, prepare_bad
 
+from data.captions import read_tables
 from data.options import PrepareOptions
 from data.prepare import prepare
 from data.prepare_report import PrepareReport
@@ -289,6 +290,15 @@ def test_folders_without_use_are_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         prepared(clips, tmp_path / "file" / "out", codecs=CODECS[7:])
+
+
+def test_line_separators_within_captions_do_not_cut_a_table(tmp_path: Path) -> None:
+    """U+2028 is a line break to Python, but neither to JSON nor to CSV."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"file": "a.mp4", "caption": "x\u2028y"}, ensure_ascii=False) + "\n")
+    (tmp_path / "b.csv").write_text("file,caption\nb.mp4,x\u2028y\n")
+    tables = read_tables([tmp_path / "a.jsonl", tmp_path / "b.csv"])
+    assert tables.captions == {str(tmp_path / "a.mp4"): "x y", str(tmp_path / "b.mp4"): "x y"}
+    assert not tables.problems
 
 
 def test_buckets_by_length_and_shape(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     sheet = figures.contact_sheet([figures.Shown("t", "model", clips.frames, clips.waves, scores.clips)])
     face, shirt, heard = (clip.vision.attributes["face"], clip.vision.attributes["shirt"], " ".join(clip.speech.words))
     title = sheet.axes[0].get_title(loc="left")
-    assert title == f"{puppets[0].caption}\nt | heard: {heard} | wrong: face {face}, shirt {shirt}"
+    assert title == f"{puppets[0].caption}\nt | recognised: {heard} | wrong: face {face}, shirt {shirt}"
     assert "wrong" not in sheet.axes[2].get_title(loc="left")
     assert (sheet.axes[3].get_xlabel(), sheet.axes[3].get_ylabel()) == ("frame", "opening")
 

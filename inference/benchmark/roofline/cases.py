@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from magihuman import zoo
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec, frames_for
+from magihuman.codecs.costs import USUAL_TEXT
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, local_layers
 from magihuman.zoo.footprint import TokenCounts
@@ -13,7 +14,6 @@ SIZES = (*RELEASED_SIZES, "tiny", "layer")
 FPS = 25
 # The published table: a distilled base network without guidance, then super-resolution without guidance (SPEC 4.4).
 BASE_STEPS, SR_STEPS = 8, 5
-TEXT = 340  # tokens of the released example prompt's 254 words, about 1.33 each
 TINY_TEXT = 12  # words of the puppet world's example prompt
 TINY_SIDE, TINY_LARGE = 64, 128
 
@@ -129,7 +129,7 @@ def make(
     seconds = seconds or (5.0 if size in RELEASED_SIZES else 1.0)
     large: tuple[int, int] | None
     if released:
-        stride, usual_text, audio = (4, 16, 16), TEXT, round(seconds * FPS) + 1  # SPEC 4.1
+        stride, usual_text, audio = (4, 16, 16), USUAL_TEXT, round(seconds * FPS) + 1  # SPEC 4.1
         *small, large = RELEASED_SIZES["256p" if size == "layer" else size]
     else:
         stride, usual_text, audio = (4, 4, 4), TINY_TEXT, frames_for(seconds, FPS, 4)
