@@ -223,8 +223,8 @@ def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) 
 def test_the_released_flaw_can_be_asked_for(pipeline: Pipeline, given: dict[str, Path]) -> None:
     """O2: without guidance the released code changes the given sound; here only with compat=o2."""
     (fixed,), (flawed,) = drafts(pipeline, [0], given), drafts(pipeline, [0], given, compat="o2")
-    assert fixed.sound == given["audio"]
-    assert flawed.sound is None
+    assert fixed.audio_file == given["audio"]
+    assert flawed.audio_file is None
     assert not torch.allclose(fixed.audio, flawed.audio, atol=1e-2)
 
 
