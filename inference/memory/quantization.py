@@ -19,59 +19,34 @@ from magihuman.zoo.footprint import INT4_GROUP
 INT4_LARGEST = 7
 
 
-class Fp8Linear(nn.Module):
-    """An `ExpertLinear` in e4m3 with one fp32 scale per row.
+class StoredLinear(nn.Module):
+    """An `ExpertLinear` in fewer bits.
 
-    With s = max|row| / 448 a weight w comes back within max(|w| / 16, s / 1024): three bits of mantissa, and the
-    half step of the subnormals.
+        fp8    e4m3 with one fp32 scale per row. With s = max|row| / 448 a weight w comes back within
+               max(|w| / 16, s / 1024): three bits of mantissa, and the half step of the subnormals
+        int4   whole numbers -7 to 7, two to a byte, with one bf16 scale per 64 columns of a row. With s the stored scale,
+               about max|group| / 7, a weight comes back within s / 2 in fp32
 
     Args:
         weight: [experts * rows, columns].
+        form: fp8 or int4.
     """
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, experts: int) -> None:
+    def __init__(self, weight: Tensor, experts: int, form: str) -> None:
         super().__init__()
-        self.experts = experts
-        codes, scales = zip(*map(quantise_rows, weight.chunk(experts)), strict=True)
+        self.experts, self.columns = experts, weight.shape[1]
+        store, self._restore = _FORMS[form]
+        codes, scales = zip(*map(store, weight.chunk(experts)), strict=True)
         self.register_buffer("codes", torch.cat(codes))
-        self.register_buffer("scales", torch.cat(scales).unsqueeze(1))  # [experts * rows, 1]
+        self.register_buffer("scales", torch.cat(scales))
 
     def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """One matrix [rows, columns] per expert in `dtype`, restored when it is asked for."""
-        for codes, scales in _by_expert(self.experts, self.codes, self.scales):
-            yield codes.to(dtype).mul_(scales)
-
-
-class Int4Linear(nn.Module):
-    """An `ExpertLinear` in whole numbers -7 to 7, two to a byte, with one bf16 scale per 64 columns of a row.
-
-    With s the stored scale, about max|group| / 7, a weight comes back within s / 2 in fp32.
-
-    Args:
-        weight: [experts * rows, columns]; columns are padded with zeros to whole groups.
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, weight: Tensor, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
-        self.columns = weight.shape[1]
-        packed, scales = zip(*map(_to_int4, weight.chunk(experts)), strict=True)
-        self.register_buffer("codes", torch.cat(packed))  # uint8 [experts * rows, groups, 32]
-        self.register_buffer("scales", torch.cat(scales))  # bf16 [experts * rows, groups, 1]
-
-    def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """One matrix [rows, columns] per expert in `dtype`, restored when it is asked for."""
-        for codes, scales in _by_expert(self.experts, self.codes, self.scales):
-            yield _from_int4(codes, scales, dtype)[:, : self.columns]
-
-
-_STORED: dict[str, Callable[[Tensor, int], nn.Module]] = {"fp8": Fp8Linear, "int4": Int4Linear}
+        for codes, scales in zip(self.codes.chunk(self.experts), self.scales.chunk(self.experts), strict=True):
+            yield self._restore(codes, scales, dtype)[:, : self.columns]
 
 
 @torch.no_grad()
@@ -102,14 +77,15 @@ def store_weights(
         else:
             if not weight.isfinite().all():
                 raise UserError(f"a weight of {name} is not finite, so it cannot be stored as {form}")
-            setattr(parent, name, _STORED[form](weight, linear.experts).to(keep_on))
+            setattr(parent, name, StoredLinear(weight, linear.experts, form).to(keep_on))
 
 
-def _by_expert(experts: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.chunk(experts) for tensor in tensors), strict=True)
+def _from_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype).mul_(scales.unsqueeze(1))
 
 
 def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [rows, groups, 32] and bf16 [rows, groups, 1]; columns are padded with zeros to whole groups."""
     groups = F.pad(weight, (0, -weight.shape[1] % INT4_GROUP)).float().unflatten(1, (-1, INT4_GROUP))
     largest = groups.abs().amax(dim=-1, keepdim=True)
     scales = torch.where(largest > 0, largest / INT4_LARGEST, 1.0).to(torch.bfloat16)
@@ -123,3 +99,9 @@ def _to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _from_int4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     pairs = torch.stack([codes & 15, codes >> 4], dim=-1)  # [rows, groups, 32, 2]
     return pairs.flatten(-2).to(dtype).sub_(INT4_LARGEST).mul_(scales).flatten(1)
+
+
+_FORMS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
+    "fp8": (quantise_rows, _from_fp8),
+    "int4": (_to_int4, _from_int4),
+}

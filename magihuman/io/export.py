@@ -127,15 +127,10 @@ def save_export(
     check_fit({k: tuple(v.shape) for k, v in state.items()}, config.model, "the state to export")
     folder = Path(folder)
     with atomic_path(folder, folder=True) as new:
-        shards = plan_shards({k: v.numel() * v.element_size() for k, v in state.items()}, max_shard_bytes)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        sizes = {key: tensor.nbytes for key, tensor in state.items()}
+        for file, names in write_index(new, "model", sizes, max_shard_bytes).items():
             tensors = {name: state[name].detach().cpu().contiguous() for name in names}
             save_file(tensors, new / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(names, file))
-        total = sum(v.numel() * v.element_size() for v in state.values())
-        write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(new / CONFIG, config.to_dict())
     return folder
 
@@ -233,6 +228,16 @@ def read_header(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def check_fit(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, source: str) -> None:
     """Raises UserError where names and shapes are not those of the config's network (see `require_fit`)."""
     require_fit(shapes, {key: shape for key, shape, _ in config.tensors()}, source)
+
+
+def write_index(folder: Path, stem: str, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Write the index of a checkpoint's files, see `plan_shards`; returns the tensors of each file, which is to be made."""
+    shards = plan_shards(sizes, limit)
+    files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
+    return files
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

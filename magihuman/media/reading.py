@@ -135,24 +135,22 @@ class MediaReader:
         self._path = path
 
     def __enter__(self) -> MediaReader:
-        self._video_input = opened(self._path)
-        container = self._video_input.__enter__()
-        stream = video_stream(container)
-        if stream is None:
-            self._video_input.__exit__(None, None, None)
-            raise MediaError("holds no video")
-        self._video = VideoTrack(container, stream)
-        origin = start_of(stream)
-        # Audio has a demuxer of its own, so that neither track waits for the other's packets.
-        self._audio_input = opened(self._path)
-        container = self._audio_input.__enter__()
-        stream = audio_stream(container)
-        self._audio = AudioTrack(container, stream, origin) if stream is not None else None
+        with contextlib.ExitStack() as inputs:
+            container = inputs.enter_context(opened(self._path))
+            stream = video_stream(container)
+            if stream is None:
+                raise MediaError("holds no video")
+            self._video = VideoTrack(container, stream)
+            origin = start_of(stream)
+            # Audio has a demuxer of its own, so that neither track waits for the other's packets.
+            container = inputs.enter_context(opened(self._path))
+            stream = audio_stream(container)
+            self._audio = AudioTrack(container, stream, origin) if stream is not None else None
+            self._inputs = inputs.pop_all()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._audio_input.__exit__(None, None, None)
-        self._video_input.__exit__(None, None, None)
+        self._inputs.close()
 
     def read(
         self, *, fps: float, start: float = 0.0, frames: int | None = None,

@@ -1,6 +1,6 @@
 """Hyperparameters of network, token packing, token routing and LoRA, and the latent contract; without torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -55,6 +55,11 @@ class Plain:
         """Plain values, tuples as lists, ready for JSON or YAML."""
         values = asdict(self)  # type: ignore[call-overload]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def differences(self, other: "Plain", but: Collection[str] = ()) -> list[str]:
+        """Texts `field: mine against theirs` for every field, `but` for some, in which another config of the kind differs."""
+        a, b = self.to_dict(), other.to_dict()
+        return [f"{k}: {a[k]!r} against {b[k]!r}" for k in a if a[k] != b[k] and k not in but]
 
 
 @dataclass(frozen=True)
@@ -296,9 +301,7 @@ class Contract(Plain):
         Raises:
             UserError: naming every field that differs.
         """
-        a, b = self.to_dict(), other.to_dict()
-        differing = [f"{key}: {a[key]!r} against {b[key]!r}" for key in a if a[key] != b[key]]
-        if differing:
+        if differing := self.differences(other):
             raise UserError(
                 f"{mine} and {theirs} were made for different latents ({'; '.join(differing)}); "
                 "prepare the data again with the same codecs, or choose the checkpoint that belongs to it"

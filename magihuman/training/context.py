@@ -127,12 +127,8 @@ def require_same_model(settings: TrainSettings, contract: Contract) -> None:
     parent = zoo.config_of(settings.init)
     parent.contract.require(contract, f"init={settings.init}", "the shards")
     allowed = getattr(locate(settings.recipe["_target_"], "recipe"), "may_differ_from_init", ())
-    for part, mine, theirs in (
-        ("dit", model.dit.to_dict(), parent.model.to_dict()),
-        ("pack", model.pack.to_dict(), parent.pack.to_dict()),
-    ):
-        wrong = [f"{k} {theirs[k]} against {mine[k]}" for k in mine if mine[k] != theirs[k] and k not in allowed]
-        if wrong:
+    for part, mine, theirs in (("dit", model.dit, parent.model), ("pack", model.pack, parent.pack)):
+        if wrong := theirs.differences(mine, allowed):
             raise UserError(
                 f"init={settings.init} is a model of another size than model.{part} ({'; '.join(wrong)}); "
                 "choose the model it was trained as, or another init"

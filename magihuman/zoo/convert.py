@@ -10,7 +10,7 @@ from pathlib import Path
 
 from magihuman.codecs.bundle import ROLES, bundle_spec
 from magihuman.errors import UserError
-from magihuman.io.export import CONFIG, ExportConfig, check_fit, load_config, plan_shards, weight_files, write_json
+from magihuman.io.export import CONFIG, ExportConfig, check_fit, load_config, weight_files, write_index, write_json
 from magihuman.io.files import NEW, staged
 from magihuman.io.streamed_safetensors import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
 from magihuman.models.config import DiTConfig
@@ -175,24 +175,17 @@ def _write_shards(
     folder: Path, stem: str, specs: Mapping[str, Spec], limit: int, files: Sequence[Path], scratch: Path
 ) -> int:
     """Write the shards and their index; returns their number. Each source file is read once."""
-    plan = plan_shards({name: spec.nbytes for name, spec in specs.items()}, limit)
-    weight_map = {}
+    shards = write_index(folder, stem, {name: spec.nbytes for name, spec in specs.items()}, limit)
     with ExitStack() as stack:
         writers = {}
-        for number, names in enumerate(plan, 1):
-            file = f"{stem}-{number:05d}-of-{len(plan):05d}.safetensors"
-            writer = SafetensorsWriter(folder / file, {name: specs[name] for name in names})
-            stack.enter_context(writer)
+        for file, names in shards.items():
+            writer = stack.enter_context(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             writers.update(dict.fromkeys(names, writer))
-            weight_map.update(dict.fromkeys(names, file))
         for path in files:
             with open_tensors(path, scratch) as reader:
                 for name in reader.specs:
                     writers[name].write(name, reader.blocks(name))
-    total = sum(spec.nbytes for spec in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / f"{stem}.safetensors.index.json", index)
-    return len(plan)
+    return len(shards)
 
 
 def _read_all(files: Sequence[Path]) -> dict[str, Spec]:

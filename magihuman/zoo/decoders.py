@@ -165,19 +165,18 @@ def build(
     import torch
 
     from magihuman.codecs.causal_decoder import CausalDecoder
-    from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
-    from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig, TurboDecoder
-    from magihuman.codecs.wan_decoder import WanDecoder, WanDecoderConfig
+    from magihuman.codecs.turbo_vaed import TurboCodec, TurboDecoder
+    from magihuman.codecs.wan_decoder import WanDecoder
 
+    network: Any = _hyperparameters(config.layout, config.network)
     with torch.random.fork_rng(enabled=seed is not None), torch.device(device):
         if seed is not None:
             torch.manual_seed(seed)
         if config.layout == "causal":
-            return CausalDecoder(CausalDecoderConfig.from_dict(config.network))
+            return CausalDecoder(network)
         if config.layout == "wan":
-            return WanDecoder.build(WanDecoderConfig.from_dict(config.network))
-        layout = TurboConfig.from_json(config.network)
-        return TurboCodec(TurboDecoder(layout), layout, *_statistics(config.latents))
+            return WanDecoder.build(network)
+        return TurboCodec(TurboDecoder(network), network, *_statistics(config.latents))
 
 
 def _statistics(latents: Latents) -> "tuple[Tensor, Tensor] | tuple[None, None]":

@@ -163,9 +163,7 @@ def config_with_lora(base: ExportConfig, folder: str | Path, name: str) -> Expor
     """
     own = load_config(find(folder))
     for part in ("model", "pack"):
-        mine, theirs = getattr(own, part).to_dict(), getattr(base, part).to_dict()
-        wrong = [f"{k} {mine[k]} against {theirs[k]}" for k in mine if mine[k] != theirs[k]]
-        if wrong:
+        if wrong := getattr(own, part).differences(getattr(base, part)):
             raise UserError(
                 f"lora={folder} was made for another network than {name} ({'; '.join(wrong)}); give its own base, "
                 f"{own.provenance.get('init', 'see its adapter_config.json')}"

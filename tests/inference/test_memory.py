@@ -16,7 +16,7 @@ from inference.memory import (
     prepare_transformer,
     store_weights,
 )
-from inference.memory.quantization import Fp8Linear, Int4Linear
+from inference.memory.quantization import StoredLinear
 from inference.sampling import sample
 from magihuman import zoo
 from magihuman.codecs.text_encoders import ByteTextEncoder
@@ -225,7 +225,7 @@ class TestForms:
     @pytest.mark.parametrize("experts", [1, 3])
     def test_fp8(self, experts: int) -> None:
         weight = self._weight()
-        back = torch.cat(list(Fp8Linear(weight, experts).slices(torch.float32)))
+        back = torch.cat(list(StoredLinear(weight, experts, "fp8").slices(torch.float32)))
         step = weight.abs().amax(1, keepdim=True) / 448
         bound = torch.maximum(weight.abs() / 16, step / 1024) * (1 + 1e-5)
         error = (back - weight).abs()
@@ -236,7 +236,7 @@ class TestForms:
     @pytest.mark.parametrize("experts", [1, 3])
     def test_int4(self, experts: int) -> None:
         weight = self._weight()
-        stored = Int4Linear(weight, experts)
+        stored = StoredLinear(weight, experts, "int4")
         back = torch.cat(list(stored.slices(torch.float32)))
         assert back.shape == weight.shape
         groups = nn.functional.pad(weight, (0, 56)).unflatten(1, (4, 64))
@@ -250,19 +250,18 @@ class TestForms:
         bits = 8 * sum(b.numel() * b.element_size() for b in stored.buffers()) / (96 * 256)
         assert bits == 4.25
 
-    @pytest.mark.parametrize("kind", [Fp8Linear, Int4Linear])
-    def test_values_on_the_grid_come_back_exactly(self, kind: type[nn.Module]) -> None:
-        grid = {Fp8Linear: [448.0, -26.0, 0.0, 3.5], Int4Linear: [7.0, -7.0, 0.0, 3.0]}[kind]
+    @pytest.mark.parametrize(("form", "grid"), [("fp8", [448.0, -26.0, 0.0, 3.5]), ("int4", [7.0, -7.0, 0.0, 3.0])])
+    def test_values_on_the_grid_come_back_exactly(self, form: str, grid: list[float]) -> None:
         weight = torch.tensor(grid * 16).repeat(4, 1) * 0.25
         for dtype in (torch.float32, torch.bfloat16):
-            (back,) = kind(weight, 1).slices(dtype)
+            (back,) = StoredLinear(weight, 1, form).slices(dtype)
             assert back.dtype == dtype
             assert torch.equal(back.float(), weight)
 
     def test_bf16_adds_one_rounding(self) -> None:
         weight = self._weight()
-        for kind in (Fp8Linear, Int4Linear):
-            stored = kind(weight, 1)
+        for form in ("fp8", "int4"):
+            stored = StoredLinear(weight, 1, form)
             (exact,), (rounded,) = stored.slices(torch.float32), stored.slices(torch.bfloat16)
             assert ((rounded.float() - exact).abs() <= exact.abs() * 2**-8).all()
 

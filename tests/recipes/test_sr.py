@@ -280,7 +280,7 @@ def test_it_starts_from_a_first_stage_and_exports_its_own_size(tmp_path: Path) -
     weights = "export/model-00001-of-00001.safetensors"
     old, new = load_file(base / weights), load_file(run / weights)
     assert all(torch.allclose(old[k].float(), new[k].float(), atol=1e-6) for k in old)
-    with pytest.raises(UserError, match="coords_style v2 against v1"):
+    with pytest.raises(UserError, match="coords_style: 'v2' against 'v1'"):
         training_stub.train_here(
             tmp_path / "other", shards, ["+recipe=pretrain", f"init={base}", "model.pack.coords_style=v1"]
         )

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_one_line(tmp_path) -> None:
         zoo.load(folder)
     with pytest.raises(UserError, match=r"holds no LoRA .*recipe=lora"):
         zoo.load(base, lora=base)
-    with pytest.raises(UserError, match=r"another network than .*num_layers 4 against 6"):
+    with pytest.raises(UserError, match=r"another network than .*num_layers: 4 against 6"):
         lora_files.config_with_lora(replace(CONFIG, model=zoo.arch("tiny")), folder, "tiny/base")
     other = replace(CONFIG, contract=replace(CONTRACT, video_codec="another"))
     with pytest.raises(UserError, match="video_codec"):

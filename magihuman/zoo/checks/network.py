@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -40,19 +40,19 @@ def check_dit(case: VectorCase) -> list[Result]:
         raise Unsupported("batches in the vectors attend across samples (SPEC O1)")
     config, pack = dit_config(case.meta["model_config"]), _pack_config(case)
     with vector_arithmetic(), torch.no_grad():
-        fp32 = _run(case, config, pack, torch.float32)
-        bf16 = _run(case, config, pack, torch.bfloat16)
-    assert fp32.layout.rotary is not None
-    embedding = compare("mid/embed", bf16.embed, case.tensors["mid/embed"], EMBED)
+        layout, _, fp32 = _run(case, config, pack, torch.float32)
+        _, embedded, bf16 = _run(case, config, pack, torch.bfloat16)
+    assert layout.rotary is not None
+    embedding = compare("mid/embed", embedded, case.tensors["mid/embed"], EMBED)
     results = [
-        *_packing_results(case, fp32.layout, pack),
-        compare("mid/rope", fp32.layout.rotary, case.tensors["mid/rope"], ROTARY),
+        *_packing_results(case, layout, pack),
+        compare("mid/rope", layout.rotary, case.tensors["mid/rope"], ROTARY),
         embedding,
     ]
     for name, stored in case.group("ref_fp32/").items():
-        results.append(compare(f"ref_fp32/{name}", fp32.outputs[name], stored, FP32))
+        results.append(compare(f"ref_fp32/{name}", fp32[name], stored, FP32))
     for name, stored in case.group("out/").items():
-        ours = bf16.outputs[name]
+        ours = bf16[name]
         if not config.local_attn_layers and embedding.error == 0 and _rounds_alike():
             results.append(compare(f"out/{name}", ours, stored))
             continue
@@ -89,14 +89,10 @@ def _pack_config(case: VectorCase) -> PackConfig:
     return PackConfig(proxy["patch_size"], proxy["coords_style"], proxy["frame_receptive_field"])
 
 
-@dataclass(frozen=True)
-class _Forward:
-    layout: Layout
-    embed: Tensor
-    outputs: dict[str, Tensor]
-
-
-def _run(case: VectorCase, config: DiTConfig, pack: PackConfig, dtype: torch.dtype) -> _Forward:
+def _run(
+    case: VectorCase, config: DiTConfig, pack: PackConfig, dtype: torch.dtype
+) -> tuple[Layout, Tensor, dict[str, Tensor]]:
+    """Layout, embedded tokens, and outputs by their names in the vectors."""
     model = SingleStreamDiT(config, compute_dtype=dtype, linear_dtype=torch.bfloat16)
     model.load_state_dict(case.group("w/"))
     model.attention_backend = "reference"
@@ -109,7 +105,7 @@ def _run(case: VectorCase, config: DiTConfig, pack: PackConfig, dtype: torch.dty
     model.adapter.register_forward_hook(lambda module, inputs, output: seen.update(embed=output))
     model.register_forward_hook(lambda module, inputs, output: seen.update(rows=output))
     video_v, audio_v = denoiser(video, audio, [text], layout)
-    return _Forward(layout, seen["embed"], {"video": video_v, "audio": audio_v, "packed": _pack(seen["rows"], layout)})
+    return layout, seen["embed"], {"video": video_v, "audio": audio_v, "packed": _pack(seen["rows"], layout)}
 
 
 def _pack(rows: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
