@@ -26,7 +26,7 @@ class FakeScoreSettings:
         UserError: at construction, for values that are not positive.
     """
 
-    lr: float = 5e-4
+    lr: float = 2e-4
     updates: int = 5
     warmup: int = 10
     samples_per_rollout: int = 6

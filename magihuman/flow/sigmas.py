@@ -125,7 +125,7 @@ class ScoreLevels:
         UserError: at construction, unless 0 <= low < high <= 1 and shift > 0.
     """
 
-    shift: float = 5.0
+    shift: float = 2.0
     low: float = 0.02
     high: float = 0.98
 
