@@ -16,7 +16,7 @@ from torch import Tensor
 from inference.benchmark import result_files
 from inference.benchmark.bench_networks import dtype_for, named
 from inference.benchmark.result_files import Row
-from inference.benchmark.roofline.cases import ClipCase, DenoisingStage
+from inference.benchmark.roofline.cases import ClipCase
 from inference.benchmark.timers import device_of, peak_rates, time_call, undisturbed
 from inference.fast import attention_kernels, fp8
 from inference.fast.fused_blocks import grouped_mm
@@ -60,12 +60,15 @@ class Microbenchmark:
     Args:
         case: the clip.
         dtype: of the operands, where a form does not say otherwise.
+
+    Attributes:
         budget: seconds of timed calls of a form, see `timers.time_call`.
     """
 
-    def __init__(self, case: ClipCase, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> None:
-        self.case, self.device, self.dtype, self.budget = case, device, dtype, budget
-        self.stage: DenoisingStage = case.stages[-1]
+    budget = 0.3
+
+    def __init__(self, case: ClipCase, device: torch.device, dtype: torch.dtype) -> None:
+        self.stage, self.device, self.dtype = case.stages[-1], device, dtype
         self.generator = torch.Generator(device=device).manual_seed(0)
 
     def products(self) -> list[Row]:

@@ -151,25 +151,22 @@ def timed_calls(modules: Mapping[str, torch.nn.Module], device: torch.device) ->
 
     Nothing waits for a GPU before the end. The modules may be views that share their hooks.
     """
-    marks: dict[str, list[list[Any]]] = {name: [] for name in modules}
+    marks: dict[str, list[Any]] = {name: [] for name in modules}
     found: dict[str, list[float]] = {}
 
-    def begin(name: str) -> Callable[..., None]:
-        return lambda module, *_: marks[name].append([_now(device)]) if module is modules[name] else None
+    def mark(name: str) -> Callable[..., None]:
+        return lambda module, *_: marks[name].append(_now(device)) if module is modules[name] else None
 
-    def end(name: str) -> Callable[..., None]:
-        return lambda module, *_: marks[name][-1].append(_now(device)) if module is modules[name] else None
-
-    hooks = [module.register_forward_pre_hook(begin(name)) for name, module in modules.items()]
-    hooks += [module.register_forward_hook(end(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(mark(name)) for name, module in modules.items()]
+    hooks += [module.register_forward_hook(mark(name)) for name, module in modules.items()]
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
     synchronise(device)
-    for name, pairs in marks.items():
-        found[name] = [round(_seconds(begin, end), 6) for begin, end in pairs]
+    for name, times in marks.items():
+        found[name] = [round(_seconds(*pair), 6) for pair in zip(times[::2], times[1::2], strict=True)]
 
 
 def time_call(

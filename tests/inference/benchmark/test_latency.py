@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_case import small_case
 
-from inference.benchmark import bench_networks, components, result_files, timers, video_decoders
+from inference.benchmark import bench_networks, components, micro, result_files, timers, video_decoders
 from inference.benchmark.__main__ import COMMANDS, measure
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import Stopwatch, summary, time_call
@@ -103,6 +103,7 @@ def test_distances_from_the_reference() -> None:
 def test_every_command_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_SIDE", "_COPIED"):
         monkeypatch.setitem(getattr(timers, name), "cpu", 1 << 8 if name == "_SIDE" else 1 << 20)
+    monkeypatch.setattr(micro.Microbenchmark, "budget", 0.0)
     monkeypatch.setattr(video_decoders, "make", partial(make, seconds=0.36))
     short = ["size=tiny", f"output={tmp_path}"]
     for line in (
@@ -144,13 +145,13 @@ def _check_rows(by_kind: dict[str, list[Any]]) -> None:
     assert rate["tflops"] == pytest.approx(counted / seconds / 1e12, rel=0.01, abs=1e-5)
     assert {"build", "prepare", "first_pass", "first_request"} == set(fast["cold"])
 
-    peak, *micro = (row for row in by_kind["micro"] if row["what"] != "roof" or row is by_kind["micro"][0])
+    peak, *rows = (row for row in by_kind["micro"] if row["what"] != "roof" or row is by_kind["micro"][0])
     assert peak["tflops"] > 0
-    forms = {(row["what"], row["name"], row["form"]) for row in micro}
+    forms = {(row["what"], row["name"], row["form"]) for row in rows}
     assert {("product", "down", "as is"), ("product", "down", "padded"), ("experts", "up", "grouped")} <= forms
-    plain = next(row for row in micro if row["form"] == "plain")
+    plain = next(row for row in rows if row["form"] == "plain")
     assert plain["relative_l2_to_fp32"] < 1e-5
-    cudnn = next(row for row in micro if row["form"] == "cudnn")
+    cudnn = next(row for row in rows if row["form"] == "cudnn")
     assert "needs an NVIDIA GPU" in cudnn["reason"]
 
     rungs = {row["key"]: row for row in by_kind["ladder"]}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import calibrate, result_files, result_tables, suite, timers
+from inference.benchmark import calibrate, result_files, result_tables, suite
 from inference.benchmark import collect as collecting
 from inference.benchmark.__main__ import collect, runs_folder
 from inference.benchmark.__main__ import suite as run_suite
@@ -24,18 +24,6 @@ from magihuman.errors import UserError
 from magihuman.zoo import memory_plan
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
-
-
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """suite.jsonl of a dry run."""
-    folder = tmp_path_factory.mktemp("suite")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(timers._SIDE, "cpu", 256)
-        patch.setitem(timers._COPIED, "cpu", 1 << 20)
-        told = run_suite(dry=True, output=str(folder))
-    assert told.endswith(f"next: python -m inference.benchmark collect input={folder / 'suite.jsonl'}")
-    return folder / "suite.jsonl"
 
 
 def as_if(dry: Path, folder: Path, machine: str, model: str = "15b", **changes: Any) -> Path:
@@ -57,8 +45,8 @@ def as_if(dry: Path, folder: Path, machine: str, model: str = "15b", **changes: 
     return file
 
 
-def test_every_step_runs(dry: Path) -> None:
-    (run,) = read_runs(dry)
+def test_every_step_runs(dry_suite: Path) -> None:
+    (run,) = read_runs(dry_suite)
     failed = {name: line.get("reason") for name, line in run.steps.items() if line["status"] != "done"}
     assert failed == {}
     planned = [step.name for step in suite.SuiteBench(torch.device("cpu"), dry=True).steps()]
@@ -68,12 +56,12 @@ def test_every_step_runs(dry: Path) -> None:
     order += ["fp8 256p", "fp8 540p", "fp8 1080p", "kernels 256p", "decode 256p turbo search", "fp8_attention 256p"]
     assert [name for name in planned if name in order] == order
     assert run.header["provenance"]["code"]["sources"]
-    log = dry.with_suffix(".log").read_text()
+    log = dry_suite.with_suffix(".log").read_text()
     assert all(f"{name}: done" in log for name in planned)
 
 
-def test_errors_are_those_of_the_tiers(dry: Path) -> None:
-    (run,) = read_runs(dry)
+def test_errors_are_those_of_the_tiers(dry_suite: Path) -> None:
+    (run,) = read_runs(dry_suite)
     for name in ("256p", "windows", "540p"):
         fast = run.steps[f"fast {name} first"]["errors"]["against_float32_reference"]
         fp8 = run.steps[f"fp8 {name} first"]["errors"]["against_float32_reference"]
@@ -84,8 +72,8 @@ def test_errors_are_those_of_the_tiers(dry: Path) -> None:
     assert run.steps["fast 540p first"]["row"]["geometry"]["sr"]["window"] is None
 
 
-def test_a_row_is_put_together_from_the_steps_that_measured_its_parts(dry: Path) -> None:
-    (run,) = read_runs(dry)
+def test_a_row_is_put_together_from_the_steps_that_measured_its_parts(dry_suite: Path) -> None:
+    (run,) = read_runs(dry_suite)
     rows = {(row["tier"], row["size"], row["decoder"]["name"]): row for row in rows_of(run)["measure"]}
     assert {(tier, size) for tier, size, _ in rows} == {
         *((tier, size) for tier in ("fast", "fp8", "fp8_attention") for size in suite.SIZES), ("reference", "256p"),
@@ -111,9 +99,9 @@ def test_a_row_is_put_together_from_the_steps_that_measured_its_parts(dry: Path)
 
 
 @pytest.mark.parametrize("share", [0.03, 0.2, 0.37, 0.5, 0.73, 0.9, 0.999])
-def test_any_beginning_of_the_file_can_be_collected(dry: Path, share: float, tmp_path: Path) -> None:
+def test_any_beginning_of_the_file_can_be_collected(dry_suite: Path, share: float, tmp_path: Path) -> None:
     """A run that was killed: what was measured before counts, an incomplete line does not."""
-    text = as_if(dry, tmp_path, H100).read_bytes()
+    text = as_if(dry_suite, tmp_path, H100).read_bytes()
     cut = text[: max(text.index(b"\n") + 1, int(share * len(text)))]
     (tmp_path / "cut.jsonl").write_bytes(cut)
     told = collect(str(tmp_path / "cut.jsonl"), output=str(tmp_path / "out"))
@@ -127,10 +115,10 @@ def test_any_beginning_of_the_file_can_be_collected(dry: Path, share: float, tmp
     assert rows == {size for size in suite.SIZES if f"fast {size}" in counted}
 
 
-def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path: Path) -> None:
+def test_cards_stay_apart_and_the_published_one_comes_first(dry_suite: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    collect(str(as_if(dry, tmp_path / "a", H200, date="2026-11-01T00:00:00+00:00")), output=str(out))
-    collect(str(as_if(dry, tmp_path / "b", H100, date="2026-11-02T00:00:00+00:00")), output=str(out))
+    collect(str(as_if(dry_suite, tmp_path / "a", H200, date="2026-11-01T00:00:00+00:00")), output=str(out))
+    collect(str(as_if(dry_suite, tmp_path / "b", H100, date="2026-11-02T00:00:00+00:00")), output=str(out))
     table = result_tables.latency_table(str(out))
     first, _, second = table.partition("H200 SXM, another card than the published one:")
     assert "| H100 SXM |" in first
@@ -153,8 +141,8 @@ def test_cards_stay_apart_and_the_published_one_comes_first(dry: Path, tmp_path:
     assert draw(out).stat().st_size > 10_000
 
 
-def test_where_the_time_goes_beside_the_prediction(dry: Path, tmp_path: Path) -> None:
-    collect(str(as_if(dry, tmp_path / "a", H100)), output=str(tmp_path / "out"))
+def test_where_the_time_goes_beside_the_prediction(dry_suite: Path, tmp_path: Path) -> None:
+    collect(str(as_if(dry_suite, tmp_path / "a", H100)), output=str(tmp_path / "out"))
     lines = profile_table(str(tmp_path / "out")).splitlines()
     measured = next(line for line in lines if "1080p fast" in line and "| measured" in line)
     kinds = [float(cell) for cell in measured.split("|")[3:-1]]
@@ -170,7 +158,7 @@ def test_where_the_time_goes_beside_the_prediction(dry: Path, tmp_path: Path) ->
 
 
 def test_one_command_makes_everything_that_is_committed(
-    dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dry_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Result files, predictions at the measured rates, the picture, and the tables of every page."""
     results, predictions = tmp_path / "results", tmp_path / "predictions"
@@ -181,7 +169,7 @@ def test_one_command_makes_everything_that_is_committed(
     monkeypatch.setattr(calibrate, "FOLDER", predictions)
     monkeypatch.setattr(result_tables, "REPO", tmp_path)
     monkeypatch.setattr(result_tables, "PAGE", "PAGE.md")
-    told = collect(str(as_if(dry, tmp_path / "a", H100)))
+    told = collect(str(as_if(dry_suite, tmp_path / "a", H100)))
     assert "rendered: PAGE.md" in told
     assert f"drawn: {results / 'latency.png'}" in told
     assert len(list(predictions.glob("*.json"))) == 2 * len(suite.SIZES)
@@ -197,9 +185,9 @@ def test_one_command_makes_everything_that_is_committed(
     assert "predicted" not in "".join(line.lower() for line in page.splitlines() if "| measured" in line)
 
 
-def test_a_row_takes_what_its_own_run_lacks_from_another_one(dry: Path, tmp_path: Path) -> None:
+def test_a_row_takes_what_its_own_run_lacks_from_another_one(dry_suite: Path, tmp_path: Path) -> None:
     """The decoder of an earlier run on the same machine; and the peak of the pass that was recorded as a graph."""
-    file = as_if(dry, tmp_path, H100)
+    file = as_if(dry_suite, tmp_path, H100)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines[1:]:
         line["peak_bytes"] = 45 * 10**9 if line["step"].endswith("first") else 31 * 10**9
@@ -278,9 +266,9 @@ def test_where_the_host_waited_is_of_the_run_that_looked(tmp_path: Path, monkeyp
     assert [line["counted"] for line in found.runs["fast 256p"]] == [False, True]
 
 
-def test_collecting_refuses_what_is_no_result(dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collecting_refuses_what_is_no_result(dry_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="holds dry runs only, none of it is a result"):
-        collect(str(dry))
+        collect(str(dry_suite))
     assert runs_folder(None, True) != runs_folder(None, False) == Path("runs/latency")
     with pytest.raises(UserError, match=r"holds no \.jsonl file"):
         collect(str(tmp_path))
@@ -293,20 +281,20 @@ def test_collecting_refuses_what_is_no_result(dry: Path, tmp_path: Path, monkeyp
 
 
 def test_a_run_is_collected_once_and_knows_its_commit(
-    dry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dry_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lent machine has no git: the commit follows from the hash of the sources, where it can."""
     monkeypatch.setattr(collecting, "sources_hash", lambda: "abcd")
     monkeypatch.setattr(collecting, "code_version", lambda: {"commit": "f" * 40, "changed": False})
     out = tmp_path / "out"
-    known = as_if(dry, tmp_path / "a", H100, code={"sources": "abcd"})
+    known = as_if(dry_suite, tmp_path / "a", H100, code={"sources": "abcd"})
     told = collect(str(known), output=str(out))
     assert "commit is unknown" not in told
     assert {found["provenance"]["code"]["commit"] for found in result_files.read(out)} == {"f" * 40}
     count = len(list(out.glob("*.json")))
     assert "is there already" in collect(str(known), output=str(out))
     assert len(list(out.glob("*.json"))) == count
-    other = as_if(dry, tmp_path / "b", H100, code={"sources": "changed"}, date="2026-01-01T00:00:00+00:00")
+    other = as_if(dry_suite, tmp_path / "b", H100, code={"sources": "changed"}, date="2026-01-01T00:00:00+00:00")
     assert "the commit is unknown" in collect(str(other), output=str(out))
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.benchmark import timers
-from inference.benchmark.__main__ import collect, train
+from inference.benchmark.__main__ import collect
 from inference.benchmark.budget import BudgetedRun, Step, read_runs
 from inference.benchmark.result_tables import training_table
 from inference.benchmark.roofline.cases import make
@@ -19,19 +18,8 @@ from magihuman.models.flops import forward_flops, lora_flops
 from magihuman.zoo import memory_plan
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.jsonl of a dry run."""
-    folder = tmp_path_factory.mktemp("train")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(timers._SIDE, "cpu", 256)
-        patch.setitem(timers._COPIED, "cpu", 1 << 20)
-        train(minutes=10, dry=True, output=str(folder))  # on a busy machine too
-    return folder / "train.jsonl"
-
-
-def test_every_step_runs(dry: Path) -> None:
-    (run,) = read_runs(dry)
+def test_every_step_runs(dry_training: Path) -> None:
+    (run,) = read_runs(dry_training)
     assert {name: line.get("reason") for name, line in run.steps.items() if line["status"] != "done"} == {}
     settings = {
         (line["row"]["recipe"], line["row"]["activation_checkpointing"], line["row"]["compile"], line["row"]["batch"])
@@ -45,8 +33,8 @@ def test_every_step_runs(dry: Path) -> None:
     }  # fmt: skip
 
 
-def test_flops_and_rates_by_hand(dry: Path) -> None:
-    (run,) = read_runs(dry)
+def test_flops_and_rates_by_hand(dry_training: Path) -> None:
+    (run,) = read_runs(dry_training)
     stage = make("tiny", seconds=0.36).stages[0]
     tokens = stage.tokens
     forward = forward_flops(stage.config, tokens.video, tokens.audio, tokens.text)
@@ -115,8 +103,8 @@ def test_adapters_are_trained_and_the_base_is_not(tmp_path: Path) -> None:
         assert moved <= adapters, kind
 
 
-def test_the_table_and_the_plan(dry: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in dry.read_text().splitlines()]
+def test_the_table_and_the_plan(dry_training: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in dry_training.read_text().splitlines()]
     lines[0] |= {"dry": False}
     lines[0]["provenance"] |= {"machine": "NVIDIA H100 80GB HBM3", "gpu": {}}
     for line in lines[1:]:
