@@ -131,17 +131,14 @@ def make_report(
     for found in listing.media:
         name, lost = found.relative, trouble.get(found.relative, [])
         if name in plan.rejected:
-            files.append(FileResult(name, "rejected", 0, plan.rejected[name]))
+            status, reason = "rejected", plan.rejected[name]
         elif not lost:
-            files.append(FileResult(name, "taken", taken[name], ""))
+            status, reason = "taken", ""
         elif taken[name]:
-            files.append(
-                FileResult(
-                    name, "partly", taken[name], f"{lost[0]} ({len(lost)} of {taken[name] + len(lost)} windows lost)"
-                )
-            )
+            status, reason = "partly", f"{lost[0]} ({len(lost)} of {taken[name] + len(lost)} windows lost)"
         else:
-            files.append(FileResult(name, "rejected", 0, lost[0]))
+            status, reason = "rejected", lost[0]
+        files.append(FileResult(name, status, taken[name], reason))
     files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.ignored]
     files += _named_but_missing(listing.media, tables, root)
     buckets = Counter(entry.bucket for entry in entries)

@@ -9,7 +9,6 @@ and verdicts are arithmetic on its draws. The resampling is own code: scipy's bo
 columns and statistics.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from data.tiny.puppets import SKINS
 from eval import stats
 from eval.diversity import SPACES, DistributionMetrics
 from eval.puppet_speech import pitch
-from eval.scores import CLIP_METRICS, Scores
+from eval.scores import CLIP_METRICS, ClipScore, Scores
 from eval.stats import RESAMPLES, Measure, ends_of, unavailable
 from eval.tables import CANDIDATES, METRICS, format_interval
 
@@ -61,29 +60,36 @@ def column(
     facts: dict[str, Any] | None = None,
 ) -> Column:
     """Column of S clips per prompt, from the scores of each draw of clips; `waves` [S][P] for the pitch."""
-    values: dict[str, list[Any]] = defaultdict(list)
-    for draw, tracks in zip(scores, waves, strict=True):
-        values["own"].append(draw.own)
-        values["other"].append(draw.other)
-        values["sync_retrieval"].append(draw.found)
-        rows: dict[str, list[float]] = defaultdict(list)
-        for clip, wave in zip(draw.clips, tracks, strict=True):
-            spans, stated = clip.speech.vowel_spans, clip.vowels.reference
-            whole = wave is not None and len(spans) == stated
-            voice = pitch(wave, clip.speech) if wave is not None else None
-            for key, metric in CLIP_METRICS.items():
-                if metric.compared:
-                    rows[key].append(metric.of(clip))
-            rows["semitones"].append(np.nan if voice is None else 12 * np.log2(voice / 150))
-            rows["start_ms"].append(1000 * spans[0][0] if whole else np.nan)
-            rows["end_ms"].append(1000 * spans[-1][1] if whole else np.nan)
-        for key, listed in rows.items():
-            values[key].append(listed)
+    voices = [
+        [_voice(clip, wave) for clip, wave in zip(draw.clips, tracks, strict=True)]
+        for draw, tracks in zip(scores, waves, strict=True)
+    ]  # [S][P][3]
+    values = {
+        "own": np.array([draw.own for draw in scores]).T,
+        "other": np.array([draw.other for draw in scores]).T,
+        "sync_retrieval": np.array([draw.found for draw in scores]).T,
+        "nearest": distribution.nearest,
+        **dict(zip(("semitones", "start_ms", "end_ms"), np.array(voices, float).T, strict=True)),
+        **{
+            key: np.array([[metric.of(clip) for clip in draw.clips] for draw in scores], float).T
+            for key, metric in CLIP_METRICS.items()
+            if metric.compared
+        },
+    }
     tones = list(SKINS)
     skins = np.array([[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores])
-    arrays = {key: np.array(listed, float).T for key, listed in values.items()}
-    arrays["nearest"] = distribution.nearest
-    return Column(name, role, arrays, skins.T, distribution, facts or {})
+    return Column(name, role, values, skins.T, distribution, facts or {})
+
+
+def _voice(clip: ClipScore, wave: np.ndarray | None) -> tuple[float, float, float]:
+    """Pitch in semitones, start and end of the speech in ms; NaN where they were not recognised."""
+    if wave is None:
+        return np.nan, np.nan, np.nan
+    spans, hertz = clip.speech.vowel_spans, pitch(wave, clip.speech)
+    semitones = np.nan if hertz is None else 12 * float(np.log2(hertz / 150))
+    if len(spans) != clip.vowels.reference:
+        return semitones, np.nan, np.nan
+    return semitones, 1000 * spans[0][0], 1000 * spans[-1][1]
 
 
 # ---- Statistics: (column, bound, weights [R,P]) -> values [R], or None where it cannot be had ----

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from magihuman.io.markdown import table
+from magihuman.io.markdown import aligned, table
 
 CANDIDATES = 20
 """Audio tracks, the clip's own among them, in audio retrieval: fixed, so that the metric means the same for every n."""
@@ -165,12 +165,6 @@ def format_half(measure: Values) -> str:
     return f"{shown} ({100 * off['value']:+.1f} ±{100 * width(off):.1f} %)"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The rows for a terminal, every column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def metric_rows(
     columns: Mapping[str, Values], keys: Iterable[str], show: Callable[[Values], str] = format_interval
 ) -> list[list[str]]:
@@ -227,7 +221,7 @@ def scores_text(values: Values) -> str:
         if measure["value"] is None
     }
     reasons = [f"n/a for {place} and others like it: {why}" for why, place in missing.items()]
-    return "\n".join([aligned(_scores_rows(values)), *reasons])
+    return "\n".join([*aligned(_scores_rows(values)), *reasons])
 
 
 def _scores_rows(values: Values, keys: Sequence[str] = ()) -> list[list[str]]:
@@ -400,7 +394,7 @@ def comparison_text(values: Values) -> str:
     rows.append(["↓ calls", *(str(c.get("calls", "")) for c in columns.values())])
     numbered = [f"({number}) {name}" for number, name in enumerate(columns, 1)]
     verdicts = [line.replace("**", "") for line in verdict_lines(values)]
-    return "\n".join([about, *numbered, "", aligned(rows), LEGEND, "", *verdicts])
+    return "\n".join([about, *numbered, "", *aligned(rows), LEGEND, "", *verdicts])
 
 
 def verdict_lines(values: Values) -> list[str]:

@@ -198,7 +198,7 @@ def _save(codec: torch.nn.Module, file: Path) -> None:
     save_file({k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file)
 
 
-def fit(output: Path, channels: int = 12, steps: int = 900) -> dict[str, float]:
+def fit(output: str, channels: int = 12, steps: int = 900) -> dict[str, float]:
     """Fit the tiny world's codecs and write them with their reconstruction quality.
 
     Args:
@@ -209,20 +209,21 @@ def fit(output: Path, channels: int = 12, steps: int = 900) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    output.mkdir(parents=True, exist_ok=True)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    _save(fit_audio(), output / "audio_codec.safetensors")
+    _save(fit_audio(), folder / "audio_codec.safetensors")
     video = fit_video(channels, steps)
-    _save(video, output / "video_codec.safetensors")
+    _save(video, folder / "video_codec.safetensors")
     figures = report(video)
     record = {
-        "command": f"python -m data.tiny.fit_codec output={output.name} channels={channels} steps={steps}",
+        "command": f"python -m data.tiny.fit_codec output={folder.name} channels={channels} steps={steps}",
         "psnr_db": {name: round(value, 2) for name, value in figures.items()},
         "seconds": round(time.monotonic() - began),
         "torch": torch.__version__,
         **code_version(),
     }
-    write_atomically(output / "codecs.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / "codecs.json", json.dumps(record, indent=1) + "\n")
     for name, value in figures.items():
         print(f"{name:12s} {value:6.2f} dB")
     return figures

@@ -24,6 +24,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str = 
     return "\n".join([head, ruler, *lines])
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for a terminal, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def commit(code: Mapping[str, Any]) -> str:
     """The commit, or the hash of the sources, of a result's provenance."""
     name = code.get("commit") or f"sources {code.get('sources', 'unknown')}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
+from magihuman.io.markdown import aligned
 from magihuman.io.released_files import read_json
 from magihuman.io.streamed_safetensors import DTYPES
 from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
@@ -79,8 +80,7 @@ def _tensor_table(files: list[Path]) -> str:
             rows.append((name, str(list(shape)), dtype, readable_size(size)))
             numbers[dtype] += count
             sizes[dtype] += size
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     kinds = ", ".join(f"{numbers[dtype]:,} {dtype}" for dtype in sorted(numbers))
     apart = f", of which {buffered:,} in buffers" if buffered else ""
     where = f"{len(files)} file{'s' * (len(files) != 1)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
+from magihuman.io.markdown import aligned
 from magihuman.io.provenance import file_hash
 from magihuman.zoo.checks import Result, Unsupported, VectorCase, checker, kind_of
 
@@ -112,8 +113,7 @@ def report(rows: list[CaseVerdict], strict: bool) -> tuple[str, int]:
     """Table and exit status: 1 after any failure, or under `strict` after anything unsupported."""
     header = ("case", "kind", "what", "max abs error", "tolerance", "pass")
     lines = [header, *(_line(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text = "\n".join(aligned(lines))
     cases: dict[str, str] = {}
     for row in rows:
         cases[row.case] = max(cases.get(row.case, ""), row.status, key=("", "pass", "unsupported", "FAIL").index)
