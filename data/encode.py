@@ -172,32 +172,25 @@ def _encode(
 
     from magihuman.flow.super_resolution import shrink_pictures
 
-    device = options.device
-    frames = torch.stack([clip.frames for _, clip in group]).to(device)  # [B,F,H,W,3]
+    frames = torch.stack([clip.frames for _, clip in group]).to(options.device)  # [B,F,H,W,3]
     pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    large = None
+    columns: dict[str, Any] = {}  # of a sample each
     if group[0][0].large is not None:
-        large = codecs.video_codec.encode(pixels).cpu()
+        columns[LARGE] = codecs.video_codec.encode(pixels).cpu()
         # From the same pixels, so that both sizes are aligned to a fraction of a pixel.
         pixels = shrink_pictures(pixels, bucket.height, bucket.width)
-    video = codecs.video_codec.encode(pixels).cpu()
-    stored = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu() if options.pixels else None  # [B,3,F,H,W]
-    audio = None
+    columns["video"] = codecs.video_codec.encode(pixels).cpu()
+    if options.pixels:
+        columns["frames"] = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu()  # [B,3,F,H,W]
     if bucket.audio:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
         length = codecs.audio_codec.hop * bucket.frames
         waves = [clip.wave[:, :length] for _, clip in group if clip.wave is not None]
-        audio = codecs.audio_codec.encode(torch.stack(waves).to(device)).cpu()
-    texts = codecs.text_encoder.encode([planned.caption for planned, _ in group])
+        columns["audio"] = codecs.audio_codec.encode(torch.stack(waves).to(options.device)).cpu()
+    columns["text"] = codecs.text_encoder.encode([planned.caption for planned, _ in group])
     rejected = {}
     for i, (planned, _) in enumerate(group):
-        tensors = {"video": video[i], "text": texts[i].cpu()}
-        if audio is not None:
-            tensors["audio"] = audio[i]
-        if large is not None:
-            tensors[LARGE] = large[i]
-        if stored is not None:
-            tensors["frames"] = stored[i]
+        tensors = {name: values[i].cpu() for name, values in columns.items()}
         if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
             rejected[planned.key] = "its latents are not finite in half precision"
             continue

@@ -11,6 +11,7 @@ the effect of the seed cancels.
 import json
 import re
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
     }
     from eval.figures import ablation_bars
 
-    publish(None if output is None else Path(output), "ablation", report, {"ablation": ablation_bars(report)})
+    publish(None if output is None else Path(output), "ablation", report, {"ablation": partial(ablation_bars, report)})
     return {variant: {name: cell["mean"] for name, cell in row.items()} for variant, row in report["table"].items()}
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def run(
     values["seconds"] = round(time.perf_counter() - start, 1)
     from eval import figures
 
-    drawn = {"compare": figures.comparison_points(values), "sheet": figures.contact_sheet(shown)}
+    drawn = {"compare": partial(figures.comparison_points, values), "sheet": partial(figures.contact_sheet, shown)}
     publish(folder, "compare", values, drawn, tables.comparison_text(values))
     saved = _save_clips(shown, folder / "clips")
     report = None

@@ -1,7 +1,7 @@
 """Output of the evaluation commands, the same for all: a result file, its table, its figures.
 
     values = {"format": "magihuman-scores/1", ...}                          # measured
-    publish(folder, "scores", values, {"scores": figures.score_bars(values)})
+    publish(folder, "scores", values, {"scores": partial(figures.score_bars, values)})
 
 Every command checks its options, measures, and hands plain values to `publish`; tables and figures are made from these.
 """
@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def publish(
     folder: Path | None,
     name: str,
     values: Mapping[str, Any],
-    figures: "Mapping[str, Figure] | None" = None,
+    figures: "Mapping[str, Callable[[], Figure]] | None" = None,
     text: str | None = None,
 ) -> dict[str, Any]:
     """Print the table of a result; write NAME.json, NAME.md and the figures into a folder.
@@ -60,7 +60,7 @@ def publish(
     Args:
         folder: made where it does not exist; None prints only.
         values: content of the result file, of a format in `eval.tables.BY_FORMAT`; the provenance is added.
-        figures: name -> figure, written as PNG.
+        figures: name -> what draws it; written as PNG, when the values are safe.
         text: for the terminal instead of the Markdown table.
 
     Returns:
@@ -71,10 +71,10 @@ def publish(
     if folder is not None:
         write_json(folder / f"{name}.json", content)
         write_atomically(folder / f"{name}.md", table + "\n")
-        for title, figure in (figures or {}).items():
-            figure.savefig(folder / f"{title}.png", dpi=100)
     print(table if text is None else text, flush=True)
     if folder is not None:
+        for title, draw in (figures or {}).items():
+            draw().savefig(folder / f"{title}.png", dpi=100)
         spent = f" ({values['seconds']:.0f} s)" if "seconds" in values else ""
         print(f"written to {folder}{spent}")
     return content

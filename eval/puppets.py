@@ -10,6 +10,7 @@ the puppets themselves, and the puppets through the codec, which no model of its
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,12 +286,12 @@ def run(
     }
     from eval import figures
 
-    drawn = {"scores": figures.score_bars(values)}
+    drawn = {"scores": partial(figures.score_bars, values)}
     if keep:
         paths = [folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(made.captions)))]
         write_clips(paths, made.frames, made.waves, made.captions)
         sheet = figures.Shown(name, "model", made.frames[:keep], made.waves[:keep], scores.clips[:keep])
-        drawn["clips"] = figures.contact_sheet([sheet])
+        drawn["clips"] = partial(figures.contact_sheet, [sheet])
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
     write_json(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})

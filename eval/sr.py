@@ -237,25 +237,25 @@ def run(
     from eval import figures
 
     for part in chosen:
-        start, drawn_figures = time.perf_counter(), {}
+        start, drawings = time.perf_counter(), {}
         if part == "table":
             sampled = sampled_clips(clips, base, seed, batch, progress)
             values, frames = _table(evaluation, sampled)
-            drawn_figures["clips"] = figures.sr_frames(frames)
+            drawings["clips"] = partial(figures.sr_frames, frames)
         elif part == "audio":
             values = _audio(evaluation)
-            drawn_figures["audio"] = figures.sr_audio(values)
+            drawings["audio"] = partial(figures.sr_audio, values)
         elif part == "others":
             values = _others(evaluation, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
         else:
             values = _steps(evaluation)
-            drawn_figures["steps"] = figures.sr_steps(values)
+            drawings["steps"] = partial(figures.sr_steps, values)
         facts = {
             "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
             "steps": count, "sampling_seed": seed, "held_out_seed": HELD_OUT_SEED,
             "seconds": round(time.perf_counter() - start, 1), **values,
         }  # fmt: skip
-        publish(folder, part, facts, drawn_figures)
+        publish(folder, part, facts, drawings)
         results[part] = values["sets"]
     return results
 

@@ -174,7 +174,8 @@ def run(
     from eval import figures
 
     folder = Path(output)
-    publish(folder, "scores", report, {"scores": figures.decoder_bars(report), "clips": figures.decoder_frames(shown)})
+    drawn = {"scores": partial(figures.decoder_bars, report), "clips": partial(figures.decoder_frames, shown)}
+    publish(folder, "scores", report, drawn)
     write_json(folder / "clips.json", {name: [asdict(clip) for clip in c.clips] for name, c in columns.items()})
     tables = {name: column["table"] for name, column in report["columns"].items()}
     values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables.items()}
