@@ -28,6 +28,9 @@ class Denoiser(nn.Module):
         UserError: when the model's video width is not a multiple of the patch area.
     """
 
+    lora: str | None = None
+    """LoRA that it computes with where a call names none."""
+
     def __init__(self, model: SingleStreamDiT, pack: PackConfig) -> None:
         super().__init__()
         if model.config.video_in_channels % pack.patch_size**2:
@@ -102,7 +105,7 @@ class Denoiser(nn.Module):
         Args:
             video: [B,C,T,h,w]; audio: [B,A,Ca], A = 0 without audio; text: B tensors [S_i,Ct].
             layout: from `layout_for`, which is called if None.
-            lora: name of the LoRA to compute with (`magihuman.models.lora`); None is the base.
+            lora: name of the LoRA to compute with (`magihuman.models.lora`); None is the denoiser's own, usually the base.
 
         Returns:
             fp32 [B,C,T,h,w] and fp32 [B,A,Ca].
@@ -116,6 +119,7 @@ class Denoiser(nn.Module):
             layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
         words = torch.cat(list(text)) if len(text) > 1 else text[0]
+        lora = lora or self.lora
         chosen = {} if lora is None else {"lora": lora}  # a model without LoRA can stand here
         video_v, audio_v = self.model(tokens, audio.flatten(0, 1), words, layout, **chosen)
         grid = (video.shape[2], video.shape[3], video.shape[4])
@@ -137,7 +141,8 @@ class Denoiser(nn.Module):
         """
         layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
-        *_, streams = self.model(tokens, audio.flatten(0, 1), torch.cat(list(text)), layout, lora=lora, taps=taps)
+        words, lora = torch.cat(list(text)), lora or self.lora
+        *_, streams = self.model(tokens, audio.flatten(0, 1), words, layout, lora=lora, taps=taps)
         parts = [stream.split(layout.sizes)[:2] for stream in streams]
         return [(v.unflatten(0, (len(video), -1)), a.unflatten(0, (len(video), -1))) for v, a in parts]
 
@@ -151,27 +156,12 @@ class WithLora(Denoiser):
         student(video, audio, text)  # denoiser(video, audio, text, lora="student")
 
     Args:
-        lora: name of the LoRA.
+        lora: name of the LoRA; a call may name another.
     """
+
+    lora: str
 
     def __init__(self, denoiser: Denoiser, lora: str) -> None:
         super().__init__(denoiser.model, denoiser.pack)
         self._layouts = denoiser._layouts
         self.lora = lora
-
-    def forward(
-        self,
-        video: Tensor,
-        audio: Tensor,
-        text: Sequence[Tensor],
-        layout: Layout | None = None,
-        lora: str | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `Denoiser.forward`, with this LoRA unless another is named."""
-        return super().forward(video, audio, text, layout, lora or self.lora)
-
-    def features(
-        self, video: Tensor, audio: Tensor, text: Sequence[Tensor], taps: Sequence[int], lora: str | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """As `Denoiser.features`, with this LoRA unless another is named."""
-        return super().features(video, audio, text, taps, lora or self.lora)
