@@ -1,18 +1,14 @@
 """Options of `python -m data.prepare`: the command line and its help come from this dataclass."""
 
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from magihuman.cli import option
 from magihuman.errors import UserError
 
 ANY_RESULT = ("workers", "device", "progress")
 """Options that the shards do not depend on."""
-
-
-def option(help: str, default: Any = MISSING) -> Any:
-    """A field with its line of --help; required without a default."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError, report_and_exit
@@ -43,6 +43,11 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A field of a dataclass of settings with its line of --help; required without a default."""
+    return field(default=default, metadata={"help": help})
 
 
 def calm_bars() -> None:

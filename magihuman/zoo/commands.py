@@ -3,14 +3,14 @@
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from magihuman import zoo
+from magihuman.cli import option
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
-from magihuman.codecs.costs import USUAL_TEXT
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS, write_atomically
 from magihuman.io.provenance import code_version
@@ -127,105 +127,98 @@ def convert(
     return conversion.convert_checkpoint(src, target, to, matrices, limit, role, given)
 
 
-def plan(
-    model: str,
-    task: Literal["infer", "pretrain", "lora", "dmd2"] = "infer",
-    resolution: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    seconds: float = 5.0,
-    text: int = USUAL_TEXT,
-    batch: int = 1,
-    gpu_gb: float = 80.0,
-    gpus: int = 1,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    memory: Memory = "fast",
-    weights: Form | None = None,
-    guided: bool | None = None,
-    cfg_passes: Literal[1, 2] = 1,
-    turbo: bool = False,
-    checkpointing: Checkpointing = True,
-    ema: Literal["gpu", "cpu"] = "gpu",
-    rank: int = 128,
-) -> str:
+@dataclass(frozen=True)
+class ClipOptions:
+    """Settings that `plan` and `peaks` share."""
+
+    model: str = option("an architecture or a checkpoint of `python -m magihuman.zoo list`, or a checkpoint's folder")
+    seconds: float = option("length of the clip", 5.0)
+    text: int = option("tokens of a prompt", 340)
+    batch: int = option("clips at once (per GPU)", 1)
+    guided: bool | None = option("infer: with guidance in the base stage; none is the checkpoint's own setting", None)
+    cfg_passes: Literal[1, 2] = option("infer: 1, both guidance branches at once; 2, one after the other", 1)
+
+    def __post_init__(self) -> None:
+        for name, number in vars(self).items():
+            if isinstance(number, int | float) and not isinstance(number, bool) and not 0 < number < float("inf"):
+                raise UserError(f"{name}={number:g} is impossible; give a positive number")
+
+
+@dataclass(frozen=True)
+class PlanOptions(ClipOptions):
     """Compute the memory of a run before anything is loaded, and what to change if it does not fit.
 
     All numbers are computed from the config, in decimal GB.
+    """
 
-    Args:
-        model: an architecture or a checkpoint of `python -m magihuman.zoo list`, or a checkpoint's folder
-        task: infer, pretrain, lora or dmd2
-        resolution: 256p, 540p or 1080p with the released codecs; the latter two include super-resolution by a
-            network of the same shape
-        height: of the clip in pixels, instead of resolution
-        width: of the clip in pixels, instead of resolution
-        seconds: length of the clip
-        text: tokens of a prompt
-        batch: clips at once (per GPU)
-        gpu_gb: memory of a GPU in GB
-        gpus: over which training state is sharded
-        dtype: of the network's products: bfloat16 or float32
-        memory: infer: fast, balanced or low
-        weights: infer: storage of the matrices: fp8 or int4; none is the dtype
-        guided: infer: with guidance; none is the checkpoint's own setting
-        cfg_passes: infer: 1, both guidance branches at once; 2, one after the other
-        turbo: infer: decode with the Turbo decoder
-        checkpointing: training: recompute blocks in the backward pass: true, false, or attention: all but attention
-        ema: training: EMA weights on the gpu or the cpu
-        rank: lora and dmd2: rank of the LoRAs
+    task: Literal["infer", "pretrain", "lora", "dmd2"] = option("infer, pretrain, lora or dmd2", "infer")
+    resolution: str | None = option(
+        "256p, 540p or 1080p with the released codecs; the latter two include super-resolution by a network of the "
+        "same shape",
+        None,
+    )
+    height: int | None = option("of the clip in pixels, instead of resolution", None)
+    width: int | None = option("of the clip in pixels, instead of resolution", None)
+    gpu_gb: float = option("memory of a GPU in GB", 80.0)
+    gpus: int = option("over which training state is sharded", 1)
+    dtype: Literal["bfloat16", "float32"] = option("of the network's products: bfloat16 or float32", "bfloat16")
+    memory: Memory = option("infer: fast, balanced or low", "fast")  # noqa: RUF009
+    weights: Form | None = option(  # noqa: RUF009
+        "infer: storage of the matrices: bf16, fp8 or int4; none is the dtype", None
+    )
+    turbo: bool = option("infer: decode with the Turbo decoder", False)
+    checkpointing: Checkpointing = option(  # noqa: RUF009
+        "training: recompute blocks in the backward pass: true, false, or attention: all but attention", True
+    )
+    ema: Literal["gpu", "cpu"] = option("training: EMA weights on the gpu or the cpu", "gpu")
+    rank: int = option("lora and dmd2: rank of the LoRAs", 128)
+
+
+@dataclass(frozen=True)
+class PeaksOptions(ClipOptions):
+    """Compute the peak of GPU memory for every resolution, decoder, weights= and memory= of infer.
+
+    From text to video with the released codecs; products in bfloat16; decimal GB.
+    """
+
+    output: str | None = option("JSON file to write the numbers to, in bytes", None)
+
+
+def plan(options: PlanOptions) -> str:
+    """The command `plan`.
 
     Raises:
         UserError: an impossible setting.
     """
-    check_numbers(text=text, batch=batch, gpus=gpus, rank=rank, seconds=seconds, gpu_gb=gpu_gb)
-    request = _sized(infer_request(model, seconds, guided), resolution, height, width)
+    request = _sized(infer_request(options), options.resolution, options.height, options.width)
     request = replace(
-        request, text=text, batch=batch, cfg_passes=cfg_passes, turbo=turbo, memory=memory, weights=weights,
-        compute=BF16 if dtype == "bfloat16" else FP32,
+        request, turbo=options.turbo, memory=options.memory, weights=options.weights,
+        compute=BF16 if options.dtype == "bfloat16" else FP32,
     )  # fmt: skip
     last = request.enlarged if request.second else (request.height, request.width)
-    what = f"{model}, {request.base.parameter_count() / 1e9:.2f} B parameters, {task}"
-    clip = f"{seconds:g} s of {last[1]}x{last[0]}"
-    available = int(gpu_gb * GB)
-    if task == "infer":
+    what = f"{options.model}, {request.base.parameter_count() / 1e9:.2f} B parameters, {options.task}"
+    clip = f"{options.seconds:g} s of {last[1]}x{last[0]}"
+    available = int(options.gpu_gb * GB)
+    if options.task == "infer":
         sides = "with guidance" if request.guided else "without guidance"
-        return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {batch}", available)
-    tokens = request.tokens(*last).times(batch)
-    step = memory_plan.TrainingStep(request.base, tokens, request.compute, checkpointing, ema, rank)
-    title = f"{what}, {clip}, batch {batch} per GPU, {tokens.total} tokens"
-    return memory_plan.training_report(step, task, gpus, title, available)
+        return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {options.batch}", available)
+    tokens = request.tokens(*last).times(options.batch)
+    step = memory_plan.TrainingStep(
+        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank
+    )
+    title = f"{what}, {clip}, batch {options.batch} per GPU, {tokens.total} tokens"
+    return memory_plan.training_report(step, options.task, options.gpus, title, available)
 
 
-def peaks(
-    model: str,
-    seconds: float = 5.0,
-    text: int = USUAL_TEXT,
-    batch: int = 1,
-    guided: bool | None = None,
-    cfg_passes: Literal[1, 2] = 1,
-    output: str | None = None,
-) -> str:
-    """Compute the peak of GPU memory for every resolution, decoder, weights= and memory= of infer.
-
-    From text to video with the released codecs; products in bfloat16; decimal GB.
-
-    Args:
-        model: an architecture or a checkpoint with released codecs, such as 15b
-        seconds: length of the clip
-        text: tokens of a prompt
-        batch: clips at once
-        guided: with guidance in the base stage; none is the model's own setting
-        cfg_passes: 1, both guidance branches at once; 2, one after the other
-        output: JSON file to write the numbers to, in bytes
+def peaks(options: PeaksOptions) -> str:
+    """The command `peaks`.
 
     Raises:
         UserError: an impossible setting, or a file that cannot be written.
     """
-    check_numbers(seconds=seconds, text=text, batch=batch)
-    plain = infer_request(model, seconds, guided)
+    plain = infer_request(options)
     if not plain.released:
-        raise UserError(f"{model} has codecs of its own; peaks are for released ones, such as those of 15b")
-    plain, guided = replace(plain, text=text, batch=batch, cfg_passes=cfg_passes), plain.guided
+        raise UserError(f"{options.model} has codecs of its own; peaks are for released ones, such as those of 15b")
     rows: list[dict[str, Any]] = []
     for resolution in SIZES:
         request = _sized(plain, resolution)
@@ -235,13 +228,14 @@ def peaks(
                     mode = replace(request, turbo=decoder == "turbo", weights=weights, memory=memory)
                     named = {"resolution": resolution, "decoder": decoder, "weights": weights, "memory": memory}
                     rows.append({**named, "bytes": peak(mode), "how": "computed"})
-    settings = {"seconds": seconds, "text": text, "batch": batch, "guided": guided, "cfg_passes": cfg_passes}
-    if output is not None:
+    shared = ("seconds", "text", "batch", "guided", "cfg_passes")
+    settings = {name: getattr(options, name) for name in shared} | {"guided": plain.guided}
+    if options.output is not None:
         given = [f"{name}={value}" for name, value in settings.items()]
-        command = ["python", "-m", "magihuman.zoo", "peaks", model, *given, f"output={output}"]
+        command = ["python", "-m", "magihuman.zoo", "peaks", options.model, *given, f"output={options.output}"]
         values = {
             "format": PEAKS_FORMAT,
-            "model": model,
+            "model": options.model,
             "parameters": plain.base.parameter_count(),
             "settings": settings,
             "assumed_for_cuda_bytes": RESERVE,
@@ -254,13 +248,14 @@ def peaks(
             },
         }
         try:
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(output), json.dumps(values, indent=1) + "\n")
+            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(options.output), json.dumps(values, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write output={output}: {error.strerror or error}") from error
-    sides = "with guidance" if guided else "without guidance"
+            raise UserError(f"cannot write output={options.output}: {error.strerror or error}") from error
+    sides = "with guidance" if plain.guided else "without guidance"
+    clip = f"{options.model}, {options.seconds:g} s, {sides}, batch {options.batch}"
     lines = [
-        f"{model}, {seconds:g} s, {sides}, batch {batch}: peak in GB by memory=; computed, none measured",
+        f"{clip}: peak in GB by memory=; computed, none measured",
         " " * 28 + "".join(f"{memory:>10}" for memory in MEMORY),
     ]
     for i in range(0, len(rows), len(MEMORY)):
@@ -269,28 +264,15 @@ def peaks(
     return "\n".join(lines)
 
 
-def check_numbers(**numbers: float) -> None:
-    """Refuse settings that are not positive and finite.
-
-    Raises:
-        UserError: naming the first of them.
-    """
-    for name, number in numbers.items():
-        if not 0 < number < float("inf"):
-            raise UserError(f"{name}={number:g} is impossible; give a positive number")
-
-
-def infer_request(name: str, seconds: float, guided: bool | None = None) -> ClipRequest:
+def infer_request(options: ClipOptions) -> ClipRequest:
     """A clip of that length and of the usual size of an architecture or a checkpoint.
-
-    Args:
-        guided: with guidance; None is the checkpoint's own setting.
 
     Raises:
         UserError: there is none of that name.
     """
+    name = options.model
     if name in zoo.arch_names():
-        base, patch, needed = zoo.arch(name), zoo.pack(name).patch_size, True
+        base, patch, guided = zoo.arch(name), zoo.pack(name).patch_size, True
         released = base.text_in_channels == RELEASED_TEXT_CHANNELS
         stride, (height, width) = ((4, 16, 16), (256, 448)) if released else ((4, 4, 4), (64, 64))
     elif "/" not in name and not Path(name).exists():
@@ -298,13 +280,15 @@ def infer_request(name: str, seconds: float, guided: bool | None = None) -> Clip
         raise UserError(f"model {name!r} is neither an architecture nor a checkpoint ({known})")
     else:
         found = zoo.config_of(name)
-        base, patch, needed = found.model, found.pack.patch_size, found.sampling.guidance.needed
+        base, patch, guided = found.model, found.pack.patch_size, found.sampling.guidance.needed
         released, stride = bundle_spec(found.codecs).published, found.contract.video_stride
         height, width = found.size.height, found.size.width
-    audio = round(seconds * FPS) + 1
-    frames = (audio - 1) // stride[0] * stride[0] + 1
-    guided = needed if guided is None else guided
-    return ClipRequest(base, patch, stride, released, frames, audio, height, width, guided=guided)
+    audio = round(options.seconds * FPS) + 1
+    return ClipRequest(
+        base, patch, stride, released, (audio - 1) // stride[0] * stride[0] + 1, audio, height, width,
+        text=options.text, batch=options.batch, cfg_passes=options.cfg_passes,
+        guided=guided if options.guided is None else options.guided,
+    )  # fmt: skip
 
 
 def _sized(
@@ -337,3 +321,5 @@ COMMANDS: dict[str, Callable[..., str | tuple[str, int]]] = {
     "plan": plan,
     "peaks": peaks,
 }
+OPTIONS: dict[str, type] = {"plan": PlanOptions, "peaks": PeaksOptions}
+"""Dataclasses of the settings of commands that take one."""

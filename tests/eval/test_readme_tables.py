@@ -10,7 +10,7 @@ import pytest
 from eval import cost, readme_tables
 from magihuman.errors import UserError
 from magihuman.io import markdown
-from magihuman.zoo.commands import peaks
+from magihuman.zoo.commands import PeaksOptions, peaks
 
 
 def test_all_readmes_are_rendered_from_their_files() -> None:
@@ -61,7 +61,7 @@ def test_block_without_file_says_which() -> None:
 def test_peaks_are_shown_by_mode_and_only_if_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme_tables, "REPO", tmp_path)
     file = tmp_path / "peaks.json"
-    peaks("15b", output=str(file))
+    peaks(PeaksOptions("15b", output=str(file)))
     values = json.loads(file.read_text())
     table = readme_tables.peaks_table("peaks.json").splitlines()
     assert table[0] == (

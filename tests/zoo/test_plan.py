@@ -13,7 +13,7 @@ from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.zoo import footprint, memory_plan
 from magihuman.zoo.__main__ import main
-from magihuman.zoo.commands import plan
+from magihuman.zoo.commands import PlanOptions, plan
 from magihuman.zoo.footprint import TokenCounts
 from magihuman.zoo.memory_plan import GB, MEMORY, RESERVE, ClipRequest, peak, remedies, require_memory, stage_memory
 
@@ -164,7 +164,7 @@ class TestCommand:
         assert sizes["1080p", "turbo", "fp8", "balanced"] == peak(
             replace(LARGE, memory="balanced", weights="fp8", turbo=True)
         )
-        shown = plan("15b", resolution="1080p", guided=False)
+        shown = plan(PlanOptions("15b", resolution="1080p", guided=False))
         assert f"{sizes['1080p', 'wan', 'bf16', 'fast'] / GB:>10.2f}" in shown
         assert shlex.split(values["provenance"]["command"])[3:6] == ["peaks", "15b", "seconds=5.0"]
         assert {"code", "date"} <= values["provenance"].keys()
@@ -203,6 +203,7 @@ class TestCommand:
             ("height=250", "multiple of 32"),
             ("resolution=256p height=256", "contradict"),
             ("seconds=-1.0", "positive"),
+            ("gpu_gb=0", "gpu_gb=0 is impossible"),
         ],
     )
     def test_mistakes(self, settings: str, message: str) -> None:
@@ -220,8 +221,8 @@ class TestCommand:
     )
     def test_unknown_models(self, model: str, hint: str) -> None:
         with pytest.raises(UserError, match=f"{model}' is neither .*{hint}"):
-            plan(model)
+            plan(PlanOptions(model))
 
     def test_tiny_has_no_resolutions(self) -> None:
         with pytest.raises(UserError, match="height= and width="):
-            plan("tiny", resolution="256p")
+            plan(PlanOptions("tiny", resolution="256p"))
