@@ -22,11 +22,7 @@ _MATRICES = ("qkv", "proj", "up", "down")
 
 
 def predict(size: str, tier: str, output: Path | None, results: Path | None) -> str:
-    """Predict a clip's passes and write them to a file; see the command `predict` for the settings.
-
-    Raises:
-        UserError: there are no microbenchmarks of this size.
-    """
+    """The command `predict`, which describes settings and errors."""
     check_tier(tier)
     case, folder = make(size), results or result_files.FOLDER
     found = _newest_micro(folder, size)

@@ -28,11 +28,7 @@ _STAGE_OF = {"256p": "base", "windows": "windows", "540p": "sr"}  # whose error 
 
 
 def collect(source: Path, output: Path | None) -> str:
-    """Make result files of the runs in a file or folder, and render the tables; see the command `collect`.
-
-    Raises:
-        UserError: no such file, a file of something else, or nothing but dry runs.
-    """
+    """The command `collect`, which describes settings and errors."""
     folder = output or result_files.FOLDER
     files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
     if not files:

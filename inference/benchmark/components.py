@@ -90,24 +90,21 @@ def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype)
 
     codecs = load_bundle("tiny", device)
     chosen: Any = codecs.video_codec
-    weights = codecs.contract.video_codec
+    name, weights = "codec", codecs.contract.video_codec
     if decoder not in ("auto", "codec"):
         known = decoder_names(case)
         if decoder not in known:
             raise UserError(f"decoder={decoder} is unknown for size=tiny; choose one of {', '.join(known)}")
-        weights = decoder
-        chosen = (
-            students.load(decoder, device)
-            if decoder in names.decoder_names()
-            else random_codec(decoder, device, torch.float32)
-        )
+        name = weights = decoder
+        trained = decoder in names.decoder_names()
+        chosen = students.load(decoder, device) if trained else random_codec(decoder, device, torch.float32)
     return Parts(
         text=codecs.text_encoder,
         video=codecs.video_codec,
         audio=codecs.audio_codec,
         decoder=chosen,
         prompt=EXAMPLE,
-        decoder_name="codec" if decoder == "auto" else decoder,
+        decoder_name=name,
         decoder_weights=weights,
     )
 

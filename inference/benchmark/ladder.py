@@ -32,11 +32,7 @@ assert set(RUNGS) <= {rung.key for rung in LADDER}
 
 
 def ladder(case: ClipCase, rungs: str, options: str | None, device: str, repeat: int, folder: Path | None) -> str:
-    """Time one pass of every stage after each optimisation; see the command `ladder` for the settings.
-
-    Raises:
-        UserError: a setting that cannot be.
-    """
+    """The command `ladder`, which describes settings and errors."""
     names = named("rungs", rungs, RUNGS)
     place = device_of(device)
     refuse_hopeless(case, place)

@@ -51,11 +51,7 @@ def measure(
     budget: float,
     folder: Path | None,
 ) -> str:
-    """Time all stages of a clip in some tiers and write a result file; see the command `measure` for the settings.
-
-    Raises:
-        UserError: a setting that cannot be.
-    """
+    """The command `measure`, which describes settings and errors."""
     place = device_of(device)
     refuse_hopeless(case, place)
     kind = bench_networks.dtype_for(case, place)

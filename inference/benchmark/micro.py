@@ -33,11 +33,7 @@ _CHECKED = 6000  # tokens up to which attention is compared with fp32 scores
 
 
 def micro(case: ClipCase, what: str, device: str, folder: Path | None) -> str:
-    """Time single operations at the shapes of a clip's last stage; see the command `micro` for the settings.
-
-    Raises:
-        UserError: a setting that cannot be.
-    """
+    """The command `micro`, which describes settings and errors."""
     groups = named("what", what, GROUPS)
     place = device_of(device)
     kind = dtype_for(case, place)
@@ -147,7 +143,9 @@ class Microbenchmark:
         others = tokens.audio + tokens.text
         q = self._normal(tokens.total, config.num_heads, config.head_dim)
         k, v = (self._normal(tokens.total, config.num_query_groups, config.head_dim) for _ in range(2))
-        layout = self._layout()
+        patch = self.stage.pack.patch_size
+        grid = self.stage.frames, self.stage.height // patch, self.stage.width // patch
+        layout = Layout.build(grid, tokens.audio, [tokens.text], device=self.device)
         rows: list[Row] = []
         windows = [None] if self.stage.window is None else [None, self.stage.window]
         for window in windows:
@@ -195,11 +193,6 @@ class Microbenchmark:
         if len(q) > _CHECKED:
             return None
         return attention(q.float(), k.float(), v.float(), layout, "windowed", window)
-
-    def _layout(self) -> Layout:
-        stage, patch = self.stage, self.stage.pack.patch_size
-        grid = (stage.frames, stage.height // patch, stage.width // patch)
-        return Layout.build(grid, stage.audio, [stage.text], device=self.device)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device).to(self.dtype)

@@ -64,21 +64,13 @@ def windows_at_256p(largest: ClipCase) -> DenoisingStage:
 def planned_bytes(case: ClipCase) -> int:
     """What `python -m magihuman.zoo plan` computes for a clip's last loop alone."""
     base, *further = case.stages
+    height, width = base.height * case.stride[1], base.width * case.stride[2]
     request = memory_plan.ClipRequest(
-        base=base.config,
-        patch=base.pack.patch_size,
-        stride=case.stride,
-        released=case.released,
-        frames=case.frames,
-        audio=case.audio,
-        height=base.height * case.stride[1],
-        width=base.width * case.stride[2],
-        text=base.text,
+        base.config, base.pack.patch_size, case.stride, case.released, case.frames, case.audio, height, width, base.text,
         second=further[0].config if further else None,
         enlarged=case.pixels if further else (0, 0),
-        turbo=True,
         compute=memory_plan.BF16 if case.released else memory_plan.FP32,
-    )
+    )  # fmt: skip
     last = "refine" if further else "sample"
     return next(need.alone for need in memory_plan.stage_memory(request) if need.stage == last)
 

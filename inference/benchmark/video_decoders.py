@@ -22,7 +22,7 @@ from inference.benchmark.components import random_codec
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase, make
 from inference.benchmark.roofline.work import PUBLISHED, PUBLISHED_DECODERS, bound, decoder_parameters, video_decoder
-from inference.benchmark.timers import device_of, peak_memory, reset_peak, summary, synchronise
+from inference.benchmark.timers import device_of, peak_memory, reset_peak, time_call
 from inference.decoding import Decoder, to_uint8
 from magihuman.codecs import costs
 from magihuman.errors import UserError
@@ -41,11 +41,7 @@ CPU_SIDE, CPU_LATENTS, CPU_REPEAT = 64, 14, 2  # of the square clip that is time
 
 
 def decode(size: str, decoder: str, device: str, repeat: int, folder: Path | None) -> str:
-    """Count, and on a GPU time, the video decoders; see the command `decode` for the settings.
-
-    Raises:
-        UserError: a setting that cannot be.
-    """
+    """The command `decode`, which describes settings and errors."""
     place, written = device_of(device), []
     made = result_files.provenance(place)
     for case in [make(name) for name in (PUBLISHED if size == "all" else (size,))]:
@@ -128,20 +124,17 @@ def counted_memory(case: ClipCase, name: str) -> int:
 @torch.no_grad()
 def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int) -> Row:
     """Seconds to pictures in the host's memory, which are copied while the next are decoded."""
-    last, decoder, times = case.stages[-1], Decoder(codec), []
+    last, decoder = case.stages[-1], Decoder(codec)
     shape = (1, codec.channels, last.frames, last.height, last.width)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(device)
-    for number in range(repeat + 1):  # the first one chooses the convolutions' kernels
-        synchronise(device)
-        start = time.perf_counter()
+
+    def clip() -> None:
         for _ in decoder.stream(latents):
             pass
-        synchronise(device)
-        if number:
-            times.append(time.perf_counter() - start)
-        else:  # not the workspaces of the search
-            reset_peak(device)
-    row: Row = {"to_host_seconds": summary(times)}
+
+    clip()  # chooses the convolutions' kernels
+    reset_peak(device)  # not the workspaces of that search
+    row: Row = {"to_host_seconds": time_call(clip, device, warm=0, least=repeat, most=repeat)}
     if memory := peak_memory(device):
         row["peak_memory_bytes"] = memory["peak_bytes"]
     return row
@@ -271,11 +264,7 @@ def cpu_seconds() -> dict[str, dict[str, Any]]:
 
 
 def cost_report(output: Path | None) -> str:
-    """Count the light decoders, and time them at a small size; see the command `decode_cost`.
-
-    Raises:
-        UserError: a file that cannot be written.
-    """
+    """The command `decode_cost`, which describes settings and errors."""
     rows = []
     lines = [f"{'':<18}{'TFLOP':>9}{'conv GB':>9}{'other GB':>10}{'peak GB':>9}{'H100 s, computed':>20}"]
     for case in map(make, PUBLISHED):
