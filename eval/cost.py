@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.output import portable, provenance, write_json
+from eval.output import portable, provenance
 from magihuman.errors import UserError
+from magihuman.io.files import write_result
 
 INTERVAL = 0.25  # seconds between samples of the memory
 
@@ -67,7 +68,7 @@ def measure_cost(command: str, output: str) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "provenance": provenance(),
     }
-    write_json(Path(output), found)
+    write_result(Path(output), found)
     print(f"{found['seconds']:.0f} s, {cpu:.0f} CPU-seconds, at most {peak / 1e9:.2f} GB; written to {output}")
     return found
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval import tables
 from magihuman.errors import UserError
-from magihuman.io.files import write_atomically
+from magihuman.io.files import write_atomically, write_result
 from magihuman.io.provenance import code_version, processor
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def publish(
     table = tables.BY_FORMAT[values["format"]](values)
     content = {**values, "provenance": provenance()}
     if folder is not None:
-        write_json(folder / f"{name}.json", content)
+        write_result(folder / f"{name}.json", content)
         write_atomically(folder / f"{name}.md", table + "\n")
     print(table if text is None else text, flush=True)
     if folder is not None:
@@ -78,12 +78,6 @@ def publish(
         spent = f" ({values['seconds']:.0f} s)" if "seconds" in values else ""
         print(f"written to {folder}{spent}")
     return content
-
-
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values; the folder is made where it does not exist."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(values, indent=1) + "\n")
 
 
 def provenance() -> dict[str, Any]:

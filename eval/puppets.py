@@ -18,9 +18,10 @@ import numpy as np
 
 from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
 from eval import tables
-from eval.output import folder_for, publish, require_at_least, write_json
+from eval.output import folder_for, publish, require_at_least
 from eval.scores import Scores, score_clips, skills
 from magihuman.errors import NotApplicable, UserError
+from magihuman.io.files import write_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -294,7 +295,7 @@ def run(
         drawn["clips"] = partial(figures.contact_sheet, [sheet])
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
-    write_json(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
+    write_result(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
     publish(folder, "scores", values, drawn, tables.scores_text(values))
     bound = limits[BOUND].table
     return {

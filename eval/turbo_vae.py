@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.image_metrics import ClipErrors, clip_errors, latent_starts
-from eval.output import publish, require_at_least, write_json
+from eval.output import publish, require_at_least
 from eval.stats import mean, unavailable
 from magihuman.errors import UserError
+from magihuman.io.files import write_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,7 +177,7 @@ def run(
     folder = Path(output)
     drawn = {"scores": partial(figures.decoder_bars, report), "clips": partial(figures.decoder_frames, shown)}
     publish(folder, "scores", report, drawn)
-    write_json(folder / "clips.json", {name: [asdict(clip) for clip in c.clips] for name, c in columns.items()})
+    write_result(folder / "clips.json", {name: [asdict(clip) for clip in c.clips] for name, c in columns.items()})
     tables = {name: column["table"] for name, column in report["columns"].items()}
     values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables.items()}
     return {"scores": str(folder / "scores.json"), **values}

@@ -13,6 +13,7 @@ from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.roofline.work import forward
 from inference.fast import check_tier
 from magihuman.errors import UserError
+from magihuman.io.files import write_result
 from magihuman.io.provenance import code_version, sources_hash
 from magihuman.models.flops import attention_pairs, pointwise_bytes
 
@@ -55,7 +56,7 @@ def predict(size: str, tier: str, output: Path | None, results: Path | None) -> 
         },
     }
     name = f"{size}-{tier}-{found['file'].partition('-')[0]}.json"
-    path = result_files.save((output or FOLDER) / name, values)
+    path = write_result((output or FOLDER) / name, values)
     return "\n".join([*_lines(values), f"written to {path}"])
 
 

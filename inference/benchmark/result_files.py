@@ -7,13 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.io.files import write_atomically
+from magihuman.io.files import write_result
 from magihuman.io.markdown import commit
 from magihuman.io.provenance import code_version, processor, sources_hash
 from magihuman.models.gpu_specs import GPUS, recognise
@@ -104,21 +104,7 @@ def write(kind: str, name: str, rows: list[Row], made: dict[str, Any], folder: P
     while path.exists():  # an older measurement stays as it is
         number += 1
         path = folder / f"{stem}-{number}.json"
-    return save(path, values)
-
-
-def save(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write a JSON file; returns its path.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    return write_result(path, values)
 
 
 def read(folder: Path | None = None) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from inference.benchmark.timers import device_of, peak_memory, reset_peak, time_
 from inference.decoding import Decoder, to_uint8
 from magihuman.codecs import costs
 from magihuman.errors import UserError
+from magihuman.io.files import write_result
 from magihuman.models.gpu_specs import GPUS, Gpu
 from magihuman.zoo.memory_tracker import Allocations
 
@@ -309,4 +310,4 @@ def cost_report(output: Path | None) -> str:
         },
         "provenance": {**result_files.provenance(torch.device("cpu")), "how": "counted; times of the CPU measured"},
     }
-    return "\n".join([*lines, f"written to {result_files.save(output, values)}"])
+    return "\n".join([*lines, f"written to {write_result(output, values)}"])

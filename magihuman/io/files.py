@@ -2,13 +2,15 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from magihuman.errors import UserError
 
@@ -54,6 +56,20 @@ def write_atomically(target: Path, content: str | bytes, sync: bool = False) -> 
     """Replace a small file in one step: a kill leaves the old content or the new. Text is stored as UTF-8."""
     with atomic_path(target, sync) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_result(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a result file, indented JSON of plain values, and the folders above it; returns `path`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def replace(new: Path, target: Path) -> None:

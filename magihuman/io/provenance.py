@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,20 @@ def code_version() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"commit": commit, "changed": bool(changed)}
+
+
+def computed(how: str, *command: str) -> dict[str, Any]:
+    """Provenance of numbers that a command computed.
+
+    Args:
+        how: in words, and that nothing was measured; command: module and arguments of `python -m`.
+    """
+    return {
+        "how": how,
+        "command": shlex.join(["python", "-m", *command]),
+        "code": code_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def sources_hash() -> str:

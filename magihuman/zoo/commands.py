@@ -1,10 +1,7 @@
 """The commands of `python -m magihuman.zoo`: settings to a text; without torch until there is work."""
 
-import json
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +9,8 @@ from magihuman import zoo
 from magihuman.cli import option
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
 from magihuman.errors import UserError
-from magihuman.io.files import WEIGHTS, write_atomically
-from magihuman.io.provenance import code_version
+from magihuman.io.files import WEIGHTS, write_result
+from magihuman.io.provenance import computed
 from magihuman.models.config import Checkpointing
 from magihuman.zoo import memory_plan, names
 from magihuman.zoo.footprint import BF16, FORMS, FP32, Form
@@ -232,7 +229,7 @@ def peaks(options: PeaksOptions) -> str:
     settings = {name: getattr(options, name) for name in shared} | {"guided": plain.guided}
     if options.output is not None:
         given = [f"{name}={value}" for name, value in settings.items()]
-        command = ["python", "-m", "magihuman.zoo", "peaks", options.model, *given, f"output={options.output}"]
+        command = ["magihuman.zoo", "peaks", options.model, *given, f"output={options.output}"]
         values = {
             "format": PEAKS_FORMAT,
             "model": options.model,
@@ -240,18 +237,9 @@ def peaks(options: PeaksOptions) -> str:
             "settings": settings,
             "assumed_for_cuda_bytes": RESERVE,
             "peaks": rows,
-            "provenance": {
-                "how": "computed from the config, not measured",
-                "command": shlex.join(command),
-                "code": code_version(),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
+            "provenance": computed("computed from the config, not measured", *command),
         }
-        try:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(options.output), json.dumps(values, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write output={options.output}: {error.strerror or error}") from error
+        write_result(Path(options.output), values)
     sides = "with guidance" if plain.guided else "without guidance"
     clip = f"{options.model}, {options.seconds:g} s, {sides}, batch {options.batch}"
     lines = [

@@ -175,7 +175,7 @@ class TestCommand:
             (["tiny"], "codecs of its own"),
             (["15b", "seconds=0"], "seconds=0 is impossible"),
             (["15b", "cfg_passes=3"], "one of 1, 2"),
-            (["15b", f"output={tmp_path / 'file' / 'x.json'}"], "cannot write output="),
+            (["15b", f"output={tmp_path / 'file' / 'x.json'}"], f"cannot write {tmp_path / 'file' / 'x.json'}"),
         ):
             with pytest.raises(UserError, match=message):
                 main(["peaks", *settings])

@@ -1,20 +1,18 @@
 """`python -m inference.benchmark.roofline [stages|gpus|published|ladder] [key=value ...]`: computed costs, without torch."""
 
-import shlex
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from inference.benchmark.calibrate import FORMAT
-from inference.benchmark.result_files import save
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import PUBLISHED, bound, limits
 from inference.benchmark.roofline.work import stages as stages_of
 from magihuman.cli import run_one
 from magihuman.errors import UserError
-from magihuman.io.provenance import code_version
+from magihuman.io.files import write_result
+from magihuman.io.provenance import computed
 from magihuman.models.gpu_specs import GPUS, gpu
 
 NOTE = "computed, not measured"
@@ -132,16 +130,10 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
         raise UserError(f"device={device} has no assumed rates; choose one of {', '.join(machines)}")
     values = predict.predictions(machines[device])
     if output is not None:
-        command = ["python", "-m", "inference.benchmark.roofline", "ladder", f"device={device}", f"output={output}"]
-        provenance = {
-            "how": "computed from the config at assumed rates (inference.benchmark.roofline.predict), not measured",
-            "command": shlex.join(command),
-            "code": code_version(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        how = "computed from the config at assumed rates (inference.benchmark.roofline.predict), not measured"
+        made = computed(how, "inference.benchmark.roofline", "ladder", f"device={device}", f"output={output}")
         head = {"format": FORMAT, "kind": "predicted"}
-        whole = {**head, **values, "published": PUBLISHED, "provenance": provenance}
-        save(Path(output), whole)
+        write_result(Path(output), {**head, **values, "published": PUBLISHED, "provenance": made})
     heads = [f"{size} {stage['stage']} x{stage['steps']}" for size, stage in values["stages"].items()]
     lines = [
         f"{values['machine']}, seconds per loop, and of base + sr + decode; {NOTE}, at assumed rates",
