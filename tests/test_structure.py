@@ -29,6 +29,7 @@ EXTRA = {"inference.benchmark.training_steps": {"recipes"}}
 FLOORS = {
     "magihuman": (
         ("errors",),
+        ("plain_config",),
         ("flow", "schema"),
         ("models", "cli"),
         ("io", "cpu"),

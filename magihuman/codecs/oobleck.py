@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from magihuman.errors import UserError
-from magihuman.io.released_files import load_strict, locate, read_json, read_state, require_fit
+from magihuman.io.released_files import diffusers_config, load_strict, locate, read_json, read_state, require_fit
 
 # `AutoencoderOobleck` is written as Any: its module is imported where a codec is built, and has no types.
 REPO = "stabilityai/stable-audio-open-1.0"
@@ -64,10 +64,7 @@ class OobleckCodec(nn.Module):
         path = locate(source, FILES, REPO)
         if path.with_name("model_config.json").is_file() or path.name == FILES[0]:
             return cls.from_released(read_state(path, PREFIX), autoencoder_config(path), path).to(device)
-        config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
-        if config.get("_class_name") != "AutoencoderOobleck":
-            raise UserError(f"{path} is not an Oobleck VAE: its config.json names {config.get('_class_name')!r}")
-        vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
+        vae = _build(diffusers_config(path, "AutoencoderOobleck"))
         load_strict(vae, read_state(path), None, path, torch.float32)
         return cls(vae).to(device)
 
@@ -283,4 +280,4 @@ def _build(config: Mapping[str, Any]) -> Any:
     # diffusers keeps torch's old weight norm, because the published files are written in it.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
-        return AutoencoderOobleck.from_config(dict(config))
+        return AutoencoderOobleck.from_config({key: value for key, value in config.items() if not key.startswith("_")})

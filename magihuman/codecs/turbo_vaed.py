@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from magihuman.codecs.wan import LATENT_MEAN, LATENT_STD
+from magihuman.codecs.wan import add_statistics
 from magihuman.errors import UserError
 from magihuman.io.released_files import load_strict, locate, read_json, read_state
 
@@ -402,13 +402,7 @@ class TurboCodec(nn.Module):
         self.config = config
         self.channels = config.latent_channels
         self.stride = config.stride
-        mean = torch.tensor(LATENT_MEAN) if mean is None else mean
-        std = torch.tensor(LATENT_STD) if std is None else std
-        for name, values in (("means", mean), ("standard deviations", std)):
-            if values.shape != (self.channels,):
-                raise UserError(f"the Turbo decoder has {self.channels} channels, but {len(values)} {name}")
-        self.register_buffer("mean", mean.float().view(1, -1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", std.float().view(1, -1, 1, 1, 1), persistent=False)
+        add_statistics(self, mean, std, torch.float32)
 
     @classmethod
     def load(

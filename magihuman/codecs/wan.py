@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from magihuman.errors import UserError
-from magihuman.io.released_files import load_strict, locate, read_json, read_state, require_fit
+from magihuman.io.released_files import diffusers_config, load_strict, locate, read_state, require_fit
 
 # `AutoencoderKLWan` is written as Any: its module is imported where a codec is built, and has no types.
 REPO = "Wan-AI/Wan2.2-TI2V-5B"
@@ -62,15 +62,8 @@ class WanCodec(nn.Module):
         self.channels: int = vae.config.z_dim
         space = 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
         self.stride: tuple[int, int, int] = (2 ** sum(vae.config.temperal_downsample), space, space)
-        mean = torch.tensor(LATENT_MEAN) if mean is None else mean
-        std = torch.tensor(LATENT_STD) if std is None else std
-        for name, values in (("means", mean), ("standard deviations", std)):
-            if values.shape != (self.channels,):
-                raise UserError(f"the video VAE has {self.channels} channels, but {len(values)} {name}")
         # The release rounds the statistics to the network's dtype before 1/std is taken.
-        shape = (1, -1, 1, 1, 1)
-        self.register_buffer("mean", mean.to(vae.dtype).view(shape), persistent=False)
-        self.register_buffer("std", std.to(vae.dtype).view(shape), persistent=False)
+        add_statistics(self, mean, std, vae.dtype)
 
     @classmethod
     def load(
@@ -87,10 +80,10 @@ class WanCodec(nn.Module):
         path = locate(source, FILES, REPO)
         state = read_state(path)
         if "quant_conv.weight" in state:
-            config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
-            if config.get("_class_name") != "AutoencoderKLWan" or not config.get("is_residual"):
-                raise UserError(f"{path} is not a Wan 2.2 VAE: its config.json names {config.get('_class_name')!r}")
-            vae = _build({key: value for key, value in config.items() if not key.startswith("_")})
+            config = diffusers_config(path, "AutoencoderKLWan")
+            if not config.get("is_residual"):
+                raise UserError(f"{path} is the VAE of another Wan than 2.2; use that of {REPO}")
+            vae = _build(config)
             load_strict(vae, state, None, path, dtype)
             mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
             return cls(vae, mean, std).to(device)
@@ -150,6 +143,22 @@ class WanCodec(nn.Module):
         for t in range(z.shape[2]):
             frames = self.vae.decoder(z[:, :, t : t + 1], feat_cache=past, feat_idx=[0], first_chunk=t == 0)
             yield unpatchify(frames, self.vae.config.patch_size or 1).float()
+
+
+def add_statistics(codec: Any, mean: torch.Tensor | None, std: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """Register the buffers `mean` and `std` [1,C,1,1,1] of a codec's latents.
+
+    Args:
+        mean, std: [C]; those of the release by default.
+
+    Raises:
+        UserError: another number than the codec's channels.
+    """
+    for name, given, published in (("mean", mean, LATENT_MEAN), ("std", std, LATENT_STD)):
+        values = torch.tensor(published) if given is None else given
+        if values.shape != (codec.channels,):
+            raise UserError(f"this codec has {codec.channels} latent channels, but {name} has {len(values)} values")
+        codec.register_buffer(name, values.to(dtype).view(1, -1, 1, 1, 1), persistent=False)
 
 
 def released_config(state: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
@@ -257,4 +266,4 @@ def _build(config: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
-        return AutoencoderKLWan.from_config(dict(config))
+        return AutoencoderKLWan.from_config({key: value for key, value in config.items() if not key.startswith("_")})

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.errors import UserError
-from magihuman.models.config import Plain
+from magihuman.plain_config import PlainConfig
 
 
 @dataclass(frozen=True)
-class WanDecoderConfig(Plain):
+class WanDecoderConfig(PlainConfig):
     """Hyperparameters of a decoder in Wan 2.2's layout.
 
     Attributes:

@@ -6,19 +6,18 @@
 Scales of 1 need no unconditional branch (`Guidance.needed`).
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from magihuman.errors import UserError
+from magihuman.plain_config import PlainConfig
 
 MODALITIES = ("video", "audio")
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(PlainConfig):
     """Guidance scales of the release: for video `video_high` at timesteps above `threshold`, else `video_low`.
 
     Attributes:
@@ -56,17 +55,6 @@ class Guidance:
     def needed(self) -> bool:
         """False when every scale is 1 and the unconditional branch can be skipped."""
         return not self.video_high == self.video_low == self.audio == 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Guidance":
-        """Raises UserError for an unknown key."""
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"guidance: {error}") from None
 
 
 def combine(positive: Tensor, negative: Tensor, scale: Tensor | float) -> Tensor:

@@ -6,14 +6,14 @@
 The shift moves levels towards noise, see `shift_sigma`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from magihuman.errors import UserError
+from magihuman.plain_config import PlainConfig
 
 KINDS = ("shifted", "logit_normal", "uniform")
 COUPLINGS = ("shared", "independent")
@@ -52,7 +52,7 @@ def _grid(steps: int, shift: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SigmaPrior:
+class SigmaPrior(PlainConfig):
     """Distribution of training noise levels. It is stored in checkpoints, since a network without timestep input
     infers the level under this prior.
 
@@ -104,17 +104,6 @@ class SigmaPrior:
             draw = torch.randn(batch, generator=generator)
             return shift_sigma(torch.sigmoid(self.mean + self.std * draw), self.shift)
         return shift_sigma(torch.rand(batch, generator=generator), self.shift)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SigmaPrior":
-        """Raises UserError for an unknown key."""
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"sigma prior: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,18 @@ def read_json(path: Path, purpose: str) -> dict:
     return values
 
 
+def diffusers_config(path: Path, kind: str) -> dict:
+    """The config.json beside the weights of a diffusers model of the class `kind`.
+
+    Raises:
+        UserError: absent, damaged, or of another class.
+    """
+    config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
+    if config.get("_class_name") != kind:
+        raise UserError(f"{path} is not an {kind}: its config.json names {config.get('_class_name')!r}")
+    return config
+
+
 def read_state(path: Path, prefix: str = "", wrappers: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """Read tensors from a safetensors file or a pickled state dict, on CPU.
 
@@ -108,7 +120,8 @@ def read_state(path: Path, prefix: str = "", wrappers: Sequence[str] = ()) -> di
             "in it was executed. Use the file as published, or its safetensors version"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{path} is truncated or damaged ({reason}); fetch it again") from error
     if isinstance(state, dict):
         state = next((state[key] for key in wrappers if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -174,8 +187,3 @@ def require_fit(
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - _LISTED
     return "; ".join(names[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,11 +1,12 @@
 """Hyperparameters of network, token packing, token routing and LoRA, and the latent contract; without torch."""
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from magihuman.errors import UserError
+from magihuman.plain_config import PlainConfig
 
 EXPERTS = 3
 """Experts of a multi-modality layer: video, audio, text, stacked in this order (SPEC 1.2)."""
@@ -27,43 +28,9 @@ Checkpointing = Literal[False, True, "attention"]
 kept, and FlexAttention, which is compiled separately and hides its kernel from the policy.
 """
 
-_Config = TypeVar("_Config", bound="Plain")
-
-
-class Plain:
-    """Base class of dataclasses that are stored as plain values."""
-
-    @classmethod
-    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """Make the config from plain values; lists become tuples.
-
-        Raises:
-            UserError: for an unknown or a missing key, naming it.
-        """
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(
-                f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
-            )
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
-            raise UserError(f"{cls.__name__}: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, tuples as lists, ready for JSON or YAML."""
-        values = asdict(self)  # type: ignore[call-overload]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    def differences(self, other: "Plain", but: Collection[str] = ()) -> list[str]:
-        """Texts `field: mine against theirs` for every field, `but` for some, in which another config of the kind differs."""
-        a, b = self.to_dict(), other.to_dict()
-        return [f"{k}: {a[k]!r} against {b[k]!r}" for k in a if a[k] != b[k] and k not in but]
-
 
 @dataclass(frozen=True)
-class DiTConfig(Plain):
+class DiTConfig(PlainConfig):
     """Shape of the single-stream transformer (SPEC 1.1).
 
     Attributes:
@@ -189,7 +156,7 @@ def local_layers(count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class PackConfig(Plain):
+class PackConfig(PlainConfig):
     """Settings of token packing (SPEC 2).
 
     Attributes:
@@ -212,7 +179,7 @@ class PackConfig(Plain):
 
 
 @dataclass(frozen=True)
-class TreadConfig(Plain):
+class TreadConfig(PlainConfig):
     """Token routing during training: unselected tokens skip a span of layers and rejoin after it (TREAD).
 
     Krause et al. 2025, arXiv 2501.04765. The release carries these settings unused: rate 0.5, layers 2 to 25.
@@ -238,7 +205,7 @@ LORAS = {"full": (), "lora_fake_score": ("fake_score",), "lora": ("student", "fa
 
 
 @dataclass(frozen=True)
-class LoraConfig(Plain):
+class LoraConfig(PlainConfig):
     """Size of a LoRA (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
@@ -268,7 +235,7 @@ class LoraConfig(Plain):
 
 
 @dataclass(frozen=True)
-class Contract(Plain):
+class Contract(PlainConfig):
     """Names, shapes and rates of the latents of a checkpoint, a codec bundle or shards.
 
     It is stored with checkpoints and shards and compared at load, so a mismatch is an error instead of a wrong clip.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS
-from magihuman.models.config import Plain
+from magihuman.plain_config import PlainConfig
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
 
@@ -35,7 +35,7 @@ LAYOUTS = ("causal", "released", "wan")
 
 
 @dataclass(frozen=True)
-class Latents(Plain):
+class Latents(PlainConfig):
     """Latents that a decoder takes: normalised, of a codec with this name and shape.
 
     Attributes:

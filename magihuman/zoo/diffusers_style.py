@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.codecs.bundle import RELEASED_VARIABLES
-from magihuman.errors import UserError
 from magihuman.io.export import ExportConfig, write_json
-from magihuman.io.released_files import locate, read_json
+from magihuman.io.released_files import diffusers_config, locate
 from magihuman.io.streamed_safetensors import SafetensorsWriter, Spec, open_tensors, read_specs
 
 STEM = "diffusion_pytorch_model"
@@ -112,7 +111,4 @@ def _oobleck(source: str) -> Codec:
 
 
 def _already(path: Path, specs: Mapping[str, Spec], kind: str) -> Codec:
-    config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
-    if config.get("_class_name") != kind:
-        raise UserError(f"{path} is not an {kind}: its config.json names {config.get('_class_name')!r}")
-    return Codec(path, config, {name: (name, spec) for name, spec in specs.items()})
+    return Codec(path, diffusers_config(path, kind), {name: (name, spec) for name, spec in specs.items()})

@@ -367,5 +367,5 @@ def test_absence_names_the_command_that_fetches_it(tmp_path: Path, monkeypatch: 
 
 def test_statistics_must_fit_the_decoder(codec: TurboCodec) -> None:
     settings = TurboConfig.from_json({**SMALL, "latent_channels": 8})
-    with pytest.raises(UserError, match="8 channels, but 48 means"):
+    with pytest.raises(UserError, match="8 latent channels, but mean has 48 values"):
         TurboCodec(TurboDecoder(settings), settings)

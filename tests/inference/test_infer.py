@@ -285,7 +285,10 @@ def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[
         (["prompt=a", "output=x.mp4", "steps=0"], "steps=0 is impossible"),
         (["prompt=a", "output=x.mp4", "steps=5", "steps=6"], "steps is given twice"),
         (["prompt=a", "output=x.mp4", "solver=heun"], "choose one of unipc"),
-        (["prompt=a", "output=x.mp4", "cfg={video: 5}"], "guidance"),
+        (
+            ["prompt=a", "output=x.mp4", "cfg={video: 5}"],
+            "Guidance has no field video; its fields are audio, threshold",
+        ),
         (["prompt=a", "output=x.mp4", "cfg={audio: loud}"], "needs numbers"),
         (["prompt=a", "output=x.mp4", "cfg=0.2"], "scales start at 1"),
         (["prompt=a", "output=x.mp4", "seed=-1"], "seed must be a whole number"),
