@@ -232,15 +232,17 @@ def _make(
     pipeline.text([each.negative_prompt for each in chosen if each.needs_negative])
     total = sum(each.steps + (each.sr.steps if each.sr else 0) for each in chosen)
     with tqdm(total=total, unit="step", disable=not (progress and parts)) as bar:
+        # In a log every redraw would be a line.
+        show = partial(bar.set_description, refresh=sys.stderr.isatty())
         for part in parts:
             settings, requests = part[0].settings, [job.request for job in part]
             here = f"clip {made + 1} of {len(waiting)}"
 
             def advance(stage: str, step: int, of: int, count: int = len(part), here: str = here) -> None:
-                bar.set_description(f"{here}, {stage} {step}/{of}")
+                show(f"{here}, {stage} {step}/{of}")
                 bar.update(count)
 
-            bar.set_description(here)
+            show(here)
             drafts = pipeline.draft(
                 [request.prompt for request in requests],
                 [request.seed for request in requests],
@@ -249,7 +251,7 @@ def _make(
                 [r.audio for r in requests if r.audio] or None,
                 advance,
             )
-            bar.set_description(f"{here}, decode and write")
+            show(f"{here}, decode and write")
             for job, draft in zip(part, drafts, strict=True):
                 if job.request.name in written:
                     write(job, partial(pipeline.write, draft), manifest)
