@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError, report_and_exit
@@ -59,20 +60,28 @@ def calm_bars() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
-def run_one(functions: Mapping[str, Callable[..., Any]], program: str, argv: Sequence[str] | None = None) -> Any:
+def run_one(
+    functions: Mapping[str, Callable[..., Any]],
+    program: str,
+    argv: Sequence[str] | None = None,
+    options: Mapping[str, type] = MappingProxyType({}),
+) -> Any:
     """`run` the function that the first argument names; the first of `functions` where it names none.
 
     --help alone lists the names; behind a name it is that function's help.
+
+    Args:
+        options: dataclasses of the settings, of those functions that take one.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-") and "=" not in arguments[0] and arguments[0] != "help":
         name = arguments.pop(0)
         if name not in functions:
             report_and_exit(UserError(f"{program} has no command {name!r}; it has {', '.join(functions)}"))
-        return run(functions[name], f"{program} {name}", arguments)
+        return run(functions[name], f"{program} {name}", arguments, options.get(name))
     first = next(iter(functions))
     if arguments not in (["-h"], ["--help"], ["help"]):
-        return run(functions[first], program, arguments)
+        return run(functions[first], program, arguments, options.get(first))
     lines = [f"usage: {program} [COMMAND] [key=value ...]", "", "commands (COMMAND --help tells more):"]
     for name, function in functions.items():
         about = (inspect.getdoc(function) or "").partition("\n\n")[0]

@@ -6,71 +6,28 @@ Here are their settings; what measures, and torch with it, is imported when a co
 from collections.abc import Callable
 from pathlib import Path
 
+from inference.benchmark.case_options import MeasureOptions
 from magihuman.cli import run_one
 from magihuman.errors import UserError
 
 RUNS = "runs/latency"
 
 
-def measure(
-    size: str = "tiny",
-    tier: str = "fast",
-    steps: int | None = None,
-    sr_steps: int | None = None,
-    seconds: float | None = None,
-    text: int | None = None,
-    guided: bool = False,
-    decoder: str = "auto",
-    model: str | None = None,
-    checkpoint: str | None = None,
-    options: str | None = None,
-    device: str = "auto",
-    warm: int = 2,
-    repeat: int = 5,
-    budget: float = 60.0,
-    output: str | None = None,
-    check: bool = False,
-) -> str:
+def measure(chosen: MeasureOptions) -> str:
     """Measure every stage of a clip and write the times to a new file in inference/results/latency.
-
-    Args:
-        size: 256p, 540p, 1080p (15 B parameters, random weights made on the GPU), tiny (the puppet world) or layer
-            (one full-width layer)
-        tier: of `inference.fast`, or several, such as reference,exact,fast; small networks take turns
-        steps: of the base stage
-        sr_steps: of super-resolution
-        seconds: length of the clip
-        text: tokens of the prompt
-        guided: the base stage with guidance, two passes a step
-        decoder: turbo, wan, or a student of configs/decoder; auto is turbo, and the codecs' own decoder for tiny
-        model: another architecture of configs/model
-        checkpoint: weights instead of random ones; tiny has tiny/base
-        options: changes of the tier's options, such as compile=static,graphs=false
-        device: auto, cpu or cuda
-        warm: requests before the timed ones
-        repeat: timed requests, at least
-        budget: seconds of timed requests after which no more are added
-        output: another folder for the result
-        check: measure nothing; prove that the README's tables are those of the result files
 
     Raises:
         UserError: a setting that cannot be, or a README that differs.
     """
-    if check:
+    if chosen.check:
         from inference.benchmark import figure, result_files, result_tables
 
         result_tables.render_readme(check=True)
         pictures = figure.check_pictures(result_files.FOLDER)
         return f"the tables of the README and {len(pictures)} pictures are those of the result files"
-    if warm < 1 or repeat < 1:
-        raise UserError(f"warm={warm} repeat={repeat} is impossible; give at least 1 each")
     from inference.benchmark import measure as clips
-    from inference.benchmark.roofline.cases import make
 
-    case = make(size, steps, sr_steps, seconds, text, guided, model)
-    if size == "tiny" and model is None and checkpoint is None:
-        checkpoint = "tiny/base"
-    return clips.measure(case, tier, decoder, checkpoint, options, device, warm, repeat, budget, folder_of(output))
+    return clips.measure(chosen)
 
 
 def decode(
@@ -275,5 +232,7 @@ COMMANDS: dict[str, Callable[..., str]] = {
     for function in (measure, decode, decode_cost, micro, ladder, suite, train, collect, predict, table)
 }
 
+OPTIONS = {"measure": MeasureOptions}
+
 if __name__ == "__main__":
-    print(run_one(COMMANDS, "python -m inference.benchmark"))
+    print(run_one(COMMANDS, "python -m inference.benchmark", options=OPTIONS))

@@ -10,6 +10,7 @@ import torch
 
 from inference.benchmark import bench_networks, components, result_files
 from inference.benchmark.bench_networks import LARGE, ReferenceOutput, affordable, refuse_hopeless
+from inference.benchmark.case_options import MeasureOptions
 from inference.benchmark.request import CONDITIONS, PUBLISHED_STAGES, STAGES, TimedRequest
 from inference.benchmark.result_files import Row
 from inference.benchmark.roofline.cases import ClipCase
@@ -39,24 +40,17 @@ class Contender:
     worked: list[dict[str, float]] = field(default_factory=list)
 
 
-def measure(
-    case: ClipCase,
-    tiers: str,
-    decoder: str,
-    checkpoint: str | None,
-    options: str | None,
-    device: str,
-    warm: int,
-    repeat: int,
-    budget: float,
-    folder: Path | None,
-) -> str:
-    """The command `measure`, which describes settings and errors."""
-    place = device_of(device)
+def measure(chosen: MeasureOptions) -> str:
+    """Times of all stages in some tiers, which a new result file holds too; returns a text.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    place, case = device_of(chosen.device), chosen.case(chosen.size)
     refuse_hopeless(case, place)
     kind = bench_networks.dtype_for(case, place)
-    changes = bench_networks.options_from(options)
-    names = bench_networks.named("tier", tiers, TIERS)
+    changes = bench_networks.options_from(chosen.options)
+    names = bench_networks.named("tier", chosen.tier, TIERS)
     for name in names:
         if "attention" not in changes:
             require_kernel(name, place, kind)
@@ -64,12 +58,13 @@ def measure(
     made, peaks = result_files.provenance(place), peak_rates(place, kind)
     rows: list[Row] = []
     for group in [names] if small else [[name] for name in names]:
-        contenders = _prepare(case, group, place, kind, checkpoint, decoder, changes)
-        _run(contenders, place, warm, repeat, budget)
+        contenders = _prepare(case, group, place, kind, chosen.weights, chosen.decoder, changes)
+        _run(contenders, place, chosen.warm, chosen.repeat, chosen.budget)
         rows += [_finished(case, contender, peaks, place) for contender in contenders]
         contenders.clear()
         free(place)
     _compare_in_run(rows)
+    folder = None if chosen.output is None else Path(chosen.output)
     path = result_files.write("measure", f"{case.size}-{'-'.join(names)}", rows, made, folder)
     return "\n".join([*map(describe, rows), f"written to {path}"])
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inference.benchmark.calibrate import FORMAT
+from inference.benchmark.case_options import StagesOptions
 from inference.benchmark.roofline import predict
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import PUBLISHED, bound, limits
@@ -18,37 +19,11 @@ from magihuman.models.gpu_specs import GPUS, gpu
 NOTE = "computed, not measured"
 
 
-def stages(
-    size: str = "all",
-    model: str | None = None,
-    device: str = "h100",
-    tflops: float | None = None,
-    bandwidth: float | None = None,
-    steps: int | None = None,
-    sr_steps: int | None = None,
-    seconds: float | None = None,
-    text: int | None = None,
-    guided: bool = False,
-    decoder: str = "turbo",
-) -> str:
-    """Tokens, FLOPs, bytes and least time of every stage.
-
-    Args:
-        size: 256p, 540p, 1080p, tiny, layer, or all of the first three
-        model: an architecture or a checkpoint instead of 15b (tiny where the size is tiny)
-        device: whose limits: h100, h100-pcie, h200, b200, a100, l40s, 4090, 5090
-        tflops: measured peak of bf16 products instead of the data sheet's, in TFLOP/s
-        bandwidth: measured bandwidth of the memory instead of the data sheet's, in TB/s
-        steps: of the base stage
-        sr_steps: of super-resolution
-        seconds: length of the clip
-        text: tokens of the prompt
-        guided: the base stage with guidance, two passes a step
-        decoder: turbo, wan, or a student of configs/decoder such as a and b
-    """
-    peak = limits(gpu(device), tflops, bandwidth)
+def stages(chosen: StagesOptions) -> str:
+    """Tokens, FLOPs, bytes and least time of every stage."""
+    peak = limits(gpu(chosen.device), chosen.tflops, chosen.bandwidth)
     lines = [f"limits of {peak.name}: {peak.bf16 / 1e12:g} TFLOP/s, {peak.bandwidth / 1e12:g} TB/s; {NOTE}"]
-    for case in [make(name, steps, sr_steps, seconds, text, guided, model) for name in _sizes(size)]:
+    for case in map(chosen.case, _sizes(chosen.size)):
         height, width = case.pixels
         parameters = case.stages[0].config.parameter_count()
         lines += [
@@ -58,7 +33,7 @@ def stages(
             f"{'stage':<14}{'tokens v+a+t=N':>24}{'passes':>8}{'TFLOP/pass':>12}{'PFLOP':>10}{'GB':>10}"
             f"{'least s':>10}  by",
         ]
-        works = stages_of(case, decoder)
+        works = stages_of(case, chosen.decoder)
         for work in works:
             n, least = work.tokens, bound(work, peak)
             tokens = "" if n is None else f"{n.video}+{n.audio}+{n.text}={n.total}"
@@ -155,9 +130,10 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
 
 
 COMMANDS: dict[str, Callable[..., str]] = {"stages": stages, "gpus": gpus, "published": published, "ladder": ladder}
+OPTIONS = {"stages": StagesOptions}
 
 if __name__ == "__main__":
     try:
-        print(run_one(COMMANDS, "python -m inference.benchmark.roofline"))
+        print(run_one(COMMANDS, "python -m inference.benchmark.roofline", options=OPTIONS))
     except BrokenPipeError:
         sys.exit(0)

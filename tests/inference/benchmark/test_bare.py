@@ -64,6 +64,7 @@ from importlib.util import find_spec
 assert not [name for name in {ABSENT!r} if find_spec(name)]
 from inference.benchmark.__main__ import COMMANDS
 from inference.benchmark.__main__ import measure
+from inference.benchmark.case_options import MeasureOptions
 from inference.benchmark.__main__ import micro
 from inference.benchmark.__main__ import suite
 from inference.benchmark.result_tables import latency_table
@@ -72,8 +73,8 @@ from magihuman.errors import UserError
 from inference.benchmark import components
 from inference.benchmark.roofline.cases import make
 import torch
-print(measure(tier="reference,fast", seconds=0.36, steps=1, sr_steps=1, repeat=2, warm=1, budget=0.1,
-              output={str(tmp_path)!r}))
+print(measure(MeasureOptions(tier="reference,fast", seconds=0.36, steps=1, sr_steps=1, repeat=2, warm=1, budget=0.1,
+                             output={str(tmp_path)!r})))
 print(micro("tiny", what="attention", output={str(tmp_path)!r}))
 print(suite(dry=True, steps="fast 1080p,decode 256p b,fp8 256p", output={str(tmp_path / "suite")!r}))
 try:

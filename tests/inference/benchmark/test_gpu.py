@@ -16,10 +16,10 @@ from fake_gpu import fake_gpu
 from torch import Tensor
 
 from inference.benchmark import bench_networks, budget, result_files
-from inference.benchmark.__main__ import COMMANDS
+from inference.benchmark.__main__ import COMMANDS, OPTIONS
 from inference.benchmark.budget import read_runs
 from inference.benchmark.collect import rows_of
-from magihuman.cli import settings
+from magihuman.cli import run_one
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that was built for CUDA"),
@@ -30,9 +30,8 @@ ONCE = "steps=1 sr_steps=1 warm=2 repeat=1 budget=0.001 options=compile=off"
 
 def run(line: str, folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Rows that a command of the suite writes."""
-    name, *arguments = line.split()
     with fake_gpu(patch):
-        COMMANDS[name](**settings(COMMANDS[name], [*arguments, f"output={folder}"], "x"))
+        run_one(COMMANDS, "x", [*line.split(), f"output={folder}"], OPTIONS)
     (values,) = result_files.read(folder)
     assert values["provenance"]["machine"] == "NVIDIA FAKE"
     json.dumps(values)

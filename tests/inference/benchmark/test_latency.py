@@ -10,7 +10,8 @@ import torch
 from small_case import small_case
 
 from inference.benchmark import bench_networks, components, micro, result_files, timers, video_decoders
-from inference.benchmark.__main__ import COMMANDS, measure
+from inference.benchmark.__main__ import COMMANDS, OPTIONS, measure
+from inference.benchmark.case_options import MeasureOptions
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import Stopwatch, summary, time_call
 from magihuman import zoo
@@ -115,7 +116,7 @@ def test_every_command_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "ladder repeat=1 options=compile=off",
     ):
         command, *arguments = line.split()
-        run_one(COMMANDS, "python -m inference.benchmark", [command, *arguments, *short])
+        run_one(COMMANDS, "python -m inference.benchmark", [command, *arguments, *short], OPTIONS)
     by_kind: dict[str, list[Any]] = {}
     for values in result_files.read(tmp_path):
         by_kind.setdefault(values["kind"], []).extend(values["rows"])
@@ -169,10 +170,11 @@ def test_released_parts_with_narrow_networks(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(components, "WAN", {**components.WAN, **narrow})
     thin = {"encoder_hidden_size": 8, "channel_multiples": [1, 1, 1, 1, 1], "decoder_channels": 8}
     monkeypatch.setattr(components, "OOBLECK", {**components.OOBLECK, **thin})
-    told = measure(
-        "256p", "fast", steps=1, seconds=0.12, text=8, decoder="b", model="small", warm=1, repeat=1, budget=0.1,
+    chosen = MeasureOptions(
+        size="256p", steps=1, seconds=0.12, text=8, decoder="b", model="small", warm=1, repeat=1, budget=0.1,
         output=str(tmp_path),
     )  # fmt: skip
+    told = measure(chosen)
     (values,) = result_files.read(tmp_path)
     (row,) = values["rows"]
     assert row["stages"]["text"] == {"status": "n/a", "reason": "its 9 B parameters are for a GPU"}
@@ -241,7 +243,7 @@ def test_mistakes_are_one_line(line: str, message: str, tmp_path: Path, capsys: 
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as caught:
-        run_one(COMMANDS, "python -m inference.benchmark", [*line.split(), f"output={tmp_path}"])
+        run_one(COMMANDS, "python -m inference.benchmark", [*line.split(), f"output={tmp_path}"], OPTIONS)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))
@@ -250,7 +252,7 @@ def test_mistakes_are_one_line(line: str, message: str, tmp_path: Path, capsys: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_layer_on_a_gpu(tmp_path: Path) -> None:
-    measure("layer", "reference,fast", repeat=3, budget=1, output=str(tmp_path))
+    measure(MeasureOptions(size="layer", tier="reference,fast", repeat=3, budget=1, output=str(tmp_path)))
     (values,) = result_files.read(tmp_path)
     assert values["provenance"]["gpu"]
     assert all(row["peak_memory_bytes"] > 5e8 for row in values["rows"])

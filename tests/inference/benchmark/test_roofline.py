@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from inference.benchmark.roofline import predict, work
-from inference.benchmark.roofline.__main__ import COMMANDS, ladder
+from inference.benchmark.roofline.__main__ import COMMANDS, OPTIONS, ladder
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import bound, limits
 from magihuman import zoo
@@ -164,7 +164,8 @@ def test_a_wave_is_full_or_not() -> None:
 
 def test_commands_start_without_torch() -> None:
     code = (
-        "import sys; from inference.benchmark.roofline.__main__ import COMMANDS; [print(f()) for f in COMMANDS.values()];"
+        "import sys; from inference.benchmark.roofline.__main__ import COMMANDS, OPTIONS;"
+        "[print(f(OPTIONS[name]()) if name in OPTIONS else f()) for name, f in COMMANDS.items()];"
         "heavy = {'torch', 'numpy', 'yaml', 'hydra', 'omegaconf'} & (set(sys.modules) - {'yaml'});"
         "sys.exit(f'imports {heavy}' if heavy else 0)"
     )
@@ -185,7 +186,7 @@ def test_other_networks_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None
         (["bounds"], "has no command 'bounds'"),
     ):
         with pytest.raises(SystemExit) as caught:
-            run_one(COMMANDS, "python -m inference.benchmark.roofline", line)
+            run_one(COMMANDS, "python -m inference.benchmark.roofline", line, OPTIONS)
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="decoder=x is unknown"):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.benchmark import bench_networks, micro, result_files, timers
 from inference.benchmark.__main__ import decode, measure
+from inference.benchmark.case_options import MeasureOptions
 from inference.benchmark.components import reason_of
 from inference.benchmark.roofline.cases import make
 from magihuman import zoo
@@ -118,10 +119,11 @@ def test_what_cannot_be_compiled_or_recorded_is_given_up_and_named(
 
     monkeypatch.setattr("inference.fast.fused_blocks.torch.compile", lambda *_, **__: refuse("compiler"))
     monkeypatch.setattr("inference.fast.transformer.Graphs.__call__", record)
-    told = measure(
+    chosen = MeasureOptions(
         tier="fast", options="compile=static,graphs=true", steps=2, sr_steps=1, seconds=0.36, warm=1, repeat=1,
         budget=0.001, output=str(tmp_path),
     )  # fmt: skip
+    told = measure(chosen)
     ((row,),) = [values["rows"] for values in result_files.read(tmp_path)]
     assert row["gave_up"] == {"compile": "RuntimeError: no compiler here", "graphs": "RuntimeError: no capture here"}
     assert (row["options"]["compile"], row["options"]["graphs"]) == ("off", False)

@@ -8,6 +8,7 @@ import pytest
 
 from inference.benchmark import result_files, result_tables
 from inference.benchmark.__main__ import measure
+from inference.benchmark.case_options import MeasureOptions
 from inference.benchmark.figure import check_pictures, draw, values
 from inference.benchmark.result_tables import predicted_table
 from inference.benchmark.roofline import predict
@@ -171,12 +172,12 @@ def test_picture_carries_its_values(tmp_path: Path) -> None:
 def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from magihuman.cli import settings
 
-    assert settings(measure, ["--check"], "x") == {"check": True}
+    assert settings(MeasureOptions, ["--check"], "x") == {"check": True}
     monkeypatch.setattr(result_tables, "REPO", tmp_path)
     monkeypatch.setattr(result_tables, "PAGE", "README.md")
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(UserError, match="has no block"):
-        measure(check=True)
+        measure(MeasureOptions(check=True))
 
 
 def test_committed_files_are_whole() -> None:
@@ -210,4 +211,4 @@ def test_committed_predictions_are_what_the_code_computes() -> None:
 
 def test_the_readme_and_its_picture_come_from_the_files() -> None:
     """What `python -m inference.benchmark --check` proves."""
-    assert "tables of the README and 1 pictures" in measure(check=True)
+    assert "tables of the README and 1 pictures" in measure(MeasureOptions(check=True))
