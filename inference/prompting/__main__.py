@@ -1,31 +1,6 @@
 """`python -m inference.prompting`: rewrites a plain request into the model's prompt format, or checks a prompt.
 
-The guide. A prompt has three parts:
-
-    One paragraph of visual description.
-
-    Dialogue:
-    <Who speaks, language>: "The words."
-
-    Background Sound:
-    <Sounds other than the voices>
-
-Description. One paragraph, about 100 to 200 words, in the order in which a viewer takes it in: who (age, hair,
-clothes), where and in which light, then what happens, with the face first: look, brows, mouth, how the voice
-sounds and how the mood turns. The model is made for people who speak to a camera that is near: turn large movements
-into small ones (running becomes: out of breath, shoulders heaving). One shot, a calm camera, say so. Write what
-is there, not what should be missing; that belongs into the negative prompt.
-
-Dialogue. The words exactly as they are to be said, in quotation marks, each speaker on a line of their own, named so
-that nobody can be mistaken. Chinese (Mandarin, Cantonese), English, Japanese, Korean, German and French are trained;
-one language per clip. About three English words take a second; what is too long for the clip gets hurried or
-cut (`seconds=auto` of infer makes the clip fit). Nobody speaks: `Dialogue: <No dialogue>`.
-
-Background Sound. Places and things that sound: rain on a roof, a distant tram. Nothing: `<No background sound>`.
-
-With a first frame (`image=`) the description must agree with the image: name what it shows in a few words, then
-say what changes from there. With conditioning audio (`audio=`) write under Dialogue what the recording says, word
-by word, and under Background Sound what else it holds; expression and pace should fit that voice.
+What to write into its three parts is said in inference/README.md, "Write prompts".
 """
 
 import re
@@ -35,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inference.prompting.chat_client import Chat, Message, endpoint_chat, transformers_chat
-from inference.prompting.format import NO_SOUND, NO_SPEECH, QUOTED, Fault, Report, check_form
+from inference.prompting.format import NO_SOUND, NO_SPEECH, QUOTED, Report, check_form
 from inference.requests import read_requests, read_text
 from magihuman.errors import UserError
 
@@ -88,7 +63,7 @@ def rewrite(request: str, chat: Chat, seconds: float | None = None) -> str:
     """
     limit = f"\n\nThe clip has {seconds:g} seconds: the dialogue must fit." if seconds is not None else ""
     talk: list[Message] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request.strip() + limit}]
-    faults: list[Fault] = []
+    faults: list[str] = []
     for _ in range(2):
         answer = chat(talk)
         prompt = tidy(answer)
@@ -101,7 +76,7 @@ def rewrite(request: str, chat: Chat, seconds: float | None = None) -> str:
             {"role": "user", "content": f"This has faults:\n{named}\nReply with the corrected prompt alone."},
         ]
     raise BadAnswer(
-        f"the chat model's answer has a wrong form, also after a second try: {faults[0].what}"
+        f"the chat model's answer has a wrong form, also after a second try: {faults[0].rpartition('; ')[0]}"
         f"{f' and {len(faults) - 1} more' if len(faults) > 1 else ''}; try another model or simpler words"
     )
 
@@ -116,7 +91,7 @@ def tidy(answer: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
-def _changed_words(request: str, prompt: str) -> list[Fault]:
+def _changed_words(request: str, prompt: str) -> list[str]:
     """Quoted words of the request that the prompt does not have; they may be a sign's, so anywhere will do."""
 
     def letters(text: str) -> str:
@@ -124,7 +99,7 @@ def _changed_words(request: str, prompt: str) -> list[Fault]:
 
     wanted = [match.group()[1:-1] for match in QUOTED.finditer(request)]
     return [
-        Fault(f"the requested words “{words}” are missing", "repeat them exactly; speech under 'Dialogue:'")
+        f"the requested words “{words}” are missing; repeat them exactly, speech under 'Dialogue:'"
         for words in wanted
         if letters(words) not in letters(prompt)
     ]

@@ -1,9 +1,7 @@
 """The form of a prompt: where its three parts are, what is wrong with them, and how to put it right.
 
-The form (SPEC 5): one paragraph of description, a block `Dialogue:`, a block `Background Sound:`. No model is
-needed here. `inference.prompting.__main__` is the guide to what to write into the parts, and the command line.
-
-What a prompt lets people say, and how long that takes: the rule behind seconds=auto.
+The form (SPEC 5): one paragraph of description, a block `Dialogue:`, a block `Background Sound:`; inference/README.md says
+what to write into them. Also: what a prompt lets people say, and how long that takes, the rule behind seconds=auto.
 
 The spoken text is what stands in the `Dialogue:` block (up to `Background Sound:`), there within quotation
 marks if it has any; without such a block, all text in quotation marks. Its length is counted in the unit of
@@ -43,27 +41,16 @@ _SCRIPTS = {"CJK": "Chinese or Japanese", "HIRAGANA": "Chinese or Japanese", "KA
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What is wrong with a prompt's form, and the remedy."""
-
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.what}; {self.remedy}"
-
-
-@dataclass(frozen=True)
 class Report:
     """The verdict on one prompt.
 
     Attributes:
-        faults: what has to be put right, in the order of the text; none: the form is good.
+        faults: what has to be put right, each with its remedy behind "; ", in the order of the text; none: the form is good.
         notes: what may be intended.
-        seconds: whole seconds that the clip needs (`inference.prompting.format`), None where nothing is said.
+        seconds: whole seconds that the clip needs, None where nothing is said.
     """
 
-    faults: tuple[Fault, ...]
+    faults: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: int | None
 
@@ -75,14 +62,13 @@ def check_form(prompt: str, seconds: float | None = None) -> Report:
         prompt: its text.
         seconds: the clip's length if it is fixed; a dialogue that takes longer is a fault.
     """
-    faults: list[Fault] = []
+    faults: list[str] = []
     try:
         check_length(prompt, "the prompt")
     except UserError as error:
-        what, _, remedy = str(error).rpartition("; ")
-        faults.append(Fault(what, remedy))
+        faults.append(str(error))
     if _MARKUP.search(prompt):
-        faults.append(Fault("the prompt has markup (such as ** or # or list marks)", "write plain text"))
+        faults.append("the prompt has markup (such as ** or # or list marks); write plain text")
 
     places = {name: _places(prompt, pattern) for name, pattern in _HEADINGS.items()}
     faults += _heading_faults(places)
@@ -97,10 +83,7 @@ def check_form(prompt: str, seconds: float | None = None) -> Report:
     needed = seconds_for(prompt)
     if seconds is not None and needed is not None and needed > seconds:
         faults.append(
-            Fault(
-                f"the dialogue takes about {needed} s and the clip has {seconds:g} s",
-                "shorten it or allow more seconds",
-            )
+            f"the dialogue takes about {needed} s and the clip has {seconds:g} s; shorten it or allow more seconds"
         )
     return Report(tuple(faults), tuple(_notes(prompt, main, places)), needed)
 
@@ -113,50 +96,47 @@ def _places(prompt: str, pattern: str) -> list[tuple[int, int]]:
     return at_line or [m.span() for m in re.finditer(rf"\b{pattern}", prompt, re.IGNORECASE)]
 
 
-def _heading_faults(places: dict[str, list[tuple[int, int]]]) -> list[Fault]:
+def _heading_faults(places: dict[str, list[tuple[int, int]]]) -> list[str]:
     faults = []
     empty = {"Dialogue": NO_SPEECH, "Background Sound": NO_SOUND}
     for name, found in places.items():
         if not found:
-            remedy = f"add a block that starts with '{name}:' (if there is none: '{name}: {empty[name]}')"
-            faults.append(Fault(f"the block '{name}:' is missing", remedy))
+            added = f"add a block that starts with '{name}:' (if there is none: '{name}: {empty[name]}')"
+            faults.append(f"the block '{name}:' is missing; {added}")
         elif len(found) > 1:
-            faults.append(Fault(f"'{name}:' stands {len(found)} times", "join its blocks into one"))
+            faults.append(f"'{name}:' stands {len(found)} times; join its blocks into one")
     if all(places.values()) and places["Dialogue"][0] > places["Background Sound"][0]:
-        faults.append(
-            Fault("'Background Sound:' stands before 'Dialogue:'", "put 'Dialogue:' first and the sound last")
-        )
+        faults.append("'Background Sound:' stands before 'Dialogue:'; put 'Dialogue:' first and the sound last")
     return faults
 
 
-def _main_faults(main: str) -> list[Fault]:
+def _main_faults(main: str) -> list[str]:
     if not re.search(r"\w", main):
-        return [Fault("no description stands before the blocks", "start with a paragraph that says what is seen")]
+        return ["no description stands before the blocks; start with a paragraph that says what is seen"]
     if re.search(r"\n\s*\n", main):
-        return [Fault("the description has several paragraphs", "make it one, without introduction or headings")]
+        return ["the description has several paragraphs; make it one, without introduction or headings"]
     return []
 
 
-def _sound_faults(body: str) -> list[Fault]:
+def _sound_faults(body: str) -> list[str]:
     if not re.search(r"\w", body):
-        return [Fault("'Background Sound:' is empty", f"name the sounds other than the voices, or {NO_SOUND}")]
+        return [f"'Background Sound:' is empty; name the sounds other than the voices, or {NO_SOUND}"]
     if re.search(r"\n\s*\n", body):
-        return [Fault("text follows the block 'Background Sound:'", "end there; descriptions belong to the start")]
+        return ["text follows the block 'Background Sound:'; end there, descriptions belong to the start"]
     return []
 
 
-def _dialogue_faults(body: str) -> list[Fault]:
+def _dialogue_faults(body: str) -> list[str]:
     if _NOBODY.fullmatch(body):
         return []
     if not re.search(r"\w", body):
-        remedy = f'write a line such as <Woman, English>: "Good morning.", or {NO_SPEECH}'
-        return [Fault("'Dialogue:' is empty", remedy)]
+        return [f"'Dialogue:' is empty; write a line such as <Woman, English>: \"Good morning.\", or {NO_SPEECH}"]
     # A speaker alone on a line speaks the next one.
     joined = re.sub(rf"([:：])[^\S\n]*\n\s*(?=[{_MARKS}])", r"\1 ", body)
     return [fault for line in joined.splitlines() if line.strip() for fault in _line_faults(line)]
 
 
-def _line_faults(line: str) -> list[Fault]:
+def _line_faults(line: str) -> list[str]:
     """Faults of one line of dialogue: `speaker: "words"`, once or several times."""
     faults, position, spoken = [], 0, False
     for quote in QUOTED.finditer(line):
@@ -166,8 +146,8 @@ def _line_faults(line: str) -> list[Fault]:
             if re.search(r"\w", before):
                 faults.append(_unquoted(before))
             else:
-                remedy = f"write who says it before it: <Woman, English>: {_short(quote.group())}"
-                faults.append(Fault(f"{_short(quote.group())} has no speaker", remedy))
+                said = _short(quote.group())
+                faults.append(f"{said} has no speaker; write who says it before it: <Woman, English>: {said}")
         if not re.search(r"\w", quote.group()):
             faults.append(_without_line(speaker.group(1) if speaker else "a speaker"))
         position, spoken = quote.end(), True
@@ -176,7 +156,7 @@ def _line_faults(line: str) -> list[Fault]:
     words = rest[speaker.end() :] if speaker else rest
     if any(mark in rest for mark in _MARKS) and re.search(r"\w", words):
         remedy = "put each speech on one line, between two marks"
-        faults.append(Fault(f"a quotation mark in {_short(line)} has no partner", remedy))
+        faults.append(f"a quotation mark in {_short(line)} has no partner; {remedy}")
     elif speaker and not re.search(r"\w", words):
         faults.append(_without_line(speaker.group(1)))
     elif re.fullmatch(r"\s*<[^<>]*>\s*", rest):
@@ -186,14 +166,14 @@ def _line_faults(line: str) -> list[Fault]:
     return faults
 
 
-def _without_line(speaker: str) -> Fault:
+def _without_line(speaker: str) -> str:
     remedy = 'write the words after the colon as "...", or take the speaker out'
-    return Fault(f"the speaker {_short(speaker)} has no line", remedy)
+    return f"the speaker {_short(speaker)} has no line; {remedy}"
 
 
-def _unquoted(words: str) -> Fault:
+def _unquoted(words: str) -> str:
     remedy = 'put spoken words in "..." after the speaker and a colon'
-    return Fault(f"speech without quotation marks: {_short(words)}", remedy)
+    return f"speech without quotation marks: {_short(words)}; {remedy}"
 
 
 def _short(text: str) -> str:
