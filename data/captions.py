@@ -15,8 +15,8 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 TABLES = (".csv", ".tsv", ".jsonl")
 
 
-class CaptionError(Exception):
-    """A caption that cannot be used; the message is the reason for the report."""
+class Rejected(Exception):
+    """A file or a caption that cannot be used; the message is the reason for the report."""
 
 
 @dataclass
@@ -43,17 +43,17 @@ def read_text(path: Path) -> str:
     """Content of a UTF-8 file without byte-order mark.
 
     Raises:
-        CaptionError: unreadable or not UTF-8.
+        Rejected: unreadable or not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CaptionError(
+        raise Rejected(
             f"caption {path.name} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); "
             "save it as UTF-8"
         ) from error
     except OSError as error:
-        raise CaptionError(f"caption {path.name} cannot be read: {error.strerror}") from error
+        raise Rejected(f"caption {path.name} cannot be read: {error.strerror}") from error
 
 
 def _pick(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -86,7 +86,7 @@ def read_tables(tables: list[Path]) -> Tables:
     for table in tables:
         try:
             rows = _rows(table, read_text(table))
-        except (CaptionError, csv.Error) as error:
+        except (Rejected, csv.Error) as error:
             found.problems.append((table, str(error)))
             continue
         for number, row in rows:
@@ -113,7 +113,7 @@ def caption_of(path: Path, tables: Tables) -> str:
     """Caption of a media file; "" if there is none.
 
     Raises:
-        CaptionError: its text file cannot be read.
+        Rejected: its text file cannot be read.
     """
     for text in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
         if text.is_file():

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from data.captions import CaptionError, Tables, caption_of
+from data.captions import Rejected, Tables, caption_of
 from data.options import PrepareOptions
 from data.scan import MediaFile
 from magihuman.codecs.bundle import bundle_spec
@@ -106,13 +106,9 @@ def make_plan(
     for found in files:
         try:
             clips += _clips_of(found, tables, duplicates, options, shapes)
-        except _Rejected as rejection:
+        except Rejected as rejection:
             rejected[found.relative] = str(rejection)
     return ClipPlan(clips, rejected)
-
-
-class _Rejected(Exception):
-    pass
 
 
 def _clips_of(
@@ -120,27 +116,22 @@ def _clips_of(
 ) -> list[PlannedClip]:
     info = found.info
     if info is None:
-        raise _Rejected(found.problem)
+        raise Rejected(found.problem)
     if info.kind == "audio":
-        raise _Rejected("has audio but no video")
+        raise Rejected("has audio but no video")
     if found.relative in duplicates:
-        raise _Rejected(f"same content as {duplicates[found.relative]} (duplicates=keep takes both)")
+        raise Rejected(f"same content as {duplicates[found.relative]} (duplicates=keep takes both)")
     if info.kind == "image" and not options.images:
-        raise _Rejected("is a still image (images=true takes it)")
+        raise Rejected("is a still image (images=true takes it)")
     if info.kind == "video" and not info.has_audio and not options.silent:
-        raise _Rejected("has no audio (silent=true takes it)")
-    try:
-        caption = caption_of(Path(found.path), tables)
-    except CaptionError as error:
-        raise _Rejected(str(error)) from error
+        raise Rejected("has no audio (silent=true takes it)")
+    caption = caption_of(Path(found.path), tables)
     if not caption and options.captions == "required":
-        raise _Rejected("has no caption: put a .txt next to it or a row into a table (captions=optional takes it)")
+        raise Rejected("has no caption: put a .txt next to it or a row into a table (captions=optional takes it)")
     if info.seconds > found.size:
-        raise _Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
+        raise Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
     choices = shapes.large or shapes.sizes
-    best, why = choose_size(info.height, info.width, choices, options.max_crop, options.max_enlarge)
-    if best is None:
-        raise _Rejected(why)
+    best = choose_size(info.height, info.width, choices, options.max_crop, options.max_enlarge)
     size = shapes.sizes[list(choices).index(best)]
     still = info.kind == "image"
     if still:
@@ -149,7 +140,7 @@ def _clips_of(
         available = max(0, ceil(info.seconds * shapes.fps - 0.5 - 1e-6))  # frames whose midpoint lies inside it
         windows = cut(available, shapes.lengths, options.max_windows)
         if not windows:
-            raise _Rejected(
+            raise Rejected(
                 f"is too short: {info.seconds:.2f} s are {available} frames at {shapes.fps:g} fps, "
                 f"the shortest length is {min(shapes.lengths)}"
             )
@@ -234,15 +225,15 @@ def check_lengths(lengths: Sequence[int], stride: int) -> list[int]:
 
 def choose_size(
     height: int, width: int, sizes: Sequence[tuple[int, int]], max_crop: float, max_enlarge: float
-) -> tuple[tuple[int, int] | None, str]:
-    """The size with the nearest aspect ratio; among equal ones the largest that needs no upscaling.
+) -> tuple[int, int]:
+    """The size (height, width) with the nearest aspect ratio; among equal ones the largest that needs no upscaling.
 
     Args:
         max_crop: share of the area that cropping may remove.
         max_enlarge: largest factor of upscaling.
 
-    Returns:
-        (height, width) and "", or None and the reason why no size fits.
+    Raises:
+        Rejected: no size fits.
     """
 
     def cover(size: tuple[int, int]) -> float:
@@ -258,13 +249,13 @@ def choose_size(
     best = min(sizes, key=cost)
     lost = 1 - best[0] * best[1] / (height * width * cover(best) ** 2)
     if lost > max_crop:
-        return None, (
+        raise Rejected(
             f"{width}x{height} would lose {lost:.0%} of its area to {best[1]}x{best[0]} "
             f"(max_crop={max_crop:g}); add a size of its aspect ratio"
         )
     if cover(best) > max_enlarge:
-        return None, f"{width}x{height} would be enlarged {cover(best):.1f}x (max_enlarge={max_enlarge:g})"
-    return best, ""
+        raise Rejected(f"{width}x{height} would be enlarged {cover(best):.1f}x (max_enlarge={max_enlarge:g})")
+    return best
 
 
 def cut(available: int, lengths: Sequence[int], max_windows: int | None) -> list[tuple[int, int]]:

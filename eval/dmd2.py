@@ -24,12 +24,11 @@ from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all
 from eval.output import folder_for, publish, require_at_least, short_names
-from eval.puppets import BOUND, HELD_OUT_SEED, Clips, ground_truth, held_out, through_codec, tiny_pipelines, write_clips
+from eval.puppets import BOUND, HELD_OUT_SEED, Clips, Shown, ground_truth, held_out, through_codec, tiny_pipelines
 from eval.scores import Scores
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
-    from eval.figures import Shown
     from inference.settings import Settings
 
 FORMAT = "magihuman-compare/1"
@@ -89,7 +88,11 @@ def run(
 
     drawn = {"compare": partial(figures.comparison_points, values), "sheet": partial(figures.contact_sheet, shown)}
     publish(folder, "compare", values, drawn, tables.comparison_text(values))
-    saved = _save_clips(shown, folder / "clips")
+    saved: list[Path] = []
+    for one in shown:
+        if one.role in ("teacher", "student"):
+            title = one.name.split(",")[0].replace("student ", "").replace("/", "-").strip(".- ")
+            saved += one.write(folder / "clips", title)
     report = None
     if len(names) == 1 and (Path(names[0]) / "metrics.csv").is_file():
         report = _write_report(Path(names[0]), folder, values, shown, saved)
@@ -139,11 +142,9 @@ def _samplers(names: Sequence[str], teacher: str, device: str) -> list[Sampler]:
 
 def _measured(
     samplers: Sequence[Sampler], captions: Sequence[str], seeds: int, keep: int, progress: bool
-) -> tuple[list[Column], list["Shown"]]:
+) -> tuple[list[Column], list[Shown]]:
     """All columns, ground truth and codec bound first, and the clips of the first prompts for the contact sheet."""
     from tqdm import tqdm
-
-    from eval.figures import Shown
 
     puppets, codecs = held_out(len(captions)), samplers[0].pipeline.codecs
     columns: list[Column] = []
@@ -162,8 +163,7 @@ def _measured(
             distribution = reference.distances(by_prompt([embed(clips, codecs) for clips in draws]))
             columns.append(column(name, role, scores, [clips.waves for clips in draws], distribution, facts))
             if role != "truth":
-                first = draws[0]
-                shown.append(Shown(name, role, first.frames[:keep], first.waves[:keep], scores[0].clips[:keep]))
+                shown.append(Shown(name, role, draws[0], scores[0].clips[:keep]))
             bar.update()
 
         add("ground truth", "truth", truths)
@@ -205,20 +205,8 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _save_clips(shown: Sequence["Shown"], folder: Path) -> list[Path]:
-    """Write the teacher's and the students' clips as mp4 with their captions; returns the mp4 files."""
-    saved: list[Path] = []
-    for one in shown:
-        if one.role in ("teacher", "student"):
-            name = one.name.split(",")[0].replace("student ", "").replace("/", "-").strip(".- ")
-            paths = [folder / f"{name}-{number}.mp4" for number in range(len(one.frames))]
-            write_clips(paths, one.frames, one.waves, [score.caption for score in one.scores])
-            saved += paths
-    return saved
-
-
 def _write_report(
-    run: Path, folder: Path, values: dict[str, Any], shown: Sequence["Shown"], saved: Sequence[Path]
+    run: Path, folder: Path, values: dict[str, Any], shown: Sequence[Shown], saved: Sequence[Path]
 ) -> Path:
     """Write report.md and report.png into a run folder; `folder` has the comparison's own files, `saved` are its clips."""
     from eval.figures import run_page

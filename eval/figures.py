@@ -4,7 +4,6 @@ figures.score_bars(json.loads(Path("scores.json").read_text())).savefig("scores.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
+    from eval.puppets import Shown
     from eval.scores import ClipScore
 
 # ---- Shared parts ----
@@ -89,27 +89,16 @@ def score_bars(values: Values) -> Figure:
 # ---- Contact sheets of eval.puppets and eval.dmd2 ----
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Clips of one column on a contact sheet: frames uint8 [F,H,W,3], waves fp32 [N], and their scores."""
-
-    name: str
-    role: str
-    frames: Sequence[np.ndarray]
-    waves: Sequence[np.ndarray | None]
-    scores: Sequence["ClipScore"]
-
-
-def contact_sheet(shown: Sequence[Shown]) -> Figure:
+def contact_sheet(shown: Sequence["Shown"]) -> Figure:
     """Per prompt nine frames of every column, and curves of the mouth opening: visible, and called for by the audio."""
-    figure = Figure(figsize=(13.5, 1.4 * len(shown) * len(shown[0].frames) + 0.5), layout="constrained")
+    figure = Figure(figsize=(13.5, 1.4 * len(shown) * len(shown[0].scores) + 0.5), layout="constrained")
     _clip_rows(figure, shown)
     return figure
 
 
-def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: int | None = None) -> None:
+def _clip_rows(figure: "Figure | SubFigure", shown: Sequence["Shown"], prompts: int | None = None) -> None:
     """Rows of a contact sheet, of the first `prompts` prompts only where that is given."""
-    count = len(shown[0].frames[:prompts])
+    count = len(shown[0].scores[:prompts])
     grid = figure.add_gridspec(count * len(shown), 2, width_ratios=(9, 3))
     for prompt in range(count):
         for place, column in enumerate(shown):
@@ -119,7 +108,7 @@ def _clip_rows(figure: "Figure | SubFigure", shown: Sequence[Shown], prompts: in
             words = " ".join(score.speech.words) or "nothing"
             wrong = ", ".join(f"{k} {score.vision.attributes[k]}" for k, right in score.right.items() if not right)
             title = f"{caption}{column.name} | recognised: {words}" + (f" | wrong: {wrong}" if wrong else "")
-            _frame_row(axes, _evenly(column.frames[prompt], 9), title=title)
+            _frame_row(axes, _evenly(column.clips.frames[prompt], 9), title=title)
             axes = figure.add_subplot(grid[line, 1])
             _mouth_curves(axes, score, legend=line == 0, last=line == count * len(shown) - 1)
 
@@ -207,10 +196,10 @@ def _time_bars(axes: "Axes", values: Values, palette: Mapping[str, str]) -> None
     axes.tick_params(labelsize=7)
 
 
-def run_page(metrics: Path, shown: Sequence[Shown]) -> Figure:
+def run_page(metrics: Path, shown: Sequence["Shown"]) -> Figure:
     """One page of a distillation run: training curves, and clips of teacher and student."""
     few = [column for column in shown if column.role in ("teacher", "student")]
-    lines = min(3, len(shown[0].frames)) * len(few)
+    lines = min(3, len(shown[0].scores)) * len(few)
     heights = (2.6, 1.25 * lines + 0.4)
     figure = Figure(figsize=(15, sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)

@@ -19,7 +19,7 @@ import numpy as np
 from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, parse_caption, render, synthesise
 from eval import tables
 from eval.output import folder_for, publish, require_at_least
-from eval.scores import Scores, score_clips, skills
+from eval.scores import ClipScore, Scores, score_clips, skills
 from magihuman.errors import NotApplicable, UserError
 from magihuman.io.files import write_result
 
@@ -63,6 +63,28 @@ class Clips:
         silence = np.zeros(FRAMES * SAMPLE_RATE // FPS)
         waves = np.stack([silence if wave is None else wave for wave in self.waves[part]])
         return frames_tensor(self.frames[part]), torch.from_numpy(waves).float()[:, None]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A column on a contact sheet: its clips, of which the first are shown, and the scores of these."""
+
+    name: str
+    role: str
+    clips: Clips
+    scores: Sequence[ClipScore]
+
+    def write(self, folder: Path, name: str, digits: int = 1) -> list[Path]:
+        """Write the shown clips as NAME-0.mp4, ... with their captions in .txt files; returns the mp4 files."""
+        from magihuman.media.mp4 import write_mp4
+
+        paths = [folder / f"{name}-{number:0{digits}}.mp4" for number in range(len(self.scores))]
+        for path, movie, wave, caption in zip(
+            paths, self.clips.frames, self.clips.waves, self.clips.captions, strict=False
+        ):
+            write_mp4(path, movie, FPS, None if wave is None else wave[None], SAMPLE_RATE)
+            path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        return paths
 
 
 def frames_tensor(clips: Sequence[np.ndarray]) -> "Tensor":
@@ -289,10 +311,9 @@ def run(
 
     drawn = {"scores": partial(figures.score_bars, values)}
     if keep:
-        paths = [folder / "clips" / f"clip-{index:06d}.mp4" for index in range(min(keep, len(made.captions)))]
-        write_clips(paths, made.frames, made.waves, made.captions)
-        sheet = figures.Shown(name, "model", made.frames[:keep], made.waves[:keep], scores.clips[:keep])
-        drawn["clips"] = partial(figures.contact_sheet, [sheet])
+        first = Shown(name, "model", made, scores.clips[:keep])
+        first.write(folder / "clips", "clip", digits=6)
+        drawn["clips"] = partial(figures.contact_sheet, [first])
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
     write_result(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
@@ -314,17 +335,6 @@ def _name_of(checkpoint: str | None, clips: str | None) -> str:
 
     name = str(checkpoint or clips).rstrip("/")
     return name if checkpoint is not None and name in checkpoint_names() else name.rsplit("/", 1)[-1]
-
-
-def write_clips(
-    paths: Sequence[Path], frames: Sequence[np.ndarray], waves: Sequence[np.ndarray | None], captions: Sequence[str]
-) -> None:
-    """Write a clip per path as mp4, with its caption in a .txt of the same name; further clips are left out."""
-    from magihuman.media.mp4 import write_mp4
-
-    for path, movie, wave, caption in zip(paths, frames, waves, captions, strict=False):
-        write_mp4(path, movie, FPS, None if wave is None else wave[None], SAMPLE_RATE)
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     scores = clips.score()
     clip = scores.clips[0]
     clip.right.update(face=False, shirt=False)
-    sheet = figures.contact_sheet([figures.Shown("t", "model", clips.frames, clips.waves, scores.clips)])
+    sheet = figures.contact_sheet([program.Shown("t", "model", clips, scores.clips)])
     face, shirt, heard = (clip.vision.attributes["face"], clip.vision.attributes["shirt"], " ".join(clip.speech.words))
     title = sheet.axes[0].get_title(loc="left")
     assert title == f"{puppets[0].caption}\nt | recognised: {heard} | wrong: face {face}, shirt {shirt}"
