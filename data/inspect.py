@@ -1,18 +1,13 @@
 """Statistics and a contact sheet of shards: `python -m data.inspect SHARDS [output=sheet.png]`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data.shards import Sample, SampleError, Shards
 from magihuman.errors import UserError
-
-if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
-    import torch
 
 STATISTICS_FROM = 256  # samples read for the statistics
 
@@ -56,18 +51,20 @@ def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str
 
 def statistics(reader: Shards, seed: int = 0) -> str:
     """Sizes of the buckets, and latent moments and text lengths of up to STATISTICS_FROM random samples."""
+    import torch
+
     found, corrupt = _some(reader, STATISTICS_FROM, seed)
     buckets = Counter(entry.bucket for entry in reader.entries)
     video = [s.tensors["video"].float().flatten(1).double() for s in found]
     audio = [s.tensors["audio"].double().T for s in found if "audio" in s.tensors]
     lines = [f"{len(reader)} samples, {len(found) + len(corrupt)} looked at, {len(corrupt)} corrupt"]
     lines += [f"  bucket {name}: {number}" for name, number in sorted(buckets.items())]
-    for name, table in (("video", _moments(video)), ("audio", _moments(audio))):
-        if len(table):
-            (low, least), (high, most) = table.min(0), table.max(0)
+    for name, parts in (("video", video), ("audio", audio)):  # [channels, n] each
+        if parts:
+            deviations, means = torch.std_mean(torch.cat(parts, 1), 1)
             lines.append(
-                f"  {name} latents: {len(table)} channels, mean {low:.2f} to {high:.2f}, "
-                f"deviation {least:.2f} to {most:.2f}"
+                f"  {name} latents: {len(means)} channels, mean {means.min():.2f} to {means.max():.2f}, "
+                f"deviation {deviations.min():.2f} to {deviations.max():.2f}"
             )
     for name, lengths in (
         ("words per caption", [len(str(s.meta.get("caption", "")).split()) for s in found]),
@@ -75,16 +72,6 @@ def statistics(reader: Shards, seed: int = 0) -> str:
     ):
         lines.append(f"  {name}: {min(lengths)} to {max(lengths)} (median {int(np.median(lengths))})")
     return "\n".join(lines + [f"  corrupt: {reason}" for reason in corrupt])
-
-
-def _moments(parts: list[torch.Tensor]) -> np.ndarray:
-    """(mean, standard deviation) over the second axis of [channels,n] tensors."""
-    if not parts:
-        return np.zeros((0, 2))
-    import torch
-
-    everything = torch.cat(parts, 1)
-    return torch.stack([everything.mean(1), everything.std(1)], 1).numpy()
 
 
 def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, seed: int) -> None:

@@ -105,7 +105,7 @@ def clip_errors(frames: np.ndarray, truth: np.ndarray, boundaries: Sequence[int]
     """Errors of a clip.
 
     Args:
-        boundaries: numbers of all frames that begin a latent; cuts: see `seam`.
+        boundaries: numbers of all frames that begin a latent, without the first; cuts: see `seam`.
 
     Raises:
         ValueError: clips of different shapes, or too small for SSIM.
@@ -158,8 +158,3 @@ def seam(cuts: Cuts, truth: np.ndarray, boundaries: Sequence[int]) -> float | No
     if not ends or not others:
         return None
     return float(np.mean(ends)) / max(float(np.mean(others)), 1e-9)
-
-
-def latent_starts(frames: int, stride: int) -> list[int]:
-    """Numbers of the frames that begin a latent, without the clip's first: 1, 1 + s, 1 + 2 s, ..."""
-    return list(range(1, frames, stride))

@@ -169,7 +169,7 @@ def paired_columns(values: Mapping[str, Mapping[str, np.ndarray]], against: str)
         measures[name]["sync_skill"] = stats.ratio(column["own"] - level, best).to_dict()
     own = per_clip[against]
     differences = {
-        name: {key: stats.difference(own[key], rows[key]).to_dict() for key in own if key in rows}
+        name: {key: stats.mean(own[key] - rows[key]).to_dict() for key in own if key in rows}
         for name, rows in per_clip.items()
         if name not in (against, "bound")
     }

@@ -81,18 +81,6 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Measure:
     return _bootstrap(lambda a, b, axis: a.sum(axis) / b.sum(axis), numerator, denominator)
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> Measure:
-    """Mean of a - b over clips of the same prompts (paired): [n] each.
-
-    Raises:
-        ValueError: the two have not the same length.
-    """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise ValueError(f"paired values need the same clips: {len(a)} against {len(b)}")
-    return mean(a - b)
-
-
 def proportion(hits: int, n: int) -> Measure:
     """Share of independent yes/no outcomes with Wilson's interval, which stays honest near 0 and 1."""
     from scipy.stats import binomtest

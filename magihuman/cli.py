@@ -1,4 +1,4 @@
-"""Command lines of the form key=value, made from a function's signature: `run(function)` is a whole program.
+"""Command lines of the form key=value, made from the signature of a function or dataclass: `run(function)` is a program.
 
 The function's defaults are the program's, its docstring's first lines and `Args:` are the help, its type
 hints are what values are checked against; Hydra's `_target_` can call the same function from a recipe.

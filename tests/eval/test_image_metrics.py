@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.image_metrics import CEILING, change_errors, clip_errors, flicker, latent_starts, luma, psnr, seam, ssim
+from eval.image_metrics import CEILING, change_errors, clip_errors, flicker, luma, psnr, seam, ssim
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_what_cannot_be_compared() -> None:
 
 DRAW = np.random.Generator(np.random.PCG64(3))
 TRUTH = DRAW.integers(40, 200, (13, 24, 24, 3)).astype(np.uint8)
-STARTS = latent_starts(13, 4)
+STARTS = [1, 5, 9]
 
 
 def nearness(frames: np.ndarray, truth: np.ndarray = TRUTH):
@@ -126,7 +126,6 @@ def test_a_jump_between_chunks_is_a_seam() -> None:
     assert found > 3
     assert change_errors(cut, TRUTH)[4] == pytest.approx(12, abs=1)
     assert seam([], TRUTH, STARTS) is None
-    assert STARTS == [1, 5, 9]
 
 
 def test_a_moment_that_is_hard_to_decode_is_no_seam() -> None:
