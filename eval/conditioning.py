@@ -14,10 +14,10 @@ import numpy as np
 
 from data.tiny.puppets import Puppet
 from eval import stats
+from eval.clips import Clips, ground_truth, held_out, noise_seed, through_codec
 from eval.dmd2 import sampler_words
-from eval.generate import Sampler
+from eval.generate import Sampler, tiny_pipelines
 from eval.output import folder_for, publish, require_at_least
-from eval.puppets import Clips, ground_truth, held_out, noise_seed, through_codec, tiny_pipelines
 from eval.scores import Scores
 
 # Set -> whether clips are conditioned on (first frame, audio).

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.tiny.puppets import SKINS, Puppet, draw_puppet
-from eval.puppets import HELD_OUT_SEED, Clips, ground_truth, through_codec
+from eval.clips import HELD_OUT_SEED, Clips, ground_truth, through_codec
 
 if TYPE_CHECKING:
     from magihuman.codecs.bundle import CodecBundle

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-    from eval.puppets import Shown
+    from eval.clips import Shown
     from eval.scores import ClipScore
 
 # ---- Shared parts ----

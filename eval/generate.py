@@ -1,4 +1,4 @@
-"""Timed sampling of several checkpoints and samplers from the same prompts and noise.
+"""Checkpoints of the tiny world, and timed sampling of several of them from the same prompts and noise.
 
 Every batch is sampled by each sampler before the next, so that times compare on a machine whose load changes. Latents
 that are measured again and again (a teacher's) can be cached in a folder; the cache is used only if the first batch,
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.clips import Clips, noise_seed
 from eval.output import training_record
-from eval.puppets import Clips, noise_seed
+from magihuman.errors import NotApplicable
 from magihuman.io.files import atomic_path
 from magihuman.io.provenance import code_version, fingerprint
 
@@ -28,6 +29,35 @@ if TYPE_CHECKING:
 
 TIMED = 3  # batches sampled of a cached sampler, for its time
 SAME = 1e-2  # root mean square difference of latents, of deviation 1, that other threads or machines may make
+
+
+def require_tiny(command: str, *checkpoints: str) -> None:
+    """Refuse checkpoints that are unknown, which needs no torch, or not of the tiny world.
+
+    Raises:
+        UserError: the first such checkpoint.
+    """
+    from magihuman import zoo
+
+    for name in checkpoints:
+        zoo.find(name)
+    for name in checkpoints:
+        if (codecs := zoo.config_of(name).codecs) != "tiny":
+            raise NotApplicable(f"{command} measures the tiny world, and {name} is of {codecs!r}")
+
+
+def tiny_pipelines(command: str, *checkpoints: str, device: str) -> "list[Pipeline]":
+    """Checkpoints of the tiny world with the same codecs, on the device auto, cpu or cuda; see `require_tiny`."""
+    require_tiny(command, *checkpoints)
+    import torch
+
+    from inference.pipeline import Pipeline
+    from magihuman import zoo
+    from magihuman.codecs.bundle import load_bundle
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    codecs = load_bundle("tiny")
+    return [Pipeline(zoo.load(name, chosen), codecs) for name in checkpoints]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
     python -m eval.sr checkpoint=tiny/sr output=eval/results/tiny_sr
 
-The clips are those of held-out puppets (`eval.puppets`); the second stage gets two sets of them:
+The clips are those of held-out puppets (`eval.clips`); the second stage gets two sets of them:
 
 clip    the puppet drawn at 64 pixels, through the codec. The truth at 128 pixels is known, so PSNR and SSIM are.
 base    samples of the first stage for the puppet's caption, with its own audio. There is no truth; sharpness and lip
@@ -24,11 +24,12 @@ import numpy as np
 
 from data.tiny.puppets import synthesise
 from eval import stats
+from eval.clips import HELD_OUT_SEED, frames_tensor, ground_truth, held_out, noise_seed
+from eval.generate import require_tiny, tiny_pipelines
 from eval.image_metrics import psnr, ssim
 from eval.output import folder_for, publish, require_at_least, short_names, training_record
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import measure_frames, mouth_region
-from eval.puppets import HELD_OUT_SEED, frames_tensor, ground_truth, held_out, noise_seed, require_tiny, tiny_pipelines
 from eval.scores import correlation
 from eval.tables import CANDIDATES, METRICS
 from magihuman.errors import UserError

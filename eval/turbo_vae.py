@@ -138,7 +138,7 @@ def run(
     configs: dict[str, Any] = {role: decoders.config_of(source) for role, source in sources.items()}
     import torch
 
-    from eval.puppets import frames_tensor, ground_truth, held_out
+    from eval.clips import frames_tensor, ground_truth, held_out
     from magihuman.codecs.bundle import load_bundle
     from magihuman.codecs.causal_decoder import CausalDecoderCodec
 

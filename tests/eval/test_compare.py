@@ -7,6 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import SKINS, draw_puppet, synthesise
+from eval.clips import Clips, ground_truth, held_out, through_codec
 from eval.compare import ROWS, Column, Comparison, column, deviation_of, energy_in, skin_tones, weights
 from eval.diversity import (
     SPACES,
@@ -19,7 +20,6 @@ from eval.diversity import (
     real_draw,
 )
 from eval.puppet_speech import Recognised, pitch, recognise
-from eval.puppets import Clips, ground_truth, held_out, through_codec
 from eval.scores import CLIP_METRICS
 from magihuman.codecs.bundle import load_bundle
 

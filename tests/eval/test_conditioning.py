@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval import conditioning
-from eval.puppets import ground_truth, held_out, through_codec
+from eval.clips import Clips, ground_truth, held_out, through_codec
 from magihuman import zoo
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
@@ -57,7 +57,7 @@ def test_what_is_given_is_in_the_samples() -> None:
     from magihuman import zoo
 
     world, puppets = load_bundle("tiny"), held_out(2)
-    truth, made = ground_truth(puppets), conditioning.Clips()
+    truth, made = ground_truth(puppets), Clips()
     pipeline = Pipeline(zoo.load("tiny/distill"), world)
     way = conditioning.Sampler("student", pipeline, pipeline.settings(steps=2))
     conditioning._sample(way, truth, slice(0, 2), (True, True), 0, made)

@@ -137,7 +137,7 @@ def test_edit_distance_equals_torchmetrics():
 
 def test_the_recogniser_learns_from_a_world_of_its_own():
     from data.tiny.dataset import make_clips
-    from eval.puppets import HELD_OUT_SEED
+    from eval.clips import HELD_OUT_SEED
 
     assert len({RECOGNISER_SEED, HELD_OUT_SEED, 0}) == 3
     assert str(RECOGNISER_SEED) in make_clips.__doc__

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from data.tiny.dataset import make_clips
+from data.tiny.puppets import draw_puppet
 from eval import puppets as program
-from eval.puppets import HELD_OUT_SEED, bounds, ground_truth, held_out, through_codec
+from eval.clips import HELD_OUT_SEED, Shown, ground_truth, held_out, through_codec
+from eval.puppets import bounds
 from magihuman.cli import run as command
 from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
@@ -49,7 +51,7 @@ def test_held_out_puppets_are_of_a_world_of_their_own():
     from eval.puppet_speech import RECOGNISER_SEED
 
     assert HELD_OUT_SEED not in (0, RECOGNISER_SEED)
-    trained = {make.caption for make in (program.draw_puppet(0, i) for i in range(2000))}
+    trained = {make.caption for make in (draw_puppet(0, i) for i in range(2000))}
     assert not trained & {p.caption for p in held_out(200)}
 
 
@@ -173,7 +175,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     scores = clips.score()
     clip = scores.clips[0]
     clip.right.update(face=False, shirt=False)
-    sheet = figures.contact_sheet([program.Shown("t", "model", clips, scores.clips)])
+    sheet = figures.contact_sheet([Shown("t", "model", clips, scores.clips)])
     face, shirt, heard = (clip.vision.attributes["face"], clip.vision.attributes["shirt"], " ".join(clip.speech.words))
     title = sheet.axes[0].get_title(loc="left")
     assert title == f"{puppets[0].caption}\nt | recognised: {heard} | wrong: face {face}, shirt {shirt}"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from eval import sr
+from eval.clips import ground_truth, held_out
 from eval.puppet_vision import measure_frames
-from eval.puppets import ground_truth, held_out
 from eval.readme_tables import sr_table
 from magihuman import zoo
 from magihuman.codecs.bundle import CodecBundle, load_bundle
