@@ -18,7 +18,7 @@ from magihuman.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from inference.memory import Stages
+    from inference.memory.offload import Stages
     from inference.pipeline import Pipeline
     from magihuman.codecs.bundle import CodecBundle
     from magihuman.io.export import ExportConfig
@@ -140,7 +140,7 @@ class Source:
 
         options, cpu, stages = self.options, torch.device("cpu"), None
         if options.memory != "fast":
-            from inference.memory import Stages
+            from inference.memory.offload import Stages
 
             stages = Stages(options.memory, self.device)
         # Modules that take turns on the device, and weights that change their form, are read into CPU memory first.
@@ -169,7 +169,7 @@ class Source:
         options, denoiser = self.options, loaded.denoiser
         if options.tier == "reference":
             if stages is not None or options.weights is not None:
-                from inference.memory import prepare_transformer
+                from inference.memory.offload import prepare_transformer
 
                 part = prepare_transformer(denoiser, options.memory, options.weights, self.device)
                 if stages is not None:
@@ -178,7 +178,7 @@ class Source:
         from inference.fast import prepare
 
         if options.weights is not None:
-            from inference.memory import store_weights
+            from inference.memory.quantization import store_weights
 
             here = denoiser.model.adapter.rope.bands.device
             store_weights(denoiser.model, options.weights, here, here)
@@ -199,7 +199,7 @@ def _with_cache(codecs: "CodecBundle", stages: "Stages | None") -> "CodecBundle"
     encoder = codecs.text_encoder
     if not issubclass(type(encoder), torch.nn.Module):  # isinstance would make mypy forget the protocol
         return codecs
-    from inference.memory import CachedText, encoder_identity
+    from inference.memory.text_cache import CachedText, encoder_identity
 
     if stages is not None:
         stages.add("text encoder", encoder)
@@ -258,7 +258,7 @@ def find(options: InferOptions, shared: bool = False) -> Source:
 
     device, checkpoint = choose_device(options.device), options.checkpoint
     if options.memory != "fast" or options.weights is not None:
-        from inference.memory import check_memory
+        from inference.memory.offload import check_memory
 
         check_memory(options.memory, options.weights)
     if options.dtype not in (None, "float32", "bfloat16"):

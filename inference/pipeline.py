@@ -3,7 +3,7 @@
     clip = pipeline.generate(["a prompt"], seeds=[1], steps=8)[0]
     clip.save("x.mp4")
 
-Each stage (text, condition, sample, refine, decode) names the networks that it needs, so that `inference.memory.Stages`
+Each stage (text, condition, sample, refine, decode) names the networks that it needs, so that `inference.memory.offload.Stages`
 can keep one of them on the device at a time.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from inference import decoding as clips
 from inference.decoding import Clip, Decoder, device_of
-from inference.memory import Stages
+from inference.memory.offload import Stages
 from inference.requests import InferOptions
 from inference.sampling import sample
 from inference.settings import SAMPLING_OPTIONS, Settings, latent_shape, require_role, resolve

@@ -21,7 +21,7 @@ from torch import nn
 from magihuman.codecs.costs import TEXT_LIMIT
 from magihuman.errors import UserError
 from magihuman.io.export import weight_files
-from magihuman.io.files import is_hub_id
+from magihuman.io.files import hub_folder, is_hub_id
 from magihuman.io.released_files import read_json
 
 WORD_CHANNELS = 64
@@ -157,28 +157,13 @@ class T5GemmaEncoder(nn.Module):
 
 
 def _complete_folder(source: str | Path) -> Path:
-    """Folder of a complete checkpoint.
-
-    Raises:
-        UserError: naming what is missing and the command that fetches it.
-    """
-    folder = Path(source).expanduser()
-    repo = str(source) if is_hub_id(source) else REPO
-    fetch = (
-        f"fetch it with: hf download {repo}{'' if repo == str(source) else ' --local-dir FOLDER'} "
-        "(accept its licence on the Hub and run `hf auth login` first)"
-    )
-    if is_hub_id(source):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            folder = Path(snapshot_download(repo, local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            raise UserError(f"the text encoder {repo} is not on this machine; {fetch}") from error
-    elif not folder.is_dir():
-        raise UserError(f"no folder {source} with a text encoder; {fetch}")
-
+    """Folder of a complete checkpoint. Raises UserError naming what is missing and the command that fetches it."""
+    hub = is_hub_id(source)
+    wanted = str(source) if hub else f"{REPO} --local-dir FOLDER"
+    fetch = f"fetch it with: hf download {wanted} (accept its licence on the Hub and run `hf auth login` first)"
+    folder = hub_folder(str(source)) if hub else Path(source).expanduser()
+    if folder is None or not folder.is_dir():
+        raise UserError(f"no folder {source} with a text encoder on this machine; {fetch}")
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json")

@@ -150,6 +150,17 @@ def _remove_left_over(parent: Path, prefix: str) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def hub_folder(repo: str) -> Path | None:
+    """Snapshot of a repository in the cache of the Hugging Face Hub, without network access; None where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return None
+
+
 def is_hub_id(source: str | Path) -> bool:
     """Whether `source` looks like an `owner/name` of the Hub and is not an existing path."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source))) and not Path(source).expanduser().exists()

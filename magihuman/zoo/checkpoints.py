@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from magihuman.codecs.bundle import RELEASED_REPO, ROLES
 from magihuman.errors import UserError
-from magihuman.io.files import is_hub_id
+from magihuman.io.files import hub_folder, is_hub_id
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
@@ -253,18 +253,14 @@ def _is_foreign(config: Path) -> bool:
 
 
 def _in_hub_cache(repo: str, inner: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     part = f" --include '{inner}/*'" if inner else ""
     fetch = f"fetch it with: hf download {repo}{part}"
-    try:
-        root = Path(snapshot_download(repo, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+    root = hub_folder(repo)
+    if root is None:
         missing = _missing("/".join(filter(None, (repo, inner))))
         if not inner and Path(repo).name in ROLES:  # as in weights/base: a folder for the published weights
-            raise UserError(f"{missing}; {_fetch_into(Path(repo))}") from None
-        raise UserError(f"{missing}, and the Hub's {repo} is not on this machine; {fetch}") from None
+            raise UserError(f"{missing}; {_fetch_into(Path(repo))}")
+        raise UserError(f"{missing}, and the Hub's {repo} is not on this machine; {fetch}")
     if not (root / inner).is_dir():
         known = f" (published are {', '.join(ROLES)})" if repo == RELEASED_REPO else ""
         raise UserError(f"the part {inner!r} of {repo} is not on this machine{known}; {fetch}")

@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from inference.memory import (
-    CachedText,
-    LayerStream,
-    Resident,
-    Stages,
-    encoder_identity,
-    prepare_transformer,
-    store_weights,
-)
-from inference.memory.quantization import StoredLinear
+from inference.memory.offload import LayerStream, Resident, Stages, prepare_transformer
+from inference.memory.quantization import StoredLinear, store_weights
+from inference.memory.text_cache import CachedText, encoder_identity
 from inference.sampling import sample
 from magihuman import zoo
 from magihuman.codecs.text_encoders import ByteTextEncoder

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import magihuman.models.dit as dit
-from inference.memory import LayerStream, store_weights
+from inference.memory.offload import LayerStream
+from inference.memory.quantization import store_weights
 from magihuman import zoo
 from magihuman.codecs import costs
 from magihuman.models.config import Checkpointing, DiTConfig

@@ -139,7 +139,7 @@ def test_for_inference_only() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="merge 'style' into the weights first"):
         exact(*inputs([4]), lora="style")
     stored = network(SMALL)
-    from inference.memory import store_weights
+    from inference.memory.quantization import store_weights
 
     store_weights(stored.model, "fp8", "cpu", "cpu")
     with pytest.raises(UserError, match="stored in fewer bits; leave out weights="):
