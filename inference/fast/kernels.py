@@ -50,12 +50,11 @@ def variants(name: str) -> tuple[Kernel, ...]:
     """Ways to run the kernel of that name, the better one first; "auto" is the CPU's choice by size."""
     if name == "cudnn":  # with fewer key heads where this cuDNN can, else with repeated ones
         return Kernel(name, _cudnn), Kernel("cudnn, repeated heads", _cudnn_repeated)
-    if name == "fp8_emulated":
-        return (Kernel(name, _emulated, eight_bits=True),)
     runs: dict[str, Run] = {
         "auto": _by_size, "plain": plain, "sdpa": _sdpa, "flash2": _flash2, "fa3": _fa3, "fp8": _fa3,
+        "fp8_emulated": _emulated,
     }  # fmt: skip
-    return (Kernel(name, runs[name], eight_bits=name == "fp8"),)
+    return (Kernel(name, runs[name], eight_bits=name.startswith("fp8")),)
 
 
 # -- the kernels -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 the same result (tested).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +91,6 @@ class WanDecoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """`forward` without gradients, fp32 out, as in `magihuman.codecs.protocols.VideoCodec`."""
         return self(latents.to(self.decoder.conv_in.weight.device)).float()
-
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """`decode` in one piece."""
-        yield self.decode(latents)
 
 
 def _up(block: Any, x: Tensor) -> Tensor:
