@@ -97,8 +97,7 @@ class BudgetedRun:
         self.results, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
         self.seconds, self.device, self.clock = seconds, device, clock
         self.status: dict[str, str] = {}
-        self._reasons: dict[str, str] = {}
-        self._took: dict[str, float] = {}
+        self._told: dict[str, str] = {}
         self._start = clock()
         self._now: Step | None = None
         self._cut_line = False
@@ -177,11 +176,10 @@ class BudgetedRun:
 
     def _end(self, step: Step, status: str, seconds: float, **values: Any) -> None:
         self.add(step.name, status, seconds=round(seconds, 2), **values)
-        self.status[step.name], self._took[step.name] = status, seconds
-        if "reason" in values:
-            self._reasons[step.name] = values["reason"].splitlines()[0][:160]
-        told = f": {self._reasons[step.name]}" if status != "done" else f" in {seconds:.1f} s"
-        self.say(f"{step.name}: {status}{told}")
+        reason = values.get("reason", "").partition("\n")[0][:160]
+        self.status[step.name] = status
+        self._told[step.name] = f"{status:<9}{seconds:>7.1f} s  {reason}".rstrip()
+        self.say(f"{step.name}: {status}" + (f" in {seconds:.1f} s" if status == "done" else f": {reason}"))
 
     def repeat(self, most: int) -> Iterator[int]:
         """Numbers of repetitions inside a step: at least one, and more only while they fit into `Step.longest` (so that
@@ -198,12 +196,8 @@ class BudgetedRun:
     def report(self, steps: Sequence[Step]) -> str:
         """Every step with its status, seconds, and the reason where there is no result."""
         width = 2 + max(len(step.name) for step in steps)
-        lines = [
-            f"{step.name:<{width}}{self.status[step.name]:<9}{self._took[step.name]:>7.1f} s  "
-            + self._reasons.get(step.name, "")
-            for step in steps
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), f"results in {self.results}"])
+        lines = [f"{step.name:<{width}}{self._told[step.name]}" for step in steps]
+        return "\n".join([*lines, f"results in {self.results}"])
 
 
 @dataclass

@@ -67,10 +67,9 @@ def draw(folder: Path) -> Path:
     most = {panel: max(sum(bar["size"] == size for bar in bars) for size in PUBLISHED) for panel, bars in shown.items()}
     ratios = [1 + count for count in most.values()]
     axes = figure.subplots(2, len(PUBLISHED), squeeze=False, height_ratios=ratios)
+    measured_too = len(shown["measured"]) > len(PUBLISHED)
     titles = {
-        "measured": "published and measured"
-        if len(shown["measured"]) > len(PUBLISHED)
-        else "published; none measured yet",
+        "measured": "published and measured" if measured_too else "published; none measured yet",
         "predicted": "PREDICTED, H100 (line: target)",
     }
     # One scale for measured and predicted bars of a size.

@@ -39,7 +39,7 @@ def _measured(
 
 def _newest_15b(folder: str, kind: str, *settings: str) -> list[Row]:
     """Newest rows of the 15B network, one for each value of these columns on each machine."""
-    rows = newest(REPO / folder, kind, lambda row: tuple(row[name] for name in settings))
+    rows = newest(REPO / folder, kind, lambda row: tuple(row[name] for name in ("model", *settings)))
     return [row for row in rows if row["model"] == "15b"]
 
 
@@ -340,7 +340,7 @@ def training_table(folder: str) -> str:
 
 def gains_table(folder: str) -> str:
     """Seconds of the last loop of every clip after each optimisation: predicted for an H200, and measured."""
-    found = _measured_rungs(REPO / folder)
+    found = _measured_rungs(folder)
     stages = {size: make(size).stages[-1] for size in PUBLISHED}
     rows, before = [], dict[tuple[str, str], float]()
 
@@ -376,12 +376,11 @@ def gains_table(folder: str) -> str:
     return f"{markdown.table(heads, rows, 'll' + 'r' * len(stages))}\n\n{told}"
 
 
-def _measured_rungs(folder: Path) -> dict[tuple[str, str], Row]:
+def _measured_rungs(folder: str) -> dict[tuple[str, str], Row]:
     """Newest row by rung and clip, of GPUs only."""
     found: dict[tuple[str, str], Row] = {}
-    rows = newest(folder, "ladder", lambda row: (row["key"], row["size"], row["model"]))
-    for row in sorted(rows, key=lambda row: row["made"]["date"]):
-        if on_gpu(row) and row["model"] == "15b":
+    for row in sorted(_newest_15b(folder, "ladder", "key", "size"), key=lambda row: row["made"]["date"]):
+        if on_gpu(row):
             # The ladder's own name for windows by cuDNN.
             by_cudnn = row["key"] == "attention" and row.get("attention_kernel") != "fa3"
             found["windows" if by_cudnn else row["key"], row["size"]] = row
@@ -443,14 +442,12 @@ def calibrated_table(folder: str) -> str:
     What the rates of products, attention and copies do not explain is launching, waiting, and kernels that move more
     than they must.
     """
+    files = [json.loads(file.read_text()) for file in sorted((REPO / folder).glob("*.json"))]
     latest: dict[tuple[str, ...], Row] = {}
-    for file in sorted((REPO / folder).glob("*.json")):
-        values = json.loads(file.read_text())
+    for values in sorted(files, key=lambda values: values["provenance"]["date"]):
         machine = values["provenance"].get("machine", "")
         if "rates_from" in values and recognise(machine) is not None:
-            key = machine, values["size"], values["tier"]
-            if key not in latest or values["provenance"]["date"] >= latest[key]["provenance"]["date"]:
-                latest[key] = values
+            latest[machine, values["size"], values["tier"]] = values
     parts, cells = ("products", "attention", "pointwise", "total"), []
     for (machine, size, tier), values in latest.items():
         for name, seconds in values["stages"].items():

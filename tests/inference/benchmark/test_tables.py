@@ -87,6 +87,13 @@ def test_latency_table_shows_what_was_measured(tmp_path: Path) -> None:
     assert "predicted" not in table.lower()
 
 
+def test_a_newer_row_of_another_network_hides_nothing(tmp_path: Path) -> None:
+    result_files.write("measure", "a", [row() | {"peak_memory_bytes": 45 * 10**9}], made(), tmp_path)
+    other = row() | {"model": "1b", "peak_memory_bytes": 9 * 10**9}
+    result_files.write("measure", "b", [other], made("2026-02-02T00:00:00+00:00"), tmp_path)
+    assert "| 1080p fast, H100 SXM | measured peak | 45.0 |" in result_tables.memory_table(str(tmp_path))
+
+
 def test_gains_stand_beside_predictions(tmp_path: Path) -> None:
     def rung(key: str, seconds: float) -> dict[str, Any]:
         return {
