@@ -214,12 +214,12 @@ def _fetch_into(folder: Path) -> str:
 
 def _within(folder: Path, label: str) -> Path:
     from magihuman.io.export import CONFIG
-    from magihuman.zoo.lora_files import is_lora
+    from magihuman.zoo.lora_files import lora_in
 
     for candidate in (folder, folder / "export"):
         if _has_weights(candidate):
             return candidate
-    lora = next((inner for inner in (folder, folder / "adapter") if is_lora(inner)), None)
+    lora = lora_in(folder)
     if lora is not None:
         raise UserError(f"{lora} is a LoRA; give the checkpoint that it changes, and lora={lora}")
     held = [name for name in ROLES if _has_weights(folder / name)]

@@ -12,7 +12,7 @@ from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
 from magihuman.io.markdown import aligned
 from magihuman.io.released_files import read_json
 from magihuman.io.streamed_safetensors import DTYPES
-from magihuman.zoo.lora_files import ADAPTER_CONFIG, is_lora
+from magihuman.zoo.lora_files import ADAPTER_CONFIG, lora_in
 from magihuman.zoo.names import choices
 
 BUFFERS = ("adapter.rope.bands",)  # not counted by `DiTConfig.parameter_count`
@@ -42,7 +42,7 @@ def describe(path: str | Path) -> str:
         parts.append(_tensor_table(weight_files(export)))
     elif loose := sorted(export.glob("*.safetensors")):
         parts.append(_tensor_table(loose))
-    lora = next((folder for folder in (path, path / "adapter") if is_lora(folder)), None)
+    lora = lora_in(path)
     if lora is not None:
         file = lora / ADAPTER_CONFIG
         parts.append(_json_block(f"LoRA ({file})", file))

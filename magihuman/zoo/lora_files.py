@@ -34,22 +34,21 @@ PREFIX = "base_model.model."
 TARGETS = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
 
 
-def is_lora(folder: str | Path) -> bool:
-    """Whether a folder holds a LoRA checkpoint."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
+def lora_in(folder: Path) -> Path | None:
+    """Folder of a LoRA checkpoint: itself, or adapter/ of a run folder; None where there is none."""
+    return next((inner for inner in (folder, folder / "adapter") if (inner / ADAPTER_CONFIG).is_file()), None)
 
 
 def find(lora: str | Path) -> Path:
-    """Folder of a LoRA checkpoint: itself, or adapter/ of a run folder.
+    """See `lora_in`.
 
     Raises:
         UserError: when there is none.
     """
-    folder = Path(lora).expanduser()
-    for candidate in (folder, folder / "adapter"):
-        if is_lora(candidate):
-            return candidate
-    raise UserError(f"{lora} holds no LoRA ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora")
+    found = lora_in(Path(lora).expanduser())
+    if found is None:
+        raise UserError(f"{lora} holds no LoRA ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora")
+    return found
 
 
 def save_lora(
