@@ -12,10 +12,11 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from magihuman.cli import option
 from magihuman.codecs.costs import TEXT_LIMIT
 from magihuman.errors import UserError
 
@@ -29,17 +30,6 @@ AUTO = "auto"
 MAX_CHARACTERS = 10_000  # scripts without spaces have long words
 
 
-def option(default: Any, help: str, *, identity: bool = False, command: bool = True) -> Any:
-    """A field of `InferOptions`.
-
-    Args:
-        help: its line of --help.
-        identity: the value is part of a clip's identity in its record (sampling settings are, without this).
-        command: the reproducing command states the value.
-    """
-    return field(default=default, metadata={"help": help, "identity": identity, "command": command})
-
-
 @dataclass(frozen=True, kw_only=True)
 class InferOptions:
     """Generate video clips with audio from text.
@@ -50,106 +40,108 @@ class InferOptions:
     together.
     """
 
+    # identity: the value is part of a clip's identity in its record (sampling settings are without it).
+    # command: whether the reproducing command states the value.
     checkpoint: str = option(
-        "tiny/base",
         "a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of the published weights",
+        "tiny/base",
     )
     lora: str | None = option(
-        None, "LoRA merged into the checkpoint: the folder adapter/ of a run with recipe=lora, or the run"
+        "LoRA merged into the checkpoint: the folder adapter/ of a run with recipe=lora, or the run", None
     )
     sr: str | None = option(
-        None, "checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr"
+        "checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr", None
     )
     turbo: str | None = option(
-        None,
         "a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or the "
         "folder turbo_vae of the published weights",
+        None,
     )
     tile: int | None = option(
-        None, "decode in tiles of so many pixels a side, for GPUs too small for whole frames", identity=True
+        "decode in tiles of so many pixels a side, for GPUs too small for whole frames", None, identity=True
     )
     codecs: str | None = option(
-        None,
         "package.module:function of your own codecs, for checkpoints that were trained with them; imports that code",
-    )
-    video_codec: str | None = option(None, "Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE")
-    audio_codec: str | None = option(
-        None, "Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO"
-    )
-    text_encoder: str | None = option(None, "T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA")
-    prompt: str | None = option(None, f"the scene and the speech, up to {TEXT_LIMIT} tokens")
-    prompts: str | None = option(
         None,
+    )
+    video_codec: str | None = option("Wan 2.2 VAE for the published weights; none takes MAGIHUMAN_WAN_VAE", None)
+    audio_codec: str | None = option(
+        "Stable Audio Open for the published weights; none takes MAGIHUMAN_STABLE_AUDIO", None
+    )
+    text_encoder: str | None = option("T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA", None)
+    prompt: str | None = option(f"the scene and the speech, up to {TEXT_LIMIT} tokens", None)
+    prompts: str | None = option(
         "a file of many prompts: .txt (one a line), .jsonl or .csv (prompt, and optionally seed, name, image, audio, "
         "seconds, negative_prompt)",
+        None,
         command=False,
     )
-    negative_prompt: str | None = option(None, "prompt of the unconditional branch of the guidance")
+    negative_prompt: str | None = option("prompt of the unconditional branch of the guidance", None)
     negative_prompt_file: str | None = option(
-        None, "the same from a text file; the released one is recognised by its hash", command=False
+        "the same from a text file; the released one is recognised by its hash", None, command=False
     )
-    output: str | None = option(None, "the mp4 to write; with prompts= the folder")
-    seed: int = option(42, "of the noise; prompt i of a file gets seed + i unless it has its own")
-    steps: int | None = option(None, "solver steps; none takes the checkpoint's setting, as for all sampling settings")
-    solver: str | None = option(None, "unipc, renoise (distilled models), euler or sde")
-    shift: float | None = option(None, "of the noise levels; higher spends more steps on noisy ones")
+    output: str | None = option("the mp4 to write; with prompts= the folder", None)
+    seed: int = option("of the noise; prompt i of a file gets seed + i unless it has its own", 42)
+    steps: int | None = option("solver steps; none takes the checkpoint's setting, as for all sampling settings", None)
+    solver: str | None = option("unipc, renoise (distilled models), euler or sde", None)
+    shift: float | None = option("of the noise levels; higher spends more steps on noisy ones", None)
     cfg: float | dict[str, float] | None = option(  # noqa: RUF009
-        None, 'guidance scale, 1 is off; or by part: cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"'
+        'guidance scale, 1 is off; or by part: cfg="{video_high: 5, video_low: 2, threshold: 500, audio: 5}"', None
     )
     cfg_passes: int = option(
-        1, "1 computes both branches of the guidance at once, 2 one after the other in less memory"
+        "1 computes both branches of the guidance at once, 2 one after the other in less memory", 1
     )
-    compat: str | None = option(None, "o2 lets unguided sampling change the given audio, as the released code does")
+    compat: str | None = option("o2 lets unguided sampling change the given audio, as the released code does", None)
     seconds: float | str | None = option(
-        None,
         "length, rounded to the nearest possible number of frames; auto takes the given audio's, or what the prompt's "
         "dialogue needs in its language",
+        None,
     )
     resolution: str | None = option(
-        None,
         "256p, 540p or 1080p with the published weights (the second stage is found next to the base)",
+        None,
         command=False,
     )
-    height: int | None = option(None, "of the clip in pixels, before super-resolution")
-    width: int | None = option(None, "of the clip in pixels, before super-resolution")
-    sr_steps: int | None = option(None, "solver steps of the second stage")
-    sr_cfg: float | None = option(None, "guidance scale of the second stage, 1 is off; the release also knows 3.5")
-    sr_height: int | None = option(None, "of the finished clip in pixels")
-    sr_width: int | None = option(None, "of the finished clip in pixels")
-    image: str | None = option(None, "image file for the first frame, cropped to the clip's shape")
+    height: int | None = option("of the clip in pixels, before super-resolution", None)
+    width: int | None = option("of the clip in pixels, before super-resolution", None)
+    sr_steps: int | None = option("solver steps of the second stage", None)
+    sr_cfg: float | None = option("guidance scale of the second stage, 1 is off; the release also knows 3.5", None)
+    sr_height: int | None = option("of the finished clip in pixels", None)
+    sr_width: int | None = option("of the finished clip in pixels", None)
+    image: str | None = option("image file for the first frame, cropped to the clip's shape", None)
     audio: str | None = option(
-        None, "audio file, or a clip with audio: conditions the clip and becomes its audio track"
+        "audio file, or a clip with audio: conditions the clip and becomes its audio track", None
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", identity=True)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto", identity=True)
     dtype: str | None = option(
-        None, "of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU", identity=True
+        "of the network: float32 or bfloat16; none is bfloat16 on a GPU, float32 on the CPU", None, identity=True
     )
-    memory: str = option("fast", "fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)")
+    memory: str = option("fast (all on the GPU), balanced (one stage at a time) or low (layer by layer)", "fast")
     weights: str | None = option(
-        None, "store the network's matrices in bf16, fp8 or int4; none keeps them", identity=True
+        "store the network's matrices in bf16, fp8 or int4; none keeps them", None, identity=True
     )
     tier: str | None = option(
-        None,
         "optimisation level of the network: reference, exact (the same bits, sooner), fast (the same mathematics in "
         "another order); approximate: fp8, fp8_attention, cached (for many steps); none is exact on the CPU, reference "
         "on a GPU",
+        None,
         identity=True,
     )
     batch: int | None = option(
-        None, "clips of a prompt file that are computed at once; none is 8, with the published weights 1", command=False
+        "clips of a prompt file that are computed at once; none is 8, with the published weights 1", None, command=False
     )
     gallery: bool = option(
-        False, "with prompts=: also write index.html, a page of the clips for any browser", command=False
+        "with prompts=: also write index.html, a page of the clips for any browser", False, command=False
     )
-    progress: bool = option(True, "show a progress bar", command=False)
+    progress: bool = option("show a progress bar", True, command=False)
 
     def identity(self) -> dict[str, Any]:
         """Options of a clip's identity other than its sampling settings."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
 
     def command(self) -> list[str]:
         """The command line with these options; None is left out."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["command"]}
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("command", True)}
         words = [f"{name}={_as_text(value)}" for name, value in chosen.items() if value is not None]
         return ["python", "-m", "magihuman.infer", *words]
 

@@ -46,9 +46,9 @@ def run(
         raise SystemExit(130) from None
 
 
-def option(help: str, default: Any = MISSING) -> Any:
-    """A field of a dataclass of settings with its line of --help; required without a default."""
-    return field(default=default, metadata={"help": help})
+def option(help: str, default: Any = MISSING, **facts: Any) -> Any:
+    """A field of a dataclass of settings with its line of --help, and further metadata; required without a default."""
+    return field(default=default, metadata={"help": help, **facts})
 
 
 def calm_bars() -> None:
