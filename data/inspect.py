@@ -80,12 +80,9 @@ def draw_sheet(reader: Shards, path: Path, samples: int, codecs: str | None, see
     from magihuman.media.contact_sheet import draw_contact_sheet
 
     name = codecs or reader.index.codecs
-    if not name:
-        raise UserError(f"{reader.folder} does not name the codecs that made it; give codecs=")
     allow_codecs(codecs)
     bundle = load_bundle(name, "cpu")
-    if reader.contract is not None:
-        reader.contract.require(bundle.contract, f"shards {reader.folder}", f"codecs {name}")
+    reader.contract.require(bundle.contract, f"shards {reader.folder}", f"codecs {name}")
     found, _ = _some(reader, samples, seed)
     clips = []
     for sample in found:

@@ -136,8 +136,7 @@ class Batches(Dataset[dict[str, Any]]):
         if None in samples:
             samples = self._replaced(samples, int(mine[0]))
         first = number * self._order.batch_size + self._rank * each
-        contract = self._shards.index.contract
-        silent = torch.zeros(0, contract["audio_channels"] if contract else 0)
+        silent = torch.zeros(0, self._shards.index.contract["audio_channels"])
         batch = collate([s for s in samples if s is not None], range(first, first + each), silent)
         return {**batch, "skipped": skipped}
 
@@ -320,16 +319,7 @@ class LatentDataModule(_Resumable):
 
     @property
     def contract(self) -> Contract:
-        """The latents' contract.
-
-        Raises:
-            UserError: the shards have no index.
-        """
-        if self.reader.contract is None:
-            raise UserError(
-                f"the shards in {self.shards} have no index.json and so no latent contract; copy it from "
-                "where they were made, or prepare them again"
-            )
+        """Contract of the latents."""
         return self.reader.contract
 
     @property

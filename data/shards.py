@@ -3,7 +3,7 @@
 A sample is two members of a tar: `KEY.safetensors` (video fp16 [C,T,h,w]; audio fp16 [A,Ca], absent without audio; text
 fp16 [S,Ct]; optionally video_sr, the same clip at the second stage's size, and frames uint8 [3,F,H,W]; further tensors
 are allowed) and `KEY.json` (caption, source, fps, seconds, width, height, bucket, has_audio, start). Any webdataset
-reader can read them; `index.json` adds the offset, length and checksum of each sample. Tars without an index are scanned.
+reader can read them; `index.json` adds the offset, length and checksum of each sample, and the latents' contract.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -141,13 +141,13 @@ class Index:
     """Content of index.json.
 
     Attributes:
-        codecs, contract: name of the codecs and their latent contract (`Contract.to_dict`); None without an index.
+        codecs, contract: name of the codecs and their latent contract (`Contract.to_dict`).
         shards: (file name, samples) in order.
         fingerprint: of the source files and settings.
     """
 
     codecs: str
-    contract: dict[str, Any] | None
+    contract: dict[str, Any]
     shards: list[tuple[str, list[Entry]]]
     fingerprint: str = ""
 
@@ -166,14 +166,17 @@ class Index:
 
     @classmethod
     def load(cls, folder: Path) -> Index:
-        """Read index.json, or scan the tars where there is none.
+        """Read index.json.
 
         Raises:
-            UserError: no shards there, or an index that cannot be read.
+            UserError: it is missing or cannot be read.
         """
         path = folder / INDEX
         if not path.exists():
-            return cls._scan(folder)
+            remedy = f"make shards with `python -m data.prepare input=VIDEOS output={folder}`"
+            if any(folder.glob("*.tar")):
+                remedy = "copy it from where the tars were made, or prepare them again"
+            raise UserError(f"shards={folder} holds no {INDEX}; {remedy}")
         try:
             content = json.loads(path.read_bytes())
             if content["format"] != FORMAT:
@@ -182,40 +185,8 @@ class Index:
             return cls(content["world"], content["contract"], shards, content.get("fingerprint", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); copy it again, or delete it "
-                "to have the shards scanned"
+                f"{path} cannot be read ({type(error).__name__}: {error}); copy it again, or prepare the shards again"
             ) from error
-
-    @classmethod
-    def _scan(cls, folder: Path) -> Index:
-        tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-        if not tars:
-            raise UserError(
-                f"shards={folder} holds no {INDEX} and no .tar; make them with "
-                f"`python -m data.prepare input=VIDEOS output={folder}`"
-            )
-        return cls("", None, [(tar.name, list(_scan_tar(tar))) for tar in tars])
-
-
-def _scan_tar(path: Path) -> Iterator[Entry]:
-    """Entries of a tar; the members of a sample are consecutive and share their stem."""
-    try:
-        with tarfile.open(path) as tar:
-            groups: list[tuple[str, int, int, str]] = []
-            for member in tar:
-                key = member.name.split(".", 1)[0]
-                end = member.offset_data + member.size + -member.size % tarfile.BLOCKSIZE
-                start, bucket = member.offset, ""
-                if groups and groups[-1][0] == key:
-                    _, start, _, bucket = groups.pop()
-                if member.name.endswith(".json"):
-                    content = tar.extractfile(member)
-                    bucket = json.load(content).get("bucket", "") if content else ""
-                groups.append((key, start, end, bucket))
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"shard {path} cannot be read ({error}); copy it again or remove it") from error
-    for key, start, end, bucket in groups:
-        yield Entry(key, start, end - start, bucket)
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -294,11 +265,11 @@ class Shards:
         return Sample(tensors, meta)
 
     @property
-    def contract(self) -> Contract | None:
-        """Latent contract; None for tars without an index."""
+    def contract(self) -> Contract:
+        """Contract of the latents."""
         from magihuman.models.config import Contract
 
-        return None if self.index.contract is None else Contract.from_dict(self.index.contract)
+        return Contract.from_dict(self.index.contract)
 
     def null_text(self) -> torch.Tensor | None:
         """[S,Ct] fp32 features of the empty prompt, None where the folder has none."""

@@ -145,10 +145,6 @@ def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, A
         UserError: the model is not made for these latents, or `init` is not this model.
     """
     contract, model = data.contract, settings.model
-    if contract is None:
-        raise UserError(
-            "the shards have no index.json, which describes their latents; copy it into the folder of the tars"
-        )
     sr_size = getattr(data, "sr_size", None)
     if model is not None:
         require_fit(model, contract)

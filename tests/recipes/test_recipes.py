@@ -90,7 +90,7 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
         ("model.pack.patch_size=4",): "set model.dit.video_in_channels=48",
         (f"init={parent}", "model.dit.hidden_size=32"): "is a model of another size than model.dit (hidden_size: 16",
         ("init=nothing/here",): "neither a folder nor a shipped name",
-        ("data.module.shards=/nowhere",): "holds no index.json and no .tar; make them with `python -m data.prepare",
+        ("data.module.shards=/nowhere",): "holds no index.json; make shards with `python -m data.prepare",
         (f"resume={parent}", "model.dit.num_layers=3"): "was saved with another model.dit (num_layers 2 then, 3 now)",
         (f"resume={parent}", "strategy=fsdp2"): "was saved with another strategy.name (files then, fsdp2 now)",
         (
