@@ -18,7 +18,7 @@ ALLOWED = {
     "zlib",
     "flash_attn",
 }
-OURS = ("magihuman.models", "magihuman.errors")
+OURS = ("magihuman.models", "magihuman.errors", "magihuman.plain_config")
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda p: p.name)
