@@ -1,7 +1,8 @@
 """Plain settings against the types of what they are for: check, name the mistake, convert, call.
 
 A schema is a dataclass, a class or a function; a *call* is a node with `_target_`, whose schema is the signature of
-the target. Messages name the setting and what to write instead. Imports neither torch nor Lightning by itself.
+the target. Messages name the setting and what to write instead. `PlainConfig` is the base of dataclasses that are stored
+in JSON and YAML. Imports neither torch nor Lightning by itself.
 """
 
 import difflib
@@ -9,9 +10,9 @@ import functools
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError
 
@@ -225,3 +226,35 @@ def call(node: Mapping[str, Any], path: str = "call", **provided: Any) -> Any:
     if node.get("_partial_", False):
         return functools.partial(target, **settings, **provided)
     return target(**settings, **provided)
+
+
+class PlainConfig:
+    """`from_dict` and `to_dict` of a dataclass whose fields are plain values or tuples of them."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make the config from plain values; lists become tuples.
+
+        Raises:
+            UserError: for an unknown or a missing key, naming it.
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
+            )
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise UserError(f"{cls.__name__}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, tuples as lists, ready for JSON or YAML."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def differences(self, other: "PlainConfig", but: Collection[str] = ()) -> list[str]:
+        """Texts `field: mine against theirs` for every field, `but` for some, in which another config of the kind differs."""
+        a, b = self.to_dict(), other.to_dict()
+        return [f"{k}: {a[k]!r} against {b[k]!r}" for k in a if a[k] != b[k] and k not in but]

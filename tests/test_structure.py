@@ -29,8 +29,8 @@ EXTRA = {"inference.benchmark.training_steps": {"recipes"}}
 FLOORS = {
     "magihuman": (
         ("errors",),
-        ("plain_config",),
-        ("flow", "schema"),
+        ("schema",),
+        ("flow",),
         ("models", "cli"),
         ("io", "cpu"),
         ("media",),

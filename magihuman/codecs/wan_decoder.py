@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.errors import UserError
-from magihuman.plain_config import PlainConfig
+from magihuman.schema import PlainConfig
 
 
 @dataclass(frozen=True)

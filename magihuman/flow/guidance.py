@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magihuman.plain_config import PlainConfig
+from magihuman.schema import PlainConfig
 
 MODALITIES = ("video", "audio")
 

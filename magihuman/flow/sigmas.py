@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from magihuman.errors import UserError
-from magihuman.plain_config import PlainConfig
+from magihuman.schema import PlainConfig
 
 KINDS = ("shifted", "logit_normal", "uniform")
 COUPLINGS = ("shared", "independent")

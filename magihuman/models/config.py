@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, Literal
 
 from magihuman.errors import UserError
-from magihuman.plain_config import PlainConfig
+from magihuman.schema import PlainConfig
 
 EXPERTS = 3
 """Experts of a multi-modality layer: video, audio, text, stacked in this order (SPEC 1.2)."""

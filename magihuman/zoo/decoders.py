@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS
-from magihuman.plain_config import PlainConfig
+from magihuman.schema import PlainConfig
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "zlib",
     "flash_attn",
 }
-OURS = ("magihuman.models", "magihuman.errors", "magihuman.plain_config")
+OURS = ("magihuman.models", "magihuman.errors", "magihuman.schema")
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda p: p.name)
