@@ -57,7 +57,7 @@ def statistics(reader: Shards, seed: int = 0) -> str:
     buckets = Counter(entry.bucket for entry in reader.entries)
     video = [s.tensors["video"].float().flatten(1).double() for s in found]
     audio = [s.tensors["audio"].double().T for s in found if "audio" in s.tensors]
-    lines = [f"{len(reader)} samples, {len(found) + len(corrupt)} looked at, {len(corrupt)} corrupt"]
+    lines = [f"{len(reader)} samples, {len(found) + len(corrupt)} checked, {len(corrupt)} corrupt"]
     lines += [f"  bucket {name}: {number}" for name, number in sorted(buckets.items())]
     for name, parts in (("video", video), ("audio", audio)):  # [channels, n] each
         if parts:

@@ -23,8 +23,8 @@ def measure(chosen: MeasureOptions) -> str:
         from inference.benchmark import figure, result_files, result_tables
 
         result_tables.render_readme(check=True)
-        pictures = figure.check_pictures(result_files.FOLDER)
-        return f"the tables of the README and {len(pictures)} pictures are those of the result files"
+        figures = figure.check_figures(result_files.FOLDER)
+        return f"the tables of the README and {len(figures)} figures are those of the result files"
     from inference.benchmark import measure as clips
 
     return clips.measure(chosen)
@@ -168,7 +168,7 @@ def train(minutes: float = 3.5, dry: bool = False, steps: str | None = None, out
 
 
 def collect(input: str = RUNS, output: str | None = None) -> str:
-    """Turn the results of `suite` and `train` into committed files, and render tables, picture and README.
+    """Turn the results of `suite` and `train` into committed files, and render tables, figure and README.
 
     Example:
         python -m inference.benchmark collect input=runs/latency

@@ -1,4 +1,4 @@
-"""Turns the JSON lines of runs into committed results, tables and the picture: `python -m inference.benchmark collect`.
+"""Turns the JSON lines of runs into committed results, tables and the figure: `python -m inference.benchmark collect`.
 
 The steps of one run become rows of the result files in inference/results/latency: a clip's row takes its loops, its
 decoder and its errors from the steps that measured each. Only sums, medians and rates are computed here; predictions at
@@ -193,7 +193,7 @@ def _sum(stages: Values, loops: list[str]) -> Values:
 
 
 def _rendered(folder: Path) -> list[str]:
-    """Predictions at measured rates, the picture, and the tables of the README."""
+    """Predictions at measured rates, the figure, and the tables of the README."""
     lines = []
     sizes = {
         row["size"]
@@ -212,5 +212,5 @@ def _rendered(folder: Path) -> list[str]:
     try:
         lines.append(f"drawn: {figure.draw(folder)}")
     except UserError:
-        lines.append("the picture was not drawn: pip install matplotlib, then collect again")
+        lines.append("the figure was not drawn: pip install matplotlib, then collect again")
     return [*lines, *([f"rendered: {result_tables.PAGE}"] if result_tables.render_readme() else [])]

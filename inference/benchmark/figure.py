@@ -50,7 +50,7 @@ def values(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(folder: Path) -> Path:
-    """Draw the bars into the folder; the picture carries a hash of its values.
+    """Draw the bars into the folder; the file carries a hash of its values.
 
     Raises:
         UserError: matplotlib is missing.
@@ -114,8 +114,8 @@ def digest(shown: dict[str, list[dict[str, Any]]]) -> str:
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
-def check_pictures(folder: Path) -> list[str]:
-    """The folder's picture, if it has one.
+def check_figures(folder: Path) -> list[str]:
+    """The folder's figure, if it has one.
 
     Raises:
         UserError: it does not show the folder's values.
@@ -125,8 +125,8 @@ def check_pictures(folder: Path) -> list[str]:
     path = folder / NAME
     if not path.exists():
         return []
-    with Image.open(path) as picture:
-        shown = picture.info.get(KEY)
+    with Image.open(path) as image:
+        shown = image.info.get(KEY)
     if shown != digest(values(folder)):
         raise UserError(f"{path} does not show the result files; run `python -m inference.benchmark table`")
     return [NAME]

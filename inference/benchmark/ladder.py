@@ -64,11 +64,11 @@ def ladder(case: ClipCase, rungs: str, options: str | None, device: str, repeat:
         row["roof"] = peaks
         try:
             row |= measured(tier, own)
-            told = "one pass of " + ", ".join(f"{s} {cell['median']:.4g} s" for s, cell in row["stages"].items())
+            found = "one pass of " + ", ".join(f"{s} {cell['median']:.4g} s" for s, cell in row["stages"].items())
         except Exception as error:  # compilers and kernels fail in many ways, and the other rungs still count
             row |= {"status": "n/a", "reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-            told = f"n/a: {row['reason']}"
+            found = f"n/a: {row['reason']}"
         rows.append(row)
-        print(f"{name:<14} {told}", flush=True)
+        print(f"{name:<14} {found}", flush=True)
         free(place)
     return f"written to {result_files.write('ladder', case.size, rows, made, folder)}"

@@ -24,10 +24,10 @@ from magihuman.models.denoiser import Denoiser
 
 T = TypeVar("T")
 CONDITIONS = ("image", "sound")
-"""Stages that run only where a picture or a sound is given; timed in addition to the request, not as part of it."""
+"""Stages that run only where an image or audio is given; timed in addition to the request, not as part of it."""
 STAGES = ("text", "noise", "base", "sr", "video decode", "to host", "audio decode", "encode and mux")
 PUBLISHED_STAGES = ("base", "sr", "video decode", "to host")
-"""Whose sum is compared with the published totals: diffusion, and pictures in the host's memory."""
+"""Whose sum is compared with the published totals: diffusion, and frames in the host's memory."""
 
 
 @dataclass
@@ -68,13 +68,13 @@ class TimedRequest:
             if isinstance(part, Missing):
                 self.missing[stage] = part.reason
         if "video decode" in self.missing:
-            self.missing["to host"] = "no pictures"
+            self.missing["to host"] = "no frames"
         if find_spec("av") is None:
             self.missing["encode and mux"] = "av is not installed"
         elif "video decode" in self.missing or "audio decode" in self.missing:
-            self.missing["encode and mux"] = "no pictures or no sound"
+            self.missing["encode and mux"] = "no frames or no audio"
         side = case.pixels if len(case.stages) == 1 else (base.height * case.stride[1], base.width * case.stride[2])
-        self.pictures = [torch.rand(1, 3, 1, *size, generator=generator) * 2 - 1 for size in {side, case.pixels}]
+        self.images = [torch.rand(1, 3, 1, *size, generator=generator) * 2 - 1 for size in {side, case.pixels}]
 
     @torch.no_grad()
     def run(self, look_for_waits: bool = False) -> dict[str, float]:
@@ -96,7 +96,7 @@ class TimedRequest:
             frames = self._decode(watch, parts.decoder, video)
             wave = self._apart(watch, "audio decode", lambda: parts.audio.decode(audio)[0].float().clamp(-1, 1).cpu())
             if frames is None or wave is None:
-                self.missing.setdefault("encode and mux", "no pictures or no sound")
+                self.missing.setdefault("encode and mux", "no frames or no audio")
             self._apart(watch, "encode and mux", lambda: self._write(frames, wave), host=True)
         times, self.worked = watch.finish(), watch.worked
         if not (torch.isfinite(video).all() and torch.isfinite(audio).all()):
@@ -135,10 +135,10 @@ class TimedRequest:
         return video, audio
 
     def _decode(self, watch: Stopwatch, codec: Any, video: Tensor) -> list[Tensor] | None:
-        """Pictures in the host's memory."""
+        """Frames in the host's memory."""
         parts = self._apart(watch, "video decode", lambda: [to_uint8(part) for part in Decoder(codec).frames(video)])
         if parts is None:
-            self.missing.setdefault("to host", "no pictures")
+            self.missing.setdefault("to host", "no frames")
             return None
         if not self._host:  # memory that the device can copy into, taken once
             self._host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda) for part in parts]
@@ -169,7 +169,7 @@ class TimedRequest:
             decoding.write(Path(folder) / "clip.mp4", iter(frames), FPS, *sound)
 
     def _conditions(self) -> dict[str, float]:
-        """A picture for every stage, and a sound of the clip's length."""
+        """An image for every stage, and audio of the clip's length."""
         if self.parts is None:
             return {}
         watch, parts = Stopwatch(self.device), self.parts
@@ -178,7 +178,7 @@ class TimedRequest:
             shape = 1, parts.audio.waveform_channels, parts.audio.hop * self.case.audio
             return parts.audio.encode(0.1 * torch.randn(shape, device=self.device))
 
-        self._apart(watch, "image", lambda: [parts.video.encode(picture.to(self.device)) for picture in self.pictures])
+        self._apart(watch, "image", lambda: [parts.video.encode(image.to(self.device)) for image in self.images])
         self._apart(watch, "sound", encode_sound)
         times = watch.finish()
         del times["request"]

@@ -29,12 +29,12 @@ def _measured(
     heads: Sequence[str],
     alignment: str,
     cells: Iterable[Sequence[str]],
-    told: str,
+    caption: str,
     rows: list[Row],
     nothing: str = NOTHING,
 ) -> str:
-    """A table with what is told about it and where its rows come from, or that there are none."""
-    return f"{markdown.table(heads, cells, alignment)}\n\n{f'{told} {origin(rows)}' if rows else nothing}"
+    """A table with its caption and the origin of its rows, or a note that there are none."""
+    return f"{markdown.table(heads, cells, alignment)}\n\n{f'{caption} {origin(rows)}' if rows else nothing}"
 
 
 def _newest_15b(folder: str, kind: str, *settings: str) -> list[Row]:
@@ -80,7 +80,7 @@ def latency_table(folder: str) -> str:
         parts.append(
             "Medians with extremes of one process; the total is base + SR + decode with the copy to the host's memory. "
             f"{origin(rows)} N counts video, audio and text tokens. Error: relative L2 distance of the velocities, at "
-            "256p from fp32, with windows for 1080p. Random weights: the times stand, the pictures mean nothing."
+            "256p from fp32, with windows for 1080p. Random weights: the times hold, the images mean nothing."
         )
     return "\n\n".join(parts)
 
@@ -184,12 +184,12 @@ def cpu_table(folder: str) -> str:
     )  # fmt: skip
     threads = " or ".join(sorted({str(row["made"]["threads"]) for row in rows}))
     load = max((row["made"].get("load_average", 0.0) for row in rows), default=0.0)
-    told = (
+    caption = (
         f"Measured on a CPU, medians; the clock's with extremes. {threads} thread(s); load average of the machine at the "
         f"start up to {load:g}: where it is above the threads, other programs lengthened the clock's times, not the "
         "processor's."
     )
-    return _measured(heads, "lllllllr", cells, told, rows, "Nothing measured yet.")
+    return _measured(heads, "lllllllr", cells, caption, rows, "Nothing measured yet.")
 
 
 def memory_table(folder: str) -> str:
@@ -232,9 +232,9 @@ def decoders_table(folder: str) -> str:
             where += ", cudnn.benchmark" if row.get("cudnn_benchmark") else ""
             memory = f"{found['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in found else "-"
             cells.append([*name, where, "", "", memory, _summary_cell(found["to_host_seconds"])])
-    told = "5 s at 25 fps, random weights, bf16; times are to pictures in the host's memory."
+    caption = "5 s at 25 fps, random weights, bf16; times are to frames in the host's memory."
     heads = ("clip", "decoder", "", "parameters", "TFLOP", "peak GB", "s")
-    return _measured(heads, "lllrrrl", cells, told, rows, "Nothing computed yet.")
+    return _measured(heads, "lllrrrl", cells, caption, rows, "Nothing computed yet.")
 
 
 def decode_cost_table(file: str) -> str:
@@ -262,13 +262,13 @@ def decode_cost_table(file: str) -> str:
     )  # fmt: skip
     assumed, published = values["assumed"], values["published_for_released_h100"]
     times = ", ".join(f"{size} {seconds:g}" for size, seconds in published.items())
-    told = (
+    caption = (
         "Nothing in this table was measured: counts from shapes, bf16, random weights. Predicted at "
         f"{assumed['flops_per_second'] / 1e12:g} TFLOP/s and {assumed['bandwidth']['h100'] / 1e12:g} TB/s, from "
         f"everything fused to every operation a kernel of its own; the release publishes {times} s for its decoder on "
         f"an H100. Target for B's peak at 1080p: {targets['peak_bytes_1080p'] / 1e9:g} GB."
     )
-    parts = [markdown.table(heads, cells, "llrrrrrrrr"), told]
+    parts = [markdown.table(heads, cells, "llrrrrrrrr"), caption]
     cpu = values["cpu"]
     if cpu is not None:
         timed = [
@@ -326,12 +326,12 @@ def training_table(folder: str) -> str:
         computed.append([where, "*computed by `zoo plan`*", f"{row['planned_bytes'] / 1e9:.1f}"])
     heads = ("step", "device", "clips", "compiled", "recomputed", "s", "tokens/s", "model PFLOP", "MFU", "peak GB")
     tokens = " or ".join(sorted({str(row["tokens_per_clip"]) for row in rows}))
-    told = (
+    caption = (
         f"One GPU, 5 s at 256p ({tokens} tokens), random weights; medians with extremes. Model "
         "FLOPs are those that the recipe needs: what is computed again in the backward pass does not count. MFU is "
         "their share of the data sheet's bf16 peak."
     )
-    steps = _measured(heads, "llrllrrrrr", cells, told, rows)
+    steps = _measured(heads, "llrllrrrrr", cells, caption, rows)
     return f"{steps}\n\n{markdown.table(('', '', 'GB'), computed, 'llr')}" if rows else steps
 
 
@@ -368,12 +368,12 @@ def gains_table(folder: str) -> str:
     made = [(row["made"], row.get("attention_kernel")) for row in found.values()]
     machines = sorted({f"{m['machine']}, {m['date'][:10]}, attention {kernel}" for m, kernel in made})
     heads = ["after", "", *(f"{size} {stage.name} x{stage.steps}" for size, stage in stages.items())]
-    told = (
+    caption = (
         "Seconds per loop and the change against the rung above. Predicted: computed from FLOPs and bytes at assumed "
         "rates (`python -m inference.benchmark.roofline ladder`), never measured. Measured: one pass times the passes of "
         f"the loop; {'; '.join(machines) or 'no GPU was available yet: there is no row'}."
     )
-    return f"{markdown.table(heads, rows, 'll' + 'r' * len(stages))}\n\n{told}"
+    return f"{markdown.table(heads, rows, 'll' + 'r' * len(stages))}\n\n{caption}"
 
 
 def _measured_rungs(folder: str) -> dict[tuple[str, str], Row]:
@@ -428,12 +428,12 @@ def predicted_table(file: str) -> str:
         if "target" in row:
             wanted = [f"{row['target'][size]:g}" for size in sizes]
             rows.append([f"*target, {_TARGETS[row['key']]}*", *wanted, ""])
-    told = (
+    caption = (
         "Computed from FLOPs and bytes at assumed rates of kernels, never measured; decoders at "
-        f"{assumed['decode_tflops']:g} TFLOP/s, pictures to the host at {assumed['link_gbps']:g} GB/s. Each row adds "
+        f"{assumed['decode_tflops']:g} TFLOP/s, frames to the host at {assumed['link_gbps']:g} GB/s. Each row adds "
         f"to the one above. {markdown.origin(file, values['provenance'])}"
     )
-    return f"{markdown.table(heads, rows)}\n\n{told}"
+    return f"{markdown.table(heads, rows)}\n\n{caption}"
 
 
 def calibrated_table(folder: str) -> str:
@@ -457,9 +457,9 @@ def calibrated_table(folder: str) -> str:
                 own = found["stages"][name]
                 explained = f"{own['seconds_per_pass']:.4f}; {own['explained']:.0%} explained"
                 cells.append([where, f"measured, {found['of']}", "-", "-", "-", explained])
-    told = "Predicted at the rates that microbenchmarks of the same run reached; never measured itself."
+    caption = "Predicted at the rates that microbenchmarks of the same run reached; never measured itself."
     heads = ("one pass", "", *(f"{part} s" for part in parts))
-    return f"{markdown.table(heads, cells, 'llrrrr')}\n\n{told if latest else NOTHING}"
+    return f"{markdown.table(heads, cells, 'llrrrr')}\n\n{caption if latest else NOTHING}"
 
 
 # -- the README

@@ -283,7 +283,7 @@ class SuiteBench(Bench):
         return {"size": size, "profile": profile_pass(lambda: bench_networks.one_pass(view, inputs), self.device)}
 
     def decode(self, size: str, name: str, cudnn_benchmark: bool = False) -> Values:
-        """A decoder alone, to pictures in the host's memory.
+        """A decoder alone, to frames in the host's memory.
 
         The network is freed first: at 1080p an 80 GB card does not hold it together with a running decoder.
 

@@ -124,7 +124,7 @@ def counted_memory(case: ClipCase, name: str) -> int:
 
 @torch.no_grad()
 def _measured(case: ClipCase, codec: Any, device: torch.device, repeat: int) -> Row:
-    """Seconds to pictures in the host's memory, which are copied while the next are decoded."""
+    """Seconds to frames in the host's memory, which are copied while the next are decoded."""
     last, decoder = case.stages[-1], Decoder(codec)
     shape = (1, codec.channels, last.frames, last.height, last.width)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(device)
@@ -157,7 +157,7 @@ def describe(row: Row) -> str:
 
 
 def decode_cost(name: str, height: int, width: int, latents: int) -> Row:
-    """Count one clip from latents to 8-bit pictures on the device, in bf16.
+    """Count one clip from latents to 8-bit frames on the device, in bf16.
 
     Args:
         name: of configs/decoder, for Wan latents: released, a, b.
@@ -165,12 +165,12 @@ def decode_cost(name: str, height: int, width: int, latents: int) -> Row:
 
     Returns:
         the arguments, and
-        frames: pictures that come out;
+        frames: number of decoded frames;
         parameters, weight_bytes: of the network;
         flops: of convolutions and linear maps, multiply-adds x 2, with what windows compute twice;
         product_bytes: what these read and write, weights once per call: all that fused kernels would move;
         pointwise_bytes: what every other operation reads and writes when each is a kernel of its own;
-        peak_bytes: most alive at a time: weights, activations, state, pictures; without kernels' own workspace.
+        peak_bytes: most alive at a time: weights, activations, state, frames; without kernels' own workspace.
     """
     codec = random_codec(name, "meta")
     z = torch.empty(1, codec.channels, latents, height // codec.stride[1], width // codec.stride[2], device="meta")

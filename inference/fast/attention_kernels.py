@@ -103,8 +103,8 @@ def choose(
             reason = next((found for found in trials if found is not None), None)
             if reason is None:
                 if failed:  # not for kernels that are merely not installed
-                    told = f"attention uses the kernel {kernel.name}; faster ones failed: {'; '.join(failed)}"
-                    warnings.warn(told, stacklevel=2)
+                    text = f"attention uses the kernel {kernel.name}; faster ones failed: {'; '.join(failed)}"
+                    warnings.warn(text, stacklevel=2)
                 return Choice(kernel, tuple(passed_over))
             failed.append(f"{kernel.name}: {reason}")
             passed_over.append(failed[-1])

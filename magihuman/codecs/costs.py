@@ -64,7 +64,7 @@ WAN_ENCODE_FIRST, WAN_ENCODE_MID = 1_188_800_512, 640
 
 
 def wan_encoder_flops(height: int, width: int) -> int:
-    """One picture, of latents [h,w]."""
+    """One frame, of latents [h,w]."""
     area = height * width
     return WAN_ENCODE_FIRST * area + 4 * area**2 * WAN_ENCODE_MID
 
@@ -101,11 +101,11 @@ def turbo_decoder_flops(frames: int, height: int, width: int) -> int:
 
 
 def causal_decoder_memory(config: CausalDecoderConfig, height: int, width: int, tile: int | None = None) -> CodecMemory:
-    """One of our decoders in bf16 for pictures of this size, in tiles of so many pixels a side.
+    """One of our decoders in bf16 for frames of this size, in tiles of so many pixels a side.
 
     Alive in its widest stage are a block's input, its middle, the same with its past, and a convolution's result; and
     the state twice, before and after. Of tiles, which overlap by a quarter (inference.decoding), one is decoded at a
-    time while all of them keep a state; the blended pictures are not included.
+    time while all of them keep a state; the blended frames are not included.
     """
     space = config.stride[1]
     rows, columns = height // space, width // space

@@ -347,7 +347,7 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
         assert torch.equal(words.half(), sample.tensors["text"])
         assert torch.equal(sample.tensors["frames"], truth.frames.permute(3, 0, 1, 2))
     text = inspect(str(tmp_path / "shards"), str(tmp_path / "sheet.png"), samples=3)
-    assert "4 samples, 4 looked at, 0 corrupt" in text
+    assert "4 samples, 4 checked, 0 corrupt" in text
     assert "bucket 25x64x64+a: 4" in text
     assert f"video latents: {world.contract.video_channels} channels" in text
     assert (tmp_path / "sheet.png").stat().st_size > 3000
@@ -367,7 +367,7 @@ def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path
     data[1000] ^= 0xFF
     (copy / "shard-000001.tar").write_bytes(bytes(data))
     text = inspect(str(copy), str(tmp_path / "x.png"), samples=2, codecs="pooled_bundle:build")  # user code is named
-    assert "12 samples, 12 looked at, 1 corrupt" in text
+    assert "12 samples, 12 checked, 1 corrupt" in text
     assert "checksum differs" in text
     bare = [sys.executable, "-m", "data.inspect", str(copy), "samples=0"]
     assert "1 corrupt" in subprocess.run(bare, cwd=REPO, capture_output=True, text=True, check=True).stdout

@@ -29,7 +29,7 @@ def stages(chosen: StagesOptions) -> str:
         lines += [
             "",
             f"{case.size}: {case.model} of {parameters / 1e9:.3g} B parameters, {case.seconds:g} s, "
-            f"{case.frames} pictures of {width}x{height}",
+            f"{case.frames} frames of {width}x{height}",
             f"{'stage':<14}{'tokens v+a+t=N':>24}{'passes':>8}{'TFLOP/pass':>12}{'PFLOP':>10}{'GB':>10}"
             f"{'least s':>10}  by",
         ]

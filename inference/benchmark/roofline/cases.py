@@ -76,7 +76,7 @@ class ClipCase:
 
     @property
     def frames(self) -> int:
-        """Pictures of the clip."""
+        """Frames of the clip."""
         return self.stride[0] * (self.stages[0].frames - 1) + 1
 
     @property
@@ -92,7 +92,7 @@ class ClipCase:
 
     @property
     def bytes_out(self) -> int:
-        """Of the 8-bit pictures."""
+        """Of the 8-bit frames."""
         return 3 * self.frames * self.pixels[0] * self.pixels[1]
 
 

@@ -84,7 +84,7 @@ def text_encoder(tokens: int) -> Work:
 
 
 def picture_encoder(case: ClipCase) -> Work:
-    """Wan encoder, one picture of every stage's size."""
+    """Wan encoder, one image of every stage's size."""
     flops = sum(costs.wan_encoder_flops(stage.height, stage.width) for stage in case.stages)
     pixels = sum(3 * stage.height * stage.width * case.stride[1] * case.stride[2] for stage in case.stages)
     moved = BF16 * (len(case.stages) * costs.WAN_ENCODER_PARAMETERS + pixels)
@@ -103,7 +103,7 @@ def sound_decoder(case: ClipCase) -> Work:
 
 
 def video_decoder(case: ClipCase, decoder: str = "turbo") -> Work:
-    """The last stage's latents to 8-bit pictures on the device."""
+    """The last stage's latents to 8-bit frames on the device."""
     last = case.stages[-1]
     flops = decoder_flops(decoder, last.frames, last.height, last.width)
     return Work("video decode", flops, BF16 * decoder_parameters(decoder) + case.bytes_out)

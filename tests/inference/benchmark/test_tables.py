@@ -9,7 +9,7 @@ import pytest
 from inference.benchmark import result_files, result_tables
 from inference.benchmark.__main__ import measure
 from inference.benchmark.case_options import MeasureOptions
-from inference.benchmark.figure import check_pictures, draw, values
+from inference.benchmark.figure import check_figures, draw, values
 from inference.benchmark.result_tables import predicted_table
 from inference.benchmark.roofline import predict
 from magihuman.errors import UserError
@@ -170,10 +170,10 @@ def test_picture_carries_its_values(tmp_path: Path) -> None:
     assert not any(bar["name"] in ("fp8", "attention") for bar in bars["measured"])
     path = draw(tmp_path)
     assert path.stat().st_size > 10_000
-    assert check_pictures(tmp_path) == ["latency.png"]
+    assert check_figures(tmp_path) == ["latency.png"]
     result_files.write("measure", "b", [row("256p")], made(), tmp_path)
     with pytest.raises(UserError, match="does not show the result files"):
-        check_pictures(tmp_path)
+        check_figures(tmp_path)
 
 
 def test_check_is_a_flag_of_the_usual_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
