@@ -24,7 +24,7 @@ def measure(chosen: MeasureOptions) -> str:
 
         result_tables.render_readme(check=True)
         figures = figure.check_figures(result_files.FOLDER)
-        return f"the tables of the README and {len(figures)} figures are those of the result files"
+        return f"the README's tables and figures ({len(figures)}) are those of the result files"
     from inference.benchmark import measure as clips
 
     return clips.measure(chosen)

@@ -216,6 +216,6 @@ def test_committed_predictions_are_what_the_code_computes() -> None:
         predicted_table(str(measured))
 
 
-def test_the_readme_and_its_picture_come_from_the_files() -> None:
+def test_the_readme_and_its_figure_come_from_the_files() -> None:
     """What `python -m inference.benchmark --check` proves."""
-    assert "tables of the README and 1 pictures" in measure(MeasureOptions(check=True))
+    assert "tables and figures (1) are those of the result files" in measure(MeasureOptions(check=True))
