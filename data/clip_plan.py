@@ -21,8 +21,8 @@ from magihuman.media import images
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Choices of a clip's size and length.
+class ClipFormats:
+    """Sizes and lengths that clips may have.
 
     Attributes:
         sizes: (height, width) in pixels; lengths: in frames, longest first; fps: of the latents.
@@ -35,8 +35,8 @@ class Shapes:
     large: Sequence[tuple[int, int]] = ()
 
     @classmethod
-    def of(cls, options: PrepareOptions, codecs: Mapping[str, Any]) -> "Shapes":
-        """Choices of `options`, or the usual ones of codecs (`data.encode.describe_codecs`).
+    def of(cls, options: PrepareOptions, codecs: Mapping[str, Any]) -> "ClipFormats":
+        """Those of `options`, or the usual ones of the codecs (`data.encode.describe_codecs`).
 
         Raises:
             UserError: a size or length that cannot be encoded, or sizes that are no pairs.
@@ -94,7 +94,11 @@ def key_of(relative: str, window: int) -> str:
 
 
 def make_plan(
-    files: Sequence[MediaFile], tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, shapes: Shapes
+    files: Sequence[MediaFile],
+    tables: Tables,
+    duplicates: Mapping[str, str],
+    options: PrepareOptions,
+    formats: ClipFormats,
 ) -> ClipPlan:
     """Plan the clips of `files`, in this order.
 
@@ -105,14 +109,14 @@ def make_plan(
     rejected: dict[str, str] = {}
     for found in files:
         try:
-            clips += _clips_of(found, tables, duplicates, options, shapes)
+            clips += _clips_of(found, tables, duplicates, options, formats)
         except Rejected as rejection:
             rejected[found.relative] = str(rejection)
     return ClipPlan(clips, rejected)
 
 
 def _clips_of(
-    found: MediaFile, tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, shapes: Shapes
+    found: MediaFile, tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, formats: ClipFormats
 ) -> list[PlannedClip]:
     info = found.info
     if info is None:
@@ -130,25 +134,25 @@ def _clips_of(
         raise Rejected("has no caption: put a .txt next to it or a row into a table (captions=optional takes it)")
     if info.seconds > found.size:
         raise Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
-    choices = shapes.large or shapes.sizes
+    choices = formats.large or formats.sizes
     best = choose_size(info.height, info.width, choices, options.max_crop, options.max_enlarge)
-    size = shapes.sizes[list(choices).index(best)]
+    size = formats.sizes[list(choices).index(best)]
     still = info.kind == "image"
     if still:
         windows = [(0, 1)]
     else:
-        available = max(0, ceil(info.seconds * shapes.fps - 0.5 - 1e-6))  # frames whose midpoint lies inside it
-        windows = cut(available, shapes.lengths, options.max_windows)
+        available = max(0, ceil(info.seconds * formats.fps - 0.5 - 1e-6))  # frames whose midpoint lies inside it
+        windows = cut(available, formats.lengths, options.max_windows)
         if not windows:
             raise Rejected(
-                f"is too short: {info.seconds:.2f} s are {available} frames at {shapes.fps:g} fps, "
-                f"the shortest length is {min(shapes.lengths)}"
+                f"is too short: {info.seconds:.2f} s are {available} frames at {formats.fps:g} fps, "
+                f"the shortest length is {min(formats.lengths)}"
             )
     return [
         PlannedClip(
             key=key_of(found.relative, number), path=found.path, relative=found.relative, caption=caption,
-            start=first / shapes.fps, frames=frames, height=size[0], width=size[1], still=still,
-            large=best if shapes.large else None,
+            start=first / formats.fps, frames=frames, height=size[0], width=size[1], still=still,
+            large=best if formats.large else None,
         )
         for number, (first, frames) in enumerate(windows)
     ]  # fmt: skip

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from magihuman.cli import option
 from magihuman.errors import UserError
 
-ANY_RESULT = ("workers", "device", "progress")
-"""Options that the shards do not depend on."""
+RUNTIME_OPTIONS = ("workers", "device", "progress")
+"""Options without effect on the content of the shards."""
 
 
 @dataclass(frozen=True)
@@ -74,4 +74,4 @@ class PrepareOptions:
 
     def identity(self) -> dict[str, Any]:
         """The options that decide the shards, and where they are."""
-        return {name: value for name, value in asdict(self).items() if name not in ANY_RESULT}
+        return {name: value for name, value in asdict(self).items() if name not in RUNTIME_OPTIONS}

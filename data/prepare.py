@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.captions import read_tables
-from data.clip_plan import ClipPlan, Shapes, make_plan
+from data.clip_plan import ClipFormats, ClipPlan, make_plan
 from data.encode import ShardJob, ShardResult, describe_codecs, probe_files, write_shard
 from data.options import PrepareOptions
 from data.prepare_report import PrepareReport, make_report
@@ -100,11 +100,11 @@ class _Preparation:
         options = self.options
         payload = (options.codecs, options.device, str(self.work))
         codecs = dict(pool.run(describe_codecs, {"codecs": payload}))["codecs"]
-        shapes = Shapes.of(options, codecs)
+        formats = ClipFormats.of(options, codecs)
         files = self._probe(pool, listing.media)
         tables = read_tables([*listing.tables, *([Path(options.table).absolute()] if options.table else [])])
         duplicates = {} if options.duplicates == "keep" else find_duplicates(files)
-        plan = make_plan(files, tables, duplicates, options, shapes)
+        plan = make_plan(files, tables, duplicates, options, formats)
         fingerprint = self._claim_output(files, plan, codecs)
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
@@ -113,7 +113,7 @@ class _Preparation:
         entries, rejected, shards = self._encode(pool, plan)
         listing = Listing(files, listing.tables, listing.ignored)
         shown = {key: value for key, value in options.identity().items() if value is not None}
-        report = make_report(shown, listing, tables, self.source, plan, entries, rejected, shapes.fps)
+        report = make_report(shown, listing, tables, self.source, plan, entries, rejected, formats.fps)
         report.save(self.target)
         if not entries:
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
@@ -230,7 +230,7 @@ def main() -> None:
     """The command `python -m data.prepare`, also installed as `magihuman-prepare`."""
     from magihuman.cli import run
 
-    print(run(prepare, "python -m data.prepare", options=PrepareOptions).summary())
+    print(run(prepare, "python -m data.prepare").summary())
 
 
 if __name__ == "__main__":

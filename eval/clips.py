@@ -57,7 +57,7 @@ class Clips:
 
 
 @dataclass(frozen=True)
-class Shown:
+class SheetColumn:
     """A column on a contact sheet: its clips, of which the first are shown, and the scores of these."""
 
     name: str

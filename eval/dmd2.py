@@ -20,7 +20,7 @@ import numpy as np
 
 from data.tiny.puppets import SKINS
 from eval import tables
-from eval.clips import BOUND, HELD_OUT_SEED, Clips, Shown, ground_truth, held_out, through_codec
+from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, through_codec
 from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all, tiny_pipelines
@@ -142,13 +142,13 @@ def _samplers(names: Sequence[str], teacher: str, device: str) -> list[Sampler]:
 
 def _measured(
     samplers: Sequence[Sampler], captions: Sequence[str], seeds: int, keep: int, progress: bool
-) -> tuple[list[Column], list[Shown]]:
+) -> tuple[list[Column], list[SheetColumn]]:
     """All columns, ground truth and codec bound first, and the clips of the first prompts for the contact sheet."""
     from tqdm import tqdm
 
     puppets, codecs = held_out(len(captions)), samplers[0].pipeline.codecs
     columns: list[Column] = []
-    shown: list[Shown] = []
+    shown: list[SheetColumn] = []
     with tqdm(total=len(samplers) + 3, desc="measuring", unit="column", disable=not progress) as bar:
         reference = Reference(puppets, codecs, first_draw=seeds)
         bar.update()
@@ -163,7 +163,7 @@ def _measured(
             distribution = reference.distances(by_prompt([embed(clips, codecs) for clips in draws]))
             columns.append(column(name, role, scores, [clips.waves for clips in draws], distribution, facts))
             if role != "truth":
-                shown.append(Shown(name, role, draws[0], scores[0].clips[:keep]))
+                shown.append(SheetColumn(name, role, draws[0], scores[0].clips[:keep]))
             bar.update()
 
         add("ground truth", "truth", truths)
@@ -206,7 +206,7 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_report(
-    run: Path, folder: Path, values: dict[str, Any], shown: Sequence[Shown], saved: Sequence[Path]
+    run: Path, folder: Path, values: dict[str, Any], shown: Sequence[SheetColumn], saved: Sequence[Path]
 ) -> Path:
     """Write report.md and report.png into a run folder; `folder` has the comparison's own files, `saved` are its clips."""
     from eval.figures import run_page

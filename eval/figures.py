@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-    from eval.clips import Shown
+    from eval.clips import SheetColumn
     from eval.scores import ClipScore
 
 # ---- Shared parts ----
@@ -89,14 +89,14 @@ def score_bars(values: Values) -> Figure:
 # ---- Contact sheets of eval.puppets and eval.dmd2 ----
 
 
-def contact_sheet(shown: Sequence["Shown"]) -> Figure:
+def contact_sheet(shown: Sequence["SheetColumn"]) -> Figure:
     """Per prompt nine frames of every column, and curves of the mouth opening: visible, and called for by the audio."""
     figure = Figure(figsize=(13.5, 1.4 * len(shown) * len(shown[0].scores) + 0.5), layout="constrained")
     _clip_rows(figure, shown)
     return figure
 
 
-def _clip_rows(figure: "Figure | SubFigure", shown: Sequence["Shown"], prompts: int | None = None) -> None:
+def _clip_rows(figure: "Figure | SubFigure", shown: Sequence["SheetColumn"], prompts: int | None = None) -> None:
     """Rows of a contact sheet, of the first `prompts` prompts only where that is given."""
     count = len(shown[0].scores[:prompts])
     grid = figure.add_gridspec(count * len(shown), 2, width_ratios=(9, 3))
@@ -196,7 +196,7 @@ def _time_bars(axes: "Axes", values: Values, palette: Mapping[str, str]) -> None
     axes.tick_params(labelsize=7)
 
 
-def run_page(metrics: Path, shown: Sequence["Shown"]) -> Figure:
+def run_page(metrics: Path, shown: Sequence["SheetColumn"]) -> Figure:
     """One page of a distillation run: training curves, and clips of teacher and student."""
     few = [column for column in shown if column.role in ("teacher", "student")]
     lines = min(3, len(shown[0].scores)) * len(few)

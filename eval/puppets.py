@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
 from eval import tables
-from eval.clips import BOUND, HELD_OUT_SEED, Clips, Shown, ground_truth, held_out, noise_seed, through_codec
+from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
 from eval.generate import tiny_pipelines
 from eval.output import folder_for, publish, require_at_least
 from eval.scores import Scores, skills
@@ -190,7 +190,7 @@ def run(
 
     drawn = {"scores": partial(figures.score_bars, values)}
     if keep:
-        first = Shown(name, "model", made, scores.clips[:keep])
+        first = SheetColumn(name, "model", made, scores.clips[:keep])
         first.write(folder / "clips", "clip", digits=6)
         drawn["clips"] = partial(figures.contact_sheet, [first])
     for file, why in refused.items():

@@ -150,14 +150,14 @@ class Decoder:
         """
         if latents.ndim == 5 and len(latents) != 1:
             raise ValueError(f"latents {list(latents.shape)}: frames are streamed clip by clip")
-        waiting: _Arriving | None = None
+        waiting: _PendingCopy | None = None
         for part in self.frames(latents if latents.ndim == 5 else latents[None]):
             frames = to_uint8(part)
             del part  # makes room for the next one
             if frames.device.type != "cuda":
                 yield frames.cpu()
                 continue
-            arriving = _Arriving(frames)
+            arriving = _PendingCopy(frames)
             if waiting is not None:
                 yield waiting.wait()
             waiting = arriving
@@ -197,7 +197,7 @@ def to_uint8(frames: Tensor) -> Tensor:
     return torch.cat([frames_to_uint8(frames[:, :, i : i + 1])[0] for i in range(frames.shape[2])])
 
 
-class _Arriving:
+class _PendingCopy:
     """Frames on their way from a GPU: on a stream of its own, so that the next chunk need not wait for the copy."""
 
     def __init__(self, frames: Tensor) -> None:

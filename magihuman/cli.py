@@ -11,34 +11,28 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
-from types import MappingProxyType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError, report_and_exit
 
 
-def run(
-    function: Callable[..., Any], program: str, argv: Sequence[str] | None = None, options: type | None = None
-) -> Any:
+def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None = None) -> Any:
     """Call `function` with the settings of `argv` (default: of the process) and return what it returns.
 
     --help prints the help and exits 0; a `UserError`, also of a wrong setting, is one line and exit 2;
     Ctrl-C is one line and exit 130.
 
     Args:
+        function: takes the settings, or one dataclass of settings, see `schema_of`.
         program: what the user typed, such as "python -m data.tiny".
-        options: dataclass of the settings, whose instance is then the function's argument; its fields' "help" in the
-            metadata is the help.
     """
     calm_bars()
-    schema: Callable[..., Any] = options or function
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in arguments):
-        print(usage(schema, program))
+        print(usage(schema_of(function), program))
         raise SystemExit(0)
     try:
-        given = settings(schema, arguments, program)
-        return function(**given) if options is None else function(options(**given))
+        return call_with(function, settings(schema_of(function), arguments, program))
     except UserError as error:
         report_and_exit(error)
     except KeyboardInterrupt:
@@ -46,9 +40,21 @@ def run(
         raise SystemExit(130) from None
 
 
-def option(help: str, default: Any = MISSING, **facts: Any) -> Any:
-    """A field of a dataclass of settings with its line of --help, and further metadata; required without a default."""
-    return field(default=default, metadata={"help": help, **facts})
+def schema_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What declares a command's settings: the dataclass that is the function's only parameter, else the function."""
+    hints = [get_type_hints(function).get(name) for name in inspect.signature(function).parameters]
+    return hints[0] if len(hints) == 1 and is_dataclass(hints[0]) else function  # type: ignore[return-value]
+
+
+def call_with(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Call a function with settings by name, or with the dataclass of settings that it takes."""
+    schema = schema_of(function)
+    return function(**given) if schema is function else function(schema(**given))
+
+
+def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """A field of a dataclass of settings with its line of --help and further metadata; required without a default."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 def calm_bars() -> None:
@@ -60,31 +66,23 @@ def calm_bars() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
-def run_one(
-    functions: Mapping[str, Callable[..., Any]],
-    program: str,
-    argv: Sequence[str] | None = None,
-    options: Mapping[str, type] = MappingProxyType({}),
-) -> Any:
+def run_one(functions: Mapping[str, Callable[..., Any]], program: str, argv: Sequence[str] | None = None) -> Any:
     """`run` the function that the first argument names; the first of `functions` where it names none.
 
     --help alone lists the names; behind a name it is that function's help.
-
-    Args:
-        options: dataclasses of the settings, of those functions that take one.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-") and "=" not in arguments[0] and arguments[0] != "help":
         name = arguments.pop(0)
         if name not in functions:
             report_and_exit(UserError(f"{program} has no command {name!r}; it has {', '.join(functions)}"))
-        return run(functions[name], f"{program} {name}", arguments, options.get(name))
+        return run(functions[name], f"{program} {name}", arguments)
     first = next(iter(functions))
     if arguments not in (["-h"], ["--help"], ["help"]):
-        return run(functions[first], program, arguments, options.get(first))
+        return run(functions[first], program, arguments)
     lines = [f"usage: {program} [COMMAND] [key=value ...]", "", "commands (COMMAND --help tells more):"]
     for name, function in functions.items():
-        about = (inspect.getdoc(function) or "").partition("\n\n")[0]
+        about = (inspect.getdoc(schema_of(function)) or "").partition("\n\n")[0]
         usual = " (the usual one)" if name == first else ""
         lines.append(f"  {name:<10} {' '.join(about.split())}{usual}")
     print("\n".join(lines))

@@ -99,28 +99,27 @@ def _schema(target: Callable[..., Any]) -> tuple[dict[str, Any], set[str], bool]
         hints = get_type_hints(target)
         required = {f.name for f in fields(target) if f.init and f.default is MISSING and f.default_factory is MISSING}
         return {f.name: hints[f.name] for f in fields(target) if f.init}, required, False
+    functions = [target]
     if inspect.isclass(target):
-        constructors = [vars(base)["__init__"] for base in target.__mro__[:-1] if "__init__" in vars(base)]
-    else:
-        constructors = [target]
+        functions = [vars(base)["__init__"] for base in target.__mro__[:-1] if "__init__" in vars(base)]
     names: dict[str, Any] = {}
     required = set()
-    for function in constructors:
+    further = False
+    for function in functions:
         try:
             hints = get_type_hints(function)
         except (NameError, TypeError):
             hints = {}
-        further = False
-        for parameter in list(inspect.signature(function).parameters.values())[inspect.isclass(target) :]:
-            if parameter.kind is parameter.VAR_KEYWORD:
-                further = True
-            elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        parameters = list(inspect.signature(function).parameters.values())
+        for parameter in parameters[1:] if inspect.isclass(target) else parameters:  # without self
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 if parameter.name not in names and parameter.default is parameter.empty:
                     required.add(parameter.name)
                 names.setdefault(parameter.name, hints.get(parameter.name, Any))
+        further = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         if not further:
-            return names, required, False
-    return names, required, True
+            break
+    return names, required, further
 
 
 def check(node: Any, schema: Callable[..., Any], path: str, provided: Sequence[str] = ()) -> None:

@@ -232,7 +232,6 @@ COMMANDS: dict[str, Callable[..., str]] = {
     for function in (measure, decode, decode_cost, micro, ladder, suite, train, collect, predict, table)
 }
 
-OPTIONS = {"measure": MeasureOptions}
 
 if __name__ == "__main__":
-    print(run_one(COMMANDS, "python -m inference.benchmark", options=OPTIONS))
+    print(run_one(COMMANDS, "python -m inference.benchmark"))

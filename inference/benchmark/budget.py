@@ -97,7 +97,7 @@ class BudgetedRun:
         self.results, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
         self.seconds, self.device, self.clock = seconds, device, clock
         self.status: dict[str, str] = {}
-        self._told: dict[str, str] = {}
+        self._summary: dict[str, str] = {}
         self._start = clock()
         self._now: Step | None = None
         self._cut_line = False
@@ -178,7 +178,7 @@ class BudgetedRun:
         self.add(step.name, status, seconds=round(seconds, 2), **values)
         reason = values.get("reason", "").partition("\n")[0][:160]
         self.status[step.name] = status
-        self._told[step.name] = f"{status:<9}{seconds:>7.1f} s  {reason}".rstrip()
+        self._summary[step.name] = f"{status:<9}{seconds:>7.1f} s  {reason}".rstrip()
         self.say(f"{step.name}: {status}" + (f" in {seconds:.1f} s" if status == "done" else f": {reason}"))
 
     def repeat(self, most: int) -> Iterator[int]:
@@ -196,7 +196,7 @@ class BudgetedRun:
     def report(self, steps: Sequence[Step]) -> str:
         """Every step with its status, seconds, and the reason where there is no result."""
         width = 2 + max(len(step.name) for step in steps)
-        lines = [f"{step.name:<{width}}{self._told[step.name]}" for step in steps]
+        lines = [f"{step.name:<{width}}{self._summary[step.name]}" for step in steps]
         return "\n".join([*lines, f"results in {self.results}"])
 
 

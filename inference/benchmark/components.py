@@ -51,7 +51,7 @@ class Parts:
     """Of a request; each a codec or encoder, or `Missing`.
 
     Attributes:
-        text: encodes the prompt; video: encodes images; audio: encodes and decodes waveforms; decoder: decodes pictures.
+        text: encodes the prompt; video: encodes images; audio: encodes and decodes waveforms; decoder: decodes frames.
         prompt: that gives the case's number of text tokens.
         decoder_name, decoder_weights: of the decoder, in words.
     """

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from inference.loading import Source
     from inference.settings import Settings
 
-"""Tokens of a long prompt. The true number is known when the text encoder is loaded; it matters little."""
-
 
 def request_for(source: "Source", settings: "Settings", batch: int) -> ClipRequest:
     """A batch of such clips as a request of the memory planner."""
@@ -30,7 +28,7 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> ClipReque
         audio=settings.audio,
         height=settings.height,
         width=settings.width,
-        text=USUAL_TEXT,
+        text=USUAL_TEXT,  # the true number is known when the text encoder is loaded; it matters little
         batch=batch,
         guided=settings.guidance.needed,
         cfg_passes=settings.cfg_passes,

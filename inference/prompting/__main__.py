@@ -159,7 +159,8 @@ def make(
     except BadAnswer as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(*_remarks(check_form(prompt, seconds)), sep="\n", file=sys.stderr)
+    for remark in _remarks(check_form(prompt, seconds)):
+        print(remark, file=sys.stderr)
     print(prompt)
     return 0
 

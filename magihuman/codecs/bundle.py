@@ -80,7 +80,7 @@ class BundleSpec:
             FLOPs of their codecs are known (`magihuman.zoo.footprint`).
         variables: parts to be fetched by the user, with the environment variables of their paths.
         resolutions: sizes by name.
-        patch: latents a side of a video token in the models of these codecs.
+        patch: side of a video token in latents, in the models of these codecs; 1 where it is unknown.
         batch: clips computed at once by default.
         many_lengths: the models were trained on clips of many lengths, not on one.
         negative_prompt: guided models expect a negative prompt.
@@ -90,7 +90,7 @@ class BundleSpec:
     published: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
     resolutions: Mapping[str, Resolution] = field(default_factory=dict)
-    patch: int = 2
+    patch: int = 1
     batch: int = 8
     many_lengths: bool = False
     negative_prompt: bool = False
@@ -153,6 +153,7 @@ SPECS = {
     "released": _ReleasedSpec(
         "released",
         published=True,
+        patch=2,
         variables=RELEASED_VARIABLES,
         resolutions={
             "256p": ((256, 448), None),

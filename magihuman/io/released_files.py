@@ -73,14 +73,17 @@ def read_json(path: Path, purpose: str) -> dict:
 
 
 def diffusers_config(path: Path, kind: str) -> dict:
-    """The config.json beside the weights of a diffusers model of the class `kind`.
+    """Read the config.json next to the weights of a diffusers VAE.
+
+    Args:
+        path: of the weights; kind: name of the diffusers class, such as AutoencoderKLWan.
 
     Raises:
         UserError: absent, damaged, or of another class.
     """
     config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
     if config.get("_class_name") != kind:
-        raise UserError(f"{path} is not an {kind}: its config.json names {config.get('_class_name')!r}")
+        raise UserError(f"{path} is not of class {kind}: its config.json names {config.get('_class_name')!r}")
     return config
 
 

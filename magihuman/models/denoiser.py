@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
     """
 
     lora: str | None = None
-    """LoRA that it computes with where a call names none."""
+    """Name of the LoRA that is used unless a call names another; None is the base."""
 
     def __init__(self, model: SingleStreamDiT, pack: PackConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
         Args:
             video: [B,C,T,h,w]; audio: [B,A,Ca], A = 0 without audio; text: B tensors [S_i,Ct].
             layout: from `layout_for`, which is called if None.
-            lora: name of the LoRA to compute with (`magihuman.models.lora`); None is the denoiser's own, usually the base.
+            lora: name of the LoRA to compute with (`magihuman.models.lora`); None is the denoiser's `lora`.
 
         Returns:
             fp32 [B,C,T,h,w] and fp32 [B,A,Ca].

@@ -11,22 +11,22 @@ HELP = ("-h", "--help", "help")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command, whose first settings may come without their names; returns the exit status."""
-    from magihuman.cli import settings, usage
+    from magihuman.cli import call_with, schema_of, settings, usage
     from magihuman.schema import suggest
-    from magihuman.zoo.commands import COMMANDS, OPTIONS
+    from magihuman.zoo.commands import COMMANDS
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
         print(f"usage: {PROGRAM} COMMAND ...\n\ncommands (COMMAND --help tells more):")
         for name, function in COMMANDS.items():
-            about = (inspect.getdoc(OPTIONS.get(name, function)) or "").partition("\n\n")[0]
+            about = (inspect.getdoc(schema_of(function)) or "").partition("\n\n")[0]
             print(f"  {name:<8} {' '.join(about.split())}")
         return 0
     name, *arguments = words
     if name not in COMMANDS:
         raise UserError(f"the zoo has no command {name!r}{suggest(name, list(COMMANDS))}; it has {', '.join(COMMANDS)}")
     function, program = COMMANDS[name], f"{PROGRAM} {name}"
-    schema = OPTIONS.get(name, function)
+    schema = schema_of(function)
     parameters = inspect.signature(schema).parameters.values()
     unnamed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     if (unnamed and not arguments) or any(argument in HELP for argument in arguments):
@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             text = text.replace(f"{setting}=...", setting.upper())
         print(text)
         return 0
-    given = settings(schema, arguments, program, unnamed)
-    result = function(**given) if schema is function else function(schema(**given))
+    result = call_with(function, settings(schema, arguments, program, unnamed))
     text, status = result if isinstance(result, tuple) else (result, 0)
     print(text)
     return status

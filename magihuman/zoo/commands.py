@@ -8,6 +8,7 @@ from typing import Any, Literal
 from magihuman import zoo
 from magihuman.cli import option
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
+from magihuman.codecs.costs import USUAL_TEXT
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS, write_result
 from magihuman.io.provenance import computed
@@ -130,7 +131,7 @@ class ClipOptions:
 
     model: str = option("an architecture or a checkpoint of `python -m magihuman.zoo list`, or a checkpoint's folder")
     seconds: float = option("length of the clip", 5.0)
-    text: int = option("tokens of a prompt", 340)
+    text: int = option("tokens of a prompt", USUAL_TEXT)
     batch: int = option("clips at once (per GPU)", 1)
     guided: bool | None = option("infer: with guidance in the base stage; none is the checkpoint's own setting", None)
     cfg_passes: Literal[1, 2] = option("infer: 1, both guidance branches at once; 2, one after the other", 1)
@@ -309,5 +310,3 @@ COMMANDS: dict[str, Callable[..., str | tuple[str, int]]] = {
     "plan": plan,
     "peaks": peaks,
 }
-OPTIONS: dict[str, type] = {"plan": PlanOptions, "peaks": PeaksOptions}
-"""Dataclasses of the settings of commands that take one."""

@@ -17,7 +17,7 @@ from magihuman.models.config import EXPERTS, Contract, DiTConfig, PackConfig, lo
 PATCH = 2
 FRAMES = 101  # 4 s at 25 frames per second (SPEC 4.1)
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _SETTINGS = {
 }
 
 
-def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
+def config_for(role: str, shapes: TensorShapes, source: object) -> ExportConfig:
     """The config of a published model.
 
     Args:
@@ -84,7 +84,7 @@ def config_for(role: str, shapes: Shapes, source: object) -> ExportConfig:
     )
 
 
-def infer_model(shapes: Shapes, source: object) -> DiTConfig:
+def infer_model(shapes: TensorShapes, source: object) -> DiTConfig:
     """Hyperparameters from the tensors' shapes (SPEC 1.2).
 
     H and input widths are the embedders' shapes; D is 8 times the number of rotary bands; a layer has experts where its

@@ -1,8 +1,10 @@
 """Command lines: key=value and --key value, values read as YAML."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from magihuman.cli import settings
+from magihuman.cli import call_with, option, schema_of, settings, usage
 from magihuman.errors import UserError
 
 
@@ -31,3 +33,24 @@ def test_both_styles_of_command_line() -> None:
     for line in ("tier", "--tier", "--tier --check"):
         with pytest.raises(UserError, match="not of the form key=value"):
             settings(_command, line.split(), "program")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """A command with a dataclass of settings."""
+
+    name: str = option("of the clip")
+    steps: int = option("of the solver", 8)
+
+
+def _run(options: _Options) -> str:
+    return f"{options.name} {options.steps}"
+
+
+def test_a_command_may_take_a_dataclass_of_settings() -> None:
+    assert schema_of(_run) is _Options
+    assert schema_of(_command) is _command
+    assert call_with(_run, settings(schema_of(_run), ["name=a", "steps=2"], "program")) == "a 2"
+    help_text = usage(schema_of(_run), "program")
+    assert "usage: program name=... [key=value ...]" in help_text
+    assert "steps        of the solver (default 8)" in help_text

@@ -187,6 +187,16 @@ def test_calls_get_dataclasses_where_their_hints_say_so() -> None:
         check({**target, "names": [1]}, _area, "call")
 
 
+class _Plain:
+    pass
+
+
+def test_a_class_without_a_constructor_takes_no_settings() -> None:
+    check({}, _Plain, "call")
+    with pytest.raises(UserError, match=r"unknown setting call\.extra"):
+        check({"extra": 1}, _Plain, "call")
+
+
 def test_settings_keep_their_types() -> None:
     settings = build(OptimSettings, {"lr": 1e-3, "betas": [0.9, 0.99]})
     assert settings.betas == (0.9, 0.99)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.clip_plan import pair_sizes, parse_sizes
+from data.clip_plan import ClipFormats, pair_sizes, parse_sizes
 from data.module import LatentDataModule, collate
 from data.options import PrepareOptions
 from data.prepare import prepare
@@ -102,6 +102,22 @@ def test_sizes_that_are_no_pair_are_one_line(small: str, large: str, message: st
 
     with pytest.raises(UserError, match=message):
         read()
+
+
+@pytest.mark.parametrize(("codecs", "side"), [("tiny", 16), ("released", 8), ("mine:codecs", 4)])
+def test_sizes_are_whole_tokens_where_the_models_of_the_codecs_are_known(
+    codecs: str, side: int, tmp_path: Path
+) -> None:
+    """Patches of 4 and 2 latents; those of own codecs are known to their model alone."""
+    latents = {"contract": {"video_stride": [4, 4, 4], "fps": 25.0}, "width": 64, "height": 64, "frames": 25}
+
+    def formats(size: str, **more: bool) -> ClipFormats:
+        return ClipFormats.of(PrepareOptions(str(tmp_path), "out", codecs, sizes=size, **more), latents)  # type: ignore[arg-type]
+
+    assert formats(f"64x{4 * side + side}").sizes == [(5 * side, 64)]
+    assert formats(f"64x{5 * side + 4}", pixels=True).sizes == [(5 * side + 4, 64)]
+    with pytest.raises(UserError, match=f"height must be divisible by {side} and width by {side}; the nearest size"):
+        formats(f"64x{5 * side + 1}")
 
 
 def test_released_sizes_are_pairs() -> None:

@@ -244,7 +244,7 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
         (["silent=perhaps"], "silent='perhaps' should be true or false"),
         (["frames=24"], "frames=24: the video codec needs 4k+1 frames, for example 25"),
         (["sizes=64"], "sizes='64' should look like 448x256"),
-        (["sizes=66x64"], "sizes=66x64 cannot be trained: height must be divisible by 8 and width by 8; the nearest"),
+        (["sizes=66x64"], "sizes=66x64 cannot be trained: height must be divisible by 4 and width by 4; the nearest"),
         (["codecs=tiny", "sizes=64x64,60x60"], "60x60 cannot be trained: height must be divisible by 16 and width by"),
         (["pixels=true", "sizes=66x60"], "sizes=66x60 cannot be trained: height must be divisible by 4 and width by 4"),
         (["codecs=toy"], "codecs 'toy' are unknown; choose one of tiny, released"),
@@ -264,7 +264,7 @@ def test_wrong_settings_are_one_line_with_a_remedy(
     if not any(word.startswith("codecs=") for word in settings):
         words.append(CODECS)
     with pytest.raises(SystemExit) as leaving:
-        run_command(prepare, "python -m data.prepare", [*words, *settings], PrepareOptions)
+        run_command(prepare, "python -m data.prepare", [*words, *settings])
     assert leaving.value.code == 2
     error = capsys.readouterr().err
     assert message in error

@@ -10,7 +10,7 @@ import torch
 from data.tiny.dataset import make_clips
 from data.tiny.puppets import draw_puppet
 from eval import puppets as program
-from eval.clips import HELD_OUT_SEED, Shown, ground_truth, held_out, through_codec
+from eval.clips import HELD_OUT_SEED, SheetColumn, ground_truth, held_out, through_codec
 from eval.puppets import bounds
 from magihuman.cli import run as command
 from magihuman.codecs.bundle import CodecBundle, load_bundle
@@ -175,7 +175,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     scores = clips.score()
     clip = scores.clips[0]
     clip.right.update(face=False, shirt=False)
-    sheet = figures.contact_sheet([Shown("t", "model", clips, scores.clips)])
+    sheet = figures.contact_sheet([SheetColumn("t", "model", clips, scores.clips)])
     face, shirt, heard = (clip.vision.attributes["face"], clip.vision.attributes["shirt"], " ".join(clip.speech.words))
     title = sheet.axes[0].get_title(loc="left")
     assert title == f"{puppets[0].caption}\nt | recognised: {heard} | wrong: face {face}, shirt {shirt}"

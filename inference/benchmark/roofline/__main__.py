@@ -130,10 +130,9 @@ def ladder(device: str = "h200", output: str | None = None) -> str:
 
 
 COMMANDS: dict[str, Callable[..., str]] = {"stages": stages, "gpus": gpus, "published": published, "ladder": ladder}
-OPTIONS = {"stages": StagesOptions}
 
 if __name__ == "__main__":
     try:
-        print(run_one(COMMANDS, "python -m inference.benchmark.roofline", options=OPTIONS))
+        print(run_one(COMMANDS, "python -m inference.benchmark.roofline"))
     except BrokenPipeError:
         sys.exit(0)

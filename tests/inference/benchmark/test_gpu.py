@@ -16,7 +16,7 @@ from fake_gpu import fake_gpu
 from torch import Tensor
 
 from inference.benchmark import bench_networks, budget, result_files
-from inference.benchmark.__main__ import COMMANDS, OPTIONS
+from inference.benchmark.__main__ import COMMANDS
 from inference.benchmark.budget import read_runs
 from inference.benchmark.collect import rows_of
 from magihuman.cli import run_one
@@ -31,7 +31,7 @@ ONCE = "steps=1 sr_steps=1 warm=2 repeat=1 budget=0.001 options=compile=off"
 def run(line: str, folder: Path, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Rows that a command of the suite writes."""
     with fake_gpu(patch):
-        run_one(COMMANDS, "x", [*line.split(), f"output={folder}"], OPTIONS)
+        run_one(COMMANDS, "x", [*line.split(), f"output={folder}"])
     (values,) = result_files.read(folder)
     assert values["provenance"]["machine"] == "NVIDIA FAKE"
     json.dumps(values)

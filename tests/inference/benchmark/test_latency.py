@@ -10,7 +10,7 @@ import torch
 from small_case import small_case
 
 from inference.benchmark import bench_networks, components, micro, result_files, timers, video_decoders
-from inference.benchmark.__main__ import COMMANDS, OPTIONS, measure
+from inference.benchmark.__main__ import COMMANDS, measure
 from inference.benchmark.case_options import MeasureOptions
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.timers import Stopwatch, summary, time_call
@@ -116,7 +116,7 @@ def test_every_command_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "ladder repeat=1 options=compile=off",
     ):
         command, *arguments = line.split()
-        run_one(COMMANDS, "python -m inference.benchmark", [command, *arguments, *short], OPTIONS)
+        run_one(COMMANDS, "python -m inference.benchmark", [command, *arguments, *short])
     by_kind: dict[str, list[Any]] = {}
     for values in result_files.read(tmp_path):
         by_kind.setdefault(values["kind"], []).extend(values["rows"])
@@ -243,7 +243,7 @@ def test_mistakes_are_one_line(line: str, message: str, tmp_path: Path, capsys: 
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as caught:
-        run_one(COMMANDS, "python -m inference.benchmark", [*line.split(), f"output={tmp_path}"], OPTIONS)
+        run_one(COMMANDS, "python -m inference.benchmark", [*line.split(), f"output={tmp_path}"])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json"))

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from inference.benchmark.roofline import predict, work
-from inference.benchmark.roofline.__main__ import COMMANDS, OPTIONS, ladder
+from inference.benchmark.roofline.__main__ import COMMANDS, ladder
 from inference.benchmark.roofline.cases import make
 from inference.benchmark.roofline.work import bound, limits
 from magihuman import zoo
@@ -164,8 +164,8 @@ def test_a_wave_is_full_or_not() -> None:
 
 def test_commands_start_without_torch() -> None:
     code = (
-        "import sys; from inference.benchmark.roofline.__main__ import COMMANDS, OPTIONS;"
-        "[print(f(OPTIONS[name]()) if name in OPTIONS else f()) for name, f in COMMANDS.items()];"
+        "import sys; from inference.benchmark.roofline.__main__ import COMMANDS; from magihuman.cli import call_with;"
+        "[print(call_with(f, {})) for f in COMMANDS.values()];"
         "heavy = {'torch', 'numpy', 'yaml', 'hydra', 'omegaconf'} & (set(sys.modules) - {'yaml'});"
         "sys.exit(f'imports {heavy}' if heavy else 0)"
     )
@@ -186,7 +186,7 @@ def test_other_networks_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None
         (["bounds"], "has no command 'bounds'"),
     ):
         with pytest.raises(SystemExit) as caught:
-            run_one(COMMANDS, "python -m inference.benchmark.roofline", line, OPTIONS)
+            run_one(COMMANDS, "python -m inference.benchmark.roofline", line)
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="decoder=x is unknown"):
