@@ -286,7 +286,7 @@ def sr_audio(values: Values) -> Figure:
 
 
 def sr_frames(movies: Mapping[str, Sequence[np.ndarray]]) -> Figure:
-    """One row per way of enlarging, two frames of each of four clips side by side."""
+    """One row per method of enlarging, two frames of each of four clips side by side."""
     figure = Figure(figsize=(2.1 * 8, 2.15 * len(movies)), layout="constrained")
     for axes, (name, made) in zip(figure.subplots(len(movies), 1), movies.items(), strict=True):
         frames = [movie[k] for movie in made[:4] for k in (len(movie) // 3, 2 * len(movie) // 3)]

@@ -331,9 +331,9 @@ class Evaluation:
         return upsample_latents(inputs.video[part], self.edge, self.edge)
 
     def enlarged(self, inputs: StageInputs) -> dict[str, Measured]:
-        """Clips enlarged in three ways."""
-        ways = {"bicubic": self.bicubic, "latents": self.upsampled}
-        measured = {name: self.measure(way, inputs) for name, way in ways.items()}
+        """Clips enlarged by three methods."""
+        methods: dict[str, Method] = {"bicubic": self.bicubic, "latents": self.upsampled}
+        measured = {name: self.measure(method, inputs) for name, method in methods.items()}
         return {**measured, "sr": self.refined if inputs is self.drawn else self.measure(self.refine, inputs)}
 
     @cached_property
@@ -353,13 +353,13 @@ class Evaluation:
 
 
 def _table(evaluation: Evaluation, sampled: StageInputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Both sets of clips enlarged in three ways, and the codec bound."""
+    """Both sets of clips enlarged by three methods, and the codec bound."""
     sets: dict[str, Any] = {}
     measured: dict[str, Measured] = {}
     for name, inputs in (("clip", evaluation.drawn), ("base", sampled)):
-        ways = evaluation.enlarged(inputs)
-        measured |= {f"{name}: {column}": found for column, found in ways.items()}
-        sets[name] = evaluation.set_of(ways)
+        columns = evaluation.enlarged(inputs)
+        measured |= {f"{name}: {column}": found for column, found in columns.items()}
+        sets[name] = evaluation.set_of(columns)
     frames = {name: found.frames for name, found in measured.items()}
     seconds = {name: found.seconds for name, found in measured.items()}
     return {"sets": sets, "seconds_per_clip": seconds}, {**frames, "truth": (evaluation.drawn.truth or [])[:8]}
