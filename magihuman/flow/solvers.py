@@ -147,8 +147,8 @@ class FlowUniPC(Solver):
         return self._predict(i)
 
     def _order(self, i: int) -> int:
-        """Order of the predictor of step i."""
-        return min(2, self.steps - i, i + 1)
+        """Order of the predictor of step i; the last step needs none, since it ends at the data estimate."""
+        return min(2, i + 1)
 
     def _correct(self, estimate: Tensor, i: int) -> Tensor:
         assert self.corrected is not None

@@ -313,12 +313,13 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
         frame = layout.coords[:, 0]
         if layout.order is not None:
             video, frame = video[layout.order], frame[layout.order]
-        # Without a window the reach is larger than every distance in frames.
-        reach = layout.frames + 1 if window is None else window
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            near = (frame[i] - frame[j]).abs() <= reach
-            return (sample[i] == sample[j]) & (near | ~video[i] | ~video[j])
+            same = sample[i] == sample[j]
+            if window is None:
+                return same
+            near = (frame[i] - frame[j]).abs() <= window
+            return same & (near | ~video[i] | ~video[j])
 
         # Compiled on a GPU: uncompiled it makes length x length booleans, several GB at 1080p.
         build = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask

@@ -24,7 +24,10 @@ def test_data_comes_back_at_every_sample_own_level() -> None:
 def test_half_precision_latents_are_handled_in_fp32() -> None:
     x0, noise = torch.randn(1, 4).half(), torch.randn(1, 4).half()
     assert add_noise(x0, noise, torch.tensor([0.3])).dtype == torch.float32
+    assert add_noise(x0, noise, torch.tensor([0.3], dtype=torch.float64)).dtype == torch.float32
+    assert torch.equal(add_noise(x0, noise, 0.3), 0.7 * x0.float() + 0.3 * noise.float())
     assert torch.equal(velocity_target(x0, noise), noise.float() - x0.float())
+    assert torch.equal(x0_from_velocity(x0, noise, 0.3), x0.float() - 0.3 * noise.float())
 
 
 def test_mean_counts_only_what_the_mask_names() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from magihuman.errors import UserError
-from magihuman.flow.sigmas import SigmaPrior, grid_timesteps, shift_sigma, sigma_grid, zero_snr_table
+from magihuman.flow.sigmas import ScoreLevels, SigmaPrior, grid_timesteps, shift_sigma, sigma_grid, zero_snr_table
 
 EIGHT = [0.99979985, 0.97200602, 0.93726546, 0.89260185, 0.83305538, 0.74969983, 0.62468737, 0.41638881, 0]
 THIRTY_TWO = [
@@ -70,6 +70,21 @@ def test_video_levels_do_not_depend_on_the_coupling() -> None:
     shared = draw(SigmaPrior("logit_normal"), 50)
     independent = draw(SigmaPrior("logit_normal", coupling="independent"), 50)
     assert torch.equal(shared[0], independent[0])
+
+
+def test_every_coupling_leaves_the_generator_at_the_same_place() -> None:
+    states = []
+    for coupling in ("shared", "independent"):
+        generator = torch.Generator().manual_seed(0)
+        SigmaPrior("shifted", shift=3.0, coupling=coupling, independent_fraction=0.5).sample(3, generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+def test_score_levels_are_shifted_and_clamped_at_both_ends() -> None:
+    levels = ScoreLevels(shift=2.0, low=0.1, high=0.9)
+    u = torch.tensor([0.0, 0.02, 0.25, 0.5, 0.9, 0.999])
+    torch.testing.assert_close(levels.at(u), torch.tensor([0.1, 0.1, 0.4, 2 / 3, 0.9, 0.9]))
 
 
 def test_prior_round_trip_and_refusals() -> None:

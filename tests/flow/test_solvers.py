@@ -83,6 +83,23 @@ def test_sde_lies_between_euler_and_renoise() -> None:
 
 def test_released_theta_rule() -> None:
     assert [sde_theta(i, 8) for i in range(8)] == [0, 1, 0, 1, 0, 1, 1, 0]
+    assert [sde_theta(i, 9) for i in range(9)] == [
+        0,
+        1,
+        0,
+        1,
+        0,
+        1,
+        1,
+        0,
+        0,
+    ]  # three quarters are 6 steps, rounded down
+
+
+@pytest.mark.parametrize("name", ["renoise", "sde"])
+def test_the_last_step_needs_no_noise_and_ends_at_the_data_estimate(name: str) -> None:
+    solver, x, v = make_solver(name, 4), torch.randn(3), torch.randn(3)
+    torch.testing.assert_close(solver.step(v, 3, x), x - solver.sigmas[3].item() * v)
 
 
 def test_last_step_of_unipc_is_the_data_estimate() -> None:
@@ -123,6 +140,10 @@ def test_guidance_switches_above_the_threshold() -> None:
     assert guidance("audio", 0) == 5
     assert guidance.needed
     assert not Guidance(1.0, 1.0, audio=1.0).needed
+    assert Guidance(1.0, 1.0, audio=2.0).needed
+    levels = torch.tensor([0.5009, 0.5011])  # truncated: timesteps 500 and 501
+    assert guidance.at("video", levels, levels).tolist() == [[[[[2]]]], [[[[5]]]]]
+    assert guidance.at("audio", levels, levels).tolist() == [[[5]], [[5]]]
     assert Guidance.from_dict(guidance.to_dict()) == guidance
     with pytest.raises(ValueError, match="video or audio"):
         guidance("text", 1)

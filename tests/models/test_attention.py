@@ -67,12 +67,25 @@ def test_windows_without_any_other_tokens() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("text", "window"), [([4], 1), ([5, 2], 1), ([5, 2], None)])
-def test_flex_forward(text: list[int], window: int | None) -> None:
+@pytest.mark.parametrize("text", [[4], [5, 2]])
+def test_flex_forward(text: list[int]) -> None:
     layout, inputs = make(text)
     with torch.no_grad():
-        ours = attention(*(x.detach() for x in inputs), layout, "flex", window)
-        torch.testing.assert_close(ours, by_loop(*inputs, layout, window), rtol=1e-4, atol=2e-5)
+        for window in (1, None, 0):  # one layout serves local and other layers
+            ours = attention(*(x.detach() for x in inputs), layout, "flex", window)
+            torch.testing.assert_close(ours, by_loop(*inputs, layout, window), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", ["math", "flex"])
+def test_routed_tokens_see_each_other_however_far_apart_their_frames_are(backend: str) -> None:
+    layout, inputs = make([6, 2])
+    torch.manual_seed(0)
+    rows, kept = layout.route(0.6)
+    chosen = [x.detach()[rows] for x in inputs]
+    with torch.no_grad():
+        ours = attention(*chosen, kept, backend)
+        torch.testing.assert_close(ours, by_loop(*chosen, kept, None), rtol=1e-4, atol=2e-5)
 
 
 def test_samples_do_not_see_each_other() -> None:

@@ -12,6 +12,8 @@ from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig, TreadConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
+from magihuman.models.rotary import rotary_table
+from magihuman.models.tokens import Layout, patchify
 from magihuman.zoo.checks.network import check_dit
 from magihuman.zoo.verify import verify
 
@@ -161,6 +163,30 @@ class TestRouting:
         unchanged = (seen["before"][: len(seen["after"])] == seen["after"]).all(dim=1)
         assert unchanged.sum() == len(unchanged) // 2
 
+    def test_routed_layers_are_those_of_the_kept_tokens_with_their_own_positions(self) -> None:
+        denoiser = make().train()
+        model = denoiser.model
+        model.tread = TreadConfig(0.5, 1, 2)
+        video, audio, text = inputs([4])
+        layout = denoiser.layout_for(video.shape, 5, [4])
+        tokens = patchify(video, 2)[0], audio[0], text[0]
+        torch.manual_seed(3)
+        routed = model(*tokens, layout)
+
+        torch.manual_seed(3)
+        rows, kept = layout.route(0.5)
+        dense = Layout.build((3, 2, 2), 5, [4]), rotary_table(layout.coords, model.adapter.rope.bands)
+        short = kept, rotary_table(layout.coords[rows], model.adapter.rope.bands)
+        assert torch.equal(kept.coords, layout.coords[rows])
+        x = model.adapter(*tokens)
+        for i, block in enumerate(model.block.layers):
+            if i in (1, 2):
+                x = x.index_copy(0, rows, block(x[rows], short[1], short[0], "math", None, torch.float32))
+            else:
+                x = block(x, dense[1], dense[0], "math", None, torch.float32)
+        by_hand = model.final_linear_video(model.final_norm_video(x[: len(tokens[0])]))
+        torch.testing.assert_close(routed[0], by_hand, rtol=1e-4, atol=1e-5)
+
 
 def test_layouts_are_kept_and_usable_after_inference_mode() -> None:
     denoiser = make()
@@ -181,6 +207,33 @@ def test_initial_weights_follow_the_seed_and_predict_nothing() -> None:
     assert not torch.equal(*(s["block.layers.1.mlp.down_proj.weight"] for s in (states[0], states[2])))
     video, audio = a(*inputs([2]))
     assert video.abs().max() == audio.abs().max() == 0
+
+
+def test_layouts_have_the_coordinates_of_the_pack() -> None:
+    denoiser = Denoiser(SingleStreamDiT(CONFIG, compute_dtype=torch.float32), PackConfig(2, "v1", text_offset=7))
+    built = Layout.build((3, 2, 2), 5, [4, 2], coords_style="v1", text_offset=7)
+    assert torch.equal(denoiser.layout_for((3, 4, 4), 5, [4, 2]).coords, built.coords)
+    assert built.coords[-2, 0] == 7
+
+
+def test_products_keep_variance_and_residual_branches_are_scaled_by_their_number() -> None:
+    config = DiTConfig(6, 256, 32, 2, 48, 16, 64, mm_layers=(0,), gelu7_layers=(0,))
+    state = zoo.build(config, PackConfig(2), compute_dtype=torch.float32, seed=0).model.state_dict()
+    truncated = 0.98658  # deviation of a standard normal variable between -3 and 3
+    for layer in (0, 3):
+        inner = config.intermediate_size(layer)
+        branches = 2 * 6
+        for name, columns, depth in (
+            ("attention.linear_qkv", 256, 1),
+            ("attention.linear_proj", 256, branches),
+            ("mlp.up_gate_proj", 256, 1),
+            ("mlp.down_proj", inner, branches),
+        ):
+            weight = state[f"block.layers.{layer}.{name}.weight"]
+            std = (columns * depth) ** -0.5
+            assert weight.std().item() == pytest.approx(truncated * std, rel=0.01), name
+            assert 2.9 * std < weight.abs().max() <= 3 * std, name
+    assert state["adapter.text_embedder.weight"].std().item() == pytest.approx(64**-0.5, rel=0.02)
 
 
 def test_refusals() -> None:

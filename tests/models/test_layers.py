@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magihuman.models.layers import ExpertLinear, RMSNorm, gelu7, rms_norm, swiglu7, swiglu7_projection
+from magihuman.models.layers import ExpertLinear, RMSNorm, gelu7, linear_fp32, rms_norm, swiglu7, swiglu7_projection
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 
 
@@ -92,6 +92,16 @@ def test_projection_pairs_even_rows_with_odd_rows() -> None:
     x, weight = spread(9, 4), spread(12, 4)
     y = x @ weight.T
     torch.testing.assert_close(swiglu7_projection(x, weight), plain_swiglu7(y[:, 0::2], y[:, 1::2]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_embedders_and_heads_compute_in_fp32_also_where_they_are_stored_in_bf16(bias: bool) -> None:
+    layer = torch.nn.Linear(6, 4, bias, dtype=torch.bfloat16)
+    x = spread(5, 6)
+    out = linear_fp32(layer, x.bfloat16())
+    exact = x.bfloat16().float() @ layer.weight.float().T + (layer.bias.float() if bias else 0.0)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, exact)
 
 
 def test_experts_are_slices_in_order() -> None:

@@ -82,6 +82,13 @@ def test_sound_runs_on_the_video_clock() -> None:
     torch.testing.assert_close(angle[3 + 1], torch.tensor(0.25))
 
 
+@pytest.mark.parametrize(("audio", "frames"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_sound_of_any_length_has_the_frames_that_it_begins(audio: int, frames: int) -> None:
+    coords = Layout.build((3, 1, 1), audio, [2]).coords[3 : 3 + audio]
+    assert coords[:, 0].tolist() == list(range(audio))
+    assert coords[0, 3:].tolist() == [audio, 1, 1, frames, 1, 1]
+
+
 def test_text_of_style_v2_has_no_position() -> None:  # O4
     layout = Layout.build((2, 2, 2), 5, [4])
     table = rotary_table(layout.coords, rotary_bands(16))[-4:]
@@ -144,6 +151,10 @@ class TestRoute:
             counts[layout.route(0.25)[0]] += 1
         assert (counts[:8] / 2000 - 0.25).abs().max() < 0.04
         assert (counts[12:] / 2000 - 1 / 3).abs().max() < 0.05  # at least one token of a modality stays
+
+    def test_one_token_at_least_of_whatever_there_is(self) -> None:
+        _, kept = Layout.build((2, 2, 2), 0, [3, 1]).route(0.05)
+        assert (kept.video_len, kept.audio_len, kept.text_lens) == (1, 0, (1, 1))
 
     def test_full_rate_keeps_everything(self) -> None:
         layout = Layout.build((2, 2, 2), 0, [3, 1])

@@ -12,11 +12,12 @@ from toy_dmd2 import Alone, Watched, make_context
 
 from inference.sampling import sample
 from magihuman.distill.fake_score_settings import FakeScoreSettings
-from magihuman.distill.rollout import MicroBatch, roll_out
+from magihuman.distill.rollout import MicroBatch, micro_batches, roll_out
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Conditioning, Pair, draw_noise, seeded
 from magihuman.flow.sigmas import sigma_grid
 from magihuman.io.export import Sampling
+from magihuman.training.rng import BatchRng
 
 GUIDANCE = Guidance(video_high=3.0, video_low=1.5, threshold=500, audio=2.0)
 RENOISE = Sampling("renoise", 8, 5.0)
@@ -119,6 +120,25 @@ def test_noise_of_sound_and_video_has_nothing_in_common() -> None:
     correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(8)
     assert correlation.abs().max() < 4 / 3200**0.5
     assert torch.corrcoef(torch.stack([draws[0], draws[0]]))[0, 1] > 0.99  # what shared noise would give
+
+
+def test_micro_batches_hold_each_sample_with_its_own_position_and_generator() -> None:
+    batch = {**training_stub.batch(range(5)), "index": torch.tensor([40, 41, 42, 43, 44])}
+    rng = BatchRng(0, 7, batch["index"])
+    found = list(micro_batches(batch, rng, first_frame=0.5, audio_conditioning=0.5, gan=False, size=2))
+    assert [some.index.tolist() for some in found] == [[40, 41], [42, 43], [44]]
+    assert [g for some in found for g in some.generators] == rng.generators
+    assert [text for some in found for text in some.text] == batch["text"]
+
+    again = BatchRng(0, 7, batch["index"])
+    first, audio = again.chance(0.5), again.chance(0.5)
+    assert not torch.equal(first, audio)
+    whole = [torch.cat(parts) for parts in zip(*(some.conditioning.mask for some in found), strict=True)]
+    assert torch.equal(whole[0][:, 0, 0, 0, 0] == 0, first)
+    assert torch.equal(whole[1][:, 0, 0] == 0, audio)
+    assert whole[0][:, :, 1:].all()
+    latents = torch.cat([some.conditioning.latents.video for some in found])
+    assert torch.equal(latents, batch["video"])
 
 
 COSTS = {True: 4, False: 1}
