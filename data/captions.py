@@ -1,121 +1,175 @@
-"""Captions of media files: a .txt next to the file, or a table (.csv, .tsv, .jsonl) with files and captions.
+"""Captions of media files: a .txt next to the file, or a row of a table (.csv, .tsv, .jsonl, .json).
 
 A .txt has priority over a table. Paths in a table are relative to the table's folder.
 """
 
-import csv
-import io
-import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-FILE_COLUMNS = ("file", "path", "file_name", "filename", "video", "video_path", "media")
-CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
-TABLES = (".csv", ".tsv", ".jsonl")
+from magihuman.errors import UserError
+from magihuman.io.text import CAPTION_COLUMNS, TableRow, prompt_text, read_rows, read_text
+
+FILE_COLUMNS = (
+    "file", "path", "file_name", "filename", "file_path", "filepath", "media", "media_path", "video", "video_path",
+    "video_file", "clip", "image", "image_path",
+)  # fmt: skip
+"""Names of a table's column with media files; the first one with a value is used."""
+LONGEST = 1 << 20  # bytes of a text file
 
 
 class Rejected(Exception):
     """A file or a caption that cannot be used; the message is the reason for the report."""
 
 
+class NoCaption(Rejected):
+    """A file without a caption."""
+
+
+class FileNames:
+    """Media files by path, with or without its ending.
+
+        FileNames(["/a/Dog.mp4"]).find("/a/dog.MP4")  # ["/a/Dog.mp4"]
+
+    Where no file has exactly a name, one is taken that differs in case, in the Unicode form of its accents (macOS
+    decomposes them) or by backslashes, if it is the only one.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._exact: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            for name in {path, os.path.splitext(path)[0]}:
+                self._exact[os.path.normpath(name)].append(path)
+        self._similar: dict[str, list[str]] = defaultdict(list)
+        for name in self._exact:
+            self._similar[_fold(name)].append(name)
+
+    def __contains__(self, name: str) -> bool:
+        return os.path.normpath(name) in self._exact
+
+    def find(self, name: str) -> list[str]:
+        """Files of an absolute path; several where it has no ending."""
+        if name in self:
+            return self._exact[os.path.normpath(name)]
+        similar = self._similar.get(_fold(os.path.normpath(name.replace("\\", "/"))), [])
+        return self._exact[similar[0]] if len(similar) == 1 else []
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """A caption in a table, or the reason why its row cannot be used; line: "line 3"."""
+
+    table: str
+    line: str
+    caption: str
+    problem: str = ""
+
+
 @dataclass
-class Tables:
-    """Rows of all caption tables.
+class Captions:
+    """Captions of media files.
 
     Attributes:
-        captions: absolute path of a media file -> its caption.
-        named: absolute path -> "table.csv line 3", for files that may not exist.
-        problems: (table, reason) for tables or rows that could not be read.
+        texts: path of a media file -> its text file.
+        rows: path of a media file -> its row.
+        missing: (path, row) of rows whose file is not among the media files.
+        problems: table -> reasons why it or rows of it could not be used.
     """
 
-    captions: dict[str, str] = field(default_factory=dict)
-    named: dict[str, str] = field(default_factory=dict)
-    problems: list[tuple[Path, str]] = field(default_factory=list)
+    texts: Mapping[str, Path] = field(default_factory=dict)
+    rows: dict[str, CaptionRow] = field(default_factory=dict)
+    missing: list[tuple[str, CaptionRow]] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
 
+    def of(self, path: str) -> str:
+        """Caption of a media file, not empty.
 
-def tidy(text: str) -> str:
-    """Collapse a text to one line with single spaces, without control characters."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in text).split())
-
-
-def read_text(path: Path) -> str:
-    """Content of a UTF-8 file without byte-order mark.
-
-    Raises:
-        Rejected: unreadable or not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Rejected(
-            f"caption {path.name} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); "
-            "save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise Rejected(f"caption {path.name} cannot be read: {error.strerror}") from error
-
-
-def _pick(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    lowered = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
-    return next((str(lowered[name]) for name in names if lowered.get(name) is not None), None)
-
-
-def _rows(table: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
-    """(line number, row) pairs; for an unreadable row, the reason in its place."""
-    if table.suffix.lower() == ".jsonl":
-        rows: list[tuple[int, dict[str, Any] | str]] = []
-        # Split at line feeds alone: JSON strings may hold U+2028, where str.splitlines would cut as well.
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
+        Raises:
+            NoCaption: it has none, or an empty one.
+            Rejected: its text file or row cannot be read.
+        """
+        row = self.rows.get(path)
+        if path in self.texts:
+            text = self.texts[path]
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                rows.append((number, f"is not JSON ({error.msg})"))
-                continue
-            rows.append((number, row if isinstance(row, dict) else "is not a JSON object"))
-        return rows
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-    return [(reader.line_num, row) for row in reader]
+                caption = prompt_text(read_text(text, f"caption {text.name}", LONGEST))
+            except (UserError, ValueError) as error:
+                raise Rejected(str(error)) from error
+            if row is not None and row.caption not in ("", caption):
+                self.problems[row.table].append(f"{row.line} has another caption than {text.name}, which is used")
+            if not caption:
+                raise NoCaption(f"has no caption: {text.name} is empty")
+            return caption
+        if row is None:
+            shown = [
+                f"{table} ({found[0] if len(found) == 1 else f'{len(found)} problems'})" if found else table
+                for table, found in self.problems.items()
+            ]
+            tables = f"no row in {', '.join(shown[:3])}{' ...' * (len(shown) > 3)}" if shown else "no caption table"
+            raise NoCaption(f"has no caption: no {Path(path).stem}.txt next to it and {tables}")
+        if row.problem:
+            raise Rejected(f"caption in {row.table} {row.line} {row.problem}")
+        if not row.caption:
+            raise NoCaption(f"has no caption: {row.table} {row.line} has an empty one")
+        return row.caption
 
 
-def read_tables(tables: list[Path]) -> Tables:
-    """Read all tables; errors are listed in `problems`."""
-    found = Tables()
-    for table in tables:
+def read_tables(tables: Iterable[Path], root: Path, names: FileNames, texts: Mapping[str, Path]) -> Captions:
+    """Rows of all tables, and the text files.
+
+    Args:
+        root: folder for the tables' names; names: of the media files; texts: path of a media file -> its text file.
+    """
+    found = Captions(texts)
+    for path in tables:
+        table = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        problems = found.problems.setdefault(table, [])
         try:
-            rows = _rows(table, read_text(table))
-        except (Rejected, csv.Error) as error:
-            found.problems.append((table, str(error)))
+            rows = list(read_rows(path, table, (FILE_COLUMNS, CAPTION_COLUMNS), ("file", "caption")))
+        except UserError as error:
+            problems.append(str(error).removeprefix(f"{table} "))
             continue
-        for number, row in rows:
-            where = f"{table.name} line {number}"
-            if isinstance(row, str):
-                found.problems.append((table, f"line {number} {row}"))
-                continue
-            file, caption = _pick(row, FILE_COLUMNS), _pick(row, CAPTION_COLUMNS)
-            if file is None or caption is None:
-                missing, names = ("file", FILE_COLUMNS) if file is None else ("caption", CAPTION_COLUMNS)
-                found.problems.append((table, f"line {number} has no {missing}: a column {' or '.join(names[:3])}"))
-                if file is None and table.suffix.lower() != ".jsonl":
-                    break  # the header lacks the column, so every row does
-                continue
-            key = str((table.parent / file.strip()).absolute())
-            if key in found.captions and found.captions[key] != tidy(caption):
-                found.problems.append((table, f"line {number} names {file} again; the first caption is used"))
-                continue
-            found.captions[key], found.named[key] = tidy(caption), where
+        missing = len(found.missing)
+        for row in rows:
+            _enter(found, table, path.parent.absolute(), row, names)
+        if rows and len(found.missing) - missing == len(rows) and path.suffix.lower() == ".json":
+            # Of another purpose.
+            del found.missing[missing:]
+            problems.append("names no media file")
     return found
 
 
-def caption_of(path: Path, tables: Tables) -> str:
-    """Caption of a media file; "" if there is none.
-
-    Raises:
-        Rejected: its text file cannot be read.
-    """
-    for text in (path.with_suffix(".txt"), path.with_name(path.name + ".txt")):
-        if text.is_file():
-            return tidy(read_text(text))
-    return tables.captions.get(str(path), "")
+def _enter(found: Captions, table: str, folder: Path, row: TableRow, names: FileNames) -> None:
+    problem, caption, file = row.problem, "", ""
+    try:
+        file = row.text(FILE_COLUMNS)
+        caption = row.text(CAPTION_COLUMNS)
+    except ValueError as error:
+        problem = problem or str(error)
+    # A stray quote joins rows of a .csv to one cell.
+    if "\n" in caption and table.lower().endswith((".csv", ".tsv")):
+        parts = [part.strip(' "') for part in re.split("[,;\t\n]", caption)[1:]]
+        if joined := next((part for part in parts if "." in part and names.find(str(folder / part))), None):
+            problem = problem or f"holds the row of {joined}: a quote is not closed"
+    entry = CaptionRow(table, row.where, caption, problem)
+    paths = names.find(str(folder / file)) if file else []
+    if not file and not problem:
+        problem = f"has no file ({', '.join(FILE_COLUMNS)})"
+    elif not caption and not problem:
+        problem = f"has no caption ({', '.join(CAPTION_COLUMNS)})"
+    elif file and not paths and not problem:
+        found.missing.append((str(folder / file), entry))
+    if problem:
+        found.problems[table].append(f"{row.where} {problem}")
+    for path in paths:
+        first = found.rows.setdefault(path, entry)
+        if first is not entry:
+            found.problems[table].append(f"{row.where} names {file} again; {first.table} {first.line} is used")

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from data.captions import Rejected, Tables, caption_of
+from data.captions import Captions, NoCaption, Rejected
 from data.options import PrepareOptions
 from data.scan import MediaFile
 from magihuman.codecs.bundle import bundle_spec
@@ -94,44 +94,49 @@ def key_of(relative: str, window: int) -> str:
 
 
 def make_plan(
-    files: Sequence[MediaFile],
-    tables: Tables,
-    duplicates: Mapping[str, str],
-    options: PrepareOptions,
-    formats: ClipFormats,
+    files: Sequence[MediaFile], captions: Captions, options: PrepareOptions, formats: ClipFormats
 ) -> ClipPlan:
     """Plan the clips of `files`, in this order.
 
-    Args:
-        duplicates: relative path -> relative path of an earlier file with the same content, to be rejected.
+    Of files with the same bytes, the first one that can be used and has a caption is taken, or the first that can be used.
     """
-    clips: list[PlannedClip] = []
+    clips: dict[str, list[PlannedClip]] = {}
     rejected: dict[str, str] = {}
+    original: dict[str, PlannedClip] = {}  # first clip of the file to take, by content
     for found in files:
         try:
-            clips += _clips_of(found, tables, duplicates, options, formats)
+            planned = clips[found.relative] = _clips_of(found, captions, options, formats)
         except Rejected as rejection:
             rejected[found.relative] = str(rejection)
-    return ClipPlan(clips, rejected)
+            continue
+        first = original.setdefault(found.content, planned[0])
+        if planned[0].caption and not first.caption:
+            original[found.content] = planned[0]
+    if options.duplicates == "skip":
+        for found in files:
+            if found.relative in clips and original[found.content].relative != found.relative:
+                first, (copy, *_) = original[found.content], clips.pop(found.relative)
+                other = "" if copy.caption == first.caption else " with another caption"
+                rejected[found.relative] = f"same content as {first.relative}{other} (duplicates=keep takes both)"
+    return ClipPlan([clip for planned in clips.values() for clip in planned], rejected)
 
 
-def _clips_of(
-    found: MediaFile, tables: Tables, duplicates: Mapping[str, str], options: PrepareOptions, formats: ClipFormats
-) -> list[PlannedClip]:
+def _clips_of(found: MediaFile, captions: Captions, options: PrepareOptions, formats: ClipFormats) -> list[PlannedClip]:
     info = found.info
     if info is None:
         raise Rejected(found.problem)
     if info.kind == "audio":
         raise Rejected("has audio but no video")
-    if found.relative in duplicates:
-        raise Rejected(f"same content as {duplicates[found.relative]} (duplicates=keep takes both)")
     if info.kind == "image" and not options.images:
         raise Rejected("is a still image (images=true takes it)")
     if info.kind == "video" and not info.has_audio and not options.silent:
         raise Rejected("has no audio (silent=true takes it)")
-    caption = caption_of(Path(found.path), tables)
-    if not caption and options.captions == "required":
-        raise Rejected("has no caption: put a .txt next to it or a row into a table (captions=optional takes it)")
+    try:
+        caption = captions.of(found.path)
+    except NoCaption as missing:
+        if options.captions == "required":
+            raise Rejected(f"{missing} (captions=optional takes it)") from None
+        caption = ""
     if info.seconds > found.size:
         raise Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
     choices = formats.large or formats.sizes

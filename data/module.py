@@ -10,7 +10,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.shards import LARGE, Bucket, Sample, SampleError, Shards, source_of
 from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
+from magihuman.io.text import prompt_lines, read_text
 from magihuman.models.config import Contract
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, splitmix64's increment
@@ -466,11 +466,7 @@ class PromptDataModule(_Resumable):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size)
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.module.file={file} cannot be read: {error}") from error
-        self.prompts = [line.strip() for line in lines if line.strip()]
+        self.prompts = [line for _, line in prompt_lines(read_text(file, f"data.module.file={file}"))]
         if not self.prompts or batch_size < 1:
             raise UserError(
                 f"data.module.file={file} holds {len(self.prompts)} prompts and batch_size is {batch_size}; "

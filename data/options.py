@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from magihuman.cli import option
 from magihuman.errors import UserError
+from magihuman.io.text import TABLES
 
 RUNTIME_OPTIONS = ("workers", "device", "progress")
 """Options without effect on the content of the shards."""
@@ -15,8 +16,8 @@ RUNTIME_OPTIONS = ("workers", "device", "progress")
 class PrepareOptions:
     """Encode a folder of media files to shards of latents.
 
-    Captions come from a .txt next to each file or from a .csv, .tsv or .jsonl with a file and a caption column. Long
-    files are cut into several clips. Files that cannot be used are listed in report.md with the reason.
+    Captions come from a .txt next to each file or from a .csv, .tsv, .jsonl or .json with a file and a caption column.
+    Long files are cut into several clips. Files that cannot be used are listed in report.md with the reason.
 
     Raises:
         UserError: a value out of range, or a file or folder that does not exist.
@@ -59,8 +60,8 @@ class PrepareOptions:
                 raise UserError(f"{name}={value} is out of range; give at least 1")
         if self.workers < 0 or not 0 <= self.max_crop < 1 or self.max_enlarge <= 0:
             raise UserError("workers must not be negative, max_crop in [0, 1), max_enlarge above 0")
-        if self.table is not None and not Path(self.table).is_file():
-            raise UserError(f"table={self.table} is not a file; give a .csv, .tsv or .jsonl")
+        if self.table is not None and not (Path(self.table).is_file() and self.table.lower().endswith(TABLES)):
+            raise UserError(f"table={self.table} is not a file ending in {', '.join(TABLES)}; give a caption table")
 
     @property
     def source(self) -> Path:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from data.clip_plan import ClipFormats, ClipPlan, make_plan
 from data.encode import ShardJob, ShardResult, describe_codecs, probe_files, write_shard
 from data.options import PrepareOptions
 from data.prepare_report import PrepareReport, make_report
-from data.scan import Listing, MediaFile, find_duplicates, list_files
+from data.scan import MediaFile, list_files
 from data.shards import INDEX, NULL_TEXT, Entry, Index
 from data.worker_pool import Workers
 from magihuman.errors import UserError
@@ -102,18 +102,19 @@ class _Preparation:
         codecs = dict(pool.run(describe_codecs, {"codecs": payload}))["codecs"]
         formats = ClipFormats.of(options, codecs)
         files = self._probe(pool, listing.media)
-        tables = read_tables([*listing.tables, *([Path(options.table).absolute()] if options.table else [])])
-        duplicates = {} if options.duplicates == "keep" else find_duplicates(files)
-        plan = make_plan(files, tables, duplicates, options, formats)
+        # Once where table= is in the input folder, too.
+        tables = {table.resolve(): table for table in ([Path(options.table)] if options.table else []) + listing.tables}
+        captions = read_tables(tables.values(), self.source, listing.names, listing.texts)
+        plan = make_plan(files, captions, options, formats)
         fingerprint = self._claim_output(files, plan, codecs)
         if (self.target / INDEX).exists():
             shutil.rmtree(self.work)
             return PrepareReport.load(self.target)
         (self.work / NULL_TEXT).replace(self.target / NULL_TEXT)
         entries, rejected, shards = self._encode(pool, plan)
-        listing = Listing(files, listing.tables, listing.ignored)
+        listing = replace(listing, media=files)
         shown = {key: value for key, value in options.identity().items() if value is not None}
-        report = make_report(shown, listing, tables, self.source, plan, entries, rejected, formats.fps)
+        report = make_report(shown, listing, captions, self.source, plan, entries, rejected, formats.fps)
         report.save(self.target)
         if not entries:
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
@@ -131,7 +132,7 @@ class _Preparation:
 
         journal = self.work / PROBED
         seen = _read_journal(journal)
-        known = {found.path: seen.get((found.path, found.size, found.modified)) for found in media}
+        known = {found.path: seen.get((found.path, found.stamp)) for found in media}
         new = [found for found in media if known[found.path] is None]
         with tqdm(
             total=len(media), initial=len(media) - len(new), desc="probing", disable=not self.options.progress
@@ -213,16 +214,16 @@ class _Preparation:
         return None
 
 
-def _read_journal(path: Path) -> dict[tuple[str, int, int], MediaFile]:
+def _read_journal(path: Path) -> dict[tuple[str, str], MediaFile]:
     """Files probed by an interrupted run; a half-written last line is dropped."""
     seen = {}
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text().split("\n"):
             try:
                 found = MediaFile.from_dict(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 continue
-            seen[(found.path, found.size, found.modified)] = found
+            seen[(found.path, found.stamp)] = found
     return seen
 
 

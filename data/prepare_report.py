@@ -1,15 +1,16 @@
 """Report of `data.prepare` on every file: report.json for programs, report.md for people."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.captions import Tables
+from data.captions import Captions
 from data.clip_plan import ClipPlan
-from data.scan import Listing, MediaFile
+from data.scan import Listing
 from data.shards import Bucket, Entry
 from magihuman.io.files import write_atomically
 
@@ -115,7 +116,7 @@ def _kind(reason: str) -> str:
 
 
 def make_report(
-    settings: Mapping[str, Any], listing: Listing, tables: Tables, root: Path, plan: ClipPlan,
+    settings: Mapping[str, Any], listing: Listing, captions: Captions, root: Path, plan: ClipPlan,
     entries: Sequence[Entry], rejected: Mapping[str, str], fps: float,
 ) -> PrepareReport:  # fmt: skip
     """Combine the results of planning and encoding for every file."""
@@ -140,22 +141,19 @@ def make_report(
             status, reason = "rejected", lost[0]
         files.append(FileResult(name, status, taken[name], reason))
     files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.ignored]
-    files += _named_but_missing(listing.media, tables, root)
+    files += _named_but_missing(captions, root)
     buckets = Counter(entry.bucket for entry in entries)
     seconds = sum(Bucket.parse(name).frames * number for name, number in buckets.items()) / fps
-    problems = [(table.name, problem) for table, problem in tables.problems]
+    problems = [(table, problem) for table, problems in captions.problems.items() for problem in problems]
     return PrepareReport(settings, files, dict(sorted(buckets.items())), seconds, problems)
 
 
-def _named_but_missing(media: Sequence[MediaFile], tables: Tables, root: Path) -> list[FileResult]:
+def _named_but_missing(captions: Captions, root: Path) -> list[FileResult]:
     """Rows of caption tables that name no media file."""
-    known = {found.path for found in media}
     results = []
-    for path, where in tables.named.items():
-        if path in known:
-            continue
+    for path, row in captions.missing:
         name = Path(path)
         shown = str(name.relative_to(root)) if name.is_relative_to(root) else path
-        why = "is not a media file in the input folder" if name.exists() else "there is no such file"
-        results.append(FileResult(shown, "rejected", 0, f"named in {where}, but {why}"))
+        why = "is not a media file in the input folder" if os.path.exists(path) else "there is no such file"
+        results.append(FileResult(shown, "rejected", 0, f"named in {row.table} {row.line}, but {why}"))
     return results

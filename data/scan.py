@@ -4,14 +4,14 @@ A file that cannot be used is not an error: its `MediaFile` holds the reason.
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.captions import TABLES
+from data.captions import FileNames
 from magihuman.io.provenance import file_hash
+from magihuman.io.text import TABLES
 from magihuman.media.reading import MediaError, MediaInfo, probe
 
 _VIDEO = "3g2 3gp asf avi dv flv gif ivf m2ts m4v mkv mov mp4 mpeg mpg mts mxf nut ogv rm ts vob webm wmv"
@@ -26,14 +26,16 @@ class MediaFile:
 
     Attributes:
         path: absolute; relative: to the input folder, with "/".
-        size, modified: bytes and nanoseconds, to detect a change since the file was probed.
+        size: in bytes; stamp: size, times and inode, which change when the file is written or replaced.
+        content: sha256 of its bytes.
         info: facts from probing, or None if it cannot be used; `problem` is the reason.
     """
 
     path: str
     relative: str
     size: int = 0
-    modified: int = 0
+    stamp: str = ""
+    content: str = ""
     info: MediaInfo | None = None
     problem: str = ""
 
@@ -45,9 +47,15 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """Media files to probe, caption tables, and ignored files with the reason."""
+    """Media files to probe, their names, caption tables, and ignored files with the reason.
+
+    Attributes:
+        texts: path of a media file -> its caption's text file.
+    """
 
     media: list[MediaFile]
+    names: FileNames
+    texts: dict[str, Path]
     tables: list[Path]
     ignored: list[MediaFile]
 
@@ -82,9 +90,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def list_files(root: Path, output: Path) -> Listing:
     """Every regular file under `root` (hidden ones and the output folder left out), in name order."""
     media: list[MediaFile] = []
-    tables: list[Path] = []
     others: list[MediaFile] = []
-    texts: list[tuple[Path, MediaFile]] = []
+    captions: list[MediaFile] = []
     for folder, entries in _walk(root.absolute(), output.resolve()):
         if isinstance(entries, OSError):
             relative = os.path.relpath(folder, root.absolute())
@@ -101,45 +108,59 @@ def list_files(root: Path, output: Path) -> Listing:
                 others.append(MediaFile(str(path), relative, problem=f"cannot be opened: {error.strerror}"))
                 continue
             suffix = path.suffix.lower()
-            found = MediaFile(str(path), relative, status.st_size, status.st_mtime_ns)
+            # The change time cannot be set by copying programs, as the time of modification can.
+            stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+            found = MediaFile(str(path), relative, status.st_size, stamp)
             if not path.is_file():
                 others.append(MediaFile(str(path), relative, problem="is not a regular file (pipe, socket or device)"))
             elif suffix in MEDIA or not suffix:
                 media.append(found)
-            elif suffix in TABLES:
-                tables.append(path)
-            elif suffix == ".txt":
-                texts.append((path, found))
+            elif suffix in (".txt", *TABLES):
+                captions.append(found)
             else:
                 others.append(MediaFile(str(path), relative, problem=f"{suffix} is not a media file"))
-    stems = {path for found in media for path in (str(Path(found.path).with_suffix("")), found.path)}
-    for path, found in texts:
-        if str(path.with_suffix("")) not in stems:
-            others.append(MediaFile(found.path, found.relative, problem="caption without a media file of its name"))
-    return Listing(media, tables, others)
+    names = FileNames(found.path for found in media)
+    texts, tables = _match_captions(captions, names, others)
+    return Listing(media, names, texts, tables, others)
+
+
+def _match_captions(
+    captions: list[MediaFile], names: FileNames, others: list[MediaFile]
+) -> tuple[dict[str, Path], list[Path]]:
+    """Text file of each media file, and tables; files that are neither are added to `others`."""
+    texts: dict[str, Path] = {}
+    tables: list[Path] = []
+    # dog.txt before dog.mp4.txt before Dog.TXT, for dog.mp4.
+    for found in sorted(captions, key=lambda found: _closeness(found.path, names)):
+        path = Path(found.path)
+        named = names.find(os.path.splitext(path)[0])
+        problem = ""
+        if path.suffix.lower() != ".txt":
+            if path.suffix.lower() == ".json" and named:
+                problem = "describes one file; its caption is taken from a .txt or a table"
+            else:
+                tables.append(path)
+        elif not named:
+            problem = "caption without a media file of its name"
+        elif path not in [texts.setdefault(media, path) for media in named]:
+            problem = f"another caption for {Path(named[0]).name}; {texts[named[0]].name} is used"
+        if problem:
+            others.append(replace(found, problem=problem))
+    tables.sort(key=lambda table: (len(table.parts), table))  # those of the outer folders first
+    return texts, tables
+
+
+def _closeness(text: str, names: FileNames) -> tuple[bool, bool, str]:
+    """Order of text files that could belong to one media file."""
+    stem, ending = os.path.splitext(text)
+    return stem not in names or ending != ".txt", Path(stem).suffix.lower() in MEDIA, text
 
 
 def probe_file(found: MediaFile) -> MediaFile:
-    """Copy of `found` with `info`, or with the reason why it cannot be used."""
+    """Copy of `found` with `info` and `content`, or with the reason why it cannot be used."""
     try:
-        return replace(found, info=probe(found.path))
+        return replace(found, info=probe(found.path), content=file_hash(Path(found.path)))
     except MediaError as error:
         return replace(found, problem=str(error))
     except Exception as error:  # a bug of a decoder must not end the run
         return replace(found, problem=f"cannot be read: {type(error).__name__}: {error}"[:200])
-
-
-def find_duplicates(files: Iterable[MediaFile]) -> dict[str, str]:
-    """Relative path of a file -> relative path of an earlier one with the same bytes; reads only files of equal size."""
-    by_size: dict[int, list[MediaFile]] = defaultdict(list)
-    for found in files:
-        if found.info is not None:
-            by_size[found.size].append(found)
-    duplicates: dict[str, str] = {}
-    for group in by_size.values():
-        first: dict[str, str] = {}
-        for found in group if len(group) > 1 else ():
-            original = first.setdefault(file_hash(Path(found.path)), found.relative)
-            if original != found.relative:
-                duplicates[found.relative] = original
-    return duplicates

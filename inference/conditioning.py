@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from inference.requests import read_text
 from magihuman.errors import UserError
+from magihuman.io.text import read_text
 from magihuman.media import images, reading
 
 # Only the beginning of a track is used; one of many minutes is a mistake, and slow to decode.
@@ -74,7 +74,7 @@ def read_negative_prompt(path: str | Path) -> tuple[str, str | None]:
     Raises:
         UserError: the file is missing, empty or not UTF-8.
     """
-    text = read_text(path, "negative_prompt_file").rstrip("\n")
+    text = read_text(path, f"negative_prompt_file={path}").rstrip("\n")
     if not text.strip():
         raise UserError(f"negative_prompt_file={path} is empty")
     found = hashlib.sha256(text.encode()).hexdigest()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from inference.requests import MANIFEST, InferOptions, Request, check_length, check_seconds, check_seed, read_requests
 from magihuman.errors import UserError
+from magihuman.io.text import prompt_text
 
 if TYPE_CHECKING:
     from inference.jobs import Job
@@ -178,6 +179,10 @@ def _requests(prompt: str | None, prompts: str | None, output: str | None, seed:
         return read_requests(prompts, seed), path
     if prompt is None or not prompt.strip():
         raise UserError('the prompt is empty; say what to show, for example prompt="round face, says ma"')
+    try:
+        prompt = prompt_text(prompt)
+    except ValueError as error:
+        raise UserError(f"the prompt {error}") from None
     check_length(prompt, "the prompt")
     if path.suffix != ".mp4" or path.is_dir():
         raise UserError(f"output={output} must be a file that ends in .mp4")

@@ -2,14 +2,13 @@
 
     InferOptions(checkpoint="tiny/base", prompt="round face, says ma", output="x.mp4").command()
 
-A prompt file has lines (`.txt`), JSON objects (`.jsonl`), or a table with a header (`.csv`). A request keeps its name and
-seed whatever the other lines are, so an interrupted batch continues where it was. Imports no torch.
+A prompt file has lines (`.txt`) or is a table (`.csv`, `.tsv`, `.jsonl`, `.json`). A request keeps its name and seed
+whatever the other lines are, so an interrupted batch continues where it was. Imports no torch.
 """
 
-import csv
-import io
-import json
+import os
 import re
+import reprlib
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from typing import Any
 from magihuman.cli import option
 from magihuman.codecs.costs import TEXT_LIMIT
 from magihuman.errors import UserError
+from magihuman.io.text import CAPTION_COLUMNS, TABLES, TableRow, prompt_lines, read_rows, read_text
 
 FIELDS = ("prompt", "seed", "name", "image", "audio", "seconds", "negative_prompt")
 FORMAT = "magihuman-clip/1"
@@ -71,8 +71,8 @@ class InferOptions:
     text_encoder: str | None = option("T5-Gemma for the published weights; none takes MAGIHUMAN_T5GEMMA", None)
     prompt: str | None = option(f"the scene and the speech, up to {TEXT_LIMIT} tokens", None)
     prompts: str | None = option(
-        "a file of many prompts: .txt (one a line), .jsonl or .csv (prompt, and optionally seed, name, image, audio, "
-        "seconds, negative_prompt)",
+        "a file of many prompts: .txt (one a line), or a .csv, .tsv, .jsonl or .json with prompt and optionally seed, "
+        "name, image, audio, seconds, negative_prompt",
         None,
         command=False,
     )
@@ -183,27 +183,13 @@ def slug(text: str) -> str:
     return lines[0][:40].replace(" ", "-") if lines else "clip"
 
 
-def read_text(path: str | Path, setting: str) -> str:
-    """Content of a UTF-8 file, without a byte-order mark.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8; names the setting.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{setting}={path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{setting}={path} cannot be read: {error.strerror}") from error
-
-
 def read_requests(path: str | Path, seed: int) -> list[Request]:
     """All requests of a prompt file.
 
     Args:
-        path: `.txt` (a prompt a line), `.jsonl` (an object a line) or `.csv` (a header, then a row each);
-            objects and rows have the fields of `FIELDS`, of which only `prompt` is needed. Relative
-            image and audio paths start at the file's folder.
+        path: `.txt` (a prompt a line) or a table as `magihuman.io.text.read_rows` reads it. Its rows have the
+            fields of `FIELDS`, of which only `prompt` is needed (or `caption`, `text` and the like). Relative image and
+            audio paths start at the file's folder.
         seed: request i (counted from 0) without a seed of its own gets `seed + i`.
 
     Raises:
@@ -211,83 +197,57 @@ def read_requests(path: str | Path, seed: int) -> list[Request]:
             by its number.
     """
     path = Path(path)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"prompts={path}: cannot tell the format; name the file .txt, .jsonl or .csv")
+    if path.suffix.lower() not in (".txt", *TABLES):
+        raise UserError(f"prompts={path}: cannot tell the format; name the file .txt, {', '.join(TABLES)}")
+    rows: Iterator[TableRow]
+    if path.suffix.lower() == ".txt":
+        lines = prompt_lines(read_text(path, f"prompts={path}"))
+        rows = (TableRow(f"line {number}", {"prompt": line}) for number, line in lines)
+    else:
+        rows = read_rows(path, f"prompts={path}", (CAPTION_COLUMNS,), ("name", "prompt"))
     requests: list[Request] = []
-    line_of: dict[str, int] = {}
-    for line, values in readers[path.suffix.lower()](read_text(path, "prompts"), path):
-        request = _request(values, len(requests), seed, f"{path} line {line}", path.parent)
-        if request.name in line_of:
+    where_of: dict[str, str] = {}
+    for row in rows:
+        request = _request(row, len(requests), seed, f"{path} {row.where}", path.parent)
+        if request.name in where_of:
             raise UserError(
-                f"{path}: the name {request.name!r} is used in line {line_of[request.name]} and again in "
-                f"line {line}; every clip needs its own"
+                f"{path}: the name {request.name!r} is used in {where_of[request.name]} and again in {row.where}; "
+                "every clip needs its own"
             )
-        line_of[request.name] = line
+        where_of[request.name] = row.where
         requests.append(request)
     if not requests:
         raise UserError(f"prompts={path} holds no prompt")
     return requests
 
 
-def _read_txt(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield number, {"prompt": line.strip()}
-
-
-def _read_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Split at line feeds alone: JSON strings may hold U+2028, where str.splitlines would cut as well.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error.msg}") from error
-        if not isinstance(values, dict):
-            raise UserError(f'{path} line {number}: expected an object such as {{"prompt": "..."}}')
-        yield number, values
-
-
-def _read_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if "prompt" not in (rows.fieldnames or ()):
-        raise UserError(f"{path} line 1: the header needs a column 'prompt' (columns: {', '.join(FIELDS)})")
-    for row in rows:
-        if None in row:
-            raise UserError(
-                f"{path} line {rows.line_num} has more cells than the header; quote a prompt that has commas"
-            )
-        # An empty cell means: not given.
-        yield rows.line_num, {key: cell for key, cell in row.items() if cell not in (None, "")}
-
-
-def _request(values: dict[str, Any], index: int, seed: int, where: str, folder: Path) -> Request:
-    unknown = sorted(set(values) - set(FIELDS))
-    if unknown:
+def _request(row: TableRow, index: int, seed: int, where: str, folder: Path) -> Request:
+    if row.problem:
+        raise UserError(f"{where} {row.problem}")
+    given = {key: value for key, value in row.values.items() if value is not None}
+    if unknown := sorted(set(given) - {*FIELDS, *CAPTION_COLUMNS}):
         raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
-    given = {key: value for key, value in values.items() if value is not None}
-    prompt = given.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
+    try:
+        prompt = row.text(("prompt", *CAPTION_COLUMNS))
+        texts = {key: row.text((key,)) for key in ("name", "image", "audio", "negative_prompt") if key in given}
+    except ValueError as error:
+        raise UserError(f"{where} {error}") from None
+    if not prompt:
         raise UserError(f"{where}: the prompt is missing or empty")
     check_length(prompt, f"{where}: the prompt")
-    for key in ("name", "image", "audio", "negative_prompt"):
-        if key in given and not isinstance(given[key], str):
-            raise UserError(f"{where}: {key} must be text, not {given[key]!r}")
-    name = given.get("name", f"{index:04d}-{slug(prompt)}")
+    name = texts.get("name", f"{index:04d}-{slug(prompt)}")
     if not re.fullmatch(r"[^/\\\x00-\x1f]{1,120}", name) or name.startswith("."):
         raise UserError(f"{where}: {name!r} cannot be a file name; use up to 120 characters without slashes")
-    paths = {key: str(folder / given[key]) for key in ("image", "audio") if key in given}
+    paths = {key: str(folder / texts[key]) for key in ("image", "audio") if key in texts}
     for key, file in paths.items():
-        if not Path(file).is_file():
+        if not os.path.isfile(file):
             raise UserError(f"{where}: {key} {file} does not exist")
     return Request(
         name=name,
         prompt=prompt,
         seed=check_seed(given["seed"], where) if "seed" in given else seed + index,
         seconds=check_seconds(given["seconds"], where) if "seconds" in given else None,
-        negative_prompt=given.get("negative_prompt"),
+        negative_prompt=texts.get("negative_prompt"),
         **paths,
     )
 
@@ -303,7 +263,7 @@ def check_seed(value: Any, where: str) -> int:
     except ValueError:
         seed = -1
     if isinstance(value, bool) or not 0 <= seed <= MAX_SEED:
-        raise UserError(f"{where}: seed must be a whole number from 0 to {MAX_SEED}, not {value!r}")
+        raise UserError(f"{where}: seed must be a whole number from 0 to {MAX_SEED}, not {reprlib.repr(value)}")
     return seed
 
 
@@ -317,10 +277,10 @@ def check_seconds(value: Any, where: str) -> float | str:
         return AUTO
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = float("nan")
     if not 0 < seconds < float("inf"):
-        raise UserError(f"{where}: seconds must be a positive number or auto, not {value!r}")
+        raise UserError(f"{where}: seconds must be a positive number or auto, not {reprlib.repr(value)}")
     return seconds
 
 

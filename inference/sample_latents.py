@@ -118,11 +118,12 @@ def read_prompts(source: str) -> list[str]:
         UserError: there are none.
     """
     from inference.requests import read_requests
+    from magihuman.io.text import prompt_text, read_text
 
     path = Path(source)
     if not path.is_dir():
         return [request.prompt for request in read_requests(path, 0)]
-    texts = [file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))]
+    texts = [prompt_text(read_text(file, str(file))) for file in sorted(path.glob("*.txt"))]
     if not texts:
         raise UserError(f"prompts={source} is a folder without .txt captions; give one, or a prompt file")
     return texts

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from inference.prompting.chat_client import Chat, Message, endpoint_chat, transformers_chat
 from inference.prompting.format import NO_SOUND, NO_SPEECH, QUOTED, Report, check_form
-from inference.requests import read_requests, read_text
+from inference.requests import read_requests
 from magihuman.errors import UserError
+from magihuman.io.text import TABLES, read_text
 
 PROGRAM = "python -m inference.prompting"
 
@@ -123,7 +124,7 @@ def make(
     Args:
         request: what is wanted in plain words, or a text file with it; words in quotation marks are kept; the key may
             be left out.
-        check: a prompt, a text file with one, or a .jsonl or .csv file as infer's prompts= takes; needs no model.
+        check: a prompt, a text file with one, or a table as infer's prompts= takes; needs no model.
         model: the chat model: a transformers folder or cached Hub id; with endpoint=, its name there.
         endpoint: an OpenAI-compatible address such as http://127.0.0.1:8000/v1.
         api_key: name of the environment variable with the endpoint's key; if not given, OPENAI_API_KEY is sent where
@@ -167,7 +168,7 @@ def make(
 
 def _checked(given: str, seconds: float | None) -> int:
     """Print the faults and notes of a prompt, or of all in a file; the exit status."""
-    if Path(given).suffix.lower() in (".jsonl", ".csv"):
+    if Path(given).suffix.lower() in TABLES:
         prompts = {f"{request.name}: ": request.prompt for request in read_requests(given, 0)}
     else:
         prompts = {"": _text(given, "check")}
@@ -204,7 +205,7 @@ def _text(given: str, what: str) -> str:
         if re.fullmatch(r"\S+\.(txt|md|text)|[./~]\S*/\S+", given):
             raise UserError(f"{what}={given}: no such file")
         return given
-    return read_text(given, what)
+    return read_text(given, f"{what}={given}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

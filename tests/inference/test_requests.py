@@ -28,6 +28,24 @@ def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path: Path) -> None:
     assert [r.prompt for r in read_requests(path, 0)] == ["round face", "square face"]
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "says ma\u2028bi so\r\nother\x0cpage\n")
+    assert [r.prompt for r in read_requests(path, 0)] == ["says ma\u2028bi so", "other\x0cpage"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.TSV", "prompt\tseed\nx, y\t3\n"),
+        ("p.csv", "text;seed\n x, y ;3\n"),
+        ("p.json", '[{"caption": "x, y", "seed": 3}]'),
+        ("p.json", '{"0000-x-y": {"prompt": "x, y", "seed": 3}}'),
+    ],
+)
+def test_tables_of_captions_serve_as_prompts(tmp_path: Path, name: str, text: str) -> None:
+    assert read_requests(write(tmp_path / name, text), 0) == [Request("0000-x-y", "x, y", 3)]
+
+
 def test_jsonl_fields_and_paths_from_the_file_s_folder(tmp_path: Path) -> None:
     (tmp_path / "first.png").touch()
     lines = [
@@ -51,10 +69,15 @@ def test_csv_with_quoted_commas_and_empty_cells(tmp_path: Path) -> None:
         ("p.yaml", "x", "cannot tell the format"),
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
-        ("p.jsonl", '["a"]', "expected an object"),
+        ("p.jsonl", '["a"]', "is not a JSON object"),
         ("p.jsonl", '{"promt": "a"}', "unknown field 'promt'"),
         ("p.jsonl", '{"prompt": " "}', "prompt is missing or empty"),
-        ("p.jsonl", '{"prompt": 5}', "prompt is missing or empty"),
+        ("p.jsonl", '{"prompt": 5}', "has 5 as prompt; give one text"),
+        ("p.jsonl", '{"prompt": ["a", "b"]}', "has a list of 2 as prompt; give one text"),
+        ("p.jsonl", '{"prompt": "a", "seconds": 1' + "0" * 400 + "}", "seconds must be a positive number"),
+        ("p.jsonl", "[" * 100_000, "nested deeper than 100 levels"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1' + "0" * 5000 + "}", "a number has too many digits"),
+        ("p.csv", "prompt,seed\na,1" + "0" * 5000, "seed must be a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "seed must be a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": true}', "seed must be a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "seed must be a whole number"),
@@ -63,7 +86,7 @@ def test_csv_with_quoted_commas_and_empty_cells(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "name": "../x"}', "cannot be a file name"),
         ("p.jsonl", '{"prompt": "a", "image": "nowhere.png"}', "does not exist"),
         ("p.jsonl", '{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}', "in line 1 and again in line 2"),
-        ("p.csv", "text\na\n", "needs a column 'prompt'"),
+        ("p.csv", "words\na\n", "has no column caption or text or prompt"),
         ("p.csv", "prompt\nround, red\n", "more cells than the header"),
     ],
 )
