@@ -23,6 +23,7 @@ from inference.loading import ranks
 from inference.requests import AUTO, FORMAT, InferOptions, Request
 from inference.settings import longest, resolve
 from magihuman.codecs.bundle import bundle_spec
+from magihuman.codecs.oobleck import WINDOW_LATENTS
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, file_hash
@@ -261,6 +262,10 @@ class Resolver:
             length, used = self._seconds[request.audio], settings.audio / self.source.config.contract.fps
             if length > used + 0.05:
                 self._note(f"{request.audio} lasts {length:.2f} s; its first {used:.2f} s are used (see seconds=)")
+        if self.source.options.audio_overlap is not None and (
+            request.audio is None or settings.audio <= WINDOW_LATENTS
+        ):
+            self._note("audio_overlap= changes nothing: it is for given audio that is longer than a window of 29 s")
         config = self.source.config
         spec = bundle_spec(config.codecs)
         if not spec.many_lengths and settings.frames > config.size.frames:

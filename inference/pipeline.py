@@ -236,7 +236,8 @@ class Pipeline:
             stage, shape = settings.sr, latent_shape(self.second.config, settings, settings.size)
             scales = None
             if stage.guidance != 1:
-                scales = frame_scales(stage.guidance, shape[0][1], device=self.device)
+                early = stage.early_frames, stage.early_guidance
+                scales = frame_scales(stage.guidance, shape[0][1], *early, device=self.device)
             with self.stage("refine"):
                 video = refine(
                     self.second.denoiser,
@@ -245,7 +246,9 @@ class Pipeline:
                     text,
                     negative,
                     shape,
-                    draw(shape, generators, self.device),
+                    draw(shape, generators, self.device, stage.noise_index),
+                    noise_index=stage.noise_index,
+                    audio_noise=stage.audio_noise,
                     steps=stage.steps,
                     shift=stage.shift,
                     guidance=scales,
@@ -290,8 +293,9 @@ class Pipeline:
         with self.stage("condition"):
             for path, generator in zip(paths, generators, strict=True):
                 wave = read_audio_track(path, codec.sample_rate, 1, codec.hop * settings.audio).to(device_of(codec))
-                drawn = {"generator": generator} if getattr(codec, "samples_bottleneck", False) else {}
-                latents.append(codec.encode(wave, **drawn))
+                released = getattr(codec, "samples_bottleneck", False)
+                given = {"generator": generator, "overlap": settings.audio_overlap} if released else {}
+                latents.append(codec.encode(wave, **given))
         return torch.cat(latents).to(self.device)
 
     def decode(self, draft: Draft) -> Clip:

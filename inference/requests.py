@@ -106,11 +106,27 @@ class InferOptions:
     width: int | None = option("of the clip in pixels, before super-resolution", None)
     sr_steps: int | None = option("solver steps of the second stage", None)
     sr_cfg: float | None = option("guidance scale of the second stage, 1 is off; the release also knows 3.5", None)
+    sr_shift: float | None = option("of the second stage's noise levels", None)
+    sr_noise_index: int | None = option(
+        "strength of the noise on the enlarged latents, an index 0 (none) to 999 (noise alone); the release's is 220",
+        None,
+    )
+    sr_audio_noise: float | None = option(
+        "share of noise, 0 to 1, in the audio that the second stage reads; the release's is 0.7", None
+    )
+    sr_early_frames: int | None = option(
+        "first latent frames with a lower sr_cfg, 0 for none; the release's are 13", None
+    )
+    sr_early_cfg: float | None = option("guidance scale of these frames; the release's is 2", None)
     sr_height: int | None = option("of the finished clip in pixels", None)
     sr_width: int | None = option("of the finished clip in pixels", None)
     image: str | None = option("image file for the first frame, cropped to the clip's shape", None)
     audio: str | None = option(
         "audio file, or a clip with audio: conditions the clip and becomes its audio track", None
+    )
+    audio_overlap: float | None = option(
+        "share that the windows overlap in which the released audio codec reads more than 29 s; the release's is 0.5",
+        None,
     )
     device: str = option("auto, cpu, cuda or cuda:N", "auto", identity=True)
     dtype: str | None = option(

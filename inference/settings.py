@@ -9,10 +9,12 @@ from typing import Any
 
 from inference.requests import InferOptions
 from magihuman.codecs.bundle import bundle_spec
+from magihuman.codecs.oobleck import OVERLAP
 from magihuman.errors import UserError
-from magihuman.flow.guidance import Guidance
+from magihuman.flow.guidance import EARLY_FRAMES, EARLY_SCALE, Guidance
 from magihuman.flow.sampling import Shapes
 from magihuman.flow.solvers import SOLVERS
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX
 from magihuman.io.export import ExportConfig
 
 # A clip far longer than what a model was trained on is noise at best and exhausts the memory at worst.
@@ -26,8 +28,9 @@ class SecondStage:
 
     Attributes:
         steps, shift: of its UniPC solver.
-        guidance: scale for the video, 1 is none.
+        guidance: scale for the video, 1 is none; early_guidance: the most for the first early_frames latent frames.
         height, width: of the clip in pixels.
+        noise_index: of the noise on the enlarged latents, 0 is none; audio_noise: share of noise in the audio it reads.
     """
 
     steps: int
@@ -35,6 +38,10 @@ class SecondStage:
     guidance: float
     height: int
     width: int
+    noise_index: int = NOISE_INDEX
+    audio_noise: float = AUDIO_NOISE
+    early_frames: int = EARLY_FRAMES
+    early_guidance: float = EARLY_SCALE
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Settings:
         cfg_passes: 1, both branches of the guidance in one batch; 2, one after the other (less memory).
         compat: "o2" lets an unguided first stage change the given audio, as the released code does.
         sr: the second stage, or None.
+        audio_overlap: share that the windows overlap in which long audio is encoded.
     """
 
     solver: str
@@ -64,6 +72,7 @@ class Settings:
     cfg_passes: int = 1
     compat: str | None = None
     sr: SecondStage | None = None
+    audio_overlap: float = OVERLAP
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -73,9 +82,11 @@ class Settings:
         """The same as options of the command, for `InferOptions`."""
         names = {f.name for f in fields(InferOptions)} & {f.name for f in fields(self)} - {"sr", "audio"}
         values = {name: getattr(self, name) for name in names} | {"cfg": self.guidance.to_dict()}
+        if self.audio_overlap == OVERLAP:
+            del values["audio_overlap"]
         if self.sr is not None:
-            sr = self.sr
-            values |= {"sr_steps": sr.steps, "sr_cfg": sr.guidance, "sr_height": sr.height, "sr_width": sr.width}
+            unused = EARLY if self.sr.guidance == 1 else ()
+            values |= {name: getattr(self.sr, field) for name, field in SECOND_STAGE.items() if name not in unused}
         # On the command line an empty negative prompt means the checkpoint's own, and a space none.
         return values | {"negative_prompt": self.negative_prompt or " "}
 
@@ -95,10 +106,16 @@ def longest(config: ExportConfig) -> float:
     return LONGEST * config.size.frames / config.contract.fps
 
 
+# Options of the second stage, and the fields of `SecondStage` that they set.
+SECOND_STAGE = {
+    **{f"sr_{name}": name for name in ("steps", "shift", "height", "width", "noise_index", "audio_noise")},
+    **{"sr_cfg": "guidance", "sr_early_frames": "early_frames", "sr_early_cfg": "early_guidance"},
+}
+EARLY = ("sr_early_frames", "sr_early_cfg")
 # The options that `resolve` reads; the others of `InferOptions` choose checkpoints, files and devices.
 SAMPLING_OPTIONS = (
     *("steps", "solver", "cfg", "cfg_passes", "shift", "negative_prompt", "seconds", "compat", "resolution"),
-    *("height", "width", "sr_steps", "sr_cfg", "sr_height", "sr_width"),
+    *("height", "width", "audio_overlap", *SECOND_STAGE),
 )
 
 
@@ -140,21 +157,30 @@ def resolve(
         width=_side(config, "width", sizes["width"], config.size.width),
         cfg_passes=given.cfg_passes,
         compat=given.compat,
+        audio_overlap=OVERLAP if given.audio_overlap is None else given.audio_overlap,
     )
     _check(chosen)
     if second is None:
-        for name in ("sr_steps", "sr_cfg", "sr_height", "sr_width"):
+        for name in SECOND_STAGE:
             if (value := getattr(given, name)) is not None:
                 raise UserError(f"{name}={value} needs a checkpoint for the second stage; give sr=CHECKPOINT")
         return chosen
+    named = {field: getattr(given, name) for name, field in SECOND_STAGE.items()}
     stage = SecondStage(
-        steps=second.sampling.steps if given.sr_steps is None else given.sr_steps,
+        steps=second.sampling.steps,
         shift=second.sampling.shift,
-        guidance=float(second.sampling.guidance.video_high if given.sr_cfg is None else given.sr_cfg),
+        guidance=float(second.sampling.guidance.video_high),
         height=_side(config, "sr_height", sizes["sr_height"], second.size.height),
         width=_side(config, "sr_width", sizes["sr_width"], second.size.width),
     )
+    sides = ("height", "width")
+    stage = replace(
+        stage, **{field: value for field, value in named.items() if value is not None and field not in sides}
+    )
     _check_second(stage, chosen)
+    for name in EARLY:
+        if stage.guidance == 1 and (value := getattr(given, name)) is not None:
+            raise UserError(f"{name}={value} changes nothing without guidance in the second stage; give sr_cfg=")
     return replace(chosen, sr=stage)
 
 
@@ -244,8 +270,17 @@ def _side(config: ExportConfig, name: str, given: int | None, usual: int) -> int
 def _check_second(stage: SecondStage, chosen: Settings) -> None:
     if not 1 <= stage.steps <= 1000:
         raise UserError(f"sr_steps={stage.steps} is impossible; give 1 to 1000")
-    if not 1 <= stage.guidance < math.inf:
-        raise UserError(f"sr_cfg={stage.guidance:g} is impossible; scales start at 1, which is none")
+    for name, scale in (("sr_cfg", stage.guidance), ("sr_early_cfg", stage.early_guidance)):
+        if not 1 <= scale < math.inf:
+            raise UserError(f"{name}={scale:g} is impossible; scales start at 1, which is none")
+    if not 0 < stage.shift < math.inf:
+        raise UserError(f"sr_shift={stage.shift:g} is impossible; give a positive number")
+    if not 0 <= stage.noise_index < 1000:
+        raise UserError(f"sr_noise_index={stage.noise_index} is impossible; give 0 (none) to 999")
+    if not 0 <= stage.audio_noise <= 1:
+        raise UserError(f"sr_audio_noise={stage.audio_noise:g} is impossible; give 0 to 1")
+    if stage.early_frames < 0:
+        raise UserError(f"sr_early_frames={stage.early_frames} is impossible; give 0 or more")
     if stage.height < chosen.height or stage.width < chosen.width:
         raise UserError(
             f"the second stage's {stage.width}x{stage.height} is smaller than the first's "
@@ -265,5 +300,7 @@ def _check(chosen: Settings) -> None:
         raise UserError(f"guidance {scales.to_dict()} is impossible; scales start at 1, which is none")
     if chosen.cfg_passes not in (1, 2):
         raise UserError(f"cfg_passes={chosen.cfg_passes} is impossible; choose 1 (faster) or 2 (less memory)")
+    if not 0 <= chosen.audio_overlap <= 0.9:
+        raise UserError(f"audio_overlap={chosen.audio_overlap:g} is impossible; give 0 to 0.9")
     if chosen.compat is not None and chosen.compat not in COMPATIBLE:
         raise UserError(f"compat={chosen.compat} is unknown; choose {', '.join(COMPATIBLE)}, or leave it out")

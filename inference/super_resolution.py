@@ -14,14 +14,21 @@ from torch import Tensor
 
 from inference.sampling import Scales, sample
 from magihuman.flow.sampling import Noise, Pair, Shapes, draw_noise
-from magihuman.flow.sigmas import zero_snr_table
-from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, signal_amplitude, start
 from magihuman.models.denoiser import Denoiser
 
 
-def draw(shape: Shapes, generators: Sequence[torch.Generator], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Noise for video [B,C,T,h,w], then audio [B,A,Ca], from generators that drew the first stage's (SPEC 4.2)."""
-    return draw_noise(shape, generators, device=device, video_first=True).start
+def draw(
+    shape: Shapes, generators: Sequence[torch.Generator], device: torch.device | str, noise_index: int = NOISE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """Noise for video [B,C,T,h,w], then audio [B,A,Ca], from generators that drew the first stage's (SPEC 4.2).
+
+    With `noise_index` 0 nothing is drawn for the video, which gets zeros.
+    """
+    if noise_index:
+        return draw_noise(shape, generators, device=device, video_first=True).start
+    audio = torch.stack([torch.randn(tuple(shape[1]), generator=generator) for generator in generators])
+    return torch.zeros(len(audio), *shape[0], device=device), audio.to(device)
 
 
 def refine(
@@ -36,6 +43,7 @@ def refine(
     steps: int,
     shift: float = 5.0,
     guidance: Scales | None = None,
+    noise_index: int = NOISE_INDEX,
     audio_noise: float = AUDIO_NOISE,
     **options: Any,
 ) -> Tensor:
@@ -49,13 +57,13 @@ def refine(
         noise: for both, from `draw`.
         steps, shift: of the solver, which is UniPC.
         guidance: from `magihuman.flow.guidance.frame_scales`, or None.
-        audio_noise: noise level of the audio; other values than the released one are for ablations.
+        noise_index: of the video's noise, as for `draw`; audio_noise: noise level of the audio.
         options: image_latent (at this stage's size), progress, cfg_passes, device of `inference.sampling.sample`.
 
     Returns:
         video latents at the new size, fp32; the clip keeps the audio of the first stage.
     """
-    video, noised_audio = start(video, audio, noise, zero_snr_table()[NOISE_INDEX].item(), audio_noise)
+    video, noised_audio = start(video, audio, noise, signal_amplitude(noise_index), audio_noise)
     return sample(
         denoiser,
         text,

@@ -33,6 +33,7 @@ FILES = (
 PREFIX = "pretransform.model."
 LATENTS_PER_SECOND = 25
 WINDOW_LATENTS = 725  # 29 s at 25 latents a second
+OVERLAP = 0.5  # share of a window that the next one overlaps, in the release
 
 
 class OobleckCodec(nn.Module):
@@ -100,6 +101,7 @@ class OobleckCodec(nn.Module):
         waveform: torch.Tensor,
         generator: torch.Generator | None = None,
         noise: Sequence[torch.Tensor] | None = None,
+        overlap: float = OVERLAP,
     ) -> torch.Tensor:
         """[B,channels,N] (or [B,1,N], which is copied to both channels) at `sample_rate` -> [B,A,Ca] fp32.
 
@@ -110,6 +112,7 @@ class OobleckCodec(nn.Module):
         Args:
             generator: source of one Gaussian [B,Ca,A] per window, drawn on its own device.
             noise: the Gaussians themselves, one [B,A,Ca] per window.
+            overlap: share of a window that the next one overlaps, 0 <= overlap < 1.
 
         Raises:
             ValueError: N is shorter than one latent, wrong channels, or not one noise per window.
@@ -123,7 +126,7 @@ class OobleckCodec(nn.Module):
                 f"waveform {list(waveform.shape)}: needs 1 or {self.waveform_channels} channels and at least "
                 f"{self.hop} samples"
             )
-        windows = split_windows(waveform, WINDOW_LATENTS * self.hop)
+        windows = split_windows(waveform, WINDOW_LATENTS * self.hop, overlap)
         if noise is not None and len(noise) != len(windows):
             raise ValueError(f"{len(noise)} noise tensors for {len(windows)} windows of audio")
         blocks = []
@@ -137,7 +140,7 @@ class OobleckCodec(nn.Module):
             blocks.append(latents.transpose(1, 2))
         if len(blocks) == 1:
             return blocks[0].contiguous()
-        return cross_fade(blocks)[:, : math.ceil(waveform.shape[-1] / self.hop)].contiguous()
+        return cross_fade(blocks, overlap)[:, : math.ceil(waveform.shape[-1] / self.hop)].contiguous()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -146,33 +149,33 @@ class OobleckCodec(nn.Module):
         return self.vae.decoder(latents.transpose(1, 2).to(parameter.device, parameter.dtype))
 
 
-def split_windows(waveform: torch.Tensor, window: int) -> list[torch.Tensor]:
-    """Cut [B,channels,N] into windows of `window` samples, half a window apart; the last one is zero-padded.
+def split_windows(waveform: torch.Tensor, window: int, overlap: float = OVERLAP) -> list[torch.Tensor]:
+    """Cut [B,channels,N] into windows of `window` samples that overlap by a share; the last one is zero-padded.
 
     A waveform that fits into one window is returned unpadded.
     """
-    samples, step = waveform.shape[-1], window // 2
+    samples, step = waveform.shape[-1], window - math.ceil(window * overlap)
     if samples <= window:
         return [waveform]
     padded = F.pad(waveform, (0, -(samples - window) % step))
     return [piece.contiguous() for piece in padded.unfold(-1, window, step).unbind(-2)]
 
 
-def cross_fade(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Merge equally long latent blocks [B,A,Ca] into one [B, A + (n-1)(A - A//2), Ca].
+def cross_fade(blocks: list[torch.Tensor], overlap: float = OVERLAP) -> torch.Tensor:
+    """Merge equally long latent blocks [B,A,Ca] into one [B, A + (n-1)(A - shared), Ca], shared = floor(A overlap).
 
-    Neighbours overlap by A//2 latents; at offset k of the overlap the later block weighs k/(A//2). With odd A
-    the blocks advance half a latent more than the audio (oddity O13), as in the release.
+    At offset k of the shared latents the later block weighs k/shared. With odd A and an overlap of a half the blocks
+    advance half a latent more than the audio (oddity O13), as in the release.
     """
     merged = blocks[0]
-    overlap = merged.shape[1] // 2
-    # Weights in double precision, then rounded: the release scales by Python numbers. [1,overlap,1]
-    rising = (torch.arange(overlap, dtype=torch.float64) / max(overlap, 1)).view(1, -1, 1)
+    shared = int(merged.shape[1] * overlap)
+    # Weights in double precision, then rounded: the release scales by Python numbers. [1,shared,1]
+    rising = (torch.arange(shared, dtype=torch.float64) / max(shared, 1)).view(1, -1, 1)
     weight_old, weight_new = (1 - rising).to(merged), rising.to(merged)
     for block in blocks[1:]:
-        kept, tail = merged[:, : merged.shape[1] - overlap], merged[:, merged.shape[1] - overlap :]
-        mixed = tail * weight_old + block[:, :overlap] * weight_new
-        merged = torch.cat([kept, mixed, block[:, overlap:]], dim=1)
+        kept, tail = merged[:, : merged.shape[1] - shared], merged[:, merged.shape[1] - shared :]
+        mixed = tail * weight_old + block[:, :shared] * weight_new
+        merged = torch.cat([kept, mixed, block[:, shared:]], dim=1)
     return merged
 
 
@@ -209,6 +212,7 @@ def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[
             "encoder latent_dim is twice the decoder's": encoder["latent_dim"] == 2 * decoder["latent_dim"],
             "c_mults agree": list(encoder["c_mults"]) == list(decoder["c_mults"]),
             "strides agree": list(encoder["strides"]) == list(decoder["strides"]),
+            "as many channels come out as go in": encoder["in_channels"] == decoder["out_channels"],
         }
         arguments = {
             "encoder_hidden_size": encoder["channels"],

@@ -2,7 +2,7 @@
 
 Training and inference call `start`:
 
-    video, audio = start(base_video, base_audio, (video_noise, audio_noise), zero_snr_table()[NOISE_INDEX].item())
+    video, audio = start(base_video, base_audio, (video_noise, audio_noise), signal_amplitude(NOISE_INDEX))
 """
 
 from typing import Any
@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from magihuman.flow.sigmas import zero_snr_table
+
 NOISE_INDEX = 220  # of the discretised table, `magihuman.flow.sigmas`
 AUDIO_NOISE = 0.7
+
+
+def signal_amplitude(index: int) -> float:
+    """Amplitude of the video under the noise of an index 0 to 999; 0 is no noise at all, as in the release."""
+    return zero_snr_table()[index].item() if index else 1.0
 
 
 def upsample_latents(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

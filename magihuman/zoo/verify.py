@@ -8,9 +8,13 @@ from typing import Any
 from magihuman.errors import UserError
 from magihuman.io.markdown import aligned
 from magihuman.io.provenance import file_hash
-from magihuman.zoo.checks import Result, Unsupported, VectorCase, checker, kind_of
+from magihuman.zoo.checks import Parameters, Result, Unsupported, VectorCase, checker, kind_of
 
 MANIFEST = "manifest.json"
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,11 @@ def _verify_case(folder: Path, name: str, entry: dict[str, Any]) -> list[CaseVer
     if kind is None:
         return [CaseVerdict(name, "-", "unsupported", "no check for this kind yet")]
     try:
-        results = checker(kind)(VectorCase(name, entry.get("meta", {}), _tensors(folder / entry["file"])))
+        stated = Parameters(entry.get("meta", {}))
+        results = checker(kind)(VectorCase(name, stated, _tensors(folder / entry["file"])))
+        unread = ", ".join(stated.unread())
+        if unread:
+            raise Unsupported(f"states what no check reads: {unread}")
     except Unsupported as reason:
         return [CaseVerdict(name, kind, "unsupported", str(reason))]
     except Exception as error:  # a broken case must not hide the others
@@ -93,12 +101,16 @@ def _file_fault(folder: Path, entry: dict[str, Any]) -> str:
 
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: (list(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices.items()}
     except SafetensorError as error:
         return f"{entry['file']} is not a readable safetensors file: {error}"
     for key, expected in entry.get("tensors", {}).items():
-        if shapes.get(key) != expected["shape"]:
-            return f"{entry['file']}: tensor {key} is {shapes.get(key, 'missing')}, not {expected['shape']}"
+        shape, dtype = found.get(key, ("missing", None))
+        if shape != expected["shape"]:
+            return f"{entry['file']}: tensor {key} is {shape}, not {expected['shape']}"
+        if dtype != expected.get("dtype", dtype):
+            return f"{entry['file']}: tensor {key} is {dtype}, not {expected['dtype']}"
     return ""
 
 

@@ -196,6 +196,11 @@ def test_windows_cover_the_sound_and_stop() -> None:
     assert padded[0, 0].tolist() == [6, 7, 8, 9, 10, 11, 12, 0, 0, 0]
 
 
+def test_windows_overlap_by_a_share() -> None:
+    windows = split_windows(torch.arange(18.0).view(1, 1, -1), 10, 0.2)
+    assert [w.flatten().tolist() for w in windows] == [list(range(10)), list(range(8, 18))]
+
+
 def test_cross_fade_equals_the_release(golden: Path) -> None:
     vector = load_file(golden / "audio_utils.safetensors")
     for case in range(3):

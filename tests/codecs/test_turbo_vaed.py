@@ -25,7 +25,7 @@ from magihuman.codecs.turbo_vaed import (
     windows,
 )
 from magihuman.errors import UserError
-from magihuman.zoo.checks import VectorCase
+from magihuman.zoo.checks import Parameters, VectorCase
 from magihuman.zoo.checks.autoencoders import check_turbo
 
 SMALL = {
@@ -77,7 +77,7 @@ def latents(length: int, batch: int = 1, channels: int = 48) -> torch.Tensor:
 
 def vector(golden: Path, name: str) -> VectorCase:
     meta = json.loads((golden / "manifest.json").read_text())["files"][name]["meta"]
-    return VectorCase(name, meta, load_file(golden / f"{name}.safetensors"))
+    return VectorCase(name, Parameters(meta), load_file(golden / f"{name}.safetensors"))
 
 
 @pytest.mark.parametrize(("name", "results"), [("turbo_vaed_tiny", 9), ("turbo_vaed_dw", 5)])

@@ -204,6 +204,38 @@ def test_draws_come_in_the_released_order(
     assert torch.equal(draft.video[:, :1], seen["image"][0])
 
 
+def test_options_reach_the_second_stage(
+    pipeline: Pipeline, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import inference.pipeline as module
+
+    seen: dict[str, Any] = {}
+    refine = module.refine
+
+    def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.update(kwargs, noise=args[6])
+        return refine(*args, **kwargs)
+
+    monkeypatch.setattr(module, "refine", watch)
+    options: dict[str, Any] = {
+        "sr_cfg": 3.0,
+        "sr_early_frames": 1,
+        "sr_early_cfg": 1.5,
+        "sr_shift": 3.0,
+        "sr_audio_noise": 0.4,
+    }
+    options["negative_prompt"] = "grey and dull"
+    drafts(pipeline, [0], given, **options, sr_noise_index=100)
+    assert (seen["shift"], seen["noise_index"], seen["audio_noise"]) == (3.0, 100, 0.4)
+    assert seen["guidance"]("video", 999).flatten().tolist() == [1.5, 3.0, 3.0, 3.0]
+    first = seen["noise"]
+    drafts(pipeline, [0], given, sr_noise_index=0)
+    video, audio = seen["noise"]
+    assert not video.any()
+    # Nothing was drawn for the video, so the audio's noise is what the video's began with.
+    assert torch.allclose(audio.flatten()[:40], first[0].flatten()[:40], atol=1e-6)
+
+
 def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) -> None:
     """Above 29 s: one draw per window, and a started latent counts (SPEC 4.2, 4.7)."""
     wave = 0.3 * np.sin(np.arange(30 * 44100 + 441, dtype=np.float32) * 0.02)[None]
@@ -218,6 +250,10 @@ def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) 
     sound = read_audio(tmp_path / "s.mp4", codec.sample_rate)[:, :samples]
     sound = torch.nn.functional.pad(sound, (0, samples - sound.shape[1]))
     assert torch.equal(draft.audio, codec.encode(sound[None], *seeded([3]))[0])
+    settings = pipeline.settings(steps=1, sr_steps=1, seconds=40, given_audio=30.01, audio_overlap=0.2, **small)
+    (other,) = pipeline.draft(["a song"], [3], settings, audio_files=[tmp_path / "s.mp4"])
+    assert torch.equal(other.audio, codec.encode(sound[None], *seeded([3]), overlap=0.2)[0])
+    assert not torch.equal(other.audio, draft.audio)
 
 
 def test_the_released_flaw_can_be_asked_for(pipeline: Pipeline, given: dict[str, Path]) -> None:

@@ -82,6 +82,8 @@ def test_sizes_are_rounded_down_as_released(configs: dict[str, ExportConfig]) ->
         ({"sound": 0.01}, "lasts 0.010 s; give at least 0.04 s"),
         ({"resolution": "540p"}, "needs a second stage"),
         ({"sr_cfg": 3.5}, "sr_cfg=3.5 needs a checkpoint"),
+        ({"sr_noise_index": 100}, "sr_noise_index=100 needs a checkpoint"),
+        ({"audio_overlap": 1.0}, "audio_overlap=1 is impossible; give 0 to 0.9"),
         ({"cfg_passes": 0}, "choose 1 .faster. or 2"),
     ],
 )
@@ -95,10 +97,33 @@ def test_impossible_second_stage(configs: dict[str, ExportConfig]) -> None:
     for settings, message in (
         ({"sr_steps": 0}, "sr_steps=0"),
         ({"sr_cfg": 0.5}, "sr_cfg=0.5"),
+        ({"sr_shift": 0.0}, "sr_shift=0 is impossible"),
+        ({"sr_noise_index": 1000}, "sr_noise_index=1000 is impossible; give 0"),
+        ({"sr_audio_noise": -0.1}, "sr_audio_noise=-0.1 is impossible"),
+        ({"sr_early_frames": -1, "sr_cfg": 3.5}, "sr_early_frames=-1"),
+        ({"sr_early_cfg": 0.5, "sr_cfg": 3.5}, "sr_early_cfg=0.5"),
+        ({"sr_early_cfg": 2.5}, "sr_early_cfg=2.5 changes nothing without guidance"),
         ({"resolution": "256p"}, "first stage alone"),
     ):
         with pytest.raises(UserError, match=message):
             resolve(configs["base"], configs["540p_sr"], InferOptions(**settings))  # type: ignore[arg-type]
+
+
+def test_settings_return_as_the_options_that_made_them(configs: dict[str, ExportConfig]) -> None:
+    given = InferOptions(
+        sr_shift=3.0, sr_noise_index=0, sr_audio_noise=0.4, sr_cfg=3.0, sr_early_frames=1, sr_early_cfg=1.5,
+        audio_overlap=0.2, negative_prompt="grey",
+    )  # fmt: skip
+    settings = resolve(configs["base"], configs["540p_sr"], given)
+    stage = settings.sr
+    assert stage is not None
+    assert (stage.shift, stage.noise_index, stage.audio_noise, stage.guidance) == (3.0, 0, 0.4, 3.0)
+    assert (stage.early_frames, stage.early_guidance, settings.audio_overlap) == (1, 1.5, 0.2)
+    assert resolve(configs["base"], configs["540p_sr"], InferOptions(**settings.options())) == settings
+    plain = resolve(configs["base"], configs["540p_sr"])
+    assert (
+        resolve(configs["base"], configs["540p_sr"], InferOptions(**plain.options() | {"negative_prompt": ""})) == plain
+    )
 
 
 def test_a_bare_rate_decides_length(configs: dict[str, ExportConfig]) -> None:

@@ -37,6 +37,7 @@ def test_a_clip_of_both_stages(tmp_path: Path) -> None:
     record = json.loads(large.with_suffix(".json").read_text())
     assert record["sr"]["name"] == "tiny/sr"
     wanted = {"steps": 5, "shift": 5.0, "guidance": 1.0, "height": 128, "width": 128}
+    wanted |= {"noise_index": 220, "audio_noise": 0.7, "early_frames": 13, "early_guidance": 2.0}
     assert record["settings"]["sr"] == wanted
 
     first, second = (read_clip(path, fps=25, rate=16000) for path in (small, large))

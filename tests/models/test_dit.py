@@ -14,7 +14,6 @@ from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
 from magihuman.models.rotary import rotary_table
 from magihuman.models.tokens import Layout, patchify
-from magihuman.zoo.checks.network import check_dit
 from magihuman.zoo.verify import verify
 
 
@@ -246,13 +245,6 @@ def test_refusals() -> None:
         make()(video, audio, text[:1])
     with pytest.raises(ValueError, match="patches"):
         make()(video[..., :3], audio, text)
-
-
-def test_vectors_of_more_than_one_sample_are_unsupported() -> None:
-    from magihuman.zoo.checks import Unsupported, VectorCase
-
-    with pytest.raises(Unsupported, match="O1"):
-        check_dit(VectorCase("dit_two", {}, {"in/x_t": torch.zeros(2, 3, 1, 2, 2)}))
 
 
 def test_blocks_compile_without_graph_breaks() -> None:

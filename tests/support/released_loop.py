@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from inference.sampling import sample
 from magihuman.flow.sampling import Noise, Pair
 from magihuman.models.denoiser import Denoiser
-from magihuman.zoo.checks import Result, VectorCase
+from magihuman.zoo.checks import Parameters, Result, VectorCase
 from magihuman.zoo.checks.loop import check_loop
 from magihuman.zoo.verify import read_manifest
 
@@ -17,7 +17,7 @@ from magihuman.zoo.verify import read_manifest
 def check_released_loop(folder: Path, name: str) -> list[Result]:
     """A stored run of the release, repeated by the loop of inference."""
     tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
-    return check_loop(VectorCase(name, read_manifest(folder)[name]["meta"], tensors), inference_loop)
+    return check_loop(VectorCase(name, Parameters(read_manifest(folder)[name]["meta"]), tensors), inference_loop)
 
 
 def inference_loop(

@@ -1,10 +1,11 @@
 """Checks of this implementation against stored vectors, one small function per kind of case.
 
 To add a kind: write `check(case) -> list[Result]` in a module here and name it in KINDS. A case whose file name
-starts with none of the prefixes is reported as unsupported, as is one whose check raises `Unsupported`.
+starts with none of the prefixes is reported as unsupported, as is one whose check raises `Unsupported`, and one that
+states a parameter which its check does not read (`Parameters`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -36,16 +37,71 @@ KINDS = {
 """Prefix of a case's name -> module here and function."""
 
 
+NO_EFFECT = frozenset(
+    [
+        # Of the making of the vectors: random numbers are stored, errors were measured.
+        *("seed", "generator_seed", "note", "dtype_notes", "errors", "bf16_vs_fp32"),
+        # Not used by the released code (SPEC O8).
+        *("spatial_rope_interpolation", "ref_audio_offset", "support_ref_audio", "txt_encoder_type", "activation_type"),
+        *("tread_config", "checkpoint_qk_layernorm_rope", "enable_flops_recording", "exp_name"),
+        # Files of other networks, and settings of what a case does not compute.
+        *("audio_model_path", "txt_model_path", "vae_model_path", "use_sr_model", "sr_model_path", "use_turbo_vae"),
+        *("student_config_path", "student_ckpt_path", "model_type", "sample_rate", "requires_grad", "in_channels"),
+    ]
+)
+"""Parameters that decide no number of a case, and may be stated all the same."""
+
+
 class Unsupported(Exception):
     """The implementation cannot run this case; the message says why."""
 
 
+class Parameters(dict[str, Any]):
+    """Parameters that a case states; remembers which of them were read, so that none is ignored unnoticed."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__({key: _remembering(value) for key, value in values.items()})
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or `default` where none is stated."""
+        self._read.add(key)
+        return super().get(key, default)
+
+    def require(self, **values: Any) -> None:
+        """Raises Unsupported for a parameter of another value than the only possible one, if it is stated."""
+        for key, value in values.items():
+            if self.get(key, value) != value:
+                raise Unsupported(f"{key}={self[key]} is stated, and only {value} is possible")
+
+    def unread(self) -> Iterator[str]:
+        """Parameters that were not read, as `name=value`; without those of `NO_EFFECT`."""
+        for key, value in self.items():
+            if key in NO_EFFECT:
+                continue
+            if key not in self._read:
+                yield f"{key}={value}"
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, Parameters) and key in self._read:
+                    yield from part.unread()
+
+
+def _remembering(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Parameters(value)
+    return [_remembering(part) for part in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class VectorCase:
-    """One file of a vector folder: its name, its meta data and its tensors."""
+    """One file of a vector folder: its name, its parameters and its tensors."""
 
     name: str
-    meta: dict[str, Any]
+    meta: Parameters
     tensors: "dict[str, Tensor]"
 
     def group(self, prefix: str) -> "dict[str, Tensor]":
@@ -88,6 +144,12 @@ def compare(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float = 0.0)
     if not ours.numel():
         return Result(what, 0.0, tolerance)
     return Result(what, (ours.double() - theirs.double()).abs().max().item(), tolerance)
+
+
+def agree(what: str, ours: object, stated: object) -> Result:
+    """A stated parameter against what the stored tensors, or other parameters, say."""
+    same = ours == stated
+    return Result(what if same else f"{what}: {stated} is stated, not {ours}", float(not same), 0.0)
 
 
 def compare_relative(what: str, ours: "Tensor", theirs: "Tensor", tolerance: float) -> Result:

@@ -1,6 +1,7 @@
 """Video VAE, audio VAE and Turbo decoder against stored encodings and decodings, with weights under released names."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -11,19 +12,24 @@ from magihuman.codecs.oobleck import OobleckCodec, cross_fade
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
 from magihuman.codecs.wan import WanCodec
 from magihuman.media.images import to_playback_rate
-from magihuman.zoo.checks import Result, VectorCase, compare
+from magihuman.zoo.checks import Parameters, Result, VectorCase, agree, compare
 from magihuman.zoo.checks.network import vector_arithmetic
 
 VAE = 1e-4
 RESAMPLE = 1e-5
 TURBO = 1e-4
 AUDIO_RATE = 51200
+_WAN_NAMES = {"base_dim": "dim", "decoder_base_dim": "dec_dim"}
 
 
 def check_wan(case: VectorCase) -> list[Result]:
     """Key map, normalised latents and unclamped frames at every stored length."""
-    codec = WanCodec.from_released(case.group("w/"), case.name, case.tensors["mean"], case.tensors["std"])
-    results = _key_map(case, wan.key_map(codec.vae))
+    state = case.group("w/")
+    codec = WanCodec.from_released(state, case.name, case.tensors["mean"], case.tensors["std"])
+    found = wan.released_config(state, case.name)
+    ours = {_WAN_NAMES.get(name, name): value for name, value in found.items()}
+    results = [agree(name, ours[name], case.meta[name]) for name in ours if name in case.meta]
+    results += _key_map(case, wan.key_map(codec.vae))
     with vector_arithmetic():
         for name in sorted(key.removesuffix("/video") for key in case.tensors if key.endswith("/video")):
             stored = case.group(f"{name}/")
@@ -42,7 +48,7 @@ def check_wan_statistics(case: VectorCase) -> list[Result]:
 
 def check_oobleck(case: VectorCase) -> list[Result]:
     """Key map, a bottleneck sample with the stored noise, and a decoded waveform."""
-    codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
+    codec = _oobleck(case)
     sound, noise = case.tensors["enc/wav"][None], case.tensors["enc/noise"].transpose(1, 2)
     latent = case.tensors["dec/latent"].T[None]
     return [
@@ -54,8 +60,9 @@ def check_oobleck(case: VectorCase) -> list[Result]:
 
 def check_audio_encode(case: VectorCase) -> list[Result]:
     """A waveform, in one piece or in cross-faded windows, with the stored noise per window."""
-    codec = OobleckCodec.from_released(case.group("w/"), case.meta["config"]["model"], case.name)
-    sound = _test_audio(case.meta["samples"])[: case.meta["seconds"] * AUDIO_RATE]
+    codec, seconds = _oobleck(case), case.meta["seconds"]
+    sound = _test_audio(case.meta["samples"])
+    sound = sound if seconds is None else sound[: int(seconds * AUDIO_RATE)]
     stored = case.group("noise/")
     noise = [stored[str(index)].transpose(1, 2) for index in range(len(stored))]
     return [_compare_audio("out", codec, lambda: _encode(codec, sound[None, None], noise), case.tensors["out"])]
@@ -63,17 +70,22 @@ def check_audio_encode(case: VectorCase) -> list[Result]:
 
 def check_audio_utils(case: VectorCase) -> list[Result]:
     """Cross-fading of blocks, and the way back from the model's time base to 44.1 kHz."""
-    results = [
-        compare(f"{i}/out", cross_fade(list(case.tensors[f"{i}/in"])), case.tensors[f"{i}/out"], 1e-6)
-        for i in range(len(case.meta["cases"]))
-    ]
+    results = []
+    for i, stated in enumerate(case.meta["cases"]):
+        blocks = case.tensors[f"{i}/in"]  # [n,1,A,Ca]
+        shape = [stated["blocks"], 1, stated["frames"], stated["channels"]]
+        merged = cross_fade(list(blocks), stated["overlap"])
+        results.append(agree(f"{i}/in", list(blocks.shape), shape))
+        results.append(compare(f"{i}/out", merged, case.tensors[f"{i}/out"], 1e-6))
     resampled = to_playback_rate(case.tensors["resample/in"].T, AUDIO_RATE).T
     return [*results, compare("resample/out", resampled, case.tensors["resample/out"], RESAMPLE)]
 
 
 def check_turbo(case: VectorCase) -> list[Result]:
     """Names and parameters, one window as first and as later one, then whole clips through the windows."""
-    config = TurboConfig.from_json(case.meta["config"])
+    stated, known = case.meta["config"], {field.name for field in fields(TurboConfig)}
+    stated.require(scaling_factor=1.0)
+    config = TurboConfig.from_json({key: stated[key] for key in stated if key in known or key.startswith("aligned_")})
     tensors = case.tensors
     codec = TurboCodec.from_released(case.group("w/"), config, case.name, tensors["mean"], tensors["std"])
     names = set(codec.state_dict()) ^ set(case.meta["keys"])
@@ -90,6 +102,14 @@ def check_turbo(case: VectorCase) -> list[Result]:
             clip = codec.decode(tensors[f"len{length}/z"])
             results.append(compare(f"len{length}/video", clip, tensors[f"len{length}/video"], TURBO))
     return results
+
+
+def _oobleck(case: VectorCase) -> OobleckCodec:
+    """The codec of a case; the sizes that its configuration states twice must agree."""
+    model: Parameters = case.meta["config"]["model"]
+    codec = OobleckCodec.from_released(case.group("w/"), model, case.name)
+    model.require(latent_dim=codec.channels, downsampling_ratio=codec.hop, io_channels=codec.waveform_channels)
+    return codec
 
 
 def _encode(codec: OobleckCodec, sound: Tensor, noise: list[Tensor]) -> Tensor:

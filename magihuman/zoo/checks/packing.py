@@ -6,10 +6,10 @@ from torch import Tensor
 from magihuman.models.attention import local_mask, local_ranges
 from magihuman.models.rotary import apply_rotary, rotary_bands, rotary_table
 from magihuman.models.tokens import Layout, pad_or_trim, patchify, unpatchify
-from magihuman.zoo.checks import Result, VectorCase, compare
+from magihuman.zoo.checks import Result, VectorCase, agree, compare
 
 ROTARY = 1e-6
-RECEPTIVE_FIELD = 11  # the data proxy's default; the cases do not name it
+PATCH, RECEPTIVE_FIELD = 2, 11  # the data proxy's defaults, for cases that do not state them
 
 
 def check_coords(case: VectorCase) -> list[Result]:
@@ -17,8 +17,9 @@ def check_coords(case: VectorCase) -> list[Result]:
     results = []
     tables = {}
     for i, grid in enumerate(case.meta["cases"]):
+        patch = grid.get("patch", PATCH)
         layout = Layout.build(
-            (grid["T"], grid["H"] // 2, grid["W"] // 2),
+            (grid["T"], grid["H"] // patch, grid["W"] // patch),
             grid["La"],
             [grid["Lt"]],
             coords_style=grid["style"],
@@ -42,6 +43,7 @@ def check_data_proxy(case: VectorCase) -> list[Result]:
     """Latents to the packed sequence of all samples one after another, and the model's output back."""
     meta, patch = case.meta, case.meta["patch"]
     video, audio = case.tensors["in/x_t"], case.tensors["in/audio"][:, : meta["audio_len"]]
+    shape = [meta[name] for name in ("B", "z", "T", "H", "W")]
     grid = (video.shape[2], video.shape[3], video.shape[4])
     text = [features[:length] for features, length in zip(case.tensors["in/text"], meta["text_lens"], strict=True)]
     layout = Layout.build(
@@ -49,6 +51,7 @@ def check_data_proxy(case: VectorCase) -> list[Result]:
         audio.shape[1],
         [len(t) for t in text],
         coords_style=meta["style"],
+        text_offset=meta.get("text_offset", 0),
     )
     tokens = patchify(video, patch)
     width = max(tokens.shape[-1], audio.shape[-1], text[0].shape[-1])
@@ -58,6 +61,7 @@ def check_data_proxy(case: VectorCase) -> list[Result]:
     order = torch.cat([layout.sample_rows(i) for i in range(layout.batch)])
     lengths = layout.cu_seqlens.diff()
     results = [
+        agree("latents", list(video.shape), shape),
         compare("video_tokens", tokens, case.tensors["out/video_tokens"]),
         compare("packed", packed[order], case.tensors["out/packed"]),
         compare("coords", layout.coords[order], case.tensors["out/coords"]),
@@ -75,7 +79,7 @@ def check_data_proxy(case: VectorCase) -> list[Result]:
         compare("unpack_video", unpatchify(video_out, grid, patch, channels), case.tensors["unpack_video"]),
         compare("unpack_audio", audio_out, case.tensors["unpack_audio"]),
     ]
-    return results + range_results(case, layout, RECEPTIVE_FIELD, "out")
+    return results + range_results(case, layout, meta.get("frame_receptive_field", RECEPTIVE_FIELD), "out")
 
 
 def range_results(case: VectorCase, layout: Layout, receptive: int, prefix: str) -> list[Result]:

@@ -13,6 +13,7 @@ TOLERANCE = 1e-5
 
 def check_unipc(case: VectorCase) -> list[Result]:
     """Predictor-corrector: grid, every sample, and every sample between corrector and predictor."""
+    case.meta.require(constructor_shift=1.0)
     solver = FlowUniPC(case.meta["steps"], case.meta["shift"])
     results, corrected = _trajectory(case, solver)
     if "corrected_samples" in case.tensors:
@@ -48,11 +49,13 @@ def _trajectory(case: VectorCase, solver: Solver) -> tuple[list[Result], list[to
 
 
 def check_sr_sigma_table(case: VectorCase) -> list[Result]:
-    """Signal amplitudes, and the two numbers that the super-resolution stage takes from them."""
-    table = zero_snr_table()
-    amplitude = table[220].item()
-    return [
-        compare("sigmas", table, case.tensors["sigmas"], 1e-6),
-        Result("sigma_220", abs(amplitude - float(case.meta["sigma_220"])), 1e-6),
-        Result("sqrt_1m", abs(math.sqrt(1 - amplitude**2) - float(case.meta["sqrt_1m"])), 1e-6),
-    ]
+    """Signal amplitudes, their ends, and the two numbers that a noise index takes from them."""
+    table, stated = zero_snr_table(), case.meta
+    results = [compare("sigmas", table, case.tensors["sigmas"], 1e-6)]
+    for name in [key for key in stated if key.startswith("sigma_")]:
+        amplitude = table[int(name.removeprefix("sigma_"))].item()
+        results.append(Result(name, abs(amplitude - float(stated[name])), 1e-6))
+        results.append(Result("sqrt_1m", abs(math.sqrt(1 - amplitude**2) - float(stated["sqrt_1m"])), 1e-6))
+    for name, value in (("first", table[0]), ("last", table[-1])):
+        results.append(Result(name, abs(value.item() - float(stated[name])), 1e-6))
+    return results

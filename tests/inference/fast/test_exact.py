@@ -16,7 +16,7 @@ from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
-from magihuman.zoo.checks import VectorCase, loop
+from magihuman.zoo.checks import Parameters, VectorCase, loop
 from magihuman.zoo.checks.network import dit_config, vector_arithmetic
 from magihuman.zoo.verify import read_manifest
 
@@ -48,7 +48,7 @@ def test_equal_bit_by_bit(kind: str, dtype: torch.dtype) -> None:
 def test_released_vectors(golden: Path, name: str) -> None:
     """Equal to the reference on them, so also to the released outputs wherever the reference is."""
     tensors = load_file(golden / f"{name}.safetensors")
-    case = VectorCase(name, read_manifest(golden)[name]["meta"], tensors)
+    case = VectorCase(name, Parameters(read_manifest(golden)[name]["meta"]), tensors)
     proxy, lengths = case.meta["data_proxy"], case.meta
     pack = PackConfig(proxy["patch_size"], proxy["coords_style"], proxy["frame_receptive_field"])
     video, audio = tensors["in/x_t"], tensors["in/audio_x_t"][:, : lengths["audio_feat_len"][0]]
