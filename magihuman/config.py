@@ -6,8 +6,9 @@ A configuration has *sections* (the dataclasses below) and *calls* (nodes with `
 them against the dataclass, or against the signature of the target.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from magihuman.errors import UserError
@@ -148,19 +149,51 @@ class TrainSettings:
     optim: OptimSettings
     trainer: TrainerSettings
     strategy: StrategySettings
-    logger: LoggerSettings
     checkpoint: CheckpointSettings
-    callbacks: dict[str, Any] | None
-    prompts: list[str]
-    after_fit: dict[str, Any] | None
     seed: int
     runs: str
-    name: str | None
-    folder: str | None
     resume: str
-    init: str | None
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    callbacks: dict[str, Any] | None = None
+    prompts: list[str] = field(default_factory=list)
+    after_fit: dict[str, Any] | None = None
+    name: str | None = None
+    folder: str | None = None
+    init: str | None = None
     model: ModelSettings | None = None
     decoder: Any = None
+
+
+TEXTS = ("runs", "name", "folder", "resume", "init")
+"""Settings at the top that are texts, whatever they look like."""
+
+WITHOUT_EFFECT = (
+    "runs", "name", "folder", "resume", "checkpoint", "trainer.threads", "trainer.progress", "data.module.num_workers",
+    "data.make.workers",
+)  # fmt: skip
+"""Settings that change neither a training's result nor what is measured and shown of it."""
+
+
+def changes(then: Any, now: Any, path: str = "") -> list[str]:
+    """Texts `setting: old then, new now` for each setting that may change a training's result; absent counts as null.
+
+    Args:
+        then, now: configurations as plain containers.
+    """
+    if path in WITHOUT_EFFECT:
+        return []
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        dot = f"{path}." if path else ""
+        return [
+            line for key in dict.fromkeys((*then, *now)) for line in changes(then.get(key), now.get(key), f"{dot}{key}")
+        ]
+    same = then == now or (not then and not now and 0 not in (then, now))
+    return [] if same else [f"{path} {_short(then)} then, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # Settings of version 0.1.0 -> their names now.
@@ -220,6 +253,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     _refuse_old_names(node)
     check(node, TrainSettings, "")
     settings: TrainSettings = build(TrainSettings, node)
+    _check_values(settings)
     check_call(settings.recipe, "recipe", provided=("context",))
     made = settings.data.make is not None
     if made:
@@ -237,21 +271,68 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     return settings
 
 
-def _check_pairs(settings: TrainSettings) -> None:
-    optim, trainer, strategy = settings.optim, settings.trainer, settings.strategy
+POSITIVE = (
+    "trainer.accumulate", "trainer.devices", "trainer.nodes", "trainer.log_every", "trainer.threads", "checkpoint.keep",
+    "optim.newton_schulz_steps",
+)  # fmt: skip
+"""Settings that are whole numbers from 1 on (or null)."""
+RANGES = {
+    "optim.lr": "> 0", "optim.adamw_lr": "> 0", "optim.eps": "> 0", "optim.clip_norm": "> 0",
+    "optim.weight_decay": ">= 0", "optim.warmup": ">= 0", "optim.final": ">= 0", "optim.momentum": "in [0, 1)",
+    "optim.decay": "in (0, 1]", "checkpoint.every_steps": ">= 0", "checkpoint.every_minutes": "> 0", "seed": ">= 0",
+    "data.module.num_workers": ">= 0", "data.module.val_fraction": "in [0, 1)",
+}  # fmt: skip
+_HOLDS: dict[str, Callable[[float], bool]] = {
+    "> 0": lambda x: 0 < x < inf,
+    ">= 0": lambda x: 0 <= x < inf,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+}
+
+
+def _check_values(settings: TrainSettings) -> None:
+    """Checks of single values, which need no import of the recipe."""
+    optim, trainer, name = settings.optim, settings.trainer, settings.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > 200):
+        raise UserError(
+            f"name={_short(name)} is not the name of a folder; it is the last part of RUNS/RECIPE/NAME (runs= is the first, "
+            "folder= gives the whole path)"
+        )
     if trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={trainer.max_steps} trains nothing; give at least 1")
-    for name in ("accumulate", "devices", "nodes", "log_every"):
-        if getattr(trainer, name) < 1:
-            raise UserError(f"trainer.{name}={getattr(trainer, name)} is impossible; give at least 1")
+    for path in POSITIVE:
+        value = _setting(settings, path)
+        if value is not None and value < 1:
+            raise UserError(f"{path}={value} is impossible; give at least 1")
     if trainer.max_time is not None:
         parse_time(trainer.max_time)
     if optim.algorithm == "muon" and optim.adamw_lr is None:
         raise UserError("optim.algorithm=muon also needs optim.adamw_lr (embedders, norms, heads), for example 1e-3")
     if not 0 <= optim.ema_decay < 1:
         raise UserError(f"optim.ema_decay={optim.ema_decay} should be in [0, 1); 0 switches the average off")
-    if optim.lr <= 0:
-        raise UserError(f"optim.lr={optim.lr} should be positive")
+    for path, wanted in RANGES.items():
+        value = _setting(settings, path)
+        if isinstance(value, int | float) and not _HOLDS[wanted](value):
+            raise UserError(f"{path}={value} should be {wanted}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas={list(optim.betas)} should be two numbers in [0, 1)")
+    batch, processes = _setting(settings, "data.module.batch_size"), trainer.devices * trainer.nodes
+    if isinstance(batch, int) and (batch < 1 or batch % processes):
+        raise UserError(
+            f"data.module.batch_size={batch}, the samples of a step over all processes, should be "
+            + ("at least 1" if processes == 1 else f"a multiple of the {processes} processes")
+        )
+
+
+def _setting(settings: TrainSettings, path: str) -> Any:
+    value: Any = settings
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+    return value
+
+
+def _check_pairs(settings: TrainSettings) -> None:
+    optim, trainer, strategy = settings.optim, settings.trainer, settings.strategy
     processes = trainer.devices * trainer.nodes
     if strategy.name == "single" and processes > 1:
         raise UserError(

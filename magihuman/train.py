@@ -7,24 +7,26 @@ of the configuration.
 
 import ctypes
 import os
-import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from magihuman.cli import calm_bars
-from magihuman.config import TrainSettings, available, groups, validate
+from magihuman.config import TrainSettings, changes, validate
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS
-from magihuman.schema import call, one_line, suggest
+from magihuman.overrides import overrides, swept
+from magihuman.schema import call, one_line
 
 RUN_NAME = "MAGIHUMAN_RUN"
 """Environment variable that passes the run's name to processes that Lightning starts."""
+STOPPED, INTERRUPTED = 75, 130
+"""Statuses of a training that can be continued: after a signal (EX_TEMPFAIL), and after Ctrl-C."""
 SLOW_BF16 = 3.0
 """A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
@@ -62,7 +64,7 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
 
     Args:
         node: the configuration, with a recipe.
-        job_number: of a sweep's job, so that jobs of one second differ.
+        job_number: of a sweep's job, which follows the name; None for a single training.
 
     Raises:
         UserError: several processes were started from outside and could not agree on a time.
@@ -78,24 +80,45 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
     tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
     if name is None and int(os.environ.get("WORLD_SIZE") or tasks or 1) > 1:
         raise UserError("several processes were started and need one run folder; give it a name with name=...")
-    if name is None:
-        name = time.strftime("%Y%m%d-%H%M%S") + (f"-{job_number}" if job_number is not None else "")
-    return Path(node["runs"]) / recipe / str(name)
+    name = name or time.strftime("%Y%m%d-%H%M%S")
+    return Path(node["runs"]) / recipe / (str(name) if job_number is None else f"{name}-{job_number}")
 
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     """The data module and its shards (or file of prompts); the shards are made first where the configuration says how."""
     module = dict(settings.data.module)
     if settings.data.make is not None:
-        if settings.model is not None and settings.data.codecs is not None:
-            from magihuman.codecs.bundle import load_bundle
-            from magihuman.training.context import require_fit
-
-            # A model that does not fit is refused before the clips are made.
-            require_fit(settings.model, load_bundle(settings.data.codecs).contract)
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
     return call(module, "data.module"), Path(module["shards"] if "shards" in module else module["file"])
+
+
+def finished(run: Any, settings: TrainSettings, config_yaml: str) -> bool:
+    """Whether the run folder holds this training, finished; says where a continuation changes settings.
+
+    Raises:
+        UserError: it holds a finished training with other settings, or resume=none and it holds any.
+    """
+    import yaml
+
+    record, kept = run.read(), run.path / "config.yaml"
+    if settings.resume == "none" and record:
+        raise UserError(f"{run.path} holds a training already; remove it, choose another name=, or use resume=auto")
+    changed: list[str] = []
+    if record and kept.exists():
+        changed = changes(yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(config_yaml))
+    steps = record.get("steps", 0)
+    if record.get("status") == "finished" and steps >= settings.trainer.max_steps:
+        if changed:
+            raise UserError(
+                f"{run.path} is finished, with other settings ({'; '.join(changed)}); give another name=, or a "
+                f"trainer.max_steps above {steps} to train on with the new settings"
+            )
+        say(f"{run.path} is finished ({steps} steps); for more give a larger trainer.max_steps or a new name=")
+        return True
+    if changed:
+        say(f"note: {run.path} is continued with other settings ({'; '.join(changed)})")
+    return False
 
 
 def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: TrainSettings) -> Path:
@@ -110,23 +133,18 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
     from magihuman.training.checkpoint import find_resume, require_same_training
-    from magihuman.training.context import Session, build_context, find_init, parents, quiet
+    from magihuman.training.context import Session, build_context, check_before_data, parents, quiet
     from magihuman.training.runs import RunFolder
 
     tune_cpu(settings.trainer.threads)
     quiet()
     run = RunFolder(folder)
     resume = find_resume(settings.resume, run.checkpoints)
-    record = run.read()
-    if settings.resume == "none" and record:
-        raise UserError(f"{folder} holds a training already; remove it, choose another name=, or use resume=auto")
-    if record.get("status") == "finished" and record.get("steps", 0) >= settings.trainer.max_steps:
-        say(f"{folder} is finished ({record['steps']} steps); for more give a larger trainer.max_steps or a new name=")
+    if finished(run, settings, config_yaml):
         return folder
-
     if resume is not None:
         require_same_training(resume, node)
-    find_init(settings)  # a wrong name is to fail before the data is made
+    check_before_data(settings)
     warn_of_slow_bf16(settings)
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
@@ -182,13 +200,13 @@ def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
 
 def stopped(session: Any, run: Any) -> None:
     """Record a preemption, requeue under Slurm, and exit."""
-    from magihuman.training.checkpoint import EXIT_STATUS, requeue
+    from magihuman.training.checkpoint import requeue
 
     at, reason = session.preemption.stopped_at, session.preemption.received
     run.update(status="preempted", steps=at, metrics=session.lines.last)
     say(f"stopped by {reason} after step {at}; the same command with folder={run.path} continues")
     requeue()
-    raise SystemExit(EXIT_STATUS)
+    raise SystemExit(STOPPED)
 
 
 def after_fit(settings: TrainSettings, run: Any) -> None:
@@ -267,34 +285,6 @@ def warn_of_slow_bf16(settings: TrainSettings) -> None:
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
-def overrides(arguments: Sequence[str]) -> list[str]:
-    """Command-line words as Hydra takes them: `recipe=NAME` becomes `+recipe=NAME`, any other key=value `++key=value`.
-
-    Hydra then accepts unknown settings, and `magihuman.config.validate` refuses them with the nearest known name.
-
-    Raises:
-        UserError: a choice that its group does not have.
-    """
-    words = []
-    for previous, word in pairwise(["", *arguments]):
-        key, equals, value = word.partition("=")
-        if not equals and not key.startswith(("-", "~")) and not previous.startswith("-"):
-            meant = f"; did you mean +recipe={key}?" if key in available("recipe") else ""
-            raise UserError(f"{word!r} is not of the form key=value{meant}")
-        name = key.lstrip("+")
-        if not equals or key.startswith(("-", "~")) or name.startswith("hydra") or "@" in name:
-            words.append(word)
-            continue
-        if name not in groups():
-            words.append(f"++{name}={value}")
-            continue
-        known = available(name)
-        if re.fullmatch(r"[\w-]+", value) and value not in (*known, "null"):
-            raise UserError(f"no {name} {value!r}{suggest(value, known)}; choose from {', '.join(known)}")
-        words.append(f"+{name}={value}" if name in ("recipe", "experiment") else word)
-    return words
-
-
 def main() -> None:
     """The command line."""
     calm_bars()
@@ -309,36 +299,121 @@ def main() -> None:
 
     def job(config: Any) -> None:
         nonlocal composed
-        composed, sys.argv[1:] = True, typed  # run.json and further processes get the command as it was typed
-        try:
-            of_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-            job_number = HydraConfig.get().job.num if of_sweep else None
+        composed = True
+        now = HydraConfig.get()
+        if now.mode == RunMode.MULTIRUN:
+            sweep.run(config, now.job.num, list(now.overrides.task))
+        else:
+            sys.argv[1:] = typed  # run.json and further processes get the command as it was typed
             if "_target_" in (config.recipe or {}):
-                config.folder = str(choose_folder(plain(config), job_number))
+                config.folder = str(choose_folder(plain(config)))
             node = plain(config)
             settings = validate(node)
             train(node, OmegaConf.to_yaml(config), Path(config.folder), settings)
-        except UserError as error:
-            report_and_exit(error)
-        except KeyboardInterrupt:
-            print("interrupted; the checkpoints are kept", file=sys.stderr)
-            raise SystemExit(130) from None
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and are printed as one line
     try:
         sys.argv[1:] = overrides(typed)
+        sweep = Sweep(swept(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+        sweep.report()
     except UserError as error:
         report_and_exit(error)
+    except KeyboardInterrupt:
+        print("interrupted; the checkpoints are kept", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if composed:
             raise
         report_and_exit(UserError(_with_cause(error)))
 
 
+class Sweep:
+    """The jobs of a command with `-m`, one after the other: each has a process and a run folder of its own, and one that
+    fails does not end the others.
+
+    A job's number follows its name, unless the names alone differ (`name=a,b`) or are made of settings
+    (`name='x-${optim.lr}'`).
+
+    Attributes:
+        settings: names of the settings that differ between jobs.
+        folders: number of the job that uses it, by folder; failed: the reason, by job.
+    """
+
+    def __init__(self, settings: set[str]) -> None:
+        self.settings = settings
+        self.folders: dict[Path, int] = {}
+        self.failed: dict[int, str] = {}
+
+    def run(self, config: Any, number: int, words: list[str]) -> None:
+        """Run job `number`.
+
+        Args:
+            words: its settings.
+
+        Raises:
+            UserError: all jobs would have the same folder.
+            SystemExit: with the job's status, after a signal or Ctrl-C.
+        """
+        from omegaconf import OmegaConf
+
+        given = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(given, dict)
+        made = {key: "${" in str(given.get(key)) for key in ("name", "folder")}
+        if given["folder"] is not None and not made["folder"] and self.settings - {"folder"}:
+            raise UserError(
+                f"folder={given['folder']} would be the folder of every job of this sweep; give name=NAME instead, "
+                "for the folders NAME-0, NAME-1, ..."
+            )
+        say(f"== job {number} of the sweep: {' '.join(words)}")
+        try:
+            if given.get("recipe") is not None:
+                folder = choose_folder(plain(config), None if made["name"] or self.settings <= {"name"} else number)
+                if self.folders.setdefault(folder, number) != number:
+                    raise UserError(
+                        f"job {self.folders[folder]} has the same folder, {folder}; put every setting that differs into the "
+                        "name, or give name=NAME for the folders NAME-0, NAME-1, ..."
+                    )
+                words = [*words, f"++folder={folder}"]
+            status = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
+            if status in (STOPPED, INTERRUPTED):
+                raise SystemExit(status)
+            if status:
+                self.failed[number] = f"status {status}"
+        except UserError as error:
+            self.failed[number] = str(error)
+
+    def report(self) -> None:
+        """Raise if a job failed.
+
+        Raises:
+            UserError: naming them.
+        """
+        if self.failed:
+            which = "; ".join(f"job {number}: {reason}" for number, reason in self.failed.items())
+            raise UserError(f"{len(self.failed)} of the sweep's jobs failed, the others are done ({which})")
+
+
+def run_and_pass_signals(command: list[str]) -> int:
+    """Run a command and return its status; signals that stop a training go on to it."""
+    child = subprocess.Popen(command)
+    signals = (signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda received, _: child.send_signal(received)) for number in signals}
+    try:
+        return child.wait()
+    except KeyboardInterrupt:  # the child has it, too
+        child.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _with_cause(error: BaseException) -> str:
     """A message of Hydra or OmegaConf in one line, with that of its cause where it says more."""
     text, cause = one_line(str(error)), one_line(str(error.__cause__ or ""))
+    if "more than once in the final defaults list" in text:
+        text += "; an experiment chooses its recipe itself, so give only one of them"
     return text if cause in text else f"{text}; {cause}"
 
 

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from magihuman.errors import UserError
 from magihuman.media.contact_sheet import draw_contact_sheet
 from magihuman.models.gpu_specs import peak_flops
 from magihuman.training.rng import BatchRng
@@ -214,6 +215,15 @@ class Limits(L.Callback):
             trainer.should_stop = True
 
 
+def require_interval(callback: str, every_steps: int) -> int:
+    """Raises UserError for an interval below 1."""
+    if every_steps < 1:
+        raise UserError(
+            f"callbacks.{callback}.every_steps={every_steps} is no interval; give at least 1, or callbacks.{callback}=null"
+        )
+    return every_steps
+
+
 class Validation(L.Callback):
     """Validation: every so many steps the recipe's metrics on one fixed batch that is never trained on.
 
@@ -223,7 +233,7 @@ class Validation(L.Callback):
     """
 
     def __init__(self, every_steps: int = 100, seed: int = 0) -> None:
-        self.every_steps = every_steps
+        self.every_steps = require_interval("validation", every_steps)
         self.seed = seed
         self._batch: dict[str, Any] | None = None
 
@@ -279,7 +289,7 @@ class Samples(L.Callback):
     ) -> None:
         self.pipeline = pipeline
         self.prompts = list(prompts)
-        self.every_steps = every_steps
+        self.every_steps = require_interval("samples", every_steps)
         self.settings = dict(settings or {})
         self.folder: Path | None = None
         self._codecs: Any = None

@@ -33,8 +33,6 @@ from magihuman.schema import locate
 
 LAST = "last.ckpt"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-EXIT_STATUS = 75
-"""Status of a training that was stopped and can be continued (EX_TEMPFAIL)."""
 
 
 def remove(path: Path) -> None:

@@ -9,21 +9,23 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from magihuman import zoo
 from magihuman.config import ModelSettings, OptimSettings, StrategySettings, TrainerSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
-from magihuman.io.export import Size
+from magihuman.io.export import Size, check_fit, read_header, weight_files
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
 from magihuman.training.callbacks import Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption
-from magihuman.training.parallel import build_strategy, check_device, plugins
+from magihuman.training.parallel import build_strategy, check_device, check_launch, plugins
 from magihuman.training.runs import RunFolder, build_loggers
 
 
@@ -98,6 +100,43 @@ def require_patches(model: ModelSettings, contract: Contract, sizes: Iterable[tu
             )
 
 
+def check_before_data(settings: TrainSettings) -> None:
+    """Make everything of a training that needs no data, so that a mistake is found before data are made.
+
+    Where the configuration makes the data, the recipe is made too, for data as their codecs and sizes will have them.
+
+    Raises:
+        UserError: whatever is wrong.
+    """
+    check_device(settings.trainer)
+    check_launch(settings.trainer)
+    build_strategy(settings.strategy, settings.trainer)
+    build_callbacks(settings)
+    if settings.init is not None:
+        find_init(settings)
+    make, codecs = settings.data.make, settings.data.codecs
+    if make is None or codecs is None:
+        return
+    from magihuman.codecs.bundle import load_bundle
+
+    contract = load_bundle(codecs).contract
+    side, large = make.get("size", Size().height), make.get("sr_size")
+    data = SimpleNamespace(
+        codecs=codecs,
+        contract=contract,
+        size=(Size().frames, side, side),
+        sizes=[(side, side)],
+        sr_size=None if large is None else (large, large),
+        null_text=torch.zeros(1, contract.text_channels),
+    )
+    # Calls among the recipe's settings make data, too.
+    recipe = {
+        name: None if isinstance(value, dict) and "_target_" in value else value
+        for name, value in settings.recipe.items()
+    }
+    call(recipe, "recipe", context=build_context(settings, data, {}))
+
+
 def find_init(settings: TrainSettings) -> Path | None:
     """Folder that `init` names: of a checkpoint, or of a decoder where the recipe trains no transformer.
 
@@ -108,9 +147,14 @@ def find_init(settings: TrainSettings) -> Path | None:
 
     if settings.init is None:
         return None
-    if settings.model is not None:
+    if settings.model is None:
+        return decoders.require(settings.init, "init")
+    if decoders.find(settings.init) is not None:
+        raise UserError(f"init={settings.init} is a video decoder, and this recipe starts from a transformer")
+    try:
         return zoo.find(settings.init)
-    return decoders.require(settings.init, "init")
+    except UserError as error:
+        raise UserError(f"init={settings.init}: {error}") from None
 
 
 def require_same_model(settings: TrainSettings, contract: Contract) -> None:
@@ -124,7 +168,7 @@ def require_same_model(settings: TrainSettings, contract: Contract) -> None:
     model = settings.model
     assert model is not None
     assert settings.init is not None
-    parent = zoo.config_of(settings.init)
+    folder, parent = zoo.find(settings.init), zoo.config_of(settings.init)
     parent.contract.require(contract, f"init={settings.init}", "the shards")
     allowed = getattr(locate(settings.recipe["_target_"], "recipe"), "may_differ_from_init", ())
     for part, mine, theirs in (("dit", model.dit, parent.model), ("pack", model.pack, parent.pack)):
@@ -133,6 +177,8 @@ def require_same_model(settings: TrainSettings, contract: Contract) -> None:
                 f"init={settings.init} is a model of another size than model.{part} ({'; '.join(wrong)}); "
                 "choose the model it was trained as, or another init"
             )
+    shapes = {name: shape for file in weight_files(folder) for name, (shape, _) in read_header(file).items()}
+    check_fit(shapes, parent.model, f"init={settings.init}")
 
 
 def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, Any]) -> TrainingContext:
@@ -173,6 +219,12 @@ def build_context(settings: TrainSettings, data: Any, provenance: Mapping[str, A
     )
 
 
+def build_callbacks(settings: TrainSettings) -> list[L.Callback]:
+    """The callbacks of the configuration."""
+    chosen = {name: node for name, node in (settings.callbacks or {}).items() if node is not None}
+    return [call(node, f"callbacks.{name}") for name, node in chosen.items()]
+
+
 def parents(settings: TrainSettings, shards: Path) -> list[dict[str, Any]]:
     """Hashes of what the run is made from: shards and initial weights."""
     index = shards / "index.json"
@@ -199,7 +251,6 @@ class Session:
     """
 
     def __init__(self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any) -> None:
-        check_device(settings.trainer)
         options = settings.trainer
         seconds = None if options.max_time is None else parse_time(options.max_time)
         self.loggers = build_loggers(run, settings.logger.wandb, config)
@@ -207,8 +258,7 @@ class Session:
         self.limits = Limits(options.max_steps, seconds)
         self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
         self.preemption = Preemption(self.checkpointer)
-        chosen = {name: node for name, node in (settings.callbacks or {}).items() if node is not None}
-        extra = [call(node, f"callbacks.{name}") for name, node in chosen.items()]
+        extra = build_callbacks(settings)
         for callback in extra:
             if isinstance(callback, Samples):
                 callback.folder = run.samples

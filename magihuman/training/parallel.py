@@ -24,6 +24,7 @@ from torch.torch_version import TorchVersion
 from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
+from magihuman.schema import one_line
 from magihuman.training.checkpoint import SyncedFiles
 
 FP32_COMPILES_SINCE = "2.13"
@@ -45,6 +46,41 @@ def check_device(trainer: TrainerSettings) -> None:
             f"trainer.accelerator=cuda with trainer.devices={trainer.devices}, but {found} CUDA devices are visible; "
             "lower trainer.devices, or set trainer.accelerator=cpu"
         )
+
+
+def check_launch(trainer: TrainerSettings) -> None:
+    """Raise unless torchrun or Slurm starts as many processes as `trainer` asks for.
+
+    Raises:
+        UserError: another number, or a Slurm job of several tasks without srun.
+    """
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    wanted, environment = trainer.devices * trainer.nodes, os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        started = int(environment.get("WORLD_SIZE", 1))
+        if started != wanted:
+            raise UserError(
+                f"torchrun started {started} processes, but trainer.devices * trainer.nodes = {wanted}; set "
+                "trainer.devices to its --nproc-per-node, trainer.nodes to its --nnodes, and a strategy for several processes"
+            )
+        return
+    if not SLURMEnvironment.detect():
+        return
+    tasks = int(environment["SLURM_NTASKS"])
+    by_srun = "SLURM_PROCID" in environment and (tasks == 1 or "SLURM_STEP_ID" in environment)
+    if tasks != wanted or not by_srun:
+        raise UserError(
+            f"this is a Slurm job of {tasks} tasks (SLURM_NTASKS), which srun has to start, and trainer.devices * "
+            f"trainer.nodes = {wanted}: start it with srun --nodes={trainer.nodes} --ntasks-per-node={trainer.devices}, or "
+            "without Slurm's part in it with env -u SLURM_NTASKS python -m magihuman.train ..."
+        )
+    try:
+        SLURMEnvironment(auto_requeue=False).validate_settings(trainer.devices, trainer.nodes)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{one_line(str(error))} (trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes})"
+        ) from None
 
 
 def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False) -> Strategy | str:

@@ -4,16 +4,19 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import training_stub
 
-from magihuman.config import OptimSettings, available, parse_time, validate
+from magihuman import train
+from magihuman.config import LoggerSettings, OptimSettings, available, changes, parse_time, validate
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
+from magihuman.overrides import overrides, swept
 from magihuman.schema import build, call, check
-from magihuman.train import overrides, plain
+from magihuman.train import Sweep, plain
 
 
 def node(*overrides: str) -> dict[str, Any]:
@@ -101,6 +104,18 @@ def test_every_model_size_builds_its_settings(size) -> None:
         ),
         (["+recipe=pretrain", "prompts=[]"], "prompts is empty; give at least one for the sample clips"),
         (["+recipe=pretrain", "+data.make.world=tiny"], "data.make.world is data.make.codecs"),
+        (["+recipe=pretrain", "name=../../x"], "name=../../x is not the name of a folder"),
+        (["+recipe=pretrain", "data.module.batch_size=0"], "data.module.batch_size=0, the samples of a step"),
+        (
+            ["+recipe=pretrain", "strategy=ddp", "trainer.devices=3"],
+            "data.module.batch_size=16, the samples of a step over all processes, should be a multiple of the 3",
+        ),
+        (["+recipe=pretrain", "data.module.val_fraction=1"], "data.module.val_fraction=1 should be in [0, 1)"),
+        (["+recipe=pretrain", "trainer.threads=0"], "trainer.threads=0 is impossible; give at least 1"),
+        (["+recipe=pretrain", "checkpoint.keep=0"], "checkpoint.keep=0 is impossible; give at least 1"),
+        (["+recipe=pretrain", "optim.warmup=-1"], "optim.warmup=-1 should be >= 0"),
+        (["+recipe=pretrain", "optim.lr=.nan"], "optim.lr=nan should be > 0"),
+        (["+recipe=pretrain", "optim.betas=[0.9, 1.5]"], "optim.betas=[0.9, 1.5] should be two numbers in [0, 1)"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(words, message) -> None:
@@ -113,12 +128,56 @@ def test_mistakes_are_named_with_their_remedy(words, message) -> None:
 def test_words_of_the_command_line_become_overrides_of_hydra() -> None:
     words = ["recipe=sr", "+experiment=tiny_sr", "model=tiny", "optim.lr=1", "+name=x", "-m", "~after_fit", "hydra.x=1"]
     assert overrides(words) == [
-        "+recipe=sr", "+experiment=tiny_sr", "model=tiny", "++optim.lr=1", "++name=x", "-m", "~after_fit", "hydra.x=1",
+        "-m", "+recipe=sr", "+experiment=tiny_sr", "model=tiny", "++optim.lr=1", "++name='x'", "~after_fit", "hydra.x=1",
     ]  # fmt: skip
     assert overrides(overrides(words)) == overrides(words)
     assert overrides(["--cfg", "job", "+recipe=sr"]) == ["--cfg", "job", "+recipe=sr"]
     with pytest.raises(UserError, match="'dmd2' is not of the form key=value; did you mean \\+recipe=dmd2"):
         overrides(["dmd2"])
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("name=12345", "name", "12345"),
+        ("name=größe", "name", "größe"),
+        ("name=true", "name", "true"),
+        ("name=null", "name", None),
+        ("runs=~/x", "runs", str(Path.home() / "x")),
+        ("runs=it's (here)", "runs", "it's (here)"),
+        ('prompts=[größe, "a, b: c"]', "prompts", ["größe", "a, b: c"]),
+        ("~after_fit", "after_fit", None),
+        ("~callbacks", "callbacks", None),
+        ("~logger", "logger", LoggerSettings()),
+    ],
+)
+def test_a_word_means_what_it_says(word, key, value) -> None:
+    assert getattr(validate(node("+recipe=pretrain", word)), key) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "sr"], "there is no option --recipe; write recipe=sr"),
+        (["--trainer.max_steps=5"], "there is no option --trainer.max_steps; write trainer.max_steps=5"),
+        (["+recipe=sr", "recipe=dmd2"], "recipe is given twice, as sr and as dmd2; give one"),
+        (["strategy=deepspeed"], "no strategy 'deepspeed', did you mean 'zero2'?"),
+        (["optim=adamw,sgd"], "no optim 'sgd'; choose from adamw, muon"),
+        (["after_fit={}"], "after_fit={} changes nothing, since mappings are merged; after_fit=null switches it off"),
+    ],
+)
+def test_a_word_that_would_be_misread_is_refused(words, message) -> None:
+    with pytest.raises(UserError) as error:
+        overrides(words)
+    assert message in str(error.value)
+
+
+def test_settings_that_change_a_training_are_told_from_others() -> None:
+    then = {"optim": {"lr": 1, "eps": None}, "runs": "a", "trainer": {"threads": 1}, "after_fit": {"eval": {"n": 1}}}
+    now = {"optim": {"lr": 2}, "runs": "b", "trainer": {"threads": 2}, "after_fit": None, "model": {}, "seed": 0}
+    assert changes(then, now) == [
+        "optim.lr 1 then, 2 now", "after_fit {'eval': {'n': 1}} then, null now", "seed null then, 0 now",
+    ]  # fmt: skip
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -146,6 +205,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (("+recipe=pretrain", "trainr.max_steps=3"), "unknown setting trainr, did you mean 'trainer'?"),
         (("+recipe=pretrain", "optim=sgd"), "error: no optim 'sgd'; choose from adamw, muon"),
         (("+recipe=pretrain", "optim.lr=[1,"), "error: "),
+        (("+recipe=pretrain", "+experiment=tiny_base"), "an experiment chooses its recipe itself"),
+        (("-m", "+recipe=pretrain", "folder=x", "seed=1,2"), "error: folder=x would be the folder of every job"),
     ],
 )
 def test_the_command_line_fails_with_one_line_and_status_2(arguments, message) -> None:
@@ -153,6 +214,39 @@ def test_the_command_line_fails_with_one_line_and_status_2(arguments, message) -
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def sweep_of(*words: str) -> tuple[dict[int, str], list[str]]:
+    """(why jobs failed, name of each job's folder) of a sweep whose second job fails."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    written = overrides(words)
+    sweep, called = Sweep(swept(written)), []
+
+    def run(command: list[str]) -> int:
+        called.append(command[-1].rpartition("/")[2])
+        return 1 if len(called) == 2 else 0
+
+    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), None)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "run_and_pass_signals", run)
+        for number, job in enumerate(jobs):
+            sweep.run(training_stub.compose(list(job)), number, list(job))
+    return sweep.failed, called
+
+
+def test_the_jobs_of_a_sweep_have_folders_of_their_own_and_do_not_end_each_other() -> None:
+    failed, folders = sweep_of("+recipe=pretrain", "name=x", "optim.lr=1e-3,2e-3,4e-3")
+    assert folders == ["x-0", "x-1", "x-2"]
+    assert failed == {1: "status 1"}
+    assert sweep_of("+recipe=pretrain", "name=a,b")[1] == ["a", "b"]
+    assert sweep_of("+recipe=pretrain", "name=a,b", "seed=1,2")[1] == ["a-0", "a-1", "b-2", "b-3"]
+    assert sweep_of("+recipe=pretrain", "name=x-${seed}", "seed=1,2")[1] == ["x-1", "x-2"]
+    assert sweep_of("+experiment=tiny_base", "seed=1,2")[1] == ["tiny_base-0", "tiny_base-1"]
+    failed, folders = sweep_of("+recipe=pretrain", "name=x-${seed}", "optim.lr=1,2")
+    assert folders == ["x-0"]
+    assert "job 0 has the same folder, runs/pretrain/x-0" in failed[1]
 
 
 def test_help_names_groups_and_starts_without_torch() -> None:

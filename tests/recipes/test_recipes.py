@@ -9,10 +9,11 @@ import pytest
 import torch
 import training_stub
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from magihuman import zoo
-from magihuman.config import available
+from magihuman import train, zoo
+from magihuman.config import available, validate
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
 from magihuman.train import after_fit
@@ -107,6 +108,34 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
         assert message in str(error.value), overrides
         assert "\n" not in str(error.value)
         assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+recipe=pretrain", "trainer.accelerator=cuda"], "0 CUDA devices are visible"),
+        (["+recipe=pretrain", "init=tiny/turbo"], "init=tiny/turbo is a video decoder"),
+        (["+recipe=pretrain", "init=tiny/sr"], "init=tiny/sr is a model of another size than model.pack (coords_style"),
+        (["+recipe=turbo_vae", "init=tiny/base"], "init=tiny/base is not a decoder"),
+        (["+recipe=pretrain", "model.dit.audio_in_channels=8"], "set model.dit.audio_in_channels=64"),
+        (["+recipe=pretrain", "data.make.size=72"], "prepare them at multiples of 16x16"),
+        (["+recipe=lora", "init=null"], "lora fine-tunes a trained checkpoint"),
+        (["+recipe=dmd2", "recipe.sampling.steps=4"], "recipe.first_step=4 is not one of the 4 steps"),
+        (["+recipe=dmd2", "recipe.networks=three"], "recipe.networks='three' is unknown"),
+        (["+recipe=sr", "data=tiny"], "these shards hold clips at one size"),
+        (["+recipe=turbo_vae", "recipe.crop=0"], "recipe.crop=0 is at least 1"),
+        (["+recipe=pretrain", "callbacks.samples.every_steps=0"], "callbacks.samples.every_steps=0 is no interval"),
+        (["+recipe=pretrain", "callbacks.validation.every_steps=-1"], "callbacks.validation.every_steps=-1 is no"),
+    ],
+)
+def test_a_mistake_is_found_before_data_are_made(overrides, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = training_stub.compose([*overrides, f"folder={tmp_path / 'run'}", f"data.make.folder={tmp_path / 'data'}"])
+    node = train.plain(config)
+    with pytest.raises(UserError) as error:
+        train.train(node, OmegaConf.to_yaml(config), tmp_path / "run", validate(node))
+    assert message in str(error.value)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_missing_shard_is_one_line(shards, tmp_path) -> None:

@@ -13,6 +13,8 @@ import torch
 import training_stub
 from processes import assert_same, final_state
 
+from magihuman.errors import UserError
+
 MORE = [
     "trainer.max_steps=12",
     "trainer.accumulate=2",
@@ -139,6 +141,10 @@ def test_a_finished_run_is_left_alone_and_more_steps_continue_it(processes, refe
     assert processes.run(folder) == 0
     assert (folder / "export/config.json").stat().st_mtime_ns == before
     assert processes.run(folder, "resume=none") == 1  # never overwritten
+    with pytest.raises(
+        UserError, match=r"finished, with other settings \(optim.lr 0.002 then, 0.5 now\); give another"
+    ):
+        training_stub.train_here(folder, processes.shards, ["+recipe=pretrain", *MORE, "optim.lr=0.5"])
     assert processes.run(folder, "trainer.max_steps=14") == 0
     assert final_state(folder)["recipe"]["step"] == 14
     assert json.loads((folder / "run.json").read_text())["steps"] == 14

@@ -159,6 +159,7 @@ def test_run_folders_are_named_so_that_every_process_agrees(monkeypatch) -> None
     assert train.choose_folder({**node, "name": "a"}).as_posix() == "runs/pretrain/a"
     assert train.choose_folder({**node, "folder": "x/y"}).as_posix() == "x/y"
     assert train.choose_folder(node, 3).name.endswith("-3")
+    assert train.choose_folder({**node, "name": "a"}, 3).name == "a-3"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="name="):
         train.choose_folder(node)
@@ -194,6 +195,18 @@ def test_strategies_that_cannot_run_say_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[scale\]', or choose strategy=fsdp2"):
         parallel.build_strategy(StrategySettings("zero2"), TrainerSettings(1))
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "mine")
+    with pytest.raises(UserError, match=r"a Slurm job of 4 tasks .*, which srun has to start"):
+        parallel.check_launch(TrainerSettings(1))
+    with pytest.raises(UserError, match="which srun has to start"):  # srun did not
+        parallel.check_launch(TrainerSettings(1, devices=4))
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    parallel.check_launch(TrainerSettings(1))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="torchrun started 8 processes"):
+        parallel.check_launch(TrainerSettings(1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="0 CUDA devices are visible"):
         parallel.check_device(TrainerSettings(1, accelerator="cuda"))
