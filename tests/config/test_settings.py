@@ -114,7 +114,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=pretrain", "trainer.threads=0"], "trainer.threads=0 is impossible; give at least 1"),
         (["+recipe=pretrain", "checkpoint.keep=0"], "checkpoint.keep=0 is impossible; give at least 1"),
         (["+recipe=pretrain", "optim.warmup=-1"], "optim.warmup=-1 should be >= 0"),
-        (["+recipe=pretrain", "optim.lr=.nan"], "optim.lr=nan should be > 0"),
+        (["+recipe=pretrain", "optim.lr=nan"], "optim.lr=nan should be > 0"),
         (["+recipe=pretrain", "optim.betas=[0.9, 1.5]"], "optim.betas=[0.9, 1.5] should be two numbers in [0, 1)"),
     ],
 )
