@@ -301,15 +301,18 @@ def main() -> None:
         nonlocal composed
         composed = True
         now = HydraConfig.get()
-        if now.mode == RunMode.MULTIRUN:
-            sweep.run(config, now.job.num, list(now.overrides.task))
-        else:
+        try:
+            if now.mode == RunMode.MULTIRUN:
+                sweep.run(config, now.job.num, list(now.overrides.task))
+                return
             sys.argv[1:] = typed  # run.json and further processes get the command as it was typed
             if "_target_" in (config.recipe or {}):
                 config.folder = str(choose_folder(plain(config)))
             node = plain(config)
             settings = validate(node)
             train(node, OmegaConf.to_yaml(config), Path(config.folder), settings)
+        except UserError as error:
+            report_and_exit(error)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and are printed as one line
     try:
