@@ -317,7 +317,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and are printed as one line
     try:
         sys.argv[1:] = overrides(typed)
-        sweep = Sweep(swept(sys.argv[1:]))
+        sweep = Sweep(swept(sys.argv[1:]) if {"-m", "--multirun"} & set(sys.argv) else set())
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
         sweep.report()
     except UserError as error:
