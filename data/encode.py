@@ -70,11 +70,14 @@ def describe_codecs(payload: tuple[str, str, str], tick: Tick, excluded: frozens
     codecs = open_bundle(name, device)
     null = codecs.text_encoder.encode([""])[0]
     write_atomically(Path(folder) / NULL_TEXT, save({"text": null.half().cpu().contiguous()}), sync=True)
+    computed_by = getattr(codecs.text_encoder, "computed_by", None)
     return {
         "contract": codecs.contract.to_dict(),
         "height": codecs.height,
         "width": codecs.width,
         "frames": codecs.frames,
+        # Text features of another attention or library do not belong into the same shards.
+        **({} if computed_by is None else {"text_computed_by": computed_by}),
     }
 
 

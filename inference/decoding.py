@@ -40,6 +40,7 @@ class Clip:
         frames: uint8 [F,H,W,3]; wave: fp32 [channels,N] in [-1,1].
         sample_rate: Hz; fps: frames per second.
         video: the latents [C,T,h,w] fp32 it was decoded from; audio: [A,Ca] fp32.
+        crf: x264's quality in the file.
     """
 
     prompt: str
@@ -50,6 +51,7 @@ class Clip:
     fps: float
     video: torch.Tensor
     audio: torch.Tensor
+    crf: int = 18
 
     def save(self, path: str | Path) -> None:
         """Write an mp4 (H.264, and AAC where there is audio).
@@ -58,7 +60,7 @@ class Clip:
             UserError: odd size.
             OSError: the file cannot be written.
         """
-        write(path, iter([self.frames]), self.fps, *playable(self.wave, self.sample_rate))
+        write(path, iter([self.frames]), self.fps, *playable(self.wave, self.sample_rate), self.crf)
 
 
 def playback_rate(rate: int) -> int:
@@ -74,7 +76,7 @@ def playable(wave: torch.Tensor, rate: int) -> tuple[torch.Tensor, int]:
 
 
 def write(
-    path: str | Path, chunks: Iterator[torch.Tensor], fps: float, wave: torch.Tensor, rate: int
+    path: str | Path, chunks: Iterator[torch.Tensor], fps: float, wave: torch.Tensor, rate: int, crf: int = 18
 ) -> tuple[int, ...]:
     """Write an mp4 while its frames are decoded: a second thread encodes them.
 
@@ -83,6 +85,7 @@ def write(
     Args:
         chunks: uint8 [n,H,W,3] each; the audio is added in step with them.
         wave: fp32 [channels,N] at `rate`; N = 0 for none.
+        crf: see `Mp4Writer`.
 
     Returns:
         (frames, height, width) written.
@@ -96,7 +99,7 @@ def write(
     first = next(chunks)
     size = (int(first.shape[1]), int(first.shape[2]))
     frames = written = 0
-    with Mp4Writer(path, size, fps, rate if wave.numel() else 0, wave.shape[0] or 1) as writer:
+    with Mp4Writer(path, size, fps, rate if wave.numel() else 0, wave.shape[0] or 1, crf) as writer:
 
         def add(chunk: torch.Tensor, part: torch.Tensor) -> None:
             writer.add_frames(chunk)

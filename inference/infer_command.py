@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from inference.jobs import Job
     from inference.pipeline import Pipeline
 
+MAX_BATCH = 1000
+
 
 def run(options: InferOptions) -> None:
     """Generate the clips that the options ask for, and print a summary.
@@ -85,8 +87,8 @@ def run(options: InferOptions) -> None:
 
 def _checked(options: InferOptions) -> tuple[InferOptions, list[Request], Path]:
     """The options with seconds= as a number or "auto", the requests, and the folder for their files."""
-    if options.batch is not None and options.batch < 1:
-        raise UserError(f"batch={options.batch} is impossible; give at least 1")
+    if options.batch is not None and not 1 <= options.batch <= MAX_BATCH:
+        raise UserError(f"batch={options.batch} is impossible; give 1 to {MAX_BATCH}")
     image, audio = options.image, options.audio
     for key, file in (("image", image), ("audio", audio)):
         if file is not None and not Path(file).is_file():
@@ -159,9 +161,8 @@ def _negative_prompt(options: InferOptions) -> str | None:
         text, warning = read_negative_prompt(file)
         if warning is not None:
             note(warning)
-    if text is not None:
-        text = text.strip() if file is None else text
-        check_length(text, "the negative prompt")
+    if text is not None and file is None:
+        text = text.strip()
     return text
 
 

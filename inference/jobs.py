@@ -19,9 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inference.conditioning import RELEASE_VARIABLE
 from inference.loading import ranks
 from inference.requests import AUTO, FORMAT, InferOptions, Request
-from inference.settings import longest, resolve
+from inference.settings import longest, parse_output_size, resolve
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.oobleck import WINDOW_LATENTS
 from magihuman.errors import UserError
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from inference.loading import Source
     from inference.settings import Settings
     from magihuman.codecs.bundle import CodecBundle
+
+
+LONG = 2.5
+"""Times the usual length from which a clip of a checkpoint for many lengths counts as untried; 10 s of the release's 4."""
 
 
 @dataclass(frozen=True)
@@ -266,16 +271,44 @@ class Resolver:
             request.audio is None or settings.audio <= WINDOW_LATENTS
         ):
             self._note("audio_overlap= changes nothing: it is for given audio that is longer than a window of 29 s")
-        config = self.source.config
-        spec = bundle_spec(config.codecs)
-        if not spec.many_lengths and settings.frames > config.size.frames:
-            asked, usual = (frames / config.contract.fps for frames in (settings.frames, config.size.frames))
+        self._announce_shape(settings)
+        spec = bundle_spec(self.source.config.codecs)
+        if output := self.source.options.output_size:
+            from magihuman.media.images import same_aspect
+
+            if not same_aspect(settings.size, parse_output_size(output)):
+                self._note(f"output_size={output} is of another shape than the clip, so frames are stretched")
+        asked = self.source.options.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        if asked and not settings.needs_negative:
+            self._note("negative_prompt= changes nothing here: no stage is guided (see cfg= and sr_cfg=)")
+        if spec.negative_prompt and settings.needs_negative and not settings.negative_prompt:
             self._note(
-                f"{asked:g} s is longer than the {usual:g} s that this checkpoint was trained on; the clip may "
-                "fall apart (see seconds=)"
+                f"guidance without the release's negative prompt, which changes every clip: set {RELEASE_VARIABLE} to a "
+                "checkout of its code, or give negative_prompt_file="
             )
-        if spec.negative_prompt and settings.guidance.needed and not settings.negative_prompt.strip():
-            self._note("guidance without a negative prompt; the release has one: see negative_prompt_file=")
+
+    def _announce_shape(self, settings: "Settings") -> None:
+        """Notes on a size or length that the checkpoint has not seen in training."""
+        config, second = self.source.config, self.source.second
+        stages = [("height= and width=", (settings.height, settings.width), config.size)]
+        if second is not None and settings.sr is not None:
+            stages.append(("sr_height= and sr_width=", settings.size, second.size))
+        for names, (height, width), usual in stages:
+            if not (_near(height, usual.height) and _near(width, usual.width)):
+                self._note_untrained(f"{width}x{height} is another size", f"{usual.width}x{usual.height}", names)
+        length, usual_length = (frames / config.contract.fps for frames in (settings.frames, config.size.frames))
+        many = bundle_spec(config.codecs).many_lengths
+        if length > (LONG if many else 1) * usual_length:
+            self._note_untrained(f"{length:g} s is longer", f"{usual_length:g} s", "seconds=")
+        elif not many and length < usual_length and not _near(length, usual_length):
+            self._note_untrained(f"{length:g} s is shorter", f"{usual_length:g} s", "seconds=")
+
+    def _note_untrained(self, asked: str, usual: str, names: str) -> None:
+        # A config holds only the most frequent size of the training clips.
+        self._note(
+            f"{asked} than this checkpoint's usual {usual}; unless it was trained on both, the clip may fall apart (see "
+            f"{names})"
+        )
 
     def _note(self, text: str) -> None:
         # Every process of a torchrun command resolves all requests; one of them speaks.
@@ -290,6 +323,11 @@ class Resolver:
         if path not in self._hashes:
             self._hashes[path] = file_hash(Path(path))
         return {"path": path, "sha256": self._hashes[path]}
+
+
+def _near(value: float, usual: float) -> bool:
+    """Within a tenth: a checkpoint for 448x256 makes the release's default, 480x256, as well."""
+    return abs(value - usual) <= 0.1 * usual
 
 
 def batches(jobs: list[Job], size: int) -> list[list[Job]]:

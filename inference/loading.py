@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.requests import InferOptions
-from inference.settings import require_role
+from inference.settings import parse_output_size, require_role
 from magihuman.codecs.bundle import allow_codecs, bundle_spec, require_allowed
 from magihuman.errors import UserError
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from magihuman.io.export import ExportConfig
     from magihuman.zoo import Loaded
     from magihuman.zoo.decoders import DecoderConfig
+
+
+WAN = "wan"
+"""turbo= of the published weights' full decoder."""
 
 
 def ranks() -> tuple[int, int, int]:
@@ -72,6 +76,18 @@ def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, c
     )
 
 
+def chosen_turbo(checkpoint: str, turbo: str | None, codecs: str) -> str | None:
+    """The setting turbo= with its default: for the published weights their Turbo decoder where it lies next to the
+    checkpoint, as in the release's own settings, else `WAN`; None for other codecs."""
+    beside = bundle_spec(codecs).turbo
+    if turbo is not None or beside is None:
+        return turbo
+    from magihuman import zoo
+
+    sibling = zoo.find(checkpoint).parent / beside
+    return str(sibling) if sibling.is_dir() else WAN
+
+
 @dataclass(frozen=True)
 class Source:
     """Resolved inputs of an inference run, validated before any weights are loaded.
@@ -91,6 +107,11 @@ class Source:
     decoder: "DecoderConfig | None"
     device: "torch.device"
     dtype: "torch.dtype"
+
+    @property
+    def turbo(self) -> str | None:
+        """The light decoder, None where the codecs' own decodes."""
+        return None if self.options.turbo == WAN else self.options.turbo
 
     @property
     def codec_paths(self) -> dict[str, str]:
@@ -113,17 +134,22 @@ class Source:
             lora = identity(options.lora, lora_files.find(options.lora))
         if options.sr is not None and self.second_folder is not None:
             sr = identity(options.sr, self.second_folder)
-        if options.turbo is not None:
+        if self.turbo is not None:
             from magihuman.zoo import decoders
 
-            turbo = identity(options.turbo, decoders.find(options.turbo) or Path(options.turbo))
+            turbo = identity(self.turbo, decoders.find(self.turbo) or Path(self.turbo))
+        codecs = {part: identity(path, Path(path)) for part, path in self.codec_paths.items()}
+        if "text_encoder" in codecs:
+            from magihuman.codecs.text_encoders import chosen_attention
+
+            codecs["text_encoder"]["attention"] = chosen_attention()
         return {
             "checkpoint": identity(options.checkpoint, self.folder),
             "lora": lora,
             "sr": sr,
             "turbo": turbo,
             "world": self.config.contract.to_dict(),
-            "codecs": {part: identity(path, Path(path)) for part, path in self.codec_paths.items()},
+            "codecs": codecs,
         }
 
     def load(self) -> "Pipeline":
@@ -152,17 +178,26 @@ class Source:
         if options.sr is not None:
             second = self._prepared(zoo.load(options.sr, weights_device, self.dtype), stages, "refine")
         codecs, decoder = load_bundle(self.config.codecs, device, **self.codec_paths), None
-        if options.turbo is not None:
+        if self.turbo is not None:
             from magihuman.zoo import decoders
 
             ours = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            decoder = decoders.load(options.turbo, device, None if self.decoder is None else ours)
+            decoder = decoders.load(self.turbo, device, None if self.decoder is None else ours)
         if stages is not None:
             stages.add("condition", codecs.video_codec, codecs.audio_codec)
             stages.add("decode", codecs.audio_codec, decoder or codecs.video_codec)
             stages.add("text")
         codecs = _with_cache(codecs, stages)
-        return Pipeline(loaded, codecs, second=second, decoder=decoder, tile=options.tile, stages=stages)
+        return Pipeline(
+            loaded,
+            codecs,
+            second=second,
+            decoder=decoder,
+            tile=options.tile,
+            stages=stages,
+            output_size=None if options.output_size is None else parse_output_size(options.output_size),
+            crf=bundle_spec(self.config.codecs).crf if options.crf is None else options.crf,
+        )
 
     def _prepared(self, loaded: "Loaded", stages: "Stages | None", stage: str) -> "Loaded":
         """The network with the options' weight storage, tier and offloading."""
@@ -213,11 +248,11 @@ def _with_cache(codecs: "CodecBundle", stages: "Stages | None") -> "CodecBundle"
     return replace(codecs, text_encoder=CachedText(encode, identity, encoder.channels))
 
 
-def choose_tier(tier: str | None, device_type: str, memory: str, weights: str | None, shared: bool) -> str:
+def choose_tier(tier: str | None, memory: str, weights: str | None, shared: bool) -> str:
     """The tier of a command.
 
-    None is "exact" on the CPU, where tests hold it to the reference bit by bit on the released vectors, and
-    "reference" on a GPU and wherever something else decides how the network is kept or computed.
+    None is "exact", the fastest tier that computes the reference's bits (tests hold it to them on the released
+    vectors), and "reference" wherever something else decides how the network is kept or computed.
 
     Args:
         memory, weights: see `inference.memory`; shared: several processes compute one clip together.
@@ -239,7 +274,7 @@ def choose_tier(tier: str | None, device_type: str, memory: str, weights: str | 
     if tier not in (None, "reference") and reason is not None:
         raise UserError(f"tier={tier} cannot be used here: {reason}")
     if tier is None:
-        return "exact" if device_type == "cpu" and reason is None else "reference"
+        return "exact" if reason is None else "reference"
     return tier
 
 
@@ -266,7 +301,7 @@ def find(options: InferOptions, shared: bool = False) -> Source:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if options.dtype is not None:
         dtype = getattr(torch, options.dtype)
-    tier = choose_tier(options.tier, device.type, options.memory, options.weights, shared)
+    tier = choose_tier(options.tier, options.memory, options.weights, shared)
     if tier not in ("reference", "exact"):
         from inference.fast import require_kernel
 
@@ -290,21 +325,29 @@ def find(options: InferOptions, shared: bool = False) -> Source:
         second = zoo.config_of(sr)
         require_role(second, sr, first=False)
         second.contract.require(config.contract, f"sr={sr}", f"checkpoint={checkpoint}")
-    decoder = None
-    if options.turbo is not None:
+    decoder, spec = None, bundle_spec(config.codecs)
+    turbo = chosen_turbo(checkpoint, options.turbo, config.codecs)
+    if turbo == WAN and not spec.published:
+        raise UserError(f"turbo={WAN} is for the published weights; leave turbo= out")
+    if turbo not in (None, WAN):
         from magihuman.zoo import decoders
 
-        decoder = decoders.config_of(options.turbo)
+        decoder = decoders.config_of(turbo)
         if decoder is None:
-            decoders.require_published(options.turbo)
+            decoders.require_published(turbo)
         else:
             wanted = decoders.Latents.of(config.contract)
-            decoder.latents.require(wanted, f"turbo={options.turbo}", f"checkpoint={checkpoint}")
+            decoder.latents.require(wanted, f"turbo={turbo}", f"checkpoint={checkpoint}")
+    if options.output_size is not None:
+        parse_output_size(options.output_size)
+    crf = spec.crf if spec.published and options.crf is None else options.crf
+    if crf is not None and not 0 <= crf <= 51:
+        raise UserError(f"crf={crf} is impossible; give 0 (lossless) to 51")
     if options.tile is not None:
         from inference.decoding import latents_per_tile
 
         latents_per_tile(options.tile, config.contract.video_stride)
-    chosen: dict[str, Any] = {"sr": sr, "tier": tier, "device": device.type, **paths}
+    chosen: dict[str, Any] = {"sr": sr, "turbo": turbo, "crf": crf, "tier": tier, "device": device.type, **paths}
     chosen["dtype"] = str(dtype).removeprefix("torch.")
     return Source(
         options=replace(options, **chosen),

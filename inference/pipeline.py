@@ -30,6 +30,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import frame_scales
 from magihuman.flow.sampling import draw_noise, seeded
 from magihuman.flow.solvers import make_solver
+from magihuman.media.images import resize_frames
 from magihuman.models.config import PackConfig
 from magihuman.zoo import Loaded
 
@@ -59,6 +60,8 @@ class Pipeline:
         decoder: decodes instead of the bundle's video codec (a Turbo decoder), or None.
         tile: pixels a side of the tiles in which large frames are decoded, or None, see `inference.decoding`.
         stages: keeps networks on the device while they are needed; None leaves everything where it is.
+        output_size: (height, width) in pixels to which frames are resized, or None.
+        crf: x264's quality of written clips.
 
     Attributes:
         folder: of the base checkpoint.
@@ -79,6 +82,8 @@ class Pipeline:
         decoder: Any = None,
         tile: int | None = None,
         stages: Stages | None = None,
+        output_size: tuple[int, int] | None = None,
+        crf: int = 18,
     ) -> None:
         loaded.config.contract.require(codecs.contract, "the checkpoint", f"codecs {codecs.name!r}")
         require_role(loaded.config, loaded.folder, first=True)
@@ -99,6 +104,7 @@ class Pipeline:
         self.second = second
         self.decoder = Decoder(codecs.video_codec if decoder is None else decoder, tile)
         self.stages = stages
+        self.output_size, self.crf = output_size, crf
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
         self.dtype = str(self.denoiser.model.compute_dtype).removeprefix("torch.")
         self.times: dict[str, float] = defaultdict(float)
@@ -303,7 +309,7 @@ class Pipeline:
         frames = torch.cat(list(self.frames(draft)))
         wave, rate = self.wave(draft)
         fps = self.codecs.contract.fps
-        return Clip(draft.prompt, draft.seed, frames, wave, rate, fps, draft.video, draft.audio)
+        return Clip(draft.prompt, draft.seed, frames, wave, rate, fps, draft.video, draft.audio, self.crf)
 
     def write(self, draft: Draft, path: str | Path) -> dict[str, Any]:
         """Decode a draft into an mp4, frame by frame where the decoder can; adds to `times["write"]`.
@@ -318,7 +324,7 @@ class Pipeline:
         wave, rate = clips.playable(*self.wave(draft))
         start, before = time.perf_counter(), self.times["decode"]
         fps = self.codecs.contract.fps
-        frames, height, width = clips.write(path, self.frames(draft), fps, wave, rate)
+        frames, height, width = clips.write(path, self.frames(draft), fps, wave, rate, self.crf)
         self.times["write"] += time.perf_counter() - start - (self.times["decode"] - before)
         facts = {"fps": fps, "frames": frames, "height": height, "width": width}
         return facts | {"sample_rate": rate if wave.numel() else 0, "samples": wave.shape[1]}
@@ -332,7 +338,7 @@ class Pipeline:
                 frames = next(parts, None)
             if frames is None:
                 return
-            yield frames
+            yield frames if self.output_size is None else resize_frames(frames, *self.output_size)
 
     def wave(self, draft: Draft) -> tuple[torch.Tensor, int]:
         """A draft's audio, fp32 [channels,N], and its rate: the conditioning audio itself, or the decoded latents."""

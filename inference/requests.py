@@ -27,6 +27,8 @@ MANIFEST = "manifest.jsonl"
 """File in a folder of clips with a line per finished clip."""
 MAX_SEED = 2**63 - 1
 AUTO = "auto"
+RELEASED = "released"
+"""negative_prompt= of the release's own one."""
 MAX_CHARACTERS = 10_000  # scripts without spaces have long words
 
 
@@ -54,11 +56,20 @@ class InferOptions:
     )
     turbo: str | None = option(
         "a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or the "
-        "folder turbo_vae of the published weights",
+        "folder turbo_vae of the published weights, which is the default where it lies next to their checkpoint; "
+        "wan is the full decoder",
         None,
     )
     tile: int | None = option(
         "decode in tiles of so many pixels a side, for GPUs too small for whole frames", None, identity=True
+    )
+    output_size: str | None = option(
+        "WIDTHxHEIGHT in pixels to which finished frames are resized (bicubic), such as 1920x1080", None, identity=True
+    )
+    crf: int | None = option(
+        "x264's quality, 0 to 51, less is better and larger; none is 18, with the published weights 10 as in the release",
+        None,
+        identity=True,
     )
     codecs: str | None = option(
         "package.module:function of your own codecs, for checkpoints that were trained with them; imports that code",
@@ -76,7 +87,12 @@ class InferOptions:
         None,
         command=False,
     )
-    negative_prompt: str | None = option("prompt of the unconditional branch of the guidance", None)
+    negative_prompt: str | None = option(
+        "prompt of the unconditional branch of the guidance; nothing behind the = is an empty one; released is that of "
+        "the release, read from its code in the folder MAGIHUMAN_RELEASE",
+        None,
+        keep_empty=True,
+    )
     negative_prompt_file: str | None = option(
         "the same from a text file; the released one is recognised by its hash", None, command=False
     )
@@ -138,8 +154,8 @@ class InferOptions:
     )
     tier: str | None = option(
         "optimisation level of the network: reference, exact (the same bits, sooner), fast (the same mathematics in "
-        "another order); approximate: fp8, fp8_attention, cached (for many steps); none is exact on the CPU, reference "
-        "on a GPU",
+        "another order); approximate: fp8, fp8_attention, cached (for many steps); none is exact where "
+        "memory= and weights= allow it, else reference",
         None,
         identity=True,
     )

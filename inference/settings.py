@@ -4,10 +4,13 @@ resolve(zoo.config_of("tiny/base"), options=InferOptions(steps=4)).frames     # 
 """
 
 import math
+import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from inference.requests import InferOptions
+from inference.conditioning import RELEASE_VARIABLE, released_negative_prompt
+from inference.requests import RELEASED, InferOptions, check_length
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.oobleck import OVERLAP
 from magihuman.errors import UserError
@@ -15,10 +18,12 @@ from magihuman.flow.guidance import EARLY_FRAMES, EARLY_SCALE, Guidance
 from magihuman.flow.sampling import Shapes
 from magihuman.flow.solvers import SOLVERS
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX
-from magihuman.io.export import ExportConfig
+from magihuman.io.export import ExportConfig, Size
 
-# A clip far longer than what a model was trained on is noise at best and exhausts the memory at worst.
-LONGEST = 16
+# A clip far longer or larger than what a model was trained on is noise at best and exhausts the memory at worst: at most so
+# many times the usual length, the usual longer side, and the usual pixels of all frames.
+LONGEST, WIDEST, LARGEST = 16, 8, 64
+BIGGEST = 8192  # side of resized frames in pixels
 COMPATIBLE = ("o2",)
 
 
@@ -87,8 +92,7 @@ class Settings:
         if self.sr is not None:
             unused = EARLY if self.sr.guidance == 1 else ()
             values |= {name: getattr(self.sr, field) for name, field in SECOND_STAGE.items() if name not in unused}
-        # On the command line an empty negative prompt means the checkpoint's own, and a space none.
-        return values | {"negative_prompt": self.negative_prompt or " "}
+        return values
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,8 +141,12 @@ def resolve(
     """
     given = InferOptions() if options is None else options
     own = config.sampling
+    if not 1 <= config.contract.fps <= 1000 or min(asdict(config.size).values()) < 1:
+        raise UserError(f"the checkpoint's config.json is damaged: fps={config.contract.fps:g}, {config.size}")
     sizes = _named_sizes(given, config, second)
     spec, limit = bundle_spec(config.codecs), longest(config)
+    negative = own.negative_prompt if given.negative_prompt is None else given.negative_prompt
+    check_length(negative, "the negative prompt")
     if given.seconds is None:
         seconds = spec.seconds(config.size.frames, config.contract)
     elif limit < (seconds := float(given.seconds)) < math.inf:
@@ -149,29 +157,30 @@ def resolve(
         steps=own.steps if given.steps is None else given.steps,
         shift=own.shift if given.shift is None else given.shift,
         guidance=own.guidance if given.cfg is None else guidance_from(given.cfg),
-        negative_prompt=own.negative_prompt if given.negative_prompt is None else given.negative_prompt,
+        negative_prompt=negative if negative.strip() else "",
         seconds=seconds,
         frames=length.frames,
         audio=length.audio,
-        height=_side(config, "height", sizes["height"], config.size.height),
-        width=_side(config, "width", sizes["width"], config.size.width),
+        height=_side(config, "height", sizes["height"], config.size),
+        width=_side(config, "width", sizes["width"], config.size),
         cfg_passes=given.cfg_passes,
         compat=given.compat,
         audio_overlap=OVERLAP if given.audio_overlap is None else given.audio_overlap,
     )
     _check(chosen)
+    _check_pixels(chosen, chosen.height, chosen.width, config.size, "height= and width=")
     if second is None:
         for name in SECOND_STAGE:
             if (value := getattr(given, name)) is not None:
                 raise UserError(f"{name}={value} needs a checkpoint for the second stage; give sr=CHECKPOINT")
-        return chosen
+        return _with_released_prompt(chosen, given, config)
     named = {field: getattr(given, name) for name, field in SECOND_STAGE.items()}
     stage = SecondStage(
         steps=second.sampling.steps,
         shift=second.sampling.shift,
         guidance=float(second.sampling.guidance.video_high),
-        height=_side(config, "sr_height", sizes["sr_height"], second.size.height),
-        width=_side(config, "sr_width", sizes["sr_width"], second.size.width),
+        height=_side(config, "sr_height", sizes["sr_height"], second.size),
+        width=_side(config, "sr_width", sizes["sr_width"], second.size),
     )
     sides = ("height", "width")
     stage = replace(
@@ -181,7 +190,19 @@ def resolve(
     for name in EARLY:
         if stage.guidance == 1 and (value := getattr(given, name)) is not None:
             raise UserError(f"{name}={value} changes nothing without guidance in the second stage; give sr_cfg=")
-    return replace(chosen, sr=stage)
+    _check_pixels(chosen, stage.height, stage.width, second.size, "sr_height= and sr_width=")
+    return _with_released_prompt(replace(chosen, sr=stage), given, config)
+
+
+def _with_released_prompt(chosen: Settings, given: InferOptions, config: ExportConfig) -> Settings:
+    """The settings with the release's negative prompt where it is asked for, and by default where its guided checkpoints
+    have none of their own and its code is on this machine."""
+    default = given.negative_prompt is None and bundle_spec(config.codecs).negative_prompt
+    if given.negative_prompt != RELEASED and not (
+        default and chosen.needs_negative and not chosen.negative_prompt and os.environ.get(RELEASE_VARIABLE)
+    ):
+        return chosen
+    return replace(chosen, negative_prompt=released_negative_prompt())
 
 
 def guidance_from(cfg: float | dict[str, float] | Guidance) -> Guidance:
@@ -246,6 +267,21 @@ def _named_sizes(options: InferOptions, config: ExportConfig, second: ExportConf
     return sizes
 
 
+def parse_output_size(text: str) -> tuple[int, int]:
+    """The option output_size=, WIDTHxHEIGHT, as (height, width).
+
+    Raises:
+        UserError: not of this form, odd (H.264 needs even sides), or more than `BIGGEST` a side.
+    """
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.strip())
+    width, height = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(2 <= side <= BIGGEST and side % 2 == 0 for side in (width, height)):
+        raise UserError(
+            f"output_size={text} is impossible; give even WIDTHxHEIGHT up to {BIGGEST} a side, such as 1920x1080"
+        )
+    return height, width
+
+
 def fit_side(name: str, pixels: int, stride: int, patch: int) -> int:
     """A height or width as the network can make it: a multiple of stride * patch, the next one below.
 
@@ -262,9 +298,23 @@ def fit_side(name: str, pixels: int, stride: int, patch: int) -> int:
     return pixels // unit * unit
 
 
-def _side(config: ExportConfig, name: str, given: int | None, usual: int) -> int:
-    stride = config.contract.video_stride[1 if name.endswith("height") else 2]
-    return fit_side(name, usual if given is None else given, stride, config.pack.patch_size)
+def _side(config: ExportConfig, name: str, given: int | None, usual: Size) -> int:
+    """The option `name` as the network can make it; `usual`: size of the stage's training clips."""
+    axis = name.removeprefix("sr_")
+    limit = WIDEST * max(usual.height, usual.width)
+    if given is not None and given > limit:
+        raise UserError(f"{name}={given} is too large for this checkpoint; give at most {limit}")
+    stride = config.contract.video_stride[1 if axis == "height" else 2]
+    return fit_side(name, getattr(usual, axis) if given is None else given, stride, config.pack.patch_size)
+
+
+def _check_pixels(chosen: Settings, height: int, width: int, usual: Size, names: str) -> None:
+    times = chosen.frames * height * width / (usual.frames * usual.height * usual.width)
+    if times > LARGEST:
+        raise UserError(
+            f"{width}x{height} at {chosen.seconds:g} s has {times:.0f} times the pixels of this checkpoint's training "
+            f"clips, and {LARGEST} times is the most; give a smaller {names} or fewer seconds="
+        )
 
 
 def _check_second(stage: SecondStage, chosen: Settings) -> None:
@@ -294,8 +344,8 @@ def _check(chosen: Settings) -> None:
         raise UserError(f"solver={chosen.solver} is unknown; choose one of {', '.join(SOLVERS)}")
     if not 1 <= chosen.steps <= 1000:
         raise UserError(f"steps={chosen.steps} is impossible; give 1 to 1000")
-    if not 0 < chosen.shift < math.inf:
-        raise UserError(f"shift={chosen.shift:g} is impossible; give a positive number")
+    if not 1e-3 <= chosen.shift <= 1e3:  # beyond, noise levels round to 0 or 1
+        raise UserError(f"shift={chosen.shift:g} is impossible; give 0.001 to 1000")
     if not all(1 <= scale < math.inf for scale in (scales.video_high, scales.video_low, scales.audio)):
         raise UserError(f"guidance {scales.to_dict()} is impossible; scales start at 1, which is none")
     if chosen.cfg_passes not in (1, 2):

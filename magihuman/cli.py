@@ -53,7 +53,10 @@ def call_with(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A field of a dataclass of settings with its line of --help and further metadata; required without a default."""
+    """A field of a dataclass of settings with its line of --help and further metadata; required without a default.
+
+    Metadata keep_empty=True: `name=` is an empty text on the command line, not None as for other settings.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -104,6 +107,7 @@ def settings(
 
     hints = get_type_hints(function)
     values: dict[str, Any] = {}
+    kept = {f.name for f in fields(function) if f.metadata.get("keep_empty")} if is_dataclass(function) else ()
     waiting = list(unnamed)
     for argument in _joined(arguments, hints):
         key, equals, text = argument.lstrip("-").partition("=")
@@ -113,7 +117,7 @@ def settings(
             raise UserError(f"{argument!r} is not of the form key=value; see `{program} --help`")
         if key in values:
             raise UserError(f"{key} is given twice")
-        values[key] = _value(text, hints.get(key, Any))
+        values[key] = text if key in kept and not text else _value(text, hints.get(key, Any))
     check(values, function, "")
     return values
 

@@ -219,16 +219,16 @@ class _Words:
 def _t5gemma(device: torch.device, tokens: int) -> Any:
     from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
 
-    from magihuman.codecs.text_encoders import T5GemmaEncoder
+    from magihuman.codecs.text_encoders import T5GemmaEncoder, uncapped_attention
 
     side = T5GemmaModuleConfig(**T5GEMMA)
     config = T5GemmaConfig(encoder=side, decoder=side, is_encoder_decoder=False)
-    config._attn_implementation = "eager"  # as the release's: its logits are capped
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
             model = T5GemmaEncoderModel(config)
+            model.set_attn_implementation(uncapped_attention())  # as the release's
     finally:
         torch.set_default_dtype(usual)
     return T5GemmaEncoder(model, _Words(tokens)).to(device)

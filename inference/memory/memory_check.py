@@ -35,7 +35,7 @@ def request_for(source: "Source", settings: "Settings", batch: int) -> ClipReque
         second=source.second.model if source.second is not None and second is not None else None,
         enlarged=settings.size if second is not None else (0, 0),
         sr_guided=second is not None and second.guidance != 1,
-        turbo=source.options.turbo is not None and student is None,
+        turbo=source.turbo is not None and student is None,
         student=student,
         tile=source.options.tile,
         compute=source.dtype.itemsize,

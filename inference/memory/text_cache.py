@@ -16,7 +16,8 @@ _SAMPLED = 256  # numbers of every weight that go into an encoder's identity
 
 
 def encoder_identity(encoder: TextEncoder, name: str) -> str:
-    """Identity of a text encoder, which with the prompt determines the features: name, weights, dtype, kind of device.
+    """Identity of a text encoder, which with the prompt determines the features: name, weights, dtype, kind of device,
+    and `computed_by` where it has one (attention and library versions of `T5GemmaEncoder`).
 
     Every weight counts with its name, shape and first numbers, so two encoders of one name are distinguished without
     reading all of them.
@@ -24,7 +25,7 @@ def encoder_identity(encoder: TextEncoder, name: str) -> str:
     Args:
         name: of the encoder in the latent contract.
     """
-    digest = hashlib.sha256(name.encode())
+    digest = hashlib.sha256(f"{name}{getattr(encoder, 'computed_by', '')}".encode())
     if isinstance(encoder, nn.Module):
         for key, tensor in encoder.state_dict().items():
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())

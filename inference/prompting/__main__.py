@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inference.prompting.chat_client import Chat, Message, endpoint_chat, transformers_chat
-from inference.prompting.format import NO_SOUND, NO_SPEECH, QUOTED, Report, check_form
+from inference.prompting.format import NO_SOUND, QUOTED, Report, check_form, letters, spaced
 from inference.requests import read_requests
 from magihuman.errors import UserError
 from magihuman.io.text import TABLES, read_text
@@ -29,18 +29,19 @@ Dialogue:
 Background Sound:
 <sounds>
 
-Description: 100 to 200 words of English in one paragraph. Begin with the person's age, hair and clothes and the \
-place with its light. Then tell what can be seen in the course of the clip, above all in the face: eyes, brows, \
-mouth, small movements of head and hands, the tone of the voice, turns of mood. One continuous near shot with a calm \
-camera. If the request asks for large movements, let the same feeling show in face and upper body. Invent details that \
+Description: 150 to 200 words of English in one paragraph. Begin with the person's age, hair and clothes and the \
+place with its light. Then tell what can be seen and heard in the course of the clip, above all in the face: eyes, brows, \
+mouth, small movements of head and hands, the tone of the voice, turns of mood. Quote the spoken words at the moment \
+when they are said, followed by how they are said. One continuous near shot with a still camera. \
+If the request asks for large movements, let the same feeling show in face and upper body. Invent details that \
 fit; contradict nothing that is requested. If the request says that a picture is given, describe only what it says of \
 it and what changes; if it says that sound is given, the dialogue is what is said there.
-Dialogue: one line per turn. In angle brackets stand who speaks, told apart by what is seen, and the language; then a \
-colon; then the words in double quotation marks. Words that the request gives are repeated exactly, in their \
-language. If it wants speech but gives no words, write one or two short sentences. If nobody speaks, write \
-{NO_SPEECH} instead.
-Background Sound: a few words in angle brackets on noises, room and music, or {NO_SOUND}.
-The whole has at most 400 words.
+Dialogue: the same words again, one line per turn. In angle brackets stand who speaks, told apart by what is seen, and \
+the language; then a colon; then the words in double quotation marks. Words that the request gives are repeated exactly, \
+in their language. If it wants speech but gives no words, write one or two short sentences. If nobody speaks, leave this \
+part out.
+Background Sound: a few words in angle brackets on the most prominent noise or music, or {NO_SOUND}.
+Put a space between every two Chinese, Japanese or Korean characters. The whole has at most 400 words.
 """
 
 
@@ -83,21 +84,18 @@ def rewrite(request: str, chat: Chat, seconds: float | None = None) -> str:
 
 
 def tidy(answer: str) -> str:
-    """An answer without what chat models wrap around it: thoughts, code fences, bold headings, control characters."""
+    """An answer without what chat models wrap around it (thoughts, code fences, bold headings, control characters), and
+    with spaces between Chinese, Japanese and Korean characters."""
     text = re.sub(r"<think>.*?(?:</think>|\Z)|\A.*?</think>", "", answer, flags=re.DOTALL)
     text = "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
     text = re.sub(r"\A\s*```\w*\n(.*?)\n?```\s*\Z", r"\1", text, flags=re.DOTALL)
     heading = r"^[^\S\n]*[#*_]*[^\S\n]*(dialogue|background sound)[*_]*[^\S\n]*[:：][*_]*[^\S\n]*"
     text = re.sub(heading, lambda m: f"{m[1].title()}: ", text, flags=re.IGNORECASE | re.MULTILINE)
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    return spaced("\n".join(line.rstrip() for line in text.strip().splitlines()))
 
 
 def _changed_words(request: str, prompt: str) -> list[str]:
     """Quoted words of the request that the prompt does not have; they may be a sign's, so anywhere will do."""
-
-    def letters(text: str) -> str:
-        return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-
     wanted = [match.group()[1:-1] for match in QUOTED.finditer(request)]
     return [
         f"the requested words “{words}” are missing; repeat them exactly, speech under 'Dialogue:'"

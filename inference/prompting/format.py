@@ -1,7 +1,10 @@
 """The form of a prompt: where its three parts are, what is wrong with them, and how to put it right.
 
-The form (SPEC 5): one paragraph of description, a block `Dialogue:`, a block `Background Sound:`; inference/README.md says
-what to write into them. Also: what a prompt lets people say, and how long that takes, the rule behind seconds=auto.
+The form (SPEC 5 and the release's guide): one paragraph of description, in which speech is quoted where it is said; a block
+`Dialogue:` with the same speech, left out when nobody speaks; a block `Background Sound:`. Chinese, Japanese and Korean
+characters have a space between them. inference/README.md says what to write. A prompt may be a quoted cell of a CSV table
+(in quotation marks, those inside doubled), as the release's own example is. Also: what a prompt lets people say, and how
+long that takes, the rule behind seconds=auto.
 
 The spoken text is what stands in the `Dialogue:` block (up to `Background Sound:`), there within quotation
 marks if it has any; without such a block, all text in quotation marks. Its length is counted in the unit of
@@ -29,7 +32,7 @@ from dataclasses import dataclass
 from inference.requests import check_length
 from magihuman.errors import UserError
 
-NO_SPEECH, NO_SOUND = "<No dialogue>", "<No background sound>"
+NO_SOUND = "<No prominent background sound>"
 
 _HEADINGS = {"Dialogue": r"dialogues?\s*:", "Background Sound": r"background\s+sounds?\s*:"}
 _NOBODY = re.compile(r"[<(\[]\s*(?:no|none|nobody|silence|silent)\b[^<>()\[\]]*[>)\]]\s*\.?", re.IGNORECASE)
@@ -37,6 +40,11 @@ _SPEAKER = re.compile(r"\s*(<[^<>]*>|[^\s:：][^:：]{0,79}?)\s*[:：]\s*")
 _MARKUP = re.compile(r"\*\*|__|```|^\s*#+\s|^\s*[-*•]\s+(?=<|\w)", re.MULTILINE)
 _MARKS = '"“”„«»「」『』'
 # Chinese characters and kana stand in one Japanese sentence.
+_CJK = (
+    r"[\u3005\u3007\u3041-\u3096\u309d\u309e\u30a1-\u30fa\u30fc-\u30ff\u3131-\u318e\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    r"\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af]"
+)
+_CJK_PAIR = re.compile(rf"({_CJK})(?={_CJK})")
 _SCRIPTS = {"CJK": "Chinese or Japanese", "HIRAGANA": "Chinese or Japanese", "KATAKANA": "Chinese or Japanese"}
 
 
@@ -63,6 +71,7 @@ def check_form(prompt: str, seconds: float | None = None) -> Report:
         seconds: the clip's length if it is fixed; a dialogue that takes longer is a fault.
     """
     faults: list[str] = []
+    prompt = uncelled(prompt)
     try:
         check_length(prompt, "the prompt")
     except UserError as error:
@@ -71,14 +80,18 @@ def check_form(prompt: str, seconds: float | None = None) -> Report:
         faults.append("the prompt has markup (such as ** or # or list marks); write plain text")
 
     places = {name: _places(prompt, pattern) for name, pattern in _HEADINGS.items()}
-    faults += _heading_faults(places)
     starts = sorted((start, end, name) for name, found in places.items() for start, end in found)
     ends = [*(start for start, _, _ in starts), len(prompt)][1:]
     bodies = [(name, prompt[end:until].strip()) for (_, end, name), until in zip(starts, ends, strict=False)]
     main = prompt[: starts[0][0]].strip() if starts else prompt.strip()
+    faults += _heading_faults(places, main)
     faults += _main_faults(main)
     for name, body in bodies:
-        faults += _dialogue_faults(body) if name == "Dialogue" else _sound_faults(body)
+        faults += [*_dialogue_faults(body), *_woven_faults(body, main)] if name == "Dialogue" else _sound_faults(body)
+    if _CJK_PAIR.search(unicodedata.normalize("NFC", prompt)):
+        faults.append(
+            "Chinese, Japanese or Korean characters stand side by side; put a space between each two (你 好), as in training"
+        )
 
     needed = seconds_for(prompt)
     if seconds is not None and needed is not None and needed > seconds:
@@ -96,12 +109,33 @@ def _places(prompt: str, pattern: str) -> list[tuple[int, int]]:
     return at_line or [m.span() for m in re.finditer(rf"\b{pattern}", prompt, re.IGNORECASE)]
 
 
-def _heading_faults(places: dict[str, list[tuple[int, int]]]) -> list[str]:
+def uncelled(prompt: str) -> str:
+    """The text of a prompt that is a quoted cell of a CSV table, and of any other as it is."""
+    text = prompt.strip()
+    if len(text) > 1 and text[0] == text[-1] == '"' and '""' in text and not re.search(r'(?<!")"(?!")', text[1:-1]):
+        return text[1:-1].replace('""', '"')
+    return prompt
+
+
+def spaced(text: str) -> str:
+    """`text` with a space between neighbouring Chinese, Japanese or Korean characters, as the release's guide demands."""
+    return _CJK_PAIR.sub(r"\1 ", unicodedata.normalize("NFC", text))
+
+
+def letters(text: str) -> str:
+    """Letters and digits of a text, for comparisons that spaces, marks and capitals do not matter in."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+
+
+def _heading_faults(places: dict[str, list[tuple[int, int]]], main: str) -> list[str]:
     faults = []
-    empty = {"Dialogue": NO_SPEECH, "Background Sound": NO_SOUND}
     for name, found in places.items():
-        if not found:
-            added = f"add a block that starts with '{name}:' (if there is none: '{name}: {empty[name]}')"
+        if not found and name == "Dialogue":
+            if quote := QUOTED.search(main):  # nobody speaks: there is no block
+                remedy = "add a block that starts with 'Dialogue:', with <speaker, language>: \"words\""
+                faults.append(f"the description quotes {_short(quote.group())} without a block 'Dialogue:'; {remedy}")
+        elif not found:
+            added = f"add a block that starts with '{name}:' (if there is none: '{name}: {NO_SOUND}')"
             faults.append(f"the block '{name}:' is missing; {added}")
         elif len(found) > 1:
             faults.append(f"'{name}:' stands {len(found)} times; join its blocks into one")
@@ -130,10 +164,22 @@ def _dialogue_faults(body: str) -> list[str]:
     if _NOBODY.fullmatch(body):
         return []
     if not re.search(r"\w", body):
-        return [f"'Dialogue:' is empty; write a line such as <Woman, English>: \"Good morning.\", or {NO_SPEECH}"]
+        return [
+            "'Dialogue:' is empty; write a line such as <Woman, English>: \"Good morning.\", or leave the block out"
+        ]
     # A speaker alone on a line speaks the next one.
     joined = re.sub(rf"([:：])[^\S\n]*\n\s*(?=[{_MARKS}])", r"\1 ", body)
     return [fault for line in joined.splitlines() if line.strip() for fault in _line_faults(line)]
+
+
+def _woven_faults(body: str, main: str) -> list[str]:
+    """Speech of the block that the description does not quote."""
+    known = letters(main)
+    return [
+        f"the words {_short(quote.group())} are not in the description; quote them there too, where they are said"
+        for quote in QUOTED.finditer(body)
+        if known and letters(quote.group()) not in known
+    ]
 
 
 def _line_faults(line: str) -> list[str]:
@@ -225,6 +271,7 @@ _SYLLABLES, _HAN, _KANA, _HANGUL, _LETTERS, _DIGITS = 4.5, 4.5, 7.0, 5.0, 11.0, 
 
 def spoken_text(prompt: str) -> str:
     """The words that are to be said; empty where the prompt does not mark any."""
+    prompt = uncelled(prompt)
     blocks = _BLOCK.findall(prompt)
     text = "\n".join(blocks) if blocks else prompt
     quoted = [next(filter(None, groups)) for groups in QUOTED.findall(text)]

@@ -84,6 +84,8 @@ class BundleSpec:
         batch: clips computed at once by default.
         many_lengths: the models were trained on clips of many lengths, not on one.
         negative_prompt: guided models expect a negative prompt.
+        turbo: folder next to a checkpoint with the light decoder that is used by default where it is there, or None.
+        crf: x264's quality of written clips.
     """
 
     name: str
@@ -94,6 +96,8 @@ class BundleSpec:
     batch: int = 8
     many_lengths: bool = False
     negative_prompt: bool = False
+    turbo: str | None = None
+    crf: int = 18
 
     def seconds(self, frames: int, contract: Contract) -> float:
         """The setting seconds= of a clip of that many frames."""
@@ -163,6 +167,8 @@ SPECS = {
         batch=1,
         many_lengths=True,
         negative_prompt=True,
+        turbo="turbo_vae",
+        crf=10,
     ),
 }
 

@@ -42,7 +42,7 @@ def text_encoder_bytes(streamed: bool = False) -> int:
 
 
 def text_activation_bytes(tokens: int) -> int:
-    """One prompt: the MLP's two products, the residual, and eager attention's fp32 scores."""
+    """One prompt: the MLP's two products, the residual, and the fp32 scores of eager attention (SDPA needs fewer)."""
     return tokens * (BF16 * 3 * T5GEMMA_INNER + 8 * T5GEMMA_WIDTH) + 2 * FP32 * 16 * tokens * tokens
 
 

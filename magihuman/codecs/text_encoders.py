@@ -3,13 +3,16 @@
     features = T5GemmaEncoder.load("t5gemma-9b-9b-ul2").encode(["a prompt"])   # list of fp32 [S,3584]
 
 T5-Gemma (SPEC 5): only the encoder half of the checkpoint is loaded. Features are rounded to fp16 as in the release, and
-at most 640 tokens reach the model.
+at most 640 tokens reach the model. Its attention was trained with logits capped at 50 (50 tanh(x / 50)). The release runs
+it with transformers 4.56 through SDPA, which leaves the cap out, so the published networks were made for uncapped features
+and get them here; MAGIHUMAN_T5GEMMA_ATTENTION=eager caps.
 
 Byte encoder: the network gives text tokens no positions (SPEC 2.1), and bytes have no context, so word order has to be in
 the features: one token per word, from its bytes, its index, and the previous word.
 """
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,42 @@ class ByteTextEncoder:
 
 
 REPO = "google/t5gemma-9b-9b-ul2"
+ATTENTION_VARIABLE = "MAGIHUMAN_T5GEMMA_ATTENTION"
+ATTENTION = ("sdpa", "eager")
+"""Attention of T5-Gemma: as in the release, without the cap on its logits; or with it, as the encoder was trained."""
+
+
+def chosen_attention() -> str:
+    """The member of `ATTENTION` that the environment variable names, else the release's.
+
+    Raises:
+        UserError: the variable names another.
+    """
+    name = os.environ.get(ATTENTION_VARIABLE) or ATTENTION[0]
+    if name not in ATTENTION:
+        raise UserError(
+            f"{ATTENTION_VARIABLE}={name} is unknown; choose sdpa (as the release) or eager (capped logits)"
+        )
+    return name
+
+
+def uncapped_attention() -> str:
+    """Register SDPA without the cap with transformers, which by itself refuses SDPA for T5-Gemma since 5.0.
+
+    Returns:
+        its name for `attn_implementation`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(*inputs: Any, softcap: float | None = None, **options: Any) -> Any:
+        return sdpa_attention_forward(*inputs, **options)
+
+    name = "magihuman_uncapped"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
 class T5GemmaEncoder(nn.Module):
@@ -90,10 +129,18 @@ class T5GemmaEncoder(nn.Module):
     Args:
         model: a transformers encoder whose output has `last_hidden_state`.
         tokenizer: callable as transformers' are; its default special tokens are kept.
+
+    Attributes:
+        computed_by: attention and library versions, on which the features depend besides the weights; caches and
+            shards are keyed by it.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         super().__init__()
+        import transformers
+
+        attention = model.config._attn_implementation  # type: ignore[union-attr]
+        self.computed_by = f"{attention} attention, transformers {transformers.__version__}, torch {torch.__version__}"
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.channels: int = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
@@ -105,8 +152,10 @@ class T5GemmaEncoder(nn.Module):
         """Load from a folder of a T5-Gemma checkpoint or a cached Hub id; never downloads.
 
         Raises:
-            UserError: missing or incomplete (with the command that fetches it), or not a T5-Gemma checkpoint.
+            UserError: missing or incomplete (with the command that fetches it), or not a T5-Gemma checkpoint; an
+                unknown attention, see `chosen_attention`.
         """
+        attention = chosen_attention()
         folder = _complete_folder(source)
         from transformers import AutoTokenizer, T5GemmaEncoderModel
 
@@ -115,12 +164,11 @@ class T5GemmaEncoder(nn.Module):
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            # Eager attention: the encoder caps its attention logits, which SDPA cannot.
             loaded: Any = EncoderHalf.from_pretrained(
                 folder,
                 is_encoder_decoder=False,
                 dtype=dtype,
-                attn_implementation="eager",
+                attn_implementation=uncapped_attention() if attention == "sdpa" else attention,
                 local_files_only=True,
                 output_loading_info=True,
             )

@@ -1,4 +1,4 @@
-"""Description of a checkpoint: safetensors file, exported folder, LoRA or run folder (`zoo inspect`)."""
+"""Description of a checkpoint: safetensors file, exported or diffusers-style folder, LoRA or run folder (`zoo inspect`)."""
 
 import json
 from collections import Counter
@@ -12,6 +12,8 @@ from magihuman.io.export import CONFIG, INDEX, SINGLE, read_header, weight_files
 from magihuman.io.markdown import aligned
 from magihuman.io.released_files import read_json
 from magihuman.io.streamed_safetensors import DTYPES
+from magihuman.zoo.checkpoints import DIFFUSERS_INDEX
+from magihuman.zoo.diffusers_style import OUR_CONFIG, STEM
 from magihuman.zoo.lora_files import ADAPTER_CONFIG, lora_in
 from magihuman.zoo.names import choices
 
@@ -29,12 +31,14 @@ def describe(path: str | Path) -> str:
         return _tensor_table([path])
     if not path.is_dir():
         raise UserError(
-            f"{path} does not exist; give a safetensors file, an exported folder, a LoRA, a run folder or a "
-            f"shipped name ({choices(str(path), 'checkpoint', 'decoder')})"
+            f"{path} does not exist; give a safetensors file, an exported or diffusers-style folder, a LoRA, a run "
+            f"folder or a shipped name ({choices(str(path), 'checkpoint', 'decoder')})"
         )
     parts = []
     if (path / "run.json").is_file():
         parts.append(_json_block("run", path / "run.json"))
+    if (path / DIFFUSERS_INDEX).is_file():
+        parts += _diffusers_parts(path)
     export = path / "export" if (path / "export").is_dir() else path
     if (export / CONFIG).is_file():
         parts.append(_json_block(f"config ({export / CONFIG})", export / CONFIG))
@@ -52,8 +56,34 @@ def describe(path: str | Path) -> str:
     if checkpoints:
         parts.append("checkpoints\n" + "\n".join(f"  {file.name}" for file in checkpoints))
     if not parts:
+        held = sorted(file.parent.name for file in (*path.glob(f"*/{DIFFUSERS_INDEX}"), *path.glob("*/*.safetensors")))
+        if held:
+            choose = ", ".join(str(path / name) for name in dict.fromkeys(held))
+            raise UserError(f"{path} holds several checkpoints; choose one: {choose}")
         raise UserError(f"{path} holds no checkpoint: no run.json, no {CONFIG}, no safetensors files")
     return "\n\n".join(parts)
+
+
+def _diffusers_parts(path: Path) -> list[str]:
+    """A diffusers-style folder: its JSON files, all tensors of the transformer, the totals of the other networks.
+
+    Raises:
+        UserError: the transformer is missing or incomplete.
+    """
+    files = {"transformer": weight_files(path / "transformer", stem=STEM)}
+    parts = [
+        f"diffusers-style folder, as FastVideo's; to use it: python -m magihuman.zoo convert {path} NEW",
+        _json_block(f"index ({path / DIFFUSERS_INDEX})", path / DIFFUSERS_INDEX),
+    ]
+    if (path / OUR_CONFIG).is_file():
+        parts.append(_json_block(f"config ({path / OUR_CONFIG})", path / OUR_CONFIG))
+    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
+        if (folder / CONFIG).is_file():
+            parts.append(_json_block(f"{folder.name} ({folder / CONFIG})", folder / CONFIG))
+        if found := files.get(folder.name) or sorted(folder.glob("*.safetensors")):
+            table = _tensor_table(found)
+            parts.append(table if folder.name in files else f"{folder.name}: {table.splitlines()[-1]}")
+    return parts
 
 
 def _json_block(title: str, path: Path) -> str:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inference.memory.text_cache import encoder_identity
 from magihuman.codecs import text_encoders
 from magihuman.codecs.text_encoders import T5GemmaEncoder
 from magihuman.errors import UserError
 
+CAP = 50.0  # of the published checkpoint
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "woman", "says", "hello"]
 
 
@@ -29,13 +31,13 @@ def whole_model() -> Any:
         "num_key_value_heads": 1,
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
-        "attn_logit_softcapping": 0.5,  # low enough that ignoring it shows
-        "initializer_range": 0.5,
+        "attn_logit_softcapping": CAP,
+        "initializer_range": 1.2,
     }
     torch.manual_seed(0)
-    return T5GemmaForConditionalGeneration(
-        T5GemmaConfig(encoder=side, decoder=dict(side), vocab_size=len(WORDS))
-    ).eval()
+    model = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=side, decoder=dict(side), vocab_size=len(WORDS)))
+    model.set_attn_implementation(text_encoders.uncapped_attention())
+    return model.eval()
 
 
 @pytest.fixture
@@ -72,17 +74,69 @@ def test_features_are_the_encoder_half_rounded_to_fp16(checkpoint: Path, whole_m
     assert not torch.equal(features[0], expected)
 
 
-def test_logit_soft_cap_is_applied(checkpoint: Path, whole_model: Any) -> None:
-    features = T5GemmaEncoder.load(checkpoint, dtype=torch.float32).encode(["a woman says hello"])[0]
-    layers = [layer.self_attn for layer in whole_model.model.encoder.layers]
-    try:
-        for layer in layers:
-            layer.attn_logit_softcapping = None
-        uncapped = features_of(whole_model, [2, 4, 5, 6, 7])
-    finally:
-        for layer in layers:
-            layer.attn_logit_softcapping = 0.5
-    assert (features - uncapped).abs().max() > 1e-2
+def closed_form(whole_model: Any, ids: list[int], cap: float | None) -> torch.Tensor:
+    """The encoder of T5-Gemma written out in fp64, [n,H]; attention logits are capped where `cap` is given."""
+    state = {k: v.double() for k, v in whole_model.model.encoder.state_dict().items()}
+    config = whole_model.config.encoder
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    angles = torch.arange(len(ids)).double()[:, None] / 10_000 ** (torch.arange(0, width, 2).double() / width)
+    cos, sin = angles.cos().repeat(1, 2)[:, None], angles.sin().repeat(1, 2)[:, None]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + state[f"{name}.weight"])
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    x = state["embed_tokens.weight"][ids] * config.hidden_size**0.5
+    for i in range(config.num_hidden_layers):
+        layer = f"layers.{i}"
+        y = norm(x, f"{layer}.pre_self_attn_layernorm")
+        q, k, v = (
+            (y @ state[f"{layer}.self_attn.{name}_proj.weight"].T).view(len(ids), -1, width) for name in ("q", "k", "v")
+        )
+        k, v = (each.repeat_interleave(heads // groups, 1) for each in (rotated(k), v))
+        logits = torch.einsum("qhd,khd->hqk", rotated(q), k) * config.query_pre_attn_scalar**-0.5
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        y = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v).flatten(1) @ state[f"{layer}.self_attn.o_proj.weight"].T
+        x = x + norm(y, f"{layer}.post_self_attn_layernorm")
+        y = norm(x, f"{layer}.pre_feedforward_layernorm")
+        gate, up, down = (state[f"{layer}.mlp.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        y = (torch.nn.functional.gelu(y @ gate, approximate="tanh") * (y @ up)) @ down
+        x = x + norm(y, f"{layer}.post_feedforward_layernorm")
+    return norm(x, "norm")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def test_attention_is_not_capped_as_in_the_release(
+    checkpoint: Path, whole_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [2, 4, 5, 6, 7, 5, 4]
+    prompt = "a woman says hello woman a"
+    uncapped, capped = closed_form(whole_model, ids, None), closed_form(whole_model, ids, CAP)
+    assert 0.003 < relative(capped, uncapped) < 0.03  # the difference that following the release is worth
+    released = T5GemmaEncoder.load(checkpoint, dtype=torch.float32)
+    assert relative(released.encode([prompt])[0], uncapped) < 5e-4  # features are rounded to fp16
+    tokens = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    with torch.no_grad():
+        assert relative(released.model(**tokens).last_hidden_state[0], uncapped) < 2e-6
+    monkeypatch.setenv(text_encoders.ATTENTION_VARIABLE, "eager")
+    eager = T5GemmaEncoder.load(checkpoint, dtype=torch.float32)
+    assert relative(eager.encode([prompt])[0], capped) < 5e-4
+    # Text caches and shards tell the two apart, and versions of the library.
+    assert encoder_identity(released, "t5") != encoder_identity(eager, "t5")
+    monkeypatch.setattr("transformers.__version__", "4.56.0")
+    assert encoder_identity(T5GemmaEncoder.load(checkpoint, dtype=torch.float32), "t5") not in {
+        encoder_identity(each, "t5") for each in (released, eager)
+    }
+    monkeypatch.setenv(text_encoders.ATTENTION_VARIABLE, "flash")
+    with pytest.raises(UserError, match="MAGIHUMAN_T5GEMMA_ATTENTION=flash is unknown; choose sdpa"):
+        T5GemmaEncoder.load(checkpoint)
 
 
 def test_features_do_not_depend_on_neighbours_and_bf16_is_near(checkpoint: Path) -> None:

@@ -54,3 +54,16 @@ def test_a_command_may_take_a_dataclass_of_settings() -> None:
     help_text = usage(schema_of(_run), "program")
     assert "usage: program name=... [key=value ...]" in help_text
     assert "steps        of the solver (default 8)" in help_text
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Settings of which one may be an empty text."""
+
+    kept: str | None = option("of two", "usual", keep_empty=True)
+    other: str | None = option("of two", "usual")
+
+
+def test_an_empty_text_is_none_unless_the_setting_keeps_it() -> None:
+    assert settings(_Texts, ["kept=", "other="], "program") == {"kept": "", "other": None}
+    assert settings(_Texts, ["kept=null", "other=none"], "program") == {"kept": None, "other": None}

@@ -17,7 +17,11 @@ from fake_bundle import FRAMES, SIDE, fake_bundle, fake_checkpoint
 from infer_command import failure, manifest, run, write_prompts
 from PIL import Image
 
+from inference.loading import find
+from inference.requests import InferOptions
 from magihuman import infer
+from magihuman.flow.guidance import Guidance
+from magihuman.media.images import resize_frames
 from magihuman.media.reading import probe
 
 REPO = Path(__file__).resolve().parents[2]
@@ -62,11 +66,70 @@ def test_what_the_world_does_not_know_is_said_once(
     run(f"checkpoint={checkpoint}", f"prompts={prompts}", f"output={tmp_path / 'out'}", "seconds=1")
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
-    assert "1 s is longer than the 0.68 s that this checkpoint was trained on" in notes[0]
+    assert "1 s is longer than this checkpoint's usual 0.68 s; unless" in notes[0]
     assert "the prompt 'a cat' and 1 more is not of the only form" in notes[1]
     assert notes[1].endswith("such as 'face ma'")
     run(f"checkpoint={checkpoint}", "prompt=face mi", f"output={tmp_path / 'y.mp4'}")
     assert "note: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seconds=0.36"], "0.36 s is shorter than this checkpoint's usual 0.68 s"),
+        (["width=64"], "64x32 is another size than this checkpoint's usual 32x32"),
+        (["output_size=64x32"], "output_size=64x32 is of another shape than the clip, so frames are stretched"),
+        (["negative_prompt=grey", "cfg=1"], "negative_prompt= changes nothing here: no stage is guided"),
+        (["negative_prompt=", "cfg=1"], None),
+        (["negative_prompt=grey", "cfg=2"], None),
+        (["output_size=64x64"], None),
+    ],
+)
+def test_what_changes_nothing_or_was_never_trained_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str | None
+) -> None:
+    run(f"checkpoint={checkpoint}", "prompt=a b", f"output={tmp_path / 'x.mp4'}", *arguments)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
+
+
+def test_an_empty_negative_prompt_is_empty_and_not_the_checkpoints(tmp_path: Path) -> None:
+    checkpoint = fake_checkpoint(tmp_path / "export", Guidance(3.0, 3.0, audio=3.0))
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["sampling"]["negative_prompt"] = "grey wall"
+    file.write_text(json.dumps(config))
+    made: dict[str, tuple[str, bytes]] = {}
+    for name, more in (("own", []), ("none", ["negative_prompt=none"]), ("empty", ["negative_prompt="])):
+        output = tmp_path / f"{name}.mp4"
+        run(f"checkpoint={checkpoint}", "prompt=a b", f"output={output}", *more)
+        record = json.loads(output.with_suffix(".json").read_text())
+        made[name] = record["settings"]["negative_prompt"], output.read_bytes()
+        output.unlink()
+        infer.main([*shlex.split(record["command"])[3:], "progress=false"])
+        assert output.read_bytes() == made[name][1]
+    assert made["own"] == made["none"]
+    assert (made["own"][0], made["empty"][0]) == ("grey wall", "")
+    assert made["own"][1] != made["empty"][1]
+
+
+def test_frames_are_resized_and_compressed_as_asked(checkpoint: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for name, more in (("plain", []), ("large", ["output_size=64x48"]), ("fine", ["crf=1"]), ("same", ["crf=18"])):
+        output = tmp_path / f"{name}.mp4"
+        run(f"checkpoint={checkpoint}", "prompt=a b", f"output={output}", *more)
+        sizes[name] = output.read_bytes()
+        record = json.loads(output.with_suffix(".json").read_text())
+        assert record["width"], record["height"] == ((64, 48) if name == "large" else (SIDE, SIDE))
+    assert (probe(tmp_path / "large.mp4").width, probe(tmp_path / "large.mp4").height) == (64, 48)
+    assert sizes["same"] == sizes["plain"]
+    assert len(sizes["fine"]) > len(sizes["plain"])
+    small, large = (
+        find(InferOptions(checkpoint=str(checkpoint), device="cpu", output_size=size)).load().generate(["a b"], [1])[0]
+        for size in (None, "64x48")
+    )
+    assert torch.equal(large.frames, resize_frames(small.frames, 48, 64))
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(checkpoint: Path, tmp_path: Path) -> None:
@@ -257,8 +320,6 @@ def test_processes_share_the_prompts_and_one_manifest(checkpoint: Path, tmp_path
 def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[str]) -> None:
     from dataclasses import fields
 
-    from inference.requests import InferOptions
-
     infer.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"  {field.name} " in text for field in fields(InferOptions))
@@ -310,6 +371,15 @@ def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[
         (["prompt=a", "output=x.mp4", "sr_steps=3"], "sr_steps=3 needs a checkpoint"),
         (["prompt=a", "output=x.mp4", "cfg_passes=3"], "cfg_passes=3 is impossible"),
         (["prompt=a", "output=x.mp4", "video_codec=x"], "is for released checkpoints"),
+        (
+            ["prompt=a", "output=x.mp4", "width=100000"],
+            "width=100000 is too large for this checkpoint; give at most 256",
+        ),
+        (["prompt=a", "output=x.mp4", "output_size=100000x2"], "give even WIDTHxHEIGHT up to 8192 a side"),
+        (["prompt=a", "output=x.mp4", "crf=99"], "crf=99 is impossible; give 0 (lossless) to 51"),
+        (["prompt=a", "output=x.mp4", "turbo=wan"], "turbo=wan is for the published weights"),
+        (["prompt=a", "output=x.mp4", "negative_prompt=released"], "set MAGIHUMAN_RELEASE to a checkout of https"),
+        (["output=x.mp4", "prompt=a", "negative_prompt=" + 5000 * "word "], "the negative prompt has 5000 words"),
         (["a prompt without key"], "is not of the form key=value"),
     ],
 )

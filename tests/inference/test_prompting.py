@@ -19,7 +19,8 @@ from inference.prompting.format import check_form, seconds_for, speaking_seconds
 from magihuman.errors import UserError
 
 GOOD = """\
-An old woman with white hair in a blue apron stands in a sunlit kitchen and smiles at the near, still camera.
+An old woman with white hair in a blue apron stands in a sunlit kitchen, smiles at the near, still camera and says warmly, \
+"Good morning, my dear."
 
 Dialogue:
 <Old woman, English>: "Good morning, my dear."
@@ -27,6 +28,8 @@ Dialogue:
 Background Sound:
 <A kettle that begins to sing>"""
 MAIN, DIALOGUE, SOUND = GOOD.split("\n\n")
+SILENT = "An old woman with white hair stands in a sunlit kitchen and smiles at the near, still camera."
+NOTHING = "Background Sound:\n<No prominent background sound>"
 
 
 def faults(prompt: str, seconds: float | None = None) -> list[str]:
@@ -39,10 +42,18 @@ def faults(prompt: str, seconds: float | None = None) -> list[str]:
         GOOD,
         " ".join(GOOD.split()),  # a prompt a line, as prompts=FILE.txt has them
         GOOD.lower(),
-        f"{MAIN}\n\nDialogue: <No dialogue>\n\nBackground Sound: <No background sound>",
-        f"{MAIN}\n\nDialogue:\nAnna (softly):\n“Ja.”\nBen: «Oui» he adds, «oui.»\n\n{SOUND}",
-        f'{MAIN}\n\nDialogue: <A, English>: "Yes." <B, English>: "No."\n\n{SOUND}',
-        f"{MAIN}\n\nDialogue:\n<女人, 普通话>：「你好」\n\n{SOUND}",
+        f"{SILENT}\n\nDialogue: <No dialogue>\n\nBackground Sound: <No background sound>",
+        f"{SILENT}\n\n{NOTHING}",  # nobody speaks: no block
+        f"Anna says “ja” to Ben.\n\nDialogue:\nAnna (softly):\n“Ja.”\nBen: «Ja» he adds, «ja.»\n\n{SOUND}",
+        f'A says "Yes.", B "No."\n\nDialogue: <A, English>: "Yes." <B, English>: "No."\n\n{SOUND}',
+        f"A woman says 「你 好」.\n\nDialogue:\n<女 人, 普 通 话>：「你 好」\n\n{SOUND}",
+        # The form of the release's guide: in every script the speech stands twice, characters with spaces between them.
+        'A girl in a red coat says, " 안 녕 , 친 구 ." She nods.\n\nDialogue:\n<Girl in red coat, Korean>: " 안 녕 , 친 구 ."'
+        f"\n\n{NOTHING}",
+        'A cook lifts a lid: "お い し い、で す ね。"\n\nDialogue:\n<Cook, Japanese>: "お い し い、で す ね。"\n\n'
+        + NOTHING,
+        # The release's example is a cell of a CSV table: in quotation marks, those inside doubled.
+        f'"{MAIN}\n\n{DIALOGUE}\n\n{NOTHING}"'.replace('"Good', '""Good').replace('dear."', 'dear.""'),
         f"They share a quiet dialogue: smiles. {GOOD}",
     ],
 )
@@ -53,7 +64,23 @@ def test_good_forms(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        (MAIN, ["the block 'Dialogue:' is missing", "the block 'Background Sound:' is missing"]),
+        (
+            MAIN,
+            [
+                "the description quotes \"Good morning, my dear.\" without a block 'Dialogue:'",
+                "the block 'Background Sound:' is missing",
+            ],
+        ),
+        (SILENT, ["the block 'Background Sound:' is missing"]),
+        (f"{SILENT}\n\n{DIALOGUE}\n\n{SOUND}", ['the words "Good morning, my dear." are not in the description']),
+        (
+            'A woman says "你好".\n\nDialogue:\n<Woman, Mandarin>: "你好"\n\n' + SOUND,
+            ["Chinese, Japanese or Korean characters stand side by side"],
+        ),
+        (
+            'A woman says "어 서오세요".\n\nDialogue:\n<Woman, Korean>: "어 서오세요"\n\n' + SOUND,
+            ["Chinese, Japanese or Korean characters stand side by side"],
+        ),
         (f"{MAIN}\n\n{DIALOGUE}", ["the block 'Background Sound:' is missing"]),
         (f"{MAIN}\n\n{SOUND}\n\n{DIALOGUE}", ["'Background Sound:' stands before 'Dialogue:'"]),
         (f"{DIALOGUE}\n\n{SOUND}", ["no description stands before the blocks"]),
@@ -65,13 +92,13 @@ def test_good_forms(prompt: str) -> None:
         (f"{MAIN}\n\n{DIALOGUE}\n<Man, English>:\n\n{SOUND}", ["the speaker <Man, English> has no line"]),
         (f"{MAIN}\n\nDialogue: <Man, English>\n\n{SOUND}", ["the speaker <Man, English> has no line"]),
         (f'{MAIN}\n\nDialogue:\nBen: "..."\n\n{SOUND}', ["the speaker Ben has no line"]),
-        (f'{MAIN}\n\nDialogue:\n"Hello."\n\n{SOUND}', ['"Hello." has no speaker']),
+        (f'He says "hello".\n\nDialogue:\n"Hello."\n\n{SOUND}', ['"Hello." has no speaker']),
         (f"{MAIN}\n\nDialogue:\nBen: Hello.\n\n{SOUND}", ["speech without quotation marks: Hello."]),
         (f"{MAIN}\n\nDialogue:\nNone.\n\n{SOUND}", ["speech without quotation marks: None."]),
         (f'{MAIN}\n\nDialogue:\nBen: "Hello.\n\n{SOUND}', ['a quotation mark in Ben: "Hello. has no partner']),
         (GOOD.replace("Dialogue:", "**Dialogue:**"), ["the prompt has markup (such as ** or # or list marks)"]),
         (f"{MAIN}\n\n## {DIALOGUE}\n\n{SOUND}", ["the prompt has markup (such as ** or # or list marks)"]),
-        (GOOD.replace("near", "near " * 640), ["the prompt has 678 words, and the text encoder reads 640 tokens"]),
+        (GOOD.replace("near", "near " * 640), ["the prompt has 684 words, and the text encoder reads 640 tokens"]),
         ("", None),
     ],
 )
@@ -79,7 +106,7 @@ def test_faults_are_named_with_their_remedy(prompt: str, expected: list[str] | N
     found = check_form(prompt).faults
     assert all(fault.rpartition("; ")[2] for fault in found)
     if expected is None:
-        assert len(found) == 3
+        assert len(found) == 2
     else:
         assert faults(prompt) == expected
 
@@ -92,14 +119,14 @@ def test_length_of_the_dialogue() -> None:
 
 def test_mixed_languages_are_a_note_only() -> None:
     assert check_form(GOOD).notes == ()
-    mixed = check_form(GOOD.replace("my dear", "你好吗"))
+    mixed = check_form(GOOD.replace("my dear", "你 好 吗"))
     assert not mixed.faults
     assert "Latin, Chinese or Japanese" in mixed.notes[0]
-    japanese = check_form(GOOD.replace("Good morning, my dear.", "今日はいい天気"))
+    japanese = check_form(GOOD.replace("Good morning, my dear.", "今 日 は い い 天 気"))
     assert japanese.notes == ()
     named = check_form(GOOD.replace("\n\nBackground", '\n<Man, German>: "Moin."\n\nBackground'))
     assert "English, German" in named.notes[0]
-    silent = check_form(f"{MAIN} She says “hi”.\n\nDialogue: <No dialogue>\n\n{SOUND}")
+    silent = check_form(f"{SILENT} She says “hi”.\n\nDialogue: <No dialogue>\n\n{SOUND}")
     assert silent.seconds is None
     assert "only those there are timed" in silent.notes[0]
 
@@ -118,6 +145,10 @@ def test_what_chat_models_wrap_around_a_prompt_is_taken_off(answer: str) -> None
     assert tidy(answer) == GOOD
 
 
+def test_characters_of_an_answer_get_the_spaces_of_the_training_captions() -> None:
+    assert tidy('says "今日はABC，天気。안녕"') == 'says "今 日 はABC，天 気。안 녕"'
+
+
 def test_a_bad_answer_gets_one_more_try_with_its_faults_named() -> None:
     answers = iter([MAIN, GOOD])
     heard: list[list[chats.Message]] = []
@@ -130,7 +161,7 @@ def test_a_bad_answer_gets_one_more_try_with_its_faults_named() -> None:
     assert [m["role"] for m in heard[1]] == ["system", "user", "assistant", "user"]
     assert heard[0][0]["content"] == SYSTEM
     assert "4 seconds" in heard[0][1]["content"]
-    assert "'Dialogue:' is missing" in heard[1][3]["content"]
+    assert "without a block 'Dialogue:'" in heard[1][3]["content"]
 
 
 def test_words_that_were_asked_for_may_not_change() -> None:
@@ -219,7 +250,8 @@ def test_an_answer_that_stays_bad_is_refused(server: Server, run: Run) -> None:
     status, out, err = run("request=a kitchen", f"endpoint={server.url}/chat/completions")
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
-    assert "also after a second try: the block 'Dialogue:' is missing and 1 more" in err
+    assert "also after a second try: the description quotes" in err
+    assert "without a block 'Dialogue:' and 1 more" in err
     assert "authorization" not in server.requests[0][1]
     assert "model" not in server.requests[0][2]
 
@@ -337,12 +369,13 @@ def test_checking_files(run: Run, tmp_path: Path) -> None:
     assert (status, out) == (0, "note: the dialogue needs about 3 s\nthe form is good\n")
     status, out, _ = run(f"check={MAIN}")
     assert status == 1
-    assert out.startswith("fault: the block 'Dialogue:' is missing; add a block that starts with 'Dialogue:'")
+    assert out.startswith("fault: the description quotes")
+    assert "without a block 'Dialogue:'; add a block that starts with 'Dialogue:'" in out
     lines = [json.dumps({"prompt": text, "name": name}) for name, text in (("a", GOOD), ("b", MAIN))]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     status, out, _ = run(f"check={tmp_path / 'p.jsonl'}")
     assert status == 1
-    assert "b: fault: the block 'Dialogue:'" in out
+    assert "b: fault: the description quotes" in out
     assert out.endswith("1 of 2 prompts have faults\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     assert run(f"check={tmp_path / 'binary.txt'}")[0] == 2

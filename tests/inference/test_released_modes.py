@@ -143,13 +143,38 @@ def test_distilled_turbo_and_the_release_beside_it(release: Path, given: dict[st
     assert large.model.local_attn_layers
 
 
+def test_defaults_follow_the_releases_scripts(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Turbo decoder where it lies next to the network, crf 10; the recorded command says so."""
+    made, records = {}, {}
+    for name, more in (("usual", {}), ("turbo", {"turbo": release / "turbo_vae"}), ("wan", {"turbo": "wan"})):
+        output = tmp_path / f"{name}.mp4"
+        run(**common(release, output=output, **more))
+        made[name], records[name] = output.read_bytes(), json.loads(output.with_suffix(".json").read_text())
+    assert made["usual"] == made["turbo"] != made["wan"]
+    assert records["usual"]["turbo"]["sha256"] == records["turbo"]["turbo"]["sha256"]
+    assert records["wan"]["turbo"] is None
+    assert "turbo=wan" in records["wan"]["command"]
+    assert {record["crf"] for record in records.values()} == {10}
+    assert records["usual"]["codecs"]["text_encoder"]["attention"] == "sdpa"
+    shutil.copytree(release / "base", tmp_path / "alone" / "base")
+    alone = loading.find(InferOptions(checkpoint=str(tmp_path / "alone" / "base"), device="cpu"))
+    assert (alone.options.turbo, alone.turbo) == ("wan", None)
+    assert "guidance without" not in capsys.readouterr().err
+    run(**common(release, output=tmp_path / "x.mp4", negative_prompt=""))
+    assert "guidance without the release's negative prompt, which changes every clip" in capsys.readouterr().err
+    run(**common(release, output=tmp_path / "x.mp4", checkpoint=release / "distill", negative_prompt="grey", cfg=None))
+    assert "negative_prompt= changes nothing here" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- the pipeline
 
 
 @pytest.fixture(scope="module")
 def pipeline(release: Path) -> Pipeline:
     return loading.find(
-        InferOptions(checkpoint=str(release / "distill"), sr=str(release / "540p_sr"), device="cpu")
+        InferOptions(checkpoint=str(release / "distill"), sr=str(release / "540p_sr"), turbo="wan", device="cpu")
     ).load()
 
 

@@ -1,14 +1,17 @@
 """Sizes and lengths of clips, and what follows from a checkpoint and what is given (SPEC 4.1)."""
 
+import hashlib
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_release import dit_config
 
+from inference import conditioning
 from inference.requests import InferOptions
-from inference.settings import fit_side, latent_shape, resolve
+from inference.settings import fit_side, latent_shape, parse_output_size, resolve
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, frame_scales
@@ -91,6 +94,90 @@ def test_impossible(configs: dict[str, ExportConfig], settings: dict[str, Any], 
     given_audio = settings.pop("sound", None)
     with pytest.raises(UserError, match=message):
         resolve(configs["base"], None, InferOptions(**settings), given_audio)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 100_000}, "width=100000 is too large for this checkpoint; give at most 3584"),
+        ({"height": 10**12}, "height=1000000000000 is too large"),
+        ({"sr_width": 100_000}, "sr_width=100000 is too large for this checkpoint; give at most 7168"),
+        ({"width": 3584, "height": 3584}, "3584x3584 at 4 s has 112 times the pixels .* and 64 times is the most"),
+        ({"width": 1792, "height": 1024, "seconds": 20}, "1792x1024 at 20 s has 79 times the pixels"),
+        ({"sr_width": 7168, "sr_height": 7168}, "give a smaller sr_height= and sr_width= or fewer seconds="),
+        ({"seconds": 1e9}, "seconds=1e.09 is too long for this checkpoint; give at most 64.64"),
+        ({"steps": 10**9}, "steps=1000000000 is impossible; give 1 to 1000"),
+        ({"shift": 1e300}, "shift=1e.300 is impossible; give 0.001 to 1000"),
+        ({"shift": 1e-300}, "shift=1e-300 is impossible"),
+        ({"sr_steps": 1001}, "sr_steps=1001 is impossible; give 1 to 1000"),
+    ],
+)
+def test_what_would_exhaust_the_memory_is_refused_with_the_limit(
+    configs: dict[str, ExportConfig], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(configs["base"], configs["540p_sr"], InferOptions(**settings))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"), [("contract", {"fps": 0.0}), ("contract", {"fps": 1e9}), ("size", {"frames": 0})]
+)
+def test_an_impossible_config_is_refused(configs: dict[str, ExportConfig], part: str, change: dict[str, Any]) -> None:
+    damaged = replace(configs["base"], **{part: replace(getattr(configs["base"], part), **change)})
+    with pytest.raises(UserError, match=r"the checkpoint's config.json is damaged: fps="):
+        resolve(damaged)
+
+
+def test_the_sizes_of_resized_frames() -> None:
+    assert parse_output_size("1920x1080") == (1080, 1920)
+    for text in ("1920", "1921x1080", "1920x0", "-2x2", "1920x100000", "9" * 5000 + "x2", "1920 x 1080"):
+        with pytest.raises(UserError, match="give even WIDTHxHEIGHT up to 8192 a side, such as 1920x1080"):
+            parse_output_size(text)
+
+
+SCRIPT = """
+import nothing_of_this_name
+class Evaluator:
+    def __init__(self):
+        {broken}
+        negative_prompt = "grey, "
+        negative_prompt += "shaking"  # noqa
+"""
+
+
+def test_the_released_negative_prompt_is_read_from_the_releases_code_without_running_it(
+    configs: dict[str, ExportConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "inference" / "pipeline" / "video_generate.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(SCRIPT.format(broken=""))
+    monkeypatch.delenv("MAGIHUMAN_RELEASE", raising=False)
+
+    def negative(role: str = "base", **options: Any) -> str:
+        conditioning._released_text.cache_clear()
+        return resolve(configs[role], None, InferOptions(**options)).negative_prompt
+
+    assert negative() == ""
+    with pytest.raises(UserError, match=r"set MAGIHUMAN_RELEASE to a checkout of .*, which changes every guided clip"):
+        negative(negative_prompt="released")
+    monkeypatch.setenv("MAGIHUMAN_RELEASE", str(tmp_path))
+    with pytest.raises(UserError, match=r"13 characters, sha256 7cea8b2f, instead of 1719 and 4515a21f"):
+        negative(negative_prompt="released")
+    text = hashlib.sha256(b"grey, shaking").hexdigest()
+    monkeypatch.setattr(conditioning, "NEGATIVE_SHA256", text)
+    # Where the release's code is here, its guided checkpoints follow it; an empty text is still possible.
+    assert negative() == negative(negative_prompt="released") == "grey, shaking"
+    assert negative(negative_prompt="") == negative(negative_prompt=" ") == ""
+    assert negative(negative_prompt="blue") == "blue"
+    assert negative("distill") == ""
+    assert negative("distill", cfg=3.0) == "grey, shaking"
+    for broken, message in (("(", "is not a Python script"), ("(" * 10**6, "more than 1000000 bytes")):
+        script.write_text(SCRIPT.format(broken=broken))
+        with pytest.raises(UserError, match=message):
+            negative(negative_prompt="released")
+    script.unlink()
+    with pytest.raises(UserError, match=r"is no checkout of the release: .*video_generate.py is missing"):
+        negative()
 
 
 def test_impossible_second_stage(configs: dict[str, ExportConfig]) -> None:

@@ -28,6 +28,7 @@ from magihuman.io.streamed_safetensors import SafetensorsWriter, read_specs
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.commands import convert
 from magihuman.zoo.convert import parse_size
+from magihuman.zoo.inspect import describe
 
 LAST = "model-00007-of-00007.safetensors"
 MATRICES = {key for key, _, is_matrix in dit_config(8).tensors() if is_matrix}
@@ -110,6 +111,17 @@ class TestRoundTrips:
         )  # fmt: skip
         names = ["audio_vae", "magihuman.json", "model_index.json", "scheduler", "transformer", "vae"]
         assert left_in(there) == names
+        text = describe(there)
+        assert f"python -m magihuman.zoo convert {there} NEW" in text
+        for part in (
+            "MagiHumanDiT",
+            "AutoencoderKLWan",
+            "vae: 144 tensors",
+            "block.layers.0.attention.linear_qkv.weight",
+        ):
+            assert part in text
+        with pytest.raises(UserError, match=rf"holds several checkpoints; choose one: .*{there}"):
+            describe(tmp_path)
         parts = json.loads((there / "model_index.json").read_text())
         assert parts["vae"] == ["diffusers", "AutoencoderKLWan"]
         assert same(tensors_of(there / "transformer", "diffusion_pytorch_model"), tensors_of(release / "1080p_sr"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_bundle import fake_bundle, fake_checkpoint
 
-from inference.fast import prepare, require_kernel
+from inference.fast import TIERS, prepare, require_kernel
 from inference.fast.transformer import FastDenoiser
 from inference.loading import choose_tier, find
 from inference.pipeline import Pipeline
@@ -71,20 +71,21 @@ def test_a_pipeline_takes_a_prepared_network(checkpoint: Path) -> None:
 
 
 def test_what_a_command_computes_with() -> None:
-    assert choose_tier(None, "cpu", "fast", None, False) == "exact"
-    assert choose_tier(None, "cpu", "balanced", "bf16", False) == "exact"
-    assert choose_tier(None, "cuda", "fast", None, False) == "reference"
+    # On a GPU as on the CPU: the fastest tier with the reference's bits.
+    assert choose_tier(None, "fast", None, False) == "exact"
+    assert choose_tier(None, "balanced", "bf16", False) == "exact"
+    assert TIERS["exact"] == "E0"
     for rest in (("low", None, False), ("fast", "int4", False), ("fast", None, True)):
-        assert choose_tier(None, "cpu", *rest) == "reference"
-        assert choose_tier("reference", "cpu", *rest) == "reference"
+        assert choose_tier(None, *rest) == "reference"
+        assert choose_tier("reference", *rest) == "reference"
     with pytest.raises(UserError, match="tier=fast cannot be used here: memory=low streams the reference's layers"):
-        choose_tier("fast", "cuda", "low", None, False)
+        choose_tier("fast", "low", None, False)
     with pytest.raises(UserError, match="weights=fp8 is the reference's storage; leave weights= out"):
-        choose_tier("fp8", "cuda", "fast", "fp8", False)
+        choose_tier("fp8", "fast", "fp8", False)
     with pytest.raises(UserError, match="several processes compute this clip together"):
-        choose_tier("exact", "cuda", "fast", None, True)
+        choose_tier("exact", "fast", None, True)
     with pytest.raises(UserError, match="tier=quick is unknown; choose one of reference, exact"):
-        choose_tier("quick", "cuda", "low", None, False)
+        choose_tier("quick", "low", None, False)
 
 
 def test_a_missing_kernel_is_noticed_before_weights_load(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
