@@ -7,8 +7,7 @@ wrong sample after the first epoch) is used.
 """
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -17,12 +16,16 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from data.shards import LARGE, Bucket, Sample, SampleError, Shards, source_of
+from data.shards import LARGE, Bucket, Sample, SampleError, Shards
 from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
 from magihuman.io.text import prompt_lines, read_text
 from magihuman.models.config import Contract
 
+NAMED = 10
+"""Damaged samples that are named one by one; the further ones are counted."""
+ORDER = 2
+"""Version of the order of samples, stored in checkpoints; 1 filled the last batch of each bucket and epoch by repetition."""
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, splitmix64's increment
 
 
@@ -53,51 +56,85 @@ class Order:
         order = Order({"25x64x64": range(100)}, batch_size=16, seed=0)
         numbers = order.batch(7)  # the eighth batch of the run
 
-    In every epoch each bucket is shuffled and cut into batches, and the batches of all buckets are shuffled. The last
-    batch of a bucket is filled up from its first, so each sample comes at least once per epoch and every batch has
-    `batch_size` samples.
+    Each bucket is an endless sequence of passes over its samples, each pass shuffled anew, and is cut into batches; a batch
+    may hold the end of one pass and the start of the next. Epoch e has those batches of every bucket that keep its share
+    of the training at its share of the samples, shuffled: after any number of epochs a bucket has had its samples times
+    epochs, to less than one batch. So no sample is lost, and none comes more often because its bucket is small.
 
     Args:
         buckets: bucket name -> numbers of its samples, in index order.
         batch_size: samples of a global batch, all ranks together.
+
+    Attributes:
+        batches_per_epoch: batches that hold as many samples as there are, rounded up.
     """
 
-    def __init__(self, buckets: Mapping[str, Sequence[int]], batch_size: int, seed: int) -> None:
-        named = sorted(buckets.items())
-        self._buckets = {name: np.asarray(numbers) for name, numbers in named if len(numbers)}
+    def __init__(self, buckets: Mapping[str, Sequence[int] | np.ndarray], batch_size: int, seed: int) -> None:
+        named = sorted((name, numbers) for name, numbers in buckets.items() if len(numbers))
+        self._numbers = [np.asarray(numbers, np.int32) for _, numbers in named]
+        self.sizes = {name: len(numbers) for name, numbers in named}
         self.batch_size, self.seed = batch_size, seed
-        self.batches_per_epoch = sum(-(-len(numbers) // batch_size) for numbers in self._buckets.values())
-        self._epoch: tuple[int, np.ndarray] | None = None  # cache of the last one
+        self._sizes = np.array([len(numbers) for numbers in self._numbers])  # [buckets]
+        # Every bucket but the first starts part of a batch later or earlier, so that the batches of small buckets are
+        # spread over the epochs. Whole numbers of samples: nothing is rounded, however long the training.
+        self._phases = (batch_size - 1 + np.cumsum(self._sizes) - self._sizes) % batch_size
+        self.batches_per_epoch = -(-int(self._sizes.sum()) // batch_size)
+        self._epoch = 0
+        self._slots = self._shuffled_epoch(0)
+        self._passes: list[dict[int, np.ndarray]] = [{} for _ in self._numbers]  # the two latest of each bucket
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """Sample numbers of an epoch: int64 [batches, batch_size]."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            batches = []
-            for position, numbers in enumerate(self._buckets.values()):
-                shuffled = numbers[permutation(len(numbers), self.seed, epoch, position + 1)]
-                whole = -(-len(shuffled) // self.batch_size) * self.batch_size
-                batches.append(np.resize(shuffled, whole).reshape(-1, self.batch_size))
-            stacked = np.concatenate(batches)
-            self._epoch = epoch, stacked[permutation(len(stacked), self.seed, epoch, 0)]
-        return self._epoch[1]
+    def _before(self, epoch: int) -> np.ndarray:
+        """Batches of each bucket before an epoch: int64 [buckets]."""
+        return (epoch * self._sizes + self._phases) // self.batch_size
+
+    def _shuffled_epoch(self, epoch: int) -> np.ndarray:
+        """Order of the batches of an epoch, which are numbered bucket by bucket."""
+        count = int((self._before(epoch + 1) - self._before(epoch)).sum())
+        return permutation(count, self.seed, epoch, 0)
+
+    def _shuffled_pass(self, bucket: int, number: int) -> np.ndarray:
+        """Sample numbers of a bucket in the order of pass `number`."""
+        kept = self._passes[bucket]
+        if number not in kept:
+            if len(kept) > 1:
+                del kept[next(iter(kept))]
+            kept[number] = self._numbers[bucket][permutation(self._sizes[bucket], self.seed, number, bucket + 1)]
+        return kept[number]
 
     def batch(self, number: int) -> np.ndarray:
-        """Sample numbers of global batch `number`, counted over all epochs: int64 [batch_size]."""
-        epoch, position = divmod(number, self.batches_per_epoch)
-        return self.epoch(epoch)[position]
+        """Sample numbers of global batch `number`, counted over all epochs: int32 [batch_size]."""
+        epoch = number * self.batch_size // int(self._sizes.sum())  # to a few epochs
+        while self._before(epoch).sum() > number:
+            epoch -= 1
+        while self._before(epoch + 1).sum() <= number:
+            epoch += 1
+        if epoch != self._epoch:
+            self._epoch, self._slots = epoch, self._shuffled_epoch(epoch)
+        before = self._before(epoch)
+        counts = self._before(epoch + 1) - before
+        slot = int(self._slots[number - before.sum()])
+        bucket = int(np.searchsorted(np.cumsum(counts), slot, side="right"))
+        position = int(before[bucket] + slot - counts[:bucket].sum()) * self.batch_size
+        parts, end = [], position + self.batch_size
+        while position < end:
+            turn, start = divmod(position, int(self._sizes[bucket]))
+            parts.append(self._shuffled_pass(bucket, turn)[start : start + end - position])
+            position += len(parts[-1])
+        return np.concatenate(parts)
 
 
 class FixedOrder:
-    """Validation order: every sample once, in index order; batches of one bucket, the last ones smaller.
+    """Validation order: every sample once; batches of one bucket, the largest bucket first, the last ones smaller.
 
     Args:
         ranks: a smaller batch is filled up to a multiple of their number, so that each has a sample.
     """
 
-    def __init__(self, buckets: Mapping[str, Sequence[int]], batch_size: int, ranks: int) -> None:
+    def __init__(self, buckets: Mapping[str, Sequence[int] | np.ndarray], batch_size: int, ranks: int) -> None:
         self.batch_size = batch_size
         self._batches = []
-        for _, numbers in sorted(buckets.items()):
+        # The usual clips first: validation during a training takes the first batch only.
+        for _, numbers in sorted(buckets.items(), key=lambda item: (-len(item[1]), item[0])):
             for start in range(0, len(numbers), batch_size):
                 batch = np.asarray(numbers[start : start + batch_size])
                 self._batches.append(np.resize(batch, -(-len(batch) // ranks) * ranks))
@@ -129,7 +166,7 @@ class Batches(Dataset[dict[str, Any]]):
         skipped = []
         for sample in mine:
             try:
-                samples.append((self._shards.entries[sample].key, self._shards.read(int(sample))))
+                samples.append(self._read(int(sample)))
             except SampleError as error:
                 samples.append(None)
                 skipped.append(str(error))
@@ -147,17 +184,21 @@ class Batches(Dataset[dict[str, Any]]):
         good = [(i, sample) for i, sample in enumerate(samples) if sample is not None]
         return [next((sample for i, sample in good if i >= gap), good[0][1]) for gap in range(len(samples))]
 
+    def _read(self, number: int) -> tuple[str, Sample]:
+        return self._shards.index[number].key, self._shards.read(number)
+
     def _readable(self, near: int) -> tuple[str, Sample]:
         """The first readable sample of the bucket after sample `near`, cyclically."""
-        bucket = self._shards.entries[near].bucket
-        count = len(self._shards)
-        for number in (*range(near + 1, count), *range(near)):
-            if self._shards.entries[number].bucket == bucket:
-                try:
-                    return self._shards.entries[number].key, self._shards.read(number)
-                except SampleError:
-                    continue
-        raise UserError(f"no sample of bucket {bucket} in {self._shards.folder} can be read; copy the shards again")
+        index = self._shards.index
+        bucket = index.rows["bucket"]
+        same = np.flatnonzero(bucket == bucket[near])
+        for number in np.roll(same, -np.searchsorted(same, near, side="right")):
+            try:
+                return self._read(int(number))
+            except SampleError:
+                continue
+        name = index[near].bucket
+        raise UserError(f"no sample of bucket {name} in {self._shards.folder} can be read; copy the shards again")
 
 
 def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor) -> dict[str, Any]:
@@ -192,8 +233,14 @@ class Loader:
         position: number of the global batch that comes next, counted over all epochs.
     """
 
-    def __init__(self, batches: Dataset[dict[str, Any]], workers: int, position: int = 0) -> None:
-        self._batches, self._workers = batches, workers
+    def __init__(
+        self,
+        batches: Dataset[dict[str, Any]],
+        workers: int,
+        position: int = 0,
+        check: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._batches, self._workers, self._check = batches, workers, check
         self.position = position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -201,15 +248,45 @@ class Loader:
 
     def _read(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
-            self._batches,
+            _Packed(self._batches) if self._workers else self._batches,
             sampler=numbers,
             batch_size=None,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
-            self.position += 1
-            yield batch
+        try:
+            batches = iter(loader)  # starts the workers
+            while (batch := next(batches, None)) is not None:
+                if isinstance(batch, UserError):
+                    raise batch
+                if self._workers:
+                    batch["text"] = list(batch["text"].split(batch.pop("text_lengths")))
+                if self._check is not None:
+                    self._check(batch)
+                self.position += 1
+                yield batch
+        except (RuntimeError, OSError) as error:
+            if not self._workers or str(error).startswith("Caught "):  # by a worker, in the dataset's code
+                raise
+            raise UserError(
+                f"a process of data.module.num_workers={self._workers} failed ({str(error).strip().splitlines()[0]}); "
+                "lower num_workers or batch_size, or raise the limits of memory, /dev/shm and open files (ulimit -n)"
+            ) from error
+
+
+class _Packed(Dataset[Any]):
+    """Batches on their way from a worker: an error travels as a value, because the DataLoader would turn it into a
+    traceback, and the texts as one tensor, because every tensor takes an open file."""
+
+    def __init__(self, batches: Dataset[dict[str, Any]]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, number: int) -> dict[str, Any] | UserError:
+        try:
+            batch = self._batches[number]
+        except UserError as error:
+            return error
+        return {**batch, "text": torch.cat(batch["text"]), "text_lengths": [len(text) for text in batch["text"]]}
 
 
 class _Resumable(LightningDataModule):
@@ -240,8 +317,11 @@ class _Resumable(LightningDataModule):
         return rank, ranks
 
     def train_dataloader(self) -> Loader:
-        self._loader = Loader(self._batches(*self._ranks()), self.num_workers, self._position)
+        self._loader = Loader(self._batches(*self._ranks()), self.num_workers, self._position, self._check)
         return self._loader
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        """Look at a batch that was read."""
 
     def val_dataloader(self) -> Any:
         return []
@@ -274,6 +354,11 @@ class LatentDataModule(_Resumable):
         seed: of the order.
         num_workers: processes per rank that read ahead; 0 reads in the training process, enough for small latents.
         codecs: own codec bundle (package.module:function) that the shards were made with; allows to import it.
+        max_damaged_share: damaged samples are replaced and named; the training ends when they are more than this share of
+            the samples that were read (of at least 100, so that one damaged sample ends no training).
+
+    Attributes:
+        skipped: the damaged samples that were found, and why.
 
     Raises:
         UserError: shards that cannot be used, or settings out of range.
@@ -287,30 +372,53 @@ class LatentDataModule(_Resumable):
         seed: int = 0,
         num_workers: int = 0,
         codecs: str | None = None,
+        max_damaged_share: float = 0.01,
     ) -> None:
         super().__init__(batch_size)
-        if batch_size < 1 or num_workers < 0 or not 0 <= val_fraction < 1:
+        if batch_size < 1 or num_workers < 0 or not 0 <= val_fraction < 1 or not 0 <= max_damaged_share <= 1:
             raise UserError(
-                f"batch_size={batch_size} should be at least 1, num_workers={num_workers} at least 0 and "
-                f"val_fraction={val_fraction} in [0, 1)"
+                f"batch_size={batch_size} should be at least 1, num_workers={num_workers} at least 0, "
+                f"val_fraction={val_fraction} in [0, 1) and max_damaged_share={max_damaged_share} in [0, 1]"
             )
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.max_damaged_share = num_workers, seed, max_damaged_share
         self.shards = shards
         self.reader = Shards(shards)
         if codecs not in (None, self.codecs):
             raise UserError(f"data.module.codecs={codecs}, but the shards were made with {self.codecs!r}")
         allow_codecs(codecs)
         self.skipped: set[str] = set()
+        self._read = 0
         train, val = split(self.reader, val_fraction)
         self.order = Order(self._by_bucket(train), batch_size, seed)
         self.train_samples, self.val_samples = len(train), len(val)
         self._val = self._by_bucket(val)
 
-    def _by_bucket(self, numbers: list[int]) -> dict[str, list[int]]:
-        groups: dict[str, list[int]] = defaultdict(list)
-        for number in numbers:
-            groups[self.reader.entries[number].bucket].append(number)
-        return dict(groups)
+    def _by_bucket(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        index = self.reader.index
+        buckets = index.rows["bucket"][numbers]
+        return {index.buckets[bucket]: numbers[buckets == bucket] for bucket in np.unique(buckets)}
+
+    def setup(self, stage: str) -> None:
+        """Say what training cannot give its even share in every epoch."""
+        small = {name: size for name, size in self.order.sizes.items() if size < self.batch_size}
+        if small and (self.trainer is None or self.trainer.is_global_zero):
+            named = [
+                f"{name} ({size} clip{'s' * (size > 1)}, {size / self.train_samples:.2g} of the training, one batch in about "
+                f"{-(-self.train_samples // size)})"
+                for name, size in sorted(small.items(), key=lambda item: item[1])[:5]
+            ]
+            more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+            print(
+                f"   note: {len(small)} of {len(self.order.sizes)} buckets hold fewer clips than "
+                f"data.module.batch_size={self.batch_size}; their batches repeat clips and come as seldom as their share "
+                f"of the samples asks: {', '.join(named)}{more}",
+                flush=True,
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Say how many samples were lost."""
+        if self.skipped:
+            print(f"   note: {len(self.skipped)} damaged samples were replaced by others", flush=True)
 
     @property
     def codecs(self) -> str:
@@ -325,25 +433,25 @@ class LatentDataModule(_Resumable):
     @property
     def size(self) -> tuple[int, int, int]:
         """Pixel frames, height and width of most clips."""
-        names = Counter(entry.bucket for entry in self.reader.entries)
-        bucket = Bucket.parse(names.most_common(1)[0][0])
+        bucket = Bucket.parse(self.reader.index.buckets[self._usual_bucket])
         return bucket.frames, bucket.height, bucket.width
+
+    @property
+    def _usual_bucket(self) -> int:
+        return int(np.bincount(self.reader.index.rows["bucket"]).argmax())
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) in pixels of all clips."""
-        buckets = (Bucket.parse(name) for name in {entry.bucket for entry in self.reader.entries})
+        buckets = map(Bucket.parse, self.reader.index.buckets)
         return sorted({(bucket.height, bucket.width) for bucket in buckets})
 
     @property
     def sr_size(self) -> tuple[int, int] | None:
         """(height, width) in pixels at which most clips are stored too (`data.prepare` with sr_sizes), or None."""
-        usual = Counter(entry.bucket for entry in self.reader.entries).most_common(1)[0][0]
-        for number, entry in enumerate(self.reader.entries):
-            if entry.bucket != usual:
-                continue
+        for number in np.flatnonzero(self.reader.index.rows["bucket"] == self._usual_bucket):
             try:
-                large = self.reader.read(number).tensors.get(LARGE)
+                large = self.reader.read(int(number)).tensors.get(LARGE)
             except SampleError:  # training skips it too
                 continue
             if large is None:
@@ -365,20 +473,35 @@ class LatentDataModule(_Resumable):
             return []
         rank, ranks = self._ranks()
         order = FixedOrder(self._val, self.batch_size, ranks)
-        return _Repeated(Batches(self.reader, order, rank, ranks), self.num_workers, order.batches_per_epoch)
+        return _Repeated(
+            Batches(self.reader, order, rank, ranks), self.num_workers, order.batches_per_epoch, self._check
+        )
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Also collect the skipped samples."""
-        self.skipped.update(batch["skipped"])
-        return super().on_after_batch_transfer(batch, dataloader_idx)
+    def _check(self, batch: dict[str, Any]) -> None:
+        """Name the damaged samples of a batch; raises UserError when they are too many."""
+        self._read += len(batch["key"])
+        new = [reason for reason in dict.fromkeys(batch["skipped"]) if reason not in self.skipped]
+        for number, reason in enumerate(new, len(self.skipped)):
+            if number < NAMED:
+                print(f"   note: a damaged sample is replaced by another: {reason}", flush=True)
+            elif number == NAMED:
+                print("   note: further damaged samples are only counted", flush=True)
+        self.skipped.update(new)
+        read = min(self._read, self.train_samples)
+        if len(self.skipped) > self.max_damaged_share * max(100, read):
+            some = "; ".join(sorted(self.skipped)[:3])
+            raise UserError(
+                f"{len(self.skipped)} of {read} samples are damaged, more than data.module.max_damaged_share="
+                f"{self.max_damaged_share:g} allows ({some}); copy the shards again or prepare them anew"
+            )
 
     def _identity(self) -> dict[str, Any]:
-        keys = hashlib.sha256("\n".join(entry.key for entry in self.reader.entries).encode()).hexdigest()[:16]
+        keys = hashlib.sha256(self.reader.index.keys[:-1].data).hexdigest()[:16]
         return {"seed": self.seed, "batch_size": self.batch_size, "samples": self.train_samples, "keys": keys}
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream of samples, and what it refers to."""
-        return {"position": self._position * self.batch_size, **self._identity()}
+        return {"position": self._position * self.batch_size, "order": ORDER, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume at a saved position, on any number of ranks.
@@ -397,14 +520,16 @@ class LatentDataModule(_Resumable):
                 f"cannot resume in the middle of other data ({'; '.join(differing)}); restore the data "
                 "settings, or start a new run from the checkpoint's weights with init="
             )
+        if state_dict.get("order") != ORDER and any(size % self.batch_size for size in self.order.sizes.values()):
+            print("   note: the checkpoint is of an earlier version; its epoch continues in the new order", flush=True)
         super().load_state_dict({"position": state_dict["position"] // self.batch_size})
 
 
 class _Repeated(Loader):
     """The first `length` batches, the same ones in every pass."""
 
-    def __init__(self, batches: Batches, workers: int, length: int) -> None:
-        super().__init__(batches, workers)
+    def __init__(self, batches: Batches, workers: int, length: int, check: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(batches, workers, check=check)
         self._length = length
 
     def __len__(self) -> int:
@@ -414,8 +539,8 @@ class _Repeated(Loader):
         return self._read(range(self._length))
 
 
-def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:
-    """(training, validation) sample numbers; all clips of a source file fall on one side.
+def split(shards: Shards, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) sample numbers, int64 each; all clips of a source file fall on one side.
 
     The side depends on the file's key alone, so it stays when files are added. Of two files or more at least one is
     for validation unless `val_fraction` is 0.
@@ -423,20 +548,14 @@ def split(shards: Shards, val_fraction: float) -> tuple[list[int], list[int]]:
     Raises:
         UserError: nothing is left to train on.
     """
-    hashes = {}
-    for entry in shards.entries:
-        source = source_of(entry.key)
-        if source not in hashes:
-            hashes[source] = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8]) / 2**64
-    validation = {source for source, value in hashes.items() if value < val_fraction}
-    if val_fraction and not validation and len(hashes) > 1:
-        validation = {min(hashes, key=hashes.__getitem__)}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for number, entry in enumerate(shards.entries):
-        sides[source_of(entry.key) in validation].append(number)
-    if not sides[0]:
-        raise UserError(f"val_fraction={val_fraction} leaves none of {len(hashes)} files to train on; lower it")
-    return sides
+    sources = shards.index.rows["source"]  # hashes of the source files' keys: even numbers from 0 to 2^64
+    validation = sources.astype(np.float64) / 2**64 < val_fraction
+    if val_fraction and not validation.any() and (sources != sources[0]).any():
+        validation = sources == sources.min()
+    if validation.all():
+        files = len(np.unique(sources))
+        raise UserError(f"val_fraction={val_fraction} leaves none of {files} files to train on; lower it")
+    return np.flatnonzero(~validation), np.flatnonzero(validation)
 
 
 class PromptDataModule(_Resumable):

@@ -24,7 +24,7 @@ from data.encode import ShardJob, ShardResult, describe_codecs, probe_files, wri
 from data.options import PrepareOptions
 from data.prepare_report import PrepareReport, make_report
 from data.scan import MediaFile, list_files
-from data.shards import INDEX, NULL_TEXT, Entry, Index
+from data.shards import INDEX, NULL_TEXT, Entry, Index, SampleIndex
 from data.worker_pool import Workers
 from magihuman.errors import UserError
 from magihuman.io.files import locked, write_atomically
@@ -160,7 +160,7 @@ class _Preparation:
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         note = self.work / "plan.json"
         if (self.target / INDEX).exists():
-            known = Index.load(self.target).fingerprint
+            known = SampleIndex.load(self.target).fingerprint
         else:
             known = json.loads(note.read_text())["fingerprint"] if note.exists() else ""
         if known != fingerprint:
