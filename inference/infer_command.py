@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from inference.pipeline import Pipeline
 
 MAX_BATCH = 1000
+# Prompts that are encoded before the clips of all of them are made, so that the text encoder, the largest network of
+# all, comes to the device once for many clips, and their features take little memory.
+TEXTS_AHEAD = 64
 
 
 def run(options: InferOptions) -> None:
@@ -60,7 +63,7 @@ def run(options: InferOptions) -> None:
                 check_fits(source, settings, min(size, len(mine)))
             start, pipeline = time.perf_counter(), source.load() if own else None
             times = {"load": time.perf_counter() - start}
-            _prepare(folder, manifest, finished, rank)
+            _prepare(folder, jobs, manifest, finished, rank)
             try:
                 if pipeline is not None:
                     resolver.check_prompts(pipeline.codecs, [r.prompt for r in requests if r.name in waiting])
@@ -199,15 +202,17 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"cannot write to the folder {folder}: no permission")
 
 
-def _prepare(folder: Path, manifest: Path | None, finished: dict[str, Any], rank: int) -> None:
+def _prepare(folder: Path, jobs: list["Job"], manifest: Path | None, finished: dict[str, Any], rank: int) -> None:
     """The folder, and a manifest that says what is done; by one process, after all have looked."""
-    from inference.jobs import repair_manifest
+    from inference.jobs import remove_leftovers, repair_manifest
 
     wait_for_all()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if manifest is not None and rank == 0:
-            repair_manifest(manifest, finished)
+        if rank == 0:
+            remove_leftovers(folder, jobs)
+            if manifest is not None:
+                repair_manifest(manifest, finished)
     except OSError as error:
         raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
     wait_for_all()  # nobody adds lines while the manifest is replaced
@@ -228,19 +233,19 @@ def _make(
     """
     from tqdm import tqdm
 
-    from inference.jobs import write
+    from inference.jobs import texts_of, write
 
     made = 0
     parts = [part for part in parts if any(job.request.name in waiting for job in part)]
-    # All texts at once: the text encoder, the largest network of all, comes once.
-    pipeline.text([job.request.prompt for part in parts for job in part])
     chosen = [job.settings for part in parts for job in part]
-    pipeline.text([each.negative_prompt for each in chosen if each.needs_negative])
+    ahead = max(1, TEXTS_AHEAD // max(map(len, parts), default=1))
     total = sum(each.steps + (each.sr.steps if each.sr else 0) for each in chosen)
     with tqdm(total=total, unit="step", disable=not (progress and parts)) as bar:
         # In a log every redraw would be a line.
         show = partial(bar.set_description, refresh=sys.stderr.isatty())
-        for part in parts:
+        for number, part in enumerate(parts):
+            if number % ahead == 0:
+                pipeline.encode_texts(texts_of([job for later in parts[number : number + ahead] for job in later]))
             settings, requests = part[0].settings, [job.request for job in part]
             here = f"clip {made + 1} of {len(waiting)}"
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from glob import escape
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +94,6 @@ def write(job: Job, save: Callable[[Path], dict[str, Any]], manifest: Path | Non
         UserError: the disk is full, the folder cannot be written, or the like.
     """
     try:
-        for leftover in job.path.parent.glob(f".{escape(job.path.name)}.*.part"):  # of a killed run
-            leftover.unlink(missing_ok=True)
         facts = save(job.path)
         record = {
             **job.identity,
@@ -111,6 +108,21 @@ def write(job: Job, save: Callable[[Path], dict[str, Any]], manifest: Path | Non
             append_line(manifest, manifest_line(job.request.name, record))
     except OSError as error:
         raise UserError(f"cannot write {job.path}: {error.strerror or error}") from error
+
+
+def remove_leftovers(folder: Path, jobs: Sequence[Job]) -> None:
+    """Remove temporary files of these clips that a killed run has left (`magihuman.io.files.atomic_path`)."""
+    names = {path.name for job in jobs for path in (job.path, job.record_path)}
+    # Once for all clips: a search per clip takes time in proportion to the square of their number.
+    for path in list(folder.glob(".*.part")):
+        if path.name[1:].rsplit(".", 2)[0] in names:
+            path.unlink(missing_ok=True)
+
+
+def texts_of(jobs: Sequence[Job]) -> list[str]:
+    """Prompts and negative prompts that the jobs need, each once."""
+    negative = [job.settings.negative_prompt for job in jobs if job.settings.needs_negative]
+    return list(dict.fromkeys([*(job.request.prompt for job in jobs), *negative]))
 
 
 def manifest_line(name: str, record: dict[str, Any]) -> str:

@@ -36,6 +36,9 @@ from magihuman.zoo import Loaded
 
 __all__ = ["Clip", "Draft", "Pipeline", "Settings", "StageProgress", "frames_for"]
 
+TEXTS_KEPT = 128
+"""Different prompts whose features are kept in CPU memory, 9.2 MB each at most with the published text encoder."""
+
 # Called when a step of a stage is done: (stage, step, of how many).
 StageProgress = Callable[[str, int, int], None]
 Files = Sequence[str | Path] | None
@@ -142,13 +145,24 @@ class Pipeline:
         self.times[name] += time.perf_counter() - start
 
     def text(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        """Features [S,Ct] fp32 of each prompt on the model's device; every prompt is encoded once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        """Features [S,Ct] fp32 of each prompt on the model's device, see `encode_texts`."""
+        features = self.encode_texts(prompts)
+        here = {prompt: found.to(self.device) for prompt, found in features.items()}
+        return [here[prompt] for prompt in prompts]
+
+    def encode_texts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Features [S,Ct] fp32 of each prompt, in CPU memory, where the last `TEXTS_KEPT` ones stay for later calls."""
+        wanted = list(dict.fromkeys(prompts))
+        new = [prompt for prompt in wanted if prompt not in self._texts]
         if new:
             with self.stage("text"):
-                features = self.codecs.text_encoder.encode(new)
-                self._texts.update(zip(new, (f.to(self.device) for f in features), strict=True))
-        return [self._texts[prompt] for prompt in prompts]
+                for prompt in new:  # one by one, so that the device holds one prompt's features at a time
+                    self._texts[prompt] = self.codecs.text_encoder.encode([prompt])[0].cpu()
+        found = {prompt: self._texts.pop(prompt) for prompt in wanted}
+        self._texts |= found  # the last ones are the last used
+        for prompt in list(self._texts)[: -max(TEXTS_KEPT, len(wanted))]:
+            del self._texts[prompt]
+        return found
 
     def generate(
         self,

@@ -56,5 +56,5 @@ def check_fits(source: "Source", settings: "list[Settings]", batch: int) -> None
     if source.device.type != "cuda" or not settings:
         return
     available = torch.cuda.get_device_properties(source.device).total_memory
-    worst = max((request_for(source, each, batch) for each in settings), key=peak)
+    worst = max((request_for(source, each, batch) for each in dict.fromkeys(settings)), key=peak)
     require_memory(worst, available)

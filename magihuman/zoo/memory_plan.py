@@ -145,6 +145,7 @@ def _network(stage: str, request: ClipRequest, config: DiTConfig, size: tuple[in
         footprint.forward_bytes(config, tokens, request.compute)
         + footprint.restored_bytes(config, request.form, request.compute)
         + LATENT_COPIES * request.batch * latents
+        + FP32 * tokens.text * config.text_in_channels  # features of the prompts; those of other clips are on the CPU
     )
     weights = footprint.streamed_bytes if request.memory == "low" else footprint.weight_bytes
     return StageMemory(stage, {f"{stage} network": weights(config, request.form)}, work)

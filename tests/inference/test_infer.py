@@ -206,6 +206,37 @@ def test_many_prompts_make_files_a_manifest_and_can_be_continued(
     assert len(manifest(output)) == 5
 
 
+def test_effort_per_clip_does_not_grow_with_their_number(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of the next clips are encoded, not of all, and the folder is searched once, not per clip."""
+    from inference.pipeline import Pipeline
+
+    count, batch, events = 150, 5, []
+    glob, encode, draft = Path.glob, Pipeline.encode_texts, Pipeline.draft
+
+    def encoded(self: Pipeline, prompts: list[str]) -> object:
+        events.append(len(prompts))
+        return encode(self, prompts)
+
+    def drafted(self: Pipeline, prompts: list[str], *rest: object) -> object:
+        assert set(prompts) <= self._texts.keys()  # encoded before
+        return draft(self, prompts, *rest)  # type: ignore[arg-type]
+
+    searched: list[Path] = []
+    monkeypatch.setattr(Path, "glob", lambda self, *given, **more: searched.append(self) or glob(self, *given, **more))
+    monkeypatch.setattr(Pipeline, "encode_texts", encoded)
+    monkeypatch.setattr(Pipeline, "draft", drafted)
+    monkeypatch.setattr(Pipeline, "write", lambda self, draft, path: {"bytes": Path(path).write_bytes(b"")})
+    (tmp_path / "p.txt").write_text("".join(f"text {i}\n" for i in range(count)))
+    out = tmp_path / "out"
+    run(f"checkpoint={checkpoint}", f"prompts={tmp_path / 'p.txt'}", f"output={out}", f"batch={batch}", "cfg=2")
+    assert searched.count(out) == 1
+    ahead = [number for number in events if number > batch]
+    assert ahead == [61, 61, 31]  # 12 batches of 5 with the one negative prompt, twice; then the rest
+    assert max(events) <= 65
+
+
 def test_requests_of_a_file_may_differ(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "p.png")
     requests: list[dict[str, Any]] = [

@@ -8,7 +8,7 @@ import torch
 from fake_bundle import FRAMES, HOP, SIDE, fake_bundle, fake_checkpoint
 from PIL import Image
 
-from inference.pipeline import Clip, Pipeline, frames_for
+from inference.pipeline import TEXTS_KEPT, Clip, Pipeline, frames_for
 from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
@@ -41,6 +41,29 @@ def test_batches_do_not_change_clips(pipeline: Pipeline) -> None:
     for clip, alone in zip(together, pipeline.generate(prompts, seeds, batch=1, steps=4), strict=True):
         assert (clip.video - alone.video).abs().max() < 1e-4
         assert (clip.audio - alone.audio).abs().max() < 1e-4
+
+
+def test_texts_are_encoded_one_by_one_and_only_the_last_ones_are_kept(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, calls = pipeline.codecs.text_encoder, []
+
+    def encode(prompts: list[str]) -> list[torch.Tensor]:
+        calls.append(prompts)
+        return type(encoder).encode(encoder, prompts)
+
+    monkeypatch.setattr(encoder, "encode", encode, raising=False)
+    monkeypatch.setattr(pipeline, "_texts", {})
+    prompts = [f"text {i}" for i in range(2 * TEXTS_KEPT)]
+    together = encoder.encode(list(prompts))
+    calls.clear()
+    for start in range(0, len(prompts), 50):
+        found = pipeline.text([*prompts[start : start + 50], "nothing"])
+        assert all(torch.equal(a, b) for a, b in zip(found, together[start : start + 50], strict=False))
+        assert len(pipeline._texts) <= TEXTS_KEPT
+    assert calls == [[prompt] for prompt in [*prompts[:50], "nothing", *prompts[50:]]]
+    assert {features.device.type for features in pipeline._texts.values()} == {"cpu"}
+    assert len(pipeline.text(prompts)) == len(pipeline._texts) == len(prompts)  # never fewer than one call needs
 
 
 def test_the_checkpoint_s_settings_are_the_default(pipeline: Pipeline) -> None:
