@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from fake_bundle import FRAMES, SIDE, FakeVideoCodec, fake_bundle, fake_checkpoint
@@ -225,6 +226,14 @@ def test_small_pictures_and_no_tile_are_decoded_whole() -> None:
     assert torch.equal(torch.cat(list(Decoder(_student(), tile=32).stream(z))), whole)
 
 
+def test_one_side_longer_than_a_tile_is_enough_for_tiles() -> None:
+    z = _latents(2, 6, 20)[None]
+    codec = _student(chunk=2)
+    tiled = torch.cat(list(Decoder(codec, tile=32).frames(z)), 2)
+    assert torch.equal(tiled, torch.cat(list(stream_tiles(codec.decode_stream, z, 8, 4)), 2))
+    assert not torch.equal(tiled, codec.decode(z))
+
+
 @pytest.mark.parametrize(("name", "share"), [("b", 0.75), ("released", 0.35)])
 def test_tiles_need_less_memory(name: str, share: float) -> None:
     described = decoders.arch(name)
@@ -274,6 +283,14 @@ def test_encoding_while_decoding_makes_the_same_file(tmp_path: Path) -> None:
     write_mp4(tmp_path / "c.mp4", torch.cat(list(_chunks(5))), 25.0, wave, 16000)
     a, c = (read_clip(tmp_path / f"{name}.mp4", fps=25.0) for name in "ac")
     assert torch.equal(a.frames, c.frames)
+
+
+def test_a_sound_longer_than_the_pictures_is_written_whole(tmp_path: Path) -> None:
+    wave = 0.5 * torch.sin(torch.arange(0, 24000 * 1.0) / 20)[None]  # 1.5 s beside 1 s of frames
+    decoding.write(tmp_path / "a.mp4", _chunks(5), 25.0, wave, 16000)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        samples = sum(frame.samples for frame in file.decode(audio=0))
+    assert 24000 <= samples < 24000 + 3 * 1024  # AAC has frames of 1024 samples
 
 
 def test_the_next_chunk_is_made_while_one_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from released_loop import check_released_loop
 from inference.sampling import sample
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
-from magihuman.flow.sampling import Conditioning, draw_noise, seeded
+from magihuman.flow.sampling import Conditioning, Pair, denoise, draw_noise, seeded
+from magihuman.flow.solvers import make_solver
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.dit import SingleStreamDiT
@@ -146,6 +147,9 @@ def test_given_audio_is_never_changed_and_steers_the_video(denoiser: Denoiser, s
             denoiser, features([3]), None, SHAPE, 3, solver, generator=seeded([0]), audio_latent=given
         )
         assert torch.equal(audio, given)
+        noise = draw_noise(SHAPE, seeded([0]), 3 if solver == "renoise" else 0, audio=given, audio_steps=False)
+        drawn = sample(denoiser, features([3]), None, SHAPE, 3, solver, noise=noise, audio_latent=given)
+        assert torch.equal(drawn[0], video)
         videos.append(video)
     assert not torch.allclose(videos[0], videos[1], atol=1e-3)
 
@@ -174,6 +178,13 @@ def test_progress_reports_every_step(denoiser: Denoiser) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert video.dtype == torch.float32
     assert not video.requires_grad
+
+
+def test_solvers_with_a_state_can_integrate_again() -> None:
+    solvers, noise = (make_solver("unipc", 3), make_solver("unipc", 3)), draw_noise(SHAPE, seeded([0]))
+    first, again = (denoise(lambda x, i: Pair(x.video.sin(), x.audio.cos()), solvers, noise) for _ in range(2))
+    assert torch.equal(first.video, again.video)
+    assert torch.equal(first.audio, again.audio)
 
 
 def test_the_draws_of_training_are_left_alone(denoiser: Denoiser) -> None:

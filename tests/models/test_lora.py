@@ -70,6 +70,22 @@ def test_merged_weights_compute_what_the_adapter_computes(heads) -> None:
     assert torch.equal(state["final_linear_audio.weight"], own)
 
 
+def test_features_are_the_streams_of_the_lora_after_each_tap() -> None:
+    denoiser, batch = adapted(), inputs([5, 1])
+    student, plain = WithLora(denoiser, "student"), make(LOCAL)
+    plain.model.load_state_dict(merged(denoiser, "student"))
+    found, wanted = (network.features(*batch, taps=[0, 2, 3]) for network in (student, plain))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    # After the last layer come the heads.
+    velocity = plain.model.final_linear_audio(plain.model.final_norm_audio(wanted[-1][1].flatten(0, 1)))
+    torch.testing.assert_close(velocity, plain(*batch)[1].flatten(0, 1), rtol=1e-4, atol=1e-4)
+    shorter = make(replace(LOCAL, num_layers=3, mm_layers=(0,), post_norm_layers=(2,)))
+    state = plain.model.state_dict()
+    shorter.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("block.layers.3.")})
+    torch.testing.assert_close(shorter.features(*batch, taps=[2])[0], wanted[1], rtol=1e-4, atol=1e-4)
+
+
 def test_checkpointing_recomputes_the_same_adapter_whatever_was_called_in_between() -> None:
     results = []
     for recompute in (False, True):
@@ -127,13 +143,14 @@ def test_sizes_on_the_15b_network(rank, matrices) -> None:
 
 
 def test_draws_depend_on_seed_and_name_only() -> None:
-    def first(name: str, seed: int) -> Tensor:
+    def first(name: str, seed: int, layer: int = 1) -> Tensor:
         model = make().model
         lora.add_lora(model, name, SIZE, seed)
-        return model.get_parameter(f"block.layers.1.mlp.down_proj.lora.{name}.A")
+        return model.get_parameter(f"block.layers.{layer}.mlp.down_proj.lora.{name}.A")
 
     a = first("student", 0)
     assert torch.equal(a, first("student", 0))
+    assert not torch.equal(a, first("student", 0, layer=2))
     assert not torch.equal(a, first("student", 1))
     assert not torch.equal(a, first("critic", 0))
     assert float(a.detach().std()) == pytest.approx(a.shape[1] ** -0.5, rel=0.15)

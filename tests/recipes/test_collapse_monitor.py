@@ -35,8 +35,8 @@ def test_spread_is_the_mean_distance_within_prompts_only() -> None:
     latents[1] = 3.0  # prompt 0: 0 and 3; prompt 1: 7 and 8, far from the first
     latents[2], latents[3] = 7.0, 8.0
     assert diversity(latents, 2) == pytest.approx((3 + 1) / 2)
-    shaken = latents + torch.tensor([1.0, -1.0]).view(1, 1, 2, 1, 1)  # what only moves in time does not count
-    assert diversity(shaken, 2) == pytest.approx(2.0)
+    motion = torch.tensor([1.0, -1.0]).view(1, 1, 2, 1, 1) * torch.tensor([1.0, -1, 5, 0]).view(4, 1, 1, 1, 1)
+    assert diversity(latents + motion, 2) == pytest.approx(2.0)  # what only moves in time does not count
     assert standard_deviation(torch.tensor([1.0, -1.0])) == pytest.approx(math.sqrt(2))
 
 
@@ -47,6 +47,16 @@ def test_the_teacher_passes_and_saturation_is_measured() -> None:
     louder = checked.measure(sampler(1.5, 3))
     assert louder["monitor/std_video"] == pytest.approx(1.5)
     assert louder["monitor/std_audio"] == pytest.approx(1.5)
+
+
+def test_the_teacher_is_sampled_once_and_the_first_student_is_remembered() -> None:
+    checked = monitor(begin=0.5)
+    before = dict(checked.reference)
+    like = Pair(torch.zeros(3, 2, 3, 4, 4), torch.zeros(3, 9, 4))
+    checked.sample_teacher([torch.ones(2, 5)] * 3, like, sampler(4.0, 3))
+    checked.measure(sampler(0.9, 3))
+    assert checked.reference == before
+    assert before["start"]["monitor/std_video"] == pytest.approx(0.5)
 
 
 def test_a_forgotten_mode_ends_the_run_after_as_many_looks_as_allowed_in_a_row() -> None:

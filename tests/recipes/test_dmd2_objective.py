@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from toy_mixture import Mixture, gaussian, ring
 
 from inference.sampling import sample
+from magihuman.distill.discriminator import Discriminator, GanSettings
 from magihuman.distill.objective import matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout
 from magihuman.errors import UserError
@@ -367,3 +368,72 @@ def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch
 def test_the_other_convention_of_guidance_is_one_less() -> None:
     positive, negative = torch.randn(2, 7, generator=torch.Generator().manual_seed(12))
     torch.testing.assert_close(combine(positive, negative, 3.0 + 1), positive + 3.0 * (positive - negative))
+
+
+# The GAN loss.
+
+
+class Taps(nn.Module):
+    """Two taps of features: the latents' tokens times a weight, and times twice of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Pair) -> list[tuple[Tensor, Tensor]]:
+        video = x.video.flatten(2).transpose(1, 2)
+        return [(self.weight * by * video, self.weight * by**2 * x.audio**by) for by in (1, 2)]
+
+
+def discriminator() -> Discriminator:
+    torch.manual_seed(4)
+    made = Discriminator(4, 2, GanSettings(weight=0.1, slope=0.3, step=0.2))
+    for head in made.heads.values():
+        nn.init.normal_(head.query)
+    return made
+
+
+def test_a_head_pools_normalised_tokens_and_reads_the_level() -> None:
+    head = discriminator().heads["video"]
+    taps, sigma = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0.5, 0.9])
+    inputs = []
+    for tokens, query in zip(taps, head.query, strict=True):
+        x = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        share = torch.softmax((x * query).sum(-1) / 4**0.5, 1)
+        inputs.append((share[..., None] * x).sum(1))
+    angles = torch.stack([sigma * 2**k * torch.pi / 2 for k in range(8)], 1)
+    torch.testing.assert_close(head(taps, sigma), head.read(torch.cat([*inputs, angles.sin(), angles.cos()], 1))[:, 0])
+
+
+def test_the_gan_losses_have_their_closed_forms() -> None:
+    draw = torch.Generator().manual_seed(2)
+    x0, real, noise = (
+        Pair(torch.randn(3, 4, 2, 2, 2, generator=draw), torch.randn(3, 5, 4, generator=draw)) for _ in range(3)
+    )
+    conditioning, sigma = Conditioning.nothing(real), torch.tensor([0.2, 0.5, 0.8])
+    conditioning.mask.video[1, :, 0] = 0
+    conditioning.mask.audio[2] = 0
+    critic, features = discriminator(), Taps()
+
+    torch.manual_seed(9)
+    loss = critic.loss(features, x0, noise, sigma, conditioning)
+    loss.backward()
+    assert features.weight.grad is None  # the network whose features are read is not trained here
+    torch.manual_seed(9)
+    high, low = (
+        conditioning.insert(Pair(*(add_noise(a, b, sigma) for a, b in zip(x, noise, strict=True)))) for x in (real, x0)
+    )
+    near = conditioning.insert(Pair(*(x + 0.2 * torch.randn_like(x) for x in high)))
+    expected = 0.0
+    for m, name in enumerate(("video", "audio")):
+        a, b, c = (critic.heads[name]([tap[m] for tap in features(x)], sigma) for x in (high, low, near))
+        slope = ((a - c) / 0.2).square().mean()
+        expected += (1 + (-a).exp()).log().mean() + (1 + b.exp()).log().mean() + 0.3 * slope
+    torch.testing.assert_close(loss, expected)
+
+    logits = critic.score(features, low, sigma)
+    torch.testing.assert_close(
+        critic.student_loss(features, low, sigma), sum((1 + (-value).exp()).log().mean() for value in logits.values())
+    )
+    silent = Pair(low.video, low.audio[:, :0])
+    assert critic.score(features, silent, sigma).keys() == {"video"}

@@ -198,6 +198,64 @@ def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_pat
     assert phases(tmp_path, **gan)[1][-1] == ("student", ["student", "fake_score"], ["fake_score"])
 
 
+class Noted(Watched):
+    """Keeps the gradients of every update."""
+
+    def update(self, role: str, optimizer: Any) -> None:
+        weights = self.networks.weights(role)
+        self.gradients.append((role, {name: w.grad.clone() for name, w in weights.items() if w.grad is not None}))
+        super().update(role, optimizer)
+
+
+def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(tmp_path) -> None:
+    found = []
+    for size in (None, 2):
+        torch.manual_seed(0)
+        settings = {"fake_score": FakeScoreSettings(lr=1e-4, updates=2, warmup=0), "micro_batch": size}
+        recipe = Noted(make_context(tmp_path, guidance=GUIDANCE), sampling=RENOISE, **settings)
+        recipe.gradients = []
+        recipe.configure_model()
+        recipe.training_step(training_stub.batch(range(3)), 0)
+        found.append(recipe.gradients)
+    for (role, whole), (other, parts) in zip(*found, strict=True):
+        assert role == other
+        assert whole.keys() == parts.keys()
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=2e-3, atol=1e-5)
+
+
+def test_settings_reach_what_they_set(tmp_path, monkeypatch) -> None:
+    recipe = Watched(
+        make_context(tmp_path, guidance=GUIDANCE, steps=10, lr=5e-4, schedule="linear", final=0.1),
+        sampling=Sampling("renoise", 3, 5.0, GUIDANCE), fake_score=FakeScoreSettings(lr=3e-4, warmup=4),
+        gan=GanSettings(weight=0.1, lr=7e-4), video_weight=2.0, audio_weight=0.5, first_step=2,
+        guidance=Guidance(1, 1, 0, 1), monitor=MonitorSettings(every=1, prompts=1, samples=2),
+    )  # fmt: skip
+    recipe.configure_model()
+    (student, fake_score), ((_, scheduler), _) = recipe.made[0], recipe.made[1][0].items()
+    assert {group["initial_lr"] for group in student.param_groups} == {5e-4}
+    assert [group["lr"] for group in fake_score.param_groups][-1] == 7e-4
+    assert {group["lr"] for group in fake_score.param_groups[:-1]} == {3e-4}
+    # The student's rate has fallen to its end when the training is over, which began for it after the warm-up.
+    assert [scheduler.lr_lambdas[0](step) for step in (5, 6)] == pytest.approx([0.1 + 0.9 / 5, 0.1])
+    assert recipe.weighted(Pair(torch.tensor([1.0, 3.0]), torch.tensor([10.0, 20.0]))) == 2 * 2 + 15 / 2
+    assert not recipe.sampling.guidance.needed  # a student has none, whatever the settings say
+
+    steps: list[torch.Tensor] = []
+    state = Rollout.state
+    monkeypatch.setattr(Rollout, "state", lambda self, step: steps.append(step) or state(self, step))
+    recipe.student_objective(conditioned())
+    assert steps[0].tolist() == [2] * 4
+
+    # The monitor looks at what is exported, and at the teacher with the guidance that it is sampled with.
+    recipe.calls.clear()
+    recipe.check_collapse(training_stub.batch(range(2)))
+    roles = [call.role for call in recipe.calls]
+    assert {role: roles.count(role) for role in set(roles)} == {"teacher": 2 * 6, "average": 3}
+    offsets = {tuple(recipe.choose_steps(conditioned(), update, 0).tolist()) for update in range(20)}
+    assert len(offsets) == 3  # every update has a draw of its own
+
+
 def batch(cycle: int) -> dict[str, Any]:
     return {**training_stub.batch(range(2)), "index": torch.tensor([0, 1]) + 2 * cycle}
 

@@ -12,7 +12,7 @@ from toy_dmd2 import Alone, Watched, make_context
 
 from inference.sampling import sample
 from magihuman.distill.fake_score_settings import FakeScoreSettings
-from magihuman.distill.rollout import MicroBatch, micro_batches, roll_out
+from magihuman.distill.rollout import MicroBatch, micro_batches, roll_out, sampler
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Conditioning, Pair, draw_noise, seeded
 from magihuman.flow.sigmas import sigma_grid
@@ -105,6 +105,18 @@ def test_the_teacher_is_looked_at_as_inference_samples_it(tmp_path: Path) -> Non
     states, end = followed(recipe.networks.teacher, some, settings, negative_text=null)
     assert all(same(a, b) for a, b in zip(guided.states[1:], states, strict=False))
     assert same(guided.end, end)
+
+
+def test_samples_do_not_depend_on_how_many_go_through_the_network_at_once(tmp_path: Path) -> None:
+    recipe = made(tmp_path)
+    texts = training_stub.batch(range(5))["text"]
+
+    def run(size: int | None) -> Pair:
+        sample = sampler(RENOISE, partial(recipe.velocity, "student"), torch.device("cpu"), size)
+        return sample(texts, seeded(range(5)), SHAPE)
+
+    for a, b in zip(run(2), run(None), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_grid_is_the_released_one() -> None:

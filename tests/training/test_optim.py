@@ -17,6 +17,7 @@ from magihuman.training.optim import (
     build_schedule,
     clip_gradients,
     decay_at,
+    ema_update,
     experts_by_name,
     fill_state,
     orthogonalise,
@@ -199,6 +200,13 @@ def test_the_average_follows_its_closed_form() -> None:
     assert not any(p.requires_grad for p in ema.parameters())
     ema.train()
     assert not ema.module.training
+
+
+def test_the_average_of_a_lora_keeps_the_share_of_its_decay() -> None:
+    average, weights = [torch.tensor([2.0]), torch.tensor([0.0])], [torch.tensor([10.0]), torch.tensor([4.0])]
+    ema_update(average, weights, 0.75)
+    assert [float(t) for t in average] == [4.0, 1.0]
+    assert [float(t) for t in weights] == [10.0, 4.0]
 
 
 def test_the_average_is_fp32_and_copies_buffers() -> None:

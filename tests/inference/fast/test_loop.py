@@ -161,6 +161,7 @@ def test_few_steps_reuse_nothing() -> None:
         assert not any(reused_steps(steps))
     plan = reused_steps(32)
     assert [i for i, reused in enumerate(plan) if reused] == list(range(5, 30, 2))
+    assert [i for i, reused in enumerate(reused_steps(14)) if reused] == [2, 4, 6, 8, 10]  # neither of the last two
 
 
 def test_a_loop_runs_the_middle_layers_when_the_plan_says() -> None:
@@ -217,17 +218,17 @@ def test_steps_that_change_nothing_reuse_exactly() -> None:
 
 def test_the_forecast_is_the_line_through_the_last_two_changes() -> None:
     cache = StepCache()
-    cache.begin(16)
-    for step in range(16):
-        cache.enter("a")
-        forecast = cache.change()
-        assert (forecast is not None) == reused_steps(16)[step]
-        if forecast is None:
-            cache.keep(torch.zeros(1), torch.tensor([3.0 * step + 1]))
-        else:
-            assert torch.allclose(forecast, torch.tensor([3.0 * step + 1]))
-    cache.begin(16)
-    assert not cache._changes
+    for slope in (3.0, 5.0):  # two trajectories of one pass
+        cache.begin(16)
+        assert not cache._changes
+        for step in range(16):
+            cache.enter("a")
+            forecast = cache.change()
+            assert (forecast is not None) == reused_steps(16)[step]
+            if forecast is None:
+                cache.keep(torch.zeros(1), torch.tensor([slope * step + 1]))
+            else:
+                assert torch.allclose(forecast, torch.tensor([slope * step + 1]))
 
 
 def test_forecasting_beats_fewer_steps_on_the_shipped_checkpoint() -> None:
