@@ -172,5 +172,8 @@ def test_copies_and_mistakes() -> None:
         LoraConfig(0)
     with pytest.raises(KeyError):
         lora.lora_parameters(model, "teacher")
+    lora.add_lora(model, "louder", replace(SIZE, alpha=9.0))  # of the same shapes, with another scale
+    with pytest.raises(ValueError, match=r"student is LoraConfig\(rank=3, alpha=4.5.*louder is"):
+        lora.copy_lora(model, "student", "louder")
     with pytest.raises(ValueError, match="belongs to no matrix"):
         dict(lora.merge(lora.base_state(model.state_dict()), {"block.layers.9.x.lora.A": batch[0]}, SIZE))

@@ -35,6 +35,10 @@ def test_draws_depend_on_seed_batch_and_sample_alone() -> None:
     assert float(many.uniform().mean()) == pytest.approx(0.5, abs=0.02)
     assert float(many.chance(0.3).float().mean()) == pytest.approx(0.3, abs=0.03)
     assert float(many.normal((1,)).std()) == pytest.approx(1.0, abs=0.04)
+    never, often = BatchRng(0, 7, [3, 5]), BatchRng(0, 7, [3, 5])
+    assert not never.chance(0.0).any()
+    often.chance(0.5)
+    assert torch.equal(never.uniform(), often.uniform())  # another probability changes no later number
 
 
 def test_a_meter_averages_with_weights_and_by_band() -> None:
