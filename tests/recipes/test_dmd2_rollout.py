@@ -158,7 +158,7 @@ COSTS = {True: 4, False: 1}
 
 
 @pytest.mark.parametrize(
-    ("updates", "samples_per_rollout", "steps", "units"), [(5, 6, 8, 35), (2, 6, 4, 19), (5, 3, 8, 43)]
+    ("updates", "samples_per_rollout", "steps", "units"), [(5, 6, 8, 35), (2, 6, 4, 19), (5, 3, 8, 43), (5, 2, 8, 51)]
 )
 def test_updates_and_passes_of_a_cycle_are_counted(
     tmp_path: Path, updates: int, samples_per_rollout: int, steps: int, units: int
