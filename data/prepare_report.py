@@ -17,12 +17,16 @@ from magihuman.io.files import write_atomically
 
 @dataclass(frozen=True)
 class FileResult:
-    """One file: status taken | partly (some windows) | rejected | ignored, number of clips, reason for missing ones."""
+    """One file: status taken | partly (some windows) | rejected | ignored, number of clips, reason for missing ones.
+
+    `note` says what reading changed, such as "deinterlaced" (from `MediaInfo`).
+    """
 
     file: str
     status: str
     clips: int
     reason: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ class PrepareReport:
 
     def summary(self) -> str:
         """A few lines for the terminal."""
+        notes = Counter(result.note for result in self.files if result.note)
         lines = [
             f"{self.clips} clips ({self.seconds:.0f} s); files: {self.count('taken')} taken, "
             f"{self.count('partly')} partly, {self.count('rejected')} rejected, "
             f"{self.count('ignored')} ignored",
             *(f"  {number:>6} clips in bucket {name}" for name, number in self.buckets.items()),
             *(f"  {number:>6} x {kind}" for kind, number in self.reasons[:8]),
+            *(f"  {number:>6} x taken, {note}" for note, number in notes.most_common(8)),
             *(f"  {table}: {problem}" for table, problem in self.table_problems[:5]),
         ]
         return "\n".join(lines)
@@ -89,10 +95,11 @@ class PrepareReport:
     def markdown(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.settings.items())
         lines = ["# Report of data.prepare", "", f"Settings: {settings}", "", "```", self.summary(), "```", ""]
-        lines += ["| file | result | clips | reason |", "|---|---|---|---|"]
+        lines += ["| file | result | clips | reason or note |", "|---|---|---|---|"]
         order = {"rejected": 0, "partly": 1, "ignored": 2, "taken": 3}
         for result in sorted(self.files, key=lambda r: (order[r.status], r.file)):
-            lines.append(f"| {_cell(result.file)} | {result.status} | {result.clips} | {_cell(result.reason)} |")
+            why = "; ".join(filter(None, (result.reason, result.note)))
+            lines.append(f"| {_cell(result.file)} | {result.status} | {result.clips} | {_cell(why)} |")
         return "\n".join(lines) + "\n"
 
 
@@ -139,7 +146,9 @@ def make_report(
             status, reason = "partly", f"{lost[0]} ({len(lost)} of {taken[name] + len(lost)} windows lost)"
         else:
             status, reason = "rejected", lost[0]
-        files.append(FileResult(name, status, taken[name], reason))
+        info = found.info if taken[name] else None
+        note = "" if info is None else "; ".join(filter(None, (info.note, info.audio_note)))
+        files.append(FileResult(name, status, taken[name], reason, note))
     files += [FileResult(found.relative, "ignored", 0, found.problem) for found in listing.ignored]
     files += _named_but_missing(captions, root)
     buckets = Counter(entry.bucket for entry in entries)

@@ -13,8 +13,6 @@ from magihuman.errors import UserError
 from magihuman.io.text import read_text
 from magihuman.media import images, reading
 
-# Only the beginning of a track is used; one of many minutes is a mistake, and slow to decode.
-LONGEST_AUDIO = 300.0
 RELEASE_VARIABLE = "MAGIHUMAN_RELEASE"
 """Environment variable with the folder of a checkout of the release's code."""
 RELEASE_SCRIPT = Path("inference/pipeline/video_generate.py")
@@ -30,44 +28,43 @@ def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
     Raises:
         UserError: the file is missing, not an image, or too thin for the clip's shape.
     """
-    from PIL import Image
-
     try:
-        pixels = reading.read_image(path)
+        image, _ = reading.open_image(path)
     except UserError as error:
-        raise UserError(f"image={path}: {error}; give a png or jpg file") from error
-    rows, columns = pixels.shape[1:3]
+        hint = "" if "; " in str(error) else "; give a png or jpg file"
+        raise UserError(f"image={path}: {error}{hint}") from error
+    columns, rows = image.size
     if min(rows * width // height, columns * height // width) < 1:
         raise UserError(f"image={path} has {columns} x {rows} pixels, too thin for a clip of {width} x {height}")
-    return images.image_to_frame(Image.fromarray(pixels[0].numpy()), height, width)
+    return images.image_to_frame(image, height, width)
 
 
 def audio_seconds_of(path: str | Path, rate: int) -> float:
     """Duration of a file's audio when it is read at `rate` Hz; the file is decoded, so that damage is found.
 
     Raises:
-        UserError: the file is missing, unreadable, has no audio, or lasts longer than `LONGEST_AUDIO`.
+        UserError: the file is missing, unreadable, has no audio, or lasts longer than `reading.LONGEST_AUDIO`.
     """
     try:
-        seconds = reading.probe(path).seconds
-        if seconds > LONGEST_AUDIO:
-            raise UserError(f"it lasts {seconds:.0f} s, and {LONGEST_AUDIO:g} s is the most; cut the part you mean")
         return reading.read_audio(path, rate).shape[1] / rate
     except UserError as error:
         raise _unusable(path, error) from error
 
 
-def read_audio_track(path: str | Path, rate: int, channels: int, samples: int) -> torch.Tensor:
+def read_audio_track(path: str | Path, rate: int, channels: int, samples: int, tail: int = 0) -> torch.Tensor:
     """The audio of a media file: [1,channels,samples] fp32 at `rate`, cut or padded with silence at its end.
+
+    Args:
+        tail: keep so many samples more where the file has them.
 
     Raises:
         UserError: the file is missing, unreadable or has no audio.
     """
     try:
-        wave = reading.read_audio(path, rate, channels)[:, :samples]
+        wave = reading.read_audio(path, rate, channels)[:, : samples + tail]
     except UserError as error:
         raise _unusable(path, error) from error
-    return torch.nn.functional.pad(wave, (0, samples - wave.shape[1]))[None]
+    return torch.nn.functional.pad(wave, (0, max(0, samples - wave.shape[1])))[None]
 
 
 def _unusable(path: str | Path, error: UserError) -> UserError:

@@ -201,8 +201,10 @@ class Resolver:
         self._announce(request, settings)
         if request.image is not None and (request.image, settings.size) not in self._pictures:
             from inference.conditioning import read_image
+            from magihuman.media.reading import open_image
 
             read_image(request.image, *settings.size)
+            self._note_on(request.image, open_image(request.image)[1])
             self._pictures.add((request.image, settings.size))
         path = self.folder / f"{request.name}.mp4"
         options = replace(
@@ -236,8 +238,10 @@ class Resolver:
         if request.audio is not None:
             if request.audio not in self._seconds:
                 from inference.conditioning import audio_seconds_of
+                from magihuman.media.reading import probe
 
                 self._seconds[request.audio] = audio_seconds_of(request.audio, source.config.contract.audio_rate)
+                self._note_on(request.audio, probe(request.audio).audio_note)
             audio_seconds = self._seconds[request.audio]
         if options.seconds == AUTO:
             options = replace(options, seconds=self._auto(request, audio_seconds))
@@ -321,6 +325,10 @@ class Resolver:
             f"{asked} than this checkpoint's usual {usual}; unless it was trained on both, the clip may fall apart (see "
             f"{names})"
         )
+
+    def _note_on(self, path: str, text: str) -> None:
+        if text:
+            self._note(f"{path}: {text}")
 
     def _note(self, text: str) -> None:
         # Every process of a torchrun command resolves all requests; one of them speaks.

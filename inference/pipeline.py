@@ -309,11 +309,14 @@ class Pipeline:
         if paths is None:
             return None
         codec: Any = self.codecs.audio_codec
-        latents = []
+        latents, samples = [], codec.hop * settings.audio
+        released = getattr(codec, "samples_bottleneck", False)
+        # What is too short for a latent of its own still reaches the last one through the encoder's convolutions.
+        spare = int(settings.seconds * codec.sample_rate) - samples if released else 0
+        tail = min(max(spare, 0), codec.hop - 1)
         with self.stage("condition"):
             for path, generator in zip(paths, generators, strict=True):
-                wave = read_audio_track(path, codec.sample_rate, 1, codec.hop * settings.audio).to(device_of(codec))
-                released = getattr(codec, "samples_bottleneck", False)
+                wave = read_audio_track(path, codec.sample_rate, 1, samples, tail).to(device_of(codec))
                 given = {"generator": generator, "overlap": settings.audio_overlap} if released else {}
                 latents.append(codec.encode(wave, **given))
         return torch.cat(latents).to(self.device)

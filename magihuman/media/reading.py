@@ -13,30 +13,48 @@ Shapes: frames uint8 [F,H,W,3] RGB; waveforms fp32 [channels,N] in [-1,1].
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from magihuman.errors import UserError
+from magihuman.media import colour
 
 if TYPE_CHECKING:  # torch takes a second to import and probing files does not need it
     import torch
+    from PIL.Image import Image as Picture
 
+LONGEST_AUDIO = 300.0
+"""Seconds of the longest sound that `read_audio` reads."""
+
+# Limits that are checked before memory is taken.
+_MOST_PIXELS = 1 << 27  # of a picture or frame; the largest phone cameras that are not pixel-binned have 108 million
+_MOST_BYTES = 1 << 32  # of one clip's frames, or of the sound held at once
+_MOST_CHANNELS = 64  # libswresample's own limit
+_MOST_RATE = 1_000_000  # Hz
+_MOST_STREAMS = 100
+_PATIENCE = 60.0  # seconds without progress in opening or reading a file
+
+# Image formats that Pillow reads without starting other programs, as it does for EPS.
+_IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM", "JPEG2000")
 # Demuxers that may be chosen from a file's content. Playlists (hls, concat, dash) are left out on purpose: a text
 # file named .mp4 must not make us open other files or the network. So are `tty` and image patterns.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,wav,w64,aiff,mp3,flac,aac,"
-    "ivf,mxf,caf,amr,ac3,eac3,obu,dv,rm,nut,au"
+    "ivf,mxf,caf,amr,ac3,eac3,obu,dv,rm,nut,au,apng"
 )
 # Seconds; a shorter gap is decoded and dropped, since a seek lands a key frame early anyway.
 _SEEK_AFTER = 8.0
+_LONGEST_CODED_FRAME = 0.5
 _RESYNC = 0.02  # seconds; audio time stamps that disagree by less are the container's rounding
+_LOOK_AHEAD = 1000  # packets read to find out which video stream holds more than one frame
 
 
 class MediaError(UserError):
@@ -65,6 +83,8 @@ class MediaInfo:
         fps: average frame rate, 0 for images and audio.
         length of the video, or of the audio where there is no video, 0 for images.
         audio_rate, audio_channels: 0 without an audio track.
+        note: what reading changes in the frames or leaves out, such as "deinterlaced", else "".
+        audio_note: which of several audio tracks is read, where it is not the first, else "".
     """
 
     kind: str
@@ -74,6 +94,8 @@ class MediaInfo:
     seconds: float = 0.0
     audio_rate: int = 0
     audio_channels: int = 0
+    note: str = ""
+    audio_note: str = ""
 
     @property
     def has_audio(self) -> bool:
@@ -100,11 +122,12 @@ def probe(path: str | Path) -> MediaInfo:
     with opened(path) as container:
         video, audio = video_stream(container), audio_stream(container)
         rate, channels = (audio.codec_context.sample_rate, audio.codec_context.channels) if audio else (0, 0)
+        audio_note = _choice(container.streams.audio, audio, "audio")
         if video is None:
             if audio is None:
                 raise MediaError("holds neither video nor audio")
             length = seconds_of(container, audio)
-            return MediaInfo("audio", seconds=length, audio_rate=rate, audio_channels=channels)
+            return MediaInfo("audio", 0, 0, 0.0, length, rate, channels, audio_note=audio_note)
         video.codec_context.thread_count = 1
         frames = container.decode(video)
         first, second = next(frames, None), next(frames, None)
@@ -113,13 +136,32 @@ def probe(path: str | Path) -> MediaInfo:
         height, width = square_pixels(first, video)
         if orientation(first)[0]:
             height, width = width, height
+        interlaced = first.interlaced_frame or (second is not None and second.interlaced_frame)
+        track = _choice([stream for stream in container.streams.video if not _is_cover(stream)], video, "video")
+        note = "; ".join(filter(None, (_conversion(first), "deinterlaced" if interlaced else "", track)))
         if second is None:
-            return MediaInfo("image", width, height, 0.0, 0.0, rate, channels)
+            return MediaInfo("image", width, height, 0.0, 0.0, rate, channels, note, audio_note)
         seconds = seconds_of(container, video)
         if seconds <= 0:
             raise MediaError("its video has no length (zero duration)")
         fps = float(video.average_rate or video.guessed_rate or 0)
-        return MediaInfo("video", width, height, fps, seconds, rate, channels)
+        return MediaInfo("video", width, height, fps, seconds, rate, channels, note, audio_note)
+
+
+def _choice(streams: Any, chosen: Any, kind: str) -> str:
+    """A note on which of several streams was chosen; "" for the first."""
+    indices = [stream.index for stream in streams]
+    if chosen is None or chosen.index == indices[0]:
+        return ""
+    return f"{kind} track {indices.index(chosen.index) + 1} of {len(indices)}"
+
+
+def _conversion(frame: Any) -> str:
+    """`colour.conversion` of a frame, whose ValueError becomes a MediaError."""
+    try:
+        return colour.conversion(int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace))
+    except ValueError as error:
+        raise MediaError(str(error)) from error
 
 
 class MediaReader:
@@ -196,7 +238,7 @@ def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:
     """The whole audio track of a sound or video file, from its own start: fp32 [channels,N] at `rate`.
 
     Raises:
-        MediaError: no audio track, unreadable or damaged.
+        MediaError: no audio track, unreadable, damaged, or longer than `LONGEST_AUDIO`.
     """
     import torch
 
@@ -205,37 +247,102 @@ def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:
         if stream is None:
             raise MediaError("holds no audio")
         seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        wave = AudioTrack(container, stream, start_of(stream)).read(0.0, None, rate, channels)
-    if seconds:  # coded frames are longer than the audio in them
+        track = AudioTrack(container, stream, start_of(stream), open_ended=_open_ended(path))
+        if seconds > LONGEST_AUDIO:
+            raise _too_long(seconds)
+        wave = track.read(0.0, None, rate, channels)
+    # Coded frames are longer than the audio in them; a longer rest means that the length was only an estimate.
+    if seconds and wave.shape[1] < (seconds + _LONGEST_CODED_FRAME) * rate:
         wave = wave[:, : max(1, round(seconds * rate))]
     if not wave.shape[1]:
         raise MediaError("holds no audio")
     return torch.from_numpy(np.ascontiguousarray(wave))
 
 
+def _too_long(seconds: float) -> MediaError:
+    return MediaError(f"it lasts {seconds:.0f} s, and {LONGEST_AUDIO:g} s is the most; cut the part you mean")
+
+
+def _open_ended(path: str | Path) -> bool:
+    """Whether a WAV or CAF file leaves the length of its samples open, as programs do that write to a pipe."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if head[:4] == b"caff":
+        return b"data" + b"\xff" * 8 in head
+    at = 12
+    while head[:4] == b"RIFF" and head[8:12] == b"WAVE" and at + 8 <= len(head):
+        size = int.from_bytes(head[at + 4 : at + 8], "little")
+        if head[at : at + 4] == b"data":
+            return size == 0 or size >= 0x7FFF0000  # 2^32 - 1, 2^31 - 1, or somewhat less
+        at += 8 + size + size % 2
+    return False
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+
 def _probe_image(path: str | Path) -> MediaInfo | None:
-    """Facts about an image file; None when Pillow cannot read it or it is animated."""
-    from PIL import Image, UnidentifiedImageError
+    """Facts about an image file; None when Pillow cannot read it or it is a video to us (animated)."""
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            if getattr(image, "is_animated", False):
+        with _image_file(path) as file:
+            if getattr(file, "is_animated", False) and file.format not in ("MPO", "TIFF"):
+                if file.format == "WEBP":
+                    raise MediaError("is an animated WebP image, which is not read here; convert it to mp4")
                 return None
-            image.load()
-            # EXIF orientations 5 to 8 exchange width and height.
-            sideways = image.getexif().get(0x0112, 1) >= 5
-            width, height = image.size[::-1] if sideways else image.size
-            return MediaInfo("image", width, height)
+        image, note = open_image(path)
     except UnidentifiedImageError:
+        if _kind_of(path) == "a HEIC photo":  # its tiles would pass for videos
+            raise MediaError(_not_an_image(path)) from None
         return None
-    except Image.DecompressionBombError as error:
-        raise MediaError("the image is too large to be opened safely") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise MediaError(f"cannot be read: {reason(error)}") from error
+    return MediaInfo("image", *image.size, note=note)
+
+
+@contextlib.contextmanager
+def _image_file(path: str | Path) -> Iterator[Any]:
+    """A file opened by Pillow, not decoded yet; raises MediaError if it has too many pixels."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the limit is ours; palettes with transparency warn too
+        try:
+            file = Image.open(path, formats=_IMAGES)
+        except Image.DecompressionBombError as error:
+            raise MediaError("the image is too large to be opened safely; shrink it") from error
+        with file:
+            if file.width * file.height > _MOST_PIXELS:
+                size = f"{file.width} x {file.height}"
+                raise MediaError(f"the image is too large to be opened safely ({size} pixels); shrink it")
+            yield file
+
+
+def open_image(path: str | Path) -> tuple[Picture, str]:
+    """An image file as a Pillow image, upright and RGB (`colour.image_to_rgb`), and a note on what was changed, or "".
+
+    Raises:
+        MediaError: not a readable image, or more than 134 million pixels.
+    """
+    from PIL import UnidentifiedImageError
+
+    try:
+        with _image_file(path) as file:
+            image, note = colour.image_to_rgb(file)
+            pages = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # MPO: previews of phones
+    except UnidentifiedImageError as error:
+        raise MediaError(_not_an_image(path)) from error
+    except MediaError:
+        raise
+    except Exception as error:  # decoders of damaged files raise errors of many kinds
+        raise MediaError(f"cannot be read: {reason(error)}") from error
+    first = f"the first of its {pages} pictures" if pages > 1 else ""
+    return image, "; ".join(filter(None, (first, note)))
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """An image file, upright, on white where transparent: uint8 [1,H,W,3].
+    """An image file, upright; transparency is dropped: uint8 [1,H,W,3].
 
     Args:
         size: (height, width): scaled to cover it and cropped at the centre; None keeps the image's own.
@@ -246,15 +353,27 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
     import torch
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(f"is not a readable image: {reason(error)}") from error
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if size is not None and flat.size != (size[1], size[0]):
-        flat = ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(flat)[None])
+    image, _ = open_image(path)
+    if size is not None and image.size != (size[1], size[0]):
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)[None])
+
+
+def _kind_of(path: str | Path) -> str:
+    """What a file without a reader is, by its first bytes; "" if that is not known."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return "a HEIC photo"
+    if b"<svg" in head:
+        return "an SVG drawing"
+    kinds = {b"%PDF": "a PDF document", b"%!PS": "a PostScript document", b"8BPS": "a Photoshop document"}
+    return kinds.get(head[:4], "")
+
+
+def _not_an_image(path: str | Path) -> str:
+    kind = _kind_of(path)
+    return f"is {kind}, which is not read here; export it as JPEG or PNG" if kind else "is not a readable image"
 
 
 # ------------------------------------------------------------------------------------------------- streams
@@ -271,29 +390,84 @@ def opened(path: str | Path) -> Iterator[Any]:
             raise MediaError("it is a folder")
         if os.path.getsize(full) == 0:
             raise MediaError("the file is empty (0 bytes)")
-        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-        with av.open(full, container_options=options, metadata_errors="replace") as container:
+        options = {
+            "format_whitelist": _CONTAINERS,
+            "protocol_whitelist": "file",
+            "max_streams": str(_MOST_STREAMS),
+            "max_pixels": str(_MOST_PIXELS),  # of the decoders that look at the first frames
+        }
+        with av.open(full, options=options, metadata_errors="replace", timeout=_PATIENCE) as container:
+            for stream in container.streams.video:
+                if stream.codec_context is not None:
+                    stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
             yield container
     except (av.error.FFmpegError, OSError, EOFError) as error:
         raise MediaError(f"cannot be read: {reason(error)}") from error
 
 
 def video_stream(container: Any) -> Any | None:
-    """The first video stream that is not a cover image."""
+    """The video stream to show: no cover image, with more than one frame, flagged as default, the largest.
+
+    Raises:
+        MediaError: its frames are too large.
+    """
     from av.stream import Disposition
 
-    for stream in container.streams.video:
-        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
-            return stream
-    return None
+    streams = [s for s in container.streams.video if s.codec_context is not None and not _is_cover(s)]
+    moving = _moving(container, streams) if len(streams) > 1 else set()
+
+    def cost(stream: Any) -> tuple[bool, bool, int, int]:
+        area = stream.codec_context.width * stream.codec_context.height
+        return stream.index not in moving, not stream.disposition & Disposition.default, -area, stream.index
+
+    chosen = min(streams, key=cost, default=None)
+    if chosen is not None and chosen.codec_context.width * chosen.codec_context.height > _MOST_PIXELS:
+        raise MediaError(f"its frames of {chosen.codec_context.width} x {chosen.codec_context.height} are too large")
+    return chosen
+
+
+def _is_cover(stream: Any) -> bool:
+    from av.stream import Disposition
+
+    kinds = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+    return bool(stream.disposition & kinds)
+
+
+def _moving(container: Any, streams: list[Any]) -> set[int]:
+    """Indices of the streams that hold more than one frame, by their own count or among the first packets."""
+    counts = {stream.index: stream.frames for stream in streams}
+    unknown = [index for index, count in counts.items() if not count]
+    if unknown:
+        with opened(container.name) as file:
+            for number, packet in enumerate(file.demux([file.streams[index] for index in unknown])):
+                counts[packet.stream.index] += packet.size > 0
+                if number == _LOOK_AHEAD or all(counts[index] > 1 for index in unknown):
+                    break
+    return {index for index, count in counts.items() if count > 1}
 
 
 def audio_stream(container: Any) -> Any | None:
-    """The first audio stream that names a sample rate."""
-    for stream in container.streams.audio:
-        if stream.codec_context is not None and stream.codec_context.sample_rate:
-            return stream
-    return None
+    """The audio stream to hear: flagged as default, rather no commentary or description, the first.
+
+    Raises:
+        MediaError: its sample rate or number of channels is beyond all use.
+    """
+    from av.stream import Disposition
+
+    extra = Disposition.comment | Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.descriptions
+    streams = [s for s in container.streams.audio if s.codec_context is not None and s.codec_context.sample_rate]
+    stream = min(
+        streams,
+        key=lambda s: (not s.disposition & Disposition.default, bool(s.disposition & extra), s.index),
+        default=None,
+    )
+    if stream is not None:
+        rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+        if rate > _MOST_RATE or channels > _MOST_CHANNELS:
+            raise MediaError(
+                f"its audio has {channels} channels at {rate} Hz; at most {_MOST_CHANNELS} at {_MOST_RATE} Hz are read"
+            )
+    return stream
 
 
 def start_of(stream: Any) -> float:
@@ -312,7 +486,7 @@ def seconds_of(container: Any, stream: Any) -> float:
             return end - start_of(stream)
     rate = getattr(stream, "average_rate", None)
     usual = round(1 / (rate * stream.time_base)) if rate else 0  # for FLV and others without packet durations
-    ends = [p.pts + (p.duration or usual) for p in container.demux(stream) if p.pts is not None]
+    ends = (p.pts + (p.duration or usual) for p in container.demux(stream) if p.pts is not None)
     return float((max(ends, default=0) - (stream.start_time or 0)) * stream.time_base)
 
 
@@ -339,8 +513,9 @@ def square_pixels(frame: Any, stream: Any) -> tuple[int, int]:
 class _Track:
     """One stream of an opened container, decoded forwards with seeks over long gaps."""
 
-    def __init__(self, container: Any, stream: Any, origin: float) -> None:
+    def __init__(self, container: Any, stream: Any, origin: float, open_ended: bool = False) -> None:
         self._container, self._stream, self._origin = container, stream, origin
+        self._open_ended = open_ended
         self._base = float(stream.time_base)
         self._damage: list[float] = []  # times of what did not decode
         stream.codec_context.thread_count = 1
@@ -378,13 +553,13 @@ class _Track:
             except av.error.FFmpegError:
                 self._damage.append(last)
                 continue
-            if packet.is_corrupt:
+            if packet.is_corrupt and not self._open_ended:
                 self._damage.append(last)
             yield from (frame for frame in frames if frame.pts is not None)
 
 
 class VideoTrack(_Track):
-    """Frames at given times of a video stream; cheap for ascending times."""
+    """Frames at given times of a video stream, deinterlaced and in BT.709 colours; cheap for ascending times."""
 
     def __init__(self, container: Any, stream: Any) -> None:
         from av.video.reformatter import VideoReformatter
@@ -397,6 +572,28 @@ class VideoTrack(_Track):
     def _seek(self, seconds: float) -> None:
         super()._seek(seconds)
         self._shown = self._next = None
+
+    def _decoded(self) -> Iterator[Any]:
+        """The frames from here on; interlaced ones become whole frames (bwdif), from the first such on."""
+        graph, shape = None, None
+        for frame in super()._decoded():
+            if graph is not None and shape != (frame.width, frame.height, frame.format.name):
+                yield from self._stamped(graph.flush())
+                graph = None
+            if graph is None and frame.interlaced_frame:
+                shape = (frame.width, frame.height, frame.format.name)
+                graph = _Filters("bwdif=mode=send_frame:deint=interlaced", video=(self._stream, frame))
+            yield from [frame] if graph is None else self._stamped(graph.filtered(frame))
+        if graph is not None:
+            yield from self._stamped(graph.flush())
+
+    def _stamped(self, frames: Iterator[Any]) -> Iterator[Any]:
+        """Filtered frames on the stream's clock again."""
+        base = self._stream.time_base
+        for frame in frames:
+            frame.pts, frame.duration = round(frame.pts * frame.time_base / base), 0
+            frame.time_base = base
+            yield frame
 
     def _advance(self) -> None:
         self._shown, self._next = self._next, next(self._frames, None)
@@ -448,8 +645,12 @@ class VideoTrack(_Track):
                 end = self._end(self._shown)
                 raise MediaError(f"its video ends at {end:.2f} s, before {start + count / fps:.2f} s")
             same = made_of is self._shown
+            if images and (len(images) + 1) * images[0].nbytes > _MOST_BYTES:
+                raise MediaError(f"its frames from {start:.2f} s on need more than {_MOST_BYTES >> 30} GB of memory")
             images.append(images[-1] if same else self._to_rgb(self._shown, size))
             made_of = self._shown
+            if images[-1].shape != images[0].shape:
+                raise MediaError(f"its frame size changes at {moment:.2f} s")
         if not images:
             raise MediaError(f"its video ends before {start:.2f} s")
         return np.stack(images)
@@ -464,15 +665,22 @@ class VideoTrack(_Track):
         if wanted is not None:
             scale = max(wanted[0] / height, wanted[1] / width)
             height, width = max(wanted[0], round(height * scale)), max(wanted[1], round(width * scale))
+        if height * width > _MOST_PIXELS:
+            raise MediaError(f"its frames, {width} x {height} with square pixels, are too large")
         # Untagged material follows the broadcast habit: BT.709 from 720 lines up, BT.601 below.
-        untagged = int(frame.colorspace) == 2
-        colours = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if untagged else None
+        transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+        colours = None
+        if int(frame.colorspace) == colour.UNKNOWN and primaries == colour.BT2020:
+            colours = Colorspace.BT2020
+        elif int(frame.colorspace) == colour.UNKNOWN:
+            colours = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+        converted = _conversion(frame)
         quality = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
         rgb = self._reformatter.reformat(
             frame,
             width,
             height,
-            "rgb24",
+            "rgb48le" if converted else "rgb24",
             src_colorspace=colours,
             interpolation=quality,
             threads=1,  # the default starts several for every frame
@@ -483,50 +691,60 @@ class VideoTrack(_Track):
         if size is not None:
             top, left = (rgb.shape[0] - size[0]) // 2, (rgb.shape[1] - size[1]) // 2
             rgb = rgb[top : top + size[0], left : left + size[1]]
-        return rgb
+        return colour.to_sdr(rgb, transfer, primaries) if converted else rgb
 
 
 class AudioTrack(_Track):
-    """Any time range of an audio stream, resampled; silence outside of the track."""
+    """Any time range of an audio stream, as mono or stereo, resampled; silence outside of the track."""
 
-    def __init__(self, container: Any, stream: Any, origin: float) -> None:
-        """Args: origin: time 0 on the container's clock [s]."""
-        import av
-
-        super().__init__(container, stream, origin)
+    def __init__(self, container: Any, stream: Any, origin: float, *, open_ended: bool = False) -> None:
+        """
+        Args:
+            origin: time 0 on the container's clock [s].
+            open_ended: the file's header leaves the length open, so its last packet may be short.
+        """
+        super().__init__(container, stream, origin, open_ended)
         self._rate = int(stream.codec_context.sample_rate)
-        self._to_float = av.AudioResampler(format="fltp")
-        self._layout = ""
+        self._mixer: _Filters | None = None
+        self._form = ""  # layout and rate of the decoded frames
         # (first sample on the file's clock, fp32 [channels,n])
         self._chunks: list[tuple[int, np.ndarray]] = []
+        self._held = 0  # their bytes
         self._done = False
         self._gone = -(1 << 60)  # samples before this one were skipped or dropped
 
     def _seek(self, seconds: float) -> None:
         super()._seek(seconds)
-        self._chunks, self._done = [], False
+        self._chunks, self._held, self._done = [], 0, False
 
     @property
     def _reached(self) -> int:
         return self._chunks[-1][0] + self._chunks[-1][1].shape[1] if self._chunks else -(1 << 60)
 
-    def _decode_until(self, sample: int) -> None:
+    def _decode_until(self, sample: int, limit: float) -> None:
+        """Decode up to a sample; raises MediaError for sound after sample `limit`."""
         while not self._done and self._reached < sample:
             frame = next(self._frames, None)
             if frame is None:
                 self._done = True
                 return
+            form = f"{frame.layout.name} at {frame.sample_rate} Hz"
+            if self._mixer is None:
+                self._form, self._mixer = form, _Filters(_mixing(frame), audio=frame)
+            if form != self._form:
+                raise MediaError(f"its audio changes from {self._form} to {form} half-way")
             stamped = round(self._time(frame.pts) * self._rate)
-            for part in self._to_float.resample(frame):
+            contiguous = abs(stamped - self._reached) < _RESYNC * self._rate
+            stamped = self._reached if contiguous else stamped
+            if stamped > limit:
+                raise _too_long(stamped / self._rate)
+            for part in self._mixer.filtered(frame):
                 values = part.to_ndarray()
-                layout = part.layout.name
-                if self._layout and layout != self._layout:
-                    raise MediaError(f"its audio changes from {self._layout} to {layout} half-way")
-                self._layout = layout
-                contiguous = abs(stamped - self._reached) < _RESYNC * self._rate
-                stamped = self._reached if contiguous else stamped
                 self._chunks.append((stamped, values))
                 stamped += values.shape[1]
+                self._held += values.nbytes
+                if self._held > _MOST_BYTES:
+                    raise MediaError(f"its audio needs more than {_MOST_BYTES >> 30} GB of memory at once")
 
     def read(self, start: float, count: int | None, rate: int, channels: int) -> np.ndarray:
         """`count` samples at `rate` from `start` on (None: to the end), silence outside of the track.
@@ -535,10 +753,10 @@ class AudioTrack(_Track):
             fp32 [channels,count], clipped to [-1,1].
 
         Raises:
-            MediaError: the audio in the range is damaged.
+            MediaError: the audio in the range is damaged, or goes on beyond `LONGEST_AUDIO` where the end is asked for.
         """
         first = round(start * rate)
-        step = gcd(self._rate, rate)
+        step = math.gcd(self._rate, rate)
         up, down = rate // step, self._rate // step
         # Both clocks meet every `up` samples of ours; start there, early enough for the resampling filter.
         blocks = max(1, -(-self._rate // (20 * down)))  # about 50 ms
@@ -549,14 +767,14 @@ class AudioTrack(_Track):
         if ahead or source_first < self._gone:
             self._seek(source_first / self._rate - 0.2)  # decoders need a frame or two to settle
             self._gone = source_first if source_first > 0 else -(1 << 60)
-        self._decode_until(source_last)
+        self._decode_until(source_last, LONGEST_AUDIO * self._rate if count is None else math.inf)
         if any(start - 0.1 < broken and (count is None or broken < start + count / rate) for broken in self._damage):
             raise MediaError(f"its audio is damaged near {max(start, 0):.2f} s")
         if count is None:
             source_last = max(self._reached, source_first)
             count = max(0, round(source_last / self._rate * rate) - first)
         while self._chunks and (end := self._chunks[0][0] + self._chunks[0][1].shape[1]) <= source_first:
-            self._chunks.pop(0)
+            self._held -= self._chunks.pop(0)[1].nbytes
             self._gone = max(self._gone, end)
         lanes = self._chunks[0][1].shape[0] if self._chunks else 1
         timeline = np.zeros((lanes, max(0, source_last - source_first)), dtype=np.float32)
@@ -564,15 +782,13 @@ class AudioTrack(_Track):
             low, high = max(at, source_first), min(at + values.shape[1], source_last)
             if high > low:
                 timeline[:, low - source_first : high - source_first] = values[:, low - at : high - at]
-        wave = resample(mix(timeline, self._layout, self._rate, channels), self._rate, rate)
+        wave = resample(mix(timeline, channels), self._rate, rate)
         wave = wave[:, first - begin * up :][:, :count]
         return np.clip(np.pad(wave, ((0, 0), (0, count - wave.shape[1]))), -1.0, 1.0)
 
 
-def mix(wave: np.ndarray, layout: str, rate: int, channels: int) -> np.ndarray:
-    """[lanes,n] -> [channels,n] for one or two channels; a mono signal keeps its level."""
-    if wave.shape[0] > 2:
-        wave = _filtered(wave, layout, rate, "aresample=rematrix_maxval=1.0,aformat=channel_layouts=stereo")
+def mix(wave: np.ndarray, channels: int) -> np.ndarray:
+    """[lanes,n] -> [channels,n] for one or two of each; a mono signal keeps its level."""
     if channels == 1:
         return wave.mean(axis=0, keepdims=True)
     return np.repeat(wave, 2, axis=0) if wave.shape[0] == 1 else wave
@@ -580,31 +796,70 @@ def mix(wave: np.ndarray, layout: str, rate: int, channels: int) -> np.ndarray:
 
 def resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
     """[lanes,n] at `source` Hz -> [lanes, about n * target / source] at `target` Hz, for one or two lanes."""
-    if source == target or not wave.shape[1]:
-        return wave
-    return _filtered(wave, "mono" if wave.shape[0] == 1 else "stereo", source, f"aresample={target}")
-
-
-def _filtered(wave: np.ndarray, layout: str, rate: int, filters: str) -> np.ndarray:
-    """A waveform fp32 [lanes,n] through a chain of ffmpeg audio filters."""
     import av
 
-    graph = av.filter.Graph()
-    source = graph.add_abuffer(sample_rate=rate, format="fltp", layout=layout, time_base=Fraction(1, rate))
-    nodes = [source]
-    for item in filters.split(","):
-        name, _, arguments = item.partition("=")
-        nodes.append(graph.add(name, arguments))
-    nodes.append(graph.add("abuffersink"))
-    graph.link_nodes(*nodes).configure()
+    if source == target or not wave.shape[1]:
+        return wave
+    layout = "mono" if wave.shape[0] == 1 else "stereo"
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout=layout)
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-    source.push(frame)
-    source.push(None)
-    sink: Any = nodes[-1]
-    parts = []
-    while True:
-        try:
-            parts.append(sink.pull().to_ndarray())
-        except (av.error.EOFError, av.error.BlockingIOError):
-            return np.concatenate(parts, axis=1) if parts else wave[:, :0]
+    frame.sample_rate, frame.pts, frame.time_base = source, 0, Fraction(1, source)
+    filters = _Filters(f"aresample={target}", audio=frame)
+    parts = [part.to_ndarray() for part in (*filters.filtered(frame), *filters.flush())]
+    return np.concatenate(parts, axis=1) if parts else wave[:, :0]
+
+
+def _mixing(frame: Any) -> str:
+    """Filters from a decoded audio frame to fp32 in mono or stereo.
+
+    PyAV makes arrays of at most two of our channels only: with eight or more planes it reads beyond the frame.
+    """
+    count = len(frame.layout.channels)
+    if count <= 2:
+        return "aformat=sample_fmts=fltp"
+    if frame.layout.name == f"{count} channels" and count not in (3, 4, 5, 6, 7, 8):
+        # Recorder tracks without positions: their mean.
+        return f"pan=mono|c0={'+'.join(f'{1 / count}*c{i}' for i in range(count))},aformat=sample_fmts=fltp"
+    return "aresample=rematrix_maxval=1.0,aformat=sample_fmts=fltp:channel_layouts=stereo"
+
+
+class _Filters:
+    """A chain of ffmpeg filters, such as "bwdif=deint=interlaced", fed frame by frame.
+
+    Args:
+        audio: a frame like those to come; video: their stream and a frame like them.
+    """
+
+    def __init__(self, chain: str, *, audio: Any = None, video: tuple[Any, Any] | None = None) -> None:
+        import av
+
+        graph = av.filter.Graph()
+        if video is None:
+            source: Any = graph.add_abuffer(
+                sample_rate=audio.sample_rate, format=audio.format.name, layout=audio.layout.name,
+                time_base=audio.time_base or Fraction(1, audio.sample_rate),
+            )  # fmt: skip
+        else:
+            stream, frame = video
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format.name, time_base=stream.time_base
+            )
+        nodes = [source]
+        for item in chain.split(","):
+            name, _, arguments = item.partition("=")
+            nodes.append(graph.add(name, arguments))
+        nodes.append(graph.add("abuffersink" if video is None else "buffersink"))
+        graph.link_nodes(*nodes).configure()
+        self._graph, self._source, self._sink = graph, source, nodes[-1]
+
+    def filtered(self, frame: Any) -> Iterator[Any]:
+        """Push a frame; yields those that are ready."""
+        import av
+
+        self._source.push(frame)
+        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+            while True:
+                yield self._sink.pull()
+
+    def flush(self) -> Iterator[Any]:
+        """The frames that are left."""
+        return self.filtered(None)

@@ -1,13 +1,17 @@
 """Media in and out: what is written can be read, on the right clock, at the right size; failures say why."""
 
+import struct
+import tracemalloc
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from bad_media import Sound, movie
 
 from magihuman.errors import UserError
@@ -207,9 +211,9 @@ def test_size_covers_and_crops_at_the_centre(tmp_path: Path) -> None:
 def test_pictures_from_files(tmp_path: Path) -> None:
     from PIL import Image
 
-    Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png", (16, 16)).shape == (1, 16, 16, 3)
-    assert int(read_image(tmp_path / "clear.png").min()) == 255
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
+    assert read_image(tmp_path / "red.png", (16, 16)).shape == (1, 16, 16, 3)
+    assert read_image(tmp_path / "red.png")[0, 0, 0].tolist() == [255, 0, 0]
     (tmp_path / "no.png").write_text("no")
     with pytest.raises(MediaError, match="is not a readable image"):
         read_image(tmp_path / "no.png")
@@ -241,3 +245,176 @@ def test_contact_sheet_shows_every_clip(tmp_path: Path) -> None:
     assert (sheet == [0, 0, 255]).all(-1).sum() == 40 * 80  # one frame is shown once
     with pytest.raises(ValueError, match="as many captions as clips"):
         draw_contact_sheet([red], [])
+
+
+def wav(path: Path, channels: int, wave: np.ndarray, sizes: tuple[int, int] | None = None, rate: int = RATE) -> Path:
+    """A 16-bit WAV file of wave [n] in every channel; `sizes` overwrites those of the RIFF and data chunks."""
+    data = np.repeat((wave * 32767).astype("<i2")[:, None], channels, 1).tobytes()
+    riff, size = sizes or (36 + len(data), len(data))
+    form = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * 2 * channels & 0xFFFFFFFF, 2 * channels, 16)
+    path.write_bytes(b"RIFF" + struct.pack("<I", riff) + b"WAVEfmt " + form + b"data" + struct.pack("<I", size) + data)
+    return path
+
+
+@pytest.mark.parametrize("channels", [8, 9, 16, 24, 64])
+def test_many_channels_are_mixed_down(tmp_path: Path, channels: int) -> None:
+    """PyAV's planar arrays of eight and more channels end the process."""
+    path = wav(tmp_path / "a.wav", channels, tone()[0])
+    assert probe(path).audio_channels == channels
+    for lanes in (1, 2):
+        wave = read_audio(path, 8000, lanes).numpy()
+        level = np.abs(wave).max()
+        assert 0.2 < level <= 0.51  # no channel is lost entirely, and nothing is clipped
+        assert snr(tone(rate=8000) * level * 2, wave[:1]) > 20
+
+
+@pytest.mark.parametrize(
+    ("layout", "codec", "ending"), [("7.1", "aac", "mp4"), ("7.1", "flac", "mkv"), ("6.1", "aac", "mp4")]
+)
+def test_films_with_surround_sound(tmp_path: Path, layout: str, codec: str, ending: str) -> None:
+    path = movie(tmp_path / f"a.{ending}", sound=Sound(48000, layout, codec))
+    wave = read_clip(path, fps=25, rate=RATE).wave
+    assert wave is not None
+    assert wave.shape == (1, RATE)
+    assert 0.2 < float(wave[:, 2000:-2000].abs().max()) <= 1.0
+
+
+def test_beyond_all_use_is_refused(tmp_path: Path) -> None:
+    for channels, rate in ((65, RATE), (200, RATE), (1, 4_000_000)):
+        path = wav(tmp_path / "a.wav", channels, tone(0.1)[0], rate=rate)
+        for read in (probe, lambda path: read_audio(path, RATE)):
+            with pytest.raises(MediaError, match=rf"has {channels} channels at {rate} Hz; at most 64 at 1000000 Hz"):
+                read(path)
+
+
+@pytest.mark.parametrize("sizes", [(0xFFFFFFFF, 0xFFFFFFFF), (0, 0), (0x7FFFF024, 0x7FFFF000), (36, 0xFFFFFFFF - 36)])
+def test_a_wav_that_leaves_its_length_open_is_whole(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    path = wav(tmp_path / "a.wav", 1, tone()[0], sizes)
+    assert probe(path).seconds == pytest.approx(1.0)
+    assert snr(tone(), read_audio(path, RATE).numpy()) > 60
+    with pytest.raises(MediaError, match="its audio is damaged"):  # cut off
+        read_audio(wav(tmp_path / "b.wav", 1, tone()[0], (360036, 360000)), RATE)
+
+
+def tracks(
+    path: Path, videos: list[tuple[int, int, Any]], sounds: list[tuple[float, Any]], codec: str = "mpeg4"
+) -> Path:
+    """A clip with several tracks: (frames, grey level, disposition) of each video, (level, disposition) of each sound."""
+    with av.open(str(path), "w") as container:
+        made: list[Any] = []
+        for _, _, disposition in videos:
+            stream: Any = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            stream.disposition = disposition
+            made.append(stream)
+        for _, disposition in sounds:
+            stream = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+            stream.disposition = disposition
+            made.append(stream)
+        for stream, (count, level, _) in zip(made, videos, strict=False):
+            for number in range(count):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 25)
+                container.mux(stream.encode(frame.reformat(format="yuv420p")))
+            container.mux(stream.encode(None))
+        for stream, (level, _) in zip(made[len(videos) :], sounds, strict=True):
+            values = (tone() * 2 * level * 32767).astype(np.int16)
+            sound = av.AudioFrame.from_ndarray(values, format="s16", layout="mono")
+            sound.sample_rate, sound.pts = RATE, 0
+            container.mux(stream.encode(sound))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mov"])
+def test_the_default_audio_track_is_heard(tmp_path: Path, ending: str) -> None:
+    none, default = Disposition(0), Disposition.default
+    cases: list[tuple[list[tuple[float, Any]], int]] = [
+        ([(0.0, none), (0.5, default)], 2),
+        ([(0.5, default), (0.0, none)], 1),
+        ([(0.5, none), (0.0, none)], 1),
+    ]
+    if ending == "mkv":
+        cases.append(([(0.0, Disposition.comment), (0.5, none)], 2))
+    for sounds, chosen in cases:
+        path = tracks(tmp_path / f"a.{ending}", [(25, 100, default)], sounds)
+        assert probe(path).audio_note == ("" if chosen == 1 else "audio track 2 of 2")
+        wave = read_clip(path, fps=25, rate=RATE).wave
+        assert wave is not None
+        assert float(wave.abs().max()) == pytest.approx(0.5, abs=0.01), sounds
+        assert float(read_audio(path, RATE).abs().max()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ending", "flags"),
+    [
+        ("mkv", Disposition(0)),
+        ("mkv", Disposition.default),
+        ("mkv", Disposition.attached_pic),
+        ("mov", Disposition(0)),
+        ("mov", Disposition.default),
+    ],
+)
+def test_a_preview_does_not_make_a_film_a_still(tmp_path: Path, ending: str, flags: Disposition) -> None:
+    path = tracks(tmp_path / f"a.{ending}", [(1, 250, flags), (25, 100, Disposition(0))], [(0.5, Disposition.default)])
+    info = probe(path)
+    assert (info.kind, info.seconds) == ("video", pytest.approx(1.0))
+    clip = read_clip(path, fps=25, frames=25)
+    assert abs(float(clip.frames.float().mean()) - 100) < 3
+
+
+def interlaced(path: Path, order: str, pixels: str = "yuv420p") -> tuple[Path, np.ndarray]:
+    """A bar that moves by 2 pixels per field, 25 frames of two fields; and the truth at the first field of each."""
+    fields = np.full((50, 64, 128), 30, np.uint8)
+    for number in range(50):
+        fields[number, :, 10 + 2 * number : 22 + 2 * number] = 220
+    woven, second = fields[::2].copy(), slice(1 if order == "tff" else 0, None, 2)
+    woven[:, second] = fields[1::2, second]
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"crf": "4", "flags": "+ilme+ildct"})
+        stream.width, stream.height, stream.pix_fmt = 128, 64, pixels
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=128, height=64, format=pixels, time_base=Fraction(1, 25))
+        sink = graph.add("buffersink")
+        graph.link_nodes(source, graph.add("setfield", order), sink).configure()
+        for number, picture in enumerate(woven):
+            frame = av.VideoFrame.from_ndarray(picture[..., None].repeat(3, -1), format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            source.push(frame)
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode(None))
+    return path, fields[::2]
+
+
+@pytest.mark.parametrize(("order", "pixels"), [("tff", "yuv420p"), ("bff", "yuv420p"), ("tff", "yuv422p10le")])
+def test_interlaced_clips_are_deinterlaced(tmp_path: Path, order: str, pixels: str) -> None:
+    path, truth = interlaced(tmp_path / "a.mp4", order, pixels)
+    assert probe(path).note == "deinterlaced"
+    frames = read_clip(path, fps=25, frames=25).frames[..., 1].numpy().astype(int)
+    assert np.abs(frames - truth).mean() < 1  # 3.0 as they are stored
+    assert np.abs(frames[:, 1:-1] - (frames[:, :-2] + frames[:, 2:]) / 2).mean() < 0.5  # combs: 5.9 as stored
+    with MediaReader(path) as reader:  # after a seek too
+        for start in (0.6, 0.2):
+            again = reader.read(fps=25, start=start, frames=5).frames[..., 1].numpy().astype(int)
+            assert np.abs(again - frames[round(start * 25) :][:5]).max() <= 1
+
+
+def test_sound_beyond_the_claimed_length_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    """A second packet at 30,000 s: silence in between would be 5.8 GB."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("pcm_s16le", rate=48000, layout="mono")
+        for moment in (0, 30000):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, moment * 48000, Fraction(1, 48000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x44\x89\x88") + 3  # the segment's duration, a double
+    data[at : at + 8] = struct.pack(">d", 2000.0)
+    path.write_bytes(bytes(data).replace(b"08:20:00", b"00:00:02"))
+    tracemalloc.start()
+    with pytest.raises(MediaError, match="it lasts 30000 s, and 300 s is the most; cut the part you mean"):
+        read_audio(path, RATE)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()

@@ -92,8 +92,8 @@ def movie(
             resampler = av.AudioResampler(format=audio.codec_context.format.name, layout=sound.layout, rate=sound.rate)
             size = audio.codec_context.frame_size or 1024
             for first in range(0, wave.shape[1], size):
-                piece = np.ascontiguousarray(wave[:, first : first + size])
-                frame_a = av.AudioFrame.from_ndarray(piece, format="fltp", layout=sound.layout)
+                piece = np.ascontiguousarray(wave[:, first : first + size].T.reshape(1, -1))
+                frame_a = av.AudioFrame.from_ndarray(piece, format="flt", layout=sound.layout)
                 frame_a.sample_rate, frame_a.time_base = sound.rate, Fraction(1, sound.rate)
                 frame_a.pts = first + round((sound.start + start) * sound.rate)
                 for converted in resampler.resample(frame_a):
