@@ -26,6 +26,7 @@ BLOCK_BYTES = 16 << 20
 """Largest block that is kept in memory."""
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_RATIO = 100  # of a compressed file; random weights in fp32 that are bf16 in truth shrink about threefold
 
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 WRAPPERS = ("ema_state_dict", "state_dict")
@@ -72,7 +73,7 @@ def read_specs(path: Path) -> dict[str, Spec]:
     if path.suffix == ".zst":
         specs = {
             name: Spec(tuple(entry["shape"]), str(entry["dtype"]))
-            for name, entry in _compressed_header(path).items()
+            for name, entry in _compressed_header(path)[0].items()
             if name != "__metadata__"
         }
     elif path.suffix in PICKLES:
@@ -238,20 +239,47 @@ def _decompressed(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path} is damaged ({error}); fetch it again") from None
 
 
-def _compressed_header(path: Path) -> dict[str, dict]:
+def _compressed_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The header of a compressed file, and the bytes of the whole file when unpacked.
+
+    Raises:
+        UserError: damaged, or packed more tightly than weights can be.
+    """
     with _decompressed(path) as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > MAX_HEADER_BYTES:
             raise UserError(f"{path} is not a safetensors file; fetch it again")
         try:
-            return json.loads(stream.read(length))
-        except ValueError:
+            header = json.loads(stream.read(length))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise UserError(f"{path} is not a safetensors file, or is truncated; fetch it again") from None
+    total = 8 + length + max(ends, default=0)
+    packed = path.stat().st_size
+    if total > MAX_RATIO * packed + BLOCK_BYTES:
+        raise UserError(
+            f"{path} claims {total / 1e9:.1f} GB in {packed} bytes, which weights never are; fetch it again"
+        )
+    return header, total
 
 
 def _unpack(path: Path, scratch: Path) -> Path:
-    target = scratch / path.stem
+    """Unpack a compressed file into `scratch`, as many bytes as its header states.
+
+    Raises:
+        UserError: damaged, holding more than that, or without room for it.
+    """
+    target, (_, left) = scratch / path.stem, _compressed_header(path)
+    if left > (free := shutil.disk_usage(scratch).free):
+        raise UserError(
+            f"{path} needs {left / 1e9:.1f} GB in {scratch} to be unpacked, which has {free / 1e9:.1f}; make room"
+        )
     with _decompressed(path) as stream, target.open("wb") as file:
-        shutil.copyfileobj(stream, file, BLOCK_BYTES)
+        while block := stream.read(BLOCK_BYTES):
+            left -= len(block)
+            if left < 0:
+                target.unlink()
+                raise UserError(f"{path} holds more than its header states; fetch it again")
+            file.write(block)
     return target

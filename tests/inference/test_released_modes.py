@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import fake_release
 import numpy as np
 import pytest
@@ -279,6 +280,29 @@ def test_a_long_sound_is_encoded_in_windows(pipeline: Pipeline, tmp_path: Path) 
     (other,) = pipeline.draft(["a song"], [3], settings, audio_files=[tmp_path / "s.mp4"])
     assert torch.equal(other.audio, codec.encode(sound[None], *seeded([3]), overlap=0.2)[0])
     assert not torch.equal(other.audio, draft.audio)
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(5.0, 12 * 2048 + 1500), (0.47, 24064), (0.4, 10 * 2048)])
+def test_the_last_latent_hears_the_rest_of_a_given_sound(
+    pipeline: Pipeline, tmp_path: Path, seconds: float, kept: int
+) -> None:
+    """The release cuts the sound to int(seconds * rate) samples and encodes them all (SPEC 4.7)."""
+    codec: Any = pipeline.codecs.audio_codec
+    wave = np.random.default_rng(0).integers(-20000, 20000, 12 * 2048 + 1500).astype("<i2")
+    with av.open(str(tmp_path / "s.wav"), "w") as container:
+        stream: Any = container.add_stream("pcm_s16le", rate=codec.sample_rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = codec.sample_rate, 0
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    settings = pipeline.settings(given_audio=len(wave) / codec.sample_rate, seconds=seconds)
+    latents = pipeline.encode_audio_files([tmp_path / "s.wav"], settings, seeded([7]))
+    whole = torch.from_numpy(wave[:kept] / np.float32(32768))[None, None]
+    assert latents is not None
+    assert latents.shape[1] == settings.audio == kept // codec.hop
+    torch.testing.assert_close(latents, codec.encode(whole, *seeded([7])), atol=1e-5, rtol=1e-4)
+    if kept % codec.hop:
+        short = codec.encode(whole[..., : kept // codec.hop * codec.hop], *seeded([7]))
+        assert (latents - short)[:, -1].abs().max() > 1e-3
 
 
 def test_the_released_flaw_can_be_asked_for(pipeline: Pipeline, given: dict[str, Path]) -> None:

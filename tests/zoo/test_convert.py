@@ -1,8 +1,10 @@
 """python -m magihuman.zoo convert: every layout and back, bit for bit."""
 
 import json
+import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +217,26 @@ class TestRoundTrips:
             with pytest.raises(UserError, match=rf"{LAST}\.zst .*fetch it again") as caught:
                 convert(str(base), str(tmp_path / "b"))
             assert "\n" not in str(caught.value)
+        small = struct.pack("<Q", 64) + b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'.ljust(64)
+        for content, why in (
+            (small + bytes(30_000_000), "holds more than its header states; fetch it again"),
+            (
+                small.replace(b"[0,4]}}          ", b"[0,9000000000]}} "),
+                "claims 9.0 GB in .* bytes, which weights never are",
+            ),
+            (struct.pack("<Q", 200_000) + b"[" * 200_000, "is not a safetensors file"),
+        ):
+            last.write_bytes(zstandard.ZstdCompressor().compress(content))
+            with pytest.raises(UserError, match=why), streamed_safetensors.open_tensors(last, tmp_path):
+                pass
+        last.write_bytes(packed)
+        with monkeypatch.context() as full:
+            full.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+            with (
+                pytest.raises(UserError, match=r"needs 0\.0 GB in .* to be unpacked, which has 0\.0; make room"),
+                streamed_safetensors.open_tensors(last, tmp_path),
+            ):
+                pass
         monkeypatch.setitem(sys.modules, "zstandard", None)
         with pytest.raises(UserError, match="needs a package more: pip install zstandard"):
             convert(str(base), str(tmp_path / "b"))
