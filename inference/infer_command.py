@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from inference.requests import MANIFEST, InferOptions, Request, check_length, check_seconds, check_seed, read_requests
 from magihuman.errors import UserError
+from magihuman.io.files import require_writable
 from magihuman.io.text import prompt_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def run(options: InferOptions) -> None:
             from inference.context_parallel import check_processes
 
             check_processes(source, processes)
-        _check_folder(folder)
+        longest = max((job.path for job in jobs), key=lambda path: len(os.fsencode(path.name)))
+        require_writable(longest.with_suffix(".json"), "output")  # the longer ending
         with together(processes):
             finished = {} if manifest is None else {job.request.name: job.finished() for job in jobs}
             waiting = {job.request.name for job in jobs if finished.get(job.request.name) is None}
@@ -191,15 +193,6 @@ def _requests(prompt: str | None, prompts: str | None, output: str | None, seed:
     if path.suffix != ".mp4" or path.is_dir():
         raise UserError(f"output={output} must be a file that ends in .mp4")
     return [Request(path.stem, prompt, seed)], path.parent
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises UserError where a folder cannot be made or written, without making it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"cannot write to the folder {folder}: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to the folder {folder}: no permission")
 
 
 def _prepare(folder: Path, jobs: list["Job"], manifest: Path | None, finished: dict[str, Any], rank: int) -> None:

@@ -9,8 +9,10 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from magihuman.errors import UserError, report_and_exit
@@ -19,8 +21,8 @@ from magihuman.errors import UserError, report_and_exit
 def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None = None) -> Any:
     """Call `function` with the settings of `argv` (default: of the process) and return what it returns.
 
-    --help prints the help and exits 0; a `UserError`, also of a wrong setting, is one line and exit 2;
-    Ctrl-C is one line and exit 130.
+    --help prints the help and exits 0; a place that `output` names is tried before the work; `errors_in_one_line` says how
+    errors end.
 
     Args:
         function: takes the settings, or one dataclass of settings, see `schema_of`.
@@ -31,13 +33,31 @@ def run(function: Callable[..., Any], program: str, argv: Sequence[str] | None =
     if any(a in ("-h", "--help", "help") for a in arguments):
         print(usage(schema_of(function), program))
         raise SystemExit(0)
+    with errors_in_one_line():
+        given = settings(schema_of(function), arguments, program)
+        if given.get("output"):
+            from magihuman.io.files import require_writable
+
+            require_writable(Path(given["output"]), "output")
+        return call_with(function, given)
+
+
+@contextmanager
+def errors_in_one_line(interrupted: str = "interrupted") -> Iterator[None]:
+    """The end of a command: a `UserError` or an error of the disk is one line and exit 2, Ctrl-C one line and exit 130."""
     try:
-        return call_with(function, settings(schema_of(function), arguments, program))
+        yield
     except UserError as error:
         report_and_exit(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        from magihuman.io.files import disk_problem
+
+        if (problem := disk_problem(error)) is None:
+            raise
+        report_and_exit(problem)
 
 
 def schema_of(function: Callable[..., Any]) -> Callable[..., Any]:

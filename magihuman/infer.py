@@ -4,8 +4,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from magihuman.errors import UserError, report_and_exit
-
 PROGRAM = "python -m magihuman.infer"
 EXAMPLES = """\
 examples:
@@ -19,21 +17,16 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; 0 when done, 2 after a one-line error, 130 after Ctrl-C."""
-    from magihuman.cli import calm_bars, settings, usage
+    from magihuman.cli import calm_bars, errors_in_one_line, settings, usage
 
     calm_bars()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+    with errors_in_one_line("interrupted; with prompts= the same command continues"):
         run, options, defaults = configured()
         if not given or any(argument in ("-h", "--help", "help") for argument in given):
             print(f"{usage(options, PROGRAM)}\n\n{EXAMPLES}", end="")
             return
         run(options(**{**defaults, **settings(options, given, PROGRAM)}))
-    except UserError as error:
-        report_and_exit(error)
-    except KeyboardInterrupt:
-        print("interrupted; with prompts= the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def configured() -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]:

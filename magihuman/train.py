@@ -19,7 +19,7 @@ from typing import Any
 from magihuman.cli import calm_bars
 from magihuman.config import TrainSettings, changes, validate
 from magihuman.errors import NotApplicable, UserError, report_and_exit
-from magihuman.io.files import CONFIGS
+from magihuman.io.files import CONFIGS, disk_problem, require_writable
 from magihuman.overrides import overrides, swept
 from magihuman.schema import call, one_line
 
@@ -145,6 +145,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     if resume is not None:
         require_same_training(resume, node)
     check_before_data(settings)
+    require_writable(folder / "run.json", "folder")
     warn_of_slow_bf16(settings)
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
@@ -152,8 +153,9 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     recipe = call(settings.recipe, "recipe", context=context)
     if is_main_process():
         run.start(node, config_yaml, parents(settings, shards))
-    session = Session(settings, run, node, recipe)
+    session = None
     try:
+        session = Session(settings, run, node, recipe)
         with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
             fit(session, recipe, data, resume, folder)
         if session.preemption.stopped_at is not None:
@@ -166,10 +168,10 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
             run.update(status="finished")
     except BaseException as error:
         if is_main_process() and not isinstance(error, SystemExit):
-            run.update(status="failed", error=f"{type(error).__name__}: {error}")
+            run.fail(error)
         raise
     finally:
-        for logger in session.loggers:
+        for logger in session.loggers if session else ():
             logger.finalize("success" if sys.exc_info()[0] is None else "failed")
     say(f"done: {folder}")
     return folder
@@ -295,6 +297,8 @@ def main() -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if not hasattr(signal, "SIGUSR1"):
+        report_and_exit(UserError("training runs on Linux and macOS; on Windows use WSL2"))
     typed, composed = sys.argv[1:], False
 
     def job(config: Any) -> None:
@@ -313,6 +317,10 @@ def main() -> None:
             train(node, OmegaConf.to_yaml(config), Path(config.folder), settings)
         except UserError as error:
             report_and_exit(error)
+        except Exception as error:
+            if (problem := disk_problem(error, config.folder)) is None:
+                raise
+            report_and_exit(problem)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and are printed as one line
     try:

@@ -1,18 +1,24 @@
 """Atomic and locked files: a result appears under its name when it is complete, and one process makes it."""
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
+from tempfile import TemporaryFile, gettempdir, mkdtemp
+from typing import IO, Any
 
 from magihuman.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where files can be read and written, but not locked
+    fcntl = None  # type: ignore[assignment]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE.parent / "configs"
@@ -72,12 +78,80 @@ def write_result(path: Path, values: Mapping[str, Any]) -> Path:
     return path
 
 
+def require_writable(path: Path, setting: str) -> None:
+    """Check before the work that a file or folder can be made: its name, and the nearest folder above that exists.
+
+    Args:
+        setting: the user's, for the message.
+
+    Raises:
+        UserError: the name is too long, something above it is a file, or that folder cannot be written to.
+    """
+    path = path.expanduser().absolute()
+    try:
+        above = [part for part in (path, *path.parents) if _exists(part) and (part != path or path.is_dir())]
+        if not above[0].is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{above[0]} is a file")
+        with TemporaryFile(dir=above[0]) as file:
+            file.write(b"x")
+    except OSError as error:
+        text = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}... ({len(str(path))} characters)"
+        raise UserError(f"{setting}={text} cannot be written: {error.strerror}; choose another") from error
+
+
+def _exists(path: Path) -> bool:
+    """As `Path.exists`, but raises OSError for a name that cannot exist."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "your quota of the disk is used up; make room",
+    errno.EROFS: "the disk is read-only",
+    errno.EFBIG: "a file became larger than the disk or a limit of this process allows",
+    errno.EIO: "the disk reports an error (Input/output error)",
+    errno.ESTALE: "the network disk has lost the file (Stale file handle)",
+    errno.EACCES: "no permission",
+    errno.EPERM: "the disk does not permit it",
+    errno.ENAMETOOLONG: "a file's name is too long",
+}
+
+
+def disk_problem(error: BaseException, place: str | Path | None = None) -> UserError | None:
+    """The line for an error that the disk caused, however libraries have wrapped it; None for any other error.
+
+    Args:
+        place: what was being written, where the error does not name it.
+    """
+    waiting, seen = [error], set()
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        found = re.search(r"os error (\d+)", str(each))  # of safetensors
+        number = each.errno if isinstance(each, OSError) else int(found[1]) if found else None
+        if number in _DISK:
+            where = getattr(each, "filename", None) or place
+            return UserError(f"{'' if where is None else f'{where}: '}{_DISK[number]}")
+        failures = getattr(each, "failures", None)  # of the processes, in torch.distributed.checkpoint
+        waiting += [failure[0] for failure in failures.values()] if isinstance(failures, dict) else []
+        waiting += [each.__cause__, each.__context__]  # type: ignore[list-item]
+    if "inline_container" in str(error):  # torch.save to a path forgets the reason
+        return UserError(f"{place}: a file could not be written in full; is the disk full?")
+    return None
+
+
 def replace(new: Path, target: Path) -> None:
     """Rename the file or folder `new` to `target`, in place of what is there."""
     if (new.is_dir() or target.is_dir()) and target.exists() and not new.is_symlink():
         # Folders cannot be replaced in one step: the old one is moved away first.
         old = Path(mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        target.rename(old / target.name)
+        shutil.move(target, old / target.name)  # copies where a layered disk cannot rename folders
         new.rename(target)
         shutil.rmtree(old)
     else:
@@ -88,13 +162,39 @@ def replace(new: Path, target: Path) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock between the processes of this machine.
 
+    On a disk without file locks (some Lustre and FUSE mounts) the lock is a file in the machine's temporary folder, and a
+    note says that other machines are not noticed.
+
     Args:
         path: of the lock file, which stays, empty.
         wait: for another holder; without it BlockingIOError is raised at once.
+
+    Raises:
+        UserError: on Windows.
     """
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        try:
+            _flock(lock, wait)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+            print(
+                f"note: the disk of {path.parent} has no file locks ({error.strerror}); another machine that writes there "
+                "at the same time is not noticed",
+                file=sys.stderr,
+            )
+            with Path(gettempdir(), f"magihuman-{os.getuid()}-{name}.lock").open("w") as here:
+                _flock(here, wait)
+                yield
+        else:
+            yield
+
+
+def _flock(lock: IO[str], wait: bool) -> None:
+    if fcntl is None:
+        raise UserError("this needs file locks, which Python has on Linux and macOS only; on Windows use WSL2")
+    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextmanager
@@ -143,8 +243,9 @@ def _remove_left_over(parent: Path, prefix: str) -> None:
     """Remove work folders whose maker no longer holds their lock."""
     for work in parent.glob(f"{prefix}*"):
         try:
-            with (work / _LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (work / _LOCK).lstat()
+            with locked(work / _LOCK, wait=False):
+                pass
         except OSError:  # in use, or only just made
             continue
         shutil.rmtree(work, ignore_errors=True)

@@ -1,11 +1,12 @@
 """Checkpoints that a resumed run continues from, bit by bit, and preemption by a signal.
 
     checkpoints/step-00000100.ckpt   complete state: a file, or a folder for sharded strategies
-    checkpoints/last.ckpt            link to the newest complete one
+    checkpoints/last.ckpt            link to the newest complete one, where the disk has symbolic links
 
 A checkpoint is written under a temporary name and renamed when it is complete, and only then the link moves, so a
 kill at any moment leaves the previous one valid. Checkpoints are saved at step boundaries only:
-in the middle of an accumulation the gradients would be lost.
+in the middle of an accumulation the gradients would be lost. Before one is read, `magihuman.training.checkpoint_check`
+looks for damage.
 
 SIGUSR1 and SIGTERM set a flag; the next step boundary saves and stops, and `magihuman.train` then requeues the Slurm
 job. Lightning's own handler is switched off (`magihuman.training.parallel.plugins`): it saves inside the signal, in
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +27,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, replace
 from magihuman.schema import locate
+from magihuman.training.checkpoint_check import DamagedError, check, check_data, seal, zero_processes
 
 LAST = "last.ckpt"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -45,7 +49,7 @@ def remove(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*.ckpt"))
+    return sorted(path for path in folder.glob("step-*.ckpt") if path.stem.removeprefix("step-").isdigit())
 
 
 def step_of(checkpoint: Path) -> int:
@@ -61,36 +65,102 @@ def step_of(checkpoint: Path) -> int:
 
 
 def point_to(folder: Path, target: Path) -> None:
-    """Make `last.ckpt` a link to `target`, atomically."""
-    with atomic_path(folder / LAST) as link:
-        link.symlink_to(target.name)
+    """Make `last.ckpt` a link to `target`, atomically; without it, where the disk has no symbolic links."""
+    last = folder / LAST
+    try:
+        if not last.is_symlink():
+            remove(last)  # a copy of the run folder has made a file or folder of the link
+        with atomic_path(last) as link:
+            link.symlink_to(target.name)
+    except OSError:
+        with suppress(OSError):
+            remove(last)  # the newest checkpoint is found by its name, and a link to another would be wrong
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Complete checkpoints: the one that `last.ckpt` names, then the others from the newest on."""
+    last, found = folder / LAST, complete(folder)[::-1]
+    linked = os.readlink(last) if last.is_symlink() else None
+    return sorted(found, key=lambda path: path.name != linked)
 
 
 def find_resume(resume: str, checkpoints: Path) -> Path | None:
     """The checkpoint to resume from, or None for a new training.
 
     Args:
-        resume: `auto` takes the folder's newest complete checkpoint if there is one, `none` starts anew,
-            anything else is a path to a checkpoint or a run folder.
+        resume: `auto` takes the folder's newest complete checkpoint if there is one, and a damaged one is moved aside for
+            the one before it; `none` starts anew; anything else is a path to a checkpoint or a run folder.
         checkpoints: of the run folder.
 
     Raises:
-        UserError: when the path holds no checkpoint.
+        UserError: the path holds no checkpoint, or a damaged one; every checkpoint of the folder is damaged; or one holds
+            something that would be executed.
     """
     if resume == "none":
         return None
     if resume == "auto":
-        last = checkpoints / LAST
-        if last.exists():
-            return last.resolve()
-        found = complete(checkpoints)
-        return found[-1] if found else None
-    path = Path(resume)
+        found = newest_first(checkpoints)
+        for path in found:
+            try:
+                check(path)
+            except DamagedError as error:
+                _move_aside(path, error)
+            else:
+                return path.resolve()
+        if found:
+            raise UserError(
+                f"all {len(found)} checkpoints in {checkpoints} are damaged; give another name= (and init= to start from "
+                "exported weights), or resume= with a checkpoint elsewhere"
+            )
+        return None
+    path = Path(resume).expanduser()
     if (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / LAST
-    if not path.exists():
+        path = next(iter(newest_first(path / "checkpoints")), path / "checkpoints")
+    if not path.exists() or path.name == "checkpoints":
         raise UserError(f"resume={resume}: no checkpoint there; give a .ckpt, a run folder, `auto` or `none`")
-    return path.resolve()
+    path = path.resolve()
+    try:
+        check(path)
+    except DamagedError as error:
+        raise UserError(f"resume={resume}: {path.name} is damaged ({error}); {_intact_before(path)}") from error
+    return path
+
+
+@rank_zero_only
+def _move_aside(path: Path, error: DamagedError) -> None:
+    """Rename a damaged checkpoint, so that it is neither read nor counted, and say so."""
+    kept = path.with_name(f"{path.name}.damaged")
+    with suppress(OSError):
+        replace(path, kept)
+    print(f"note: {path.name} is damaged ({error}); it is now {kept.name}, the one before it is used", flush=True)
+
+
+def _intact_before(damaged: Path) -> str:
+    """The remedy for a damaged checkpoint: the newest of its folder that is not."""
+    for path in complete(damaged.parent)[::-1]:
+        if path != damaged:
+            with suppress(DamagedError):
+                check(path)
+                return f"the newest intact one is resume={path}"
+    return "no other checkpoint there is intact"
+
+
+def check_shares(checkpoint: Path, rank: int, processes: int) -> None:
+    """Compare the checksums of a checkpoint's tensors; every process reads its share.
+
+    Raises:
+        UserError: on every process, naming what is damaged and the newest intact checkpoint.
+    """
+    problems: list[str | None] = [None] * processes
+    try:
+        check_data(checkpoint, rank, processes)
+    except DamagedError as error:
+        problems[rank] = str(error)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(problems, problems[rank])
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise UserError(f"{checkpoint} is damaged ({found[0]}); move it away; {_intact_before(checkpoint)}")
 
 
 FIXED = (
@@ -116,6 +186,12 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     """
     import yaml
 
+    wrote, now = zero_processes(checkpoint), node["trainer"]["devices"] * node["trainer"]["nodes"]
+    if wrote not in (None, now):
+        raise UserError(
+            f"{checkpoint.name} was saved by {wrote} processes and DeepSpeed cannot divide it among {now}; set "
+            f"trainer.devices * trainer.nodes to {wrote}, or give another name= and init= with exported weights"
+        )
     file = checkpoint.parent.parent / "config.yaml"
     if not file.exists():
         return
@@ -197,8 +273,15 @@ class Checkpointer(L.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove(temporary)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(temporary)  # ends with a barrier
+        try:
+            trainer.save_checkpoint(temporary)  # ends with a barrier
+        except BaseException:
+            if trainer.is_global_zero:  # on a full disk the run's record needs the space
+                with suppress(OSError):
+                    remove(temporary)
+            raise
         if trainer.is_global_zero:
+            seal(temporary)
             replace(temporary, path)
             point_to(self.folder, path)
             for old in complete(self.folder)[: -self.settings.keep]:

@@ -13,11 +13,14 @@ into bf16 too.
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.torch_version import TorchVersion
 
@@ -25,7 +28,7 @@ from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
 from magihuman.schema import one_line
-from magihuman.training.checkpoint import SyncedFiles
+from magihuman.training.checkpoint import SyncedFiles, check_shares
 
 FP32_COMPILES_SINCE = "2.13"
 """torch 2.11 loses the gradients of compiled feed-forward halves in fp32 (bf16 is right); 2.13 does not, 2.12 was not
@@ -83,6 +86,22 @@ def check_launch(trainer: TrainerSettings) -> None:
         ) from None
 
 
+class _CheckedLoad(Strategy):
+    """Strategy that compares the checksums of a checkpoint folder before it loads it."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        check_shares(Path(checkpoint_path), self.global_rank, self.world_size)  # type: ignore[attr-defined]
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+class FSDP2Strategy(_CheckedLoad, ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, with checked checkpoints."""
+
+
+class ZeroStrategy(_CheckedLoad, DeepSpeedStrategy):
+    """Lightning's strategy for DeepSpeed, with checked checkpoints."""
+
+
 def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False) -> Strategy | str:
     """The Lightning strategy for `settings`.
 
@@ -99,8 +118,23 @@ def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alterna
         # unused ones; unless each step trains another network.
         return DDPStrategy(find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True)
     if settings.name == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1)
+        return FSDP2Strategy(data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1)
+    _note_compilation()
     return _zero(int(settings.name[-1]), settings.offload)
+
+
+@rank_zero_only
+def _note_compilation() -> None:
+    """Say where DeepSpeed will wait: for the lock of a compilation, which stays behind when that is killed."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        print(
+            f"note: DeepSpeed waits while {lock} exists, which a process that compiles there made "
+            f"{time.time() - lock.stat().st_mtime:.0f} s ago; if none is running any more, stop this and remove that file",
+            flush=True,
+        )
 
 
 def _zero(stage: int, offload: bool) -> Strategy:
@@ -110,9 +144,7 @@ def _zero(stage: int, offload: bool) -> Strategy:
         raise UserError(
             f"strategy=zero{stage} needs DeepSpeed; install it with pip install -e '.[scale]', or choose strategy=fsdp2"
         )
-    from lightning.pytorch.strategies import DeepSpeedStrategy
-
-    return DeepSpeedStrategy(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
+    return ZeroStrategy(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
 
 
 def plugins(settings: StrategySettings) -> list[Any]:

@@ -14,14 +14,17 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -29,8 +32,12 @@ from magihuman.config import WandbSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, write_atomically
 from magihuman.io.provenance import code_version
+from magihuman.schema import one_line
 
 FORMAT = "magihuman-run/1"
+WANDB_SECONDS = {"init_timeout": 30.0, "finish_timeout": 300.0}
+"""Longest waits for W&B's server, at the start and for what is still to be sent at the end; W&B's own are 90 s and no limit.
+The variables WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change them."""
 
 
 class RunFolder:
@@ -83,6 +90,22 @@ class RunFolder:
         record["updated"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "run.json", json.dumps(record, indent=2, default=str) + "\n")
+
+    @rank_zero_only
+    def fail(self, error: BaseException) -> None:
+        """Record that the training failed; on a full disk by a change in place, which needs no space."""
+        try:
+            self.update(status="failed", error=f"{type(error).__name__}: {error}")
+        except OSError:
+            file = self.path / "run.json"
+            with suppress(OSError):
+                text = re.sub(
+                    r'"status": "(\w{6,})"',
+                    lambda found: '"status": "failed"' + " " * (len(found[1]) - 6),
+                    file.read_text(),
+                )
+                with file.open("r+") as stream:
+                    stream.write(text)
 
     @rank_zero_only
     def start(self, config: Mapping[str, Any], config_yaml: str, parents: list[dict[str, Any]]) -> None:
@@ -187,44 +210,86 @@ class CSVLog(Logger):
         """The configuration is in config.yaml."""
 
 
+class WandbMirror(WandbLogger):
+    """Lightning's W&B logger, whose errors do not stop a training: metrics.csv has the same values."""
+
+    broken = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send one line, unless W&B's process on this machine has failed."""
+        if self.broken:
+            return
+        try:
+            super().log_metrics(dict(metrics), step)
+        except Exception as error:
+            self.broken = True
+            print(f"note: W&B has failed ({_reason(error)}); further values are in metrics.csv only", flush=True)
+
+
 def build_loggers(folder: RunFolder, wandb: WandbSettings | None, config: Mapping[str, Any]) -> list[Logger]:
     """metrics.csv, and W&B where its settings are given (offline unless the user is logged in).
 
     Args:
         config: mirrored to W&B.
+
+    Raises:
+        UserError: W&B is asked to be online and is not.
     """
     loggers: list[Logger] = [CSVLog(folder.path)]
     if wandb is None:
         return loggers
-    from lightning.pytorch.loggers import WandbLogger
-
-    return [*loggers, WandbLogger(experiment=_wandb_run(folder, wandb, config), save_dir=str(folder.path))]
+    run = _wandb_run(folder, wandb, config)
+    return loggers if run is None else [*loggers, WandbMirror(experiment=run, save_dir=str(folder.path))]
 
 
 @rank_zero_only
 def _wandb_run(folder: RunFolder, settings: WandbSettings, config: Mapping[str, Any]) -> Any:
-    """The W&B run of this folder, continued where one exists; its files go to wandb/ in the folder."""
+    """The W&B run of this folder, continued where one exists; its files go to wandb/ in the folder.
+
+    A user who is logged in but cannot reach W&B gets an offline run, or an error where online was asked for. None where
+    not even that can be made.
+    """
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or settings.mode
-    if mode == "auto":
-        mode = "online" if _wandb_login() else "offline"
+    chosen = os.environ.get("WANDB_MODE") or settings.mode
+    first = chosen if chosen != "auto" else "online" if _wandb_login() else "offline"
     identifier = folder.read().get("wandb") or hashlib.sha256(os.urandom(16)).hexdigest()[:8]
     folder.update(wandb=identifier)
     os.environ.setdefault("WANDB_SILENT", "true")
-    run = wandb.init(
-        name=f"{folder.path.parent.name}/{folder.path.name}",
-        dir=str(folder.path),
-        project=settings.project,
-        entity=settings.entity,
-        tags=list(settings.tags),
-        id=identifier,
-        resume="allow" if mode == "online" else None,
-        mode=mode,  # type: ignore[arg-type]
-        config=dict(config),
-    )
-    run.define_metric("*", step_metric="trainer/global_step")
-    return run
+    limits = {name: value for name, value in WANDB_SECONDS.items() if f"WANDB_{name.upper()}" not in os.environ}
+    for mode in dict.fromkeys((first, "offline")):
+        try:
+            run = wandb.init(
+                name=f"{folder.path.parent.name}/{folder.path.name}",
+                dir=str(folder.path),
+                project=settings.project,
+                entity=settings.entity,
+                tags=list(settings.tags),
+                id=identifier,
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]
+                config=dict(config),
+                settings={key: value for key, value in limits.items() if key in wandb.Settings.model_fields},
+            )
+            run.define_metric("*", step_metric="trainer/global_step")
+            return run
+        except Exception as error:
+            wandb.teardown(1)  # the failed run would hold the identifier
+            if chosen == "online":
+                raise UserError(f"W&B: {_reason(error)}; give logger.wandb.mode=offline or logger=csv") from error
+            if mode == "offline":
+                print(f"note: W&B is left out ({_reason(error)}); metrics.csv has the values", flush=True)
+            else:
+                print(
+                    f"note: W&B cannot be used online ({_reason(error)}); logging offline, later send it with: wandb sync "
+                    f"{folder.path}/wandb/offline-run-*-{identifier}",
+                    flush=True,
+                )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return one_line(str(error) or type(error).__name__)[:200]
 
 
 def _wandb_login() -> bool:

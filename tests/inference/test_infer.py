@@ -444,8 +444,14 @@ def test_bad_conditions_and_checkpoints(checkpoint: Path, tmp_path: Path, capsys
 
 def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    output = tmp_path / "file" / "x.mp4"
-    assert "cannot write to the folder" in failure(capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}")
+    for output, reason in (
+        (tmp_path / "file" / "x.mp4", "is a file"),
+        (tmp_path / f"{'x' * 251}.mp4", "name too long"),
+    ):
+        error = failure(capsys, f"checkpoint={checkpoint}", "prompt=a", f"output={output}")
+        assert reason in error
+        assert len(error) < 300
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_full_disk_leaves_no_half_clip(

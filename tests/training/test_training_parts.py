@@ -1,7 +1,9 @@
 """Random numbers, meters, ramps, motion weights, the sync gap, FLOPs, run folders and checkpoint names."""
 
+import errno
 import json
 import math
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +12,11 @@ import torch
 import training_stub
 
 from magihuman import train
-from magihuman.config import StrategySettings, TrainerSettings
+from magihuman.config import StrategySettings, TrainerSettings, WandbSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.training import checkpoint, parallel
+from magihuman.training import checkpoint, parallel, runs
 from magihuman.training.callbacks import Meter
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
@@ -146,7 +148,7 @@ def test_find_resume(tmp_path) -> None:
     folder.mkdir(parents=True)
     assert find_resume("auto", folder) is None
     for step in (3, 6):
-        (folder / f"step-{step:08d}.ckpt").write_bytes(b"")
+        torch.save({}, folder / f"step-{step:08d}.ckpt")
     assert find_resume("auto", folder).name == "step-00000006.ckpt"
     point_to(folder, folder / "step-00000003.ckpt")
     assert find_resume("auto", folder).name == "step-00000003.ckpt"  # the link is the last complete one
@@ -193,6 +195,18 @@ def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert not checkpoint.requeue()
     assert asked.read_text() == "requeue 17\nrequeue 16_4\n"
+
+
+def test_a_stopped_training_is_recorded_and_requeued(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr(checkpoint, "requeue", lambda: asked.append(RunFolder(tmp_path).read()["status"]))
+    preemption = SimpleNamespace(stopped_at=7, received="SIGUSR1")
+    session = SimpleNamespace(preemption=preemption, lines=SimpleNamespace(last={"loss": 1.0}))
+    with pytest.raises(SystemExit) as left:
+        train.stopped(session, RunFolder(tmp_path))
+    assert left.value.code == train.STOPPED
+    assert asked == ["preempted"]  # Slurm may end the job at once, so the record comes first
+    assert RunFolder(tmp_path).read()["steps"] == 7
 
 
 def test_strategies_that_cannot_run_say_what_to_do(monkeypatch) -> None:
@@ -271,3 +285,102 @@ def test_slow_bf16_of_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "77 times slower in bf16 than in fp32" in said(77.0)
     assert "trainer.precision=fp32" in said(77.0, accelerator="cpu")
     assert said(0.6) == said(77.0, precision="fp32") == said(77.0, accelerator="cuda") == ""
+
+
+def test_a_full_disk_ends_a_training_with_its_reason_and_leaves_no_partial_checkpoint(
+    monkeypatch, shards, tmp_path
+) -> None:
+    written, full = os.fsync, OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(number: int) -> None:
+        if ".ckpt" in os.readlink(f"/proc/self/fd/{number}"):
+            monkeypatch.setattr(runs, "write_atomically", refuse)
+            raise full
+        written(number)
+
+    def refuse(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(OSError, match="No space left"):
+        training_stub.train_here(tmp_path / "run", shards, ["+recipe=pretrain"])
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"  # changed in place
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+class FakeWandb:
+    """Stands in for W&B: `failing` maps modes to errors of `init`."""
+
+    def __init__(self, failing: dict[str, Exception]) -> None:
+        self.failing, self.started = failing, []
+
+    def init(self, mode: str, id: str, **_: object) -> Any:
+        self.started.append((mode, id))
+        if mode in self.failing:
+            raise self.failing[mode]
+        return SimpleNamespace(define_metric=lambda *_, **__: None, mode=mode)
+
+
+def loggers_with(monkeypatch, folder: RunFolder, failing: dict[str, Exception], mode: str) -> tuple[list, FakeWandb]:
+    import wandb
+
+    fake = FakeWandb(failing)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "init", fake.init)
+    monkeypatch.setattr(wandb, "teardown", lambda *_: None)
+    return runs.build_loggers(folder, WandbSettings(mode=mode), {}), fake
+
+
+def test_without_its_server_wandb_goes_on_offline(monkeypatch, tmp_path, capsys) -> None:
+    folder, error = RunFolder(tmp_path / "a"), ConnectionError("no such\nhost")
+    (_, logger), fake = loggers_with(monkeypatch, folder, {"online": error}, "auto")
+    assert logger.experiment.mode == "offline"
+    (first, name), (second, same) = fake.started
+    assert (first, second, same) == ("online", "offline", name)
+    assert capsys.readouterr().out == (
+        "note: W&B cannot be used online (no such; host); logging offline, later send it with: wandb sync "
+        f"{folder.path}/wandb/offline-run-*-{name}\n"
+    )
+    with pytest.raises(UserError, match=r"W&B: no such; host; give logger.wandb.mode=offline"):
+        loggers_with(monkeypatch, folder, {"online": error}, "online")
+    only_csv, _ = loggers_with(monkeypatch, folder, {"online": error, "offline": OSError("full")}, "auto")
+    assert [type(logger) for logger in only_csv] == [CSVLog]
+    assert "note: W&B is left out (full)" in capsys.readouterr().out
+
+
+def test_an_error_of_wandb_does_not_stop_a_training(monkeypatch, tmp_path, capsys) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    (_, logger), _ = loggers_with(monkeypatch, RunFolder(tmp_path / "a"), {}, "auto")
+    monkeypatch.setattr(runs.WandbLogger, "log_metrics", broken)
+    for step in range(3):
+        logger.log_metrics({"loss": 1.0}, step)
+    assert capsys.readouterr().out.count("note: W&B has failed (Connection reset by peer)") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["a" * 40, "short"])
+def test_wandb_that_cannot_be_reached_is_replaced_by_an_offline_run(key, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder = RunFolder(tmp_path / "a")
+    (_, logger) = runs.build_loggers(folder, WandbSettings(), {"seed": 1})
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.experiment.finish()
+    assert "logging offline, later send it with: wandb sync" in capsys.readouterr().out
+    assert len(list(tmp_path.glob(f"a/wandb/offline-run-*-{folder.read()['wandb']}"))) == 1
+
+
+def test_a_lock_that_deepspeed_will_wait_for_is_said(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(parallel, "_zero", lambda *_: "strategy")
+    (tmp_path / "py311_cpu" / "deepspeed_shm_comm").mkdir(parents=True)
+    for there in (False, True):
+        if there:
+            (tmp_path / "py311_cpu/deepspeed_shm_comm/lock").touch()
+        assert parallel.build_strategy(StrategySettings("zero2"), TrainerSettings(1)) == "strategy"
+        assert (f"while {tmp_path}/py311_cpu/deepspeed_shm_comm/lock exists" in capsys.readouterr().out) == there

@@ -21,11 +21,11 @@ pytestmark = [
 def zero_child(folder: str, shards: str, overrides: list[str], environment: dict[str, str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from lightning.fabric.utilities.seed import reset_seed
-    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+    from lightning.pytorch.strategies import DDPStrategy
 
     from magihuman.training import parallel
 
-    class OnCPU(DeepSpeedStrategy):
+    class OnCPU(parallel.ZeroStrategy):
         """Lightning's strategy without its checks for CUDA devices."""
 
         def setup_environment(self) -> None:
