@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -227,6 +228,38 @@ def call(node: Mapping[str, Any], path: str = "call", **provided: Any) -> Any:
     return target(**settings, **provided)
 
 
+MOST_LAYERS, LARGEST, LONGEST = 1000, 1 << 20, 1000
+_COUNTS = re.compile("layers|blocks|stages|steps")
+
+
+def require_modest(values: Any, name: str) -> None:
+    """Refuse absurd sizes in settings of a network, which may come from a file, before anything is made from them.
+
+    Args:
+        values: plain containers; name: of the settings, for the message.
+
+    Raises:
+        UserError: a number that is not finite or above `LARGEST`, one that counts layers, blocks or steps above
+            `MOST_LAYERS`, a list of more than `LONGEST` values, or containers in each other without end.
+    """
+    waiting = [(values, name, 0)]
+    while waiting:
+        value, name, depth = waiting.pop()
+        if isinstance(value, Mapping | list | tuple):
+            if len(value) > LONGEST or depth > 20:
+                raise UserError(
+                    f"{name} has {len(value)} values, in {depth} others; more than {LONGEST} or 20 are refused"
+                )
+            items = value.items() if isinstance(value, Mapping) else ((name.rpartition(".")[2], v) for v in value)
+            prefix = name if isinstance(value, Mapping) else name.rpartition(".")[0]
+            waiting += [(inner, f"{prefix}.{key}", depth + 1) for key, inner in items]
+        elif isinstance(value, int | float):
+            most = MOST_LAYERS if _COUNTS.search(name.rpartition(".")[2]) else LARGEST
+            if not abs(value) <= most:
+                shown = str(value) if abs(value) < 1e18 else f"{float(value):.3g}"
+                raise UserError(f"{name}={shown} is absurd; {most} is the most")
+
+
 class PlainConfig:
     """`from_dict` and `to_dict` of a dataclass whose fields are plain values or tuples of them."""
 
@@ -243,6 +276,7 @@ class PlainConfig:
             raise UserError(
                 f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
             )
+        require_modest(values, cls.__name__)
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except TypeError as error:

@@ -176,9 +176,9 @@ def transformers_chat(model: str, max_tokens: int) -> Chat:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype="auto", output_loading_info=True
+            folder, local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds for damaged or foreign files
         raise UserError(f"model={model} cannot be loaded as a chat model: {_plain(error)}") from error

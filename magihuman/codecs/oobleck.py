@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from magihuman.errors import UserError
 from magihuman.io.released_files import diffusers_config, load_strict, locate, read_json, read_state, require_fit
+from magihuman.schema import require_modest
 
 # `AutoencoderOobleck` is written as Any: its module is imported where a codec is built, and has no types.
 REPO = "stabilityai/stable-audio-open-1.0"
@@ -187,11 +188,13 @@ def autoencoder_config(path: Path) -> dict[str, Any]:
     """
     config = read_json(path.with_name("model_config.json"), "the shape of the audio VAE")
     try:
-        return config["model"]["pretransform"]["config"]
+        found = config["model"]["pretransform"]["config"]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"model_config.json beside {path} has no model.pretransform.config; use that of {REPO}"
         ) from error
+    require_modest(found, "model_config.json")
+    return found
 
 
 def released_config(autoencoder: Mapping[str, Any], source: str | Path) -> dict[str, Any]:

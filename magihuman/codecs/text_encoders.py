@@ -26,6 +26,7 @@ from magihuman.errors import UserError
 from magihuman.io.export import weight_files
 from magihuman.io.files import hub_folder, is_hub_id
 from magihuman.io.released_files import read_json
+from magihuman.schema import require_modest
 
 WORD_CHANNELS = 64
 PREVIOUS_CHANNELS = 32
@@ -163,13 +164,14 @@ class T5GemmaEncoder(nn.Module):
             _keys_to_ignore_on_load_unexpected = {r"^model\.decoder\.", r"^lm_head\."}  # noqa: RUF012
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             loaded: Any = EncoderHalf.from_pretrained(
                 folder,
                 is_encoder_decoder=False,
                 dtype=dtype,
                 attn_implementation=uncapped_attention() if attention == "sdpa" else attention,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises many types for damaged files
@@ -221,7 +223,9 @@ def _complete_folder(source: str | Path) -> Path:
         weight_files(folder)
     except UserError as error:
         raise UserError(f"the text encoder in {folder} is incomplete: {error}; {fetch}") from None
-    kind = read_json(folder / "config.json", "the shape of the text encoder").get("model_type")
+    config = read_json(folder / "config.json", "the shape of the text encoder")
+    require_modest(config, "config.json")
+    kind = config.get("model_type")
     if kind != "t5gemma":
         raise UserError(f"{folder} holds a model of type {kind!r}, not 't5gemma'; {fetch}")
     return folder

@@ -1,6 +1,6 @@
 """Exported checkpoints: weights in the released layout (SPEC 9) with a config that is sufficient for loading.
 
-A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json` and `config.json`.
+A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json`, `checksums.json` and `config.json`.
 """
 
 import json
@@ -19,7 +19,10 @@ from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.files import atomic_path
 from magihuman.io.released_files import read_json, require_fit
+from magihuman.io.text import load_json
+from magihuman.io.weight_checks import check_checksums, require_finite, write_checksums
 from magihuman.models.config import Contract, DiTConfig, PackConfig
+from magihuman.schema import check, require_modest
 
 FORMAT = "magihuman/1"
 CONFIG = "config.json"
@@ -87,6 +90,9 @@ class ExportConfig:
         if found != FORMAT:
             raise UserError(f"the checkpoint's format is {found!r}, this version reads {FORMAT!r}")
         try:
+            for name, schema in (("sampling", Sampling), ("size", Size)):
+                require_modest(values[name], name)
+                check(values[name], schema, name)
             sampling = dict(values["sampling"])
             return cls(
                 model=DiTConfig.from_dict(values["model"]),
@@ -100,7 +106,7 @@ class ExportConfig:
             )
         except KeyError as error:
             raise UserError(f"the checkpoint's config.json has no {error}") from None
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the checkpoint's config.json does not fit: {error}") from None
 
 
@@ -122,15 +128,17 @@ def save_export(
         max_shard_bytes: upper bound of a file, except for a single larger tensor.
 
     Raises:
-        UserError: when the state does not fit config.model.
+        UserError: when the state does not fit config.model, or holds NaN or infinity.
     """
     check_fit({k: tuple(v.shape) for k, v in state.items()}, config.model, "the state to export")
+    require_finite(state, "the state to export")
     folder = Path(folder)
     with atomic_path(folder, folder=True) as new:
         sizes = {key: tensor.nbytes for key, tensor in state.items()}
         for file, names in write_index(new, "model", sizes, max_shard_bytes).items():
             tensors = {name: state[name].detach().cpu().contiguous() for name in names}
             save_file(tensors, new / file, metadata={"format": "pt"})
+        write_checksums(new)
         write_json(new / CONFIG, config.to_dict())
     return folder
 
@@ -158,17 +166,20 @@ def load_state_dict(folder: str | Path, config: DiTConfig) -> dict[str, Tensor]:
     """All tensors of an exported checkpoint, after comparing every name and shape with the config.
 
     Raises:
-        UserError: naming missing, unexpected and wrong-shaped tensors, or the file that cannot be read.
+        UserError: naming missing, unexpected and wrong-shaped tensors, a tensor with NaN or infinity, or the file that cannot
+            be read or has changed since it was written.
     """
     files = weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         shapes.update({name: shape for name, (shape, _) in read_header(path).items()})
     check_fit(shapes, config, str(folder))
+    check_checksums(files)
     state: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as shard:
             state.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+    require_finite(state, folder)
     return state
 
 
@@ -187,7 +198,7 @@ def weight_files(folder: str | Path, compressed: bool = False, stem: str = "mode
     single = f"{stem}.safetensors"
     if index.exists():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = load_json(index)["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index of safetensors files ({error!r})") from None

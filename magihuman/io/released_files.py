@@ -4,7 +4,6 @@ Files are searched on this machine only: at a path, or in the cache of the Huggi
 file contains the command that downloads it.
 """
 
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,9 @@ from torch import nn
 
 from magihuman.errors import UserError
 from magihuman.io.files import is_hub_id
+from magihuman.io.text import load_json
+from magihuman.io.weight_checks import check_checksums, require_finite
+from magihuman.schema import require_modest
 
 _LISTED = 4  # names shown per kind of mismatch before "and N more"
 
@@ -64,7 +66,7 @@ def read_json(path: Path, purpose: str) -> dict:
     if not path.is_file():
         raise UserError(f"{path} is missing: it holds {purpose}; copy it into the folder of the weights")
     try:
-        values = json.loads(path.read_text())
+        values = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(values, dict):
@@ -84,6 +86,7 @@ def diffusers_config(path: Path, kind: str) -> dict:
     config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
     if config.get("_class_name") != kind:
         raise UserError(f"{path} is not of class {kind}: its config.json names {config.get('_class_name')!r}")
+    require_modest(config, "config.json")
     return config
 
 
@@ -97,18 +100,23 @@ def read_state(path: Path, prefix: str = "", wrappers: Sequence[str] = ()) -> di
         wrappers: keys under which a pickle of a whole training may keep its weights; the first found is read.
 
     Raises:
-        UserError: unreadable, truncated, or not a plain dictionary of tensors.
+        UserError: unreadable, truncated, changed since it was written, not a plain dictionary of tensors, or with NaN or
+            infinity in one.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
+        check_checksums([path])
+
         try:
             with safe_open(path, framework="pt") as file:
-                return {
+                found = {
                     key.removeprefix(prefix): file.get_tensor(key)
                     for key in file.keys()  # noqa: SIM118 (the handle is not iterable)
                     if key.startswith(prefix)
                 }
+                require_finite(found, path)
+                return found
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or damaged ({error}); fetch it again") from error
 
@@ -129,7 +137,9 @@ def read_state(path: Path, prefix: str = "", wrappers: Sequence[str] = ()) -> di
         state = next((state[key] for key in wrappers if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} is not a plain dictionary of tensors; use the file as published")
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    require_finite(found, path)
+    return found
 
 
 def load_strict(

@@ -21,6 +21,7 @@ from torch import Tensor
 from magihuman.errors import UserError
 from magihuman.io.export import read_header
 from magihuman.io.released_files import read_state
+from magihuman.io.weight_checks import check_checksums
 
 BLOCK_BYTES = 16 << 20
 """Largest block that is kept in memory."""
@@ -91,11 +92,12 @@ def open_tensors(path: Path, scratch: Path) -> "Iterator[SafetensorsReader | Pic
     """Open a tensor file; the reader has `.specs` and `.blocks(name)`. A compressed file is unpacked to `scratch`.
 
     Raises:
-        UserError: unreadable, truncated, or of another kind.
+        UserError: unreadable, truncated, changed since it was written, or of another kind.
     """
     if path.suffix in PICKLES:
         yield PickleReader(path)
         return
+    check_checksums([path])
     unpacked = _unpack(path, scratch) if path.suffix == ".zst" else path
     try:
         with SafetensorsReader(unpacked, path) as reader:

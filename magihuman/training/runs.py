@@ -32,6 +32,7 @@ from magihuman.config import WandbSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, write_atomically
 from magihuman.io.provenance import code_version
+from magihuman.io.text import load_json
 from magihuman.schema import one_line
 
 FORMAT = "magihuman-run/1"
@@ -75,10 +76,9 @@ class RunFolder:
         if not file.exists():
             return {}
         try:
-            record = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            return dict(load_json(file))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); move the folder away or choose another name=") from error
-        return dict(record)
 
     @rank_zero_only
     def update(self, **fields: Any) -> None:

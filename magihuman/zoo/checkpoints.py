@@ -5,7 +5,6 @@ that ships with the package ("tiny/base"), an exported folder, a run folder, or 
 cache of the Hugging Face Hub; nothing is downloaded. Finding one needs no torch.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from magihuman.codecs.bundle import RELEASED_REPO, ROLES
 from magihuman.errors import UserError
 from magihuman.io.files import hub_folder, is_hub_id
+from magihuman.io.text import load_json
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
@@ -246,7 +246,7 @@ def _has_weights(folder: Path) -> bool:
 def _is_foreign(config: Path) -> bool:
     """Whether a config.json is not ours: a JSON object without a format."""
     try:
-        values = json.loads(config.read_text())
+        values = load_json(config)
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "format" not in values

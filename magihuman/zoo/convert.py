@@ -13,6 +13,7 @@ from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig, check_fit, load_config, weight_files, write_index, write_json
 from magihuman.io.files import NEW, staged
 from magihuman.io.streamed_safetensors import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
+from magihuman.io.weight_checks import write_checksums
 from magihuman.models.config import DiTConfig
 from magihuman.zoo import diffusers_style
 from magihuman.zoo.checkpoints import DIFFUSERS_INDEX, read_config
@@ -53,6 +54,7 @@ def convert_checkpoint(
         shards = _write_shards(inner, stem, specs, limit, files, work)
         if to == "export":
             write_json(new / CONFIG, config.to_dict())
+            write_checksums(new)
         elif to == "diffusers":
             for name, codec in codecs.items():
                 diffusers_style.write_codec(new / name, codec, work)

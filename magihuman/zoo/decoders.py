@@ -7,7 +7,6 @@ An export is a folder with `model.safetensors` and `config.json`: layout (`causa
 hyperparameters, and the codec whose latents the decoder takes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS
-from magihuman.schema import PlainConfig
+from magihuman.io.text import load_json
+from magihuman.schema import PlainConfig, require_modest
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
 
@@ -87,6 +87,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise UserError(f"decoder layout {self.layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
+        require_modest(self.network, "network")
         found = _hyperparameters(self.layout, self.network)
         if (found.latent_channels, found.stride) != (self.latents.channels, self.latents.stride):
             raise UserError(
@@ -210,8 +211,8 @@ def config_of(decoder: str | Path) -> DecoderConfig | None:
     if folder is None:
         return None
     try:
-        return DecoderConfig.from_dict(json.loads((folder / CONFIG).read_text()))
-    except UserError as error:
+        return DecoderConfig.from_dict(load_json(folder / CONFIG))
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
@@ -229,6 +230,7 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
     from magihuman.io.export import write_json
     from magihuman.io.files import atomic_path
     from magihuman.io.released_files import require_fit
+    from magihuman.io.weight_checks import require_finite, write_checksums
 
     expected = build(config, "meta").state_dict()
     require_fit(
@@ -236,9 +238,11 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
         {key: tuple(value.shape) for key, value in expected.items()},
         "the state to export",
     )
+    require_finite(state, "the state to export")
     with atomic_path(Path(folder), folder=True) as new:
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(tensors, new / MODEL, metadata={"format": "pt"})
+        write_checksums(new)
         write_json(new / CONFIG, config.to_dict())
     return Path(folder)
 

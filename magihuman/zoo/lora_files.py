@@ -11,7 +11,6 @@ disk space (at 15 B and r = 64: 1.65 GB instead of 1.14 GB in fp32); in return p
 weights by name, applies the file exactly (tested with peft in tests/zoo/test_lora_files.py).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,8 @@ from torch import Tensor
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig, load_config, read_header, write_json
 from magihuman.io.files import atomic_path
+from magihuman.io.text import load_json
+from magihuman.io.weight_checks import check_checksums, require_finite, write_checksums
 from magihuman.models.config import DiTConfig, LoraConfig
 from magihuman.models.lora import merge
 
@@ -62,9 +63,11 @@ def save_lora(
         base: name of the checkpoint that the LoRA belongs to.
     """
     folder = Path(folder)
+    require_finite(state, "the LoRA to save")
     tensors = {key: t.detach().cpu().contiguous() for key, t in _to_peft(state, config.model, lora)}
     with atomic_path(folder, folder=True) as new:
         save_file(tensors, new / ADAPTER_MODEL, metadata={"format": "pt"})
+        write_checksums(new)
         write_json(new / ADAPTER_CONFIG, peft_config(config.model, lora, base))
         write_json(new / CONFIG, config.to_dict())
     return folder
@@ -100,7 +103,7 @@ def lora_config(folder: str | Path) -> LoraConfig:
     """
     path = Path(folder) / ADAPTER_CONFIG
     try:
-        values = json.loads(path.read_text())
+        values = load_json(path)
         kind, rank = values["peft_type"], values["r"]
         found = LoraConfig(rank, float(values["lora_alpha"]), bool(values.get("modules_to_save")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,11 +135,12 @@ def load_lora(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor], 
         key = wrong[0][0]
         has, wants = (list(s[key]) if key in s else "nothing" for s in (shapes, expected))
         raise UserError(f"{folder} does not fit this network: {key} is {has} where {wants} belongs")
-    scales = json.loads((folder / ADAPTER_CONFIG).read_text()).get("alpha_pattern") or {}
+    scales = load_json(folder / ADAPTER_CONFIG).get("alpha_pattern") or {}
     if scales != peft_config(model, lora, "")["alpha_pattern"]:
         raise UserError(
             f"{folder} does not fit this network: alpha_pattern scales stacked experts otherwise than alpha / r"
         )
+    check_checksums([path])
     state: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for key, count in _experts(model).items():
@@ -148,6 +152,7 @@ def load_lora(folder: str | Path, model: DiTConfig) -> tuple[dict[str, Tensor], 
             state[f"{key}.lora.A"], state[f"{key}.lora.B"] = down, own.flatten(0, 1)
         for key in _ends(model) if lora.heads else ():
             state[f"lora.{key}"] = file.get_tensor(PREFIX + key)
+    require_finite(state, folder)
     return state, lora
 
 

@@ -1,12 +1,12 @@
 """Names of what ships with the package: architectures, checkpoints and decoders (`python -m magihuman.zoo list`)."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS, WEIGHTS
+from magihuman.io.text import load_json
 
 _USES = {
     "checkpoint": "a checkpoint, for checkpoint= or sr=",
@@ -52,7 +52,7 @@ def _folders(file: str) -> list[str]:
 def is_decoder(folder: str | Path) -> bool:
     """Whether a folder is an exported decoder."""
     try:
-        values = json.loads((Path(folder) / "config.json").read_text())
+        values = load_json(Path(folder) / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and str(values.get("format", "")).startswith("magihuman-decoder")

@@ -88,6 +88,7 @@ class TestExport:
         save_export(tmp_path / "x", state, CONFIG, max_shard_bytes=8000)
         save_export(tmp_path / "x", state, CONFIG)
         assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [
+            "checksums.json",
             "config.json",
             "model-00001-of-00001.safetensors",
             INDEX,
