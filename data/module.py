@@ -617,6 +617,7 @@ class PromptDataModule(_Resumable):
 class _PromptBatches(Dataset[dict[str, Any]]):
     def __init__(self, module: PromptDataModule, rank: int, ranks: int) -> None:
         self._module, self._rank, self._ranks = module, rank, ranks
+        self._order: tuple[int, torch.Tensor] | None = None  # epoch and its order
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Batch `number`: a pure function of the seed; every epoch has its own random order."""
@@ -635,5 +636,7 @@ class _PromptBatches(Dataset[dict[str, Any]]):
 
     def _prompt(self, position: int) -> int:
         epoch, within = divmod(position, len(self._module.prompts))
-        generator = torch.Generator().manual_seed(self._module.seed * 1_000_003 + epoch)
-        return int(torch.randperm(len(self._module.prompts), generator=generator)[within])
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._module.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self._module.prompts), generator=generator)
+        return int(self._order[1][within])

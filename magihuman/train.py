@@ -158,6 +158,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         session = Session(settings, run, node, recipe)
         with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
             fit(session, recipe, data, resume, folder)
+        if damaged := sorted(getattr(data, "skipped", ())):
+            run.update(damaged_samples=damaged[:1000])
         if session.preemption.stopped_at is not None:
             stopped(session, run)
         with stage("export"):

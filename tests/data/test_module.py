@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training_stub
 from pooled_bundle import build as pooled_bundle
 from safetensors.torch import load, save
 
@@ -324,6 +325,18 @@ def test_too_many_damaged_samples_end_the_training(
         take(module(copy), 24)
     with pytest.raises(UserError, match="max_damaged_share=2 in"):
         module(copy, max_damaged_share=2)
+
+
+def test_a_run_records_its_damaged_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = training_stub.write_shards(tmp_path / "shards")
+    corrupt(shards, [4])
+    settings = ["+recipe=pretrain", "callbacks.validation=null", "data.module.val_fraction=0", "trainer.max_steps=10"]
+    run = training_stub.train_here(tmp_path / "run", shards, settings)
+    (reason,) = json.loads((run / "run.json").read_text())["damaged_samples"]
+    assert reason.startswith("clip-04_0000: ")
+    out = capsys.readouterr().out
+    assert f"note: a damaged sample is replaced by another: {reason}" in out
+    assert "note: 1 damaged samples were replaced by others" in out
 
 
 def test_damaged_validation_samples_are_named(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
