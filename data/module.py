@@ -204,9 +204,19 @@ class Batches(Dataset[dict[str, Any]]):
 def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor) -> dict[str, Any]:
     """Stack the samples of one bucket (see `Batches`); `silent` [0,Ca] stands for missing audio."""
     tensors = [sample.tensors for _, sample in samples]
+
+    def stacked(name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        for (key, _), value in zip(samples, values, strict=True):
+            if value.shape != values[0].shape:
+                raise UserError(
+                    f"samples {samples[0][0]} and {key} of one bucket hold {name} of the shapes {list(values[0].shape)} "
+                    f"and {list(value.shape)}; prepare the shards again"
+                )
+        return torch.stack(values)
+
     batch: dict[str, Any] = {
-        "video": torch.stack([t["video"].float() for t in tensors]),
-        "audio": torch.stack([t.get("audio", silent).float() for t in tensors]),
+        "video": stacked("video", [t["video"].float() for t in tensors]),
+        "audio": stacked("audio", [t.get("audio", silent).float() for t in tensors]),
         "text": [t["text"].float() for t in tensors],
         "caption": [str(sample.meta.get("caption", "")) for _, sample in samples],
         "key": [key for key, _ in samples],
@@ -218,7 +228,7 @@ def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.T
             raise UserError(
                 f"sample {without[0]} has no {name}, {samples[0][0]} has; prepare both with the same settings"
             )
-        batch[name] = torch.stack([t[name] for t in tensors])
+        batch[name] = stacked(name, [t[name] for t in tensors])
     return batch
 
 

@@ -273,6 +273,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Head, rows and keys of index.json. Each sample becomes a row as soon as it is parsed, so few objects exist at once."""
     import numpy as np
 
+    from magihuman.models.config import Contract
+
     columns = {name: array("q") for name in ("offset", "bytes", "crc", "key_end", "bucket")}
     sources, keys, buckets = array("Q"), bytearray(), dict[str, int]()
     last = ("", 0)
@@ -301,6 +303,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         raise ValueError("a sample without its offset, or outside of `samples`")
     for name in buckets:
         Bucket.parse(name)
+    try:
+        Contract.from_dict(content["contract"])
+    except UserError as error:
+        raise ValueError(error) from None
     rows = np.zeros(len(sources), _row_type())
     for name, column in columns.items():
         rows[name] = column
@@ -388,9 +394,9 @@ class Shards:
         remedy = "copy it again, or run data.prepare with the same settings into an empty folder"
         sizes = np.zeros(len(self.index.shards), np.int64)
         for number, name in enumerate(self.index.shards):
-            path = self.folder / name
+            path = os.path.join(self.folder, name)  # a Path takes longer than the request
             try:
-                status = path.stat()
+                status = os.stat(path)
             except OSError as error:
                 raise UserError(f"shard {path} is missing or unreadable ({error.strerror}); {remedy}") from error
             if not stat.S_ISREG(status.st_mode):
@@ -410,8 +416,8 @@ class Shards:
         if (wrong := count > size - offset).any():
             first = int(rows["shard"][wrong.argmax()])
             needed = max(int(row["offset"]) + int(row["bytes"]) for row in rows[rows["shard"] == first])
-            path = self.folder / self.index.shards[first]
-            raise UserError(f"shard {path} is cut off ({sizes[first]} of {needed} bytes); {remedy}")
+            file = self.folder / self.index.shards[first]
+            raise UserError(f"shard {file} is cut off ({sizes[first]} of {needed} bytes); {remedy}")
 
     @property
     def entries(self) -> SampleIndex:

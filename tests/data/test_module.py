@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +303,20 @@ def test_a_failure_of_the_workers_is_one_line(shards: Path, monkeypatch: pytest.
     assert "\n" not in str(raised.value)
 
 
+def test_shapes_that_differ_in_a_bucket_are_named(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for i in range(2):
+            tensors = {"video": torch.zeros(3, 1, 4, 4 + i), "text": torch.zeros(1, 26)}
+            writer.add(f"k{i}_0000", "1x16x16", tensors, {})
+    Index("pooled", pooled_bundle("cpu").contract.to_dict(), [("a.tar", writer.entries)]).save(tmp_path)
+    for workers in (0, 1):
+        data = LatentDataModule(str(tmp_path), batch_size=2, val_fraction=0.0, num_workers=workers)
+        with pytest.raises(
+            UserError, match=r"^samples k\d_0000 and k\d_0000 of one bucket hold video of the shapes \["
+        ):
+            next(iter(data.train_dataloader()))
+
+
 def test_too_many_damaged_samples_end_the_training(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,9 +360,6 @@ def test_damaged_validation_samples_are_named(shards: Path, tmp_path: Path, caps
     corrupt(copy, [number])
     list(module(copy).val_dataloader())
     assert f"a damaged sample is replaced by another: {Shards(copy).entries[number].key}: " in capsys.readouterr().out
-
-
-Edit = Callable[[tarfile.TarInfo], None]
 
 
 def one_sample(folder: Path, data: bytes) -> Shards:
@@ -443,7 +454,7 @@ def test_malformed_indexes_are_one_line(shards: Path, tmp_path: Path, monkeypatc
     for damaged in (
         "[" * 100_000, "9" * 5000, "[]", text.replace('"offset"', '"place"'), with_first(offset=0.5),
         with_first(offset=1 << 70), with_first(key=7), with_first(bucket="wide"), with_first(bucket=None),
-        with_first(crc="x"), text.replace('"shards"', '"pieces"'),
+        with_first(crc="x"), text.replace('"shards"', '"pieces"'), text.replace('"video_channels"', '"channels"'),
     ):  # fmt: skip
         path.write_text(damaged)
         with pytest.raises(
