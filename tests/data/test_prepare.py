@@ -104,6 +104,23 @@ def test_every_odd_file_gets_what_it_should(
     assert len(Shards(output)) == taken == report["clips"]
 
 
+def test_the_report_says_what_reading_changed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "media").mkdir()
+    for name, colour in (("clear.png", (90, 60, 30, 100)), ("opaque.png", (30, 60, 90, 255))):
+        Image.new("RGBA", (64, 64), colour).save(tmp_path / "media" / name)
+    report = prepared(
+        tmp_path / "media", tmp_path / "out", codecs=CODECS[7:], workers=1, images=True, captions="optional"
+    )
+    assert {row.file: row.note for row in report.files} == {
+        "clear.png": "its transparency is dropped",
+        "opaque.png": "",
+    }
+    assert "| clear.png | taken | 1 | its transparency is dropped |" in (tmp_path / "out" / "report.md").read_text()
+    assert "1 x taken, its transparency is dropped" in PrepareReport.load(tmp_path / "out").summary()
+
+
 def samples(output: Path) -> dict[str, Any]:
     reader = Shards(output)
     read = [reader.read(i) for i in range(len(reader))]

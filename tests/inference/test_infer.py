@@ -94,6 +94,16 @@ def test_what_changes_nothing_or_was_never_trained_is_said(
     assert said is None or said in notes[0]
 
 
+def test_what_is_changed_in_a_given_image_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("RGBA", (64, 64), (200, 100, 50, 0)).save(tmp_path / "a.png")
+    run(f"checkpoint={checkpoint}", "prompt=a b", f"output={tmp_path / 'x.mp4'}", f"image={tmp_path / 'a.png'}")
+    assert f"note: {tmp_path / 'a.png'}: its transparency is dropped" in capsys.readouterr().err
+
+
 def test_an_empty_negative_prompt_is_empty_and_not_the_checkpoints(tmp_path: Path) -> None:
     checkpoint = fake_checkpoint(tmp_path / "export", Guidance(3.0, 3.0, audio=3.0))
     file = checkpoint / "config.json"
