@@ -217,6 +217,16 @@ def test_a_sample_without_a_finite_gradient_gets_none_and_is_counted() -> None:
     assert finite.tolist() == [True, False, True]
     assert torch.equal(gradient[1], torch.zeros(6))
     assert torch.equal(gradient[::2], clean[::2])
+    x0[2, 0] = torch.inf  # its normaliser is infinite, which would make the gradient 0
+    assert matching_gradient(x0, noisy, real, fake, sigma, EVERYWHERE)[1].tolist() == [True, False, False]
+
+
+def test_the_gradient_of_an_exact_student_is_not_amplified_without_bound() -> None:
+    x0, noise, away = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(9))
+    sigma, real = torch.tensor([0.25, 0.5]), noise - x0
+    noisy, fake = add_noise(x0, noise, sigma), real - 1e-4 * away
+    gradient, _ = matching_gradient(x0, noisy, real, fake, sigma, EVERYWHERE)
+    torch.testing.assert_close(gradient, sigma[:, None] * away, rtol=0.02, atol=0.02)  # over 1e-4, the smallest error
 
 
 # What happens to one modality does not reach the other.

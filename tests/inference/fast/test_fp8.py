@@ -70,6 +70,21 @@ def test_no_input_can_saturate() -> None:
         assert 440 < inner <= 449
 
 
+def test_the_loudest_expert_sets_the_scale_of_the_values_that_attention_mixes() -> None:
+    loud = network(SANDWICH)
+    attention: Any = loud.model.block.layers[0].attention
+    weight, norm_row = attention.linear_qkv.weight.chunk(3)[2], 1 + attention.pre_norm.weight.chunk(3)[2]  # of text
+    with torch.no_grad():
+        weight.mul_(8)
+        dim, heads, shared = SANDWICH.head_dim, SANDWICH.num_heads, SANDWICH.num_query_groups
+        values = weight[(heads + shared) * dim : (heads + 2 * shared) * dim]
+        bounds = fp8.value_bounds(values, norm_row).unflatten(0, (shared, dim)).amax(dim=1)
+        prepared: Any = prepare(loud, "fp8_attention", fp8="all")
+    w = prepared.model.layers[0].tensors()
+    torch.testing.assert_close(w.attention_scales[2] * fp8.LARGEST, bounds)
+    torch.testing.assert_close(w.proj.scales[:, 0] * fp8.LARGEST, bounds.max().expand(3))
+
+
 def test_attention_s_averages_stay_within_the_bound_of_values() -> None:
     fast: Any = prepare(network(SANDWICH), "fp8", fp8="all")
     seen: list[tuple[float, float]] = []

@@ -183,6 +183,12 @@ def test_a_loop_runs_the_middle_layers_when_the_plan_says() -> None:
         assert len(cached.model.cache._changes) == passes
 
 
+def test_the_first_and_the_last_layer_are_never_in_the_middle() -> None:
+    for experts, middle in (((0, 5), (1, 5)), ((), (1, 5)), ((0, 1, 5), (2, 5)), (range(6), (1, 1))):
+        cached: Any = prepare(network(replace(SANDWICH, mm_layers=tuple(experts))), "cached")
+        assert cached.model._middle == middle
+
+
 def test_a_new_trajectory_starts_from_nothing() -> None:
     cached = prepare(network(SANDWICH), "cached")
     first = run(cached, steps=16)
