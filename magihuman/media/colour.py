@@ -152,6 +152,20 @@ def image_to_rgb(image: Image) -> tuple[Image, str]:
     return image.convert("RGB"), "; ".join(filter(None, notes))
 
 
+def image_to_sdr(image: Image, transfer: int, primaries: int) -> tuple[Image, str]:
+    """An RGB image whose file states H.273 numbers as `to_sdr` makes it, and a note, or "".
+
+    Raises:
+        ValueError: colours that are not read.
+    """
+    from PIL import Image as pillow
+
+    note = conversion(transfer, primaries, UNKNOWN)
+    if not note:
+        return image, ""
+    return pillow.fromarray(to_sdr(np.asarray(image).astype(np.uint16) * 257, transfer, primaries)), note
+
+
 def _grey(image: Image, tags: Mapping[int, Any]) -> np.ndarray:
     """uint8 [H,W] of an image with 16-bit, 32-bit or floating-point pixels."""
     values = np.asarray(image)

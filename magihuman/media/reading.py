@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -330,6 +331,9 @@ def open_image(path: str | Path) -> tuple[Picture, str]:
     try:
         with _image_file(path) as file:
             image, note = colour.image_to_rgb(file)
+            if not file.info.get("icc_profile") and (coded := _coded_colours(path)):
+                image, changed = colour.image_to_sdr(image, *coded)
+                note = "; ".join(filter(None, (note, changed)))
             pages = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # MPO: previews of phones
     except UnidentifiedImageError as error:
         raise MediaError(_not_an_image(path)) from error
@@ -339,6 +343,18 @@ def open_image(path: str | Path) -> tuple[Picture, str]:
         raise MediaError(f"cannot be read: {reason(error)}") from error
     first = f"the first of its {pages} pictures" if pages > 1 else ""
     return image, "; ".join(filter(None, (first, note)))
+
+
+def _coded_colours(path: str | Path) -> tuple[int, int] | None:
+    """(transfer, primaries) of H.273 that an AVIF (nclx) or PNG (cICP) file states."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if (at := head.find(b"colrnclx")) >= 0:
+        primaries, transfer = struct.unpack_from(">HH", head, at + 8)
+        return transfer, primaries
+    if head[:4] == b"\x89PNG" and (at := head.find(b"cICP", 0, head.find(b"IDAT"))) >= 0:
+        return head[at + 5], head[at + 4]
+    return None
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Colours: HDR, wide gamuts and every kind of image file against closed forms; what cannot be converted is refused."""
 
+import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from magihuman.media.colour import to_sdr
 from magihuman.media.reading import MediaError, open_image, probe, read_clip, read_image
@@ -129,9 +132,6 @@ def test_16_bit_images_keep_their_brightness(tmp_path: Path, name: str) -> None:
 
 def test_16_bit_png_with_alpha_and_colours(tmp_path: Path) -> None:
     """Written by hand: Pillow writes none."""
-    import struct
-    import zlib
-
     for kind, channels in ((4, 2), (2, 3), (6, 4)):
         values = np.full((8, 64, channels), 65535, ">u2")
         values[..., : min(channels, 3) if channels != 2 else 1] = RAMP[..., None].astype(np.uint16) * 257
@@ -195,6 +195,28 @@ def test_icc_profiles_are_applied(tmp_path: Path) -> None:
         assert probe(tmp_path / name).note.startswith("converted from BGRs")
     image.convert("L").save(tmp_path / "wrong.png", icc_profile=bytes(swapped))
     assert probe(tmp_path / "wrong.png").note == "its colour profile does not fit and is ignored"
+
+
+@pytest.mark.parametrize("name", ["a.avif", "a.png"])
+@pytest.mark.parametrize(("transfer", "primaries"), [(16, 9), (18, 9), (13, 12), (13, 1)])
+def test_images_that_state_their_colours(tmp_path: Path, name: str, transfer: int, primaries: int) -> None:
+    light = {9: BT2020, 12: P3, 1: np.eye(3)}[primaries] @ LIGHT
+    signal = pq(light * 0.0203) if transfer == 16 else hlg(light * 0.203) if transfer == 18 else light ** (1 / 2.4)
+    image = Image.new("RGB", (16, 16), tuple((signal * 255).round().astype(int).tolist()))
+    if name == "a.png":
+        chunks = PngInfo()
+        chunks.add(b"cICP", bytes([primaries, transfer, 0, 1]))
+        image.save(tmp_path / name, pnginfo=chunks)
+    else:
+        image.save(tmp_path / name, quality=100, subsampling="4:4:4")
+        data = bytearray((tmp_path / name).read_bytes())
+        at = data.index(b"colrnclx") + 8
+        data[at : at + 4] = struct.pack(">HH", primaries, transfer)
+        (tmp_path / name).write_bytes(data)
+    # Steps of 8-bit PQ are coarse.
+    assert np.abs(read_image(tmp_path / name)[0, 8, 8].numpy().astype(int) - TRUTH).max() <= 5
+    note = {16: "tone-mapped from PQ", 18: "tone-mapped from HLG"}.get(transfer)
+    assert probe(tmp_path / name).note == (note or ("converted from P3 colours" if primaries == 12 else ""))
 
 
 def test_cmyk_and_lab_images(tmp_path: Path) -> None:
