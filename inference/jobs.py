@@ -219,7 +219,15 @@ class Resolver:
         return Job(request, settings, path, options, self)
 
     def check_prompts(self, codecs: "CodecBundle", prompts: Sequence[str]) -> None:
-        """Note once if prompts do not have the only form that the text encoder was made for."""
+        """Note once if prompts do not have the form that the text encoder or the published weights were made for."""
+        if bundle_spec(codecs.name).published:
+            from inference.prompting.format import check_form
+
+            if faults := [found[0] for p in prompts if (found := check_form(p).faults)]:
+                many = f"{len(faults)} prompts are" if len(faults) > 1 else "the prompt is"
+                self._note(
+                    f"{many} not of the release's form: {faults[0]} (python -m inference.prompting check= names all faults)"
+                )
         if codecs.prompt_pattern is None:
             return
         strange = [p for p in prompts if not re.fullmatch(codecs.prompt_pattern, " ".join(p.split()))]

@@ -17,6 +17,7 @@ from inference.benchmark.timers import Stopwatch, host_waits
 from inference.decoding import Decoder, to_uint8
 from inference.sampling import sample
 from inference.super_resolution import draw, refine
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sampling import Shapes, draw_noise, seeded
 from magihuman.flow.solvers import make_solver
@@ -166,7 +167,8 @@ class TimedRequest:
         assert wave is not None
         with tempfile.TemporaryDirectory() as folder:
             sound = decoding.playable(wave, self.parts.audio.sample_rate)
-            decoding.write(Path(folder) / "clip.mp4", iter(frames), FPS, *sound)
+            crf = bundle_spec("released" if self.case.released else "tiny").crf
+            decoding.write(Path(folder) / "clip.mp4", iter(frames), FPS, *sound, crf)
 
     def _conditions(self) -> dict[str, float]:
         """An image for every stage, and audio of the clip's length."""

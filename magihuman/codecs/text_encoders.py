@@ -104,7 +104,7 @@ def chosen_attention() -> str:
 
 
 def uncapped_attention() -> str:
-    """Register SDPA without the cap with transformers, which by itself refuses SDPA for T5-Gemma since 5.0.
+    """Register SDPA without the cap with transformers, which refuses SDPA for T5-Gemma by now (5.23 does).
 
     Returns:
         its name for `attn_implementation`.

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from bad_media import Expected, build, movie, prepare_bad
+from fake_bundle import fake_bundle
 
+from data import encode
 from data.options import PrepareOptions
 from data.prepare import prepare
 from data.prepare_report import PrepareReport
@@ -380,3 +382,15 @@ def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path
     assert "1 corrupt" in subprocess.run(bare, cwd=REPO, capture_output=True, text=True, check=True).stdout
     with pytest.raises(UserError, match=r"were made for different latents \(video_codec: 'pooled' against 'tiny-"):
         inspect(str(copy), str(tmp_path / "x.png"), codecs="tiny")
+
+
+def test_text_features_of_another_attention_or_library_are_another_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle: Any = fake_bundle()
+    monkeypatch.setattr(encode, "open_bundle", lambda name, device: bundle)
+    described = encode.describe_codecs(("fake", "cpu", str(tmp_path)), lambda path: None, frozenset())
+    assert "text_computed_by" not in described  # plans of encoders without it stay what they were
+    bundle.text_encoder.computed_by = "sdpa attention, transformers 5.23.0"
+    other = encode.describe_codecs(("fake", "cpu", str(tmp_path)), lambda path: None, frozenset())
+    assert other == {**described, "text_computed_by": "sdpa attention, transformers 5.23.0"}

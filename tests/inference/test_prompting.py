@@ -61,6 +61,12 @@ def test_good_forms(prompt: str) -> None:
     assert faults(prompt) == []
 
 
+def test_the_pages_example_has_the_form() -> None:
+    page = (Path(__file__).parents[2] / "inference" / "README.md").read_text()
+    (example,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert faults(example) == []
+
+
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [

@@ -163,8 +163,10 @@ def test_defaults_follow_the_releases_scripts(
     alone = loading.find(InferOptions(checkpoint=str(tmp_path / "alone" / "base"), device="cpu"))
     assert (alone.options.turbo, alone.turbo) == ("wan", None)
     assert "guidance without" not in capsys.readouterr().err
-    run(**common(release, output=tmp_path / "x.mp4", negative_prompt=""))
-    assert "guidance without the release's negative prompt, which changes every clip" in capsys.readouterr().err
+    run(**common(release, output=tmp_path / "x.mp4", negative_prompt="", prompt='A man says "你好".'))
+    said = capsys.readouterr().err
+    assert "guidance without the release's negative prompt, which changes every clip" in said
+    assert "the prompt is not of the release's form: the description quotes" in said
     run(**common(release, output=tmp_path / "x.mp4", checkpoint=release / "distill", negative_prompt="grey", cfg=None))
     assert "negative_prompt= changes nothing here" in capsys.readouterr().err
 
