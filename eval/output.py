@@ -6,7 +6,6 @@
 Every command checks its options, measures, and hands plain values to `publish`; tables and figures are made from these.
 """
 
-import json
 import os
 import platform
 import sys
@@ -19,6 +18,7 @@ from eval import tables
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically, write_result
 from magihuman.io.provenance import code_version, processor
+from magihuman.io.text import load_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +125,7 @@ def training_record(checkpoint: str | Path) -> dict[str, Any]:
     file = Path(checkpoint) / "run.json"
     if not file.exists():
         return {}
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = load_json(file)
     made = record.get("provenance", {})
     found: dict[str, Any] = {
         "command": " ".join(map(portable, made.get("command", []))),

@@ -4,7 +4,6 @@ One static file next to the clips: it loads nothing but them, needs no server, a
 folder gives the same bytes.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from inference.requests import FORMAT, MANIFEST, Request
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import file_hash
+from magihuman.io.text import load_json, parse_json
 
 PAGE, GENERATOR = "index.html", "magihuman gallery"
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -113,7 +113,7 @@ def _manifest(path: Path) -> Iterator[dict[str, Any]]:
     """Lines with a clip; others were torn by a kill."""
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         with suppress(ValueError, AttributeError):
-            line = json.loads(text)
+            line = parse_json(text)
             if {"name", "prompt", "seed"} <= line.keys():
                 yield line
 
@@ -121,7 +121,7 @@ def _manifest(path: Path) -> Iterator[dict[str, Any]]:
 def _record(path: Path) -> dict[str, Any] | None:
     """A clip's record, or None where the file is none or has another form."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(path)
         if record["format"] != FORMAT:
             return None
         _facts(record)

@@ -27,6 +27,7 @@ from magihuman.codecs.oobleck import WINDOW_LATENTS
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, file_hash
+from magihuman.io.text import load_json, parse_json
 
 if TYPE_CHECKING:
     from inference.loading import Source
@@ -76,7 +77,7 @@ class Job:
     def finished(self) -> dict[str, Any] | None:
         """The record on disk if it belongs to this job and its mp4 is whole, else None."""
         try:
-            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+            record = load_json(self.record_path)
             # Compared as JSON: tuples have become lists there.
             same = all(record.get(key) == value for key, value in json.loads(json.dumps(self.identity)).items())
             return record if same and file_hash(self.path) == record["sha256"] else None
@@ -143,7 +144,7 @@ def repair_manifest(path: Path, finished: dict[str, dict[str, Any] | None]) -> N
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
-            if json.loads(line)["name"] not in finished:
+            if parse_json(line)["name"] not in finished:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):
             continue

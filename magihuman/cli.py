@@ -167,7 +167,7 @@ def _value(text: str, hint: Any) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     if isinstance(value, str) and float in choices:  # YAML reads 1e-3 as a string
         try:

@@ -18,6 +18,7 @@ from data.tiny import puppets
 from data.tiny.puppets import FPS, SAMPLE_RATE, draw_puppet, render, synthesise
 from magihuman.errors import UserError
 from magihuman.io.files import locked, write_atomically
+from magihuman.io.text import load_json
 
 SETTINGS_FILE = ".puppets.json"
 SIZES = (32, 512)
@@ -118,7 +119,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     note = folder / SETTINGS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+        known = load_json(note) if note.exists() else None
         if known is None:
             note.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:

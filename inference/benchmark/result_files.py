@@ -1,6 +1,5 @@
 """Result files in inference/results/latency: JSON with all that a repetition needs; written once, never changed."""
 
-import json
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ from magihuman.errors import UserError
 from magihuman.io.files import write_result
 from magihuman.io.markdown import commit
 from magihuman.io.provenance import code_version, processor, sources_hash
+from magihuman.io.text import load_json
 from magihuman.models.gpu_specs import GPUS, recognise
 
 FORMAT = "magihuman-latency/1"
@@ -117,7 +117,7 @@ def read(folder: Path | None = None) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
-            values = json.loads(path.read_text())
+            values = load_json(path)
             if values["format"] != FORMAT or values["kind"] not in KINDS:
                 raise ValueError(f"its format is {values['format']!r}")
             if values["kind"] != "decode" and values["provenance"]["how"] != "measured":

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from magihuman.io.text import load_json
+
 PANELS = (
     ("loss", ("loss/video", "loss/audio", "val/video", "val/audio")),
     ("sync gap", ("val/sync_gap", "val/audio_gap")),
@@ -40,7 +42,7 @@ def write_report(run: str) -> dict[str, Any]:
         {"report": path}.
     """
     folder = Path(run)
-    record = json.loads((folder / "run.json").read_text())
+    record = load_json(folder / "run.json")
     series = read_metrics(folder / "metrics.csv")
     _draw(series, folder / "curves.png")
     lines = [

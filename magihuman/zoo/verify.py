@@ -1,6 +1,5 @@
 """Verification against stored test vectors (`zoo verify`)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from magihuman.errors import UserError
 from magihuman.io.markdown import aligned
 from magihuman.io.provenance import file_hash
+from magihuman.io.text import load_json
 from magihuman.zoo.checks import Parameters, Result, Unsupported, VectorCase, checker, kind_of
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds {MANIFEST} and the vector files")
     try:
-        files = json.loads(path.read_text())["files"]
+        files = load_json(path)["files"]
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}; give the folder of the vector files") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
