@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from magihuman.errors import UserError
-from magihuman.io.text import CAPTION_COLUMNS, TableRow, prompt_text, read_rows, read_text
+from magihuman.io.text import CAPTION_COLUMNS, MAX_CHARACTERS, TableRow, prompt_text, read_rows, read_text
 
 FILE_COLUMNS = (
     "file", "path", "file_name", "filename", "file_path", "filepath", "media", "media_path", "video", "video_path",
@@ -101,8 +101,11 @@ class Captions:
             text = self.texts[path]
             try:
                 caption = prompt_text(read_text(text, f"caption {text.name}", LONGEST))
-            except (UserError, ValueError) as error:
+                _check_length(caption)
+            except UserError as error:
                 raise Rejected(str(error)) from error
+            except ValueError as error:
+                raise Rejected(f"caption {text.name} {error}") from error
             if row is not None and row.caption not in ("", caption):
                 self.problems[row.table].append(f"{row.line} has another caption than {text.name}, which is used")
             if not caption:
@@ -122,6 +125,11 @@ class Captions:
         return row.caption
 
 
+def _check_length(caption: str) -> None:
+    if len(caption) > MAX_CHARACTERS:
+        raise ValueError(f"has {len(caption)} characters, and {MAX_CHARACTERS} is the most; shorten it")
+
+
 def read_tables(tables: Iterable[Path], root: Path, names: FileNames, texts: Mapping[str, Path]) -> Captions:
     """Rows of all tables, and the text files.
 
@@ -138,20 +146,20 @@ def read_tables(tables: Iterable[Path], root: Path, names: FileNames, texts: Map
             problems.append(str(error).removeprefix(f"{table} "))
             continue
         missing = len(found.missing)
-        for row in rows:
-            _enter(found, table, path.parent.absolute(), row, names)
-        if rows and len(found.missing) - missing == len(rows) and path.suffix.lower() == ".json":
-            # Of another purpose.
+        used = [_enter(found, table, path.parent.absolute(), row, names) for row in rows]
+        if path.suffix.lower() == ".json" and not any(used):  # of another purpose
             del found.missing[missing:]
-            problems.append("names no media file")
+            problems[:] = ["names no media file"]
     return found
 
 
-def _enter(found: Captions, table: str, folder: Path, row: TableRow, names: FileNames) -> None:
+def _enter(found: Captions, table: str, folder: Path, row: TableRow, names: FileNames) -> bool:
+    """Enter a row; whether it names a media file."""
     problem, caption, file = row.problem, "", ""
     try:
         file = row.text(FILE_COLUMNS)
         caption = row.text(CAPTION_COLUMNS)
+        _check_length(caption)
     except ValueError as error:
         problem = problem or str(error)
     # A stray quote joins rows of a .csv to one cell.
@@ -173,3 +181,4 @@ def _enter(found: Captions, table: str, folder: Path, row: TableRow, names: File
         first = found.rows.setdefault(path, entry)
         if first is not entry:
             found.problems[table].append(f"{row.where} names {file} again; {first.table} {first.line} is used")
+    return bool(paths)

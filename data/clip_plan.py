@@ -5,9 +5,10 @@ same shards for any number of processes and after any interruptions.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class PlannedClip:
     Attributes:
         key: unique name: words of the file's name, a hash of its path, the window's number.
         start: seconds into the file; frames, height, width: length in frames and size in pixels.
-        still: whether the file is a still image.
+        still: whether the file is a still image; content: sha256 of the file.
         large: (height, width) of the second stage, at which the clip is stored too, or None.
     """
 
@@ -74,7 +75,14 @@ class PlannedClip:
     height: int
     width: int
     still: bool
+    content: str
     large: tuple[int, int] | None = None
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides the sample, next to the options."""
+        values = {**asdict(self), "path": ""}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ def _clips_of(found: MediaFile, captions: Captions, options: PrepareOptions, for
         PlannedClip(
             key=key_of(found.relative, number), path=found.path, relative=found.relative, caption=caption,
             start=first / formats.fps, frames=frames, height=size[0], width=size[1], still=still,
+            content=found.content,
             large=best if formats.large else None,
         )
         for number, (first, frames) in enumerate(windows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,13 +28,23 @@ CRASHED = "crashes the decoder (its process died twice)"
 SILENCE = 1e-4  # peak below which audio counts as silent (-80 dB)
 
 
+VERSION = 1
+"""Raise it when the same file, caption and options give other samples: shards of earlier code are not added to then."""
+
+
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write."""
+    """One shard to write.
+
+    Attributes:
+        stored: by key, (shard, entry) of samples that are copied from there; refused: reasons known by key.
+    """
 
     path: Path
     clips: Sequence[PlannedClip]
     options: PrepareOptions
+    stored: Mapping[str, tuple[Path, Entry]]
+    refused: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,10 +105,12 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
     """Task: read, encode and store the clips of one shard."""
     options = job.options
     codecs = open_bundle(options.codecs, options.device)
-    rejected: dict[str, str] = {}
+    rejected = dict(job.refused)
     waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, MediaClip]]] = {}
     with ShardWriter(job.path) as writer:
-        for planned, clip in _read(job.clips, codecs, tick, excluded):
+        known = {key for key, (shard, entry) in job.stored.items() if writer.copy(shard, entry)} | rejected.keys()
+        new = [planned for planned in job.clips if planned.key not in known]
+        for planned, clip in _read(new, codecs, tick, excluded):
             if isinstance(clip, str):
                 rejected[planned.key] = clip
                 continue

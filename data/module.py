@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.shards import LARGE, Bucket, Sample, SampleError, Shards
 from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
-from magihuman.io.text import prompt_lines, read_text
+from magihuman.io.text import CAPTION_COLUMNS, prompt_rows
 from magihuman.models.config import Contract
 
 NAMED = 10
@@ -574,7 +574,7 @@ class PromptDataModule(_Resumable):
         data = PromptDataModule("prompts.txt", batch_size=16)
 
     Args:
-        file: text file with one prompt per line.
+        file: text file with one prompt per line, or a table as `infer prompts=` takes.
         codecs: name of the codecs and the text encoder.
         frames, height, width: of a clip, in pixels.
         batch_size: samples per step over all ranks together.
@@ -595,7 +595,15 @@ class PromptDataModule(_Resumable):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size)
-        self.prompts = [line for _, line in prompt_lines(read_text(file, f"data.module.file={file}"))]
+        self.prompts = []
+        for row in prompt_rows(file, f"data.module.file={file}"):
+            try:
+                prompt = row.text(CAPTION_COLUMNS)
+            except ValueError as error:
+                raise UserError(f"data.module.file={file} {row.where} {error}") from None
+            if row.problem or not prompt:
+                raise UserError(f"data.module.file={file} {row.where} {row.problem or 'has no prompt'}")
+            self.prompts.append(prompt)
         if not self.prompts or batch_size < 1:
             raise UserError(
                 f"data.module.file={file} holds {len(self.prompts)} prompts and batch_size is {batch_size}; "

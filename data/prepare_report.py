@@ -53,6 +53,16 @@ class PrepareReport:
         return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
     def save(self, folder: Path) -> None:
+        """Write report.json and report.md."""
+        write_atomically(folder / "report.json", self._json(), sync=True)
+        write_atomically(folder / "report.md", self.markdown().encode("utf-8", "backslashreplace"), sync=True)
+
+    def is_saved(self, folder: Path) -> bool:
+        """Whether report.json has this content."""
+        file = folder / "report.json"
+        return file.exists() and file.read_text(encoding="utf-8") == self._json()
+
+    def _json(self) -> str:
         content = {
             "settings": dict(self.settings),
             "clips": self.clips,
@@ -63,20 +73,7 @@ class PrepareReport:
             "table_problems": [{"table": table, "problem": problem} for table, problem in self.table_problems],
             "per_file": [vars(result) for result in self.files],
         }
-        write_atomically(folder / "report.json", json.dumps(content, indent=1) + "\n", sync=True)
-        write_atomically(folder / "report.md", self.markdown().encode("utf-8", "backslashreplace"), sync=True)
-
-    @classmethod
-    def load(cls, folder: Path) -> "PrepareReport":
-        """Report of a finished run."""
-        content = json.loads((folder / "report.json").read_bytes())
-        return cls(
-            content["settings"],
-            [FileResult(**values) for values in content["per_file"]],
-            content["buckets"],
-            content["seconds"],
-            [(row["table"], row["problem"]) for row in content["table_problems"]],
-        )
+        return json.dumps(content, indent=1) + "\n"
 
     def summary(self) -> str:
         """A few lines for the terminal."""

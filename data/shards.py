@@ -124,6 +124,24 @@ class ShardWriter:
     def add(self, key: str, bucket: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Append one sample; floating tensors are stored as fp16."""
         from safetensors.torch import save
+
+        stored = save({name: _half(value) for name, value in tensors.items()})
+        self._append(key, bucket, stored, json.dumps(dict(meta), sort_keys=True).encode())
+
+    def copy(self, shard: Path, entry: Entry) -> bool:
+        """Append a sample of another shard as it is; False where its bytes there are damaged.
+
+        Raises:
+            UserError: the machine cannot read them.
+        """
+        data = _read_bytes(shard, entry.offset, entry.bytes)
+        if zlib.crc32(data) != entry.crc:
+            return False
+        members = _members(data, entry.key)
+        self._append(entry.key, entry.bucket, members["safetensors"], members["json"])
+        return True
+
+    def _append(self, key: str, bucket: str, tensors: bytes, meta: bytes) -> None:
         from webdataset.writer import TarWriter
 
         if not self.entries:
@@ -131,11 +149,10 @@ class ShardWriter:
             self._file = self._stack.enter_context(partial.open("w+b"))
             writer = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
             self._tar = self._stack.enter_context(writer)
-        stored = {name: _half(value) for name, value in tensors.items()}
         start = self._tar.tarstream.offset
         # Two calls, because one would sort the members: shards have the tensors first.
-        self._tar.write({"__key__": key, "safetensors": save(stored)})
-        self._tar.write({"__key__": key, "json": json.dumps(dict(meta), sort_keys=True).encode()})
+        self._tar.write({"__key__": key, "safetensors": tensors})
+        self._tar.write({"__key__": key, "json": meta})
         self.entries.append(Entry(key, start, self._tar.tarstream.offset - start, bucket))
 
     def __exit__(self, *error: Any) -> None:

@@ -10,7 +10,6 @@ import os
 import re
 import reprlib
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from magihuman.cli import option
 from magihuman.codecs.costs import TEXT_LIMIT
 from magihuman.errors import UserError
-from magihuman.io.text import CAPTION_COLUMNS, TABLES, TableRow, prompt_lines, read_rows, read_text
+from magihuman.io.text import CAPTION_COLUMNS, MAX_CHARACTERS, TABLES, TableRow, prompt_rows
 
 FIELDS = ("prompt", "seed", "name", "image", "audio", "seconds", "negative_prompt")
 FORMAT = "magihuman-clip/1"
@@ -29,7 +28,6 @@ MAX_SEED = 2**63 - 1
 AUTO = "auto"
 RELEASED = "released"
 """negative_prompt= of the release's own one."""
-MAX_CHARACTERS = 10_000  # scripts without spaces have long words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,15 +229,9 @@ def read_requests(path: str | Path, seed: int) -> list[Request]:
     path = Path(path)
     if path.suffix.lower() not in (".txt", *TABLES):
         raise UserError(f"prompts={path}: cannot tell the format; name the file .txt, {', '.join(TABLES)}")
-    rows: Iterator[TableRow]
-    if path.suffix.lower() == ".txt":
-        lines = prompt_lines(read_text(path, f"prompts={path}"))
-        rows = (TableRow(f"line {number}", {"prompt": line}) for number, line in lines)
-    else:
-        rows = read_rows(path, f"prompts={path}", (CAPTION_COLUMNS,), ("name", "prompt"))
     requests: list[Request] = []
     where_of: dict[str, str] = {}
-    for row in rows:
+    for row in prompt_rows(path, f"prompts={path}"):
         request = _request(row, len(requests), seed, f"{path} {row.where}", path.parent)
         if request.name in where_of:
             raise UserError(

@@ -19,8 +19,8 @@ def encoder_identity(encoder: TextEncoder, name: str) -> str:
     """Identity of a text encoder, which with the prompt determines the features: name, weights, dtype, kind of device,
     and `computed_by` where it has one (attention and library versions of `T5GemmaEncoder`).
 
-    Every weight counts with its name, shape and first numbers, so two encoders of one name are distinguished without
-    reading all of them.
+    Every weight counts with its name, shape and some of its numbers from everywhere in it, so two encoders of one name are
+    distinguished without reading all of them.
 
     Args:
         name: of the encoder in the latent contract.
@@ -29,8 +29,9 @@ def encoder_identity(encoder: TextEncoder, name: str) -> str:
     if isinstance(encoder, nn.Module):
         for key, tensor in encoder.state_dict().items():
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
-            start = tensor.flatten()[:_SAMPLED].contiguous().cpu()
-            digest.update(start.view(torch.uint8).numpy().tobytes())
+            flat = tensor.flatten()
+            some = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
     return f"{name}-{digest.hexdigest()[:16]}"
 
 

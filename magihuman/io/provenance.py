@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 HASHED_BYTES = 2 << 30
-"""Folders larger than this are hashed by index files, names and sizes instead of all bytes."""
+"""Of folders larger than this, index files and `SAMPLE_BYTES` of every `SAMPLE_STEP` bytes are hashed instead of all."""
+SAMPLE_BYTES, SAMPLE_STEP = 4 << 10, 16 << 20
 
 
 def file_hash(path: Path) -> str:
@@ -23,21 +24,22 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Identity of a parent (file, export folder or shard folder).
 
     Returns:
-        {"sha256", "of"}: over every byte of its files, or over index files, names and sizes where there is
-        more than `HASHED_BYTES`.
+        {"sha256", "of"}: over every byte of its files, or a sample of them where there are more than `HASHED_BYTES`: a
+        file that was trained further or replaced is noticed, the change of a few numbers may not be.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    indices = [p for p in files if p.suffix == ".json"]
-    total = sum(p.stat().st_size for p in files)
-    hashed = files if total <= HASHED_BYTES else indices
+    sizes = {file: file.stat().st_size for file in files}
+    sampled = sum(sizes.values()) > HASHED_BYTES
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(path) if file != path else file.name} {file.stat().st_size}\n".encode())
-    for file in hashed:
+        digest.update(f"{file.relative_to(path) if file != path else file.name} {sizes[file]}\n".encode())
+    for file in files:
+        whole = not sampled or file.suffix == ".json"
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return {"sha256": digest.hexdigest(), "of": "all bytes" if hashed is files else "index files, names and sizes"}
+            for start in range(0, sizes[file], 1 << 20 if whole else SAMPLE_STEP):
+                stream.seek(start)
+                digest.update(stream.read(1 << 20 if whole else SAMPLE_BYTES))
+    return {"sha256": digest.hexdigest(), "of": "a sample of the bytes" if sampled else "all bytes"}
 
 
 def code_version() -> dict[str, Any]:

@@ -21,6 +21,8 @@ from magihuman.errors import UserError
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "cap", "captions")
 """Names of the column or key that holds a caption or a prompt; the first one with a value is used."""
+MAX_CHARACTERS = 10_000  # scripts without spaces have long words
+"""Longest caption or prompt."""
 MAX_DEPTH = 100
 """Deepest nesting of JSON."""
 MAX_TABLE, MAX_JSON = 512 << 20, 64 << 20
@@ -68,13 +70,6 @@ def prompt_text(text: str) -> str:
     if half := re.search("[\ud800-\udfff]", text):
         raise ValueError(f"holds half a character ({half[0]!r} at {half.start()}); save the text as UTF-8")
     return text
-
-
-def prompt_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of every line that is not empty."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if prompt := prompt_text(line):
-            yield number, prompt
 
 
 def parse_json(text: str | bytes, **hooks: Any) -> Any:
@@ -169,6 +164,18 @@ def read_rows(
     if suffix == ".jsonl":
         return _jsonl_rows(text)
     return _json_rows(text, what, pair) if suffix == ".json" else _csv_rows(text, what, needed)
+
+
+def prompt_rows(path: str | Path, what: str) -> Iterator[TableRow]:
+    """Rows with a prompt each: of a table, or else the lines of a text file that are not empty.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    if Path(path).suffix.lower() in TABLES:
+        return read_rows(path, what, (CAPTION_COLUMNS,), ("name", "prompt"))
+    lines = enumerate(read_text(path, what).split("\n"), 1)
+    return (TableRow(f"line {number}", {"prompt": line}) for number, line in lines if line.strip())
 
 
 def _column(name: object) -> str:

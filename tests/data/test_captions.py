@@ -119,9 +119,18 @@ def test_lists_and_numbers_are_no_captions(tmp_path: Path, value: object, captio
             found.of(str(tmp_path / "a.mp4"))
 
 
+def test_a_caption_is_no_longer_than_infer_takes(tmp_path: Path) -> None:
+    found = captions(tmp_path, a_mp4="", b_mp4="", a_txt="x" * 10_001, t_csv="file,caption\nb.mp4," + "x" * 10_001)
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(Rejected, match=r"caption .* has 10001 characters, and 10000 is the most; shorten it"):
+            found.of(str(tmp_path / name))
+
+
 def test_json_of_another_purpose_is_one_problem(tmp_path: Path) -> None:
-    found = captions(tmp_path, a_mp4="", b_json='{"splits": "x", "version": "1"}', c_json='{"a.mp4": "x"}')
-    assert found.problems == {"b.json": ["names no media file"], "c.json": []}
+    found = captions(
+        tmp_path, a_mp4="", b_json='{"splits": "x", "version": "1"}', c_json='{"a.mp4": "x"}', d_json='[{"id": 1}]'
+    )
+    assert found.problems == {"b.json": ["names no media file"], "c.json": [], "d.json": ["names no media file"]}
     assert not found.missing
     assert found.of(str(tmp_path / "a.mp4")) == "x"
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,11 @@ REPO = Path(__file__).resolve().parents[2]
 CODECS = "codecs=pooled_bundle:build"
 
 
-def folder_of_clips(folder: Path, count: int) -> Path:
+def folder_of_clips(folder: Path, count: int, prefix: str = "c") -> Path:
     folder.mkdir()
     for i in range(count):
-        movie(folder / f"c{i:02d}.mp4", seconds=1.0 + i / 25)  # all of different bytes
-        (folder / f"c{i:02d}.txt").write_text(f"clip number {i}")
+        movie(folder / f"{prefix}{i:02d}.mp4", seconds=1.0 + i / 25)  # all of different bytes
+        (folder / f"{prefix}{i:02d}.txt").write_text(f"clip number {i}")
     return folder
 
 
@@ -208,15 +211,121 @@ def test_number_of_workers_changes_nothing_and_a_finished_run_is_left_alone(
 ) -> None:
     prepared(clips, tmp_path / "one", codecs=CODECS[7:], workers=1, shard_clips=3)
     assert contents(tmp_path / "one") == contents(whole)
-    before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir() if p.is_file()}
     again = prepared(clips, whole, codecs=CODECS[7:], workers=1, shard_clips=3)
     assert again.clips == 12
-    assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == before
+    assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir() if p.is_file()} == before
 
 
-def test_output_of_other_settings_is_refused(clips: Path, whole: Path) -> None:
-    with pytest.raises(UserError, match=r"shards of other files or settings; delete it or choose another"):
+def stored(output: Path) -> dict[str, bytes]:
+    """Bytes of every sample by key; exactly these are in the tars."""
+    index = json.loads((output / "index.json").read_text())
+    found = {
+        entry["key"]: (output / shard["name"]).read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
+        for shard in index["shards"]
+        for entry in shard["samples"]
+    }
+    names = []
+    for file in output.glob("*.tar"):
+        with tarfile.open(file) as tar:
+            names += [name.split(".")[0] for name in tar.getnames() if name.endswith(".json")]
+    assert sorted(names) == sorted(found)
+    return found
+
+
+def same_size(path: Path, size: int) -> None:
+    """Pad an mp4 with an empty box to a size."""
+    missing = size - path.stat().st_size
+    with path.open("ab") as file:
+        file.write(struct.pack(">I4s", missing, b"free") + bytes(missing - 8))
+
+
+@pytest.fixture
+def copy(clips: Path, whole: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the clips and of their shards of 3 clips, with all times."""
+    return shutil.copytree(clips, tmp_path / "media"), shutil.copytree(whole, tmp_path / "shards")
+
+
+def test_changes_of_the_input_cost_the_clips_that_they_concern(
+    copy: tuple[Path, Path], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    media, output = copy
+
+    def again(source: Path = media, target: Path = output) -> str:
+        prepared(source, target, codecs=CODECS[7:], workers=1, shard_clips=3)
+        return capsys.readouterr().err.rpartition(": ")[2]
+
+    before = contents(output)
+    assert again() == ""  # the files are copies: other times, the same bytes
+    assert contents(output) == before
+    # One more clip, which sorts into the middle.
+    movie(media / "c05b.mp4", seconds=1.5)
+    (media / "c05b.txt").write_text("one more")
+    assert again() == "12 clips kept, 1 encoded, 0 removed\n"
+    after = contents(output)
+    assert {name: after[name] for name in before if name.endswith(".tar")}.items() <= before.items()
+    # A file of the same size and time of modification in place of another, a new caption, and a removed file.
+    status = (media / "c00.mp4").stat()
+    movie(media / "c00.mp4", seconds=1.0, width=32, height=32)
+    same_size(media / "c00.mp4", status.st_size)
+    os.utime(media / "c00.mp4", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (media / "c07.txt").write_text("another caption")
+    (media / "c11.mp4").unlink()
+    assert again() == "10 clips kept, 2 encoded, 1 removed\n"
+    old, new = stored(whole), stored(output)
+    changed = {key for key in old if old[key] != new.get(key)}
+    assert sorted(key[:3] for key in changed) == ["c00", "c07", "c11"]
+    # All at once gives the same samples.
+    again(media, tmp_path / "all at once")
+    assert stored(tmp_path / "all at once") == new
+    reader = Shards(output)
+    assert list(reader.index.rows["shard"]) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    captions = {s.meta["source"]: s.meta["caption"] for s in map(reader.read, range(len(reader)))}
+    assert captions["c07.mp4"] == "another caption"
+    # A sample that was damaged since is encoded again when it would be copied.
+    with (output / reader.index.shards[0]).open("r+b") as file:
+        file.seek(reader.index[0].offset + 700)
+        file.write(b"damage")
+    (media / f"{reader.index[1].key[:3]}.mp4").unlink()
+    again()
+    assert stored(output).items() <= new.items()
+    assert len(stored(output)) == 11
+
+
+def test_an_update_that_is_killed_leaves_the_old_shards_and_goes_on(copy: tuple[Path, Path], tmp_path: Path) -> None:
+    media, output = copy
+    for i in range(12, 20):
+        movie(media / f"c{i}.mp4", seconds=1.0 + i / 25)
+        (media / f"c{i}.txt").write_text(f"clip number {i}")
+    (media / "c01.mp4").unlink()
+    reference = shutil.copytree(output, tmp_path / "reference")
+    prepared(media, reference, codecs=CODECS[7:], workers=1, shard_clips=3)
+    before = stored(output)
+    process = subprocess.Popen(command(media, output, "workers=1"), cwd=REPO, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(output.glob("*.tar"))) < 6:
+        time.sleep(0.002)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reader = Shards(output)
+    assert [reader.read(i).meta["caption"] for i in range(12)] == [f"clip number {i}" for i in range(12)]
+    prepared(media, output, codecs=CODECS[7:], workers=2, shard_clips=3)
+    assert contents(output) == contents(reference)
+    assert len(stored(output)) == 19
+    assert {key: data for key, data in before.items() if key[:3] != "c01"}.items() <= stored(output).items()
+
+
+def test_output_of_other_settings_or_files_is_refused(clips: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"of other settings \(shard_clips: 3 then, 4 now\); delete it or choose another"
+    ):
         prepared(clips, whole, codecs=CODECS[7:], shard_clips=4)
+    with pytest.raises(UserError, match=r"shards of other files: 12 of its 12 clips are not in input=.* delete it or"):
+        prepared(folder_of_clips(tmp_path / "others", 1, "d"), whole, codecs=CODECS[7:], shard_clips=3)
+    (copy := tmp_path / "copy").mkdir()
+    (copy / "shard-000000.tar").touch()
+    with pytest.raises(UserError, match="holds shards without notes on their making; delete it or choose another"):
+        prepared(clips, copy, codecs=CODECS[7:])
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(clips: Path, whole: Path, tmp_path: Path) -> None:
@@ -366,8 +475,6 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
 
 
 def test_inspection_counts_corrupt_samples_and_refuses_another_world(whole: Path, tmp_path: Path) -> None:
-    import shutil
-
     from data.inspect import inspect
 
     copy = tmp_path / "shards"

@@ -356,9 +356,10 @@ class TestTextCache:
         class Net(nn.Module):
             channels = 4
 
-            def __init__(self, value: float) -> None:
+            def __init__(self, value: float, end: float | None = None) -> None:
                 super().__init__()
                 self.weight = nn.Parameter(torch.full((1000,), value))
+                self.weight.data[500:] = value if end is None else end
 
             def encode(self, prompts: list[str]) -> list[torch.Tensor]:
                 return []
@@ -366,8 +367,9 @@ class TestTextCache:
         assert encoder_identity(Net(1.0), "t5") == encoder_identity(Net(1.0), "t5")
         others = (
             encoder_identity(Net(2.0), "t5"),
+            encoder_identity(Net(1.0, end=2.0), "t5"),
             encoder_identity(Net(1.0).bfloat16(), "t5"),
             encoder_identity(Net(1.0), "t6"),
             encoder_identity(ByteTextEncoder(), "t5"),
         )
-        assert len({*others, encoder_identity(Net(1.0), "t5")}) == 5
+        assert len({*others, encoder_identity(Net(1.0), "t5")}) == 6

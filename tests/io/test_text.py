@@ -10,16 +10,7 @@ import pytest
 
 from magihuman.errors import UserError
 from magihuman.io import text
-from magihuman.io.text import (
-    MAX_DEPTH,
-    TableRow,
-    load_json,
-    parse_json,
-    prompt_lines,
-    prompt_text,
-    read_rows,
-    read_text,
-)
+from magihuman.io.text import MAX_DEPTH, TableRow, load_json, parse_json, prompt_rows, prompt_text, read_rows, read_text
 
 FORM = 'A woman stands.\n\nDialogue:\n<Woman>: "Hello."\n\nBackground Sound:\n<Quiet room>'
 NEEDED = (("file", "media_path"), ("caption", "text"))
@@ -41,9 +32,11 @@ def test_only_the_ends_and_the_line_ends_of_a_prompt_change() -> None:
         prompt_text("a \ud83d")
 
 
-def test_lines_end_at_line_feeds_alone() -> None:
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     separators = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"
-    assert list(prompt_lines(f"{separators}\r\n\n  z \n")) == [(1, separators), (3, "z")]
+    (tmp_path / "p.txt").write_bytes(f"{separators}\r\n\n  z \n".encode())
+    found = [(row.where, row.text(["prompt"])) for row in prompt_rows(tmp_path / "p.txt", "p.txt")]
+    assert found == [("line 1", separators), ("line 3", "z")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -189,3 +182,21 @@ def test_tables_that_are_refused(tmp_path: Path, name: str, content: str, messag
         rows(tmp_path / name, content)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", "[1]"])
+def test_files_of_weights_and_runs_with_such_json_are_one_line(tmp_path: Path, content: str) -> None:
+    from magihuman.io.export import weight_files
+    from magihuman.training.runs import RunFolder
+    from magihuman.zoo.lora_files import lora_config
+    from magihuman.zoo.names import is_decoder
+    from magihuman.zoo.verify import read_manifest
+
+    names = ("model.safetensors.index.json", "adapter_config.json", "manifest.json", "run.json", "config.json")
+    for name in names:
+        (tmp_path / name).write_text(content)
+    assert not is_decoder(tmp_path)
+    for read in (weight_files, lora_config, read_manifest, lambda folder: RunFolder(folder).read()):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
