@@ -106,7 +106,6 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
     options = job.options
     codecs = open_bundle(options.codecs, options.device)
     rejected = dict(job.refused)
-    waiting: dict[tuple[Bucket, tuple[int, int] | None], list[tuple[PlannedClip, MediaClip]]] = {}
     with ShardWriter(job.path) as writer:
         known = {key for key, (shard, entry) in job.stored.items() if writer.copy(shard, entry)} | rejected.keys()
         new = [planned for planned in job.clips if planned.key not in known]
@@ -120,12 +119,8 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
                 rejected[planned.key] = f"its audio {state} (silent=true takes it)"
                 continue
             bucket = Bucket(planned.frames, planned.height, planned.width, audio)
-            group = waiting.setdefault((bucket, planned.large), [])
-            group.append((planned, clip))
-            if len(group) == options.batch:
-                rejected |= _encode(codecs, options, bucket, waiting.pop((bucket, planned.large)), writer)
-        for (bucket, _), group in waiting.items():
-            rejected |= _encode(codecs, options, bucket, group, writer)
+            if problem := _encode(codecs, options, bucket, planned, clip, writer):
+                rejected[planned.key] = problem
     return ShardResult(writer.entries, rejected)
 
 
@@ -179,46 +174,45 @@ def _encode(
     codecs: CodecBundle,
     options: PrepareOptions,
     bucket: Bucket,
-    group: list[tuple[PlannedClip, MediaClip]],
+    planned: PlannedClip,
+    clip: MediaClip,
     writer: ShardWriter,
-) -> dict[str, str]:
-    """Encode clips of one bucket and add them to the shard; returns rejections by key."""
+) -> str:
+    """Encode a clip and add it to the shard; returns why it cannot be, or "".
+
+    By itself, because codecs round otherwise in batches: a sample must not depend on the clips that are encoded with it.
+    """
     import torch
 
     from magihuman.flow.super_resolution import shrink_pictures
 
-    frames = torch.stack([clip.frames for _, clip in group]).to(options.device)  # [B,F,H,W,3]
+    frames = clip.frames[None].to(options.device)  # [1,F,H,W,3]
     pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    columns: dict[str, Any] = {}  # of a sample each
-    if group[0][0].large is not None:
-        columns[LARGE] = codecs.video_codec.encode(pixels).cpu()
+    tensors: dict[str, torch.Tensor] = {}
+    if planned.large is not None:
+        tensors[LARGE] = codecs.video_codec.encode(pixels)[0].cpu()
         # From the same pixels, so that both sizes are aligned to a fraction of a pixel.
         pixels = shrink_pictures(pixels, bucket.height, bucket.width)
-    columns["video"] = codecs.video_codec.encode(pixels).cpu()
+    tensors["video"] = codecs.video_codec.encode(pixels)[0].cpu()
     if options.pixels:
-        columns["frames"] = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu()  # [B,3,F,H,W]
-    if bucket.audio:
+        tensors["frames"] = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).byte().cpu()  # [3,F,H,W]
+    if bucket.audio and clip.wave is not None:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
-        length = codecs.audio_codec.hop * bucket.frames
-        waves = [clip.wave[:, :length] for _, clip in group if clip.wave is not None]
-        columns["audio"] = codecs.audio_codec.encode(torch.stack(waves).to(options.device)).cpu()
-    columns["text"] = codecs.text_encoder.encode([planned.caption for planned, _ in group])
-    rejected = {}
-    for i, (planned, _) in enumerate(group):
-        tensors = {name: values[i].cpu() for name, values in columns.items()}
-        if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
-            rejected[planned.key] = "its latents are not finite in half precision"
-            continue
-        meta = {
-            "caption": planned.caption,
-            "source": planned.relative.encode("utf-8", "backslashreplace").decode(),
-            "fps": codecs.contract.fps,
-            "seconds": bucket.frames / codecs.contract.fps,
-            "width": bucket.width,
-            "height": bucket.height,
-            "bucket": str(bucket),
-            "has_audio": bucket.audio,
-            "start": round(planned.start, 6),
-        }
-        writer.add(planned.key, str(bucket), tensors, meta)
-    return rejected
+        wave = clip.wave[:, : codecs.audio_codec.hop * bucket.frames]
+        tensors["audio"] = codecs.audio_codec.encode(wave[None].to(options.device))[0].cpu()
+    tensors["text"] = codecs.text_encoder.encode([planned.caption])[0].cpu()
+    if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
+        return "its latents are not finite in half precision"
+    meta = {
+        "caption": planned.caption,
+        "source": planned.relative.encode("utf-8", "backslashreplace").decode(),
+        "fps": codecs.contract.fps,
+        "seconds": bucket.frames / codecs.contract.fps,
+        "width": bucket.width,
+        "height": bucket.height,
+        "bucket": str(bucket),
+        "has_audio": bucket.audio,
+        "start": round(planned.start, 6),
+    }
+    writer.add(planned.key, str(bucket), tensors, meta)
+    return ""

@@ -49,13 +49,12 @@ class PrepareOptions:
     max_enlarge: float = option("largest factor of upscaling", 2.0)
     max_windows: int | None = option("clips per file at most, none for all", None)
     shard_clips: int = option("clips per shard", 100)
-    batch: int = option("clips per encoder call", 8)
     progress: bool = option("show a bar", True)
 
     def __post_init__(self) -> None:
         if not self.source.is_dir():
             raise UserError(f"input={self.input} is not a folder; give the folder that holds the video files")
-        for name in ("shard_clips", "batch", "max_windows"):
+        for name in ("shard_clips", "max_windows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name}={value} is out of range; give at least 1")
         if self.workers < 0 or not 0 <= self.max_crop < 1 or self.max_enlarge <= 0:

@@ -156,7 +156,5 @@ class Workers:
                 except BrokenProcessPool:
                     _, culprit = _read_note(self._note(name))
                     if culprit is None or culprit in self.excluded:
-                        raise UserError(
-                            "a worker died before it began (out of memory?); use fewer workers= or a smaller batch="
-                        ) from None
+                        raise UserError("a worker died before it began (out of memory?); use fewer workers=") from None
                     self.excluded.add(culprit)

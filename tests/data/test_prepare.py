@@ -353,7 +353,7 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
     deadly = clips / "c03.mp4"
     movie(deadly, seconds=1.0, width=96, height=96)
     prepared(
-        clips, tmp_path / "shards", codecs="pooled_bundle:deadly", workers=2, shard_clips=3, batch=1,
+        clips, tmp_path / "shards", codecs="pooled_bundle:deadly", workers=2, shard_clips=3,
 
     )  # fmt: skip
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
@@ -469,6 +469,12 @@ def test_tiny_world_end_to_end(tmp_path: Path) -> None:
     assert "bucket 25x64x64+a: 4" in text
     assert f"video latents: {world.contract.video_channels} channels" in text
     assert (tmp_path / "sheet.png").stat().st_size > 3000
+    # A sample does not depend on the clips that it is encoded with.
+    (tmp_path / "one").mkdir()
+    for file in (tmp_path / "clips").glob("clip-000002.*"):
+        shutil.copy(file, tmp_path / "one")
+    prepared(tmp_path / "one", tmp_path / "alone", workers=1, pixels=True)
+    assert stored(tmp_path / "alone").items() <= stored(tmp_path / "shards").items()
     large = prepared(tmp_path / "clips", tmp_path / "large", sizes="128x128", workers=1)
     assert large.buckets == {"25x128x128+a": 4}
     assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (world.contract.video_channels, 7, 32, 32)
