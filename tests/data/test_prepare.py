@@ -123,7 +123,7 @@ def test_the_report_says_what_reading_changed(tmp_path: Path) -> None:
         "opaque.png": "",
     }
     assert "| clear.png | taken | 1 | its transparency is dropped |" in (tmp_path / "out" / "report.md").read_text()
-    assert "1 x taken, its transparency is dropped" in PrepareReport.load(tmp_path / "out").summary()
+    assert "1 x taken, its transparency is dropped" in report.summary()
 
 
 def samples(output: Path) -> dict[str, Any]:
