@@ -151,11 +151,13 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
     context = build_context(settings, data, provenance)
     recipe = call(settings.recipe, "recipe", context=context)
+    for note in notes(settings, data, recipe):
+        say(f"note: {note}")
     if is_main_process():
         run.start(node, config_yaml, parents(settings, shards))
     session = None
     try:
-        session = Session(settings, run, node, recipe)
+        session = Session(settings, run, node, recipe, afterwards(config_yaml, folder))
         with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
             fit(session, recipe, data, resume, folder)
         if damaged := sorted(getattr(data, "skipped", ())):
@@ -179,6 +181,47 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     return folder
 
 
+def notes(settings: TrainSettings, data: Any, recipe: Any) -> list[str]:
+    """What is odd about a training although it can run."""
+    found = list(recipe.notes())
+    clips, batch = getattr(data, "train_samples", None), data.batch_size
+    if clips is not None and clips < batch:
+        found.append(
+            f"{clips} clips to train on are fewer than data.module.batch_size={batch}: every batch repeats some"
+        )
+    return found
+
+
+def afterwards(config_yaml: str, folder: Path) -> str:
+    """What follows the training, for its lines of progress: the evaluations, each with the minutes that it took in the
+    newest other run of this recipe with the same model, recipe and evaluation, if there is one."""
+    import yaml
+
+    mine, parts = yaml.safe_load(config_yaml), []
+    others = sorted(folder.parent.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for name in (name for name, node in (mine.get("after_fit") or {}).items() if node is not None):
+        took = next((seconds for file in others if (seconds := _took(file, name, mine)) is not None), None)
+        parts.append(f"{name} ({'time unknown' if took is None else f'about {took / 60:.1f} min'})")
+    return f", then after_fit: {', '.join(parts)}" if parts else ""
+
+
+def _took(config: Path, name: str, mine: Mapping[str, Any]) -> float | None:
+    """Seconds that an evaluation took in the run with this config.yaml; None if it did not run or had other settings."""
+    import yaml
+
+    from magihuman.training.runs import RunFolder
+
+    try:
+        theirs = yaml.safe_load(config.read_text(encoding="utf-8"))
+        if [theirs[p] for p in ("model", "recipe")] != [mine[p] for p in ("model", "recipe")]:
+            return None
+        if theirs["after_fit"][name] != mine["after_fit"][name]:
+            return None
+        return float(RunFolder(config.parent).read()["seconds"][name])
+    except (OSError, UserError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
 def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
     from magihuman.training.checkpoint import SIGNALS, step_of
@@ -196,6 +239,10 @@ def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         session.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into status 1
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -208,7 +255,10 @@ def stopped(session: Any, run: Any) -> None:
 
     at, reason = session.preemption.stopped_at, session.preemption.received
     run.update(status="preempted", steps=at, metrics=session.lines.last)
-    say(f"stopped by {reason} after step {at}; the same command with folder={run.path} continues")
+    say(
+        f"stopped by {reason} after step {at}; the same command with folder={run.path} continues; with "
+        f"trainer.max_steps={at} after_fit=null too, it exports what there is, to sample from"
+    )
     requeue()
     raise SystemExit(STOPPED)
 
@@ -218,12 +268,14 @@ def after_fit(settings: TrainSettings, run: Any) -> None:
     for name, node in (settings.after_fit or {}).items():
         if node is None:
             continue
+        start = time.monotonic()
         with stage(name):
             try:
                 result = call(node, f"after_fit.{name}")
             except NotApplicable as reason:
                 say(f"   note: after_fit.{name} is skipped: {reason}")
                 continue
+        run.update(seconds={name: round(time.monotonic() - start, 1)})
         if isinstance(result, Mapping):
             run.update(results={name: dict(result)})
 

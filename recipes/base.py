@@ -26,6 +26,16 @@ NOT_FINITE_LIMIT = 20
 """Steps in a row without a finite gradient after which a training stops."""
 
 
+def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError, naming the first weight that is not finite."""
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise UserError(
+            f"the trained weights are not finite ({wrong}) and are not exported; start again under another name= with a "
+            "lower learning rate, or continue from an earlier checkpoint with resume="
+        )
+
+
 class Recipe(L.LightningModule):
     """A Lightning module that trains one network. A recipe implements `loss`, with all random numbers from `rng`.
 
@@ -49,6 +59,9 @@ class Recipe(L.LightningModule):
             inside another).
         renamed_values: old -> new names of values of these settings, for runs of earlier versions.
         strategies: names of the strategies that the recipe supports.
+        watched: names of the losses that end the training when they diverge (`magihuman.training.callbacks.Divergence`).
+        shown: names of the metrics in the lines of progress.
+        learning_rates: settings to lower if the training diverges, in words.
     """
 
     sigma: SigmaPrior
@@ -58,6 +71,9 @@ class Recipe(L.LightningModule):
     fixed_on_resume: tuple[str, ...] = ()
     renamed_values: ClassVar[Mapping[str, str]] = {}
     strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
+    watched: tuple[str, ...] = ("loss",)
+    shown: tuple[str, ...] = ("loss", "loss/video", "loss/audio", "val/sync_gap")
+    learning_rates = "optim.lr"
 
     def __init__(self, context: TrainingContext) -> None:
         super().__init__()
@@ -68,7 +84,7 @@ class Recipe(L.LightningModule):
         self.step = 0
         self.batches = 0
         self.stepped = False
-        self.meter = Meter()
+        self.meter = Meter(self.watched)
         self.excluded_seconds = 0.0
         self._not_finite: dict[str, int] = {}
 
@@ -81,6 +97,16 @@ class Recipe(L.LightningModule):
     def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
         """Metrics of `network` on a batch that is never trained on, by name (`val/...`)."""
         return {}
+
+    def notes(self) -> list[str]:
+        """What is odd about the settings although it can be trained; printed before the training."""
+        warmup = self.context.optim.warmup
+        if warmup <= self.max_steps:
+            return []
+        return [
+            f"optim.warmup={warmup} is longer than trainer.max_steps={self.max_steps}: the learning rate does not reach "
+            "optim.lr"
+        ]
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """Model FLOPs (`magihuman.models.flops`) of the latest step, on this batch; here one forward and one
@@ -188,6 +214,8 @@ class Recipe(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        if self.context.strategy.name.startswith("zero"):
+            return  # DeepSpeed holds the gradients, and clips them in its step
         norm = clip_gradients([p for g in optimizer.param_groups for p in g["params"]], self.context.optim.clip_norm)
         self.count_norm("grad_norm", norm)
 
@@ -202,14 +230,28 @@ class Recipe(L.LightningModule):
         self.meter.add("not_finite", 0.0 if finite else 1.0)
         # By name: the finite gradients of one network must not reset the count of another.
         self._not_finite[name] = 0 if finite else self._not_finite.get(name, 0) + 1
-        if self._not_finite[name] >= NOT_FINITE_LIMIT:
-            raise UserError(
-                f"the gradient ({name}) was not finite for {NOT_FINITE_LIMIT} steps up to step {self.step}; "
-                "lower optim.lr, lengthen optim.warmup, or set trainer.precision=fp32"
-            )
+        self.require_finite(NOT_FINITE_LIMIT)
+
+    def require_finite(self, limit: int) -> None:
+        """Raise if a gradient was not finite in the last `limit` steps.
+
+        Raises:
+            UserError: with what to change.
+        """
+        for name, steps in self._not_finite.items():
+            if steps >= limit:
+                raise UserError(
+                    f"the gradient ({name}) was not finite for {steps} steps up to step {self.step}; "
+                    f"lower {self.learning_rates}, lengthen optim.warmup, or set trainer.precision=fp32"
+                )
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.context.strategy.name.startswith("zero"):
+            norm = float(self.trainer.model.get_global_grad_norm())  # type: ignore[union-attr, operator]
+            self.count_norm(
+                "grad_norm", norm if norm >= 0 else math.nan
+            )  # DeepSpeed says -1 for one that is not finite
         self.after_step()
 
     def after_step(self) -> None:
@@ -258,4 +300,5 @@ class Recipe(L.LightningModule):
         """Write the network in the released layout; call it on every process, the main one writes."""
         weights = self.exported_weights()
         if self.global_rank == 0:
+            require_finite_weights(weights)
             save_export(folder, released_dtypes(weights, self.context.transformer[0]), self.export_config())

@@ -87,6 +87,9 @@ class DMD2(Recipe):
     """
 
     optimizers_needed = 2
+    watched = ("fake_score/video", "fake_score/audio")  # "loss", the size of the gradient, may grow from nothing
+    shown = ("fake_score/video", "fake_score/audio", "loss", "monitor/diversity_video")
+    learning_rates = "optim.lr and recipe.fake_score.lr"
     fixed_on_resume = ("networks", "lora", "gan.taps")
     renamed_values: ClassVar[dict[str, str]] = {"lora_critic": "lora_fake_score"}
 
@@ -117,6 +120,11 @@ class DMD2(Recipe):
         teacher = zoo.config_of(context.init)
         first = {"recipe.first_step": first_step, "recipe.fake_score.first_step": fake_score.first_step}
         check_settings(context, teacher, sigma, networks, first, sampling.steps, micro_batch)
+        if fake_score.warmup >= self.max_steps:
+            raise UserError(
+                f"recipe.fake_score.warmup={fake_score.warmup} leaves the student none of trainer.max_steps="
+                f"{self.max_steps}; raise max_steps, or lower the warm-up"
+            )
         self.sigma = sigma or teacher.sigma_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
@@ -132,6 +140,12 @@ class DMD2(Recipe):
         self.student_updates = self.fake_score_updates = 0
         self.networks: Networks | None = None
         self.strict_loading = networks == "full"  # else the frozen base is not in the checkpoint
+
+    def notes(self) -> list[str]:
+        found = super().notes()
+        if self.gan.weight and self.gan.start >= self.max_steps:
+            found.append(f"recipe.gan.start={self.gan.start} is not reached within trainer.max_steps={self.max_steps}")
+        return found
 
     # One iteration
 
@@ -436,6 +450,17 @@ class DMD2(Recipe):
         return dict(merge(base_state(state), lora_state(state, "average"), self.lora))
 
     def export(self, folder: Path) -> None:
+        """Write the student; in addition its LoRA, where it is one.
+
+        Raises:
+            UserError: it was never trained.
+        """
+        if not self.student_updates:
+            raise UserError(
+                f"the training ended at step {self.step}, within the warm-up of the fake score "
+                f"(recipe.fake_score.warmup={self.fake_score_settings.warmup}): the student is still the teacher and is not "
+                "exported; the same command continues"
+            )
         super().export(folder)
         if self.sharing == "lora":  # in addition to the merged weights, whose bf16 rounds small updates away
             assert self.networks is not None

@@ -32,6 +32,7 @@ from magihuman.training.context import TrainingContext
 from magihuman.training.optim import decay_at, ema_update
 from magihuman.training.rng import stream
 from magihuman.zoo import lora_files
+from recipes.base import require_finite_weights
 from recipes.pretrain import Pretrain
 
 TUNED, AVERAGE = "tuned", "average"
@@ -175,6 +176,7 @@ class Lora(Pretrain):
         facts = {"base": fingerprint(zoo.find(self.base))}
         config = replace(config, provenance=config.provenance | facts)
         own = lora_state(whole, self.exported)
+        require_finite_weights(own)
         lora_files.save_lora(folder.parent / "adapter", own, self.lora, config, self.base)
         if self.merge:
             save_export(folder, lora_files.merged(base_state(whole), own, self.lora, config.model), config)

@@ -30,7 +30,7 @@ from magihuman.training.decoder_training import SampledLatents
 from magihuman.training.optim import EMA, clip_gradients
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import decoders
-from recipes.base import Recipe
+from recipes.base import Recipe, require_finite_weights
 
 PEAK = 2.0  # of frames in [-1,1]
 
@@ -48,6 +48,8 @@ class TurboVAE(Recipe):
     """
 
     strategies = ("single", "ddp")
+    watched = ("loss/pixel",)  # an adversarial loss may begin late
+    shown = ("loss", "loss/pixel", "val/psnr")
 
     def __init__(
         self,
@@ -195,7 +197,9 @@ class TurboVAE(Recipe):
         if self.global_rank == 0:
             facts = {**self.context.provenance, "steps": self.step, "averaged": self.ema is not None}
             config = decoders.DecoderConfig(self.config.layout, self.config.network, self.config.latents, facts)
-            decoders.save(folder, self.network.state_dict(), config)
+            weights = self.network.state_dict()
+            require_finite_weights(weights)
+            decoders.save(folder, weights, config)
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ class FakeScoreSettings:
         first_step: steps before this one are left out; their data estimates are blurred.
 
     Raises:
-        UserError: at construction, for values that are not positive.
+        UserError: at construction, for values out of range.
     """
 
     lr: float = 2e-4
@@ -33,10 +33,10 @@ class FakeScoreSettings:
     first_step: int = 0
 
     def __post_init__(self) -> None:
-        if self.updates < 1 or self.samples_per_rollout < 1 or not self.lr > 0:
+        if self.updates < 1 or self.samples_per_rollout < 1 or self.warmup < 0 or not self.lr > 0:
             raise UserError(
-                f"recipe.fake_score needs updates and samples_per_rollout of at least 1 and a positive lr, not "
-                f"{self.updates}, {self.samples_per_rollout} and {self.lr}"
+                f"recipe.fake_score needs updates and samples_per_rollout of at least 1, a warmup of at least 0 and a "
+                f"positive lr, not {self.updates}, {self.samples_per_rollout}, {self.warmup} and {self.lr}"
             )
 
 

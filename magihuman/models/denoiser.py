@@ -131,7 +131,7 @@ class Denoiser(nn.Module):
     def features(
         self, video: Tensor, audio: Tensor, text: Sequence[Tensor], taps: Sequence[int], lora: str | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Residual stream of both modalities after some layers.
+        """Residual stream of both modalities after some layers; layers behind the last of them are not computed.
 
         Args:
             taps: layers, ascending.
@@ -142,7 +142,7 @@ class Denoiser(nn.Module):
         layout = self.layout_for(video.shape, audio.shape[1], [len(t) for t in text], video.device)
         tokens = patchify(video, self.pack.patch_size).flatten(0, 1)
         words, lora = torch.cat(list(text)), lora or self.lora
-        *_, streams = self.model(tokens, audio.flatten(0, 1), words, layout, lora=lora, taps=taps)
+        streams = self.model(tokens, audio.flatten(0, 1), words, layout, lora=lora, taps=taps)
         parts = [stream.split(layout.sizes)[:2] for stream in streams]
         return [(v.unflatten(0, (len(video), -1)), a.unflatten(0, (len(video), -1))) for v, a in parts]
 

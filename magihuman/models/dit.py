@@ -350,7 +350,7 @@ class SingleStreamDiT(nn.Module):
         rotary: Tensor | None = None,
         lora: str | None = None,
         taps: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor] | list[Tensor]:
         """Predict velocities.
 
         Args:
@@ -358,11 +358,11 @@ class SingleStreamDiT(nn.Module):
             rotary: fp32 [L,3D/4] made earlier for this layout; computed where absent.
             lora: name of the LoRA to compute with; None is the base. An argument instead of state, so that activation
                 checkpointing recomputes the same pass whatever was called in between.
-            taps: layers, ascending, after which the residual stream is returned too. A return value instead of a hook, so
-                that it works with recomputation and sharding.
+            taps: layers, ascending, after which the residual stream is returned instead of the velocities; later layers
+                are not computed. A return value instead of a hook, so that it works with recomputation and sharding.
 
         Returns:
-            fp32 [Nv,Cv] in the output's channel order (`magihuman.models.tokens.unpatchify`), fp32 [Na,Ca], and with taps a
+            fp32 [Nv,Cv] in the output's channel order (`magihuman.models.tokens.unpatchify`) and fp32 [Na,Ca]; with taps a
             list of fp32 [L,H] in packed order.
 
         Raises:
@@ -384,13 +384,14 @@ class SingleStreamDiT(nn.Module):
             x = self._run(x, table, layout, done, tap + 1, lora)
             tapped.append(x)
             done = tap + 1
+        if taps:
+            return tapped
         x = self._run(x, table, layout, done, self.config.num_layers, lora)
         video_x, audio_x, _ = x.split(layout.sizes)
-        velocities = (
+        return (
             linear_fp32(ends.final_linear_video, ends.final_norm_video(video_x)),
             linear_fp32(ends.final_linear_audio, ends.final_norm_audio(audio_x)),
         )
-        return (*velocities, tapped) if taps else velocities
 
     def _run(self, x: Tensor, table: Tensor, layout: Layout, start: int, stop: int, lora: str | None) -> Tensor:
         mode = self.gradient_checkpointing if torch.is_grad_enabled() else False

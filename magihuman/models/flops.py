@@ -231,7 +231,7 @@ def distillation_flops(
         discriminator: role of the network whose features the discriminator heads read, teacher or fake_score;
             None without a GAN loss; discriminator_layers: blocks up to the last feature. Each update of the fake score
             takes three forward passes (real, generated and perturbed latents), that of the student one forward and
-            backward. The blocks after the last feature are computed by the recipe, but not needed, and do not count.
+            backward. The blocks after the last feature are not computed.
     """
     sizes = {role: lora if role in loras else None for role in ("student", "fake_score", "teacher")}
     student, fake_score, teacher = (passes(config, sample, lora=size) for size in sizes.values())

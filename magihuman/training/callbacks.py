@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -29,10 +30,15 @@ class Meter:
         metrics = meter.flush()
 
     Every process must add the same names in the same order: `flush` sums over processes.
+
+    Args:
+        watched: names that `take_step` returns step by step, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Sequence[str] = ()) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._watched = watched
+        self._step: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def add(self, name: str, values: torch.Tensor | float, weights: torch.Tensor | None = None) -> None:
@@ -40,7 +46,13 @@ class Meter:
         values = torch.as_tensor(values, dtype=torch.float32).detach().reshape(-1)
         weights = torch.ones_like(values) if weights is None else weights.float().reshape(-1)
         pair = torch.stack([(values * weights).sum(), weights.sum()])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        for sums in (self._sums, self._step) if name in self._watched else (self._sums,):
+            sums[name] = sums[name] + pair if name in sums else pair
+
+    def take_step(self) -> dict[str, torch.Tensor]:
+        """Sum of weighted values and sum of weights, fp32 [2], of each watched name since the last call."""
+        taken, self._step = self._step, {}
+        return taken
 
     @torch.no_grad()
     def add_bands(
@@ -108,13 +120,18 @@ class LogLines(L.Callback):
 
     A terminal gets a progress bar, other outputs a line every half minute.
 
+    Args:
+        every: steps; progress: whether to show it.
+        afterwards: what follows the training, for the estimate of the time left.
+
     Attributes:
         last: the latest metrics, validation included, for run.json.
     """
 
-    def __init__(self, every: int, progress: bool) -> None:
+    def __init__(self, every: int, progress: bool, afterwards: str = "") -> None:
         self.every = every
         self.progress = progress
+        self.afterwards = afterwards
         self.last: dict[str, float] = {}
         self._bar: Any = None
         self._clock = 0.0
@@ -163,8 +180,7 @@ class LogLines(L.Callback):
     def _show(self, trainer: L.Trainer, recipe: Any, now: float) -> None:
         if not (self.progress and trainer.is_global_zero):
             return
-        names = ("loss/video", "loss/audio", "val/sync_gap", "loss")
-        shown = {n.split("/")[-1]: f"{self.last[n]:.3f}" for n in names if n in self.last}
+        shown = {name: f"{self.last[name]:.3g}" for name in recipe.shown if name in self.last}
         if self._bar is not None:
             self._bar.set_postfix(shown)
         elif now - self._printed > 30 or recipe.step >= recipe.max_steps:
@@ -172,7 +188,10 @@ class LogLines(L.Callback):
             done = max(1, recipe.step - self._begun[1])
             left = (now - self._begun[0]) / done * (recipe.max_steps - recipe.step)
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left", flush=True)
+            print(
+                f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left{self.afterwards}",
+                flush=True,
+            )
 
     def on_train_end(self, trainer: L.Trainer, recipe: Any) -> None:
         if self._bar is not None:
@@ -222,6 +241,97 @@ def require_interval(callback: str, every_steps: int) -> int:
             f"callbacks.{callback}.every_steps={every_steps} is no interval; give at least 1, or callbacks.{callback}=null"
         )
     return every_steps
+
+
+class Divergence(L.Callback):
+    """Stops a training whose loss has grown beyond use; for losses that are not finite see `Recipe.count_norm`.
+
+    The rule: in each of the last `WINDOW` steps, a loss that the recipe watches (`Recipe.watched`) was more than `FACTOR`
+    times its value in the first step, which is computed with the initial weights. A few unusual batches cannot break it,
+    neither as the first nor as the last ones. A training ends by it too if it is shorter: then half of its steps count.
+
+    Args:
+        every: steps between checks; the last step is always checked.
+    """
+
+    WINDOW = 20
+    FACTOR = 10.0
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.first: dict[str, float] = {}
+        self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=self.WINDOW)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first = dict(state_dict["first"])
+
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not recipe.stepped:
+            return
+        self._recent.append(recipe.meter.take_step())
+        last = trainer.should_stop or recipe.step >= recipe.max_steps
+        if recipe.step % self.every == 0 or last or not self.first:
+            self._check(recipe, last)
+
+    def _check(self, recipe: Any, last: bool) -> None:
+        window = min(self.WINDOW, max(1, recipe.step // 2)) if last else self.WINDOW
+        if last:
+            recipe.require_finite(window)
+        for name in recipe.watched:
+            pairs = [step[name] for step in self._recent if name in step]
+            if not pairs:
+                continue
+            table = torch.stack(pairs).to(recipe.device)  # [steps, 2]
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(table)
+            losses = [total / count for total, count in table.cpu().tolist() if count > 0]
+            if not self.first.get(name):
+                if losses and math.isfinite(losses[0]):
+                    self.first[name] = losses[0]
+                continue
+            first, losses = self.first[name], losses[-window:]
+            if len(losses) == window and min(losses) > self.FACTOR * first:
+                raise UserError(
+                    f"the training diverged: {name} is {losses[-1]:.4g} at step {recipe.step}, and in the last {window} "
+                    f"steps it was always above {self.FACTOR:g} times its first value, {first:.4g}; start again under "
+                    f"another name= with a lower {recipe.learning_rates} or a longer optim.warmup, or continue from an "
+                    "earlier checkpoint with resume="
+                )
+
+
+def oddities(batch: dict[str, Any]) -> list[str]:
+    """What is odd about the latents of a batch as training data: constant, equal, still or silent clips, in words."""
+    video, audio, found = batch["video"].float(), batch["audio"].float(), []
+    clips = f"all {len(video)} clips of the first batch"
+
+    def flat(spread: torch.Tensor) -> bool:  # latents have a standard deviation of about 1
+        return bool(spread.amax() < 0.01)
+
+    if flat(video.flatten(1).std(1)):
+        found.append(f"the pictures of {clips} are of a single colour")
+    elif video.shape[2] > 1 and flat(video.std(2)):
+        found.append(f"nothing moves in {clips}")
+    if len(video) > 1 and flat((video - video[:1]).abs()):
+        found.append(f"{clips} are the same pictures")
+    if audio.shape[1] > 1 and flat(audio.std(1)):
+        found.append(f"the sound of {clips} does not change; it may be silence")
+    return found
+
+
+class Oddities(L.Callback):
+    """Says what is odd about the first batch (`oddities`)."""
+
+    def __init__(self) -> None:
+        self._looked = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, recipe: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero and not self._looked and batch.get("real", True):
+            for line in oddities(batch):
+                print(f"note: {line}", flush=True)
+        self._looked = True
 
 
 class Validation(L.Callback):

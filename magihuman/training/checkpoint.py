@@ -312,6 +312,8 @@ class Preemption(L.Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        # Not print, which a signal may interrupt.
+        os.write(2, f"{self.received}: saving and stopping at the end of this step\n".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not recipe.stepped:

@@ -23,7 +23,7 @@ from magihuman.io.export import Size, check_fit, read_header, weight_files
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
-from magihuman.training.callbacks import Limits, LogLines, Samples
+from magihuman.training.callbacks import Divergence, Limits, LogLines, Oddities, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption
 from magihuman.training.parallel import build_strategy, check_device, check_launch, plugins
 from magihuman.training.runs import RunFolder, build_loggers
@@ -250,11 +250,13 @@ class Session:
     What of Lightning is switched off, and why: `magihuman/README.md`.
     """
 
-    def __init__(self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any) -> None:
+    def __init__(
+        self, settings: TrainSettings, run: RunFolder, config: Mapping[str, Any], recipe: Any, afterwards: str = ""
+    ) -> None:
         options = settings.trainer
         seconds = None if options.max_time is None else parse_time(options.max_time)
         self.loggers = build_loggers(run, settings.logger.wandb, config)
-        self.lines = LogLines(options.log_every, options.progress)
+        self.lines = LogLines(options.log_every, options.progress, afterwards)
         self.limits = Limits(options.max_steps, seconds)
         self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
         self.preemption = Preemption(self.checkpointer)
@@ -276,7 +278,15 @@ class Session:
             gradient_clip_val=settings.optim.clip_norm if settings.strategy.name.startswith("zero") else None,
             logger=self.loggers,
             # Order matters: decisions to stop, then the log line of this step, then its checkpoint.
-            callbacks=[self.limits, *extra, self.lines, self.checkpointer, self.preemption],
+            callbacks=[
+                Oddities(),
+                self.limits,
+                Divergence(options.log_every),
+                *extra,
+                self.lines,
+                self.checkpointer,
+                self.preemption,
+            ],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -93,9 +93,10 @@ class RunFolder:
 
     @rank_zero_only
     def fail(self, error: BaseException) -> None:
-        """Record that the training failed; on a full disk by a change in place, which needs no space."""
+        """Record that the training failed, or was interrupted by Ctrl-C; on a full disk by a change in place, which needs no space."""
         try:
-            self.update(status="failed", error=f"{type(error).__name__}: {error}")
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.update(status=status, error=f"{type(error).__name__}: {error}")
         except OSError:
             file = self.path / "run.json"
             with suppress(OSError):

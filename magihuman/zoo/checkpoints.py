@@ -234,6 +234,11 @@ def _within(folder: Path, label: str) -> Path:
     for candidate in (folder, folder / "export"):
         if (candidate / CONFIG).is_file():
             return candidate
+    if (folder / "run.json").is_file():
+        raise UserError(
+            f"{folder} is a run that has exported nothing yet; let it finish, or give its training command with "
+            f"folder={folder} after_fit=null and trainer.max_steps set to the step of its newest checkpoint, which exports that"
+        )
     raise UserError(f"{folder} holds no exported checkpoint (config.json, or export/config.json of a run)")
 
 

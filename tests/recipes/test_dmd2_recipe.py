@@ -1,6 +1,7 @@
 """The recipe DMD-2: conditioning masks, order of tokens, roles of the networks, resume, several processes."""
 
 import csv
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -392,8 +393,10 @@ def moves(run: Path, teacher: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(world, alone, teacher, tmp_path, strategy) -> None:
     folder = tmp_path / "two"
-    # Stopped while neither the student nor the discriminator has had a gradient, and continued.
-    assert world.run(folder, strategy, 2, "trainer.max_steps=2") == [0, 0]
+    # Stopped while neither the student nor the discriminator has had a gradient, which is no success, and continued.
+    assert world.run(folder, strategy, 2, "trainer.max_time=00:00:00")[0] == 1
+    assert "the student is still the teacher" in json.loads((folder / "run.json").read_text())["error"]
+    assert not (folder / "export").exists()
     assert world.run(folder, strategy, 2) == [0, 0]
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (alone, folder)]
     compared = 0

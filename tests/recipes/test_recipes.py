@@ -27,7 +27,7 @@ def test_three_steps_and_an_exact_continuation(recipe, shards, parent, tmp_path)
     if training_stub.compose([f"+recipe={recipe}"]).init is not None:
         common.append(f"init={parent}")
     if recipe == "dmd2":
-        common.append("recipe.fake_score.warmup=1")  # so that the student moves within three cycles
+        common.append("recipe.fake_score.warmup=0")  # so that the student moves in every cycle
     through = training_stub.train_here(tmp_path / "a", shards, common)
     halves = training_stub.train_here(tmp_path / "b", shards, [*common, "trainer.max_time=00:00:00"])
     record = json.loads((halves / "run.json").read_text())
@@ -122,6 +122,7 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
         (["+recipe=lora", "init=null"], "lora fine-tunes a trained checkpoint"),
         (["+recipe=dmd2", "recipe.sampling.steps=4"], "recipe.first_step=4 is not one of the 4 steps"),
         (["+recipe=dmd2", "recipe.networks=three"], "recipe.networks='three' is unknown"),
+        (["+recipe=dmd2", "trainer.max_steps=10"], "recipe.fake_score.warmup=10 leaves the student none of"),
         (["+recipe=sr", "data=tiny"], "these shards hold clips at one size"),
         (["+recipe=turbo_vae", "recipe.crop=0"], "recipe.crop=0 is at least 1"),
         (["+recipe=pretrain", "callbacks.samples.every_steps=0"], "callbacks.samples.every_steps=0 is no interval"),
@@ -153,6 +154,39 @@ def test_gradients_that_stay_infinite_end_the_training_with_advice(shards, tmp_p
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["status"] == "failed"
     assert "not finite" in record["error"]
+
+
+def test_a_short_training_without_a_finite_gradient_is_not_finished(shards, tmp_path) -> None:
+    overrides = ["+recipe=pretrain", "recipe.video_weight=inf", "callbacks.validation=null"]
+    with pytest.raises(UserError, match=r"not finite for 3 steps up to step 3"):
+        training_stub.train_here(tmp_path / "a", shards, overrides)
+    assert not (tmp_path / "a" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rate"), [("pretrain", "optim.lr=30"), ("dmd2", "optim.lr=30"), ("turbo_vae", "optim.lr=30")]
+)
+def test_a_training_that_diverges_is_not_finished(recipe, rate, shards, parent, tmp_path) -> None:
+    overrides = [f"+recipe={recipe}", "optim=adamw", "optim.warmup=1", rate, "callbacks.validation=null"]
+    if recipe == "dmd2":
+        overrides += [f"init={parent}", "recipe.fake_score.warmup=1", "recipe.monitor.every=0", "recipe.gan.weight=0"]
+    with pytest.raises(UserError, match=r"the training diverged: \S+ is .* times its first value.*a lower optim.lr"):
+        training_stub.train_here(tmp_path / "a", shards, [*overrides, "trainer.max_steps=30"])
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert not (tmp_path / "a" / "export").exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(shards, tmp_path, monkeypatch) -> None:
+    from recipes.base import Recipe
+
+    whole = Recipe.exported_weights
+    monkeypatch.setattr(
+        Recipe, "exported_weights", lambda recipe: {k: v * float("nan") for k, v in whole(recipe).items()}
+    )
+    with pytest.raises(UserError, match=r"the trained weights are not finite \(adapter\.\S+\)"):
+        training_stub.train_here(tmp_path / "a", shards, ["+recipe=pretrain"])
+    assert not (tmp_path / "a" / "export").exists()
 
 
 def test_samples_and_held_out_figures_are_made_on_the_way_and_change_nothing(shards, tmp_path) -> None:

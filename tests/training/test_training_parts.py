@@ -17,7 +17,7 @@ from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
 from magihuman.training import checkpoint, parallel, runs
-from magihuman.training.callbacks import Meter
+from magihuman.training.callbacks import Divergence, Meter, oddities
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
 from magihuman.training.optim import Ramp, value_at
@@ -53,6 +53,60 @@ def test_a_meter_averages_with_weights_and_by_band() -> None:
     figures = meter.flush()
     assert figures == {"loss": pytest.approx(14 / 5), "x/sigma_0.0_0.5": 1.0, "x/sigma_0.5_1.0": 3.0}
     assert meter.flush() == {}
+
+
+def diverges(losses: list[float], every: int = 5) -> int | None:
+    """The step at which a training with these losses is stopped, or None."""
+    recipe = SimpleNamespace(
+        meter=Meter(["loss"]), watched=["loss"], step=0, stepped=True, max_steps=len(losses), device="cpu",
+        learning_rates="optim.lr", require_finite=lambda limit: None,
+    )  # fmt: skip
+    check = Divergence(every)
+    for loss in losses:
+        recipe.step += 1
+        recipe.meter.add("loss", loss)
+        try:
+            check.on_train_batch_end(SimpleNamespace(should_stop=False), recipe, None, None, 0)
+        except UserError:
+            return recipe.step
+    return None
+
+
+def test_a_divergence_is_told_from_noise_and_from_spikes() -> None:
+    assert diverges([2.0] + [2.1] * 9 + [21.0] * 90) == 30
+    assert diverges([2.0, *(10.0**n for n in range(2, 30))]) == 25  # the first step alone was healthy
+    assert diverges([2.0] * 50 + [1e6] * 19 + [2.0] * 50) is None
+    assert diverges([2.0] + [19.0] * 100) is None
+    assert diverges([2.0, 3.0, 50.0, 60.0]) == 4  # a short one, at its end
+    assert diverges([2.0, 3.0, 50.0, 6.0]) is None
+    assert diverges([2.0]) is None
+    assert diverges([0.0, 2.0, 2.0, 2.0, 2.0, 2.0]) is None  # no loss in the first step: nothing to compare with
+    # One sample per step, whose loss depends on its noise level.
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert diverges((0.02 * 50 ** torch.rand(2000, generator=draw)).tolist()) is None
+
+
+def test_a_divergence_is_found_after_a_resume() -> None:
+    check = Divergence(1)
+    check.load_state_dict({"first": {"loss": 2.0}})
+    assert check.state_dict() == {"first": {"loss": 2.0}}
+
+
+def test_odd_data_are_said() -> None:
+    batch = training_stub.batch(range(4))
+    assert oddities(batch) == []
+    still = {**batch, "video": batch["video"][:, :, :1].expand(-1, -1, 3, -1, -1)}
+    assert oddities(still) == ["nothing moves in all 4 clips of the first batch"]
+    grey, silent = torch.full_like(batch["video"], 0.3), torch.full_like(batch["audio"], 0.1)
+    assert oddities({"video": grey, "audio": silent}) == [
+        "the pictures of all 4 clips of the first batch are of a single colour",
+        "all 4 clips of the first batch are the same pictures",
+        "the sound of all 4 clips of the first batch does not change; it may be silence",
+    ]
+    one = {key: batch[key][[0, 0, 0]] for key in ("video", "audio")}
+    assert oddities(one) == ["all 3 clips of the first batch are the same pictures"]
+    assert oddities(training_stub.batch(range(2), sound=False)) == []
 
 
 def test_ramps() -> None:

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO on two CPU processes, where DeepSpeed is installed (pip install -e ".[scale]")."""
 
+import json
 import os
 import signal
 from importlib.util import find_spec
@@ -80,3 +81,14 @@ def test_zero_trains_what_one_process_trains_and_continues_exactly(strategy, tmp
         tolerance = 0.01 if weight.dtype == torch.bfloat16 else 1e-3
         assert (weight.float() - one[key].float()).abs().max() < tolerance, key
     assert Path(killed / "checkpoints" / "last.ckpt").is_dir()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_gradients_that_are_not_finite_are_counted_and_end_the_training(strategy, tmp_path) -> None:
+    world, folder = ZeroLauncher(training_stub.write_shards(tmp_path / "shards")), tmp_path / "run"
+    broken = ["optim=adamw", "optim.ema_decay=0", "recipe.video_weight=nan"]
+    assert world.run(folder, strategy, 2, *broken)[0] == 1
+    assert (
+        "the gradient (grad_norm) was not finite for 5 steps" in json.loads((folder / "run.json").read_text())["error"]
+    )
+    assert not (folder / "export").exists()
