@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.cli import calm_bars
-from magihuman.config import TrainSettings, changes, validate
+from magihuman.config import TrainSettings, available, changes, groups, validate
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS, disk_problem, require_writable
 from magihuman.overrides import overrides, swept
@@ -133,7 +133,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
         SystemExit: with status 75 when a signal stopped the training and it can be continued.
     """
     from magihuman.training.checkpoint import find_resume, require_same_training
-    from magihuman.training.context import Session, build_context, check_before_data, parents, quiet
+    from magihuman.training.context import Session, build_context, build_recipe, check_before_data, parents, quiet
     from magihuman.training.runs import RunFolder
 
     tune_cpu(settings.trainer.threads)
@@ -150,7 +150,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     data, shards = make_data(settings)
     provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
     context = build_context(settings, data, provenance)
-    recipe = call(settings.recipe, "recipe", context=context)
+    recipe = build_recipe(settings.recipe, context)
     for note in notes(settings, data, recipe):
         say(f"note: {note}")
     if is_main_process():
@@ -379,6 +379,9 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and are printed as one line
     try:
         sys.argv[1:] = overrides(typed)
+        if {"-h", "--help"} & set(typed):
+            print(help_text([word for word in sys.argv[1:] if not word.startswith("-")]))
+            return
         sweep = Sweep(swept(sys.argv[1:]) if {"-m", "--multirun"} & set(sys.argv) else set())
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
         sweep.report()
@@ -391,6 +394,22 @@ def main() -> None:
         if composed:
             raise
         report_and_exit(UserError(_with_cause(error)))
+
+
+def help_text(words: list[str]) -> str:
+    """The help: groups with their choices, and the settings with these overrides. Hydra's own takes twice as long."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", words, return_hydra_config=True)
+    header, footer = config.hydra.help.header, config.hydra.help.footer
+    del config.hydra
+    choices = "\n".join(f"{group}: {', '.join(available(group))}" for group in groups())
+    return (
+        f"{header}\nGroups and their choices:\n{choices}\n\nSettings (see the comments in configs/):\n\n"
+        f"{OmegaConf.to_yaml(config)}\n{footer}"
+    )
 
 
 class Sweep:

@@ -55,7 +55,16 @@ from magihuman.models.lora import base_state, lora_state, merge, without_base
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.context import TrainingContext
-from magihuman.training.optim import build_optimizer, build_schedule, clip_gradients, decay_at, ema_update, fill_state
+from magihuman.training.optim import (
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    decay_at,
+    ema_update,
+    fill_state,
+    require_shares,
+    require_weights,
+)
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo.lora_files import save_lora
 from recipes.base import Recipe
@@ -120,6 +129,8 @@ class DMD2(Recipe):
         teacher = zoo.config_of(context.init)
         first = {"recipe.first_step": first_step, "recipe.fake_score.first_step": fake_score.first_step}
         check_settings(context, teacher, sigma, networks, first, sampling.steps, micro_batch)
+        require_weights(video_weight=video_weight, audio_weight=audio_weight)
+        require_shares(first_frame=first_frame, audio_conditioning=audio_conditioning)
         if fake_score.warmup >= self.max_steps:
             raise UserError(
                 f"recipe.fake_score.warmup={fake_score.warmup} leaves the student none of trainer.max_steps="

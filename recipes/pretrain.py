@@ -28,7 +28,7 @@ from magihuman.models.config import TreadConfig
 from magihuman.models.flops import passes
 from magihuman.training.context import TrainingContext
 from magihuman.training.motion import motion_weight, sync_gap
-from magihuman.training.optim import Ramp, value_at
+from magihuman.training.optim import Ramp, require_shares, require_weights, value_at
 from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
 
@@ -68,7 +68,7 @@ class Pretrain(Recipe):
         tread: token routing, or None.
 
     Raises:
-        UserError: probabilities that sum to more than one.
+        UserError: values out of range, or probabilities that sum to more than one.
     """
 
     def __init__(
@@ -91,6 +91,11 @@ class Pretrain(Recipe):
         self.video_weight, self.audio_weight, self.motion_floor = video_weight, audio_weight, motion_floor
         self.text_drop, self.first_frame = text_drop, first_frame
         self.audio_conditioning, self.video_conditioning = audio_conditioning, video_conditioning
+        require_weights(video_weight=video_weight, audio_weight=audio_weight)
+        require_shares(
+            motion_floor=motion_floor, text_drop=text_drop, first_frame=first_frame,
+            audio_conditioning=audio_conditioning, video_conditioning=video_conditioning,
+        )  # fmt: skip
         for share in (0.0, 1.0):
             both = value_at(audio_conditioning, share) + value_at(video_conditioning, share)
             if both > 1:

@@ -57,7 +57,7 @@ from magihuman.models.flops import passes, samples
 from magihuman.training.context import TrainingContext
 from magihuman.training.first_stage import FirstStage, FirstStageSettings
 from magihuman.training.motion import motion_weight
-from magihuman.training.optim import Ramp, value_at
+from magihuman.training.optim import Ramp, require_shares, require_weights, value_at
 from magihuman.training.rng import BatchRng
 from recipes.base import Recipe
 
@@ -127,6 +127,12 @@ class SuperResolution(Recipe):
         self.noise_index, self.audio_noise = noise_index, audio_noise
         self.audio_weight, self.motion_floor, self.first_frame = audio_weight, motion_floor, first_frame
         self._first_stage: FirstStage | None = None
+        require_weights(audio_weight=audio_weight)
+        require_shares(motion_floor=motion_floor, first_frame=first_frame)
+        if first_stage.base_share > 0:
+            assert first_stage.base is not None
+            base = zoo.config_of(first_stage.base)
+            base.contract.require(context.contract, "recipe.first_stage.base", "the shards")
         if not 0 <= noise_index[0] <= noise_index[1] < 1000 or not 0 <= audio_noise[0] <= audio_noise[1] <= 1:
             raise UserError(
                 f"recipe.noise_index={list(noise_index)} should be a range within 0 to 999 and "
@@ -141,7 +147,6 @@ class SuperResolution(Recipe):
             if chosen.base_share > 0:
                 assert chosen.base is not None
                 loaded = zoo.load(chosen.base, self.device, torch.bfloat16)
-                loaded.config.contract.require(self.context.contract, "recipe.first_stage.base", "the shards")
                 base = loaded.denoiser.requires_grad_(False)
             if chosen.size is not None:
                 codec = load_bundle(self.context.codecs, self.device).video_codec

@@ -27,7 +27,7 @@ from magihuman.io.released_files import read_state
 from magihuman.training import decoder_training as losses
 from magihuman.training.context import TrainingContext
 from magihuman.training.decoder_training import SampledLatents
-from magihuman.training.optim import EMA, clip_gradients
+from magihuman.training.optim import EMA, clip_gradients, require_weights
 from magihuman.training.rng import BatchRng, stream
 from magihuman.zoo import decoders
 from recipes.base import Recipe, require_finite_weights
@@ -70,6 +70,7 @@ class TurboVAE(Recipe):
         self.decoder: nn.Module | None = None
         if context.trainer.activation_checkpointing or context.trainer.compile:
             raise UserError("this recipe takes trainer.activation_checkpointing=false and trainer.compile=false")
+        require_weights(pixel=pixel, perceptual=perceptual, temporal=temporal)
         if (crop is not None and crop < 1) or not 0 <= sampled_share <= 1:
             raise UserError(
                 f"recipe.crop={crop} is at least 1 or null, recipe.sampled_share={sampled_share} lies in [0, 1]"

@@ -67,10 +67,10 @@ class MonitorSettings:
     balance: tuple[float, float] = (0.05, 20.0)
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or self.samples < 2 or self.patience < 1:
+        if self.prompts < 1 or self.samples < 2 or self.patience < 1 or self.every < 0:
             raise UserError(
-                "recipe.monitor needs at least 1 prompt, 2 samples of it and a patience of 1, not "
-                f"{self.prompts}, {self.samples} and {self.patience}"
+                "recipe.monitor needs at least 1 prompt, 2 samples of it, a patience of 1 and every=0 (off), not "
+                f"{self.prompts}, {self.samples}, {self.patience} and {self.every}"
             )
 
 

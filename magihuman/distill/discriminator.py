@@ -51,10 +51,10 @@ class GanSettings:
     def __post_init__(self) -> None:
         if self.network not in ("teacher", "fake_score"):
             raise UserError(f"recipe.gan.network={self.network!r} is unknown; choose teacher or fake_score")
-        if self.weight < 0 or self.slope < 0 or not self.step > 0:
+        if min(self.weight, self.slope, self.start) < 0 or not min(self.step, self.lr) > 0:
             raise UserError(
-                "recipe.gan needs weight >= 0, slope >= 0 and step > 0, not "
-                f"{self.weight}, {self.slope} and {self.step}"
+                "recipe.gan needs weight, slope and start of at least 0 and a positive step and lr, not "
+                f"{self.weight}, {self.slope}, {self.start}, {self.step} and {self.lr}"
             )
 
     def layers(self, depth: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from magihuman import zoo
 from magihuman.config import ModelSettings, OptimSettings, StrategySettings, TrainerSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
+from magihuman.flow.solvers import make_solver
 from magihuman.io.export import Size, check_fit, read_header, weight_files
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import Contract, DiTConfig, PackConfig
@@ -134,7 +135,23 @@ def check_before_data(settings: TrainSettings) -> None:
         name: None if isinstance(value, dict) and "_target_" in value else value
         for name, value in settings.recipe.items()
     }
-    call(recipe, "recipe", context=build_context(settings, data, {}))
+    build_recipe(recipe, build_context(settings, data, {}))
+
+
+def build_recipe(node: Mapping[str, Any], context: TrainingContext) -> Any:
+    """The recipe of a (checked) node.
+
+    Raises:
+        UserError: settings that it refuses, or a sampler that does not exist.
+    """
+    recipe = call(node, "recipe", context=context)
+    sampling = getattr(recipe, "sampling", None)
+    if sampling is not None:
+        try:
+            make_solver(sampling.solver, sampling.steps, sampling.shift)
+        except UserError as error:
+            raise UserError(f"recipe.sampling: {error}") from None
+    return recipe
 
 
 def find_init(settings: TrainSettings) -> Path | None:

@@ -257,6 +257,20 @@ def value_at(setting: float | Ramp, progress: float) -> float:
     return setting.at(progress) if isinstance(setting, Ramp) else float(setting)
 
 
+def require_shares(**settings: float | Ramp) -> None:
+    """Raises UserError for a setting of a recipe, by name, that is a probability or share and leaves [0, 1]."""
+    for name, setting in settings.items():
+        if not all(0 <= value_at(setting, progress) <= 1 for progress in (0.0, 1.0)):
+            raise UserError(f"recipe.{name}={setting} should be in [0, 1]")
+
+
+def require_weights(**settings: float) -> None:
+    """Raises UserError for the weight of a loss, by the name of its setting, that is negative."""
+    for name, setting in settings.items():
+        if setting < 0:
+            raise UserError(f"recipe.{name}={setting} should not be negative")
+
+
 def _local(network: nn.Module) -> list[torch.Tensor]:
     for module in network.modules():
         if isinstance(module, FSDPModule):  # a forward pass may have left gathered weights in their place
