@@ -184,7 +184,7 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 def notes(settings: TrainSettings, data: Any, recipe: Any) -> list[str]:
     """What is odd about a training although it can run."""
     found = list(recipe.notes())
-    clips, batch = getattr(data, "train_samples", None), data.batch_size
+    clips, batch = getattr(data, "train_samples", None), getattr(data, "batch_size", 0)
     if clips is not None and clips < batch:
         found.append(
             f"{clips} clips to train on are fewer than data.module.batch_size={batch}: every batch repeats some"

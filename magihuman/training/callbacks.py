@@ -193,6 +193,10 @@ class LogLines(L.Callback):
                 flush=True,
             )
 
+    def on_exception(self, trainer: L.Trainer, recipe: Any, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            print("Ctrl-C: stopping; the steps since the last checkpoint are lost", flush=True)
+
     def on_train_end(self, trainer: L.Trainer, recipe: Any) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -121,7 +121,8 @@ def test_adapters_on_a_frozen_network(tmp_path: Path, heads: bool) -> None:
 
 def test_the_second_stage_counts_the_first_one_s_passes() -> None:
     settings = FirstStageSettings(base="tiny/base", base_share=1.0, base_steps=3)
-    recipe = second_stage(first_stage=settings)
+    recipe = second_stage()
+    recipe.settings = settings
     base = zoo.build(DIT, PackConfig(), compute_dtype=torch.float32, seed=0).requires_grad_(False)
     recipe._first_stage = FirstStage(settings, base)
     batch, texts = clips(3), (2, 3, 4)
