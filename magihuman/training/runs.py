@@ -93,7 +93,7 @@ class RunFolder:
 
     @rank_zero_only
     def fail(self, error: BaseException) -> None:
-        """Record that the training failed, or was interrupted by Ctrl-C; on a full disk by a change in place, which needs no space."""
+        """Record that the training failed or was interrupted; on a full disk by a change in place, which needs no space."""
         try:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.update(status=status, error=f"{type(error).__name__}: {error}")
