@@ -1,5 +1,6 @@
 """Peak rates and memory of graphics processors, from their makers' data sheets; no torch."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,22 +45,29 @@ GPUS = {
 }
 
 
-def gpu(name: str) -> Gpu:
-    """The device called `name`.
+# Words in the names that torch gives to devices which do not make it another one, and sizes of memory.
+_PLAIN = re.compile(r"nvidia|geforce|rtx|sxm\d*|pcie|hbm\w+")
+
+
+def gpu(name: str, setting: str = "device") -> Gpu:
+    """The device called `name`, the value of a setting.
 
     Raises:
         UserError: an unknown one, listing the choices.
     """
     if name not in GPUS:
-        raise UserError(f"device={name} is unknown; choose one of {', '.join(GPUS)}")
+        raise UserError(f"{setting}={name} is unknown; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def recognise(device_name: str) -> Gpu | None:
-    """The device that torch gives this name, or None."""
-    plain = device_name.lower().replace("h800", "h100")
-    longest_first = sorted(GPUS, key=len, reverse=True)  # "h100-pcie" before "h100"
-    return next((GPUS[key] for key in longest_first if key.replace("-", " ") in plain), None)
+    """The device that torch gives this name, or None; also None for its laptop, MIG and other variants of less power."""
+    words = set(re.split(r"[\s-]+", device_name.lower().replace("h800", "h100")))
+    for key in sorted(GPUS, key=len, reverse=True):  # "h100-pcie" before "h100"
+        own, memory = set(key.split("-")), f"{GPUS[key].memory / 1e9:.0f}gb"
+        if own <= words and all(_PLAIN.fullmatch(word) for word in words - own - {memory}):
+            return GPUS[key]
+    return None
 
 
 def peak_flops(device: "torch.device") -> float | None:

@@ -8,16 +8,23 @@ from typing import Any, Literal
 from magihuman import zoo
 from magihuman.cli import option
 from magihuman.codecs.bundle import RELEASED_TEXT_CHANNELS, bundle_spec
-from magihuman.codecs.costs import USUAL_TEXT
+from magihuman.codecs.costs import TEXT_LIMIT, USUAL_TEXT
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS, write_result
 from magihuman.io.provenance import computed
 from magihuman.models.config import Checkpointing
+from magihuman.models.flops import SampleTokens
+from magihuman.models.gpu_specs import GPUS, gpu
 from magihuman.zoo import memory_plan, names
 from magihuman.zoo.footprint import BF16, FORMS, FP32, Form
 from magihuman.zoo.memory_plan import GB, MEMORY, RESERVE, SIZES, ClipRequest, Memory, peak
 
 FPS = 25.0
+LIMITS = {
+    **{"seconds": 600, "text": TEXT_LIMIT, "batch": 1000, "height": 16384, "width": 16384, "rank": 8192},
+    **{"gpus": 100_000, "gpu_gb": 100_000, "steps": 10**9},
+}
+"""Of what `plan` and `peaks` compute; what lies beyond is a slip."""
 PEAKS_FORMAT = "magihuman-peaks/1"
 
 
@@ -138,8 +145,12 @@ class ClipOptions:
 
     def __post_init__(self) -> None:
         for name, number in vars(self).items():
-            if isinstance(number, int | float) and not isinstance(number, bool) and not 0 < number < float("inf"):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not 0 < number < float("inf"):
                 raise UserError(f"{name}={number:g} is impossible; give a positive number")
+            if number > LIMITS.get(name, number):
+                raise UserError(f"{name}={number:g} is too much; give at most {LIMITS[name]}")
 
 
 @dataclass(frozen=True)
@@ -157,8 +168,10 @@ class PlanOptions(ClipOptions):
     )
     height: int | None = option("of the clip in pixels, instead of resolution", None)
     width: int | None = option("of the clip in pixels, instead of resolution", None)
-    gpu_gb: float = option("memory of a GPU in GB", 80.0)
+    gpu_gb: float | None = option("memory of a GPU in GB; none is that of gpu", None)
+    gpu: str = option(f"kind of GPU: {', '.join(GPUS)}", "h100")
     gpus: int = option("over which training state is sharded", 1)
+    steps: int = option("pretrain and lora: optimiser steps for the predicted hours", 1000)
     dtype: Literal["bfloat16", "float32"] = option("of the network's products: bfloat16 or float32", "bfloat16")
     memory: Memory = option("infer: fast, balanced or low", "fast")  # noqa: RUF009
     weights: Form | None = option(  # noqa: RUF009
@@ -196,7 +209,8 @@ def plan(options: PlanOptions) -> str:
     last = request.enlarged if request.second else (request.height, request.width)
     what = f"{options.model}, {request.base.parameter_count() / 1e9:.2f} B parameters, {options.task}"
     clip = f"{options.seconds:g} s of {last[1]}x{last[0]}"
-    available = int(options.gpu_gb * GB)
+    device = gpu(options.gpu, "gpu")
+    available = int(device.memory if options.gpu_gb is None else options.gpu_gb * GB)
     if options.task == "infer":
         sides = "with guidance" if request.guided else "without guidance"
         return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {options.batch}", available)
@@ -205,7 +219,14 @@ def plan(options: PlanOptions) -> str:
         request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank
     )
     title = f"{what}, {clip}, batch {options.batch} per GPU, {tokens.total} tokens"
-    return memory_plan.training_report(step, options.task, options.gpus, title, available)
+    report = memory_plan.training_report(step, options.task, options.gpus, title, available)
+    if options.task == "dmd2" or options.dtype != "bfloat16":
+        return report + "\nno time is predicted for dmd2 and for dtype=float32"
+    one = request.tokens(*last)
+    frames = (request.frames - 1) // request.stride[0] + 1
+    clip_tokens = SampleTokens(one.video, one.audio, one.text, frames)
+    seconds = memory_plan.predict_step(step, options.task, clip_tokens, options.batch, options.gpus, device)
+    return f"{report}\n{memory_plan.time_report(seconds, options.steps, options.batch, options.gpus, device)}"
 
 
 def peaks(options: PeaksOptions) -> str:

@@ -15,7 +15,9 @@ from magihuman.codecs import costs
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.causal_decoder_config import CausalDecoderConfig
 from magihuman.errors import UserError
-from magihuman.models.config import LORAS, Checkpointing, DiTConfig
+from magihuman.models.config import LORAS, Checkpointing, DiTConfig, LoraConfig
+from magihuman.models.flops import SampleTokens, forward_flops, lora_flops, passes, pointwise_bytes, product_bytes
+from magihuman.models.gpu_specs import Gpu
 from magihuman.zoo import footprint
 from magihuman.zoo.footprint import ADAM, BF16, FORMS, FP32, TokenCounts
 
@@ -313,6 +315,43 @@ def per_gpu(step: TrainingStep, task: str, gpus: int, sharing: str = "full") -> 
     """Peak of one GPU when the state is sharded over all of them."""
     work = work_bytes(step, task, sharing)
     return state_bytes(step, task, sharing) // gpus + gathered_bytes(step, gpus) + work + RESERVE
+
+
+UTILISATION = 0.45
+"""Assumed, not measured: share of a GPU's bf16 peak that a training step reaches, recomputed products included."""
+
+
+def predict_step(step: TrainingStep, task: str, clip: SampleTokens, batch: int, gpus: int, device: Gpu) -> float:
+    """Predicted seconds of an optimiser step in bf16, without input, launches, communication and validation.
+
+    The larger of two times: products and attention at `UTILISATION`, and the traffic of weights, activations and
+    optimiser state at the memory's full rate.
+
+    Args:
+        task: "pretrain" or "lora"; clip: tokens of each of the `batch` clips of a GPU.
+    """
+    config, tokens = step.config, clip.video + clip.audio + clip.text
+    lora = LoraConfig(step.rank) if task == "lora" else None
+    base = forward_flops(config, clip.video, clip.audio, clip.text, frames=clip.frames, window=clip.window)
+    again = 0 if not step.checkpointing else base.products + (base.attention if step.checkpointing is True else 0)
+    again += lora_flops(config, lora, tokens) if lora and step.checkpointing else 0
+    flops = batch * (passes(config, clip, lora=lora).update + again)
+    trained = config.parameter_count() if lora is None else footprint.lora_count(config, step.rank)
+    one_pass = footprint.weight_bytes(config, "bf16") + batch * (
+        product_bytes(config, tokens) + pointwise_bytes(config, tokens)
+    )
+    moved = (4 if step.checkpointing else 3) * one_pass + 2 * ADAM * trained // gpus
+    return max(flops / (UTILISATION * device.bf16), moved / device.bandwidth)
+
+
+def time_report(seconds: float, steps: int, batch: int, gpus: int, device: Gpu) -> str:
+    """Step time and GPU-hours, labelled as predicted."""
+    hours = steps * seconds / 3600
+    return (
+        f"PREDICTED, not measured: {seconds:.3g} s per step on {device.name} at an assumed {UTILISATION:.0%} of its "
+        f"{device.bf16 / 1e12:.0f} TFLOP/s, without input, launches and communication\n"
+        f"PREDICTED, {steps} steps of {batch * gpus} clips: {hours:.3g} h, {gpus * hours:.3g} GPU-hours on {gpus} GPU"
+    )
 
 
 def training_report(step: TrainingStep, task: str, gpus: int, title: str, available: int) -> str:

@@ -41,7 +41,28 @@ def test_devices_by_name() -> None:
     assert recognise("NVIDIA H100 80GB HBM3") is GPUS["h100"]
     assert recognise("NVIDIA H100 PCIe") is GPUS["h100-pcie"]
     assert recognise("NVIDIA H200") is GPUS["h200"]
-    assert recognise("Tesla T4") is None
+    assert recognise("NVIDIA H800") is GPUS["h100"]
+    assert recognise("NVIDIA H100 NVL") is GPUS["h100-nvl"]
+    assert recognise("NVIDIA B200") is GPUS["b200"]
+    assert recognise("NVIDIA L40S") is GPUS["l40s"]
+    assert recognise("NVIDIA GeForce RTX 4090") is GPUS["4090"]
+    assert {recognise("NVIDIA A100-SXM4-80GB"), recognise("NVIDIA A100 80GB PCIe")} == {GPUS["a100"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Tesla T4", "NVIDIA RTX A1000", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA A10", "NVIDIA L40", "NVIDIA H20"),
+        *("NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-40GB"),
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 5090 D"),
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
+)
+def test_other_devices_of_similar_names_are_unknown(name: str) -> None:
+    assert recognise(name) is None
+
+
+def test_devices_by_key() -> None:
     assert gpu("h200").bandwidth > gpu("h100").bandwidth
     with pytest.raises(UserError, match="choose one of h100"):
         gpu("h101")

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from magihuman import zoo
 from magihuman.errors import UserError
+from magihuman.models.config import LoraConfig
+from magihuman.models.flops import SampleTokens, forward_flops, lora_flops
+from magihuman.models.gpu_specs import GPUS
 from magihuman.zoo import footprint, memory_plan
 from magihuman.zoo.__main__ import main
 from magihuman.zoo.commands import PlanOptions, plan
@@ -226,3 +230,48 @@ class TestCommand:
     def test_tiny_has_no_resolutions(self) -> None:
         with pytest.raises(UserError, match="height= and width="):
             plan(PlanOptions("tiny", resolution="256p"))
+
+
+class TestTime:
+    """Predicted step time and GPU-hours."""
+
+    CLIP = SampleTokens(3584, 126, 340, 32)
+
+    def seconds(self, task: str = "lora", batch: int = 1, device: str = "h100", **changes: Any) -> float:
+        step = memory_plan.TrainingStep(BIG, TokenCounts(3584, 126, 340).times(batch), rank=32)
+        return memory_plan.predict_step(replace(step, **changes), task, self.CLIP, batch, 1, GPUS[device])
+
+    def test_a_lora_step_is_its_flops_at_the_assumed_rate(self) -> None:
+        base, own = forward_flops(BIG, 3584, 126, 340), lora_flops(BIG, LoraConfig(32), 4050)
+        once = 2 * (base.products + base.ends) + 3 * base.attention + 3 * own + base.ends
+        again = base.products + base.attention + own
+        assert self.seconds() == pytest.approx((once + again) / (0.45 * 989e12))
+        assert self.seconds(checkpointing=False) == pytest.approx(once / (0.45 * 989e12))
+        attention_kept = (once + again - base.attention) / (0.45 * 989e12)
+        assert self.seconds(checkpointing="attention") == pytest.approx(attention_kept)
+        assert self.seconds(batch=4) == pytest.approx(4 * self.seconds())
+        assert self.seconds(device="l40s") == pytest.approx(989 / 362 * self.seconds())
+        assert self.seconds("pretrain") == pytest.approx((4 * base.total - base.ends) / (0.45 * 989e12))
+
+    def test_traffic_decides_where_there_is_little_to_compute(self) -> None:
+        few = SampleTokens(8, 4, 4, 1)
+        step = memory_plan.TrainingStep(BIG, TokenCounts(8, 4, 4), rank=32)
+        found = memory_plan.predict_step(step, "lora", few, 1, 1, GPUS["h100"])
+        assert found == pytest.approx(4 * 30.64e9 / 3.35e12, rel=0.05)  # weights in four passes
+
+    def test_the_report_names_what_is_predicted(self) -> None:
+        report = plan(PlanOptions("15b", task="lora", rank=32, gpus=8, steps=2000, gpu="h200"))
+        seconds = self.seconds(device="h200")
+        lines = [line for line in report.splitlines() if line.startswith("PREDICTED")]
+        assert f"{seconds:.3g} s per step on H200 SXM at an assumed 45% of its 989 TFLOP/s" in lines[0]
+        assert f"2000 steps of 8 clips: {2000 * seconds / 3600:.3g} h, " in lines[1]
+        assert lines[1].endswith(f"{8 * 2000 * seconds / 3600:.3g} GPU-hours on 8 GPU")
+        assert "of 141.0 GB" in report
+        assert "no time is predicted" in plan(PlanOptions("15b", task="dmd2"))
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("seconds", 1e9), ("text", 641), ("batch", 10**6), ("width", 10**6), ("rank", 10**6)]
+    )
+    def test_sizes_beyond_reason_are_refused_at_once(self, name: str, value: float) -> None:
+        with pytest.raises(UserError, match=f"{name}=.* is too much; give at most"):
+            PlanOptions(**{"model": "15b", "task": "lora", name: value})

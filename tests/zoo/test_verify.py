@@ -320,3 +320,12 @@ def test_parameters_of_small_cases(
     assert wrong(verdicts(tmp_path, name, meta, tensors)) == []
     for change in altered:
         assert len(wrong(verdicts(tmp_path, name, meta | change, tensors))) >= 1, change
+
+
+def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path) -> None:
+    mask = {"0/mask": torch.zeros(3, 3), "0/q": torch.zeros(1), "0/k": torch.zeros(1)}
+    (row,) = verdicts(tmp_path, "local_ranges", {"cases": [[10**7, 7, 10, 1]]}, mask)
+    assert (row.status, row.detail) == ("FAIL", "0/mask: 10000007 is stated, not 3")
+    grid = {"style": "v2", "T": 10**5, "H": 200, "W": 200, "La": 9, "Lt": 7}
+    (row,) = verdicts(tmp_path, "coords_own", {"cases": [grid]}, {"0/coords": torch.zeros(3, 9)})
+    assert (row.status, row.detail) == ("FAIL", "0/coords: 1000000016 is stated, not 3")

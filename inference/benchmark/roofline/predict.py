@@ -13,7 +13,7 @@ from inference.benchmark.roofline.cases import ClipCase, DenoisingStage, make
 from inference.benchmark.roofline.work import PUBLISHED, bound, forward, limits, network, video_decoder
 from magihuman.models.config import DiTConfig
 from magihuman.models.flops import BF16, attention_pairs, pointwise_bytes
-from magihuman.models.gpu_specs import GPUS, Gpu
+from magihuman.models.gpu_specs import GPUS, Gpu, recognise
 from magihuman.zoo.footprint import TokenCounts
 
 TILE = (128, 256)
@@ -103,7 +103,7 @@ def rates_of(tier: str, kernel: str) -> Rates:
 
 def machine_of(device_name: str) -> Gpu | None:
     """The machine with this device name in torch; None where no rates are assumed for it."""
-    return next((machine for machine in (H200, H100) if machine.name in device_name), None)
+    return {GPUS["h200"]: H200, GPUS["h100"]: H100}.get(known) if (known := recognise(device_name)) else None
 
 
 @dataclass(frozen=True)

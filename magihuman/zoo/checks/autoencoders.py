@@ -12,13 +12,14 @@ from magihuman.codecs.oobleck import OobleckCodec, cross_fade
 from magihuman.codecs.turbo_vaed import TurboCodec, TurboConfig
 from magihuman.codecs.wan import WanCodec
 from magihuman.media.images import to_playback_rate
-from magihuman.zoo.checks import Parameters, Result, VectorCase, agree, compare
+from magihuman.zoo.checks import Parameters, Result, Unsupported, VectorCase, agree, compare
 from magihuman.zoo.checks.network import vector_arithmetic
 
 VAE = 1e-4
 RESAMPLE = 1e-5
 TURBO = 1e-4
 AUDIO_RATE = 51200
+LONGEST_AUDIO = 600 * AUDIO_RATE
 _WAN_NAMES = {"base_dim": "dim", "decoder_base_dim": "dec_dim"}
 
 
@@ -60,8 +61,10 @@ def check_oobleck(case: VectorCase) -> list[Result]:
 
 def check_audio_encode(case: VectorCase) -> list[Result]:
     """A waveform, in one piece or in cross-faded windows, with the stored noise per window."""
-    codec, seconds = _oobleck(case), case.meta["seconds"]
-    sound = _test_audio(case.meta["samples"])
+    codec, seconds, samples = _oobleck(case), case.meta["seconds"], case.meta["samples"]
+    if samples > LONGEST_AUDIO:
+        raise Unsupported(f"samples={samples} is stated, and {LONGEST_AUDIO} is the most")
+    sound = _test_audio(samples)
     sound = sound if seconds is None else sound[: int(seconds * AUDIO_RATE)]
     stored = case.group("noise/")
     noise = [stored[str(index)].transpose(1, 2) for index in range(len(stored))]

@@ -28,6 +28,10 @@ def check_image(case: VectorCase) -> list[Result]:
     for i, sizes in enumerate(case.meta["cases"]):
         image = Image.fromarray(case.tensors[f"{i}/image"].numpy())
         height, width = sizes["target_h"], sizes["target_w"]
+        stored = list(case.tensors[f"{i}/preprocessed"].shape[-2:])
+        if stored != [height, width]:
+            results.append(agree(f"{i}/preprocessed", stored, [height, width]))
+            continue
         crop = crop_to_aspect(image, height, width)
         results.append(agree(f"{i}/source", image.size, (sizes["src_w"], sizes["src_h"])))
         results.append(agree(f"{i}/crop", list(crop.size), sizes["crop_size"]))

@@ -18,6 +18,11 @@ def check_coords(case: VectorCase) -> list[Result]:
     tables = {}
     for i, grid in enumerate(case.meta["cases"]):
         patch = grid.get("patch", PATCH)
+        stored = case.tensors[f"{i}/coords"]  # decides how much memory is taken
+        tokens = grid["T"] * (grid["H"] // patch) * (grid["W"] // patch) + grid["La"] + grid["Lt"]
+        if len(stored) != tokens:
+            results.append(agree(f"{i}/coords", len(stored), tokens))
+            continue
         layout = Layout.build(
             (grid["T"], grid["H"] // patch, grid["W"] // patch),
             grid["La"],
@@ -98,6 +103,10 @@ def check_local_ranges(case: VectorCase) -> list[Result]:
     """Range pairs, the mask, and that the pairs cover the mask without touching a key twice."""
     results = []
     for i, (video, others, frames, receptive) in enumerate(case.meta["cases"]):
+        length = case.tensors[f"{i}/mask"].shape[0]
+        if length != video + others:
+            results.append(agree(f"{i}/mask", length, video + others))
+            continue
         queries, keys = local_ranges(video, others, frames, receptive)
         covered = _cover(queries, keys, video + others)
         stored = case.tensors[f"{i}/mask"]

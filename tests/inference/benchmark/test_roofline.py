@@ -191,3 +191,9 @@ def test_other_networks_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="decoder=x is unknown"):
         work.stages(make("256p"), "x")
+
+
+def test_rates_are_assumed_for_two_cards_alone() -> None:
+    assert predict.machine_of("NVIDIA H100 80GB HBM3") is predict.H100
+    assert predict.machine_of("NVIDIA H200") is predict.H200
+    assert all(predict.machine_of(name) is None for name in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "Tesla T4"))
