@@ -3,6 +3,7 @@
 figures.score_bars(json.loads(Path("scores.json").read_text())).savefig("scores.png")
 """
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,16 @@ def _legend(figure: "Figure | SubFigure", colours: Mapping[str, str], columns: i
 
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def _legend_below(axes: "Axes") -> None:
+    """The legend of one panel below it, where it hides no point."""
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, frameon=False)
+
+
+def _wrapped(title: str, width: int) -> str:
+    """A title in lines of at most so many characters."""
+    return "\n".join(line for part in title.split("\n") for line in textwrap.wrap(part, width))
 
 
 def _frame_row(axes: "Axes", frames: Iterable[np.ndarray], label: str = "", title: str = "") -> None:
@@ -200,7 +211,7 @@ def run_page(metrics: Path, shown: Sequence["SheetColumn"]) -> Figure:
     """One page of a distillation run: training curves, and clips of teacher and student."""
     few = [column for column in shown if column.role in ("teacher", "student")]
     lines = min(3, len(shown[0].scores)) * len(few)
-    heights = (2.6, 1.25 * lines + 0.4)
+    heights = (3.1, 1.25 * lines + 0.4)
     figure = Figure(figsize=(15, sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     _training_curves(parts[0], metrics)
@@ -229,7 +240,7 @@ def _training_curves(figure: "Figure | SubFigure", metrics: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=7)
+            _legend_below(axes)
         else:
             axes.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes)
 
@@ -245,7 +256,7 @@ def _sr_panels(
     label: str,
 ) -> Figure:
     """A panel per metric; a curve per label over the columns of a result file."""
-    figure = Figure(figsize=(4.2 * len(keys), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(keys), 3.8), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         for name, columns in curves.items():
             found = [column[key] for column in columns]
@@ -254,7 +265,7 @@ def _sr_panels(
             axes.errorbar(places, value, yerr=np.maximum(ends, 0), marker="o", capsize=3, label=name)
         axes.set_xticks(places, ticks)
         axes.set_xlabel(label)
-        axes.set_ylabel(METRICS[key].title, fontsize=8)
+        axes.set_ylabel(_wrapped(METRICS[key].title, 38), fontsize=8)
         axes.grid(alpha=0.3)
     return figure
 
@@ -267,7 +278,7 @@ def sr_steps(values: Values) -> Figure:
     figure = _sr_panels(keys, {"second stage": list(columns.values())}, places, names, "solver steps")
     for axes, key in zip(figure.axes[1:], keys[1:], strict=True):
         axes.axhline(bound[key]["value"], color="0.5", ls="--", label="codec bound")
-        axes.legend(fontsize=8)
+        _legend_below(axes)
     return figure
 
 
@@ -281,7 +292,7 @@ def sr_audio(values: Values) -> Figure:
     ticks = [f"x{factor}" for factor in sets]
     figure = _sr_panels(("sync_skill", "mouth_psnr"), curves, range(len(sets)), ticks, "coarseness of the first stage")
     for axes in figure.axes:
-        axes.legend(fontsize=8)
+        _legend_below(axes)
     return figure
 
 
@@ -306,7 +317,7 @@ def decoder_bars(values: Values) -> Figure:
     for axes, (key, metric) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for place, column in enumerate(columns.values()):
             _interval(axes, place, column["table"][key], 0.8, color=f"C{place}")
-        axes.set_title(f"{metric.title}\n({BETTER[metric.direction]})", fontsize=8)
+        axes.set_title(_wrapped(f"{metric.title}\n({BETTER[metric.direction]})", 40), fontsize=8)
         axes.set_xticks([])
         axes.grid(axis="y", alpha=0.3)
     _legend(figure, {name: f"C{place}" for place, name in enumerate(columns)}, len(columns))
@@ -345,6 +356,7 @@ def ablation_bars(values: Values) -> Figure:
         )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_xticks(range(len(variants)), [v.replace("_", "\n") for v in variants], fontsize=8)
-        axes.set_title(f"{ablation_title(name)}\ndifference from full ({means['full'][name]['mean']:.4g})", fontsize=8)
+        title = f"{ablation_title(name)}\ndifference from full ({means['full'][name]['mean']:.4g})"
+        axes.set_title(_wrapped(title, 34), fontsize=8)
         axes.grid(axis="y", alpha=0.3)
     return figure

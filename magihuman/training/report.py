@@ -105,7 +105,7 @@ def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
     from matplotlib import pyplot
 
     panels = DECODER_PANELS if "loss/pixel" in series else PANELS
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.9), layout="constrained")
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:
             if name in series:
@@ -114,7 +114,8 @@ def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         if axis.lines:
-            axis.legend(fontsize=8)
+            # Below, where it hides no point.
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
         else:
             axis.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes)
     figure.savefig(file, dpi=100)

@@ -1,20 +1,25 @@
 """`python -m eval.puppets`: bounds, a folder of clips, a checkpoint, and what it writes."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from data.tiny.dataset import make_clips
 from data.tiny.puppets import draw_puppet
+from eval import figures
 from eval import puppets as program
 from eval.clips import HELD_OUT_SEED, SheetColumn, ground_truth, held_out, through_codec
 from eval.puppets import bounds
 from magihuman.cli import run as command
 from magihuman.codecs.bundle import CodecBundle, load_bundle
 from magihuman.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +206,21 @@ def test_a_clip_depends_on_its_prompt_and_the_seed_only(untrained):
     other, _, _ = program.generate(str(untrained), prompts[:1], batch=1, seed=1, **settings)
     assert np.abs(together.frames[0].astype(int) - alone.frames[0]).max() <= 1
     assert np.abs(other.frames[0].astype(int) - alone.frames[0]).max() > 10
+
+
+def test_no_title_meets_another_and_no_legend_hides_points() -> None:
+    results = ROOT / "eval" / "results"
+    for name in ("tiny_turbo/ablation", "tiny_turbo/ablation_align", "tiny_sr/ablation"):
+        figure = figures.ablation_bars(json.loads((results / name / "ablation.json").read_text()))
+        figure.draw_without_rendering()
+        boxes = [axes.title.get_window_extent() for axes in figure.axes]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert boxes[-1].x1 < figure.bbox.x1
+    figure = Figure(figsize=(15, 3.1), layout="constrained")
+    figures._training_curves(figure, ROOT / "magihuman" / "zoo" / "weights" / "tiny" / "distill" / "metrics.csv")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is not None
+        assert not legend.get_window_extent().overlaps(axes.bbox)
+        assert legend.get_window_extent().y0 >= 0

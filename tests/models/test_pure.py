@@ -13,6 +13,7 @@ ALLOWED = {
     "functools",
     "importlib",
     "math",
+    "re",
     "sys",
     "typing",
     "zlib",
