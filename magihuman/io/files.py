@@ -95,8 +95,12 @@ def require_writable(path: Path, setting: str) -> None:
         with TemporaryFile(dir=above[0]) as file:
             file.write(b"x")
     except OSError as error:
-        text = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}... ({len(str(path))} characters)"
-        raise UserError(f"{setting}={text} cannot be written: {error.strerror}; choose another") from error
+        raise UserError(f"{setting}={_shortened(path)} cannot be written: {error.strerror}; choose another") from error
+
+
+def _shortened(path: object) -> str:
+    text = str(path)
+    return text if len(text) <= 100 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _exists(path: Path) -> bool:
@@ -137,7 +141,7 @@ def disk_problem(error: BaseException, place: str | Path | None = None) -> UserE
         number = each.errno if isinstance(each, OSError) else int(found[1]) if found else None
         if number in _DISK:
             where = getattr(each, "filename", None) or place
-            return UserError(f"{'' if where is None else f'{where}: '}{_DISK[number]}")
+            return UserError(f"{'' if where is None else f'{_shortened(where)}: '}{_DISK[number]}")
         failures = getattr(each, "failures", None)  # of the processes, in torch.distributed.checkpoint
         waiting += [failure[0] for failure in failures.values()] if isinstance(failures, dict) else []
         waiting += [each.__cause__, each.__context__]  # type: ignore[list-item]

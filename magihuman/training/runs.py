@@ -96,7 +96,7 @@ class RunFolder:
         """Record that the training failed or was interrupted; on a full disk by a change in place, which needs no space."""
         try:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.update(status=status, error=f"{type(error).__name__}: {error}")
+            self.update(status=status, error=f"{type(error).__name__}: {error}"[:2000])
         except OSError:
             file = self.path / "run.json"
             with suppress(OSError):

@@ -146,6 +146,10 @@ def test_errors_of_the_disk_are_recognised_however_they_are_wrapped(tmp_path: Pa
         (wrapped, "runs/a: the disk is full; make room"),
         (quota, "/home/x/step.ckpt: your quota of the disk is used up; make room"),
         (CheckpointException("failed", {1: (quota, None)}), "/home/x/step.ckpt: your quota of the disk"),  # type: ignore[dict-item]
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "n" * 5000),
+            "n... (5000 characters): a file's name is too long",
+        ),
         (OSError(errno.EROFS, "Read-only file system", "/ro/x"), "/ro/x: the disk is read-only"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "is the disk full?"),
     ):
