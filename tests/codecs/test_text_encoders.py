@@ -217,16 +217,3 @@ def test_finds_the_folder_in_the_hub_cache(checkpoint: Path, tmp_path: Path, mon
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(UserError, match=rf"holds no weights.*; fetch it with: hf download {text_encoders.REPO} "):
         T5GemmaEncoder.load(text_encoders.REPO)
-
-
-def test_code_that_a_folder_brings_along_is_not_run(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would ask whether to run it; the answer is no."""
-    ran = checkpoint / "ran"
-    (checkpoint / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own:\n    pass\n")
-    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        T5GemmaEncoder.load(checkpoint, dtype=torch.float32)
-    assert not ran.exists()
