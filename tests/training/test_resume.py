@@ -129,6 +129,9 @@ def test_a_signal_saves_at_the_next_step_boundary_and_loses_nothing(processes, r
     assert record["status"] == "preempted"
     assert 1 <= record["steps"] < 12
     assert final_state(folder)["recipe"]["step"] == record["steps"]
+    # What there is can be exported on the way, which changes nothing.
+    assert processes.run(folder, f"trainer.max_steps={record['steps']}") == 0
+    assert json.loads((folder / "export/config.json").read_text())["provenance"]["steps"] == record["steps"]
     assert processes.run(folder) == 0
     assert_same_training(folder, reference)
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"

@@ -232,6 +232,21 @@ def test_run_folders_are_named_so_that_every_process_agrees(monkeypatch) -> None
     assert train.choose_folder(node).name == "given"
 
 
+def test_progress_names_what_follows_and_how_long_it_took_before(tmp_path) -> None:
+    config = "model: null\nrecipe: {a: 1}\nafter_fit: {eval: {n: %d}, report: {}, none: null}\n"
+    assert (
+        train.afterwards(config % 1, tmp_path / "a") == ", then after_fit: eval (time unknown), report (time unknown)"
+    )
+    before = RunFolder(tmp_path / "before")
+    before.update(seconds={"eval": 120.0})
+    (before.path / "config.yaml").write_text(config % 1)
+    assert (
+        train.afterwards(config % 1, tmp_path / "a") == ", then after_fit: eval (about 2.0 min), report (time unknown)"
+    )
+    assert "eval (time unknown)" in train.afterwards(config % 2, tmp_path / "a")
+    assert train.afterwards("after_fit: null\n", tmp_path / "a") == ""
+
+
 def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert not checkpoint.requeue()
