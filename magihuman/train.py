@@ -371,7 +371,7 @@ def main() -> None:
             train(node, OmegaConf.to_yaml(config), Path(config.folder), settings)
         except UserError as error:
             report_and_exit(error)
-        except Exception as error:
+        except BaseException as error:  # CheckpointException of torch.distributed is no Exception
             if (problem := disk_problem(error, config.folder)) is None:
                 raise
             report_and_exit(problem)

@@ -131,6 +131,8 @@ def disk_problem(error: BaseException, place: str | Path | None = None) -> UserE
     Args:
         place: what was being written, where the error does not name it.
     """
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # also while an error of the disk is handled
+        return None
     waiting, seen = [error], set()
     while waiting:
         each = waiting.pop()

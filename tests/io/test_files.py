@@ -154,7 +154,14 @@ def test_errors_of_the_disk_are_recognised_however_they_are_wrapped(tmp_path: Pa
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "is the disk full?"),
     ):
         assert line in str(disk_problem(error, "runs/a"))
-    for error in (ValueError("os"), FileNotFoundError(errno.ENOENT, "No such file"), RuntimeError("inline")):
+    interrupted = KeyboardInterrupt()
+    interrupted.__context__ = quota
+    for error in (
+        interrupted,
+        ValueError("os"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        RuntimeError("inline"),
+    ):
         assert disk_problem(error) is None
 
 

@@ -377,6 +377,21 @@ def test_a_full_disk_ends_a_training_with_its_reason_and_leaves_no_partial_check
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
+def test_a_full_disk_is_one_line_for_sharded_checkpoints_too(monkeypatch, tmp_path, capsys) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    def fill(*_: object) -> None:
+        raise CheckpointException("failed", {1: (OSError(errno.ENOSPC, "No space left on device"), None)})  # type: ignore[dict-item]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", fill)
+    monkeypatch.setattr("sys.argv", ["train", "+recipe=pretrain", "folder=run"])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: run: the disk is full; make room\n"
+
+
 class FakeWandb:
     """Stands in for W&B: `failing` maps modes to errors of `init`."""
 
