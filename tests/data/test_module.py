@@ -664,6 +664,23 @@ def test_prompts_come_equally_often(tmp_path: Path) -> None:
             break
 
 
+def test_batches_of_small_buckets_are_spread_over_the_epochs() -> None:
+    order = Order({f"b{i:02d}": [i] for i in range(30)}, 6, seed=5)
+    assert np.diff([order._before(epoch).sum() for epoch in range(7)]).tolist() == [5] * 6
+
+
+def test_clips_of_a_file_share_what_comes_before_their_number() -> None:
+    assert [source_of(key) for key in ("a_b_0003", "a_b_0004", "a_0003", "plain")] == ["a_b", "a_b", "a", "plain"]
+
+
+def test_a_loader_that_was_made_before_the_resume_follows_it(shards: Path) -> None:
+    whole, rest = take(module(shards), 5), module(shards)
+    loader, stopped = rest.train_dataloader(), module(shards)
+    take(stopped, 3)
+    rest.load_state_dict(stopped.state_dict())
+    assert next(iter(loader))["key"] == whole[3]["key"]
+
+
 def test_order_is_made_of_its_arguments_alone() -> None:
     order = Order({"b": range(10, 20), "a": range(10)}, 4, seed=1)
     late = Order({"a": range(10), "b": range(10, 20)}, 4, seed=1)
