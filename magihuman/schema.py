@@ -233,7 +233,7 @@ _COUNTS = re.compile("layers|blocks|stages|steps")
 
 
 def require_modest(values: Any, name: str) -> None:
-    """Refuse absurd sizes in settings of a network, which may come from a file, before anything is made from them.
+    """Refuse impossible sizes in settings of a network, which may come from a file, before anything is made from them.
 
     Args:
         values: plain containers; name: of the settings, for the message.
@@ -257,7 +257,7 @@ def require_modest(values: Any, name: str) -> None:
             most = MOST_LAYERS if _COUNTS.search(name.rpartition(".")[2]) else LARGEST
             if not abs(value) <= most:
                 shown = str(value) if abs(value) < 1e18 else f"{float(value):.3g}"
-                raise UserError(f"{name}={shown} is absurd; {most} is the most")
+                raise UserError(f"{name}={shown} is impossible; give at most {most}")
 
 
 class PlainConfig:

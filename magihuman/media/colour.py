@@ -1,4 +1,4 @@
-"""Colours of what is read: any picture or video frame to 8-bit RGB as BT.709 and sRGB displays show it.
+"""Colours of what is read: any image or video frame to 8-bit RGB as BT.709 and sRGB displays show it.
 
 The networks know ordinary video: BT.709 primaries and about 2.4 gamma. Other encodings are converted here (HDR, wide
 gamuts, ICC profiles, 16-bit and floating-point pixels) or refused with a `ValueError` whose text says why.

@@ -33,11 +33,11 @@ if TYPE_CHECKING:  # torch takes a second to import and probing files does not n
     from PIL.Image import Image as Picture
 
 LONGEST_AUDIO = 300.0
-"""Seconds of the longest sound that `read_audio` reads."""
+"""Seconds of the longest audio that `read_audio` reads."""
 
 # Limits that are checked before memory is taken.
-_MOST_PIXELS = 1 << 27  # of a picture or frame; the largest phone cameras that are not pixel-binned have 108 million
-_MOST_BYTES = 1 << 32  # of one clip's frames, or of the sound held at once
+_MOST_PIXELS = 1 << 27  # of an image or frame; the largest phone cameras that are not pixel-binned have 108 million
+_MOST_BYTES = 1 << 32  # of one clip's frames, or of the audio held at once
 _MOST_CHANNELS = 64  # libswresample's own limit
 _MOST_RATE = 1_000_000  # Hz
 _MOST_STREAMS = 100
@@ -236,7 +236,7 @@ def read_clip(
 
 
 def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:
-    """The whole audio track of a sound or video file, from its own start: fp32 [channels,N] at `rate`.
+    """The whole audio track of an audio or video file, from its own start: fp32 [channels,N] at `rate`.
 
     Raises:
         MediaError: no audio track, unreadable, damaged, or longer than `LONGEST_AUDIO`.
@@ -341,7 +341,7 @@ def open_image(path: str | Path) -> tuple[Picture, str]:
         raise
     except Exception as error:  # decoders of damaged files raise errors of many kinds
         raise MediaError(f"cannot be read: {reason(error)}") from error
-    first = f"the first of its {pages} pictures" if pages > 1 else ""
+    first = f"the first of its {pages} images" if pages > 1 else ""
     return image, "; ".join(filter(None, (first, note)))
 
 
@@ -738,7 +738,7 @@ class AudioTrack(_Track):
         return self._chunks[-1][0] + self._chunks[-1][1].shape[1] if self._chunks else -(1 << 60)
 
     def _decode_until(self, sample: int, limit: float) -> None:
-        """Decode up to a sample; raises MediaError for sound after sample `limit`."""
+        """Decode up to a sample; raises MediaError for audio after sample `limit`."""
         while not self._done and self._reached < sample:
             frame = next(self._frames, None)
             if frame is None:

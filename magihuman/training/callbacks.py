@@ -315,13 +315,13 @@ def oddities(batch: dict[str, Any]) -> list[str]:
         return bool(spread.amax() < 0.01)
 
     if flat(video.flatten(1).std(1)):
-        found.append(f"the pictures of {clips} are of a single colour")
+        found.append(f"the frames of {clips} are of a single colour")
     elif video.shape[2] > 1 and flat(video.std(2)):
         found.append(f"nothing moves in {clips}")
     if len(video) > 1 and flat((video - video[:1]).abs()):
-        found.append(f"{clips} are the same pictures")
+        found.append(f"{clips} have the same frames")
     if audio.shape[1] > 1 and flat(audio.std(1)):
-        found.append(f"the sound of {clips} does not change; it may be silence")
+        found.append(f"the audio of {clips} does not change; it may be silence")
     return found
 
 

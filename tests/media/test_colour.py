@@ -240,13 +240,13 @@ def test_several_pictures_in_a_file(tmp_path: Path) -> None:
 
     save("phone.jpg", format="MPO")
     save("scan.tif")
-    for name, note in (("phone.jpg", ""), ("scan.tif", "the first of its 3 pictures")):
+    for name, note in (("phone.jpg", ""), ("scan.tif", "the first of its 3 images")):
         info = probe(tmp_path / name)
         assert (info.kind, info.width, info.height, info.note) == ("image", 32, 16, note)
         assert np.abs(read_image(tmp_path / name)[0, 4, 4].numpy().astype(int) - (255, 0, 0)).max() <= 2
     for name in ("a.gif", "a.png", "a.webp"):
         save(name, duration=40)
-        assert open_image(tmp_path / name)[1] == "the first of its 3 pictures"
+        assert open_image(tmp_path / name)[1] == "the first of its 3 images"
         if name == "a.webp":
             with pytest.raises(
                 MediaError, match="is an animated WebP image, which is not read here; convert it to mp4"

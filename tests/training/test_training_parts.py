@@ -100,12 +100,12 @@ def test_odd_data_are_said() -> None:
     assert oddities(still) == ["nothing moves in all 4 clips of the first batch"]
     grey, silent = torch.full_like(batch["video"], 0.3), torch.full_like(batch["audio"], 0.1)
     assert oddities({"video": grey, "audio": silent}) == [
-        "the pictures of all 4 clips of the first batch are of a single colour",
-        "all 4 clips of the first batch are the same pictures",
-        "the sound of all 4 clips of the first batch does not change; it may be silence",
+        "the frames of all 4 clips of the first batch are of a single colour",
+        "all 4 clips of the first batch have the same frames",
+        "the audio of all 4 clips of the first batch does not change; it may be silence",
     ]
     one = {key: batch[key][[0, 0, 0]] for key in ("video", "audio")}
-    assert oddities(one) == ["all 3 clips of the first batch are the same pictures"]
+    assert oddities(one) == ["all 3 clips of the first batch have the same frames"]
     assert oddities(training_stub.batch(range(2), sound=False)) == []
 
 
