@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.shards import LARGE, Bucket, Sample, SampleError, Shards
 from magihuman.codecs.bundle import allow_codecs, load_bundle
 from magihuman.errors import UserError
-from magihuman.io.text import CAPTION_COLUMNS, prompt_rows
+from magihuman.io.text import CAPTION_COLUMNS, MAX_CHARACTERS, prompt_rows
 from magihuman.models.config import Contract
 
 NAMED = 10
@@ -581,7 +581,7 @@ class PromptDataModule(_Resumable):
         seed: of the order.
 
     Raises:
-        UserError: no prompts, or a batch size below 1.
+        UserError: no prompts, one longer than `MAX_CHARACTERS`, or a batch size below 1.
     """
 
     def __init__(
@@ -598,11 +598,16 @@ class PromptDataModule(_Resumable):
         self.prompts = []
         for row in prompt_rows(file, f"data.module.file={file}"):
             try:
-                prompt = row.text(CAPTION_COLUMNS)
+                prompt = row.text(("prompt", *CAPTION_COLUMNS))
             except ValueError as error:
                 raise UserError(f"data.module.file={file} {row.where} {error}") from None
             if row.problem or not prompt:
                 raise UserError(f"data.module.file={file} {row.where} {row.problem or 'has no prompt'}")
+            if len(prompt) > MAX_CHARACTERS:
+                raise UserError(
+                    f"data.module.file={file} {row.where}: the prompt has {len(prompt)} characters, and "
+                    f"{MAX_CHARACTERS} is the most; shorten it"
+                )
             self.prompts.append(prompt)
         if not self.prompts or batch_size < 1:
             raise UserError(

@@ -111,7 +111,7 @@ def released_negative_prompt() -> str:
 
 @cache
 def _released_text(folder: str, effect: str) -> str:
-    path = Path(folder).expanduser() / RELEASE_SCRIPT
+    path = Path(os.path.expanduser(folder), RELEASE_SCRIPT)  # pathlib's raises for an unknown user
     if not path.is_file():
         raise UserError(f"{RELEASE_VARIABLE}={folder} is no checkout of the release: {path} is missing ({effect})")
     if path.stat().st_size > LARGEST_SCRIPT:

@@ -256,6 +256,7 @@ def _request(row: TableRow, index: int, seed: int, where: str, folder: Path) -> 
         texts = {key: row.text((key,)) for key in ("name", "image", "audio", "negative_prompt") if key in given}
     except ValueError as error:
         raise UserError(f"{where} {error}") from None
+    texts = {key: text for key, text in texts.items() if text or key == "negative_prompt"}
     if not prompt:
         raise UserError(f"{where}: the prompt is missing or empty")
     check_length(prompt, f"{where}: the prompt")
@@ -269,7 +270,7 @@ def _request(row: TableRow, index: int, seed: int, where: str, folder: Path) -> 
     return Request(
         name=name,
         prompt=prompt,
-        seed=check_seed(given["seed"], where) if "seed" in given else seed + index,
+        seed=check_seed(given.get("seed", seed + index), where),
         seconds=check_seconds(given["seconds"], where) if "seconds" in given else None,
         negative_prompt=texts.get("negative_prompt"),
         **paths,
@@ -300,7 +301,7 @@ def check_seconds(value: Any, where: str) -> float | str:
     if value == AUTO:
         return AUTO
     try:
-        seconds = float(value)
+        seconds = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = float("nan")
     if not 0 < seconds < float("inf"):

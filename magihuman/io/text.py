@@ -4,11 +4,12 @@
         print(row.where, row.values, row.problem)
 
 Lines end at a line feed, or a carriage return and a line feed, and nowhere else: captions may hold U+2028, U+0085 or form
-feeds, where `str.splitlines` would cut.
+feeds, where `str.splitlines` would cut. In a file without any line feed, carriage returns end lines.
 """
 
 import codecs
 import csv
+import errno
 import json
 import re
 import reprlib
@@ -27,6 +28,17 @@ MAX_DEPTH = 100
 """Deepest nesting of JSON."""
 MAX_TABLE, MAX_JSON = 512 << 20, 64 << 20
 """Bytes of a table and of a JSON file of settings."""
+MAX_LINES = 1000
+"""Lines of a row of a .csv or .tsv, which bounds the search for a closing quote."""
+
+
+def _read_bytes(path: str | Path, limit: int) -> bytes:
+    """Content of a file, cut behind `limit` bytes and one more. A pipe or device, which may never end, is an OSError."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    with path.open("rb") as file:
+        return file.read(limit + 1)
 
 
 def read_text(path: str | Path, what: str, limit: int = MAX_TABLE) -> str:
@@ -40,8 +52,7 @@ def read_text(path: str | Path, what: str, limit: int = MAX_TABLE) -> str:
         UserError: it cannot be read, is longer than `limit`, or is neither of these.
     """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(limit + 1)
+        data = _read_bytes(path, limit)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > limit:
@@ -55,7 +66,7 @@ def read_text(path: str | Path, what: str, limit: int = MAX_TABLE) -> str:
         ) from error
     if "\0" in text:
         raise UserError(f"{what} is not text (it holds NUL; UTF-16 needs a byte-order mark); save it as UTF-8")
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 
 def prompt_text(text: str) -> str:
@@ -84,7 +95,9 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     except RecursionError:
         raise ValueError(deep) from None
     except ValueError as error:
-        raise ValueError("a number has too many digits" if "digits" in str(error) else str(error)) from None
+        raise ValueError(
+            "a number has too many digits" if "integer string conversion" in str(error) else str(error)
+        ) from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -104,8 +117,7 @@ def load_json(path: str | Path) -> Any:
     Raises:
         OSError, ValueError: it cannot be read, has more than `MAX_JSON` bytes, or as `parse_json` says.
     """
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_JSON + 1)
+    data = _read_bytes(path, MAX_JSON)
     if len(data) > MAX_JSON:
         raise ValueError(f"it has more than {MAX_JSON >> 20} MiB")
     return parse_json(data)
@@ -130,17 +142,22 @@ class TableRow(NamedTuple):
     def text(self, columns: Sequence[str]) -> str:
         """The text in the first of `columns` that has a value, "" if none has; a list of one text counts as the text.
 
+        Null, an empty or blank text and an empty list are no value.
+
         Raises:
             ValueError: it is no text.
         """
-        name = next((name for name in columns if self.values.get(name) is not None), "")
-        value = self.values.get(name, "")
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if not isinstance(value, str):
-            what = f"a list of {len(value)}" if isinstance(value, list) else reprlib.repr(value)
-            raise ValueError(f"has {what} as {name}; give one text")
-        return prompt_text(value)
+        for name in columns:
+            value = self.values.get(name)
+            if isinstance(value, list) and len(value) == 1:
+                value = value[0]
+            if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+                continue
+            if not isinstance(value, str):
+                what = f"a list of {len(value)}" if isinstance(value, list) else reprlib.repr(value)
+                raise ValueError(f"has {what} as {name}; give one text")
+            return prompt_text(value)
+        return ""
 
 
 def read_rows(
@@ -225,27 +242,36 @@ def _json_rows(text: str, what: str, pair: tuple[str, str]) -> Iterator[TableRow
     return (_row(f"entry {number}", value) for number, value in enumerate(content, 1))
 
 
+def _csv_problem(error: csv.Error) -> str:
+    if "field limit" in str(error):
+        return f"has a cell of more than {csv.field_size_limit()} characters; shorten it or close its quote"
+    if "new-line" in str(error):
+        return "has a carriage return outside of quotes; quote the whole cell"
+    return f"has a faulty quote ({error}); quote the whole cell and double the quotes in it"
+
+
 def _csv_rows(text: str, what: str, needed: Sequence[Sequence[str]]) -> Iterator[TableRow]:
     lines = text.split("\n")
-    delimiter = max(",;\t", key=lines[0].count)
+    at = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    top = f"{what} line {at + 1}"
+    delimiter = max(",;\t", key=lines[at].count)
 
     def record(first: int) -> tuple[list[str], int]:
         """Cells of the record that starts at a line, and the next record's line."""
-        reader = csv.reader(
-            (lines[i] + "\n" for i in range(first, len(lines))), delimiter=delimiter, strict=True, skipinitialspace=True
-        )
+        following = (lines[i] + "\n" for i in range(first, min(len(lines), first + MAX_LINES)))
+        reader = csv.reader(following, delimiter=delimiter, strict=True, skipinitialspace=True)
         return next(reader), first + reader.line_num
 
     try:
-        header, at = record(0)
+        header, at = record(at)
     except csv.Error as error:
-        raise UserError(f"{what} line 1 is not a header ({error})") from error
+        raise UserError(f"{top} is not a header ({error})") from error
     columns = [_column(name) for name in header]
     for names in needed:
         if not set(names) & set(columns):
-            raise UserError(f"{what} line 1 has no column {' or '.join(names)}; it has {', '.join(header)[:200]}")
+            raise UserError(f"{top} has no column {' or '.join(names)}; it has {', '.join(header)[:200]}")
     if twice := {name for name in columns if name and columns.count(name) > 1}:
-        raise UserError(f"{what} line 1 names the column {min(twice)} twice")
+        raise UserError(f"{top} names the column {min(twice)} twice")
     while at < len(lines):
         where = f"line {at + 1}"
         try:
@@ -253,7 +279,7 @@ def _csv_rows(text: str, what: str, needed: Sequence[Sequence[str]]) -> Iterator
             if delimiter == "\t" and any("\n" in cell and "\t" in cell for cell in cells):
                 raise csv.Error("a cell holds the next row")
         except csv.Error as error:
-            yield TableRow(where, {}, f"has a faulty quote ({error}); quote the whole cell and double the quotes in it")
+            yield TableRow(where, {}, _csv_problem(error))
             at += 1
             continue
         at = following

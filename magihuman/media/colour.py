@@ -35,6 +35,7 @@ _WHITE = 203.0  # cd/m2 of SDR white in HDR (BT.2408)
 _PEAK = 1000.0 / _WHITE  # the brightest value that stays apart from white; HLG's nominal peak
 _KNEE = 0.8  # share of SDR white below which brightness is kept
 _GAMMA = 2.4  # BT.1886
+_ROUNDING = 2  # levels by which the result of an sRGB profile may differ from the image
 _BAND = 1 << 20  # pixels converted at once, which bounds the memory
 
 
@@ -177,18 +178,18 @@ def _grey(image: Image, tags: Mapping[int, Any]) -> np.ndarray:
             )
         grey = values.clip(0, 1) * 255
     else:
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("has 32-bit pixels, whose range is not known; save it with 8 or 16 bits")
         bits = tags.get(258, (16,))[0]
+        if bits > 16 or values.min() < 0 or values.max() > 65535:
+            raise ValueError("has 32-bit pixels, whose range is not known; save it with 8 or 16 bits")
         grey = values / ((1 << bits) - 1 if 8 < bits < 16 else 65535) * 255
-        if tags.get(262) == 0 and bits <= 16:  # white is zero
+        if tags.get(262) == 0:  # white is zero
             grey = 255 - grey
     return (grey + 0.5).astype(np.uint8)
 
 
 def _managed(image: Image, profile: bytes | None) -> tuple[Image, str]:
-    """An image through its ICC profile to sRGB, and a note; as it is when the profile is sRGB or cannot be used."""
-    from PIL import ImageCms
+    """An image through its ICC profile to sRGB, and a note; as it is when that changes nothing or cannot be done."""
+    from PIL import ImageChops, ImageCms
 
     try:
         source: Any = ImageCms.createProfile("LAB")
@@ -196,14 +197,17 @@ def _managed(image: Image, profile: bytes | None) -> tuple[Image, str]:
         if image.mode != "LAB" and profile:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             name = ImageCms.getProfileDescription(source).strip()
-        if "srgb" in name.lower():
-            return image, ""
         target = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(
+        converted: Any = ImageCms.profileToProfile(
             image, source, target, outputMode="RGB", flags=ImageCms.Flags.BLACKPOINTCOMPENSATION
         )
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         if image.mode == "LAB":
             raise ValueError("has LAB colours that cannot be converted; save it as RGB") from error
         return image, "its colour profile does not fit and is ignored"
-    return converted or image, f"converted from {name} colours"
+    # Judged by the pixels: names mislead ("Linear sRGB"), and there are many sRGB profiles.
+    if image.mode in ("RGB", "L"):
+        change = ImageChops.difference(image.convert("RGB"), converted)
+        if np.asarray(change).max() <= _ROUNDING:
+            return image, ""
+    return converted, f"converted from {name} colours"

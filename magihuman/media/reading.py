@@ -143,7 +143,7 @@ def probe(path: str | Path) -> MediaInfo:
         if second is None:
             return MediaInfo("image", width, height, 0.0, 0.0, rate, channels, note, audio_note)
         seconds = seconds_of(container, video)
-        if seconds <= 0:
+        if not seconds > 0:  # also for NaN
             raise MediaError("its video has no length (zero duration)")
         fps = float(video.average_rate or video.guessed_rate or 0)
         return MediaInfo("video", width, height, fps, seconds, rate, channels, note, audio_note)
@@ -497,9 +497,10 @@ def seconds_of(container: Any, stream: Any) -> float:
         return float(stream.duration * stream.time_base)
     clock = stream.metadata.get("DURATION", "").split(":")
     if len(clock) == 3:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             end = int(clock[0]) * 3600 + int(clock[1]) * 60 + float(clock[2])
-            return end - start_of(stream)
+            if math.isfinite(end):
+                return end - start_of(stream)
     rate = getattr(stream, "average_rate", None)
     usual = round(1 / (rate * stream.time_base)) if rate else 0  # for FLV and others without packet durations
     ends = (p.pts + (p.duration or usual) for p in container.demux(stream) if p.pts is not None)
@@ -832,8 +833,8 @@ def _mixing(frame: Any) -> str:
     count = len(frame.layout.channels)
     if count <= 2:
         return "aformat=sample_fmts=fltp"
-    if frame.layout.name == f"{count} channels" and count not in (3, 4, 5, 6, 7, 8):
-        # Recorder tracks without positions: their mean.
+    if frame.layout.name == f"{count} channels" and count not in (4, 5, 6, 8):
+        # Recorder tracks without positions: their mean. (Of 3 and 7, ffmpeg would take one as LFE and drop it.)
         return f"pan=mono|c0={'+'.join(f'{1 / count}*c{i}' for i in range(count))},aformat=sample_fmts=fltp"
     return "aresample=rematrix_maxval=1.0,aformat=sample_fmts=fltp:channel_layouts=stereo"
 

@@ -653,6 +653,15 @@ def test_validation_starts_with_the_usual_clips() -> None:
     assert sorted(i for number in range(order.batches_per_epoch) for i in order.batch(number)) == list(range(30))
 
 
+def test_prompts_are_those_of_inference(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"caption": "c", "prompt": "p"}\n{"prompt": "", "caption": "c"}\n')
+    assert PromptDataModule(str(path)).prompts == ["p", "c"]
+    path.write_text('{"prompt": "%s"}' % ("x" * 10_001))
+    with pytest.raises(UserError, match="line 1: the prompt has 10001 characters, and 10000 is the most"):
+        PromptDataModule(str(path))
+
+
 def test_prompts_come_equally_often(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(f"p{i}" for i in range(7)))
     data = PromptDataModule(str(tmp_path / "prompts.txt"), batch_size=4)

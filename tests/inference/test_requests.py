@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.requests import Request, read_requests, slug
+from inference.requests import MAX_SEED, Request, read_requests, slug
 from magihuman.errors import UserError
 
 
@@ -82,6 +82,7 @@ def test_csv_with_quoted_commas_and_empty_cells(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "seed": true}', "seed must be a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}', "seed must be a whole number"),
         ("p.jsonl", '{"prompt": "a", "seconds": 0}', "seconds must be a positive number"),
+        ("p.jsonl", '{"prompt": "a", "seconds": true}', "seconds must be a positive number"),
         ("p.jsonl", '{"prompt": "a", "seconds": "inf"}', "seconds must be a positive number"),
         ("p.jsonl", '{"prompt": "a", "name": "../x"}', "cannot be a file name"),
         ("p.jsonl", '{"prompt": "a", "image": "nowhere.png"}', "does not exist"),
@@ -95,6 +96,20 @@ def test_mistakes_are_named(tmp_path: Path, name: str, text: str, message: str) 
         read_requests(write(tmp_path / name, text), 0)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_empty_values_are_not_given(tmp_path: Path) -> None:
+    line = {"prompt": "", "text": "real", "name": "", "image": "", "audio": [], "negative_prompt": ""}
+    assert read_requests(write(tmp_path / "p.jsonl", json.dumps(line)), 7) == [
+        Request("0000-real", "real", 7, negative_prompt="")
+    ]
+
+
+def test_a_counted_seed_is_within_the_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", "a\nb\n")
+    assert read_requests(path, MAX_SEED - 1)[1].seed == MAX_SEED
+    with pytest.raises(UserError, match="line 2: seed must be a whole number from 0 to"):
+        read_requests(path, MAX_SEED)
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

@@ -160,6 +160,9 @@ def test_the_released_negative_prompt_is_read_from_the_releases_code_without_run
     assert negative() == ""
     with pytest.raises(UserError, match=r"set MAGIHUMAN_RELEASE to a checkout of .*, which changes every guided clip"):
         negative(negative_prompt="released")
+    monkeypatch.setenv("MAGIHUMAN_RELEASE", "~nouser123/x")
+    with pytest.raises(UserError, match="MAGIHUMAN_RELEASE=~nouser123/x is no checkout of the release"):
+        negative(negative_prompt="released")
     monkeypatch.setenv("MAGIHUMAN_RELEASE", str(tmp_path))
     with pytest.raises(UserError, match=r"13 characters, sha256 7cea8b2f, instead of 1719 and 4515a21f"):
         negative(negative_prompt="released")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def test_json_with_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("t.csv", 'File,Caption\na.mp4,"x"\n,\nb.mp4, "y"'),
         ("t.csv", "\ufefffile;caption\na.mp4;x\n\nb.mp4;y\n"),
         ("t.csv", ",media path,text\n0,a.mp4,x\n\n1,b.mp4,y\n"),
+        ("t.csv", " \nfile,caption\r\na.mp4,x\nb.mp4,y\n"),
+        ("t.csv", "file,caption\ra.mp4,x\r\rb.mp4,y\r"),
         ("t.TSV", "file\tcaption\na.mp4\tx\n\nb.mp4\ty\n"),
         ("t.jsonl", '{"file": "a.mp4", "text": "x"}\n\n\n{"Media-Path": "b.mp4", "caption": ["y"]}\n'),
     ],
@@ -129,7 +132,7 @@ def test_a_written_table_is_read_back_with_every_character(tmp_path: Path, delim
         ("t.csv", "file,caption,\na.mp4,red bar, moving\nb.mp4,y,\n", "line 2", "more cells than the header"),
         ("t.csv", 'file,caption\na.mp4,"hi" she says\nb.mp4,y\n', "line 2", "has a faulty quote"),
         ("t.csv", 'file,caption\na.mp4,"hi\nb.mp4,y\n', "line 2", "has a faulty quote (unexpected end of data)"),
-        ("t.csv", "file,caption\na.mp4,one\rtwo\nb.mp4,y\n", "line 2", "new-line character seen in unquoted field"),
+        ("t.csv", "file,caption\na.mp4,one\rtwo\nb.mp4,y\n", "line 2", "has a carriage return outside of quotes"),
         ("t.tsv", 'file\tcaption\na.mp4\t"hi\nb.mp4\ty\n', "line 2", "has a faulty quote"),
         ("t.tsv", 'file\tcaption\na.mp4\t"hi\nb.mp4\ty\nc.mp4\tz"\n', "line 2", "a cell holds the next row"),
         ("t.jsonl", "[" * 100_000 + '\n{"file": "b.mp4", "text": "y"}', "line 1", "nested deeper than 100 levels"),
@@ -152,7 +155,6 @@ def test_a_faulty_row_is_named_and_costs_only_itself(
     ("value", "problem"),
     [
         (["one", "two"], "has a list of 2 as text; give one text"),
-        ([], "has a list of 0"),
         (5, "has 5 as text"),
         (True, "has True as text"),
         ({"en": "x"}, "has {'en': 'x'} as text"),
@@ -165,13 +167,35 @@ def test_a_caption_is_one_text(tmp_path: Path, value: object, problem: str) -> N
         row.text(NEEDED[1])
 
 
+@pytest.mark.parametrize("empty", [None, "", " ", [], [""]])
+def test_the_first_column_with_a_value_counts(tmp_path: Path, empty: object) -> None:
+    (row,) = rows(tmp_path / "t.jsonl", json.dumps({"file": "a.mp4", "caption": empty, "text": "x"}))
+    assert row.text(NEEDED[1]) == "x"
+
+
+def test_a_quote_is_closed_within_a_bounded_number_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_LINES", 3)
+    found = rows(tmp_path / "t.csv", 'file,caption\na.mp4,"1\n2\n3"\nb.mp4,"1\n2\n3\n4"\n')
+    assert [(row.where, bool(row.problem)) for row in found][:2] == [("line 2", False), ("line 5", True)]
+    (row,) = rows(tmp_path / "t.csv", "file,caption\na.mp4," + "x" * 200_000)
+    assert row.problem.startswith("has a cell of more than 131072 characters")
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match="a cannot be read: it is no regular file"):
+        read_text(tmp_path / "a.json", "a")
+    with pytest.raises(OSError, match="it is no regular file"):
+        load_json(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("t.csv", "name,caption\na.mp4,x\n", "t.csv line 1 has no column file or media_path; it has name, caption"),
         ("t.csv", "file,caption,caption\na.mp4,x,y\n", "t.csv line 1 names the column caption twice"),
         ("t.csv", "", "t.csv line 1 has no column file"),
-        ("t.csv", "file,caption\ra.mp4,x\r", "t.csv line 1 is not a header"),
         ("t.json", "[" * 100_000, "t.json is not JSON (it is nested deeper than 100 levels)"),
         ("t.json", "5", "t.json is neither a list of objects nor an object of names and texts"),
         ("t.json", '{"a": "x", "a": "y"}', "t.json is not JSON ('a' stands there twice)"),

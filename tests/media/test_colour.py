@@ -151,13 +151,12 @@ def test_floating_point_and_integer_tiff(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     Image.fromarray((RAMP / 255).astype(np.float32)).save(path)
     assert np.abs(grey_of(path) - RAMP).max() <= 1
-    Image.fromarray(RAMP.astype(np.int32) * 257).save(path)
-    assert np.abs(grey_of(path) - RAMP).max() <= 1
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(path, tiffinfo={262: 0})  # white is zero
     assert np.abs(255 - grey_of(path) - RAMP).max() <= 1
     for bad, why in (
         (RAMP.astype(np.float32), "floating-point pixels from 0 to 255, not 0 to 1; save it"),
         (np.full((4, 4), np.nan, np.float32), "floating-point pixels from nan to nan"),
+        (np.full((4, 4), 200, np.int32), "has 32-bit pixels, whose range is not known; save it"),
         (RAMP.astype(np.int32) << 20, "has 32-bit pixels, whose range is not known; save it"),
     ):
         Image.fromarray(bad).save(path)
@@ -195,6 +194,12 @@ def test_icc_profiles_are_applied(tmp_path: Path) -> None:
         assert probe(tmp_path / name).note.startswith("converted from BGRs")
     image.convert("L").save(tmp_path / "wrong.png", icc_profile=bytes(swapped))
     assert probe(tmp_path / "wrong.png").note == "its colour profile does not fit and is ignored"
+    at = srgb.index(b"rTRC", 128)  # one curve for all: of gamma 1
+    start = struct.unpack(">I", srgb[at + 4 : at + 8])[0]
+    linear = srgb[:start] + b"curv" + bytes(8) + srgb[start + 12 :]
+    Image.new("RGB", (8, 8), (55, 55, 55)).save(tmp_path / "linear.png", icc_profile=linear)
+    assert np.abs(read_image(tmp_path / "linear.png")[0, 4, 4].numpy().astype(int) - 128).max() <= 1
+    assert "sRGB" in probe(tmp_path / "linear.png").note
 
 
 @pytest.mark.parametrize("name", ["a.avif", "a.png"])

@@ -268,6 +268,34 @@ def test_many_channels_are_mixed_down(tmp_path: Path, channels: int) -> None:
         assert snr(tone(rate=8000) * level * 2, wave[:1]) > 20
 
 
+@pytest.mark.parametrize("channels", [3, 7])
+def test_no_channel_without_position_is_dropped(tmp_path: Path, channels: int) -> None:
+    path = wav(tmp_path / "a.wav", channels, np.zeros(RATE))
+    data = bytearray(path.read_bytes())
+    samples = np.frombuffer(data, "<i2", offset=44).reshape(-1, channels)
+    for channel in range(channels):
+        samples[:] = 0
+        samples[:, channel] = (tone()[0] * 32767).astype("<i2")[: len(samples)]
+        path.write_bytes(data)
+        assert snr(tone(rate=8000) / channels, read_audio(path, 8000, 1).numpy()) > 20
+
+
+def test_a_duration_tag_that_is_no_number(tmp_path: Path) -> None:
+    path = movie(tmp_path / "a.mkv")
+    expected = probe(path).seconds
+    data = path.read_bytes()
+    tag = b"00:00:0"
+    assert tag in data
+    for bad in (b"nan", b"inf"):
+        at = data.index(tag)
+        changed = data
+        while at >= 0:
+            changed = changed[: at + 6] + bad + b" " * 9 + changed[at + 18 :]
+            at = data.find(tag, at + 1)
+        (tmp_path / "b.mkv").write_bytes(changed)
+        assert probe(tmp_path / "b.mkv").seconds == pytest.approx(expected, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("layout", "codec", "ending"), [("7.1", "aac", "mp4"), ("7.1", "flac", "mkv"), ("6.1", "aac", "mp4")]
 )
