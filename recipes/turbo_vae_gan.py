@@ -10,6 +10,7 @@ In the puppet world the adversarial stage changed nothing beyond noise (eval/res
 recipe of its own. The discriminator stays in the checkpoints; the export holds the decoder alone.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, backbone: str) -> None:
         super().__init__()
-        path = Path(backbone).expanduser()
+        path = Path(os.path.expanduser(backbone))
         if not path.is_file():
             raise UserError(
                 f"recipe.lpips_backbone={backbone} is not a file; fetch torchvision's VGG-16 weights "

@@ -227,7 +227,7 @@ def _model_folder(model: str) -> str:
             return snapshot_download(model, local_files_only=True)
         except (OSError, ValueError):
             raise UserError(f"model={model} is not on this machine; fetch it with: hf download {model}") from None
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if not (folder / "config.json").is_file():
         raise UserError(f"model={model} is not a folder of a transformers model; name one, a Hub id, or an endpoint=")
     return str(folder)

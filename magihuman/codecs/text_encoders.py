@@ -211,7 +211,7 @@ def _complete_folder(source: str | Path) -> Path:
     hub = is_hub_id(source)
     wanted = str(source) if hub else f"{REPO} --local-dir FOLDER"
     fetch = f"fetch it with: hf download {wanted} (accept its licence on the Hub and run `hf auth login` first)"
-    folder = hub_folder(str(source)) if hub else Path(source).expanduser()
+    folder = hub_folder(str(source)) if hub else Path(os.path.expanduser(source))
     if folder is None or not folder.is_dir():
         raise UserError(f"no folder {source} with a text encoder on this machine; {fetch}")
     missing = [] if (folder / "config.json").is_file() else ["config.json"]

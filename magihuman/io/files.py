@@ -87,7 +87,7 @@ def require_writable(path: Path, setting: str) -> None:
     Raises:
         UserError: the name is too long, something above it is a file, or that folder cannot be written to.
     """
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     try:
         above = [part for part in (path, *path.parents) if _exists(part) and (part != path or path.is_dir())]
         if not above[0].is_dir():
@@ -270,4 +270,6 @@ def hub_folder(repo: str) -> Path | None:
 
 def is_hub_id(source: str | Path) -> bool:
     """Whether `source` looks like an `owner/name` of the Hub and is not an existing path."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source))) and not Path(source).expanduser().exists()
+    return (
+        bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source))) and not Path(os.path.expanduser(source)).exists()
+    )

@@ -4,6 +4,7 @@ Files are searched on this machine only: at a path, or in the cache of the Huggi
 file contains the command that downloads it.
 """
 
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def locate(source: str | Path, wanted: Sequence[str], repo: str) -> Path:
     Raises:
         UserError: nothing found; the message holds the command that fetches it.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     fetch = f"fetch it with: hf download {repo} {wanted[0]} --local-dir FOLDER"
     if path.is_file():
         return path

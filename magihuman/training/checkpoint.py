@@ -113,7 +113,7 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
                 "exported weights), or resume= with a checkpoint elsewhere"
             )
         return None
-    path = Path(resume).expanduser()
+    path = Path(os.path.expanduser(resume))
     if (path / "checkpoints").is_dir():
         path = next(iter(newest_first(path / "checkpoints")), path / "checkpoints")
     if not path.exists() or path.name == "checkpoints":

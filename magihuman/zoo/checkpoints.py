@@ -5,6 +5,7 @@ that ships with the package ("tiny/base"), an exported folder, a run folder, or 
 cache of the Hugging Face Hub; nothing is downloaded. Finding one needs no torch.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def find(checkpoint: str | Path) -> Path:
     text, shipped = str(checkpoint), names.checkpoint_names()
     if text in shipped:
         return names.WEIGHTS / text
-    folder = Path(checkpoint).expanduser()
+    folder = Path(os.path.expanduser(checkpoint))
     if folder.is_dir():
         return _within(folder, text)
     if folder.exists():

@@ -1,5 +1,6 @@
 """The commands of `python -m magihuman.zoo`: settings to a text; without torch until there is work."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def convert(
         raise UserError("vae= and audio_vae= belong to to=diffusers; the other layouts hold no codecs")
     from magihuman.zoo import convert as conversion
 
-    limit, target = conversion.parse_size(max_shard), Path(dst).expanduser()
+    limit, target = conversion.parse_size(max_shard), Path(os.path.expanduser(dst))
     if lora is not None:
         if (to, dtype) != ("export", "keep"):
             raise UserError("lora= makes an export with the release's types; convert that one further (to=, dtype=)")

@@ -3,6 +3,7 @@
 Tensor names are equal in all layouts. Memory is that of one block of one tensor (`io.streamed_safetensors`).
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ def open_source(src: str, role: str | None = None) -> tuple[Sequence[Path], Mapp
     Raises:
         UserError: missing, damaged, or naming missing, unexpected and wrong-shaped tensors.
     """
-    path = Path(src).expanduser()
+    path = Path(os.path.expanduser(src))
     if path.is_file():
         if path.suffix not in FILES:
             raise UserError(f"{src} is not a file of tensors; those end in {', '.join(FILES)}")

@@ -7,6 +7,7 @@ An export is a folder with `model.safetensors` and `config.json`: layout (`causa
 hyperparameters, and the codec whose latents the decoder takes.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,7 +198,7 @@ def find(decoder: str | Path) -> Path | None:
     as for the published Turbo-VAED."""
     if str(decoder) in names.decoder_names():
         return WEIGHTS / str(decoder)
-    folder = Path(decoder).expanduser()
+    folder = Path(os.path.expanduser(decoder))
     return next((path for path in (folder, folder / "export") if names.is_decoder(path)), None)
 
 
@@ -301,7 +302,7 @@ def require_published(decoder: str | Path) -> None:
     from magihuman.codecs.turbo_vaed import FILES, REPO
     from magihuman.io.released_files import locate
 
-    text, folder = str(decoder), Path(decoder).expanduser()
+    text, folder = str(decoder), Path(os.path.expanduser(decoder))
     known = choices(text, "decoder")
     owner, slash, _ = text.partition("/")
     if not folder.exists() and (not slash or owner in {name.partition("/")[0] for name in names.decoder_names()}):

@@ -11,6 +11,7 @@ disk space (at 15 B and r = 64: 1.65 GB instead of 1.14 GB in fp32); in return p
 weights by name, applies the file exactly (tested with peft in tests/zoo/test_lora_files.py).
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def find(lora: str | Path) -> Path:
     Raises:
         UserError: when there is none.
     """
-    found = lora_in(Path(lora).expanduser())
+    found = lora_in(Path(os.path.expanduser(lora)))
     if found is None:
         raise UserError(f"{lora} holds no LoRA ({ADAPTER_CONFIG}); give the folder adapter/ of a run with recipe=lora")
     return found

@@ -419,6 +419,7 @@ def test_help_names_every_setting_and_starts_fast(capsys: pytest.CaptureFixture[
         (["prompt=a", "output=x.mp4", "output_size=100000x2"], "give even WIDTHxHEIGHT up to 8192 a side"),
         (["prompt=a", "output=x.mp4", "crf=99"], "crf=99 is impossible; give 0 (lossless) to 51"),
         (["prompt=a", "output=x.mp4", "turbo=wan"], "turbo=wan is for the published weights"),
+        (["prompt=a", "output=x.mp4", "checkpoint=~nouser123/x"], "~nouser123/x"),
         (["prompt=a", "output=x.mp4", "negative_prompt=released"], "set MAGIHUMAN_RELEASE to a checkout of https"),
         (["output=x.mp4", "prompt=a", "negative_prompt=" + 5000 * "word "], "the negative prompt has 5000 words"),
         (["a prompt without key"], "is not of the form key=value"),
