@@ -9,6 +9,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from magihuman.errors import UserError
@@ -53,10 +54,15 @@ class FileNames:
 
     def find(self, name: str) -> list[str]:
         """Files of an absolute path; several where it has no ending."""
-        if name in self:
-            return self._exact[os.path.normpath(name)]
-        similar = self._similar.get(_fold(os.path.normpath(name.replace("\\", "/"))), [])
-        return self._exact[similar[0]] if len(similar) == 1 else []
+        whole = os.path.normpath(name)
+        if whole not in self._exact:
+            similar = self._similar.get(_fold(os.path.normpath(name.replace("\\", "/"))), [])
+            if len(similar) != 1:
+                return []
+            whole = similar[0]
+        found = self._exact[whole]
+        # dog.mkv is that file, not its poster dog.mkv.png too.
+        return [path for path in found if os.path.splitext(path)[1] and os.path.normpath(path) == whole] or found
 
 
 def _fold(name: str) -> str:
@@ -114,9 +120,9 @@ class Captions:
         if row is None:
             shown = [
                 f"{table} ({found[0] if len(found) == 1 else f'{len(found)} problems'})" if found else table
-                for table, found in self.problems.items()
+                for table, found in islice(self.problems.items(), 3)
             ]
-            tables = f"no row in {', '.join(shown[:3])}{' ...' * (len(shown) > 3)}" if shown else "no caption table"
+            tables = f"no row in {', '.join(shown)}{' ...' * (len(self.problems) > 3)}" if shown else "no caption table"
             raise NoCaption(f"has no caption: no {Path(path).stem}.txt next to it and {tables}")
         if row.problem:
             raise Rejected(f"caption in {row.table} {row.line} {row.problem}")

@@ -19,6 +19,7 @@ from data.scan import MediaFile
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.media import images
+from magihuman.media.reading import LONGEST_VIDEO
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ def _clips_of(found: MediaFile, captions: Captions, options: PrepareOptions, for
         caption = ""
     if info.seconds * 10 > found.size:  # H.264 of black at 1 fps takes 33 bytes a second
         raise Rejected(f"claims to last {info.seconds:.0f} s in {found.size} bytes")
+    if info.seconds > LONGEST_VIDEO:
+        raise Rejected(f"lasts {info.seconds:.0f} s, and {LONGEST_VIDEO:.0f} s is the most; cut it into parts")
     choices = formats.large or formats.sizes
     best = choose_size(info.height, info.width, choices, options.max_crop, options.max_enlarge)
     size = formats.sizes[list(choices).index(best)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data.clip_plan import PlannedClip
 from data.options import PrepareOptions
 from data.scan import MediaFile, probe_file
-from data.shards import LARGE, NULL_TEXT, Bucket, Entry, ShardWriter
+from data.shards import LARGE, NULL_TEXT, PASSING, REMEDIES, Bucket, Entry, ShardWriter
 from data.worker_pool import Tick
 from magihuman.io.files import write_atomically
 from magihuman.media.reading import MediaClip, MediaError, MediaReader, read_image
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # the parent process imports the tasks only by name
 
     from magihuman.codecs.bundle import CodecBundle
 
-CRASHED = "crashes the decoder (its process died twice)"
+AGAIN = "the same command tries again"
+CRASHED = f"crashes the decoder (its process died twice; {AGAIN})"
 SILENCE = 1e-4  # peak below which audio counts as silent (-80 dB)
 
 
@@ -49,10 +50,14 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Samples written (without any there is no file), and the reasons for rejected clips by key."""
+    """Samples written (without any there is no file), and the reasons for rejected clips by key.
+
+    passing: keys of clips that were rejected for an error of the machine, which the next run tries again.
+    """
 
     entries: list[Entry]
     rejected: dict[str, str]
+    passing: frozenset[str] = frozenset()
 
 
 @lru_cache(maxsize=1)
@@ -105,13 +110,15 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
     """Task: read, encode and store the clips of one shard."""
     options = job.options
     codecs = open_bundle(options.codecs, options.device)
-    rejected = dict(job.refused)
+    rejected, passing = dict(job.refused), set[str]()
     with ShardWriter(job.path) as writer:
         known = {key for key, (shard, entry) in job.stored.items() if writer.copy(shard, entry)} | rejected.keys()
         new = [planned for planned in job.clips if planned.key not in known]
-        for planned, clip in _read(new, codecs, tick, excluded):
+        for planned, clip, passes in _read(new, codecs, tick, excluded):
             if isinstance(clip, str):
                 rejected[planned.key] = clip
+                if passes:
+                    passing.add(planned.key)
                 continue
             audio = clip.wave is not None and float(clip.wave.abs().max()) >= SILENCE
             if not audio and not planned.still and not options.silent:
@@ -121,40 +128,52 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
             bucket = Bucket(planned.frames, planned.height, planned.width, audio)
             if problem := _encode(codecs, options, bucket, planned, clip, writer):
                 rejected[planned.key] = problem
-    return ShardResult(writer.entries, rejected)
+    return ShardResult(writer.entries, rejected, frozenset(passing))
 
 
 def _read(
     clips: Sequence[PlannedClip], codecs: CodecBundle, tick: Tick, excluded: frozenset[str]
-) -> Iterator[tuple[PlannedClip, MediaClip | str]]:
-    """Every clip, or the reason why it cannot be read; consecutive clips of a file are read in one pass."""
+) -> Iterator[tuple[PlannedClip, MediaClip | str, bool]]:
+    """Every clip, or the reason why it cannot be read and whether that may pass.
+
+    Consecutive clips of a file are read in one pass.
+    """
     contract = codecs.contract
     for path, of_file in groupby(clips, key=attrgetter("path")):
-        reader, problem = None, ""
+        reader: MediaReader | None = None
+        failed: Exception | None = None
         with ExitStack() as stack:
             for planned in of_file:
                 tick(path)
                 if path in excluded:
-                    yield planned, CRASHED
+                    yield planned, CRASHED, True  # perhaps it was killed for its memory
                     continue
                 size = planned.large or (planned.height, planned.width)
                 try:
                     if planned.still:
-                        yield planned, MediaClip(_still(path, size), None)
+                        yield planned, MediaClip(_still(path, size), None), False
                         continue
-                    if problem and reader is None:
-                        raise MediaError(problem)
+                    if failed is not None and reader is None:
+                        raise failed
                     reader = reader or stack.enter_context(MediaReader(path))
-                    yield planned, reader.read(
+                    clip = reader.read(
                         fps=contract.fps, start=planned.start, frames=planned.frames, size=size,
                         rate=contract.audio_rate, channels=contract.waveform_channels,
                     )  # fmt: skip
-                except MediaError as error:
-                    problem = str(error)
-                    yield planned, problem
+                    yield planned, clip, False
                 except Exception as error:  # a bug of a decoder must not end the run
-                    problem = f"cannot be decoded: {type(error).__name__}: {error}"[:200]
-                    yield planned, problem
+                    failed, passes = error, _passes(error)
+                    known = isinstance(error, MediaError)
+                    problem = str(error) if known else f"cannot be decoded: {type(error).__name__}: {error}"[:200]
+                    yield planned, f"{problem} ({AGAIN})" if passes else problem, passes
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether an error is of the machine, not of the file's bytes."""
+    return any(
+        isinstance(found, MemoryError) or getattr(found, "errno", None) in (*PASSING, *REMEDIES)
+        for found in (error, error.__cause__)
+    )
 
 
 def _still(path: str, size: tuple[int, int]) -> torch.Tensor:

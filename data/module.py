@@ -24,6 +24,8 @@ from magihuman.models.config import Contract
 
 NAMED = 10
 """Damaged samples that are named one by one; the further ones are counted."""
+TRIES = 100
+"""Samples of the same bucket, and of the others, that are tried in place of a damaged one."""
 ORDER = 2
 """Version of the order of samples, stored in checkpoints; 1 filled the last batch of each bucket and epoch by repetition."""
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, splitmix64's increment
@@ -147,8 +149,8 @@ class FixedOrder:
 class Batches(Dataset[dict[str, Any]]):
     """Dataset of global batches: item t is one rank's share of batch t, as tensors.
 
-    A sample that cannot be read is replaced by the next readable one of the rank's share (else of the bucket), in every
-    run alike, and named in the batch's `skipped`.
+    A sample that cannot be read is replaced by the next readable one of the rank's share (else the share by one of the
+    bucket, else of another bucket), in every run alike, and named in the batch's `skipped`.
     """
 
     def __init__(self, shards: Shards, order: Order | FixedOrder, rank: int = 0, ranks: int = 1) -> None:
@@ -188,17 +190,20 @@ class Batches(Dataset[dict[str, Any]]):
         return self._shards.index[number].key, self._shards.read(number)
 
     def _readable(self, near: int) -> tuple[str, Sample]:
-        """The first readable sample of the bucket after sample `near`, cyclically."""
+        """The first readable sample of the bucket after sample `near`, cyclically, else one of another bucket."""
         index = self._shards.index
         bucket = index.rows["bucket"]
         same = np.flatnonzero(bucket == bucket[near])
-        for number in np.roll(same, -np.searchsorted(same, near, side="right")):
+        others = np.flatnonzero(bucket != bucket[near])
+        after = np.roll(same, -np.searchsorted(same, near, side="right"))[:TRIES]
+        for number in (*after, *others[:: len(others) // TRIES + 1]):  # neighbours share a damaged shard
             try:
                 return self._read(int(number))
             except SampleError:
                 continue
-        name = index[near].bucket
-        raise UserError(f"no sample of bucket {name} in {self._shards.folder} can be read; copy the shards again")
+        raise UserError(
+            f"no sample in {self._shards.folder} could be read in place of {index[near].key}; copy the shards again"
+        )
 
 
 def collate(samples: Sequence[tuple[str, Sample]], index: range, silent: torch.Tensor) -> dict[str, Any]:

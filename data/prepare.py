@@ -10,6 +10,7 @@ full shards or copied from shards that are not full or lose a sample, and all ot
 until the new index is written.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +56,9 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             with Workers(workers, work, task.crashed, PRELOADED) as pool:
                 return task.run(pool)
         except OSError as error:
+            of_output = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(options.target)
+            if not of_output and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+                raise UserError(f"data.prepare failed ({error}); give the same command again") from error
             raise UserError(
                 f"output={options.target} cannot be written ({error.strerror}); make room and give the same command "
                 "again"
@@ -144,6 +148,7 @@ class _Preparation:
             return report
         report.save(self.target)
         if not entries:
+            (self.work / CRASHED).unlink(missing_ok=True)
             most = f"; most often: {report.reasons[0][0]}" if report.reasons else ""
             raise UserError(f"no clip of {self.source} could be used{most}; {self.target}/report.md says why, per file")
         (self.work / NULL_TEXT).replace(self.target / NULL_TEXT)
@@ -278,9 +283,9 @@ class _Preparation:
             for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
                 content = {
-                    "clips": {clip.key: clip.identity for clip in shards[name]},
+                    "clips": {clip.key: clip.identity for clip in shards[name] if clip.key not in result.passing},
                     "entries": [asdict(entry) for entry in result.entries],
-                    "refused": result.rejected,
+                    "refused": {key: why for key, why in result.rejected.items() if key not in result.passing},
                 }
                 write_atomically(self.work / f"{name}.json", json.dumps(content), sync=True)
                 results[name] = result

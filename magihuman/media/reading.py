@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # torch takes a second to import and probing files does not n
 
 LONGEST_AUDIO = 300.0
 """Seconds of the longest audio that `read_audio` reads."""
+LONGEST_VIDEO = 86_400.0
+"""Seconds of the longest video that `data.prepare` cuts into clips; a sparse file can claim years."""
 
 # Limits that are checked before memory is taken.
 _MOST_PIXELS = 1 << 27  # of an image or frame; the largest phone cameras that are not pixel-binned have 108 million

@@ -72,6 +72,10 @@ def test_a_name_never_means_another_file_that_is_similar() -> None:
         assert names.find(f"/x/{name}") == [f"/x/{name}"]
     assert names.find("/x/a.MP4") == []  # two files could be meant
     assert names.find("/x/b") == ["/x/b.mp4", "/x/b.mov"]
+    posters = FileNames(["/x/dog.mkv", "/x/dog.mkv.png", "/x/cat", "/x/cat.mp4"])
+    assert posters.find("/x/dog.mkv") == posters.find("/x/DOG.mkv") == ["/x/dog.mkv"]
+    assert posters.find("/x/dog.mkv.png") == ["/x/dog.mkv.png"]
+    assert posters.find("/x/cat") == ["/x/cat", "/x/cat.mp4"]
 
 
 def test_every_row_that_is_not_used_is_named(tmp_path: Path) -> None:
@@ -142,6 +146,26 @@ def test_the_reason_says_where_captions_were_looked_for(tmp_path: Path) -> None:
         NoCaption, match=r"no a\.txt next to it and no row in t\.csv \(line 1 has no column file or path"
     ):
         captions(tmp_path, t_csv="clip id,caption\n1,x\n").of(str(tmp_path / "a.mp4"))
+
+
+def test_a_reason_names_three_tables_of_any_number() -> None:
+    tables = Captions(problems={f"{i}.json": [] for i in range(4)})
+    with pytest.raises(NoCaption, match=r"no row in 0\.json, 1\.json, 2\.json \.\.\.$"):
+        tables.of("/x/a.mp4")
+    del tables.problems["3.json"]
+    with pytest.raises(NoCaption, match=r"no row in 0\.json, 1\.json, 2\.json$"):
+        tables.of("/x/a.mp4")
+
+
+def test_a_sparse_file_that_claims_days_is_refused(tmp_path: Path) -> None:
+    options = PrepareOptions(str(tmp_path), str(tmp_path / "out"), captions="optional")
+    media = [
+        MediaFile(f"/x/{s}", str(s), 10**7, "", str(s), MediaInfo("video", 64, 64, 25.0, s, 16000, 1))
+        for s in (86_400.0, 400_000.0)
+    ]
+    made = make_plan(media, Captions(), options, ClipFormats([(64, 64)], [25], 25.0))
+    assert len(made.clips) == 86_400
+    assert made.rejected == {"400000.0": "lasts 400000 s, and 86400 s is the most; cut it into parts"}
 
 
 def plan(folder: Path, files: dict[str, tuple[str, str]], **options: Any) -> tuple[list[str], dict[str, str]]:

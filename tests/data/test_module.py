@@ -519,13 +519,27 @@ def test_memory_of_an_index_is_its_arrays(shards: Path) -> None:
     assert not [value for value in vars(index).values() if isinstance(value, list) and len(value) >= len(index)]
 
 
-def test_a_bucket_without_a_readable_sample_is_an_error(shards: Path, tmp_path: Path) -> None:
+def test_a_bucket_without_a_readable_sample_is_replaced_by_another(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
     reader = Shards(copy)
-    corrupt(copy, [i for i, entry in enumerate(reader.entries) if entry.bucket == "25x64x64"])
-    with pytest.raises(UserError, match=r"no sample of bucket 25x64x64 in .* can be read; copy the shards again"):
-        take(module(copy, max_damaged_share=0.2), 13)
+    lost = {i for i, entry in enumerate(reader.entries) if entry.bucket == "25x64x64"}
+    corrupt(copy, sorted(lost))
+    data = module(copy, max_damaged_share=1.0)
+    batches = take(data, 13)
+    numbers = [set(map(int, data.order.batch(i))) for i in range(13)]
+    assert any(wanted <= lost for wanted in numbers)
+    for wanted, batch in zip(numbers, batches, strict=True):
+        assert len(batch["key"]) == 6
+        assert not {reader.entries[i].key for i in lost} & set(batch["key"])
+        if wanted <= lost:
+            assert len(set(batch["key"])) == 1
+            assert len(batch["skipped"]) == 6
+    with pytest.raises(UserError, match=r"samples are damaged, more than data.module.max_damaged_share=0.01"):
+        take(module(copy), 13)
+    corrupt(copy, [i for i in range(len(reader.entries)) if i not in lost])
+    with pytest.raises(UserError, match=r"no sample in .* could be read in place of .*; copy the shards again"):
+        take(module(copy, max_damaged_share=1.0), 1)
 
 
 def test_unusable_shards_are_one_line_with_a_remedy(shards: Path, tmp_path: Path) -> None:

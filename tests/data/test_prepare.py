@@ -1,5 +1,6 @@
 """data.prepare: what becomes of odd and broken files, resumption after a kill, crashes, and what stands in shards."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,11 +19,14 @@ from bad_media import Expected, build, movie, prepare_bad
 from fake_bundle import fake_bundle
 
 from data import encode
+from data import prepare as prepare_module
+from data.clip_plan import PlannedClip
 from data.options import PrepareOptions
 from data.prepare import prepare
 from data.prepare_report import PrepareReport
 from data.shards import Shards
 from magihuman.errors import UserError
+from magihuman.media.reading import MediaError
 
 REPO = Path(__file__).resolve().parents[2]
 CODECS = "codecs=pooled_bundle:build"
@@ -358,9 +362,73 @@ def test_a_file_that_kills_its_process_costs_only_itself(tmp_path: Path) -> None
     )  # fmt: skip
     report = json.loads((tmp_path / "shards" / "report.json").read_text())
     status = {row["file"]: (row["status"], row["reason"]) for row in report["per_file"]}
-    assert status.pop("c03.mp4") == ("rejected", "crashes the decoder (its process died twice)")
+    assert status.pop("c03.mp4") == (
+        "rejected",
+        "crashes the decoder (its process died twice; the same command tries again)",
+    )
     assert set(status.values()) == {("taken", "")}
-    assert len(Shards(tmp_path / "shards")) == 6
+    first = Shards(tmp_path / "shards")
+    assert len(first) == 6
+    # The same command tries again what may have been killed for its memory, copies the rest, and then it is finished.
+    again = command(clips, tmp_path / "shards", "codecs=pooled_bundle:deadly")
+    made = []
+    for _ in range(2):
+        result = subprocess.run(again, cwd=REPO, env={**os.environ, "SPARED": "1"}, capture_output=True, text=True)
+        assert "7 clips (" in result.stdout, result.stderr
+        made.append((contents(tmp_path / "shards"), "6 clips kept, 1 encoded" in result.stderr))
+    assert made == [(made[0][0], True), (made[0][0], False)]
+    found = Shards(tmp_path / "shards")
+    before = {entry.key: first.index[i].crc for i, entry in enumerate(first.entries)}
+    assert before.items() <= {entry.key: entry.crc for entry in found.entries}.items()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        *[(OSError(number, "x"), True) for number in (errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOENT)],
+        (MemoryError(), True),
+        (OSError("image file is truncated"), False),
+        (ValueError("x"), False),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_only_an_error_of_the_file_itself_is_final(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, passes: bool, wrapped: bool
+) -> None:
+    def fail(path: str) -> Any:
+        if wrapped:
+            raise MediaError("cannot be read: x") from error
+        raise error
+
+    monkeypatch.setattr(encode, "open_bundle", lambda name, device: fake_bundle())
+    monkeypatch.setattr(encode, "MediaReader", fail)
+    clips = [PlannedClip(f"k_{i}", "/a.mp4", "a.mp4", "x", float(i), 25, 64, 64, False, "") for i in range(2)]
+    job = encode.ShardJob(tmp_path / "a.tar", clips, PrepareOptions(str(tmp_path), str(tmp_path / "out")), {}, {})
+    result = encode.write_shard(job, lambda path: None, frozenset())
+    assert set(result.rejected) == {"k_0", "k_1"}
+    assert result.passing == (frozenset(result.rejected) if passes else frozenset())
+    assert all(why.endswith("(the same command tries again)") == passes for why in result.rejected.values())
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "message"),
+    [
+        (errno.EMFILE, None, r"^data.prepare failed \(.*Too many open files\); give the same command again$"),
+        (errno.EACCES, "media/a.mp4", r"^data.prepare failed \(.*Permission denied: .*media/a.mp4'\)"),
+        (errno.ENOSPC, None, r"^output=.*out cannot be written \(No space left on device\); make room"),
+        (errno.EACCES, "out/a.tar", r"^output=.*out cannot be written \(Permission denied\)"),
+    ],
+)
+def test_the_output_is_named_only_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, file: str | None, message: str
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number), *([] if file is None else [str(tmp_path / file)]))
+
+    (tmp_path / "media").mkdir()
+    monkeypatch.setattr(prepare_module, "list_files", fail)
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path / "media", tmp_path / "out", codecs=CODECS[7:])
 
 
 @pytest.mark.parametrize(

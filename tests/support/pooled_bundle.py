@@ -58,11 +58,11 @@ def build(device: str) -> CodecBundle:
 
 
 def deadly(device: str) -> Any:
-    """The pooled world, but encoding clip number 3 kills the process."""
+    """The pooled world, but encoding clip number 3 kills the process, unless SPARED is set."""
 
     class Deadly(LetterText):
         def encode(self, prompts: list[str]) -> list[torch.Tensor]:
-            if "clip number 3" in prompts:
+            if "clip number 3" in prompts and "SPARED" not in os.environ:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().encode(prompts)
 
