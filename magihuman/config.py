@@ -6,6 +6,7 @@ A configuration has *sections* (the dataclasses below) and *calls* (nodes with `
 them against the dataclass, or against the signature of the target.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -168,8 +169,8 @@ TEXTS = ("runs", "name", "folder", "resume", "init")
 """Settings at the top that are texts, whatever they look like."""
 
 WITHOUT_EFFECT = (
-    "runs", "name", "folder", "resume", "checkpoint", "trainer.threads", "trainer.progress", "data.module.num_workers",
-    "data.make.workers",
+    "runs", "name", "folder", "resume", "checkpoint", "logger", "trainer.threads", "trainer.progress", "trainer.log_every",
+    "data.module.num_workers", "data.make.workers", "data.make.folder",
 )  # fmt: skip
 """Settings that change neither a training's result nor what is measured and shown of it."""
 
@@ -293,7 +294,7 @@ _HOLDS: dict[str, Callable[[float], bool]] = {
 def _check_values(settings: TrainSettings) -> None:
     """Checks of single values, which need no import of the recipe."""
     optim, trainer, name = settings.optim, settings.trainer, settings.name
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > 200):
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200):
         raise UserError(
             f"name={_short(name)} is not the name of a folder; it is the last part of RUNS/RECIPE/NAME (runs= is the first, "
             "folder= gives the whole path)"

@@ -28,7 +28,7 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     for word in settings:
         key, equals, value = word.partition("=")
         name = key.lstrip("+")
-        if not equals and not key.startswith("~"):
+        if not name or (not equals and not key.startswith("~")):
             meant = f"; did you mean +recipe={key}?" if key in available("recipe") else ""
             raise UserError(f"{word!r} is not of the form key=value{meant}")
         if not equals or key.startswith("~") or name.startswith("hydra") or "@" in name:
@@ -41,7 +41,7 @@ def overrides(arguments: Sequence[str]) -> list[str]:
             continue
         known = available(name)
         for choice in value.split(",") if re.fullmatch(r"[\w,-]+", value) else ():
-            if choice not in (*known, "null"):
+            if choice not in known:
                 meant = suggest(ALIASES.get(choice, choice), known)
                 raise UserError(f"no {name} {choice!r}{meant}; choose from {', '.join(known)}")
         if name in ("recipe", "experiment"):

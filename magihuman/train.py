@@ -67,8 +67,14 @@ def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Pat
         job_number: of a sweep's job, which follows the name; None for a single training.
 
     Raises:
-        UserError: several processes were started from outside and could not agree on a time.
+        UserError: an empty or unreadable name, or several processes were started from outside and could not agree on a time.
     """
+    for key in ("name", "folder", "runs"):
+        text = node.get(key)
+        if text == "":
+            raise UserError(f"{key}= is empty; give a folder, or leave it out")
+        if str(text) != str(text).encode("utf-8", "replace").decode():
+            raise UserError(f"{key}={text!r} is not UTF-8; choose another")
     if node.get("folder") is not None:
         return Path(node["folder"])
     recipe = str(node["recipe"]["_target_"]).split(".")[-2]
@@ -106,7 +112,8 @@ def finished(run: Any, settings: TrainSettings, config_yaml: str) -> bool:
         raise UserError(f"{run.path} holds a training already; remove it, choose another name=, or use resume=auto")
     changed: list[str] = []
     if record and kept.exists():
-        changed = changes(yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(config_yaml))
+        found = changes(yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(config_yaml))
+        changed = [line for line in found if not line.startswith("trainer.max_steps ")]
     steps = record.get("steps", 0)
     if record.get("status") == "finished" and steps >= settings.trainer.max_steps:
         if changed:
@@ -139,9 +146,9 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     tune_cpu(settings.trainer.threads)
     quiet()
     run = RunFolder(folder)
-    resume = find_resume(settings.resume, run.checkpoints)
     if finished(run, settings, config_yaml):
         return folder
+    resume = find_resume(settings.resume, run.checkpoints)
     if resume is not None:
         require_same_training(resume, node)
     check_before_data(settings)
@@ -459,9 +466,15 @@ class Sweep:
                         "name, or give name=NAME for the folders NAME-0, NAME-1, ..."
                     )
                 words = [*words, f"++folder={folder}"]
-            status = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
+            status, stopped_by = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
             if status in (STOPPED, INTERRUPTED):
                 raise SystemExit(status)
+            if stopped_by:  # before or after the job's steps, where it does not requeue itself
+                from magihuman.training.checkpoint import requeue
+
+                say(f"{stopped_by.name}: the sweep stops at job {number}; the same command continues")
+                requeue()
+                raise SystemExit(STOPPED)
             if status:
                 self.failed[number] = f"status {status}"
         except UserError as error:
@@ -478,13 +491,18 @@ class Sweep:
             raise UserError(f"{len(self.failed)} of the sweep's jobs failed, the others are done ({which})")
 
 
-def run_and_pass_signals(command: list[str]) -> int:
-    """Run a command and return its status; signals that stop a training go on to it."""
+def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None]:
+    """Run a command; its status, and the first signal that came meanwhile. Signals that stop a training go on to it."""
     child = subprocess.Popen(command)
-    signals = (signal.SIGUSR1, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda received, _: child.send_signal(received)) for number in signals}
+    received: list[signal.Signals] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGUSR1, signal.SIGTERM)}
     try:
-        return child.wait()
+        return child.wait(), received[0] if received else None
     except KeyboardInterrupt:  # the child has it, too
         child.wait()
         raise

@@ -85,8 +85,10 @@ def require_writable(path: Path, setting: str) -> None:
         setting: the user's, for the message.
 
     Raises:
-        UserError: the name is too long, something above it is a file, or that folder cannot be written to.
+        UserError: the name is too long or not UTF-8, something above it is a file, or that folder cannot be written to.
     """
+    if str(path) != str(path).encode("utf-8", "replace").decode():  # it is written into records
+        raise UserError(f"{setting}={str(path)!r} is not UTF-8; choose another")
     path = Path(os.path.expanduser(path)).absolute()
     try:
         above = [part for part in (path, *path.parents) if _exists(part) and (part != path or path.is_dir())]

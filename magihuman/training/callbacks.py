@@ -251,14 +251,15 @@ class Divergence(L.Callback):
     """Stops a training whose loss has grown beyond use; for losses that are not finite see `Recipe.count_norm`.
 
     The rule: in each of the last `WINDOW` steps, a loss that the recipe watches (`Recipe.watched`) was more than `FACTOR`
-    times its value in the first step, which is computed with the initial weights. A few unusual batches cannot break it,
-    neither as the first nor as the last ones. A training ends by it too if it is shorter: then half of its steps count.
+    times its value in the first step, which is computed with the initial weights. A few unusual batches at the end do not
+    matter. Of a shorter training the last half counts, at least `FEWEST` steps; one of fewer steps is not judged.
 
     Args:
         every: steps between checks; the last step is always checked.
     """
 
     WINDOW = 20
+    FEWEST = 5
     FACTOR = 10.0
 
     def __init__(self, every: int) -> None:
@@ -281,9 +282,9 @@ class Divergence(L.Callback):
             self._check(recipe, last)
 
     def _check(self, recipe: Any, last: bool) -> None:
-        window = min(self.WINDOW, max(1, recipe.step // 2)) if last else self.WINDOW
+        window = min(self.WINDOW, max(self.FEWEST, recipe.step // 2)) if last else self.WINDOW
         if last:
-            recipe.require_finite(window)
+            recipe.require_finite(min(self.WINDOW, recipe.step, max(2, recipe.step // 2)))
         for name in recipe.watched:
             pairs = [step[name] for step in self._recent if name in step]
             if not pairs:

@@ -89,7 +89,7 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
 
     Args:
         resume: `auto` takes the folder's newest complete checkpoint if there is one, and a damaged one is moved aside for
-            the one before it; `none` starts anew; anything else is a path to a checkpoint or a run folder.
+            an intact one before it; `none` starts anew; anything else is a path to a checkpoint or a run folder.
         checkpoints: of the run folder.
 
     Raises:
@@ -99,24 +99,26 @@ def find_resume(resume: str, checkpoints: Path) -> Path | None:
     if resume == "none":
         return None
     if resume == "auto":
-        found = newest_first(checkpoints)
-        for path in found:
+        damaged: list[tuple[Path, DamagedError]] = []
+        for path in newest_first(checkpoints):
             try:
                 check(path)
             except DamagedError as error:
-                _move_aside(path, error)
+                damaged.append((path, error))
             else:
+                for each in damaged:
+                    _move_aside(*each)
                 return path.resolve()
-        if found:
+        if damaged:  # they stay where they are, or the next start would find none and begin anew
             raise UserError(
-                f"all {len(found)} checkpoints in {checkpoints} are damaged; give another name= (and init= to start from "
-                "exported weights), or resume= with a checkpoint elsewhere"
+                f"all {len(damaged)} checkpoints in {checkpoints} are damaged ({damaged[0][1]}); give another name= (and init= "
+                "to start from exported weights), or resume= with a checkpoint elsewhere"
             )
         return None
     path = Path(os.path.expanduser(resume))
     if (path / "checkpoints").is_dir():
         path = next(iter(newest_first(path / "checkpoints")), path / "checkpoints")
-    if not path.exists() or path.name == "checkpoints":
+    if not resume or not path.exists() or path.resolve().suffix != ".ckpt":
         raise UserError(f"resume={resume}: no checkpoint there; give a .ckpt, a run folder, `auto` or `none`")
     path = path.resolve()
     try:
@@ -185,6 +187,8 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
         UserError: naming what differs.
     """
     import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     wrote, now = zero_processes(checkpoint), node["trainer"]["devices"] * node["trainer"]["nodes"]
     if wrote not in (None, now):
@@ -196,6 +200,10 @@ def require_same_training(checkpoint: Path, node: Mapping[str, Any]) -> None:
     if not file.exists():
         return
     then = yaml.safe_load(file.read_text())
+    with suppress(
+        OmegaConfBaseException
+    ):  # an interpolation of what is no longer there, such as an environment variable
+        then = OmegaConf.to_container(OmegaConf.create(then), resolve=True)
     recipe = locate(node["recipe"]["_target_"], "recipe")
     for path in (*FIXED, *(f"recipe.{name}" for name in getattr(recipe, "fixed_on_resume", ()))):
         old, new = _entry(then, path), _entry(node, path)

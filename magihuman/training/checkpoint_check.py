@@ -62,7 +62,7 @@ DEEPSPEED = {
 
 _BROKEN = (
     zipfile.BadZipFile, pickle.UnpicklingError, zlib.error, struct.error, EOFError, RuntimeError, NotImplementedError,
-    ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError,
+    ValueError, LookupError, TypeError, AttributeError, OverflowError,
 )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ class _Archive:
 
         Raises:
             DamagedError: here, or in the block for an error of a damaged file.
+            UserError: the machine cannot read it, for another reason than damage.
         """
         try:
             with self.file.open("rb") as stream:
@@ -140,10 +141,12 @@ class _Archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in opened.infolist()):
                     raise DamagedError(f"{self.name} is damaged: an entry is compressed")
                 yield part, opened
+        except FileNotFoundError as error:
+            raise DamagedError(f"{self.name} is missing") from error
         except OSError as error:
-            raise DamagedError(f"{self.name} cannot be read: {error.strerror or error}") from error
+            raise _unreadable(self.file, error) from error
         except _BROKEN as error:
-            raise DamagedError(f"{self.name} is damaged ({_reason(error)})") from error
+            raise DamagedError(f"{self.name}: {_reason(error)}") from error
 
     def check_data(self) -> None:
         with self._open() as (_, opened):
@@ -193,6 +196,10 @@ def _archives(checkpoint: Path) -> Iterator[_Archive]:
         raise DamagedError(f"it has neither {METADATA} nor {LATEST}")
 
 
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be read ({error.strerror or error}); nothing is changed, give the command again")
+
+
 def _executes(what: str) -> UserError:
     return UserError(
         f"the checkpoint holds {what}, which is not data of a training: reading it could run code, and nothing of it "
@@ -209,7 +216,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_metadata(checkpoint: Path) -> Any:
     """`.metadata` of a sharded checkpoint: entries and where they stand."""
-    data, seal_file = (checkpoint / METADATA).read_bytes(), checkpoint / METADATA_CRC
+    seal_file = checkpoint / METADATA_CRC
+    try:
+        data = (checkpoint / METADATA).read_bytes()
+    except OSError as error:
+        raise _unreadable(checkpoint / METADATA, error) from error
     if seal_file.is_file() and seal_file.read_bytes().strip() != f"{zlib.crc32(data):08x}".encode():
         raise DamagedError(f"the checksum of {METADATA} differs")
     try:
@@ -226,7 +237,10 @@ def _read_metadata(checkpoint: Path) -> Any:
 
 def _tag(checkpoint: Path) -> Path:
     """The folder that `latest` names."""
-    name = (checkpoint / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        name = (checkpoint / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise _unreadable(checkpoint / LATEST, error) from error
     if Path(name).name != name or not (checkpoint / name).is_dir():
         raise DamagedError(f"{LATEST} names the folder {name[:80]!r}, which is not in the checkpoint")
     return checkpoint / name

@@ -1,6 +1,7 @@
 """Settings: every recipe composes, and what is wrong is said in one line before anything is allocated."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
 from magihuman.overrides import overrides, swept
 from magihuman.schema import build, call, check
-from magihuman.train import Sweep, plain
+from magihuman.train import Sweep, plain, run_and_pass_signals
 
 
 def node(*overrides: str) -> dict[str, Any]:
@@ -175,9 +176,17 @@ def test_a_word_that_would_be_misread_is_refused(words, message) -> None:
 def test_settings_that_change_a_training_are_told_from_others() -> None:
     then = {"optim": {"lr": 1, "eps": None}, "runs": "a", "trainer": {"threads": 1}, "after_fit": {"eval": {"n": 1}}}
     now = {"optim": {"lr": 2}, "runs": "b", "trainer": {"threads": 2}, "after_fit": None, "model": {}, "seed": 0}
+    then |= {"logger": {"wandb": None}}
+    now |= {"logger": {"wandb": {"project": "p"}}}
     assert changes(then, now) == [
         "optim.lr 1 then, 2 now", "after_fit {'eval': {'n': 1}} then, null now", "seed null then, 0 now",
     ]  # fmt: skip
+
+
+def test_a_signal_ends_the_sweep_and_not_only_its_job() -> None:
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    assert run_and_pass_signals([sys.executable, "-c", code]) == (-signal.SIGTERM, signal.SIGTERM)
+    assert run_and_pass_signals([sys.executable, "-c", "raise SystemExit(3)"]) == (3, None)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """Checkpoints of the three layouts: what would be executed is refused, and damage is found and named."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -166,8 +167,24 @@ def test_auto_resume_takes_the_intact_checkpoint_before_a_damaged_one(layout, ki
 def test_every_checkpoint_damaged_is_no_new_training(layout, tmp_path: Path) -> None:
     checkpoint = layout(tmp_path / "step-00000003.ckpt")
     largest(checkpoint).write_bytes(b"")
-    with pytest.raises(UserError, match=r"all 1 checkpoints in .* are damaged"):
-        find_resume("auto", tmp_path)
+    for _ in range(2):  # they stay, so that the second start does not begin anew
+        with pytest.raises(UserError, match=r"all 1 checkpoints in .* are damaged"):
+            find_resume("auto", tmp_path)
+
+
+@layouts
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_an_error_of_the_machine_is_no_damage(layout, number, tmp_path: Path, monkeypatch) -> None:
+    checkpoint = layout(tmp_path / "step-00000003.ckpt")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(UserError, match=f"cannot be read .{os.strerror(number)}.; nothing is changed"):
+            find_resume("auto", tmp_path)
+    assert find_resume("auto", tmp_path) == checkpoint
 
 
 def test_a_folder_without_some_of_its_files_is_damaged(tmp_path: Path) -> None:

@@ -77,8 +77,9 @@ def test_a_divergence_is_told_from_noise_and_from_spikes() -> None:
     assert diverges([2.0, *(10.0**n for n in range(2, 30))]) == 25  # the first step alone was healthy
     assert diverges([2.0] * 50 + [1e6] * 19 + [2.0] * 50) is None
     assert diverges([2.0] + [19.0] * 100) is None
-    assert diverges([2.0, 3.0, 50.0, 60.0]) == 4  # a short one, at its end
-    assert diverges([2.0, 3.0, 50.0, 6.0]) is None
+    assert diverges([2.0, 3.0, 50.0, 60.0, 70.0, 60.0, 50.0]) == 7  # a short one, at its end
+    assert diverges([2.0, 3.0, 50.0, 60.0, 70.0, 60.0, 6.0]) is None
+    assert diverges([0.05, 0.6, 0.7, 0.6]) is None  # too short to judge
     assert diverges([2.0]) is None
     assert diverges([0.0, 2.0, 2.0, 2.0, 2.0, 2.0]) is None  # no loss in the first step: nothing to compare with
     # One sample per step, whose loss depends on its noise level.
