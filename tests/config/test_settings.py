@@ -233,9 +233,9 @@ def sweep_of(*words: str) -> tuple[dict[int, str], list[str]]:
     written = overrides(words)
     sweep, called = Sweep(swept(written)), []
 
-    def run(command: list[str]) -> int:
+    def run(command: list[str]) -> tuple[int, None]:
         called.append(command[-1].rpartition("/")[2])
-        return 1 if len(called) == 2 else 0
+        return (1 if len(called) == 2 else 0), None
 
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), None)[0]
     with pytest.MonkeyPatch.context() as patch:
