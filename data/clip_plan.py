@@ -19,7 +19,7 @@ from data.scan import MediaFile
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
 from magihuman.media import images
-from magihuman.media.reading import LONGEST_VIDEO
+from magihuman.media.container import LONGEST_VIDEO
 
 
 @dataclass(frozen=True)

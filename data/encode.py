@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from data.clip_plan import PlannedClip
 from data.options import PrepareOptions
 from data.scan import MediaFile, probe_file
-from data.shards import LARGE, NULL_TEXT, PASSING, REMEDIES, Bucket, Entry, ShardWriter
+from data.shards import LARGE, NULL_TEXT, REMEDIES, TRANSIENT, Bucket, Entry, ShardWriter
 from data.worker_pool import Tick
 from magihuman.io.files import write_atomically
-from magihuman.media.reading import MediaClip, MediaError, MediaReader, read_image
+from magihuman.media.container import MediaError
+from magihuman.media.image_files import read_image
+from magihuman.media.reading import MediaClip, MediaReader
 
 if TYPE_CHECKING:  # the parent process imports the tasks only by name
     import torch
@@ -52,12 +54,12 @@ class ShardJob:
 class ShardResult:
     """Samples written (without any there is no file), and the reasons for rejected clips by key.
 
-    passing: keys of clips that were rejected for an error of the machine, which the next run tries again.
+    transient: keys of clips that were rejected for an error of the machine, which the next run tries again.
     """
 
     entries: list[Entry]
     rejected: dict[str, str]
-    passing: frozenset[str] = frozenset()
+    transient: frozenset[str] = frozenset()
 
 
 @lru_cache(maxsize=1)
@@ -110,15 +112,15 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
     """Task: read, encode and store the clips of one shard."""
     options = job.options
     codecs = open_bundle(options.codecs, options.device)
-    rejected, passing = dict(job.refused), set[str]()
+    rejected, transient = dict(job.refused), set[str]()
     with ShardWriter(job.path) as writer:
         known = {key for key, (shard, entry) in job.stored.items() if writer.copy(shard, entry)} | rejected.keys()
         new = [planned for planned in job.clips if planned.key not in known]
-        for planned, clip, passes in _read(new, codecs, tick, excluded):
+        for planned, clip, is_transient in _read(new, codecs, tick, excluded):
             if isinstance(clip, str):
                 rejected[planned.key] = clip
-                if passes:
-                    passing.add(planned.key)
+                if is_transient:
+                    transient.add(planned.key)
                 continue
             audio = clip.wave is not None and float(clip.wave.abs().max()) >= SILENCE
             if not audio and not planned.still and not options.silent:
@@ -128,7 +130,7 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
             bucket = Bucket(planned.frames, planned.height, planned.width, audio)
             if problem := _encode(codecs, options, bucket, planned, clip, writer):
                 rejected[planned.key] = problem
-    return ShardResult(writer.entries, rejected, frozenset(passing))
+    return ShardResult(writer.entries, rejected, frozenset(transient))
 
 
 def _read(
@@ -162,16 +164,16 @@ def _read(
                     )  # fmt: skip
                     yield planned, clip, False
                 except Exception as error:  # a bug of a decoder must not end the run
-                    failed, passes = error, _passes(error)
+                    failed, is_transient = error, _is_transient(error)
                     known = isinstance(error, MediaError)
                     problem = str(error) if known else f"cannot be decoded: {type(error).__name__}: {error}"[:200]
-                    yield planned, f"{problem} ({AGAIN})" if passes else problem, passes
+                    yield planned, f"{problem} ({AGAIN})" if is_transient else problem, is_transient
 
 
-def _passes(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether an error is of the machine, not of the file's bytes."""
     return any(
-        isinstance(found, MemoryError) or getattr(found, "errno", None) in (*PASSING, *REMEDIES)
+        isinstance(found, MemoryError) or getattr(found, "errno", None) in (*TRANSIENT, *REMEDIES)
         for found in (error, error.__cause__)
     )
 

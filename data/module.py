@@ -85,6 +85,11 @@ class Order:
         self._slots = self._shuffled_epoch(0)
         self._passes: list[dict[int, np.ndarray]] = [{} for _ in self._numbers]  # the two latest of each bucket
 
+    @property
+    def samples(self) -> np.ndarray:
+        """Numbers of all samples, ascending: int32."""
+        return np.sort(np.concatenate(self._numbers))
+
     def _before(self, epoch: int) -> np.ndarray:
         """Batches of each bucket before an epoch: int64 [buckets]."""
         return (epoch * self._sizes + self._phases) // self.batch_size
@@ -142,6 +147,11 @@ class FixedOrder:
                 self._batches.append(np.resize(batch, -(-len(batch) // ranks) * ranks))
         self.batches_per_epoch = len(self._batches)
 
+    @property
+    def samples(self) -> np.ndarray:
+        """Numbers of all samples, ascending."""
+        return np.unique(np.concatenate(self._batches))
+
     def batch(self, number: int) -> np.ndarray:
         return self._batches[number]
 
@@ -192,9 +202,9 @@ class Batches(Dataset[dict[str, Any]]):
     def _readable(self, near: int) -> tuple[str, Sample]:
         """The first readable sample of the bucket after sample `near`, cyclically, else one of another bucket."""
         index = self._shards.index
-        bucket = index.rows["bucket"]
-        same = np.flatnonzero(bucket == bucket[near])
-        others = np.flatnonzero(bucket != bucket[near])
+        samples = self._order.samples  # a training sample is not replaced by one of validation
+        is_same = index.rows["bucket"][samples] == index.rows["bucket"][near]
+        same, others = samples[is_same], samples[~is_same]
         after = np.roll(same, -np.searchsorted(same, near, side="right"))[:TRIES]
         for number in (*after, *others[:: len(others) // TRIES + 1]):  # neighbours share a damaged shard
             try:

@@ -283,9 +283,9 @@ class _Preparation:
             for name, result in pool.run(write_shard, todo, bar.update):
                 self._save_crashed()
                 content = {
-                    "clips": {clip.key: clip.identity for clip in shards[name] if clip.key not in result.passing},
+                    "clips": {clip.key: clip.identity for clip in shards[name] if clip.key not in result.transient},
                     "entries": [asdict(entry) for entry in result.entries],
-                    "refused": {key: why for key, why in result.rejected.items() if key not in result.passing},
+                    "refused": {key: why for key, why in result.rejected.items() if key not in result.transient},
                 }
                 write_atomically(self.work / f"{name}.json", json.dumps(content), sync=True)
                 results[name] = result

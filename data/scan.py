@@ -12,7 +12,8 @@ from typing import Any
 from data.captions import FileNames
 from magihuman.io.provenance import file_hash
 from magihuman.io.text import TABLES
-from magihuman.media.reading import MediaError, MediaInfo, probe
+from magihuman.media.container import MediaError
+from magihuman.media.reading import MediaInfo, probe
 
 _VIDEO = "3g2 3gp asf avi dv flv gif ivf m2ts m4v mkv mov mp4 mpeg mpg mts mxf nut ogv rm ts vob webm wmv"
 _IMAGE = "avif bmp jpeg jpg png tif tiff webp"

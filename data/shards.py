@@ -42,8 +42,8 @@ AXES = {"video": 4, "audio": 2, "text": 2, LARGE: 4}  # numbers of axes of the t
 MAX_INDEX_BYTES = 8 << 30  # of index.json: about 50 million samples
 MAX_META_BYTES = 1 << 20  # of a sample's JSON
 CACHED_FROM = 100_000  # samples from which the compact index is kept as a file
-PAUSES = (0.1, 1.0, 5.0)  # seconds before reading again after an error that may pass
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network file systems
+RETRY_DELAYS = (0.1, 1.0, 5.0)  # seconds before reading again after an error that may pass
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # of network file systems
 REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n) or lower data.module.num_workers",
     errno.ENFILE: "the machine has too many open files; close some, or lower data.module.num_workers",
@@ -250,11 +250,11 @@ class SampleIndex(Sequence[Entry]):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
             kept = folder / f".index-{digest}.safetensors"
-            if (found := _read_kept(kept)) is not None:
+            if (found := _read_cached(kept)) is not None:
                 return found
             head, rows, keys = _parse(path)
-            if len(rows) >= CACHED_FROM and _keep(kept, head, rows, keys):
-                return _read_kept(kept) or cls(head, rows, keys)
+            if len(rows) >= CACHED_FROM and _write_cache(kept, head, rows, keys):
+                return _read_cached(kept) or cls(head, rows, keys)
             return cls(head, rows, keys)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
@@ -346,7 +346,7 @@ def _plain_name(path: Path, name: str) -> str:
     return name
 
 
-def _keep(path: Path, head: Mapping[str, Any], rows: np.ndarray, keys: np.ndarray) -> bool:
+def _write_cache(path: Path, head: Mapping[str, Any], rows: np.ndarray, keys: np.ndarray) -> bool:
     """Write the compact index for the next processes, in place of older ones; False where the folder is read-only."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -362,8 +362,8 @@ def _keep(path: Path, head: Mapping[str, Any], rows: np.ndarray, keys: np.ndarra
     return True
 
 
-def _read_kept(path: Path) -> SampleIndex | None:
-    """The compact index of a file of `_keep`, mapped into memory; None where it is missing or damaged."""
+def _read_cached(path: Path) -> SampleIndex | None:
+    """The compact index of a file of `_write_cache`, mapped into memory; None where it is missing or damaged."""
     import numpy as np
 
     try:
@@ -508,14 +508,14 @@ def _read_bytes(path: Path, offset: int, count: int) -> bytes:
     Raises:
         UserError: the machine cannot read them.
     """
-    for pause in (*PAUSES, None):
+    for pause in (*RETRY_DELAYS, None):
         try:
             with path.open("rb") as file:
                 file.seek(offset)
                 return file.read(count)
         except OSError as error:
-            if pause is None or error.errno not in PASSING:
-                tried = f" after {len(PAUSES) + 1} tries" if error.errno in PASSING else ""
+            if pause is None or error.errno not in TRANSIENT:
+                tried = f" after {len(RETRY_DELAYS) + 1} tries" if error.errno in TRANSIENT else ""
                 remedy = REMEDIES.get(error.errno or 0, "check the disk or the network")
                 raise UserError(f"shard {path} cannot be read ({error.strerror or error}){tried}; {remedy}") from error
         time.sleep(pause)

@@ -91,7 +91,8 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
     """
     from tqdm import tqdm
 
-    from magihuman.media.reading import MediaError, read_clip
+    from magihuman.media.container import MediaError
+    from magihuman.media.reading import read_clip
 
     movies = sorted(Path(folder).glob("*.mp4"))[:limit]
     if not movies:

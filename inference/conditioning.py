@@ -12,6 +12,7 @@ from inference.requests import RELEASED
 from magihuman.errors import UserError
 from magihuman.io.text import read_text
 from magihuman.media import images, reading
+from magihuman.media.image_files import open_image
 
 RELEASE_VARIABLE = "MAGIHUMAN_RELEASE"
 """Environment variable with the folder of a checkout of the release's code."""
@@ -22,28 +23,31 @@ NEGATIVE_LENGTH = 1719
 NEGATIVE_SHA256 = "4515a21f8d125d12e5a42b23e65bb09f46ea9817567f1834ad556e8cd1852c4b"
 
 
-def read_image(path: str | Path, height: int, width: int) -> torch.Tensor:
-    """An image file as the first frame: [1,3,1,height,width] fp32 in [-1,1], centre-cropped and resized.
+def read_image(path: str | Path, height: int, width: int) -> tuple[torch.Tensor, str]:
+    """An image file as the first frame, and a note on what reading changed, or "".
+
+    The frame is [1,3,1,height,width] fp32 in [-1,1], centre-cropped and resized.
 
     Raises:
         UserError: the file is missing, not an image, or too thin for the clip's shape.
     """
     try:
-        image, _ = reading.open_image(path)
+        image, note = open_image(path)
     except UserError as error:
         hint = "" if "; " in str(error) else "; give a png or jpg file"
         raise UserError(f"image={path}: {error}{hint}") from error
     columns, rows = image.size
     if min(rows * width // height, columns * height // width) < 1:
         raise UserError(f"image={path} has {columns} x {rows} pixels, too thin for a clip of {width} x {height}")
-    return images.image_to_frame(image, height, width)
+    return images.image_to_frame(image, height, width), note
 
 
 def audio_seconds_of(path: str | Path, rate: int) -> float:
     """Duration of a file's audio when it is read at `rate` Hz; the file is decoded, so that damage is found.
 
     Raises:
-        UserError: the file is missing, unreadable, has no audio, or lasts longer than `reading.LONGEST_AUDIO`.
+        UserError: the file is missing, unreadable, has no audio, or lasts longer than
+            `magihuman.media.container.LONGEST_AUDIO`.
     """
     try:
         return reading.read_audio(path, rate).shape[1] / rate

@@ -202,10 +202,8 @@ class Resolver:
         self._announce(request, settings)
         if request.image is not None and (request.image, settings.size) not in self._pictures:
             from inference.conditioning import read_image
-            from magihuman.media.reading import open_image
 
-            read_image(request.image, *settings.size)
-            self._note_on(request.image, open_image(request.image)[1])
+            self._note_on(request.image, read_image(request.image, *settings.size)[1])
             self._pictures.add((request.image, settings.size))
         path = self.folder / f"{request.name}.mp4"
         options = replace(

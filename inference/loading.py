@@ -79,13 +79,13 @@ def second_checkpoint(checkpoint: str, sr: str | None, resolution: str | None, c
 def chosen_turbo(checkpoint: str, turbo: str | None, codecs: str) -> str | None:
     """The setting turbo= with its default: for the published weights their Turbo decoder where it lies next to the
     checkpoint, as in the release's own settings, else `WAN`; None for other codecs."""
-    beside = bundle_spec(codecs).turbo
-    if turbo is not None or beside is None:
+    folder = bundle_spec(codecs).turbo
+    if turbo is not None or folder is None:
         return turbo
     from magihuman import zoo
 
-    sibling = zoo.find(checkpoint).parent / beside
-    return str(sibling) if sibling.is_dir() else WAN
+    turbo_folder = zoo.find(checkpoint).parent / folder
+    return str(turbo_folder) if turbo_folder.is_dir() else WAN
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ class Pipeline:
             return None
         codec = self.codecs.video_codec
         with self.stage("condition"):
-            latents = [codec.encode(read_image(path, height, width).to(device_of(codec))) for path in paths]
+            latents = [codec.encode(read_image(path, height, width)[0].to(device_of(codec))) for path in paths]
         return torch.cat(latents).to(self.device)
 
     def encode_audio_files(

@@ -232,7 +232,7 @@ MOST_LAYERS, LARGEST, LONGEST = 1000, 1 << 20, 1000
 _COUNTS = re.compile("layers|blocks|stages|steps")
 
 
-def require_modest(values: Any, name: str) -> None:
+def check_limits(values: Any, name: str) -> None:
     """Refuse impossible sizes in settings of a network, which may come from a file, before anything is made from them.
 
     Args:
@@ -276,7 +276,7 @@ class PlainConfig:
             raise UserError(
                 f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
             )
-        require_modest(values, cls.__name__)
+        check_limits(values, cls.__name__)
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except TypeError as error:

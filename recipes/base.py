@@ -249,9 +249,8 @@ class Recipe(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.context.strategy.name.startswith("zero"):
             norm = float(self.trainer.model.get_global_grad_norm())  # type: ignore[union-attr, operator]
-            self.count_norm(
-                "grad_norm", norm if norm >= 0 else math.nan
-            )  # DeepSpeed says -1 for one that is not finite
+            # DeepSpeed returns -1 for a norm that is not finite.
+            self.count_norm("grad_norm", norm if norm >= 0 else math.nan)
         self.after_step()
 
     def after_step(self) -> None:

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, Literal
 
 from magihuman.errors import UserError
-from magihuman.schema import require_modest
+from magihuman.schema import check_limits
 
 RGB = 3
 REACH = 2
@@ -129,7 +129,7 @@ class CausalDecoderConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CausalDecoderConfig":
         """Raises UserError for unknown, missing or impossible settings."""
-        require_modest(values, "student decoder")
+        check_limits(values, "student decoder")
         try:
             stages = tuple(
                 DecoderStage(**{**stage, "up": tuple(stage.get("up", (1, 1)))}) for stage in values["stages"]

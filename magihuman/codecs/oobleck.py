@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from magihuman.errors import UserError
 from magihuman.io.released_files import diffusers_config, load_strict, locate, read_json, read_state, require_fit
-from magihuman.schema import require_modest
+from magihuman.schema import check_limits
 
 # `AutoencoderOobleck` is written as Any: its module is imported where a codec is built, and has no types.
 REPO = "stabilityai/stable-audio-open-1.0"
@@ -193,7 +193,7 @@ def autoencoder_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"model_config.json beside {path} has no model.pretransform.config; use that of {REPO}"
         ) from error
-    require_modest(found, "model_config.json")
+    check_limits(found, "model_config.json")
     return found
 
 

@@ -26,7 +26,7 @@ from magihuman.errors import UserError
 from magihuman.io.export import weight_files
 from magihuman.io.files import hub_folder, is_hub_id
 from magihuman.io.released_files import read_json
-from magihuman.schema import require_modest
+from magihuman.schema import check_limits
 
 WORD_CHANNELS = 64
 PREVIOUS_CHANNELS = 32
@@ -224,7 +224,7 @@ def _complete_folder(source: str | Path) -> Path:
     except UserError as error:
         raise UserError(f"the text encoder in {folder} is incomplete: {error}; {fetch}") from None
     config = read_json(folder / "config.json", "the shape of the text encoder")
-    require_modest(config, "config.json")
+    check_limits(config, "config.json")
     kind = config.get("model_type")
     if kind != "t5gemma":
         raise UserError(f"{folder} holds a model of type {kind!r}, not 't5gemma'; {fetch}")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from magihuman.codecs.wan import add_statistics
 from magihuman.errors import UserError
 from magihuman.io.released_files import load_strict, locate, read_json, read_state
-from magihuman.schema import require_modest
+from magihuman.schema import check_limits
 
 REPO = "GAIR/daVinci-MagiHuman"
 FILES = (
@@ -125,7 +125,7 @@ class TurboConfig:
             UserError: a setting is absent, of the wrong type, or not offered.
         """
         known = {field.name: field for field in fields(cls)}
-        require_modest({key: value for key, value in values.items() if key in known}, "Turbo decoder")
+        check_limits({key: value for key, value in values.items() if key in known}, "Turbo decoder")
         unknown = [key for key in values if key not in known and not key.startswith(_IGNORED_SETTINGS)]
         if unknown:
             warnings.warn(f"Turbo decoder: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)

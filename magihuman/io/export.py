@@ -22,7 +22,7 @@ from magihuman.io.released_files import read_json, require_fit
 from magihuman.io.text import load_json
 from magihuman.io.weight_checks import check_checksums, require_finite, write_checksums
 from magihuman.models.config import Contract, DiTConfig, PackConfig
-from magihuman.schema import check, require_modest
+from magihuman.schema import check, check_limits
 
 FORMAT = "magihuman/1"
 CONFIG = "config.json"
@@ -91,7 +91,7 @@ class ExportConfig:
             raise UserError(f"the checkpoint's format is {found!r}, this version reads {FORMAT!r}")
         try:
             for name, schema in (("sampling", Sampling), ("size", Size)):
-                require_modest(values[name], name)
+                check_limits(values[name], name)
                 check(values[name], schema, name)
             sampling = dict(values["sampling"])
             return cls(

@@ -16,7 +16,7 @@ from magihuman.errors import UserError
 from magihuman.io.files import is_hub_id
 from magihuman.io.text import load_json
 from magihuman.io.weight_checks import check_checksums, require_finite
-from magihuman.schema import require_modest
+from magihuman.schema import check_limits
 
 _LISTED = 4  # names shown per kind of mismatch before "and N more"
 
@@ -87,7 +87,7 @@ def diffusers_config(path: Path, kind: str) -> dict:
     config = read_json(path.with_name("config.json"), "the configuration of the diffusers VAE")
     if config.get("_class_name") != kind:
         raise UserError(f"{path} is not of class {kind}: its config.json names {config.get('_class_name')!r}")
-    require_modest(config, "config.json")
+    check_limits(config, "config.json")
     return config
 
 

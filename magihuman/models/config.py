@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, Literal
 
 from magihuman.errors import UserError
-from magihuman.schema import PlainConfig, require_modest
+from magihuman.schema import PlainConfig, check_limits
 
 EXPERTS = 3
 """Experts of a multi-modality layer: video, audio, text, stacked in this order (SPEC 1.2)."""
@@ -64,7 +64,7 @@ class DiTConfig(PlainConfig):
     enable_attn_gating: bool = True
 
     def __post_init__(self) -> None:
-        require_modest({field.name: getattr(self, field.name) for field in fields(self)}, "dit")
+        check_limits({field.name: getattr(self, field.name) for field in fields(self)}, "dit")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int or field.type == "int":

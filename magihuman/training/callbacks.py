@@ -307,8 +307,8 @@ class Divergence(L.Callback):
                 )
 
 
-def oddities(batch: dict[str, Any]) -> list[str]:
-    """What is odd about the latents of a batch as training data: constant, equal, still or silent clips, in words."""
+def data_warnings(batch: dict[str, Any]) -> list[str]:
+    """Warnings about the latents of a batch as training data: constant, equal, still or silent clips."""
     video, audio, found = batch["video"].float(), batch["audio"].float(), []
     clips = f"all {len(video)} clips of the first batch"
 
@@ -326,15 +326,15 @@ def oddities(batch: dict[str, Any]) -> list[str]:
     return found
 
 
-class Oddities(L.Callback):
-    """Says what is odd about the first batch (`oddities`)."""
+class DataWarnings(L.Callback):
+    """Prints the warnings of `data_warnings` for the first batch."""
 
     def __init__(self) -> None:
         self._looked = False
 
     def on_train_batch_start(self, trainer: L.Trainer, recipe: Any, batch: Any, batch_idx: int) -> None:
         if trainer.is_global_zero and not self._looked and batch.get("real", True):
-            for line in oddities(batch):
+            for line in data_warnings(batch):
                 print(f"note: {line}", flush=True)
         self._looked = True
 

@@ -33,7 +33,7 @@ from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, replace
 from magihuman.schema import locate
-from magihuman.training.checkpoint_check import DamagedError, check, check_data, seal, zero_processes
+from magihuman.training.checkpoint_check import DamagedError, check, check_data, write_metadata_checksum, zero_processes
 
 LAST = "last.ckpt"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -289,7 +289,7 @@ class Checkpointer(L.Callback):
                     remove(temporary)
             raise
         if trainer.is_global_zero:
-            seal(temporary)
+            write_metadata_checksum(temporary)
             replace(temporary, path)
             point_to(self.folder, path)
             for old in complete(self.folder)[: -self.settings.keep]:

@@ -30,7 +30,7 @@ from magihuman.io.files import write_atomically
 
 METADATA = ".metadata"
 METADATA_CRC = ".metadata.crc32"
-"""CRC-32 of `.metadata` in hexadecimal, written by `seal`; checkpoints of earlier versions have none."""
+"""CRC-32 of `.metadata` in hexadecimal, written by `write_metadata_checksum`; checkpoints of earlier versions have none."""
 LATEST = "latest"
 OPTIMIZER_FILES = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
 """DeepSpeed's file of every process."""
@@ -70,7 +70,7 @@ class DamagedError(Exception):
     """A checkpoint that is incomplete or whose bytes have changed; the text says which file, and how."""
 
 
-def seal(folder: Path) -> None:
+def write_metadata_checksum(folder: Path) -> None:
     """Write the checksum of a sharded checkpoint's `.metadata`, the one file of a checkpoint without any."""
     if (folder / METADATA).is_file():
         write_atomically(folder / METADATA_CRC, f"{zlib.crc32((folder / METADATA).read_bytes()):08x}\n")

@@ -24,7 +24,7 @@ from magihuman.io.export import Size, check_fit, read_header, weight_files
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
-from magihuman.training.callbacks import Divergence, Limits, LogLines, Oddities, Samples
+from magihuman.training.callbacks import DataWarnings, Divergence, Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption
 from magihuman.training.parallel import build_strategy, check_device, check_launch, plugins
 from magihuman.training.runs import RunFolder, build_loggers
@@ -296,7 +296,7 @@ class Session:
             logger=self.loggers,
             # Order matters: decisions to stop, then the log line of this step, then its checkpoint.
             callbacks=[
-                Oddities(),
+                DataWarnings(),
                 self.limits,
                 Divergence(options.log_every),
                 *extra,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS
 from magihuman.io.text import load_json
-from magihuman.schema import PlainConfig, require_modest
+from magihuman.schema import PlainConfig, check_limits
 from magihuman.zoo import names
 from magihuman.zoo.names import choices
 
@@ -88,7 +88,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise UserError(f"decoder layout {self.layout!r} is unknown; choose from {', '.join(LAYOUTS)}")
-        require_modest(self.network, "network")
+        check_limits(self.network, "network")
         found = _hyperparameters(self.layout, self.network)
         if (found.latent_channels, found.stride) != (self.latents.channels, self.latents.stride):
             raise UserError(

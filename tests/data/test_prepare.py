@@ -26,7 +26,7 @@ from data.prepare import prepare
 from data.prepare_report import PrepareReport
 from data.shards import Shards
 from magihuman.errors import UserError
-from magihuman.media.reading import MediaError
+from magihuman.media.container import MediaError
 
 REPO = Path(__file__).resolve().parents[2]
 CODECS = "codecs=pooled_bundle:build"
@@ -406,7 +406,7 @@ def test_only_an_error_of_the_file_itself_is_final(
     job = encode.ShardJob(tmp_path / "a.tar", clips, PrepareOptions(str(tmp_path), str(tmp_path / "out")), {}, {})
     result = encode.write_shard(job, lambda path: None, frozenset())
     assert set(result.rejected) == {"k_0", "k_1"}
-    assert result.passing == (frozenset(result.rejected) if passes else frozenset())
+    assert result.transient == (frozenset(result.rejected) if passes else frozenset())
     assert all(why.endswith("(the same command tries again)") == passes for why in result.rejected.values())
 
 

@@ -20,7 +20,7 @@ from magihuman.io.released_files import read_json, read_state
 from magihuman.io.weight_checks import CHECKSUMS, require_finite
 from magihuman.models import lora
 from magihuman.models.config import Contract, DiTConfig, PackConfig
-from magihuman.schema import require_modest
+from magihuman.schema import check_limits
 from magihuman.zoo import decoders, lora_files
 from magihuman.zoo.commands import convert
 
@@ -163,7 +163,7 @@ def test_impossible_settings_of_decoders_and_codecs_are_refused_at_once(tmp_path
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match=r"3000000 is impossible"):
             decoders.load(folder)
-    require_modest(small_dit.LOCAL.to_dict() | {"note": "text", "flag": True, "none": None}, "model")
+    check_limits(small_dit.LOCAL.to_dict() | {"note": "text", "flag": True, "none": None}, "model")
     with pytest.raises(UserError, match="impossible"):
         DiTConfig(**{**LOCAL.to_dict(), "num_layers": 10**7})
 

@@ -13,7 +13,9 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from magihuman.media.colour import to_sdr
-from magihuman.media.reading import MediaError, open_image, probe, read_clip, read_image
+from magihuman.media.container import MediaError
+from magihuman.media.image_files import open_image, read_image
+from magihuman.media.reading import probe, read_clip
 
 TRUTH = np.array([200, 120, 90])  # as BT.709 signal
 BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # BT.2087

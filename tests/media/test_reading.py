@@ -16,8 +16,10 @@ from bad_media import Sound, movie
 
 from magihuman.errors import UserError
 from magihuman.media.contact_sheet import draw_contact_sheet
+from magihuman.media.container import MediaError
+from magihuman.media.image_files import read_image
 from magihuman.media.mp4 import Mp4Writer, write_mp4
-from magihuman.media.reading import MediaError, MediaReader, probe, read_audio, read_clip, read_image
+from magihuman.media.reading import MediaReader, probe, read_audio, read_clip
 
 RATE = 16000
 

@@ -13,7 +13,14 @@ import torch.distributed.checkpoint as dcp
 
 from magihuman.errors import UserError
 from magihuman.training.checkpoint import LAST, check_shares, find_resume, newest_first, point_to, require_same_training
-from magihuman.training.checkpoint_check import METADATA, METADATA_CRC, DamagedError, check, check_data, seal
+from magihuman.training.checkpoint_check import (
+    METADATA,
+    METADATA_CRC,
+    DamagedError,
+    check,
+    check_data,
+    write_metadata_checksum,
+)
 
 
 class Payload:
@@ -36,7 +43,7 @@ def sharded(path: Path, also: object = 0) -> Path:
     state = {"state_dict": {"w": torch.arange(4096.0)}, "optimizer_0": {"lr": 0.1, "also": also}}
     dcp.save(state, checkpoint_id=path, no_dist=True)
     torch.save({"recipe": {"step": 3}}, path / "meta.pt")
-    seal(path)
+    write_metadata_checksum(path)
     return path
 
 
@@ -85,7 +92,7 @@ def test_an_object_that_runs_code_is_refused_and_not_run(layout, tmp_path: Path)
 def test_metadata_of_a_sharded_checkpoint_is_read_without_executing_it(tmp_path: Path, protocol: int) -> None:
     checkpoint = sharded(tmp_path / "step-00000003.ckpt")
     (checkpoint / METADATA).write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=protocol))
-    seal(checkpoint)
+    write_metadata_checksum(checkpoint)
     with pytest.raises(UserError, match="mkdir"):
         find_resume("auto", tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -98,7 +105,7 @@ def test_a_checkpoint_names_no_file_outside_of_itself(tmp_path: Path, name: str)
     for place in metadata.storage_data.values():
         object.__setattr__(place, "relative_path", name)
     (shards / METADATA).write_bytes(pickle.dumps(metadata))
-    seal(shards)
+    write_metadata_checksum(shards)
     with pytest.raises(UserError, match="outside of the checkpoint"):
         check(shards)
     shutil.copytree(zero / "checkpoint", tmp_path / "b" / "secret")

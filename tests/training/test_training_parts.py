@@ -17,7 +17,7 @@ from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
 from magihuman.training import checkpoint, parallel, runs
-from magihuman.training.callbacks import Divergence, Meter, oddities
+from magihuman.training.callbacks import Divergence, Meter, data_warnings
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
 from magihuman.training.optim import Ramp, value_at
@@ -96,18 +96,18 @@ def test_a_divergence_is_found_after_a_resume() -> None:
 
 def test_odd_data_are_said() -> None:
     batch = training_stub.batch(range(4))
-    assert oddities(batch) == []
+    assert data_warnings(batch) == []
     still = {**batch, "video": batch["video"][:, :, :1].expand(-1, -1, 3, -1, -1)}
-    assert oddities(still) == ["nothing moves in all 4 clips of the first batch"]
+    assert data_warnings(still) == ["nothing moves in all 4 clips of the first batch"]
     grey, silent = torch.full_like(batch["video"], 0.3), torch.full_like(batch["audio"], 0.1)
-    assert oddities({"video": grey, "audio": silent}) == [
+    assert data_warnings({"video": grey, "audio": silent}) == [
         "the frames of all 4 clips of the first batch are of a single colour",
         "all 4 clips of the first batch have the same frames",
         "the audio of all 4 clips of the first batch does not change; it may be silence",
     ]
     one = {key: batch[key][[0, 0, 0]] for key in ("video", "audio")}
-    assert oddities(one) == ["all 3 clips of the first batch have the same frames"]
-    assert oddities(training_stub.batch(range(2), sound=False)) == []
+    assert data_warnings(one) == ["all 3 clips of the first batch have the same frames"]
+    assert data_warnings(training_stub.batch(range(2), sound=False)) == []
 
 
 def test_ramps() -> None:
