@@ -5,89 +5,27 @@ makes the trainer; the algorithm is a recipe. Recipes, data and evaluations are 
 of the configuration.
 """
 
-import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from magihuman.cli import calm_bars
+from magihuman.composition import RUN_NAME, choose_folder, plain, with_cause
 from magihuman.config import TrainSettings, available, changes, groups, validate
+from magihuman.console import is_main_process, say, stage
+from magihuman.cpu import bf16_slowdown, tune_cpu
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS, disk_problem, require_writable
+from magihuman.multirun import INTERRUPTED, STOPPED, Sweep
 from magihuman.overrides import overrides, swept
-from magihuman.schema import call, one_line
+from magihuman.schema import call
 
-RUN_NAME = "MAGIHUMAN_RUN"
-"""Environment variable that passes the run's name to processes that Lightning starts."""
-STOPPED, INTERRUPTED = 75, 130
-"""Statuses of a training that can be continued: after a signal (EX_TEMPFAIL), and after Ctrl-C."""
 SLOW_BF16 = 3.0
 """A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
-_GB = 1 << 30
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes for the job; from the launchers' variables, before any process group."""
-    rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
-    return int(rank) == 0
-
-
-def say(text: str) -> None:
-    """Print one line of progress, on the main process."""
-    if is_main_process():
-        print(text, flush=True)
-
-
-@contextmanager
-def stage(title: str) -> Iterator[None]:
-    """Announce a stage and its time."""
-    say(f"== {title}")
-    start = time.monotonic()
-    yield
-    say(f"   {title}: {time.monotonic() - start:.0f} s")
-
-
-def in_batch_job() -> bool:
-    """Whether this runs in a Slurm batch job, and not in an interactive allocation (which may run several trainings)."""
-    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-
-
-def choose_folder(node: Mapping[str, Any], job_number: int | None = None) -> Path:
-    """The run folder: `folder`, or <runs>/<recipe>/<name>; without a name, the Slurm job or the time.
-
-    Args:
-        node: the configuration, with a recipe.
-        job_number: of a sweep's job, which follows the name; None for a single training.
-
-    Raises:
-        UserError: an empty or unreadable name, or several processes were started from outside and could not agree on a time.
-    """
-    for key in ("name", "folder", "runs"):
-        text = node.get(key)
-        if text == "":
-            raise UserError(f"{key}= is empty; give a folder, or leave it out")
-        if str(text) != str(text).encode("utf-8", "replace").decode():
-            raise UserError(f"{key}={text!r} is not UTF-8; choose another")
-    if node.get("folder") is not None:
-        return Path(node["folder"])
-    recipe = str(node["recipe"]["_target_"]).split(".")[-2]
-    name = node.get("name") or os.environ.get(RUN_NAME)
-    if name is None and in_batch_job():
-        name = "job-" + os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-        name += "-" + os.environ["SLURM_ARRAY_TASK_ID"] if "SLURM_ARRAY_TASK_ID" in os.environ else ""
-    # Processes that torchrun or srun started; Lightning's own get RUN_NAME.
-    tasks = os.environ.get("SLURM_NTASKS") if in_batch_job() else None
-    if name is None and int(os.environ.get("WORLD_SIZE") or tasks or 1) > 1:
-        raise UserError("several processes were started and need one run folder; give it a name with name=...")
-    name = name or time.strftime("%Y%m%d-%H%M%S")
-    return Path(node["runs"]) / recipe / (str(name) if job_number is None else f"{name}-{job_number}")
 
 
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
@@ -232,7 +170,7 @@ def _took(config: Path, name: str, mine: Mapping[str, Any]) -> float | None:
 def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
     from magihuman.training.checkpoint import SIGNALS, step_of
-    from magihuman.training.runs import CSVLog
+    from magihuman.training.loggers import CSVLog
 
     step = 0
     if resume is not None:
@@ -285,48 +223,6 @@ def after_fit(settings: TrainSettings, run: Any) -> None:
         run.update(seconds={name: round(time.monotonic() - start, 1)})
         if isinstance(result, Mapping):
             run.update(results={name: dict(result)})
-
-
-# -- the CPU -------------------------------------------------------------------------------------------------------
-
-
-def tune_cpu(threads: int | None) -> None:
-    """Make CPU training faster without changing a number: keep freed memory, use large pages, fix the threads.
-
-    Activations are freed and allocated anew in every step. glibc returns large blocks to the system at once,
-    and getting them back costs page faults, which took over a quarter of a small model's step.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((_MMAP_THRESHOLD, _GB), (_TRIM_THRESHOLD, 4 * _GB - 1), (_TOP_PAD, _GB // 16)):
-            libc.mallopt(option, ctypes.c_int(min(value, 2**31 - 1)))
-    except (OSError, AttributeError):
-        pass  # not glibc
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def bf16_slowdown() -> float:
-    """How many times longer a matrix product takes in bf16 than in fp32 on this CPU, measured in about 0.05 s.
-
-    Below 1 on CPUs with AVX512-BF16 or AMX; without them torch's kernels are many times slower.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    def seconds(dtype: torch.dtype) -> float:
-        x, weight = (torch.ones(1024, 256, dtype=dtype), torch.ones(1024, 256, dtype=dtype))  # as in the tiny network
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            F.linear(x, weight)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def warn_of_slow_bf16(settings: TrainSettings) -> None:
@@ -400,7 +296,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if composed:
             raise
-        report_and_exit(UserError(_with_cause(error)))
+        report_and_exit(UserError(with_cause(error)))
 
 
 def help_text(words: list[str]) -> str:
@@ -417,123 +313,6 @@ def help_text(words: list[str]) -> str:
         f"{header}\nGroups and their choices:\n{choices}\n\nSettings (see the comments in configs/):\n\n"
         f"{OmegaConf.to_yaml(config)}\n{footer}"
     )
-
-
-class Sweep:
-    """The jobs of a command with `-m`, one after the other: each has a process and a run folder of its own, and one that
-    fails does not end the others.
-
-    A job's number follows its name, unless the names alone differ (`name=a,b`) or are made of settings
-    (`name='x-${optim.lr}'`).
-
-    Attributes:
-        settings: names of the settings that differ between jobs.
-        folders: number of the job that uses it, by folder; failed: the reason, by job.
-    """
-
-    def __init__(self, settings: set[str]) -> None:
-        self.settings = settings
-        self.folders: dict[Path, int] = {}
-        self.failed: dict[int, str] = {}
-
-    def run(self, config: Any, number: int, words: list[str]) -> None:
-        """Run job `number`.
-
-        Args:
-            words: its settings.
-
-        Raises:
-            UserError: all jobs would have the same folder.
-            SystemExit: with the job's status, after a signal or Ctrl-C.
-        """
-        from omegaconf import OmegaConf
-
-        given = OmegaConf.to_container(config, resolve=False)
-        assert isinstance(given, dict)
-        made = {key: "${" in str(given.get(key)) for key in ("name", "folder")}
-        if given["folder"] is not None and not made["folder"] and self.settings - {"folder"}:
-            raise UserError(
-                f"folder={given['folder']} would be the folder of every job of this sweep; give name=NAME instead, "
-                "for the folders NAME-0, NAME-1, ..."
-            )
-        say(f"== job {number} of the sweep: {' '.join(words)}")
-        try:
-            if given.get("recipe") is not None:
-                folder = choose_folder(plain(config), None if made["name"] or self.settings <= {"name"} else number)
-                if self.folders.setdefault(folder, number) != number:
-                    raise UserError(
-                        f"job {self.folders[folder]} has the same folder, {folder}; put every setting that differs into the "
-                        "name, or give name=NAME for the folders NAME-0, NAME-1, ..."
-                    )
-                words = [*words, f"++folder={folder}"]
-            status, stopped_by = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
-            if status in (STOPPED, INTERRUPTED):
-                raise SystemExit(status)
-            if stopped_by:  # before or after the job's steps, where it does not requeue itself
-                from magihuman.training.checkpoint import requeue
-
-                say(f"{stopped_by.name}: the sweep stops at job {number}; the same command continues")
-                requeue()
-                raise SystemExit(STOPPED)
-            if status:
-                self.failed[number] = f"status {status}"
-        except UserError as error:
-            self.failed[number] = str(error)
-
-    def report(self) -> None:
-        """Raise if a job failed.
-
-        Raises:
-            UserError: naming them.
-        """
-        if self.failed:
-            which = "; ".join(f"job {number}: {reason}" for number, reason in self.failed.items())
-            raise UserError(f"{len(self.failed)} of the sweep's jobs failed, the others are done ({which})")
-
-
-def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None]:
-    """Run a command; its status, and the first signal that came meanwhile. Signals that stop a training go on to it."""
-    child = subprocess.Popen(command)
-    received: list[signal.Signals] = []
-
-    def pass_on(number: int, _: Any) -> None:
-        received.append(signal.Signals(number))
-        child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    try:
-        return child.wait(), received[0] if received else None
-    except KeyboardInterrupt:  # the child has it, too
-        child.wait()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _with_cause(error: BaseException) -> str:
-    """A message of Hydra or OmegaConf in one line, with that of its cause where it says more."""
-    text, cause = one_line(str(error)), one_line(str(error.__cause__ or ""))
-    if "more than once in the final defaults list" in text:
-        text += "; an experiment chooses its recipe itself, so give only one of them"
-    return text if cause in text else f"{text}; {cause}"
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """The configuration as dictionaries and lists, interpolations resolved.
-
-    Raises:
-        UserError: an interpolation that cannot be resolved.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        node = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_with_cause(error)) from error
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
 
 
 if __name__ == "__main__":

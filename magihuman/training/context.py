@@ -26,8 +26,9 @@ from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
 from magihuman.training.callbacks import DataWarnings, Divergence, Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption
+from magihuman.training.loggers import build_loggers
 from magihuman.training.parallel import build_strategy, check_device, check_launch, plugins
-from magihuman.training.runs import RunFolder, build_loggers
+from magihuman.training.runs import RunFolder
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import training_stub
 
-from magihuman import train
+from magihuman import multirun
+from magihuman.composition import plain
 from magihuman.config import LoggerSettings, OptimSettings, available, changes, parse_time, validate
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
+from magihuman.multirun import Sweep, run_and_pass_signals
 from magihuman.overrides import overrides, swept
 from magihuman.schema import build, call, check
-from magihuman.train import Sweep, plain, run_and_pass_signals
 
 
 def node(*overrides: str) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def sweep_of(*words: str) -> tuple[dict[int, str], list[str]]:
 
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(written), None)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "run_and_pass_signals", run)
+        patch.setattr(multirun, "run_and_pass_signals", run)
         for number, job in enumerate(jobs):
             sweep.run(training_stub.compose(list(job)), number, list(job))
     return sweep.failed, called

@@ -57,11 +57,12 @@ def test_every_weight_sharing_continues_exactly_and_moves_only_what_it_should(na
 
 
 def test_the_fake_score_starts_at_the_teacher_and_the_teacher_never_moves(shards, parent, tmp_path) -> None:
+    from magihuman.composition import plain
     from magihuman.config import validate
     from magihuman.distill.networks import build_networks
     from magihuman.models.config import LORAS, LoraConfig
     from magihuman.schema import call
-    from magihuman.train import make_data, plain
+    from magihuman.train import make_data
     from magihuman.training.context import build_context
     from recipes.dmd2 import DMD2
 
@@ -186,8 +187,8 @@ def test_prompts_alone_are_enough(tmp_path) -> None:
     def train(folder: Path, overrides: list[str]) -> Path:
         from omegaconf import OmegaConf
 
+        from magihuman.composition import plain
         from magihuman.config import validate
-        from magihuman.train import plain
         from magihuman.train import train as run
 
         node = training_stub.compose([*overrides, f"folder={folder}"])

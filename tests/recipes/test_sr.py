@@ -288,8 +288,8 @@ def test_it_starts_from_a_first_stage_and_exports_its_own_size(tmp_path: Path) -
 
 @pytest.mark.parametrize(("name", "local"), [("sr_540p", 0), ("sr_1080p", 32)])
 def test_the_released_settings_compose_and_build(name: str, local: int) -> None:
+    from magihuman.composition import plain
     from magihuman.config import validate
-    from magihuman.train import plain
     from magihuman.zoo.released import local_layers
 
     node = plain(training_stub.compose([f"+experiment={name}", "init=x", "data.module.shards=y", "folder=z"]))

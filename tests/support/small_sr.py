@@ -23,8 +23,8 @@ RELEASED: dict[str, Any] = {"noise_index": (NOISE_INDEX, NOISE_INDEX), "audio_no
 
 def recipe(**settings: Any) -> SuperResolution:
     config = training_stub.compose([*training_stub.SMALL, "+recipe=sr", "data.module.shards=x"])
+    from magihuman.composition import plain
     from magihuman.config import OptimSettings, StrategySettings, TrainerSettings, build
-    from magihuman.train import plain
 
     node = plain(config)
     context = TrainingContext(

@@ -88,7 +88,7 @@ def compose(overrides: list[str]) -> Any:
     from hydra import initialize_config_dir
 
     from magihuman.io.files import CONFIGS
-    from magihuman.train import overrides as as_hydra_takes_them
+    from magihuman.overrides import overrides as as_hydra_takes_them
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra_compose("train", as_hydra_takes_them(overrides))
@@ -98,8 +98,9 @@ def train_here(folder: Path, shards: Path, overrides: list[str], recipe: dict[st
     """Train in this process as the command line does; `recipe` replaces that of the overrides."""
     from omegaconf import OmegaConf
 
+    from magihuman.composition import plain
     from magihuman.config import validate
-    from magihuman.train import plain, train
+    from magihuman.train import train
 
     network = DECODER if any("=turbo_vae" in word for word in overrides) else TRANSFORMER
     config = compose([*ENGINE, *network, f"folder={folder}", f"data.module.shards={shards}", *overrides])

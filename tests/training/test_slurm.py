@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import training_stub
 
+from magihuman.composition import plain
 from magihuman.config import validate
 from magihuman.io.files import CONFIGS
-from magihuman.train import plain
 
 SCRIPTS = sorted((CONFIGS.parent / "slurm").glob("*.sbatch"))
 SLURM = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NUM_NODES": "4", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "17"}

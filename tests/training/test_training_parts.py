@@ -11,19 +11,20 @@ import pytest
 import torch
 import training_stub
 
-from magihuman import train
+from magihuman import composition, cpu, train
 from magihuman.config import StrategySettings, TrainerSettings, WandbSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.training import checkpoint, parallel, runs
+from magihuman.training import checkpoint, loggers, parallel, runs
 from magihuman.training.callbacks import Divergence, Meter, data_warnings
 from magihuman.training.checkpoint import find_resume, point_to
+from magihuman.training.loggers import CSVLog
 from magihuman.training.motion import CLAMP, motion_weight, sync_gap
 from magihuman.training.optim import Ramp, value_at
 from magihuman.training.report import write_report
 from magihuman.training.rng import BatchRng, stream
-from magihuman.training.runs import CSVLog, RunFolder
+from magihuman.training.runs import RunFolder
 
 
 def test_draws_depend_on_seed_batch_and_sample_alone() -> None:
@@ -214,23 +215,23 @@ def test_find_resume(tmp_path) -> None:
 
 
 def test_run_folders_are_named_so_that_every_process_agrees(monkeypatch) -> None:
-    for variable in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", train.RUN_NAME):
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", composition.RUN_NAME):
         monkeypatch.delenv(variable, raising=False)
     node = {"recipe": {"_target_": "recipes.pretrain.Pretrain"}, "runs": "runs", "name": None, "folder": None}
-    assert train.choose_folder({**node, "name": "a"}).as_posix() == "runs/pretrain/a"
-    assert train.choose_folder({**node, "folder": "x/y"}).as_posix() == "x/y"
-    assert train.choose_folder(node, 3).name.endswith("-3")
-    assert train.choose_folder({**node, "name": "a"}, 3).name == "a-3"
+    assert composition.choose_folder({**node, "name": "a"}).as_posix() == "runs/pretrain/a"
+    assert composition.choose_folder({**node, "folder": "x/y"}).as_posix() == "x/y"
+    assert composition.choose_folder(node, 3).name.endswith("-3")
+    assert composition.choose_folder({**node, "name": "a"}, 3).name == "a-3"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="name="):
-        train.choose_folder(node)
+        composition.choose_folder(node)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert train.choose_folder(node).name == "job-17"  # the same after a requeue
+    assert composition.choose_folder(node).name == "job-17"  # the same after a requeue
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert train.choose_folder(node).name == "job-16-4"
-    monkeypatch.setenv(train.RUN_NAME, "given")
-    assert train.choose_folder(node).name == "given"
+    assert composition.choose_folder(node).name == "job-16-4"
+    monkeypatch.setenv(composition.RUN_NAME, "given")
+    assert composition.choose_folder(node).name == "given"
 
 
 def test_progress_names_what_follows_and_how_long_it_took_before(tmp_path) -> None:
@@ -342,8 +343,8 @@ def test_slow_bf16_of_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """Without AVX512-BF16 a training of minutes takes hours."""
     times = iter([0, 0.7, 0, 0.3, 0, 0.9, 0, 0.2, 0, 0.1, 0, 0.4])  # three products in bf16, three in fp32
     with monkeypatch.context() as patch:
-        patch.setattr(train.time, "perf_counter", lambda: next(times))
-        assert train.bf16_slowdown() == pytest.approx(3.0)
+        patch.setattr(cpu.time, "perf_counter", lambda: next(times))
+        assert cpu.bf16_slowdown() == pytest.approx(3.0)
 
     def said(slowdown: float, **options: Any) -> str:
         monkeypatch.setattr(train, "bf16_slowdown", lambda: slowdown)
@@ -414,7 +415,7 @@ def loggers_with(monkeypatch, folder: RunFolder, failing: dict[str, Exception], 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "init", fake.init)
     monkeypatch.setattr(wandb, "teardown", lambda *_: None)
-    return runs.build_loggers(folder, WandbSettings(mode=mode), {}), fake
+    return loggers.build_loggers(folder, WandbSettings(mode=mode), {}), fake
 
 
 def test_without_its_server_wandb_goes_on_offline(monkeypatch, tmp_path, capsys) -> None:
@@ -439,7 +440,7 @@ def test_an_error_of_wandb_does_not_stop_a_training(monkeypatch, tmp_path, capsy
         raise ConnectionResetError("Connection reset by peer")
 
     (_, logger), _ = loggers_with(monkeypatch, RunFolder(tmp_path / "a"), {}, "auto")
-    monkeypatch.setattr(runs.WandbLogger, "log_metrics", broken)
+    monkeypatch.setattr(loggers.WandbLogger, "log_metrics", broken)
     for step in range(3):
         logger.log_metrics({"loss": 1.0}, step)
     assert capsys.readouterr().out.count("note: W&B has failed (Connection reset by peer)") == 1
@@ -453,7 +454,7 @@ def test_wandb_that_cannot_be_reached_is_replaced_by_an_offline_run(key, monkeyp
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     folder = RunFolder(tmp_path / "a")
-    (_, logger) = runs.build_loggers(folder, WandbSettings(), {"seed": 1})
+    (_, logger) = loggers.build_loggers(folder, WandbSettings(), {"seed": 1})
     logger.log_metrics({"loss": 1.0}, 1)
     logger.experiment.finish()
     assert "logging offline, later send it with: wandb sync" in capsys.readouterr().out

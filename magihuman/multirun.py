@@ -1,0 +1,106 @@
+"""Hydra's `-m`: several trainings with one command, one after the other."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from magihuman.composition import choose_folder, plain
+from magihuman.console import say
+from magihuman.errors import UserError
+
+STOPPED, INTERRUPTED = 75, 130
+"""Statuses of a training that can be continued: after a signal (EX_TEMPFAIL), and after Ctrl-C."""
+
+
+class Sweep:
+    """The jobs of a command with `-m`, one after the other: each has a process and a run folder of its own, and one that
+    fails does not end the others.
+
+    A job's number follows its name, unless the names alone differ (`name=a,b`) or are made of settings
+    (`name='x-${optim.lr}'`).
+
+    Attributes:
+        settings: names of the settings that differ between jobs.
+        folders: number of the job that uses it, by folder; failed: the reason, by job.
+    """
+
+    def __init__(self, settings: set[str]) -> None:
+        self.settings = settings
+        self.folders: dict[Path, int] = {}
+        self.failed: dict[int, str] = {}
+
+    def run(self, config: Any, number: int, words: list[str]) -> None:
+        """Run job `number`.
+
+        Args:
+            words: its settings.
+
+        Raises:
+            UserError: all jobs would have the same folder.
+            SystemExit: with the job's status, after a signal or Ctrl-C.
+        """
+        from omegaconf import OmegaConf
+
+        given = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(given, dict)
+        made = {key: "${" in str(given.get(key)) for key in ("name", "folder")}
+        if given["folder"] is not None and not made["folder"] and self.settings - {"folder"}:
+            raise UserError(
+                f"folder={given['folder']} would be the folder of every job of this sweep; give name=NAME instead, "
+                "for the folders NAME-0, NAME-1, ..."
+            )
+        say(f"== job {number} of the sweep: {' '.join(words)}")
+        try:
+            if given.get("recipe") is not None:
+                folder = choose_folder(plain(config), None if made["name"] or self.settings <= {"name"} else number)
+                if self.folders.setdefault(folder, number) != number:
+                    raise UserError(
+                        f"job {self.folders[folder]} has the same folder, {folder}; put every setting that differs into the "
+                        "name, or give name=NAME for the folders NAME-0, NAME-1, ..."
+                    )
+                words = [*words, f"++folder={folder}"]
+            status, stopped_by = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
+            if status in (STOPPED, INTERRUPTED):
+                raise SystemExit(status)
+            if stopped_by:  # before or after the job's steps, where it does not requeue itself
+                from magihuman.training.checkpoint import requeue
+
+                say(f"{stopped_by.name}: the sweep stops at job {number}; the same command continues")
+                requeue()
+                raise SystemExit(STOPPED)
+            if status:
+                self.failed[number] = f"status {status}"
+        except UserError as error:
+            self.failed[number] = str(error)
+
+    def report(self) -> None:
+        """Raise if a job failed.
+
+        Raises:
+            UserError: naming them.
+        """
+        if self.failed:
+            which = "; ".join(f"job {number}: {reason}" for number, reason in self.failed.items())
+            raise UserError(f"{len(self.failed)} of the sweep's jobs failed, the others are done ({which})")
+
+
+def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None]:
+    """Run a command; its status, and the first signal that came meanwhile. Signals that stop a training go on to it."""
+    child = subprocess.Popen(command)
+    received: list[signal.Signals] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        return child.wait(), received[0] if received else None
+    except KeyboardInterrupt:  # the child has it, too
+        child.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
