@@ -4,7 +4,7 @@
     python -m eval.dmd2 student=runs/dmd2/a,runs/dmd2/b teacher=tiny/base prompts=40 seeds=3
 
 All columns are clips of the same held-out prompts (`eval.clips`), models from the same noise; decoders and metrics
-are the same for all (`eval.compare`).
+are the same for all (`eval.paired`).
 """
 
 import json
@@ -21,10 +21,10 @@ import numpy as np
 from data.tiny.puppets import SKINS
 from eval import tables
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, through_codec
-from eval.compare import ROWS, Column, Comparison, claims, column
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all, tiny_pipelines
 from eval.output import folder_for, publish, require_at_least, short_names
+from eval.paired import ROWS, Column, Comparison, claims, column
 from eval.scores import Scores
 from magihuman.errors import UserError
 

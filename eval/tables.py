@@ -3,7 +3,7 @@
     print(scores(json.loads(Path("scores.json").read_text()), ["vowels", "sync_skill"]))
 
 Every table in a README and in a result's .md is made here, from the plain values of a result file. Figures are in
-`eval.figures`, intervals in `eval.stats`, verdicts in `eval.compare`.
+`eval.figures`, intervals in `eval.stats`, verdicts in `eval.paired`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,7 +77,7 @@ METRICS = {
     "mouth_sharpness": Metric("sharpness around the mouth", direction="target"),
     "flicker": Metric("change between frames outside the mouth", direction="down"),
     "skin_distance": Metric("skin tones: total variation from equal shares", direction="down"),
-    # Several clips per prompt, and distances to real puppets (eval.compare)
+    # Several clips per prompt, and distances to real puppets (eval.paired)
     "nearest": Metric("appearance: distance to the nearest real puppet", direction="down"),
     "energy_look": Metric("appearance: energy distance to real puppets", direction="down"),
     "energy_motion": Metric("motion: energy distance to real puppets", direction="down"),
@@ -398,7 +398,7 @@ def comparison_text(values: Values) -> str:
 
 
 def verdict_lines(values: Values) -> list[str]:
-    """The verdicts of `eval.compare.claims` as a Markdown list, under the student's name where there are several."""
+    """The verdicts of `eval.paired.claims` as a Markdown list, under the student's name where there are several."""
     lines = []
     for student, found in values["claims"].items():
         lines += [f"{student}:", ""] if len(values["claims"]) > 1 else []

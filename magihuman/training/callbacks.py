@@ -116,21 +116,24 @@ class LogLines(L.Callback):
 
     `tflops` is of this process: model FLOPs (`Recipe.batch_flops`) divided by the seconds since the last line, without
     the time of callbacks; `mfu` is its share of the GPU's bf16 peak, whatever the precision. Recomputed activations and
-    evaluation count in neither.
+    evaluation count in neither. `seconds` is the time of the training so far, evaluation and the time before a resume
+    included.
 
     A terminal gets a progress bar, other outputs a line every half minute.
 
     Args:
         every: steps; progress: whether to show it.
+        limits: of the same training, which knows its time.
         afterwards: what follows the training, for the estimate of the time left.
 
     Attributes:
         last: the latest metrics, validation included, for run.json.
     """
 
-    def __init__(self, every: int, progress: bool, afterwards: str = "") -> None:
+    def __init__(self, every: int, progress: bool, limits: "Limits", afterwards: str = "") -> None:
         self.every = every
         self.progress = progress
+        self.limits = limits
         self.afterwards = afterwards
         self.last: dict[str, float] = {}
         self._bar: Any = None
@@ -172,6 +175,7 @@ class LogLines(L.Callback):
             metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         else:
             metrics["memory_gb"] = resident_gb()
+        metrics["seconds"] = self.limits.elapsed
         self._clock, self._flops, self._samples, recipe.excluded_seconds = now, 0.0, 0, 0.0
         self.last.update(metrics)
         log(trainer, metrics, recipe.step)

@@ -274,8 +274,8 @@ class Session:
         options = settings.trainer
         seconds = None if options.max_time is None else parse_time(options.max_time)
         self.loggers = build_loggers(run, settings.logger.wandb, config)
-        self.lines = LogLines(options.log_every, options.progress, afterwards)
         self.limits = Limits(options.max_steps, seconds)
+        self.lines = LogLines(options.log_every, options.progress, self.limits, afterwards)
         self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
         self.preemption = Preemption(self.checkpointer)
         extra = build_callbacks(settings)

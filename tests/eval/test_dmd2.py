@@ -11,9 +11,9 @@ import torch
 
 from eval import dmd2, readme_tables
 from eval.clips import held_out, noise_seed
-from eval.compare import claims
 from eval.generate import TIMED, Sampler, sample_all
 from eval.output import short_names
+from eval.paired import claims
 from eval.puppets import generate
 from eval.tables import format_interval
 from inference.pipeline import Pipeline

@@ -8,7 +8,6 @@ from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import SKINS, draw_puppet, synthesise
 from eval.clips import Clips, ground_truth, held_out, through_codec
-from eval.compare import ROWS, Column, Comparison, column, deviation_of, energy_in, skin_tones, weights
 from eval.diversity import (
     SPACES,
     DistributionMetrics,
@@ -19,6 +18,7 @@ from eval.diversity import (
     embed,
     real_draw,
 )
+from eval.paired import ROWS, Column, Comparison, column, deviation_of, energy_in, skin_tones, weights
 from eval.puppet_speech import Recognised, pitch, recognise
 from eval.scores import CLIP_METRICS
 from magihuman.codecs.bundle import load_bundle
