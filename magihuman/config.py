@@ -105,9 +105,17 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """How the network is distributed over processes (`magihuman.training.parallel`)."""
+    """How the network is distributed over processes (`magihuman.training.parallel`).
 
-    name: Literal["single", "ddp", "fsdp2", "zero2", "zero3"] = "single"
+    Attributes:
+        replicas: fsdp2 only: copies of the network, each sharded over processes / replicas neighbouring processes
+            (hybrid sharding, HSDP); `auto` is one per node, 1 shards over all processes.
+        reshard_after_forward: fsdp2 only: free a block's gathered weights after its forward pass.
+        offload: fsdp2 and ZeRO: optimiser (fsdp2 and zero3: weights too) on the CPU.
+    """
+
+    name: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    replicas: int | Literal["auto"] = "auto"
     reshard_after_forward: bool = True
     offload: bool = False
 
@@ -344,6 +352,16 @@ def _check_pairs(settings: TrainSettings) -> None:
     strategies = getattr(recipe, "strategies", (strategy.name,))
     if strategy.name not in strategies:
         raise UserError(f"this recipe runs with strategy={' or '.join(strategies)}, not {strategy.name}")
+    if strategy.replicas != "auto" and (strategy.replicas < 1 or processes % strategy.replicas):
+        raise UserError(
+            f"strategy.replicas={strategy.replicas} should divide the {processes} processes (trainer.devices * "
+            "trainer.nodes); 1 shards over all of them"
+        )
+    if strategy.name != "fsdp2" and strategy.replicas not in ("auto", 1):
+        raise UserError(
+            f"strategy.replicas={strategy.replicas} is a setting of strategy=fsdp2, and strategy={strategy.name} has no "
+            "replicas of shards; leave it out"
+        )
     if strategy.name.startswith("zero"):
         if optim.algorithm == "muon":
             raise UserError(
@@ -351,7 +369,10 @@ def _check_pairs(settings: TrainSettings) -> None:
                 "choose optim=adamw or strategy=fsdp2"
             )
         if strategy.name == "zero3" and optim.ema_decay > 0:
-            raise UserError("strategy=zero3 keeps no weight average; set optim.ema_decay=0 or choose strategy=fsdp2")
+            raise UserError(
+                "strategy=zero3 keeps no weight average, since DeepSpeed shards the weights that it optimises only and the "
+                "average would be whole on every GPU; set optim.ema_decay=0 or choose strategy=fsdp2"
+            )
         optimizers = getattr(recipe, "optimizers_needed", 1)
         if optimizers > 1:
             raise UserError(

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 def is_main_process() -> bool:
     """Whether this process prints and writes for the job; from the launchers' variables, before any process group."""
-    rank = next((os.environ[v] for v in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if v in os.environ), "0")
-    return int(rank) == 0
+    for variables in (("RANK",), ("SLURM_PROCID",), ("LOCAL_RANK", "NODE_RANK")):
+        if variables[0] in os.environ:
+            return all(int(os.environ.get(variable, "0")) == 0 for variable in variables)
+    return True
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from magihuman.config import TEXTS, available, groups
 from magihuman.errors import UserError
 from magihuman.schema import suggest
 
-ALIASES = {"deepspeed": "zero2", "fsdp": "fsdp2"}
+ALIASES = {"deepspeed": "zero2", "fsdp": "fsdp2", "hsdp": "fsdp2"}
 """Names that people look for -> the choice that means it."""
 
 

@@ -70,7 +70,7 @@ class Recipe(L.LightningModule):
     may_differ_from_init: tuple[str, ...] = ()
     fixed_on_resume: tuple[str, ...] = ()
     renamed_values: ClassVar[Mapping[str, str]] = {}
-    strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero2", "zero3")
+    strategies: tuple[str, ...] = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
     watched: tuple[str, ...] = ("loss",)
     shown: tuple[str, ...] = ("loss", "loss/video", "loss/audio", "val/sync_gap")
     learning_rates = "optim.lr"
@@ -177,7 +177,7 @@ class Recipe(L.LightningModule):
             weights: the whole state dict on rank 0; None elsewhere.
         """
         assert self.device_mesh is not None
-        mesh, strategy = self.device_mesh["data_parallel"], self.context.strategy
+        mesh, strategy = self.device_mesh, self.context.strategy
         parallel.shard(network, mesh, reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload)
         device = torch.device("cpu") if strategy.offload else self.trainer.strategy.root_device
         parallel.fill(network, weights, device)

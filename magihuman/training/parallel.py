@@ -5,7 +5,11 @@
 | single | everything, one process | the tiny world, one GPU |
 | ddp | a copy of everything | small models on many GPUs |
 | fsdp2 | a shard of weights, gradients, optimiser and average | large models; any number of optimisers |
-| zero2, zero3 | DeepSpeed ZeRO | recipes with one optimiser, where DeepSpeed is preferred |
+| zero1, zero2, zero3 | DeepSpeed: a shard of the optimiser; and of gradients; and of weights | one optimiser, by preference |
+
+fsdp2 shards within each node and keeps one replica per node (hybrid sharding, HSDP), so that weights are gathered over the
+fast links in a node and only gradients cross the network; `strategy.replicas` sets another number. With replicas=1 a
+shard is the smallest, for what does not fit one node.
 
 The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network
 itself, exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block
@@ -95,7 +99,49 @@ class _CheckedLoad(Strategy):
 
 
 class FSDP2Strategy(_CheckedLoad, ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with checked checkpoints."""
+    """Lightning's strategy for FSDP2, with a mesh of replicas and checked checkpoints.
+
+    Args:
+        replicas: copies of the network (hybrid sharding); each is sharded over neighbouring processes.
+    """
+
+    def __init__(self, replicas: int = 1) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1)
+        self.replicas = replicas
+
+    def setup_environment(self) -> None:
+        """Start the processes and make the mesh of all of them: [shard], or [replicate, shard]."""
+        self._setup_distributed()
+        self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicas)
+        if self.global_rank == 0:
+            print(f"   {describe_mesh(self.world_size, self.replicas)}", flush=True)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every process has samples of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+
+def make_mesh(device: str, processes: int, replicas: int = 1) -> Any:
+    """Device mesh of FSDP2: [shard], or [replicate, shard] with neighbouring processes in a shard group.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return init_device_mesh(device, (processes,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (replicas, processes // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def describe_mesh(processes: int, replicas: int) -> str:
+    """One line for the log."""
+    if replicas == 1:
+        return f"mesh: weights, gradients and optimiser are sharded over {processes} processes"
+    return f"mesh: {replicas} replicas (strategy.replicas), each sharded over {processes // replicas} processes"
 
 
 class ZeroStrategy(_CheckedLoad, DeepSpeedStrategy):
@@ -118,7 +164,7 @@ def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alterna
         # unused ones; unless each step trains another network.
         return DDPStrategy(find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True)
     if settings.name == "fsdp2":
-        return FSDP2Strategy(data_parallel_size=trainer.devices * trainer.nodes, tensor_parallel_size=1)
+        return FSDP2Strategy(trainer.nodes if settings.replicas == "auto" else settings.replicas)
     _note_compilation()
     return _zero(int(settings.name[-1]), settings.offload)
 
@@ -168,7 +214,7 @@ def shard(denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, 
     """Shard every block, then the remaining weights, with FSDP2, in place.
 
     Args:
-        mesh: one-dimensional device mesh of the data-parallel processes.
+        mesh: device mesh of `make_mesh`; of its dimensions the last shards, one before it replicates.
         reshard_after_forward: free a block's gathered weights after its forward pass (less memory, one more
             gather).
         offload: keep shards and optimiser on the CPU.

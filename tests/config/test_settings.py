@@ -96,6 +96,19 @@ def test_every_model_size_builds_its_settings(size) -> None:
             "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2",
         ),
         (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
+        (["+recipe=dmd2", "strategy=zero1", "optim=adamw"], "choose strategy=fsdp2"),
+        (
+            ["+recipe=pretrain", "strategy=fsdp2", "trainer.devices=4", "strategy.replicas=3"],
+            "strategy.replicas=3 should divide the 4 processes",
+        ),
+        (
+            ["+recipe=pretrain", "strategy=fsdp2", "strategy.replicas=all"],
+            "strategy.replicas='all' should be an integer or one of auto",
+        ),
+        (
+            ["+recipe=pretrain", "strategy=ddp", "trainer.devices=2", "strategy.replicas=2"],
+            "strategy.replicas=2 is a setting of strategy=fsdp2",
+        ),
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
         (["+recipe=dmd2", "+recipe.critic.lr=1e-4"], "recipe.critic is recipe.fake_score since version 0.2.0"),
         (["+recipe=dmd2", "recipe.networks=lora_critic"], "is recipe.networks=lora_fake_score since version 0.2.0"),

@@ -1,4 +1,4 @@
-"""Trainings by one or two processes, and the comparison of what they left."""
+"""Trainings by one or more processes, and the comparison of what they left."""
 
 import json
 import multiprocessing
@@ -21,13 +21,14 @@ def train_child(folder: str, shards: str, overrides: list[str], environment: dic
     os.environ.update(environment)
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # a real process learns it at import
+    first = all(int(environment.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
+    rank_zero_only.rank = 0 if first else 1  # a real process learns it at import
     torch.set_num_threads(1)
     training_stub.train_here(Path(folder), Path(shards), overrides)
 
 
 class Launcher:
-    """Trainings by one or two processes.
+    """Trainings by one or more processes.
 
     Args:
         more: overrides of all of them; "%d" and "%s" become the number of processes and the strategy.
@@ -40,14 +41,21 @@ class Launcher:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
 
-    def run(self, folder: Path, strategy: str, size: int, *overrides: str) -> list[int | None]:
-        """Exit codes by rank; when one process dies the others are killed, as a launcher would."""
-        chosen = [o % (size if "devices" in o else strategy) if "%" in o else o for o in self.more]
+    def run(self, folder: Path, strategy: str, size: int, *overrides: str, nodes: int = 1) -> list[int | None]:
+        """Exit codes by rank; when one process dies the others are killed, as a launcher would.
+
+        Args:
+            nodes: size / nodes processes take themselves for those of a machine of their own.
+        """
+        devices = size // nodes
+        chosen = [o % (devices if "devices" in o else strategy) if "%" in o else o for o in self.more]
+        chosen += [f"trainer.nodes={nodes}"] if nodes > 1 else []
         port = free_port()
         processes = []
         for rank in range(size):
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-            environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if size > 1 else {}
+            if size > 1:
+                environment |= {"LOCAL_RANK": str(rank % devices), "NODE_RANK": str(rank // devices)}
             arguments = (str(folder), str(self.shards), [*chosen, *overrides], environment)
             processes.append(self.context.Process(target=self.child, args=arguments))
             processes[-1].start()

@@ -46,8 +46,14 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     for rank in (0, 1):
         assert seen(killed)[rank] == [p for p in shared[rank] if p >= 12]  # goes on at the fourth batch of four
 
-    one, whole, resumed = exported(single), exported(through), exported(killed)
+    whole, resumed = exported(through), exported(killed)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert_close(whole, exported(single))
+    assert json.loads((killed / "run.json").read_text())["status"] == "finished"
+
+
+def assert_close(whole: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    """Weights of several processes against those of one."""
     for key, weight in whole.items():
         # Matrices' gradients are sums in bf16, rounded in another order here; Muon's iteration and Adam's division
         # amplify that in single numbers. Norms and heads began at 0: 3 % is of all that they learned.
@@ -57,7 +63,24 @@ def test_two_processes_share_the_work_of_one_and_continue_exactly(world, single,
     sound = "final_linear_audio.weight"
     assert (whole[sound] - one[sound]).norm() < 1e-6 * one[sound].norm()
     assert (whole["adapter.video_embedder.weight"] - one["adapter.video_embedder.weight"]).norm() < 1e-3
-    assert json.loads((killed / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_replicas_of_shards_on_two_nodes_train_what_one_process_trains(world, single, tmp_path, size) -> None:
+    """HSDP: [2 replicas, 1 shard] and [2, 2]."""
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    assert world.run(through, "fsdp2", size, nodes=2) == [0] * size
+    assert sorted(position for rank in seen(through).values() for position in rank) == list(range(20))
+    assert_close(exported(through), exported(single))
+    if size == 4:
+        die = "+callbacks.die={_target_: training_stub.DieAt, batch: 4}"
+        assert world.run(killed, "fsdp2", size, die, nodes=2)[0] == -signal.SIGKILL
+        checkpoint = killed / "checkpoints" / "step-00000003.ckpt"
+        assert len(list(checkpoint.glob("*.distcp"))) == size
+        saving = "trainer.activation_checkpointing=attention"
+        assert world.run(killed, "fsdp2", size, saving, nodes=2) == [0] * size
+        whole, resumed = exported(through), exported(killed)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_a_checkpoint_of_two_processes_is_continued_by_one(world, single, tmp_path) -> None:
