@@ -20,6 +20,7 @@ import numpy as np
 
 from data.tiny.puppets import SKINS
 from eval import tables
+from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, through_codec
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all, tiny_pipelines
@@ -49,7 +50,7 @@ def run(
     """Compare distilled students of the tiny world with their teacher, on held-out prompts.
 
     Prints the table and a verdict in words; writes compare.json, compare.md, compare.png, sheet.png and sample clips.
-    For one student that is a run folder, its report.md and report.png are written, too.
+    For one student clip_values.json is written, too, and in its run folder report.md and report.png.
 
     Args:
         student: shipped name, exported folder or run folder; several with commas
@@ -64,7 +65,8 @@ def run(
         progress: show bars
 
     Returns:
-        Where compare.json and the report are, and the verdicts per student.
+        Where compare.json and the report are, the verdicts per student, and of one student per metric value, low, high
+        and the bound's value.
 
     Raises:
         UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, or a value that cannot
@@ -93,7 +95,9 @@ def run(
         if one.role in ("teacher", "student"):
             title = one.name.split(",")[0].replace("student ", "").replace("/", "-").strip(".- ")
             saved += one.write(folder / "clips", title)
-    report = None
+    report, found = None, {}
+    if len(names) == 1:
+        found = _keep_values(folder, captions, columns, values)
     if len(names) == 1 and (Path(names[0]) / "metrics.csv").is_file():
         report = _write_report(Path(names[0]), folder, values, shown, saved)
     return {
@@ -102,7 +106,23 @@ def run(
         "verdicts": {
             name: {claim["about"]: claim["verdict"] for claim in claims} for name, claims in values["claims"].items()
         },
+        **reported(found),
     }
+
+
+def _keep_values(
+    folder: Path, captions: Sequence[str], columns: Sequence[Column], values: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Write the student's values per clip; its measures with the bound's value."""
+    (student,), (bound,) = ([c for c in columns if c.role == role] for role in ("student", "bound"))
+    rows, best = (values["columns"][c.name]["rows"] for c in (student, bound))
+    found = {key: {**measure, "bound": best[key]["value"]} for key, measure in rows.items()}
+    per_clip = [
+        {**c.values, **sync_values(c.values["own"], bound.values["own"], bound.values["other"])}
+        for c in (student, bound)
+    ]
+    write_clip_values(folder, captions, found, *per_clip)
+    return found
 
 
 # ---- Columns ----

@@ -14,12 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
 from eval import tables
+from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
 from eval.generate import tiny_pipelines
 from eval.output import folder_for, publish, require_at_least
-from eval.scores import Scores, skills
+from eval.scores import CLIP_METRICS, Scores, skills
 from magihuman.errors import UserError
 from magihuman.io.files import write_result
 
@@ -135,7 +138,7 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate a tiny-world checkpoint, or a folder of clips, with its upper bounds.
 
-    Prints the table; writes scores.json, scores.md, scores.png, clips.json, clips.png and a few mp4 files.
+    Prints the table; writes scores.json, scores.md, scores.png, clips.json, clips.png, clip_values.json and a few mp4 files.
 
     Args:
         checkpoint: shipped name, exported folder or run folder; its clips are sampled from held-out prompts
@@ -199,14 +202,20 @@ def run(
     write_result(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
     publish(folder, "scores", values, drawn, tables.scores_text(values))
     bound = limits[BOUND].table
-    return {
-        "scores": str(folder / "scores.json"),
-        "n": len(scores.clips),
-        **{
-            key: {"value": m.value, "low": m.low, "high": m.high, "bound": bound[key].value}
-            for key, m in scores.table.items()
-        },
-    }
+    found = {key: {**m.to_dict(), "bound": bound[key].value} for key, m in scores.table.items()}
+    write_clip_values(
+        folder, made.captions, found, *(values_per_clip(column, limits[BOUND]) for column in (scores, limits[BOUND]))
+    )
+    return {"scores": str(folder / "scores.json"), "n": len(scores.clips), **reported(found)}
+
+
+def values_per_clip(scores: Scores, bound: Scores) -> dict[str, np.ndarray]:
+    """Metric -> one value per clip [n], lip sync included; both sets are of the same captions."""
+    values = {key: np.array([metric.of(clip) for clip in scores.clips], float) for key, metric in CLIP_METRICS.items()}
+    sync = (
+        sync_values(scores.own, bound.own, bound.other) if scores.captions == bound.captions else {"sync_r": scores.own}
+    )
+    return {**values, "sync_retrieval": scores.found, **sync}
 
 
 def _name_of(checkpoint: str | None, clips: str | None) -> str:

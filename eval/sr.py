@@ -24,6 +24,7 @@ import numpy as np
 
 from data.tiny.puppets import synthesise
 from eval import stats
+from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import HELD_OUT_SEED, frames_tensor, ground_truth, held_out, noise_seed
 from eval.generate import require_tiny, tiny_pipelines
 from eval.image_metrics import psnr, ssim
@@ -208,7 +209,8 @@ def run(
         progress: show bars
 
     Returns:
-        Where the first part's JSON is, and per part its table.
+        Where the first part's JSON is, per part its table, and with parts=table per metric of the clips' second stage
+        value, low, high and the bound's value.
 
     Raises:
         UserError: a checkpoint other than of the tiny world, or of the other stage, or a value that cannot be used.
@@ -243,6 +245,7 @@ def run(
             sampled = sampled_clips(clips, base, seed, batch, progress)
             values, frames = _table(evaluation, sampled)
             drawings["clips"] = partial(figures.sr_frames, frames)
+            results |= reported(_keep_values(folder, evaluation, values["sets"]["clip"]["columns"]))
         elif part == "audio":
             values = _audio(evaluation)
             drawings["audio"] = partial(figures.sr_audio, values)
@@ -363,6 +366,18 @@ def _table(evaluation: Evaluation, sampled: StageInputs) -> tuple[dict[str, Any]
     frames = {name: found.frames for name, found in measured.items()}
     seconds = {name: found.seconds for name, found in measured.items()}
     return {"sets": sets, "seconds_per_clip": seconds}, {**frames, "truth": (evaluation.drawn.truth or [])[:8]}
+
+
+def _keep_values(folder: Path, evaluation: Evaluation, columns: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write the second stage's values per clip; its measures with the bound's value."""
+    bound = evaluation.bound
+    found = {key: {**m, "bound": columns["bound"].get(key, {}).get("value")} for key, m in columns["sr"].items()}
+    per_clip = [
+        {**column, **sync_values(column["own"], bound["own"], bound["other"])}
+        for column in (evaluation.refined.values, bound)
+    ]
+    write_clip_values(folder, [puppet.caption for puppet in held_out(len(bound["own"]))], found, *per_clip)
+    return found
 
 
 def _audio(evaluation: Evaluation) -> dict[str, Any]:

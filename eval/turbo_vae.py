@@ -7,7 +7,7 @@ Every decoder gets the same latents: those of held-out puppets, and on request s
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.clip_values import reported, write_clip_values
 from eval.image_metrics import ClipErrors, clip_errors
 from eval.output import publish, require_at_least
 from eval.stats import mean, unavailable
+from eval.tables import DECODER_KEYS
 from magihuman.errors import UserError
 from magihuman.io.files import write_result
 
@@ -123,8 +125,11 @@ def run(
         teacher: the decoder that it learned from; none leaves it out
         clips: number of held-out puppets
         sampled: file of latents that a diffusion model made, or none
-        output: folder for scores.json, scores.md, scores.png and clips.png; none prints the table only
+        output: folder for scores.json, scores.md, scores.png, clips.png and values per clip; none prints the table only
         threads: CPU threads; none takes torch's default
+
+    Returns:
+        The result file's content without `output`; else where it is, and per metric of the student value, low and high.
 
     Raises:
         UserError: a decoder that cannot be found, or of other latents.
@@ -178,9 +183,18 @@ def run(
     drawn = {"scores": partial(figures.decoder_bars, report), "clips": partial(figures.decoder_frames, shown)}
     publish(folder, "scores", report, drawn)
     write_result(folder / "clips.json", {name: [asdict(clip) for clip in c.clips] for name, c in columns.items()})
-    tables = {name: column["table"] for name, column in report["columns"].items()}
-    values = {name: {row: measure["value"] for row, measure in rows.items()} for name, rows in tables.items()}
-    return {"scores": str(folder / "scores.json"), **values}
+    found = _keep_values(folder, columns["student"], [puppet.caption for puppet in held_out(clips)])
+    return {"scores": str(folder / "scores.json"), **reported(found)}
+
+
+def _keep_values(folder: Path, student: DecoderScore, captions: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Write the student's values per clip; its measures and costs under their keys in `tables.METRICS`."""
+    measures = student.to_dict()["table"]
+    costs = {key: {"value": value} for key, value in student.cost.items()}
+    per_clip = {row: np.array([getattr(clip, row) for clip in student.clips], float) for row in ROWS}
+    found = {DECODER_KEYS.get(row, row): measure for row, measure in measures.items()} | costs
+    write_clip_values(folder, captions, found, {DECODER_KEYS.get(row, row): v for row, v in per_clip.items()})
+    return found
 
 
 def _on_sampled(path: str, loaded: Mapping[str, Any], codec: str) -> dict[str, DecoderScore]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eval import dmd2, readme_tables
+from eval.clip_values import read_clip_values
 from eval.clips import held_out, noise_seed
 from eval.generate import TIMED, Sampler, sample_all
 from eval.output import short_names
@@ -74,7 +75,11 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     assert Path(result["compare"]) == folder / "compare.json"
     written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     clips = {f"clips/{who}-{k}.{end}" for who in ("teacher", "student") for k in (0, 1) for end in ("mp4", "txt")}
-    assert written == {"compare.json", "compare.md", "compare.png", "sheet.png", *clips}
+    assert written == {"compare.json", "compare.md", "compare.png", "sheet.png", "clip_values.json", *clips}
+    rows, kept = values["columns"][COLUMNS[-1]]["rows"], read_clip_values(folder / "clip_values.json")
+    for key in ("vowels", "sync_skill", "sharpness", "nearest"):
+        assert result[key]["value"] == kept.scores[key]["value"] == rows[key]["value"]
+        assert np.mean(list(kept.paired[key].values())) == pytest.approx(rows[key]["value"], rel=1e-4, abs=1e-5)
     page = (runs / "a" / "report.md").read_text()
     assert page.startswith("# DMD2: a\n")
     for part in ("| vowels right ↑ |", "![curves and clips](report.png)", "compare/clips/student-1.mp4"):

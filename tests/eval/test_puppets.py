@@ -13,6 +13,7 @@ from data.tiny.dataset import make_clips
 from data.tiny.puppets import draw_puppet
 from eval import figures
 from eval import puppets as program
+from eval.clip_values import read_clip_values
 from eval.clips import HELD_OUT_SEED, SheetColumn, ground_truth, held_out, through_codec
 from eval.puppets import bounds
 from magihuman.cli import run as command
@@ -81,7 +82,7 @@ def test_real_clips_in_a_folder_score_like_the_truth(folder, tmp_path, capsys):
     assert value(report, name, "sync_r") > 0.97
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert written == {
-        "scores.json", "scores.md", "scores.png", "clips.json", "clips.png",
+        "scores.json", "scores.md", "scores.png", "clips.json", "clips.png", "clip_values.json",
         "clips/clip-000000.mp4", "clips/clip-000000.txt", "clips/clip-000001.mp4", "clips/clip-000001.txt",
     }  # fmt: skip
     assert {"command", "code", "machine", "date", "libraries"} <= set(report["provenance"])
@@ -164,6 +165,13 @@ def test_a_run_folder_is_sampled_scored_and_gets_its_eval_folder(untrained):
     assert column["table"]["vowels_exact"]["value"] == 0
     captions = [clip["caption"] for clip in json.loads((untrained / "eval" / "clips.json").read_text())[untrained.name]]
     assert captions == [p.caption for p in held_out(3)]
+    kept = read_clip_values(untrained / "eval" / "clip_values.json")
+    assert list(kept.paired["sync_r"]) == captions
+    for key, of in (("vowels", column), ("sync_r", column), ("sharpness", column)):
+        assert np.mean(list(kept.paired[key].values())) == pytest.approx(of["table"][key]["value"], rel=1e-5)
+    bound = report["columns"]["through codec"]["table"]
+    assert np.mean(list(kept.bound["sync_skill"].values())) == pytest.approx(1)
+    assert kept.scores["sharpness"]["bound"] == bound["sharpness"]["value"]
 
 
 def test_a_shipped_name_stays_whole_and_a_folder_gives_its_last_part():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eval import sr
+from eval.clip_values import read_clip_values
 from eval.clips import ground_truth, held_out
 from eval.puppet_vision import measure_frames
 from eval.readme_tables import sr_table
@@ -93,9 +94,16 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     without_truth = replace(sr.drawn_clips(2, world, 64, 128), truth=None)
     monkeypatch.setattr(sr, "sampled_clips", lambda *_: without_truth)
     results = sr.run("tiny/sr", clips=2, steps=1, output=str(tmp_path), progress=False)
-    assert set(results) == {"scores", "table", "audio", "steps"}
+    assert {"scores", "table", "audio", "steps"} <= set(results)
+    kept = read_clip_values(tmp_path / "clip_values.json")
+    refined = results["table"]["clip"]["columns"]["sr"]
+    for key in ("psnr", "sync_skill"):
+        assert results[key]["value"] == kept.scores[key]["value"] == refined[key]["value"]
+        assert np.mean(list(kept.paired[key].values())) == pytest.approx(refined[key]["value"], rel=1e-4)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {"clips.png", "audio.png", "steps.png"}
+    assert names == {f"{p}.{e}" for p in sr.PARTS[:3] for e in ("json", "md")} | {
+        "clips.png", "audio.png", "steps.png", "clip_values.json"
+    }  # fmt: skip
     facts = json.loads((tmp_path / "table.json").read_text())
     assert facts["clips"] == 2
     assert list(facts["sets"]["clip"]["columns"]) == ["bicubic", "latents", "sr", "bound"]

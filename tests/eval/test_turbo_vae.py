@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from eval import ablation, readme_tables, turbo_vae
+from eval.clip_values import read_clip_values
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 from magihuman.zoo import decoders as zoo
@@ -22,7 +24,7 @@ def student(tmp_path_factory) -> Path:
 
 
 def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) -> None:
-    turbo_vae.run(student=str(student), teacher=None, clips=2, output=str(tmp_path / "out"))
+    result = turbo_vae.run(student=str(student), teacher=None, clips=2, output=str(tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "scores.json").read_text())
     codec, mine = report["columns"]["codec"], report["columns"]["student"]
     assert 29 < codec["table"]["psnr"]["value"] < 35  # codecs.json says 31.9
@@ -33,6 +35,10 @@ def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) 
     assert codec["table"]["seam"]["value"] is None
     assert 0.1 < codec["cost"]["flops"] < 1
     assert 2 < mine["cost"]["flops"] < 5
+    kept = read_clip_values(tmp_path / "out" / "clip_values.json")
+    assert result["sharpness_ratio"]["value"] == mine["table"]["sharpness"]["value"]
+    assert np.mean(list(kept.paired["psnr"].values())) == pytest.approx(mine["table"]["psnr"]["value"], rel=1e-5)
+    assert kept.scores["flops"]["value"] == mine["cost"]["flops"]
     for name in ("scores.md", "scores.png", "clips.png", "clips.json"):
         assert (tmp_path / "out" / name).stat().st_size > 500
     with pytest.raises(UserError, match="student=nothing is not a decoder"):
