@@ -48,7 +48,8 @@ class OptimSettings:
     """One optimiser, its schedule and the average of its weights.
 
     Attributes:
-        algorithm: `adamw`, or `muon` (Muon for the blocks' matrices, AdamW for embedders, norms and heads).
+        algorithm: `adamw`; `adamw8bit` (moments of large matrices in 8 bits); or `muon` (Muon for the blocks' matrices,
+            AdamW for embedders, norms and heads).
         lr: peak learning rate of AdamW, or of Muon's matrices.
         adamw_lr: Muon only: peak learning rate of all weights that are not matrices of a block.
         schedule: after `warmup` steps the rate is constant, or falls to `final` * lr by cosine, linearly, or
@@ -57,7 +58,7 @@ class OptimSettings:
         ema_decay: decay of the weight average that is exported; 0 exports the weights themselves.
     """
 
-    algorithm: Literal["adamw", "muon"] = "adamw"
+    algorithm: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = 1e-4
     adamw_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
@@ -367,6 +368,11 @@ def _check_pairs(settings: TrainSettings) -> None:
             raise UserError(
                 f"strategy={strategy.name} cuts weights into flat pieces and Muon needs whole matrices; "
                 "choose optim=adamw or strategy=fsdp2"
+            )
+        if optim.algorithm == "adamw8bit":
+            raise UserError(
+                f"strategy={strategy.name} shards the moments by itself, as flat fp32 pieces; choose optim=adamw or "
+                "strategy=fsdp2 for optim=adamw8bit"
             )
         if strategy.name == "zero3" and optim.ema_decay > 0:
             raise UserError(

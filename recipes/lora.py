@@ -71,7 +71,7 @@ class Lora(Pretrain):
             raise UserError(
                 "lora fine-tunes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
             )
-        if context.optim.algorithm != "adamw":
+        if context.optim.algorithm == "muon":
             raise UserError(f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw")
         if pretraining.get("tread") is not None:
             raise UserError("recipe.tread routes tokens in pretraining only; leave it out of a LoRA fine-tuning")

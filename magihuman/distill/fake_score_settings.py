@@ -73,7 +73,7 @@ def check_settings(
         raise UserError(f"recipe.micro_batch={micro_batch} must be at least 1, or null for the whole batch")
     if sharing not in LORAS:
         raise UserError(f"recipe.networks={sharing!r} is unknown; choose from {', '.join(LORAS)}")
-    if sharing != "full" and context.optim.algorithm != "adamw":
+    if sharing != "full" and context.optim.algorithm == "muon":
         raise UserError(
             f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw, or "
             "recipe.networks=full"

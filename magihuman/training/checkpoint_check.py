@@ -60,6 +60,9 @@ DEEPSPEED = {
 }
 """Classes in DeepSpeed's archives, in addition to those that torch accepts with `weights_only=True`."""
 
+ADAM8BIT = "torchao.optim.subclass_8bit.OptimState8bit"
+"""Class of a moment of `optim=adamw8bit`, which torch accepts once torchao is imported."""
+
 _BROKEN = (
     zipfile.BadZipFile, pickle.UnpicklingError, zlib.error, struct.error, EOFError, RuntimeError, NotImplementedError,
     ValueError, LookupError, TypeError, AttributeError, OverflowError,
@@ -86,7 +89,7 @@ def check(checkpoint: Path) -> None:
     archives = list(_archives(checkpoint))
     if checkpoint.is_file():
         check_data(checkpoint)
-    also = DEEPSPEED if (checkpoint / LATEST).is_file() else set()
+    also = {ADAM8BIT, *(DEEPSPEED if (checkpoint / LATEST).is_file() else ())}
     for archive in archives:
         if not archive.is_tensor:
             archive.check_pickle(also)

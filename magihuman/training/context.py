@@ -24,6 +24,7 @@ from magihuman.io.export import Size, check_fit, read_header, weight_files
 from magihuman.io.provenance import fingerprint
 from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
+from magihuman.training.adam8bit import require_torchao
 from magihuman.training.callbacks import DataWarnings, Divergence, Limits, LogLines, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption
 from magihuman.training.loggers import build_loggers
@@ -113,6 +114,8 @@ def check_before_data(settings: TrainSettings) -> None:
     check_device(settings.trainer)
     check_launch(settings.trainer)
     build_strategy(settings.strategy, settings.trainer)
+    if settings.optim.algorithm == "adamw8bit":
+        require_torchao()
     build_callbacks(settings)
     if settings.init is not None:
         find_init(settings)

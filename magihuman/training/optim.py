@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from magihuman.config import OptimSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig
+from magihuman.training.adam8bit import adamw8bit
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration."""
@@ -132,12 +133,14 @@ def build_optimizer(
     groups: list[dict[str, Any]]
     weights = model.named_parameters() if isinstance(model, nn.Module) else model.items()
     named = [(name, weight) for name, weight in weights if weight.requires_grad]
-    if settings.algorithm == "adamw":
+    if settings.algorithm != "muon":
         decayed = [w for _, w in named if w.ndim > 1]
         plain = [w for _, w in named if w.ndim <= 1]  # norms and biases are not pulled to zero
-        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        groups = [g for g in ({"params": decayed}, {"params": plain, "weight_decay": 0.0}) if g["params"]]
+        if settings.algorithm == "adamw8bit":
+            return adamw8bit(groups, settings)
         return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            groups,
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -171,7 +174,10 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, Muon):
             names = ["momentum"] if group["experts"] else ["mean", "square"]
         for weight in group["params"]:
-            state = {name: torch.zeros_like(weight, requires_grad=False) for name in names}
+            if hasattr(optimizer, "moments"):
+                state = optimizer.moments(weight)
+            else:
+                state = {name: torch.zeros_like(weight, requires_grad=False) for name in names}
             optimizer.state[weight] = state if "momentum" in state else {"step": torch.zeros(()), **state}
 
 

@@ -184,6 +184,7 @@ class PlanOptions(ClipOptions):
     )
     ema: Literal["gpu", "cpu"] = option("training: EMA weights on the gpu or the cpu", "gpu")
     rank: int = option("lora and dmd2: rank of the LoRAs", 128)
+    optim: Literal["adamw", "adamw8bit"] = option("training: AdamW, or with moments in 8 bits", "adamw")
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def plan(options: PlanOptions) -> str:
         return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {options.batch}", available)
     tokens = request.tokens(*last).times(options.batch)
     step = memory_plan.TrainingStep(
-        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank
+        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank, options.optim
     )
     title = f"{what}, {clip}, batch {options.batch} per GPU, {tokens.total} tokens"
     report = memory_plan.training_report(step, options.task, options.gpus, title, available)

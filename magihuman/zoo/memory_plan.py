@@ -267,6 +267,7 @@ class TrainingStep:
         compute: bytes of the compute dtype.
         checkpointing: see `magihuman.models.config.Checkpointing`.
         ema: device of the EMA weights, "gpu" or "cpu"; rank: of the LoRAs.
+        optim: "adamw", or "adamw8bit" for trained networks; LoRAs are counted with fp32 moments.
     """
 
     config: DiTConfig
@@ -275,10 +276,19 @@ class TrainingStep:
     checkpointing: Checkpointing = True
     ema: str = "gpu"
     rank: int = 128
+    optim: str = "adamw"
+
+    @property
+    def trained_bytes(self) -> int:
+        """fp32 master weights, fp32 gradients and moments of a network that is trained whole."""
+        shapes = [shape for _, shape, _ in self.config.tensors()]
+        saved = sum(footprint.moment_bytes(shape) - footprint.moment_bytes(shape, self.optim) for shape in shapes)
+        return ADAM * self.config.parameter_count() - saved
 
 
 def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
-    """Weights, gradients, optimiser state and EMA of all GPUs together, with fp32 master weights and Adam.
+    """Weights, gradients, optimiser state and EMA of all GPUs together, with fp32 master weights and Adam; of one replica
+    (fsdp2 keeps one per node; strategy.replicas=1 shards over all GPUs).
 
     Args:
         task: "pretrain", "lora" or "dmd2"; sharing: of the latter, a key of LORAS.
@@ -286,11 +296,12 @@ def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
     count, lora = step.config.parameter_count(), footprint.lora_count(step.config, step.rank)
     ema = FP32 if step.ema == "gpu" else 0
     if task == "pretrain":
-        return (ADAM + ema) * count
+        return step.trained_bytes + ema * count
     if task == "lora":  # a frozen base, the trained LoRA, and its EMA
         return BF16 * count + (ADAM + ema) * lora
-    student, fake_score = (lora if role in LORAS[sharing] else count for role in ("student", "fake_score"))
-    return BF16 * count + ADAM * (student + fake_score) + ema * student  # BF16: the teacher
+    roles = {role: role in LORAS[sharing] for role in ("student", "fake_score")}
+    trained = sum(ADAM * lora if is_lora else step.trained_bytes for is_lora in roles.values())
+    return BF16 * count + trained + ema * (lora if roles["student"] else count)  # BF16: the teacher
 
 
 def gathered_bytes(step: TrainingStep, gpus: int) -> int:
@@ -390,9 +401,11 @@ def _advice(step: TrainingStep, task: str, gpus: int, sharing: str, available: i
         return "recompute attention in the backward pass as well: checkpointing=true"
     if step.ema == "gpu" and per_gpu(replace(step, ema="cpu"), task, gpus, sharing) <= available:
         return "keep the EMA weights on the CPU: ema=cpu"
+    small = per_gpu(replace(step, optim="adamw8bit"), task, gpus, sharing) <= available
+    or_else = ", or store the optimiser's moments in 8 bits: optim=adamw8bit" if small else ""
     for n in (2, 4, 8, 16, 32, 64, 128, 256):
         if n > gpus and per_gpu(step, task, n, sharing) <= available:
-            return f"shard over {n} GPUs: gpus={n}"
+            return f"shard over {n} GPUs: gpus={n}" + (" (strategy.replicas=1)" if n > 8 else "") + or_else
     return "the activations alone are too large: fewer clips per GPU, or smaller ones"
 
 

@@ -96,6 +96,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
             "Muon needs whole matrices; choose optim=adamw or strategy=fsdp2",
         ),
         (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
+        (["+recipe=pretrain", "strategy=zero2", "optim=adamw8bit"], "shards the moments by itself"),
         (["+recipe=dmd2", "strategy=zero1", "optim=adamw"], "choose strategy=fsdp2"),
         (
             ["+recipe=pretrain", "strategy=fsdp2", "trainer.devices=4", "strategy.replicas=3"],
@@ -177,7 +178,7 @@ def test_a_word_means_what_it_says(word, key, value) -> None:
         (["--trainer.max_steps=5"], "there is no option --trainer.max_steps; write trainer.max_steps=5"),
         (["+recipe=sr", "recipe=dmd2"], "recipe is given twice, as sr and as dmd2; give one"),
         (["strategy=deepspeed"], "no strategy 'deepspeed', did you mean 'zero2'?"),
-        (["optim=adamw,sgd"], "no optim 'sgd'; choose from adamw, muon"),
+        (["optim=adamw,sgd"], "no optim 'sgd'; choose from adamw, adamw8bit, muon"),
         (["after_fit={}"], "after_fit={} changes nothing, since mappings are merged; after_fit=null switches it off"),
     ],
 )
@@ -226,7 +227,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
             "error: unknown setting recipe.fake_score.update, did you mean 'updates'?",
         ),
         (("+recipe=pretrain", "trainr.max_steps=3"), "unknown setting trainr, did you mean 'trainer'?"),
-        (("+recipe=pretrain", "optim=sgd"), "error: no optim 'sgd'; choose from adamw, muon"),
+        (("+recipe=pretrain", "optim=sgd"), "error: no optim 'sgd'; choose from adamw, adamw8bit, muon"),
         (("+recipe=pretrain", "optim.lr=[1,"), "error: "),
         (("+recipe=pretrain", "+experiment=tiny_base"), "an experiment chooses its recipe itself"),
         (("-m", "+recipe=pretrain", "folder=x", "seed=1,2"), "error: folder=x would be the folder of every job"),
