@@ -1,9 +1,9 @@
 """AdamW with moments in 8 bits (torchao), for `optim.algorithm=adamw8bit`.
 
-A moment is stored as one byte per number and an fp32 scale per block of 256 numbers (Dettmers et al. 2021, arXiv
-2110.02861): 2.03 bytes per weight instead of 8. Matrices whose rows are whole blocks are stored so
-(`magihuman.zoo.footprint.has_8bit_moments`); norms, biases and small or narrow matrices keep fp32 moments. Whole blocks per
-row make the choice independent of the number of processes, so that a sharded checkpoint loads on another number of them.
+A moment is stored as one byte per number and an fp32 scale per block, of 256 numbers where the row of the matrix allows it
+(Dettmers et al. 2021, arXiv 2110.02861): both moments take 2.03 bytes per weight instead of 8. Norms, biases and matrices
+that are small (under 4096 numbers) or narrow keep fp32 moments (`magihuman.zoo.footprint.moment_block`). Rows are whole
+blocks, so the blocks do not depend on the number of processes, and a sharded checkpoint loads on another number of them.
 The weights stay fp32, and the update is computed in fp32.
 
 The update is compiled on a GPU, once per shape of a weight, at the first step; on a CPU it runs without a compiler.
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from magihuman.config import OptimSettings
 from magihuman.errors import UserError
-from magihuman.zoo.footprint import MOMENT_BLOCK, has_8bit_moments
+from magihuman.zoo.footprint import moment_block
 
 
 def require_torchao() -> None:
@@ -46,12 +46,7 @@ def adamw8bit(groups: Iterable[dict[str, Any]], settings: OptimSettings) -> torc
         UserError: torchao is not installed.
     """
     return _optimizer_class()(
-        list(groups),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        block_size=MOMENT_BLOCK,
+        list(groups), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
 
 
@@ -70,9 +65,10 @@ def _optimizer_class() -> Any:
 
         def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
             local = p.to_local() if isinstance(p, DTensor) else p
-            if not has_8bit_moments(tuple(p.shape)) or not local.numel():
+            block = moment_block(tuple(p.shape))
+            if block is None or not local.numel():
                 return torch.zeros_like(p, requires_grad=False)
-            moment = self._subclass_zeros(local.detach(), signed, self.block_size)
+            moment = self._subclass_zeros(local.detach(), signed, block)
             if isinstance(p, DTensor):
                 moment = DTensor.from_local(
                     moment, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

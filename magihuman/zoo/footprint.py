@@ -20,20 +20,26 @@ INT4_GROUP, INT4_SCALE = 64, 2
 ROPE_SHARE = 3 / 4  # of a head, times one fp32 number each for the table
 ADAM = 16
 """Bytes per trained number: fp32 master, fp32 gradient, two fp32 moments."""
-MOMENT_BLOCK = 256
-"""Numbers that share a scale in the moments of `optim=adamw8bit`."""
+MOMENT_BLOCKS = range(256, 4097)
+"""Numbers that may share a scale in the moments of `optim=adamw8bit`."""
 
 
-def has_8bit_moments(shape: tuple[int, ...]) -> bool:
-    """Whether `optim=adamw8bit` stores the moments of a weight of this shape in 8 bits; else they are fp32."""
-    return len(shape) > 1 and prod(shape) >= 4096 and prod(shape[1:]) % MOMENT_BLOCK == 0
+def moment_block(shape: tuple[int, ...]) -> int | None:
+    """Numbers that share a scale in the 8-bit moments of a weight of this shape; None where its moments are fp32.
+
+    The smallest part of a row that divides it, so that every row is whole blocks: 256 for most matrices, 3413 for the
+    13652 columns of the released down projections (the paper's blocks are of 2048).
+    """
+    if len(shape) < 2 or prod(shape) < 4096:
+        return None
+    return next((size for size in MOMENT_BLOCKS if prod(shape[1:]) % size == 0), None)
 
 
 def moment_bytes(shape: tuple[int, ...], optim: str = "adamw") -> int:
     """Both moments of one weight, for `optim` adamw or adamw8bit."""
     one = FP32 * prod(shape)
-    if optim == "adamw8bit" and has_8bit_moments(shape):
-        one = prod(shape) + FP32 * prod(shape) // MOMENT_BLOCK
+    if optim == "adamw8bit" and (block := moment_block(shape)) is not None:
+        one = prod(shape) + FP32 * prod(shape) // block
     return 2 * one
 
 

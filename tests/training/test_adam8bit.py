@@ -17,7 +17,7 @@ from magihuman.models.dit import SingleStreamDiT
 from magihuman.training.adam8bit import require_torchao
 from magihuman.training.checkpoint_check import check
 from magihuman.training.optim import build_optimizer, fill_state
-from magihuman.zoo.footprint import has_8bit_moments, moment_bytes
+from magihuman.zoo.footprint import moment_block, moment_bytes
 
 installed = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 CONFIG = DiTConfig(2, 256, 64, 2, 12, 4, 5, mm_layers=(0,), gelu7_layers=(0,))
@@ -61,17 +61,18 @@ def test_moments_take_two_bytes_per_weight_and_what_is_small_keeps_fp32() -> Non
     for weight, state in made.state.items():
         shape = tuple(weight.shape)
         moments = [state["exp_avg"], state["exp_avg_sq"]]
-        assert [is_8bit(moment) for moment in moments] == 2 * [has_8bit_moments(shape)], names[weight]
+        assert [is_8bit(moment) for moment in moments] == 2 * [moment_block(shape) is not None], names[weight]
         sizes = [
             sum(getattr(m, part).nbytes for part in ("codes", "scale")) if is_8bit(m) else m.nbytes for m in moments
         ]
         assert sum(sizes) == moment_bytes(shape, "adamw8bit"), names[weight]
-    large = {name for weight, name in names.items() if has_8bit_moments(tuple(weight.shape))}
+    large = {name for weight, name in names.items() if moment_block(tuple(weight.shape)) is not None}
     assert "block.layers.0.mlp.down_proj.weight" in large
     assert not any("norm" in name for name in large)
     assert moment_bytes((1024, 1024), "adamw8bit") == 2.03125 * 1024**2
     assert moment_bytes((5120,), "adamw8bit") == 8 * 5120
-    assert not has_8bit_moments((64, 128))
+    assert (moment_block((64, 128)), moment_block((64, 256)), moment_block((5120, 13652))) == (None, 256, 3413)
+    assert moment_block((8, 3, 3, 256)) == 256
 
 
 @installed
