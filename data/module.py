@@ -318,6 +318,8 @@ class _Resumable(LightningDataModule):
     """Base of the data modules: the position in an endless stream of global batches, kept over a resume."""
 
     num_workers = 0
+    context_parallel = 1
+    """Processes that train on the same samples; `magihuman.train` sets it to strategy.context_parallel."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -330,10 +332,10 @@ class _Resumable(LightningDataModule):
         raise NotImplementedError
 
     def _ranks(self) -> tuple[int, int]:
-        """(this rank, number of ranks) of the attached trainer."""
+        """(this rank, number of ranks) by which samples are divided; processes of a context group have the same rank."""
         if self.trainer is None:
             return 0, 1
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        rank, ranks = (n // self.context_parallel for n in (self.trainer.global_rank, self.trainer.world_size))
         if self.batch_size % ranks:
             raise UserError(
                 f"batch_size={self.batch_size} is over all ranks and not divisible by {ranks}; "

@@ -18,6 +18,7 @@ from magihuman.io.text import prompt_text
 
 if TYPE_CHECKING:
     from inference.jobs import Job
+    from inference.loading import Source
     from inference.pipeline import Pipeline
 
 MAX_BATCH = 1000
@@ -47,9 +48,7 @@ def run(options: InferOptions) -> None:
         jobs = [resolver.job(request) for request in requests]
         manifest = None if options.prompts is None else folder / MANIFEST
         if shared:
-            from inference.context_parallel import check_processes
-
-            check_processes(source, processes)
+            check_heads(source, processes)
         longest = max((job.path for job in jobs), key=lambda path: len(os.fsencode(path.name)))
         require_writable(longest.with_suffix(".json"), "output")  # the longer ending
         with together(processes):
@@ -70,8 +69,6 @@ def run(options: InferOptions) -> None:
                 if pipeline is not None:
                     resolver.check_prompts(pipeline.codecs, [r.prompt for r in requests if r.name in waiting])
                     if shared:
-                        from inference.context_parallel import parallelise_pipeline
-
                         parallelise_pipeline(pipeline)
                     written = own if rank == 0 or not shared else set()
                     bar = options.progress and rank == 0
@@ -130,6 +127,30 @@ def together(processes: int) -> Iterator[None]:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def check_heads(source: "Source", processes: int) -> None:
+    """Raises UserError when a network of the command cannot be split over that many processes."""
+    from magihuman.context_parallel import require_divisible_heads
+
+    for config in (source.config, source.second):
+        if config is not None:
+            require_divisible_heads(config.model, processes)
+
+
+def parallelise_pipeline(pipeline: "Pipeline") -> None:
+    """Make the pipeline's networks compute together with those of the other processes.
+
+    Every process reads the same prompt, draws the same noise and ends with the same latents.
+    """
+    from torch import distributed
+
+    from magihuman.context_parallel import parallelise
+
+    group = distributed.new_group(backend="nccl") if pipeline.device.type == "cuda" else None
+    for denoiser in (pipeline.denoiser, None if pipeline.second is None else pipeline.second.denoiser):
+        if denoiser is not None:
+            parallelise(denoiser.model, group)
 
 
 def wait_for_all() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
 from magihuman.models.config import Checkpointing, DiTConfig, PackConfig
-from magihuman.schema import build, check, check_call, locate, suggest
+from magihuman.schema import build, check, check_call, divisors, locate, suggest
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,15 @@ class StrategySettings:
             (hybrid sharding, HSDP); `auto` is one per node, 1 shards over all processes.
         reshard_after_forward: fsdp2 only: free a block's gathered weights after its forward pass.
         offload: fsdp2 and ZeRO: optimiser (fsdp2 and zero3: weights too) on the CPU.
+        context_parallel: ddp and fsdp2: processes that share the tokens of one batch (`magihuman.context_parallel`),
+            neighbours by rank; 1 for none.
     """
 
     name: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     replicas: int | Literal["auto"] = "auto"
     reshard_after_forward: bool = True
     offload: bool = False
+    context_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
 
 POSITIVE = (
     "trainer.accumulate", "trainer.devices", "trainer.nodes", "trainer.log_every", "trainer.threads", "checkpoint.keep",
-    "optim.newton_schulz_steps",
+    "optim.newton_schulz_steps", "strategy.context_parallel",
 )  # fmt: skip
 """Settings that are whole numbers from 1 on (or null)."""
 RANGES = {
@@ -345,10 +348,18 @@ def _check_values(settings: TrainSettings) -> None:
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"optim.betas={list(optim.betas)} should be two numbers in [0, 1)")
     batch, processes = _setting(settings, "data.module.batch_size"), trainer.devices * trainer.nodes
-    if isinstance(batch, int) and (batch < 1 or batch % processes):
+    together = settings.strategy.context_parallel
+    if processes % together:
+        raise UserError(
+            f"strategy.context_parallel={together} does not divide trainer.devices * trainer.nodes = {processes}; choose "
+            f"one of {divisors(processes)}"
+        )
+    ranks = processes // together
+    if isinstance(batch, int) and (batch < 1 or batch % ranks):
+        of = f"the {processes} processes" if together == 1 else f"the {ranks} groups of {together} processes"
         raise UserError(
             f"data.module.batch_size={batch}, the samples of a step over all processes, should be "
-            + ("at least 1" if processes == 1 else f"a multiple of the {processes} processes")
+            + ("at least 1" if ranks == 1 else f"a multiple of {of}")
         )
 
 
@@ -381,6 +392,8 @@ def _check_pairs(settings: TrainSettings) -> None:
             f"strategy.replicas={strategy.replicas} is a setting of strategy=fsdp2, and strategy={strategy.name} has no "
             "replicas of shards; leave it out"
         )
+    if strategy.context_parallel > 1:
+        _check_context_parallel(settings)
     if strategy.name.startswith("zero"):
         if optim.algorithm == "muon":
             raise UserError(
@@ -403,6 +416,33 @@ def _check_pairs(settings: TrainSettings) -> None:
                 f"strategy={strategy.name} drives one optimiser (a limit of Lightning's DeepSpeed strategy) and this "
                 f"recipe needs {optimizers}; choose strategy=fsdp2"
             )
+
+
+def _check_context_parallel(settings: TrainSettings) -> None:
+    together, strategy, model = settings.strategy.context_parallel, settings.strategy.name, settings.model
+    named = f"strategy.context_parallel={together}"
+    if strategy not in ("ddp", "fsdp2"):
+        raise UserError(f"{named} is for strategy=ddp and strategy=fsdp2, not {strategy}")
+    if model is None:
+        raise UserError(
+            f"{named} splits the tokens of the transformer, and this recipe trains another network; leave it 1"
+        )
+    heads = model.dit.num_query_groups
+    if heads % together:
+        raise UserError(
+            f"{named} does not divide the {heads} key/value heads of the model (model.dit.num_query_groups); choose one of "
+            f"{divisors(heads)}"
+        )
+    if _setting(settings, "recipe.tread") is not None:
+        raise UserError(
+            f"{named} cannot go with recipe.tread: of a random subset of the tokens the processes would hold unequal "
+            "shares; leave one of them out"
+        )
+    if settings.trainer.compile:
+        raise UserError(
+            f"{named} cannot go with trainer.compile=true: the exchange of tokens and heads was never compiled; set one of "
+            "them to its default"
+        )
 
 
 def parse_time(text: str) -> float:

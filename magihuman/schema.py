@@ -20,6 +20,11 @@ from magihuman.errors import UserError
 _RESERVED = ("_target_", "_partial_")
 
 
+def divisors(number: int) -> str:
+    """The divisors of a number as "1, 2, 4"."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 def one_line(text: str) -> str:
     """Any message as one line."""
     return "; ".join(line.strip() for line in str(text).splitlines() if line.strip())

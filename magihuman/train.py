@@ -35,7 +35,9 @@ def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     if settings.data.make is not None:
         with stage("clips and shards"):
             module["shards"] = str(call(settings.data.make, "data.make"))
-    return call(module, "data.module"), Path(module["shards"] if "shards" in module else module["file"])
+    data = call(module, "data.module")
+    data.context_parallel = settings.strategy.context_parallel
+    return data, Path(module["shards"] if "shards" in module else module["file"])
 
 
 def finished(run: Any, settings: TrainSettings, config_yaml: str) -> bool:

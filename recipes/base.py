@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman import zoo
+from magihuman.context_parallel import context_group, parallelise
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, released_dtypes, save_export
@@ -87,6 +88,7 @@ class Recipe(L.LightningModule):
         self.meter = Meter(self.watched)
         self.excluded_seconds = 0.0
         self._not_finite: dict[str, int] = {}
+        self._context_group: Any = None
 
     # What a recipe implements
 
@@ -100,13 +102,19 @@ class Recipe(L.LightningModule):
 
     def notes(self) -> list[str]:
         """What is odd about the settings although it can be trained; printed before the training."""
-        warmup = self.context.optim.warmup
-        if warmup <= self.max_steps:
-            return []
-        return [
-            f"optim.warmup={warmup} is longer than trainer.max_steps={self.max_steps}: the learning rate does not reach "
-            "optim.lr"
-        ]
+        found, warmup, trainer = [], self.context.optim.warmup, self.context.trainer
+        if warmup > self.max_steps:
+            found.append(
+                f"optim.warmup={warmup} is longer than trainer.max_steps={self.max_steps}: the learning rate does not reach "
+                "optim.lr"
+            )
+        together = self.context.strategy.context_parallel
+        if trainer.nodes > 1 and trainer.devices % together:
+            found.append(
+                f"strategy.context_parallel={together} does not divide trainer.devices={trainer.devices}: tokens and heads are "
+                "exchanged between nodes in every layer, which is slow"
+            )
+        return found
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
         """Model FLOPs (`magihuman.models.flops`) of the latest step, on this batch; here one forward and one
@@ -143,6 +151,25 @@ class Recipe(L.LightningModule):
         self.denoiser.model.gradient_checkpointing = self.context.trainer.activation_checkpointing
         if self.context.trainer.compile:
             parallel.compile_blocks(self.denoiser)
+        self.split_tokens(self.denoiser)
+        if self.ema is not None:
+            assert isinstance(self.ema.module, Denoiser)
+            self.split_tokens(self.ema.module)
+
+    def split_tokens(self, network: Denoiser) -> None:
+        """Compute a network together with the other processes of a context group, where strategy.context_parallel asks
+        for it; every process calls it for the same networks in the same order."""
+        together = self.context.strategy.context_parallel
+        if together == 1:
+            return
+        if self._context_group is None:
+            self._context_group = context_group(together)
+        parallelise(network.model, self._context_group)
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process among those with other samples; the processes of a context group have the same."""
+        return self.global_rank // self.context.strategy.context_parallel
 
     def _shell(self) -> Denoiser:
         dtype = torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
@@ -203,7 +230,7 @@ class Recipe(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         rng = BatchRng(self.context.seed, self.batches, batch["index"])
         # Torch's own generators (for token routing) are a function of the same key.
-        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.global_rank))
+        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.data_rank))
         self.batches += 1
         self.stepped = False
         return self.loss(batch, rng)

@@ -163,7 +163,7 @@ class DMD2(Recipe):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         assert self.networks is not None
         self.stepped = False
-        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.global_rank))
+        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.data_rank))
         rng = BatchRng(self.context.seed, self.batches, batch["index"])
         student_optimizer, fake_score_optimizer = self.optimizers()  # type: ignore[attr-defined]
         micro = list(
@@ -400,6 +400,7 @@ class DMD2(Recipe):
         network.model.gradient_checkpointing = self.context.trainer.activation_checkpointing
         if self.context.trainer.compile:
             parallel.compile_blocks(network)
+        self.split_tokens(network)
         return network
 
     @property

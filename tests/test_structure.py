@@ -36,6 +36,7 @@ FLOORS = {
         ("media", "cli"),
         ("codecs",),
         ("zoo",),
+        ("context_parallel",),
         ("config",),
         ("composition",),
         ("training",),

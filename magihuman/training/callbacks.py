@@ -115,10 +115,10 @@ def resident_gb() -> float:
 class LogLines(L.Callback):
     """Logs averages, learning rate, throughput, memory and MFU every `every` steps, and shows progress.
 
-    `tflops` is of this process: model FLOPs (`Recipe.batch_flops`) divided by the seconds since the last line, without
-    the time of callbacks; `mfu` is its share of the GPU's bf16 peak, whatever the precision. Recomputed activations and
-    evaluation count in neither. `seconds` is the time of the training so far, evaluation and the time before a resume
-    included.
+    `tflops` is of this process: its share of the model FLOPs (`Recipe.batch_flops`) divided by the seconds since the last
+    line, without the time of callbacks; `mfu` is its share of the GPU's bf16 peak, whatever the precision. Recomputed
+    activations and evaluation count in neither. `seconds` is the time of the training so far, evaluation and the time
+    before a resume included.
 
     A terminal gets a progress bar, other outputs a line every half minute.
 
@@ -154,8 +154,9 @@ class LogLines(L.Callback):
             self._bar = tqdm(total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05)
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._flops += recipe.batch_flops(batch)
-        self._samples += len(batch["video"]) * trainer.world_size
+        together = recipe.context.strategy.context_parallel  # processes that share these samples
+        self._flops += recipe.batch_flops(batch) / together
+        self._samples += len(batch["video"]) * trainer.world_size // together
         if not recipe.stepped:
             return
         if recipe.step % self.every == 0 or recipe.step >= recipe.max_steps:
@@ -437,8 +438,10 @@ class Samples(L.Callback):
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
         if not due or not recipe.stepped:
             return
-        # All processes sample a sharded network together; the main process alone samples a whole one.
-        if trainer.is_global_zero or recipe.context.strategy.name in ("fsdp2", "zero3"):
+        # All processes sample a network together that is sharded or splits its tokens; the main process alone samples
+        # another one.
+        strategy = recipe.context.strategy
+        if trainer.is_global_zero or strategy.name in ("fsdp2", "zero3") or strategy.context_parallel > 1:
             with excluded_time(recipe):
                 self.sample(trainer, recipe)
 

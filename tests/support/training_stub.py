@@ -172,6 +172,19 @@ class FakePipeline:
         return [FakeClip() for _ in prompts]
 
 
+class NetworkPipeline:
+    """Stands in for inference.pipeline.Pipeline, and calls the network once for each prompt."""
+
+    def __init__(self, loaded: Any, world: Any) -> None:
+        self.network = loaded.denoiser
+
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[FakeClip]:
+        for seed in seeds:
+            clip = batch(range(seed, seed + 1))
+            self.network(clip["video"], clip["audio"], clip["text"])
+        return [FakeClip() for _ in prompts]
+
+
 def puppets_only() -> None:
     """An evaluation that does not apply."""
     raise NotApplicable("eval.puppets measures the tiny world")
