@@ -20,7 +20,6 @@ from magihuman.console import is_main_process, say, stage
 from magihuman.cpu import bf16_slowdown, tune_cpu
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS, disk_problem, require_writable
-from magihuman.io.provenance import fingerprint
 from magihuman.multirun import INTERRUPTED, STOPPED, Sweep
 from magihuman.overrides import overrides, swept
 from magihuman.schema import call
@@ -82,7 +81,6 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     """
     from magihuman.training.checkpoint import find_resume, require_same_training
     from magihuman.training.context import Session, build_context, build_recipe, check_before_data, parents, quiet
-    from magihuman.training.loggers import close
     from magihuman.training.runs import RunFolder
 
     tune_cpu(settings.trainer.threads)
@@ -117,7 +115,6 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
             recipe.export(run.export)
             run.update(status="trained", steps=recipe.step, metrics=session.lines.last)
         if session.trainer.is_global_zero:
-            run.update(export=fingerprint(run.export))
             after_fit(settings, run)
             run.update(status="finished")
     except BaseException as error:
@@ -125,8 +122,8 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
             run.fail(error)
         raise
     finally:
-        if session is not None:
-            close(session.loggers)
+        for logger in session.loggers if session else ():
+            logger.finalize("success" if sys.exc_info()[0] is None else "failed")
     say(f"done: {folder}")
     return folder
 
@@ -175,13 +172,15 @@ def _took(config: Path, name: str, mine: Mapping[str, Any]) -> float | None:
 def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
     from magihuman.training.checkpoint import SIGNALS, step_of
-    from magihuman.training.loggers import rewind
+    from magihuman.training.loggers import CSVLog
 
     step = 0
     if resume is not None:
         say(f"   continuing from {resume.name}")
         step = step_of(resume)
-    rewind(session.loggers, step)
+    for logger in session.loggers:
+        if isinstance(logger, CSVLog):
+            logger.rewind(step)
     os.environ[RUN_NAME] = folder.name
     # Lightning and the preemption callback both handle the signals; the stages after the training must end by them.
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -200,7 +199,6 @@ def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
 def stopped(session: Any, run: Any) -> None:
     """Record a preemption, requeue under Slurm, and exit."""
     from magihuman.training.checkpoint import requeue
-    from magihuman.training.loggers import close
 
     at, reason = session.preemption.stopped_at, session.preemption.received
     run.update(status="preempted", steps=at, metrics=session.lines.last)
@@ -208,7 +206,6 @@ def stopped(session: Any, run: Any) -> None:
         f"stopped by {reason} after step {at}; the same command with folder={run.path} continues; with "
         f"trainer.max_steps={at} after_fit=null too, it exports what there is, to sample from"
     )
-    close(session.loggers)  # Slurm may end the job as soon as it is requeued
     requeue()
     raise SystemExit(STOPPED)
 

@@ -273,9 +273,15 @@ class Recipe(L.LightningModule):
                 )
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        zero = self.context.strategy.name.startswith("zero")
+        # DeepSpeed accumulates by itself: it is asked for a step after every batch, and takes one after the last of them.
+        engine: Any = self.trainer.model
+        last = not zero or engine.is_gradient_accumulation_boundary()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.context.strategy.name.startswith("zero"):
-            norm = float(self.trainer.model.get_global_grad_norm())  # type: ignore[union-attr, operator]
+        if not last:
+            return
+        if zero:
+            norm = float(engine.get_global_grad_norm())
             # DeepSpeed returns -1 for a norm that is not finite.
             self.count_norm("grad_norm", norm if norm >= 0 else math.nan)
         self.after_step()

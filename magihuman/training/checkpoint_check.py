@@ -8,7 +8,7 @@
 
 The libraries that read the folders unpickle without limits, so every pickle is first compared with the classes that
 these checkpoints consist of. Archives are zip files with a CRC-32 of every tensor, which torch writes and does not
-compare when it reads; `check_data` does. It reads every byte once, about 3 GB/s per process, which share the work. Bytes
+compare when it reads; `check_data` does. It reads every byte once, and the processes share the work. Bytes
 between the tensors (zip headers, padding) carry no data and are not compared.
 """
 

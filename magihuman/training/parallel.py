@@ -147,6 +147,10 @@ def describe_mesh(processes: int, replicas: int) -> str:
 class ZeroStrategy(_CheckedLoad, DeepSpeedStrategy):
     """Lightning's strategy for DeepSpeed, with checked checkpoints."""
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Lightning has divided the loss by the number of accumulated batches, and DeepSpeed would do so again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
 
 def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False) -> Strategy | str:
     """The Lightning strategy for `settings`.

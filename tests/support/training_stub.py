@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -113,24 +114,31 @@ class DieAt(L.Callback):
     """Kills its own process: before a batch, or while the checkpoint of a step is being written.
 
     Args:
-        batch: number of batches after which to die; -1 never. saving: step whose checkpoint dies half-way.
+        batch: number of batches after which to die; -1 never. rank: of the process that dies; -1 every process.
+        saving: step whose checkpoint dies half-way; of a sharded one, `after` seconds after its start.
         delay: seconds that each batch takes longer, for tests that signal from outside.
     """
 
-    def __init__(self, batch: int = -1, saving: int = -1, delay: float = 0.0) -> None:
-        self.batch, self.saving, self.delay = batch, saving, delay
+    def __init__(
+        self, batch: int = -1, saving: int = -1, delay: float = 0.0, rank: int = -1, after: float = 0.01
+    ) -> None:
+        self.batch, self.saving, self.delay, self.rank, self.after = batch, saving, delay, rank, after
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         time.sleep(self.delay)
-        if pl_module.batches == self.batch:
+        if pl_module.batches == self.batch and self.rank in (-1, trainer.global_rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        if pl_module.step == self.saving:
-            target = Path(trainer.default_root_dir) / "checkpoints" / f"step-{self.saving:08d}.ckpt.tmp"
-            torch.save(checkpoint["state_dict"], target)
-            os.truncate(target, target.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if pl_module.step != self.saving:
+            return
+        if pl_module.context.strategy.name not in ("single", "ddp"):
+            threading.Timer(self.after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return
+        target = Path(trainer.default_root_dir) / "checkpoints" / f"step-{self.saving:08d}.ckpt.tmp"
+        torch.save(checkpoint["state_dict"], target)
+        os.truncate(target, target.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Spy(L.Callback):
@@ -188,8 +196,3 @@ class NetworkPipeline:
 def puppets_only() -> None:
     """An evaluation that does not apply."""
     raise NotApplicable("eval.puppets measures the tiny world")
-
-
-def fixed_score() -> dict[str, Any]:
-    """An evaluation whose score is known."""
-    return {"sync": {"value": 0.9, "low": 0.8, "high": 1.0}}

@@ -83,6 +83,29 @@ def test_zero_trains_what_one_process_trains_and_continues_exactly(strategy, tmp
     assert Path(killed / "checkpoints" / "last.ckpt").is_dir()
 
 
+def test_accumulated_micro_batches_are_one_step(tmp_path) -> None:
+    """DeepSpeed is asked for a step after every micro-batch; schedule, counters and the average follow its real steps."""
+    world = ZeroLauncher(training_stub.write_shards(tmp_path / "shards"))
+    words = [
+        "optim=adamw",
+        "optim.ema_decay=0.9",
+        "trainer.accumulate=2",
+        "trainer.max_steps=3",
+        "trainer.precision=fp32",
+    ]
+    single, shared = tmp_path / "single", tmp_path / "shared"
+    assert world.run(single, "single", 1, *words) == [0]
+    assert world.run(shared, "zero2", 2, *words) == [0, 0]
+    assert len(seen(shared)[0]) == 3 * 2 * 2  # steps, micro-batches, samples of a process
+    one, two = exported(single), exported(shared)
+    for key, weight in two.items():
+        tolerance = 0.01 if weight.dtype == torch.bfloat16 else 1e-5
+        assert (weight.float() - one[key].float()).abs().max() < tolerance, key
+    rates = [[line.split(",") for line in (run / "metrics.csv").read_text().splitlines()] for run in (single, shared)]
+    lr = [[row[table[0].index("lr")] for row in table[1:]] for table in rates]
+    assert lr[0] == lr[1]
+
+
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_gradients_that_are_not_finite_are_counted_and_end_the_training(strategy, tmp_path) -> None:
     world, folder = ZeroLauncher(training_stub.write_shards(tmp_path / "shards")), tmp_path / "run"
