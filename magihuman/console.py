@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 
 def is_main_process() -> bool:
-    """Whether this process prints and writes for the job; from the launchers' variables, before any process group."""
-    for variables in (("RANK",), ("SLURM_PROCID",), ("LOCAL_RANK", "NODE_RANK")):
-        if variables[0] in os.environ:
-            return all(int(os.environ.get(variable, "0")) == 0 for variable in variables)
-    return True
+    """Whether this process prints and writes for the job; from the launchers' variables, before any process group.
+
+    RANK is torchrun's; SLURM_PROCID is srun's, but also 0 in a batch script, below which Lightning starts processes with
+    LOCAL_RANK and NODE_RANK.
+    """
+    ranks = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return not any(int(os.environ.get(name) or 0) for name in ranks)
 
 
 def say(text: str) -> None:

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from magihuman import preemption
 from magihuman.composition import choose_folder, plain
 from magihuman.console import say
 from magihuman.errors import UserError
 
-STOPPED, INTERRUPTED = 75, 130
-"""Statuses of a training that can be continued: after a signal (EX_TEMPFAIL), and after Ctrl-C."""
+INTERRUPTED = 130
+"""Status of a training after Ctrl-C; the same command continues it, as after `preemption.STOPPED`."""
 
 
 class Sweep:
@@ -62,14 +63,12 @@ class Sweep:
                     )
                 words = [*words, f"++folder={folder}"]
             status, stopped_by = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
-            if status in (STOPPED, INTERRUPTED):
+            if status in (preemption.STOPPED, INTERRUPTED):
                 raise SystemExit(status)
-            if stopped_by:  # before or after the job's steps, where it does not requeue itself
-                from magihuman.training.checkpoint import requeue
-
-                say(f"{stopped_by.name}: the sweep stops at job {number}; the same command continues")
-                requeue()
-                raise SystemExit(STOPPED)
+            if stopped_by:  # when the job was done, or before it handled signals
+                answer = preemption.told(preemption.requeue())
+                say(f"{stopped_by.name}: the sweep stops at job {number}; the same command continues; {answer}")
+                raise SystemExit(preemption.STOPPED)
             if status:
                 self.failed[number] = f"status {status}"
         except UserError as error:
@@ -88,19 +87,20 @@ class Sweep:
 
 def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None]:
     """Run a command; its status, and the first signal that came meanwhile. Signals that stop a training go on to it."""
-    child = subprocess.Popen(command)
+    children: list[subprocess.Popen[bytes]] = []
     received: list[signal.Signals] = []
 
-    def pass_on(number: int, _: Any) -> None:
+    def pass_on(number: int) -> None:
         received.append(signal.Signals(number))
-        child.send_signal(number)
+        for child in children:
+            child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    try:
-        return child.wait(), received[0] if received else None
-    except KeyboardInterrupt:  # the child has it, too
-        child.wait()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with preemption.deferred(pass_on):
+        children.append(subprocess.Popen(command))
+        if received:  # it came while the process was being made
+            children[0].send_signal(received[0])
+        try:
+            return children[0].wait(), received[0] if received else None
+        except KeyboardInterrupt:  # the child has it, too
+            children[0].wait()
+            raise

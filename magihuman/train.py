@@ -5,11 +5,20 @@ makes the trainer; the algorithm is a recipe. Recipes, data and evaluations are 
 of the configuration.
 """
 
+import sys
+
+from magihuman import preemption
+
+if __name__ == "__main__" or sys.argv[0].endswith("magihuman-train"):  # before the imports below, which take a while
+    preemption.install()
+
+import hashlib
+import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +29,9 @@ from magihuman.console import is_main_process, say, stage
 from magihuman.cpu import bf16_slowdown, tune_cpu
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS, disk_problem, require_writable
-from magihuman.multirun import INTERRUPTED, STOPPED, Sweep
+from magihuman.multirun import INTERRUPTED, Sweep
 from magihuman.overrides import overrides, swept
-from magihuman.schema import call
+from magihuman.schema import call, one_line
 
 SLOW_BF16 = 3.0
 """A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
@@ -39,8 +48,11 @@ def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     return data, Path(module["shards"] if "shards" in module else module["file"])
 
 
-def finished(run: Any, settings: TrainSettings, config_yaml: str) -> bool:
+def finished(run: Any, settings: TrainSettings, config_yaml: str, branching: bool = False) -> bool:
     """Whether the run folder holds this training, finished; says where a continuation changes settings.
+
+    Args:
+        branching: whether a new branch begins at an older checkpoint, whatever the folder holds.
 
     Raises:
         UserError: it holds a finished training with other settings, or resume=none and it holds any.
@@ -48,14 +60,14 @@ def finished(run: Any, settings: TrainSettings, config_yaml: str) -> bool:
     import yaml
 
     record, kept = run.read(), run.path / "config.yaml"
-    if settings.resume == "none" and record:
+    if settings.resume == "none" and run.holds_training():
         raise UserError(f"{run.path} holds a training already; remove it, choose another name=, or use resume=auto")
     changed: list[str] = []
-    if record and kept.exists():
+    if run.holds_training() and kept.exists():
         found = changes(yaml.safe_load(kept.read_text(encoding="utf-8")), yaml.safe_load(config_yaml))
         changed = [line for line in found if not line.startswith("trainer.max_steps ")]
     steps = record.get("steps", 0)
-    if record.get("status") == "finished" and steps >= settings.trainer.max_steps:
+    if record.get("status") == "finished" and steps >= settings.trainer.max_steps and not branching:
         if changed:
             raise UserError(
                 f"{run.path} is finished, with other settings ({'; '.join(changed)}); give another name=, or a "
@@ -77,55 +89,132 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
 
     Raises:
         UserError: anything that a user can correct.
-        SystemExit: with status 75 when a signal stopped the training and it can be continued.
+        SystemExit: with `preemption.STOPPED` when a signal stopped the training and it can be continued.
     """
-    from magihuman.training.checkpoint import find_resume, require_same_training
-    from magihuman.training.context import Session, build_context, build_recipe, check_before_data, parents, quiet
+    from magihuman.training.branch import is_new_branch
+    from magihuman.training.lock import RunLock
     from magihuman.training.runs import RunFolder
+
+    run, main = RunFolder(folder), is_main_process()
+    if not main and RUN_NAME in os.environ:
+        preemption.end_with_parent()
+    lock = RunLock(folder, main)
+    with preemption.recorded(lambda reason: stopped(run, lock, settings, reason), folder if main else None):
+        try:
+            branching = is_new_branch(settings.resume, run)
+            if finished(run, settings, config_yaml, branching):
+                return folder
+            require_writable(folder / "run.json", "folder")
+            with lock:
+                try:
+                    stages(node, config_yaml, run, settings, branching)
+                except BaseException as error:
+                    if after_signal(error) is not None:
+                        run.update(status="preempted", stage=run.stage)  # before loggers and Slurm take their time
+                    elif run.read().get("status") in ("queued", "running"):
+                        run.fail(error)
+                    raise
+        except BaseException as error:
+            reason = after_signal(error)
+            if reason is None:
+                raise
+            if not isinstance(error, preemption.Preempted):
+                say(f"note: after {reason}: {type(error).__name__}: {one_line(str(error))[:300]}")
+            preemption.leave(reason)
+            raise SystemExit(preemption.STOPPED) from None
+    say(f"done: {folder}")
+    return folder
+
+
+def stages(node: Mapping[str, Any], config_yaml: str, run: Any, settings: TrainSettings, branching: bool) -> None:
+    """Everything between taking the lock and releasing it; a signal between the steps of the training raises Preempted."""
+    from magihuman.training import branch
+    from magihuman.training.checkpoint import require_same_training
+    from magihuman.training.context import Session, build_context, build_recipe, check_before_data, parents, quiet
 
     tune_cpu(settings.trainer.threads)
     quiet()
-    run = RunFolder(folder)
-    if finished(run, settings, config_yaml):
-        return folder
-    resume = find_resume(settings.resume, run.checkpoints)
+    resume = branch.find_start(settings.resume, run)
     if resume is not None:
         require_same_training(resume, node)
     check_before_data(settings)
-    require_writable(folder / "run.json", "folder")
     warn_of_slow_bf16(settings)
+    if branching and resume is not None:
+        branch.begin(run, resume)
+    run.start(node, config_yaml)
+    run.enter("data")
     data, shards = make_data(settings)
-    provenance = {"recipe": settings.recipe["_target_"], "seed": settings.seed}
-    context = build_context(settings, data, provenance)
+    preemption.check()
+    context = build_context(settings, data, {"recipe": settings.recipe["_target_"], "seed": settings.seed})
     recipe = build_recipe(settings.recipe, context)
     for note in notes(settings, data, recipe):
         say(f"note: {note}")
-    if is_main_process():
-        run.start(node, config_yaml, parents(settings, shards))
+    run.update(parents=parents(settings, shards) if is_main_process() else [])
     session = None
     try:
-        session = Session(settings, run, node, recipe, afterwards(config_yaml, folder))
-        with stage(f"training {settings.trainer.max_steps} steps into {folder}"):
-            fit(session, recipe, data, resume, folder)
+        session = Session(settings, run, node, recipe, afterwards(config_yaml, run.path))
+        with entering(run, "training", f"training {settings.trainer.max_steps} steps into {run.path}"):
+            fit(session, recipe, data, resume, run.path)
+            run.update(steps=recipe.step, metrics=session.lines.last)
+            if session.preemption.stopped_at is not None:
+                raise preemption.Preempted(session.preemption.received)
         if damaged := sorted(getattr(data, "skipped", ())):
             run.update(damaged_samples=damaged[:1000])
-        if session.preemption.stopped_at is not None:
-            stopped(session, run)
-        with stage("export"):
+        with entering(run, "export", "export"):
             recipe.export(run.export)
-            run.update(status="trained", steps=recipe.step, metrics=session.lines.last)
         if session.trainer.is_global_zero:
             after_fit(settings, run)
-            run.update(status="finished")
-    except BaseException as error:
-        if is_main_process() and not isinstance(error, SystemExit):
-            run.fail(error)
-        raise
+            run.update(status="finished", stage=None)
     finally:
         for logger in session.loggers if session else ():
             logger.finalize("success" if sys.exc_info()[0] is None else "failed")
-    say(f"done: {folder}")
-    return folder
+
+
+@contextmanager
+def entering(run: Any, name: str, title: str) -> Iterator[None]:
+    """A stage: recorded, announced, and not left without a look at whether a signal came."""
+    run.enter(name)
+    with stage(title):
+        yield
+    preemption.check()
+
+
+def after_signal(error: BaseException) -> str | None:
+    """The signal that an error is the consequence of, or None for one of its own.
+
+    After a signal to the job other processes have left, workers may be killed and connections end: what a library then raises
+    is no failure of the training, which is continued from its last checkpoint. An error that is one happens again then.
+    """
+    if isinstance(error, preemption.Preempted):
+        return str(error)
+    if isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+        return None
+    return preemption.received() or preemption.left_by_another()
+
+
+def stopped(run: Any, lock: Any, settings: TrainSettings, reason: str) -> None:
+    """Record a preemption and requeue the Slurm job, on the main process; the others tell the main process that they leave."""
+    if not is_main_process():
+        preemption.tell_main_process(run.path, reason)
+        if RUN_NAME in os.environ:  # Lightning would kill the main process, which started this one
+            preemption.wait_for_parent()
+        return
+    if lock.held:
+        run.update(status="preempted", stage=run.stage)
+    lock.release()
+    if settings.resume == "none" and run.holds_training():
+        answer = "resume=none would refuse to continue; give the command without it"
+    else:
+        answer = preemption.requeue()
+    if run.read().get("status") == "preempted":
+        run.update(requeue=answer)
+    steps = run.read().get("steps")
+    where, export = f"in {run.stage}", ""
+    if run.stage == "training" and steps:
+        where = f"after step {steps}"
+        export = f"; with trainer.max_steps={steps} after_fit=null too, it exports what there is, to sample from"
+    told = "" if preemption.slurm_job() is None else f"; {preemption.told(answer)}"
+    say(f"stopped by {reason} {where}{told}; the same command with folder={run.path} continues{export}")
 
 
 def notes(settings: TrainSettings, data: Any, recipe: Any) -> list[str]:
@@ -171,7 +260,7 @@ def _took(config: Path, name: str, mine: Mapping[str, Any]) -> float | None:
 
 def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
-    from magihuman.training.checkpoint import SIGNALS, step_of
+    from magihuman.training.checkpoint import step_of
     from magihuman.training.loggers import CSVLog
 
     step = 0
@@ -182,8 +271,6 @@ def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
         if isinstance(logger, CSVLog):
             logger.rewind(step)
     os.environ[RUN_NAME] = folder.name
-    # Lightning and the preemption callback both handle the signals; the stages after the training must end by them.
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         session.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     except SystemExit as stop:
@@ -191,40 +278,34 @@ def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path)
             raise KeyboardInterrupt from None
         raise
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         del os.environ[RUN_NAME]
 
 
-def stopped(session: Any, run: Any) -> None:
-    """Record a preemption, requeue under Slurm, and exit."""
-    from magihuman.training.checkpoint import requeue
-
-    at, reason = session.preemption.stopped_at, session.preemption.received
-    run.update(status="preempted", steps=at, metrics=session.lines.last)
-    say(
-        f"stopped by {reason} after step {at}; the same command with folder={run.path} continues; with "
-        f"trainer.max_steps={at} after_fit=null too, it exports what there is, to sample from"
-    )
-    requeue()
-    raise SystemExit(STOPPED)
-
-
 def after_fit(settings: TrainSettings, run: Any) -> None:
-    """Call the evaluations and reports of the configuration in its order; their results go to run.json."""
+    """Call the evaluations and reports of the configuration in its order; their results go to run.json.
+
+    What has finished already, for the same steps and with the same settings, is not called again.
+    """
+    steps = run.read().get("steps")
+    again = False
     for name, node in (settings.after_fit or {}).items():
         if node is None:
             continue
+        text = json.dumps(node, sort_keys=True, default=str)
+        this = {"steps": steps, "settings": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        if run.read().get("evaluated", {}).get(name) == this and not again:
+            say(f"note: after_fit.{name} is done already")
+            continue
+        again = True  # those after it may read what it writes
         start = time.monotonic()
-        with stage(name):
+        with entering(run, name, name):
             try:
                 result = call(node, f"after_fit.{name}")
             except NotApplicable as reason:
                 say(f"   note: after_fit.{name} is skipped: {reason}")
                 continue
-        run.update(seconds={name: round(time.monotonic() - start, 1)})
-        if isinstance(result, Mapping):
-            run.update(results={name: dict(result)})
+        results = {"results": {name: dict(result)}} if isinstance(result, Mapping) else {}
+        run.update(seconds={name: round(time.monotonic() - start, 1)}, evaluated={name: this}, **results)
 
 
 def warn_of_slow_bf16(settings: TrainSettings) -> None:
@@ -256,6 +337,7 @@ def main() -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    preemption.install()
     if not hasattr(signal, "SIGUSR1"):
         report_and_exit(UserError("training runs on Linux and macOS; on Windows use WSL2"))
     typed, composed = sys.argv[1:], False

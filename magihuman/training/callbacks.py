@@ -19,6 +19,8 @@ from magihuman.media.contact_sheet import draw_contact_sheet
 from magihuman.models.gpu_specs import peak_flops
 from magihuman.training.rng import BatchRng
 
+RECORD_SECONDS = 30.0
+"""Seconds between two records of the progress in run.json."""
 LOSS_BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Edges of the bands of noise levels for which losses are logged."""
 
@@ -119,26 +121,36 @@ class LogLines(L.Callback):
     activations and evaluation count in neither. `seconds` is the time of the training so far, evaluation and the time
     before a resume included.
 
-    A terminal gets a progress bar, other outputs a line every half minute.
+    A terminal gets a progress bar, other outputs a line every half minute, as does `progress` in run.json.
 
     Args:
         every: steps; progress: whether to show it.
         limits: of the same training, which knows its time.
         afterwards: what follows the training, for the estimate of the time left.
+        record: called with `progress`: {step, max_steps, seconds_left, time}; seconds_left is None before the first step.
 
     Attributes:
         last: the latest metrics, validation included, for run.json.
     """
 
-    def __init__(self, every: int, progress: bool, limits: "Limits", afterwards: str = "") -> None:
+    def __init__(
+        self,
+        every: int,
+        progress: bool,
+        limits: "Limits",
+        afterwards: str = "",
+        record: Callable[..., None] = lambda **_: None,
+    ) -> None:
         self.every = every
         self.progress = progress
         self.limits = limits
         self.afterwards = afterwards
+        self.record = record
         self.last: dict[str, float] = {}
         self._bar: Any = None
         self._clock = 0.0
         self._printed = 0.0
+        self._recorded = 0.0
         self._begun = (0.0, 0)
         self._flops = 0.0
         self._samples = 0
@@ -147,6 +159,7 @@ class LogLines(L.Callback):
         recipe.excluded_seconds = 0.0
         self._clock = self._printed = time.monotonic()
         self._begun = (self._clock, recipe.step)
+        self._record(trainer, recipe, self._clock)
         if self.progress and trainer.is_global_zero and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -162,6 +175,28 @@ class LogLines(L.Callback):
             self._line(trainer, recipe, recipe.device)
         if self._bar is not None:
             self._bar.update(1)
+        now = time.monotonic()
+        if now - self._recorded > RECORD_SECONDS or recipe.step >= recipe.max_steps:
+            self._record(trainer, recipe, now)
+
+    def _seconds_left(self, recipe: Any, now: float) -> float | None:
+        """None before the first step."""
+        done = recipe.step - self._begun[1]
+        return (now - self._begun[0]) / done * (recipe.max_steps - recipe.step) if done else None
+
+    def _record(self, trainer: L.Trainer, recipe: Any, now: float) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._recorded, left = now, self._seconds_left(recipe, now)
+        self.record(
+            progress={
+                "step": recipe.step,
+                "max_steps": recipe.max_steps,
+                "seconds_left": None if left is None else round(left, 1),
+                "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            },
+            metrics=self.last,
+        )
 
     def _line(self, trainer: L.Trainer, recipe: Any, device: torch.device) -> None:
         metrics = recipe.meter.flush(device)
@@ -190,8 +225,7 @@ class LogLines(L.Callback):
             self._bar.set_postfix(shown)
         elif now - self._printed > 30 or recipe.step >= recipe.max_steps:
             self._printed = now
-            done = max(1, recipe.step - self._begun[1])
-            left = (now - self._begun[0]) / done * (recipe.max_steps - recipe.step)
+            left = self._seconds_left(recipe, now) or 0.0
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(
                 f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left{self.afterwards}",

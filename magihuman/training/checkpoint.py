@@ -8,20 +8,18 @@ kill at any moment leaves the previous one valid. Checkpoints are saved at step 
 in the middle of an accumulation the gradients would be lost. Before one is read, `magihuman.training.checkpoint_check`
 looks for damage.
 
-SIGUSR1 and SIGTERM set a flag; the next step boundary saves and stops, and `magihuman.train` then requeues the Slurm
-job. Lightning's own handler is switched off (`magihuman.training.parallel.plugins`): it saves inside the signal, in
-the middle of a step, which loses one batch of the data.
+A signal that comes while the training steps sets a flag (`magihuman.preemption`); the next step boundary saves and stops, and
+`magihuman.train` then requeues the Slurm job. Lightning's own handlers are switched off (`magihuman.training.parallel.plugins`,
+`Session`): they save or communicate inside the signal, in the middle of a step, which loses one batch of the data.
 """
 
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -29,6 +27,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from magihuman import preemption
 from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, replace
@@ -36,7 +35,6 @@ from magihuman.schema import locate
 from magihuman.training.checkpoint_check import DamagedError, check, check_data, write_metadata_checksum, zero_processes
 
 LAST = "last.ckpt"
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 def remove(path: Path) -> None:
@@ -296,7 +294,8 @@ class Checkpointer(L.Callback):
             write_metadata_checksum(temporary)
             replace(temporary, path)
             point_to(self.folder, path)
-            for old in complete(self.folder)[: -self.settings.keep]:
+            # Later ones are of a training that went on from here before, and not this one's to remove.
+            for old in [each for each in complete(self.folder) if step_of(each) <= step][: -self.settings.keep]:
                 remove(old)
         trainer.strategy.barrier()
         self._saved_at = step
@@ -316,16 +315,14 @@ class Preemption(L.Callback):
         self.checkpointer = checkpointer
         self.received: str | None = None
         self.stopped_at: int | None = None
-        self._before: dict[int, Any] = {}
+        self._steps = ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        self._steps.enter_context(preemption.deferred(self._note))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int) -> None:
         self.received = signal.Signals(number).name
-        # Not print, which a signal may interrupt.
-        os.write(2, f"{self.received}: saving and stopping at the end of this step\n".encode())
+        preemption.say_raw(f"{self.received}: saving and stopping at the end of this step")
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not recipe.stepped:
@@ -341,22 +338,4 @@ class Preemption(L.Callback):
             trainer.should_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-
-def requeue() -> bool:
-    """Requeue this Slurm job; True when Slurm accepted it. Does nothing outside Slurm.
-
-    An array's element is requeued alone. `scontrol requeue` ends the job, so this comes last.
-    """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or int(os.environ.get("SLURM_PROCID", "0")) != 0:
-        return False
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        return subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0
-    except (OSError, subprocess.SubprocessError):
-        return False
+        self._steps.close()

@@ -278,7 +278,7 @@ class Session:
         seconds = None if options.max_time is None else parse_time(options.max_time)
         self.loggers = build_loggers(run, settings.logger.wandb, config)
         self.limits = Limits(options.max_steps, seconds)
-        self.lines = LogLines(options.log_every, options.progress, self.limits, afterwards)
+        self.lines = LogLines(options.log_every, options.progress, self.limits, afterwards, run.update)
         self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)
         self.preemption = Preemption(self.checkpointer)
         extra = build_callbacks(settings)
@@ -316,3 +316,5 @@ class Session:
             limit_val_batches=0,
             default_root_dir=run.path,
         )
+        # Lightning's handler of SIGTERM broadcasts inside the signal; `magihuman.preemption` owns the signals.
+        self.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
