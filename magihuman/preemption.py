@@ -18,7 +18,6 @@ The exit status is `STOPPED`. Signals after the first change nothing. This modul
 little; a signal before its first line (some 30 ms of Python's own start) still kills the process.
 """
 
-import ctypes
 import os
 import re
 import select
@@ -166,6 +165,8 @@ def wait_for_parent(seconds: float = 2 * GRACE) -> None:
 
 def end_with_parent() -> None:
     """Have SIGTERM sent to this process when the one that started it ends, however that happens (Linux only)."""
+    import ctypes
+
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 

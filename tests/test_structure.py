@@ -33,6 +33,7 @@ FLOORS = {
         ("flow",),
         ("models",),
         ("io", "cpu", "console"),
+        ("preemption",),
         ("media", "cli"),
         ("codecs",),
         ("zoo",),

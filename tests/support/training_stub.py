@@ -141,6 +141,46 @@ class DieAt(L.Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def pause(file: str) -> None:
+    """Wait for a signal, the first time: the file tells the test that this place is reached; each call adds a line to it."""
+    path = Path(file)
+    first = not path.exists()
+    with path.open("a") as stream:
+        stream.write("called\n")
+    if first:
+        time.sleep(60)
+
+
+def make_slowly(file: str, shards: str) -> str:
+    """Stands in for `data.make`."""
+    pause(file)
+    return shards
+
+
+def evaluate_slowly(file: str, wait: bool = True) -> dict[str, int]:
+    """Stands in for an evaluation; returns the number of its calls."""
+    if not wait:
+        Path(file).touch()
+    pause(file)
+    return {"calls": len(Path(file).read_text().splitlines())}
+
+
+class SlowExport(L.Callback):
+    """Lets the export wait before its files are complete."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        whole = pl_module.exported_weights
+
+        def wait() -> Any:
+            pause(self.file)
+            return whole()
+
+        pl_module.exported_weights = wait
+
+
 class Spy(L.Callback):
     """Writes down the positions of the samples that this process trained on, to seen-RANK.json in the run folder."""
 

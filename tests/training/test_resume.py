@@ -1,7 +1,6 @@
 """A training that was stopped, anyhow and anywhere, ends as one that ran through."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,58 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import training_stub
-from processes import assert_same, final_state
+from one_process import MORE, Processes, assert_same_training
+from processes import final_state
 
 from magihuman.errors import UserError
-
-MORE = [
-    "trainer.max_steps=12",
-    "trainer.accumulate=2",
-    "checkpoint.every_steps=3",
-    "callbacks.validation.every_steps=4",
-]
-
-
-def _child(folder: str, shards: str, overrides: list[str]) -> None:
-    torch.set_num_threads(1)
-    training_stub.train_here(Path(folder), Path(shards), overrides)
-
-
-class Processes:
-    """Trainings in processes of their own, on shards of three buckets with epochs of an odd number of batches."""
-
-    def __init__(self, shards: Path) -> None:
-        self.shards = shards
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
-
-    def start(self, folder: Path, *overrides: str):
-        arguments = (str(folder), str(self.shards), ["+recipe=pretrain", *MORE, *overrides])
-        process = self.context.Process(target=_child, args=arguments)
-        process.start()
-        return process
-
-    def run(self, folder: Path, *overrides: str) -> int:
-        process = self.start(folder, *overrides)
-        process.join(120)
-        assert process.exitcode is not None
-        return process.exitcode
 
 
 @pytest.fixture(scope="module")
 def processes(shards) -> Processes:
     return Processes(shards)
-
-
-def assert_same_training(folder: Path, reference: Path) -> None:
-    mine, theirs = final_state(folder), final_state(reference)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "recipe", "LatentDataModule", "global_step"):
-        assert_same(mine[part], theirs[part], part)
-    assert any(key.startswith("ema.") for key in mine["state_dict"])
-    exported = "export/model-00001-of-00001.safetensors"
-    assert (folder / exported).read_bytes() == (reference / exported).read_bytes()
-    steps = [line.split(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
-    assert steps == [str(n) for n in range(1, 13)]
 
 
 @pytest.fixture(scope="module")

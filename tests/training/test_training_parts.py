@@ -16,7 +16,7 @@ from magihuman.config import StrategySettings, TrainerSettings, WandbSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.training import checkpoint, loggers, parallel, runs
+from magihuman.training import loggers, parallel, runs
 from magihuman.training.callbacks import Divergence, Meter, data_warnings
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.loggers import CSVLog
@@ -249,37 +249,6 @@ def test_progress_names_what_follows_and_how_long_it_took_before(tmp_path) -> No
     assert train.afterwards("after_fit: null\n", tmp_path / "a") == ""
 
 
-def test_requeue_asks_slurm_for_this_job(monkeypatch, tmp_path) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert not checkpoint.requeue()
-    asked = tmp_path / "asked"
-    tool = tmp_path / "scontrol"
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert checkpoint.requeue()
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert checkpoint.requeue()
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    assert not checkpoint.requeue()
-    assert asked.read_text() == "requeue 17\nrequeue 16_4\n"
-
-
-def test_a_stopped_training_is_recorded_and_requeued(monkeypatch, tmp_path) -> None:
-    asked = []
-    monkeypatch.setattr(checkpoint, "requeue", lambda: asked.append(RunFolder(tmp_path).read()["status"]))
-    preemption = SimpleNamespace(stopped_at=7, received="SIGUSR1")
-    session = SimpleNamespace(preemption=preemption, lines=SimpleNamespace(last={"loss": 1.0}))
-    with pytest.raises(SystemExit) as left:
-        train.stopped(session, RunFolder(tmp_path))
-    assert left.value.code == train.STOPPED
-    assert asked == ["preempted"]  # Slurm may end the job at once, so the record comes first
-    assert RunFolder(tmp_path).read()["steps"] == 7
-
-
 def test_strategies_that_cannot_run_say_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[scale\]', or choose strategy=fsdp2"):
@@ -328,11 +297,13 @@ def test_the_report_shows_figures_and_curves(tmp_path) -> None:
 
 def test_a_continuation_keeps_the_settings_it_replaces(tmp_path) -> None:
     run, config = RunFolder(tmp_path), {"recipe": {"_target_": "recipes.x.X"}, "seed": 3}
-    run.start(config, "lr: 1\n", [])
+    run.start(config, "lr: 0\n")  # nothing was trained with these
+    run.start(config, "lr: 1\n")
     run.update(steps=6)
-    run.start(config, "lr: 1\n", [])
+    (tmp_path / "metrics.csv").write_text("step\n")
+    run.start(config, "lr: 1\n")
     assert run.read()["earlier"] == []
-    run.start(config, "lr: 2\n", [])
+    run.start(config, "lr: 2\n")
     assert (tmp_path / "config.yaml").read_text() == "lr: 2\n"
     assert (tmp_path / "config-1.yaml").read_text() == "lr: 1\n"
     assert run.read()["earlier"][0]["config"] == "config-1.yaml"

@@ -1,0 +1,246 @@
+"""Signals at every stage of a training: it is recorded, requeued, and ends as one that ran through."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from one_process import Processes, assert_same_training
+
+from magihuman import preemption
+from magihuman.io.files import CONFIGS
+from magihuman.training.lock import LOCK
+
+EVALUATIONS = (
+    "after_fit={first: {_target_: training_stub.evaluate_slowly, file: %s/first, wait: %s}, "
+    "second: {_target_: training_stub.evaluate_slowly, file: %s/second, wait: %s}}"
+)
+
+
+def write_scontrol(folder: Path, facts: str = "JobState=RUNNING BatchFlag=1 Reason=None", requeue: str = "") -> Path:
+    """A stand-in for scontrol that answers `show` with these facts and writes down what it is asked; returns that file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tool = folder / "scontrol"
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/asked\n'
+        f'if [ "$1" = show ]; then echo "JobId=17 {facts} Command=x"; else {requeue or ":"}; fi\n'
+    )
+    tool.chmod(0o755)
+    return folder / "asked"
+
+
+def wait_for(condition, alive, seconds: float = 60.0) -> None:
+    """Until the condition holds; a process that ends before is a failure."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert alive()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def evaluations(folder: Path, first: bool = False, second: bool = False) -> str:
+    return EVALUATIONS % (folder, str(first).lower(), folder, str(second).lower())
+
+
+@pytest.fixture(scope="module")
+def processes(shards) -> Processes:
+    return Processes(shards)
+
+
+@pytest.fixture(scope="module")
+def reference(processes, tmp_path_factory) -> Path:
+    """An unbroken run."""
+    folder = tmp_path_factory.mktemp("runs") / "through"
+    assert processes.run(folder) == 0
+    return folder
+
+
+STAGES = ["first", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("data", "export", "second"))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_at_any_stage_is_recorded_and_requeued_and_changes_nothing(
+    processes, reference, tmp_path, stage
+) -> None:
+    asked = write_scontrol(tmp_path / "bin")
+    slurm = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "job",
+        "SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "SLURM_PROCID": "0",
+    }  # fmt: skip
+    folder, reached = tmp_path / "run", tmp_path / stage
+    overrides = [evaluations(tmp_path, stage == "first", stage == "second")]
+    if stage == "data":
+        make = f"{{_target_: training_stub.make_slowly, file: {reached}, shards: {processes.shards}}}"
+        overrides += [f"++data.make={make}", "~data.module.shards"]
+    if stage == "export":
+        overrides.append(f"+callbacks.slow={{_target_: training_stub.SlowExport, file: {reached}}}")
+    process = processes.start(folder, *overrides, **slurm)
+    wait_for(reached.exists, process.is_alive)
+    assert (folder / LOCK).exists()
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(60)
+    assert process.exitcode == preemption.STOPPED
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["stage"], record["requeue"]) == ("preempted", stage, "accepted")
+    assert (record["job"], record["restarts"], record["starts"]) == ("16_3", 0, 1)
+    assert asked.read_text().splitlines()[-1] == "requeue 16_3"
+    assert not (folder / LOCK).exists()
+
+    assert processes.run(folder, *overrides, SLURM_RESTART_COUNT="1", **slurm) == 0
+    assert_same_training(folder, reference)
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["stage"], record["restarts"], record["starts"]) == ("finished", None, 1, 2)
+    assert "requeue" not in record
+    # What was interrupted is done again; what had finished before is not.
+    calls = {name: len((tmp_path / name).read_text().splitlines()) for name in ("first", "second")}
+    assert calls == {"first": 2 if stage == "first" else 1, "second": 2 if stage == "second" else 1}
+    assert record["results"]["first"] == {"calls": calls["first"]}
+
+
+def test_a_signal_in_the_first_moments_requeues_before_anything_begins(tmp_path) -> None:
+    asked = write_scontrol(tmp_path / "bin")
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_PROCID": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "magihuman.train", "+recipe=pretrain", f"folder={tmp_path}/run"]
+    process = subprocess.Popen(command, cwd=CONFIGS.parent, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def handled() -> bool:
+        text = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(next(line.split()[1] for line in text.splitlines() if line.startswith("SigCgt")), 16)
+        return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+
+    wait_for(handled, lambda: process.poll() is None)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == preemption.STOPPED, errors
+    assert "SIGUSR1: stopped before the training began; Slurm job 17 is requeued" in errors
+    assert asked.read_text().splitlines()[-1] == "requeue 17"
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """A function that puts a stand-in for scontrol in the path, and the environment of job 17."""
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return lambda **answers: write_scontrol(tmp_path / "bin", **answers)
+
+
+def test_requeue_asks_slurm_for_this_job(slurm, monkeypatch) -> None:
+    asked = slurm()
+    assert preemption.requeue() == "accepted"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert preemption.requeue() == "accepted"
+    assert [line for line in asked.read_text().splitlines() if "requeue" in line] == ["requeue 17", "requeue 16_4"]
+    assert preemption.told("accepted") == "Slurm job 16_4 is requeued"
+
+
+def test_why_a_job_is_not_requeued(slurm, monkeypatch) -> None:
+    slurm(requeue="echo 'Requested operation is presently disabled for job 17' >&2; exit 1")
+    assert preemption.requeue() == "Requested operation is presently disabled for job 17"
+    slurm(facts="JobState=RUNNING BatchFlag=0")
+    assert "interactive job" in preemption.requeue()
+    slurm(facts="JobState=COMPLETING BatchFlag=1 Reason=None")  # scancel: Slurm would start it again
+    assert preemption.requeue() == "the job is being cancelled"
+    slurm(facts="JobState=COMPLETING BatchFlag=1 Reason=TimeLimit")
+    assert preemption.requeue() == "accepted"
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert preemption.requeue() == "left to the main process"
+    monkeypatch.delenv("SLURM_PROCID")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert preemption.requeue().startswith("scontrol: ")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert preemption.requeue() == "not a Slurm job"
+    assert preemption.told("not a Slurm job") == "not requeued (not a Slurm job)"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """A process that has installed the handlers with a grace of half a second."""
+    head = "import os, signal, time, threading\nfrom magihuman import preemption\n"
+    head += "preemption.GRACE = 0.5\npreemption.install()\n"
+    return subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)
+
+
+def test_a_main_thread_that_does_not_come_back_is_ended_and_recorded() -> None:
+    """As in a rendezvous whose partner has gone: no handler of Python can run."""
+    code = """
+threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+never = threading.Lock()
+never.acquire()
+def hang():  # a destructor, in which the exception is lost, and a wait in C without the interpreter's lock
+    while True: never.acquire(timeout=60)
+class Swallows:
+    def __del__(self): hang()
+with preemption.recorded(lambda reason: print("recorded", reason, flush=True)):
+    while True: Swallows()
+"""
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (preemption.STOPPED, "recorded SIGTERM\n"), result.stderr
+
+
+def test_in_deferred_a_signal_sets_a_flag_however_long_it_takes() -> None:
+    code = """
+with preemption.recorded(lambda reason: print("recorded", reason)):
+    try:
+        with preemption.deferred(lambda number: print("noted", number, flush=True)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(1.5)  # longer than the grace
+            print("saved", preemption.received(), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
+        preemption.check()
+    except preemption.Preempted as signal_:
+        preemption.leave(str(signal_))
+        preemption.leave(str(signal_))
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["noted 10", "saved SIGUSR1", "recorded SIGUSR1"]
+
+
+def test_a_process_that_leaves_wakes_the_main_process(tmp_path) -> None:
+    """Signals may reach one process of a job only."""
+    code = f"""
+from pathlib import Path
+def record(reason): print("recorded", reason, "|", preemption.left_by_another(), flush=True)
+with preemption.recorded(record, Path({str(tmp_path)!r})):
+    threading.Timer(0.2, lambda: preemption.tell_main_process(Path({str(tmp_path)!r}), "SIGTERM")).start()
+    try: time.sleep(60)
+    except preemption.Preempted as signal_: preemption.leave(str(signal_))
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("recorded SIGUSR1 | SIGTERM to process ")
+
+
+def test_forked_workers_end_by_sigterm_and_ignore_sigusr1() -> None:
+    code = """
+with preemption.recorded(lambda reason: print("recorded", flush=True)):
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), preemption.received())
+"""
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, "-15 None\n"), result.stderr
+
+
+def test_after_the_end_signals_change_nothing() -> None:
+    code = """
+with preemption.recorded(lambda reason: print("recorded", flush=True)):
+    pass
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(1.0)
+print("done")
+"""
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
