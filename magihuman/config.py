@@ -9,6 +9,7 @@ them against the dataclass, or against the signature of the target.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import inf
 from typing import Any, Literal
 
@@ -88,6 +89,8 @@ class TrainerSettings:
             activations: none (false), all (true), or all but attention (`attention`, faster for long sequences),
             see `magihuman.models.config.Checkpointing`.
         threads: CPU threads per process; null: torch's default.
+        profile: write a trace and the memory of a few steps to profile/ in the run folder
+            (`magihuman.training.profiling`).
     """
 
     max_steps: int
@@ -102,6 +105,7 @@ class TrainerSettings:
     log_every: int = 10
     progress: bool = True
     threads: int | None = None
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,28 @@ class StrategySettings:
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """Weights & Biases; `auto` is online for a user who is logged in, else offline."""
+    """Weights & Biases.
+
+    Attributes:
+        mode: `auto` is online for a user who is logged in, else offline.
+        notes: free text at the run.
+        upload: send the exported weights as an artifact; otherwise W&B gets their hash and path only.
+    """
 
     project: str = "magihuman"
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
     tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    upload: bool = False
 
 
 @dataclass(frozen=True)
 class LoggerSettings:
-    """Loggers: metrics.csv is always written, W&B gets the same metrics."""
+    """Loggers: metrics.csv is always written, W&B and TensorBoard get the same metrics."""
 
     wandb: WandbSettings | None = None
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,7 @@ TEXTS = ("runs", "name", "folder", "resume", "init")
 
 WITHOUT_EFFECT = (
     "runs", "name", "folder", "resume", "checkpoint", "logger", "trainer.threads", "trainer.progress", "trainer.log_every",
+    "trainer.profile",
     "data.module.num_workers", "data.make.workers", "data.make.folder",
 )  # fmt: skip
 """Settings that change neither a training's result nor what is measured and shown of it."""
@@ -281,6 +295,10 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     if (samples := (settings.callbacks or {}).get("samples")) and samples.get("prompts") == []:
         raise UserError("prompts is empty; give at least one for the sample clips, or set callbacks.samples=null")
     _check_pairs(settings)
+    if settings.logger.tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "logger.tensorboard=true needs a package: pip install -e '.[tensorboard]', or choose logger=wandb or logger=csv"
+        )
     return settings
 
 

@@ -18,7 +18,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from magihuman.console import is_main_process, say, stage
 from magihuman.cpu import bf16_slowdown, tune_cpu
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS, disk_problem, require_writable
+from magihuman.io.provenance import fingerprint
 from magihuman.multirun import INTERRUPTED, Sweep
 from magihuman.overrides import overrides, swept
 from magihuman.schema import call, one_line
@@ -105,9 +106,9 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
             if finished(run, settings, config_yaml, branching):
                 return folder
             require_writable(folder / "run.json", "folder")
-            with lock:
+            with lock, ExitStack() as closing:
                 try:
-                    stages(node, config_yaml, run, settings, branching)
+                    stages(node, config_yaml, run, settings, branching, closing)
                 except BaseException as error:
                     if after_signal(error) is not None:
                         run.update(status="preempted", stage=run.stage)  # before loggers and Slurm take their time
@@ -126,11 +127,18 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
     return folder
 
 
-def stages(node: Mapping[str, Any], config_yaml: str, run: Any, settings: TrainSettings, branching: bool) -> None:
-    """Everything between taking the lock and releasing it; a signal between the steps of the training raises Preempted."""
+def stages(
+    node: Mapping[str, Any], config_yaml: str, run: Any, settings: TrainSettings, branching: bool, closing: ExitStack
+) -> None:
+    """Everything between taking the lock and releasing it; a signal between the steps of the training raises Preempted.
+
+    Args:
+        closing: ends the loggers, once run.json has how the training ended.
+    """
     from magihuman.training import branch
     from magihuman.training.checkpoint import require_same_training
     from magihuman.training.context import Session, build_context, build_recipe, check_before_data, parents, quiet
+    from magihuman.training.loggers import close
 
     tune_cpu(settings.trainer.threads)
     quiet()
@@ -150,24 +158,21 @@ def stages(node: Mapping[str, Any], config_yaml: str, run: Any, settings: TrainS
     for note in notes(settings, data, recipe):
         say(f"note: {note}")
     run.update(parents=parents(settings, shards) if is_main_process() else [])
-    session = None
-    try:
-        session = Session(settings, run, node, recipe, afterwards(config_yaml, run.path))
-        with entering(run, "training", f"training {settings.trainer.max_steps} steps into {run.path}"):
-            fit(session, recipe, data, resume, run.path)
-            run.update(steps=recipe.step, metrics=session.lines.last)
-            if session.preemption.stopped_at is not None:
-                raise preemption.Preempted(session.preemption.received)
-        if damaged := sorted(getattr(data, "skipped", ())):
-            run.update(damaged_samples=damaged[:1000])
-        with entering(run, "export", "export"):
-            recipe.export(run.export)
-        if session.trainer.is_global_zero:
-            after_fit(settings, run)
-            run.update(status="finished", stage=None)
-    finally:
-        for logger in session.loggers if session else ():
-            logger.finalize("success" if sys.exc_info()[0] is None else "failed")
+    session = Session(settings, run, node, recipe, afterwards(config_yaml, run.path))
+    closing.callback(close, session.loggers)
+    with entering(run, "training", f"training {settings.trainer.max_steps} steps into {run.path}"):
+        fit(session, recipe, data, resume, run.path)
+        run.update(steps=recipe.step, metrics=session.lines.last)
+        if session.preemption.stopped_at is not None:
+            raise preemption.Preempted(session.preemption.received)
+    if damaged := sorted(getattr(data, "skipped", ())):
+        run.update(damaged_samples=damaged[:1000])
+    with entering(run, "export", "export"):
+        recipe.export(run.export)
+    if session.trainer.is_global_zero:
+        run.update(export=fingerprint(run.export))
+        after_fit(settings, run)
+        run.update(status="finished", stage=None)
 
 
 @contextmanager
@@ -261,15 +266,13 @@ def _took(config: Path, name: str, mine: Mapping[str, Any]) -> float | None:
 def fit(session: Any, recipe: Any, data: Any, resume: Path | None, folder: Path) -> None:
     """Train from the checkpoint `resume` (or from the start) up to the checkpoint of the last step."""
     from magihuman.training.checkpoint import step_of
-    from magihuman.training.loggers import CSVLog
+    from magihuman.training.loggers import rewind
 
     step = 0
     if resume is not None:
         say(f"   continuing from {resume.name}")
         step = step_of(resume)
-    for logger in session.loggers:
-        if isinstance(logger, CSVLog):
-            logger.rewind(step)
+    rewind(session.loggers, step)
     os.environ[RUN_NAME] = folder.name
     try:
         session.trainer.fit(recipe, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)

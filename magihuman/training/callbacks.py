@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,7 @@ class Divergence(L.Callback):
     The rule: in each of the last `WINDOW` steps, a loss that the recipe watches (`Recipe.watched`) was more than `FACTOR`
     times its value in the first step, which is computed with the initial weights. A few unusual batches at the end do not
     matter. Of a shorter training the last half counts, at least `FEWEST` steps; one of fewer steps is not judged.
+    `divergence/LOSS` is logged: the smallest of these losses divided by the first value; above `FACTOR` the training stops.
 
     Args:
         every: steps between checks; the last step is always checked.
@@ -337,6 +339,8 @@ class Divergence(L.Callback):
                     self.first[name] = losses[0]
                 continue
             first, losses = self.first[name], losses[-window:]
+            if losses and math.isfinite(min(losses)):
+                recipe.meter.add(f"divergence/{name}", min(losses) / first)
             if len(losses) == window and min(losses) > self.FACTOR * first:
                 raise UserError(
                     f"the training diverged: {name} is {losses[-1]:.4g} at step {recipe.step}, and in the last {window} "
@@ -422,6 +426,17 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
         network.train(training)
 
 
+@dataclass(frozen=True)
+class SampleClip:
+    """A sample clip as loggers get it: its mp4 file, and its sound, fp32 [channels,N] in [-1,1], where it has one."""
+
+    prompt: str
+    seed: int
+    file: Path
+    wave: torch.Tensor | None
+    sample_rate: int
+
+
 class Samples(L.Callback):
     """Sample clips: every so many steps mp4 files and one contact sheet in samples/ of the run folder.
 
@@ -480,10 +495,14 @@ class Samples(L.Callback):
             return
         here = self.folder / f"step-{recipe.step:08d}"
         here.mkdir(parents=True, exist_ok=True)
-        for number, clip in enumerate(clips):
-            clip.save(here / f"{number:02d}.mp4")
+        logged = []
+        for number, (prompt, clip) in enumerate(zip(self.prompts, clips, strict=True)):
+            file = here / f"{number:02d}.mp4"
+            clip.save(file)
+            wave = getattr(clip, "wave", None)
+            logged.append(SampleClip(prompt, number, file, wave, 0 if wave is None else clip.sample_rate))
         sheet = here.with_suffix(".png")
         draw_contact_sheet([clip.frames for clip in clips], self.prompts, frames_per_clip=8).save(sheet)
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [str(sheet)], step=recipe.step)
+            if hasattr(logger, "log_samples"):
+                logger.log_samples(logged, sheet, recipe.step)

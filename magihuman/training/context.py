@@ -276,7 +276,7 @@ class Session:
     ) -> None:
         options = settings.trainer
         seconds = None if options.max_time is None else parse_time(options.max_time)
-        self.loggers = build_loggers(run, settings.logger.wandb, config)
+        self.loggers = build_loggers(run, settings.logger, config)
         self.limits = Limits(options.max_steps, seconds)
         self.lines = LogLines(options.log_every, options.progress, self.limits, afterwards, run.update)
         self.checkpointer = Checkpointer(run.checkpoints, settings.checkpoint)

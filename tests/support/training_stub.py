@@ -236,3 +236,8 @@ class NetworkPipeline:
 def puppets_only() -> None:
     """An evaluation that does not apply."""
     raise NotApplicable("eval.puppets measures the tiny world")
+
+
+def fixed_score() -> dict[str, Any]:
+    """An evaluation whose score is known."""
+    return {"sync": {"value": 0.9, "low": 0.8, "high": 1.0}}

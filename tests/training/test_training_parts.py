@@ -12,11 +12,11 @@ import torch
 import training_stub
 
 from magihuman import composition, cpu, train
-from magihuman.config import StrategySettings, TrainerSettings, WandbSettings
+from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.flops import forward_flops
-from magihuman.training import loggers, parallel, runs
+from magihuman.training import parallel, runs
 from magihuman.training.callbacks import Divergence, Meter, data_warnings
 from magihuman.training.checkpoint import find_resume, point_to
 from magihuman.training.loggers import CSVLog
@@ -363,73 +363,6 @@ def test_a_full_disk_is_one_line_for_sharded_checkpoints_too(monkeypatch, tmp_pa
         train.main()
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: run: the disk is full; make room\n"
-
-
-class FakeWandb:
-    """Stands in for W&B: `failing` maps modes to errors of `init`."""
-
-    def __init__(self, failing: dict[str, Exception]) -> None:
-        self.failing, self.started = failing, []
-
-    def init(self, mode: str, id: str, **_: object) -> Any:
-        self.started.append((mode, id))
-        if mode in self.failing:
-            raise self.failing[mode]
-        return SimpleNamespace(define_metric=lambda *_, **__: None, mode=mode)
-
-
-def loggers_with(monkeypatch, folder: RunFolder, failing: dict[str, Exception], mode: str) -> tuple[list, FakeWandb]:
-    import wandb
-
-    fake = FakeWandb(failing)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(wandb, "init", fake.init)
-    monkeypatch.setattr(wandb, "teardown", lambda *_: None)
-    return loggers.build_loggers(folder, WandbSettings(mode=mode), {}), fake
-
-
-def test_without_its_server_wandb_goes_on_offline(monkeypatch, tmp_path, capsys) -> None:
-    folder, error = RunFolder(tmp_path / "a"), ConnectionError("no such\nhost")
-    (_, logger), fake = loggers_with(monkeypatch, folder, {"online": error}, "auto")
-    assert logger.experiment.mode == "offline"
-    (first, name), (second, same) = fake.started
-    assert (first, second, same) == ("online", "offline", name)
-    assert capsys.readouterr().out == (
-        "note: W&B cannot be used online (no such; host); logging offline, later send it with: wandb sync "
-        f"{folder.path}/wandb/offline-run-*-{name}\n"
-    )
-    with pytest.raises(UserError, match=r"W&B: no such; host; give logger.wandb.mode=offline"):
-        loggers_with(monkeypatch, folder, {"online": error}, "online")
-    only_csv, _ = loggers_with(monkeypatch, folder, {"online": error, "offline": OSError("full")}, "auto")
-    assert [type(logger) for logger in only_csv] == [CSVLog]
-    assert "note: W&B is left out (full)" in capsys.readouterr().out
-
-
-def test_an_error_of_wandb_does_not_stop_a_training(monkeypatch, tmp_path, capsys) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ConnectionResetError("Connection reset by peer")
-
-    (_, logger), _ = loggers_with(monkeypatch, RunFolder(tmp_path / "a"), {}, "auto")
-    monkeypatch.setattr(loggers.WandbLogger, "log_metrics", broken)
-    for step in range(3):
-        logger.log_metrics({"loss": 1.0}, step)
-    assert capsys.readouterr().out.count("note: W&B has failed (Connection reset by peer)") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", ["a" * 40, "short"])
-def test_wandb_that_cannot_be_reached_is_replaced_by_an_offline_run(key, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    folder = RunFolder(tmp_path / "a")
-    (_, logger) = loggers.build_loggers(folder, WandbSettings(), {"seed": 1})
-    logger.log_metrics({"loss": 1.0}, 1)
-    logger.experiment.finish()
-    assert "logging offline, later send it with: wandb sync" in capsys.readouterr().out
-    assert len(list(tmp_path.glob(f"a/wandb/offline-run-*-{folder.read()['wandb']}"))) == 1
 
 
 def test_a_lock_that_deepspeed_will_wait_for_is_said(monkeypatch, tmp_path, capsys) -> None:
