@@ -156,11 +156,16 @@ class LoggerSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Intervals of resumable checkpoints, and how many are kept."""
+    """Intervals of resumable checkpoints, and how many are kept.
+
+    Attributes:
+        asynchronous: strategy=fsdp2 only: train on while a copy of the state is written; needs that copy's CPU memory.
+    """
 
     every_steps: int
     every_minutes: float | None
     keep: int
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)
@@ -394,6 +399,11 @@ def _check_pairs(settings: TrainSettings) -> None:
         )
     if strategy.context_parallel > 1:
         _check_context_parallel(settings)
+    if settings.checkpoint.asynchronous and strategy.name != "fsdp2":
+        raise UserError(
+            f"checkpoint.asynchronous=true is for the sharded checkpoints of strategy=fsdp2, not for strategy={strategy.name}; "
+            "leave it out"
+        )
     if strategy.name.startswith("zero"):
         if optim.algorithm == "muon":
             raise UserError(

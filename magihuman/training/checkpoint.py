@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.checkpoint.api import CheckpointException
 
 from magihuman import preemption
 from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, replace
-from magihuman.schema import locate
+from magihuman.schema import locate, one_line
 from magihuman.training.checkpoint_check import DamagedError, check, check_data, write_metadata_checksum, zero_processes
 
 LAST = "last.ckpt"
@@ -254,6 +256,7 @@ class Checkpointer(L.Callback):
         self.settings = settings
         self._saved_at = -1
         self._clock = time.monotonic()
+        self._writing: tuple[Future[Any], Path, Path] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step if trainer.ckpt_path else -1
@@ -265,6 +268,8 @@ class Checkpointer(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not recipe.stepped:
             return
+        if self._writing is not None and self._writing[0].done():
+            self.wait()
         due = self.settings.every_steps > 0 and recipe.step % self.settings.every_steps == 0
         if self.settings.every_minutes is not None:
             late = time.monotonic() - self._clock > 60 * self.settings.every_minutes
@@ -273,11 +278,16 @@ class Checkpointer(L.Callback):
             self.save(trainer, recipe)
 
     def save(self, trainer: L.Trainer, recipe: Any) -> Path:
-        """Save now (on all processes); returns the checkpoint's path. Once per step."""
+        """Save now (on all processes); returns the checkpoint's path. Once per step.
+
+        Where the strategy writes asynchronously the file has that name only later, when it is complete: after `wait`, at
+        one of the next steps, or at the end of the training.
+        """
         step = recipe.step
         path = self.folder / f"step-{step:08d}.ckpt"
         if step == self._saved_at:
             return path
+        self.wait()  # at most one is written at a time
         temporary = path.with_name(path.name + ".tmp")  # one name for all ranks
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -286,21 +296,59 @@ class Checkpointer(L.Callback):
         try:
             trainer.save_checkpoint(temporary)  # ends with a barrier
         except BaseException:
-            if trainer.is_global_zero:  # on a full disk the run's record needs the space
-                with suppress(OSError):
-                    remove(temporary)
+            self._discard(temporary)
             raise
-        if trainer.is_global_zero:
-            write_metadata_checksum(temporary)
-            replace(temporary, path)
-            point_to(self.folder, path)
-            # Later ones are of a training that went on from here before, and not this one's to remove.
-            for old in [each for each in complete(self.folder) if step_of(each) <= step][: -self.settings.keep]:
-                remove(old)
+        write: Future[Any] | None = getattr(trainer.strategy, "writing", None)
+        if write is None:
+            self._publish(temporary, path)
+        else:
+            self._writing = write, temporary, path
         trainer.strategy.barrier()
         self._saved_at = step
         self._clock = time.monotonic()
         return path
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and give it its name.
+
+        Raises:
+            Exception: what went wrong in writing it; the checkpoint before it is kept.
+        """
+        if self._writing is None:
+            return
+        (write, temporary, path), self._writing = self._writing, None
+        try:
+            write.result()
+        except BaseException:
+            self._discard(temporary)
+            raise
+        self._publish(temporary, path)
+
+    @rank_zero_only
+    def _publish(self, temporary: Path, path: Path) -> None:
+        write_metadata_checksum(temporary)
+        replace(temporary, path)
+        point_to(self.folder, path)
+        # Later ones are of a training that went on from here before, and not this one's to remove.
+        earlier = [each for each in complete(self.folder) if step_of(each) <= step_of(path)]
+        for old in earlier[: -self.settings.keep]:
+            remove(old)
+
+    @rank_zero_only
+    def _discard(self, temporary: Path) -> None:
+        """Remove an incomplete checkpoint: on a full disk the run's record needs the space."""
+        with suppress(OSError):
+            remove(temporary)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.wait()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Complete a checkpoint that is being written; the error that ends the training is the one to show."""
+        try:
+            self.wait()
+        except (Exception, CheckpointException) as error:
+            print(f"note: the checkpoint that was being written is lost ({one_line(str(error))})", flush=True)
 
 
 class Preemption(L.Callback):

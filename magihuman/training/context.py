@@ -289,7 +289,9 @@ class Session:
             accelerator=options.accelerator,
             devices=options.devices,
             num_nodes=options.nodes,
-            strategy=build_strategy(settings.strategy, options, recipe.optimizers_needed > 1),
+            strategy=build_strategy(
+                settings.strategy, options, recipe.optimizers_needed > 1, settings.checkpoint.asynchronous
+            ),
             plugins=plugins(settings.strategy),
             precision="32-true",  # the network casts by itself (SPEC 1.5)
             max_steps=-1,  # `Limits` counts steps: Lightning counts those of every optimiser

@@ -19,6 +19,7 @@ into bf16 too.
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.torch_version import TorchVersion
+from torch.utils._pytree import tree_map_only
 
 from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
@@ -99,15 +102,21 @@ class _CheckedLoad(Strategy):
 
 
 class FSDP2Strategy(_CheckedLoad, ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with a mesh of replicas and checked checkpoints.
+    """Lightning's strategy for FSDP2, with a mesh of replicas, checked checkpoints, and asynchronous ones.
 
     Args:
         replicas: copies of the network (hybrid sharding); each is sharded over neighbouring processes.
+        asynchronous: `save_checkpoint` returns when the state is copied to the CPU, and a thread writes it.
+
+    Attributes:
+        writing: result of the latest asynchronous write, or None; `.result()` waits and raises its error.
     """
 
-    def __init__(self, replicas: int = 1) -> None:
+    def __init__(self, replicas: int = 1, asynchronous: bool = False) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1)
-        self.replicas = replicas
+        self.replicas, self.asynchronous = replicas, asynchronous
+        self.writing: Future[Any] | None = None
+        self._writers: Any = None
 
     def setup_environment(self) -> None:
         """Start the processes and make the mesh of all of them: [shard], or [replicate, shard]."""
@@ -117,11 +126,66 @@ class FSDP2Strategy(_CheckedLoad, ModelParallelStrategy):
             print(f"   {describe_mesh(self.world_size, self.replicas)}", flush=True)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+        if self.asynchronous:  # a group of their own: the writers talk while the training does
+            self._writers = torch.distributed.new_group(backend="gloo")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Every process has samples of its own."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The network's shards; where they are written asynchronously, not copied yet."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        if not self.asynchronous:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimiser's shards; where they are written asynchronously, not copied yet."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        if not self.asynchronous:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        return dict(get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer)))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a folder in Lightning's layout; asynchronously, `writing` says when it is complete."""
+        from torch.distributed.checkpoint import async_save
+
+        if not self.asynchronous:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        path.mkdir(parents=True, exist_ok=True)
+        entries = {"state_dict": checkpoint.pop("state_dict")}
+        entries |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        if self.global_rank == 0:
+            torch.save(checkpoint, path / "meta.pt")
+        self.writing = async_save(  # type: ignore[assignment]
+            entries, checkpoint_id=path, process_group=self._writers, async_stager=_Copies()
+        )
+
+
+class _Copies(AsyncStager):
+    """A stager of `async_save` that copies to the CPU in the training's thread; torch's own cannot copy 8-bit moments."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state: dict[str, Any]) -> Any:
+        return tree_map_only(torch.Tensor, _copy, state)
+
+    def synchronize_staging(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
 def make_mesh(device: str, processes: int, replicas: int = 1) -> Any:
@@ -140,7 +204,7 @@ def make_mesh(device: str, processes: int, replicas: int = 1) -> Any:
 def describe_mesh(processes: int, replicas: int) -> str:
     """One line for the log."""
     if replicas == 1:
-        return f"mesh: weights, gradients and optimiser are sharded over {processes} processes"
+        return f"mesh: weights, gradients and optimiser are sharded over {processes} process{'es' * (processes > 1)}"
     return f"mesh: {replicas} replicas (strategy.replicas), each sharded over {processes // replicas} processes"
 
 
@@ -152,11 +216,14 @@ class ZeroStrategy(_CheckedLoad, DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False) -> Strategy | str:
+def build_strategy(
+    settings: StrategySettings, trainer: TrainerSettings, alternating: bool = False, asynchronous: bool = False
+) -> Strategy | str:
     """The Lightning strategy for `settings`.
 
     Args:
         alternating: whether the recipe's steps train one of several networks each.
+        asynchronous: whether the training goes on while FSDP2 writes a checkpoint.
 
     Raises:
         UserError: DeepSpeed is asked for and not installed.
@@ -168,7 +235,7 @@ def build_strategy(settings: StrategySettings, trainer: TrainerSettings, alterna
         # unused ones; unless each step trains another network.
         return DDPStrategy(find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True)
     if settings.name == "fsdp2":
-        return FSDP2Strategy(trainer.nodes if settings.replicas == "auto" else settings.replicas)
+        return FSDP2Strategy(trainer.nodes if settings.replicas == "auto" else settings.replicas, asynchronous)
     _note_compilation()
     return _zero(int(settings.name[-1]), settings.offload)
 

@@ -97,6 +97,10 @@ def test_every_model_size_builds_its_settings(size) -> None:
         ),
         (["+recipe=pretrain", "strategy=zero3", "optim=adamw"], "set optim.ema_decay=0 or choose strategy=fsdp2"),
         (["+recipe=pretrain", "strategy=zero2", "optim=adamw8bit"], "shards the moments by itself"),
+        (
+            ["+recipe=pretrain", "strategy=ddp", "checkpoint.asynchronous=true"],
+            "checkpoint.asynchronous=true is for the sharded checkpoints of strategy=fsdp2, not for strategy=ddp",
+        ),
         (["+recipe=dmd2", "strategy=zero1", "optim=adamw"], "choose strategy=fsdp2"),
         (
             ["+recipe=pretrain", "strategy=fsdp2", "trainer.devices=4", "strategy.replicas=3"],

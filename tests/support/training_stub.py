@@ -181,6 +181,50 @@ class SlowExport(L.Callback):
         pl_module.exported_weights = wait
 
 
+class SlowWriter(L.Callback):
+    """The writing of a sharded checkpoint waits until the training has ended a later batch, which it notes.
+
+    Args:
+        until: batches after which writers go on (a checkpoint that the training waits for goes on after 20 s).
+        fails: an error in the place of the first write.
+    """
+
+    def __init__(self, until: int = 0, fails: bool = False) -> None:
+        self.until, self.fails = until, fails
+        self.go, self.lock = threading.Event(), threading.Lock()
+        self.overtaken: list[bool] = []
+        self.writers = self.most = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        from torch.distributed.checkpoint import FileSystemWriter
+
+        write = FileSystemWriter.write_data
+
+        def slow(writer: Any, *arguments: Any) -> Any:
+            with self.lock:
+                self.writers += 1
+                self.most = max(self.most, self.writers)
+            if self.fails:
+                raise OSError(28, "No space left on device")
+            self.overtaken.append(self.go.wait(20))
+            done = write(writer, *arguments)
+            with self.lock:
+                self.writers -= 1
+            return done
+
+        FileSystemWriter.write_data = slow  # type: ignore[method-assign, assignment]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if pl_module.batches >= self.until:
+            self.go.set()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        import json
+
+        file = Path(trainer.default_root_dir) / f"writers-{trainer.global_rank}.json"
+        file.write_text(json.dumps({"overtaken": self.overtaken, "most": self.most}))
+
+
 class Spy(L.Callback):
     """Writes down the positions of the samples that this process trained on, to seen-RANK.json in the run folder."""
 
