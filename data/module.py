@@ -173,33 +173,36 @@ class Batches(Dataset[dict[str, Any]]):
         """
         numbers = self._order.batch(number)
         each = len(numbers) // self._ranks
-        mine = numbers[self._rank * each : (self._rank + 1) * each]
+        mine = numbers[self._rank * each : (self._rank + 1) * each].tolist()
+        return self._collect(mine, number * self._order.batch_size + self._rank * each)
+
+    def _collect(self, mine: Sequence[Any], first: int) -> dict[str, Any]:
+        """The batch of the samples `mine`, as `_read` takes them; `first` is the position of the first one."""
         samples: list[tuple[str, Sample] | None] = []
         skipped = []
         for sample in mine:
             try:
-                samples.append(self._read(int(sample)))
+                samples.append(self._read(sample))
             except SampleError as error:
                 samples.append(None)
                 skipped.append(str(error))
         if None in samples:
-            samples = self._replaced(samples, int(mine[0]))
-        first = number * self._order.batch_size + self._rank * each
+            samples = self._replaced(samples, mine[0])
         silent = torch.zeros(0, self._shards.index.contract["audio_channels"])
-        batch = collate([s for s in samples if s is not None], range(first, first + each), silent)
+        batch = collate([s for s in samples if s is not None], range(first, first + len(mine)), silent)
         return {**batch, "skipped": skipped}
 
-    def _replaced(self, samples: list[Any], near: int) -> list[Any]:
+    def _replaced(self, samples: list[Any], near: Any) -> list[Any]:
         """Replace each None by the next sample of the list, cyclically."""
         if all(sample is None for sample in samples):
             samples = [self._readable(near), *samples[1:]]
         good = [(i, sample) for i, sample in enumerate(samples) if sample is not None]
         return [next((sample for i, sample in good if i >= gap), good[0][1]) for gap in range(len(samples))]
 
-    def _read(self, number: int) -> tuple[str, Sample]:
+    def _read(self, number: Any) -> tuple[str, Sample]:
         return self._shards.index[number].key, self._shards.read(number)
 
-    def _readable(self, near: int) -> tuple[str, Sample]:
+    def _readable(self, near: Any) -> tuple[str, Sample]:
         """The first readable sample of the bucket after sample `near`, cyclically, else one of another bucket."""
         index = self._shards.index
         samples = self._order.samples  # a training sample is not replaced by one of validation
@@ -212,7 +215,7 @@ class Batches(Dataset[dict[str, Any]]):
             except SampleError:
                 continue
         raise UserError(
-            f"no sample in {self._shards.folder} could be read in place of {index[near].key}; copy the shards again"
+            f"no sample in {self._shards.name} could be read in place of {index[near].key}; copy the shards again"
         )
 
 
@@ -409,16 +412,22 @@ class LatentDataModule(_Resumable):
             )
         self.num_workers, self.seed, self.max_damaged_share = num_workers, seed, max_damaged_share
         self.shards = shards
-        self.reader = Shards(shards)
+        self.reader = self._open(shards)
         if codecs not in (None, self.codecs):
             raise UserError(f"data.module.codecs={codecs}, but the shards were made with {self.codecs!r}")
         allow_codecs(codecs)
         self.skipped: set[str] = set()
         self._read = 0
-        train, val = split(self.reader, val_fraction)
+        train, val = self._split(val_fraction)
         self.order = Order(self._by_bucket(train), batch_size, seed)
         self.train_samples, self.val_samples = len(train), len(val)
         self._val = self._by_bucket(val)
+
+    def _open(self, shards: str) -> Shards:
+        return Shards(shards)
+
+    def _split(self, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        return split(self.reader, val_fraction)
 
     def _by_bucket(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         index = self.reader.index
@@ -515,12 +524,16 @@ class LatentDataModule(_Resumable):
                 print("   note: further damaged samples are only counted", flush=True)
         self.skipped.update(new)
         read = min(self._read, self.train_samples)
-        if len(self.skipped) > self.max_damaged_share * max(100, read):
+        if len(self.skipped) > self._allowed_losses(read):
             some = "; ".join(sorted(self.skipped)[:3])
             raise UserError(
                 f"{len(self.skipped)} of {read} samples are damaged, more than data.module.max_damaged_share="
                 f"{self.max_damaged_share:g} allows ({some}); copy the shards again or prepare them anew"
             )
+
+    def _allowed_losses(self, read: int) -> float:
+        """Damaged samples that are tolerated among `read` samples."""
+        return self.max_damaged_share * max(100, read)
 
     def _identity(self) -> dict[str, Any]:
         keys = hashlib.sha256(self.reader.index.keys[:-1].data).hexdigest()[:16]

@@ -392,6 +392,7 @@ class Shards:
 
     Attributes:
         index: the samples in index order.
+        name: of their place, for messages.
 
     Raises:
         UserError: no shards, or a shard that is missing, cut off or unreadable.
@@ -399,6 +400,7 @@ class Shards:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.name = str(self.folder)
         self.index = SampleIndex.load(self.folder)
         if not len(self.index):
             raise UserError(f"the shards in {self.folder} hold no sample; see report.md there")
@@ -455,7 +457,7 @@ class Shards:
 
         entry, shard = self.index[number], self.index.shards[self.index.rows["shard"][number]]
         try:
-            data = _read_bytes(self.folder / shard, entry.offset, entry.bytes)
+            data = self._read_bytes(shard, entry.offset, entry.bytes)
             if len(data) < entry.bytes:
                 raise SampleError("cut off")
             if entry.crc is not None and zlib.crc32(data) != entry.crc:
@@ -478,6 +480,10 @@ class Shards:
         except Exception as error:
             raise SampleError(f"{entry.key}: {type(error).__name__}: {error} ({shard})") from error
         return Sample(tensors, meta)
+
+    def _read_bytes(self, shard: str, offset: int, count: int) -> bytes:
+        """`count` bytes of a shard from `offset` on, fewer at its end."""
+        return _read_bytes(self.folder / shard, offset, count)
 
     @property
     def contract(self) -> Contract:

@@ -201,7 +201,8 @@ TEXTS = ("runs", "name", "folder", "resume", "init")
 WITHOUT_EFFECT = (
     "runs", "name", "folder", "resume", "checkpoint", "logger", "trainer.threads", "trainer.progress", "trainer.log_every",
     "trainer.profile",
-    "data.module.num_workers", "data.make.workers", "data.make.folder",
+    "data.module.num_workers", "data.make.workers", "data.make.folder", "data.module.cache_dir", "data.module.cache_gb",
+    "data.module.tries", "data.module.timeout",
 )  # fmt: skip
 """Settings that change neither a training's result nor what is measured and shown of it."""
 

@@ -157,7 +157,7 @@ def stages(
     recipe = build_recipe(settings.recipe, context)
     for note in notes(settings, data, recipe):
         say(f"note: {note}")
-    run.update(parents=parents(settings, shards) if is_main_process() else [])
+    run.update(parents=parents(settings, shards, data) if is_main_process() else [])
     session = Session(settings, run, node, recipe, afterwards(config_yaml, run.path))
     closing.callback(close, session.loggers)
     with entering(run, "training", f"training {settings.trainer.max_steps} steps into {run.path}"):
@@ -167,6 +167,8 @@ def stages(
             raise preemption.Preempted(session.preemption.received)
     if damaged := sorted(getattr(data, "skipped", ())):
         run.update(damaged_samples=damaged[:1000])
+    if lost := getattr(data, "lost_connections", 0):
+        run.update(lost_connections=lost)
     with entering(run, "export", "export"):
         recipe.export(run.export)
     if session.trainer.is_global_zero:

@@ -172,6 +172,7 @@ FIXED = (
     "optim.algorithm",
     "strategy.name",
     "seed",
+    "data.module._target_",
     "data.module.batch_size",
 )
 """Settings that no resumed training may change; a recipe adds its own (`Recipe.fixed_on_resume`)."""

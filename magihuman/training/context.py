@@ -246,11 +246,17 @@ def build_callbacks(settings: TrainSettings) -> list[L.Callback]:
     return [call(node, f"callbacks.{name}") for name, node in chosen.items()]
 
 
-def parents(settings: TrainSettings, shards: Path) -> list[dict[str, Any]]:
-    """Hashes of what the run is made from: shards and initial weights."""
-    index = shards / "index.json"
-    role = "prompts" if shards.is_file() else "shards"
-    found = [{"role": role, "name": shards.name, **fingerprint(index if index.exists() else shards)}]
+def parents(settings: TrainSettings, shards: Path, data: Any = None) -> list[dict[str, Any]]:
+    """Hashes of what the run is made from: shards and initial weights.
+
+    Args:
+        data: the data module, which has a `parent` of its own where the shards lie elsewhere.
+    """
+    if (known := getattr(data, "parent", None)) is None:
+        index = shards / "index.json"
+        role = "prompts" if shards.is_file() else "shards"
+        known = {"role": role, "name": shards.name, **fingerprint(index if index.exists() else shards)}
+    found = [known]
     start = find_init(settings)
     if start is not None:
         found.append({"role": "init", "name": settings.init, **fingerprint(start)})
