@@ -278,6 +278,45 @@ class Limits(L.Callback):
             trainer.should_stop = True
 
 
+class PresentSettings(L.Callback):
+    """Gives a resumed training the learning rates, betas, ... of its configuration, where the checkpoint has others.
+
+    Optimisers and schedules keep their settings next to their state, so what is read from a checkpoint replaces them. With the
+    same settings nothing changes, bit for bit.
+    """
+
+    NAMES = ("initial_lr", "betas", "eps", "weight_decay", "momentum", "steps")
+
+    def __init__(self) -> None:
+        self._groups: list[list[dict[str, Any]]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, recipe: Any) -> None:
+        """Before the checkpoint is read."""
+        self._groups = [
+            [
+                {
+                    name: group[name]
+                    for name in (*self.NAMES, *(() if "initial_lr" in group else ("lr",)))
+                    if name in group
+                }
+                for group in optimizer.param_groups
+            ]
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_start(self, trainer: L.Trainer, recipe: Any) -> None:
+        if not trainer.ckpt_path:
+            return
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(settings)
+        for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):  # type: ignore[attr-defined]
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+
+
 def require_interval(callback: str, every_steps: int) -> int:
     """Raises UserError for an interval below 1."""
     if every_steps < 1:

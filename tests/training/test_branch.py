@@ -1,5 +1,6 @@
 """`resume=`: a start elsewhere, and branches of a run at an older checkpoint."""
 
+import csv
 import json
 import os
 import shutil
@@ -31,6 +32,12 @@ def make_run(folder: Path) -> RunFolder:
     (folder / "metrics.csv").write_text("step,loss\n" + "".join(f"{n},0.5\n" for n in range(1, 13)))
     run.update(status="finished", steps=12, results={"eval": {}}, evaluated={"eval": {}}, wandb="old", created="then")
     return run
+
+
+def rates(file: Path) -> list[float]:
+    """The learning rates in a metrics.csv."""
+    with file.open(newline="") as stream:
+        return [float(row["lr"]) for row in csv.DictReader(stream)]
 
 
 def files(folder: Path) -> set[str]:
@@ -100,9 +107,11 @@ def test_a_branch_that_was_killed_while_moving_is_completed(tmp_path, monkeypatc
         done.append(move(*arguments))
 
     start = str(run.checkpoints / "step-00000006.ckpt")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "move", die)
-        branch.begin(run, branch.find_start(start, run))
+    chosen = branch.find_start(start, run)
+    monkeypatch.setattr(shutil, "move", die)
+    with pytest.raises(KeyboardInterrupt):
+        branch.begin(run, chosen)
+    monkeypatch.setattr(shutil, "move", move)
     assert branch.is_new_branch(start, run)
     # Every process of a job finds the same start, whenever it looks.
     assert branch.find_start(start, run).name == "step-00000006.ckpt"
@@ -155,6 +164,7 @@ def test_a_branch_ends_as_a_run_that_starts_from_its_checkpoint_and_survives_kil
     assert steps_in(run / "metrics.csv") == list(range(1, 13))
     assert steps_in(other / "metrics.csv") == [10, 11, 12]
     assert steps_in(run / "branch-1/metrics.csv") == [10, 11, 12]
+    assert 0 < rates(run / "metrics.csv")[9] < 1e-4 < rates(run / "branch-1/metrics.csv")[0]  # cosine, at the same step
     weights = "model-00001-of-00001.safetensors"
     assert (run / "branch-1/export" / weights).read_bytes() == (tmp_path / "before/export" / weights).read_bytes()
     assert (run / "export" / weights).read_bytes() != (tmp_path / "before/export" / weights).read_bytes()
