@@ -16,6 +16,7 @@ from magihuman.io.provenance import computed
 from magihuman.models.config import Checkpointing
 from magihuman.models.flops import SampleTokens
 from magihuman.models.gpu_specs import GPUS, gpu
+from magihuman.schema import divisors
 from magihuman.zoo import memory_plan, names
 from magihuman.zoo.footprint import BF16, FORMS, FP32, Form
 from magihuman.zoo.memory_plan import GB, MEMORY, RESERVE, SIZES, ClipRequest, Memory, peak
@@ -185,6 +186,7 @@ class PlanOptions(ClipOptions):
     ema: Literal["gpu", "cpu"] = option("training: EMA weights on the gpu or the cpu", "gpu")
     rank: int = option("lora and dmd2: rank of the LoRAs", 128)
     optim: Literal["adamw", "adamw8bit"] = option("training: AdamW, or with moments in 8 bits", "adamw")
+    context_parallel: int = option("training: GPUs that share the tokens of a batch", 1)
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,17 @@ def plan(options: PlanOptions) -> str:
         sides = "with guidance" if request.guided else "without guidance"
         return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {options.batch}", available)
     tokens = request.tokens(*last).times(options.batch)
+    together = options.context_parallel
+    for name, number in (("gpus", options.gpus), ("key/value heads", request.base.num_query_groups)):
+        if number % together:
+            raise UserError(
+                f"context_parallel={together} does not divide the {number} {name}; choose one of {divisors(number)}"
+            )
     step = memory_plan.TrainingStep(
-        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank, options.optim
+        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank, options.optim, together
     )
-    title = f"{what}, {clip}, batch {options.batch} per GPU, {tokens.total} tokens"
+    per = "GPU" if together == 1 else f"group of {together} GPUs"
+    title = f"{what}, {clip}, batch {options.batch} per {per}, {tokens.total} tokens"
     report = memory_plan.training_report(step, options.task, options.gpus, title, available)
     if options.task == "dmd2" or options.dtype != "bfloat16":
         return report + "\nno time is predicted for dmd2 and for dtype=float32"
@@ -228,7 +237,8 @@ def plan(options: PlanOptions) -> str:
     frames = (request.frames - 1) // request.stride[0] + 1
     clip_tokens = SampleTokens(one.video, one.audio, one.text, frames)
     seconds = memory_plan.predict_step(step, options.task, clip_tokens, options.batch, options.gpus, device)
-    return f"{report}\n{memory_plan.time_report(seconds, options.steps, options.batch, options.gpus, device)}"
+    clips = options.batch * options.gpus // together
+    return f"{report}\n{memory_plan.time_report(seconds, options.steps, clips, options.gpus, device)}"
 
 
 def peaks(options: PeaksOptions) -> str:

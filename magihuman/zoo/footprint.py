@@ -59,6 +59,10 @@ class TokenCounts:
         """Of that many equal samples."""
         return TokenCounts(self.video * samples, self.audio * samples, self.text * samples)
 
+    def share(self, processes: int) -> "TokenCounts":
+        """The largest share of one of these processes (`magihuman.context_parallel`)."""
+        return TokenCounts(*(-(-count // processes) for count in (self.video, self.audio, self.text)))
+
 
 # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -170,6 +174,15 @@ def backward_bytes(config: DiTConfig, tokens: TokenCounts, compute: int) -> int:
     factors = {True: 18 if half else 10, False: 29 if half else 17}  # numbers of bytes per inner channel
     widest = max(factors[i in config.gelu7_layers] * config.intermediate_size(i) for i in range(config.num_layers))
     return (FP32 * config.hidden_size + widest) * tokens.total
+
+
+def exchange_bytes(config: DiTConfig, tokens: TokenCounts, compute: int) -> int:
+    """Copies of queries, keys and values while a block exchanges tokens for heads: packed, received and sorted.
+
+    Args:
+        tokens: of one process (`magihuman.context_parallel`).
+    """
+    return 3 * compute * (config.num_heads + 2 * config.num_query_groups) * config.head_dim * tokens.total
 
 
 def kept_bytes(config: DiTConfig, tokens: TokenCounts, compute: int, checkpointing: Checkpointing) -> int:

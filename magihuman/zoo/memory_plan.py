@@ -263,11 +263,12 @@ class TrainingStep:
     """A training step.
 
     Attributes:
-        tokens: of the samples of one GPU in a micro-batch.
+        tokens: of the samples of one GPU in a micro-batch, or of one group of GPUs that share them.
         compute: bytes of the compute dtype.
         checkpointing: see `magihuman.models.config.Checkpointing`.
         ema: device of the EMA weights, "gpu" or "cpu"; rank: of the LoRAs.
         optim: "adamw", or "adamw8bit" for trained networks; LoRAs are counted with fp32 moments.
+        context_parallel: GPUs that share the tokens (`magihuman.context_parallel`).
     """
 
     config: DiTConfig
@@ -277,6 +278,7 @@ class TrainingStep:
     ema: str = "gpu"
     rank: int = 128
     optim: str = "adamw"
+    context_parallel: int = 1
 
     @property
     def trained_bytes(self) -> int:
@@ -316,7 +318,10 @@ def work_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
 
     Where only LoRAs are trained there are no master weights: the frozen base is stored in the compute dtype.
     """
-    activations = footprint.training_bytes(step.config, step.tokens, step.compute, step.checkpointing)
+    own = step.tokens.share(step.context_parallel)
+    activations = footprint.training_bytes(step.config, own, step.compute, step.checkpointing)
+    if step.context_parallel > 1:
+        activations += footprint.exchange_bytes(step.config, own, step.compute)
     if task == "lora" or (task == "dmd2" and sharing == "lora"):
         return activations
     return activations + footprint.cast_bytes(step.config, step.compute, step.checkpointing)
@@ -339,29 +344,30 @@ def predict_step(step: TrainingStep, task: str, clip: SampleTokens, batch: int, 
     optimiser state at the memory's full rate.
 
     Args:
-        task: "pretrain" or "lora"; clip: tokens of each of the `batch` clips of a GPU.
+        task: "pretrain" or "lora"; clip: tokens of each of the `batch` clips of a GPU, or of a group that shares them.
     """
     config, tokens = step.config, clip.video + clip.audio + clip.text
     lora = LoraConfig(step.rank) if task == "lora" else None
+    batch_share = batch / step.context_parallel
     base = forward_flops(config, clip.video, clip.audio, clip.text, frames=clip.frames, window=clip.window)
     again = 0 if not step.checkpointing else base.products + (base.attention if step.checkpointing is True else 0)
     again += lora_flops(config, lora, tokens) if lora and step.checkpointing else 0
-    flops = batch * (passes(config, clip, lora=lora).update + again)
+    flops = batch_share * (passes(config, clip, lora=lora).update + again)
     trained = config.parameter_count() if lora is None else footprint.lora_count(config, step.rank)
-    one_pass = footprint.weight_bytes(config, "bf16") + batch * (
+    one_pass = footprint.weight_bytes(config, "bf16") + batch_share * (
         product_bytes(config, tokens) + pointwise_bytes(config, tokens)
     )
     moved = (4 if step.checkpointing else 3) * one_pass + 2 * ADAM * trained // gpus
     return max(flops / (UTILISATION * device.bf16), moved / device.bandwidth)
 
 
-def time_report(seconds: float, steps: int, batch: int, gpus: int, device: Gpu) -> str:
-    """Step time and GPU-hours, labelled as predicted."""
+def time_report(seconds: float, steps: int, clips: int, gpus: int, device: Gpu) -> str:
+    """Step time and GPU-hours of steps of that many clips, labelled as predicted."""
     hours = steps * seconds / 3600
     return (
         f"PREDICTED, not measured: {seconds:.3g} s per step on {device.name} at an assumed {UTILISATION:.0%} of its "
         f"{device.bf16 / 1e12:.0f} TFLOP/s, without input, launches and communication\n"
-        f"PREDICTED, {steps} steps of {batch * gpus} clips: {hours:.3g} h, {gpus * hours:.3g} GPU-hours on {gpus} GPU"
+        f"PREDICTED, {steps} steps of {clips} clips: {hours:.3g} h, {gpus * hours:.3g} GPU-hours on {gpus} GPU"
     )
 
 
@@ -373,7 +379,7 @@ def training_report(step: TrainingStep, task: str, gpus: int, title: str, availa
     lines.append(f"{'activations':<28}{largest / GB:>10.2f}  GB per GPU")
     lines.append(f"{'gathered blocks':<28}{gathered_bytes(step, max(gpus, 2)) / GB:>10.2f}  with several GPUs")
     lines.append(f"{'assumed for CUDA itself':<28}{RESERVE / GB:>10.2f}")
-    clusters = sorted({*CLUSTERS, gpus})
+    clusters = sorted(n for n in {*CLUSTERS, gpus} if n % step.context_parallel == 0)
     header = "".join(f"{f'{n} GPU':>10}" for n in clusters)
     for name, peak in (("state (sharded)", False), ("peak", True)):
         lines.append(f"{name:<18}{'total':>10}{header}  GB per GPU")
@@ -401,6 +407,11 @@ def _advice(step: TrainingStep, task: str, gpus: int, sharing: str, available: i
         return "recompute attention in the backward pass as well: checkpointing=true"
     if step.ema == "gpu" and per_gpu(replace(step, ema="cpu"), task, gpus, sharing) <= available:
         return "keep the EMA weights on the CPU: ema=cpu"
+    for n in (2, 4, 8):
+        split = replace(step, context_parallel=n)
+        fits = n > step.context_parallel and per_gpu(split, task, gpus, sharing) <= available
+        if fits and gpus % n == 0 and step.config.num_query_groups % n == 0:
+            return f"share the tokens of a clip between {n} GPUs: context_parallel={n}"
     small = per_gpu(replace(step, optim="adamw8bit"), task, gpus, sharing) <= available
     or_else = ", or store the optimiser's moments in 8 bits: optim=adamw8bit" if small else ""
     for n in (2, 4, 8, 16, 32, 64, 128, 256):

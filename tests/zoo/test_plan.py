@@ -129,6 +129,24 @@ class TestTraining:
         assert "  recompute attention in the backward pass as well: checkpointing=true" in report
         assert memory_plan.gathered_bytes(self.RUN, 1) == 0
 
+    def test_tokens_are_shared(self) -> None:
+        even = replace(self.RUN, tokens=TokenCounts(3584, 128, 344))
+        whole, shared = (memory_plan.work_bytes(replace(even, context_parallel=n), "pretrain") for n in (1, 4))
+        casts = footprint.cast_bytes(BIG, 2, True)
+        exchanged = 3 * 2 * (40 + 2 * 8) * 128 * 4056 // 4
+        assert shared - casts - exchanged == pytest.approx((whole - casts) / 4, rel=1e-9)
+        assert TokenCounts(5, 4, 1).share(4) == TokenCounts(2, 1, 1)  # the first process has the odd ones
+        report = plan(PlanOptions("15b", task="pretrain", resolution="1080p", gpus=8))
+        assert "  share the tokens of a clip between 4 GPUs: context_parallel=4" in report
+        report = plan(PlanOptions("15b", task="pretrain", resolution="1080p", gpus=8, context_parallel=4))
+        assert "batch 1 per group of 4 GPUs" in report
+        assert "fits: 8 GPU needs" in report
+        assert "1000 steps of 2 clips" in report
+        with pytest.raises(UserError, match="=3 does not divide the 8 gpus; choose one of 1, 2, 4, 8"):
+            plan(PlanOptions("15b", task="pretrain", gpus=8, context_parallel=3))
+        with pytest.raises(UserError, match="=16 does not divide the 8 key/value heads"):
+            plan(PlanOptions("15b", task="pretrain", gpus=16, context_parallel=16))
+
     @pytest.mark.parametrize(("task", "sharing"), [("lora", "full"), ("dmd2", "lora")])
     def test_a_frozen_base_has_no_master_weights(self, task: str, sharing: str) -> None:
         for checkpointing in (True, False):
@@ -253,6 +271,7 @@ class TestTime:
         attention_kept = (once + again - base.attention) / (0.45 * 989e12)
         assert self.seconds(checkpointing="attention") == pytest.approx(attention_kept)
         assert self.seconds(batch=4) == pytest.approx(4 * self.seconds())
+        assert self.seconds(batch=4, context_parallel=2) == pytest.approx(2 * self.seconds())
         assert self.seconds(device="l40s") == pytest.approx(989 / 362 * self.seconds())
         assert self.seconds("pretrain") == pytest.approx((4 * base.total - base.ends) / (0.45 * 989e12))
 
