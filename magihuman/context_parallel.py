@@ -205,6 +205,18 @@ def context_group(processes: int) -> Any:
     return group
 
 
+def require_same(number: int, what: str, group: Any, device: torch.device | str) -> None:
+    """Raises UserError, on every process of the group, unless all have the same number (int64)."""
+    highest = torch.tensor([number, -number], device=device)  # the highest number, and minus the lowest
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    top, bottom = highest.tolist()
+    if top != -bottom:
+        raise UserError(
+            f"the processes that share tokens (strategy.context_parallel) have different {what}; a file that only some of "
+            "them can read, or data that differ between nodes, may be the cause: copy the shards again"
+        )
+
+
 def parallelise(model: nn.Module, group: Any = None) -> None:
     """Make a `SingleStreamDiT` compute together with the same network of the other processes.
 

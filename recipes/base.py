@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman import zoo
-from magihuman.context_parallel import context_group, parallelise
+from magihuman.context_parallel import context_group, parallelise, require_same
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, released_dtypes, save_export
@@ -227,12 +227,22 @@ class Recipe(L.LightningModule):
 
     # One step
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        rng = BatchRng(self.context.seed, self.batches, batch["index"])
-        # Torch's own generators (for token routing) are a function of the same key.
-        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.data_rank))
-        self.batches += 1
+    def begin_batch(self, batch: dict[str, Any]) -> BatchRng:
+        """The random numbers of a batch; also seeds torch's own generators (for token routing) from the same key.
+
+        Raises:
+            UserError: processes that share tokens have read different samples.
+        """
         self.stepped = False
+        if self._context_group is not None:
+            digest = stream("samples", *batch["index"].tolist(), *batch.get("key", ()))
+            require_same(digest, f"samples of batch {self.batches}", self._context_group, self.device)
+        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.data_rank))
+        return BatchRng(self.context.seed, self.batches, batch["index"])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        rng = self.begin_batch(batch)
+        self.batches += 1
         return self.loss(batch, rng)
 
     def configure_optimizers(self) -> Any:

@@ -65,7 +65,7 @@ from magihuman.training.optim import (
     require_shares,
     require_weights,
 )
-from magihuman.training.rng import BatchRng, stream
+from magihuman.training.rng import stream
 from magihuman.zoo.lora_files import save_lora
 from recipes.base import Recipe
 
@@ -162,9 +162,7 @@ class DMD2(Recipe):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         assert self.networks is not None
-        self.stepped = False
-        torch.manual_seed(stream(self.context.seed, "torch", self.batches, self.data_rank))
-        rng = BatchRng(self.context.seed, self.batches, batch["index"])
+        rng = self.begin_batch(batch)
         student_optimizer, fake_score_optimizer = self.optimizers()  # type: ignore[attr-defined]
         micro = list(
             micro_batches(

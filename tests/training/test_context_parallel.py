@@ -16,7 +16,7 @@ from torch import Tensor
 
 from magihuman.composition import plain
 from magihuman.config import validate
-from magihuman.context_parallel import context_group, parallelise
+from magihuman.context_parallel import context_group, parallelise, require_same
 from magihuman.errors import UserError
 from magihuman.models import attention
 from magihuman.models.config import DiTConfig
@@ -68,6 +68,9 @@ def child(rank: int, port: int, folder: str) -> None:
             for name, value in gradients(denoiser, 2).items():
                 apart = float((value - expected[name]).abs().max() / expected[name].abs().max())
                 found[f"{kind} {mode} {name}"] = apart
+    require_same(2**62, "samples", group, "cpu")
+    with pytest.raises(UserError, match="have different samples of batch 3"):
+        require_same(2**62 - rank, "samples of batch 3", group, "cpu")
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -95,7 +98,8 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
 
 NETWORK = ["model.dit.num_query_groups=2", "trainer.precision=fp32"]
 COMMON = [
-    *NETWORK, "trainer.max_steps=4", "checkpoint.every_steps=2", "data.module.batch_size=4", "optim.ema_decay=0.5",
+    *NETWORK, "trainer.max_steps=4", "trainer.log_every=1", "checkpoint.every_steps=2",
+    "data.module.batch_size=4", "optim.ema_decay=0.5",
     "+optim.eps=1e-4", "optim.warmup=1", "+callbacks.spy={_target_: training_stub.Spy}",
     "trainer.devices=%d", "strategy=%s",
 ]  # fmt: skip
