@@ -190,6 +190,7 @@ class TrainSettings:
     after_fit: dict[str, Any] | None = None
     name: str | None = None
     folder: str | None = None
+    sweep: str | None = None
     init: str | None = None
     model: ModelSettings | None = None
     decoder: Any = None
@@ -199,7 +200,8 @@ TEXTS = ("runs", "name", "folder", "resume", "init")
 """Settings at the top that are texts, whatever they look like."""
 
 WITHOUT_EFFECT = (
-    "runs", "name", "folder", "resume", "checkpoint", "logger", "trainer.threads", "trainer.progress", "trainer.log_every",
+    "runs", "name", "folder", "sweep", "resume", "checkpoint", "logger", "trainer.threads", "trainer.progress",
+    "trainer.log_every",
     "trainer.profile",
     "data.module.num_workers", "data.make.workers", "data.make.folder", "data.module.cache_dir", "data.module.cache_gb",
     "data.module.tries", "data.module.timeout",
@@ -255,8 +257,8 @@ def _refuse_old_names(node: Mapping[str, Any]) -> None:
 
 
 def groups() -> list[str]:
-    """Names of the configuration groups: the folders of configs/."""
-    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+    """Names of the configuration groups: the folders of configs/, without the sweeps, which are no part of a training."""
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "sweep")
 
 
 def _callbacks() -> list[str]:

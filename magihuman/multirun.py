@@ -62,13 +62,7 @@ class Sweep:
                         "name, or give name=NAME for the folders NAME-0, NAME-1, ..."
                     )
                 words = [*words, f"++folder={folder}"]
-            status, stopped_by = run_and_pass_signals([sys.executable, "-m", "magihuman.train", *words])
-            if status in (preemption.STOPPED, INTERRUPTED):
-                raise SystemExit(status)
-            if stopped_by:  # when the job was done, or before it handled signals
-                answer = preemption.told(preemption.requeue())
-                say(f"{stopped_by.name}: the sweep stops at job {number}; the same command continues; {answer}")
-                raise SystemExit(preemption.STOPPED)
+            status = run_job([sys.executable, "-m", "magihuman.train", *words], f"job {number}")
             if status:
                 self.failed[number] = f"status {status}"
         except UserError as error:
@@ -83,6 +77,25 @@ class Sweep:
         if self.failed:
             which = "; ".join(f"job {number}: {reason}" for number, reason in self.failed.items())
             raise UserError(f"{len(self.failed)} of the sweep's jobs failed, the others are done ({which})")
+
+
+def run_job(command: list[str], what: str) -> int:
+    """Run one of several trainings; its status.
+
+    Args:
+        what: for the message, such as "job 3".
+
+    Raises:
+        SystemExit: after a signal or Ctrl-C, with the status that says so; further trainings would not run either.
+    """
+    status, stopped_by = run_and_pass_signals(command)
+    if status in (preemption.STOPPED, INTERRUPTED):
+        raise SystemExit(status)
+    if stopped_by:  # when the training was done, or before it handled signals
+        answer = preemption.told(preemption.requeue())
+        say(f"{stopped_by.name}: the sweep stops at {what}; the same command continues; {answer}")
+        raise SystemExit(preemption.STOPPED)
+    return status
 
 
 def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None]:

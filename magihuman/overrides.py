@@ -34,6 +34,11 @@ def overrides(arguments: Sequence[str]) -> list[str]:
         if not equals or key.startswith("~") or name.startswith("hydra") or "@" in name:
             words.append(word)
             continue
+        if name == "sweep":
+            raise UserError(
+                f"{word}: sweeps are run by python -m magihuman.sweep {value}; to put a single training into a group of W&B "
+                f"set the variable MAGIHUMAN_SWEEP={value}"
+            )
         if re.fullmatch(r"\{\s*\}", value):
             raise UserError(f"{name}={value} changes nothing, since mappings are merged; {name}=null switches it off")
         if name not in groups():
@@ -93,22 +98,22 @@ def _readable(name: str, value: str) -> str:
         OverridesParser.create().parse_override(f"++{name}={value}")
     except HydraException:
         if value[0] not in "[{'\"":
-            return _quoted(value)
+            return quoted(value)
         try:
-            return _quoted(yaml.safe_load(value))
+            return quoted(yaml.safe_load(value))
         except yaml.YAMLError:
             pass  # a mistake, which Hydra explains
     return value
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A plain value in Hydra's grammar, texts in quotes."""
     if isinstance(value, str):
         return "'" + value.replace("'", "\\'") + "'"
     if isinstance(value, list):
-        return f"[{','.join(map(_quoted, value))}]"
+        return f"[{','.join(map(quoted, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_quoted(each)}' for key, each in value.items())}}}"
+        return f"{{{','.join(f'{key}:{quoted(each)}' for key, each in value.items())}}}"
     return "null" if value is None else str(value).lower()
 
 

@@ -78,6 +78,9 @@ def install() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), name="preemption", daemon=True).start()
     os.register_at_fork(after_in_child=_forget)
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, SIGNALS
+    )  # an element of a sweep blocks them while it becomes the training
 
 
 def received() -> str | None:

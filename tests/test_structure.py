@@ -43,6 +43,7 @@ FLOORS = {
         ("training",),
         ("distill",),
         ("multirun",),
+        ("sweep",),
         ("train", "infer"),
     ),
     "inference": (
