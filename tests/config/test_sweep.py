@@ -19,6 +19,7 @@ from magihuman.sweep import array, element
 from magihuman.sweep.__main__ import Options, launch, main, parse
 from magihuman.sweep.points import Point, Points, freeze, read_file
 from magihuman.sweep.table import last_loss, states, table, value_at
+from magihuman.training import lock
 from magihuman.training.runs import RunFolder
 
 METRIC = {"name": "metrics.loss", "goal": "min"}
@@ -137,6 +138,9 @@ def test_files_that_cannot_be_read_are_one_line() -> None:
 def write_run(folder: str, **record) -> Path:
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "run.json").write_text(json.dumps({"sweep": "s", **record}))
+    if record.get("status") == "running":  # by this process, which is alive
+        content = {"kernel": lock.this_kernel(), "pid": os.getpid(), "started": lock.start_time(os.getpid())}
+        Path(folder, lock.LOCK).write_text(json.dumps(content))
     return Path(folder)
 
 
