@@ -47,7 +47,7 @@ OWN = ("launcher", "sbatch", "parallel", "dry_run", "name", "runs", "element", "
 
 
 @dataclass
-class Options:
+class SweepCommand:
     """The command line.
 
     Attributes:
@@ -97,7 +97,7 @@ def main() -> None:
             launch(options)
 
 
-def parse(arguments: Sequence[str]) -> Options:
+def parse(arguments: Sequence[str]) -> SweepCommand:
     """The options of command-line words.
 
     Raises:
@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str]) -> Options:
     if len(bare) > 1 and bare[1:] != ["status"]:
         word = next(word for word in bare[1:] if word != "status")
         raise UserError(f"{word!r} is not of the form key=value; the only command behind NAME is status")
-    options = Options(bare[0], [], status=len(bare) == 2)
+    options = SweepCommand(bare[0], [], status=len(bare) == 2)
     values: dict[str, str] = {}
     for word in rest:
         if word in bare:
@@ -135,7 +135,7 @@ def parse(arguments: Sequence[str]) -> Options:
     return options
 
 
-def _fill(options: Options, values: dict[str, str]) -> None:
+def _fill(options: SweepCommand, values: dict[str, str]) -> None:
     for key, value in values.items():
         if key in ("dry_run", "sort"):
             if value not in ("true", "false"):
@@ -161,7 +161,7 @@ def _fill(options: Options, values: dict[str, str]) -> None:
 # ---- Commands ----
 
 
-def show(options: Options) -> None:
+def show(options: SweepCommand) -> None:
     """Print the table of a sweep."""
     from magihuman.sweep.array import FILE, in_queue
     from magihuman.sweep.points import Points
@@ -172,7 +172,7 @@ def show(options: Options) -> None:
     print(table(points, states(points, queue), options.sort))
 
 
-def launch(options: Options) -> None:
+def launch(options: SweepCommand) -> None:
     """Start what has not finished."""
     from magihuman.sweep.points import Points, freeze, read_file
     from magihuman.sweep.table import FINISHED, RUNNING, counted, states
@@ -218,7 +218,7 @@ def launch(options: Options) -> None:
         )
 
 
-def _here(options: Options, points: "Points", left: Sequence[int]) -> None:
+def _here(options: SweepCommand, points: "Points", left: Sequence[int]) -> None:
     """One after the other, each in a process of its own."""
     from magihuman.multirun import run_job
     from magihuman.sweep.table import FINISHED, states, table
@@ -241,7 +241,7 @@ def _here(options: Options, points: "Points", left: Sequence[int]) -> None:
         )
 
 
-def _in_slurm(options: Options, points: "Points", left: Sequence[int]) -> None:
+def _in_slurm(options: SweepCommand, points: "Points", left: Sequence[int]) -> None:
     """Write the array, and submit it."""
     from magihuman.sweep.array import submit, write_array
     from magihuman.sweep.element import mark_queued, restore

@@ -16,7 +16,7 @@ from magihuman.config import available
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
 from magihuman.sweep import array, element
-from magihuman.sweep.__main__ import Options, launch, main, parse
+from magihuman.sweep.__main__ import SweepCommand, launch, main, parse
 from magihuman.sweep.points import Point, Points, freeze, read_file
 from magihuman.sweep.table import last_loss, states, table, value_at
 from magihuman.training import lock
@@ -469,7 +469,7 @@ def test_the_array_has_the_size_of_a_training(monkeypatch) -> None:
         "data.module.batch_size=8",
         "trainer.accelerator=cpu",
     )
-    options = Options("s", [])
+    options = SweepCommand("s", [])
     array.write_array(frozen(words, seeds=1), options.folder, [0], options.again, "", None)
     assert {name: array_of()[name] for name in ("--nodes", "--ntasks-per-node")} == {
         "--nodes": "2",
