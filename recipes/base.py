@@ -53,7 +53,8 @@ class Recipe(L.LightningModule):
         ema: average of its weights, or None.
         step: optimiser steps so far; batches: batches of this process so far. Both are kept over a resume.
         stepped: whether the latest batch completed a step; only then callbacks log, save and stop.
-        meter: averages for the next log line; excluded_seconds: time of callbacks since the last one.
+        meter: averages for the next log line; spent: seconds of callbacks since the last one, by
+            what they did.
         optimizers_needed: number of optimisers of the recipe; more than one excludes DeepSpeed.
         may_differ_from_init: settings of the model in which it may differ from the checkpoint `init`.
         fixed_on_resume: names of the recipe's settings that a resumed training must not change (`gan.taps` for a setting
@@ -86,7 +87,7 @@ class Recipe(L.LightningModule):
         self.batches = 0
         self.stepped = False
         self.meter = Meter(self.watched)
-        self.excluded_seconds = 0.0
+        self.spent: dict[str, float] = {}
         self._not_finite: dict[str, int] = {}
         self._context_group: Any = None
 

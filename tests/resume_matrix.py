@@ -54,7 +54,7 @@ RECIPES = {
     "lora": ["+recipe=lora"],
 }
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
-TIMES = ("samples_per_s", "tflops", "memory_gb", "mfu", "seconds", "time/")
+TIMES = ("samples_per_s", "tflops", "memory_gb", "mfu", "seconds", "time/", "straggler")
 """Columns of metrics.csv that are measured times and memory."""
 
 

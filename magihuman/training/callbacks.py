@@ -1,6 +1,7 @@
 """Lightning callbacks: log lines and progress, validation metrics, sample clips, limits; and the `Meter` of averages."""
 
 import math
+import platform
 import sys
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from lightning.fabric.utilities import move_data_to_device
 from magihuman.errors import UserError
 from magihuman.media.contact_sheet import draw_contact_sheet
 from magihuman.models.gpu_specs import peak_flops
+from magihuman.training.profiling import ForwardTimer, LoaderTimer, SlowParts, straggler
 from magihuman.training.rng import BatchRng
 
 RECORD_SECONDS = 30.0
@@ -90,13 +92,13 @@ class Meter:
 
 
 @contextmanager
-def excluded_time(recipe: Any) -> Iterator[None]:
-    """Exclude the time of the block from the throughput."""
+def spent(recipe: Any, what: str) -> Iterator[None]:
+    """Count the time of the block as `what`, and exclude it from the throughput."""
     start = time.monotonic()
     try:
         yield
     finally:
-        recipe.excluded_seconds += time.monotonic() - start
+        recipe.spent[what] = recipe.spent.get(what, 0.0) + time.monotonic() - start
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
@@ -114,6 +116,15 @@ def resident_gb() -> float:
     return pages * 4096 / 1e9
 
 
+def _hosts() -> list[str]:
+    """Name of each process's machine."""
+    hosts: list[Any] = [platform.node()]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        hosts = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(hosts, platform.node())
+    return hosts
+
+
 class LogLines(L.Callback):
     """Logs averages, learning rate, throughput, memory and MFU every `every` steps, and shows progress.
 
@@ -121,6 +132,10 @@ class LogLines(L.Callback):
     line, without the time of callbacks; `mfu` is its share of the GPU's bf16 peak, whatever the precision. Recomputed
     activations and evaluation count in neither. `seconds` is the time of the training so far, evaluation and the time
     before a resume included.
+
+    `time/data`, `time/checkpoint`, `time/evaluation` and `time/step`, all the rest, are shares of the wall time since the
+    last line and add up to 1. `straggler` is the slowest process's time of a step as a multiple of the median. What a
+    training waits for is named (`magihuman.training.profiling`).
 
     A terminal gets a progress bar, other outputs a line every half minute, as does `progress` in run.json.
 
@@ -155,16 +170,35 @@ class LogLines(L.Callback):
         self._begun = (0.0, 0)
         self._flops = 0.0
         self._samples = 0
+        self._lined = 0
+        self._shares: dict[str, float] = {}
+        self._loading = LoaderTimer()
+        self._forward = ForwardTimer()
+        self._slow: SlowParts | None = None
+
+    @property
+    def profiler(self) -> LoaderTimer:
+        """For the trainer: measures the waits for data."""
+        return self._loading
 
     def on_train_start(self, trainer: L.Trainer, recipe: Any) -> None:
-        recipe.excluded_seconds = 0.0
+        recipe.spent = {}
+        self._loading.take()
+        self._slow = SlowParts(_hosts(), getattr(trainer.datamodule, "num_workers", None))  # type: ignore[attr-defined]
         self._clock = self._printed = time.monotonic()
         self._begun = (self._clock, recipe.step)
+        self._lined = recipe.step
         self._record(trainer, recipe, self._clock)
         if self.progress and trainer.is_global_zero and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=recipe.max_steps, initial=recipe.step, desc="training", unit="step", smoothing=0.05)
+
+    def on_train_batch_start(self, trainer: L.Trainer, recipe: Any, batch: Any, batch_idx: int) -> None:
+        self._forward.start(recipe.device)
+
+    def on_before_backward(self, trainer: L.Trainer, recipe: Any, loss: torch.Tensor) -> None:
+        self._forward.stop(recipe.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         together = recipe.context.strategy.context_parallel  # processes that share these samples
@@ -202,7 +236,8 @@ class LogLines(L.Callback):
     def _line(self, trainer: L.Trainer, recipe: Any, device: torch.device) -> None:
         metrics = recipe.meter.flush(device)
         now = time.monotonic()
-        seconds = max(1e-9, now - self._clock - recipe.excluded_seconds)
+        wall = max(1e-9, now - self._clock)
+        seconds = max(1e-9, wall - sum(recipe.spent.values()))
         metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["samples_per_s"] = self._samples / seconds
         metrics["tflops"] = self._flops / seconds / 1e12
@@ -213,7 +248,22 @@ class LogLines(L.Callback):
         else:
             metrics["memory_gb"] = resident_gb()
         metrics["seconds"] = self.limits.elapsed
-        self._clock, self._flops, self._samples, recipe.excluded_seconds = now, 0.0, 0, 0.0
+        if (damaged := getattr(trainer.datamodule, "skipped", None)) is not None:  # type: ignore[attr-defined]
+            metrics["damaged_samples"] = len(damaged)
+        loading, forward = self._loading.take(), self._forward.take()
+        parts = {"data": loading, "checkpoint": 0.0, "evaluation": 0.0, **recipe.spent}
+        parts["step"] = max(0.0, wall - sum(parts.values()))
+        self._shares = {name: value / wall for name, value in parts.items()}
+        metrics |= {f"time/{name}": share for name, share in self._shares.items()}
+        mine = torch.tensor([wall, loading, forward], device=device)
+        table = trainer.strategy.all_gather(mine).reshape(-1, 3).tolist()
+        metrics["straggler"] = straggler(table)[1]
+        if self._begun[1] < self._lined:  # workers start before the first line
+            for line in self._slow.add(table) if self._slow is not None else ():
+                if trainer.is_global_zero:
+                    print(f"note: {line}", flush=True)
+        self._lined = recipe.step
+        self._clock, self._flops, self._samples, recipe.spent = now, 0.0, 0, {}
         self.last.update(metrics)
         log(trainer, metrics, recipe.step)
         self._show(trainer, recipe, now)
@@ -228,8 +278,10 @@ class LogLines(L.Callback):
             self._printed = now
             left = self._seconds_left(recipe, now) or 0.0
             values = "  ".join(f"{k} {v}" for k, v in shown.items())
+            shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in self._shares.items() if share >= 0.005)
             print(
-                f"step {recipe.step}/{recipe.max_steps}  {values}  about {left / 60:.1f} min left{self.afterwards}",
+                f"step {recipe.step}/{recipe.max_steps}  {values}  time: {shares}  about {left / 60:.1f} min left"
+                f"{self.afterwards}",
                 flush=True,
             )
 
@@ -332,7 +384,7 @@ class Divergence(L.Callback):
     The rule: in each of the last `WINDOW` steps, a loss that the recipe watches (`Recipe.watched`) was more than `FACTOR`
     times its value in the first step, which is computed with the initial weights. A few unusual batches at the end do not
     matter. Of a shorter training the last half counts, at least `FEWEST` steps; one of fewer steps is not judged.
-    `divergence/LOSS` is logged: the smallest of these losses divided by the first value; above `FACTOR` the training stops.
+    `divergence/LOSS` is logged: the loss of the step of a check divided by its first value, to compare with `FACTOR`.
 
     Args:
         every: steps between checks; the last step is always checked.
@@ -378,8 +430,8 @@ class Divergence(L.Callback):
                     self.first[name] = losses[0]
                 continue
             first, losses = self.first[name], losses[-window:]
-            if losses and math.isfinite(min(losses)):
-                recipe.meter.add(f"divergence/{name}", min(losses) / first)
+            if losses and math.isfinite(losses[-1]):
+                recipe.meter.add(f"divergence/{name}", losses[-1] / first)
             if len(losses) == window and min(losses) > self.FACTOR * first:
                 raise UserError(
                     f"the training diverged: {name} is {losses[-1]:.4g} at step {recipe.step}, and in the last {window} "
@@ -445,7 +497,7 @@ class Validation(L.Callback):
         due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
         if self._batch is None or not due or not recipe.stepped:
             return
-        with excluded_time(recipe), evaluating(recipe.network):
+        with spent(recipe, "evaluation"), evaluating(recipe.network):
             rng = BatchRng(self.seed, 0, range(len(self._batch["video"])))
             metrics = recipe.validation_metrics(recipe.network, self._batch, rng)
         for name, value in metrics.items():
@@ -515,7 +567,7 @@ class Samples(L.Callback):
         # another one.
         strategy = recipe.context.strategy
         if trainer.is_global_zero or strategy.name in ("fsdp2", "zero3") or strategy.context_parallel > 1:
-            with excluded_time(recipe):
+            with spent(recipe, "evaluation"):
                 self.sample(trainer, recipe)
 
     def sample(self, trainer: L.Trainer, recipe: Any) -> None:

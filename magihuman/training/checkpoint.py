@@ -34,6 +34,7 @@ from magihuman.config import CheckpointSettings
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, replace
 from magihuman.schema import locate, one_line
+from magihuman.training.callbacks import spent
 from magihuman.training.checkpoint_check import DamagedError, check, check_data, write_metadata_checksum, zero_processes
 
 LAST = "last.ckpt"
@@ -276,7 +277,8 @@ class Checkpointer(L.Callback):
             late = time.monotonic() - self._clock > 60 * self.settings.every_minutes
             due = due or bool(trainer.strategy.broadcast(late))
         if due or trainer.should_stop:
-            self.save(trainer, recipe)
+            with spent(recipe, "checkpoint"):
+                self.save(trainer, recipe)
 
     def save(self, trainer: L.Trainer, recipe: Any) -> Path:
         """Save now (on all processes); returns the checkpoint's path. Once per step.

@@ -29,6 +29,7 @@ from magihuman.training.callbacks import DataWarnings, Divergence, Limits, LogLi
 from magihuman.training.checkpoint import Checkpointer, Preemption
 from magihuman.training.loggers import build_loggers
 from magihuman.training.parallel import build_strategy, check_device, check_launch, plugins
+from magihuman.training.profiling import Profile
 from magihuman.training.runs import RunFolder
 
 
@@ -316,7 +317,9 @@ class Session:
                 self.lines,
                 self.checkpointer,
                 self.preemption,
+                *([Profile(run.path / "profile")] if options.profile else []),
             ],
+            profiler=self.lines.profiler,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -270,7 +270,7 @@ def _identifier(record: Mapping[str, Any], folder: RunFolder) -> str:
     agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     if agent is None:
         return kept or os.urandom(4).hex()
-    if kept not in (None, agent):
+    if kept not in (None, agent) and record.get("starts", 1) > 1:
         print(
             f"note: W&B's agent has a new run {agent} for {folder.path}; the earlier part of the training is in {kept}",
             flush=True,

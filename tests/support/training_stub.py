@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from magihuman.errors import NotApplicable
 from magihuman.models.config import Contract
+from magihuman.training.profiling import SlowParts
 
 CONTRACT = Contract(
     video_codec="stub", audio_codec="stub", text_encoder="stub", video_channels=3, audio_channels=4,
@@ -285,3 +287,23 @@ def puppets_only() -> None:
 def fixed_score() -> dict[str, Any]:
     """An evaluation whose score is known."""
     return {"sync": {"value": 0.9, "low": 0.8, "high": 1.0}}
+
+
+class SlowForward(L.Callback):
+    """Makes the forward pass of one process longer, and has slow processes named at once, into a file.
+
+    Args:
+        seconds: per batch.
+    """
+
+    def __init__(self, rank: int, seconds: float, said: str) -> None:
+        self.rank, self.seconds = rank, seconds
+        SlowParts.WINDOW = 0.0
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stdout = Path(said).open("w")  # noqa: SIM115
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        time.sleep(self.seconds * (trainer.global_rank == self.rank))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        sys.stdout.flush()

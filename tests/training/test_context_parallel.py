@@ -140,7 +140,7 @@ def assert_same_training(alone: Path, shared: Path, other: tuple[str, ...] = ())
     """
     compared = 0
     for one, two in zip(metrics(alone), metrics(shared), strict=True):
-        measured = "samples_per_s", "tflops", "memory_gb", "seconds", *other
+        measured = "samples_per_s", "tflops", "memory_gb", "seconds", "time/", "straggler", *other
         for name in (name for name in one if not name.startswith(measured)):
             assert bool(one[name]) == bool(two[name]), name
             if one[name]:

@@ -147,7 +147,7 @@ def test_in_a_sweep_of_wandb_the_run_is_its_agents(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "agent1")
     run = RunFolder(tmp_path / "a")
-    run.update(wandb="before1")
+    run.update(wandb="before1", starts=2)
     opened(run).close()
     assert "W&B's agent has a new run agent1" in capsys.readouterr().out
     (found,) = wandb_record.read(run.path)
@@ -362,6 +362,7 @@ def test_a_training_logs_its_losses_by_modality_and_noise_level_and_ends_with_it
     logged = set().union(*steps)
     assert {
         "loss/video", "loss/audio", "grad_norm", "not_finite", "lr", "samples_per_s", "tflops", "memory_gb", "divergence/loss",
+        "damaged_samples", "time/data", "time/step", "time/checkpoint", "time/evaluation",
     } <= logged  # fmt: skip
     for modality in ("video", "audio"):
         assert [name for name in logged if name.startswith(f"{modality}/sigma_")]
