@@ -6,6 +6,7 @@
 Every evaluation that trainings start when they end writes this file next to its result file; `eval.compare_runs` reads it.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ PromptMeans = dict[str, float]
 """Prompt -> mean over its clips; prompts of which a clip has no value are left out."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ClipValues:
     """Content of a file.
 
@@ -132,8 +133,10 @@ def _score(measure: Mapping[str, Any]) -> dict[str, Any]:
 
 def _means(prompts: Sequence[str], rows: Sequence[Sequence[float | None]]) -> PromptMeans:
     """Mean per prompt. Held-out puppets can have the same caption: their clips are of one prompt, too."""
+    if len(rows) != len(prompts):
+        raise ValueError(f"it has {len(rows)} values of {len(prompts)} prompts")
     clips: dict[str, list[float]] = defaultdict(list)
-    for prompt, row in zip(prompts, rows, strict=True):
-        clips[prompt] += [float("nan") if value is None else float(value) for value in row]
-    means = {prompt: float(np.mean(values)) for prompt, values in clips.items() if values}
-    return {prompt: value for prompt, value in means.items() if np.isfinite(value)}
+    for prompt, value in zip(prompts, np.array(rows, float).mean(1).tolist(), strict=True):  # None is NaN
+        clips[prompt].append(value)
+    means = {prompt: sum(values) / len(values) for prompt, values in clips.items()}
+    return {prompt: value for prompt, value in means.items() if math.isfinite(value)}
