@@ -243,6 +243,32 @@ class Spy(L.Callback):
         file.write_text(json.dumps(self.seen))
 
 
+class ShardSizes(L.Callback):
+    """Writes down the numbers that this process holds of network, average and moments, to sizes-RANK.json."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.measure(trainer, pl_module)
+
+    def measure(self, trainer: Any, pl_module: Any) -> None:
+        import json
+
+        def local(tensors: Any) -> int:
+            return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
+
+        state = trainer.optimizers[0].state.values()
+        sizes = {
+            "whole": sum(weight.numel() for weight in pl_module.denoiser.parameters()),
+            "weights": local(pl_module.denoiser.parameters()),
+            "average": local(pl_module.ema.module.parameters()),
+            "moments": local(moment for s in state for moment in (s["exp_avg"], s["exp_avg_sq"])),
+        }
+        file = Path(trainer.default_root_dir) / f"sizes-{trainer.global_rank}.json"
+        file.write_text(json.dumps(sizes))
+
+
 class FakeClip:
     """Four grey frames."""
 
