@@ -395,18 +395,18 @@ def _check_pairs(settings: TrainSettings) -> None:
             f"strategy.replicas={strategy.replicas} should divide the {processes} processes (trainer.devices * "
             "trainer.nodes); 1 shards over all of them"
         )
-    if strategy.name != "fsdp2" and strategy.replicas not in ("auto", 1):
-        raise UserError(
-            f"strategy.replicas={strategy.replicas} is a setting of strategy=fsdp2, and strategy={strategy.name} has no "
-            "replicas of shards; leave it out"
-        )
+    for setting, given, takers in (
+        (f"strategy.replicas={strategy.replicas}", strategy.replicas not in ("auto", 1), ("fsdp2",)),
+        ("strategy.reshard_after_forward=false", not strategy.reshard_after_forward, ("fsdp2",)),
+        ("strategy.offload=true", strategy.offload, ("fsdp2", "zero1", "zero2", "zero3")),
+        ("checkpoint.asynchronous=true", settings.checkpoint.asynchronous, ("fsdp2",)),
+    ):
+        if given and strategy.name not in takers:
+            raise UserError(
+                f"{setting} is for strategy={' or '.join(takers)} and does nothing with strategy={strategy.name}; leave it out"
+            )
     if strategy.context_parallel > 1:
         _check_context_parallel(settings)
-    if settings.checkpoint.asynchronous and strategy.name != "fsdp2":
-        raise UserError(
-            f"checkpoint.asynchronous=true is for the sharded checkpoints of strategy=fsdp2, not for strategy={strategy.name}; "
-            "leave it out"
-        )
     if strategy.name.startswith("zero"):
         if optim.algorithm == "muon":
             raise UserError(

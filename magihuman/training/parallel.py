@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 from magihuman.config import StrategySettings, TrainerSettings
@@ -171,7 +172,8 @@ class FSDP2Strategy(_CheckedLoad, ModelParallelStrategy):
 
 
 class _Copies(AsyncStager):
-    """A stager of `async_save` that copies to the CPU in the training's thread; torch's own cannot copy 8-bit moments."""
+    """A stager of `async_save` that copies to the CPU in the training's thread; torch's own cannot copy 8-bit moments, nor
+    can `Tensor.clone`."""
 
     _synchronize_after_execute = False
 
@@ -184,6 +186,10 @@ class _Copies(AsyncStager):
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if is_traceable_wrapper_subclass(tensor):  # a shard (DTensor), 8-bit moments, or both
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: _copy(getattr(tensor, name)) for name in names}
+        return tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
     tensor = tensor.detach()
     return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
 

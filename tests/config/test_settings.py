@@ -99,7 +99,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
         (["+recipe=pretrain", "strategy=zero2", "optim=adamw8bit"], "shards the moments by itself"),
         (
             ["+recipe=pretrain", "strategy=ddp", "checkpoint.asynchronous=true"],
-            "checkpoint.asynchronous=true is for the sharded checkpoints of strategy=fsdp2, not for strategy=ddp",
+            "checkpoint.asynchronous=true is for strategy=fsdp2 and does nothing with strategy=ddp",
         ),
         (["+recipe=dmd2", "strategy=zero1", "optim=adamw"], "choose strategy=fsdp2"),
         (
@@ -112,7 +112,15 @@ def test_every_model_size_builds_its_settings(size) -> None:
         ),
         (
             ["+recipe=pretrain", "strategy=ddp", "trainer.devices=2", "strategy.replicas=2"],
-            "strategy.replicas=2 is a setting of strategy=fsdp2",
+            "strategy.replicas=2 is for strategy=fsdp2 and does nothing with strategy=ddp; leave it out",
+        ),
+        (
+            ["+recipe=pretrain", "strategy.reshard_after_forward=false"],
+            "does nothing with strategy=single; leave it out",
+        ),
+        (
+            ["+recipe=pretrain", "strategy=ddp", "strategy.offload=true"],
+            "strategy.offload=true is for strategy=fsdp2 or zero1",
         ),
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
         (["+recipe=dmd2", "+recipe.critic.lr=1e-4"], "recipe.critic is recipe.fake_score since version 0.2.0"),

@@ -32,12 +32,13 @@ class Launcher:
 
     Args:
         more: overrides of all of them; "%d" and "%s" become the number of processes and the strategy.
+        seconds: after which a training is killed.
     """
 
     child = staticmethod(train_child)
 
-    def __init__(self, shards: Path, more: list[str] = MORE) -> None:
-        self.shards, self.more = shards, more
+    def __init__(self, shards: Path, more: list[str] = MORE, seconds: int = 120) -> None:
+        self.shards, self.more, self.seconds = shards, more, seconds
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
 
@@ -59,7 +60,7 @@ class Launcher:
             arguments = (str(folder), str(self.shards), [*chosen, *overrides], environment)
             processes.append(self.context.Process(target=self.child, args=arguments))
             processes[-1].start()
-        processes[0].join(120)
+        processes[0].join(self.seconds)
         for process in processes:
             process.join(60 if processes[0].exitcode == 0 else 0.1)
             process.kill()

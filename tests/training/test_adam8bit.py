@@ -1,6 +1,7 @@
 """AdamW with moments in 8 bits against AdamW in fp32: its steps, its memory, what it leaves alone, and its checkpoints."""
 
 import io
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from magihuman.models.dit import SingleStreamDiT
 from magihuman.training.adam8bit import require_torchao
 from magihuman.training.checkpoint_check import check
 from magihuman.training.optim import build_optimizer, fill_state
+from magihuman.training.parallel import _Copies
 from magihuman.zoo.footprint import moment_block, moment_bytes
 
 installed = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -146,19 +148,36 @@ def test_without_torchao_it_is_refused(monkeypatch) -> None:
 
 
 @installed
+def test_an_asynchronous_checkpoint_takes_a_copy_of_the_moments() -> None:
+    weight = nn.Parameter(torch.ones(16, 256))
+    made = optimizer({"w": weight})
+    weight.grad = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    made.step()
+    moment = made.state[weight]["exp_avg"]
+    staged = _Copies().stage({"state": [made.state[weight]]})["state"][0]
+    before = moment.codes.clone()
+    weight.grad = -weight.grad
+    made.step()
+    assert is_8bit(staged["exp_avg"])
+    assert torch.equal(staged["exp_avg"].codes, before)
+    assert not torch.equal(moment.codes, before)
+    assert (float(staged["step"]), float(made.state[weight]["step"])) == (1, 2)
+
+
+@installed
 @pytest.mark.slow
 def test_sharded_moments_continue_on_two_processes_exactly_and_on_three(shards, tmp_path) -> None:
-    wide = [*WIDE, "optim=adamw8bit", "optim.lr=1e-3", "data.module.batch_size=6"]
+    wide = [*WIDE, "optim=adamw8bit", "optim.schedule=constant", "data.module.batch_size=6", "trainer.precision=fp32"]
     world = Launcher(shards)
-    through, killed, three = tmp_path / "through", tmp_path / "killed", tmp_path / "three"
+    through, stopped, three = tmp_path / "through", tmp_path / "stopped", tmp_path / "three"
     assert world.run(through, "fsdp2", 2, *wide) == [0, 0]
-    die = "+callbacks.die={_target_: training_stub.DieAt, batch: 4}"
-    for folder in (killed, three):
-        world.run(folder, "fsdp2", 2, *wide, die)
-    assert world.run(killed, "fsdp2", 2, *wide) == [0, 0]
+    # Written while the training goes on, or would: the copies of 8-bit moments are ours.
+    assert world.run(stopped, "fsdp2", 2, *wide, "trainer.max_steps=3", "checkpoint.asynchronous=true") == [0, 0]
+    shutil.copytree(stopped, three, symlinks=True)
+    assert world.run(stopped, "fsdp2", 2, *wide) == [0, 0]
     assert world.run(three, "fsdp2", 3, *wide) == [0, 0, 0]
     assert sorted(p for rank in seen(three).values() for p in rank) == list(range(18, 30))
-    whole, resumed, other = exported(through), exported(killed), exported(three)
+    whole, resumed, other = exported(through), exported(stopped), exported(three)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     for key, weight in whole.items():
         apart = (weight.float() - other[key].float()).norm()
