@@ -212,8 +212,8 @@ def require_same(number: int, what: str, group: Any, device: torch.device | str)
     top, bottom = highest.tolist()
     if top != -bottom:
         raise UserError(
-            f"the processes that share tokens (strategy.context_parallel) have different {what}; a file that only some of "
-            "them can read, or data that differ between nodes, may be the cause: copy the shards again"
+            f"the processes that share tokens (strategy.context_parallel) have different {what}: a file or a connection "
+            "failed for some of them only, or the data differ between nodes; mend that, and the same command continues"
         )
 
 
