@@ -260,8 +260,12 @@ def requeue() -> str:
     facts: dict[str, str] = dict(re.findall(r"(\w+)=(\S*)", shown))
     if facts.get("BatchFlag") == "0":
         return "an interactive job, which Slurm cannot requeue"
-    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED")
-    if ending and facts.get("Reason") != "TimeLimit":
+    if (
+        int(facts.get("Restarts") or 0) > slurm_restarts()
+    ):  # Slurm itself preempts by a requeue, or a person asked for one
+        return ACCEPTED
+    # scancel and the time limit end a job with SIGTERM, too; a job that was cancelled must not rise again.
+    if facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit":
         return "the job is being cancelled"
     done = _scontrol("requeue", job)
     return ACCEPTED if done.returncode == 0 else " ".join((done.stderr or done.stdout).split()) or "scontrol failed"

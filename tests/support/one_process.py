@@ -17,9 +17,13 @@ MORE = [
 
 
 def _child(folder: str, shards: str, overrides: list[str], environment: dict[str, str]) -> None:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     from magihuman import preemption
 
     os.environ.update(environment)
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # a real process learns it at import
+    preemption.GRACE = float(environment.get("TEST_GRACE", preemption.GRACE))
     preemption.install()
     torch.set_num_threads(1)
     training_stub.train_here(Path(folder), Path(shards), overrides)

@@ -153,9 +153,10 @@ def pause(file: str) -> None:
         time.sleep(60)
 
 
-def make_slowly(file: str, shards: str) -> str:
-    """Stands in for `data.make`."""
-    pause(file)
+def make_slowly(file: str, shards: str, rank: int | None = None) -> str:
+    """Stands in for `data.make`; waits in the process `rank` only."""
+    if rank is None or os.environ.get("LOCAL_RANK") == str(rank):
+        pause(file)
     return shards
 
 

@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import training_stub
+from free_port import free_port
 from one_process import Processes, assert_same_training
 
 from magihuman import preemption
+from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
-from magihuman.training.lock import LOCK
+from magihuman.training.lock import LOCK, RunLock, state_of
+from magihuman.training.runs import RunFolder
 
 EVALUATIONS = (
     "after_fit={first: {_target_: training_stub.evaluate_slowly, file: %s/first, wait: %s}, "
@@ -101,6 +105,75 @@ def test_a_signal_at_any_stage_is_recorded_and_requeued_and_changes_nothing(
     assert record["results"]["first"] == {"calls": calls["first"]}
 
 
+def two_processes(rank: int) -> dict[str, str]:
+    """Variables of a launcher for one of two processes."""
+    return {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "TEST_GRACE": "2"}
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_of_two_while_the_other_waits_for_it(processes, tmp_path) -> None:
+    """Process 0 waits for process 1 in C code, and nobody signals it."""
+    reached, folder = tmp_path / "data", tmp_path / "run"
+    make = f"{{_target_: training_stub.make_slowly, file: {reached}, shards: {processes.shards}, rank: 1}}"
+    overrides = [f"++data.make={make}", "~data.module.shards", "trainer.devices=2", "strategy=ddp"]
+    overrides += ["data.module.batch_size=4"]
+    port = str(free_port())
+    both = [processes.start(folder, *overrides, MASTER_PORT=port, **two_processes(rank)) for rank in (0, 1)]
+
+    def waiting() -> bool:
+        return reached.exists() and RunFolder(folder).read().get("stage") == "training"
+
+    wait_for(waiting, both[0].is_alive)
+    os.kill(both[1].pid, signal.SIGUSR1)
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [preemption.STOPPED] * 2
+    record = RunFolder(folder).read()
+    assert (record["status"], record["stage"]) == ("preempted", "training")
+    assert not (folder / LOCK).exists()
+
+
+@pytest.mark.slow
+def test_signals_and_kills_of_processes_that_the_training_starts_itself(shards, tmp_path) -> None:
+    """A signal to the second process alone stops both; the second ends with the first, which then continues."""
+    folder, support = tmp_path / "run", CONFIGS.parent / "tests" / "support"
+    words = [*training_stub.SMALL, "+recipe=pretrain", f"folder={folder}", f"data.module.shards={shards}"]
+    words += [
+        "trainer.devices=2",
+        "strategy=ddp",
+        "data.module.batch_size=4",
+        "trainer.max_steps=2000",
+        "trainer.log_every=1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "magihuman.train",
+        *words,
+        "+callbacks.slow={_target_: training_stub.DieAt, delay: 0.05}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{CONFIGS.parent}:{support}", "OMP_NUM_THREADS": "1"}
+
+    def start() -> tuple[subprocess.Popen, int]:
+        """The first process, and the id of the second, when a step is done."""
+        (folder / "metrics.csv").unlink(missing_ok=True)
+        first = subprocess.Popen(command, cwd=CONFIGS.parent, env=environment)
+        wait_for((folder / "metrics.csv").exists, lambda: first.poll() is None, 400)
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        (second,) = [int(pid) for pid in children if b"magihuman.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return first, second
+
+    first, second = start()
+    os.kill(second, signal.SIGUSR1)
+    assert first.wait(60) == preemption.STOPPED
+    assert RunFolder(folder).read()["status"] == "preempted"
+    first, second = start()
+    first.kill()
+    first.wait()
+    wait_for(lambda: not Path(f"/proc/{second}").exists(), lambda: True, 20)
+    assert state_of(folder) == "lost"
+
+
 def test_a_signal_in_the_first_moments_requeues_before_anything_begins(tmp_path) -> None:
     asked = write_scontrol(tmp_path / "bin")
     environment = {
@@ -147,8 +220,12 @@ def test_why_a_job_is_not_requeued(slurm, monkeypatch) -> None:
     assert preemption.requeue() == "Requested operation is presently disabled for job 17"
     slurm(facts="JobState=RUNNING BatchFlag=0")
     assert "interactive job" in preemption.requeue()
-    slurm(facts="JobState=COMPLETING BatchFlag=1 Reason=None")  # scancel: Slurm would start it again
-    assert preemption.requeue() == "the job is being cancelled"
+    # As Slurm 21.08 answers while a signal is handled.
+    asked = slurm(facts="JobState=COMPLETING Reason=None Requeue=1 Restarts=0 BatchFlag=1")
+    assert preemption.requeue() == "the job is being cancelled"  # by scancel; it would start again
+    slurm(facts="JobState=COMPLETING Reason=None Requeue=1 Restarts=1 BatchFlag=1")
+    assert preemption.requeue() == "accepted"  # Slurm requeues it already
+    assert "requeue 17" not in asked.read_text().splitlines()[-2:]
     slurm(facts="JobState=COMPLETING BatchFlag=1 Reason=TimeLimit")
     assert preemption.requeue() == "accepted"
     monkeypatch.setenv("SLURM_PROCID", "1")
@@ -244,3 +321,40 @@ print("done")
 """
     result = run_python(code)
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_a_queued_run_is_no_training_yet_and_run_json_follows_it(shards, tmp_path) -> None:
+    run = RunFolder(tmp_path)
+    run.update(status="queued", sweep="rates", wandb="abc")
+    training_stub.train_here(tmp_path, shards, ["+recipe=pretrain", "resume=none"])
+    record = run.read()
+    assert (record["status"], record["stage"], record["sweep"], record["wandb"]) == ("finished", None, "rates", "abc")
+    assert (record["host"], record["pid"], record["job"]) == (os.uname().nodename, os.getpid(), None)
+    assert record["progress"].keys() == {"step", "max_steps", "seconds_left", "time"}
+    assert (record["progress"]["step"], record["progress"]["max_steps"], record["progress"]["seconds_left"]) == (
+        3,
+        3,
+        0.0,
+    )
+    with pytest.raises(UserError, match="holds a training already"):
+        training_stub.train_here(tmp_path, shards, ["+recipe=pretrain", "resume=none"])
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(shards, tmp_path) -> None:
+    run = RunFolder(tmp_path)
+    run.update(status="running", starts=1)
+    before = (tmp_path / "run.json").read_bytes()
+    with RunLock(tmp_path), pytest.raises(UserError, match="is in use by process"):
+        training_stub.train_here(tmp_path, shards, ["+recipe=pretrain"])
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_an_error_before_anything_begins_leaves_no_folder_but_ends_a_queued_run(shards, tmp_path) -> None:
+    wrong = ["+recipe=pretrain", "init=nowhere"]
+    with pytest.raises(UserError, match="init=nowhere"):
+        training_stub.train_here(tmp_path / "run", shards, wrong)
+    assert not (tmp_path / "run").exists()
+    RunFolder(tmp_path / "run").update(status="queued")
+    with pytest.raises(UserError, match="init=nowhere"):
+        training_stub.train_here(tmp_path / "run", shards, wrong)
+    assert RunFolder(tmp_path / "run").read()["status"] == "failed"
