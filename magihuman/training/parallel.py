@@ -185,7 +185,9 @@ class _Copies(AsyncStager):
     def close(self) -> None: ...
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(tensor: Any) -> Any:
+    if not isinstance(tensor, torch.Tensor):
+        return tensor  # of a shard: its mesh
     if is_traceable_wrapper_subclass(tensor):  # a shard (DTensor), 8-bit moments, or both
         names, context = tensor.__tensor_flatten__()
         parts = {name: _copy(getattr(tensor, name)) for name in names}

@@ -154,7 +154,7 @@ def test_an_asynchronous_checkpoint_takes_a_copy_of_the_moments() -> None:
     weight.grad = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     made.step()
     moment = made.state[weight]["exp_avg"]
-    staged = _Copies().stage({"state": [made.state[weight]]})["state"][0]
+    staged = _Copies().stage({"state": [made.state[weight]], "name": "w"})["state"][0]
     before = moment.codes.clone()
     weight.grad = -weight.grad
     made.step()
