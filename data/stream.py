@@ -360,10 +360,17 @@ class StreamDataModule(LatentDataModule):
             if name not in ("first", "epoch") and old != new
         )
         now.first, now.epoch = then.first, then.epoch
+        is_first = self.trainer is None or self.trainer.is_global_zero
+        if not changed and is_first:
+            print(
+                f"   the stream continues in the same order behind {self._position * self.batch_size} samples; what was in the "
+                "shuffle buffers is read again",
+                flush=True,
+            )
         if changed:
             epochs, begun = divmod((self._position - then.first) * self.batch_size, self.train_samples)
             now.first, now.epoch = self._position, then.epoch + epochs + 1
-            if self.trainer is None or self.trainer.is_global_zero:
+            if is_first:
                 print(
                     f"   note: the order of a stream depends on what has changed ({changed}): a new epoch begins here; about "
                     f"{begun} of {self.train_samples} samples were trained on in the one before, and the others were not",

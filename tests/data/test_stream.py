@@ -213,6 +213,8 @@ def test_another_number_of_ranks_begins_a_new_epoch(shards: Path, capsys: pytest
     assert len(set(keys(before) + keys(after[0] + after[1]))) == total
     # And from there on exactly.
     state = resumed[0].state_dict()
+    module(shards, 0, 2).load_state_dict(state)
+    assert "the stream continues in the same order behind 200 samples" in capsys.readouterr().out
     again = module(shards, 1, 2)
     again.load_state_dict(state)
     assert "note" not in capsys.readouterr().out
