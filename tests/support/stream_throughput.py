@@ -94,8 +94,8 @@ def main(output: Path) -> None:
     write_result(
         output,
         {
-            "what": f"one epoch of {CLIPS} clips of {size / 1e6:.2f} MB in shards of {PER_SHARD}, batches of {BATCH}, shuffle=4; server "
-            "and reader on one machine, files in the page cache",
+            "what": f"one epoch of {CLIPS} clips of {size / 1e6:.2f} MB in shards of {PER_SHARD}, batches of {BATCH}, "
+            "shuffle=4; server and reader on one machine, files in the page cache",
             "machine": processor(),
             "load_average": round(os.getloadavg()[0], 1),
             "results": results,
