@@ -9,7 +9,8 @@
 
 fsdp2 shards within each node and keeps one replica per node (hybrid sharding, HSDP), so that weights are gathered over the
 fast links in a node and only gradients cross the network; `strategy.replicas` sets another number. With replicas=1 a
-shard is the smallest, for what does not fit one node.
+shard is the smallest, for what does not fit one node. With ddp and fsdp2 `strategy.context_parallel` splits the tokens of a
+batch over neighbouring processes as well (`magihuman.context_parallel`).
 
 The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network
 itself, exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block
