@@ -34,14 +34,23 @@ def differing_settings(runs: Sequence[RunRecord], of: Sequence[RunRecord]) -> di
     Args:
         runs: all runs of the page; of: those to which the question is put, for example of one recipe.
     """
-    known = [run for run in of if run.settings]
-    names = dict.fromkeys(name for run in known for name in run.settings)
+    known = [run for run in of if run.settings and not run.partial]
     alike: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        if len({run.settings.get(name, "null") for run in known}) > 1:
-            values = tuple(run.settings.get(name, "null") if run.settings else "" for run in runs)
+    for name in dict.fromkeys(name for run in known for name in run.settings):
+        values = tuple(run.settings.get(name, "null") for run in known)
+        if len(set(values)) > 1:
             alike.setdefault(values, []).append(name)
-    return {", ".join(sorted(names, key=lambda n: (n.count("."), n))): list(values) for values, names in alike.items()}
+    found = {}
+    for names in alike.values():
+        names.sort(key=lambda name: (name.count("."), name))
+        found[", ".join(names)] = [_value_in(run, names) for run in runs]
+    return found
+
+
+def _value_in(run: RunRecord, names: Sequence[str]) -> str:
+    """Value of the settings, which are the same; of a run that has not begun, of the one that its sweep gives."""
+    missing = "null" if run.settings and not run.partial else ""
+    return next((run.settings[name] for name in names if name in run.settings), missing)
 
 
 def paired_differences(mine: ClipValues, theirs: ClipValues) -> dict[str, dict[str, Any]]:

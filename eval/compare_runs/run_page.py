@@ -155,7 +155,7 @@ def _cells(run: RunRecord, settings: dict[str, str]) -> dict[str, Any]:
     last = {f"m:{name}": run.last(name) for name in run.metrics}
     return {
         "recipe": run.recipe,
-        **{f"s:{name}": value for name, value in settings.items() if run.settings},
+        **{f"s:{name}": value for name, value in settings.items() if value},
         "step": run.step,
         **{key: value for key, value in last.items() if key != "m:seconds"},
         "hours": run.hours,

@@ -65,7 +65,7 @@ class RunRecord:
         name: short name, unique on the page.
         place: its folder as it was given, or its address at W&B.
         status: one of `STATES`; reason: why it is not finished, or what of it could not be read.
-        settings: dotted name -> value as text.
+        settings: dotted name -> value as text; partial: they are those of a sweep's point only, which has not begun.
         metrics: name -> curve.
         scores: "evaluation: metric" -> {"value", "low", "high", "n", "bound"}.
         values: evaluation -> values per clip.
@@ -80,6 +80,7 @@ class RunRecord:
     reason: str = ""
     recipe: str = ""
     settings: dict[str, str] = field(default_factory=dict)
+    partial: bool = False
     metrics: dict[str, Series] = field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, ClipValues] = field(default_factory=dict)

@@ -8,16 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from eval.compare_runs.run_records import RunRecord, read_folder
 from eval.compare_runs.wandb_runs import offline_folders, read_api, read_offline
 from eval.output import folder_for
 from magihuman.errors import UserError
-from magihuman.io.text import load_json
+from magihuman.sweep.points import FILE, Points
 
 SWEEPS = Path("runs/sweeps")
-POINTS_FORMAT = "magihuman-sweep/1"
 
 
 @dataclass
@@ -85,7 +83,7 @@ def _in_folder(folder: Path) -> list[RunRecord]:
         return [read_folder(folder)]
     if offline := offline_folders(folder):
         return read_offline(offline)
-    if (folder / "points.json").is_file():
+    if (folder / FILE).is_file():
         raise UserError(f"{folder} is of a sweep; give sweep={folder}")
     inside = sorted(path.parent.name for path in folder.glob("*/run.json"))
     hint = f"; it holds {len(inside)} runs, give {folder}/*" if inside else ""
@@ -93,29 +91,20 @@ def _in_folder(folder: Path) -> list[RunRecord]:
 
 
 def _of_sweep(name: str) -> AskedRuns:
-    """Points of a sweep by its name or folder; a point that has not begun is shown as missing."""
+    """Points of a sweep by its name or folder; one that has not begun is shown with the settings of its point."""
     folder = Path(name) if Path(name).is_dir() else SWEEPS / name
-    file = folder / "points.json"
-    if not file.is_file():
-        made = sorted(path.parent.name for path in SWEEPS.glob("*/points.json"))
-        raise UserError(
-            f"there is no sweep {name} in {SWEEPS}; {'it has ' + ', '.join(made) if made else 'it has none'}"
-        )
-    try:
-        content = load_json(file)
-        if content["format"] != POINTS_FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, not {POINTS_FORMAT}")
-        points = [(str(point["folder"]), list(point["overrides"])) for point in content["points"]]
-        metric: Any = content.get("metric")
-        goal = (str(metric["name"]), str(metric["goal"])) if metric else None
-        title = str(content["name"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{file} cannot be read ({type(error).__name__}: {error}); run the sweep's command again"
-        ) from error
-    if not points:
-        raise UserError(f"{file} has no points")
-    return AskedRuns([read_folder(Path(place)) for place, _ in points], title, folder / "comparison", goal)
+    sweep = Points.load(folder)
+    runs = []
+    for point in sweep.points:
+        run = read_folder(Path(point.folder))
+        if not run.settings:
+            words = (word.lstrip("+").partition("=") for word in point.overrides)
+            run.settings, run.partial = {key: value for key, _, value in words}, True
+        runs.append(run)
+    if not runs:
+        raise UserError(f"{folder} has no points")
+    goal = (sweep.metric["name"], sweep.metric["goal"]) if sweep.metric else None
+    return AskedRuns(runs, sweep.name, folder / "comparison", goal)
 
 
 def _shorten(runs: Sequence[RunRecord]) -> None:

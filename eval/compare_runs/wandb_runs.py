@@ -9,6 +9,7 @@ message of `wandb.proto`. wandb 0.31 ships no reader of these files.
 """
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 
 from eval.compare_runs.run_records import STATES, RunClip, RunRecord, Series, _number, apply_curves, apply_settings
 from magihuman.errors import UserError
-from magihuman.io.text import load_json, parse_json
+from magihuman.io.text import parse_json
 
 BLOCK, CHUNK_HEAD, FILE_HEAD = 32768, 7, 7
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -99,11 +100,11 @@ def _offline_run(identifier: str, folders: Sequence[Path]) -> RunRecord:
                 elif kind == "config":
                     _merge(config, content)
                 elif kind == "history":
-                    row = {item.key or ".".join(item.nested_key): item.value_json for item in content.item}
+                    row = _row_of(content)
                     step = _step_of(row)
                     if step is not None:
                         rows_here.setdefault(step, {}).update(row)
-                        run.clips += _table_clips(folder / "files", row)
+                        run.clips += _sampled_clips(folder / "files", step, row)
                 elif kind == "summary":
                     summary |= {
                         item.key or "/".join(item.nested_key): parse_json(item.value_json) for item in content.update
@@ -147,11 +148,23 @@ def _merge(config: dict[str, Any], message: Any) -> None:
             node[keys[-1]] = parse_json(update.value_json)
 
 
-def _step_of(row: Mapping[str, str]) -> int | None:
+def _row_of(message: Any) -> dict[str, Any]:
+    """Values of a row of the history as JSON; media are mappings of their facts."""
+    row: dict[str, Any] = {}
+    for item in message.item:
+        first, *rest = [item.key] if item.key else list(item.nested_key)
+        if rest:
+            row.setdefault(first, {})[".".join(rest)] = item.value_json
+        else:
+            row[first] = item.value_json
+    return row
+
+
+def _step_of(row: Mapping[str, Any]) -> int | None:
     for key in (STEP, "_step"):
         try:
             return int(float(row[key]))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             continue
     return None
 
@@ -173,16 +186,18 @@ def _curves_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Series]:
     return {name: Series(np.array(steps, float), np.array(values)) for name, (steps, values) in points.items()}
 
 
-def _table_clips(files: Path, row: Mapping[str, Any]) -> Iterator[RunClip]:
-    """Clips of a table of samples: columns step, prompt, seed and clip."""
-    try:
-        table = load_json(_inside(files, json.loads(row["samples/table"])["path"]))
-        for step, prompt, seed, clip in table["data"]:
-            path = _inside(files, clip["path"])
-            if path.is_file() and path.suffix == ".mp4":
-                yield RunClip("step", int(step), str(prompt), int(seed), path)
-    except (KeyError, OSError, ValueError, TypeError):
-        return
+def _sampled_clips(files: Path, step: int, row: Mapping[str, Any]) -> Iterator[RunClip]:
+    """Sample clips of a row: samples/00 is a video of prompt and seed 0, with its prompt as caption."""
+    for name, facts in row.items():
+        found = re.fullmatch(r"samples/(\d{1,6})", name)
+        if not found or not isinstance(facts, Mapping):
+            continue
+        try:
+            path, prompt = _inside(files, parse_json(facts["path"])), str(parse_json(facts["caption"]))
+        except (KeyError, ValueError, TypeError):
+            continue
+        if path.is_file() and path.suffix == ".mp4":
+            yield RunClip("step", step, prompt, int(found[1]), path)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -202,7 +217,7 @@ def _fill(run: RunRecord, config: Mapping[str, Any], summary: Mapping[str, Any],
     provenance = config.get("provenance")
     provenance = provenance if isinstance(provenance, Mapping) else {}
     try:
-        apply_settings(run, config)
+        apply_settings(run, {key: value for key, value in config.items() if not key.startswith("_")})
     except (TypeError, ValueError, AttributeError) as error:
         run.add_reason(f"its settings cannot be read: {error}")
     apply_curves(run, curves)

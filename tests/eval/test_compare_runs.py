@@ -4,28 +4,40 @@ import csv
 import io
 import json
 import math
+import shutil
+import struct
 import time
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from browser import Browser
+from omegaconf import OmegaConf
+from PIL import Image
 
 from data.tiny.puppets import FPS, SAMPLE_RATE
-from eval.clip_values import write_clip_values
+from eval.clip_values import FILE, ClipValues, read_clip_values, reported, write_clip_values
 from eval.compare_runs.__main__ import arguments, compare_runs
 from eval.compare_runs.run_differences import FEWEST, differing_settings, paired_differences
 from eval.compare_runs.run_lineage import lineage
 from eval.compare_runs.run_page import comparison
 from eval.compare_runs.run_records import RunRecord, Series, read_folder, read_metrics, thin
 from eval.compare_runs.run_tables import csv_text, markdown_text
+from eval.compare_runs.wandb_runs import BLOCK, DamagedLog, log_records, offline_folders, read_api, read_offline
 from eval.paired import weights
 from eval.stats import ends_of
+from magihuman.config import WandbSettings
 from magihuman.errors import UserError
+from magihuman.sweep.points import Point, Points
+from magihuman.training.callbacks import SampleClip
 from magihuman.training.lock import RunLock
+from magihuman.training.runs import RunFolder
+from magihuman.training.wandb_log import open_wandb
 
 HOSTILE = "</script><script>document.title = 'run'</script> & \"quoted\" 'x' <b> | =1+1"
 PROMPTS = [f"prompt {k}" for k in range(12)]
@@ -53,13 +65,16 @@ def made_run(
             node = node[part]
         node[last] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    content = {"recipe": "recipes.dmd2.DMD2", "name": folder.name, "status": "finished", "steps": 10 * rows}
+    scores = {"vowels": {"value": score, "low": score - 0.1, "high": score + 0.1, "n": 24, "bound": 1.0}}
+    results = {"compare": {"compare": str(folder / "compare" / "compare.json"), **reported(scores)}}
+    content = {
+        "recipe": "recipes.dmd2.DMD2", "name": folder.name, "status": "finished", "steps": 10 * rows, "results": results,
+    }  # fmt: skip
     (folder / "run.json").write_text(json.dumps({**content, **(record or {})}))
     lines = ["step,loss,val/video,seconds"]
     lines += [f"{10 * k},{1 / k + score:.6g},{'' if k % 2 else 2.0 / k},{36 * k}" for k in range(1, rows + 1)]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     hard = np.linspace(0, 0.1, len(PROMPTS))[:, None] + np.array([[0, 0.01]])
-    scores = {"vowels": {"value": score, "low": score - 0.1, "high": score + 0.1, "n": 24, "bound": 1.0}}
     (folder / "compare").mkdir()
     write_clip_values(folder / "compare", PROMPTS, scores, {"vowels": score + hard})
     return folder
@@ -68,10 +83,8 @@ def made_run(
 # ---- Numbers ----
 
 
-def values_of(**metrics: np.ndarray) -> Any:
+def values_of(**metrics: np.ndarray) -> ClipValues:
     """ClipValues without a file."""
-    from eval.clip_values import ClipValues
-
     return ClipValues({}, {name: dict(zip(PROMPTS, row.tolist(), strict=False)) for name, row in metrics.items()})
 
 
@@ -135,16 +148,10 @@ def test_clips_of_one_prompt_count_as_one(tmp_path: Path) -> None:
             if copies == 20 and name == "mine":
                 table[3, 7] = np.nan
             write_clip_values(folder, PROMPTS, {}, {"vowels": table})
-            read.append(read_of(folder))
+            read.append(read_clip_values(folder / FILE))
         found.append(paired_differences(*read)["vowels"])
     assert [measure["n"] for measure in found] == [12, 11]
     assert found[1]["high"] - found[1]["low"] == pytest.approx(found[0]["high"] - found[0]["low"], rel=0.4)
-
-
-def read_of(folder: Path) -> Any:
-    from eval.clip_values import FILE, read_clip_values
-
-    return read_clip_values(folder / FILE)
 
 
 def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
@@ -291,7 +298,7 @@ def test_wrong_commands_say_what_to_give(
         ({"runs": ["empty"]}, "empty has no run.json and is no run folder"),
         ({"runs": ["runs/dmd2"]}, "it holds 1 runs, give runs/dmd2/*"),
         ({"runs": ["runs/dmd2/a"], "sweep": "x"}, "folders and sweep= are given; give one of them"),
-        ({"sweep": "x"}, "there is no sweep x in runs/sweeps; it has none"),
+        ({"sweep": "x"}, "runs/sweeps/x holds no sweep"),
         ({"runs": ["runs/dmd2/a"], "baseline": "c"}, "baseline=c is not one of the runs: a"),
         ({"runs": ["runs/dmd2/a"], "clips": "none"}, "choose copy or link"),
         ({"wandb": "entity"}, "not of the form ENTITY/PROJECT"),
@@ -321,21 +328,19 @@ def test_a_sweep_shows_its_points_by_its_metric(tmp_path: Path, monkeypatch: pyt
         folder = f"runs/dmd2/s-{number}"
         if score is not None:
             made_run(Path(folder), score=score, optim__lr=score)
-        points.append({"element": number, "overrides": [f"optim.lr={score}"], "folder": folder, "wandb": "id"})
-    Path("runs/sweeps/s").mkdir(parents=True)
-    metric = {"name": "results.compare.vowels", "goal": "max"}
-    content = {"format": "magihuman-sweep/1", "name": "s", "recipe": "dmd2", "metric": metric, "points": points}
-    Path("runs/sweeps/s/points.json").write_text(json.dumps(content))
+        points.append(Point(number, [f"optim.lr={score}"], folder, "id"))
+    Points("s", "dmd2", {"name": "results.compare.vowels", "goal": "max"}, points).save(Path("runs/sweeps/s"))
     compare_runs(sweep="s")
     rows = list(csv.DictReader(io.StringIO(Path("runs/sweeps/s/comparison/table.csv").read_text())))
     assert [row["run"] for row in rows] == ["s-1", "s-3", "s-0", "s-2"]
     assert [row["status"] for row in rows] == ["finished", "finished", "finished", "missing"]
+    assert [row["optim.lr, recipe.fake_score.lr"] for row in rows] == ["0.7", "0.6", "0.5", "None"]  # of its point
     assert [row["compare: vowels"] for row in rows] == ["0.7", "0.6", "0.5", ""]
     assert float(rows[0]["compare: vowels difference"]) == pytest.approx(0.2)
     assert rows[0]["compare: vowels verdict"] == "better"
     assert Path("runs/sweeps/s/comparison/curves.png").stat().st_size > 10_000
     Path("runs/sweeps/s/points.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="has the format 'other'"):
         compare_runs(sweep="s")
 
 
@@ -371,6 +376,131 @@ def test_the_table_says_what_the_files_say(tmp_path: Path) -> None:
     ]
     assert float(row["compare: vowels difference"]) == pytest.approx(0.125, abs=1e-5)
     assert "0.625 [0.525, 0.725]; ▲ +0.125 [+0.125, +0.125]" in markdown_text(found)
+
+
+# ---- W&B ----
+
+
+def framed(records: list[bytes]) -> bytes:
+    """A .wandb file: LevelDB's log with its blocks, checksums and divided records."""
+    data = bytearray(b":W&B" + struct.pack("<HB", 0xBEE1, 0))
+    for record in records:
+        begun, rest = False, record
+        while rest or not begun:
+            left = BLOCK - len(data) % BLOCK
+            if left < 7:
+                data += bytes(left)
+                continue
+            part, rest = rest[: left - 7], rest[left - 7 :]
+            kind = (4 if begun else 1) if not rest else (3 if begun else 2)
+            data += struct.pack("<IHB", zlib.crc32(part, zlib.crc32(bytes([kind]))), len(part), kind) + part
+            begun = True
+    return bytes(data)
+
+
+def test_wandb_logs_with_divided_torn_and_damaged_records() -> None:
+    sent = [b"a" * 10, b"b" * 70_000, b"", b"c" * (BLOCK - 300), b"d" * 290, b"e" * 5]
+    data = framed(sent)
+    assert list(log_records(data)) == sent
+    assert list(log_records(data[:-3])) == sent[:-1]  # killed while it wrote
+    damaged = bytearray(data)
+    damaged[40_000] ^= 1
+    read = log_records(bytes(damaged))
+    assert next(read) == sent[0]
+    with pytest.raises(DamagedLog, match="at byte 32768 is damaged"):
+        next(read)
+    with pytest.raises(DamagedLog, match="does not begin"):
+        list(log_records(b"PK"))
+
+
+def mirrored(folder: Path) -> Path:
+    """W&B's offline folder of a run folder, written as training does, moved away from it."""
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    assert isinstance(config, dict)
+    logger = open_wandb(RunFolder(folder), WandbSettings(mode="offline"), config)  # type: ignore[arg-type]
+    assert logger is not None
+    for row in csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())):
+        step = int(row.pop("step"))
+        logger.log_metrics({name: float(value) for name, value in row.items() if value}, step)
+    clips = [SampleClip(str(config["prompts"][0]), 0, clip, None, 0) for clip in folder.glob("samples/*/00.mp4")]
+    logger.log_samples(clips, folder / "sheet.png", 100)
+    logger.close()
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    return Path(shutil.move(offline, folder.parent / offline.name))
+
+
+def test_offline_folders_of_wandb_give_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    data = {"role": "shards", "name": "shards-a", "sha256": "d" * 64}
+    for name, score in (("a", 0.5), ("b", 0.75)):
+        run = made_run(tmp_path / name / "dmd2" / name, record={"parents": [data]}, score=score, optim__lr=score / 100)
+        Image.new("RGB", (8, 8)).save(run / "sheet.png")
+        clip(run / "samples" / "step-00000100" / "00.mp4")
+        mirrored(run)
+    folders = [tmp_path / name / "dmd2" for name in "ab"]
+    here = comparison([read_folder(folder / folder.parent.name) for folder in folders], 0, "t")
+    there = comparison([run for folder in folders for run in read_offline(offline_folders(folder))], 0, "t")
+    tables = [list(csv.DictReader(io.StringIO(csv_text(found)))) for found in (here, there)]
+    # Where it lies, and what needs values per clip, which W&B does not have, are of the folders only.
+    kept = [key for key in tables[0][0] if key != "place" and not key.endswith(("difference low", "difference high"))]
+    kept = [key for key in kept if not key.endswith(("difference", "prompts", "verdict"))]
+    assert {"status", "optim.lr, recipe.fake_score.lr", "loss", "device-hours", "compare: vowels high"} <= set(kept)
+    for mine, theirs in zip(*tables, strict=True):
+        assert {key: theirs[key] for key in kept} == {key: mine[key] for key in kept}
+    for ours, theirs in zip(here.runs, there.runs, strict=True):
+        assert theirs.parents == ours.parents == [data]
+        assert theirs.metrics.keys() == ours.metrics.keys()
+        np.testing.assert_allclose(theirs.metrics["loss"].values, ours.metrics["loss"].values)
+        assert [(c.step, c.prompt, c.seed) for c in theirs.clips] == [(100, "a calm voice", 0)]
+        assert theirs.clips[0].path.read_bytes() == ours.clips[0].path.read_bytes()
+
+
+def api_run(name: str, state: str, lr: float) -> SimpleNamespace:
+    """What wandb.apis.public.Run has of a run."""
+    history = [
+        {"_step": k, "_timestamp": 1.0, "trainer/global_step": 10 * k, "loss": 1 / k, "seconds": 36.0 * k,
+         "samples/00": {"_type": "video-file"}}
+        for k in range(1, 4)
+    ]  # fmt: skip
+    scores = {"eval/eval/vowels": 0.5, "eval/eval/vowels/low": 0.4, "eval/eval/vowels/high": 0.6}
+    parents = [{"role": "init", "name": "x", "sha256": "e" * 64}]
+    return SimpleNamespace(
+        id=name, name=f"dmd2/{name}", state=state, url=f"https://wandb.ai/e/p/runs/{name}",
+        summary={"status": "finished", **scores, "loss": 0.3} if state == "finished" else {},
+        config={**CONFIG, "optim": {"lr": lr}, "provenance": {"parents": parents}},
+        history=lambda samples, pandas: history,
+    )  # fmt: skip
+
+
+def test_runs_of_wandbs_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for the API; a server was not at hand."""
+    import wandb
+
+    asked = []
+
+    class FakeApi:
+        def runs(self, path: str, filters: Any = None) -> list[SimpleNamespace]:
+            asked.append((path, filters))
+            if path == "e/none":
+                raise wandb.errors.CommError("Could not find project none")
+            return [api_run("a", "finished", 1e-3), api_run("b", "crashed", 2e-3)] if path == "e/p" else []
+
+    monkeypatch.setattr(wandb, "Api", FakeApi)
+    runs = read_api("e/p?group=lr&optim.lr=0.001&state=finished")
+    assert asked == [("e/p", {"group": "lr", "config.optim.lr.value": 0.001, "state": "finished"})]
+    assert [(run.name, run.status, run.step, run.hours) for run in runs] == [
+        ("a", "finished", 30, 6 * 108 / 3600),
+        ("b", "lost", 30, 6 * 108 / 3600),
+    ]
+    assert runs[0].scores["eval: vowels"]["high"] == 0.6
+    assert differing_settings(runs, runs) == {"optim.lr, recipe.fake_score.lr": ["0.001", "0.002"]}
+    assert runs[0].parents[0]["sha256"] == "e" * 64
+    compare_runs(wandb="e/p", output=str(tmp_path / "out"))
+    assert "https://wandb.ai/e/p/runs/b" in (tmp_path / "out" / "table.csv").read_text()
+    for address, message in (("e/none", "Could not find project"), ("e/empty", "has no runs")):
+        with pytest.raises(UserError, match=message):
+            read_api(address)
 
 
 # ---- The page in a browser ----
