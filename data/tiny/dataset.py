@@ -121,7 +121,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         known = load_json(note) if note.exists() else None
         if known is None:
-            note.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            write_atomically(note, json.dumps(settings) + "\n")  # a kill that left it empty would block the folder
     except (OSError, ValueError) as error:
         raise UserError(f"output={folder} cannot be used: {error}") from error
     if known is not None and known != settings:
