@@ -106,17 +106,16 @@ def recorded(record: Callable[[str], None], folder: Path | None = None) -> Itera
         record: gets the reason, such as "SIGTERM"; may be called in another thread.
         folder: of the run, on the main process, which looks there for other processes that leave (`tell_main_process`).
     """
-    _state.record, _state.left = record, False
+    _state.record, _state.left, _state.finished = record, False, False
     _state.marker = None if folder is None else folder / MARKER
     with suppress(OSError):  # of an earlier start
         if _state.marker is not None:
             _state.marker.unlink()
     try:
-        check()
         yield
-        _state.finished = _state.installed  # nothing is left that could be stopped
     finally:
         _state.record = _state.marker = None
+        _state.finished = _state.installed and not _state.left  # done or failed: nothing is left to stop or to requeue
 
 
 @contextmanager

@@ -379,6 +379,9 @@ def main() -> None:
         sweep.report()
     except UserError as error:
         report_and_exit(error)
+    except preemption.Preempted as stop:  # within the few instructions around `train`
+        preemption.leave(str(stop))
+        raise SystemExit(preemption.STOPPED) from None
     except KeyboardInterrupt:
         print("interrupted; the checkpoints are kept", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
