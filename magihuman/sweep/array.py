@@ -21,7 +21,7 @@ FIXED = {
     **dict.fromkeys(("--comment", "--job-name", "--chdir"), "is set by the sweep"),
 }
 """Options that a user cannot set, and why."""
-VARIABLES = ("ENVIRONMENT", "CONTAINER", "MOUNTS", "LAUNCH")
+VARIABLES = ("SETUP", "CONTAINER", "MOUNTS", "LAUNCH")
 """Variables of the template whose value in the environment becomes the file's default."""
 
 

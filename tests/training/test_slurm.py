@@ -97,9 +97,9 @@ def test_any_other_command_is_run_as_it_is(tmp_path) -> None:
 def test_environment_and_containers(tmp_path) -> None:
     (tmp_path / "env.sh").write_text('false; export HERE="$UNSET/venv"')
     (tmp_path / "srun.txt").unlink(missing_ok=True)
-    words = submit(
-        tmp_path, "seed=1", ENVIRONMENT=str(tmp_path / "env.sh"), CONTAINER="/my images/a.sif", MOUNTS="/data,/b"
-    )[1]
+    words = submit(tmp_path, "seed=1", SETUP=str(tmp_path / "env.sh"), CONTAINER="/my images/a.sif", MOUNTS="/data,/b")[
+        1
+    ]
     assert words[3:8] == ["apptainer", "exec", "--nv", "--bind", "/data,/b"]
     assert words[8:10] == ["/my images/a.sif", "python"]
     words = submit(tmp_path, "seed=1", CONTAINER="nvcr.io#nvidia/pytorch", MOUNTS="/data")[1]
