@@ -1,5 +1,6 @@
 """Hydra's `-m`: several trainings with one command, one after the other."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from magihuman.errors import UserError
 
 INTERRUPTED = 130
 """Status of a training after Ctrl-C; the same command continues it, as after `preemption.STOPPED`."""
+SUBMITIT = "SUBMITIT_FOLDER"
+"""Environment variable of jobs that submitit has started (`-m hydra/launcher=submitit_slurm`)."""
 
 
 class Sweep:
@@ -40,6 +43,7 @@ class Sweep:
 
         Raises:
             UserError: all jobs would have the same folder.
+            ValueError: the job failed, and is one of submitit.
             SystemExit: with the job's status, after a signal or Ctrl-C.
         """
         from omegaconf import OmegaConf
@@ -64,8 +68,10 @@ class Sweep:
                 words = [*words, f"++folder={folder}"]
             status = run_job([sys.executable, "-m", "magihuman.train", *words], f"job {number}")
             if status:
-                self.failed[number] = f"status {status}"
+                raise UserError(f"status {status}")
         except UserError as error:
+            if SUBMITIT in os.environ:  # the process that waits for this job gets the error, and prints it as one line
+                raise ValueError(f"job {number}: {error}; its log is in the folder .submitit of the sweep") from error
             self.failed[number] = str(error)
 
     def report(self) -> None:
@@ -99,7 +105,11 @@ def run_job(command: list[str], what: str) -> int:
 
 
 def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None]:
-    """Run a command; its status, and the first signal that came meanwhile. Signals that stop a training go on to it."""
+    """Run a command; its status, and the first signal that came meanwhile. Signals that stop a training go on to it.
+
+    In a job of submitit, whose signal is SIGUSR2, that goes on as SIGUSR1: the training saves and requeues the job, where
+    submitit's own handler would requeue it at once.
+    """
     children: list[subprocess.Popen[bytes]] = []
     received: list[signal.Signals] = []
 
@@ -109,7 +119,9 @@ def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None
             child.send_signal(number)
 
     with preemption.deferred(pass_on):
-        children.append(subprocess.Popen(command))
+        if SUBMITIT in os.environ:
+            signal.signal(signal.SIGUSR2, lambda number, frame: pass_on(signal.SIGUSR1))
+        children.append(subprocess.Popen(command, preexec_fn=_ignore_submitit if SUBMITIT in os.environ else None))
         if received:  # it came while the process was being made
             children[0].send_signal(received[0])
         try:
@@ -117,3 +129,8 @@ def run_and_pass_signals(command: list[str]) -> tuple[int, signal.Signals | None
         except KeyboardInterrupt:  # the child has it, too
             children[0].wait()
             raise
+
+
+def _ignore_submitit() -> None:
+    """In the new process: Slurm sends SIGUSR2 to all processes of the job, and it would end one that does not handle it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -216,6 +216,25 @@ def test_a_signal_ends_the_sweep_and_not_only_its_job() -> None:
     assert run_and_pass_signals([sys.executable, "-c", "raise SystemExit(3)"]) == (3, None)
 
 
+def test_the_signal_of_submitit_asks_the_training_to_stop(monkeypatch) -> None:
+    monkeypatch.setenv("SUBMITIT_FOLDER", "somewhere")
+    code = (
+        "import os, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+        "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getppid(), signal.SIGUSR2); time.sleep(60)"
+    )
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        assert run_and_pass_signals([sys.executable, "-c", code]) == (75, signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_job_of_submitit_fails_by_itself(monkeypatch) -> None:
+    monkeypatch.setenv("SUBMITIT_FOLDER", "somewhere")
+    with pytest.raises(ValueError, match="job 1: status 1; its log is"):
+        sweep_of("+recipe=pretrain", "name=x", "optim.lr=1e-3,2e-3")
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

@@ -15,6 +15,8 @@ import training_stub
 import yaml
 from slurm_cluster import SlurmCluster, missing
 
+from magihuman.io.files import CONFIGS
+
 STEPS = 6
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def cluster() -> Iterator[SlurmCluster]:
     if reason := missing():
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, SlurmCluster(Path(folder)) as found:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, SlurmCluster(Path(folder), cpus=6) as found:
         found.environment["PATH"] = f"{Path(sys.executable).parent}:{found.environment['PATH']}"
         yield found
 
@@ -34,6 +36,7 @@ def write_sweep(folder: Path, shards: Path, parent: Path) -> None:
     )
     fixed |= {
         "recipe": "dmd2", "trainer.max_steps": STEPS, "recipe.fake_score.warmup": 0, "checkpoint.every_steps": 2,
+        "trainer.log_every": 1, "trainer.precision": "fp32",
         "callbacks.slow": {"_target_": "training_stub.DieAt", "delay": 0.3},
         "after_fit": {"compare": None, "evaluation": {"_target_": "training_stub.evaluate_slowly", "file": "${folder}/at"}},
     }  # fmt: skip
@@ -66,13 +69,15 @@ def record(folder: Path) -> dict:
 
 def act(pending: dict[str, tuple[Callable[[], bool], Callable[[], object]]], done: Callable[[], bool]) -> None:
     """Do each action once, when its condition holds, until `done`."""
-    until = time.monotonic() + 900
-    while pending or not done():
-        assert time.monotonic() < until, f"{list(pending)} never came" if pending else "the jobs do not end"
+    until, ended = time.monotonic() + 900, False
+    while pending or not ended:
+        assert time.monotonic() < until, "the jobs do not end"
+        ended = done()
         for name, (ready, action) in list(pending.items()):
             if ready():
                 action()
                 del pending[name]
+        assert not (ended and pending), f"{list(pending)} did not come"
         time.sleep(0.05 if pending else 0.5)
 
 
@@ -144,3 +149,47 @@ def train_here(folder: Path, overrides: list[str]) -> None:
     config = training_stub.compose([*overrides, f"folder={folder}"])
     node = plain(config)
     train(node, OmegaConf.to_yaml(config), folder, validate(node))
+
+
+def test_srun_torchrun_and_submitit_train_and_are_requeued(cluster, shards, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install -e '.[slurm]'")
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *training_stub.SMALL, "+recipe=pretrain", f"data.module.shards={shards}", "data.module.batch_size=4",
+        "trainer.max_steps=6", "trainer.precision=fp32", "trainer.log_every=1", "checkpoint.every_steps=2",
+        "+callbacks.slow={_target_: training_stub.DieAt, delay: 0.5}",
+    ]  # fmt: skip
+    jobs, script = {}, str(CONFIGS.parent / "slurm" / "train.sbatch")
+    size = ["--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=01:00:00", "--output=%x-%j.out"]
+    for launch in ("srun", "torchrun"):
+        cluster.environment["LAUNCH"] = launch
+        jobs[launch] = cluster.run(
+            "sbatch", "--parsable", *size, script, f"folder={launch}", "strategy=ddp", *words
+        ).strip()  # fmt: skip
+    del cluster.environment["LAUNCH"]
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=60"]
+    command = [sys.executable, "-m", "magihuman.train", "-m", *launcher, "folder=submitit-${seed}", "seed=0,1", *words]
+    waiting = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+
+        def preempt(name: str, number: str) -> None:
+            job = jobs.get(name) or record(Path(name))["job"]
+            cluster.run("scancel", f"--signal={number}", job)
+
+        act(
+            {
+                "srun": (lambda: len(steps_of(Path("srun"))) >= 3, lambda: preempt("srun", "USR1")),
+                "torchrun": (lambda: len(steps_of(Path("torchrun"))) >= 3, lambda: preempt("torchrun", "USR1")),
+                "submitit": (lambda: len(steps_of(Path("submitit-1"))) >= 3, lambda: preempt("submitit-1", "USR2")),
+            },
+            lambda: waiting.poll() is not None and not cluster.run("squeue", "-h").strip(),
+        )
+        assert waiting.returncode == 0, waiting.stderr and waiting.stderr.read().decode()
+    finally:
+        waiting.kill()
+    for name, restarts in (("srun", 1), ("torchrun", 1), ("submitit-0", 0), ("submitit-1", 1)):
+        now = record(Path(name))
+        assert (now["status"], now["restarts"], now["starts"]) == ("finished", restarts, restarts + 1), name
+        assert steps_of(Path(name)) == list(range(1, STEPS + 1))
+    files = [Path(name) / "export" / "model-00001-of-00001.safetensors" for name in ("srun", "torchrun")]
+    assert files[0].read_bytes() == files[1].read_bytes()
