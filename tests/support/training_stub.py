@@ -316,6 +316,15 @@ def fixed_score() -> dict[str, Any]:
     return {"sync": {"value": 0.9, "low": 0.8, "high": 1.0}}
 
 
+def signal_once(file: str) -> dict[str, int]:
+    """An evaluation that the scheduler stops the first time."""
+    if not Path(file).exists():
+        Path(file).touch()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(30)
+    return {"sync": 1}
+
+
 class SlowForward(L.Callback):
     """Makes the forward pass of one process longer, and has slow processes named at once, into a file.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import training_stub
 import wandb_record
+from one_process import Processes
 
 from magihuman.config import LoggerSettings, WandbSettings
 from magihuman.errors import UserError
@@ -283,6 +284,27 @@ def test_wandb_that_cannot_be_reached_is_replaced_by_an_offline_run(key, monkeyp
     logger.experiment.finish()
     assert "logging offline, later send it with: wandb sync" in capsys.readouterr().out
     assert len(list(tmp_path.glob(f"a/wandb/offline-run-*-{folder.read()['wandb']}"))) == 1
+
+
+@pytest.mark.slow
+def test_a_training_stopped_by_a_signal_is_marked_and_its_continuation_has_the_scores(shards, tmp_path) -> None:
+    processes, folder = Processes(shards), tmp_path / "run"
+    stop = f"after_fit={{one: {{_target_: training_stub.signal_once, file: {tmp_path}/stopped}}}}"
+    words = "logger=wandb", "logger.tensorboard=true", stop
+    where = {"WANDB_MODE": "offline", "MAGIHUMAN_SWEEP": "rates"}
+    assert processes.run(folder, *words, **where) == 75
+    (first,) = wandb_record.read(folder)
+    assert (first.summary["status"], first.exit_code, first.preempting) == ("preempted", 75, True)
+    assert [line["trainer/global_step"] for line in first.history] == list(range(1, 13))
+    assert processes.run(folder, *words, **where) == 0
+    second = max(wandb_record.read(folder), key=lambda part: part.run.start_time.ToNanoseconds())
+    assert (second.summary["status"], second.summary["eval/one/sync"], second.exit_code) == ("finished", 1, 0)
+    assert (second.run.run_id, second.run.run_group) == (first.run.run_id, "rates")
+    assert [part.config["provenance"]["starts"] for part in (first, second)] == [1, 2]
+    # The order of its files is that of the starts: what is shown is every step once, and the scores of the last.
+    events = shown(folder / "tensorboard")
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    assert [event.value for event in events.Scalars("eval/one/sync")] == [1.0]
 
 
 # TensorBoard
