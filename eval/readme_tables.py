@@ -4,8 +4,9 @@
     python -m eval.readme_tables check=true   # compare only
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
-SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics all`, and those of
-`inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take the metrics to show.
+SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics all`, `stream`,
+`resume`, and those of `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take the metrics
+to show.
 """
 
 import json
@@ -144,6 +145,42 @@ def overview_table(_: str = "") -> str:
     )
 
 
+def stream_table(file: str) -> str:
+    """Markdown of the speed of streaming beside local reading, a file of tests/support/stream_throughput.py."""
+    values = _read(file)
+    names = ("samples_per_s", "mb_per_s", "lost_connections", "lost_samples")
+    rows = [[name, *(f"{row[key]:g}" for key in names)] for name, row in values["results"].items()]
+    heads = ["", "samples/s", "MB/s", "lost connections", "lost samples"]
+    about = f"One run, {values['what']}; {values['machine']}, load average {values['load_average']} at the end."
+    return f"{markdown.table(heads, rows)}\n\n{about} {markdown.origin(file, values['provenance'])}"
+
+
+def resume_table(file: str) -> str:
+    """Markdown of killed and resumed trainings, a file of tests/resume_matrix.py."""
+    values = _read(file)
+    strategies = list(next(iter(values["cells"].values())))
+    equal = ("checkpoint_equal", "export_equal", "metrics_equal", "every_step_once")
+
+    def shown(cell: Values) -> str:
+        if "refused" in cell:
+            return "not offered"
+        wrong = [key for key in equal if not cell.get(key)]
+        return "FAILED" if "error" in cell else "equal" if not wrong else f"differs ({', '.join(wrong)})"
+
+    rows = [[recipe, *(shown(cells[name]) for name in strategies)] for recipe, cells in values["cells"].items()]
+    tried = [cell for cells in values["cells"].values() for cell in cells.values() if "refused" not in cell]
+    others = [
+        f"{name} processes: samples {'the same' if move.get('same_samples') else 'DIFFER'}, losses within "
+        f"{move.get('largest_relative_difference_of_losses', float('nan')):.1e} (relative)"
+        for name, move in values["processes"].items()
+    ]
+    about = (
+        f"{len(tried)} pairs; each was killed {values['kills']} times before a random batch (seed {values['seed']}) and once "
+        f"while it wrote a checkpoint. Continued with another number of processes: {'; '.join(others)}."
+    )
+    return f"{markdown.table(['recipe', *strategies], rows)}\n\n{about} {markdown.origin(file, values['provenance'])}"
+
+
 # Kind of a block -> function of its words that returns Markdown.
 KINDS: markdown.Kinds = {
     **BENCHMARK_TABLES,
@@ -156,6 +193,8 @@ KINDS: markdown.Kinds = {
     "cost": cost_table,
     "peaks": peaks_table,
     "overview": overview_table,
+    "stream": stream_table,
+    "resume": resume_table,
     "metrics": lambda _: tables.glossary(),
 }
 

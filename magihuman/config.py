@@ -8,7 +8,7 @@ them against the dataclass, or against the signature of the target.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from math import inf
 from typing import Any, Literal
@@ -210,7 +210,10 @@ WITHOUT_EFFECT = (
 
 
 def changes(then: Any, now: Any, path: str = "") -> list[str]:
-    """Texts `setting: old then, new now` for each setting that may change a training's result; absent counts as null.
+    """Texts `setting: old then, new now` for each setting that may change a training's result.
+
+    A setting that is absent has its default, so that a run of an earlier version is not one with other settings; where it has
+    none it counts as null.
 
     Args:
         then, now: configurations as plain containers.
@@ -218,12 +221,21 @@ def changes(then: Any, now: Any, path: str = "") -> list[str]:
     if path in WITHOUT_EFFECT:
         return []
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        dot = f"{path}." if path else ""
-        return [
-            line for key in dict.fromkeys((*then, *now)) for line in changes(then.get(key), now.get(key), f"{dot}{key}")
-        ]
+        dot, lines = f"{path}." if path else "", []
+        for key in dict.fromkeys((*then, *now)):
+            default = _default(path, key)
+            lines += changes(then.get(key, default), now.get(key, default), f"{dot}{key}")
+        return lines
     same = then == now or (not then and not now and 0 not in (then, now))
     return [] if same else [f"{path} {_short(then)} then, {_short(now)} now"]
+
+
+def _default(section: str, name: str) -> Any:
+    """Default of a setting; None where it has none."""
+    kinds = {"": TrainSettings, "data": DataSettings, "optim": OptimSettings, "trainer": TrainerSettings}
+    kind = {**kinds, "strategy": StrategySettings, "checkpoint": CheckpointSettings}.get(section)
+    defaults = {} if kind is None else {field.name: field.default for field in fields(kind)}
+    return None if defaults.get(name, MISSING) is MISSING else defaults[name]
 
 
 def _short(value: Any) -> str:

@@ -201,10 +201,12 @@ def test_a_word_that_would_be_misread_is_refused(words, message) -> None:
 
 
 def test_settings_that_change_a_training_are_told_from_others() -> None:
-    then = {"optim": {"lr": 1, "eps": None}, "runs": "a", "trainer": {"threads": 1}, "after_fit": {"eval": {"n": 1}}}
+    then = {"optim": {"lr": 1}, "runs": "a", "trainer": {"threads": 1}, "after_fit": {"eval": {"n": 1}}}
     now = {"optim": {"lr": 2}, "runs": "b", "trainer": {"threads": 2}, "after_fit": None, "model": {}, "seed": 0}
     then |= {"logger": {"wandb": None}}
     now |= {"logger": {"wandb": {"project": "p"}}}
+    then |= {"strategy": {"name": "ddp"}}  # of a version without the other settings, which have their defaults now
+    now |= {"strategy": {"name": "ddp", "context_parallel": 1, "replicas": "auto"}}
     assert changes(then, now) == [
         "optim.lr 1 then, 2 now", "after_fit {'eval': {'n': 1}} then, null now", "seed null then, 0 now",
     ]  # fmt: skip

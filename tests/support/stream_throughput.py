@@ -1,6 +1,6 @@
 """Evidence for `data=stream`: speed beside local reading, and what a failing server costs.
 
-    PYTHONPATH=.:tests/support python tests/support/stream_throughput.py data/results/stream_throughput.json
+    PYTHONPATH=.:tests/support python tests/support/stream_throughput.py eval/results/stream_throughput.json
 
 Shards with clips of the released size lie in a temporary folder; a process of its own serves them over HTTP.
 """
