@@ -66,8 +66,11 @@ _state = _State()
 
 
 def install() -> None:
-    """Handle the signals from now on, in the whole process; call it in the main thread. A second call does nothing."""
-    if _state.installed or not SIGNALS:
+    """Handle the signals from now on, in the whole process; call it in the main thread. A second call does nothing.
+
+    Nor does any on Windows, where `magihuman.train` refuses to run.
+    """
+    if _state.installed or not hasattr(signal, "SIGUSR1"):
         return
     _state.installed = True
     reading, writing = os.pipe()

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import training_stub
 from free_port import free_port
 from one_process import Processes, assert_same_training
 
-from magihuman import preemption
+from magihuman import preemption, train
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
 from magihuman.training.lock import LOCK, RunLock, state_of
@@ -321,6 +322,36 @@ print("done")
 """
     result = run_python(code)
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_the_record_comes_before_the_requeue_and_names_what_continues(slurm, monkeypatch, tmp_path, capsys) -> None:
+    asked = slurm()
+    run, settings = RunFolder(tmp_path / "run"), SimpleNamespace(resume="auto")
+    with RunLock(run.path) as lock:
+        run.stage = "training"
+        run.update(status="running", steps=7)
+        order = []
+        monkeypatch.setattr(preemption, "requeue", lambda: order.append(run.read()["status"]) or "accepted")
+        train.stopped(run, lock, settings, "SIGUSR1")
+        assert not lock.held  # the requeued job may start at once
+    assert order == ["preempted"]  # Slurm may end the job at once
+    assert run.read()["requeue"] == "accepted"
+    assert capsys.readouterr().out == (
+        f"stopped by SIGUSR1 after step 7; Slurm job 17 is requeued; the same command with folder={run.path} continues; with "
+        "trainer.max_steps=7 after_fit=null too, it exports what there is, to sample from\n"
+    )
+    # What would be refused is not asked for.
+    (run.path / "metrics.csv").write_text("step\n")
+    train.stopped(run, lock, SimpleNamespace(resume="none"), "SIGTERM")
+    assert len(order) == 1
+    assert "not requeued (resume=none would refuse to continue; give the command without it)" in capsys.readouterr().out
+    # Other processes leave it to the main one.
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.delenv("MAGIHUMAN_RUN", raising=False)
+    train.stopped(run, lock, settings, "SIGTERM")
+    assert (run.path / preemption.MARKER).read_text().startswith("SIGTERM to process ")
+    assert len(order) == 1
+    assert not asked.exists()
 
 
 def test_a_queued_run_is_no_training_yet_and_run_json_follows_it(shards, tmp_path) -> None:
