@@ -167,7 +167,14 @@ def test_an_asynchronous_checkpoint_takes_a_copy_of_the_moments() -> None:
 @installed
 @pytest.mark.slow
 def test_sharded_moments_continue_on_two_processes_exactly_and_on_three(shards, tmp_path) -> None:
-    wide = [*WIDE, "optim=adamw8bit", "optim.schedule=constant", "data.module.batch_size=6", "trainer.precision=fp32"]
+    wide = [
+        *WIDE,
+        "optim=adamw8bit",
+        "optim.schedule=constant",
+        "data.module.batch_size=6",
+        "trainer.precision=fp32",
+        "recipe.motion_floor=1",
+    ]
     world = Launcher(shards)
     through, stopped, three = tmp_path / "through", tmp_path / "stopped", tmp_path / "three"
     assert world.run(through, "fsdp2", 2, *wide) == [0, 0]
