@@ -235,7 +235,7 @@ def build_strategy(
         asynchronous: whether the training goes on while FSDP2 writes a checkpoint.
 
     Raises:
-        UserError: DeepSpeed is asked for and not installed.
+        UserError: DeepSpeed is asked for and not installed, or FSDP2 is to offload and there is no GPU.
     """
     if settings.name == "single":
         return "auto"
@@ -244,6 +244,10 @@ def build_strategy(
         # unused ones; unless each step trains another network.
         return DDPStrategy(find_unused_parameters=alternating, broadcast_buffers=False, gradient_as_bucket_view=True)
     if settings.name == "fsdp2":
+        if settings.offload and not torch.cuda.is_available():
+            raise UserError(
+                "strategy.offload=true keeps shards in pinned memory next to a GPU, and there is none; leave it out"
+            )
         return FSDP2Strategy(trainer.nodes if settings.replicas == "auto" else settings.replicas, asynchronous)
     _note_compilation()
     return _zero(int(settings.name[-1]), settings.offload)

@@ -115,6 +115,10 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
     ("overrides", "message"),
     [
         (["+recipe=pretrain", "trainer.accelerator=cuda"], "0 CUDA devices are visible"),
+        (
+            ["+recipe=pretrain", "strategy=fsdp2", "strategy.offload=true"],
+            "next to a GPU, and there is none; leave it out",
+        ),
         (["+recipe=pretrain", "init=tiny/turbo"], "init=tiny/turbo is a video decoder"),
         (["+recipe=pretrain", "init=tiny/sr"], "init=tiny/sr is a model of another size than model.pack (coords_style"),
         (["+recipe=turbo_vae", "init=tiny/base"], "init=tiny/base is not a decoder"),
