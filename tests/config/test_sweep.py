@@ -491,6 +491,11 @@ def test_the_wandb_sweep_runs_our_elements() -> None:
     assert content["metric"] == {"name": "eval.score", "goal": "maximize"}
     assert content["method"] == "grid"
     assert content["command"] == ["python", "-m", "magihuman.sweep", "s", "runs=here", "${args_no_hyphens}"]
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # as its agent fills the command in
+
+    filled = create_sweep_command_args({"args": {"element": {"value": 2}}})["args_no_hyphens"]
+    options = parse([*content["command"][3:-1], *filled])
+    assert (options.folder, options.element) == (Path("here/sweeps/s"), 2)
 
 
 def test_sweep_files_are_no_group_of_settings() -> None:

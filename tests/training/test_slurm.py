@@ -109,10 +109,15 @@ def test_environment_and_containers(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, False), (1, False), (2, False), (137, False), (75, True), (138, True)]
+    ("status", "requeued"), [(0, False), (1, False), (2, False), (137, False), (75, False), (138, True)]
 )
 def test_a_stopped_job_is_requeued_and_a_failed_one_is_not(tmp_path, status, requeued) -> None:
     assert submit(tmp_path, "seed=1", status=status)[::2] == (status, ["requeue 123417"] if requeued else [])
+
+
+def test_the_script_requeues_where_a_container_has_no_scontrol(tmp_path) -> None:
+    assert submit(tmp_path, "seed=1", status=75, CONTAINER="a.sif")[::2] == (75, ["requeue 123417"])
+    assert submit(tmp_path, "seed=1", status=1, CONTAINER="a.sif")[2] == ["requeue 123417"]  # the one of before
 
 
 def test_an_element_of_an_array_is_requeued_alone(tmp_path) -> None:
