@@ -394,6 +394,7 @@ def _training_clips(run: RunRecord, folder: Path) -> Iterator[RunClip]:
         prompts = json.loads(run.settings.get("prompts", "[]"))
     except ValueError:
         prompts = []
+    prompts = prompts if isinstance(prompts, list) else []
     steps = sorted(
         (int(found[1]), path)
         for path in (folder / "samples").glob("step-*")
@@ -416,5 +417,6 @@ def _evaluation_clips(folder: Path) -> Iterator[RunClip]:
         kind, _, number = clip.stem.rpartition("-")
         caption = clip.with_suffix(".txt")
         if kind != "teacher" and number.isdigit() and caption.is_file():
-            prompt = caption.read_text(encoding="utf-8", errors="replace").strip()[:2000]
+            with caption.open(encoding="utf-8", errors="replace") as file:
+                prompt = file.read(2000).strip()
             yield RunClip(clip.parents[1].name, -1, prompt, int(number), clip)

@@ -259,6 +259,14 @@ def test_statuses_and_their_reasons(tmp_path: Path) -> None:
     assert (nowhere.status, nowhere.reason) == ("missing", "there is no folder yet")
 
 
+def test_clips_whose_prompts_are_not_known_have_their_number(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "a", prompts={"not": "a list"})
+    (folder / "samples" / "step-00000100").mkdir(parents=True)
+    (folder / "samples" / "step-00000100" / "03.mp4").touch()
+    (found,) = read_folder(folder).clips
+    assert (found.kind, found.step, found.prompt, found.seed) == ("step", 100, "prompt 3", 3)
+
+
 def test_texts_of_runs_are_text_everywhere(tmp_path: Path) -> None:
     made_run(tmp_path / "a")
     made_run(tmp_path / "=1+1 <b>&|", record={"status": "failed", "error": HOSTILE}, recipe__note=HOSTILE)
