@@ -474,7 +474,13 @@ class LatentDataModule(_Resumable):
 
     @property
     def _usual_bucket(self) -> int:
-        return int(np.bincount(self.reader.index.rows["bucket"]).argmax())
+        return int(np.bincount(self.reader.index.rows["bucket"][self.order.samples]).argmax())
+
+    @property
+    def _usual_samples(self) -> list[int]:
+        """Training samples of the usual bucket."""
+        samples = self.order.samples
+        return samples[self.reader.index.rows["bucket"][samples] == self._usual_bucket].tolist()
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -485,9 +491,9 @@ class LatentDataModule(_Resumable):
     @property
     def sr_size(self) -> tuple[int, int] | None:
         """(height, width) in pixels at which most clips are stored too (`data.prepare` with sr_sizes), or None."""
-        for number in np.flatnonzero(self.reader.index.rows["bucket"] == self._usual_bucket):
+        for number in self._usual_samples:
             try:
-                large = self.reader.read(int(number)).tensors.get(LARGE)
+                large = self.reader.read(number).tensors.get(LARGE)
             except SampleError:  # training skips it too
                 continue
             if large is None:

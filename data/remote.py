@@ -11,6 +11,7 @@ Nothing that was fetched is executed: a command comes from the user's setting al
 index states, may hold letters, digits, `.`, `_` and `-` only.
 """
 
+import base64
 import errno
 import http.client
 import os
@@ -27,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 import torch
@@ -211,8 +212,14 @@ class ByteSource(Protocol):
 class _UrlSource:
     def __init__(self, address: str, offset: int, timeout: float) -> None:
         headers = {"User-Agent": "magihuman", **({"Range": f"bytes={offset}-"} if offset else {})}
+        parts = urlsplit(address)
+        user, _, host = parts.netloc.rpartition("@")
         try:
-            self._response = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout)
+            request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers=headers)
+            if user:  # which urllib takes for a part of the host; not for the server of a redirect
+                code = base64.b64encode(unquote(user).encode()).decode()
+                request.add_unredirected_header("Authorization", f"Basic {code}")
+            self._response = urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 416:
@@ -306,6 +313,14 @@ def open_source(location: Location, name: str, offset: int, timeout: float) -> B
     return _PipeSource(address, timeout) if location.kind == "pipe" else _PathSource(address, offset)
 
 
+def _read1(source: ByteSource, count: int, position: int) -> bytes:
+    """Up to `count` bytes from `position` on, none at the end; raises OSError where there should be more."""
+    data = source.read1(count)
+    if not data and source.total is not None and position < source.total:
+        raise OSError(errno.ECONNRESET, "the connection ended early")
+    return data
+
+
 class RemoteFile:
     """The bytes of one file from an offset on, read forwards; a lost connection is opened again where it stopped.
 
@@ -329,7 +344,7 @@ class RemoteFile:
         source = self._source = self._opened(self.offset)
         position = source.start
         while position < self.offset:  # sources that only start at the beginning
-            dropped = source.read1(min(BLOCK, self.offset - position))
+            dropped = _read1(source, min(BLOCK, self.offset - position), position)
             if not dropped:
                 raise SampleError("cut off")
             position += len(dropped)
@@ -344,9 +359,7 @@ class RemoteFile:
         for failures in range(1, self._retries.tries + 1):
             try:
                 source = self._source or self._connect()
-                data = source.read1(min(limit, BLOCK))
-                if not data and source.total is not None and self.offset < source.total:
-                    raise OSError(errno.ECONNRESET, "the connection ended early")
+                data = _read1(source, min(limit, BLOCK), self.offset)
                 self.offset += len(data)
                 return data
             except SampleError:

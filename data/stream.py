@@ -312,7 +312,7 @@ class StreamDataModule(LatentDataModule):
             UserError: it cannot be read.
         """
         try:
-            self.reader.read(int(np.flatnonzero(self.reader.index.rows["bucket"] == self._usual_bucket)[0]))
+            self.reader.read(self._usual_samples[0])
         except SampleError as error:
             print(f"   note: the first sample cannot be read: {error}", flush=True)
             if self.reader.lost is not None:

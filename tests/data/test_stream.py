@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +171,14 @@ def test_a_pattern_chooses_shards(shards: Path) -> None:
         module(shards / "shard-{000008..000009}.tar")
 
 
+def test_shards_that_are_not_chosen_need_not_be_there(shards: Path, tmp_path: Path) -> None:
+    for name in ("index.json", "shard-000003.tar", "shard-000004.tar"):
+        shutil.copy(shards / name, tmp_path)
+    made = module(tmp_path / "shard-{000003..000004}.tar", batch_size=1)
+    assert made.sr_size is None  # a sample is read for it
+    assert len(set(keys(take(made, made.train_samples)))) == made.train_samples
+
+
 # -- resume ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +269,20 @@ def test_a_failing_server_loses_nothing(shards: Path, ranges: bool, capsys: pyte
     said = capsys.readouterr().out
     assert f"{failures} lost connections were opened again" in said
     assert "trying again in" in said
+
+
+def test_a_connection_that_ends_on_the_way_back_to_its_place_is_tried_again(shards: Path) -> None:
+    """Without ranges a shard comes from its start again, and may break off before the byte that is wanted."""
+
+    def fails(name: str, number: int) -> Failure:
+        ends = (50_000, 10_000, 30_000)
+        return ("truncate", ends[number]) if name.endswith(".tar") and number < len(ends) else None
+
+    with FailingServer(shards, fails, ranges=False) as server:
+        made = module(server.url)
+        assert same(take(made, 12), take(module(shards), 12))
+        assert not made.skipped
+        assert made.lost_connections >= 9
 
 
 def test_two_ranks_with_two_workers_through_failures(shards: Path) -> None:
@@ -604,6 +628,35 @@ def test_settings_out_of_range(shards: Path) -> None:
     for wrong in ({"shuffle": -1}, {"cache_gb": 0}, {"tries": 0}, {"timeout": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))}="):
             module(shards, **wrong)
+
+
+def test_a_password_in_the_address_goes_to_its_server_only(shards: Path) -> None:
+    with FailingServer(shards) as target:
+
+        class Guarded(BaseHTTPRequestHandler):
+            """Wants user u with the password p@ss, and sends elsewhere whoever has it."""
+
+            def do_GET(self) -> None:
+                if self.headers.get("Authorization") != "Basic dTpwQHNz":
+                    self.send_error(401)
+                    return
+                self.send_response(302)
+                self.send_header("Location", f"{target.url}/{self.path.rpartition('/')[2]}")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        guard = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+        threading.Thread(target=guard.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        host = f"127.0.0.1:{guard.server_address[1]}"
+        made = module(f"http://u:p%40ss@{host}/b")
+        assert same(take(made, 9), take(module(shards), 9))
+        assert made.reader.name == f"http://{host}/b"
+        assert not target.passwords
+        with pytest.raises(UserError, match=rf"^data.module.shards=http://{host}/b: .* status 401 \(Unauthorized\)"):
+            module(f"http://u:wrong@{host}/b")
+        guard.shutdown()
+        guard.server_close()
 
 
 def test_null_text(shards: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class FailingServer(ThreadingHTTPServer):
         ranges: whether requests for a part of a file are honoured.
 
     Attributes:
-        requests: by file name; sent: bytes of bodies by file name; failed: by kind.
+        requests: by file name; sent: bytes of bodies by file name; failed: by kind; passwords: that came with requests.
     """
 
     daemon_threads = True
@@ -39,6 +39,7 @@ class FailingServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.passwords: set[str] = set()
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/data"
 
@@ -67,6 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = self.server.requests[name]
             self.server.requests[name] += 1
+            if "Authorization" in self.headers:
+                self.server.passwords.add(self.headers["Authorization"])
         kind, amount = self.server.fails(name, number) or ("", 0)
         file = self.server.folder / name
         if kind:
