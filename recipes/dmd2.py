@@ -320,7 +320,7 @@ class DMD2(Recipe):
         self.monitor.sample_teacher(batch["text"], latents, make_sampler(self.teacher_sampling, guided))
         with evaluating(self.network):
             student = make_sampler(self.sampling, partial(self.velocity, "average"))
-            statistics = self.monitor.measure(student, self.device) | self.monitor.ratios(self.device)
+            statistics = self.monitor.measure(student) | self.monitor.ratios()
         for name, value in statistics.items():
             self.meter.add(name, value)
         # Before its first update the student is the teacher in few steps, which no setting can improve.

@@ -139,13 +139,9 @@ class CollapseMonitor:
         for name, (values, weights) in statistics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float((values * weights).sum())
 
-    def ratios(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """`monitor/lag_video`, `monitor/balance` etc. over the updates since the last check and all processes.
-
-        Args:
-            device: of the communication between processes.
-        """
-        found, self.sums = average_metrics(self.sums, device), {}
+    def ratios(self) -> dict[str, float]:
+        """`monitor/lag_video`, `monitor/balance` etc. over the updates since the last check and all processes."""
+        found, self.sums = average_metrics(self.sums), {}
 
         def ratio(over: str, under: str) -> float | None:
             return found[over] / found[under] if found.get(under, 0.0) > 0 else None
@@ -161,12 +157,13 @@ class CollapseMonitor:
             shape = (list(latents.video.shape[1:]), list(latents.audio.shape[1:]))
             self.reference = {"texts": kept, "shape": shape, **self._sample(kept, shape, teacher)}
 
-    def measure(self, student: Sampler, device: torch.device | str = "cpu") -> dict[str, float]:
-        """`monitor/std_video` etc.: statistics of the student / the teacher's, mean over processes."""
+    def measure(self, student: Sampler) -> dict[str, float]:
+        """`monitor/std_video` etc.: statistics of the student / the teacher's, mean over the processes that have them: where
+        shards are streamed, the first batch of a process may have no sound."""
         assert self.reference is not None
         mine = self._sample(self.reference["texts"], self.reference["shape"], student)
         ratios = {f"monitor/{name}": value / max(self.reference[name], 1e-6) for name, value in mine.items()}
-        found = average_metrics(ratios, device)
+        found = average_metrics(ratios)
         self.reference.setdefault("start", found)
         return found
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -325,24 +326,28 @@ def fill(module: nn.Module, weights: Mapping[str, torch.Tensor] | None, device: 
 
 
 def average_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """Average gradients over processes: for small networks that are not sharded, next to one that FSDP2 shards."""
-    for weight in weights:
-        if weight.grad is not None:
+    """Average gradients over processes: for small networks that are not sharded, next to one that FSDP2 shards.
+
+    A gradient that is missing on some processes (their clips have no sound) counts as zero there.
+    """
+    weights = list(weights)
+    found = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
+    torch.distributed.all_reduce(found)
+    for weight, processes in zip(weights, found.tolist(), strict=True):
+        if processes:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             torch.distributed.all_reduce(weight.grad)
             weight.grad /= torch.distributed.get_world_size()
 
 
-def average_metrics(metrics: Mapping[str, float], device: torch.device | str) -> dict[str, float]:
-    """Means of metrics over processes, which all have the same names.
-
-    Args:
-        device: on which processes exchange them.
-    """
-    if not metrics or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def average_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Means of metrics over the processes that have them; every process has to call it, and gets all names."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return dict(metrics)
-    values = torch.tensor(list(metrics.values()), device=device)
-    torch.distributed.all_reduce(values)
-    return dict(zip(metrics, (values / torch.distributed.get_world_size()).tolist(), strict=True))
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, dict(metrics))
+    names = dict.fromkeys(name for each in everywhere for name in each)
+    return {name: fmean(each[name] for each in everywhere if name in each) for name in names}
 
 
 def zero3_units(denoiser: Denoiser) -> None:

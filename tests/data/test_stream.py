@@ -1,8 +1,10 @@
 """Streaming: the order of samples, resuming, failures of the server, limits of what is fetched."""
 
 import json
+import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +23,7 @@ from small_shards import module as local_module
 from small_shards import write_shards
 
 from data import remote
-from data.remote import Location, RemoteShards, Retries, ShardCache
+from data.remote import Location, RemoteFile, RemoteShards, Retries, ShardCache, open_source
 from data.shards import Index, ShardWriter
 from data.stream import StreamDataModule
 from magihuman.errors import UserError
@@ -217,6 +219,7 @@ def test_another_number_of_ranks_begins_a_new_epoch(shards: Path, capsys: pytest
         each.load_state_dict(first.state_dict())
     said = capsys.readouterr().out
     assert f"(ranks 1 then, 2 now): a new epoch begins here; about {80 % total} of {total} samples" in said
+    assert {each.state_dict()["leg"]["epoch"] for each in resumed} == {80 // total + 1}
     after = [take(each, 30) for each in resumed]
     positions = sorted(int(i) for part in after for batch in part for i in batch["index"])
     assert positions == list(range(80, 80 + 4 * 30))
@@ -579,6 +582,36 @@ def test_cache(shards: Path, tmp_path: Path) -> None:
     assert (limited / "mine.tar").exists()
     with FailingServer(shards) as server:
         assert same(take(module(server.url, cache_dir=str(limited), cache_gb=1e-6), 5), wanted[:5])
+
+
+def test_the_cache_keeps_what_was_used_last(shards: Path, tmp_path: Path) -> None:
+    location, names = Location.parse(str(shards)), [f"shard-{n:06d}.tar" for n in range(3)]
+    cache = ShardCache(tmp_path, "data", 20_000)
+    for turn, name in enumerate([names[0], names[1], names[0], names[2]]):
+        path = cache.path(
+            name,
+            10_000,
+            lambda name=name: RemoteFile(lambda start: open_source(location, name, start, 1), name, Retries()),
+        )
+        assert path is not None
+        assert path.read_bytes() == (shards / name).read_bytes()[:10_000]
+        if turn < 2:
+            os.utime(path, (turn, turn))
+    assert sorted(file.name for file in path.parent.iterdir()) == [names[0], names[2]]
+
+
+def test_a_command_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    command = f"pipe:sleep 600 & echo $! > {tmp_path}/pid; echo; wait; cat index.json"
+    source = open_source(Location.parse(command), "index.json", 0, 5)
+    assert source.read1(1) == b"\n"
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert stat.exists()
+    source.close()
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the command's child lives on")
 
 
 def test_a_full_cache_disk_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -1,13 +1,17 @@
 """Two processes train what one trains: each sample once, the same weights, exact after a kill."""
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 from processes import Launcher, exported, seen
+
+from magihuman.training.parallel import average_gradients, average_metrics
 
 VALIDATION = "_target_: magihuman.training.callbacks.Validation"
 
@@ -91,3 +95,32 @@ def test_a_checkpoint_of_two_processes_is_continued_by_one(world, single, tmp_pa
     one, mixed = exported(single), exported(folder)
     key = "adapter.video_embedder.weight"
     assert (mixed[key] - one[key]).norm() < 1e-3
+
+
+def averages(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    weights[0].grad = torch.tensor([1.0, 5.0]) + rank
+    if rank == 0:
+        weights[1].grad = torch.tensor([4.0, 6.0])
+    average_gradients(weights)
+    metrics = average_metrics({"video": 1.0 + rank, **({"audio": 5.0} if rank == 0 else {})})
+    found = {"gradients": [None if w.grad is None else w.grad.tolist() for w in weights], "metrics": metrics}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_averages_over_processes_of_which_one_has_no_sound(tmp_path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
+    port = free_port()
+    processes = [context.Process(target=averages, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["gradients"] == [[1.5, 5.5], [2.0, 3.0], None]
+        assert found["metrics"] == {"video": 1.5, "audio": 5.0}
