@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from data.shards import INDEX, MAX_INDEX_BYTES, NULL_TEXT, SampleError, SampleIndex, Shards
+from magihuman.console import say
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, locked
 from magihuman.io.provenance import fingerprint
@@ -614,7 +615,8 @@ class RemoteShards(Shards):
         remote = self._remote(NULL_TEXT, retries=replace(self.retries, tries=min(START_TRIES, self.retries.tries)))
         try:
             return load(remote.read(MAX_NULL_TEXT_BYTES))["text"].float()
-        except MissingError:
+        except MissingError as error:
+            say(f"note: {self.name}: {NULL_TEXT} is not there ({error}); the empty prompt is encoded anew")
             return None
         except (SampleError, SafetensorError, KeyError) as error:
             raise UserError(f"{self.name}: {NULL_TEXT} cannot be read ({error}); copy it again") from error

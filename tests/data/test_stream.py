@@ -692,8 +692,9 @@ def test_a_password_in_the_address_goes_to_its_server_only(shards: Path) -> None
         guard.server_close()
 
 
-def test_null_text(shards: Path, tmp_path: Path) -> None:
+def test_null_text(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert module(shards).null_text is None
+    assert "null_text.safetensors is not there (No such file or directory)" in capsys.readouterr().out
     copy = shutil.copytree(shards, tmp_path / "copy")
     save_file({"text": torch.full((2, 26), 3.0).half()}, copy / "null_text.safetensors")
     with FailingServer(copy, lambda name, number: ("status", 503) if number == 0 else None) as server:

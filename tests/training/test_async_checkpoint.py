@@ -3,12 +3,18 @@
 import json
 import os
 import signal
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from processes import Launcher, assert_same, exported
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from magihuman.config import CheckpointSettings
+from magihuman.training.checkpoint import Checkpointer
 
 ASYNCHRONOUS = "checkpoint.asynchronous=true"
 WRITER = "+callbacks.writer={_target_: training_stub.SlowWriter, %s}"
@@ -33,8 +39,12 @@ def whole(checkpoint: Path, scratch: Path) -> dict:
     return {"entries": torch.load(scratch), "meta": torch.load(checkpoint / "meta.pt", weights_only=True)}
 
 
+def last_link(checkpoints: Path) -> str:
+    return os.readlink(checkpoints / "last.ckpt")
+
+
 def last(folder: Path) -> str:
-    return os.readlink(folder / "checkpoints" / "last.ckpt")
+    return last_link(folder / "checkpoints")
 
 
 def assert_same_checkpoint(folder: Path, reference: Path, name: str, scratch: Path) -> None:
@@ -76,6 +86,22 @@ def test_a_write_that_fails_ends_the_training_with_its_reason(world, tmp_path) -
     assert record["status"] == "failed"
     assert "No space left on device" in record["error"]
     assert not list((folder / "checkpoints").iterdir())
+
+
+def test_an_error_in_the_training_waits_for_the_write(tmp_path, capsys) -> None:
+    for step, failure in ((1, None), (2, CheckpointException("full", {}))):
+        checkpointer = Checkpointer(tmp_path, CheckpointSettings(1, None, 2, True))
+        path, write = tmp_path / f"step-{step:08d}.ckpt", Future[None]()
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.mkdir()
+        (temporary / ".metadata").write_bytes(b"x")
+        checkpointer._writing = write, temporary, path
+        done = (write.set_exception, failure) if failure else (write.set_result, None)
+        threading.Timer(0.2, done[0], [done[1]]).start()
+        checkpointer.on_exception(None, None, RuntimeError("of the training"))  # type: ignore[arg-type]
+        assert last_link(tmp_path) == "step-00000001.ckpt"
+        assert not temporary.exists()
+        assert ("the checkpoint that was being written is lost" in capsys.readouterr().out) == (failure is not None)
 
 
 @pytest.mark.slow

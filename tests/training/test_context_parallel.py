@@ -5,6 +5,7 @@ import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from magihuman.errors import UserError
 from magihuman.models import attention
 from magihuman.models.config import DiTConfig
 from magihuman.models.denoiser import Denoiser
+from recipes.base import Recipe
 
 # 4 query and 2 key/value heads; an odd number of tokens in every modality, so that the shares are unequal.
 CONFIG = DiTConfig(4, 64, 16, 2, 12, 6, 10, mm_layers=(0, 3), gelu7_layers=(0,), post_norm_layers=(2, 3))
@@ -225,6 +227,19 @@ def test_other_recipes_train_what_one_process_trains(shards, teacher, tmp_path, 
     assert world.run(alone, "single", 1) == [0]
     assert world.run(shared, strategy, 2, TWO, *more) == [0, 0]
     assert_same_training(alone, shared)
+
+
+def test_processes_compare_what_they_have_read(monkeypatch) -> None:
+    """Places of the samples and their keys: another sample is in the place of one that a process could not read."""
+    seen: list[int] = []
+    monkeypatch.setattr("recipes.base.require_same", lambda number, what, group, device: seen.append(number))
+    recipe = SimpleNamespace(
+        _context_group="group", batches=3, device="cpu", data_rank=0, context=SimpleNamespace(seed=0)
+    )
+    for index, keys in (([4, 5], ["a", "b"]), ([4, 5], ["a", "b"]), ([4, 5], ["a", "c"]), ([4, 6], ["a", "b"])):
+        Recipe.begin_batch(recipe, {"index": torch.tensor(index), "key": keys})  # type: ignore[arg-type]
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
 
 
 # What is refused before anything is allocated.
