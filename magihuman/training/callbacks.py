@@ -382,8 +382,8 @@ class Divergence(L.Callback):
     """Stops a training whose loss has grown beyond use; for losses that are not finite see `Recipe.count_norm`.
 
     The rule: in each of the last `WINDOW` steps, a loss that the recipe watches (`Recipe.watched`) was more than `FACTOR`
-    times its value in the first step, which is computed with the initial weights. A few unusual batches at the end do not
-    matter. Of a shorter training the last half counts, at least `FEWEST` steps; one of fewer steps is not judged.
+    times its first value above 0, which is computed with the initial weights or nearly so. A few unusual batches at the end do
+    not matter. Of a shorter training the last half counts, at least `FEWEST` steps; one of fewer steps is not judged.
     `divergence/LOSS` is logged: the loss of the step of a check divided by its first value, to compare with `FACTOR`.
 
     Args:
@@ -426,8 +426,9 @@ class Divergence(L.Callback):
                 torch.distributed.all_reduce(table)
             losses = [total / count for total, count in table.cpu().tolist() if count > 0]
             if not self.first.get(name):
-                if losses and math.isfinite(losses[0]):
-                    self.first[name] = losses[0]
+                # Batches without audio have none of its losses; 0 would not do, and would differ after a resume.
+                if (first := next((loss for loss in losses if 0 < loss < math.inf), None)) is not None:
+                    self.first[name] = first
                 continue
             first, losses = self.first[name], losses[-window:]
             if losses and math.isfinite(losses[-1]):
