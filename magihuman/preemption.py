@@ -178,7 +178,7 @@ def end_with_parent() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     """The signal handler, in the main thread."""
-    if _state.received is not None or _state.finished:
+    if _state.received is not None or _state.finished or _state.left:
         return
     _state.received = signal.Signals(number).name
     if _state.deferred is not None:

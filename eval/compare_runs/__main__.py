@@ -23,7 +23,7 @@ def compare_runs(
       python -m eval.compare_runs runs/dmd2/a runs/dmd2/b       run folders, W&B's offline folders or sweep folders
       python -m eval.compare_runs runs/pretrain/*               all trainings of a recipe
       python -m eval.compare_runs sweep=dmd2_lr                 the points of a sweep
-      python -m eval.compare_runs wandb=ENTITY/PROJECT?group=dmd2_lr
+      python -m eval.compare_runs 'wandb=ENTITY/PROJECT?group=dmd2_lr'
 
     Writes index.html, which opens in any browser without a network, table.csv, table.md and curves.png, and prints the
     table. Runs that are broken, unfinished or of another recipe are shown as such. Exit status: 0 when the page is
@@ -70,9 +70,13 @@ def compare_runs(
 def arguments(words: list[str]) -> list[str]:
     """The command line with the folders, which are given by their paths alone, as one setting."""
     known = ("sweep", "wandb", "baseline", "output", "clips", "runs")
-    folders = [
-        word for word in words if not word.startswith("-") and word.partition("=")[0] not in known and word != "help"
-    ]
+
+    def is_folder(word: str) -> bool:
+        if word == "help" or word.startswith("-") or word.partition("=")[0] in known:
+            return False
+        return "=" not in word or Path(word).exists()  # a misspelt setting is none
+
+    folders = [word for word in words if is_folder(word)]
     others = [word for word in words if word not in folders]
     return [*([f"runs={json.dumps(folders)}"] if folders else []), *others]
 

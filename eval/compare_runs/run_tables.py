@@ -77,7 +77,8 @@ def csv_text(found: ComparedRuns) -> str:
 
 def _inert(text: str) -> str:
     """A cell that a spreadsheet does not take for a formula."""
-    return f"'{text}" if re.match(r"[=+@\t\r]|-(?![\d.])", text) else text
+    number = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|-inf", text)
+    return f"'{text}" if re.match(r"[=+@\t\r-]", text) and not number else text
 
 
 def table_rows(found: ComparedRuns, columns: list[TableColumn] | None = None) -> list[list[str]]:

@@ -42,6 +42,7 @@ settings:
   others       settings of python -m magihuman.train, for all points; +recipe=NAME replaces the file's recipe
 
 sweeps: {known}"""
+SUFFIXES = (".yaml", ".yml")
 LAUNCHERS = ("local", "slurm", "wandb")
 OWN = ("launcher", "sbatch", "parallel", "dry_run", "name", "runs", "element", "sort")
 
@@ -69,7 +70,8 @@ class SweepCommand:
     @property
     def folder(self) -> Path:
         """Of the sweep."""
-        return Path(self.runs) / "sweeps" / (self.name or Path(self.file).stem)
+        stem = Path(self.file).stem if self.file.endswith(SUFFIXES) else Path(self.file).name  # a name may have dots
+        return Path(self.runs) / "sweeps" / (self.name or stem)
 
     @property
     def again(self) -> list[str]:
@@ -156,6 +158,10 @@ def _fill(options: SweepCommand, values: dict[str, str]) -> None:
     name = options.folder.name
     if "/" in (options.name or "") or name in (".", "..", ""):
         raise UserError(f"name={options.name} is not the name of a folder")
+    if "=" in name or name.startswith(("-", "~")) or name.endswith(SUFFIXES) or name == "help":
+        raise UserError(f"name={name}: the name of a sweep is a word of its own on the command line; choose another")
+    if options.sort and not options.status:
+        raise UserError("sort= is for status")
 
 
 # ---- Commands ----

@@ -1,7 +1,6 @@
 """The table of a sweep: state, progress and scores of its points, read from the run folders."""
 
 import csv
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,5 @@ def _left(progress: Mapping[str, Any]) -> str:
     seconds = progress.get("seconds_left")
     if not isinstance(seconds, int | float):
         return ""
-    if isinstance(progress.get("time"), int | float):
-        seconds = max(0.0, seconds - (time.time() - progress["time"]))
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +193,9 @@ def test_the_run_folder_of_another_training_is_not_taken() -> None:
         ("pretrain_lr status", "runs/sweeps/pretrain_lr holds no sweep"),
         ("pretrain_lr folder=x", "folder=x: runs of a sweep are <runs>/RECIPE/NAME-ELEMENT"),
         ("pretrain_lr name=a/b", "name=a/b is not the name of a folder"),
+        ("pretrain_lr name=a=b", "name=a=b: the name of a sweep is a word of its own"),
+        ("pretrain_lr name=a.yaml", "name=a.yaml: the name of a sweep is a word of its own"),
+        ("pretrain_lr sort=true", "sort= is for status"),
         ("pretrain_lr optim.lr=1e-3", "optim.lr is swept by the file pretrain_lr; change it there"),
         ("pretrain_lr +recipe=nothing", "no recipe 'nothing'"),
         ("pretrain_lr name=a name=b", "name is given twice"),
@@ -307,17 +309,23 @@ def test_the_setting_sweep_is_the_name_and_changes_no_result(monkeypatch) -> Non
         compose(["+recipe=pretrain", "sweep=s"])
 
 
+def test_the_words_that_a_launcher_gets_name_the_sweep() -> None:
+    for line in ("pretrain_lr", "pretrain_lr name=lr_v1.5 runs=r", "my/lr_v1.5.yaml"):
+        options = parse(line.split())
+        assert parse([*options.again, "element=0"]).folder == options.folder
+    assert parse(["pretrain_lr", "name=lr_v1.5"]).folder.name == "lr_v1.5"
+
+
 # ---- The table ----
 
 
 def test_the_table_has_state_progress_loss_and_metric_and_sorts_by_it(monkeypatch) -> None:
     points = frozen(grid={"optim.lr": [0.1, 0.2, 0.3]}, metric={"name": "results.eval.score", "goal": "max"})
-    monkeypatch.setattr(time, "time", lambda: 1000.0)
     a, b = (Path(points.points[n].folder) for n in (0, 1))
     write_run(str(a), status="finished", steps=20, results={"eval": {"score": {"value": 0.25, "low": 0.1}}})
     write_run(
         str(b), status="running", stage="training", results={"eval": {"score": 0.5}},
-        progress={"step": 7, "max_steps": 20, "seconds_left": 4000, "time": 900.0},
+        progress={"step": 7, "max_steps": 20, "seconds_left": 3900.0, "time": "2026-01-01 00:00:00"},
     )  # fmt: skip
     (a / "metrics.csv").write_text("step,loss,lr\n1,3.5,0\n2,2.25,0\n3,,0\n4,1")
     shown = table(points, states(points)).splitlines()

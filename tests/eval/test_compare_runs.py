@@ -27,7 +27,7 @@ from eval.compare_runs.run_differences import FEWEST, differing_settings, paired
 from eval.compare_runs.run_lineage import lineage
 from eval.compare_runs.run_page import comparison
 from eval.compare_runs.run_records import RunRecord, Series, read_folder, read_metrics, thin
-from eval.compare_runs.run_tables import csv_text, markdown_text
+from eval.compare_runs.run_tables import _inert, csv_text, markdown_text
 from eval.compare_runs.wandb_runs import BLOCK, DamagedLog, log_records, offline_folders, read_api, read_offline
 from eval.paired import weights
 from eval.stats import ends_of
@@ -290,7 +290,21 @@ def test_texts_of_runs_are_text_everywhere(tmp_path: Path) -> None:
     assert sorted(row["run"] for row in rows) == ["'=1+1 <b>&|", "a"]
 
 
+@pytest.mark.parametrize("text", ["=1", "+1", "-1+cmd|x", "-1.5e", "@a", "-a"])
+def test_a_spreadsheet_takes_no_cell_for_a_formula(text: str) -> None:
+    assert _inert(text) == f"'{text}"
+    assert [_inert(number) for number in ("-1.5e-05", "-0.25", "1e+06", "-inf", "nan")] == [
+        "-1.5e-05", "-0.25", "1e+06", "-inf", "nan",
+    ]  # fmt: skip
+
+
 # ---- The command ----
+
+
+def test_a_misspelt_setting_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    assert arguments(["lr=1", "a", "swep=x", "clips=link"]) == ['runs=["lr=1", "a"]', "swep=x", "clips=link"]
 
 
 def test_wrong_commands_say_what_to_give(

@@ -120,6 +120,13 @@ def test_the_script_requeues_where_a_container_has_no_scontrol(tmp_path) -> None
     assert submit(tmp_path, "seed=1", status=1, CONTAINER="a.sif")[2] == ["requeue 123417"]  # the one of before
 
 
+def test_another_command_that_the_time_limit_ends_is_not_requeued_for_ever(tmp_path) -> None:
+    file = tmp_path / "later.sh"
+    file.write_text("SECONDS=120\n")  # as if the command had run so long
+    assert submit(tmp_path, "wandb", "agent", status=138, SETUP=str(file))[::2] == (138, [])
+    assert submit(tmp_path, "seed=1", status=75, SETUP=str(file), CONTAINER="a.sif")[::2] == (75, ["requeue 123417"])
+
+
 def test_an_element_of_an_array_is_requeued_alone(tmp_path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3"}
     assert submit(tmp_path, "seed=1", status=138, **array)[2] == ["requeue 16_3"]
