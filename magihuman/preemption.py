@@ -39,7 +39,7 @@ STOPPED = 75
 """Exit status of a training that a signal has ended and the same command continues (EX_TEMPFAIL)."""
 GRACE = 30.0
 """Seconds that a process may take to end after a signal outside of its training steps."""
-ACCEPTED = "accepted"
+ACCEPTED, HELD = "accepted", "held"
 MARKER = ".preempted"
 """File in the run folder by which a process of a job tells the main process that it has left after a signal."""
 
@@ -248,10 +248,13 @@ def slurm_restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def requeue() -> str:
-    """Requeue this Slurm job, an array's element alone: "accepted", or why not.
+def requeue(hold: str = "") -> str:
+    """Requeue this Slurm job, an array's element alone: "accepted", "held: " and the reason, or why not.
 
     Slurm ends the job when it has accepted, so this comes last.
+
+    Args:
+        hold: the reason for which the job is to wait until a person releases it; "" for none.
     """
     job = slurm_job()
     if job is None:
@@ -269,13 +272,18 @@ def requeue() -> str:
     # scancel and the time limit end a job with SIGTERM, too; a job that was cancelled must not rise again.
     if facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit":
         return "the job is being cancelled"
-    done = _scontrol("requeue", job)
-    return ACCEPTED if done.returncode == 0 else " ".join((done.stderr or done.stdout).split()) or "scontrol failed"
+    done = _scontrol("requeuehold" if hold else "requeue", job)
+    if done.returncode:
+        return " ".join((done.stderr or done.stdout).split()) or "scontrol failed"
+    return f"{HELD}: {hold}" if hold else ACCEPTED
 
 
 def told(answer: str) -> str:
     """The answer of `requeue` as part of a line."""
-    return f"Slurm job {slurm_job()} is requeued" if answer == ACCEPTED else f"not requeued ({answer})"
+    job = slurm_job()
+    if answer.startswith(f"{HELD}: "):
+        return f"Slurm job {job} is requeued and {answer}; scontrol release {job} starts it again"
+    return f"Slurm job {job} is requeued" if answer == ACCEPTED else f"not requeued ({answer})"
 
 
 def _scontrol(*words: str) -> Any:

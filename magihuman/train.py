@@ -38,6 +38,10 @@ SLOW_BF16 = 3.0
 """A note is printed if bf16 matrix products of the CPU take more than this many times the fp32 time."""
 
 
+MAX_STOPS = 5
+"""Starts in a row that signals may end at the same place; then the job is held, since it would be requeued for ever."""
+
+
 def make_data(settings: TrainSettings) -> tuple[Any, Path]:
     """The data module and its shards (or file of prompts); the shards are made first where the configuration says how."""
     module = dict(settings.data.module)
@@ -206,11 +210,17 @@ def stopped(run: Any, lock: Any, settings: TrainSettings, reason: str) -> None:
         if RUN_NAME in os.environ:  # Lightning would kill the main process, which started this one
             preemption.wait_for_parent()
         return
+    stops = 0
     if lock.held:
+        stops = stops_at_this_place(run)
         run.update(status="preempted", stage=run.stage)
     lock.release()
     if settings.resume == "none" and run.holds_training():
         answer = "resume=none would refuse to continue; give the command without it"
+    elif stops >= MAX_STOPS:
+        answer = preemption.requeue(
+            f"{stops} starts in a row were stopped in {run.stage} without progress; give it more time"
+        )
     else:
         answer = preemption.requeue()
     if run.read().get("status") == "preempted":
@@ -222,6 +232,16 @@ def stopped(run: Any, lock: Any, settings: TrainSettings, reason: str) -> None:
         export = f"; with trainer.max_steps={steps} after_fit=null too, it exports what there is, to sample from"
     told = "" if preemption.slurm_job() is None else f"; {preemption.told(answer)}"
     say(f"stopped by {reason} {where}{told}; the same command with folder={run.path} continues{export}")
+
+
+def stops_at_this_place(run: Any) -> int:
+    """How many starts in a row have been stopped in this stage after the same step, with this one; kept in run.json."""
+    record = run.read()
+    place, before = [run.stage, record.get("steps")], record.get("stops", {})
+    # A job that a person has released after it was held has as many tries again.
+    stops = before.get("count", 0) % MAX_STOPS + 1 if before.get("place") == place else 1
+    run.update(stops={"place": place, "count": stops})
+    return stops
 
 
 def notes(settings: TrainSettings, data: Any, recipe: Any) -> list[str]:

@@ -326,7 +326,8 @@ def _reason_of(status: str, record: Mapping[str, Any]) -> str:
     if status == "failed":
         return str(record.get("error", ""))
     if status == "preempted" and record.get("requeue") not in (None, "accepted"):
-        return f"{stage}; not requeued: {record['requeue']}".lstrip("; ")
+        told = str(record["requeue"])
+        return f"{stage}; {'' if told.startswith('held: ') else 'not requeued: '}{told}".lstrip("; ")
     if status == "lost":
         where = f"on {record['host']}" if record.get("host") else ""
         job = f"Slurm job {record['job']}" if record.get("job") else ""

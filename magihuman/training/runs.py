@@ -17,7 +17,8 @@ Fields of run.json that tell how far it is:
   progress        {step, max_steps, seconds_left, time}, written every half minute
   host, pid, job, restarts    of the last start; the Slurm job, as 17 or 16_3, and how often Slurm has requeued it
   starts          number of starts
-  requeue         after a preemption: "accepted", or why Slurm was not asked or refused
+  requeue         after a preemption: "accepted", "held: REASON", or why Slurm was not asked or refused
+  stops           {place: [stage, step], count}: how many starts in a row signals have ended at this place
   evaluated       {name: {steps, settings}} of the finished evaluations; settings is a hash
 
 This module imports neither torch nor Lightning.

@@ -214,6 +214,8 @@ def test_requeue_asks_slurm_for_this_job(slurm, monkeypatch) -> None:
     assert preemption.requeue() == "accepted"
     assert [line for line in asked.read_text().splitlines() if "requeue" in line] == ["requeue 17", "requeue 16_4"]
     assert preemption.told("accepted") == "Slurm job 16_4 is requeued"
+    assert preemption.requeue("no progress") == "held: no progress"
+    assert asked.read_text().splitlines()[-1] == "requeuehold 16_4"
 
 
 def test_why_a_job_is_not_requeued(slurm, monkeypatch) -> None:
@@ -331,7 +333,12 @@ def test_the_record_comes_before_the_requeue_and_names_what_continues(slurm, mon
         run.stage = "training"
         run.update(status="running", steps=7)
         order = []
-        monkeypatch.setattr(preemption, "requeue", lambda: order.append(run.read()["status"]) or "accepted")
+
+        def requeue(hold: str = "") -> str:
+            order.append(hold or run.read()["status"])
+            return f"held: {hold}" if hold else "accepted"
+
+        monkeypatch.setattr(preemption, "requeue", requeue)
         train.stopped(run, lock, settings, "SIGUSR1")
         assert not lock.held  # the requeued job may start at once
     assert order == ["preempted"]  # Slurm may end the job at once
@@ -340,6 +347,20 @@ def test_the_record_comes_before_the_requeue_and_names_what_continues(slurm, mon
         f"stopped by SIGUSR1 after step 7; Slurm job 17 is requeued; the same command with folder={run.path} continues; with "
         "trainer.max_steps=7 after_fit=null too, it exports what there is, to sample from\n"
     )
+    # Without progress it is held, and not requeued for ever.
+    for _ in range(train.MAX_STOPS):
+        with RunLock(run.path) as lock:
+            train.stopped(run, lock, settings, "SIGUSR1")
+    told = "5 starts in a row were stopped in training without progress; give it more time"
+    assert order == [*["preempted"] * 4, told, "preempted"]  # the sixth, which a person has released
+    assert f"Slurm job 17 is requeued and held: {told}; scontrol release 17 starts it again" in capsys.readouterr().out
+    run.update(steps=8)
+    for _ in range(train.MAX_STOPS - 1):
+        with RunLock(run.path) as lock:
+            train.stopped(run, lock, settings, "SIGUSR1")
+    assert order[6:] == ["preempted"] * 4
+    capsys.readouterr()
+    del order[1:]
     # What would be refused is not asked for.
     (run.path / "metrics.csv").write_text("step\n")
     train.stopped(run, lock, SimpleNamespace(resume="none"), "SIGTERM")
