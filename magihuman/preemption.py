@@ -118,7 +118,7 @@ def recorded(record: Callable[[str], None], folder: Path | None = None) -> Itera
         yield
     finally:
         _state.record = _state.marker = None
-        _state.finished = _state.installed and not _state.left  # done or failed: nothing is left to stop or to requeue
+        ended()  # nothing is left to stop or to requeue
 
 
 @contextmanager
@@ -145,6 +145,11 @@ def leave(reason: str) -> None:
         if not _state.left:
             _state.left = True
             (_state.record or _without_run)(reason)
+
+
+def ended() -> None:
+    """Signals change nothing from now on: the training is done or has failed, and its loggers may take their time."""
+    _state.finished = _state.installed and not _state.left
 
 
 def left_by_another() -> str | None:

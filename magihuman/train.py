@@ -116,9 +116,12 @@ def train(node: Mapping[str, Any], config_yaml: str, folder: Path, settings: Tra
                 except BaseException as error:
                     if after_signal(error) is not None:
                         run.update(status="preempted", stage=run.stage)  # before loggers and Slurm take their time
-                    elif run.read().get("status") in ("queued", "running"):
+                        raise
+                    if run.read().get("status") in ("queued", "running"):
                         run.fail(error)
+                    preemption.ended()  # else a signal while loggers are closed would requeue a failed job
                     raise
+                preemption.ended()
         except BaseException as error:
             reason = after_signal(error)
             if reason is None:

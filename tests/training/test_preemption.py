@@ -326,6 +326,39 @@ print("done")
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 
+def test_a_signal_while_the_job_is_requeued_does_not_stop_that() -> None:
+    code = """
+def record(reason):
+    os.kill(os.getpid(), signal.SIGUSR1)  # by the thread that notices another process's end
+    time.sleep(0.2)
+    print("recorded", flush=True)
+with preemption.recorded(record):
+    preemption.leave("SIGTERM")
+"""
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, "recorded\n"), result.stderr
+
+
+def test_a_failed_training_whose_loggers_are_closed_is_not_requeued(tmp_path) -> None:
+    code = f"""
+from pathlib import Path
+from types import SimpleNamespace
+from magihuman import train
+def stages(node, text, run, settings, branching, closing):
+    run.update(status="running")
+    closing.callback(lambda: (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(0.2)))
+    raise ValueError("broken")
+train.stages, preemption.requeue = stages, lambda: print("requeued", flush=True) or "accepted"
+try:
+    train.train({{}}, "{{}}", Path({str(tmp_path)!r}), SimpleNamespace(resume="auto", trainer=SimpleNamespace(max_steps=1)))
+except ValueError as error:
+    print(error)
+"""
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, "broken\n"), result.stderr
+    assert RunFolder(tmp_path).read()["status"] == "failed"
+
+
 def test_the_record_comes_before_the_requeue_and_names_what_continues(slurm, monkeypatch, tmp_path, capsys) -> None:
     asked = slurm()
     run, settings = RunFolder(tmp_path / "run"), SimpleNamespace(resume="auto")
