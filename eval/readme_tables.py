@@ -171,7 +171,7 @@ def resume_table(file: str) -> str:
     tried = [cell for cells in values["cells"].values() for cell in cells.values() if "refused" not in cell]
     others = [
         f"{name} processes: samples {'the same' if move.get('same_samples') else 'DIFFER'}, losses within "
-        f"{move.get('largest_relative_difference_of_losses', float('nan')):.1e} (relative)"
+        f"{move.get('largest_relative_difference_of_losses', float('nan')):.1e} (relative, of the six digits in metrics.csv)"
         for name, move in values["processes"].items()
     ]
     about = (

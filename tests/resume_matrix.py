@@ -224,7 +224,8 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
     """Kill and resume trainings of every recipe and strategy, and compare them with unbroken ones.
 
     Args:
-        output: folder of matrix.json; nothing is written without it
+        output: folder of matrix.json; nothing is written without it. With `only` or `strategies` the other pairs of a file
+            that is there stay; every pair names its commit
         only: recipes to try, separated by commas; all without it
         strategies: likewise
         kills: kills before a random batch, of every pair
@@ -238,15 +239,18 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
     try:
         shards = training_stub.write_shards(root / "shards")
         parent = training_stub.train_here(root / "parent", shards, ["+recipe=pretrain"])
-        cells: dict[str, Any] = {}
+        file = Path(output) / "matrix.json"
+        before = json.loads(file.read_text()) if output and file.exists() and (only or strategies) else {}
+        cells: dict[str, Any] = before.get("cells", {})
+        commit = str(provenance()["code"].get("commit", ""))[:12]
         for recipe in chosen:
             for strategy, refused in strategies_of(recipe).items():
                 if strategies and strategy not in strategies.split(","):
                     continue
                 cell = {"refused": refused} if refused else one_cell(recipe, strategy, shards, parent, kills, draw)
-                cells.setdefault(recipe, {})[strategy] = cell
+                cells.setdefault(recipe, {})[strategy] = cell if refused else {**cell, "commit": commit}
                 print(f"{recipe:24} {strategy:7} {cell}", flush=True)
-        moves = {}
+        moves = before.get("processes", {})
         for strategy, then, now in () if only else (("ddp", 2, 1), ("ddp", 2, 3), ("fsdp2", 2, 1), ("fsdp2", 2, 3)):
             moves[f"{strategy}: {then} to {now}"] = other_number(strategy, then, now, shards)
             print(f"{strategy:7} {then} -> {now} processes: {moves[f'{strategy}: {then} to {now}']}", flush=True)
@@ -262,7 +266,7 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
         "provenance": provenance(),
     }
     if output:
-        write_result(Path(output) / "matrix.json", result)
+        write_result(file, result)
     return result
 
 
