@@ -11,7 +11,7 @@ import torch
 from free_port import free_port
 from processes import Launcher, exported, seen
 
-from magihuman.training.parallel import average_gradients, average_metrics
+from magihuman.training.parallel import average_gradients, average_metrics, make_mesh
 
 VALIDATION = "_target_: magihuman.training.callbacks.Validation"
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_two_processes_is_continued_by_one(world, single, tmp_pa
     assert (mixed[key] - one[key]).norm() < 1e-3
 
 
-def averages(rank: int, port: int, folder: str) -> None:
+def of_two(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     weights[0].grad = torch.tensor([1.0, 5.0]) + rank
@@ -105,16 +105,21 @@ def averages(rank: int, port: int, folder: str) -> None:
         weights[1].grad = torch.tensor([4.0, 6.0])
     average_gradients(weights)
     metrics = average_metrics({"video": 1.0 + rank, **({"audio": 5.0} if rank == 0 else {})})
-    found = {"gradients": [None if w.grad is None else w.grad.tolist() for w in weights], "metrics": metrics}
+    mesh = make_mesh("cpu", 2, replicas=2)
+    found = {
+        "gradients": [None if w.grad is None else w.grad.tolist() for w in weights],
+        "metrics": metrics,
+        "mesh": dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)),
+    }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
-def test_averages_over_processes_of_which_one_has_no_sound(tmp_path) -> None:
+def test_a_mesh_and_averages_of_two_processes_of_which_one_has_no_sound(tmp_path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
     port = free_port()
-    processes = [context.Process(target=averages, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    processes = [context.Process(target=of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -124,3 +129,4 @@ def test_averages_over_processes_of_which_one_has_no_sound(tmp_path) -> None:
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["gradients"] == [[1.5, 5.5], [2.0, 3.0], None]
         assert found["metrics"] == {"video": 1.5, "audio": 5.0}
+        assert found["mesh"] == {"replicate": 2, "shard": 1}
