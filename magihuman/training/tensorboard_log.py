@@ -8,7 +8,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from magihuman.training.runs import RunFolder
-from magihuman.training.wandb_log import summary
+from magihuman.training.wandb_log import summary, without_secrets
 
 
 class TensorBoardLog(Logger):
@@ -93,7 +93,7 @@ class TensorBoardLog(Logger):
         found = {**record.get("metrics", {}), **summary(record)}
         scores = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
         file = self._opened.file_writer
-        for part in hparams({**_single(self._config), "status": str(record.get("status"))}, scores):
+        for part in hparams({**_single(without_secrets(self._config)), "status": str(record.get("status"))}, scores):
             file.add_summary(part)
         for name, value in scores.items():
             if name not in record.get("metrics", {}):

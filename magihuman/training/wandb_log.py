@@ -5,6 +5,8 @@ an error of W&B is a note. run.json and metrics.csv of the run folder have the s
 """
 
 import os
+import re
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -227,8 +229,10 @@ def open_wandb(folder: RunFolder, settings: WandbSettings, config: Mapping[str, 
     folder.update(wandb=identifier)
     os.environ.setdefault("WANDB_SILENT", "true")
     limits = {name: value for name, value in SECONDS.items() if f"WANDB_{name.upper()}" not in os.environ}
+    typed = sys.argv
     for mode in dict.fromkeys((first, "offline")):
         try:
+            sys.argv = without_secrets(typed)  # wandb.init records the command line
             run = wandb.init(
                 name=f"{folder.path.parent.name}/{folder.path.name}",
                 dir=str(folder.path),
@@ -244,7 +248,8 @@ def open_wandb(folder: RunFolder, settings: WandbSettings, config: Mapping[str, 
                 settings={key: value for key, value in limits.items() if key in wandb.Settings.model_fields},
             )
             run.define_metric("*", step_metric="trainer/global_step")
-            run.config.update({**config, "provenance": _provenance(folder, record)}, allow_val_change=True)
+            known = without_secrets({**config, "provenance": _provenance(folder, record)})
+            run.config.update(known, allow_val_change=True)
         except Exception as error:
             wandb.teardown(1)  # the failed run would hold the identifier
             if chosen == "online":
@@ -259,9 +264,25 @@ def open_wandb(folder: RunFolder, settings: WandbSettings, config: Mapping[str, 
                 )
         else:
             logger = WandbMirror(run, folder, mode, settings.upload)
-            logger.use_parents(record.get("parents", ()))
+            logger.use_parents(without_secrets(record.get("parents", ())))
             return logger
+        finally:
+            sys.argv = typed
     return None
+
+
+def without_secrets(node: Any) -> Any:
+    """Plain values whose texts have no password and no query (a signature, a token) in addresses, for W&B and TensorBoard.
+
+    without_secrets({"shards": "https://me:word@host/a.tar?sig=1"})  # {"shards": "https://host/a.tar"}
+    """
+    if isinstance(node, Mapping):
+        return {key: without_secrets(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [without_secrets(value) for value in node]
+    if not isinstance(node, str):
+        return node
+    return re.sub(r"(\w://[^\s?'\"]+)\?[^\s'\"]*", r"\1", re.sub(r"(?<=\w://)[^/@\s]*@", "", node))
 
 
 def _identifier(record: Mapping[str, Any], folder: RunFolder) -> str:

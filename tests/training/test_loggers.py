@@ -1,6 +1,7 @@
 """W&B's offline files, TensorBoard's events, and what happens when either fails."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from magihuman.training import loggers, wandb_log
 from magihuman.training.callbacks import SampleClip
 from magihuman.training.loggers import CSVLog
 from magihuman.training.runs import RunFolder
-from magihuman.training.wandb_log import WandbMirror, scores, summary
+from magihuman.training.wandb_log import WandbMirror, scores, summary, without_secrets
 
 CONFIG = {"recipe": {"_target_": "recipes.pretrain.Pretrain", "text_drop": 0.1}, "seed": 3, "sweep": "rates"}
 RESULT = {
@@ -107,6 +108,23 @@ def test_an_offline_run_holds_everything_that_a_later_sync_sends(tmp_path, monke
     assert (model.name, model.type, json.loads(model.metadata)["sha256"]) == (f"model-{'ef' * 8}", "model", "ef" * 32)
     assert [entry.path for entry in model.manifest.contents] == ["sha256.txt"]  # no weights
     assert (found.exit_code, found.preempting) == (0, False)
+
+
+def test_passwords_and_signatures_of_addresses_do_not_leave_the_run_folder(tmp_path, monkeypatch) -> None:
+    address = "https://me:hunter2@host/a/{0..3}.tar?X-Sig=hunter2&b=1"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    command = ["train", f"data.module.shards={address}"]
+    monkeypatch.setattr("sys.argv", command)
+    run = RunFolder(tmp_path / "pretrain" / "a")
+    run.update(status="running", provenance={"command": command}, parents=[])
+    logger = loggers.open_wandb(run, WandbSettings(), {**CONFIG, "data": {"module": {"shards": [address]}}})
+    logger.close()
+    assert sys.argv == command
+    (found,) = wandb_record.read(run.path)
+    assert found.config["data"] == {"module": {"shards": ["https://host/a/{0..3}.tar"]}}
+    for file in (run.path / "wandb").rglob("*"):
+        assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
+    assert without_secrets("a@b.c: why? pipe:curl 's3://x/y?z' 3") == "a@b.c: why? pipe:curl 's3://x/y' 3"
 
 
 def test_a_preempted_run_is_marked_and_continued_under_its_name(tmp_path, monkeypatch) -> None:
