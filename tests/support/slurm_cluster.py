@@ -108,7 +108,7 @@ class SlurmCluster:
     def __exit__(self, *_: object) -> None:
         if (self.folder / "slurmctld.pid").exists():
             subprocess.run(
-                ["scancel", "--full", "--signal=KILL", "--name=all"], env=self.environment, capture_output=True
+                ["scancel", "--full", "--signal=KILL", "--user=root"], env=self.environment, capture_output=True
             )
         for name in reversed(DAEMONS):
             file = self.folder / f"{name}.pid"
