@@ -20,7 +20,7 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Compare trainings: settings that differ, curves, scores, cost, clips side by side, lineage.
 
-      python -m eval.compare_runs runs/dmd2/a runs/dmd2/b       run folders, W&B's offline folders or sweep folders
+      python -m eval.compare_runs runs/dmd2/a runs/dmd2/b       run folders, or W&B's offline folders
       python -m eval.compare_runs runs/pretrain/*               all trainings of a recipe
       python -m eval.compare_runs sweep=dmd2_lr                 the points of a sweep
       python -m eval.compare_runs 'wandb=ENTITY/PROJECT?group=dmd2_lr'

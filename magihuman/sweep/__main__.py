@@ -7,6 +7,7 @@ from magihuman import preemption
 if __name__ == "__main__":  # before the imports below, as in magihuman.train
     preemption.install()
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,7 +255,7 @@ def _in_slurm(options: SweepCommand, points: "Points", left: Sequence[int]) -> N
 
     path = write_array(points, options.folder, left, options.again, options.sbatch, options.parallel)
     if options.dry_run:
-        print(f"   wrote {path}; submit it with: sbatch {path}")
+        print(f"   wrote {path}; submit it with: sbatch {shlex.quote(str(path))}")
         return
     before = [mark_queued(points, points.element(number)) for number in left]  # before a training can begin
     try:
@@ -264,7 +265,7 @@ def _in_slurm(options: SweepCommand, points: "Points", left: Sequence[int]) -> N
             restore(record)
         raise
     print(f"   submitted {path} as job {job}: elements {', '.join(map(str, left))}")
-    print(f"   python -m magihuman.sweep {' '.join(options.again)} status")
+    print(f"   python -m magihuman.sweep {shlex.join(options.again)} status")
 
 
 if __name__ == "__main__":
