@@ -440,7 +440,8 @@ class DMD2(Recipe):
             "init": self.context.init,
             "student_updates": self.student_updates,
             "fake_score_updates": self.fake_score_updates,
-            "monitor": self.monitor.state_dict(),
+            # Every process looks at prompts of its own.
+            "monitor": parallel.gathered(self.monitor.state_dict()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -450,7 +451,8 @@ class DMD2(Recipe):
         state = checkpoint["recipe"]
         self.student_updates = state["student_updates"]
         self.fake_score_updates = state["fake_score_updates"]
-        self.monitor.load_state_dict(state["monitor"])
+        monitors = state["monitor"] if isinstance(state["monitor"], list) else [state["monitor"]]  # one until 0.2.0
+        self.monitor.load_state_dict(monitors[self.global_rank % len(monitors)])
 
     def exported_weights(self) -> dict[str, Tensor]:
         if self.sharing != "lora":

@@ -175,8 +175,15 @@ def show(options: SweepCommand) -> None:
     from magihuman.sweep.table import states, table
 
     points = Points.load(options.folder)
-    queue = (lambda: in_queue(points, options.folder)) if (options.folder / FILE).exists() else None
-    print(table(points, states(points, queue), options.sort))
+
+    def queue() -> set[int]:
+        try:
+            return in_queue(points, options.folder)
+        except UserError as error:
+            print(f"note: the queue is unknown ({error})")
+            return {point.element for point in points.points}
+
+    print(table(points, states(points, queue if (options.folder / FILE).exists() else None), options.sort))
 
 
 def launch(options: SweepCommand) -> None:

@@ -340,12 +340,18 @@ def average_gradients(weights: Iterable[nn.Parameter]) -> None:
             weight.grad /= torch.distributed.get_world_size()
 
 
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, by rank, on all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, value)
+    return everywhere
+
+
 def average_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Means of metrics over the processes that have them; every process has to call it, and gets all names."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(metrics)
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, dict(metrics))
+    everywhere = gathered(dict(metrics))
     names = dict.fromkeys(name for each in everywhere for name in each)
     return {name: fmean(each[name] for each in everywhere if name in each) for name in names}
 
