@@ -35,6 +35,11 @@ POINTS = 400_000
 SHOWN_SCORES = ("attributes", "vowels", "sync_skill", "words_exact", "psnr", "ssim", "energy_look", "sharpness")
 """Metrics of which the first four that there are have a column at first."""
 SHOWN_SETTINGS, SHOWN_CURVES = 6, 6
+SELDOM_TELLING = frozenset(
+    ("damaged_samples", "straggler", "not_finite", "dm_not_finite", "divergence", "time", "seconds", "lr", "samples_per_s",
+     "tflops", "mfu", "memory_gb")
+)  # fmt: skip
+"""First parts of the names of metrics that are equal in most runs, or describe the machine."""
 COPIED = 2 << 30
 """Bytes of clips that are copied where they cannot be hard links; more are linked to where they lie."""
 
@@ -285,13 +290,15 @@ def _data(folder: Path, found: ComparedRuns, links: list[list[str]]) -> dict[str
 
 
 def curve_order(names: Iterable[str]) -> list[str]:
-    """Names of curves, the most telling first: validation, losses, gradient norms, then all others; bands last."""
+    """Names of curves, the most telling first: validation, losses, monitors, gradient norms; health, speed and bands last."""
 
     def rank(name: str) -> tuple[int, str]:
         if "/sigma_" in name:
             return 9, name
         first = name.split("/")[0]
-        return {"val": 0, "loss": 1, "monitor": 2, "grad_norm": 3}.get(first, 4), name
+        if first in SELDOM_TELLING:
+            return 8, name
+        return {"val": 0, "loss": 1, "fake_score": 1, "monitor": 2, "grad_norm": 3}.get(first, 4), name
 
     return sorted(names, key=rank)
 

@@ -612,3 +612,11 @@ def test_500_runs_take_less_than_20_seconds_of_one_core(tmp_path: Path) -> None:
     compare_runs([str(path) for path in (tmp_path / "runs").iterdir()], output=str(tmp_path / "out"))
     assert time.process_time() - start < 20
     assert (tmp_path / "out" / "index.html").stat().st_size < 20 << 20
+
+
+def test_curves_that_tell_something_come_first() -> None:
+    from eval.compare_runs.run_page import curve_order
+
+    names = ["damaged_samples", "lr", "grad_norm", "loss/sigma_0", "dm/video", "loss", "val/sync_gap", "time/data"]
+    assert curve_order(names)[:4] == ["val/sync_gap", "loss", "grad_norm", "dm/video"]
+    assert curve_order(names)[-1] == "loss/sigma_0"
