@@ -92,7 +92,7 @@ def _in_folder(folder: Path) -> list[RunRecord]:
 
 def _of_sweep(name: str) -> AskedRuns:
     """Points of a sweep by its name or folder; one that has not begun is shown with the settings of its point."""
-    folder = Path(name) if Path(name).is_dir() else SWEEPS / name
+    folder = SWEEPS / name if (SWEEPS / name).is_dir() or not Path(name).is_dir() else Path(name)
     sweep = Points.load(folder)
     runs = []
     for point in sweep.points:
