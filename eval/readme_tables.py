@@ -169,14 +169,17 @@ def resume_table(file: str) -> str:
 
     rows = [[recipe, *(shown(cells[name]) for name in strategies)] for recipe, cells in values["cells"].items()]
     tried = [cell for cells in values["cells"].values() for cell in cells.values() if "refused" not in cell]
-    others = [
-        f"{name} processes: samples {'the same' if move.get('same_samples') else 'DIFFER'}, losses within "
-        f"{move.get('largest_relative_difference_of_losses', float('nan')):.1e} (relative, of the six digits in metrics.csv)"
-        for name, move in values["processes"].items()
-    ]
+    others = []
+    for name, move in values["processes"].items():
+        apart = move.get("largest_relative_difference_of_losses", float("nan"))
+        losses = "equal in the six digits of metrics.csv" if apart == 0 else f"within {apart:.1e} (relative)"
+        others.append(f"{name}, {'the same samples' if move.get('same_samples') else 'OTHER SAMPLES'}, losses {losses}")
+    seeds = " and ".join(sorted({str(cell["seed"]) for cell in tried}))
+    commits = ", ".join(sorted({cell["commit"] for cell in tried}))
     about = (
-        f"{len(tried)} pairs; each was killed {values['kills']} times before a random batch (seed {values['seed']}) and once "
-        f"while it wrote a checkpoint. Continued with another number of processes: {'; '.join(others)}."
+        f"{len(tried)} pairs; each was killed {values['kills']} times before a random batch (seeds {seeds}) and once while it "
+        f"wrote a checkpoint. Continued with another number of processes (pretrain): {'; '.join(others)}. Commits of the "
+        f"pairs: {commits}."
     )
     return f"{markdown.table(['recipe', *strategies], rows)}\n\n{about} {markdown.origin(file, values['provenance'])}"
 

@@ -225,7 +225,7 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
 
     Args:
         output: folder of matrix.json; nothing is written without it. With `only` or `strategies` the other pairs of a file
-            that is there stay; every pair names its commit
+            that is there stay; every pair names its seed and commit
         only: recipes to try, separated by commas; all without it
         strategies: likewise
         kills: kills before a random batch, of every pair
@@ -248,7 +248,7 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
                 if strategies and strategy not in strategies.split(","):
                     continue
                 cell = {"refused": refused} if refused else one_cell(recipe, strategy, shards, parent, kills, draw)
-                cells.setdefault(recipe, {})[strategy] = cell if refused else {**cell, "commit": commit}
+                cells.setdefault(recipe, {})[strategy] = cell if refused else {**cell, "seed": seed, "commit": commit}
                 print(f"{recipe:24} {strategy:7} {cell}", flush=True)
         moves = before.get("processes", {})
         for strategy, then, now in () if only else (("ddp", 2, 1), ("ddp", 2, 3), ("fsdp2", 2, 1), ("fsdp2", 2, 3)):
@@ -257,7 +257,6 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
     finally:
         shutil.rmtree(root, ignore_errors=True)
     result = {
-        "seed": seed,
         "kills": kills,
         "steps": STEPS,
         "cells": cells,
