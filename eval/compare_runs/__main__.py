@@ -74,7 +74,7 @@ def arguments(words: list[str]) -> list[str]:
     def is_folder(word: str) -> bool:
         if word == "help" or word.startswith("-") or word.partition("=")[0] in known:
             return False
-        return "=" not in word or Path(word).exists()  # a misspelt setting is none
+        return "/" in word.partition("=")[0] or "=" not in word or Path(word).exists()  # a misspelt setting is none
 
     folders = [word for word in words if is_folder(word)]
     others = [word for word in words if word not in folders]

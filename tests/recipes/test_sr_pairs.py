@@ -1,5 +1,6 @@
 """Which two latents of a clip super-resolution trains on, and what it says where there are none."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def test_sizes_that_the_patches_do_not_divide_are_one_line_before_the_training(t
     shards = training_stub.write_shards(tmp_path / "shards", large=7)
     with pytest.raises(UserError, match="clips of 28x28 pixels, whose latents cannot be cut into patches of 2"):
         training_stub.train_here(tmp_path / "run", shards, ["+recipe=sr"])
-    assert not (tmp_path / "run").exists()
+    # What a table of runs shows; nothing was trained.
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.yaml", "run.json"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
 
 
 def test_windows_of_local_layers_are_counted() -> None:
