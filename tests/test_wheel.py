@@ -74,11 +74,11 @@ def test_its_files_are_those_of_git(source: Path, wheel: Path) -> None:
 
     tracked = {
         path.relative_to(source).as_posix()
-        for package in PACKAGES
+        for package in (*PACKAGES, "slurm")  # the job file, which sweeps are made of
         for path in (source / package).rglob("*")
         if path.is_file()
     }
-    results = {name for name in tracked if name.startswith(("eval/results/", "inference/results/"))}
+    results = {name for name in tracked if name.startswith(("eval/results/", "inference/results/", "slurm/logs/"))}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == tracked - results
     assert wheel.name.startswith(f"magihuman-{__version__}-")
