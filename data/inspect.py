@@ -35,7 +35,7 @@ def inspect(shards: str, output: str | None = None, samples: int = 12, codecs: s
 
 def _some(reader: Shards, count: int, seed: int) -> tuple[list[Sample], list[str]]:
     """Up to `count` random samples, and the errors of those that could not be read."""
-    from data.module import permutation
+    from data.order import permutation
 
     found, corrupt = [], []
     for number in permutation(len(reader), seed)[:count]:

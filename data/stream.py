@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data.module import TRIES, Batches, LatentDataModule, mix, permutation
+from data.module import TRIES, Batches, LatentDataModule
+from data.order import mix, permutation
 from data.remote import RemoteShards, Retries
 from data.shards import Sample, SampleError
 from magihuman.errors import UserError
@@ -25,10 +26,10 @@ Place = tuple[int, int]
 
 
 @dataclass
-class Leg:
+class Segment:
     """A part of a training with one order: it begins at global batch `first` with epoch `epoch`.
 
-    Another number of ranks, of workers or a buffer of another size is another order, and begins a new leg.
+    Another number of ranks, of workers or a buffer of another size is another order, and begins a new segment.
     """
 
     first: int = 0
@@ -39,30 +40,36 @@ class Leg:
     webdataset: str = ""
 
 
-class Lane:
+class WorkerStream:
     """The batches of one worker, and their samples.
 
-        lane = Lane(reader, shards, leg, seed=0, part=0, batch_size=8)
-        samples = [lane.take(place) for place in lane.next_batch()]
+        stream = WorkerStream(reader, shards, segment, seed=0, part=0, batch_size=8)
+        samples = [stream.take(place) for place in stream.next_batch()]
 
     Args:
         reader: of the samples.
-        shards: [shards] arrays of the numbers of their training samples, in the order of the file; at least one a lane.
-        part: number of the lane, in [0, leg.ranks * leg.workers).
+        shards: [shards] arrays of the numbers of their training samples, in the order of the file; at least one a worker.
+        part: number of the worker, in [0, segment.ranks * segment.workers).
         batch_size: of one rank.
 
     Attributes:
-        turn: batches given so far.
-        due: places of the samples that have entered the buffer and were not read, in reading order.
+        given: number of batches given so far.
+        unread: places of the samples that have entered the buffer and were not read, in reading order.
     """
 
     def __init__(
-        self, reader: RemoteShards, shards: Sequence[np.ndarray], leg: Leg, seed: int, part: int, batch_size: int
+        self,
+        reader: RemoteShards,
+        shards: Sequence[np.ndarray],
+        segment: Segment,
+        seed: int,
+        part: int,
+        batch_size: int,
     ) -> None:
-        self._reader, self._shards, self._leg = reader, shards, leg
+        self._reader, self._shards, self._segment = reader, shards, segment
         self._seed, self._part, self._batch_size = seed, part, batch_size
-        self.turn = 0
-        self.due: dict[Place, None] = {}
+        self.given = 0
+        self.unread: dict[Place, None] = {}
         self._waiting: dict[Place, tuple[str, Sample] | SampleError] = {}  # read, and not in a batch yet
         self._last: dict[int, tuple[str, Sample]] = {}  # bucket -> its newest sample
         self._shard = (-1, -1)  # epoch and number of the one that is read
@@ -71,7 +78,7 @@ class Lane:
     def _batches(self) -> Iterator[list[Place]]:
         buckets = self._reader.index.rows["bucket"]
         open_batches: dict[int, list[Place]] = {}
-        for epoch in count(self._leg.epoch):
+        for epoch in count(self._segment.epoch):
             for place in self._epoch(epoch):
                 bucket = int(buckets[place[1]])
                 batch = open_batches.setdefault(bucket, [])
@@ -81,35 +88,35 @@ class Lane:
                     yield batch
 
     def _epoch(self, epoch: int) -> Iterator[Place]:
-        """The lane's samples of an epoch, each once, shuffled."""
+        """The worker's samples of an epoch, each once, shuffled."""
         from webdataset import DataPipeline
         from webdataset.filters import shuffle
 
-        parts = self._leg.ranks * self._leg.workers
+        parts = self._segment.ranks * self._segment.workers
         # As webdataset's split_by_node and split_by_worker, by the data-parallel rank.
         chosen = permutation(len(self._shards), self._seed, epoch, 0)[self._part :: parts]
 
         def samples() -> Iterator[Place]:
             for shard in chosen:
                 for number in self._shards[shard].tolist():
-                    self.due[epoch, number] = None
+                    self.unread[epoch, number] = None
                     yield epoch, number
 
         draw = random.Random(int(mix(self._seed, epoch, self._part, count=1)[0]))
-        size = self._leg.shuffle
+        size = self._segment.shuffle
         return iter(DataPipeline(samples, shuffle(size, initial=size // 2, rng=draw) if size > 1 else None))
 
     def next_batch(self) -> list[Place]:
         """The places of the next batch."""
-        self.turn += 1
+        self.given += 1
         return next(self._plan)
 
-    def skip_to(self, turn: int) -> None:
-        """Leave out the batches before `turn`, without reading them."""
-        while self.turn < turn:
+    def skip_to(self, batch: int) -> None:
+        """Leave out the batches before number `batch`, without reading them."""
+        while self.given < batch:
             for place in self.next_batch():
                 if self._waiting.pop(place, None) is None:
-                    del self.due[place]
+                    del self.unread[place]
 
     def take(self, place: Place) -> tuple[str, Sample]:
         """Key and sample of a place, each place once.
@@ -126,8 +133,8 @@ class Lane:
         return found
 
     def _read_next(self) -> None:
-        place = next(iter(self.due))
-        del self.due[place]
+        place = next(iter(self.unread))
+        del self.unread[place]
         shard = place[0], int(self._reader.index.rows["shard"][place[1]])
         if shard != self._shard:  # one that was lost in the last epoch is tried again
             self._shard, self._reader.lost = shard, None
@@ -149,7 +156,7 @@ class Lane:
             good += [(bucket == buckets[place[1]], sample) for bucket, sample in self._last.items()]
             if good:
                 return max(good, key=lambda each: each[0])[1]
-            if not self.due:
+            if not self.unread:
                 break
             self._read_next()
         raise UserError(
@@ -159,7 +166,7 @@ class Lane:
 
 
 class StreamBatches(Batches):
-    """Dataset of one rank's batches; they are to be asked for in order, by each worker every `leg.workers`-th of them.
+    """Dataset of one rank's batches; they are to be asked for in order, by each worker every `segment.workers`-th of them.
 
     Args:
         shards: numbers of the training samples of each shard.
@@ -167,34 +174,42 @@ class StreamBatches(Batches):
     """
 
     def __init__(
-        self, reader: RemoteShards, shards: Sequence[np.ndarray], leg: Leg, seed: int, batch_size: int, rank: int
+        self,
+        reader: RemoteShards,
+        shards: Sequence[np.ndarray],
+        segment: Segment,
+        seed: int,
+        batch_size: int,
+        rank: int,
     ) -> None:
         self._shards: RemoteShards = reader
-        self._numbers, self._leg, self._seed, self._batch_size, self._rank = shards, leg, seed, batch_size, rank
-        self._lanes: dict[int, Lane] = {}
-        self._lane: Lane
+        self._numbers, self._segment, self._seed, self._batch_size, self._rank = shards, segment, seed, batch_size, rank
+        self._streams: dict[int, WorkerStream] = {}
+        self._stream: WorkerStream
         self._told = reader.retries.lost
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """As of `Batches`, and `lost_connections`, their number since the last batch of the worker."""
-        leg, each = self._leg, self._batch_size // self._leg.ranks
-        turn, worker = divmod(number - leg.first, leg.workers)
-        lane = self._lanes.get(worker)
-        if lane is None or lane.turn > turn:
-            lane = Lane(self._shards, self._numbers, leg, self._seed, self._rank * leg.workers + worker, each)
-            self._lanes[worker] = lane
-        lane.skip_to(turn)
-        self._lane = lane
-        batch = self._collect(lane.next_batch(), number * self._batch_size + self._rank * each)
+        segment, each = self._segment, self._batch_size // self._segment.ranks
+        own, worker = divmod(number - segment.first, segment.workers)
+        stream = self._streams.get(worker)
+        if stream is None or stream.given > own:
+            stream = WorkerStream(
+                self._shards, self._numbers, segment, self._seed, self._rank * segment.workers + worker, each
+            )
+            self._streams[worker] = stream
+        stream.skip_to(own)
+        self._stream = stream
+        batch = self._collect(stream.next_batch(), number * self._batch_size + self._rank * each)
         lost = self._shards.retries.lost
         batch["lost_connections"], self._told = lost - self._told, lost
         return batch
 
     def _read(self, place: Any) -> tuple[str, Sample]:
-        return self._lane.take(place)
+        return self._stream.take(place)
 
     def _readable(self, near: Any) -> tuple[str, Sample]:
-        return self._lane.substitute(near)
+        return self._stream.substitute(near)
 
 
 class StreamDataModule(LatentDataModule):
@@ -253,7 +268,7 @@ class StreamDataModule(LatentDataModule):
         self._remote = (Retries(tries, timeout), cache_dir, cache_gb)
         super().__init__(shards, batch_size, val_fraction, seed, num_workers, codecs, max_damaged_share)
         self.shuffle, self.lost_connections = shuffle, 0
-        self._leg: Leg | None = None
+        self._segment: Segment | None = None
         self._per_shard = self._numbers()
 
     def _open(self, shards: str) -> RemoteShards:
@@ -319,14 +334,14 @@ class StreamDataModule(LatentDataModule):
                 raise UserError(f"data.module.shards={self.reader.name}: {error}; copy the shards there") from error
         return super().sr_size
 
-    def _current_leg(self, ranks: int) -> Leg:
+    def _current_segment(self, ranks: int) -> Segment:
         from webdataset import __version__
 
-        return Leg(ranks=ranks, workers=max(1, self.num_workers), shuffle=self.shuffle, webdataset=str(__version__))
+        return Segment(ranks=ranks, workers=max(1, self.num_workers), shuffle=self.shuffle, webdataset=str(__version__))
 
     def _batches(self, rank: int, ranks: int) -> StreamBatches:
-        self._leg = self._leg or self._current_leg(ranks)
-        return StreamBatches(self.reader, self._per_shard, self._leg, self.seed, self.batch_size, rank)
+        self._segment = self._segment or self._current_segment(ranks)
+        return StreamBatches(self.reader, self._per_shard, self._segment, self.seed, self.batch_size, rank)
 
     def _check(self, batch: dict[str, Any]) -> None:
         self.lost_connections += batch.pop("lost_connections", 0)
@@ -343,7 +358,7 @@ class StreamDataModule(LatentDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the order that it refers to; the same on every rank."""
-        return {**super().state_dict(), "leg": asdict(self._leg or self._current_leg(self._ranks()[1]))}
+        return {**super().state_dict(), "segment": asdict(self._segment or self._current_segment(self._ranks()[1]))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: exactly where ranks, workers and buffer are as they were, else with a new epoch, which is said.
@@ -352,8 +367,8 @@ class StreamDataModule(LatentDataModule):
             UserError: the position refers to other shards, another seed or batch size.
         """
         super().load_state_dict(state_dict)
-        now = self._current_leg(self._ranks()[1])
-        then = Leg(**state_dict["leg"])
+        now = self._current_segment(self._ranks()[1])
+        then = Segment(**state_dict["segment"])
         changed = ", ".join(
             f"{name} {old} then, {new} now"
             for (name, old), new in zip(asdict(then).items(), asdict(now).values(), strict=True)
@@ -376,7 +391,7 @@ class StreamDataModule(LatentDataModule):
                     f"{begun} of {self.train_samples} samples were trained on in the one before, and the others were not",
                     flush=True,
                 )
-        if self._leg is None:
-            self._leg = now
+        if self._segment is None:
+            self._segment = now
         else:  # the loader is made already
-            self._leg.__dict__.update(asdict(now))
+            self._segment.__dict__.update(asdict(now))

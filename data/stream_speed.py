@@ -1,4 +1,4 @@
-"""Speed of reading shards: `python -m data.stream_speed shards=URL [beside=FOLDER]`.
+"""Speed of reading shards: `python -m data.stream_speed shards=URL [local=FOLDER]`.
 
 Says whether a connection is fast enough for a training before GPUs wait for it.
 """
@@ -31,18 +31,18 @@ def measure(loader: Any, sizes: dict[str, int], batches: int) -> dict[str, float
 
 def stream_speed(
     shards: str,
-    beside: str | None = None,
+    local: str | None = None,
     batches: int = 100,
     batch_size: int = 16,
     num_workers: int = 2,
     shuffle: int = 100,
     cache_dir: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure how fast data=stream reads shards, and beside it data=shards.
+    """Measure how fast data=stream reads shards, and how fast data=shards reads a local copy.
 
     Args:
         shards: as data.module.shards: a URL, a path, or pipe: and a command
-        beside: a local folder with the same shards, read as by data=shards
+        local: folder with a copy of the shards, read as by data=shards
         batches: how many to read
         batch_size: samples of a batch
         num_workers: reading processes
@@ -67,8 +67,8 @@ def stream_speed(
     module.setup("fit")
     sizes = {entry.key: entry.bytes for entry in module.reader.index}
     results = {"stream": measure(module.train_dataloader(), sizes, batches)}
-    if beside is not None:
-        module = LatentDataModule(beside, batch_size, num_workers=num_workers)
+    if local is not None:
+        module = LatentDataModule(local, batch_size, num_workers=num_workers)
         results["shards"] = measure(module.train_dataloader(), sizes, batches)
     return results
 

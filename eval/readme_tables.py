@@ -146,12 +146,12 @@ def overview_table(_: str = "") -> str:
 
 
 def stream_table(file: str) -> str:
-    """Markdown of the speed of streaming beside local reading, a file of tests/support/stream_throughput.py."""
+    """Markdown of the speed of streaming compared with local reading, a file of tests/support/stream_throughput.py."""
     values = _read(file)
     names = ("samples_per_s", "mb_per_s", "lost_connections", "lost_samples")
     rows = [[name, *(f"{row[key]:g}" for key in names)] for name, row in values["results"].items()]
     heads = ["", "samples/s", "MB/s", "lost connections", "lost samples"]
-    about = f"One run, {values['what']}; {values['machine']}, load average {values['load_average']} at the end."
+    about = f"One run, {values['what']}; {values['machine']}, load average {values['load_average']}."
     return f"{markdown.table(heads, rows)}\n\n{about} {markdown.origin(file, values['provenance'])}"
 
 

@@ -232,10 +232,12 @@ def changes(then: Any, now: Any, path: str = "") -> list[str]:
 
 def _default(section: str, name: str) -> Any:
     """Default of a setting; None where it has none."""
-    kinds = {"": TrainSettings, "data": DataSettings, "optim": OptimSettings, "trainer": TrainerSettings}
-    kind = {**kinds, "strategy": StrategySettings, "checkpoint": CheckpointSettings}.get(section)
-    defaults = {} if kind is None else {field.name: field.default for field in fields(kind)}
-    return None if defaults.get(name, MISSING) is MISSING else defaults[name]
+    kind = {
+        "": TrainSettings, "data": DataSettings, "optim": OptimSettings, "trainer": TrainerSettings,
+        "strategy": StrategySettings, "checkpoint": CheckpointSettings,
+    }.get(section)  # fmt: skip
+    default = next((field.default for field in fields(kind) if field.name == name), None) if kind else None
+    return None if default is MISSING else default
 
 
 def _short(value: Any) -> str:

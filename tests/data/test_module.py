@@ -20,7 +20,8 @@ from pooled_bundle import build as pooled_bundle
 from small_shards import module, write_shards
 
 from data import shards as shards_module
-from data.module import Batches, FixedOrder, LatentDataModule, Order, PromptDataModule, mix, permutation, split
+from data.module import Batches, LatentDataModule, PromptDataModule, split
+from data.order import FixedOrder, Order, mix, permutation
 from data.shards import Index, Shards, ShardWriter, source_of
 from magihuman.errors import UserError
 

@@ -107,3 +107,15 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+
+
+KINDS: list[Failure] = [
+    ("reset", 30_000), ("status", 500), ("truncate", 50_000), ("slow", 8_000), ("stall", 10_000), ("reset", 0), ("status", 503),
+]  # fmt: skip
+
+
+def first_requests_fail(name: str, number: int) -> Failure:
+    """The first two requests of every shard fail, each shard in another way."""
+    if not name.endswith(".tar") or number > 1:
+        return None
+    return KINDS[(int(name[6:12]) + number) % len(KINDS)]

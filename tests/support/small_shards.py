@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from pooled_bundle import build as pooled_bundle
 
-from data.module import LatentDataModule, permutation
+from data.module import LatentDataModule
+from data.order import permutation
 from data.shards import Index, ShardWriter
 
 BUCKETS = {"25x64x64+a": 41, "25x64x64": 9, "13x64x128+a": 22}

@@ -1,4 +1,4 @@
-"""Evidence for `data=stream`: speed beside local reading, and what a failing server costs.
+"""Speed of data=stream compared with local reading, and what a failing server costs.
 
     PYTHONPATH=.:tests/support python tests/support/stream_throughput.py eval/results/stream_throughput.json
 
@@ -61,43 +61,39 @@ def serve(folder: str, failing: bool, answers: Connection) -> None:
 
 def main(output: Path) -> None:
     """Measure and write the result file."""
+    load = round(os.getloadavg()[0], 1)
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        for workers in (0,):
-            local = LatentDataModule(folder, BATCH, num_workers=workers)
-            sizes = {entry.key: entry.bytes for entry in local.reader.index}
-            size, batches = sum(sizes.values()) / len(sizes), local.order.batches_per_epoch - 2
+        local = LatentDataModule(folder, BATCH, num_workers=0)
+        sizes = {entry.key: entry.bytes for entry in local.reader.index}
+        size, batches = sum(sizes.values()) / len(sizes), local.order.batches_per_epoch - 2
 
-            def record(name: str, module: LatentDataModule) -> None:
-                results[f"{name}, {workers} workers"] = {  # noqa: B023
-                    **measure(module.train_dataloader(), sizes, batches),  # noqa: B023
-                    "lost_connections": getattr(module, "lost_connections", 0),
-                    "lost_samples": len(module.skipped),
-                }
+        def record(name: str, module: LatentDataModule) -> None:
+            results[name] = {
+                **measure(module.train_dataloader(), sizes, batches),
+                "lost_connections": getattr(module, "lost_connections", 0),
+                "lost_samples": len(module.skipped),
+            }
 
-            record("data=shards", local)
-            record("data=stream from the folder", StreamDataModule(folder, BATCH, num_workers=workers, shuffle=4))
-            for failing in (False, True):
-                here, there = multiprocessing.Pipe()
-                server = multiprocessing.get_context("fork").Process(target=serve, args=(folder, failing, there))
-                server.start()
-                url = here.recv()
-                what = ", each shard breaks off once and answers 503 once" if failing else ""
-                record(f"data=stream over HTTP{what}", StreamDataModule(url, BATCH, num_workers=workers, shuffle=4))
-                if not failing and workers:
-                    for state in ("filling", "filled"):
-                        module = StreamDataModule(url, BATCH, num_workers=workers, cache_dir=cache)
-                        record(f"data=stream over HTTP, {state} cache", module)
-                here.send("end")
-                server.join()
+        record("data=shards", local)
+        record("data=stream from the folder", StreamDataModule(folder, BATCH, num_workers=0, shuffle=4))
+        for failing in (False, True):
+            here, there = multiprocessing.Pipe()
+            server = multiprocessing.get_context("fork").Process(target=serve, args=(folder, failing, there))
+            server.start()
+            what = ", each shard breaks off once and answers 503 once" if failing else ""
+            url = here.recv()
+            record(f"data=stream over HTTP{what}", StreamDataModule(url, BATCH, num_workers=0, shuffle=4))
+            here.send("end")
+            server.join()
     write_result(
         output,
         {
             "what": f"one epoch of {CLIPS} clips of {size / 1e6:.2f} MB in shards of {PER_SHARD}, batches of {BATCH}, "
-            "shuffle=4; server and reader on one machine, files in the page cache",
+            "shuffle=4, no workers; server and reader on one machine, files in the page cache",
             "machine": processor(),
-            "load_average": round(os.getloadavg()[0], 1),
+            "load_average": load,
             "results": results,
             "provenance": {
                 "command": f"PYTHONPATH=.:tests/support python tests/support/stream_throughput.py {output}",
