@@ -1,4 +1,4 @@
-"""`python -m magihuman.sweep NAME`: several trainings from one file, see HELP."""
+"""`python -m magihuman.sweep NAME`: several trainings from one file, see SweepOptions."""
 
 import sys
 
@@ -9,63 +9,58 @@ if __name__ == "__main__":  # before the imports below, as in magihuman.train
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from magihuman.cli import errors_in_one_line
+from magihuman.cli import errors_in_one_line, option, settings, usage
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
     from magihuman.sweep.points import Points
 
-HELP = """usage: python -m magihuman.sweep NAME [settings of all points] [launcher=local|slurm|wandb] [--dry-run]
-       python -m magihuman.sweep NAME status [sort=true]
-
-Several trainings from one file, configs/sweep/NAME.yaml or a path that ends in .yaml: a grid, a list of points, seeds.
-
-  python -m magihuman.sweep pretrain_lr                                  here, one after the other
-  python -m magihuman.sweep pretrain_lr launcher=slurm sbatch='--partition=gpu --time=2:00:00'
-  python -m magihuman.sweep pretrain_seeds +recipe=sr name=sr_seeds      another recipe, under another name
-  python -m magihuman.sweep pretrain_lr status sort=true                 the table, the best point first
-
-Run folders are runs/RECIPE/NAME-ELEMENT. The same command again runs what has not finished, and nothing else.
-
-settings:
-  launcher     local, slurm (a job array) or wandb (a sweep for `wandb agent`) (default local)
-  sbatch       slurm: options of sbatch, such as '--account=NAME --partition=NAME --qos=NAME --time=2:00:00'
-  parallel     slurm: most elements that run at once (default: all)
-  --dry-run    print what would run, and write the file for Slurm or W&B; start nothing
-  name         of the sweep (default: the file's)
-  runs         folder of all runs (default runs); the sweep's own files are in RUNS/sweeps/NAME
-  element      run this element only, in this process; for the launchers
-  sort         status: by the metric instead of by element (default false)
-  others       settings of python -m magihuman.train, for all points; +recipe=NAME replaces the file's recipe
-
-sweeps: {known}"""
+PROGRAM = "python -m magihuman.sweep NAME"
 SUFFIXES = (".yaml", ".yml")
-LAUNCHERS = ("local", "slurm", "wandb")
-OWN = ("launcher", "sbatch", "parallel", "dry_run", "name", "runs", "element", "sort")
 
 
 @dataclass
-class SweepCommand:
+class SweepOptions:
+    """Several trainings from one file, configs/sweep/NAME.yaml or a path that ends in .yaml: a grid, a list of points, seeds.
+
+      python -m magihuman.sweep pretrain_lr                                  here, one after the other
+      python -m magihuman.sweep pretrain_lr launcher=slurm sbatch='--partition=gpu --time=2:00:00'
+      python -m magihuman.sweep pretrain_lr --dry-run                        what would run
+      python -m magihuman.sweep pretrain_seeds +recipe=sr name=sr_seeds      another recipe, under another name
+      python -m magihuman.sweep pretrain_lr status sort=true                 the table, the best point first
+
+    Run folders are runs/RECIPE/NAME-ELEMENT. The same command again runs what has not finished, and nothing else. Any other
+    setting is one of python -m magihuman.train, for all points; +recipe=NAME replaces the file's recipe.
+    """
+
+    launcher: Literal["local", "slurm", "wandb"] = option(
+        "local, slurm (a job array) or wandb (a sweep for `wandb agent`)", "local"
+    )
+    sbatch: str | None = option(
+        "slurm: options of sbatch, such as '--account=NAME --partition=NAME --time=2:00:00'", None
+    )
+    parallel: int | None = option("slurm: most elements that run at once; none is all", None)
+    dry_run: bool = option("print what would run, and write the file for Slurm or W&B; start nothing", False)
+    name: str | None = option("of the sweep; none is the file's", None)
+    runs: str = option("folder of all runs; the sweep's own files are in RUNS/sweeps/NAME", "runs")
+    element: int | None = option("run this element only, in this process; for the launchers", None)
+    sort: bool = option("status: by the metric instead of by element", False)
+
+
+@dataclass
+class SweepCommand(SweepOptions):
     """The command line.
 
     Attributes:
-        file: name or path of the sweep's file; words: settings of all points.
+        file: name or path of the sweep's file; words: settings of all points; status: whether to print the table only.
     """
 
-    file: str
-    words: list[str]
-    launcher: str = "local"
-    sbatch: str = ""
-    parallel: int | None = None
-    dry_run: bool = False
-    name: str | None = None
-    runs: str = "runs"
-    element: int | None = None
-    sort: bool = False
+    file: str = ""
+    words: list[str] = field(default_factory=list)
     status: bool = False
 
     @property
@@ -87,7 +82,7 @@ def main() -> None:
         if not arguments or {"-h", "--help", "help"} & set(arguments):
             from magihuman.config import available
 
-            print(HELP.format(known=", ".join(available("sweep"))))
+            print(f"{usage(SweepOptions, PROGRAM)}\n\nsweeps: {', '.join(available('sweep'))}")
             raise SystemExit(0 if arguments else 2)
         options = parse(arguments)
         if options.element is not None:
@@ -113,56 +108,37 @@ def parse(arguments: Sequence[str]) -> SweepCommand:
     if len(bare) > 1 and bare[1:] != ["status"]:
         word = next(word for word in bare[1:] if word != "status")
         raise UserError(f"{word!r} is not of the form key=value; the only command behind NAME is status")
-    options = SweepCommand(bare[0], [], status=len(bare) == 2)
-    values: dict[str, str] = {}
-    for word in rest:
-        if word in bare:
-            continue
-        key, _, value = word.lstrip("+").partition("=")
-        if word.startswith("-"):
-            raise UserError(
-                f"there is no option {word}; write {word.lstrip('-').partition('=')[0]}=VALUE, or --dry-run"
-            )
-        if key not in OWN:
-            options.words.append(word)
-        elif key in values:
-            raise UserError(f"{key} is given twice")
-        else:
-            values[key] = value
-    _fill(options, values)
-    if (options.element is not None or options.status) and options.words:
-        raise UserError(f"{' '.join(options.words)}: the points are frozen; settings are given at the start of a sweep")
-    for word in options.words:
-        if word.lstrip("+").partition("=")[0] in ("folder", "resume"):
-            raise UserError(f"{word}: runs of a sweep are <runs>/RECIPE/NAME-ELEMENT; choose name= and runs=")
-    return options
+    if wrong := next((word for word in rest if word.startswith("-")), None):
+        raise UserError(f"there is no option {wrong}; write {wrong.lstrip('-').partition('=')[0]}=VALUE, or --dry-run")
+    known = {each.name for each in fields(SweepOptions)}
+    own = [word for word in rest if word.partition("=")[0] in known and word not in bare]
+    words = [word for word in rest if word not in own and word not in bare]
+    command = SweepCommand(**settings(SweepOptions, own, PROGRAM), file=bare[0], words=words, status=len(bare) == 2)
+    _check(command)
+    return command
 
 
-def _fill(options: SweepCommand, values: dict[str, str]) -> None:
-    for key, value in values.items():
-        if key in ("dry_run", "sort"):
-            if value not in ("true", "false"):
-                raise UserError(f"{key}={value} should be true or false")
-            setattr(options, key, value == "true")
-        elif key in ("parallel", "element"):
-            if not value.isdigit() or (key == "parallel" and int(value) < 1):
-                raise UserError(f"{key}={value} should be a whole number{' from 1 on' if key == 'parallel' else ''}")
-            setattr(options, key, int(value))
-        elif not value and key != "sbatch":
-            raise UserError(f"{key}= is empty; give a value, or leave it out")
-        else:
-            setattr(options, key, value)
-    if options.launcher not in LAUNCHERS:
-        raise UserError(f"launcher={options.launcher} should be one of {', '.join(LAUNCHERS)}")
-    if options.launcher != "slurm" and (options.sbatch or options.parallel):
+def _check(command: SweepCommand) -> None:
+    """Raises UserError for options that cannot be, or that nothing would read."""
+    for key, least in (("parallel", 1), ("element", 0)):
+        if (value := getattr(command, key)) is not None and value < least:
+            raise UserError(f"{key}={value} should be a whole number from {least} on")
+    if not command.runs:
+        raise UserError("runs= is empty; give a folder, or leave it out")
+    if command.launcher != "slurm" and (command.sbatch or command.parallel):
         raise UserError("sbatch= and parallel= are for launcher=slurm")
-    name = options.folder.name
-    if "/" in (options.name or "") or name in (".", "..", ""):
-        raise UserError(f"name={options.name} is not the name of a folder")
+    if command.sort and not command.status:
+        raise UserError("sort= is for status")
+    name = command.folder.name
+    if "/" in (command.name or "") or name in (".", "..", ""):
+        raise UserError(f"name={command.name} is not the name of a folder")
     if "=" in name or name.startswith(("-", "~")) or name.endswith(SUFFIXES) or name == "help":
         raise UserError(f"name={name}: the name of a sweep is a word of its own on the command line; choose another")
-    if options.sort and not options.status:
-        raise UserError("sort= is for status")
+    if (command.element is not None or command.status) and command.words:
+        raise UserError(f"{' '.join(command.words)}: the points are frozen; settings are given at the start of a sweep")
+    for word in command.words:
+        if word.lstrip("+").partition("=")[0] in ("folder", "resume"):
+            raise UserError(f"{word}: runs of a sweep are <runs>/RECIPE/NAME-ELEMENT; choose name= and runs=")
 
 
 # ---- Commands ----
@@ -213,9 +189,8 @@ def launch(options: SweepCommand) -> None:
     if not left:
         print("   nothing to start")
         return
-    settings = points.differing()
     if options.dry_run:
-        for point, differs in zip(points.points, settings, strict=True):
+        for point, differs in zip(points.points, points.differing(), strict=True):
             if point.element in left:
                 print(f"   {point.element}  {differs}  ->  {point.folder}")
     if options.launcher == "local":
@@ -239,10 +214,10 @@ def _here(options: SweepCommand, points: "Points", left: Sequence[int]) -> None:
 
     if options.dry_run:
         return
-    settings = points.differing()
+    differing = points.differing()
     for count, number in enumerate(left, 1):
         print(
-            f"== element {number} ({count} of {len(left)}): {settings[number]} -> {points.element(number).folder}",
+            f"== element {number} ({count} of {len(left)}): {differing[number]} -> {points.element(number).folder}",
             flush=True,
         )
         run_job([sys.executable, "-m", "magihuman.sweep", *options.again, f"element={number}"], f"element {number}")
@@ -260,7 +235,7 @@ def _in_slurm(options: SweepCommand, points: "Points", left: Sequence[int]) -> N
     from magihuman.sweep.array import submit, write_array
     from magihuman.sweep.element import mark_queued, restore
 
-    path = write_array(points, options.folder, left, options.again, options.sbatch, options.parallel)
+    path = write_array(points, options.folder, left, options.again, options.sbatch or "", options.parallel)
     if options.dry_run:
         print(f"   wrote {path}; submit it with: sbatch {shlex.quote(str(path))}")
         return

@@ -330,7 +330,7 @@ class Limits(L.Callback):
             trainer.should_stop = True
 
 
-class PresentSettings(L.Callback):
+class OptimizerFromConfig(L.Callback):
     """Gives a resumed training the learning rates, betas, ... of its configuration, where the checkpoint has others.
 
     Optimisers and schedules keep their settings next to their state, so what is read from a checkpoint replaces them. With the

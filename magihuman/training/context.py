@@ -25,7 +25,7 @@ from magihuman.io.provenance import fingerprint
 from magihuman.models.config import Contract, DiTConfig, PackConfig
 from magihuman.schema import call, locate
 from magihuman.training.adam8bit import require_torchao
-from magihuman.training.callbacks import DataWarnings, Divergence, Limits, LogLines, PresentSettings, Samples
+from magihuman.training.callbacks import DataWarnings, Divergence, Limits, LogLines, OptimizerFromConfig, Samples
 from magihuman.training.checkpoint import Checkpointer, Preemption
 from magihuman.training.loggers import build_loggers
 from magihuman.training.parallel import build_strategy, check_device, check_launch, plugins
@@ -310,7 +310,7 @@ class Session:
             # Order matters: decisions to stop, then the log line of this step, then its checkpoint.
             callbacks=[
                 DataWarnings(),
-                PresentSettings(),
+                OptimizerFromConfig(),
                 self.limits,
                 Divergence(options.log_every),
                 *extra,

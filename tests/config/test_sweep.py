@@ -181,10 +181,10 @@ def test_the_run_folder_of_another_training_is_not_taken() -> None:
         ("seed=1", "no sweep given"),
         ("pretrain_lr stat", "'stat' is not of the form key=value; the only command behind NAME is status"),
         ("pretrain_lr --dryrun", "there is no option --dryrun; write dryrun=VALUE, or --dry-run"),
-        ("pretrain_lr launcher=pbs", "launcher=pbs should be one of local, slurm, wandb"),
+        ("pretrain_lr launcher=pbs", "launcher='pbs' should be one of local, slurm, wandb"),
         ("pretrain_lr parallel=4", "sbatch= and parallel= are for launcher=slurm"),
         ("pretrain_lr launcher=slurm parallel=0", "parallel=0 should be a whole number from 1 on"),
-        ("pretrain_lr element=x", "element=x should be a whole number"),
+        ("pretrain_lr element=x", "element='x' should be an integer or null"),
         (
             "pretrain_lr element=0",
             "runs/sweeps/pretrain_lr holds no sweep; start it with python -m magihuman.sweep pretrain_lr",
@@ -199,7 +199,7 @@ def test_the_run_folder_of_another_training_is_not_taken() -> None:
         ("pretrain_lr optim.lr=1e-3", "optim.lr is swept by the file pretrain_lr; change it there"),
         ("pretrain_lr +recipe=nothing", "no recipe 'nothing'"),
         ("pretrain_lr name=a name=b", "name is given twice"),
-        ("pretrain_lr dry_run=yes", "dry_run=yes should be true or false"),
+        ("pretrain_lr dry_run=maybe", "dry_run='maybe' should be true or false"),
         ("pretrain_lr launcher=slurm sbatch=gpu --dry-run", "'gpu' should be of the form --name=value"),
         (
             "pretrain_lr launcher=slurm sbatch=--nodes=2 --dry-run",
@@ -477,7 +477,7 @@ def test_the_array_has_the_size_of_a_training(monkeypatch) -> None:
         "data.module.batch_size=8",
         "trainer.accelerator=cpu",
     )
-    options = SweepCommand("s", [])
+    options = SweepCommand(file="s")
     array.write_array(frozen(words, seeds=1), options.folder, [0], options.again, "", None)
     assert {name: array_of()[name] for name in ("--nodes", "--ntasks-per-node")} == {
         "--nodes": "2",
