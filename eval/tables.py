@@ -7,9 +7,9 @@ Every table in a README and in a result's .md is made here, from the plain value
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from eval.metrics.registry import SIGNS, Metric
 from magihuman.io.markdown import aligned, table
 
 CANDIDATES = 20
@@ -19,31 +19,6 @@ Values = Mapping[str, Any]
 """Content of a result file or of a part of it. A measure in it is the dictionary of an `eval.stats.Measure`."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """Name of a metric, its unit, and which way is better.
-
-    Attributes:
-        direction: up, down, or target: nearer to the value of the codec reconstruction, or to the target in the label,
-            is better from either side; empty for levels of chance, which have no better side.
-    """
-
-    label: str
-    unit: str = ""
-    direction: Literal["up", "down", "target", ""] = ""
-
-    @property
-    def title(self) -> str:
-        """Label with unit: "PSNR, dB"."""
-        return f"{self.label}, {self.unit}" if self.unit else self.label
-
-    @property
-    def heading(self) -> str:
-        """Title with the direction's sign, as in the tables: "PSNR, dB ↑"."""
-        return f"{self.title} {SIGNS[self.direction]}".rstrip()
-
-
-SIGNS = {"up": "↑", "down": "↓", "target": "=", "": ""}
 BETTER = {"up": "higher is better", "down": "lower is better", "target": "nearer to the target is better", "": ""}
 LEGEND = (
     "↑ higher, ↓ lower, = nearer to the codec reconstruction is better; in brackets there: the deviation from it. "
@@ -53,59 +28,61 @@ LEGEND = (
 # Key in result files -> metric. A new metric needs an entry here and its measurement (eval/README.md).
 METRICS = {
     # Clips of puppets against their captions (eval.scores)
-    "attributes": Metric("face, hair, shirt and wall as prompted", direction="up"),
-    "face": Metric("face shape as prompted", direction="up"),
-    "hair": Metric("hair colour as prompted", direction="up"),
-    "shirt": Metric("shirt colour as prompted", direction="up"),
-    "wall": Metric("wall colour as prompted", direction="up"),
-    "skin": Metric("skin tone of the conditioning frame", direction="up"),
-    "vowels": Metric("vowels right", direction="up"),
-    "vowels_exact": Metric("whole vowel sequence right", direction="up"),
-    "syllable_error": Metric("syllable error rate, (S + D + I) / N", direction="down"),
-    "words_exact": Metric("all syllables right, none added", direction="up"),
-    "sync_r": Metric("lip sync: correlation of mouth and own audio", direction="up"),
-    "sync_other": Metric("chance: correlation of mouth and other clips' audio"),
-    "sync_shifted": Metric("chance: correlation of mouth and own audio, shifted"),
-    "sync_skill": Metric("lip-sync skill (other clips' audio 0, codec bound 1)", direction="up"),
-    "sync_skill_shifted": Metric("lip-sync skill (shifted audio 0, codec bound 1)", direction="up"),
-    "sync_lag0": Metric("best lag of mouth and audio is 0 frames", direction="up"),
-    "sync_retrieval": Metric(f"own audio found among {CANDIDATES}", direction="up"),
-    "static": Metric("clips whose mouth does not move", direction="down"),
-    "silent": Metric("clips without audible audio", direction="down"),
-    "amplitude": Metric("range of the mouth opening", "share of the image", "target"),
-    "sharpness": Metric("sharpness (variance of the Laplacian)", direction="target"),
-    "mouth_sharpness": Metric("sharpness around the mouth", direction="target"),
-    "flicker": Metric("change between frames outside the mouth", direction="down"),
-    "skin_distance": Metric("skin tones: total variation from equal shares", direction="down"),
+    "attributes": Metric("attributes", "face, hair, shirt and wall as prompted", direction="up"),
+    "face": Metric("face", "face shape as prompted", direction="up"),
+    "hair": Metric("hair", "hair colour as prompted", direction="up"),
+    "shirt": Metric("shirt", "shirt colour as prompted", direction="up"),
+    "wall": Metric("wall", "wall colour as prompted", direction="up"),
+    "skin": Metric("skin", "skin tone of the conditioning frame", direction="up"),
+    "vowels": Metric("vowels", "vowels right", direction="up"),
+    "vowels_exact": Metric("vowels_exact", "whole vowel sequence right", direction="up"),
+    "syllable_error": Metric("syllable_error", "syllable error rate, (S + D + I) / N", direction="down"),
+    "words_exact": Metric("words_exact", "all syllables right, none added", direction="up"),
+    "sync_r": Metric("sync_r", "lip sync: correlation of mouth and own audio", direction="up"),
+    "sync_other": Metric("sync_other", "chance: correlation of mouth and other clips' audio"),
+    "sync_shifted": Metric("sync_shifted", "chance: correlation of mouth and own audio, shifted"),
+    "sync_skill": Metric("sync_skill", "lip-sync skill (other clips' audio 0, codec bound 1)", direction="up"),
+    "sync_skill_shifted": Metric(
+        "sync_skill_shifted", "lip-sync skill (shifted audio 0, codec bound 1)", direction="up"
+    ),
+    "sync_lag0": Metric("sync_lag0", "best lag of mouth and audio is 0 frames", direction="up"),
+    "sync_retrieval": Metric("sync_retrieval", f"own audio found among {CANDIDATES}", direction="up"),
+    "static": Metric("static", "clips whose mouth does not move", direction="down"),
+    "silent": Metric("silent", "clips without audible audio", direction="down"),
+    "amplitude": Metric("amplitude", "range of the mouth opening", "share of the image", "target"),
+    "sharpness": Metric("sharpness", "sharpness (variance of the Laplacian)", direction="target"),
+    "mouth_sharpness": Metric("mouth_sharpness", "sharpness around the mouth", direction="target"),
+    "flicker": Metric("flicker", "change between frames outside the mouth", direction="down"),
+    "skin_distance": Metric("skin_distance", "skin tones: total variation from equal shares", direction="down"),
     # Several clips per prompt, and distances to real puppets (eval.paired)
-    "nearest": Metric("appearance: distance to the nearest real puppet", direction="down"),
-    "energy_look": Metric("appearance: energy distance to real puppets", direction="down"),
-    "energy_motion": Metric("motion: energy distance to real puppets", direction="down"),
-    "energy_voice": Metric("voice: energy distance to real puppets", direction="down"),
-    "skin_tones": Metric("diversity: effective number of skin tones, of 3", direction="target"),
-    "spread_look": Metric("diversity of appearance: distance of a prompt's clips", direction="target"),
-    "spread_motion": Metric("diversity of motion: distance of a prompt's clips", direction="target"),
-    "spread_voice": Metric("diversity of voice: distance of a prompt's clips", direction="target"),
-    "pitch": Metric("diversity of pitch: deviation within a prompt", "semitones", "target"),
-    "timing": Metric("diversity of speech timing: deviation within a prompt", "ms", "target"),
+    "nearest": Metric("nearest", "appearance: distance to the nearest real puppet", direction="down"),
+    "energy_look": Metric("energy_look", "appearance: energy distance to real puppets", direction="down"),
+    "energy_motion": Metric("energy_motion", "motion: energy distance to real puppets", direction="down"),
+    "energy_voice": Metric("energy_voice", "voice: energy distance to real puppets", direction="down"),
+    "skin_tones": Metric("skin_tones", "diversity: effective number of skin tones, of 3", direction="target"),
+    "spread_look": Metric("spread_look", "diversity of appearance: distance of a prompt's clips", direction="target"),
+    "spread_motion": Metric("spread_motion", "diversity of motion: distance of a prompt's clips", direction="target"),
+    "spread_voice": Metric("spread_voice", "diversity of voice: distance of a prompt's clips", direction="target"),
+    "pitch": Metric("pitch", "diversity of pitch: deviation within a prompt", "semitones", "target"),
+    "timing": Metric("timing", "diversity of speech timing: deviation within a prompt", "ms", "target"),
     # Against the true frames (eval.sr, eval.turbo_vae)
-    "psnr": Metric("PSNR", "dB", "up"),
-    "mouth_psnr": Metric("PSNR around the mouth", "dB", "up"),
-    "ssim": Metric("SSIM", direction="up"),
-    "change": Metric("error of the change between frames", "8-bit levels", "down"),
-    "still_flicker": Metric("change where the truth stands still", "8-bit levels", "down"),
-    "seam": Metric("change error at chunk ends over that elsewhere (target: 1)", direction="target"),
-    "drift": Metric("growth of the luma error from first to last frame (target: 0)", "8-bit levels", "target"),
-    "sharpness_ratio": Metric("sharpness over the truth's (target: 1)", direction="target"),
+    "psnr": Metric("psnr", "PSNR", "dB", "up"),
+    "mouth_psnr": Metric("mouth_psnr", "PSNR around the mouth", "dB", "up"),
+    "ssim": Metric("ssim", "SSIM", direction="up"),
+    "change": Metric("change", "error of the change between frames", "8-bit levels", "down"),
+    "still_flicker": Metric("still_flicker", "change where the truth stands still", "8-bit levels", "down"),
+    "seam": Metric("seam", "change error at chunk ends over that elsewhere (target: 1)", direction="target"),
+    "drift": Metric("drift", "growth of the luma error from first to last frame (target: 0)", "8-bit levels", "target"),
+    "sharpness_ratio": Metric("sharpness_ratio", "sharpness over the truth's (target: 1)", direction="target"),
     # Cost
-    "parameters": Metric("parameters", "M", "down"),
-    "flops": Metric("GFLOP per clip", direction="down"),
-    "seconds": Metric("processor seconds per clip", direction="down"),
-    "streaming": Metric("largest difference of decoding in chunks and at once", direction="down"),
-    "seconds_per_clip": Metric("denoising", "s per clip", "down"),
-    "calls": Metric("network calls per clip", direction="down"),
-    "state_mb": Metric("training state in a checkpoint", "MB", "down"),
-    "process_gb": Metric("peak memory of the training process", "GB", "down"),
+    "parameters": Metric("parameters", "parameters", "M", "down"),
+    "flops": Metric("flops", "GFLOP per clip", direction="down"),
+    "seconds": Metric("seconds", "processor seconds per clip", direction="down"),
+    "streaming": Metric("streaming", "largest difference of decoding in chunks and at once", direction="down"),
+    "seconds_per_clip": Metric("seconds_per_clip", "denoising", "s per clip", "down"),
+    "calls": Metric("calls", "network calls per clip", direction="down"),
+    "state_mb": Metric("state_mb", "training state in a checkpoint", "MB", "down"),
+    "process_gb": Metric("process_gb", "peak memory of the training process", "GB", "down"),
 }
 
 # The decoder study's files have its own quantities under keys that mean another one in all other files.

@@ -24,7 +24,8 @@ import numpy as np
 from eval.compare_runs.run_differences import all_differences, differing_settings
 from eval.compare_runs.run_lineage import lineage
 from eval.compare_runs.run_records import RunRecord, thin
-from eval.tables import METRICS, Metric
+from eval.metrics.registry import Metric
+from eval.tables import METRICS
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 
@@ -50,7 +51,7 @@ class TableColumn:
 
     Attributes:
         key: unique name; label: heading; about: more of it; group: settings, training, cost or scores.
-        direction: up, down, target or "" (see `eval.tables.Metric`); shown: at first.
+        direction: up, down, target or "" (see `eval.metrics.registry.Metric`); shown: at first.
     """
 
     key: str
@@ -90,7 +91,7 @@ class ComparedRuns:
 def metric_of(score: str) -> Metric:
     """The metric of a score "evaluation: metric"; one that is not listed has its key as label and no better side."""
     name = score.partition(": ")[2]
-    return METRICS.get(name, Metric(name))
+    return METRICS.get(name, Metric(name, name))
 
 
 def comparison(runs: list[RunRecord], baseline: int, title: str, goal: tuple[str, str] | None = None) -> ComparedRuns:
