@@ -386,6 +386,34 @@ def verdict_lines(values: Values) -> list[str]:
     return lines[:-1]
 
 
+SENSITIVITY_SIGNS = {
+    "ordered": "**{effect}**",
+    "seen": "{effect}",
+    "reversed": "({effect})",
+    "blind": "·",
+    "no value": "",
+}
+
+
+def sensitivity(values: Values) -> str:
+    """Markdown of the matrix of `eval.sensitivity`: a row per metric, a column per fault."""
+    rows = []
+    for row in values["metrics"].values():
+        cells = [row["faults"][fault] for fault in values["faults"]]
+        shown = [
+            SENSITIVITY_SIGNS[c["verdict"]].format(effect="" if c["effect"] is None else format_value(c["effect"], 1))
+            for c in cells
+        ]
+        claimed = [fault in row["claims"] for fault in values["faults"]]
+        rows.append([row["title"], *(f"{text} ✓" if yes else text for text, yes in zip(shown, claimed, strict=True))])
+    legend = (
+        f"Change to the worse at the strongest fault, in standard deviations of {values['clips']} clean clips. Bold: worse "
+        "with every strength; plain: only at the strongest; in brackets: called better; ·: not seen; empty: no value. "
+        "✓: the metric claims to see it."
+    )
+    return "\n".join([table(["metric", *(fault["label"] for fault in values["faults"].values())], rows), "", legend])
+
+
 BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-scores/1": scores,
     "magihuman-sr/1": super_resolution,
@@ -393,5 +421,6 @@ BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-ablation/1": ablation,
     "magihuman-conditions/1": conditioning,
     "magihuman-compare/1": comparison,
+    "magihuman-sensitivity/1": sensitivity,
 }
 """Format of a result file -> its .md."""
