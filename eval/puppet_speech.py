@@ -49,32 +49,6 @@ class Recognised:
         return tuple(word[-1] for word in self.words)
 
 
-@dataclass(frozen=True)
-class Edits:
-    """Edit distance of a recognised from a reference sequence, by kind; rate = errors / reference."""
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference: int
-
-    @property
-    def errors(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
-
-    @property
-    def hits(self) -> int:
-        return self.reference - self.substitutions - self.deletions
-
-
-def edits(reference: tuple[str, ...], recognised: tuple[str, ...]) -> Edits:
-    """Edits of a recognised from a reference sequence by jiwer: fewest errors, among equals the most hits."""
-    import jiwer
-
-    found = jiwer.process_words(" ".join(reference), " ".join(recognised))
-    return Edits(found.substitutions, found.deletions, found.insertions, len(reference))
-
-
 @lru_cache(maxsize=1)
 def _mel_filters() -> np.ndarray:
     """Triangular filters between 80 Hz and 7.6 kHz: fp64 [BANDS, WINDOW // 2 + 1]."""

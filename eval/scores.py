@@ -20,7 +20,8 @@ import numpy as np
 
 from data.tiny.puppets import SKINS, parse_caption
 from eval import stats
-from eval.puppet_speech import Edits, Recognised, called_opening, edits, recognise
+from eval.edits import Edits, edits
+from eval.puppet_speech import Recognised, called_opening, recognise
 from eval.puppet_vision import PROMPTED, FrameMeasures, measure_frames
 from eval.stats import Measure, unavailable
 from eval.tables import CANDIDATES, METRICS

@@ -7,7 +7,8 @@ import pytest
 
 from data.tiny.puppets import draw_puppet, mouth_track, synthesise
 from eval import puppet_speech
-from eval.puppet_speech import RECOGNISER_SEED, called_opening, edits, recognise
+from eval.edits import edits
+from eval.puppet_speech import RECOGNISER_SEED, called_opening, recognise
 
 
 def error_rates(spoil, count=60, seed=60) -> tuple[float, float, float]:
