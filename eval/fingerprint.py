@@ -65,7 +65,7 @@ def missing_model(source: str | Path) -> MissingDependency | None:
     return found if isinstance(found, MissingDependency) else None
 
 
-def missing_file(path: Path | None, option: str, content: str) -> MissingDependency | None:
+def missing_file(path: str | Path | None, option: str, content: str) -> MissingDependency | None:
     """Whether a file that a metric needs is not given or not there.
 
     Args:

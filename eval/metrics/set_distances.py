@@ -1,0 +1,168 @@
+"""FID, FVD and FAD, each with its unbiased kernel distance, in the features of a network that the user gives.
+
+    python -m eval.score clips=DIR reference=DIR metrics=fid fid.extractor=inception.pt
+    python -m eval.score clips=DIR reference=DIR metrics=fad fad.extractor=vggish.onnx
+
+No weights ship with this package. A value means something only beside others with the same extractor: its name and
+fingerprint are in every result. Formats and how to wrap a network: `eval.extractor`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.clip_file import NotMeasured
+from eval.extractor import Extractor, load_extractor, missing_extractor
+from eval.fingerprint import fingerprint
+from eval.metrics.registry import Metric, MissingDependency, SetMeasurement, plain_options
+from magihuman.cli import option
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from eval.clip_file import ClipFile
+    from eval.stats import Measure
+
+_BATCH = 16
+_DEVICE = "auto, cpu, cuda or cuda:0"
+
+
+@dataclass
+class FrameFeatures:
+    """Settings of fid."""
+
+    extractor: str | None = option("TorchScript or ONNX file: fp32 [B,3,size,size] in 0..1 -> [B,D]", None)
+    frames: int = option("frames of each clip, evenly spaced", 8)
+    size: int = option("height and width that frames are scaled to, without cropping", 299)
+    device: str = option(_DEVICE, "auto")
+
+
+@dataclass
+class VideoFeatures:
+    """Settings of fvd."""
+
+    extractor: str | None = option("TorchScript or ONNX file: fp32 [B,3,window,size,size] in 0..1 -> [B,D]", None)
+    window: int = option("frames of a window; a clip's windows follow each other without overlap", 16)
+    fps: float | None = option("frames per second that clips are read at; none: their own", None)
+    size: int = option("height and width that frames are scaled to, without cropping", 224)
+    device: str = option(_DEVICE, "auto")
+
+
+@dataclass
+class AudioFeatures:
+    """Settings of fad."""
+
+    extractor: str | None = option("TorchScript or ONNX file: fp32 [B,N] in -1..1 -> [B,D]", None)
+    rate: int = option("samples per second", 16000)
+    seconds: float = option("length of a window; a clip's windows follow each other without overlap", 1.0)
+    device: str = option(_DEVICE, "auto")
+
+
+@dataclass
+class _Loaded:
+    extract: Extractor
+    options: Any
+
+
+def _missing(name: str) -> Any:
+    def missing(options: Any) -> MissingDependency | None:
+        return missing_extractor(
+            options.extractor, f"{name}.extractor", "network for the features (TorchScript or ONNX)"
+        )
+
+    return missing
+
+
+def _load(options: Any) -> _Loaded:
+    return _Loaded(load_extractor(Path(options.extractor), options.device), options)
+
+
+def _identity(options: Any) -> Mapping[str, Any]:
+    kept = {name: value for name, value in plain_options(options).items() if name not in ("extractor", "device")}
+    return {"extractor": fingerprint(Path(options.extractor).expanduser()), **kept}
+
+
+def _scaled(frames: "np.ndarray", size: int) -> "np.ndarray":
+    """uint8 [F,H,W,3] -> fp32 [F,3,size,size] in 0..1, bilinear with antialiasing."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    # One frame at a time: a clip in fp32 at full size is large.
+    scaled = [interpolate(i[None].float() / 255, (size, size), mode="bilinear", antialias=True) for i in images]
+    return torch.cat(scaled).clamp(0, 1).numpy()
+
+
+def _in_batches(extract: Extractor, inputs: "np.ndarray", batch: int) -> "np.ndarray":
+    import numpy as np
+
+    return np.concatenate([extract(inputs[first : first + batch]) for first in range(0, len(inputs), batch)])
+
+
+def frame_features(clip: "ClipFile", model: _Loaded) -> "np.ndarray":
+    """Features of evenly spaced frames, fp32 [k,D]; of all frames where there are fewer."""
+    import numpy as np
+
+    frames = clip.frames
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(model.options.frames, len(frames))).round().astype(int))
+    return _in_batches(model.extract, _scaled(frames[chosen], model.options.size), _BATCH)
+
+
+def video_features(clip: "ClipFile", model: _Loaded) -> "np.ndarray":
+    """Features of consecutive windows of frames, fp32 [k,D]; a rest shorter than a window is left out.
+
+    Raises:
+        NotMeasured: the clip is shorter than one window.
+    """
+    options = model.options
+    frames = clip.frames if options.fps is None else clip.frames_at(options.fps)
+    count = len(frames) // options.window
+    if not count:
+        raise NotMeasured(f"it has {len(frames)} frames, and fvd.window={options.window} are needed")
+    images = _scaled(frames[: count * options.window], options.size)
+    windows = images.reshape(count, options.window, *images.shape[1:]).swapaxes(1, 2)
+    return _in_batches(model.extract, windows, 1)
+
+
+def audio_features(clip: "ClipFile", model: _Loaded) -> "np.ndarray":
+    """Features of consecutive windows of audio, fp32 [k,D]; a shorter clip is filled up with silence, a rest left out."""
+    import numpy as np
+
+    options = model.options
+    wave, length = clip.wave(options.rate), round(options.rate * options.seconds)
+    count = max(1, len(wave) // length)
+    wave = np.pad(wave, (0, max(0, length - len(wave))))[: count * length]
+    return _in_batches(model.extract, wave.reshape(count, length), _BATCH)
+
+
+def _compare(distance: str, kernel: str) -> Any:
+    def compare(clips: "Sequence[np.ndarray]", reference: "Sequence[np.ndarray]") -> "Mapping[str, Measure]":
+        from eval.set_distance import frechet, kernel_distance
+
+        return {distance: frechet(clips, reference), kernel: kernel_distance(clips, reference)}
+
+    return compare
+
+
+def _metrics(distance: str, kernel: str, of: str) -> tuple[Metric, Metric]:
+    return (
+        Metric(distance, f"{distance.upper()}: Fréchet distance of {of}", direction="down", best=0.0),
+        Metric(kernel, f"{kernel.upper()}: unbiased kernel distance of {of}", direction="down"),
+    )
+
+
+MEASUREMENTS = (
+    SetMeasurement(
+        "fid", _metrics("fid", "kid", "frames"), frame_features, _compare("fid", "kid"), ("frames",),
+        FrameFeatures, _missing("fid"), _load, _identity,
+    ),
+    SetMeasurement(
+        "fvd", _metrics("fvd", "kvd", "videos"), video_features, _compare("fvd", "kvd"), ("frames",),
+        VideoFeatures, _missing("fvd"), _load, _identity,
+    ),
+    SetMeasurement(
+        "fad", _metrics("fad", "kad", "audio"), audio_features, _compare("fad", "kad"), ("audio",),
+        AudioFeatures, _missing("fad"), _load, _identity,
+    ),
+)  # fmt: skip

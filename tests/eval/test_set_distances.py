@@ -1,0 +1,212 @@
+"""FID, FVD, FAD and KID: closed forms, torchmetrics, spread over simulated sets, and networks given as files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_onnx import write_mean
+
+from eval.clip_file import ClipFile, MeasurementError, NotMeasured
+from eval.extractor import load_extractor
+from eval.metrics.registry import SetMeasurement, measurements
+from eval.set_distance import frechet, kernel_distance
+from magihuman.errors import UserError
+from magihuman.media.reading import MediaInfo
+
+FID, FVD, FAD = (measurements()[name] for name in ("fid", "fvd", "fad"))
+
+
+def sets(
+    rng: np.random.Generator, n: int, d: int, k: int = 1, shift: float = 0.0, alike: float = 0.0
+) -> list[np.ndarray]:
+    """n clips of k vectors; `alike`: deviation of the clips' own means."""
+    means = alike * rng.standard_normal((n, 1, d)) + shift
+    return list((means + rng.standard_normal((n, k, d))).astype(np.float32))
+
+
+class TestFrechet:
+    def test_of_two_gaussians_is_the_closed_form(self) -> None:
+        """Commuting covariances: |m|^2 + sum (s1 - s2)^2. Samples are made to have exactly these moments."""
+        rng = np.random.default_rng(0)
+        white = rng.standard_normal((50, 3))
+        white -= white.mean(0)
+        white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
+        x, y = white * [1, 2, 3] + [5, 0, 0], white * [2, 2, 1]
+        assert frechet(list(x), list(y)).value == pytest.approx(25 + 1 + 0 + 4, rel=1e-9)
+
+    def test_agrees_with_torchmetrics(self) -> None:
+        from torchmetrics.image.fid import _compute_fid
+
+        rng = np.random.default_rng(1)
+        x, y = sets(rng, 60, 8, k=3), sets(rng, 90, 8, k=2, shift=0.3)
+        rows = [torch.from_numpy(np.concatenate(s)).double() for s in (x, y)]
+        expected = _compute_fid(rows[0].mean(0), rows[0].T.cov(), rows[1].mean(0), rows[1].T.cov())
+        assert frechet(x, y).value == pytest.approx(float(expected), rel=1e-9)
+
+    def test_of_equal_sets_is_zero_and_not_negative(self) -> None:
+        x = sets(np.random.default_rng(2), 40, 6)
+        assert 0 <= frechet(x, x).value < 1e-9
+
+    def test_is_refused_with_no_more_samples_than_dimensions(self) -> None:
+        rng = np.random.default_rng(3)
+        measure = frechet(sets(rng, 4, 8, k=2), sets(rng, 40, 8))
+        assert (measure.value, measure.status) == (None, "skipped")
+        assert measure.reason.startswith("8 and 40 samples of 8 dimensions: ")
+        assert frechet(sets(rng, 5, 8, k=2), sets(rng, 40, 8)).status == "ok"
+
+    def test_interval_is_as_wide_as_the_spread_of_repeated_sets(self) -> None:
+        """Clips are alike inside, so an interval from frames would be half as wide."""
+        rng = np.random.default_rng(4)
+        found = [frechet(sets(rng, 100, 4, 4, alike=1), sets(rng, 100, 4, 4, 0.7, alike=1)) for _ in range(100)]
+        spread = 2 * 1.96 * np.std([m.value for m in found])
+        assert np.mean([m.high - m.low for m in found]) == pytest.approx(spread, rel=0.15)
+
+
+class TestKernelDistance:
+    def test_agrees_with_torchmetrics_for_one_vector_per_clip(self) -> None:
+        from torchmetrics.image.kid import poly_mmd
+
+        rng = np.random.default_rng(5)
+        x, y = sets(rng, 30, 8), sets(rng, 30, 8, shift=0.5)
+        expected = poly_mmd(*(torch.from_numpy(np.concatenate(s)).double() for s in (x, y)))
+        assert kernel_distance(x, y).value == pytest.approx(float(expected), rel=1e-9)
+
+    def test_is_without_bias_where_frames_of_a_clip_are_alike(self) -> None:
+        rng = np.random.default_rng(6)
+        found = [kernel_distance(sets(rng, 12, 4, 6, alike=1), sets(rng, 12, 4, 6, alike=1)) for _ in range(200)]
+        values = np.array([m.value for m in found])
+        error = values.std() / len(values) ** 0.5
+        assert abs(values.mean()) < 3 * error
+        # As if frames were clips, the same sets differ: the pairs that are left out are what makes the difference.
+        flat = [
+            kernel_distance(*(list(np.concatenate(sets(rng, 12, 4, 6, alike=1))) for _ in "xy")) for _ in range(300)
+        ]
+        assert np.mean([m.value for m in flat]) > 10 * error
+
+    def test_interval_covers_the_true_distance(self) -> None:
+        rng = np.random.default_rng(7)
+        truth = kernel_distance(sets(rng, 1200, 3), sets(rng, 1200, 3, shift=0.6)).value
+        found = [kernel_distance(sets(rng, 60, 3), sets(rng, 60, 3, shift=0.6)) for _ in range(200)]
+        assert np.mean([m.low <= truth <= m.high for m in found]) > 0.9
+
+    def test_parts_of_the_kernel_matrix_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng = np.random.default_rng(8)
+        x = [np.float32(rng.standard_normal((k, 5))) for k in (1, 4, 2, 3)]
+        y = [np.float32(rng.standard_normal((k, 5))) for k in (3, 1, 5)]
+        whole = kernel_distance(x, y)
+        monkeypatch.setattr("eval.set_distance._CHUNK", 20)
+        assert kernel_distance(x, y).value == pytest.approx(whole.value, rel=1e-12)
+        assert kernel_distance(x, y).high == pytest.approx(whole.high, rel=1e-12)
+
+    def test_needs_three_clips(self) -> None:
+        x = sets(np.random.default_rng(9), 2, 4, k=9)
+        assert (kernel_distance(x, x).value, kernel_distance(x, x).status) == (None, "skipped")
+
+
+class Mean(torch.nn.Module):
+    """Means over all but batch and channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).mean(2)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("networks")
+    torch.jit.script(Mean()).save(str(folder / "mean.pt"))
+    write_mean(folder / "images.onnx", ["b", 3, "h", "w"], [2, 3], ["b", 3])
+    write_mean(folder / "single.onnx", [1, 3, "h", "w"], [2, 3], [1, 3])
+    write_mean(folder / "wave.onnx", ["b", "n"], [1], ["b"])
+    (folder / "broken.onnx").write_bytes(b"nonsense")
+    (folder / "broken.pt").write_bytes(b"nonsense")
+    return {file.name: str(file) for file in folder.iterdir()}
+
+
+def clip(frames: np.ndarray | None = None, wave: np.ndarray | None = None) -> ClipFile:
+    """A clip that is decoded already."""
+    made = ClipFile(Path("clip.mp4"))
+    made.__dict__["frames"] = frames
+    made.__dict__["info"] = MediaInfo("video", 8, 8, 25.0, 1.0, 16000, 1)
+    if wave is not None:
+        made._waves[16000] = wave
+    return made
+
+
+class TestExtractors:
+    @pytest.mark.parametrize("name", ["mean.pt", "images.onnx", "single.onnx"])
+    def test_formats_agree(self, networks: dict[str, str], name: str) -> None:
+        pytest.importorskip("onnxruntime")
+        images = np.random.default_rng(0).random((3, 3, 4, 5), dtype=np.float32)
+        found = load_extractor(Path(networks[name]), "cpu")(images)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, images.mean((2, 3)), rtol=1e-5)
+
+    @pytest.mark.parametrize("name", ["broken.pt", "broken.onnx"])
+    def test_damaged_files_are_one_line(self, networks: dict[str, str], name: str) -> None:
+        pytest.importorskip("onnxruntime")
+        with pytest.raises(UserError, match=f"{name} is no readable ONNX") as error:
+            load_extractor(Path(networks[name]), "cpu")
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name", ["mean.pt", "images.onnx"])
+    def test_wrong_input_is_one_line(self, networks: dict[str, str], name: str) -> None:
+        pytest.importorskip("onnxruntime")
+        with pytest.raises(MeasurementError, match=rf"{name} refuses an input \[2\]") as error:
+            load_extractor(Path(networks[name]), "cpu")(np.zeros(2, np.float32))
+        assert "\n" not in str(error.value)
+
+    def test_nan_is_an_error(self, networks: dict[str, str]) -> None:
+        with pytest.raises(MeasurementError, match=r"mean.pt gives NaN or infinity"):
+            load_extractor(Path(networks["mean.pt"]), "cpu")(np.full((1, 3, 2, 2), np.nan))
+
+
+def loaded(measurement: SetMeasurement, **options: object) -> object:
+    return measurement.load(measurement.options(device="cpu", **options))
+
+
+class TestFeatures:
+    def test_frames_are_evenly_spaced_and_in_0_to_1(self, networks: dict[str, str]) -> None:
+        frames = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.full((1, 6, 8, 3), [10, 20, 30], np.uint8)
+        found = FID.features(clip(frames), loaded(FID, extractor=networks["mean.pt"], frames=3, size=4))
+        np.testing.assert_allclose(found, np.outer([0, 4, 8], [10, 20, 30]) / 255, atol=1e-6)
+
+    def test_a_clip_with_fewer_frames_gives_all_of_them(self, networks: dict[str, str]) -> None:
+        found = FID.features(clip(np.zeros((2, 4, 4, 3), np.uint8)), loaded(FID, extractor=networks["mean.pt"], size=4))
+        assert found.shape == (2, 3)
+
+    def test_windows_of_a_video(self, networks: dict[str, str]) -> None:
+        frames = np.repeat(np.arange(10, dtype=np.uint8)[:, None, None, None], 3, 3) * np.ones((1, 4, 4, 1), np.uint8)
+        model = loaded(FVD, extractor=networks["mean.pt"], window=4, size=4)
+        np.testing.assert_allclose(FVD.features(clip(frames), model)[:, 0], np.array([1.5, 5.5]) / 255, atol=1e-6)
+        with pytest.raises(NotMeasured, match=r"it has 3 frames, and fvd.window=4"):
+            FVD.features(clip(frames[:3]), model)
+
+    def test_windows_of_audio(self, networks: dict[str, str]) -> None:
+        pytest.importorskip("onnxruntime")
+        wave = np.repeat(np.float32([0.1, 0.2, 0.3]), [16000, 16000, 8000])
+        model = loaded(FAD, extractor=networks["wave.onnx"])
+        np.testing.assert_allclose(FAD.features(clip(wave=wave), model), [[0.1], [0.2]], rtol=1e-4)
+        short = FAD.features(clip(wave=wave[:4000]), model)
+        np.testing.assert_allclose(short, [[0.025]], rtol=1e-5)
+
+    def test_without_a_network_it_is_unavailable(self) -> None:
+        assert str(FID.missing(FID.options())).endswith("; fid.extractor=FILE")
+
+    def test_identity_holds_what_values_depend_on(self, networks: dict[str, str], tmp_path: Path) -> None:
+        other = tmp_path / "mean.pt"
+        other.write_bytes(Path(networks["mean.pt"]).read_bytes())
+        identities = [
+            FID.identity(FID.options(extractor=networks["mean.pt"])),
+            FID.identity(FID.options(extractor=str(other), device="cpu")),
+            FID.identity(FID.options(extractor=str(other), frames=4)),
+        ]
+        assert identities[0] == identities[1] != identities[2]
+        other.write_bytes(other.read_bytes() + b"x")
+        assert FID.identity(FID.options(extractor=str(other))) != identities[0]
+
+    def test_values_are_measures_by_key(self) -> None:
+        rng = np.random.default_rng(0)
+        found = FVD.compare(sets(rng, 20, 4), sets(rng, 20, 4))
+        assert {key: m.status for key, m in found.items()} == {"fvd": "ok", "kvd": "ok"}
+        assert {metric.key for metric in FVD.metrics} == set(found)
