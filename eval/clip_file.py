@@ -1,4 +1,4 @@
-"""A clip to be measured: an mp4 file with its prompt, its reference and what else is known of it, decoded when it is asked for.
+"""A clip to be measured: a media file with its prompt, its reference and what else is known of it, decoded when asked for.
 
     clip = ClipFile(Path("a.mp4"), prompt="A woman ... Dialogue: ...")
     clip.frames, clip.fps, clip.wave(16000)
@@ -7,7 +7,8 @@ Frames are decoded at the file's own frame rate and size, audio is mixed to one 
 and no frames of more than `MAX_BYTES` are decoded: the error says so before memory is taken.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,77 @@ class UnreadableClip(Exception):
     """A file that is no readable clip, or a longer one than is read, with the reason."""
 
 
+class _Media:
+    """A media file; what was decoded is kept until `release`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waves: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def info(self) -> "MediaInfo":
+        from magihuman.errors import UserError
+        from magihuman.media.reading import probe
+
+        try:
+            info = probe(self.path)
+        except (UserError, OSError) as error:
+            raise UnreadableClip(_reason(error)) from error
+        if info.seconds > MAX_SECONDS:
+            raise UnreadableClip(f"it lasts {info.seconds:.0f} s, and {MAX_SECONDS:.0f} s is the most")
+        return info
+
+    @property
+    def video(self) -> "MediaInfo":
+        if self.info.kind == "audio":
+            raise NotMeasured("the file has no video")
+        if self.info.kind == "image":
+            raise NotMeasured("the file has one frame")
+        return self.info
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        return self.read(self.video.fps, None)
+
+    def read(self, fps: float, size: tuple[int, int] | None) -> np.ndarray:
+        from magihuman.errors import UserError
+        from magihuman.media.reading import read_clip
+
+        info = self.video
+        height, width = size or (info.height, info.width)
+        needed = (info.seconds * fps + 1) * height * width * 3
+        if needed > MAX_BYTES:
+            raise UnreadableClip(
+                f"its frames need {needed / 1024**3:.1f} GiB, and {MAX_BYTES / 1024**3:.0f} is the most"
+            )
+        try:
+            return read_clip(self.path, fps=fps, size=size).frames.numpy()
+        except (UserError, OSError) as error:
+            raise UnreadableClip(_reason(error)) from error
+
+    def wave(self, rate: int) -> np.ndarray:
+        from magihuman.errors import UserError
+        from magihuman.media.reading import read_audio, read_clip
+
+        if not self.info.has_audio:
+            raise NotMeasured("the file has no audio")
+        if rate not in self.waves:
+            try:
+                if self.info.kind == "video":
+                    # Only the times of frames matter here: a small size keeps memory low.
+                    wave = read_clip(self.path, fps=self.info.fps, size=(16, 16), rate=rate).wave
+                else:
+                    wave = read_audio(self.path, rate)
+            except (UserError, OSError) as error:
+                raise UnreadableClip(_reason(error)) from error
+            self.waves[rate] = np.zeros(0, np.float32) if wave is None else wave.numpy()[0]
+        return self.waves[rate]
+
+    def release(self) -> None:
+        self.__dict__.pop("frames", None)
+        self.waves.clear()
+
+
 @dataclass(eq=False)
 class ClipFile:
     """A clip with what is known of it; frames and audio are decoded on first use and kept until `release`.
@@ -47,8 +119,7 @@ class ClipFile:
         path: of the media file.
         name: identity in results; by default the file's name without its suffix.
         prompt: the whole text that it was made from, "" where unknown.
-        dialogue: spoken words that are asked for, None where unknown, "" where nobody should speak. By default what
-            stands in the prompt's block `Dialogue:`, None without one.
+        dialogue: spoken words that are asked for, None where unknown, "" where nobody should speak.
         language: ISO 639 code ("en", "zh", "yue", ...) or a name ("Chinese"), None where not declared.
         group: clips of one group (a prompt) are alike and resampled together; by default the prompt, else the name.
         reference: the true clip, None without one.
@@ -64,102 +135,79 @@ class ClipFile:
     reference: "ClipFile | None" = None
     voice: Path | None = None
     image: Path | None = None
-    _waves: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    media: _Media = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.name = self.name or self.path.stem
         self.group = self.group or self.prompt or self.name
+        self.media = self.media or _Media(self.path)
 
-    @cached_property
+    @property
     def info(self) -> "MediaInfo":
         """Size, frame rate, length, tracks.
 
         Raises:
             UnreadableClip: empty, truncated, no media, or too long.
         """
-        from magihuman.errors import UserError
-        from magihuman.media.reading import probe
-
-        try:
-            info = probe(self.path)
-        except (UserError, OSError) as error:
-            raise UnreadableClip(str(error)) from error
-        if info.seconds > MAX_SECONDS:
-            raise UnreadableClip(f"it lasts {info.seconds:.0f} s, and {MAX_SECONDS:.0f} s is the most")
-        return info
+        return self.media.info
 
     @property
     def fps(self) -> float:
         """Frames per second of the file; of `frames`, too."""
-        return self.info.fps
+        return self.media.info.fps
 
-    @cached_property
+    @property
     def frames(self) -> np.ndarray:
         """All frames, uint8 [F,H,W,3] RGB.
 
         Raises:
-            NotMeasured: the file has no video.
+            NotMeasured: the file has no video, or one frame.
             UnreadableClip: it cannot be decoded, or is larger than `MAX_BYTES`.
         """
-        return self.frames_at(self._video().fps)
+        return self.media.frames
 
     def frames_at(self, fps: float, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Frames at another rate, and scaled and cropped to `size` (height, width): uint8 [F,H,W,3]; errors as of `frames`."""
-        from magihuman.errors import UserError
-        from magihuman.media.reading import read_clip
-
-        info = self._video()
-        height, width = size or (info.height, info.width)
-        needed = (info.seconds * fps + 1) * height * width * 3
-        if needed > MAX_BYTES:
-            raise UnreadableClip(
-                f"its frames need {needed / 1024**3:.1f} GiB, and {MAX_BYTES / 1024**3:.0f} is the most"
-            )
-        try:
-            return read_clip(self.path, fps=fps, size=size).frames.numpy()
-        except (UserError, OSError) as error:
-            raise UnreadableClip(str(error)) from error
-
-    def _video(self) -> "MediaInfo":
-        if self.info.kind == "audio":
-            raise NotMeasured("the file has no video")
-        if self.info.kind == "image":
-            raise NotMeasured("the file has one frame")
-        return self.info
+        """Frames at another rate, scaled and cropped to `size` (height, width): uint8 [F,H,W,3]; errors as of `frames`."""
+        return self.media.read(fps, size)
 
     @property
     def has_audio(self) -> bool:
-        return self.info.has_audio
+        """Whether the file has an audio track; errors as of `info`."""
+        return self.media.info.has_audio
 
     def wave(self, rate: int) -> np.ndarray:
         """The audio from the first frame on, mixed to one channel: fp32 [N] in [-1,1] at `rate` Hz.
 
-        As long as the video, silence where the file has none; the whole track of a file without video.
+        As long as the video, padded with silence; the whole track of a file without video.
 
         Raises:
             NotMeasured: the file has no audio.
             UnreadableClip: it cannot be decoded.
         """
-        from magihuman.errors import UserError
-        from magihuman.media.reading import read_audio, read_clip
+        return self.media.wave(rate)
 
-        if not self.has_audio:
-            raise NotMeasured("the file has no audio")
-        if rate not in self._waves:
-            try:
-                if self.info.kind == "video":
-                    # Only the times of frames matter here: the smallest size keeps memory low.
-                    wave = read_clip(self.path, fps=self.fps, size=(16, 16), rate=rate).wave
-                else:
-                    wave = read_audio(self.path, rate)
-            except (UserError, OSError) as error:
-                raise UnreadableClip(str(error)) from error
-            self._waves[rate] = np.zeros(0, np.float32) if wave is None else wave.numpy()[0]
-        return self._waves[rate]
+    def only(self, inputs: Collection[str]) -> "ClipFile":
+        """The clip with what a measurement declares that it uses: no reference, prompt, dialogue, voice or image besides.
+
+        Args:
+            inputs: as of `eval.metrics.registry.Measurement`; "dialogue" includes the language.
+        """
+        return replace(
+            self,
+            prompt=self.prompt if "prompt" in inputs else "",
+            dialogue=self.dialogue if "dialogue" in inputs else None,
+            language=self.language if "dialogue" in inputs else None,
+            reference=self.reference if "reference" in inputs else None,
+            voice=self.voice if "voice" in inputs else None,
+            image=self.image if "image" in inputs else None,
+        )
 
     def release(self) -> None:
         """Forget decoded frames and audio, the reference's too."""
-        self.__dict__.pop("frames", None)
-        self._waves.clear()
+        self.media.release()
         if self.reference is not None:
             self.reference.release()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

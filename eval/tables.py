@@ -9,7 +9,7 @@ Every table in a README and in a result's .md is made here, from the plain value
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from eval.metrics.registry import SIGNS, Metric
+from eval.metrics.registry import SIGNS, Metric, measurements, metrics
 from magihuman.io.markdown import aligned, table
 
 CANDIDATES = 20
@@ -414,6 +414,133 @@ def sensitivity(values: Values) -> str:
     return "\n".join([table(["metric", *(fault["label"] for fault in values["faults"].values())], rows), "", legend])
 
 
+# ---- Clips of any origin: eval.score, eval.run, eval.compare_scores ----
+
+CLIP_COLUMNS = {"clips": "clips", "bound": "reference through the codec", "reference": "reference"}
+
+
+def clip_scores(values: Values, keys: Sequence[str] = ()) -> str:
+    """Markdown of a summary.json of `eval.score` or `eval.run`: a column per set of clips, published values beside them.
+
+    Metrics that no column has a value of are listed below with the reason; n stands where not all clips have a value.
+    """
+    columns, published = values["columns"], values.get("published") or {}
+    known = dict.fromkeys(key for column in columns.values() for key in column)
+    if unknown := [key for key in keys if key not in known]:
+        raise KeyError(f"no column has {', '.join(unknown)}")
+    valued = [key for key in known if any(c.get(key, {}).get("value") is not None for c in columns.values())]
+    shown = list(keys) or valued
+    listed = {name: row for name, row in published.items() if set(row) & set(shown)}
+    heads = [CLIP_COLUMNS.get(name, name) for name in columns]
+    rows = [
+        [
+            metrics()[key].heading,
+            *(_clip_cell(column.get(key)) for column in columns.values()),
+            *(format_value(row.get(key)) if key in row else "" for row in listed.values()),
+        ]
+        for key in shown
+    ]
+    parts = [table(["", *heads, *(f"{name} (published)" for name in listed)], rows)]
+    if listed and values.get("published_source"):
+        parts.append(f"Published: {values['published_source']}.")
+    if languages := _language_table(values.get("by_language") or {}, shown):
+        parts.append(languages)
+    if not keys and (lost := _lost(columns, valued)):
+        parts.append("Without a value:\n\n" + "\n".join(f"- {line}" for line in lost))
+    return "\n\n".join(parts)
+
+
+def _clip_cell(measure: Values | None) -> str:
+    if measure is None:
+        return ""
+    cell = format_interval(measure)
+    if measure["value"] is None or measure["n"] == measure.get("total", measure["n"]):
+        return cell
+    failed = f", {measure['failed']} failed" if measure.get("failed") else ""
+    return f"{cell} (n={measure['n']} of {measure['total']}{failed})"
+
+
+def _language_table(languages: Mapping[str, Mapping[str, Values]], shown: Sequence[str]) -> str:
+    """Metrics of speech by language; "" where there are none."""
+    spoken = [m.key for one in measurements().values() if "dialogue" in one.inputs for m in one.metrics]
+    keys = [
+        key
+        for key in shown
+        if key in spoken and any(column.get(key, {}).get("value") is not None for column in languages.values())
+    ]
+    if not keys:
+        return ""
+    rows = [[language, *(_clip_cell(column.get(key)) for key in keys)] for language, column in languages.items()]
+    return table(["language", *(metrics()[key].heading for key in keys)], rows)
+
+
+def _lost(columns: Mapping[str, Mapping[str, Values]], valued: Sequence[str]) -> list[str]:
+    """ "unavailable: `wer`, `mer`: the reason" for metrics of the first column without a value."""
+    first = next(iter(columns.values()))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for key, measure in first.items():
+        if key not in valued:
+            reasons.setdefault((measure["status"], measure["reason"]), []).append(f"`{key}`")
+    return [f"{status}: {', '.join(names)}: {reason}" for (status, reason), names in reasons.items()]
+
+
+def clip_scores_text(values: Values) -> str:
+    """The same for a terminal."""
+    columns = values["columns"]
+    shown = [
+        key
+        for key in dict.fromkeys(key for column in columns.values() for key in column)
+        if any(c.get(key, {}).get("value") is not None for c in columns.values())
+    ]
+    rows = [["", *(CLIP_COLUMNS.get(name, name) for name in columns)]]
+    rows += [[metrics()[key].heading, *(_clip_cell(c.get(key)) for c in columns.values())] for key in shown]
+    return "\n".join([*aligned(rows), *(line.replace("`", "") for line in _lost(columns, shown))])
+
+
+def clip_comparison(values: Values, keys: Sequence[str] = ()) -> str:
+    """Markdown of a comparison.json of `eval.compare_scores`: averages, paired difference, verdict, clips needed."""
+    return "\n\n".join([table(*_comparison_rows(values, keys)), *_comparison_notes(values)])
+
+
+def clip_comparison_text(values: Values) -> str:
+    """The same for a terminal."""
+    header, rows = _comparison_rows(values)
+    return "\n".join([*aligned([header, *rows]), *_comparison_notes(values)])
+
+
+def _comparison_rows(values: Values, keys: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    found = values["metrics"]
+    header = ["", values["name"], values["baseline_name"], "difference", "verdict", "clips", "clips needed"]
+    rows = []
+    for key in keys or found:
+        entry = found[key]
+        if entry["verdict"] == "not compared":
+            continue
+        change = {"value": entry["change"], "low": entry["low"], "high": entry["high"]}
+        rows.append(
+            [
+                metrics()[key].heading, format_value(entry["value"]), format_value(entry["baseline"]),
+                format_interval(change, signed=True), entry["verdict"], f"{entry['n']} of {entry['total']}",
+                "" if entry["needed"] is None else f"{entry['needed']:,}",
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+def _comparison_notes(values: Values) -> list[str]:
+    counted = sum(entry["verdict"] != "not compared" for entry in values["metrics"].values())
+    notes = [
+        "Difference with its 95 % interval over prompts, on the clips that both have. Clips needed: so many show a "
+        f"difference of this size in four of five repetitions. Of {counted} metrics at 95 %, about {counted / 20:.1f} differ "
+        "by chance."
+    ]
+    reasons: dict[str, list[str]] = {}
+    for key, entry in values["metrics"].items():
+        if entry["verdict"] == "not compared":
+            reasons.setdefault(entry["reason"], []).append(key)
+    return notes + [f"Not compared: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
 BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-scores/1": scores,
     "magihuman-sr/1": super_resolution,
@@ -422,5 +549,7 @@ BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-conditions/1": conditioning,
     "magihuman-compare/1": comparison,
     "magihuman-sensitivity/1": sensitivity,
+    "magihuman-clip-scores/1": clip_scores,
+    "magihuman-clip-comparison/1": clip_comparison,
 }
 """Format of a result file -> its .md."""

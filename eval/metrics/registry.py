@@ -87,6 +87,8 @@ class Measurement:
             key that ends in "_text" is kept in the clip's row as text (a transcript, a judge's answer), not as a metric.
         inputs: of "frames", "audio", "reference", "prompt", "dialogue", "voice", "image": what a clip must have; a clip without
             one is skipped with that reason before `measure` is called.
+        optional: inputs that are used where a clip has them. `measure` sees no other input than these two name, so a value
+            in the cache depends on nothing else.
         options: dataclass of its settings, fields made by `magihuman.cli.option`; NAME.FIELD=value on the command line.
         missing: options -> what is not there, or None. Imports and loads nothing, opens no connection.
         load: options -> model, once per run, only when a value is not in the cache.
@@ -106,6 +108,7 @@ class Measurement:
     identity: Callable[[Any], Mapping[str, Any]] | None = None
     version: int = 1
     costly: bool = False
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class SetMeasurement:
     """A distance between a set of clips and a set of reference clips.
 
     Attributes:
-        name, metrics, inputs, options, missing, load, identity, version, costly: as of `Measurement`.
+        name, metrics, inputs, optional, options, missing, load, identity, version, costly: as of `Measurement`.
         features: (clip, model) -> fp32 [D] or [k,D], cached per clip.
         compare: (features of the clips, of the reference clips) -> values by key, each a value or an `eval.stats.Measure`.
     """
@@ -129,6 +132,7 @@ class SetMeasurement:
     identity: Callable[[Any], Mapping[str, Any]] | None = None
     version: int = 1
     costly: bool = True
+    optional: tuple[str, ...] = ()
 
 
 def missing_package(module: str, package: str = "") -> MissingDependency | None:

@@ -1,0 +1,135 @@
+"""Lists of clips to score: a folder of media files, or a manifest, with prompts and references.
+
+    clips = read_clips(Path("clips"), reference=Path("real"))
+
+In a folder every media file is a clip, with its prompt from NAME.json (the record of `python -m magihuman.infer`) or NAME.txt
+next to it. A manifest is a table (.csv, .tsv, .jsonl, .json) with the column `clip` and any of `COLUMNS`; its paths are
+relative to the file.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.clip_file import ClipFile
+from magihuman.errors import UserError
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+COLUMNS = ("clip", "name", "prompt", "dialogue", "language", "group", "reference", "voice", "image")
+"""Columns of a manifest; others are ignored."""
+_TAG = re.compile(r"<[^<>\n]*,\s*([^<>,\n]+?)\s*>\s*[:：]")
+
+
+def read_clips(source: Path, reference: Path | None = None) -> list[ClipFile]:
+    """Clips of a folder or manifest, sorted by name.
+
+    Args:
+        source: folder (its subfolders, too) or manifest.
+        reference: folder or manifest of true clips, matched by name; a manifest's own column `reference` goes first.
+
+    Raises:
+        UserError: nothing there, no clips, two of the same name, or a row that cannot be used.
+    """
+    clips = _folder(source, "clips") if source.is_dir() else _manifest(source, "clips")
+    twice = _repeated([clip.name for clip in clips])
+    if twice is not None:
+        raise UserError(f"clips={source} has two clips called {twice!r}; give names in a manifest's column `name`")
+    if reference is not None:
+        found = _folder(reference, "reference") if reference.is_dir() else _manifest(reference, "reference")
+        by_name = {clip.name: clip for clip in found}
+        for clip in clips:
+            clip.reference = clip.reference or by_name.get(clip.name)
+        if all(clip.reference is None for clip in clips):
+            example = f"{clips[0].name!r} here, {found[0].name!r} there"
+            raise UserError(f"reference={reference} has no clip of the same name as one of clips={source} ({example})")
+    return sorted(clips, key=lambda clip: clip.name)
+
+
+def spoken(prompt: str) -> tuple[str | None, str | None]:
+    """Dialogue and language that a prompt declares in its block `Dialogue:`; None for what it does not.
+
+    A prompt that has a block of background sound and none of dialogue asks for nobody to speak: its dialogue is "".
+    """
+    from inference.prompting.format import spoken_text, uncelled
+
+    text = uncelled(prompt)
+    if not re.search(r"\bdialogues?\s*:", text, re.IGNORECASE):
+        silent = re.search(r"^\W*background\s+sounds?\s*:", text, re.IGNORECASE | re.MULTILINE)
+        return ("" if silent else None), None
+    languages = {match.casefold(): match for match in _TAG.findall(text)}
+    return spoken_text(text), next(iter(languages.values())) if len(languages) == 1 else None
+
+
+def _repeated(names: list[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+def _clip(path: Path, **known: Any) -> ClipFile:
+    """A clip whose dialogue and language come from its prompt where they are not given."""
+    prompt = known.get("prompt") or ""
+    if prompt and known.get("dialogue") is None:
+        known["dialogue"], language = spoken(prompt)
+        known["language"] = known.get("language") or language
+    return ClipFile(path, **known)
+
+
+def _folder(folder: Path, setting: str) -> list[ClipFile]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"{setting}={folder} has no media files ({', '.join(SUFFIXES)})")
+    return [
+        _clip(path, name=path.relative_to(folder).with_suffix("").as_posix(), prompt=_prompt_beside(path))
+        for path in paths
+    ]
+
+
+def _prompt_beside(path: Path) -> str:
+    """Prompt in the record or text file next to a clip; "" without either."""
+    from magihuman.io.text import load_json, prompt_text, read_text
+
+    record, text = path.with_suffix(".json"), path.with_suffix(".txt")
+    try:
+        if record.is_file():
+            content = load_json(record)
+            if isinstance(content, dict) and isinstance(content.get("prompt"), str):
+                return str(content["prompt"])
+    except ValueError as error:
+        raise UserError(f"{record} cannot be read ({error}); mend or remove it") from error
+    return prompt_text(read_text(text, str(text))) if text.is_file() else ""
+
+
+def _manifest(file: Path, setting: str) -> list[ClipFile]:
+    from magihuman.io.text import TABLES, read_rows
+
+    if not file.exists():
+        raise UserError(f"{setting}={file} does not exist; give a folder of clips or a manifest ({', '.join(TABLES)})")
+    if file.suffix.lower() not in TABLES:
+        raise UserError(f"{setting}={file} is neither a folder nor a manifest ({', '.join(TABLES)})")
+    clips = []
+    for row in read_rows(file, f"{setting}={file}", (["clip"],), ("clip", "prompt")):
+        if row.problem:
+            raise UserError(f"{setting}={file}: {row.where} {row.problem}")
+        clips.append(_row_clip(row.values, f"{setting}={file}: {row.where}", file.parent))
+    if not clips:
+        raise UserError(f"{setting}={file} has no rows")
+    return clips
+
+
+def _row_clip(values: Mapping[str, Any], where: str, folder: Path) -> ClipFile:
+    for column in COLUMNS:
+        if not isinstance(values.get(column), str | None):
+            raise UserError(f"{where}: {column} should be text, not {values[column]!r}")
+    if not values.get("clip"):
+        raise UserError(f"{where} has no clip; give the path of a media file")
+    paths = {name: folder / values[name] for name in ("clip", "reference", "voice", "image") if values.get(name)}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise UserError(f"{where}: {name} {str(path)!r} does not exist")
+    known: dict[str, Any] = {name: values.get(name) or "" for name in ("name", "prompt", "group")}
+    known["dialogue"] = values.get("dialogue")  # empty cells of .csv are left out: "" (silence) is stated in JSON only
+    known["language"] = values.get("language") or None
+    if "reference" in paths:
+        known["reference"] = ClipFile(paths["reference"], name=known["name"] or paths["clip"].stem)
+    return _clip(paths["clip"], voice=paths.get("voice"), image=paths.get("image"), **known)

@@ -1,0 +1,181 @@
+"""Scores of any folder of clips, ours or another model's: values with intervals, or the reason why there is none.
+
+    python -m eval.score clips=FOLDER
+    python -m eval.score clips=manifest.jsonl reference=REAL metrics=all wer.model=whisper
+
+`python -m eval.doctor` lists the measurements, what each needs and its options.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eval.output import folder_for, require_at_least
+from magihuman.errors import UserError, report_and_exit
+
+CACHE = "runs/score_cache.sqlite"
+
+
+def run(
+    clips: str,
+    reference: str | None = None,
+    metrics: str = "cheap",
+    output: str | None = None,
+    bound: bool = False,
+    codecs: str = "tiny/base",
+    min_coverage: float = 0.9,
+    cache: str | None = CACHE,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score clips: pixels, sound, speech, lip sync, judges, distances to real clips.
+
+    Prints a table; writes results.jsonl (a line per clip: every value, or its status and reason), summary.json, summary.md and
+    summary.png. Values are cached by content: scoring again measures only what is new. A model's options are given as
+    MEASUREMENT.OPTION=VALUE; `python -m eval.doctor` lists them.
+
+    Args:
+        clips: folder of media files, each with its prompt in NAME.txt or NAME.json, or a manifest (.csv, .tsv, .jsonl, .json)
+            with the column clip and any of name, prompt, dialogue, language, group, reference, voice, image
+        reference: folder or manifest of true clips of the same names; they are scored, too
+        metrics: cheap (all without a model), all, or names of measurements or metrics with commas
+        output: folder; none is runs/scores/NAME
+        bound: score the reference clips through the video and audio codec, too: what no model of their latents can beat
+        codecs: checkpoint whose codecs bound=true uses
+        min_coverage: least share of clips, of those that a metric applies to, that must have a value; below, exit 1
+        cache: SQLite file of known values; none measures all again
+        workers: processes for measurements without a model; 0 is half of the cores, at most 8
+        progress: show bars with the time left
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: unknown clips, metrics or options.
+    """
+    return run_with(
+        {}, clips=clips, reference=reference, metrics=metrics, output=output, bound=bound, codecs=codecs,
+        min_coverage=min_coverage, cache=cache, workers=workers, progress=progress,
+    )  # fmt: skip
+
+
+def run_with(
+    options: dict[str, dict[str, str]], *, clips: str, reference: str | None, metrics: str, output: str | None, bound: bool,
+    codecs: str, min_coverage: float, cache: str | None, workers: int, progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """`run` with options of measurements: measurement -> option -> text."""
+    from eval.clip_list import read_clips
+    from eval.score_report import write_scores
+    from eval.scoring import plan, score, select
+
+    require_at_least(workers=(workers, 0))
+    require_share(min_coverage)
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    plan(select(names), options)  # a wrong option is found before clips are read
+    found = read_clips(Path(clips), Path(reference) if reference else None)
+    folder = Path(output) if output else folder_for("scores", Path(clips).with_suffix("").as_posix())
+    store = Path(cache) if cache else None
+    processes = workers or max(1, min(8, (os.cpu_count() or 2) // 2))
+
+    def scored(part: Sequence[Any]) -> Any:
+        return score(part, names, options, store, progress, processes)
+
+    columns = {"clips": scored(found)}
+    known = {clip.name: clip.reference for clip in found if clip.reference is not None}
+    if bound:
+        if not known:
+            raise UserError("bound=true needs reference clips; give reference=FOLDER")
+        from eval.codec_bound import bound_clips
+
+        through = {clip.name: clip for clip in bound_clips(list(known.values()), codecs, folder / "bound", progress)}
+        like = [replace(through[c.name], **_known_of(c), reference=c.reference) for c in found if c.name in through]
+        columns["bound"] = scored(like)
+    if known:
+        columns["reference"] = scored([replace(known[c.name], **_known_of(c)) for c in found if c.name in known])
+    facts = {"source": {"clips": clips, "reference": reference, "metrics": names}}
+    values = write_scores(folder, columns, facts)
+    require_coverage(values["columns"]["clips"], min_coverage, names)
+    return values
+
+
+def _known_of(clip: Any) -> dict[str, Any]:
+    """What a reference clip shares with its clip."""
+    names = ("name", "prompt", "dialogue", "language", "group", "voice", "image")
+    return {name: getattr(clip, name) for name in names}
+
+
+def require_share(min_coverage: float) -> None:
+    """Raises UserError unless 0 <= min_coverage <= 1."""
+    if not 0 <= min_coverage <= 1:
+        raise UserError(f"min_coverage={min_coverage:g} should be between 0 and 1")
+
+
+def require_coverage(summary: dict[str, dict[str, Any]], min_coverage: float, named: Sequence[str]) -> None:
+    """End with exit status 1 and a line per metric that too few clips have a value of.
+
+    Clips that a metric does not apply to are not counted. A metric or measurement that was asked for by name must have a value.
+    """
+    from eval.metrics.registry import measurements
+
+    owner = {metric.key: name for name, one in measurements().items() for metric in one.metrics}
+    problems: dict[str, str] = {}
+    for key, measure in summary.items():
+        failed = measure.get("failed", 0)
+        applies = measure["n"] + failed
+        if applies and measure["n"] < min_coverage * applies:
+            problems[key] = (
+                f"{failed} of {applies} clips failed ({measure['reason']}); min_coverage is {min_coverage:g}"
+            )
+        elif measure["value"] is None and measure["status"] == "unavailable" and {key, owner.get(key)} & set(named):
+            problems[key] = f"unavailable: {measure['reason']}"
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in problems.items():
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        print(f"{', '.join(keys)}: {reason}", file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Arguments of the command, and those of the form MEASUREMENT.OPTION=VALUE as measurement -> option -> text.
+
+    Raises:
+        UserError: an option is given twice.
+    """
+    rest: list[str] = []
+    options: dict[str, dict[str, str]] = {}
+    for argument in argv:
+        key, equals, text = argument.lstrip("-").partition("=")
+        name, dot, option = key.partition(".")
+        if not (equals and dot and name.isidentifier() and option.isidentifier()):
+            rest.append(argument)
+        elif option in options.setdefault(name, {}):
+            raise UserError(f"{key} is given twice")
+        else:
+            options[name][option] = text
+    return rest, options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from magihuman import cli
+
+    try:
+        rest, options = split_options(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        report_and_exit(error)
+
+    @functools.wraps(run)
+    def with_options(**given: Any) -> dict[str, Any]:
+        return run_with(options, **given)
+
+    cli.run(with_options, "python -m eval.score", rest)
+
+
+if __name__ == "__main__":
+    main()
