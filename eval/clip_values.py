@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.tables import METRICS
+from eval.metrics.registry import metrics
 from magihuman.io.files import write_result
 from magihuman.io.text import load_json
 
@@ -79,7 +79,7 @@ def write_clip_values(
         return {
             name: [[float(f"{v:.6g}") if np.isfinite(v) else None for v in row] for row in _rows(values, prompts)]
             for name, values in columns.items()
-            if name in METRICS
+            if name in metrics()
         }
 
     kept = {name: {**measure, "n": scores[name].get("n")} for name, measure in reported(scores).items()}

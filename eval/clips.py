@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, render, synthesise
-from eval.scores import ClipScore, Scores, score_clips
+from eval.puppet_scores import ClipScore
+from eval.scores import Scores, score_clips
 
 if TYPE_CHECKING:
     from torch import Tensor

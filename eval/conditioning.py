@@ -22,7 +22,7 @@ from eval.scores import Scores
 
 # Set -> whether clips are conditioned on (first frame, audio).
 CONDITIONING = {"first frame": (True, False), "audio": (False, True), "first frame and audio": (True, True)}
-METRICS = ("attributes", "skin", "sync_skill", "sync_retrieval", "vowels")
+SHOWN = ("attributes", "skin", "sync_skill", "sync_retrieval", "vowels")
 
 
 def run(
@@ -93,7 +93,7 @@ def conditioning_column(scores: Scores, puppets: Sequence[Puppet], first_frame: 
     right = [clip.vision.attributes["skin"] == puppet.skin for clip, puppet in zip(scores.clips, puppets, strict=True)]
     skin = stats.share(np.array(right)) if first_frame else stats.unavailable("no first frame", len(right))
     found = {**scores.table, "skin": skin}
-    return {name: found[name].to_dict() for name in METRICS}
+    return {name: found[name].to_dict() for name in SHOWN}
 
 
 def _sample(sampler: Sampler, truth: Clips, part: slice, conditions: tuple[bool, bool], seed: int, made: Clips) -> None:

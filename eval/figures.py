@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.tables import BETTER, DECODER_KEYS, METRICS, SR_COLUMNS, Values, ablation_title
+from eval.metrics.registry import metrics
+from eval.tables import DECODER_KEYS, SR_COLUMNS, Values, ablation_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
     from eval.clips import SheetColumn
-    from eval.scores import ClipScore
+    from eval.puppet_scores import ClipScore
 
 # ---- Shared parts ----
 
@@ -183,7 +184,7 @@ def comparison_points(values: Values) -> Figure:
             _interval(axes, place, measure, color=palette[name])
             if column["role"] == "bound" and measure["value"] is not None:
                 axes.axhline(measure["value"], color=palette[name], ls="--", lw=0.8)
-        axes.set_title(f"{key}\n{BETTER[METRICS[key].direction]}", fontsize=8)
+        axes.set_title(f"{key}\n{metrics()[key].better}", fontsize=8)
         axes.set_xticks([])
         axes.tick_params(labelsize=7)
         axes.grid(axis="y", alpha=0.3)
@@ -265,7 +266,7 @@ def _sr_panels(
             axes.errorbar(places, value, yerr=np.maximum(ends, 0), marker="o", capsize=3, label=name)
         axes.set_xticks(places, ticks)
         axes.set_xlabel(label)
-        axes.set_ylabel(_wrapped(METRICS[key].title, 38), fontsize=8)
+        axes.set_ylabel(_wrapped(metrics()[key].title, 38), fontsize=8)
         axes.grid(alpha=0.3)
     return figure
 
@@ -311,13 +312,13 @@ def sr_frames(movies: Mapping[str, Sequence[np.ndarray]]) -> Figure:
 def decoder_bars(values: Values) -> Figure:
     """Metrics of a decoder study with a better side as bars with their intervals, a colour per column."""
     columns = values["columns"]
-    titles = {key: METRICS[DECODER_KEYS.get(key, key)] for key in next(iter(columns.values()))["table"]}
+    titles = {key: metrics()[DECODER_KEYS.get(key, key)] for key in next(iter(columns.values()))["table"]}
     titles = {key: metric for key, metric in titles.items() if metric.direction in ("up", "down")}
     figure = Figure(figsize=(3.4 * len(titles), 3.8), layout="constrained")
     for axes, (key, metric) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for place, column in enumerate(columns.values()):
             _interval(axes, place, column["table"][key], 0.8, color=f"C{place}")
-        axes.set_title(_wrapped(f"{metric.title}\n({BETTER[metric.direction]})", 40), fontsize=8)
+        axes.set_title(_wrapped(f"{metric.title}\n({metric.better})", 40), fontsize=8)
         axes.set_xticks([])
         axes.grid(axis="y", alpha=0.3)
     _legend(figure, {name: f"C{place}" for place, name in enumerate(columns)}, len(columns))

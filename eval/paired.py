@@ -18,10 +18,14 @@ import numpy as np
 from data.tiny.puppets import SKINS
 from eval import stats
 from eval.diversity import SPACES, DistributionMetrics
+from eval.metrics import puppet_clips, puppet_diversity
+from eval.metrics.puppet_clips import CANDIDATES, CLIP_METRICS
+from eval.metrics.registry import metrics
+from eval.puppet_scores import ClipScore
 from eval.puppet_speech import pitch
-from eval.scores import CLIP_METRICS, ClipScore, Scores
+from eval.scores import Scores, clip_values
 from eval.stats import RESAMPLES, Measure, ends_of, unavailable
-from eval.tables import CANDIDATES, METRICS, format_interval
+from eval.tables import format_interval
 
 TOLERANCE = 0.1  # of diversity: within 10 % of the teacher's
 FASTER = 1.05  # ratio of times from which they count as different
@@ -71,7 +75,7 @@ def column(
         "nearest": distribution.nearest,
         **dict(zip(("semitones", "start_ms", "end_ms"), np.array(voices, float).T, strict=True)),
         **{
-            key: np.array([[metric.of(clip) for clip in draw.clips] for draw in scores], float).T
+            key: np.array([clip_values(metric, draw.clips) for draw in scores]).T
             for key, metric in CLIP_METRICS.items()
             if metric.compared
         },
@@ -178,7 +182,7 @@ class Row:
     """A compared metric.
 
     Attributes:
-        name: key of `METRICS`.
+        name: key of the metric.
         diversity: whether it is of diversity; share: whether it is a mean of values in [0,1].
         needs: what is missing where there is no value.
     """
@@ -191,17 +195,14 @@ class Row:
 
     @property
     def direction(self) -> str:
-        return METRICS[self.name].direction
+        return metrics()[self.name].direction
 
 
+_ORDER = [metric.key for metric in (*puppet_clips.METRICS, *puppet_diversity.METRICS)]
 ROWS = tuple(
     sorted(
         (
-            *(
-                Row(name, mean_of(name), share=metric.average is stats.share)
-                for name, metric in CLIP_METRICS.items()
-                if metric.compared
-            ),
+            *(Row(name, mean_of(name), share=metric.share) for name, metric in CLIP_METRICS.items() if metric.compared),
             Row("sync_skill", sync_skill),
             Row("sync_retrieval", mean_of("sync_retrieval"), share=True, needs=f"{CANDIDATES} prompts with audio"),
             Row("nearest", mean_of("nearest")),
@@ -211,7 +212,7 @@ ROWS = tuple(
             Row("pitch", deviation_of("semitones"), diversity=True),
             Row("timing", deviation_of("start_ms", "end_ms"), diversity=True),
         ),
-        key=lambda row: list(METRICS).index(row.name),
+        key=lambda row: _ORDER.index(row.name),
     )
 )
 
@@ -368,7 +369,7 @@ def _diversity_claim(kept: Mapping[str, Any]) -> dict[str, Any]:
 
 def _change(name: str, verdict: Mapping[str, Any]) -> str:
     """Change of a metric in its unit; of one with a target, how much nearer to the bound or farther from it."""
-    if METRICS[name].direction != "target":
+    if metrics()[name].direction != "target":
         return f"{name} {format_interval(verdict['change'], signed=True)}"
     gain = verdict["gain"]
     if gain["value"] > 0:

@@ -21,8 +21,9 @@ from eval import tables
 from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
 from eval.generate import tiny_pipelines
+from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.output import folder_for, publish, require_at_least
-from eval.scores import CLIP_METRICS, Scores, skills
+from eval.scores import Scores, clip_values, skills
 from magihuman.errors import UserError
 from magihuman.io.files import write_result
 
@@ -211,7 +212,7 @@ def run(
 
 def values_per_clip(scores: Scores, bound: Scores) -> dict[str, np.ndarray]:
     """Metric -> one value per clip [n], lip sync included; both sets are of the same captions."""
-    values = {key: np.array([metric.of(clip) for clip in scores.clips], float) for key, metric in CLIP_METRICS.items()}
+    values = {key: clip_values(metric, scores.clips) for key, metric in CLIP_METRICS.items()}
     sync = (
         sync_values(scores.own, bound.own, bound.other) if scores.captions == bound.captions else {"sync_r": scores.own}
     )

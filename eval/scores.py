@@ -2,110 +2,27 @@
 
     score_clips(frames, waves, captions, reference=bound).table["vowels"].value
 
-Names and directions of all metrics are in `eval.tables.METRICS`.
+One clip is scored by `eval.puppet_scores`; metrics are in `eval.metrics.puppet_clips`.
 
-Lip sync is the Pearson correlation, at frame rate, of the mouth's visible opening with the opening that the audio calls for.
-A bare correlation says little: clips share their rhythm (silence at both ends, three syllables), so a mouth still reaches
-about .6 with another clip's audio. Two chance levels are therefore measured: the mean over circular shifts of the clip's own
-audio, and over other clips' audio; the second is the harder one, and the right one for "the mouth follows *this* audio".
+A bare correlation of mouth and audio says little: clips share their rhythm (silence at both ends, three syllables), so a
+mouth still reaches about .6 with another clip's audio. Two chance levels are therefore measured: the mean over circular
+shifts of the clip's own audio, and over other clips' audio; the second is the harder one, and the right one for "the mouth
+follows *this* audio".
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from data.tiny.puppets import SKINS, parse_caption
+from data.tiny.puppets import SKINS
 from eval import stats
-from eval.edits import Edits, edits
-from eval.puppet_speech import Recognised, called_opening, recognise
-from eval.puppet_vision import PROMPTED, FrameMeasures, measure_frames
+from eval.edits import Edits
+from eval.metrics.puppet_clips import CANDIDATES, CLIP_METRICS, METRICS, PuppetMetric
+from eval.puppet_scores import ClipScore, correlation, score_clip
 from eval.stats import Measure, unavailable
-from eval.tables import CANDIDATES, METRICS
-
-MAX_LAG = 8  # frames
-NEAREST_SHIFT = 4  # a syllable lasts 5 to 7 frames: shifts nearer than this are not chance
-
-
-@dataclass(frozen=True)
-class Sync:
-    """Lip sync of one clip.
-
-    Attributes:
-        status: ok, static (the mouth does not move) or silent; the others are None unless it is ok.
-        r: correlation at lag 0.
-        shifted: mean correlation over circular shifts of at least `NEAREST_SHIFT` frames.
-        lag: best lag in frames, positive where the video is late; r_best: its correlation.
-    """
-
-    status: str
-    r: float | None = None
-    shifted: float | None = None
-    lag: int | None = None
-    r_best: float | None = None
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; 0 where either side is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 1e-12 else 0.0
-
-
-def sync_of(shown: np.ndarray, called: np.ndarray | None, static: bool) -> Sync:
-    """Lip sync of the visible opening [F] and the one that the audio calls for [F] (None: silent)."""
-    if called is None:
-        return Sync("silent")
-    if static:
-        return Sync("static")
-    frames = len(shown)
-    shifts = range(NEAREST_SHIFT, frames - NEAREST_SHIFT + 1)
-    shifted = float(np.mean([correlation(shown, np.roll(called, k)) for k in shifts])) if shifts else 0.0
-    limit = min(MAX_LAG, frames // 2)
-    by_lag = {}
-    for lag in sorted(range(-limit, limit + 1), key=abs):  # ties go to the smaller lag
-        late = shown[max(lag, 0) : frames + min(lag, 0)]
-        by_lag[lag] = correlation(late, called[max(-lag, 0) : frames - max(lag, 0)])
-    best = max(by_lag, key=lambda lag: by_lag[lag])
-    return Sync("ok", by_lag[0], shifted, best, by_lag[best])
-
-
-@dataclass(frozen=True)
-class ClipScore:
-    """Measurements of one clip.
-
-    Attributes:
-        vision, speech: attributes and mouth in the frames, syllables in the audio.
-        syllables, vowels: edits from the caption's to the recognised ones.
-        right: attribute -> whether it is as the caption states.
-        called: mouth opening that the audio calls for [F], None where it is silent.
-        sync: agreement of mouth and audio.
-    """
-
-    caption: str
-    vision: FrameMeasures
-    speech: Recognised
-    syllables: Edits
-    vowels: Edits
-    right: dict[str, bool]
-    called: np.ndarray | None
-    sync: Sync
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "caption": self.caption,
-            "attributes": self.vision.attributes,
-            "right": self.right,
-            "heard": list(self.speech.words),
-            "vowel_hits": self.vowels.hits,
-            "vowels_exact": self.vowels.errors == 0,
-            "syllable_errors": self.syllables.errors,
-            "sync": asdict(self.sync),
-            **{key: getattr(self.vision, key) for key in ("amplitude", "sharpness", "mouth_sharpness", "flicker")},
-        }
 
 
 @dataclass(frozen=True)
@@ -113,7 +30,7 @@ class Scores:
     """Scores of a set of clips.
 
     Attributes:
-        table: key of `METRICS` -> measure over all clips.
+        table: key of a metric -> measure over all clips.
         skins: skin tone -> clips; skin_p: p-value that they come from equal shares.
         own, other, shifted [n]: correlation of each clip's mouth with its own audio, in the mean with other clips'
             audio, and with its own audio shifted. A static or silent clip counts 0: it does not follow its audio.
@@ -144,66 +61,17 @@ class Scores:
         }
 
 
-def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> ClipScore:
-    """Score one clip: frames uint8 [F,H,W,3] at 25 fps, wave fp32 [N] at 16 kHz (None: no audio track).
-
-    Raises:
-        ValueError: frames of another type or shape, or a caption of another form.
-    """
-    stated = parse_caption(caption)
-    words = tuple(stated["words"])
-    if not words:
-        raise ValueError(f"the caption says no syllable: {caption!r}")
-    audio = np.zeros(0) if wave is None else np.asarray(wave)
-    if audio.ndim != 1:
-        raise ValueError(f"wave must be [N] (one channel), not {list(audio.shape)}")
-    vision, speech = measure_frames(frames), recognise(audio)
-    called = called_opening(audio, len(frames))
-    return ClipScore(
-        caption=caption,
-        vision=vision,
-        speech=speech,
-        syllables=edits(words, speech.words),
-        vowels=edits(tuple(word[-1] for word in words), speech.vowels),
-        right={name: vision.attributes[name] == stated[name] for name in PROMPTED},
-        called=called,
-        sync=sync_of(vision.openness, called, vision.static),
-    )
+def clip_values(metric: PuppetMetric, clips: Sequence[ClipScore]) -> np.ndarray:
+    """Values of a metric, NaN where a clip has none: fp64 [n]."""
+    return np.array([metric.of(clip) for clip in clips], float)
 
 
-@dataclass(frozen=True)
-class ClipMetric:
-    """A metric with one value per clip.
-
-    Attributes:
-        of: value of a clip.
-        average: measure of all clips' values [n]; `stats.share` for values in [0,1].
-        compared: whether `eval.dmd2` compares it between columns.
-    """
-
-    of: Callable[[ClipScore], float]
-    average: Callable[[np.ndarray], Measure] = stats.mean
-    compared: bool = False
-
-
-def _is_right(name: str, clip: ClipScore) -> float:
-    return float(clip.right[name])
-
-
-# Key of METRICS -> value per clip. A new metric is an entry here and one in METRICS (eval/README.md).
-CLIP_METRICS = {
-    "attributes": ClipMetric(lambda clip: float(np.mean(list(clip.right.values()))), stats.share, compared=True),
-    **{name: ClipMetric(partial(_is_right, name), stats.share) for name in PROMPTED},
-    "vowels": ClipMetric(lambda clip: clip.vowels.hits / clip.vowels.reference, stats.share, compared=True),
-    "vowels_exact": ClipMetric(lambda clip: float(clip.vowels.errors == 0), stats.share, compared=True),
-    "words_exact": ClipMetric(lambda clip: float(clip.syllables.errors == 0), stats.share),
-    "static": ClipMetric(lambda clip: float(clip.vision.static), stats.share),
-    "silent": ClipMetric(lambda clip: float(clip.speech.silent), stats.share),
-    "amplitude": ClipMetric(lambda clip: clip.vision.amplitude, compared=True),
-    "sharpness": ClipMetric(lambda clip: clip.vision.sharpness, compared=True),
-    "mouth_sharpness": ClipMetric(lambda clip: clip.vision.mouth_sharpness, compared=True),
-    "flicker": ClipMetric(lambda clip: clip.vision.flicker, compared=True),
-}  # fmt: skip
+def _average(metric: PuppetMetric, values: np.ndarray) -> Measure:
+    """Mean of the clips that have a value."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return unavailable("no clip has a value", len(values))
+    return stats.share(known) if metric.share else stats.mean(known)
 
 
 def _against_others(clips: Sequence[ClipScore]) -> tuple[np.ndarray, np.ndarray]:
@@ -281,10 +149,7 @@ def score_clips(
     other, found = _against_others(clips)
     counts = Counter(clip.vision.attributes["skin"] for clip in clips)
     skins = np.array([counts[name] for name in SKINS])
-    table = {
-        name: metric.average(np.array([metric.of(clip) for clip in clips], float))
-        for name, metric in CLIP_METRICS.items()
-    }
+    table = {name: _average(metric, clip_values(metric, clips)) for name, metric in CLIP_METRICS.items()}
     errors = np.array([clip.syllables.errors for clip in clips])
     stated = np.array([clip.syllables.reference for clip in clips])
     table["syllable_error"] = stats.ratio(errors, stated) if errors.any() else stats.share(errors)  # of 0: Wilson's
@@ -305,7 +170,7 @@ def score_clips(
     table["skin_distance"] = stats.distance_to_uniform(skins)
     return Scores(
         clips=clips,
-        table={name: table[name] for name in METRICS if name in table},
+        table={metric.key: table[metric.key] for metric in METRICS if metric.key in table},
         skins=dict(zip(SKINS, skins.tolist(), strict=True)),
         skin_p=stats.uniformity(skins),
         own=own,

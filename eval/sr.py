@@ -28,11 +28,12 @@ from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import HELD_OUT_SEED, frames_tensor, ground_truth, held_out, noise_seed
 from eval.generate import require_tiny, tiny_pipelines
 from eval.image_metrics import psnr, ssim
+from eval.metrics.puppet_clips import CANDIDATES
+from eval.metrics.registry import metrics
 from eval.output import folder_for, publish, require_at_least, short_names, training_record
+from eval.puppet_scores import correlation
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import measure_frames, mouth_region
-from eval.scores import correlation
-from eval.tables import CANDIDATES, METRICS
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def paired_columns(values: Mapping[str, Mapping[str, np.ndarray]], against: str)
     for name, column in values.items():
         skill = (column["own"] - level) / float(best.mean())  # a clip's share: differences of skills are means of these
         rows = {**column, "sync_r": column["own"], "sync_skill": skill}
-        per_clip[name] = {key: rows[key] for key in METRICS if key in rows}
+        per_clip[name] = {key: rows[key] for key in metrics() if key in rows}
         measures[name] = {key: stats.mean(row).to_dict() for key, row in per_clip[name].items()}
         measures[name]["sync_skill"] = stats.ratio(column["own"] - level, best).to_dict()
     own = per_clip[against]

@@ -1,89 +1,25 @@
-"""Tables of the evaluation: names, units and directions of all metrics, one format for values, Markdown of result files.
+"""Tables of the evaluation: one format for values and intervals, Markdown and terminal tables of result files.
 
     print(scores(json.loads(Path("scores.json").read_text()), ["vowels", "sync_skill"]))
 
-Every table in a README and in a result's .md is made here, from the plain values of a result file. Figures are in
-`eval.figures`, intervals in `eval.stats`, verdicts in `eval.paired`.
+Every table in a README and in a result's .md is made here, from the plain values of a result file. Names, units and
+directions of metrics, and the order of rows, are in `eval.metrics`, figures in `eval.figures`, intervals in `eval.stats`,
+verdicts in `eval.paired`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from eval.metrics.registry import SIGNS, Metric, measurements, metrics
+from eval.metrics.registry import SIGNS, measurements, metrics, metrics_of
 from magihuman.io.markdown import aligned, table
-
-CANDIDATES = 20
-"""Audio tracks, the clip's own among them, in audio retrieval: fixed, so that the metric means the same for every n."""
 
 Values = Mapping[str, Any]
 """Content of a result file or of a part of it. A measure in it is the dictionary of an `eval.stats.Measure`."""
 
-
-BETTER = {"up": "higher is better", "down": "lower is better", "target": "nearer to the target is better", "": ""}
 LEGEND = (
     "↑ higher, ↓ lower, = nearer to the codec reconstruction is better; in brackets there: the deviation from it. "
     "95 % intervals over prompts: of 20 rows, one differs by chance."
 )
-
-# Key in result files -> metric. A new metric needs an entry here and its measurement (eval/README.md).
-METRICS = {
-    # Clips of puppets against their captions (eval.scores)
-    "attributes": Metric("attributes", "face, hair, shirt and wall as prompted", direction="up"),
-    "face": Metric("face", "face shape as prompted", direction="up"),
-    "hair": Metric("hair", "hair colour as prompted", direction="up"),
-    "shirt": Metric("shirt", "shirt colour as prompted", direction="up"),
-    "wall": Metric("wall", "wall colour as prompted", direction="up"),
-    "skin": Metric("skin", "skin tone of the conditioning frame", direction="up"),
-    "vowels": Metric("vowels", "vowels right", direction="up"),
-    "vowels_exact": Metric("vowels_exact", "whole vowel sequence right", direction="up"),
-    "syllable_error": Metric("syllable_error", "syllable error rate, (S + D + I) / N", direction="down"),
-    "words_exact": Metric("words_exact", "all syllables right, none added", direction="up"),
-    "sync_r": Metric("sync_r", "lip sync: correlation of mouth and own audio", direction="up"),
-    "sync_other": Metric("sync_other", "chance: correlation of mouth and other clips' audio"),
-    "sync_shifted": Metric("sync_shifted", "chance: correlation of mouth and own audio, shifted"),
-    "sync_skill": Metric("sync_skill", "lip-sync skill (other clips' audio 0, codec bound 1)", direction="up"),
-    "sync_skill_shifted": Metric(
-        "sync_skill_shifted", "lip-sync skill (shifted audio 0, codec bound 1)", direction="up"
-    ),
-    "sync_lag0": Metric("sync_lag0", "best lag of mouth and audio is 0 frames", direction="up"),
-    "sync_retrieval": Metric("sync_retrieval", f"own audio found among {CANDIDATES}", direction="up"),
-    "static": Metric("static", "clips whose mouth does not move", direction="down"),
-    "silent": Metric("silent", "clips without audible audio", direction="down"),
-    "amplitude": Metric("amplitude", "range of the mouth opening", "share of the image", "target"),
-    "sharpness": Metric("sharpness", "sharpness (variance of the Laplacian)", direction="target"),
-    "mouth_sharpness": Metric("mouth_sharpness", "sharpness around the mouth", direction="target"),
-    "flicker": Metric("flicker", "change between frames outside the mouth", direction="down"),
-    "skin_distance": Metric("skin_distance", "skin tones: total variation from equal shares", direction="down"),
-    # Several clips per prompt, and distances to real puppets (eval.paired)
-    "nearest": Metric("nearest", "appearance: distance to the nearest real puppet", direction="down"),
-    "energy_look": Metric("energy_look", "appearance: energy distance to real puppets", direction="down"),
-    "energy_motion": Metric("energy_motion", "motion: energy distance to real puppets", direction="down"),
-    "energy_voice": Metric("energy_voice", "voice: energy distance to real puppets", direction="down"),
-    "skin_tones": Metric("skin_tones", "diversity: effective number of skin tones, of 3", direction="target"),
-    "spread_look": Metric("spread_look", "diversity of appearance: distance of a prompt's clips", direction="target"),
-    "spread_motion": Metric("spread_motion", "diversity of motion: distance of a prompt's clips", direction="target"),
-    "spread_voice": Metric("spread_voice", "diversity of voice: distance of a prompt's clips", direction="target"),
-    "pitch": Metric("pitch", "diversity of pitch: deviation within a prompt", "semitones", "target"),
-    "timing": Metric("timing", "diversity of speech timing: deviation within a prompt", "ms", "target"),
-    # Against the true frames (eval.sr, eval.turbo_vae)
-    "psnr": Metric("psnr", "PSNR", "dB", "up"),
-    "mouth_psnr": Metric("mouth_psnr", "PSNR around the mouth", "dB", "up"),
-    "ssim": Metric("ssim", "SSIM", direction="up"),
-    "change": Metric("change", "error of the change between frames", "8-bit levels", "down"),
-    "still_flicker": Metric("still_flicker", "change where the truth stands still", "8-bit levels", "down"),
-    "seam": Metric("seam", "change error at chunk ends over that elsewhere (target: 1)", direction="target"),
-    "drift": Metric("drift", "growth of the luma error from first to last frame (target: 0)", "8-bit levels", "target"),
-    "sharpness_ratio": Metric("sharpness_ratio", "sharpness over the truth's (target: 1)", direction="target"),
-    # Cost
-    "parameters": Metric("parameters", "parameters", "M", "down"),
-    "flops": Metric("flops", "GFLOP per clip", direction="down"),
-    "seconds": Metric("seconds", "processor seconds per clip", direction="down"),
-    "streaming": Metric("streaming", "largest difference of decoding in chunks and at once", direction="down"),
-    "seconds_per_clip": Metric("seconds_per_clip", "denoising", "s per clip", "down"),
-    "calls": Metric("calls", "network calls per clip", direction="down"),
-    "state_mb": Metric("state_mb", "training state in a checkpoint", "MB", "down"),
-    "process_gb": Metric("process_gb", "peak memory of the training process", "GB", "down"),
-}
 
 # The decoder study's files have its own quantities under keys that mean another one in all other files.
 DECODER_KEYS = {"flicker": "still_flicker", "sharpness": "sharpness_ratio"}
@@ -148,10 +84,10 @@ def metric_rows(
     """A row per metric, a cell per column of measures; n/a where a column lacks the metric.
 
     Raises:
-        KeyError: a key that is not in `METRICS`.
+        KeyError: a key that no metric has.
     """
     return [
-        [METRICS[key].heading, *(show(column[key]) if key in column else "n/a" for column in columns.values())]
+        [metrics()[key].heading, *(show(column[key]) if key in column else "n/a" for column in columns.values())]
         for key in keys
     ]
 
@@ -165,12 +101,16 @@ def chosen(columns: Mapping[str, Values], keys: Sequence[str]) -> Sequence[str]:
     known = dict.fromkeys(key for column in columns.values() for key in column)
     if unknown := [key for key in keys if key not in known]:
         raise KeyError(f"no column has {', '.join(unknown)}")
-    return keys or sorted(known, key=list(METRICS).index)
+    return keys or sorted(known, key=list(metrics()).index)
 
 
-def glossary() -> str:
-    """All metrics: key in result files, name, unit, direction."""
-    rows = [[f"`{key}`", m.label, m.unit, BETTER[m.direction]] for key, m in METRICS.items()]
+def glossary(*modules: str) -> str:
+    """Markdown of the metrics that modules of `eval.metrics` declare: key in result files, name, unit, direction.
+
+    Raises:
+        KeyError: no such module.
+    """
+    rows = [[f"`{metric.key}`", metric.label, metric.unit, metric.better] for metric in metrics_of(*modules)]
     lines = [["key", "metric", "unit", "direction"], ["---"] * 4, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -259,7 +199,7 @@ def decoders(values: Values, keys: Sequence[str] = ()) -> str:
     costs = dict.fromkeys(key for column in columns.values() for key in column["cost"])
     rows = []
     for key in keys or [*measures, *costs]:
-        heading = METRICS[DECODER_KEYS.get(key, key)].heading
+        heading = metrics()[DECODER_KEYS.get(key, key)].heading
         if key in measures:
             cells = [format_interval(column["table"][key]) for column in columns.values()]
         else:
@@ -293,7 +233,7 @@ def ablation(values: Values) -> str:
 def ablation_title(name: str) -> str:
     """Heading of a metric of an ablation, "psnr" or "COLUMN: psnr" of a decoder's column."""
     column, colon, key = name.rpartition(": ")
-    return f"{column}{colon}{METRICS[DECODER_KEYS.get(key, key) if column else key].heading}"
+    return f"{column}{colon}{metrics()[DECODER_KEYS.get(key, key) if column else key].heading}"
 
 
 def conditioning(values: Values) -> str:
@@ -340,7 +280,7 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
         made = [columns[name].get("trained", {}) for name in names]
         costs["state_mb"] = [_or_empty(m.get("state_mb"), 0) for m in made]
         costs["process_gb"] = [_or_empty(m.get("process_gb"), 2) for m in made]
-    rows += [[METRICS[key].heading, *cells] for key, cells in costs.items() if any(cells)]
+    rows += [[metrics()[key].heading, *cells] for key, cells in costs.items() if any(cells)]
     verdicts = verdict_lines(values)
     if brief:
         verdicts = [
@@ -365,7 +305,7 @@ def comparison_text(values: Values) -> str:
     rows = [["", *(f"({number})" for number in range(1, len(columns) + 1))]]
     for key in next(iter(columns.values()))["rows"]:
         cells = [format_half(column["rows"][key]) for column in columns.values()]
-        rows.append([f"{SIGNS[METRICS[key].direction]} {key}", *cells])
+        rows.append([f"{SIGNS[metrics()[key].direction]} {key}", *cells])
     rows.append(["  skins", *(_counts(column["skins"]) for column in columns.values())])
     rows.append(["↓ seconds", *(_or_empty(c.get("seconds_per_clip"), 3) for c in columns.values())])
     rows.append(["↓ calls", *(str(c.get("calls", "")) for c in columns.values())])

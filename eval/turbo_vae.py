@@ -188,7 +188,7 @@ def run(
 
 
 def _keep_values(folder: Path, student: DecoderScore, captions: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Write the student's values per clip; its measures and costs under their keys in `tables.METRICS`."""
+    """Write the student's values per clip; its measures and costs under the metrics' keys."""
     measures = student.to_dict()["table"]
     costs = {key: {"value": value} for key, value in student.cost.items()}
     per_clip = {row: np.array([getattr(clip, row) for clip in student.clips], float) for row in ROWS}

@@ -12,12 +12,10 @@ import numpy as np
 
 from eval.clip_values import ClipValues
 from eval.compare_runs.run_records import RunRecord
+from eval.metrics.registry import metrics as known_metrics
 from eval.paired import weights
 from eval.stats import LEVEL
-from eval.tables import METRICS
 
-TARGETS = {"seam": 1.0, "drift": 0.0, "sharpness_ratio": 1.0}
-"""Of metrics whose target is no bound's value but a number."""
 LEVELS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 FEWEST = 5
 """Prompts from which on a difference gets an interval: resampling fewer says nothing."""
@@ -65,7 +63,7 @@ def paired_differences(mine: ClipValues, theirs: ClipValues) -> dict[str, dict[s
     """
     found = {}
     groups: dict[tuple[str, ...], list[str]] = {}
-    for metric in mine.paired.keys() & theirs.paired.keys() & METRICS.keys():
+    for metric in mine.paired.keys() & theirs.paired.keys() & known_metrics().keys():
         shared = tuple(prompt for prompt in mine.paired[metric] if prompt in theirs.paired[metric])
         if shared:
             groups.setdefault(shared, []).append(metric)
@@ -81,7 +79,7 @@ def paired_differences(mine: ClipValues, theirs: ClipValues) -> dict[str, dict[s
                 "value": float(change[0, place]), "low": low if known else None, "high": high if known else None,
                 "n": len(prompts), "verdict": _verdict(*ends[1][:, place]) if known else "",
             }  # fmt: skip
-    return {metric: found[metric] for metric in METRICS if metric in found}
+    return {metric: found[metric] for metric in known_metrics() if metric in found}
 
 
 @lru_cache(maxsize=64)
@@ -109,13 +107,13 @@ def _gain(metrics: Sequence[str], own: np.ndarray, other: np.ndarray, best: np.n
     """
     gain = own - other
     for place, metric in enumerate(metrics):
-        direction = METRICS[metric].direction
-        if direction == "down":
+        about = known_metrics()[metric]
+        if about.direction == "down":
             gain[:, place] *= -1
-        elif direction == "target":
-            target = TARGETS.get(metric, best[:, place])
+        elif about.direction == "target":
+            target = best[:, place] if about.target is None else about.target
             gain[:, place] = np.abs(other[:, place] - target) - np.abs(own[:, place] - target)
-        elif not direction:
+        elif not about.direction:
             gain[:, place] = np.nan
     return gain
 

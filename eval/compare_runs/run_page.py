@@ -24,8 +24,7 @@ import numpy as np
 from eval.compare_runs.run_differences import all_differences, differing_settings
 from eval.compare_runs.run_lineage import lineage
 from eval.compare_runs.run_records import RunRecord, thin
-from eval.metrics.registry import Metric
-from eval.tables import METRICS
+from eval.metrics.registry import Metric, metrics
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 
@@ -91,7 +90,7 @@ class ComparedRuns:
 def metric_of(score: str) -> Metric:
     """The metric of a score "evaluation: metric"; one that is not listed has its key as label and no better side."""
     name = score.partition(": ")[2]
-    return METRICS.get(name, Metric(name, name))
+    return metrics().get(name, Metric(name, name))
 
 
 def comparison(runs: list[RunRecord], baseline: int, title: str, goal: tuple[str, str] | None = None) -> ComparedRuns:
@@ -153,8 +152,8 @@ def _goal_column(name: str) -> str:
 
 def _score_order(score: str) -> tuple[str, int, str]:
     evaluation, _, metric = score.partition(": ")
-    known = list(METRICS)
-    return evaluation, known.index(metric) if metric in METRICS else len(known), metric
+    known = list(metrics())
+    return evaluation, known.index(metric) if metric in metrics() else len(known), metric
 
 
 def _cells(run: RunRecord, settings: dict[str, str]) -> dict[str, Any]:

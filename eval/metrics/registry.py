@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eval.clip_file import ClipFile
 
 SIGNS = {"up": "↑", "down": "↓", "target": "=", "": ""}
+BETTER = {"up": "higher is better", "down": "lower is better", "target": "nearer to the target is better", "": ""}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Metric:
     def heading(self) -> str:
         """Title with the direction's sign, as in the tables: "PSNR, dB ↑"."""
         return f"{self.title} {SIGNS[self.direction]}".rstrip()
+
+    @property
+    def better(self) -> str:
+        """Which way is better, in words: "higher is better"; empty where no side is."""
+        return BETTER[self.direction]
 
 
 @dataclass(frozen=True)
@@ -178,17 +184,35 @@ def measurements() -> Mapping[str, Measurement | SetMeasurement]:
     return found
 
 
+def _declared(module: Any) -> list[Metric]:
+    """Metrics that a module lists in METRICS, then those of its measurements."""
+    measured = [metric for given in getattr(module, "MEASUREMENTS", ()) for metric in given.metrics]
+    return list(dict.fromkeys([*getattr(module, "METRICS", ()), *measured]))
+
+
 @cache
 def metrics() -> Mapping[str, Metric]:
-    """All metrics by key: those of measurements, and those that a module lists in METRICS.
+    """All metrics by key, module by module: first those that it lists in METRICS, then those of its measurements.
+
+    This is the order of the rows in tables.
 
     Raises:
         ValueError: two of the same key.
     """
     found: dict[str, Metric] = {}
-    listed = [metric for module in _modules() for metric in getattr(module, "METRICS", ())]
-    for metric in [*listed, *(metric for measurement in measurements().values() for metric in measurement.metrics)]:
-        if metric.key in found and found[metric.key] is not metric:
-            raise ValueError(f"two metrics have the key {metric.key!r}")
-        found[metric.key] = metric
+    for module in _modules():
+        for metric in _declared(module):
+            if metric.key in found and found[metric.key] is not metric:
+                raise ValueError(f"two metrics have the key {metric.key!r}; the second is in {module.__name__}")
+            found[metric.key] = metric
     return found
+
+
+def metrics_of(*modules: str) -> list[Metric]:
+    """Metrics of modules of `eval.metrics`, named by their last part.
+
+    Raises:
+        KeyError: no such module.
+    """
+    known = {module.__name__.rpartition(".")[2]: module for module in _modules()}
+    return [metric for name in modules for metric in _declared(known[name])]

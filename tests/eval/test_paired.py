@@ -18,9 +18,9 @@ from eval.diversity import (
     embed,
     real_draw,
 )
+from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.paired import ROWS, Column, Comparison, column, deviation_of, energy_in, skin_tones, weights
 from eval.puppet_speech import Recognised, pitch, recognise
-from eval.scores import CLIP_METRICS
 from magihuman.codecs.bundle import load_bundle
 
 ROW = {row.name: row for row in ROWS}

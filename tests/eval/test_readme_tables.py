@@ -39,7 +39,7 @@ def test_tables_of_a_package_page_are_rendered_and_checked(tmp_path: Path, monke
 
 
 def test_the_metrics_of_the_glossary_are_those_of_the_tables(tmp_path: Path) -> None:
-    text = readme_tables.render("<!-- metrics all -->\n<!-- end -->")
+    text = readme_tables.render("<!-- metrics puppet_clips true_frames -->\n<!-- end -->")
     assert "| `sharpness` | sharpness (variance of the Laplacian) |  | nearer to the target is better |" in text
     assert "| `psnr` | PSNR | dB | higher is better |" in text
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.puppet_scores import correlation
 from eval.puppet_speech import called_opening
 from eval.puppet_vision import measure_frames
-from eval.scores import correlation
 from eval.sr import bicubic
 from inference.jobs import Resolver
 from inference.loading import find

@@ -1,0 +1,170 @@
+"""Metrics of the tiny world's clips: what a puppet shows and says, against its caption and its own audio.
+
+    CLIP_METRICS["vowels"].of(score_clip(frames, wave, caption))
+
+A new metric of a clip is one entry of METRICS (eval/README.md). Entries without `of` are of sets of clips (`eval.scores`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from eval.clip_file import ClipFile, NotMeasured
+from eval.metrics.registry import Measurement, Metric
+
+if TYPE_CHECKING:
+    from eval.puppet_scores import ClipScore
+
+CANDIDATES = 20
+"""Audio tracks, the clip's own among them, in audio retrieval: fixed, so that the metric means the same for every n."""
+
+
+@dataclass(frozen=True)
+class PuppetMetric(Metric):
+    """A metric with one value per clip of the tiny world.
+
+    Attributes:
+        of: value of a clip; None where it has none, such as the mouth at consonants of a clip without consonants.
+        compared: whether `eval.dmd2` compares it between columns.
+    """
+
+    of: "Callable[[ClipScore], float | None]" = lambda clip: None
+    compared: bool = False
+
+
+def _right(clip: "ClipScore", names: tuple[str, ...]) -> float:
+    return sum(clip.right[name] for name in names) / len(names)
+
+
+def _is_right(name: str) -> "Callable[[ClipScore], float]":
+    return partial(_right, names=(name,))
+
+
+METRICS: tuple[Metric, ...] = (
+    PuppetMetric(
+        "attributes",
+        "face, hair, shirt and wall as prompted",
+        direction="up",
+        share=True,
+        of=lambda clip: _right(clip, tuple(clip.right)),
+        compared=True,
+    ),
+    PuppetMetric("face", "face shape as prompted", direction="up", share=True, of=_is_right("face")),
+    PuppetMetric("hair", "hair colour as prompted", direction="up", share=True, of=_is_right("hair")),
+    PuppetMetric("shirt", "shirt colour as prompted", direction="up", share=True, of=_is_right("shirt")),
+    PuppetMetric("wall", "wall colour as prompted", direction="up", share=True, of=_is_right("wall")),
+    Metric("skin", "skin tone of the conditioning frame", direction="up"),
+    PuppetMetric(
+        "vowels",
+        "vowels right",
+        direction="up",
+        share=True,
+        of=lambda clip: clip.vowels.hits / clip.vowels.reference,
+        compared=True,
+    ),
+    PuppetMetric(
+        "vowels_exact",
+        "whole vowel sequence right",
+        direction="up",
+        share=True,
+        of=lambda clip: float(clip.vowels.errors == 0),
+        compared=True,
+    ),
+    PuppetMetric(
+        "syllable_error",
+        "syllable error rate, (S + D + I) / N",
+        direction="down",
+        of=lambda clip: clip.syllables.errors / clip.syllables.reference,
+    ),
+    PuppetMetric(
+        "words_exact",
+        "all syllables right, none added",
+        direction="up",
+        share=True,
+        of=lambda clip: float(clip.syllables.errors == 0),
+    ),
+    # A static or silent clip has correlation 0: its mouth does not follow its audio.
+    PuppetMetric(
+        "sync_r", "lip sync: correlation of mouth and own audio", direction="up", of=lambda clip: clip.sync.r or 0.0
+    ),
+    Metric("sync_other", "chance: correlation of mouth and other clips' audio"),
+    PuppetMetric(
+        "sync_shifted", "chance: correlation of mouth and own audio, shifted", of=lambda clip: clip.sync.shifted or 0.0
+    ),
+    Metric("sync_skill", "lip-sync skill (other clips' audio 0, codec bound 1)", direction="up"),
+    Metric("sync_skill_shifted", "lip-sync skill (shifted audio 0, codec bound 1)", direction="up"),
+    PuppetMetric(
+        "sync_lag0",
+        "best lag of mouth and audio is 0 frames",
+        direction="up",
+        share=True,
+        of=lambda clip: None if clip.sync.lag is None else float(clip.sync.lag == 0),
+    ),
+    Metric("sync_retrieval", f"own audio found among {CANDIDATES}", direction="up"),
+    PuppetMetric(
+        "static",
+        "clips whose mouth does not move",
+        direction="down",
+        share=True,
+        of=lambda clip: float(clip.vision.static),
+    ),
+    PuppetMetric(
+        "silent", "clips without audible audio", direction="down", share=True, of=lambda clip: float(clip.speech.silent)
+    ),
+    PuppetMetric(
+        "amplitude",
+        "range of the mouth opening",
+        "share of the image",
+        "target",
+        of=lambda clip: clip.vision.amplitude,
+        compared=True,
+    ),
+    PuppetMetric(
+        "sharpness",
+        "sharpness (variance of the Laplacian)",
+        direction="target",
+        of=lambda clip: clip.vision.sharpness,
+        compared=True,
+    ),
+    PuppetMetric(
+        "mouth_sharpness",
+        "sharpness around the mouth",
+        direction="target",
+        of=lambda clip: clip.vision.mouth_sharpness,
+        compared=True,
+    ),
+    PuppetMetric(
+        "flicker",
+        "change between frames outside the mouth",
+        direction="down",
+        of=lambda clip: clip.vision.flicker,
+        compared=True,
+    ),
+    Metric("skin_distance", "skin tones: total variation from equal shares", direction="down"),
+)
+
+CLIP_METRICS = {metric.key: metric for metric in METRICS if isinstance(metric, PuppetMetric)}
+
+
+def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | None]:
+    """Values of a clip whose prompt is a caption of the tiny world, by key."""
+    from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
+    from eval.puppet_scores import score_clip
+
+    try:
+        words = parse_caption(clip.prompt)["words"]
+    except ValueError:
+        words = ()
+    if not words:
+        raise NotMeasured("its prompt is no caption of the tiny world")
+    info = clip.info
+    if abs(clip.fps - FPS) > 0.01 or info.height != info.width:
+        raise NotMeasured(f"it has {info.width}x{info.height} at {clip.fps:g} fps; puppets are square at {FPS} fps")
+    scores = score_clip(clip.frames, clip.wave(SAMPLE_RATE) if clip.has_audio else None, clip.prompt)
+    return {key: metric.of(scores) for key, metric in CLIP_METRICS.items()}
+
+
+MEASUREMENTS = (
+    Measurement("puppets", tuple(CLIP_METRICS.values()), _measure, inputs=("frames", "prompt"), optional=("audio",)),
+)
