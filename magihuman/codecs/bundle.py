@@ -27,6 +27,9 @@ from magihuman.models.config import Contract
 if TYPE_CHECKING:
     import torch
 
+    from magihuman.codecs.oobleck import OobleckCodec
+    from magihuman.codecs.wan import WanCodec
+
 NAMES = ("tiny", "released")
 
 RELEASED_REPO = "GAIR/daVinci-MagiHuman"
@@ -294,19 +297,46 @@ def _tiny_bundle(device: "torch.device") -> CodecBundle:
     )  # fmt: skip
 
 
-def _released_bundle(device: "torch.device", paths: dict[str, str | None]) -> CodecBundle:
-    from magihuman.codecs.oobleck import OobleckCodec
-    from magihuman.codecs.text_encoders import T5GemmaEncoder
-    from magihuman.codecs.wan import WanCodec
+def load_media_codecs(
+    name: str, device: "str | torch.device" = "cpu", **paths: str | None
+) -> tuple[VideoCodec, AudioCodec]:
+    """Video and audio codec of a bundle; of `released` without its text encoder, which is by far the largest part.
 
+    Arguments and errors as of `load_bundle`.
+    """
+    import torch
+
+    if name != "released":
+        bundle = load_bundle(name, device, **paths)
+        return bundle.video_codec, bundle.audio_codec
+    found = _released_paths({part: path for part, path in paths.items() if part != "text_encoder"}, text=False)
+    return _released_media(found, torch.device(device))
+
+
+def _released_paths(paths: Mapping[str, str | None], text: bool) -> dict[str, str]:
+    """Paths of the released parts; raises UserError naming those that are missing."""
     found = bundle_spec("released").paths(paths)
-    missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part in RELEASED_VARIABLES if part not in found]
+    wanted = [part for part in RELEASED_VARIABLES if text or part != "text_encoder"]
+    missing = [f"{part} (or {RELEASED_VARIABLES[part]})" for part in wanted if part not in found]
     if missing:
         raise UserError(
             f"the released codecs need a path for {', '.join(missing)}; magihuman/zoo/README.md says where to get them"
         )
-    video = WanCodec.load(str(found["video_codec"]), device=device)
-    audio = OobleckCodec.load(str(found["audio_codec"]), device=device)
-    text = T5GemmaEncoder.load(str(found["text_encoder"]), device=device)
+    return found
+
+
+def _released_media(paths: Mapping[str, str], device: "torch.device") -> "tuple[WanCodec, OobleckCodec]":
+    from magihuman.codecs.oobleck import OobleckCodec
+    from magihuman.codecs.wan import WanCodec
+
+    return WanCodec.load(paths["video_codec"], device=device), OobleckCodec.load(paths["audio_codec"], device=device)
+
+
+def _released_bundle(device: "torch.device", paths: Mapping[str, str | None]) -> CodecBundle:
+    from magihuman.codecs.text_encoders import T5GemmaEncoder
+
+    found = _released_paths(paths, text=True)
+    video, audio = _released_media(found, device)
+    text = T5GemmaEncoder.load(found["text_encoder"], device=device)
     contract = _contract(("wan2.2", "stable-audio-oobleck", "t5gemma-9b-9b-ul2"), video, audio, text)
     return CodecBundle("released", contract, video, audio, text, height=256, width=448, frames=101)
