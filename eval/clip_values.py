@@ -86,6 +86,7 @@ def write_clip_values(
     content = {
         "format": FORMAT,
         "scores": kept,
+        "labels": {name: metrics()[name].heading for name in kept if name in metrics()},
         "prompts": list(prompts),
         "model": plain(model),
         "bound": plain(bound or {}),

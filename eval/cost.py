@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.output import portable, provenance
+from eval.output import provenance
 from magihuman.errors import UserError
 from magihuman.io.files import write_result
+from magihuman.io.provenance import portable
 
 INTERVAL = 0.25  # seconds between samples of the memory
 

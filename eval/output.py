@@ -6,7 +6,6 @@
 Every command checks its options, measures, and hands plain values to `publish`; tables and figures are made from these.
 """
 
-import os
 import platform
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eval import tables
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically, write_result
-from magihuman.io.provenance import code_version, processor
+from magihuman.io.provenance import code_version, portable, processor
 from magihuman.io.text import load_json
 
 if TYPE_CHECKING:
@@ -93,25 +92,6 @@ def provenance() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "libraries": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
     }
-
-
-def portable(argument: str) -> str:
-    """A command line's argument without folders of this machine: "folder=/home/me/magihuman/runs/a" -> "folder=runs/a".
-
-    Absolute paths below the working folder become relative, of others the last part is kept.
-    """
-
-    def relative(path: str) -> str:
-        if not os.path.isabs(path):
-            return path
-        below = os.path.relpath(path, Path.cwd())
-        return Path(path).name if below.startswith("..") else below
-
-    def setting(word: str) -> str:
-        key, equals, value = word.rpartition("=")
-        return f"{key}{equals}{','.join(map(relative, value.split(',')))}"
-
-    return " ".join(map(setting, argument.split(" ")))
 
 
 def training_record(checkpoint: str | Path) -> dict[str, Any]:

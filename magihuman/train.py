@@ -180,7 +180,9 @@ def stages(
         recipe.export(run.export)
     if session.trainer.is_global_zero:
         run.update(export=fingerprint(run.export))
+        write_cards(run)
         after_fit(settings, run)
+        write_cards(run)  # again: with their scores
         run.update(status="finished", stage=None)
 
 
@@ -334,6 +336,14 @@ def after_fit(settings: TrainSettings, run: Any) -> None:
                 continue
         results = {"results": {name: dict(result)}} if isinstance(result, Mapping) else {}
         run.update(seconds={name: round(time.monotonic() - start, 1)}, evaluated={name: this}, **results)
+
+
+def write_cards(run: Any) -> None:
+    """Model cards of what the run has exported; one that cannot be written is a note."""
+    from magihuman.zoo.model_card import write_run_cards
+
+    for note in write_run_cards(run.path):
+        say(f"note: {note}")
 
 
 def warn_of_slow_bf16(settings: TrainSettings) -> None:

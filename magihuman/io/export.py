@@ -1,6 +1,7 @@
 """Exported checkpoints: weights in the released layout (SPEC 9) with a config that is sufficient for loading.
 
-A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json`, `checksums.json` and `config.json`.
+A folder holds `model-XXXXX-of-XXXXX.safetensors`, `model.safetensors.index.json`, `checksums.json` and `config.json`,
+and `README.md`, the model card (`magihuman.zoo.model_card`).
 """
 
 import json
@@ -18,6 +19,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.files import atomic_path
+from magihuman.io.provenance import README
 from magihuman.io.released_files import read_json, require_fit
 from magihuman.io.text import load_json
 from magihuman.io.weight_checks import check_checksums, require_finite, write_checksums
@@ -140,7 +142,14 @@ def save_export(
             save_file(tensors, new / file, metadata={"format": "pt"})
         write_checksums(new)
         write_json(new / CONFIG, config.to_dict())
+        keep_readme(folder, new)
     return folder
+
+
+def keep_readme(old: Path, new: Path) -> None:
+    """Copy the model card, which people edit, from an export to the one that replaces it."""
+    if (old / README).is_file():
+        (new / README).write_bytes((old / README).read_bytes())
 
 
 def load_config(folder: str | Path, name: str = CONFIG) -> ExportConfig:

@@ -3,12 +3,16 @@
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+README = "README.md"
+"""The model card of a folder."""
 HASHED_BYTES = 2 << 30
 """Of folders larger than this, index files and `SAMPLE_BYTES` of every `SAMPLE_STEP` bytes are hashed instead of all."""
 SAMPLE_BYTES, SAMPLE_STEP = 4 << 10, 16 << 20
@@ -24,10 +28,11 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Identity of a parent (file, export folder or shard folder).
 
     Returns:
-        {"sha256", "of"}: over every byte of its files, or a sample of them where there are more than `HASHED_BYTES`: a
-        file that was trained further or replaced is noticed, the change of a few numbers may not be.
+        {"sha256", "of"}: over every byte of its files but README.md, which people edit, or a sample of them where there are
+        more than `HASHED_BYTES`: a file that was trained further or replaced is noticed, the change of a few numbers may not
+        be.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != README)
     sizes = {file: file.stat().st_size for file in files}
     sampled = sum(sizes.values()) > HASHED_BYTES
     digest = hashlib.sha256()
@@ -91,3 +96,36 @@ def processor() -> str:
         lines = []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{cores} cores of {name}"
+
+
+def portable(argument: str) -> str:
+    """A command line's argument without folders of this machine: "folder=/home/me/magihuman/runs/a" -> "folder=runs/a".
+
+    Absolute paths below the working folder become relative, of others the last part is kept.
+    """
+
+    def relative(path: str) -> str:
+        if not os.path.isabs(path):
+            return path
+        below = os.path.relpath(path, Path.cwd())
+        return Path(path).name if below.startswith("..") else below
+
+    def setting(word: str) -> str:
+        key, equals, value = word.rpartition("=")
+        return f"{key}{equals}{','.join(map(relative, value.split(',')))}"
+
+    return " ".join(map(setting, argument.split(" ")))
+
+
+def without_secrets(node: Any) -> Any:
+    """Plain values whose texts have no password and no query (a signature, a token) in addresses, for what is published.
+
+    without_secrets({"shards": "https://me:word@host/a.tar?sig=1"})  # {"shards": "https://host/a.tar"}
+    """
+    if isinstance(node, Mapping):
+        return {key: without_secrets(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [without_secrets(value) for value in node]
+    if not isinstance(node, str):
+        return node
+    return re.sub(r"(\w://[^\s?'\"]+)\?[^\s'\"]*", r"\1", re.sub(r"(?<=\w://)[^/@\s]*@", "", node))

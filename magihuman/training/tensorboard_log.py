@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from magihuman.io.provenance import without_secrets
 from magihuman.training.runs import RunFolder
-from magihuman.training.wandb_log import summary, without_secrets
+from magihuman.training.wandb_log import summary
 
 
 class TensorBoardLog(Logger):

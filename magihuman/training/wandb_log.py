@@ -5,7 +5,6 @@ an error of W&B is a note. run.json and metrics.csv of the run folder have the s
 """
 
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from magihuman.config import WandbSettings
 from magihuman.errors import UserError
+from magihuman.io.provenance import without_secrets
 from magihuman.schema import one_line
 from magihuman.training.runs import RunFolder
 
@@ -269,20 +269,6 @@ def open_wandb(folder: RunFolder, settings: WandbSettings, config: Mapping[str, 
         finally:
             sys.argv = typed
     return None
-
-
-def without_secrets(node: Any) -> Any:
-    """Plain values whose texts have no password and no query (a signature, a token) in addresses, for W&B and TensorBoard.
-
-    without_secrets({"shards": "https://me:word@host/a.tar?sig=1"})  # {"shards": "https://host/a.tar"}
-    """
-    if isinstance(node, Mapping):
-        return {key: without_secrets(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [without_secrets(value) for value in node]
-    if not isinstance(node, str):
-        return node
-    return re.sub(r"(\w://[^\s?'\"]+)\?[^\s'\"]*", r"\1", re.sub(r"(?<=\w://)[^/@\s]*@", "", node))
 
 
 def _identifier(record: Mapping[str, Any], folder: RunFolder) -> str:

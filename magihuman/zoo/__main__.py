@@ -1,4 +1,4 @@
-"""Command line of the zoo: python -m magihuman.zoo list | inspect | verify | convert | plan | peaks."""
+"""Command line of the zoo: python -m magihuman.zoo list | inspect | verify | convert | card | plan | peaks."""
 
 import inspect
 import sys

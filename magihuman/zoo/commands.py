@@ -134,6 +134,33 @@ def convert(
     return conversion.convert_checkpoint(src, target, to, matrices, limit, role, given)
 
 
+def card(folder: str, scores: str | None = None) -> str:
+    """Write the model card of a checkpoint, README.md, or write its block in an existing one anew.
+
+    The numbers are those of the folder's and its run's JSON files. Text outside of the block is kept.
+
+    Args:
+        folder: export, LoRA or decoder; or a run folder, of which all that it has exported gets a card
+        scores: result files of evaluations (summary.json, clip_values.json) or their folders, with commas, besides the run's
+
+    Returns:
+        what was written.
+
+    Raises:
+        UserError: no checkpoint there, or a file that cannot be read.
+    """
+    from magihuman.zoo.model_card import write_card
+
+    path = Path(os.path.expanduser(folder))
+    inner = [each for each in (path / "export", path / "adapter") if (each / "config.json").is_file()]
+    files = [Path(os.path.expanduser(file)) for file in (scores or "").split(",") if file]
+    lines = []
+    for each in inner or [path]:
+        notes = write_card(each, files)
+        lines += [f"written: {each / 'README.md'}", *(f"note: {note}" for note in notes)]
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class ClipOptions:
     """Settings that `plan` and `peaks` share."""
@@ -340,6 +367,7 @@ COMMANDS: dict[str, Callable[..., str | tuple[str, int]]] = {
     "inspect": inspect,
     "verify": verify,
     "convert": convert,
+    "card": card,
     "plan": plan,
     "peaks": peaks,
 }

@@ -13,11 +13,13 @@ from magihuman.codecs.bundle import ROLES, bundle_spec
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig, check_fit, load_config, weight_files, write_index, write_json
 from magihuman.io.files import NEW, staged
+from magihuman.io.provenance import fingerprint
+from magihuman.io.released_files import read_json
 from magihuman.io.streamed_safetensors import PICKLES, SafetensorsWriter, Spec, open_tensors, read_specs
 from magihuman.io.weight_checks import write_checksums
 from magihuman.models.config import DiTConfig
 from magihuman.zoo import diffusers_style
-from magihuman.zoo.checkpoints import DIFFUSERS_INDEX, read_config
+from magihuman.zoo.checkpoints import DIFFUSERS_INDEX, find, read_config
 from magihuman.zoo.inspect import readable_size
 from magihuman.zoo.released import config_for, infer_model
 
@@ -60,6 +62,7 @@ def convert_checkpoint(
             for name, codec in codecs.items():
                 diffusers_style.write_codec(new / name, codec, work)
             diffusers_style.write_configs(new, config, codecs)
+        add_card(new, target, src, config)
     lines = [f"{target}: {len(specs)} tensors in {shards} files, {readable_size(total)}"]
     rounded = [n for n in specs if specs[n].dtype == "F32" and found[n].dtype in ("BF16", "F16")]
     kept = [n for n, _, is_matrix in config.model.tensors() if n in set(rounded) and not is_matrix]
@@ -158,7 +161,25 @@ def merge_lora(src: str, target: Path, lora: str, limit: int, role: str | None) 
     total = sum(tensor.numel() * tensor.element_size() for tensor in merged.values())
     with staged(target, total) as work:
         save_export(work / NEW, merged, config, limit)
+        add_card(work / NEW, target, src, config)
     return f"{target}: {len(merged)} tensors with {lora} merged, {readable_size(total)}"
+
+
+def add_card(new: Path, target: Path, src: str, config: ExportConfig) -> None:
+    """Write the model card of a converted checkpoint, and the record of its training where the source has one.
+
+    Args:
+        new: folder that becomes `target`.
+    """
+    from magihuman.zoo.model_card import CONVERTED, TRAINING, write_card
+
+    path = Path(os.path.expanduser(src))
+    source = next((each for each in (path / "export", path) if each.exists()), None) or find(src)
+    run = source.parent if source.name == "export" else source
+    known = next((file for file in (run / "run.json", run / TRAINING) if file.is_file()), None)
+    record = {} if known is None else read_json(known, "the record of the training")
+    write_json(new / TRAINING, {**record, CONVERTED: {"name": src, **fingerprint(source)}})
+    write_card(new, title=target.resolve().name, config=config)
 
 
 def convert_file(source: Path, target: Path) -> str:

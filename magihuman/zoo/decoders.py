@@ -228,7 +228,7 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
     """
     from safetensors.torch import save_file
 
-    from magihuman.io.export import write_json
+    from magihuman.io.export import keep_readme, write_json
     from magihuman.io.files import atomic_path
     from magihuman.io.released_files import require_fit
     from magihuman.io.weight_checks import require_finite, write_checksums
@@ -245,6 +245,7 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
         save_file(tensors, new / MODEL, metadata={"format": "pt"})
         write_checksums(new)
         write_json(new / CONFIG, config.to_dict())
+        keep_readme(Path(folder), new)
     return Path(folder)
 
 

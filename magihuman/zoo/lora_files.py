@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magihuman.errors import UserError
-from magihuman.io.export import CONFIG, ExportConfig, load_config, read_header, write_json
+from magihuman.io.export import CONFIG, ExportConfig, keep_readme, load_config, read_header, write_json
 from magihuman.io.files import atomic_path
 from magihuman.io.text import load_json
 from magihuman.io.weight_checks import check_checksums, require_finite, write_checksums
@@ -71,6 +71,7 @@ def save_lora(
         write_checksums(new)
         write_json(new / ADAPTER_CONFIG, peft_config(config.model, lora, base))
         write_json(new / CONFIG, config.to_dict())
+        keep_readme(folder, new)
     return folder
 
 

@@ -111,7 +111,8 @@ class TestRoundTrips:
             str(release / "1080p_sr"), str(there), "diffusers", vae=str(tmp_path / "wan"),
             audio_vae=str(tmp_path / "sound"),
         )  # fmt: skip
-        names = ["audio_vae", "magihuman.json", "model_index.json", "scheduler", "transformer", "vae"]
+        names = ["README.md", "audio_vae", "magihuman.json", "model_index.json", "scheduler"]
+        names += ["training.json", "transformer", "vae"]
         assert left_in(there) == names
         text = describe(there)
         assert f"python -m magihuman.zoo convert {there} NEW" in text
