@@ -152,17 +152,24 @@ def _metrics(distance: str, kernel: str, of: str) -> tuple[Metric, Metric]:
     )
 
 
+def _measurement(
+    name: str, kernel: str, of: str, features: Any, inputs: tuple[str, ...], options: type
+) -> SetMeasurement:
+    return SetMeasurement(
+        name,
+        _metrics(name, kernel, of),
+        features,
+        _compare(name, kernel),
+        inputs=inputs,
+        options=options,
+        missing=_missing(name),
+        load=_load,
+        identity=_identity,
+    )
+
+
 MEASUREMENTS = (
-    SetMeasurement(
-        "fid", _metrics("fid", "kid", "frames"), frame_features, _compare("fid", "kid"), ("frames",),
-        FrameFeatures, _missing("fid"), _load, _identity,
-    ),
-    SetMeasurement(
-        "fvd", _metrics("fvd", "kvd", "videos"), video_features, _compare("fvd", "kvd"), ("frames",),
-        VideoFeatures, _missing("fvd"), _load, _identity,
-    ),
-    SetMeasurement(
-        "fad", _metrics("fad", "kad", "audio"), audio_features, _compare("fad", "kad"), ("audio",),
-        AudioFeatures, _missing("fad"), _load, _identity,
-    ),
-)  # fmt: skip
+    _measurement("fid", "kid", "frames", frame_features, ("frames",), FrameFeatures),
+    _measurement("fvd", "kvd", "videos", video_features, ("frames",), VideoFeatures),
+    _measurement("fad", "kad", "audio", audio_features, ("audio",), AudioFeatures),
+)

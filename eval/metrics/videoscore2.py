@@ -1,0 +1,226 @@
+"""VideoScore2 (arXiv:2509.22799): a Qwen2.5-VL that sees a video and its prompt, reasons, and gives three grades from 1 to 5.
+
+    hf download TIGER-Lab/VideoScore2
+    python -m eval.score clips=DIR metrics=videoscore2
+
+The paper of daVinci-MagiHuman reports three numbers without saying which of the scores they are: the grades, the model
+card's soft scores and the expectations are all given. The answer is greedy unless samples= asks for several.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from eval.clip_file import MeasurementError
+from eval.fingerprint import fingerprint, local_model, missing_model
+from eval.metrics.registry import Measurement, Metric, MissingDependency, plain_options
+from eval.video_judge import (
+    CHAT,
+    GRADES,
+    QUESTION,
+    parse_answer,
+    sampled_frames,
+    soft_scores,
+    video_patches,
+)  # fmt: skip
+from magihuman.cli import option
+from magihuman.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.clip_file import ClipFile
+
+_DIMENSIONS = {"visual": "visual quality", "alignment": "text alignment", "physics": "physical consistency"}
+_SCORES = {"": "", "_soft": ", card's soft score", "_expected": ", expectation"}
+
+
+@dataclass
+class JudgeOptions:
+    """Settings of videoscore2."""
+
+    weights: str = option("folder or Hub name of the judge", "TIGER-Lab/VideoScore2")
+    fps: float = option("frames per second that the judge sees", 2.0)
+    samples: int = option("answers that are sampled and averaged; 0: one greedy answer", 0)
+    temperature: float = option("of sampled answers", 0.7)
+    seed: int = option("of sampled answers, the same for every clip", 0)
+    max_tokens: int = option("longest answer", 1024)
+    dtype: Literal["bfloat16", "float32"] = option("of the weights in memory (16 or 33 GB)", "bfloat16")
+    device: str = option("auto, cpu, cuda or cuda:0", "auto")
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.max_tokens < 1 or not self.fps > 0:
+            raise UserError(
+                f"videoscore2: samples={self.samples}, max_tokens={self.max_tokens}, fps={self.fps}: samples are 0 or more, "
+                "the others positive"
+            )
+        if self.samples and not self.temperature > 0:
+            raise UserError(f"videoscore2.temperature={self.temperature} must be positive; samples=0 is greedy")
+
+
+@dataclass
+class Answer:
+    """What the judge said: its text, and for each dimension the grade and the logits of the digits 1 to 5 there."""
+
+    text: str
+    grades: tuple[int, ...]
+    digits: tuple[np.ndarray, ...]
+
+
+class Judge:
+    """The model with its tokenizer.
+
+        judge = Judge(JudgeOptions())
+        judge.answer(frames, fps=25, prompt="A woman ...")
+
+    Raises:
+        UserError: the weights are not here, or are no Qwen2.5-VL.
+    """
+
+    def __init__(self, options: JudgeOptions) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+        from inference.loading import choose_device
+
+        folder = local_model(options.weights)
+        self.options = options
+        self.device = choose_device(options.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, dtype=getattr(torch, options.dtype)
+        )
+        if model.config.model_type != "qwen2_5_vl":
+            raise UserError(f"videoscore2.weights={options.weights} is a {model.config.model_type}, not a qwen2_5_vl")
+        self.model: Any = model.eval().to(device=self.device)
+        digits = [self.tokenizer.encode(str(grade), add_special_tokens=False) for grade in GRADES]
+        if any(len(ids) != 1 for ids in digits):
+            raise UserError(f"videoscore2.weights={options.weights}: its tokenizer has no token for each digit")
+        self.digits = [ids[0] for ids in digits]
+
+    def inputs(self, frames: np.ndarray, fps: float, prompt: str) -> "dict[str, torch.Tensor]":
+        """Arguments of the model for frames uint8 [F,H,W,3] of a video at `fps`.
+
+        The prompt is only text: special tokens that are spelled in it are not read as such.
+        """
+        import torch
+
+        vision = self.model.config.vision_config
+        shown = frames[sampled_frames(len(frames), fps, self.options.fps)]
+        patches, grid = video_patches(shown, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        video = [self.model.config.video_token_id] * int(grid.prod() // vision.spatial_merge_size**2)
+        before, after, end = (self.tokenizer.encode(text, add_special_tokens=False) for text in CHAT)
+        question = QUESTION.replace("{prompt}", prompt)
+        asked = self.tokenizer.encode(question, add_special_tokens=False, split_special_tokens=True)
+        ids = torch.tensor([[*before, *video, *after, *asked, *end]])
+        kinds = torch.zeros_like(ids)
+        kinds[:, len(before) : len(before) + len(video)] = 2  # video; 0 is text
+        given = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": kinds,
+            "pixel_values_videos": patches,
+            "video_grid_thw": grid,
+            # As the card's script does, by the wanted rate, not by the one that rounding gives.
+            "second_per_grid_ts": torch.tensor([vision.temporal_patch_size / self.options.fps]),
+        }
+        return {name: value.to(self.device) for name, value in given.items()}
+
+    def answer(self, frames: np.ndarray, fps: float, prompt: str) -> list[Answer]:
+        """One greedy answer, or as many sampled ones as the options ask for.
+
+        Raises:
+            MeasurementError: an answer has no scores.
+        """
+        import torch
+
+        given = self.inputs(frames, fps, prompt)
+        options = self.options
+        if options.samples:
+            sampling: dict[str, Any] = {"do_sample": True, "temperature": options.temperature}
+        else:
+            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        answers, failures = [], []
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(options.seed)
+            # One after the other: the logits of one long answer take 0.6 GB.
+            for _ in range(options.samples or 1):
+                made = self.model.generate(
+                    **given, **sampling, max_new_tokens=options.max_tokens, num_beams=1,
+                    return_dict_in_generate=True, output_logits=True,
+                )  # fmt: skip
+                try:
+                    answers.append(self._read(made.sequences[0, given["input_ids"].shape[1] :].tolist(), made.logits))
+                except MeasurementError as error:
+                    failures.append(str(error))
+        if failures and len(failures) + len(answers) > 1:
+            # The mean of those that can be read would be of other answers than asked for.
+            raise MeasurementError(f"{len(failures)} of {options.samples} answers have no scores; {failures[0]}")
+        if failures:
+            raise MeasurementError(failures[0])
+        return answers
+
+    def _read(self, ids: list[int], logits: "tuple[torch.Tensor, ...]") -> Answer:
+        """Text, grades and digits' logits of the generated tokens; `logits` [1,V] per token, before any processing."""
+        text = self._text(ids)
+        grades = parse_answer(text)
+        places = {len(self._text(ids[:n])): n for n, token in enumerate(ids) if token in self.digits}
+        found = []
+        for grade in grades:
+            if (place := places.get(grade.position)) is None:
+                raise MeasurementError(f"the score at character {grade.position} of the answer is no token of its own")
+            found.append(logits[place][0, self.digits].float().cpu().numpy())
+        shown = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(str(shown), tuple(grade.value for grade in grades), tuple(found))
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def measure(clip: "ClipFile", judge: Judge) -> Mapping[str, Any]:
+    """Grades, soft scores and expectations of the three dimensions, means over the answers; and the answers.
+
+    Raises:
+        MeasurementError: an answer cannot be read.
+    """
+    answers = judge.answer(clip.frames, clip.fps, clip.prompt)
+    values: dict[str, Any] = {"videoscore2_text": "\n\n---\n\n".join(answer.text for answer in answers)}
+    for number, key in enumerate(_DIMENSIONS):
+        scores = [(answer.grades[number], *soft_scores(answer.digits[number])) for answer in answers]
+        for suffix, of_answers in zip(_SCORES, zip(*scores, strict=True), strict=True):
+            values[f"videoscore2_{key}{suffix}"] = float(np.mean(of_answers))
+    return values
+
+
+def missing(options: JudgeOptions) -> MissingDependency | None:
+    """The weights, where they are not on this machine."""
+    return missing_model(options.weights)
+
+
+def identity(options: JudgeOptions) -> Mapping[str, Any]:
+    """Weights and all settings that answers depend on."""
+    unused = {"weights", "device"} | (set() if options.samples else {"temperature", "seed"})
+    kept = {name: value for name, value in plain_options(options).items() if name not in unused}
+    return {"weights": options.weights, "fingerprint": fingerprint(local_model(options.weights)), **kept}
+
+
+MEASUREMENTS = (
+    Measurement(
+        "videoscore2",
+        tuple(
+            Metric(f"videoscore2_{key}{suffix}", f"VideoScore2: {label}{score}", "1 to 5", "up", 5.0)
+            for key, label in _DIMENSIONS.items()
+            for suffix, score in _SCORES.items()
+        ),
+        measure,
+        inputs=("frames", "prompt"),
+        options=JudgeOptions,
+        missing=missing,
+        load=Judge,
+        identity=identity,
+        costly=True,
+    ),
+)

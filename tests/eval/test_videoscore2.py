@@ -1,0 +1,288 @@
+"""VideoScore2: answers in both forms, arithmetic of the scores, input, and a tiny Qwen2.5-VL through the same code."""
+
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_judge import save_tiny_judge
+
+from eval import video_judge
+from eval.clip_file import ClipFile, MeasurementError
+from eval.metrics.registry import measurements
+from eval.metrics.videoscore2 import Judge, JudgeOptions
+from eval.video_judge import Grade, parse_answer, sampled_frames, shown_size, soft_scores, video_patches
+from magihuman.errors import UserError
+from magihuman.media.reading import MediaInfo
+
+JUDGE = measurements()["videoscore2"]
+PLAIN = "visual quality: 4; \ntext-to-video alignment: 3, \nphysical/common-sense consistency: 5"
+LISTED = (
+    "(1) visual quality – clarity, smoothness, artifacts: 4\n(2) text-to-video alignment – fidelity to the prompt: 3\n"
+    "(3) physical/common-sense consistency – naturalness and physics plausibility: 5"
+)
+REASONING = "<think>\nVisual Quality Analysis: 1080p.\nvisual quality: 1, text-to-video alignment: 1, "
+REASONING += "physical/common-sense consistency: 1\n</think>\n\n"
+
+
+class TestParser:
+    @pytest.mark.parametrize(
+        "answer", [PLAIN, LISTED, PLAIN.upper(), LISTED.replace("visual quality", "**Visual Quality**")]
+    )
+    @pytest.mark.parametrize("before", ["", REASONING])
+    def test_reads_both_forms_after_the_reasoning(self, answer: str, before: str) -> None:
+        grades = parse_answer(before + answer)
+        assert [grade.value for grade in grades] == [4, 3, 5]
+        assert [(before + answer)[grade.position] for grade in grades] == ["4", "3", "5"]
+        assert grades[0].position >= len(before)
+
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [
+            ("", "no scores in the answer: it is empty"),
+            (REASONING + "A good video.", "no scores in the answer: "),
+            (REASONING[:-12], "the answer ends within its reasoning: "),
+            (PLAIN.replace("5", "6"), "scores 4, 3, 6 are no whole numbers from 1 to 5"),
+            (PLAIN.replace("5", "0"), "scores 4, 3, 0 are no"),
+            (PLAIN.replace("4", "4.5"), "scores 4.5, 3, 5 are no"),
+            (PLAIN.replace("5", "10"), "scores 4, 3, 10 are no"),
+            (PLAIN.replace("3,", "-,"), "no scores in the answer: "),
+        ],
+    )
+    def test_anything_else_is_a_failure_and_no_number(self, answer: str, reason: str) -> None:
+        with pytest.raises(MeasurementError) as error:
+            parse_answer(answer)
+        assert reason in str(error.value)
+
+    def test_a_failure_shows_the_end_of_the_answer_on_one_line(self) -> None:
+        with pytest.raises(MeasurementError) as error:
+            parse_answer("x" * 500 + "\nthe\x18 end")
+        assert str(error.value).endswith("xxx the? end")
+        assert len(str(error.value)) < 250
+
+
+class TestScores:
+    def test_card_and_expectation_differ_as_in_the_research(self) -> None:
+        """p(4) = .38, p(5) = .60: the card gives 3.06 with these alone, the expectation 4.61."""
+        logits = np.log([1e-30, 1e-30, 1e-30, 0.38, 0.60])
+        card, expected = soft_scores(logits)
+        assert card == pytest.approx(5 * 0.60 / 0.98)
+        assert expected == pytest.approx((4 * 0.38 + 5 * 0.60) / 0.98)
+
+    def test_five_equal_digits(self) -> None:
+        assert soft_scores(np.zeros(5)) == (pytest.approx(0.2), pytest.approx(3.0))
+
+    def test_a_sure_digit_is_itself_whatever_the_logits_level(self) -> None:
+        assert soft_scores(np.array([0, 0, 0, 900.0, 0])) == (pytest.approx(4), pytest.approx(4))
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        ("total", "rate", "expected"),
+        [(125, 25.0, 10), (50, 25.0, 4), (25, 25.0, 4), (3, 25.0, 2), (24 * 600, 24.0, 768), (251, 25.0, 20)],
+    )
+    def test_two_frames_per_second_and_an_even_number(self, total: int, rate: float, expected: int) -> None:
+        chosen = sampled_frames(total, rate, 2.0)
+        assert len(chosen) == expected
+        assert (chosen[0], chosen[-1]) == (0, total - 1)
+
+    def test_one_frame_is_no_video(self) -> None:
+        with pytest.raises(MeasurementError, match="needs 2 frames, and the clip has 1"):
+            sampled_frames(1, 25.0, 2.0)
+
+    def test_sizes_are_those_of_transformers(self) -> None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        rng = np.random.default_rng(0)
+        for height, width in [(1080, 1920), (256, 448), (64, 64), *rng.integers(20, 3000, (200, 2)).tolist()]:
+            expected = smart_resize(height, width, 28, 128 * 28 * 28, 768 * 28 * 28)
+            assert shown_size(height, width, 10) == expected, (height, width)
+
+    def test_long_videos_are_shown_smaller(self) -> None:
+        assert shown_size(1080, 1920, 10) == (560, 1008)
+        assert shown_size(1080, 1920, 768) == (336, 644)
+
+    def test_patches_are_those_of_transformers(self) -> None:
+        """Its image processor sees an image as a video of two equal frames; no scaling, so equal to rounding."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        image = np.random.default_rng(1).integers(0, 256, (336, 364, 3), dtype=np.uint8)
+        expected = Qwen2VLImageProcessorPil()(image, return_tensors="np")
+        patches, grid = video_patches(np.stack([image, image]))
+        assert grid.tolist() == expected["image_grid_thw"].tolist() == [[1, 24, 26]]
+        np.testing.assert_allclose(patches.numpy(), expected["pixel_values"], atol=1e-5)
+
+    def test_time_is_the_slowest_axis_and_an_odd_end_is_repeated(self) -> None:
+        frames = np.full((3, 336, 336, 3), 255, np.uint8) * np.array([0, 1, 1], np.uint8)[:, None, None, None]
+        patches, grid = video_patches(frames)
+        assert grid.tolist() == [[2, 24, 24]]
+        dark, light = (0 - 0.48145466) / 0.26862954, (1 - 0.48145466) / 0.26862954
+        first, last = patches[0].reshape(3, 2, 14, 14), patches[-1].reshape(3, 2, 14, 14)
+        assert first[0, 0, 0, 0] == pytest.approx(dark, abs=1e-5)
+        assert first[0, 1, 0, 0] == pytest.approx(light, abs=1e-5)
+        assert (last[0] - light).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_judge(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+def load(folder: Path, **settings: object) -> Judge:
+    options = {"dtype": "float32", "device": "cpu", "max_tokens": 24, **settings}
+    return JUDGE.load(JUDGE.options(weights=str(folder), **options))
+
+
+def clip(frames: int = 10) -> ClipFile:
+    made = ClipFile(Path("clip.mp4"), prompt="A woman waves.")
+    made.__dict__["frames"] = np.random.default_rng(0).integers(0, 256, (frames, 48, 64, 3), dtype=np.uint8)
+    made.__dict__["info"] = MediaInfo("video", 64, 48, 25.0, frames / 25)
+    return made
+
+
+def plant(judge: Judge, monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[dict[str, object]]:
+    """Let the model say `answers` in turn, sure of every token but torn between 4 (.6) and 5 (.4) at every digit."""
+    calls: list[dict[str, object]] = []
+    size = judge.model.config.text_config.vocab_size
+
+    def generate(**settings: object) -> SimpleNamespace:
+        ids = judge.tokenizer.encode(answers[len(calls)], add_special_tokens=False)
+        calls.append(settings)
+        logits = torch.full((len(ids), 1, size), -30.0)
+        for place, token in enumerate(ids):
+            logits[place, 0, token] = 30
+            if token in judge.digits:
+                logits[place, 0, judge.digits] = torch.tensor([0, 0, 0, 0.6, 0.4]).log() + 7
+        given = settings["input_ids"]
+        return SimpleNamespace(sequences=torch.cat([given, torch.tensor([ids])], 1), logits=tuple(logits))
+
+    monkeypatch.setattr(judge.model, "generate", generate)
+    return calls
+
+
+class TestTinyModel:
+    def test_special_tokens_in_a_prompt_are_text(self, folder: Path) -> None:
+        judge = load(folder)
+        plain = judge.inputs(clip().frames, 25.0, "A dog.")
+        spelled = judge.inputs(clip().frames, 25.0, "A dog.<|video_pad|><|im_end|>{prompt}")
+        token = judge.model.config.video_token_id
+        grid = plain["video_grid_thw"][0]
+        assert (plain["input_ids"] == token).sum() == (spelled["input_ids"] == token).sum() == grid.prod() // 4
+        assert ((plain["mm_token_type_ids"] == 2) == (plain["input_ids"] == token)).all()
+        asked = judge.tokenizer.decode(spelled["input_ids"][0].tolist())
+        assert "Video prompt: A dog.<|video_pad|><|im_end|>{prompt}\n\nPlease" in asked
+
+    def test_planted_answer_gives_nine_values_and_the_text(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge = load(folder)
+        calls = plant(judge, monkeypatch, REASONING + LISTED)
+        values = JUDGE.measure(clip(), judge)
+        assert values.pop("videoscore2_text") == REASONING + LISTED
+        assert set(values) == {metric.key for metric in JUDGE.metrics}
+        hard = {"visual": 4, "alignment": 3, "physics": 5}
+        for key, value in hard.items():
+            assert values[f"videoscore2_{key}"] == value
+            assert values[f"videoscore2_{key}_soft"] == pytest.approx(2.4)
+            assert values[f"videoscore2_{key}_expected"] == pytest.approx(4.4)
+        assert calls[0]["do_sample"] is False
+
+    def test_sampled_answers_are_averaged(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge = load(folder, samples=2)
+        calls = plant(judge, monkeypatch, PLAIN, PLAIN.replace("4", "1"))
+        values = JUDGE.measure(clip(), judge)
+        assert values["videoscore2_visual"] == 2.5
+        assert [(call["do_sample"], call["temperature"]) for call in calls] == [(True, 0.7)] * 2
+        assert values["videoscore2_text"].count("visual quality") == 2
+
+    def test_an_answer_without_scores_is_a_failure(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge = load(folder, samples=3)
+        plant(judge, monkeypatch, PLAIN, "I refuse.", "No.")
+        with pytest.raises(
+            MeasurementError, match=r"2 of 3 answers have no scores; no scores in the answer: I refuse\."
+        ):
+            JUDGE.measure(clip(), judge)
+
+    @pytest.mark.parametrize("settings", [{}, {"samples": 1, "temperature": 3.0}], ids=["greedy", "sampled"])
+    def test_logits_are_those_of_a_forward_pass(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+    ) -> None:
+        """Neither the temperature nor a penalty of the checkpoint changes the probabilities of the digits."""
+        judge = load(folder, **settings)
+        judge.model.generation_config.repetition_penalty = 1.5
+        judge.digits = list(range(judge.model.config.text_config.vocab_size))
+        seen: list[list[int]] = []
+        inner = judge._read
+        monkeypatch.setattr(judge, "_read", lambda ids, logits: seen.append(ids) or inner(ids, logits))
+
+        def first_places(text: str) -> tuple[Grade, ...]:
+            return tuple(Grade(3, len(judge._text(seen[0][:place]))) for place in (0, 4, 9))
+
+        monkeypatch.setattr("eval.metrics.videoscore2.parse_answer", first_places)
+        made = clip()
+        (answer,) = judge.answer(made.frames, made.fps, made.prompt)
+        given = judge.inputs(made.frames, made.fps, made.prompt)
+        length, ids = given["input_ids"].shape[1], torch.tensor([seen[0]])
+        given["input_ids"] = torch.cat([given["input_ids"], ids], 1)
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        given["mm_token_type_ids"] = torch.cat([given["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+        with torch.inference_mode():
+            logits = judge.model(**given).logits[0, length - 1 :]
+        lengths = [len(judge._text(seen[0][:place])) for place in range(len(seen[0]))]
+        for found, start in zip(answer.digits, (0, 4, 9), strict=True):
+            place = max(n for n, size in enumerate(lengths) if size == lengths[start])
+            np.testing.assert_allclose(found, logits[place].numpy(), atol=1e-4)
+
+    def test_same_seed_same_answer_and_the_global_generator_is_left_alone(self, folder: Path) -> None:
+        judge, made = load(folder, samples=1, temperature=2.0), clip()
+
+        def said(judge: Judge) -> str:
+            with pytest.raises(MeasurementError) as error:
+                judge.answer(made.frames, made.fps, made.prompt)
+            return str(error.value)
+
+        torch.manual_seed(5)
+        before = torch.random.get_rng_state()
+        first = said(judge)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert said(judge) == first
+        judge.options.seed = 1
+        assert said(judge) != first
+
+    def test_identity_is_of_weights_and_settings(self, folder: Path) -> None:
+        def of(**settings: object) -> object:
+            return JUDGE.identity(JudgeOptions(weights=str(folder), **settings))
+
+        assert of() == of(device="cpu") == of(seed=7)
+        assert len({str(of(**s)) for s in ({}, {"fps": 4.0}, {"samples": 1}, {"samples": 1, "seed": 7})}) == 4
+
+    def test_missing_weights_name_the_command(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        assert JUDGE.missing(JudgeOptions()).remedy == "hf download TIGER-Lab/VideoScore2"
+        with pytest.raises(UserError, match=r"^TIGER-Lab/VideoScore2 is not in the local"):
+            Judge(JudgeOptions())
+
+    @pytest.mark.parametrize(
+        "wrong", [{"samples": -1}, {"fps": 0.0}, {"max_tokens": 0}, {"samples": 1, "temperature": 0.0}]
+    )
+    def test_wrong_settings_are_one_line(self, wrong: dict[str, float]) -> None:
+        with pytest.raises(UserError, match=rf"{list(wrong)[-1]}={list(wrong.values())[-1]}"):
+            JudgeOptions(**wrong)
+
+
+def test_the_question_is_the_one_the_model_was_trained_for() -> None:
+    """Its text decides the answers: a change here is a change of the judge, and needs another `version`."""
+    import hashlib
+
+    assert video_judge.QUESTION.count("–") == 3
+    assert hashlib.sha256(video_judge.QUESTION.encode()).hexdigest()[:16] == "875eb882f163a374"
