@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoded_clip import decoded_clip
 from tiny_onnx import write_mean
 
-from eval.clip_file import ClipFile, MeasurementError, NotMeasured
+from eval.clip_file import MeasurementError, NotMeasured
 from eval.extractor import load_extractor
 from eval.metrics.registry import SetMeasurement, measurements
 from eval.set_distance import frechet, kernel_distance
 from magihuman.errors import UserError
-from magihuman.media.reading import MediaInfo
 
 FID, FVD, FAD = (measurements()[name] for name in ("fid", "fvd", "fad"))
 
@@ -123,16 +123,6 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {file.name: str(file) for file in folder.iterdir()}
 
 
-def clip(frames: np.ndarray | None = None, wave: np.ndarray | None = None) -> ClipFile:
-    """A clip that is decoded already."""
-    made = ClipFile(Path("clip.mp4"))
-    made.__dict__["frames"] = frames
-    made.__dict__["info"] = MediaInfo("video", 8, 8, 25.0, 1.0, 16000, 1)
-    if wave is not None:
-        made._waves[16000] = wave
-    return made
-
-
 class TestExtractors:
     @pytest.mark.parametrize("name", ["mean.pt", "images.onnx", "single.onnx"])
     def test_formats_agree(self, networks: dict[str, str], name: str) -> None:
@@ -168,26 +158,30 @@ def loaded(measurement: SetMeasurement, **options: object) -> object:
 class TestFeatures:
     def test_frames_are_evenly_spaced_and_in_0_to_1(self, networks: dict[str, str]) -> None:
         frames = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.full((1, 6, 8, 3), [10, 20, 30], np.uint8)
-        found = FID.features(clip(frames), loaded(FID, extractor=networks["mean.pt"], frames=3, size=4))
+        found = FID.features(decoded_clip(frames), loaded(FID, extractor=networks["mean.pt"], frames=3, size=4))
         np.testing.assert_allclose(found, np.outer([0, 4, 8], [10, 20, 30]) / 255, atol=1e-6)
 
     def test_a_clip_with_fewer_frames_gives_all_of_them(self, networks: dict[str, str]) -> None:
-        found = FID.features(clip(np.zeros((2, 4, 4, 3), np.uint8)), loaded(FID, extractor=networks["mean.pt"], size=4))
+        found = FID.features(
+            decoded_clip(np.zeros((2, 4, 4, 3), np.uint8)), loaded(FID, extractor=networks["mean.pt"], size=4)
+        )
         assert found.shape == (2, 3)
 
     def test_windows_of_a_video(self, networks: dict[str, str]) -> None:
         frames = np.repeat(np.arange(10, dtype=np.uint8)[:, None, None, None], 3, 3) * np.ones((1, 4, 4, 1), np.uint8)
         model = loaded(FVD, extractor=networks["mean.pt"], window=4, size=4)
-        np.testing.assert_allclose(FVD.features(clip(frames), model)[:, 0], np.array([1.5, 5.5]) / 255, atol=1e-6)
+        np.testing.assert_allclose(
+            FVD.features(decoded_clip(frames), model)[:, 0], np.array([1.5, 5.5]) / 255, atol=1e-6
+        )
         with pytest.raises(NotMeasured, match=r"it has 3 frames, and fvd.window=4"):
-            FVD.features(clip(frames[:3]), model)
+            FVD.features(decoded_clip(frames[:3]), model)
 
     def test_windows_of_audio(self, networks: dict[str, str]) -> None:
         pytest.importorskip("onnxruntime")
         wave = np.repeat(np.float32([0.1, 0.2, 0.3]), [16000, 16000, 8000])
         model = loaded(FAD, extractor=networks["wave.onnx"])
-        np.testing.assert_allclose(FAD.features(clip(wave=wave), model), [[0.1], [0.2]], rtol=1e-4)
-        short = FAD.features(clip(wave=wave[:4000]), model)
+        np.testing.assert_allclose(FAD.features(decoded_clip(wave=wave), model), [[0.1], [0.2]], rtol=1e-4)
+        short = FAD.features(decoded_clip(wave=wave[:4000]), model)
         np.testing.assert_allclose(short, [[0.025]], rtol=1e-5)
 
     def test_without_a_network_it_is_unavailable(self) -> None:

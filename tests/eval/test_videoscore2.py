@@ -7,15 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from decoded_clip import decoded_clip
 from tiny_judge import save_tiny_judge
+from toy_metrics import write_clip
 
 from eval import video_judge
 from eval.clip_file import ClipFile, MeasurementError
 from eval.metrics.registry import measurements
 from eval.metrics.videoscore2 import Judge, JudgeOptions
+from eval.scoring import Scored, score
 from eval.video_judge import Grade, parse_answer, sampled_frames, shown_size, soft_scores, video_patches
 from magihuman.errors import UserError
-from magihuman.media.reading import MediaInfo
 
 JUDGE = measurements()["videoscore2"]
 PLAIN = "visual quality: 4; \ntext-to-video alignment: 3, \nphysical/common-sense consistency: 5"
@@ -145,11 +147,9 @@ def load(folder: Path, **settings: object) -> Judge:
     return JUDGE.load(JUDGE.options(weights=str(folder), **options))
 
 
-def clip(frames: int = 10) -> ClipFile:
-    made = ClipFile(Path("clip.mp4"), prompt="A woman waves.")
-    made.__dict__["frames"] = np.random.default_rng(0).integers(0, 256, (frames, 48, 64, 3), dtype=np.uint8)
-    made.__dict__["info"] = MediaInfo("video", 64, 48, 25.0, frames / 25)
-    return made
+def clip() -> ClipFile:
+    frames = np.random.default_rng(0).integers(0, 256, (10, 48, 64, 3), dtype=np.uint8)
+    return decoded_clip(frames, prompt="A woman waves.")
 
 
 def plant(judge: Judge, monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[dict[str, object]]:
@@ -278,6 +278,40 @@ class TestTinyModel:
     def test_wrong_settings_are_one_line(self, wrong: dict[str, float]) -> None:
         with pytest.raises(UserError, match=rf"{list(wrong)[-1]}={list(wrong.values())[-1]}"):
             JudgeOptions(**wrong)
+
+
+class TestRunner:
+    """The way of `eval.score`: file, cache, model, row."""
+
+    def run(self, folder: Path, path: Path, cache: Path, prompt: str = "A dog.") -> Scored:
+        options = {"videoscore2": {"weights": str(folder), "dtype": "float32", "device": "cpu", "max_tokens": 24}}
+        return score([ClipFile(path, prompt=prompt)], ["videoscore2"], options, cache, progress=False)
+
+    def test_the_model_itself_runs_and_its_nonsense_is_failed(self, folder: Path, tmp_path: Path) -> None:
+        path = write_clip(tmp_path / "a.mp4")
+        (row,) = self.run(folder, path, tmp_path / "cache.sqlite").rows
+        assert {value.status for value in row.values.values()} == {"failed"}
+        assert {value.value for value in row.values.values()} == {None}
+        assert "no scores in the answer" in row.values["videoscore2_visual"].reason
+
+    def test_a_second_run_loads_no_model(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path, inner = write_clip(tmp_path / "a.mp4"), Judge.__init__
+
+        def planted(judge: Judge, options: JudgeOptions) -> None:
+            inner(judge, options)
+            plant(judge, monkeypatch, PLAIN, PLAIN)
+
+        monkeypatch.setattr(Judge, "__init__", planted)
+        first = self.run(folder, path, tmp_path / "cache.sqlite")
+        assert first.rows[0].values["videoscore2_visual_expected"].value == pytest.approx(4.4)
+        assert first.rows[0].texts == {"videoscore2_text": PLAIN}
+        monkeypatch.setattr(Judge, "__init__", None)  # calling it is an error
+        again = self.run(folder, path, tmp_path / "cache.sqlite")
+        assert (again.measured, again.rows[0].to_dict()) == (0, first.rows[0].to_dict())
+
+    def test_without_a_prompt_it_is_skipped(self, folder: Path, tmp_path: Path) -> None:
+        (row,) = self.run(folder, write_clip(tmp_path / "a.mp4"), tmp_path / "cache.sqlite", prompt="").rows
+        assert row.values["videoscore2_visual"].status == "skipped"
 
 
 def test_the_question_is_the_one_the_model_was_trained_for() -> None:

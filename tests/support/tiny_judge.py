@@ -1,8 +1,8 @@
-"""A Qwen2.5-VL of random weights and a byte-level tokenizer, saved as a model's folder: 160,000 parameters."""
+"""A Qwen2.5-VL of random weights and a byte-level tokenizer, saved as a model's folder: 112,000 parameters."""
 
 from pathlib import Path
 
-SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 
 
 def save_tiny_judge(folder: Path) -> Path:
@@ -11,11 +11,12 @@ def save_tiny_judge(folder: Path) -> Path:
     from tokenizers import pre_tokenizers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+    special = [f"<|{name}|>" for name in SPECIAL]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(letters)}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
