@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.clip_file import ClipFile
+from eval.languages import language_code
 from magihuman.errors import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -57,8 +58,13 @@ def spoken(prompt: str) -> tuple[str | None, str | None]:
     if not re.search(r"\bdialogues?\s*:", text, re.IGNORECASE):
         silent = re.search(r"^\W*background\s+sounds?\s*:", text, re.IGNORECASE | re.MULTILINE)
         return ("" if silent else None), None
-    languages = {match.casefold(): match for match in _TAG.findall(text)}
-    return spoken_text(text), next(iter(languages.values())) if len(languages) == 1 else None
+    languages = set()
+    for name in _TAG.findall(text):
+        try:
+            languages.add(language_code(name))
+        except UserError:  # who speaks may be described with commas, too
+            continue
+    return spoken_text(text), languages.pop() if len(languages) == 1 else None
 
 
 def _repeated(names: list[str]) -> str | None:
@@ -129,7 +135,10 @@ def _row_clip(values: Mapping[str, Any], where: str, folder: Path) -> ClipFile:
             raise UserError(f"{where}: {name} {str(path)!r} does not exist")
     known: dict[str, Any] = {name: values.get(name) or "" for name in ("name", "prompt", "group")}
     known["dialogue"] = values.get("dialogue")  # empty cells of .csv are left out: "" (silence) is stated in JSON only
-    known["language"] = values.get("language") or None
+    try:
+        known["language"] = language_code(values["language"]) if values.get("language") else None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     if "reference" in paths:
         known["reference"] = ClipFile(paths["reference"], name=known["name"] or paths["clip"].stem)
     return _clip(paths["clip"], voice=paths.get("voice"), image=paths.get("image"), **known)

@@ -6,40 +6,45 @@
 Loads no model and opens no connection.
 """
 
-import functools
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+from magihuman.cli import option
 from magihuman.errors import UserError, report_and_exit
 
 
-def run(metrics: str = "all") -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
     """List measurements: their metrics and options, and for those that cannot run what is missing and the remedy.
 
-    Weights are given as MEASUREMENT.OPTION=VALUE, as for eval.score. Ends with status 1 where one of the named metrics
-    cannot be measured.
+    Weights are given as MEASUREMENT.OPTION=VALUE, as for eval.score. Ends with status 1 where one of the named metrics cannot
+    be measured. Loads no model and opens no connection.
+    """
+
+    metrics: str = option("all, cheap, or names of measurements or metrics with commas", "all")
+
+
+def run(options: DoctorOptions, of_measurements: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Print what can be measured here.
 
     Args:
-        metrics: all, cheap, or names of measurements or metrics with commas
+        of_measurements: measurement -> option -> text.
 
     Returns:
         Measurement -> {"metrics", "status" (ready or missing), "missing", "remedy"}.
 
     Raises:
         UserError: unknown metrics or options.
+        SystemExit: 1, one of the named metrics cannot be measured.
     """
-    return run_with({}, metrics=metrics)
-
-
-def run_with(options: Mapping[str, Mapping[str, str]], *, metrics: str) -> dict[str, Any]:
-    """`run` with options of measurements: measurement -> option -> text."""
     from eval.scoring import ALL, CHEAP, plan, select
 
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     found: dict[str, Any] = {}
     lines = []
-    for p in plan(select(names), options):
+    for p in plan(select(names), of_measurements):
         entry: dict[str, Any] = {"metrics": [metric.key for metric in p.measurement.metrics]}
         if p.missing is None:
             entry["status"] = "ready"
@@ -57,15 +62,14 @@ def run_with(options: Mapping[str, Mapping[str, str]], *, metrics: str) -> dict[
 def _lines(name: str, entry: Mapping[str, Any], measurement: Any) -> list[str]:
     """A measurement for the terminal."""
     import textwrap
-    from dataclasses import fields
 
     needs = ", ".join(measurement.inputs)
     lines = [f"{name}: {entry['status']} (needs {needs})"]
     if entry["status"] == "missing":
         lines += [f"  missing: {entry['missing']}", f"  remedy:  {entry['remedy']}"]
     lines += textwrap.wrap(", ".join(entry["metrics"]), 100, initial_indent="  metrics: ", subsequent_indent="    ")
-    for option in fields(measurement.options) if measurement.options else ():
-        about = f"  {name}.{option.name}={option.default}  {option.metadata.get('help', '')}"
+    for setting in fields(measurement.options) if measurement.options else ():
+        about = f"  {name}.{setting.name}={setting.default}  {setting.metadata.get('help', '')}"
         lines += textwrap.wrap(about, 110, initial_indent="  ", subsequent_indent="      ")
     return lines
 
@@ -80,11 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         report_and_exit(error)
 
-    @functools.wraps(run)
-    def with_options(**given: Any) -> dict[str, Any]:
-        return run_with(options, **given)
+    def command(given: DoctorOptions) -> dict[str, Any]:
+        return run(given, options)
 
-    cli.run(with_options, "python -m eval.doctor", rest)
+    cli.run(command, "python -m eval.doctor", rest)
 
 
 if __name__ == "__main__":

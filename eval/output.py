@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,17 +81,19 @@ def publish(
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit, machine, date and versions: what is needed to measure again."""
-    import numpy
-    import torch
+    """Command, commit, machine, date and versions: what is needed to measure again.
 
+    Threads and the GPU are those of torch where it was used; it takes seconds to import, and scores from the cache need none.
+    """
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_available()
     return {
         "command": [Path(sys.argv[0]).name, *map(portable, sys.argv[1:])],
         "code": code_version(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if torch is not None and on_gpu else processor(),
+        **({} if torch is None else {"threads": torch.get_num_threads()}),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "libraries": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "libraries": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
     }
 
 

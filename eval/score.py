@@ -6,99 +6,102 @@
 `python -m eval.doctor` lists the measurements, what each needs and its options.
 """
 
-import functools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.output import folder_for, require_at_least
+from magihuman.cli import option
 from magihuman.errors import UserError, report_and_exit
+
+if TYPE_CHECKING:
+    from eval.clip_file import ClipFile
+    from eval.scoring import Options, Scored
 
 CACHE = "runs/score_cache.sqlite"
 
 
-def run(
-    clips: str,
-    reference: str | None = None,
-    metrics: str = "cheap",
-    output: str | None = None,
-    bound: bool = False,
-    codecs: str = "tiny/base",
-    min_coverage: float = 0.9,
-    cache: str | None = CACHE,
-    workers: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
     """Score clips: pixels, sound, speech, lip sync, judges, distances to real clips.
 
     Prints a table; writes results.jsonl (a line per clip: every value, or its status and reason), summary.json, summary.md and
     summary.png. Values are cached by content: scoring again measures only what is new. A model's options are given as
     MEASUREMENT.OPTION=VALUE; `python -m eval.doctor` lists them.
+    """
+
+    clips: str = option(
+        "folder of media files, each with its prompt in NAME.txt or NAME.json, or a manifest (.csv, .tsv, .jsonl, .json) with "
+        "the column clip and any of name, prompt, dialogue, language, group, reference, voice, image"
+    )
+    reference: str | None = option("folder or manifest of true clips of the same names; they are scored, too", None)
+    metrics: str = option("cheap (all without a model), all, or names of measurements or metrics with commas", "cheap")
+    output: str | None = option("folder; none is runs/scores/NAME", None)
+    bound: bool = option(
+        "score the reference clips through the video and audio codec, too: what no model of their latents can beat",
+        False,
+    )
+    codecs: str = option("checkpoint whose codecs bound=true uses", "tiny/base")
+    min_coverage: float = option(
+        "least share of clips, of those that a metric applies to, that must have a value; below, exit 1", 0.9
+    )
+    cache: str | None = option("SQLite file of known values; none measures all again", CACHE)
+    workers: int = option("processes for measurements without a model; 0 is half of the cores, at most 8", 0)
+    progress: bool = option("show bars with the time left", True)
+
+
+def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict[str, Any]:
+    """Score clips and write a result folder.
 
     Args:
-        clips: folder of media files, each with its prompt in NAME.txt or NAME.json, or a manifest (.csv, .tsv, .jsonl, .json)
-            with the column clip and any of name, prompt, dialogue, language, group, reference, voice, image
-        reference: folder or manifest of true clips of the same names; they are scored, too
-        metrics: cheap (all without a model), all, or names of measurements or metrics with commas
-        output: folder; none is runs/scores/NAME
-        bound: score the reference clips through the video and audio codec, too: what no model of their latents can beat
-        codecs: checkpoint whose codecs bound=true uses
-        min_coverage: least share of clips, of those that a metric applies to, that must have a value; below, exit 1
-        cache: SQLite file of known values; none measures all again
-        workers: processes for measurements without a model; 0 is half of the cores, at most 8
-        progress: show bars with the time left
+        of_measurements: measurement -> option -> value.
 
     Returns:
         The content of summary.json.
 
     Raises:
         UserError: unknown clips, metrics or options.
+        SystemExit: 1, with a line on stderr: too few clips have a value, see `require_coverage`.
     """
-    return run_with(
-        {}, clips=clips, reference=reference, metrics=metrics, output=output, bound=bound, codecs=codecs,
-        min_coverage=min_coverage, cache=cache, workers=workers, progress=progress,
-    )  # fmt: skip
-
-
-def run_with(
-    options: dict[str, dict[str, str]], *, clips: str, reference: str | None, metrics: str, output: str | None, bound: bool,
-    codecs: str, min_coverage: float, cache: str | None, workers: int, progress: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """`run` with options of measurements: measurement -> option -> text."""
     from eval.clip_list import read_clips
     from eval.score_report import write_scores
     from eval.scoring import plan, score, select
 
-    require_at_least(workers=(workers, 0))
-    require_share(min_coverage)
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    plan(select(names), options)  # a wrong option is found before clips are read
-    found = read_clips(Path(clips), Path(reference) if reference else None)
-    folder = Path(output) if output else folder_for("scores", Path(clips).with_suffix("").as_posix())
-    store = Path(cache) if cache else None
-    processes = workers or max(1, min(8, (os.cpu_count() or 2) // 2))
+    require_at_least(workers=(options.workers, 0))
+    require_share(options.min_coverage)
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    plan(select(names), of_measurements or {})  # a wrong option is found before clips are read
+    reference = Path(options.reference) if options.reference else None
+    found = read_clips(Path(options.clips), reference)
+    folder = (
+        Path(options.output) if options.output else folder_for("scores", Path(options.clips).with_suffix("").as_posix())
+    )
+    store = Path(options.cache) if options.cache else None
+    processes = options.workers or max(1, min(8, (os.cpu_count() or 2) // 2))
 
-    def scored(part: Sequence[Any]) -> Any:
-        return score(part, names, options, store, progress, processes)
+    def scored(part: "Sequence[ClipFile]") -> "Scored":
+        return score(part, names, of_measurements, store, options.progress, processes)
 
-    columns = {"clips": scored(found)}
     known = {clip.name: clip.reference for clip in found if clip.reference is not None}
-    if bound:
-        if not known:
-            raise UserError("bound=true needs reference clips; give reference=FOLDER")
+    if options.bound and not known:
+        raise UserError("bound=true needs reference clips; give reference=FOLDER")
+    columns = {"clips": scored(found)}
+    if options.bound:
         from eval.codec_bound import bound_clips
 
-        through = {clip.name: clip for clip in bound_clips(list(known.values()), codecs, folder / "bound", progress)}
+        through = {
+            c.name: c for c in bound_clips(list(known.values()), options.codecs, folder / "bound", options.progress)
+        }
         like = [replace(through[c.name], **_known_of(c), reference=c.reference) for c in found if c.name in through]
         columns["bound"] = scored(like)
     if known:
         columns["reference"] = scored([replace(known[c.name], **_known_of(c)) for c in found if c.name in known])
-    facts = {"source": {"clips": clips, "reference": reference, "metrics": names}}
-    values = write_scores(folder, columns, facts)
-    require_coverage(values["columns"]["clips"], min_coverage, names)
+    source = {"clips": options.clips, "reference": options.reference, "metrics": names}
+    values = write_scores(folder, columns, {"source": source})
+    require_coverage(values["columns"]["clips"], options.min_coverage, names)
     return values
 
 
@@ -170,11 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         report_and_exit(error)
 
-    @functools.wraps(run)
-    def with_options(**given: Any) -> dict[str, Any]:
-        return run_with(options, **given)
+    def command(given: ScoreOptions) -> dict[str, Any]:
+        return run(given, options)
 
-    cli.run(with_options, "python -m eval.score", rest)
+    cli.run(command, "python -m eval.score", rest)
 
 
 if __name__ == "__main__":

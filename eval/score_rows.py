@@ -12,13 +12,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 OK, SKIPPED, FAILED, UNAVAILABLE = "ok", "skipped", "failed", "unavailable"
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A metric of a clip: a value, or None with the reason."""
 
     value: float | None

@@ -28,8 +28,8 @@ def summarise(rows: Sequence[ClipRow]) -> dict[str, dict[str, Any]]:
     """Average of every metric of the rows.
 
     Returns:
-        Metric -> {"value", "low", "high", "n" (clips with a value), "total", "status", "reason" (the most frequent one of clips
-        without a value), "failed", "skipped", "unavailable" (numbers of clips)}.
+        Metric -> {"value", "low", "high", "n" (clips with a value), "total", "status", "reason" (the most frequent one, of
+        failures first), "failed", "skipped", "unavailable" (numbers of clips)}.
     """
     keys = [key for key in metrics() if any(key in row.values for row in rows)]
     groups, count = _groups([row.group for row in rows])
@@ -46,7 +46,8 @@ def _measure(rows: Sequence[ClipRow], key: str, draws: np.ndarray, values: np.nd
         for row in rows
         if key in row.values and row.values[key].value is None
     )
-    (status, reason), _ = reasons.most_common(1)[0] if reasons else ((OK, ""), 0)
+    # Failures are shown before what does not apply to a clip.
+    status, reason = max(reasons, key=lambda kind: (kind[0] == FAILED, reasons[kind])) if reasons else (OK, "")
     n = int(np.isfinite(values).sum())
     content: dict[str, Any] = {"value": None, "low": None, "high": None, "n": n, "total": len(rows)}
     if n and np.isfinite(draws[0]):

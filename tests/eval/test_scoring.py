@@ -18,6 +18,7 @@ from eval.metrics.registry import measurements, metrics
 from eval.score_rows import ClipRow, Value
 from eval.score_summary import compare, summarise
 from eval.scoring import score, select
+from magihuman.errors import UserError
 
 TOY = """
 def brightness(clip, _):
@@ -221,7 +222,6 @@ MEASUREMENTS = (Measurement("toy_model", (Metric("toy_model", "m"),), lambda c, 
     assert "weights.bin is cut off" in value.reason
 
 
-@pytest.mark.skipif(not any(not m.costly for m in measurements().values()), reason="no measurement has landed")
 def test_several_processes_give_the_same(tmp_path):
     clips = [ClipFile(write_clip(tmp_path / f"{n}.mp4", level=20 * n, audio=n != 1), prompt="x y") for n in range(4)]
     names = [name for name, one in measurements().items() if not one.costly]
@@ -408,7 +408,6 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 """
 
 
-@pytest.mark.skipif(not any(not m.costly for m in measurements().values()), reason="no measurement has landed")
 def test_a_finished_folder_is_scored_again_at_once_and_without_a_network(tmp_path):
     for number in range(3):
         write_clip(tmp_path / f"clips/{number}.mp4", level=50 * number)
@@ -427,7 +426,6 @@ def test_a_finished_folder_is_scored_again_at_once_and_without_a_network(tmp_pat
     assert json.loads((tmp_path / "out/summary.json").read_text())["clips"] == 3
 
 
-@pytest.mark.skipif(not any(not m.costly for m in measurements().values()), reason="no measurement has landed")
 def test_wrong_commands_are_one_line(tmp_path, capsys):
     from eval.score import main
 
@@ -435,7 +433,7 @@ def test_wrong_commands_are_one_line(tmp_path, capsys):
     clips = f"clips={tmp_path / 'clips'}"
     wrong = {
         "clips=nowhere": "does not exist",
-        f"{clips} metrics=loudnes": "did you mean",
+        f"{clips} metrics=pupets": "did you mean",
         f"{clips} metrics=": "metrics= is empty",
         f"{clips} min_coverage=2": "should be between 0 and 1",
         f"{clips} workers=-1": "give at least 0",
@@ -451,3 +449,119 @@ def test_wrong_commands_are_one_line(tmp_path, capsys):
         assert ended.value.code == 2, words
         assert text in error, (words, error)
         assert error.strip().count("\n") == 0, error
+
+
+@pytest.fixture
+def two_folders(toy, tmp_path):
+    """Result folders of the same ten clips; the second is brighter."""
+    from eval.score_report import write_scores
+
+    for name, level in (("own", 90), ("other", 59)):
+        for n in range(10):
+            write_clip(tmp_path / f"{name}-clips/{n}.mp4", level=level + n % 3, frames=4)
+        scored = score(read_clips(tmp_path / f"{name}-clips"), ["toy_brightness", "toy_loud"], progress=False)
+        write_scores(tmp_path / name, {"clips": scored, "reference": scored} if name == "own" else {"clips": scored})
+    return tmp_path / "own", tmp_path / "other"
+
+
+def test_comparison_of_two_result_folders(two_folders, capsys):
+    from eval.compare_scores import run as compare_scores
+
+    own, other = two_folders
+    found = compare_scores(str(own), str(other), output=str(own / "compared"))
+    brightness = found["metrics"]["toy_brightness"]
+    assert brightness["change"] == pytest.approx(28, abs=1.5)
+    assert brightness["verdict"] == "better"  # nearer to the reference, which is its own
+    assert found["metrics"]["toy_loud"]["verdict"] == "undecided"
+    text = (own / "compared/comparison.md").read_text()
+    assert "| brightness = |" in text
+    assert "10 of 10" in text
+    assert (own / "compared/comparison.png").stat().st_size > 5000
+    assert "better" in capsys.readouterr().out
+
+
+def test_comparison_that_cannot_be_made(two_folders, capsys):
+    from eval.compare_scores import run as compare_scores
+
+    own, other = two_folders
+    summary = json.loads((other / "summary.json").read_text())
+    summary["measurements"]["toy_loud"]["version"] = 2
+    (other / "summary.json").write_text(json.dumps(summary))
+    found = compare_scores(str(own), str(other))
+    assert "another version" in found["metrics"]["toy_loud"]["reason"]
+    lines = (other / "results.jsonl").read_text().splitlines()
+    (other / "results.jsonl").write_text("\n".join(lines[:7]) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        compare_scores(str(own), str(other))
+    assert ended.value.code == 1
+    assert "too few clips have a value in both: toy_brightness" in capsys.readouterr().err
+    for content, message in (("{}\n", "line 1 is no result"), ("", "is empty"), ("[1]", "line 1 is no result")):
+        (other / "results.jsonl").write_text(content)
+        with pytest.raises(UserError, match=message):
+            compare_scores(str(own), str(other))
+
+
+def test_results_are_read_as_they_were_written(two_folders):
+    from eval.score_report import read_rows_of
+
+    rows = read_rows_of(two_folders[0])["clips"]
+    again = score(read_clips(two_folders[0].parent / "own-clips"), ["toy_brightness", "toy_loud"], progress=False).rows
+    assert rows == again
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(toy, capsys):
+    from eval.doctor import main
+
+    main([])
+    text = capsys.readouterr().out
+    assert "toy_absent: missing (needs frames)\n  missing: there are no weights\n  remedy:  hf download toy/toy" in text
+    assert "toy_words.factor=1" in text
+    with pytest.raises(SystemExit) as ended:
+        main(["metrics=toy_absent"])
+    assert ended.value.code == 1
+    main(["metrics=toy_words", "toy_words.factor=2"])
+    with pytest.raises(SystemExit) as ended:
+        main(["metrics=toy_words", "toy_words.factor=many"])
+    assert ended.value.code == 2
+
+
+def test_too_few_values_end_with_status_1(toy, tmp_path, capsys):
+    from eval.score import main
+
+    write_clip(tmp_path / "clips/a.mp4", frames=4)
+    (tmp_path / "clips/b.mp4").write_bytes(b"broken")
+    words = [f"clips={tmp_path / 'clips'}", f"output={tmp_path / 'o'}", "cache=", "progress=false", "workers=1"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "metrics=toy_loud"])
+    assert ended.value.code == 1
+    assert "toy_loud: 1 of 2 clips failed" in capsys.readouterr().err
+    main([*words, "metrics=toy_loud", "min_coverage=0.5"])
+    with pytest.raises(SystemExit):
+        main([*words, "metrics=toy_absent"])
+    assert "unavailable: there are no weights; hf download toy/toy" in capsys.readouterr().err
+    (tmp_path / "clips/b.mp4").unlink()
+    main([*words, "metrics=toy_words"])  # it applies to no clip: said, and not counted
+
+
+@pytest.mark.slow
+def test_ten_thousand_clips_are_read_compared_and_plotted_in_20_s(tmp_path):
+    """Two folders of 10,000 clips with 40 metrics each."""
+    keys = ", ".join(f"Metric('many_{k}', 'm', direction='up')" for k in range(40))
+    with metric_file(tmp_path / "m", f"MEASUREMENTS = (Measurement('many', ({keys}), None),)", "many_metrics"):
+        from eval.compare_scores import run as compare_scores
+        from eval.score_report import write_scores
+        from eval.scoring import Scored
+
+        rng = np.random.default_rng(0)
+        for name in ("own", "other"):
+            values = rng.normal(size=(10_000, 40)).round(4)
+            rows = [
+                row(f"clip-{n}", f"prompt-{n // 2}", **{f"many_{k}": v for k, v in enumerate(values[n])})
+                for n in range(10_000)
+            ]
+            write_scores(tmp_path / name, {"clips": Scored(rows)})
+        start, spent = time.perf_counter(), time.process_time()
+        found = compare_scores(str(tmp_path / "own"), str(tmp_path / "other"), output=str(tmp_path / "out"))
+        seconds, spent = time.perf_counter() - start, time.process_time() - spent
+    assert len(found["metrics"]) == 40
+    assert min(seconds, spent) < 20, (seconds, spent)
