@@ -8,7 +8,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,30 +85,44 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     def scored(part: "Sequence[ClipFile]") -> "Scored":
         return score(part, names, of_measurements, store, options.progress, processes)
 
-    known = {clip.name: clip.reference for clip in found if clip.reference is not None}
-    if options.bound and not known:
-        raise UserError("bound=true needs reference clips; give reference=FOLDER")
-    columns = {"clips": scored(found)}
-    if options.bound:
+    def bound(clips: "Sequence[ClipFile]") -> "list[ClipFile]":
         from eval.codec_bound import bound_clips
 
-        through = {
-            c.name: c for c in bound_clips(list(known.values()), options.codecs, folder / "bound", options.progress)
-        }
-        like = [replace(through[c.name], **_known_of(c), reference=c.reference) for c in found if c.name in through]
-        columns["bound"] = scored(like)
-    if known:
-        columns["reference"] = scored([replace(known[c.name], **_known_of(c)) for c in found if c.name in known])
+        return bound_clips(clips, options.codecs, folder / "bound", options.progress)
+
+    sets = clip_sets(found, bound if options.bound else None)
+    columns = {name: scored(part) for name, part in sets.items()}
     source = {"clips": options.clips, "reference": options.reference, "metrics": names}
     values = write_scores(folder, columns, {"source": source})
     require_coverage(values["columns"]["clips"], options.min_coverage, names)
     return values
 
 
-def _known_of(clip: Any) -> dict[str, Any]:
-    """What a reference clip shares with its clip."""
-    names = ("name", "prompt", "dialogue", "language", "group", "voice", "image")
-    return {name: getattr(clip, name) for name in names}
+def clip_sets(
+    clips: "Sequence[ClipFile]", bound: "Callable[[Sequence[ClipFile]], list[ClipFile]] | None" = None
+) -> "dict[str, Sequence[ClipFile]]":
+    """The columns of a result: clips, and of those with a reference this through a codec, and itself, under the clip's name.
+
+    Args:
+        bound: clips with references -> these through a codec, see `eval.codec_bound`; None leaves them out.
+
+    Raises:
+        UserError: a bound is wanted and there is no reference.
+    """
+    sets: dict[str, Sequence[ClipFile]] = {"clips": clips}
+    paired = [clip for clip in clips if clip.reference is not None]
+    if bound is not None:
+        if not paired:
+            raise UserError("bound=true needs reference clips; give reference=FOLDER or a manifest with reference")
+        sets["bound"] = bound(paired)
+    if paired:
+        names = ("name", "prompt", "dialogue", "language", "group", "voice", "image")
+        sets["reference"] = [
+            replace(clip.reference, **{name: getattr(clip, name) for name in names})
+            for clip in paired
+            if clip.reference is not None
+        ]
+    return sets
 
 
 def require_share(min_coverage: float) -> None:

@@ -369,7 +369,8 @@ def clip_scores(values: Values, keys: Sequence[str] = ()) -> str:
     if unknown := [key for key in keys if key not in known]:
         raise KeyError(f"no column has {', '.join(unknown)}")
     valued = [key for key in known if any(c.get(key, {}).get("value") is not None for c in columns.values())]
-    shown = list(keys) or valued
+    # A published value is shown where ours is missing, too.
+    shown = list(keys) or [key for key in known if key in valued or any(key in row for row in published.values())]
     listed = {name: row for name, row in published.items() if set(row) & set(shown)}
     heads = [CLIP_COLUMNS.get(name, name) for name in columns]
     rows = [

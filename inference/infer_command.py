@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.requests import MANIFEST, InferOptions, Request, check_length, check_seconds, check_seed, read_requests
+from inference.torchrun import ranks, together, wait_for_all
 from magihuman.errors import UserError
 from magihuman.io.files import require_writable
 from magihuman.io.text import prompt_text
@@ -36,7 +37,7 @@ def run(options: InferOptions) -> None:
         UserError: bad input; found before any weights are loaded wherever that is possible.
     """
     from inference.jobs import Resolver, batches
-    from inference.loading import find, ranks
+    from inference.loading import find
     from magihuman.codecs.bundle import bundle_spec
 
     options, requests, folder = _checked(options)
@@ -113,22 +114,6 @@ def _checked(options: InferOptions) -> tuple[InferOptions, list[Request], Path]:
     return replace(options, seconds=seconds), requests, folder
 
 
-@contextmanager
-def together(processes: int) -> Iterator[None]:
-    """Start and end with all processes of a torchrun command; nothing for one process."""
-    if processes == 1:
-        yield
-        return
-    from torch import distributed
-
-    distributed.init_process_group("gloo")
-    try:
-        yield
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
-
-
 def check_heads(source: "Source", processes: int) -> None:
     """Raises UserError when a network of the command cannot be split over that many processes."""
     from magihuman.context_parallel import require_divisible_heads
@@ -151,14 +136,6 @@ def parallelise_pipeline(pipeline: "Pipeline") -> None:
     for denoiser in (pipeline.denoiser, None if pipeline.second is None else pipeline.second.denoiser):
         if denoiser is not None:
             parallelise(denoiser.model, group)
-
-
-def wait_for_all() -> None:
-    """Wait for all processes inside `together`."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
 
 
 @contextmanager

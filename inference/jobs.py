@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.conditioning import RELEASE_VARIABLE
-from inference.loading import ranks
 from inference.requests import AUTO, FORMAT, InferOptions, Request
 from inference.settings import longest, parse_output_size, resolve
+from inference.torchrun import ranks
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.oobleck import WINDOW_LATENTS
 from magihuman.errors import UserError

@@ -3,7 +3,6 @@
 pipeline = find(InferOptions(checkpoint="tiny/base", device="cpu")).load()
 """
 
-import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from inference.requests import InferOptions
 from inference.settings import parse_output_size, require_role
+from inference.torchrun import ranks
 from magihuman.codecs.bundle import allow_codecs, bundle_spec, require_allowed
 from magihuman.errors import UserError
 
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 
 WAN = "wan"
 """turbo= of the published weights' full decoder."""
-
-
-def ranks() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
-    rank, processes, local = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    return rank, processes, local
 
 
 def choose_device(device: str) -> "torch.device":
