@@ -7,7 +7,7 @@ Frames are decoded at the file's own frame rate and size, audio is mixed to one 
 and no frames of more than `MAX_BYTES` are decoded: the error says so before memory is taken.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,14 @@ class MeasurementError(Exception):
     """Raised by a measurement that applies and gives no value: an answer that cannot be parsed. The status is `failed`.
 
     Any other exception of a measurement is recorded as failed, too, with its type.
+
+    Args:
+        texts: of the clip's row, as from `measure`, such as the answer; keys end in "_text".
     """
+
+    def __init__(self, reason: str, texts: Mapping[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.texts = dict(texts or {})
 
 
 class UnreadableClip(Exception):

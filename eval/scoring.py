@@ -428,7 +428,7 @@ def _measure_one(measurement: Measurement | SetMeasurement, clip: ClipFile, mode
     except NotMeasured as error:
         return {"values": {}, "status": SKIPPED, "reason": _words(error)}, True
     except (MeasurementError, UnreadableClip) as error:
-        texts = getattr(error, "texts", {})
+        texts = error.texts if isinstance(error, MeasurementError) else {}
         return {"values": {}, "status": FAILED, "reason": _words(error), "texts": texts}, True
     except Exception as error:
         return {"values": {}, "status": FAILED, "reason": f"{type(error).__name__}: {_words(error)}"}, False

@@ -8,7 +8,7 @@ card's soft scores and the expectations are all given. The answer is greedy unle
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _DIMENSIONS = {"visual": "visual quality", "alignment": "text alignment", "physics": "physical consistency"}
 _SCORES = {"": "", "_soft": ", card's soft score", "_expected": ", expectation"}
+_BETWEEN = "\n\n---\n\n"
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Judge:
             sampling: dict[str, Any] = {"do_sample": True, "temperature": options.temperature}
         else:
             sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        answers, failures = [], []
+        answers, texts, failures = [], [], []
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(options.seed)
@@ -152,16 +153,17 @@ class Judge:
                     **given, **sampling, max_new_tokens=options.max_tokens, num_beams=1,
                     return_dict_in_generate=True, output_logits=True,
                 )  # fmt: skip
+                ids = made.sequences[0, given["input_ids"].shape[1] :].tolist()
+                texts.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
                 try:
-                    answers.append(self._read(made.sequences[0, given["input_ids"].shape[1] :].tolist(), made.logits))
+                    answers.append(self._read(ids, made.logits))
                 except MeasurementError as error:
                     failures.append(str(error))
-        if failures and len(failures) + len(answers) > 1:
-            # The mean of those that can be read would be of other answers than asked for.
-            raise MeasurementError(f"{len(failures)} of {options.samples} answers have no scores; {failures[0]}")
         if failures:
-            raise MeasurementError(failures[0])
-        return answers
+            # The mean of those that can be read would be of other answers than asked for.
+            several = f"{len(failures)} of {len(texts)} answers have no scores; " if len(texts) > 1 else ""
+            raise MeasurementError(several + failures[0], {"videoscore2_text": _BETWEEN.join(texts)})
+        return [replace(answer, text=text) for answer, text in zip(answers, texts, strict=True)]
 
     def _read(self, ids: list[int], logits: "tuple[torch.Tensor, ...]") -> Answer:
         """Text, grades and digits' logits of the generated tokens; `logits` [1,V] per token, before any processing."""
@@ -173,8 +175,7 @@ class Judge:
             if (place := places.get(grade.position)) is None:
                 raise MeasurementError(f"the score at character {grade.position} of the answer is no token of its own")
             found.append(logits[place][0, self.digits].float().cpu().numpy())
-        shown = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(str(shown), tuple(grade.value for grade in grades), tuple(found))
+        return Answer(text, tuple(grade.value for grade in grades), tuple(found))
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -187,7 +188,7 @@ def measure(clip: "ClipFile", judge: Judge) -> Mapping[str, Any]:
         MeasurementError: an answer cannot be read.
     """
     answers = judge.answer(clip.frames, clip.fps, clip.prompt)
-    values: dict[str, Any] = {"videoscore2_text": "\n\n---\n\n".join(answer.text for answer in answers)}
+    values: dict[str, Any] = {"videoscore2_text": _BETWEEN.join(answer.text for answer in answers)}
     for number, key in enumerate(_DIMENSIONS):
         scores = [(answer.grades[number], *soft_scores(answer.digits[number])) for answer in answers]
         for suffix, of_answers in zip(_SCORES, zip(*scores, strict=True), strict=True):

@@ -293,6 +293,7 @@ class TestRunner:
         assert {value.status for value in row.values.values()} == {"failed"}
         assert {value.value for value in row.values.values()} == {None}
         assert "no scores in the answer" in row.values["videoscore2_visual"].reason
+        assert row.texts["videoscore2_text"]
 
     def test_a_second_run_loads_no_model(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path, inner = write_clip(tmp_path / "a.mp4"), Judge.__init__
