@@ -48,7 +48,9 @@ class JudgeOptions:
     temperature: float = option("of sampled answers", 0.7)
     seed: int = option("of sampled answers, the same for every clip", 0)
     max_tokens: int = option("longest answer", 1024)
-    dtype: Literal["bfloat16", "float32"] = option("of the weights in memory (16 or 33 GB)", "bfloat16")
+    dtype: Literal["bfloat16", "float32"] = option(
+        "of the weights: 2 or 4 bytes for each of 8.3e9 parameters", "bfloat16"
+    )
     device: str = option("auto, cpu, cuda or cuda:0", "auto")
 
     def __post_init__(self) -> None:
