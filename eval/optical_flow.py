@@ -4,13 +4,13 @@
     motion.speed()          # fp32 [F-1,h,w], frame heights per second
 
 Flow is measured on frames whose shorter side is at most `SHORT_SIDE`: mean motion hardly depends on the scale, and 1080p
-would take 25 times as long.
+would take 50 times as long.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 
@@ -19,9 +19,9 @@ from eval.clip_file import NotMeasured
 if TYPE_CHECKING:
     from eval.clip_file import ClipFile
 
-SHORT_SIDE = 192
+SHORT_SIDE = 144
 STILL = 0.02
-"""Frame heights per second below which a pixel counts as still: 0.15 pixels per frame at 192 pixels and 25 fps."""
+"""Frame heights per second below which a pixel counts as still: 0.12 pixels per frame at 144 pixels and 25 fps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +50,28 @@ class Motion:
         return np.maximum(self.luma[1:], self.luma[:-1]) - np.minimum(self.luma[1:], self.luma[:-1])
 
 
-_known: "WeakKeyDictionary[ClipFile, Motion]" = WeakKeyDictionary()
+_last: "tuple[ReferenceType[Any], Motion] | None" = None
 
 
 def motion_of(clip: "ClipFile") -> Motion:
-    """Flow of a clip; kept as long as the clip.
+    """Flow of a clip; that of the last clip is kept, for the next measurement of the same one.
 
     Raises:
         NotMeasured: fewer than three frames.
     """
-    if clip not in _known:
-        _known[clip] = _measured(clip.frames, clip.fps)
-    return _known[clip]
+    global _last
+    if _last is None or _last[0]() is not clip.media:
+        frames, fps = clip.frames, clip.fps
+        if len(frames) < 3:
+            raise NotMeasured(f"motion needs three frames, and the clip has {len(frames)}")
+        luma = small_luma(frames)
+        known = _last[1] if _last is not None else None
+        # The same picture with another sound has the same flow.
+        if known is None or known.fps != fps or not np.array_equal(known.luma, luma):
+            _last = known = None  # before the next one takes memory
+            known = Motion(luma, _flow(luma), fps)
+        _last = (ref(clip.media), known)
+    return _last[1]
 
 
 def small_luma(frames: np.ndarray, short_side: int = SHORT_SIDE) -> np.ndarray:
@@ -78,16 +88,13 @@ def small_luma(frames: np.ndarray, short_side: int = SHORT_SIDE) -> np.ndarray:
     return found
 
 
-def _measured(frames: np.ndarray, fps: float) -> Motion:
+def _flow(luma: np.ndarray) -> np.ndarray:
     import cv2
 
-    if len(frames) < 3:
-        raise NotMeasured(f"motion needs three frames, and the clip has {len(frames)}")
-    luma = small_luma(frames)
     flow = np.zeros((len(luma) - 1, *luma.shape[1:], 2), np.float16)
     start = np.zeros((*luma.shape[1:], 2), np.float32)
     for index in range(len(flow)):
         if not np.array_equal(luma[index], luma[index + 1]):
             # Parameters of OpenCV's own example, and of AV-Align.
             flow[index] = cv2.calcOpticalFlowFarneback(luma[index], luma[index + 1], start, 0.5, 3, 15, 3, 5, 1.2, 0)
-    return Motion(luma, flow, fps)
+    return flow

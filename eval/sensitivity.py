@@ -1,22 +1,31 @@
 """Sensitivity of metrics: planted faults against all metrics, as a matrix that shows the blind spots.
 
+    python -m eval.sensitivity output=eval/results/sensitivity
+
     values = matrix(clean, {"hiss": [weak, strong]}, metrics)     # each a list of {key: value} per clip
     figure(values).savefig("sensitivity.png")
 
-The functions know nothing of the clips' origin.
+`matrix` and `figure` know nothing of the clips' origin; the command plants the faults into the clips of `eval.talking_faces`.
 """
 
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eval import stats
 from eval.faults import FAULTS, Fault
-from eval.metrics.registry import Metric
+from eval.metrics.registry import Measurement, Metric, measurements
+from magihuman.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from eval.clip_file import ClipFile
+    from eval.talking_faces import TalkingFace
 
 FORMAT = "magihuman-sensitivity/1"
 SMALLEST_EFFECT = 0.2
@@ -199,3 +208,183 @@ def figure(values: Mapping[str, Any]) -> "Figure":
         fontsize=8,
     )
     return drawn
+
+
+# ---- The command ----
+
+CRF = 12
+"""Quality of the clips' H.264: nearly without loss."""
+
+
+def run(
+    output: str = "runs/sensitivity",
+    clips: int = 14,
+    metrics: str = "all",
+    faults: str = "all",
+    seed: int = 0,
+    cache: str | None = "runs/score_cache.sqlite",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Plant faults into made clips of talking faces and see which metric notices which fault.
+
+    Writes sensitivity.json, sensitivity.md and sensitivity.png. Every clip is its own reference, so that metrics that need one
+    can be measured. Values are cached: an interrupted run goes on where it was.
+
+    Args:
+        output: folder of the results
+        clips: number of clips; seven languages by turns
+        metrics: all that can run here, cheap (without a model), or names with commas
+        faults: all, or names with commas, of eval.faults
+        seed: of the clips and of random faults
+        cache: SQLite file of known values; none measures all again
+        progress: show a bar with the time left
+
+    Returns:
+        The content of sensitivity.json.
+
+    Raises:
+        UserError: unknown names, fewer than three clips, or packages that are missing.
+    """
+    from functools import partial
+
+    from eval.output import publish, require_at_least
+    from eval.scoring import select
+
+    require_at_least(clips=(clips, FEWEST_CLIPS))
+    chosen = list(FAULTS) if faults == "all" else [name.strip() for name in faults.split(",") if name.strip()]
+    if unknown := [name for name in chosen if name not in FAULTS]:
+        raise UserError(f"faults={unknown[0]} is not known; it can be all, {', '.join(FAULTS)}")
+    names = [name for name in select(metrics.split(",")) if isinstance(measurements()[name], Measurement)]
+    values = measure_faults(clips, names, chosen, seed, Path(cache) if cache else None, progress)
+    for claim in broken_claims(values):
+        print(f"broken claim: {claim}")
+    print(f"faults that no metric orders: {', '.join(blind_spots(values)) or 'none'}")
+    return publish(Path(output), "sensitivity", values, {"sensitivity": partial(figure, values)}, text="")
+
+
+def measure_faults(
+    clips: int,
+    names: Sequence[str],
+    faults: Sequence[str],
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`matrix` of measurements over made clips with every fault and strength.
+
+    A measurement that does not read what a fault changes keeps the values of the clean clips.
+
+    Args:
+        names: measurements; those that lack a package or weights here are said and left out.
+
+    Raises:
+        UserError: a package that makes or changes the clips is missing.
+    """
+    from tqdm import tqdm
+
+    from eval.metrics.registry import missing_package
+    from eval.talking_faces import draw_clips
+
+    for package in (
+        missing_package("espeakng_loader", "espeakng-loader"),
+        missing_package("cv2", "opencv-python-headless"),
+    ):
+        if package is not None:
+            raise UserError(f"the clips cannot be made: {package}")
+    begun = time.monotonic()
+    able = _able(names)
+    drawn = draw_clips(clips, seed)
+    keys = [metric.key for name in able for metric in measurements()[name].metrics]
+    registered = {metric.key: metric for name in able for metric in measurements()[name].metrics}
+    clean: list[ClipValues] = []
+    faulty: dict[str, list[list[ClipValues]]] = {fault: [[] for _ in FAULTS[fault].strengths] for fault in faults}
+    steps = sum(1 + sum(len(FAULTS[fault].strengths) for fault in faults) for _ in drawn)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=steps, unit="clip", disable=not progress) as bar:
+        for number, face in enumerate(drawn):
+            truth = _written(face, face, Path(folder) / "truth.mp4")
+            own = _values(truth, able, cache)
+            clean.append(own)
+            bar.update()
+            # Sound first, as long as the flow of the clean picture is known.
+            for fault in sorted(faults, key=lambda name: FAULTS[name].track == "frames"):
+                reading = [name for name in able if _reads(name, FAULTS[fault].track)]
+                for place, strength in enumerate(FAULTS[fault].strengths):
+                    changed = _written(face, _planted(face, fault, strength, seed), Path(folder) / "faulty.mp4")
+                    found = _values(changed, reading, cache)
+                    kept = {key: own.get(key) for key in keys if key not in found and not _of(reading, key)}
+                    faulty[fault][place].append({**kept, **found})
+                    bar.update()
+            bar.set_description(f"clip {number + 1} of {clips}")
+    values = matrix(clean, faulty, registered)
+    return {
+        **values,
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
+        "left_out": sorted(set(names) - set(able)),
+    }
+
+
+def _able(names: Sequence[str]) -> list[str]:
+    """Measurements that can run here; says which cannot."""
+    from eval.scoring import plan
+
+    able = []
+    for planned in plan(names, {}):
+        if planned.missing is None:
+            able.append(planned.name)
+        else:
+            print(f"without {planned.name}: {planned.missing}")
+    return able
+
+
+def _reads(name: str, track: str) -> bool:
+    """Whether a measurement reads a track; the timing between the two concerns those that read both."""
+    inputs = measurements()[name].inputs
+    # A single track shifted in time is another one: silence comes first.
+    return ("audio" if track == "timing" else track) in inputs
+
+
+def _of(names: Sequence[str], key: str) -> bool:
+    return any(key == metric.key for name in names for metric in measurements()[name].metrics)
+
+
+def _planted(face: "TalkingFace", fault: str, strength: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and audio of a made clip with a fault."""
+    from eval.talking_faces import FPS, RATE
+
+    apply = FAULTS[fault].apply
+    if apply is None:
+        return face.frames, face.spoken(fault, strength).wave
+    rng = np.random.default_rng([seed, face.number, list(FAULTS).index(fault)])
+    return apply(face.frames, FPS, face.wave, RATE, strength, rng)
+
+
+def _written(face: "TalkingFace", made: "TalkingFace | tuple[np.ndarray, np.ndarray]", path: Path) -> "ClipFile":
+    """A file of a made clip, whose reference is the clip without a fault."""
+    from scipy.io import wavfile
+
+    from eval.clip_file import ClipFile
+    from eval.talking_faces import FPS, RATE
+    from magihuman.media.mp4 import write_mp4
+
+    frames, wave = made if isinstance(made, tuple) else (made.frames, made.wave)
+    write_mp4(path, frames, FPS, wave[None], RATE, crf=CRF)
+    voice = path.with_name("voice.wav")
+    if not isinstance(made, tuple):
+        wavfile.write(voice, RATE, face.voice())
+    known = {"dialogue": face.sentence, "language": face.language, "voice": voice}
+    truth = ClipFile(path.with_name("truth.mp4"), f"face{face.number}", **known)  # type: ignore[arg-type]
+    return ClipFile(path, f"face{face.number}", reference=truth, **known)  # type: ignore[arg-type]
+
+
+def _values(clip: "ClipFile", names: Sequence[str], cache: Path | None) -> dict[str, float | None]:
+    from eval.scoring import score
+
+    row = score([clip], names, cache=cache, progress=False).rows[0]
+    return {key: value.value for key, value in row.values.items()}
+
+
+if __name__ == "__main__":
+    from magihuman.cli import run as run_command
+
+    run_command(run, "python -m eval.sensitivity")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHORT_SIDE = 256
 """SSIM is measured at about this height, as its authors advise for pictures seen from a usual distance (ssim.m, `f`)."""
-MOST_FRAMES = 16
+MOST_FRAMES = 10
 """Frames, spread evenly over the clip, that SSIM and MS-SSIM are measured on. PSNR is measured on all."""
 LEAST_SIDE = WINDOW * 2**4
 """Shorter side below which the last of the five scales of MS-SSIM is smaller than the window."""

@@ -15,7 +15,8 @@ FROZEN_SECONDS = 0.25
 """Repeats that last as long are frozen frames; shorter ones are repeated frames, as of a low frame rate."""
 SAME = 2.0
 """8-bit levels: frames are the same where no block of 16 x 16 pixels changes by more, on average; coding alone changes less."""
-LEAST_STILL = 0.02
+LEAST_STILL, LEAST_MOVING = 0.02, 0.005
+"""Shares of all pixels below which nothing is said of what is still, or of what moves: noise of the coding is left."""
 BLOCK = 16
 
 
@@ -29,12 +30,12 @@ def measure_motion(clip: "ClipFile", options: Any = None) -> dict[str, float | N
     magnitude = motion.magnitude
     per_frame = magnitude.mean((1, 2), dtype=np.float32)
     moving = magnitude >= STILL
-    count = int(moving.sum())
+    share = float(moving.mean())
     frozen, repeated = repeats(motion)
     return {
         "motion": float(per_frame.mean()),
-        "motion_speed": float(magnitude[moving].mean(dtype=np.float64)) if count else None,
-        "moving_share": count / magnitude.size,
+        "motion_speed": float(magnitude[moving].mean(dtype=np.float64)) if share >= LEAST_MOVING else None,
+        "moving_share": share,
         "frozen_share": frozen,
         "repeated_share": repeated,
         "luma_flicker": still_change(motion),
