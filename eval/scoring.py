@@ -293,6 +293,7 @@ class _Run:
         status: str,
         reason: str = "",
         texts: Mapping[str, str] | None = None,
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
         """Put the content of a measurement into a row."""
         if isinstance(p.measurement, SetMeasurement):
@@ -303,7 +304,9 @@ class _Run:
             if value is not None:
                 row.values[metric.key] = Value(value)
             elif status == OK:
-                row.values[metric.key] = Value(None, SKIPPED, reason or "not defined for this clip")
+                row.values[metric.key] = Value(
+                    None, SKIPPED, (reasons or {}).get(metric.key, "not defined for this clip")
+                )
             else:
                 row.values[metric.key] = Value(None, status, reason)
 
@@ -436,11 +439,12 @@ def _measure_one(measurement: Measurement | SetMeasurement, clip: ClipFile, mode
     declared = {metric.key for metric in measurement.metrics}
     if unknown := found.keys() - declared:
         raise ValueError(f"the measurement {measurement.name} gives {min(unknown)!r}, which it does not declare")
-    values = {key: None if value is None else float(value) for key, value in found.items()}
+    reasons = {key: _words(value) for key, value in found.items() if isinstance(value, NotMeasured)}
+    values = {key: None if value is None or key in reasons else float(value) for key, value in found.items()}
     wrong = [key for key, value in values.items() if value is not None and not math.isfinite(value)]
     if wrong:
         return {"values": {}, "status": FAILED, "reason": f"{wrong[0]} is {values[wrong[0]]}", "texts": texts}, True
-    return {"values": values, "status": OK, "texts": texts}, True
+    return {"values": values, "status": OK, "texts": texts, "reasons": reasons}, True
 
 
 def _measure_in_worker(

@@ -79,7 +79,7 @@ class MissingDependency:
 
 
 Values = Mapping[str, float | None]
-"""Key of a metric -> value. None, or a key that is absent, counts as skipped; text goes under `notes`, see Measurement."""
+"""Key of a metric -> value. None or an absent key counts as skipped, `NotMeasured(reason)` with that reason."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Measurement:
         name: as in `metrics=` on the command line; unique.
         metrics: all that it gives.
         measure: (clip, model) -> values by key, without side effects. `model` is what `load` returned, else the options. A
-            key that ends in "_text" is kept in the clip's row as text (a transcript, a judge's answer), not as a metric.
+            value may be `NotMeasured(reason)` where one of several metrics does not apply. A key that ends in "_text" is kept
+            in the clip's row as text (a transcript, a judge's answer), not as a metric.
         inputs: of "frames", "audio", "reference", "prompt", "dialogue", "voice", "image": what a clip must have; a clip without
             one is skipped with that reason before `measure` is called.
         optional: inputs that are used where a clip has them. `measure` sees no other input than these two name, so a value
