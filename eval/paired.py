@@ -118,6 +118,19 @@ def mean_of(name: str) -> Statistic:
     return statistic
 
 
+def mean_of_known(name: str) -> Statistic:
+    """Mean over the clips that have a value; None where no prompt has one."""
+
+    def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | None:
+        known = np.isfinite(own.values[name])
+        counts = weight @ known.sum(1)
+        if not counts[0]:
+            return None
+        return weight @ np.where(known, own.values[name], 0).sum(1) / np.where(counts > 0, counts, np.nan)
+
+    return statistic
+
+
 def sync_skill(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | None:
     """(own - chance) / (bound - chance), chance being the bound's mouths with other clips' audio."""
     chance = weight @ bound.values["other"].mean(1)
@@ -202,7 +215,11 @@ _ORDER = [metric.key for metric in (*puppet_clips.METRICS, *puppet_diversity.MET
 ROWS = tuple(
     sorted(
         (
-            *(Row(name, mean_of(name), share=metric.share) for name, metric in CLIP_METRICS.items() if metric.compared),
+            *(
+                Row(name, mean_of_known(name), share=metric.share, needs="clips with a value")
+                for name, metric in CLIP_METRICS.items()
+                if metric.compared
+            ),
             Row("sync_skill", sync_skill),
             Row("sync_retrieval", mean_of("sync_retrieval"), share=True, needs=f"{CANDIDATES} prompts with audio"),
             Row("nearest", mean_of("nearest")),

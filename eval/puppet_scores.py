@@ -1,4 +1,4 @@
-"""Scores of one tiny-world clip: attributes, syllables and lip sync.
+"""Scores of one tiny-world clip: attributes, syllables, lip sync, shape of the lips, noise.
 
     score_clip(frames, wave, caption).vowels.hits
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from data.tiny.puppets import parse_caption
+from data.tiny.puppets import FPS, LIPS, MOUTHS, parse_caption
 from eval.edits import Edits, edits
+from eval.puppet_noise import hiss_level, hum_level
 from eval.puppet_speech import Recognised, called_opening, recognise
 from eval.puppet_vision import PROMPTED, FrameMeasures, measure_frames
 
 MAX_LAG = 8  # frames
+BILABIALS = ("m", "b")  # onsets for which the lips close
 NEAREST_SHIFT = 4  # a syllable lasts 5 to 7 frames: shifts nearer than this are not chance
 
 
@@ -63,26 +65,81 @@ def sync_of(shown: np.ndarray, called: np.ndarray | None, static: bool) -> Sync:
     return Sync("ok", by_lag[0], shifted, best, by_lag[best])
 
 
+def onset_edits(stated: tuple[str, ...], heard: tuple[str, ...]) -> Edits:
+    """Edits from the stated to the heard onsets; place by place where there are as many.
+
+    With three onsets, an alignment that may shift would call many wrong ones right.
+    """
+    if len(stated) != len(heard):
+        return edits(stated, heard)
+    return Edits(sum(a != b for a, b in zip(stated, heard, strict=True)), 0, 0, len(stated))
+
+
+def _frames_within(span: tuple[float, float], count: int) -> np.ndarray:
+    """Numbers of the frames in the middle of which a time lies in the span (seconds), or of the nearest one."""
+    times = (np.arange(count) + 0.5) / FPS
+    within = np.flatnonzero((times >= span[0]) & (times <= span[1]))
+    return within if len(within) else np.array([int(np.abs(times - np.mean(span)).argmin())])
+
+
+def lip_shape_error(aspect: np.ndarray, speech: Recognised) -> float | None:
+    """Error of the lips' width over height [F] at the heard vowels, see `ClipScore`; an error of 0.1 is 10 %.
+
+    The area of the mouth says nothing about its shape: i and o open it almost equally wide.
+    """
+    errors = []
+    for vowel, (start, end) in zip(speech.vowels, speech.vowel_spans, strict=True):
+        width, height = (radius + lip for radius, lip in zip(MOUTHS[vowel], LIPS, strict=True))
+        # The mouth opens and shuts in the first and last hundredths of a second.
+        shown = aspect[_frames_within((start + 0.02, end - 0.04), len(aspect))]
+        if np.isfinite(shown).any():
+            errors.append(abs(float(np.log(np.nanmean(shown) * height / width))))
+    return float(np.mean(errors)) if errors else None
+
+
+def opening_at_closures(openness: np.ndarray, speech: Recognised) -> float | None:
+    """Opening of the mouth [F], as a share of the image, at the heard m and b, see `ClipScore`.
+
+    The lips close for both: of each the frame with the smallest opening counts.
+    """
+    found = []
+    for onset, vowel, span in zip(speech.onsets, speech.vowels, speech.onset_spans, strict=True):
+        if onset in BILABIALS:
+            least = float(openness[_frames_within(span, len(openness))].min())
+            found.append(max(0.0, least) / (np.pi * float(np.prod(MOUTHS[vowel]))))
+    return float(np.mean(found)) if found else None
+
+
 @dataclass(frozen=True)
 class ClipScore:
     """Measurements of one clip.
 
     Attributes:
         vision, speech: attributes and mouth in the frames, syllables in the audio.
-        syllables, vowels: edits from the caption's to the recognised ones.
+        syllables, onsets, vowels: edits from the caption's to the recognised ones.
         right: attribute -> whether it is as the caption states.
         called: mouth opening that the audio calls for [F], None where it is silent.
         sync: agreement of mouth and audio.
+        lip_shape: mean error of the lips' width over height at the heard vowels, as the absolute natural logarithm of the
+            ratio to the drawn one; None where no vowel is heard.
+        lips_open: mean opening of the mouth at the heard m and b, as a share of the opening of their vowels; None where none
+            is heard.
+        hiss, hum: levels of noise in dB, see `eval.puppet_noise`; None where the clip is silent.
     """
 
     caption: str
     vision: FrameMeasures
     speech: Recognised
     syllables: Edits
+    onsets: Edits
     vowels: Edits
     right: dict[str, bool]
     called: np.ndarray | None
     sync: Sync
+    lip_shape: float | None
+    lips_open: float | None
+    hiss: float | None
+    hum: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -94,7 +151,11 @@ class ClipScore:
             "vowels_exact": self.vowels.errors == 0,
             "syllable_errors": self.syllables.errors,
             "sync": asdict(self.sync),
-            **{key: getattr(self.vision, key) for key in ("amplitude", "sharpness", "mouth_sharpness", "flicker")},
+            **{key: getattr(self, key) for key in ("lip_shape", "lips_open", "hiss", "hum")},
+            **{
+                key: getattr(self.vision, key)
+                for key in ("amplitude", "eyes", "sharpness", "mouth_sharpness", "flicker")
+            },
         }
 
 
@@ -118,8 +179,13 @@ def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> Cli
         vision=vision,
         speech=speech,
         syllables=edits(words, speech.words),
+        onsets=onset_edits(tuple(word[0] for word in words), speech.onsets),
         vowels=edits(tuple(word[-1] for word in words), speech.vowels),
         right={name: vision.attributes[name] == stated[name] for name in PROMPTED},
         called=called,
         sync=sync_of(vision.openness, called, vision.static),
+        lip_shape=lip_shape_error(vision.lip_aspect, speech),
+        lips_open=opening_at_closures(vision.openness, speech),
+        hiss=None if speech.silent else hiss_level(audio),
+        hum=None if speech.silent else hum_level(audio),
     )

@@ -35,14 +35,19 @@ SWITCH = -4.0  # log probability of leaving a class
 
 @dataclass(frozen=True)
 class Recognised:
-    """Recognised syllables, with the start and end of their vowels in seconds.
+    """Recognised syllables, with the start and end of their onsets and of their vowels in seconds.
 
     `silent` is true where the whole clip is below `SILENT_RMS`; `words` is empty then.
     """
 
     words: tuple[str, ...]
+    onset_spans: tuple[tuple[float, float], ...]
     vowel_spans: tuple[tuple[float, float], ...]
     silent: bool
+
+    @property
+    def onsets(self) -> tuple[str, ...]:
+        return tuple(word[0] for word in self.words)
 
     @property
     def vowels(self) -> tuple[str, ...]:
@@ -236,7 +241,7 @@ def recognise(wave: np.ndarray) -> Recognised:
     """The syllables of a waveform [N] at 16 kHz."""
     wave = _clean(wave)
     if _is_silent(wave):
-        return Recognised((), (), True)
+        return Recognised((), (), (), True)
     fit = _fitted()
     scores = features(wave) @ fit.weights + fit.bias
     scores -= scores.max(1, keepdims=True)
@@ -247,12 +252,14 @@ def recognise(wave: np.ndarray) -> Recognised:
     visited = owner[path]
     starts = np.flatnonzero(np.diff(visited, prepend=-1))
     stops = np.append(starts[1:], len(visited))
-    words, spans, onset = [], [], ""
+    words, onset_spans, vowel_spans, onset = [], [], [], ""
     for start, stop in zip(starts, stops, strict=True):
-        name = CLASSES[visited[start]]
+        name, span = CLASSES[visited[start]], (start * HOP / SAMPLE_RATE, stop * HOP / SAMPLE_RATE)
         if name in ONSETS:
             onset = name
+            onset_spans.append(span)
         elif name in VOWELS:
             words.append(onset + name)
-            spans.append((start * HOP / SAMPLE_RATE, stop * HOP / SAMPLE_RATE))
-    return Recognised(tuple(words), tuple(spans), False)
+            vowel_spans.append(span)
+    # A path ends in silence or a vowel, so every onset has its vowel.
+    return Recognised(tuple(words), tuple(onset_spans), tuple(vowel_spans), False)

@@ -1,4 +1,4 @@
-"""Measurements in the tiny world's frames: attributes, mouth opening, sharpness, flicker.
+"""Measurements in the tiny world's frames: attributes, mouth opening and shape, eyes, sharpness, flicker.
 
 All positions are shares of the image, so clips of any square size are measured alike (only sharpness depends on the
 size). Colours are decided by the nearest palette entry of a region's median over space and time; the
@@ -28,6 +28,8 @@ class FrameMeasures:
         attributes: face, hair, shirt, wall and skin.
         openness [F]: area of the mouth's inside as a share of the image; amplitude: its 5 % to 95 % range.
         static: whether the mouth does not move.
+        lip_aspect [F]: width over height of the lips with the mouth's inside.
+        eyes: contrast of the weaker eye, as a share of a drawn one's; 0 where it is missing.
         sharpness, mouth_sharpness: variance of the Laplacian of the luma in [0,1].
         flicker: mean absolute change of the luma between frames, outside the mouth.
     """
@@ -36,6 +38,8 @@ class FrameMeasures:
     openness: np.ndarray
     amplitude: float
     static: bool
+    lip_aspect: np.ndarray
+    eyes: float
     sharpness: float
     mouth_sharpness: float
     flicker: float
@@ -99,21 +103,73 @@ def attributes(frames: np.ndarray) -> dict[str, str]:
     return {"face": FACES[int(np.minimum(distance, 120).sum(1).argmin())], **found}
 
 
-def mouth_openness(frames: np.ndarray) -> np.ndarray:
-    """Area of the visible mouth inside per frame, as a share of the image: fp64 [F].
+def _skin_colour(frames: np.ndarray) -> np.ndarray:
+    """Colour of this clip's skin: fp64 [3]."""
+    return np.asarray(np.median(frames[:, _regions(frames.shape[1])["skin"]].reshape(-1, 3), axis=0))
 
-    Every pixel around the mouth is unmixed into skin (of this clip), lip and inside, with shares that sum to one by least
-    squares. The result is linear in the pixels, so blur moves the share but keeps its sum, and noise averages out.
+
+def _mouth_shares(frames: np.ndarray) -> np.ndarray:
+    """Shares of the mouth's inside and of the lips in every pixel of the mouth region: fp64 [2,F,pixels].
+
+    Every pixel is unmixed into skin (of this clip), lip and inside, with shares that sum to one by least squares. The result
+    is linear in the pixels, so blur moves the shares but keeps their sum, and noise averages out.
     """
-    size = frames.shape[1]
-    regions = _regions(size)
-    inside = np.array(MOUTH_INSIDE, float)
-    skin = np.median(frames[:, regions["skin"]].reshape(-1, 3), axis=0)
+    inside, skin = np.array(MOUTH_INSIDE, float), _skin_colour(frames)
     if np.linalg.norm(skin - inside) < 40:  # no skin to see: unmix against the nearest that exists
         skin = np.array(SKINS[_nearest(skin, SKINS)], float)
     mixture = np.stack([inside - skin, np.array(LIP, float) - skin], 1)  # [3, 2]
-    share = np.linalg.pinv(mixture)[0] @ (frames[:, regions["mouth"]].astype(float) - skin).swapaxes(1, 2)
-    return share.sum(-1) / size**2
+    pixels = frames[:, mouth_region(frames.shape[1])].astype(float) - skin
+    return np.moveaxis(np.linalg.pinv(mixture) @ pixels.swapaxes(1, 2), 1, 0)
+
+
+def mouth_openness(frames: np.ndarray) -> np.ndarray:
+    """Area of the visible mouth inside per frame, as a share of the image: fp64 [F]."""
+    return np.asarray(_mouth_shares(frames)[0].sum(-1)) / frames.shape[1] ** 2
+
+
+def lip_aspect(shares: np.ndarray, size: int) -> np.ndarray:
+    """Width over height of the lips with the mouth's inside, by second moments: fp64 [F], NaN where none are seen.
+
+    Args:
+        shares: of `_mouth_shares`, [2,F,pixels]; size: height and width of the image.
+    """
+    region = mouth_region(size)
+    weights = np.clip(shares.sum(0), 0, None)  # [F, pixels]
+    total = weights.sum(-1)
+    spread = []
+    for axis in _grid(size):
+        places = axis[region]
+        centre = (weights @ places) / np.maximum(total, 1e-9)
+        spread.append((weights * (places - centre[:, None]) ** 2).sum(-1))
+    width, height = spread
+    seen = (total > 1e-4 * size**2) & (height > 0)
+    return np.sqrt(np.where(seen, width, np.nan) / np.where(seen, height, 1))
+
+
+@lru_cache(maxsize=4)
+def eye_regions(size: int) -> np.ndarray:
+    """Regions of both eyes with a margin for blur: boolean [2,size,size]."""
+    x, y = _grid(size)
+    return np.stack([((x - 0.5 - aside) / 0.055) ** 2 + ((y - 0.44) / 0.046) ** 2 < 1 for aside in (-0.095, 0.095)])
+
+
+@lru_cache(maxsize=16)
+def _eye_difference(skin: str, size: int) -> np.ndarray:
+    """Difference of the drawn face from its skin: fp64 [size,size,3]."""
+    return np.asarray(portrait(replace(draw_puppet(0, 0), skin=skin), size) - np.array(SKINS[skin], float))
+
+
+def eye_contrast(frames: np.ndarray) -> float:
+    """Contrast of the weaker eye as a share of a drawn one's: about 1 where both are there, 0 where one is missing.
+
+    The mean frame's difference from the skin, projected onto the drawn eye's.
+    """
+    skin = _skin_colour(frames)
+    drawn, difference = _eye_difference(_nearest(skin, SKINS), frames.shape[1]), frames.mean(0) - skin
+    found = [
+        float((difference[eye] * drawn[eye]).sum() / (drawn[eye] ** 2).sum()) for eye in eye_regions(frames.shape[1])
+    ]
+    return max(0.0, min(found))
 
 
 def measure_frames(frames: np.ndarray) -> FrameMeasures:
@@ -127,7 +183,8 @@ def measure_frames(frames: np.ndarray) -> FrameMeasures:
     if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
         raise ValueError(f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}")
     mouth = mouth_region(frames.shape[1])
-    openness = mouth_openness(frames)
+    shares = _mouth_shares(frames)
+    openness = shares[0].sum(-1) / frames.shape[1] ** 2
     amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))
     levels = luma(frames) / 255
     edges = laplacian(levels)
@@ -136,6 +193,8 @@ def measure_frames(frames: np.ndarray) -> FrameMeasures:
         openness=openness,
         amplitude=amplitude,
         static=amplitude < STATIC_AMPLITUDE,
+        lip_aspect=lip_aspect(shares, frames.shape[1]),
+        eyes=eye_contrast(frames),
         sharpness=float(edges.var(axis=(1, 2)).mean()),
         mouth_sharpness=float(edges[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
         flicker=float(np.abs(np.diff(levels, axis=0))[:, ~mouth].mean()),

@@ -34,6 +34,7 @@ FORMANTS = {
 MOUTHS = {"a": (0.125, 0.115), "e": (0.145, 0.080), "i": (0.150, 0.052), "o": (0.085, 0.100), "u": (0.060, 0.065)}
 REST_WIDTH = 0.105
 LIP = (185, 50, 65)
+LIPS = (0.022, 0.024)  # breadth of the lips beside and above the mouth's inside
 MOUTH_INSIDE = (70, 8, 28)
 MOUTH_CENTRE = (0.5, 0.63)
 
@@ -239,8 +240,12 @@ def portrait(puppet: Puppet, size: int) -> np.ndarray:
     return image
 
 
-def render(puppet: Puppet, size: int = 64) -> np.ndarray:
-    """The puppet's frames: uint8 [FRAMES,size,size,3]."""
+def render(puppet: Puppet, size: int = 64, mouth: np.ndarray | None = None) -> np.ndarray:
+    """The puppet's frames: uint8 [FRAMES,size,size,3].
+
+    Args:
+        mouth: another mouth track than the puppet's own, see `mouth_track`.
+    """
     pixel = 1 / size
     still = portrait(puppet, size)
     half = 0.22  # only this window around the mouth is drawn per frame
@@ -250,9 +255,9 @@ def render(puppet: Puppet, size: int = 64) -> np.ndarray:
     gy = (np.arange(low[1], high[1]) + 0.5) / size - MOUTH_CENTRE[1]
     y, x = np.meshgrid(gy, gx, indexing="ij")
     frames = np.repeat(still[None], FRAMES, 0)
-    for frame, (width, height) in zip(frames, mouth_track(puppet), strict=True):
+    for frame, (width, height) in zip(frames, mouth_track(puppet) if mouth is None else mouth, strict=True):
         window = frame[low[1] : high[1], low[0] : high[0]]
-        lips = _cover(_ellipse(x, y, width + 0.022, height + 0.024), pixel)
+        lips = _cover(_ellipse(x, y, width + LIPS[0], height + LIPS[1]), pixel)
         inside = _cover(_ellipse(x, y, width, max(height, 0.002)), pixel) * np.clip(height / 0.012, 0, 1)
         window[:] = window * (1 - lips) + np.array(LIP, float) * lips
         window[:] = window * (1 - inside) + np.array(MOUTH_INSIDE, float) * inside

@@ -203,7 +203,7 @@ def test_pitch_is_heard():
     off = 12 * np.abs(np.log2(heard / drawn))
     assert (off < 1.5).mean() >= 0.95
     assert np.corrcoef(heard, drawn)[0, 1] > 0.95
-    assert pitch(np.zeros(16000), Recognised((), (), True)) is None
+    assert pitch(np.zeros(16000), Recognised((), (), (), True)) is None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ ENTRY = """    PuppetMetric(
     ),
 """
 FILE = '''
-"""Brightness of the frames."""
+"""Mean of all pixels."""
 
 from eval.metrics.registry import Measurement, Metric
 
-METRIC = Metric("brightness", "mean of all pixels", "8-bit levels", "up")
-MEASUREMENTS = (Measurement("brightness", (METRIC,), lambda clip, _: {"brightness": float(clip.frames.mean())}),)
+METRIC = Metric("pixel_mean", "mean of all pixels", "8-bit levels", "up")
+MEASUREMENTS = (Measurement("pixel_mean", (METRIC,), lambda clip, _: {"pixel_mean": float(clip.frames.mean())}),)
 '''
 USE = """
 import json
@@ -44,7 +44,7 @@ puppets = held_out(2)
 scores = ground_truth(puppets).score()
 found = {"columns": {"a": {**scores.to_dict(), "n": 2}}}
 values = {
-    key: clip_values.ClipValues(paired={"vowel_seconds": {str(n): n + x for n in range(9)}, "brightness": {"a": x}})
+    key: clip_values.ClipValues(paired={"vowel_seconds": {str(n): n + x for n in range(9)}, "pixel_mean": {"a": x}})
     for key, x in (("mine", 1.0), ("theirs", 0.0))
 }
 print(json.dumps({
@@ -52,7 +52,7 @@ print(json.dumps({
     "spoken": sum(s.vowel_seconds for p in puppets for s in p.syllables) / 2,
     "terminal": tables.scores_text(found),
     "markdown": tables.scores(found, ["vowel_seconds"]),
-    "glossary": tables.glossary("puppet_clips", "brightness"),
+    "glossary": tables.glossary("puppet_clips", "pixel_mean"),
     "dmd2": [row.name for row in ROWS],
     "puppets": [metric.key for metric in measurements()["puppets"].metrics],
     "differences": paired_differences(values["mine"], values["theirs"]),
@@ -65,7 +65,7 @@ def test_a_new_metric_is_one_entry_or_one_file_and_every_table_has_it(tmp_path: 
     puppet_clips = tmp_path / "eval" / "metrics" / "puppet_clips.py"
     before, start, after = puppet_clips.read_text().partition("METRICS: tuple[Metric, ...] = (\n")
     puppet_clips.write_text(before + start + ENTRY + after)
-    (tmp_path / "eval" / "metrics" / "brightness.py").write_text(FILE)
+    (tmp_path / "eval" / "metrics" / "pixel_mean.py").write_text(FILE)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}"}
     done = subprocess.run(
         [sys.executable, "-c", USE], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
@@ -76,11 +76,11 @@ def test_a_new_metric_is_one_entry_or_one_file_and_every_table_has_it(tmp_path: 
     assert "length of the vowels, s =" in found["terminal"]
     assert f"| length of the vowels, s = | {found['seconds']:.3f} [" in found["markdown"]
     assert "| `vowel_seconds` | length of the vowels | s | nearer to the target is better |" in found["glossary"]
-    assert "| `brightness` | mean of all pixels | 8-bit levels | higher is better |" in found["glossary"]
+    assert "| `pixel_mean` | mean of all pixels | 8-bit levels | higher is better |" in found["glossary"]
     assert "vowel_seconds" in found["dmd2"]
     assert "vowel_seconds" in found["puppets"]
     assert found["differences"]["vowel_seconds"]["value"] == pytest.approx(1)
-    assert found["differences"]["brightness"]["value"] == pytest.approx(1)
+    assert found["differences"]["pixel_mean"]["value"] == pytest.approx(1)
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""Noise in the tiny world's audio: hiss in the pauses of speech, and mains hum, in dB to the whole audio.
+
+    hiss_level(wave), hum_level(wave)    # -60.0, -58.2 of a clean puppet
+
+Puppets pause before, between and after their syllables, for at least 80 ms of a second, in digital silence; their voices
+have no partial below 90 Hz.
+"""
+
+import numpy as np
+
+from data.tiny.puppets import SAMPLE_RATE
+
+FLOOR = -60.0  # dB; what lies below cannot be heard
+WINDOW = SAMPLE_RATE // 100
+HISS_FROM = 1000  # Hz; hum and its partials lie below
+QUIETEST = 0.08  # share of the clip that is pauses at least
+MAINS = (50, 60)  # Hz
+LINE = 2.0  # Hz on both sides of a line: the main lobe of a Hann window of one second
+
+
+def _decibels(power: float, total: float) -> float:
+    return max(FLOOR, 10 * float(np.log10(max(power, 1e-30) / max(total, 1e-30))))
+
+
+def hiss_level(wave: np.ndarray) -> float:
+    """Level of noise above 1 kHz in the quietest moments, in dB: its power density to the mean one of the audio.
+
+    White noise 30 dB below the audio gives about -30. A wave [N] at 16 kHz without any signal gives the floor.
+    """
+    count = len(wave) // WINDOW
+    windows = np.asarray(wave, np.float64)[: count * WINDOW].reshape(count, WINDOW) * np.hanning(WINDOW)
+    power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
+    above = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE) >= HISS_FROM
+    quiet = np.sort(power[:, above].mean(1))[: max(1, int(QUIETEST * count))]
+    return _decibels(float(quiet.mean()), float(power.mean()))
+
+
+def hum_level(wave: np.ndarray) -> float:
+    """Power at 50 or 60 Hz, the larger, to that of the whole audio, in dB; wave [N] at 16 kHz, of about a second or more."""
+    spectrum = np.abs(np.fft.rfft(np.asarray(wave, np.float64) * np.hanning(len(wave)))) ** 2
+    hertz = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
+    lines = [float(spectrum[np.abs(hertz - line) <= LINE].sum()) for line in MAINS]
+    return _decibels(max(lines), float(spectrum.sum()))
