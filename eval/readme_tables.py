@@ -4,9 +4,9 @@
     python -m eval.readme_tables check=true   # compare only
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
-SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics MODULE ...`, `stream`,
-`resume`, and those of `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take the metrics
-to show.
+SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics MODULE ...`, `sees`,
+`stream`, `resume`, and those of `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take
+the metrics to show.
 """
 
 import json
@@ -198,6 +198,7 @@ KINDS: markdown.Kinds = {
     "overview": overview_table,
     "stream": stream_table,
     "resume": resume_table,
+    "sees": _with_origin(tables.sensitivity_claims),
     "metrics": tables.glossary,
 }
 

@@ -111,8 +111,7 @@ def glossary(*modules: str) -> str:
         KeyError: no such module.
     """
     rows = [[f"`{metric.key}`", metric.label, metric.unit, metric.better] for metric in metrics_of(*modules)]
-    lines = [["key", "metric", "unit", "direction"], ["---"] * 4, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(["key", "metric", "unit", "direction"], rows, "llll")
 
 
 # ---- One function per kind of result file; `keys` are the metrics to show, all where there are none ----
@@ -352,6 +351,27 @@ def sensitivity(values: Values) -> str:
         "✓: the metric claims to see it."
     )
     return "\n".join([table(["metric", *(fault["label"] for fault in values["faults"].values())], rows), "", legend])
+
+
+def sensitivity_claims(values: Values) -> str:
+    """Markdown of what metrics claim to see in a matrix of `eval.sensitivity`: their means, clean and for each strength.
+
+    A fault called codec is shown as a column: values of clips without another fault, through the codec.
+    """
+    rows = []
+    for fault, about in values["faults"].items():
+        strengths = " ".join(f"{strength:g}" for strength in about["strengths"])
+        named = f"{about['label']}: {strengths} {about['unit']}".rstrip() if about["unit"] else about["label"]
+        for row in (row for row in values["metrics"].values() if fault in row["claims"]):
+            clean, *faulty = (format_value(mean) for mean in row["faults"][fault]["means"])
+            codec = row["faults"].get("codec")
+            coded = format_value(codec["means"][1]) if codec and codec["means"] else ""
+            sign = SIGNS[row["direction"]]
+            rows.append([named, f"{row['title']} {sign}".rstrip(), clean, coded, ", ".join(faulty)])
+    heads = ["fault, from weak to strong", "row that orders it", "clean", "through the codec", "with the fault"]
+    if "codec" not in values["faults"]:
+        heads, rows = heads[:3] + heads[4:], [row[:3] + row[4:] for row in rows]
+    return f"{table(heads, rows, 'll' + 'r' * (len(heads) - 2))}\n\nMeans of {values['clips']} clips."
 
 
 # ---- Clips of any origin: eval.score, eval.run, eval.compare_scores ----

@@ -24,10 +24,19 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str = 
     return "\n".join([head, ruler, *lines])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for a terminal, every column as wide as its widest cell."""
+def aligned(rows: Sequence[Sequence[str]], alignment: str = "") -> list[str]:
+    """Lines of a table for a terminal, every column as wide as its widest cell.
+
+    Args:
+        alignment: a letter for each column, l left or r right; all are left-aligned where it is empty.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    letters = alignment or "l" * len(widths)
+
+    def cell(text: str, width: int, letter: str) -> str:
+        return text.rjust(width) if letter == "r" else text.ljust(width)
+
+    return ["  ".join(map(cell, row, widths, letters)).rstrip() for row in rows]
 
 
 def commit(code: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from magihuman.io.markdown import aligned
 from magihuman.sweep.points import Points
 from magihuman.training.lock import state_of
 from magihuman.training.runs import RunFolder
@@ -97,16 +98,7 @@ def table(points: Points, found: Mapping[int, str], sort: bool = False) -> str:
         rows.sort(key=lambda row: (row[0] is None, sign * (row[0] or 0)))
     head = ("", "settings", "state", "step", "left", "loss", f"{points.metric['name']} ({points.metric['goal']})")
     body = [head, *(row[1:] for row in rows)]
-    widths = [max(len(row[column]) for row in body) for column in range(len(head))]
-    left = {1, 2}
-    lines = [
-        "  ".join(
-            text.ljust(width) if column in left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in body
-    ]
-    return "\n".join([*lines, counted(found)])
+    return "\n".join([*aligned(body, "rllrrrr"), counted(found)])
 
 
 def counted(found: Mapping[int, str]) -> str:

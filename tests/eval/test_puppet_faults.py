@@ -3,13 +3,16 @@
 The committed matrix (`python -m eval.puppet_sensitivity`) has all faults and metrics; here are the closed forms.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import FPS, LIPS, MOUTHS, SAMPLE_RATE, SKINS, draw_puppet, mouth_track, render, synthesise
+from eval import tables
 from eval.clips import Clips, ground_truth, held_out, through_codec
 from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.puppet_faults import PUPPET_FAULTS
@@ -19,10 +22,11 @@ from eval.puppet_sensitivity import puppet_matrix
 from eval.puppet_sensitivity import run as measure_sensitivity
 from eval.puppet_speech import Recognised, recognise
 from eval.puppet_vision import eye_contrast, eye_regions, measure_frames
-from eval.sensitivity import broken_claims
+from eval.sensitivity import blind_spots, broken_claims
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 
+COMMITTED = Path(__file__).resolve().parents[2] / "eval" / "results" / "sensitivity_puppets" / "sensitivity.json"
 PUPPETS = [draw_puppet(72, index) for index in range(12)]
 ROW_OF = {
     "consonants": "onsets", "lip_shape": "lip_shape", "open_lips": "lips_open", "eyes": "eyes", "hiss": "pause_hiss",
@@ -174,6 +178,29 @@ def test_each_fault_is_ordered_by_its_row() -> None:
     for fault, key in ROW_OF.items():
         assert values["metrics"][key]["faults"][fault]["verdict"] == "ordered", (fault, key)
     assert not [claim for claim in broken_claims(values) if claim.split()[0] in ROW_OF.values()]
+
+
+def test_the_committed_matrix_confirms_every_claim() -> None:
+    values = json.loads(COMMITTED.read_text())
+    assert set(values["faults"]) == {*PUPPET_FAULTS, "codec"}
+    assert set(values["metrics"]) == CLIP_METRICS.keys()
+    assert {name: tuple(row["claims"]) for name, row in values["metrics"].items()} == {
+        name: metric.sees for name, metric in CLIP_METRICS.items()
+    }
+    assert broken_claims(values) == []
+    for fault, key in ROW_OF.items():
+        assert values["metrics"][key]["faults"][fault]["verdict"] == "ordered"
+        codec, weakest = (values["metrics"][key]["faults"][name]["means"] for name in ("codec", fault))
+        assert abs(codec[1] - codec[0]) < abs(weakest[-1] - weakest[0]) / 2, (fault, key)
+    assert {row["faults"]["mirror"]["verdict"] for row in values["metrics"].values()} <= {"blind", "no value"}
+    assert blind_spots(values) == ["mirror", "volume"]
+    assert COMMITTED.with_suffix(".png").stat().st_size > 50_000
+    assert "| consonants right |" in tables.sensitivity(values)
+    claims = tables.sensitivity_claims(values).splitlines()
+    assert "| 1.000 | 1.000 | 0.667, 0.333, 0.000 |" in next(line for line in claims if "consonants right ↑" in line)
+    assert claims[0].count("|") == 6
+    plain = {**values, "faults": {name: about for name, about in values["faults"].items() if name != "codec"}}
+    assert tables.sensitivity_claims(plain).splitlines()[0].count("|") == 5
 
 
 def test_options_of_the_command_are_checked() -> None:
