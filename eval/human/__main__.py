@@ -56,7 +56,7 @@ def report(study: str = "study", output: str | None = None) -> dict[str, Any]:
 
 
 def coverage(
-    output: str = "eval/results/human_coverage.json", studies: int = 2000, raters: int = 10, pairs: int = 100,
+    output: str = "eval/results/human_coverage.json", studies: int = 1000, raters: int = 10, pairs: int = 100,
     rater_sd: float = 0.5, prompt_sd: float = 1.0, win: float = 0.8, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Simulate studies: how often the intervals hold the true share of wins, and how wide they are.

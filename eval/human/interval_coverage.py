@@ -45,7 +45,7 @@ def simulated_study(
 
 def coverage_of(
     studies: int, raters: int, pairs: int, share: bool, mean: float, rater_sd: float, prompt_sd: float, seed: int,
-    draws: int = 1000,
+    draws: int = 500,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Share of studies whose interval holds the true share, and the mean width, of both kinds of interval."""
     truth = true_share(mean, float(np.hypot(rater_sd, prompt_sd)))

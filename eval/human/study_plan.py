@@ -27,8 +27,11 @@ PLAN, VOTES, LINKS, MEDIA = "plan.json", "votes.sqlite", "links.txt", "media"
 DAMAGED = "damaged copy"
 QUESTION = "Which clip is better overall?"
 INSTRUCTIONS = """You will see pairs of short clips with sound. Please use headphones, in a quiet place.
+
 Play both clips to their end, then say which one is better overall: picture, motion, voice, and how well lips and voice fit.
+
 If you see no difference that matters, choose the middle answer. There is no right or wrong; trust your impression.
+
 You can stop at any time and go on later with the same link."""
 LENGTHS_ALIKE = 0.1
 """Median lengths of two systems that differ by a larger share are reported."""
@@ -330,9 +333,10 @@ def make_plan(settings: StudySettings) -> StudyPlan:
 def _readable(place: Path) -> tuple[list[ClipFile], list[str]]:
     """Clips of a folder or manifest that are videos, and those that are none with the reason."""
     from eval.clip_file import UnreadableClip
+    from eval.clip_list import read_clips
 
     good, bad = [], []
-    for clip in listed_clips(place):
+    for clip in read_clips(place):
         try:
             reason = (
                 "" if clip.info.kind == "video" else f"it is {'audio' if clip.info.kind == 'audio' else 'one frame'}"
@@ -344,26 +348,6 @@ def _readable(place: Path) -> tuple[list[ClipFile], list[str]]:
         else:
             good.append(clip)
     return good, bad
-
-
-def listed_clips(place: Path) -> list[ClipFile]:
-    """Clips of a folder, with the prompts in NAME.json or NAME.txt beside them, or of a manifest."""
-    from magihuman.io.text import load_json, read_text
-
-    if not place.is_dir():
-        raise UserError(f"{place} is no folder")
-    clips = []
-    for path in sorted(place.glob("*.mp4")):
-        prompt = ""
-        if path.with_suffix(".json").is_file():
-            record = load_json(path.with_suffix(".json"))
-            prompt = str(record.get("prompt") or "") if isinstance(record, dict) else ""
-        elif path.with_suffix(".txt").is_file():
-            prompt = read_text(path.with_suffix(".txt"), str(path.with_suffix(".txt"))).strip()
-        clips.append(ClipFile(path, prompt=prompt))
-    if not clips:
-        raise UserError(f"{place} holds no mp4 files")
-    return clips
 
 
 def _differences(systems: Mapping[str, Sequence[ClipFile]], size: tuple[int, int]) -> list[str]:

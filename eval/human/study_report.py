@@ -20,7 +20,7 @@ from eval.human.study_plan import StudyPlan, exclusion_rule, read_plan
 from eval.human.study_statistics import OUTCOMES, VoteTable, agreement, independent, shares, side_bias, strengths
 from eval.human.vote_store import Vote
 from eval.stats import proportion
-from eval.tables import format_interval
+from eval.tables import format_value
 from magihuman.io.markdown import table
 from magihuman.io.text import load_json
 
@@ -202,8 +202,17 @@ def _remarks(values: dict[str, Any], kept: VoteTable, every: VoteTable) -> list[
 # ---- Tables ----
 
 
+def _interval(measure: dict[str, Any], digits: int, scale: float = 1, unit: str = "", signed: bool = False) -> str:
+    """ "69.2 % [64.9, 73.7]"; the value alone without an interval, n/a without a value."""
+    value, low, high = (
+        format_value(None if measure[key] is None else scale * measure[key], digits, signed)
+        for key in ("value", "low", "high")
+    )
+    return value if value == "n/a" else f"{value}{unit}" if low == "n/a" else f"{value}{unit} [{low}, {high}]"
+
+
 def _percent(measure: dict[str, Any]) -> str:
-    return format_interval(measure, 100, unit=" %") if measure["value"] is not None else "n/a"
+    return _interval(measure, 1, 100, " %")
 
 
 def share_table(values: dict[str, Any], part: str = "kept") -> str:
@@ -232,8 +241,8 @@ def strength_table(values: dict[str, Any], part: str = "kept") -> str:
     rows = [[values["focus"], "0", ""]]
     for name, of in values[part]["opponents"].items():
         elo, alpha = of["elo"], of["agreement"]
-        rows.append([name, format_interval(elo, signed=True) if elo["value"] is not None else f"n/a ({elo['reason']})",
-                     format_interval(alpha) if alpha["value"] is not None else f"n/a ({alpha['reason']})"])  # fmt: skip
+        rows.append([name, _interval(elo, 0, signed=True) if elo["value"] is not None else f"n/a ({elo['reason']})",
+                     _interval(alpha, 2) if alpha["value"] is not None else f"n/a ({alpha['reason']})"])  # fmt: skip
     return table(["system", "Bradley-Terry-Davidson, Elo points", "agreement (Krippendorff's alpha)"], rows)
 
 
@@ -296,9 +305,9 @@ def facts(values: dict[str, Any]) -> str:
             "votes were independent)."
         )
     if kept["tie"]["value"] is not None:
-        lines.append(f"Odds of a tie between equals against a win: {format_interval(kept['tie'])}.")
+        lines.append(f"Odds of a tie between equals against a win: {_interval(kept['tie'], 2)}.")
     if kept["agreement"]["value"] is not None:
-        lines.append(f"Agreement over all pairs: alpha {format_interval(kept['agreement'])}.")
+        lines.append(f"Agreement over all pairs: alpha {_interval(kept['agreement'], 2)}.")
     if values["seconds"]:
         time = values["seconds"]
         lines.append(

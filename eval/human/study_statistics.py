@@ -16,7 +16,7 @@ import numpy as np
 from eval.stats import RESAMPLES, Measure, ends_of, proportion, unavailable
 
 OUTCOMES = ("win", "tie", "loss")
-CHUNK = 1 << 25
+CHUNK = 1 << 21
 """Weights of votes that are held at once, draws x votes."""
 ELO = 400 / np.log(10)
 """Points of a log odds: 400 points are odds of 10 to 1."""
@@ -78,34 +78,41 @@ def _counts(rng: np.random.Generator, clusters: int, draws: int) -> np.ndarray:
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(float)
 
 
-def clustered_mean(table: VoteTable, values: np.ndarray, draws: int = RESAMPLES) -> Measure:
-    """Mean of values in [0,1] [n], NaN where a vote has none, with the two-way interval.
+def clustered_means(table: VoteTable, values: np.ndarray, draws: int = RESAMPLES) -> list[Measure]:
+    """Means of the columns of values in [0,1] [n,m] with their two-way intervals, from the same draws.
 
-    Where all values are 0 or all are 1, Wilson's interval as if each rater (or each prompt, of which there are fewer) gave one
-    vote: resampling could only repeat the value.
+    Where all values of a column are 0 or all are 1, Wilson's interval as if each rater (or each prompt, of which there are
+    fewer) gave one vote: resampling could only repeat the value.
     """
-    known = np.isfinite(values)
-    table, values = table.where(known), values[known]
-    if not len(table):
-        return unavailable("no votes")
+    n, columns = values.shape
+    if not n:
+        return [unavailable("no votes")] * columns
     raters, groups = table.clusters
-    value, n = float(values.mean()), len(table)
     if raters == groups == 1:
-        return Measure(value, None, None, n)
-    if values.min() == values.max() and value in (0.0, 1.0):
-        fewest = groups if raters == 1 else raters if groups == 1 else min(raters, groups)
-        ends = proportion(round(value * fewest), fewest)
-        return Measure(value, ends.low, ends.high, n)
-    sums = resampled(table, np.stack([values, np.ones(n)], 1), draws)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return Measure(value, *ends_of(sums[:, 0] / sums[:, 1]), n)
+        return [Measure(float(value), None, None, n) for value in values.mean(0)]
+    fewest = groups if raters == 1 else raters if groups == 1 else min(raters, groups)
+    sums = resampled(table, np.concatenate([values, np.ones((n, 1))], 1), draws)
+    found = []
+    for k, value in enumerate(map(float, values.mean(0))):
+        if value in (0.0, 1.0):
+            ends = proportion(round(value * fewest), fewest)
+            found.append(Measure(value, ends.low, ends.high, n))
+        else:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found.append(Measure(value, *ends_of(sums[:, k] / sums[:, -1]), n))
+    return found
+
+
+def clustered_mean(table: VoteTable, values: np.ndarray, draws: int = RESAMPLES) -> Measure:
+    """As `clustered_means` of one column [n], NaN where a vote has no value."""
+    known = np.isfinite(values)
+    return clustered_means(table.where(known), values[known][:, None], draws)[0]
 
 
 def shares(table: VoteTable, draws: int = RESAMPLES) -> dict[str, Measure]:
     """Shares of win, tie and loss, and `score`, win plus half of tie."""
-    found = {name: clustered_mean(table, (table.outcome == k).astype(float), draws) for k, name in enumerate(OUTCOMES)}
-    found["score"] = clustered_mean(table, 1 - table.outcome / 2, draws)
-    return found
+    values = np.stack([*(table.outcome == k for k in range(3)), 1 - table.outcome / 2], 1).astype(float)
+    return dict(zip((*OUTCOMES, "score"), clustered_means(table, values, draws), strict=True))
 
 
 def independent(table: VoteTable) -> dict[str, Measure]:
@@ -126,7 +133,7 @@ def davidson(counts: np.ndarray, iterations: int = 60) -> tuple[np.ndarray, np.n
 
     Returns:
         log p [draws,opponents] and log nu [draws]. Where an outcome never occurs they run off to large numbers, held by a
-        ridge of 1e-4.
+        ridge of 1e-6.
     """
     counts = np.asarray(counts, float)
     draws, opponents, _ = counts.shape
@@ -135,7 +142,7 @@ def davidson(counts: np.ndarray, iterations: int = 60) -> tuple[np.ndarray, np.n
         features[k, 1, k], features[k, 2, k], features[k, 1, -1] = 0.5, 1.0, 1.0
     totals = counts.sum(2)
     found = np.zeros((draws, opponents + 1))
-    ridge = 1e-4 * np.eye(opponents + 1)
+    ridge = 1e-6 * np.eye(opponents + 1)
     for _ in range(iterations):
         logits = np.einsum("kcj,bj->bkc", features, found)
         chances = np.exp(logits - logits.max(2, keepdims=True))
