@@ -5,8 +5,8 @@
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
 SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics MODULE ...`, `sees`,
-`stream`, `resume`, and those of `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and decoding take
-the metrics to show.
+`stream`, `resume`, `coverage FILE`, and those of `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and
+decoding take the metrics to show.
 """
 
 import json
@@ -185,6 +185,14 @@ def resume_table(file: str) -> str:
 
 
 # Kind of a block -> function of its words that returns Markdown.
+def coverage_of_intervals(file: str) -> str:
+    """Markdown of a file of `eval.human coverage`: coverage and width of both kinds of interval."""
+    from eval.human.interval_coverage import coverage_table
+
+    values = _read(file)
+    return f"{coverage_table(values)}\n\n{markdown.origin(file, values['provenance'])}"
+
+
 KINDS: markdown.Kinds = {
     **BENCHMARK_TABLES,
     "scores": _with_origin(tables.scores, tables.SCORES),
@@ -199,6 +207,7 @@ KINDS: markdown.Kinds = {
     "stream": stream_table,
     "resume": resume_table,
     "sees": _with_origin(tables.sensitivity_claims),
+    "coverage": coverage_of_intervals,
     "metrics": tables.glossary,
 }
 

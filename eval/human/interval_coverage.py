@@ -65,6 +65,23 @@ def coverage_of(
     }
 
 
+def coverage_table(values: dict[str, Any]) -> str:
+    """Markdown of a result file: how often intervals hold the true share of wins, and how wide they are."""
+    from magihuman.io.markdown import table
+
+    made = values["settings"]
+    rows = [
+        [design, kind, f"{100 * of['coverage']:.1f} %", f"{100 * of['width']:.1f} points"]
+        for design, kinds in values["designs"].items()
+        for kind, of in kinds.items()
+    ]
+    about = (
+        f"{made['studies']} simulated studies of each design, {made['raters']} raters x {made['pairs']} pairs with one "
+        f"opponent; true share of wins {100 * values['true_share']:.1f} %; nominal coverage 95 %."
+    )
+    return f"{table(['design', 'interval over', 'coverage', 'mean width'], rows, 'llrr')}\n\n{about}"
+
+
 def simulate_coverage(
     output: str, studies: int, raters: int, pairs: int, rater_sd: float, prompt_sd: float, win: float, seed: int
 ) -> dict[str, Any]:
@@ -75,7 +92,6 @@ def simulate_coverage(
     """
     from eval.output import provenance, require_at_least
     from magihuman.io.files import write_result
-    from magihuman.io.markdown import aligned
 
     require_at_least(studies=(studies, 1), raters=(raters, 2), pairs=(pairs, 2), seed=(seed, 0))
     if not 0 < win < 1 or rater_sd < 0 or prompt_sd < 0:
@@ -96,9 +112,6 @@ def simulate_coverage(
         "designs": designs, "seconds": round(time.perf_counter() - start, 1), "provenance": provenance(),
     }  # fmt: skip
     write_result(Path(output), values)
-    rows = [["design", "interval over", "coverage", "mean width"]]
-    for design, kinds in designs.items():
-        rows += [[design, kind, f"{of['coverage']:.3f}", f"{of['width']:.3f}"] for kind, of in kinds.items()]
-    print("\n".join(aligned(rows)))
+    print(coverage_table(values))
     print(f"written to {output} ({values['seconds']:.0f} s)")
     return values

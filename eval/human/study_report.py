@@ -66,14 +66,12 @@ def vote_table(plan: StudyPlan, rows: Sequence[dict[str, Any]], without: Sequenc
     """Arrays of the votes that count: pairs, without checks and repeats, and without some raters (by number, from 1)."""
     groups = {group: number for number, group in enumerate(dict.fromkeys(pair.group for pair in plan.pairs))}
     counted = [row for row in rows if row["kind"] == "pair" and row["rater"] not in without]
-    columns = [
-        [row["rater"] for row in counted],
-        [groups[plan.pairs[row["pair"]].group] for row in counted],
-        [plan.opponents.index(row["opponent"]) for row in counted],
-        [OUTCOMES.index(row["outcome"]) for row in counted],
-    ]
     return VoteTable(
-        *(np.array(column, int) for column in columns), np.array([row["focus_side"] == "left" for row in counted], bool)
+        rater=np.array([row["rater"] for row in counted], int),
+        group=np.array([groups[plan.pairs[row["pair"]].group] for row in counted], int),
+        opponent=np.array([plan.opponents.index(row["opponent"]) for row in counted], int),
+        outcome=np.array([OUTCOMES.index(row["outcome"]) for row in counted], int),
+        focus_left=np.array([row["focus_side"] == "left" for row in counted], bool),
     )
 
 

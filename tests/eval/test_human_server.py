@@ -12,14 +12,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import Browser
 from human_study import PROMPT, SECRET, SYSTEMS, HttpRater, made_study
 
-from eval.human.study_plan import DAMAGED, StudyPlan
+from eval.human.study_plan import DAMAGED, StudyPlan, assign_trials, write_plan
 from eval.human.study_server import StudyServer, _range, links, open_votes
 from eval.human.vote_store import VoteRefused, VoteStore
 from magihuman.errors import UserError
@@ -378,6 +380,7 @@ def test_keys_jumps_and_a_second_tab(server: StudyServer, tmp_path: Path) -> Non
         browser.wait(OPENED)
         browser.click("#begin")
         browser.key("ArrowLeft")  # nothing was played
+        browser.wait("document.querySelector('#left video').readyState >= 2")
         # A jump to the end fires `ended`, but shows next to nothing.
         browser.evaluate(
             "new Promise((resolve) => { const one = document.querySelector('#left video'); one.onended = () => "
@@ -400,11 +403,16 @@ def test_keys_jumps_and_a_second_tab(server: StudyServer, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_rater_does_200_pairs_and_the_server_is_killed_three_times(tmp_path: Path) -> None:
-    """The default study, 200 pairs with 6 checks and 6 repeats; clips of 0.12 s."""
-    plan = made_study(tmp_path, clips=100, systems=3, pairs=200, repeats=6, checks=6, raters=2)
-    choices = rate(tmp_path, tmp_path / "study", 212, (50, 100, 150))
-    assert len(plan.trials[0]) == 212
-    assert choices == [("left", "tie", "right")[k % 3] for k in range(1, 213)]
+    """The default study, 200 pairs with 6 checks and 6 repeats; clips of 0.12 s, each in several pairs."""
+    plan = made_study(tmp_path, clips=5, pairs=10, repeats=2, checks=6)
+    listed = [pair for pair in plan.pairs if pair.opponent != DAMAGED] * 20 + plan.pairs[-6:]
+    settings = replace(plan.settings, pairs=200, repeats=6)
+    pools = [[k for k, pair in enumerate(listed) if pair.opponent == name] for name in plan.opponents]
+    trials = assign_trials(pools, range(200, 206), settings, np.random.default_rng(0))
+    write_plan(tmp_path / "study", replace(plan, settings=settings, pairs=listed, trials=trials))
+    assert rate(tmp_path, tmp_path / "study", 212, (50, 100, 150)) == [
+        ("left", "tie", "right")[k % 3] for k in range(1, 213)
+    ]
 
 
 def test_links_carry_the_public_address(template: tuple[Path, StudyPlan]) -> None:
