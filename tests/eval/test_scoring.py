@@ -565,3 +565,38 @@ def test_ten_thousand_clips_are_read_compared_and_plotted_in_20_s(tmp_path):
         seconds, spent = time.perf_counter() - start, time.process_time() - spent
     assert len(found["metrics"]) == 40
     assert min(seconds, spent) < 20, (seconds, spent)
+
+
+def test_reference_and_bound_are_scored_beside_the_clips(toy, tmp_path, monkeypatch):
+    """The bound is measured against the reference, and has its prompt; the reference has none to be measured against."""
+    from dataclasses import replace
+
+    import eval.codec_bound
+    from eval.score import main
+    from eval.score_report import read_rows_of
+
+    for folder, level in (("made", 80), ("real", 60), ("coded", 64)):
+        write_clip(tmp_path / folder / "a.mp4", level=level, frames=4)
+    write_clip(tmp_path / "made/alone.mp4", level=99, frames=4)
+    (tmp_path / "made/a.txt").write_text("three words here")
+    text = "MEASUREMENTS = (Measurement('toy_error', (Metric('toy_error', 'e', direction='down'),), "
+    text += "lambda c, m: {'toy_error': float(c.frames.mean() - c.reference.frames.mean())}, inputs=('frames', 'reference')),)"
+    asked = []
+
+    def coded(clips, checkpoint, output, progress):
+        asked.extend([(clip.name, clip.reference.path.parent.name) for clip in clips])
+        return [replace(clip, path=tmp_path / "coded/a.mp4", media=None) for clip in clips]
+
+    monkeypatch.setattr(eval.codec_bound, "bound_clips", coded)
+    words = [f"clips={tmp_path / 'made'}", f"reference={tmp_path / 'real'}", f"output={tmp_path / 'o'}", "bound=true"]
+    with metric_file(tmp_path / "m", text, "toy_error"):
+        main([*words, "cache=", "progress=false", "workers=1", "metrics=toy_error,toy_brightness,toy_words"])
+        columns = read_rows_of(tmp_path / "o")
+    assert asked == [("a", "real")]
+    assert [row.clip for row in columns["clips"]] == ["a", "alone"]
+    (made, _), (bound,), (real,) = columns["clips"], columns["bound"], columns["reference"]
+    assert made.values["toy_error"].value == pytest.approx(18, abs=2)  # a tenth of the picture is the square
+    assert bound.values["toy_error"].value == pytest.approx(3, abs=2)
+    assert real.values["toy_error"].status == "skipped"
+    assert real.values["toy_words"] == bound.values["toy_words"] == Value(3.0)
+    assert real.values["toy_brightness"].value < bound.values["toy_brightness"].value
