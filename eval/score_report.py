@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import tables
+from eval.metrics.registry import metrics
 from eval.output import publish
 from eval.score_rows import ClipRow
 from eval.score_summary import by_language
@@ -59,6 +60,7 @@ def write_scores(
         "format": FORMAT, "clips": len(next(iter(columns.values())).rows), "suite": None, **(facts or {}),
         "columns": summaries, "by_language": by_language(columns["clips"].rows), "measurements": used,
     }  # fmt: skip
+    values["labels"] = {key: metrics()[key].heading for key in summaries["clips"]}
     if published:
         values["published"] = published
     rows = {name: scored.rows for name, scored in columns.items()}

@@ -280,7 +280,8 @@ def _callbacks() -> list[str]:
     import yaml
 
     files = (CONFIGS / "callbacks").glob("*.yaml")
-    return sorted({name for file in files for name in yaml.safe_load(file.read_text(encoding="utf-8")) or {}})
+    found = {name for file in files for name in yaml.safe_load(file.read_text(encoding="utf-8")) or {}}
+    return sorted(found - {"defaults"})
 
 
 def available(group: str) -> list[str]:

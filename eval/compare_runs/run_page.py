@@ -290,17 +290,20 @@ def _data(folder: Path, found: ComparedRuns, links: list[list[str]]) -> dict[str
 
 
 def curve_order(names: Iterable[str]) -> list[str]:
-    """Names of curves, the most telling first: validation, losses, monitors, gradient norms; health, speed and bands last."""
+    """Names of curves, the most telling first: validation, scores, losses, monitors, gradient norms; health, speed and bands of
+    noise levels last. Ends of the scores' intervals are left out."""
+    names = set(names)
+    ends = {f"{name}{end}" for name in names if name.startswith("scores/") for end in ("_low", "_high")}
 
-    def rank(name: str) -> tuple[int, str]:
+    def rank(name: str) -> tuple[float, str]:
         if "/sigma_" in name:
             return 9, name
         first = name.split("/")[0]
         if first in SELDOM_TELLING:
             return 8, name
-        return {"val": 0, "loss": 1, "fake_score": 1, "monitor": 2, "grad_norm": 3}.get(first, 4), name
+        return {"val": 0, "scores": 0.5, "loss": 1, "fake_score": 1, "monitor": 2, "grad_norm": 3}.get(first, 4), name
 
-    return sorted(names, key=rank)
+    return sorted(names - ends, key=rank)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

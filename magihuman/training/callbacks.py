@@ -133,9 +133,9 @@ class LogLines(L.Callback):
     activations and evaluation count in neither. `seconds` is the time of the training so far, evaluation and the time
     before a resume included.
 
-    `time/data`, `time/checkpoint`, `time/evaluation` and `time/step`, all the rest, are shares of the wall time since the
-    last line and add up to 1. `straggler` is the slowest process's time of a step as a multiple of the median. What a
-    training waits for is named (`magihuman.training.profiling`).
+    `time/data`, `time/checkpoint`, `time/evaluation`, with `callbacks=scores` `time/scores`, and `time/step`, all the rest,
+    are shares of the wall time since the last line and add up to 1. `straggler` is the slowest process's time of a step as
+    a multiple of the median. What a training waits for is named (`magihuman.training.profiling`).
 
     A terminal gets a progress bar, other outputs a line every half minute, as does `progress` in run.json.
 
@@ -529,16 +529,64 @@ class SampleClip:
     sample_rate: int
 
 
-class Samples(L.Callback):
-    """Sample clips: every so many steps mp4 files and one contact sheet in samples/ of the run folder.
+class SampledClips(L.Callback):
+    """Base of callbacks that sample clips every so many steps and at the last step.
+
+    Clips are drawn from seeds of their own and every batch begins its own random numbers (`Recipe.begin_batch`): a training
+    with samples gives the same weights as one without, bit for bit.
 
     Args:
+        name: of the callback in the configuration.
         pipeline: made from (checkpoint, codecs), with `generate(prompts, seeds, **settings)` that returns
             clips with `frames` uint8 [F,H,W,3] and `save(path)`; injected, so that the core needs no
             inference code.
-        prompts: one clip each; seeds are 0, 1, ...
-        every_steps: interval; the last step always samples.
+        every_steps: interval.
         settings: for `generate`, for example steps.
+    """
+
+    def __init__(
+        self, name: str, pipeline: Callable[..., Any], every_steps: int, settings: dict[str, Any] | None = None
+    ) -> None:
+        self.pipeline = pipeline
+        self.every_steps = require_interval(name, every_steps)
+        self.settings = dict(settings or {})
+        self._codecs: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, recipe: Any) -> None:
+        from magihuman.codecs.bundle import require_allowed
+
+        require_allowed(recipe.context.codecs)
+
+    def due(self, recipe: Any) -> bool:
+        """Whether clips are sampled after this batch."""
+        return bool(recipe.stepped) and (recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps)
+
+    def takes_part(self, trainer: L.Trainer, recipe: Any) -> bool:
+        """Whether this process samples: all sample a network together that is sharded or splits its tokens; the main process
+        alone samples another one."""
+        strategy = recipe.context.strategy
+        return trainer.is_global_zero or strategy.name in ("fsdp2", "zero3") or strategy.context_parallel > 1
+
+    def generate(self, trainer: L.Trainer, recipe: Any, prompts: Sequence[str]) -> list[Any]:
+        """A clip per prompt by the network as it would be exported now; seeds are 0, 1, ..."""
+        from magihuman.codecs.bundle import load_bundle
+        from magihuman.zoo import Loaded
+
+        if self._codecs is None:
+            self._codecs = load_bundle(recipe.context.codecs)
+        network = recipe.network
+        with evaluating(network):
+            loaded = Loaded(network, recipe.export_config(), Path(trainer.default_root_dir))
+            pipeline = self.pipeline(loaded, self._codecs)
+            return list(pipeline.generate(list(prompts), list(range(len(prompts))), **self.settings))
+
+
+class Samples(SampledClips):
+    """Sample clips: every so many steps mp4 files and one contact sheet in samples/ of the run folder.
+
+    Args:
+        prompts: one clip each.
+        pipeline, every_steps, settings: as of `SampledClips`.
     """
 
     def __init__(
@@ -548,41 +596,19 @@ class Samples(L.Callback):
         every_steps: int = 1000,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        self.pipeline = pipeline
+        super().__init__("samples", pipeline, every_steps, settings)
         self.prompts = list(prompts)
-        self.every_steps = require_interval("samples", every_steps)
-        self.settings = dict(settings or {})
         self.folder: Path | None = None
-        self._codecs: Any = None
-
-    def on_fit_start(self, trainer: L.Trainer, recipe: Any) -> None:
-        from magihuman.codecs.bundle import require_allowed
-
-        require_allowed(recipe.context.codecs)
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        due = recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps
-        if not due or not recipe.stepped:
-            return
-        # All processes sample a network together that is sharded or splits its tokens; the main process alone samples
-        # another one.
-        strategy = recipe.context.strategy
-        if trainer.is_global_zero or strategy.name in ("fsdp2", "zero3") or strategy.context_parallel > 1:
+        if self.due(recipe) and self.takes_part(trainer, recipe):
             with spent(recipe, "evaluation"):
                 self.sample(trainer, recipe)
 
     def sample(self, trainer: L.Trainer, recipe: Any) -> None:
         """Generate and write the clips of this step."""
-        from magihuman.codecs.bundle import load_bundle
-        from magihuman.zoo import Loaded
-
         assert self.folder is not None
-        if self._codecs is None:
-            self._codecs = load_bundle(recipe.context.codecs)
-        network = recipe.network
-        with evaluating(network):
-            pipeline = self.pipeline(Loaded(network, recipe.export_config(), self.folder), self._codecs)
-            clips = pipeline.generate(self.prompts, list(range(len(self.prompts))), **self.settings)
+        clips = self.generate(trainer, recipe, self.prompts)
         if not trainer.is_global_zero:
             return
         here = self.folder / f"step-{recipe.step:08d}"

@@ -4,9 +4,12 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from magihuman.io.text import load_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = (
     ("loss", ("loss/video", "loss/audio", "val/video", "val/audio")),
@@ -18,6 +21,11 @@ DECODER_PANELS = (
     ("validation PSNR, dB", ("val/psnr",)),
     ("gradient norm", ("grad_norm",)),
 )
+
+
+SCORES_PNG = "score_curves.png"
+ENDS = ("_low", "_high")
+"""Of the names of an interval's ends; `scores/KEY` is the value."""
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -33,7 +41,7 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def write_report(run: str) -> dict[str, Any]:
-    """Write report.md and curves.png into a run folder.
+    """Write report.md, curves.png and, of a training with `callbacks=scores`, score_curves.png into a run folder.
 
     Args:
         run: the folder.
@@ -45,10 +53,14 @@ def write_report(run: str) -> dict[str, Any]:
     record = load_json(folder / "run.json")
     series = read_metrics(folder / "metrics.csv")
     _draw(series, folder / "curves.png")
+    scores = score_figure(series)
+    if scores is not None:
+        scores.savefig(folder / SCORES_PNG, dpi=100)
     lines = [
         *heading(record),
         "![curves](curves.png)",
         "",
+        *([f"![scores during the training]({SCORES_PNG})", ""] if scores is not None else []),
         "| last metric | value |",
         "|---|---|",
         *(f"| {name} | {value:.4g} |" for name, value in record.get("metrics", {}).items()),
@@ -120,3 +132,36 @@ def _draw(series: dict[str, list[tuple[int, float]]], file: Path) -> None:
             axis.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes)
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
+
+
+def score_figure(series: dict[str, list[tuple[int, float]]]) -> "Figure | None":
+    """A panel per score of the training, with its interval as a band; None of a training without scores.
+
+    Args:
+        series: column -> (step, value), see `read_metrics`.
+    """
+    keys = sorted(name for name in series if name.startswith("scores/") and not _is_end(name, series))
+    if not keys:
+        return None
+    from matplotlib.figure import Figure
+
+    columns = min(5, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+    for axis, key in zip(figure.subplots(rows, columns, squeeze=False).flat, keys, strict=False):
+        axis.plot(*zip(*series[key], strict=True), linewidth=1, marker="." if len(series[key]) < 20 else "")
+        low, high = (dict(series.get(key + end, ())) for end in ENDS)
+        steps = sorted(low.keys() & high.keys())
+        if steps:
+            axis.fill_between(steps, [low[s] for s in steps], [high[s] for s in steps], alpha=0.25, linewidth=0)
+        axis.set_title(key.removeprefix("scores/"), fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in figure.axes[len(keys) :]:
+        axis.set_visible(False)
+    figure.supxlabel("step; bands: 95 % intervals", fontsize=8)
+    return figure
+
+
+def _is_end(name: str, series: dict[str, list[tuple[int, float]]]) -> bool:
+    """Whether a column is an end of another score's interval."""
+    return any(name.endswith(end) and name.removesuffix(end) in series for end in ENDS)

@@ -276,6 +276,8 @@ def read_scores(path: Path, name: str = "") -> ScoreTable:
             return _with_bound(name, source, values["scores"], labels)
         if kind.startswith("magihuman-clip-scores/"):
             columns = dict(values["columns"])
+            for maker, known in (values.get("published") or {}).items():
+                columns[f"{maker} (published)"] = {key: {"value": value} for key, value in known.items()}
             return ScoreTable(name, source, columns.pop("clips"), columns, labels)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"scores={file} is not of the form {kind} ({error!r}); evaluate again") from None

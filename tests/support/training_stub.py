@@ -1,16 +1,19 @@
 """Small shards and a small model for tests of the engine, and callbacks that break a training."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
+from eval.training_scores import TrainingScorer
 from magihuman.errors import NotApplicable
 from magihuman.models.config import Contract
 from magihuman.training.profiling import SlowParts
@@ -296,6 +299,60 @@ class FakePipeline:
         assert (len(prompts), seeds, steps) == (2, [0, 1], 4)
         torch.randn(100)
         return [FakeClip() for _ in prompts]
+
+
+@dataclass(frozen=True)
+class KeepingScorer(TrainingScorer):
+    """The scorer of a training, which keeps the clips with their prompts: a folder per call in `folder`."""
+
+    folder: str = ""
+
+    def __call__(self, files: Any, prompts: Any, codecs: str) -> Any:
+        kept = Path(self.folder)
+        kept.mkdir(exist_ok=True)
+        kept = kept / str(len(list(kept.iterdir())))
+        kept.mkdir()
+        for file, prompt in zip(files, prompts, strict=True):
+            shutil.copy(file, kept)
+            (kept / file.name).with_suffix(".txt").write_text(prompt)
+        return super().__call__(files, prompts, codecs)
+
+
+@dataclass
+class NumberClip:
+    """A clip that is a number."""
+
+    value: float
+
+    def save(self, path: Path) -> None:
+        path.write_text(repr(self.value))
+
+
+class NumberPipeline:
+    """Stands in for inference.pipeline.Pipeline; a clip's number follows from the network's weights and its seed."""
+
+    def __init__(self, loaded: Any, world: Any) -> None:
+        self.network = loaded.denoiser
+
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[NumberClip]:
+        torch.randn(100)
+        found = []
+        for seed in seeds:
+            clip = batch(range(seed, seed + 1))
+            found.append(NumberClip(float(self.network(clip["video"], clip["audio"], clip["text"])[0].square().mean())))
+        return found
+
+
+class NumberScorer:
+    """Averages the numbers of `NumberPipeline`."""
+
+    def choose(self, codecs: str) -> list[str]:
+        return ["one", "two", "three"]
+
+    def __call__(self, files: Any, prompts: Any, codecs: str) -> Any:
+        values = [float(file.read_text()) for file in files]
+        mean = sum(values) / len(values)
+        return {"number": {"value": mean, "low": min(values), "high": max(values)}}
 
 
 class NetworkPipeline:
