@@ -1,7 +1,7 @@
 """Which metrics can be measured on this machine, what is missing for the others, and how to get it.
 
     python -m eval.doctor
-    python -m eval.doctor metrics=wer,videoscore2 wer.model=whisper
+    python -m eval.doctor metrics=wer,videoscore2 speech_errors.model=whisper
 
 Loads no model and opens no connection.
 """

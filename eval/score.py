@@ -1,7 +1,7 @@
 """Scores of any folder of clips, ours or another model's: values with intervals, or the reason why there is none.
 
     python -m eval.score clips=FOLDER
-    python -m eval.score clips=manifest.jsonl reference=REAL metrics=all wer.model=whisper
+    python -m eval.score clips=manifest.jsonl reference=REAL metrics=all speech_errors.model=whisper
 
 `python -m eval.doctor` lists the measurements, what each needs and its options.
 """

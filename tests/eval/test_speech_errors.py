@@ -162,7 +162,7 @@ def test_a_whole_run_with_a_real_architecture_and_its_cache(
     reason="needs pocketsphinx and espeakng-loader: extra [dev]",
 )
 def test_spoken_digits_from_clip_to_rate(tmp_path: Path) -> None:
-    from espeak_speech import speak_digits
+    from spoken_digits import speak_digits
 
     texts = [
         "three one four one",

@@ -206,7 +206,7 @@ needs_digits = pytest.mark.skipif(
 
 @needs_digits
 def test_spoken_digits_are_understood() -> None:
-    from espeak_speech import speak_digits
+    from spoken_digits import speak_digits
 
     recogniser = load_recogniser("smoke")
     draw = np.random.RandomState(11)
@@ -220,7 +220,7 @@ def test_spoken_digits_are_understood() -> None:
 
 @needs_digits
 def test_a_clip_does_not_depend_on_those_before() -> None:
-    from espeak_speech import speak_digits
+    from spoken_digits import speak_digits
 
     recogniser = load_recogniser("smoke")
     first, second = speak_digits(("one", "two", "three")), speak_digits(("nine", "four"))
