@@ -68,8 +68,7 @@ def select(names: Sequence[str]) -> list[str]:
     Raises:
         UserError: an unknown name, with similar ones.
     """
-    known = measurements()
-    owner = {metric.key: name for name, measurement in known.items() for metric in measurement.metrics}
+    known, owner = measurements(), _owners()
     chosen: dict[str, None] = {}
     for name in names:
         if name == ALL:
@@ -89,6 +88,12 @@ def select(names: Sequence[str]) -> list[str]:
     return list(chosen)
 
 
+def _owners() -> dict[str, str]:
+    """Metric -> measurement that gives it, of those that are not called the same."""
+    known = measurements()
+    return {m.key: name for name, one in known.items() for m in one.metrics if m.key not in known}
+
+
 def plan(names: Sequence[str], options: Options) -> list[_Plan]:
     """Measurements with checked options, and what each lacks; nothing is loaded.
 
@@ -97,14 +102,15 @@ def plan(names: Sequence[str], options: Options) -> list[_Plan]:
     """
     from magihuman.cli import settings
 
-    known = measurements()
+    known, owner = measurements(), _owners()
     for name in options:
+        first = next(iter(options[name]), "")
+        if name in owner:
+            raise UserError(f"{name}.{first}: {name} is a metric of {owner[name]}; give {owner[name]}.{first}=...")
         if name not in known:
-            raise UserError(
-                f"{name}.{next(iter(options[name]), '')}: there is no measurement {name!r}; see `python -m eval.doctor`"
-            )
+            raise UserError(f"{name}.{first}: there is no measurement {name!r}; see `python -m eval.doctor`")
         if name not in names:
-            raise UserError(f"{name}.{next(iter(options[name]), '')} has no effect: {name} is not in metrics=")
+            raise UserError(f"{name}.{first} has no effect: {name} is not in metrics=")
     plans = []
     for name in names:
         measurement = known[name]

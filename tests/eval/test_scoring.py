@@ -438,6 +438,7 @@ def test_wrong_commands_are_one_line(tmp_path, capsys):
         f"{clips} min_coverage=2": "should be between 0 and 1",
         f"{clips} workers=-1": "give at least 0",
         f"{clips} nothing.model=x": "there is no measurement 'nothing'",
+        f"{clips} metrics=wer wer.model=x": "wer is a metric of speech_errors; give speech_errors.model=...",
         f"{clips} reference={tmp_path / 'none'}": "does not exist",
         f"{clips} bound=true": "needs reference clips",
         f"clips={__file__}": "neither a folder nor a manifest",
