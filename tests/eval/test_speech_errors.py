@@ -157,10 +157,13 @@ def test_a_whole_run_with_a_real_architecture_and_its_cache(
     assert identity(SpeechErrorsOptions(str(folder))) != before
 
 
-@pytest.mark.skipif(
+needs_digits = pytest.mark.skipif(
     not (find_spec("pocketsphinx") and find_spec("espeakng_loader")),
     reason="needs pocketsphinx and espeakng-loader: extra [dev]",
 )
+
+
+@needs_digits
 def test_spoken_digits_from_clip_to_rate(tmp_path: Path) -> None:
     from spoken_digits import speak_digits
 
@@ -181,3 +184,29 @@ def test_spoken_digits_from_clip_to_rate(tmp_path: Path) -> None:
 
     assert pooled(texts) < 0.1
     assert pooled(texts[1:] + texts[:1]) > 0.7
+
+
+@pytest.mark.slow
+@needs_digits
+def test_more_replaced_words_are_more_errors(tmp_path: Path) -> None:
+    """The claim of `wer`: the strengths of the fault "words", spoken anew."""
+    from spoken_digits import speak_digits
+
+    from eval.faults import FAULTS
+
+    texts = [text.split() for text in ("three one four one", "five nine two six", "two seven one eight")]
+    options = {"speech_errors": {"model": "smoke"}}
+    rates = []
+    for share in (0.0, *FAULTS["words"].strengths):
+        clips = []
+        for index, words in enumerate(texts):
+            said = [
+                speech_recognition.DIGITS[(speech_recognition.DIGITS.index(word) + 5) % 10] if i < share * 4 else word
+                for i, word in enumerate(words)
+            ]
+            file = write_wave(tmp_path / f"{index}-{share}.wav", speak_digits(said))
+            clips.append(ClipFile(file, dialogue=" ".join(words), language="en"))
+        rates.append(score(clips, ["wer"], options, progress=False).summary()["wer"]["value"])
+    assert rates == sorted(set(rates)), rates
+    assert rates[0] < 0.1
+    assert rates[-1] > 0.9

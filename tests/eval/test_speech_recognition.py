@@ -82,6 +82,16 @@ def test_a_batch_gives_the_transcripts_of_single_calls(kind: str, loaded: Callab
 
 
 @EVERY
+def test_half_precision(kind: str, folders: Callable[[str], Path]) -> None:
+    """The precision of a GPU, on the processor: features are cast, masks and tokens are not."""
+    recogniser: Any = load_recogniser(str(folders(kind)), "cpu", "bfloat16")
+    assert str(recogniser._network.dtype) == "torch.bfloat16"
+    (found,) = recogniser.transcribe([WAVES[0]], ["en"])
+    assert found.text
+    assert set(found.text.split()) <= set(WORDS)
+
+
+@EVERY
 def test_audio_of_no_word_is_not_transcribed(kind: str, loaded: Callable[[str], Any]) -> None:
     first, second = loaded(kind).transcribe([np.zeros(0, np.float32), np.zeros(399, np.float32)], ["en", None])
     assert (first.text, first.note) == (second.text, second.note) == ("", "less than 25 ms of audio")
