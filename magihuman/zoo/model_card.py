@@ -240,6 +240,9 @@ def run_scores(run: Path, record: Mapping[str, Any]) -> list[ScoreTable]:
     for name, result in record.get("results", {}).items():
         if not isinstance(result, Mapping):
             continue
+        if result.get("format"):  # eval.run returns the content of its summary.json
+            found.append(_scores_of(result, name, "run.json"))
+            continue
         paths = [Path(path) for path in (result.get(key) for key in ("scores", "compare")) if isinstance(path, str)]
         files = [run / path.parent.name / file for path in paths for file in SCORE_FILES]
         file = next((file for file in files if file.is_file()), None)
@@ -268,8 +271,15 @@ def read_scores(path: Path, name: str = "") -> ScoreTable:
     file = next((path / file for file in SCORE_FILES if (path / file).is_file()), path)
     if file.is_dir():
         raise UserError(f"scores={path} holds neither {' nor '.join(SCORE_FILES)}; give a folder of an evaluation")
-    values = _read(file)
-    name, source = name or file.parent.name, f"{file.parent.name}/{file.name}"
+    return _scores_of(_read(file), name or file.parent.name, f"{file.parent.name}/{file.name}")
+
+
+def _scores_of(values: Mapping[str, Any], name: str, source: str) -> ScoreTable:
+    """Scores of the content of a result file.
+
+    Raises:
+        UserError: it is of another form.
+    """
     kind, labels = str(values.get("format", "")), values.get("labels") or {}
     try:
         if kind.startswith("magihuman-clip-values/"):
@@ -280,8 +290,8 @@ def read_scores(path: Path, name: str = "") -> ScoreTable:
                 columns[f"{maker} (published)"] = {key: {"value": value} for key, value in known.items()}
             return ScoreTable(name, source, columns.pop("clips"), columns, labels)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"scores={file} is not of the form {kind} ({error!r}); evaluate again") from None
-    raise UserError(f"scores={file} is of the format {kind!r}; give a {' or a '.join(SCORE_FILES)}")
+        raise UserError(f"scores={source} is not of the form {kind} ({error!r}); evaluate again") from None
+    raise UserError(f"scores={source} is of the format {kind!r}; give a {' or a '.join(SCORE_FILES)}")
 
 
 def _with_bound(name: str, source: str, measures: Mapping[str, Measured], labels: Mapping[str, str]) -> ScoreTable:

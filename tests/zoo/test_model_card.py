@@ -199,14 +199,26 @@ def test_scores_of_a_clip_evaluation(run: Path) -> None:
     }
     other = run / "versebench"
     other.mkdir()
-    write_json(other / "summary.json", {"format": "magihuman-clip-scores/1", "columns": columns})
+    summary = {
+        "format": "magihuman-clip-scores/1",
+        "columns": columns,
+        "labels": {"quality": "visual quality ↑"},
+        "published": {"LTX 2.3": {"quality": 4.76}},
+    }
+    write_json(other / "summary.json", summary)
     said = card(str(run), scores=str(other))
     assert said == f"written: {run}/export/README.md"
     text = (run / "export" / "README.md").read_text()
-    assert "| metric | value | 95 % interval | reference | bound | n |" in text
-    assert "| `quality` | 4.71 | 4.5 to 4.9 | 4.9 | 4.8 | 20 |" in text
+    row = "| visual quality ↑ | 4.71 | 4.5 to 4.9 | 4.9 | 4.8 | 4.76 | 20 |"
+    assert "| metric | value | 95 % interval | reference | bound | LTX 2.3 (published) | n |" in text
+    assert row in text
     assert "Without a value: loudness (no audio)." in text
     assert "From `versebench/summary.json`." in text
+    write_json(run / "run.json", {**RECORD, "results": {"suite": summary}})  # of eval.run as after_fit
+    card(str(run))
+    text = (run / "export" / "README.md").read_text()
+    assert row in text
+    assert "### suite" in text
     write_json(other / "summary.json", {"format": "other/1"})
     for wrong, message in (
         (other, "is of the format 'other/1'"),
