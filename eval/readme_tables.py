@@ -5,8 +5,8 @@
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
 SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics MODULE ...`, `sees`,
-`stream`, `resume`, `coverage FILE`, and those of `inference.benchmark.result_tables`. Behind the file, scores, sr, distill and
-decoding take the metrics to show.
+`stream`, `resume`, `coverage FILE`, `clip_scores FILE`, and those of `inference.benchmark.result_tables`. Behind the file,
+scores, sr, distill, decoding and clip_scores take the metrics to show.
 """
 
 import json
@@ -197,6 +197,7 @@ KINDS: markdown.Kinds = {
     **BENCHMARK_TABLES,
     "scores": _with_origin(tables.scores, tables.SCORES),
     "sr": sr_table,
+    "clip_scores": _with_origin(tables.clip_scores),
     "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
     "conditions": _with_origin(tables.conditioning),
     "decoding": _with_origin(tables.decoders),

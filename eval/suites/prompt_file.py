@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from eval.languages import language_code
 from eval.suites.suite_items import Suite, SuiteItem, SuiteOptions
 from inference.requests import check_seconds, check_seed, slug
 from magihuman.errors import UserError
@@ -63,6 +64,11 @@ def _item(row: TableRow, index: int, file: Path, first_frame: bool) -> SuiteItem
         if not path.is_file():
             raise UserError(f"{where}: {key} {path} does not exist")
     values = row.values
+    if texts.get("language"):
+        try:
+            language_code(texts["language"])  # before clips are made
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     return SuiteItem(
         name=texts.get("name") or f"{index:04d}-{slug(prompt)}",
         prompt=prompt,

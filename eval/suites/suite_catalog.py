@@ -25,5 +25,5 @@ def read_suite(options: SuiteOptions) -> Suite:
     Raises:
         UserError: an unknown suite, no local copy (with the command that fetches it), or a copy of another layout.
     """
-    options.require_template()
+    options.check()
     return SUITES.get(options.suite, read_prompt_file)(options)

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.languages import LANGUAGES, language_code
 from magihuman.cli import option
 from magihuman.errors import UserError
 
 BLOCKS, DESCRIPTION = "blocks", "description"
 TEMPLATES = (BLOCKS, DESCRIPTION)
-LANGUAGES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "fr": "French", "de": "German"}
-"""Names for the tag <speaker, language>; of other codes and names the given text."""
 _QUOTES = str.maketrans(dict.fromkeys('"“”„«»「」『』', "'"))
 
 
@@ -45,10 +44,11 @@ class SuiteOptions:
         "language of spoken text in Latin letters where the suite declares none; other scripts tell theirs", "en"
     )
 
-    def require_template(self) -> None:
-        """Raises UserError for an unknown template."""
+    def check(self) -> None:
+        """Raises UserError for an unknown template or language."""
         if self.template not in TEMPLATES:
             raise UserError(f"template={self.template} is unknown; choose {' or '.join(TEMPLATES)}")
+        language_code(self.speech_language)
 
     def chosen_parts(self, known: Sequence[str]) -> tuple[str, ...]:
         """`parts` as a tuple in the order of `known`, all of them where it is None.
@@ -157,9 +157,12 @@ def prompt_of(
     Args:
         dialogue: spoken words; "" or None: no block.
         speaker: as the suite calls them; "" is "Person".
-        language: ISO code or name.
+        language: ISO code or name, see `eval.languages`.
         sound: the background sound; "" says that there is none, None leaves the block out.
         template: `description` gives the description alone.
+
+    Raises:
+        UserError: an unknown language.
     """
     from inference.prompting.format import NO_SOUND, letters, spaced
 
@@ -172,7 +175,7 @@ def prompt_of(
         if f'"{words}"' not in paragraph:
             # Quotes of the description would be speech that the block does not have.
             paragraph = f'{paragraph.translate(_QUOTES)} {who} says, "{words}"'
-        blocks.append(f'Dialogue:\n<{who}, {LANGUAGES.get(language, language)}>: "{words}"')
+        blocks.append(f'Dialogue:\n<{who}, {LANGUAGES[language_code(language)].names[0]}>: "{words}"')
     else:
         paragraph = paragraph.translate(_QUOTES)
     if sound is not None:

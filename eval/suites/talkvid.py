@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.languages import language_code
 from eval.suites.suite_items import Suite, SuiteItem, SuiteOptions, prompt_of
 from magihuman.errors import UserError
 from magihuman.io.text import load_json, read_rows
@@ -109,8 +110,11 @@ def _item(
     description, info = record.get("description"), record["info"]
     if not (isinstance(description, str) and description.strip()):
         raise UserError(f"the record {name} in {folder} has no description; fetch the suite with: {FETCH}")
-    text, spoken = texts.get(name), info.get("Language")
-    language = spoken if isinstance(spoken, str) and spoken and not spoken.lower().startswith("other") else None
+    text = texts.get(name)
+    try:
+        language = language_code(str(info.get("Language", "")))
+    except UserError:  # the group of all other languages
+        language = None
     above = clip.relative_to(folder).parts[:-1]
     at = next((index for index, part in enumerate(above) if part.lower() in PARTS), None)
     speaker = {"male": "Man", "female": "Woman"}.get(str(info.get("Gender", "")).lower(), "Person")

@@ -192,7 +192,7 @@ def talkvid(tmp_path: Path) -> Path:
 def test_talkvid_bench_without_transcripts_has_no_dialogue(talkvid: Path) -> None:
     suite = read_suite(options("talkvid", talkvid))
     assert [(item.name, item.part, item.language) for item in suite.items] == [
-        ("video-a-scene1", "age/60+", "English"), ("video-b-scene2", "language/Chinese", "Chinese"), ("video-c", "", None),
+        ("video-a-scene1", "age/60+", "en"), ("video-b-scene2", "language/Chinese", "zh"), ("video-c", "", None),
     ]  # fmt: skip
     assert {item.dialogue for item in suite.items} == {None}
     assert {item.prompt for item in suite.items} == {"An older man in a suit is interviewed."}
@@ -290,7 +290,7 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "image": "no.png"}, r"image .*no\.png does not exist"), ({"name": "a"}, "the prompt is missing"),
         ({"prompt": "a", "colour": "red"}, "unknown field 'colour'"), ({"prompt": "a", "seed": -1}, "seed must be"),
-        ({"prompt": ["a", "b"]}, "has a list of 2"),
+        ({"prompt": ["a", "b"]}, "has a list of 2"), ({"prompt": "a", "language": "Klingon"}, r"entry 1: language 'Klingon'"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(tmp_path: Path, row: dict[str, Any], what: str) -> None:
@@ -311,6 +311,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path, row: dict[str, Any], what: str
         ({"suite": "puppets", "template": "poem"}, "template=poem is unknown"),
         ({"suite": "puppets", "parts": "set1"}, "parts=set1 is not for suite=puppets"),
         ({"suite": "nowhere.csv"}, "cannot be read"),
+        ({"suite": "puppets", "speech_language": "Klingon"}, "language 'Klingon' is not known"),
     ],
 )
 def test_refusals_are_one_line_with_a_remedy(given: dict[str, Any], what: str) -> None:
