@@ -18,6 +18,7 @@ from magihuman.errors import UserError
 
 WINDOW = 5  # frames
 FPS = 25
+MOST = 15  # frames of offset that are searched to either side
 _ROWS = 4  # of MFCC per frame
 _SPEECH = WINDOW * _ROWS
 _BATCH = 32
@@ -126,7 +127,7 @@ class SyncScores(NamedTuple):
     offset: int
 
 
-def sync_scores(lips: torch.Tensor, speech: torch.Tensor, most: int = 15) -> SyncScores:
+def sync_scores(lips: torch.Tensor, speech: torch.Tensor, most: int = MOST) -> SyncScores:
     """Mean distance of lips [n,D] and speech [n,D] at the best of 2 x `most` + 1 offsets, and the median's lead over it.
 
     As in syncnet_python: speech is continued by zeros at both ends, and these distances count, too. LSE-D and LSE-C are

@@ -134,7 +134,7 @@ def fixed_crop(frames: np.ndarray, crop: str) -> np.ndarray:
 
 
 def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float]:
-    """LSE-D, LSE-C and the offset of the sound, of the face that is seen longest.
+    """LSE-D, LSE-C and the offset of the sound, of the face that is seen longest; no offset at either end of the search.
 
     Raises:
         NotMeasured: silence, a face that stands still, no face for a second, or a clip of less than 0.24 s.
@@ -142,7 +142,7 @@ def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float]:
     """
     from eval.faces import longest_track
     from eval.mfcc import RATE, mfcc
-    from eval.syncnet import FPS, WINDOW, sync_scores
+    from eval.syncnet import FPS, MOST, WINDOW, sync_scores
 
     wave = clip.wave(RATE)
     if not len(wave) or np.abs(wave).max() < _SILENT:
@@ -165,7 +165,10 @@ def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float]:
     speech = model.network.of_speech(mfcc(wave))[:count]
     count = min(len(lips), len(speech))
     scores = sync_scores(lips[:count], speech[:count])
-    return {"lse_d": scores.distance, "lse_c": scores.confidence, "lip_sync_offset": 1000 / FPS * scores.offset}
+    values = {"lse_d": scores.distance, "lse_c": scores.confidence}
+    if abs(scores.offset) < MOST:  # at the end of the search nothing was found
+        values["lip_sync_offset"] = 1000 / FPS * scores.offset
+    return values
 
 
 MEASUREMENTS = (

@@ -243,6 +243,11 @@ class TestMeasure:
         assert set(values) == {metric.key for metric in LIP_SYNC.metrics}
         assert values["lse_d"] == pytest.approx(abs(late) / 25, abs=1e-4)  # 25 windows; beyond the ends are zeros
 
+    def test_at_the_end_of_the_search_there_is_no_offset(self, network: SyncNet, planted: dict[str, int]) -> None:
+        planted["late"] = 15
+        model = lip_sync._LipSync(network, None, "centre")
+        assert set(LIP_SYNC.measure(decoded_clip(talking(), sound()), model)) == {"lse_d", "lse_c"}
+
     def test_the_real_network_runs_on_a_face_that_is_found_later(self, weights: Path) -> None:
         model = LIP_SYNC.load(LIP_SYNC.options(weights=str(weights), crop="centre", device="cpu"))
         model.network.of_lips, inner = (
