@@ -42,16 +42,19 @@ def format_value(value: float | None, digits: int | None = None, signed: bool = 
     return shown.lstrip("+-") if float(shown) == 0 else shown
 
 
-def format_interval(measure: Values, scale: float = 1, signed: bool = False, unit: str = "") -> str:
+def format_interval(
+    measure: Values, scale: float = 1, signed: bool = False, unit: str = "", digits: int | None = None
+) -> str:
     """ "0.953 [0.921, 0.978]"; the value alone without an interval, n/a without a value.
 
     Args:
-        scale: factor, 100 for percent; signed: + before positive numbers; unit: behind the value.
+        scale: factor, 100 for percent; signed: + before positive numbers; unit: behind the value; digits: decimals, about
+            three significant digits where it is None.
     """
     if measure["value"] is None:
         return "n/a"
     ends = [None if measure[key] is None else scale * measure[key] for key in ("value", "low", "high")]
-    digits = digits_for(*ends)
+    digits = digits_for(*ends) if digits is None else digits
     value, low, high = (format_value(end, digits, signed) for end in ends)
     return f"{value}{unit}" if "n/a" in (low, high) else f"{value}{unit} [{low}, {high}]"
 

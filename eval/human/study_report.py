@@ -20,7 +20,7 @@ from eval.human.study_plan import StudyPlan, exclusion_rule, read_plan
 from eval.human.study_statistics import OUTCOMES, VoteTable, agreement, independent, shares, side_bias, strengths
 from eval.human.vote_store import Vote
 from eval.stats import proportion
-from eval.tables import format_value
+from eval.tables import format_interval
 from magihuman.io.markdown import table
 from magihuman.io.text import load_json
 
@@ -200,17 +200,8 @@ def _remarks(values: dict[str, Any], kept: VoteTable, every: VoteTable) -> list[
 # ---- Tables ----
 
 
-def _interval(measure: dict[str, Any], digits: int, scale: float = 1, unit: str = "", signed: bool = False) -> str:
-    """ "69.2 % [64.9, 73.7]"; the value alone without an interval, n/a without a value."""
-    value, low, high = (
-        format_value(None if measure[key] is None else scale * measure[key], digits, signed)
-        for key in ("value", "low", "high")
-    )
-    return value if value == "n/a" else f"{value}{unit}" if low == "n/a" else f"{value}{unit} [{low}, {high}]"
-
-
 def _percent(measure: dict[str, Any]) -> str:
-    return _interval(measure, 1, 100, " %")
+    return format_interval(measure, 100, unit=" %", digits=1)
 
 
 def share_table(values: dict[str, Any], part: str = "kept") -> str:
@@ -239,8 +230,13 @@ def strength_table(values: dict[str, Any], part: str = "kept") -> str:
     rows = [[values["focus"], "0", ""]]
     for name, of in values[part]["opponents"].items():
         elo, alpha = of["elo"], of["agreement"]
-        rows.append([name, _interval(elo, 0, signed=True) if elo["value"] is not None else f"n/a ({elo['reason']})",
-                     _interval(alpha, 2) if alpha["value"] is not None else f"n/a ({alpha['reason']})"])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"n/a ({elo['reason']})" if elo["value"] is None else format_interval(elo, signed=True, digits=0),
+                f"n/a ({alpha['reason']})" if alpha["value"] is None else format_interval(alpha, digits=2),
+            ]
+        )
     return table(["system", "Bradley-Terry-Davidson, Elo points", "agreement (Krippendorff's alpha)"], rows)
 
 
@@ -303,9 +299,9 @@ def facts(values: dict[str, Any]) -> str:
             "votes were independent)."
         )
     if kept["tie"]["value"] is not None:
-        lines.append(f"Odds of a tie between equals against a win: {_interval(kept['tie'], 2)}.")
+        lines.append(f"Odds of a tie between equals against a win: {format_interval(kept['tie'], digits=2)}.")
     if kept["agreement"]["value"] is not None:
-        lines.append(f"Agreement over all pairs: alpha {_interval(kept['agreement'], 2)}.")
+        lines.append(f"Agreement over all pairs: alpha {format_interval(kept['agreement'], digits=2)}.")
     if values["seconds"]:
         time = values["seconds"]
         lines.append(
