@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from toy_metrics import calls, metric_file, write_clip
 
 from eval import run as program
@@ -18,6 +19,7 @@ from eval.run import help_text, main
 from eval.suites.suite_items import Suite, SuiteItem
 from inference.requests import InferOptions
 from magihuman.errors import UserError
+from magihuman.io.provenance import file_hash
 
 REPO = Path(__file__).resolve().parents[2]
 TOY = """
@@ -226,8 +228,9 @@ def test_published_values_stand_beside_ours_also_where_ours_are_missing(
         "eval.suites.suite_catalog.read_suite",
         lambda options: Suite("mine", (SuiteItem("a", "first"),), published=("visual_quality",)),
     )
-    given = [word for word in command.words if not word.startswith("metrics=")]
-    main(given)
+    with pytest.raises(SystemExit) as left:  # it was named and is unavailable; all is written before
+        command("metrics=toy_brightness,toy_judge")
+    assert left.value.code == 1
     summary = json.loads((command.output / "summary.json").read_text())
     assert summary["published"] == {name: {"toy_judge": value} for name, value in TABLE["visual_quality"].items()}
     assert "form only" in summary["published_source"]
@@ -286,6 +289,33 @@ def test_scoring_the_manifest_gives_the_same_columns_without_measuring(
     assert calls(toy) == []
 
 
+def test_the_picture_of_a_suite_is_the_first_frame(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "verse_bench" / "set1"
+    folder.mkdir(parents=True)
+    record = {
+        "video_prompt": "A man.",
+        "audio_prompt": ["rain"],
+        "speech_prompt": {"speaker": "Man", "text": "Hello there."},
+    }
+    (folder / "303.json").write_text(json.dumps(record))
+    picture = folder / "303.jpg"
+    Image.new("RGB", (48, 32), "red").save(picture)
+    words = ["suite=versebench", f"suite_path={folder.parent}", "parts=set1"]
+    summary = command(*words)
+    made = json.loads((command.output / "clips" / "303.json").read_text())
+    assert made["image"] == {"path": str(picture), "sha256": file_hash(picture)}
+    assert made["prompt"].startswith('A man. Man says, "Hello there."')
+    assert summary["columns"]["clips"]["toy_words"]["value"] == 2
+    assert (summary["suite"]["parts"], summary["suite"]["published_items"]) == (["set1"], 600)
+    assert "LTX 2.3" in summary["published"]
+    line = json.loads((command.output / "manifest.jsonl").read_text())
+    assert (line["image"], line["language"], line["part"]) == (str(picture), "en", "set1")
+    before = command.made()
+    Image.new("RGB", (48, 32), "blue").save(picture)  # another picture of the same name: another clip
+    command(*words)
+    assert command.made() != before
+
+
 def test_help_has_the_options_of_all_three_parts() -> None:
     text = help_text()
     for word in ("suite_path", "clips_per_prompt", "resolution", "sr_cfg", "MEASUREMENT.OPTION=VALUE"):
@@ -310,6 +340,7 @@ sys.path.append({tests!r})
 import magihuman.codecs.bundle, fake_bundle
 magihuman.codecs.bundle.load_bundle = fake_bundle.fake_bundle
 from pathlib import Path
+from PIL import Image
 from toy_metrics import metric_file
 import inference.jobs
 line = inference.jobs.append_line
