@@ -120,7 +120,7 @@ MEASUREMENTS = (
             Metric("dnsmos_ovrl", "DNSMOS P.835, overall", "1 to 5", "up", best=5, sees=("hiss", "clip_audio")),
             Metric("dnsmos_sig", "DNSMOS P.835, speech", "1 to 5", "up", best=5),
             Metric("dnsmos_bak", "DNSMOS P.835, background", "1 to 5", "up", best=5, sees=("hiss",)),
-            Metric("dnsmos_p808", "DNSMOS P.808", "1 to 5", "up", best=5, sees=("muffle",)),
+            Metric("dnsmos_p808", "DNSMOS P.808", "1 to 5", "up", best=5, sees=("clip_audio",)),
         ),
         measure,
         inputs=("audio",),
