@@ -62,7 +62,7 @@ MEASUREMENTS = (
             Metric("noise_level", "noise of single frames (Immerkaer)", "8-bit levels", "down", sees=("pixel_noise",)),
             Metric("colourfulness", "colourfulness (Hasler-Suesstrunk)", direction="target", sees=("desaturate",)),
             Metric("brightness", "brightness: mean luma", "8-bit levels", "target", sees=("overexpose",)),
-            Metric("clipped_pixels", "black or white pixels", "share", "down", sees=("overexpose",)),
+            Metric("clipped_pixels", "black or white pixels", "share", "down"),
         ),
         measure_picture,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),

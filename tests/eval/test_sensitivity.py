@@ -1,14 +1,17 @@
 """The matrix of faults and metrics: verdicts on values whose answer is known."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from eval import tables
-from eval.faults import Fault
-from eval.metrics.registry import Metric
-from eval.sensitivity import blind_spots, broken_claims, cell, figure, matrix
+from eval.faults import FAULTS, Fault
+from eval.metrics.registry import Metric, measurements, metrics
+from eval.sensitivity import blind_spots, broken_claims, cell, figure, matrix, measure_faults, run
+from magihuman.errors import UserError
 
 CLEAN = np.array([1.0, 2.0, 3.0, 4.0])
 SD = float(CLEAN.std(ddof=1))
@@ -98,3 +101,58 @@ def test_table_and_figure_show_claims_and_effects(values: dict[str, Any]) -> Non
     assert sorted(text.get_text() for text in axes.texts) == ["-2.3", "2.3"]
     framed = [patch for patch in axes.patches if not patch.get_fill()]
     assert len(framed) == 2
+
+
+# ---- The committed matrix, and its evidence ----
+
+COMMITTED = Path(__file__).resolve().parents[2] / "eval/results/sensitivity/sensitivity.json"
+NEEDS_A_MODEL = {"words", "voice"}
+"""Faults that only a recogniser and a speaker network can order; they are in the matrix to show it."""
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return json.loads(COMMITTED.read_text())
+
+
+def test_every_claim_holds_in_the_committed_matrix(committed: dict[str, Any]) -> None:
+    assert broken_claims(committed) == []
+
+
+def test_the_committed_matrix_has_todays_claims_and_faults(committed: dict[str, Any]) -> None:
+    for key, row in committed["metrics"].items():
+        assert row["claims"] == list(metrics()[key].sees), f"{key}: run python -m eval.sensitivity again"
+    known = {name: [float(s) for s in fault.strengths] for name, fault in FAULTS.items()}
+    assert {name: [float(s) for s in fault["strengths"]] for name, fault in committed["faults"].items()} == known
+    measured = {metric.key for name in NAMES for metric in measurements()[name].metrics}
+    assert measured <= committed["metrics"].keys()
+
+
+def test_every_fault_is_claimed_or_a_known_blind_spot(committed: dict[str, Any]) -> None:
+    claimed = {fault for row in committed["metrics"].values() for fault in row["claims"]}
+    assert set(committed["faults"]) - claimed == NEEDS_A_MODEL
+
+
+NAMES = ("motion", "picture", "sound", "fidelity", "av_offset", "av_align")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", sorted(set(FAULTS) - NEEDS_A_MODEL))
+def test_metrics_order_the_faults_that_they_claim(fault: str) -> None:
+    """On four other clips than those of the committed matrix."""
+    pytest.importorskip("cv2", reason="needs opencv-python-headless (extra eval)")
+    pytest.importorskip("espeakng_loader", reason="needs espeakng-loader (extra dev)")
+    claiming = [name for name in NAMES if any(fault in metric.sees for metric in measurements()[name].metrics)]
+    found = measure_faults(4, claiming, [fault], seed=5, progress=False)
+    assert claiming
+    assert broken_claims(found) == []
+
+
+def test_unknown_faults_are_refused() -> None:
+    with pytest.raises(UserError, match="faults=dust is not known; it can be all, delay"):
+        run(faults="dust")
+
+
+def test_too_few_clips_are_refused() -> None:
+    with pytest.raises(UserError, match="clips=2"):
+        run(clips=2)
