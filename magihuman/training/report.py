@@ -156,6 +156,7 @@ def score_figure(series: dict[str, list[tuple[int, float]]]) -> "Figure | None":
             axis.fill_between(steps, [low[s] for s in steps], [high[s] for s in steps], alpha=0.25, linewidth=0)
         axis.set_title(key.removeprefix("scores/"), fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", integer=True, nbins=5)
     for axis in figure.axes[len(keys) :]:
         axis.set_visible(False)
     figure.supxlabel("step; bands: 95 % intervals", fontsize=8)
