@@ -341,7 +341,7 @@ def rate(folder: Path, study: Path, total: int, kills: tuple[int, ...]) -> list[
     served = Served(study)
     with contextlib.ExitStack() as ends:
         ends.callback(lambda: served.kill())
-        browser = ends.enter_context(Browser(folder))
+        browser = ends.enter_context(Browser(folder, (500, 500)))
         browser.call("Page.navigate", url=served.links[0])
         browser.wait(OPENED)
         assert browser.evaluate("document.querySelector('#task').hidden")
