@@ -1,6 +1,6 @@
 """Noise in the tiny world's audio: hiss in the pauses of speech, and mains hum, in dB to the whole audio.
 
-    hiss_level(wave), hum_level(wave)    # -60.0, -58.2 of a clean puppet
+    hiss_level(wave), hum_level(wave)    # -60.0, -40.0 of a clean puppet
 
 Puppets pause before, between and after their syllables, for at least 80 ms of a second, in digital silence; their voices
 have no partial below 90 Hz.
@@ -11,6 +11,8 @@ import numpy as np
 from data.tiny.puppets import SAMPLE_RATE
 
 FLOOR = -60.0  # dB; what lies below cannot be heard
+# dB; below it lies what a voice itself leaves at the lines where it starts and stops, in which models must not be compared.
+HUM_FLOOR = -40.0
 WINDOW = SAMPLE_RATE // 100
 HISS_FROM = 1000  # Hz; hum and its partials lie below
 QUIETEST = 0.08  # share of the clip that is pauses at least
@@ -18,8 +20,8 @@ MAINS = (50, 60)  # Hz
 LINE = 2.0  # Hz on both sides of a line: the main lobe of a Hann window of one second
 
 
-def _decibels(power: float, total: float) -> float:
-    return max(FLOOR, 10 * float(np.log10(max(power, 1e-30) / max(total, 1e-30))))
+def _decibels(power: float, total: float, floor: float) -> float:
+    return max(floor, 10 * float(np.log10(max(power, 1e-30) / max(total, 1e-30))))
 
 
 def hiss_level(wave: np.ndarray) -> float:
@@ -32,7 +34,7 @@ def hiss_level(wave: np.ndarray) -> float:
     power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
     above = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE) >= HISS_FROM
     quiet = np.sort(power[:, above].mean(1))[: max(1, int(QUIETEST * count))]
-    return _decibels(float(quiet.mean()), float(power.mean()))
+    return _decibels(float(quiet.mean()), float(power.mean()), FLOOR)
 
 
 def hum_level(wave: np.ndarray) -> float:
@@ -40,4 +42,4 @@ def hum_level(wave: np.ndarray) -> float:
     spectrum = np.abs(np.fft.rfft(np.asarray(wave, np.float64) * np.hanning(len(wave)))) ** 2
     hertz = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
     lines = [float(spectrum[np.abs(hertz - line) <= LINE].sum()) for line in MAINS]
-    return _decibels(max(lines), float(spectrum.sum()))
+    return _decibels(max(lines), float(spectrum.sum()), HUM_FLOOR)
