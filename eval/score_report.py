@@ -53,7 +53,7 @@ def write_scores(
         for row in scored.rows
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESULTS, "".join(line + "\n" for line in lines))
+    content = "".join(line + "\n" for line in lines)
     summaries = {name: scored.summary() for name, scored in columns.items()}
     used = next(iter(columns.values())).used
     values: dict[str, Any] = {
@@ -63,6 +63,10 @@ def write_scores(
     values["labels"] = {key: metrics()[key].heading for key in summaries["clips"]}
     if published:
         values["published"] = published
+    if (before := _unchanged(folder, content, values)) is not None:
+        print(f"{tables.clip_scores_text(values)}\n{folder} holds these results already", flush=True)
+        return before
+    write_atomically(folder / RESULTS, content)
     rows = {name: scored.rows for name, scored in columns.items()}
 
     def draw() -> Any:
@@ -71,6 +75,20 @@ def write_scores(
         return score_panels(rows, summaries)
 
     return publish(folder, "summary", values, {"summary": draw}, tables.clip_scores_text(values))
+
+
+def _unchanged(folder: Path, content: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary in a folder whose results and settings are these; drawing them again would take seconds for nothing."""
+    if not (folder / "summary.png").is_file():
+        return None
+    try:
+        if (folder / RESULTS).read_text(encoding="utf-8") != content:
+            return None
+        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = {key: before.get(key) for key in values} == json.loads(json.dumps(values))
+    return before if same else None
 
 
 def read_rows_of(folder: Path) -> dict[str, list[ClipRow]]:

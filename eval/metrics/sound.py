@@ -25,19 +25,20 @@ VOICED = 0.6
 """Autocorrelation from which on a frame counts as voiced."""
 
 
-def measure_sound(clip: "ClipFile", options: Any = None) -> dict[str, float | None]:
-    """Values of `MEASUREMENTS` for a clip; of a silent one only loudness, peak and the share of silence where they are finite.
+def measure_sound(clip: "ClipFile", options: Any = None) -> dict[str, Any]:
+    """Values of `MEASUREMENTS` for a clip; of a silent one the share of silence, and the peak where it is finite.
 
     Raises:
-        NotMeasured: no audio, or less than `SHORTEST` of it, or digital silence.
+        NotMeasured: no audio, or less than `SHORTEST` of it.
     """
     wave = clip.wave(RATE)
     if len(wave) < SHORTEST * RATE:
         raise NotMeasured(f"it has {len(wave) / RATE:.2f} s of audio, and {SHORTEST} s is the least")
     peak = float(np.abs(wave).max())
     if peak == 0:
-        raise NotMeasured("its audio is digital silence")
-    values: dict[str, float | None] = {"peak_level": 20 * float(np.log10(peak)), "silence_share": 1.0}
+        silent = NotMeasured("its audio is digital silence")
+        return {**{metric.key: silent for metric in _METRICS}, "silence_share": 1.0}
+    values: dict[str, Any] = {"peak_level": 20 * float(np.log10(peak)), "silence_share": 1.0}
     loudness = integrated_loudness(wave)
     if loudness is None:
         return values
@@ -181,20 +182,14 @@ def pitch_median(wave: np.ndarray, rate: int = RATE) -> float | None:
     return float(np.median(rate / (lags + np.clip(shift, -0.5, 0.5))))
 
 
-MEASUREMENTS = (
-    Measurement(
-        "sound",
-        (
-            Metric("loudness", "loudness (BS.1770)", "LUFS", "target", sees=("volume",)),
-            Metric("peak_level", "peak", "dB to full scale", "target", sees=("volume",)),
-            Metric("clipped_audio", "samples at the top", "share", "down", sees=("clip_audio",)),
-            Metric("silence_share", "silence", "share", "target", sees=("mute",)),
-            Metric("audio_snr", "loud over quiet parts", "dB", "up", sees=("hiss", "hum")),
-            Metric("hum", "hum: 50 or 60 Hz over the spectrum beside", "dB", "down", sees=("hum",)),
-            Metric("bandwidth", "bandwidth: 99 % of the energy below", "kHz", "target", sees=("muffle",)),
-            Metric("pitch_median", "median pitch", "Hz", "target", sees=("pitch",)),
-        ),
-        measure_sound,
-        inputs=("audio",),
-    ),
+_METRICS = (
+    Metric("loudness", "loudness (BS.1770)", "LUFS", "target", sees=("volume",)),
+    Metric("peak_level", "peak", "dB to full scale", "target", sees=("volume",)),
+    Metric("clipped_audio", "samples at the top", "share", "down", sees=("clip_audio",)),
+    Metric("silence_share", "silence", "share", "target", sees=("mute",)),
+    Metric("audio_snr", "loud over quiet parts", "dB", "up", sees=("hiss", "hum")),
+    Metric("hum", "hum: 50 or 60 Hz over the spectrum beside", "dB", "down", sees=("hum",)),
+    Metric("bandwidth", "bandwidth: 99 % of the energy below", "kHz", "target", sees=("muffle",)),
+    Metric("pitch_median", "median pitch", "Hz", "target", sees=("pitch",)),
 )  # fmt: skip
+MEASUREMENTS = (Measurement("sound", _METRICS, measure_sound, inputs=("audio",)),)

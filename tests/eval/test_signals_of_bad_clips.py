@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from bad_media import Sound, movie
@@ -111,3 +112,65 @@ def test_silence_and_stillness_give_no_offset(tmp_path: Path) -> None:
     assert (values["av_offset"].status, values["av_offset"].reason) == ("skipped", "its frames do not change")
     assert values["frozen_share"].value == 1
     assert values["motion"].value == 0
+
+
+def test_a_folder_of_bad_clips_through_every_measurement_that_can_run_here(good: Path, tmp_path: Path) -> None:
+    """No clip ends the run, and every metric of every clip has a value or a status with a reason."""
+    import shutil
+
+    from eval.clip_list import read_clips
+    from eval.scoring import plan, select
+
+    clips, real = tmp_path / "clips", tmp_path / "real"
+    clips.mkdir()
+    movie(clips / "no sound.mp4", seconds=1, sound=None)
+    movie(clips / "8 kHz.mp4", seconds=1, sound=Sound(rate=8000))
+    movie(clips / "one frame.mp4", moments=[0.0], sound=None)
+    movie(clips / "ten minutes.mp4", moments=[10.0 * i for i in range(61)], width=32, height=32, sound=None)
+    movie(clips / "two.mp4", moments=[0.0, 0.04])
+    (clips / "empty.mp4").touch()
+    (clips / "cut.mp4").write_bytes(good.read_bytes()[:3000])
+    with av.open(str(clips / "hdr ünï.mp4"), "w") as container:  # PQ, BT.2020, 10 bits
+        stream: Any = container.add_stream("libx265", rate=25, options={"x265-params": "log-level=none"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+        stream.color_primaries, stream.color_trc, stream.colorspace = 9, 16, 9
+        for number in range(10):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p10le")))
+        container.mux(stream.encode(None))
+    with av.open(str(clips / "no video.mp4"), "w") as container:
+        track: Any = container.add_stream("aac", rate=48000, layout="mono")
+        tone = av.AudioFrame.from_ndarray(0.2 * np.sin(np.arange(48000) / 9)[None].astype(np.float32), "fltp", "mono")
+        tone.sample_rate = 48000
+        container.mux(track.encode(tone))
+        container.mux(track.encode(None))
+    for path in clips.glob("*.mp4"):
+        path.with_suffix(".txt").write_text('He speaks.\n\nDialogue:\n<Man, English>: "one two three"\n')
+    shutil.copytree(clips, real)
+    options = {"speech_errors": {"model": "smoke"}}
+    names = [
+        p.name
+        for p in plan(select(["all"]), options if "speech_errors" in select(["all"]) else {})
+        if p.missing is None
+    ]
+    assert {"motion", "sound", "puppets", "fidelity"} <= set(names)
+    scored = score(read_clips(clips, real), names, {k: v for k, v in options.items() if k in names}, progress=False)
+    rows = {row.clip: row.values for row in scored.rows}
+    assert len(rows) == 9
+    for name, values in rows.items():
+        for key, value in values.items():
+            where = (name, key, value)
+            assert (value.value is None) == (value.status != "ok"), where
+            assert value.status in ("ok", "skipped", "failed"), where
+            assert value.reason or value.value is not None, where
+            # An error that nobody expected is not cached, and names its type: none may come out of a bad file.
+            assert not value.reason.split(":")[0].endswith("Error"), where
+    assert {rows[name]["motion"].status for name in ("empty", "cut", "ten minutes")} == {"failed"}
+    assert rows["hdr ünï"]["brightness"].status == "ok"
+    assert rows["no video"]["motion"].reason == "the file has no video"
+    assert rows["no video"]["loudness"].status == "ok"
+    assert rows["8 kHz"]["bandwidth"].status == "ok"
+
+
+def test_digital_silence_is_all_silence(tmp_path: Path) -> None:
+    assert statuses(movie(tmp_path / "a.mp4", seconds=1, sound=Sound(level=0.0)))["silence_share"].value == 1
