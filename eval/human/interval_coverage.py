@@ -40,7 +40,7 @@ def simulated_study(
     )
     lost = rng.random(len(rater)) >= chance
     zeros = np.zeros(len(rater), int)
-    return VoteTable(rater, group, zeros, np.where(lost, 2, 0), zeros.astype(bool))
+    return VoteTable(rater, group, zeros, np.where(lost, 2, 0), zeros.astype(bool), group)
 
 
 def coverage_of(

@@ -7,6 +7,7 @@ H.264 and AAC at 48 kHz stereo in mp4. Length, frame rate and aspect ratio stay;
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ RATE = 48_000
 PEAK = 10 ** (-1 / 20)
 """Greatest sample after the change of loudness: -1 dBFS."""
 WORKERS = 4
+MEDIA_ID = r"[0-9a-f]{16}"
 
 
 def canvas(clips: Sequence[ClipFile], height: int = 0) -> tuple[int, int]:
@@ -151,7 +153,8 @@ def encode_all(
 
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob("*.mp4"):  # of a plan that was interrupted; a whole study is refused before
-        left_over.unlink()
+        if re.fullmatch(MEDIA_ID, left_over.stem):
+            left_over.unlink()
     media: dict[str, float] = {}
     failed, quiet = [], 0
 

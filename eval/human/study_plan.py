@@ -141,6 +141,10 @@ def assign_trials(
         UserError: an opponent has too few pairs.
     """
     quotas = [settings.pairs // len(pools) + (k < settings.pairs % len(pools)) for k in range(len(pools))]
+    if not all(quotas):
+        raise UserError(
+            f"pairs={settings.pairs} is too few for {len(pools)} opponents; give pairs={len(pools)} or more"
+        )
     orders = [rng.permutation(pool) for pool in pools]
     for order, quota in zip(orders, quotas, strict=True):
         if len(order) < quota:
@@ -434,7 +438,10 @@ def read_plan(folder: Path) -> StudyPlan:
 
 def exclusion_rule(settings: StudySettings) -> str:
     """The rule in words, as it stands in the plan and in the report."""
-    return f"a rater who fails more than {settings.failures} of {settings.checks} attention checks is excluded"
+    return (
+        f"a rater who fails more than {settings.failures} of {settings.checks} attention checks is excluded; a check is failed "
+        "unless the undamaged clip is chosen"
+    )
 
 
 def balance(plan: StudyPlan) -> dict[str, list[int]]:

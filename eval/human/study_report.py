@@ -72,6 +72,7 @@ def vote_table(plan: StudyPlan, rows: Sequence[dict[str, Any]], without: Sequenc
         opponent=np.array([plan.opponents.index(row["opponent"]) for row in counted], int),
         outcome=np.array([OUTCOMES.index(row["outcome"]) for row in counted], int),
         focus_left=np.array([row["focus_side"] == "left" for row in counted], bool),
+        pair=np.array([row["pair"] for row in counted], int),
     )
 
 
@@ -233,7 +234,7 @@ def strength_table(values: dict[str, Any], part: str = "kept") -> str:
         rows.append(
             [
                 name,
-                f"n/a ({elo['reason']})" if elo["value"] is None else format_interval(elo, signed=True, digits=0),
+                format_interval(elo, signed=True, digits=0) + (f" ({elo['reason']})" if elo["reason"] else ""),
                 f"n/a ({alpha['reason']})" if alpha["value"] is None else format_interval(alpha, digits=2),
             ]
         )

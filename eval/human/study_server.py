@@ -20,7 +20,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import urlsplit
 
 from eval.human.study_plan import LINKS, MEDIA, PLAN, VOTES, StudyPlan, read_plan
 from eval.human.vote_store import CHOICES, SIDES, VoteRefused, VoteStore
@@ -173,10 +172,12 @@ class StudyHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Pages, the next trial, clips."""
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if match := re.fullmatch(r"/r/([\w-]{1,64})(/next)?", path):
             rater = self.server.raters.get(match[1])
-            if rater is None:
+            if rater is None and match[2]:
+                self._json(404, {"error": "this link is not valid"})
+            elif rater is None:
                 self._send(404, b"This link is not valid. Please ask for a new one.\n", "text/plain; charset=utf-8")
             elif match[2]:
                 self._json(200, self.server.next_trial(rater))
@@ -193,7 +194,7 @@ class StudyHandler(BaseHTTPRequestHandler):
         """Plays and votes."""
         try:
             given = self._body()
-            match = re.fullmatch(r"/r/([\w-]{1,64})/(play|vote)", urlsplit(self.path).path)
+            match = re.fullmatch(r"/r/([\w-]{1,64})/(play|vote)", self.path.partition("?")[0])
             rater = self.server.raters.get(match[1]) if match else None
             if match is None or rater is None:
                 raise Refusal(HTTPStatus.NOT_FOUND, "this link is not valid")

@@ -1,6 +1,6 @@
 """Statistics of a human study: intervals over raters and prompts, Bradley-Terry-Davidson, agreement, side bias.
 
-    table = VoteTable(rater, group, opponent, outcome, focus_left)
+    table = VoteTable(rater, group, opponent, outcome, focus_left, pair)
     shares(table)["win"]        # Measure(value=0.61, low=0.52, high=0.69, n=...)
 
 Votes of one rater are alike, and so are votes on one prompt. The bootstrap resamples raters and prompts, both with
@@ -13,13 +13,14 @@ from functools import cached_property
 
 import numpy as np
 
-from eval.stats import RESAMPLES, Measure, ends_of, proportion, unavailable
+from eval.stats import LEVEL, RESAMPLES, Measure, ends_of, proportion, unavailable
 
 OUTCOMES = ("win", "tie", "loss")
 CHUNK = 1 << 21
 """Weights of votes that are held at once, draws x votes."""
 ELO = 400 / np.log(10)
 """Points of a log odds: 400 points are odds of 10 to 1."""
+NO_MAXIMUM = "no opponent has both won and lost"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class VoteTable:
         rater, group, opponent: numbers of rater, prompt and opponent.
         outcome: of the focus: 0 win, 1 tie, 2 loss.
         focus_left: whether the focus was on the left.
+        pair: number of the pair; a prompt may have several of one opponent.
     """
 
     rater: np.ndarray
@@ -37,6 +39,7 @@ class VoteTable:
     opponent: np.ndarray
     outcome: np.ndarray
     focus_left: np.ndarray
+    pair: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rater)
@@ -132,8 +135,8 @@ def davidson(counts: np.ndarray, iterations: int = 60) -> tuple[np.ndarray, np.n
         counts: wins, ties and losses of the focus against each opponent, fp64 [draws,opponents,3], may be weighted.
 
     Returns:
-        log p [draws,opponents] and log nu [draws]. Where an outcome never occurs they run off to large numbers, held by a
-        ridge of 1e-6.
+        log p [draws,opponents] and log nu [draws]. Without a maximum (`has_maximum`) they run off to large numbers, held by
+        a ridge of 1e-6.
     """
     counts = np.asarray(counts, float)
     draws, opponents, _ = counts.shape
@@ -158,11 +161,30 @@ def davidson(counts: np.ndarray, iterations: int = 60) -> tuple[np.ndarray, np.n
     return found[:, :-1], found[:, -1]
 
 
+def has_maximum(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether Davidson's likelihood has a maximum at finite p of each opponent, and at finite nu.
+
+    With ties it needs some opponent with both wins and losses: of wins and ties alone, more ties and a weaker opponent cannot
+    be told apart. An opponent without ties needs both itself.
+
+    Args:
+        counts: as of `davidson`.
+
+    Returns:
+        bool [draws,opponents] and [draws].
+    """
+    wins, ties, losses = np.moveaxis(np.asarray(counts), -1, 0) > 0
+    both = wins & losses
+    anywhere = both.any(-1)
+    return both | (ties & anywhere[:, None]), anywhere
+
+
 def strengths(table: VoteTable, opponents: int, draws: int = RESAMPLES) -> dict[str, list[Measure] | Measure]:
     """Davidson's strengths of the opponents, in Elo points relative to the focus, with intervals of the two-way bootstrap.
 
     Returns:
-        "elo": a measure per opponent; "tie": nu, the odds of a tie between equals against a win.
+        "elo": a measure per opponent; "tie": nu, the odds of a tie between equals against a win. Without a value where the
+        likelihood has no maximum, without an interval where that of 2.5 % of the resamples has none.
     """
     onehot = np.zeros((len(table), opponents * 3))
     onehot[np.arange(len(table)), 3 * table.opponent + table.outcome] = 1
@@ -170,23 +192,30 @@ def strengths(table: VoteTable, opponents: int, draws: int = RESAMPLES) -> dict[
     if not counts.sum():
         return {"elo": [unavailable("no votes")] * opponents, "tie": unavailable("no votes")}
     logs, ties = davidson(counts[None])
-    drawn, drawn_ties = davidson(resampled(table, onehot, draws).reshape(draws, opponents, 3))
+    resamples = resampled(table, onehot, draws).reshape(draws, opponents, 3)
+    drawn, drawn_ties = davidson(resamples)
+    (known, _), (drawn_known, drawn_ties_known) = has_maximum(counts[None]), has_maximum(resamples)
 
-    def measure(value: float, draws: np.ndarray, n: int, reason: str) -> Measure:
+    def measure(value: float, draws: np.ndarray, known: np.ndarray, n: int, reason: str) -> Measure:
         if reason:
             return unavailable(reason, n)
-        return Measure(value, None, None, n) if table.clusters == (1, 1) else Measure(value, *ends_of(draws), n)
+        if table.clusters == (1, 1):
+            return Measure(value, None, None, n)
+        if (~known).mean() >= (1 - LEVEL) / 2:
+            return Measure(value, None, None, n, reason="too few votes for an interval")
+        return Measure(value, *ends_of(draws), n)
 
     elo = []
     for k in range(opponents):
-        win, tie, loss = counts[k]
-        # Its likelihood has no maximum otherwise.
-        reason = "" if (win and loss) or (tie and (win or loss) and counts[:, 1].sum() < counts.sum()) else (
-            "no votes" if not counts[k].sum() else "all votes are equal"
-        )  # fmt: skip
-        elo.append(measure(ELO * logs[0, k], ELO * drawn[:, k], int(counts[k].sum()), reason))
-    reason = "" if 0 < counts[:, 1].sum() < counts.sum() else "no ties" if counts[:, 1].sum() == 0 else "ties only"
-    return {"elo": elo, "tie": measure(float(np.exp(ties[0])), np.exp(drawn_ties), len(table), reason)}
+        kinds = int((counts[k] > 0).sum())
+        reason = "no votes" if not kinds else "all votes are equal" if kinds == 1 else "" if known[0, k] else NO_MAXIMUM
+        elo.append(measure(float(ELO * logs[0, k]), ELO * drawn[:, k], drawn_known[:, k], int(counts[k].sum()), reason))
+    tied = counts[:, 1].sum()
+    reason = "no ties" if tied == 0 else "ties only" if tied == counts.sum() else "" if known.any() else NO_MAXIMUM
+    return {
+        "elo": elo,
+        "tie": measure(float(np.exp(ties[0])), np.exp(drawn_ties), drawn_ties_known, len(table), reason),
+    }
 
 
 # ---- Agreement, sides ----
@@ -203,11 +232,11 @@ def agreement(table: VoteTable, draws: int = 500) -> Measure:
         return unavailable(str(missing))
     import krippendorff
 
-    pairs, pair = np.unique(np.stack([table.group, table.opponent], 1), axis=0, return_inverse=True)
+    pairs, first, pair = np.unique(table.pair, return_index=True, return_inverse=True)
     counts = np.zeros((len(pairs), 3))
-    np.add.at(counts, (pair.reshape(-1), table.outcome), 1)
+    np.add.at(counts, (pair, table.outcome), 1)
     shared = counts.sum(1) > 1
-    counts, groups = counts[shared], pairs[shared, 0]
+    counts, groups = counts[shared], table.group[first][shared]
     if not len(counts):
         return unavailable("no pair was judged by two raters")
     if (counts.sum(0) > 0).sum() < 2:

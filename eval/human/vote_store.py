@@ -4,8 +4,8 @@
     store.play(0, 0, "left", now); store.played(0, 0, "left", now + 5, 4.5); ...
     store.vote(0, 0, "left", now + 12)
 
-A kill at any time loses nothing that was confirmed. The journal is SQLite's rollback journal, since the write-ahead log
-does not work on network file systems.
+A kill at any time, or a power cut, loses nothing that was confirmed. The journal is SQLite's rollback journal, since the
+write-ahead log does not work on network file systems.
 """
 
 import sqlite3
@@ -66,7 +66,7 @@ class VoteStore:
         self._lock = threading.Lock()
         try:
             self._connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
-            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute("PRAGMA synchronous = EXTRA")
             self._connection.executescript(SCHEMA)
             self._connection.execute("BEGIN IMMEDIATE")
             known = self._connection.execute("SELECT plan FROM study").fetchone()
@@ -111,6 +111,9 @@ class VoteStore:
             row = self._connection.execute(f"SELECT started FROM plays WHERE {where}", (rater, trial, side)).fetchone()
             if row is None:
                 raise VoteRefused("the clip has not begun to play")
+            if now < row[0]:  # the clock was set back; its owner need not wait until it is there again
+                self._connection.execute(f"UPDATE plays SET started = ? WHERE {where}", (now, rater, trial, side))
+                raise VoteRefused("the clip cannot have ended yet", seconds)
             if now - row[0] < seconds:
                 raise VoteRefused("the clip cannot have ended yet", seconds - (now - row[0]))
             self._connection.execute(
@@ -134,7 +137,7 @@ class VoteStore:
                 ).fetchall()
                 if len(plays) < len(SIDES):
                     raise VoteRefused("both clips must be played to their end")
-                seconds = now - min(start for (start,) in plays)
+                seconds = max(0.0, now - min(start for (start,) in plays))  # 0: the clock was set back
                 self._connection.execute(
                     "INSERT INTO votes VALUES (?, ?, ?, ?, ?)", (rater, trial, choice, seconds, now)
                 )

@@ -86,6 +86,8 @@ def test_the_seed_decides() -> None:
 def test_too_few_clips_name_the_number_that_fits() -> None:
     with pytest.raises(UserError, match=r"pairs=300 needs 150 pairs .* there are 100; give pairs=200 at most"):
         assigned(pairs=300)
+    with pytest.raises(UserError, match="pairs=1 is too few for 2 opponents; give pairs=2 or more"):
+        assigned(pairs=1, repeats=0, checks=0)
 
 
 def clip(name: str, prompt: str = "") -> ClipFile:
@@ -144,6 +146,13 @@ def test_frames_are_fitted_without_distortion() -> None:
     assert fitted.shape == (2, 16, 24, 3)
     assert (fitted[:, 3:13, 2:22] == 9).all()
     assert fitted.sum() == frames.sum()
+
+
+def test_only_clips_of_an_interrupted_plan_are_removed(tmp_path: Path) -> None:
+    for name in ("0123456789abcdef", "holiday"):
+        (tmp_path / f"{name}.mp4").touch()
+    study_media.encode_all([], tmp_path, (16, 16), -23)
+    assert [file.name for file in tmp_path.iterdir()] == ["holiday.mp4"]
 
 
 def test_the_damaged_copy_is_obviously_worse() -> None:
@@ -211,7 +220,9 @@ def test_the_plan_is_read_as_it_was_written_and_never_overwritten(tmp_path: Path
     assert all(abs(difference) <= 1 for of in balance(plan).values() for difference in of)
     content = json.loads((folder / "plan.json").read_text())
     assert content["settings"]["share"] is True
-    assert content["exclusion"] == "a rater who fails more than 1 of 2 attention checks is excluded"
+    assert content["exclusion"].startswith(
+        "a rater who fails more than 1 of 2 attention checks is excluded; a check is failed unless"
+    )
     with pytest.raises(UserError, match="holds a study"):
         make_plan(plan.settings)
 

@@ -30,6 +30,7 @@ from eval.human.study_statistics import (
     strengths,
 )
 from eval.human.vote_store import Vote
+from eval.stats import Measure
 from magihuman.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -69,7 +70,7 @@ def voted(plan: StudyPlan, seed: int = 0, win: float = 0.7, careless: tuple[int,
 
 def table_of(outcomes: np.ndarray, rater: np.ndarray, group: np.ndarray) -> VoteTable:
     zeros = np.zeros(len(outcomes), int)
-    return VoteTable(rater, group, zeros, outcomes, np.arange(len(outcomes)) % 2 == 0)
+    return VoteTable(rater, group, zeros, outcomes, np.arange(len(outcomes)) % 2 == 0, group)
 
 
 # ---- Statistics ----
@@ -154,6 +155,36 @@ def test_elo_has_the_two_way_interval_and_refuses_what_has_no_maximum() -> None:
     assert (nothing[0].value, nothing[0].reason) == (None, "all votes are equal")
 
 
+@pytest.mark.parametrize(("wins", "ties", "losses", "known"), [(8, 2, 0, False), (0, 5, 3, False), (30, 5, 30, True)])
+def test_elo_of_wins_and_ties_alone_is_not_made_up(wins: int, ties: int, losses: int, known: bool) -> None:
+    """Without a loss (or a win) the likelihood of one opponent grows for ever: any number would be that of the ridge."""
+    outcomes = np.random.default_rng(0).permutation(np.repeat(np.arange(3), (wins, ties, losses)))
+    number = np.arange(len(outcomes))
+    found = strengths(table_of(outcomes, number % 4, number // 4), 1)
+    assert isinstance(found["elo"], list)
+    assert isinstance(found["tie"], Measure)
+    for measure in (found["elo"][0], found["tie"]):
+        assert (measure.value is not None) == (measure.low is not None) == known
+        assert measure.reason == ("" if known else "no opponent has both won and lost")
+
+
+def test_elo_with_one_loss_has_no_interval() -> None:
+    """Many of the resamples have no loss, and so no maximum."""
+    outcomes = np.array([0] * 16 + [1] * 3 + [2])
+    elo = strengths(table_of(outcomes, np.arange(20) % 4, np.arange(20) // 4), 1)["elo"]
+    assert isinstance(elo, list)
+    assert elo[0].value == pytest.approx(ELO * math.log(1 / 16), abs=1)
+    assert (elo[0].low, elo[0].high, elo[0].reason) == (None, None, "too few votes for an interval")
+
+
+def test_agreement_is_of_pairs_not_of_prompts() -> None:
+    """Two pairs of one prompt that raters judge differently, and each of them alike, are full agreement."""
+    pair, rater = np.tile(np.arange(20), 3), np.repeat(np.arange(3), 20)
+    zeros = np.zeros(60, int)
+    table = VoteTable(rater, pair // 2, zeros, np.where(pair % 2, 2, 0), zeros.astype(bool), pair)
+    assert agreement(table).value == pytest.approx(1)
+
+
 def test_agreement_is_one_for_equal_and_zero_for_random_votes() -> None:
     rater, group = np.repeat(np.arange(6), 200), np.tile(np.arange(200), 6)
     rng = np.random.default_rng(0)
@@ -232,7 +263,9 @@ def test_careless_raters_are_excluded_by_the_rule_and_results_given_both_ways() 
     kept, every = values["kept"]["opponents"]["system 0"], values["all"]["opponents"]["system 0"]
     assert (kept["votes"], every["votes"]) == (150, 180)
     assert kept["shares"]["win"]["value"] > every["shares"]["win"]["value"]
-    assert values["rule"] == "a rater who fails more than 1 of 4 attention checks is excluded"
+    assert values["rule"].startswith(
+        "a rater who fails more than 1 of 4 attention checks is excluded; a check is failed unless"
+    )
     shown = report_markdown(values)
     assert "excluded by the rule fixed in the plan: rater 3" in shown
     assert "| 3 (excluded) |" in shown

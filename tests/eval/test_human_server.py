@@ -162,6 +162,25 @@ def test_the_database_itself_refuses_a_second_vote(tmp_path: Path) -> None:
     raw.close()
 
 
+def test_a_clock_that_is_set_back_stops_no_rater(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path / "votes.sqlite", "plan")
+    for side in ("left", "right"):
+        store.play(0, 0, side, 5000)
+        with pytest.raises(VoteRefused) as refused:
+            store.played(0, 0, side, 1000, 4)  # an hour less
+        assert refused.value.wait == 4
+        store.played(0, 0, side, 1004, 4)
+    store.vote(0, 0, "left", 900)
+    assert store.votes()[0].seconds == 0
+    store.close()
+
+
+def test_a_vote_is_on_the_disk_when_it_is_confirmed(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path / "votes.sqlite", "plan")
+    assert store._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA: the folder's entry, too
+    store.close()
+
+
 def test_votes_belong_to_the_plan_under_which_they_were_given(study: tuple[Path, StudyPlan]) -> None:
     open_votes(study[0]).close()
     (study[0] / "plan.json").write_text((study[0] / "plan.json").read_text().replace('"failures": 1', '"failures": 9'))
@@ -256,6 +275,18 @@ def test_nothing_else_is_served(server: StudyServer, path: str) -> None:
     status, _, body = rater_of(server).request("GET", path)
     assert status == 404
     assert len(body) < 200
+
+
+def test_the_page_learns_that_its_link_is_not_valid_any_more(server: StudyServer) -> None:
+    """As JSON, which the page can read; it would try again for ever otherwise."""
+    status, _, body = rater_of(server).request("GET", "/r/gone/next")
+    assert (status, json.loads(body)) == (404, {"error": "this link is not valid"})
+
+
+def test_an_address_that_is_none_gets_an_answer(server: StudyServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
+        connection.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 404")
 
 
 def test_bodies_are_limited_and_must_be_json(server: StudyServer) -> None:
