@@ -99,22 +99,19 @@ def processor() -> str:
 
 
 def portable(argument: str) -> str:
-    """A command line's argument without folders of this machine: "folder=/home/me/magihuman/runs/a" -> "folder=runs/a".
+    """A text without folders of this machine: "[a,folder=/home/me/magihuman/runs/a]" -> "[a,folder=runs/a]".
 
-    Absolute paths below the working folder become relative, of others the last part is kept.
+    Absolute paths below the working folder become relative, of others (also ~/x and file:///x) the last part is kept. A path
+    ends at a space, a comma, a quote or a bracket.
     """
 
-    def relative(path: str) -> str:
-        if not os.path.isabs(path):
-            return path
+    def relative(match: re.Match[str]) -> str:
+        path = os.path.expanduser(match[0].removeprefix("file://"))
         below = os.path.relpath(path, Path.cwd())
         return Path(path).name if below.startswith("..") else below
 
-    def setting(word: str) -> str:
-        key, equals, value = word.rpartition("=")
-        return f"{key}{equals}{','.join(map(relative, value.split(',')))}"
-
-    return " ".join(map(setting, argument.split(" ")))
+    # Not within a relative path or an address of another kind.
+    return re.sub(r"(?:file://|(?<![\w./~*-])(?:~[\w.-]*)?)/(?!/)[^\s,;'\"`()\[\]{}<>|]+", relative, argument)
 
 
 def without_secrets(node: Any) -> Any:

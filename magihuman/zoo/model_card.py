@@ -8,6 +8,8 @@ number of a card is in one of the files that it was made from. Evaluations are r
 """
 
 import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -136,7 +138,10 @@ def write_card(
     if not file.is_file():
         write_atomically(file, f"{front}\n{block}")
         return []
-    old = file.read_text(encoding="utf-8")
+    try:
+        old = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no UTF-8 text; save it as UTF-8 or move it away") from None
     before, found, rest = old.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if (found and not ended) or BEGIN in rest or END in after or (not found and END in old):
@@ -411,7 +416,7 @@ def _use(facts: CardFacts) -> Iterable[str]:
             if guidance.needed
             else "1 (no guidance)",
         ),
-        *([("negative_prompt", f"`{sampling.negative_prompt}`")] if sampling.negative_prompt else []),
+        *([("negative_prompt", _code(sampling.negative_prompt))] if sampling.negative_prompt else []),
         (
             "clip",
             f"{size.frames} frames of {size.width}x{size.height} at {facts.config.contract.fps:g} per second, "
@@ -431,26 +436,33 @@ def _training(facts: CardFacts) -> Iterable[str]:
     for parent in record.get("parents", ()):
         role = {"init": "initial weights"}.get(str(parent.get("role")), str(parent.get("role")))
         rows.append((role, _fingerprint(parent)))
-    rows += [(f"`{key}`", f"`{value}`") for key, value in _chosen(facts.settings)]
+    rows += [(_code(key), _code(value)) for key, value in _chosen(facts.settings)]
     if not rows:
         return
     yield "## Training"
     yield table(("setting", "value"), rows, "ll")
     if command := record.get("provenance", {}).get("command"):
-        words = " ".join(_public(word) for word in command)
-        yield f"```bash\n{words}\n```"
+        yield f"```bash\n{shlex.join(_public(list(command)))}\n```"
 
 
 def _fingerprint(parent: Mapping[str, Any]) -> str:
-    name = f"`{_public(str(parent.get('name')))}`"
+    name = _code(_public(str(parent.get("name"))))
     if not parent.get("sha256"):
         return name
     part = "" if parent.get("of") in (None, "all bytes") else f" of {parent['of']}"
     return f"{name}, sha256{part} `{parent['sha256']}`"
 
 
+def _code(text: str) -> str:
+    """Inline code of one line, also in a cell of a table, whatever is in the text."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    space = " " * bool(longest)
+    return f"{'`' * (longest + 1)}{space}{line}{space}{'`' * (longest + 1)}"
+
+
 def _public(node: Any) -> Any:
-    """A word of a command, or a setting, without folders of this machine, passwords and signatures."""
+    """A word of a command, a setting or a message, without folders of this machine, passwords and signatures."""
     if isinstance(node, Mapping):
         return {key: _public(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -469,7 +481,7 @@ def _chosen(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         if value is None or value == {}:
             continue
         shown = _public(value)
-        yield path, (shown if isinstance(shown, str) else json.dumps(shown)).replace("|", "\\|")
+        yield path, shown if isinstance(shown, str) else json.dumps(shown)
 
 
 def _scores(facts: CardFacts) -> Iterable[str]:
@@ -486,7 +498,9 @@ def _scores(facts: CardFacts) -> Iterable[str]:
             yield _score_table(found)
         if found.verdicts:
             yield table(("compared with", "verdict"), found.verdicts.items(), "ll")
-        empty = [f"{key} ({m['reason']})" for key, m in found.scores.items() if _empty(m) and m.get("reason")]
+        empty = [
+            f"{key} ({_public(str(m['reason']))})" for key, m in found.scores.items() if _empty(m) and m.get("reason")
+        ]
         if empty:
             yield f"Without a value: {'; '.join(empty)}."
         yield f"From `{found.source}`."
@@ -588,7 +602,7 @@ def _licences(facts: CardFacts) -> Iterable[str]:
     rows = [("these weights", f"{own}, as their initial weights" if derived else own)]
     for parent in facts.record.get("parents", ()):
         licence = _licence_of_parent(parent) if parent.get("role") == "init" else UNKNOWN
-        rows.append((f"{parent.get('role')}: {_public(str(parent.get('name')))}", licence))
+        rows.append((f"{parent.get('role')}: {_code(_public(str(parent.get('name'))))}", licence))
     if isinstance(facts.config, ExportConfig) and bundle_spec(facts.codecs).published:
         rows += CODEC_LICENCES
     yield "## Licences"

@@ -26,3 +26,17 @@ def test_weights_that_replace_others_of_the_same_size_are_noticed(
     file.write_bytes(bytes(20_000))
     (tmp_path / "config.json").write_text("{}" + " " * 5999 + "\n")
     assert fingerprint(tmp_path)["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/b ../c ./d s3://e/f hf://g/h and / or", "a/b ../c ./d s3://e/f hf://g/h and / or"),
+        ("data=[/home/me/a,/home/me/b]", "data=[a,b]"),
+        ("{x:/home/me/a,y:'/home/me/b'}", "{x:a,y:'b'}"),
+        ("x=~/a file:///home/me/b", "x=a b"),
+        (f"folder={Path.cwd()}/runs/a", "folder=runs/a"),
+    ],
+)
+def test_texts_without_folders_of_this_machine(text: str, expected: str) -> None:
+    assert portable(text) == expected

@@ -229,6 +229,34 @@ def test_scores_of_a_clip_evaluation(run: Path) -> None:
             card(str(run), scores=str(wrong))
 
 
+def test_texts_of_others_break_no_table_and_name_no_folder(run: Path) -> None:
+    """Settings, reasons and the command are texts that people and programs wrote."""
+    record = {
+        **RECORD,
+        "provenance": {**RECORD["provenance"], "command": ["python", "data=[/home/me/a,~/b]", "x=two words"]},
+    }
+    record["parents"] = [{"role": "shards", "name": "a|b `c`", "sha256": "5a", "of": "all bytes"}]
+    write_json(run / "run.json", record)
+    text = "a | b\nwith `ticks`, from '/home/me/secret/list.txt'"
+    (run / "config.yaml").write_text(yaml.safe_dump({"recipe": {"prompts": text, "files": ["/home/me/secret/x"]}}))
+    reason = {"value": None, "reason": "/home/me/secret/weights.onnx is missing"}
+    write_json(run / "eval" / "clip_values.json", {**VALUES, "scores": {**VALUES["scores"], "lse_d": reason}})
+    write_card(run / "export")
+    card = (run / "export" / "README.md").read_text()
+    assert "| `recipe.prompts` | `` a \\| b with `ticks`, from 'list.txt' `` |\n" in card
+    assert '| `recipe.files` | `["x"]` |\n' in card
+    assert "| shards | `` a\\|b `c` ``, sha256 `5a` |\n" in card
+    assert "Without a value: lse_d (weights.onnx is missing)." in card
+    assert "\npython 'data=[a,b]' 'x=two words'\n" in card
+    assert "/home" not in card
+
+
+def test_a_readme_that_is_no_text_is_an_error_of_one_line(run: Path) -> None:
+    (run / "export" / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no UTF-8 text"):
+        write_card(run / "export")
+
+
 def test_measured_times_of_the_same_network_and_steps_only() -> None:
     facts = read_facts(zoo.find("tiny/distill"))
     rows = latency_rows(facts)
