@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from magihuman.io import provenance
-from magihuman.io.provenance import fingerprint
+from magihuman.io.provenance import fingerprint, portable
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 1000])
