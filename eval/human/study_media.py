@@ -63,7 +63,8 @@ def loudness(wave: np.ndarray, rate: int) -> float | None:
     found = -math.inf
     while True:
         try:
-            found = float(sink.pull().metadata["lavfi.r128.I"])
+            # A rest of less than 0.1 s at the end has no value, and the standard counts whole blocks only.
+            found = float(sink.pull().metadata.get("lavfi.r128.I", found))
         except (av.error.BlockingIOError, av.error.EOFError):
             break
     return found if found > -70 else None  # -70 LUFS is the absolute gate

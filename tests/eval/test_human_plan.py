@@ -129,6 +129,8 @@ def test_loudness_is_that_of_the_standard() -> None:
     wave = np.stack([10 ** (-23 / 20) * np.sin(2 * np.pi * 1000 * time)] * 2).astype(np.float32)
     assert study_media.loudness(wave, 48000) == pytest.approx(-23, abs=0.1)
     assert study_media.loudness(wave[:, :4800], 48000) == pytest.approx(-23, abs=0.3)  # shorter than a block
+    for samples in (48001, 47999, 41234):  # no whole number of blocks of 0.1 s, as almost every clip
+        assert study_media.loudness(wave[:, :samples], 48000) == pytest.approx(-23, abs=0.1)
     assert study_media.loudness(np.zeros((2, 48000), np.float32), 48000) is None
     louder, limited = study_media.at_loudness(wave, 48000, -30)
     assert study_media.loudness(louder, 48000) == pytest.approx(-30, abs=0.1)
