@@ -282,7 +282,8 @@ def make_plan(settings: StudySettings) -> StudyPlan:
     """Read the systems' clips, assign the pairs, encode the clips and write plan.json and the media.
 
     Raises:
-        UserError: impossible settings, clips that cannot be read, too few pairs, or the folder holds a study.
+        UserError: impossible settings, clips that cannot be read or are of two systems, too few pairs, or the folder holds a
+            study.
     """
     from eval.human.study_media import canvas, encode_all
 
@@ -295,6 +296,11 @@ def make_plan(settings: StudySettings) -> StudyPlan:
         systems[name], bad = _readable(place)
         if bad:
             notes.append(f"{name}: {len(bad)} clips cannot be shown and are left out: {'; '.join(bad)[:500]}")
+    owners: dict[Path, str] = {}
+    for name, clips in systems.items():
+        for path in {clip.path.resolve() for clip in clips}:
+            if owners.setdefault(path, name) != name:
+                raise UserError(f"systems={settings.systems}: {path} is a clip of both {owners[path]} and {name}")
     ids = {clip.path: secrets.token_hex(8) for clips in systems.values() for clip in clips}
     pairs = study_pairs(systems, settings, ids)
     opponents = [name for name in systems if name != settings.focus]

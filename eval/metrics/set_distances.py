@@ -17,6 +17,7 @@ from eval.extractor import Extractor, load_extractor, missing_extractor
 from eval.fingerprint import fingerprint
 from eval.metrics.registry import Metric, MissingDependency, SetMeasurement, plain_options
 from magihuman.cli import option
+from magihuman.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,12 @@ _BATCH = 16
 _DEVICE = "auto, cpu, cuda or cuda:0"
 
 
+def _require_positive(name: str, **given: float) -> None:
+    for setting, value in given.items():
+        if not value > 0:
+            raise UserError(f"{name}.{setting}={value} is impossible; give a positive number")
+
+
 @dataclass
 class FrameFeatures:
     """Settings of fid."""
@@ -36,6 +43,9 @@ class FrameFeatures:
     frames: int = option("frames of each clip, evenly spaced", 8)
     size: int = option("height and width that frames are scaled to, without cropping", 299)
     device: str = option(_DEVICE, "auto")
+
+    def __post_init__(self) -> None:
+        _require_positive("fid", frames=self.frames, size=self.size)
 
 
 @dataclass
@@ -48,6 +58,9 @@ class VideoFeatures:
     size: int = option("height and width that frames are scaled to, without cropping", 224)
     device: str = option(_DEVICE, "auto")
 
+    def __post_init__(self) -> None:
+        _require_positive("fvd", window=self.window, size=self.size, fps=1.0 if self.fps is None else self.fps)
+
 
 @dataclass
 class AudioFeatures:
@@ -57,6 +70,9 @@ class AudioFeatures:
     rate: int = option("samples per second", 16000)
     seconds: float = option("length of a window; a clip's windows follow each other without overlap", 1.0)
     device: str = option(_DEVICE, "auto")
+
+    def __post_init__(self) -> None:
+        _require_positive("fad", rate=self.rate, seconds=self.seconds)
 
 
 @dataclass

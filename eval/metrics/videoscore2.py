@@ -79,7 +79,7 @@ class Judge:
         judge.answer(frames, fps=25, prompt="A woman ...")
 
     Raises:
-        UserError: the weights are not here, or are no Qwen2.5-VL.
+        UserError: the weights are not here, lack tensors, or are no Qwen2.5-VL.
     """
 
     def __init__(self, options: JudgeOptions) -> None:
@@ -91,10 +91,16 @@ class Judge:
         folder = local_model(options.weights)
         self.options = options
         self.device = choose_device(options.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, dtype=getattr(torch, options.dtype)
+        offline = {"local_files_only": True, "trust_remote_code": False}
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **offline)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, **offline, dtype=getattr(torch, options.dtype), output_loading_info=True
         )
+        model, report = loaded
+        if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+            raise UserError(
+                f"videoscore2.weights={options.weights} lacks {len(lost)} tensors, such as {lost[0]}; copy it again"
+            )
         if model.config.model_type != "qwen2_5_vl":
             raise UserError(f"videoscore2.weights={options.weights} is a {model.config.model_type}, not a qwen2_5_vl")
         self.model: Any = model.eval().to(device=self.device)

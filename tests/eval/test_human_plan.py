@@ -229,6 +229,13 @@ def test_the_plan_is_read_as_it_was_written_and_never_overwritten(tmp_path: Path
         make_plan(plan.settings)
 
 
+def test_a_clip_is_of_one_system(tmp_path: Path) -> None:
+    write_clips(tmp_path / "a", 2)
+    settings = replace(SETTINGS, systems=f"a={tmp_path}/a,b={tmp_path}/a/../a", output=str(tmp_path / "study"))
+    with pytest.raises(UserError, match=r"000.mp4 is a clip of both a and b|001.mp4 is a clip of both a and b"):
+        make_plan(settings)
+
+
 def test_a_clip_that_cannot_be_shown_is_left_out_and_said(tmp_path: Path) -> None:
     for name in SYSTEMS[:2]:
         write_clips(tmp_path / name, 4)

@@ -204,3 +204,15 @@ class TestFeatures:
         found = FVD.compare(sets(rng, 20, 4), sets(rng, 20, 4))
         assert {key: m.status for key, m in found.items()} == {"fvd": "ok", "kvd": "ok"}
         assert {metric.key for metric in FVD.metrics} == set(found)
+
+
+@pytest.mark.parametrize(
+    ("measurement", "wrong"),
+    [(FID, {"frames": 0}), (FID, {"size": 0}), (FVD, {"window": 0}), (FVD, {"fps": 0.0}), (FAD, {"seconds": -1.0})],
+)
+def test_impossible_settings_are_one_line(measurement: SetMeasurement, wrong: dict[str, float]) -> None:
+    ((setting, value),) = wrong.items()
+    with pytest.raises(
+        UserError, match=rf"^{measurement.name}.{setting}={value} is impossible; give a positive number"
+    ):
+        measurement.options(**wrong)

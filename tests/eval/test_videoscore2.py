@@ -1,5 +1,6 @@
 """VideoScore2: answers in both forms, arithmetic of the scores, input, and a tiny Qwen2.5-VL through the same code."""
 
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,20 @@ class TestTinyModel:
 
         assert of() == of(device="cpu") == of(seed=7)
         assert len({str(of(**s)) for s in ({}, {"fps": 4.0}, {"samples": 1}, {"samples": 1, "seed": 7})}) == 4
+
+    def test_a_lost_tensor_is_no_random_judge(self, folder: Path, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        weights = load_file(copy / "model.safetensors")
+        lost = next(name for name in weights if name.endswith("norm.weight"))
+        save_file(
+            {name: value for name, value in weights.items() if name != lost},
+            copy / "model.safetensors",
+            {"format": "pt"},
+        )
+        with pytest.raises(UserError, match=r"lacks 1 tensors, such as .*norm\.weight; copy it again"):
+            load(copy)
 
     def test_missing_weights_name_the_command(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
