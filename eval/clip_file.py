@@ -97,15 +97,16 @@ class _Media:
 
     def wave(self, rate: int) -> np.ndarray:
         from magihuman.errors import UserError
-        from magihuman.media.reading import read_audio, read_clip
+        from magihuman.media.reading import read_audio, read_sound
 
         if not self.info.has_audio:
             raise NotMeasured("the file has no audio")
         if rate not in self.waves:
             try:
                 if self.info.kind == "video":
-                    # Only the times of frames matter here: a small size keeps memory low.
-                    wave = read_clip(self.path, fps=self.info.fps, size=(16, 16), rate=rate).wave
+                    known = "frames" in self.__dict__
+                    count = len(self.frames) if known else round(self.info.seconds * self.info.fps)
+                    wave = read_sound(self.path, round(count * rate / self.info.fps), rate)
                 else:
                     wave = read_audio(self.path, rate)
             except (UserError, OSError) as error:

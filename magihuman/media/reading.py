@@ -166,13 +166,26 @@ class MediaReader:
 
         try:
             images = self._video.read(start, frames, fps, size)
-            wave = None
-            if rate and self._audio is not None:
-                samples = round(len(images) * rate / fps)
-                wave = torch.from_numpy(self._audio.read(start, samples, rate, channels))
         except (av.error.FFmpegError, OSError) as error:
-            raise MediaError(f"cannot be decoded near {start:.2f} s: {reason(error)}") from error
+            raise _undecodable(start, error) from error
+        wave = self.read_sound(round(len(images) * rate / fps), rate, channels, start) if rate else None
         return MediaClip(torch.from_numpy(np.ascontiguousarray(images)), wave)
+
+    def read_sound(self, samples: int, rate: int, channels: int = 1, start: float = 0.0) -> torch.Tensor | None:
+        """Audio from `start` [s] after the first frame on; None without an audio track; errors as for `read_clip`."""
+        import av
+        import torch
+
+        if self._audio is None:
+            return None
+        try:
+            return torch.from_numpy(self._audio.read(start, samples, rate, channels))
+        except (av.error.FFmpegError, OSError) as error:
+            raise _undecodable(start, error) from error
+
+
+def _undecodable(start: float, error: Exception) -> MediaError:
+    return MediaError(f"cannot be decoded near {start:.2f} s: {reason(error)}")
 
 
 def read_clip(
@@ -194,6 +207,19 @@ def read_clip(
     """
     with MediaReader(path) as reader:
         return reader.read(fps=fps, start=start, frames=frames, size=size, rate=rate, channels=channels)
+
+
+def read_sound(path: str | Path, samples: int, rate: int, channels: int = 1) -> torch.Tensor | None:
+    """The first `samples` of a video file's audio from its first frame on, as `read_clip` gives them, without decoding frames.
+
+    Returns:
+        fp32 [channels,samples] at `rate`, padded with silence; None without an audio track.
+
+    Raises:
+        MediaError: no video, unreadable, or damaged in the range.
+    """
+    with MediaReader(path) as reader:
+        return reader.read_sound(samples, rate, channels)
 
 
 def read_audio(path: str | Path, rate: int, channels: int = 1) -> torch.Tensor:

@@ -92,3 +92,12 @@ def test_nothing_is_unavailable_with_a_reason_never_zero():
         assert measure.value is None
         assert measure.status == "unavailable"
         assert measure.reason
+
+
+def test_interval_of_a_share_is_wilsons():
+    from scipy.stats import binomtest
+
+    for n in (1, 3, 50, 1000):
+        for hits in range(0, n + 1, max(1, n // 7)):
+            ends, found = binomtest(hits, n).proportion_ci(0.95, "wilson"), stats.proportion(hits, n)
+            assert (found.value, found.low, found.high) == pytest.approx((hits / n, ends.low, ends.high), abs=1e-12)

@@ -448,3 +448,16 @@ def test_sound_beyond_the_claimed_length_is_refused_before_it_takes_memory(tmp_p
         read_audio(path, RATE)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+def test_sound_alone_is_that_of_the_clip(tmp_path: Path) -> None:
+    """Offset of both tracks included: the picture begins 0.1 s after the sound."""
+    from magihuman.media.reading import read_sound
+
+    path = movie(tmp_path / "a.mp4", seconds=1.0, start=0.1)
+    whole = read_clip(path, fps=25, rate=16000).wave
+    assert whole is not None
+    alone = read_sound(path, whole.shape[1], 16000)
+    assert alone is not None
+    assert torch.equal(alone, whole)
+    assert read_sound(movie(tmp_path / "b.mp4", seconds=0.5, sound=None), 8000, 16000) is None
