@@ -29,7 +29,7 @@ def run(
         baseline: the folder to compare with
         output: folder; none prints only
         metrics: names of metrics with commas; empty for all
-        min_coverage: least share of the clips of both that must have a value in both
+        min_coverage: least share of the clips, of those that a metric applies to, that must have a value in both
 
     Returns:
         The content of comparison.json.

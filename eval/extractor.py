@@ -17,7 +17,7 @@ from eval.metrics.registry import MissingDependency, missing_package
 from magihuman.errors import UserError
 
 Extractor = Callable[[np.ndarray], np.ndarray]
-"""fp32 [B,...] -> fp32 [B,D], finite; raises MeasurementError."""
+"""fp32 [B,...] -> fp32 [B,D], finite; raises MeasurementError, or MemoryError where the device has not enough."""
 
 
 def missing_extractor(path: str | Path | None, option: str, content: str) -> MissingDependency | None:
@@ -50,6 +50,9 @@ def load_extractor(path: Path, device: str = "auto") -> Extractor:
         try:
             found = run(np.ascontiguousarray(batch, np.float32))
         except Exception as error:
+            # TorchScript and ONNX have no type of error for it. It says nothing of the clip, and is tried again.
+            if "memory" in str(error).lower():
+                raise MemoryError(f"{path.name}: {_first_line(error)}") from error
             raise MeasurementError(f"{path.name} refuses an input {list(batch.shape)}: {_first_line(error)}") from error
         if len(found) != len(batch):
             raise MeasurementError(f"{path.name} gives {list(found.shape)} for {len(batch)} inputs; wanted [B,D]")

@@ -75,10 +75,10 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     plan(select(names), of_measurements or {})  # a wrong option is found before clips are read
     reference = Path(options.reference) if options.reference else None
-    found = read_clips(Path(options.clips), reference)
-    folder = (
-        Path(options.output) if options.output else folder_for("scores", Path(options.clips).with_suffix("").as_posix())
-    )
+    source = Path(options.clips)
+    found = read_clips(source, reference)
+    name = source if source.is_dir() else source.with_suffix("")  # a folder's name may have dots: step.100
+    folder = Path(options.output) if options.output else folder_for("scores", name.as_posix())
     store = Path(options.cache) if options.cache else None
     processes = options.workers or max(1, min(8, (os.cpu_count() or 2) // 2))
 
@@ -92,8 +92,8 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
 
     sets = clip_sets(found, bound if options.bound else None)
     columns = {name: scored(part) for name, part in sets.items()}
-    source = {"clips": options.clips, "reference": options.reference, "metrics": names}
-    values = write_scores(folder, columns, {"source": source})
+    asked = {"clips": options.clips, "reference": options.reference, "metrics": names}
+    values = write_scores(folder, columns, {"source": asked})
     require_coverage(values["columns"]["clips"], options.min_coverage, names)
     return values
 

@@ -31,8 +31,8 @@ class ScoreCache:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._data = self._opened()
-        except sqlite3.DatabaseError as error:
-            if path is None or ("not a database" not in str(error) and "malformed" not in str(error)):
+        except (sqlite3.DatabaseError, OSError) as error:
+            if path is None or not any(word in str(error) for word in ("not a database", "malformed")):
                 raise UserError(f"the cache {path} cannot be opened ({error}); give another with cache=FILE") from error
             aside = path.with_suffix(".damaged")
             path.replace(aside)
@@ -44,6 +44,8 @@ class ScoreCache:
         data.execute("create table if not exists files (path text primary key, size int, changed int, sha256 text)")
         data.execute("create table if not exists results (key text primary key, content blob)")
         data.execute("select count(*) from results").fetchone()
+        data.commit()
+        data.execute("begin immediate")  # a file that cannot be written is an error now, not after the first clip
         data.commit()
         return data
 
@@ -67,7 +69,8 @@ class ScoreCache:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         entry = (name, state.st_size, state.st_mtime_ns, found)
-        self._data.execute("insert or replace into files values (?, ?, ?, ?)", entry)
+        # On the disk at once: an open transaction would keep other processes waiting until the first value is measured.
+        self._write("insert or replace into files values (?, ?, ?, ?)", [entry])
         return found
 
     @staticmethod
@@ -89,6 +92,18 @@ class ScoreCache:
         return found
 
     def put(self, values: dict[str, bytes]) -> None:
-        """Keep values; they are on the disk when this returns."""
-        self._data.executemany("insert or replace into results values (?, ?)", values.items())
-        self._data.commit()
+        """Keep values; they are on the disk when this returns.
+
+        Raises:
+            UserError: the disk is full, or another process writes for longer than `WAIT`.
+        """
+        self._write("insert or replace into results values (?, ?)", values.items())
+
+    def _write(self, command: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        try:
+            self._data.executemany(command, rows)
+            self._data.commit()
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"the cache {self._path} cannot be written ({error}); run again, or give cache=FILE"
+            ) from error

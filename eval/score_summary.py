@@ -36,10 +36,12 @@ def summarise(rows: Sequence[ClipRow]) -> dict[str, dict[str, Any]]:
     values, weights = _columns(rows, keys)
     sums, totals = _by_group(values, weights, groups, count)
     draws = _resampled(sums, totals)  # [1 + R, K]
-    return {key: _measure(rows, key, draws[:, k], values[:, k], count) for k, key in enumerate(keys)}
+    return {key: _measure(rows, key, draws[:, k], values[:, k], groups) for k, key in enumerate(keys)}
 
 
-def _measure(rows: Sequence[ClipRow], key: str, draws: np.ndarray, values: np.ndarray, groups: int) -> dict[str, Any]:
+def _measure(
+    rows: Sequence[ClipRow], key: str, draws: np.ndarray, values: np.ndarray, groups: np.ndarray
+) -> dict[str, Any]:
     states = Counter(row.values[key].status for row in rows if key in row.values)
     reasons = Counter(
         (row.values[key].status, row.values[key].reason)
@@ -52,11 +54,11 @@ def _measure(rows: Sequence[ClipRow], key: str, draws: np.ndarray, values: np.nd
     content: dict[str, Any] = {"value": None, "low": None, "high": None, "n": n, "total": len(rows)}
     if n and np.isfinite(draws[0]):
         low, high = stats.ends_of(draws[1:])
-        known = values[np.isfinite(values)]
+        known, used = values[np.isfinite(values)], len(np.unique(groups[np.isfinite(values)]))
         if metrics()[key].share and np.isin(known, (0.0, 1.0)).all() and len(set(known)) == 1:
-            ends = stats.proportion(round(float(known[0]) * groups), groups)  # resampling could only repeat the value
+            ends = stats.proportion(round(float(known[0]) * used), used)  # resampling could only repeat the value
             low, high = float(ends.low or 0.0), float(ends.high or 0.0)
-        one = len({row.group for row in rows if key in row.values and row.values[key].value is not None}) < MIN_CLIPS
+        one = used < MIN_CLIPS
         content.update(value=float(draws[0]), low=None if one else low, high=None if one else high)
         status = OK
     counts = {state: states[state] for state in (SKIPPED, FAILED, UNAVAILABLE) if states[state]}
@@ -84,13 +86,14 @@ def compare(
 
     Args:
         targets: metric -> value aimed at, of metrics whose target is the reference's own.
-        min_coverage: least share of all clips, of both sets together, that have a value in both.
+        min_coverage: least share of the clips of both sets together that have a value in both. Clips that a metric does not
+            apply to in either set are not counted.
 
     Returns:
         Metric -> {"value", "baseline" (averages over the common clips), "change", "low", "high" (value minus baseline),
         "verdict" (better, worse, undecided; different or undecided where no side is better; not compared), "reason", "n"
-        (common clips), "total" (clips of either), "coverage", "groups", "needed" (clips that would show a difference of this
-        size with a power of 80 %; None where the change is 0)}.
+        (common clips), "total" (clips of either that it applies to), "coverage", "groups", "needed" (clips that would show a
+        difference of this size with a power of 80 %; None where the change is 0)}.
     """
     own, other = ({row.clip: row for row in part} for part in (rows, baseline))
     names = sorted(own.keys() | other.keys())
@@ -106,7 +109,8 @@ def compare(
     found = {}
     for k, key in enumerate(keys):
         metric, n = metrics()[key], int(both[:, k].sum())
-        entry: dict[str, Any] = {"n": n, "total": len(names), "coverage": n / len(names) if names else 0.0}
+        total = sum(_applies(own.get(name), key) or _applies(other.get(name), key) for name in names)
+        entry: dict[str, Any] = {"n": n, "total": total, "coverage": n / total if total else 0.0}
         used = len(np.unique(groups[both[:, k]])) if n else 0
         entry["groups"] = used
         if reason := _not_comparable(rows, baseline, key, entry["coverage"], used, min_coverage):
@@ -130,6 +134,11 @@ def compare(
             needed = int(np.ceil(_NEEDED * (spread / change[0]) ** 2 * n / used))
         found[key] = {**entry, "verdict": word, "reason": "", "needed": needed}
     return found
+
+
+def _applies(row: ClipRow | None, key: str) -> bool:
+    """Whether a clip should have a value; a clip that is not there should."""
+    return row is None or key not in row.values or row.values[key].status != SKIPPED
 
 
 _NEEDED = (1.959964 + 0.841621) ** 2

@@ -274,11 +274,18 @@ class _Run:
         if self.workers > 1 and light and len(todo) > 1:
             import multiprocessing
             from concurrent.futures import ProcessPoolExecutor
+            from concurrent.futures.process import BrokenProcessPool
 
             jobs = [(index, self.clips[index], [(p.name, p.options) for p in left]) for index, left in todo]
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(self.workers, len(jobs)), mp_context=context) as pool:
-                yield from pool.map(_measure_in_worker, jobs, chunksize=1)
+            try:
+                with ProcessPoolExecutor(min(self.workers, len(jobs)), mp_context=context) as pool:
+                    yield from pool.map(_measure_in_worker, jobs, chunksize=1)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"a process that measured clips was killed, perhaps for want of memory; run again with workers=1 (now "
+                    f"{self.workers})"
+                ) from error
             return
         for index, left in todo:
             clip = self.clips[index]
@@ -329,16 +336,22 @@ class _Run:
 
         if p.missing is not None:
             return none(UNAVAILABLE, str(p.missing))
-        references = list({id(c.reference): c.reference for c in self.clips if c.reference is not None}.values())
+        # By content: clips of one prompt share a reference, and a kernel distance counts no clip twice.
+        found_by = {self._hash(c.reference.path) or c.name: c.reference for c in self.clips if c.reference is not None}
+        references = list(found_by.values())
         if not references:
             return none(SKIPPED, "there are no reference clips; give reference=FOLDER")
         load = _LazyModel(p)
-        own, lost = self._features(p, self.clips, load, "clips")
-        real, _ = self._features(p, references, load, "reference clips")
+        own, lost, failed = self._features(p, self.clips, load, "clips")
+        real, lost_real, failed_real = self._features(p, references, load, "reference clips")
         if p.missing is not None:
             return none(UNAVAILABLE, str(p.missing))
+        if len(real) < len(references):
+            lost = f"{len(references) - len(real)} of {len(references)} reference clips are left out ({lost_real})"
+        counts = {"failed": failed} if failed else {}
         if not own or not real:
-            return none(FAILED, lost or "no clip could be measured")
+            status = FAILED if failed or failed_real else SKIPPED
+            return {key: {**measure, **counts} for key, measure in none(status, lost).items()}
         try:
             found = measurement.compare(own, real)
         except NotMeasured as error:
@@ -349,15 +362,17 @@ class _Run:
         for key, value in found.items():
             plain = value.to_dict() if hasattr(value, "to_dict") else {"value": float(value), "low": None, "high": None}
             result[key] = {"status": OK, "reason": "", **plain, "n": len(own), "total": len(self.clips)}
+        for measure in result.values():
+            measure.update(counts, reason=measure["reason"] or lost)
         return result
 
     def _features(
         self, p: _Plan, clips: Sequence[ClipFile], load: "_LazyModel", what: str
-    ) -> tuple[list[np.ndarray], str]:
-        """Features of the clips that have them, and the last reason why one has none."""
+    ) -> tuple[list[np.ndarray], str, int]:
+        """Features of the clips that have them, the last reason why one has none, and how many failed."""
         keys = [self._key(p, clip) for clip in clips]
         known = self.cache.get(key for key in keys if key is not None)
-        features, lost = [], ""
+        features, lost, failed = [], "", 0
         missing = sum(key not in known for key in keys)
         with self._bar(missing, f"{p.name}: {what}") as bar:
             for clip, key in zip(clips, keys, strict=True):
@@ -371,6 +386,7 @@ class _Run:
                         raise MeasurementError("its features are not finite")
                 except Exception as error:
                     lost = f"{clip.name}: {_words(error)}"
+                    failed += not isinstance(error, NotMeasured)
                 else:
                     features.append(found)
                     if key is not None:
@@ -382,7 +398,7 @@ class _Run:
                 bar.update()
                 if p.missing is not None:
                     break
-        return features, lost
+        return features, lost, failed
 
 
 class _LazyModel:
@@ -417,15 +433,16 @@ def _require(measurement: Measurement | SetMeasurement, clip: ClipFile) -> None:
         "voice": (clip.voice is not None, "there is no voice to compare with; give a manifest with the column voice"),
         "image": (clip.image is not None, "there is no image to compare with; give a manifest with the column image"),
     }  # fmt: skip
+    # First, since an unreadable file has not failed at what it was not asked for.
+    for name in measurement.inputs:
+        there, reason = asked.get(name, (True, ""))
+        if not there:
+            raise NotMeasured(reason)
     info = clip.info
     if "frames" in measurement.inputs and info.kind != "video":
         raise NotMeasured("the file has no video" if info.kind == "audio" else "the file has one frame")
     if "audio" in measurement.inputs and not info.has_audio:
         raise NotMeasured("the file has no audio")
-    for name in measurement.inputs:
-        there, reason = asked.get(name, (True, ""))
-        if not there:
-            raise NotMeasured(reason)
 
 
 def _measure_one(measurement: Measurement | SetMeasurement, clip: ClipFile, model: Any) -> tuple[dict[str, Any], bool]:

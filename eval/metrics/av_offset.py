@@ -24,6 +24,8 @@ CELL = 6
 """Pixels of the small frames (shorter side 144): a mouth has a few cells."""
 BEST_CELLS = 6
 LEAST_SECONDS = 1.5
+LEAST_FRAMES = 36
+"""As many as `LEAST_SECONDS` have at 24 fps: at the ends of the search over a half of them still overlap."""
 BAND = (250.0, 4000.0)
 """Hz of the envelope: formants, without hum."""
 LEAST_CONFIDENCE = 1.3
@@ -33,8 +35,10 @@ APART = 3
 """Frames around the peak that are left out of the next highest."""
 
 
-def measure_offset(clip: "ClipFile", options: Any = None) -> dict[str, float | None]:
+def measure_offset(clip: "ClipFile", options: Any = None) -> dict[str, float | NotMeasured]:
     """Values of `MEASUREMENTS` for a clip: the offset in ms, positive where the sound is late, and its confidence.
+
+    With a confidence below `LEAST_CONFIDENCE` the offset is a `NotMeasured`.
 
     Raises:
         NotMeasured: too short, silent, or without motion.
@@ -43,6 +47,8 @@ def measure_offset(clip: "ClipFile", options: Any = None) -> dict[str, float | N
     count = len(motion.luma)
     if count < LEAST_SECONDS * motion.fps:
         raise NotMeasured(f"an offset needs {LEAST_SECONDS} s of video, and the clip has {count / motion.fps:.2f} s")
+    if count < LEAST_FRAMES:
+        raise NotMeasured(f"an offset needs {LEAST_FRAMES} frames, and the clip has {count}")
     wave = _heard(clip)
     sound = level_change(wave, RATE, motion.fps, count - 1)
     correlations = offset_curve(luma_change(motion), sound)
@@ -50,9 +56,10 @@ def measure_offset(clip: "ClipFile", options: Any = None) -> dict[str, float | N
     best = int(correlations.argmax())
     # By the root of the length: chance correlations shrink with it.
     confidence = float((correlations[best] - correlations[np.abs(lags - lags[best]) > APART].max()) * np.sqrt(count))
-    values: dict[str, float | None] = {"av_confidence": confidence}
+    values: dict[str, float | NotMeasured] = {"av_confidence": confidence}
     if confidence < LEAST_CONFIDENCE:
-        return values
+        unsure = NotMeasured(f"no mouth goes clearly with the sound: the confidence is below {LEAST_CONFIDENCE}")
+        return values | {"av_offset": unsure, "av_offset_size": unsure}
     lag = lags[best] + _vertex(correlations, best)
     offset = float(lag * 1000 / motion.fps)
     return values | {"av_offset": offset, "av_offset_size": abs(offset)}
@@ -219,6 +226,7 @@ MEASUREMENTS = (
         ),
         measure_offset,
         inputs=("frames", "audio"),
+        version=2,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),
     ),
     Measurement(

@@ -4,11 +4,13 @@ For clips that should equal the reference: decoded latents, super-resolution, pl
 prompt differs in every pixel, and nothing follows from its PSNR.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.clip_file import NotMeasured
+from eval.clip_file import NotMeasured, UnreadableClip
 from eval.image_metrics import CEILING, WINDOW, ssim
 from eval.metrics.picture import spread
 from eval.metrics.registry import Measurement, Metric, missing_package
@@ -45,16 +47,29 @@ def measure_fidelity(clip: "ClipFile", options: Any = None) -> dict[str, float |
     return values
 
 
+@contextmanager
+def _of_reference(reference: "ClipFile") -> Iterator[None]:
+    """Says of an error that it is the reference's."""
+    try:
+        yield
+    except (NotMeasured, UnreadableClip) as error:
+        raise type(error)(f"its reference {reference.path.name}: {error}") from error
+
+
 def _pair(clip: "ClipFile") -> tuple[np.ndarray, np.ndarray]:
     reference = clip.reference
     if reference is None:
         raise NotMeasured("the clip has no reference")
+    with _of_reference(reference):
+        _ = reference.info.kind
     ours, theirs = (f"{c.info.width}x{c.info.height} at {c.fps:.4g} fps" for c in (clip, reference))
     if ours != theirs:
         raise NotMeasured(
             f"it is {ours} and its reference {theirs}: pixels can only be compared at the same size and rate"
         )
-    frames, truth = clip.frames, reference.frames
+    frames = clip.frames
+    with _of_reference(reference):
+        truth = reference.frames
     if abs(len(frames) - len(truth)) > 0.1 * len(truth):
         raise NotMeasured(f"it has {len(frames)} frames and its reference {len(truth)}: over a tenth apart")
     count = min(len(frames), len(truth))

@@ -138,11 +138,19 @@ def test_a_planted_offset_is_found(tmp_path: Path, late: float) -> None:
     assert values["av_offset_size"] == pytest.approx(abs(1000 * late), abs=12)
 
 
+def test_few_frames_give_no_offset_however_long(tmp_path: Path) -> None:
+    """2 s at 8 frames/s: the search of 15 frames to each side would compare one frame with one."""
+    frames, wave = talking(0.0)
+    write_mp4(tmp_path / "slow.mp4", frames[:48:3], 8, wave[None, : 2 * 48000], 48000, crf=4)
+    with pytest.raises(NotMeasured, match="36 frames, and the clip has 16"):
+        av_offset.measure_offset(ClipFile(tmp_path / "slow.mp4"))
+
+
 def test_another_clips_sound_gives_no_offset(tmp_path: Path) -> None:
     frames, wave = talking(0)
     values = av_offset.measure_offset(written(tmp_path, frames, np.roll(wave[::-1], 30000)))
     assert values["av_confidence"] < av_offset.LEAST_CONFIDENCE
-    assert "av_offset" not in values
+    assert isinstance(values["av_offset"], NotMeasured)
 
 
 def test_static_or_silent_clips_have_no_offset(tmp_path: Path) -> None:

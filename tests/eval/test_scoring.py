@@ -1,6 +1,7 @@
 """Scoring: a value or a status with a reason for every clip and metric, the cache, averages and paired differences."""
 
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ from toy_metrics import calls, metric_file, write_clip
 from eval.clip_file import ClipFile
 from eval.clip_list import read_clips
 from eval.metrics.registry import measurements, metrics
+from eval.score_cache import ScoreCache
 from eval.score_rows import ClipRow, Value
 from eval.score_summary import compare, summarise
 from eval.scoring import score, select
@@ -240,6 +242,35 @@ def test_a_damaged_cache_is_put_aside(toy, tmp_path, capsys):
         assert data.execute("select count(*) from results").fetchone() == (1,)
 
 
+def test_a_process_that_hashes_keeps_no_other_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.score_cache.WAIT", 0.05)
+    (tmp_path / "a").write_bytes(b"a")
+    with ScoreCache(tmp_path / "c.sqlite") as one, ScoreCache(tmp_path / "c.sqlite") as other:
+        one.sha256(tmp_path / "a")
+        other.put({"key": b"value"})
+        assert one.get(["key"]) == {"key": b"value"}
+        one._data.execute("begin immediate")
+        with pytest.raises(UserError, match="cannot be written"):
+            other.put({"key": b"other"})
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be opened .* give another with cache=FILE"):
+        ScoreCache(tmp_path / "file" / "c.sqlite")
+
+
+def _dies(job):
+    os._exit(9)
+
+
+def test_a_killed_process_is_one_line(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.scoring._measure_in_worker", _dies)
+    clips = [ClipFile(write_clip(tmp_path / f"{n}.mp4", frames=3)) for n in range(2)]
+    with pytest.raises(UserError, match="was killed, perhaps for want of memory; run again with workers=1"):
+        score(clips, ["toy_loud"], progress=False, workers=2)
+
+
 # ---- Sets ----
 
 
@@ -267,7 +298,19 @@ MEASUREMENTS = (SetMeasurement("toy_apart", (Metric("toy_apart", "apart"),), fea
         assert calls(folder) == []
         assert score(clips[:1], ["toy_apart"], progress=False).sets["toy_apart"]["reason"] == "needs two clips"
         alone = score([ClipFile(clips[0].path)], ["toy_apart"], progress=False).sets["toy_apart"]
+        (tmp_path / "broken.mp4").write_bytes(b"broken")
+        lost = score([*clips, ClipFile(tmp_path / "broken.mp4")], ["toy_apart"], progress=False).sets["toy_apart"]
+        bad = ClipFile(tmp_path / "broken.mp4")
+        half = [clips[0], ClipFile(clips[1].path, reference=bad)]
+        unread = score(half, ["toy_apart"], progress=False).sets["toy_apart"]
+        calls(folder)
+        shared = [ClipFile(clip.path, reference=ClipFile(real.path)) for clip in clips]
+        score(shared, ["toy_apart"], progress=False)
+        assert calls(folder) == ["features"] * 3, "one reference of two clips is measured and counted once"
     assert (alone["status"], alone["value"]) == ("skipped", None)
+    assert (lost["n"], lost["failed"], lost["value"]) == (2, 1, pytest.approx(expected, abs=1e-4))
+    assert lost["reason"].startswith("broken: ")
+    assert unread["reason"].startswith("1 of 2 reference clips are left out (broken: ")
 
 
 # ---- Averages ----
@@ -313,6 +356,15 @@ def test_shares_of_only_zeros_get_wilsons_interval(tmp_path):
         found = summarise([row(str(n), toy_share=0.0) for n in range(20)])["toy_share"]
     assert (found["value"], found["low"]) == (0.0, 0.0)
     assert found["high"] == pytest.approx(3.84146 / (20 + 3.84146), rel=1e-3)
+
+
+def test_wilsons_interval_counts_only_prompts_with_a_value(tmp_path):
+    """Of 100 clips 2 have a share: the interval is as wide as of two."""
+    text = "MEASUREMENTS = (Measurement('t', (Metric('toy_share', 's', share=True),), None),)"
+    rows = [row(str(n), toy_share=0.0 if n < 2 else None) for n in range(100)]
+    with metric_file(tmp_path / "m", text, "toy_share"):
+        found = summarise(rows)["toy_share"]
+    assert found["high"] == pytest.approx(3.84146 / (2 + 3.84146), rel=1e-3)
 
 
 def test_one_prompt_has_no_interval(toy):
@@ -376,6 +428,18 @@ def test_only_common_clips_count_and_too_few_are_refused(toy):
     assert compare(broken, own)["toy_loud"]["reason"] == "clips: broken"
 
 
+def test_clips_that_a_metric_does_not_apply_to_are_no_lack_of_coverage(toy):
+    def rows(shift: float, skipped: int) -> list[ClipRow]:
+        found = [row(str(n), toy_loud=n + shift) for n in range(10)]
+        for one in found[:skipped]:
+            one.values["toy_loud"] = Value(None, "skipped", "nobody speaks")
+        return found
+
+    both = compare(rows(0.0, 6), rows(1.0, 6))["toy_loud"]
+    assert (both["n"], both["total"], both["coverage"], both["verdict"]) == (4, 4, 1.0, "worse")
+    assert compare(rows(0.0, 6), rows(1.0, 2))["toy_loud"]["verdict"] == "not compared"
+
+
 def test_difference_of_pooled_rates_uses_the_common_clips_only(toy):
     own = [
         row("a", toy_words=1.0, toy_units=3.0),
@@ -391,8 +455,6 @@ def test_difference_of_pooled_rates_uses_the_common_clips_only(toy):
 
 
 def command(module: str, *words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    import os
-
     path = str(Path(__file__).parents[2])
     return subprocess.run(
         [sys.executable, "-m", f"eval.{module}", *words], cwd=cwd, capture_output=True, text=True,
@@ -417,12 +479,14 @@ def test_a_finished_folder_is_scored_again_at_once_and_without_a_network(tmp_pat
     first = command("score", *words, cwd=tmp_path, env=env)
     assert first.returncode == 0, first.stderr
     before = {path.name: path.read_text() for path in (tmp_path / "out").glob("results*")}
-    start = time.perf_counter()
+    start = os.times()
     again = command("score", *words, cwd=tmp_path, env=env)
+    taken = os.times()
     assert again.returncode == 0, again.stderr
     assert "measuring" not in again.stderr
     assert {path.name: path.read_text() for path in (tmp_path / "out").glob("results*")} == before
-    assert time.perf_counter() - start < 8  # 2 s when the machine is idle: see the slow test
+    # Processor time, since it hardly depends on other work on the machine: 1.5 s, 5 s under a load of 10.
+    assert taken.children_user + taken.children_system - start.children_user - start.children_system < 12
     assert json.loads((tmp_path / "out/summary.json").read_text())["clips"] == 3
 
 
@@ -450,6 +514,16 @@ def test_wrong_commands_are_one_line(tmp_path, capsys):
         assert ended.value.code == 2, words
         assert text in error, (words, error)
         assert error.strip().count("\n") == 0, error
+
+
+def test_folders_with_dots_have_results_of_their_own(toy, tmp_path, monkeypatch):
+    from eval.score import ScoreOptions, run
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("step.100", "step.200"):
+        write_clip(tmp_path / name / "a.mp4", frames=3)
+        run(ScoreOptions(clips=name, metrics="toy_loud", cache=None, progress=False, workers=1))
+    assert sorted(path.name for path in (tmp_path / "runs/scores").iterdir()) == ["step.100", "step.200"]
 
 
 @pytest.fixture
@@ -540,8 +614,7 @@ def test_too_few_values_end_with_status_1(toy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words, "metrics=toy_absent"])
     assert "unavailable: there are no weights; hf download toy/toy" in capsys.readouterr().err
-    (tmp_path / "clips/b.mp4").unlink()
-    main([*words, "metrics=toy_words"])  # it applies to no clip: said, and not counted
+    main([*words, "metrics=toy_words"])  # it applies to no clip, the broken one included: said, and not counted
 
 
 @pytest.mark.slow

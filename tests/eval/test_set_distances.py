@@ -146,6 +146,18 @@ class TestExtractors:
             load_extractor(Path(networks[name]), "cpu")(np.zeros(2, np.float32))
         assert "\n" not in str(error.value)
 
+    def test_want_of_memory_is_no_property_of_the_clip(self, networks: dict[str, str]) -> None:
+        """A `MeasurementError` would be kept in the cache; anything else is tried again."""
+
+        class Greedy(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.zeros(1 << 45)
+
+        path = Path(networks["mean.pt"]).with_name("greedy.pt")
+        torch.jit.script(Greedy()).save(str(path))
+        with pytest.raises(MemoryError, match=r"greedy\.pt"):
+            load_extractor(path, "cpu")(np.zeros((1, 3), np.float32))
+
     def test_nan_is_an_error(self, networks: dict[str, str]) -> None:
         with pytest.raises(MeasurementError, match=r"mean.pt gives NaN or infinity"):
             load_extractor(Path(networks["mean.pt"]), "cpu")(np.full((1, 3, 2, 2), np.nan))

@@ -81,7 +81,7 @@ def test_files_that_cannot_be_read_fail_with_the_reason(tmp_path: Path, good: Pa
     path = tmp_path / "a.mp4"
     content = {"empty": b"", "text": b"not a movie\n" * 100, "truncated": good.read_bytes()[:3000]}[case]
     path.write_bytes(content)
-    values = statuses(path)
+    values = statuses(path, path)
     assert {value.status for value in values.values()} == {"failed"}
 
 
@@ -97,7 +97,7 @@ def test_10_bit_pictures(tmp_path: Path) -> None:
 
 def test_ten_minutes_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     path = movie(tmp_path / "a.mp4", moments=[10.0 * i for i in range(61)], width=32, height=32, sound=None)
-    values = statuses(path)
+    values = statuses(path, path)
     assert {value.status for value in values.values()} == {"failed"}
     assert "120 s is the most" in values["motion"].reason
 
@@ -174,3 +174,10 @@ def test_a_folder_of_bad_clips_through_every_measurement_that_can_run_here(good:
 
 def test_digital_silence_is_all_silence(tmp_path: Path) -> None:
     assert statuses(movie(tmp_path / "a.mp4", seconds=1, sound=Sound(level=0.0)))["silence_share"].value == 1
+
+
+def test_a_bad_reference_is_called_so(good: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "true.mp4"
+    bad.write_bytes(b"no video")
+    row = score([ClipFile(good, reference=ClipFile(bad))], ["fidelity"], progress=False).rows[0]
+    assert row.values["clip_psnr"].reason.startswith("its reference true.mp4: ")
