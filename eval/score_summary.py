@@ -55,8 +55,10 @@ def _measure(
     if n and np.isfinite(draws[0]):
         low, high = stats.ends_of(draws[1:])
         known, used = values[np.isfinite(values)], len(np.unique(groups[np.isfinite(values)]))
-        if metrics()[key].share and np.isin(known, (0.0, 1.0)).all() and len(set(known)) == 1:
-            ends = stats.proportion(round(float(known[0]) * used), used)  # resampling could only repeat the value
+        metric, edges = metrics()[key], set(known)
+        if (metric.share and edges in ({0.0}, {1.0})) or (metric.weight and edges == {0.0}):
+            # Resampling could only repeat the value. Of an error rate: the share of prompts with any error.
+            ends = stats.proportion(round(float(known[0]) * used), used)
             low, high = float(ends.low or 0.0), float(ends.high or 0.0)
         one = used < MIN_CLIPS
         content.update(value=float(draws[0]), low=None if one else low, high=None if one else high)

@@ -353,7 +353,8 @@ def test_intervals_cover_the_truth_with_clips_that_are_alike_within_prompts(toy)
 def test_shares_of_only_zeros_get_wilsons_interval(tmp_path):
     text = "MEASUREMENTS = (Measurement('t', (Metric('toy_share', 's', share=True),), None),)"
     with metric_file(tmp_path / "m", text, "toy_share"):
-        found = summarise([row(str(n), toy_share=0.0) for n in range(20)])["toy_share"]
+        rows = [row(str(n), toy_share=0.0) for n in range(20)]
+        found = summarise([*rows, row("broken", toy_share=None)])["toy_share"]
     assert (found["value"], found["low"]) == (0.0, 0.0)
     assert found["high"] == pytest.approx(3.84146 / (20 + 3.84146), rel=1e-3)
 
@@ -365,6 +366,11 @@ def test_wilsons_interval_counts_only_prompts_with_a_value(tmp_path):
     with metric_file(tmp_path / "m", text, "toy_share"):
         found = summarise(rows)["toy_share"]
     assert found["high"] == pytest.approx(3.84146 / (2 + 3.84146), rel=1e-3)
+
+
+def test_an_error_rate_without_any_error_is_not_certain(toy):
+    found = summarise([row(str(n), toy_words=0.0, toy_units=9.0) for n in range(20)])["toy_words"]
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((0.0, 0.0, 0.16113), abs=1e-4)
 
 
 def test_one_prompt_has_no_interval(toy):
