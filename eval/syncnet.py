@@ -103,11 +103,13 @@ def load_syncnet(path: Path, device: str = "auto") -> SyncNet:
         state = torch.load(path.expanduser(), map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path} is no file of weights that can be read safely: {str(error).splitlines()[0][:160]}"
+            f"{path} is no file of weights that can be read safely: {' '.join(str(error).split())[:160]}"
         ) from error
     network = SyncNet()
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in state.items()} if isinstance(state, dict) else {}
+    given = (
+        {name: tuple(getattr(value, "shape", ())) for name, value in state.items()} if isinstance(state, dict) else {}
+    )
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # files of old versions have none
     wrong = [name for name in wanted if given.get(name) != wanted[name] and name not in counters - given.keys()]
     if wrong or given.keys() - wanted.keys():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.clip_file import ClipFile, NotMeasured
+from eval.fingerprint import fingerprint
 from eval.metrics.registry import Measurement, Metric, MissingDependency, missing_package
 
 if TYPE_CHECKING:
@@ -37,16 +38,26 @@ def missing(options: None) -> MissingDependency | None:
     return missing_package("onnxruntime") or missing_package("speechmos")
 
 
-def load(options: None) -> tuple["InferenceSession", "InferenceSession"]:
-    """The networks of P.835 and P.808."""
+def _networks() -> Path:
+    """Folder of the networks in the package."""
     from importlib.util import find_spec
-
-    import onnxruntime
 
     spec = find_spec("speechmos")  # importing its modules would import librosa
     assert spec is not None
     assert spec.origin is not None
-    folder = Path(spec.origin).parent / "dnsmos_models"
+    return Path(spec.origin).parent / "dnsmos_models"
+
+
+def identity(options: None) -> Mapping[str, Any]:
+    """The networks by their fingerprint: another version of the package may have others."""
+    return {"networks": fingerprint(_networks())}
+
+
+def load(options: None) -> tuple["InferenceSession", "InferenceSession"]:
+    """The networks of P.835 and P.808."""
+    import onnxruntime
+
+    folder = _networks()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1  # tiny networks; and the same sum in the same order everywhere
     first, second = (
@@ -127,6 +138,7 @@ MEASUREMENTS = (
         optional=("dialogue",),
         missing=missing,
         load=load,
+        identity=identity,
         costly=True,
     ),
 )

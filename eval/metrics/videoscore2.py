@@ -92,10 +92,14 @@ class Judge:
         self.options = options
         self.device = choose_device(options.device)
         offline = {"local_files_only": True, "trust_remote_code": False}
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **offline)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, **offline, dtype=getattr(torch, options.dtype), output_loading_info=True
-        )
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **offline)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, **offline, dtype=getattr(torch, options.dtype), output_loading_info=True
+            )
+        except Exception as error:  # transformers raises many kinds for damaged or foreign files
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"videoscore2.weights={options.weights} cannot be loaded: {reason}") from error
         model, report = loaded
         if lost := sorted(report["missing_keys"]):  # transformers fills them with random numbers
             raise UserError(

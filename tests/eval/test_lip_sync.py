@@ -138,6 +138,9 @@ class TestNetwork:
         torch.save({"a": torch.zeros(1)}, tmp_path / "other.model")
         with pytest.raises(UserError, match=r"netcnnaud.0.weight is missing, wanted \(64, 1, 3, 3\)"):
             load_syncnet(tmp_path / "other.model")
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "training.model")
+        with pytest.raises(UserError, match=r"netcnnaud.0.weight is missing"):
+            load_syncnet(tmp_path / "training.model")
 
     def test_nothing_in_a_file_is_executed(self, tmp_path: Path) -> None:
         class Trap:

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from wave_files import speech_like, write_wave
 
 from eval.clip_file import ClipFile, NotMeasured
 from eval.metrics import speech_quality
-from eval.metrics.speech_quality import dnsmos, load, log_mel, measure
+from eval.metrics.speech_quality import MEASUREMENTS, dnsmos, load, log_mel, measure
 
 needs_networks = pytest.mark.skipif(
     not (find_spec("speechmos") and find_spec("onnxruntime")), reason="needs speechmos and onnxruntime: extra [eval]"
@@ -59,3 +60,15 @@ def test_what_has_no_speech_quality(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install onnxruntime" in str(speech_quality.missing(None))
+
+
+def test_other_networks_are_another_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values in the cache are not those of another version of the package."""
+    (tmp_path / "dnsmos_models").mkdir()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    identity, found = MEASUREMENTS[0].identity, set()
+    assert identity is not None
+    for content in (b"old", b"new"):
+        (tmp_path / "dnsmos_models" / "model_v8.onnx").write_bytes(content)
+        found.add(str(identity(None)))
+    assert len(found) == 2

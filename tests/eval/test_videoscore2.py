@@ -281,6 +281,12 @@ class TestTinyModel:
         with pytest.raises(UserError, match=r"lacks 1 tensors, such as .*norm\.weight; copy it again"):
             load(copy)
 
+    def test_a_foreign_model_is_one_line(self, folder: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        (copy / "config.json").write_text('{"model_type": "other", "auto_map": {"AutoConfig": "evil.Config"}}')
+        with pytest.raises(UserError, match=r"^videoscore2.weights=.* cannot be loaded: "):
+            load(copy)
+
     def test_missing_weights_name_the_command(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         assert JUDGE.missing(JudgeOptions()).remedy == "hf download TIGER-Lab/VideoScore2"
