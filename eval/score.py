@@ -78,6 +78,11 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     source = Path(options.clips)
     found = read_clips(source, reference)
     name = source if source.is_dir() else source.with_suffix("")  # a folder's name may have dots: step.100
+    if reference is not None and (alone := [clip.name for clip in found if clip.reference is None]):
+        print(
+            f"note: reference={reference} has no clip of the name of {len(alone)} of {len(found)} clips, such as {alone[0]!r}",
+            file=sys.stderr,
+        )
     folder = Path(options.output) if options.output else folder_for("scores", name.as_posix())
     store = Path(options.cache) if options.cache else None
     processes = options.workers or max(1, min(8, (os.cpu_count() or 2) // 2))

@@ -9,6 +9,7 @@ card's soft scores and the expectations are all given. The answer is greedy unle
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -217,7 +218,9 @@ def identity(options: JudgeOptions) -> Mapping[str, Any]:
     """Weights and all settings that answers depend on."""
     unused = {"weights", "device"} | (set() if options.samples else {"temperature", "seed"})
     kept = {name: value for name, value in plain_options(options).items() if name not in unused}
-    return {"weights": options.weights, "fingerprint": fingerprint(local_model(options.weights)), **kept}
+    # Without the folder's path: results hold no path of a machine, and the same weights elsewhere are the same judge.
+    name = Path(options.weights).expanduser().name
+    return {"weights": name, "fingerprint": fingerprint(local_model(options.weights)), **kept}
 
 
 MEASUREMENTS = (

@@ -10,6 +10,7 @@ pytest.importorskip("cv2", reason="needs opencv-python-headless (extra eval)")
 from eval.clip_file import ClipFile, NotMeasured
 from eval.metrics import av_offset
 from eval.metrics.movement import measure_motion, repeats, still_change
+from eval.metrics.registry import metrics
 from eval.optical_flow import Motion, motion_of
 from magihuman.media.mp4 import write_mp4
 
@@ -183,5 +184,11 @@ def test_av_align_is_the_intersection_over_the_union(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(av_offset, "onset_times", lambda wave, rate: np.array([0.2, 1.0, 2.0]))
     monkeypatch.setattr(av_offset, "flow_peaks", lambda motion: np.array([0.22, 1.5]))
     assert av_offset.measure_av_align(clip) == {"av_align": pytest.approx(1 / 4)}
+    # Two onsets that meet one peak count twice, as in the authors' code: 1 is not the best.
+    monkeypatch.setattr(av_offset, "onset_times", lambda wave, rate: np.array([0.2, 0.25]))
+    monkeypatch.setattr(av_offset, "flow_peaks", lambda motion: np.array([0.22]))
+    assert av_offset.measure_av_align(clip) == {"av_align": 2.0}
+    assert metrics()["av_align"].best is None
+    monkeypatch.setattr(av_offset, "flow_peaks", lambda motion: np.array([0.22, 1.5]))
     monkeypatch.setattr(av_offset, "onset_times", lambda wave, rate: np.zeros(0))
     assert av_offset.measure_av_align(clip) == {"av_align": 0}

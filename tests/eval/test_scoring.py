@@ -532,6 +532,16 @@ def test_folders_with_dots_have_results_of_their_own(toy, tmp_path, monkeypatch)
     assert sorted(path.name for path in (tmp_path / "runs/scores").iterdir()) == ["step.100", "step.200"]
 
 
+def test_clips_without_a_reference_are_said(toy, tmp_path, capsys):
+    from eval.score import ScoreOptions, run
+
+    for name in ("made/a", "made/b", "real/a"):
+        write_clip(tmp_path / f"{name}.mp4", frames=3)
+    given = {"clips": str(tmp_path / "made"), "reference": str(tmp_path / "real"), "output": str(tmp_path / "o")}
+    run(ScoreOptions(**given, metrics="toy_loud", cache=None, progress=False, workers=1))
+    assert "has no clip of the name of 1 of 2 clips, such as 'b'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def two_folders(toy, tmp_path):
     """Result folders of the same ten clips; the second is brighter."""

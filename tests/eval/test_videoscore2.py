@@ -267,6 +267,12 @@ class TestTinyModel:
         assert of() == of(device="cpu") == of(seed=7)
         assert len({str(of(**s)) for s in ({}, {"fps": 4.0}, {"samples": 1}, {"samples": 1, "seed": 7})}) == 4
 
+    def test_the_same_weights_elsewhere_are_the_same_judge(self, folder: Path, tmp_path: Path) -> None:
+        moved = shutil.copytree(folder, tmp_path / folder.name)
+        here, there = (JUDGE.identity(JudgeOptions(weights=str(path))) for path in (folder, moved))
+        assert here == there
+        assert str(tmp_path) not in str(there)
+
     def test_a_lost_tensor_is_no_random_judge(self, folder: Path, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file
 
