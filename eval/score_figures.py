@@ -4,6 +4,7 @@ score_panels({"clips": rows}, summaries).savefig("summary.png")
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,4 +90,5 @@ def _values(rows: Sequence[ClipRow], key: str) -> np.ndarray:
 def _wrapped(text: str, width: int = 42) -> str:
     import textwrap
 
+    text = re.sub(r" (?=[↑↓=]$)", "\u00a0", text)  # the sign of the direction stays with the last word
     return "\n".join(textwrap.wrap(text, width))
