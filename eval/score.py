@@ -76,14 +76,15 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     plan(select(names), of_measurements or {})  # a wrong option is found before clips are read
     reference = Path(options.reference) if options.reference else None
     source = Path(options.clips)
-    found = read_clips(source, reference)
     name = source if source.is_dir() else source.with_suffix("")  # a folder's name may have dots: step.100
+    folder = Path(options.output) if options.output else folder_for("scores", name.as_posix())
+    made = (folder / "bound").resolve()  # clips of an earlier run, where the output is below clips=
+    found = [clip for clip in read_clips(source, reference) if not clip.path.resolve().is_relative_to(made)]
     if reference is not None and (alone := [clip.name for clip in found if clip.reference is None]):
         print(
             f"note: reference={reference} has no clip of the name of {len(alone)} of {len(found)} clips, such as {alone[0]!r}",
             file=sys.stderr,
         )
-    folder = Path(options.output) if options.output else folder_for("scores", name.as_posix())
     store = Path(options.cache) if options.cache else None
     processes = options.workers or max(1, min(8, (os.cpu_count() or 2) // 2))
 

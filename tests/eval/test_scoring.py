@@ -542,6 +542,15 @@ def test_clips_without_a_reference_are_said(toy, tmp_path, capsys):
     assert "has no clip of the name of 1 of 2 clips, such as 'b'" in capsys.readouterr().err
 
 
+def test_clips_of_the_bound_are_never_taken_for_the_models(toy, tmp_path):
+    from eval.score import ScoreOptions, run
+
+    write_clip(tmp_path / "made/a.mp4", frames=3)
+    write_clip(tmp_path / "made/scores/bound/0123-32x32x3.mp4", frames=3)
+    given = {"clips": str(tmp_path / "made"), "output": str(tmp_path / "made/scores"), "metrics": "toy_loud"}
+    assert run(ScoreOptions(**given, cache=None, progress=False, workers=1))["clips"] == 1
+
+
 @pytest.fixture
 def two_folders(toy, tmp_path):
     """Result folders of the same ten clips; the second is brighter."""
