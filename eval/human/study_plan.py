@@ -430,16 +430,21 @@ def read_plan(folder: Path) -> StudyPlan:
         raise UserError(f"{folder / PLAN} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{folder / PLAN} is no plan of this version ({FORMAT}); plan the study anew")
-    return StudyPlan(
-        StudySettings(**content["settings"]),
-        content["opponents"],
-        [StudyPair(**pair) for pair in content["pairs"]],
-        [[Trial(*trial) for trial in rater["trials"]] for rater in content["raters"]],
-        [rater["token"] for rater in content["raters"]],
-        content["media"],
-        content["notes"],
-        content["instructions"],
-    )
+    try:
+        return StudyPlan(
+            StudySettings(**content["settings"]),
+            content["opponents"],
+            [StudyPair(**pair) for pair in content["pairs"]],
+            [[Trial(*trial) for trial in rater["trials"]] for rater in content["raters"]],
+            [rater["token"] for rater in content["raters"]],
+            content["media"],
+            content["notes"],
+            content["instructions"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / PLAN} was damaged ({type(error).__name__}: {error}); put the old one back"
+        ) from None
 
 
 def exclusion_rule(settings: StudySettings) -> str:

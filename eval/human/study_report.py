@@ -422,7 +422,10 @@ def votes_csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     for row in rows:
         writer.writerow(
-            {key: f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for key, v in row.items()}
+            {
+                key: f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@", "\t", "\r") else v
+                for key, v in row.items()
+            }
         )
     return text.getvalue()
 

@@ -83,7 +83,7 @@ class StudyServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that leaves in the middle of a clip is no error; others are printed."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
     def next_trial(self, rater: int) -> dict[str, Any]:

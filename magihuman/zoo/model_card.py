@@ -276,7 +276,8 @@ def read_scores(path: Path, name: str = "") -> ScoreTable:
     file = next((path / file for file in SCORE_FILES if (path / file).is_file()), path)
     if file.is_dir():
         raise UserError(f"scores={path} holds neither {' nor '.join(SCORE_FILES)}; give a folder of an evaluation")
-    return _scores_of(_read(file), name or file.parent.name, f"{file.parent.name}/{file.name}")
+    folder = file.resolve().parent.name
+    return _scores_of(_read(file), name or folder, f"{folder}/{file.name}")
 
 
 def _scores_of(values: Mapping[str, Any], name: str, source: str) -> ScoreTable:

@@ -327,12 +327,13 @@ def test_ties_only_and_excluded_all() -> None:
     assert "n/a" in report_markdown(values)
 
 
-def test_cells_of_the_csv_are_no_formulas() -> None:
+@pytest.mark.parametrize("prompt", ["=1+1", "\t=1+1"])
+def test_cells_of_the_csv_are_no_formulas(prompt: str) -> None:
     plan = planned(raters=1, pairs=8)
-    plan = replace(plan, pairs=[replace(pair, prompt="=1+1") for pair in plan.pairs])
+    plan = replace(plan, pairs=[replace(pair, prompt=prompt) for pair in plan.pairs])
     rows = list(csv.DictReader(io.StringIO(votes_csv(named_votes(plan, voted(plan))))))
     assert len(rows) == 14
-    assert {row["prompt"] for row in rows} == {"'=1+1"}
+    assert {row["prompt"] for row in rows} == {f"'{prompt}"}
 
 
 class Addresses(HTMLParser):
@@ -387,6 +388,15 @@ def test_the_command_writes_page_tables_and_exports(tmp_path: Path, capsys: pyte
     for path in written.iterdir():
         assert not any(token in path.read_text() for token in plan.tokens)
     assert "Bradley-Terry-Davidson" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format": "magihuman-study/1"}', '{"format": "magihuman-study/1", "settings": {"x": 1}}']
+)
+def test_a_damaged_plan_is_an_error_of_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan.json was damaged \((KeyError|TypeError): .*put the old one back"):
+        report_study(str(tmp_path))
 
 
 def test_a_folder_without_a_study_is_an_error(tmp_path: Path) -> None:

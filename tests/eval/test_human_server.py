@@ -1,6 +1,7 @@
 """Server of a human study: blindness of every byte, both clips must play, one vote per pair, resume, hostile requests."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -287,6 +288,14 @@ def test_an_address_that_is_none_gets_an_answer(server: StudyServer) -> None:
     with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
         connection.sendall(b"GET http://[ HTTP/1.0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 404")
+
+
+def test_a_clip_that_is_lost_while_serving_is_said(server: StudyServer, capsys: pytest.CaptureFixture[str]) -> None:
+    name = next(iter(server.media))
+    server.media[name] = Path("/nowhere/lost.mp4")
+    with pytest.raises(http.client.RemoteDisconnected):
+        rater_of(server).request("GET", f"/media/{name}.mp4")
+    assert "No such file or directory: '/nowhere/lost.mp4'" in capsys.readouterr().err
 
 
 def test_bodies_are_limited_and_must_be_json(server: StudyServer) -> None:

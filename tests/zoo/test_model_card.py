@@ -189,7 +189,7 @@ def test_text_of_people_is_kept_and_said(run: Path) -> None:
     assert file.read_text() == broken
 
 
-def test_scores_of_a_clip_evaluation(run: Path) -> None:
+def test_scores_of_a_clip_evaluation(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = {"value": 4.71, "low": 4.5, "high": 4.9, "n": 20, "total": 21, "status": "ok", "reason": ""}
     skipped = {"value": None, "low": None, "high": None, "n": 0, "total": 21, "status": "skipped", "reason": "no audio"}
     columns = {
@@ -214,6 +214,9 @@ def test_scores_of_a_clip_evaluation(run: Path) -> None:
     assert row in text
     assert "Without a value: loudness (no audio)." in text
     assert "From `versebench/summary.json`." in text
+    monkeypatch.chdir(other)
+    card(str(run), scores="summary.json")
+    assert (run / "export" / "README.md").read_text() == text
     write_json(run / "run.json", {**RECORD, "results": {"suite": summary}})  # of eval.run as after_fit
     card(str(run))
     text = (run / "export" / "README.md").read_text()
