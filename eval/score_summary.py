@@ -156,7 +156,9 @@ def _not_comparable(
             return f"{name} have no value" if not reasons else f"{name}: {reasons.most_common(1)[0][0]}"
     if coverage < min_coverage:
         return f"{coverage:.0%} of the clips have a value in both, and min_coverage is {min_coverage:.0%}"
-    return "" if groups >= MIN_CLIPS else f"{groups} prompts have a value in both; an interval needs {MIN_CLIPS}"
+    return (
+        "" if groups >= stats.FEWEST else f"{groups} prompts have a value in both, and a verdict needs {stats.FEWEST}"
+    )
 
 
 def _verdict(metric: Metric, mine: np.ndarray, theirs: np.ndarray, target: float | None) -> str:

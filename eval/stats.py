@@ -15,6 +15,8 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
+FEWEST = 5
+"""Prompts that an interval of a paired difference needs: of two, chance alone excludes 0 in every second comparison."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ from eval.clip_values import ClipValues
 from eval.compare_runs.run_records import RunRecord
 from eval.metrics.registry import metrics as known_metrics
 from eval.paired import weights
-from eval.stats import LEVEL
+from eval.stats import FEWEST, LEVEL
 
 LEVELS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-FEWEST = 5
-"""Prompts from which on a difference gets an interval: resampling fewer says nothing."""
 PAIRS_OF = 12
 """Runs up to which every pair is compared, so that the page can change its baseline."""
 
@@ -59,7 +57,7 @@ def paired_differences(mine: ClipValues, theirs: ClipValues) -> dict[str, dict[s
 
     Returns:
         metric -> {"value", "low", "high", "n", "verdict"}: the mean difference, its 95 % interval (None for fewer than
-        `FEWEST` prompts), the number of prompts, and better, worse, within noise, or "" where no side is better.
+        `eval.stats.FEWEST` prompts), the number of prompts, and better, worse, within noise, or "" where no side is better.
     """
     found = {}
     groups: dict[tuple[str, ...], list[str]] = {}

@@ -23,14 +23,14 @@ from PIL import Image
 from data.tiny.puppets import FPS, SAMPLE_RATE
 from eval.clip_values import FILE, ClipValues, read_clip_values, reported, write_clip_values
 from eval.compare_runs.__main__ import arguments, compare_runs
-from eval.compare_runs.run_differences import FEWEST, differing_settings, paired_differences
+from eval.compare_runs.run_differences import differing_settings, paired_differences
 from eval.compare_runs.run_lineage import lineage
 from eval.compare_runs.run_page import comparison
 from eval.compare_runs.run_records import RunRecord, Series, read_folder, read_metrics, thin
 from eval.compare_runs.run_tables import _inert, csv_text, markdown_text
 from eval.compare_runs.wandb_runs import BLOCK, DamagedLog, log_records, offline_folders, read_api, read_offline
 from eval.paired import weights
-from eval.stats import ends_of
+from eval.stats import FEWEST, ends_of
 from magihuman.config import WandbSettings
 from magihuman.errors import UserError
 from magihuman.sweep.points import Point, Points

@@ -441,9 +441,17 @@ def test_clips_that_a_metric_does_not_apply_to_are_no_lack_of_coverage(toy):
             one.values["toy_loud"] = Value(None, "skipped", "nobody speaks")
         return found
 
-    both = compare(rows(0.0, 6), rows(1.0, 6))["toy_loud"]
-    assert (both["n"], both["total"], both["coverage"], both["verdict"]) == (4, 4, 1.0, "worse")
-    assert compare(rows(0.0, 6), rows(1.0, 2))["toy_loud"]["verdict"] == "not compared"
+    both = compare(rows(0.0, 4), rows(1.0, 4))["toy_loud"]
+    assert (both["n"], both["total"], both["coverage"], both["verdict"]) == (6, 6, 1.0, "worse")
+    assert compare(rows(0.0, 4), rows(1.0, 2))["toy_loud"]["verdict"] == "not compared"
+
+
+def test_few_prompts_have_no_verdict(toy):
+    """Two of two that are higher are so by chance in half of all comparisons."""
+    own, other = ([row(str(n), toy_loud=n + shift) for n in range(5)] for shift in (1.0, 0.0))
+    few = compare(own[:4], other[:4])["toy_loud"]
+    assert (few["verdict"], few["reason"]) == ("not compared", "4 prompts have a value in both, and a verdict needs 5")
+    assert compare(own, other)["toy_loud"]["verdict"] == "better"
 
 
 def test_difference_of_pooled_rates_uses_the_common_clips_only(toy):
@@ -453,8 +461,9 @@ def test_difference_of_pooled_rates_uses_the_common_clips_only(toy):
         row("c", toy_words=9.0, toy_units=9.0),
     ]
     other = [row("a", toy_words=0.0, toy_units=3.0), row("b", toy_words=1.0, toy_units=1.0)]
-    found = compare(own, other, min_coverage=0.5)["toy_words"]
-    assert (found["value"], found["baseline"]) == pytest.approx((3 / 4, 1 / 4))
+    right = [row(name, toy_words=0.0, toy_units=1.0) for name in "def"]
+    found = compare(own + right, other + right, min_coverage=0.5)["toy_words"]
+    assert (found["value"], found["baseline"]) == pytest.approx((3 / 7, 1 / 7))
 
 
 # ---- Commands ----
