@@ -1,4 +1,4 @@
-"""Whether the person stays the same: cosine of face embeddings with the first frame's face, and with the given image's.
+"""Whether the person stays the same: cosine of faces with the first face in the clip, and with that of the given image.
 
     python -m eval.score clips=DIR metrics=face_identity face_identity.weights=FILE face_identity.face_detector=FILE
 
@@ -146,7 +146,7 @@ MEASUREMENTS = (
     Measurement(
         "face_identity",
         (
-            Metric("identity_to_first", "face: cosine with the first frame's", direction="up", best=1.0),
+            Metric("identity_to_first", "face: cosine with the first frame that shows one", direction="up", best=1.0),
             Metric("identity_to_image", "face: cosine with the given image's", direction="up", best=1.0),
             Metric("faces_found", "frames with a face", direction="up", best=1.0, share=True),
         ),
