@@ -58,6 +58,10 @@ def run(
     found = compare(own["clips"], other["clips"], targets, min_coverage)
     wanted = [name.strip() for name in metrics.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in found]:
+        if unknown[0] in distances_of_sets():
+            raise UserError(
+                f"metrics={unknown[0]} is a distance of sets, without values per clip: see summary.json of both"
+            )
         raise UserError(f"metrics={unknown[0]} is in neither; they have {', '.join(found)}")
     found = {key: entry for key, entry in found.items() if not wanted or key in wanted}
     for key, reason in changed.items():
@@ -93,6 +97,13 @@ def run(
 def short(name: str, other: str) -> str:
     """Last part of a folder's name; the whole where both end alike."""
     return name if Path(name).name == Path(other).name else Path(name).name
+
+
+def distances_of_sets() -> set[str]:
+    """Metrics that have one value for a whole set of clips."""
+    from eval.metrics.registry import SetMeasurement, measurements
+
+    return {m.key for one in measurements().values() if isinstance(one, SetMeasurement) for m in one.metrics}
 
 
 def measured_otherwise(own: Path, other: Path) -> dict[str, str]:

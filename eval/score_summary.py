@@ -3,8 +3,9 @@
     summarise(rows)["loudness"]           # {"value", "low", "high", "n", "total", "status", "reason", ...}
     compare(rows, baseline_rows)["wer"]   # {"change", "low", "high", "verdict", "needed", "coverage", ...}
 
-Clips of one group (a prompt) are alike: groups are resampled, not clips (percentile bootstrap, 2000 draws, 95 %), all metrics
-with the same draws. An average is sum(weight x value) / sum(weight); the weight is 1 where a metric has none.
+Clips of one group (a prompt) are alike: groups are resampled, not clips (percentile bootstrap, 2000 draws, 95 %, widened
+for few groups), all metrics with the same draws. An average is sum(weight x value) / sum(weight); the weight is 1 where a
+metric has none.
 """
 
 from collections import Counter
@@ -53,8 +54,8 @@ def _measure(
     n = int(np.isfinite(values).sum())
     content: dict[str, Any] = {"value": None, "low": None, "high": None, "n": n, "total": len(rows)}
     if n and np.isfinite(draws[0]):
-        low, high = stats.ends_of(draws[1:])
         known, used = values[np.isfinite(values)], len(np.unique(groups[np.isfinite(values)]))
+        low, high = stats.ends_of(draws[1:], used)
         metric, edges = metrics()[key], set(known)
         if (metric.share and edges in ({0.0}, {1.0})) or (metric.weight and edges == {0.0}):
             # Resampling could only repeat the value. Of an error rate: the share of prompts with any error.
@@ -120,9 +121,9 @@ def compare(
             continue
         mine, theirs = draws[0][:, k], draws[1][:, k]
         change = mine - theirs
-        low, high = stats.ends_of(change[1:])
+        low, high = stats.ends_of(change[1:], used)
         target = metric.target if metric.target is not None else (targets or {}).get(key)
-        word = _verdict(metric, mine, theirs, target)
+        word = _verdict(metric, mine, theirs, target, used)
         spread = _spread(sums[0], sums[1], k)
         entry |= {
             "value": float(mine[0]),
@@ -161,7 +162,7 @@ def _not_comparable(
     )
 
 
-def _verdict(metric: Metric, mine: np.ndarray, theirs: np.ndarray, target: float | None) -> str:
+def _verdict(metric: Metric, mine: np.ndarray, theirs: np.ndarray, target: float | None, groups: int) -> str:
     """Whether the interval of the gain excludes 0; without a better side, whether that of the change does."""
     change = mine - theirs
     if metric.direction == "target" and target is not None:
@@ -169,9 +170,9 @@ def _verdict(metric: Metric, mine: np.ndarray, theirs: np.ndarray, target: float
     elif metric.direction in ("up", "down"):
         gain = change if metric.direction == "up" else -change
     else:
-        low, high = stats.ends_of(change[1:])
+        low, high = stats.ends_of(change[1:], groups)
         return "different" if low > 0 or high < 0 else "undecided"
-    low, high = stats.ends_of(gain[1:])
+    low, high = stats.ends_of(gain[1:], groups)
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 

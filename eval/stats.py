@@ -39,10 +39,25 @@ def unavailable(reason: str, n: int = 0) -> Measure:
     return Measure(None, None, None, n, "unavailable", reason)
 
 
-def ends_of(draws: np.ndarray) -> tuple[float, float]:
-    """Ends of the percentile interval of resampled values, of those that are finite."""
-    low, high = np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def ends_of(draws: np.ndarray, groups: int | None = None) -> tuple[float, float]:
+    """Ends of the percentile interval of resampled values, of those that are finite.
+
+    Args:
+        groups: how many were resampled. With few, percentiles are too narrow (95 % intervals of 8 normal values miss the truth in 12 %, these in 6 %):
+            they are taken farther out, as Student's t and the divisor n - 1 demand (Hesterberg 2015, "expanded percentile").
+            None takes those of `LEVEL`.
+    """
+    tail = (1 - LEVEL) / 2 if groups is None else _expanded_tail(groups)
+    low, high = np.nanquantile(np.where(np.isfinite(draws), draws, np.nan), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _expanded_tail(groups: int) -> float:
+    from scipy.special import ndtr, stdtrit
+
+    if groups < 2:
+        return 0.0
+    return float(ndtr(-math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, (1 + LEVEL) / 2)))
 
 
 def _bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Measure:
