@@ -43,8 +43,9 @@ def ends_of(draws: np.ndarray, groups: int | None = None) -> tuple[float, float]
     """Ends of the percentile interval of resampled values, of those that are finite.
 
     Args:
-        groups: how many were resampled. With few, percentiles are too narrow (95 % intervals of 8 normal values miss the truth in 12 %, these in 6 %):
-            they are taken farther out, as Student's t and the divisor n - 1 demand (Hesterberg 2015, "expanded percentile").
+        groups: how many were resampled. With few, percentiles are too narrow (95 % intervals of 8 normal values miss the
+            truth in 12 %, these in 6 %): they are taken farther out, as Student's t and the divisor n - 1 demand
+            (Hesterberg 2015, "expanded percentile").
             None takes those of `LEVEL`.
     """
     tail = (1 - LEVEL) / 2 if groups is None else _expanded_tail(groups)
