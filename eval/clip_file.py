@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 120.0
 MAX_BYTES = 6 * 1024**3
+SILENT_PEAK = 1e-3
+"""-60 dB of full scale: audio below counts as silent."""
 
 
 class NotMeasured(Exception):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from eval.output import portable, require_at_least
 from eval.published import SOURCE, ComparedMetrics, published_rows
-from eval.score import CACHE, clip_sets, require_coverage, require_share, split_options
+from eval.score import clip_sets, require_coverage, require_share, split_options
+from eval.score_cache import DEFAULT
 from eval.suites.suite_items import Suite, SuiteItem, SuiteOptions
 from inference.requests import MANIFEST as MADE
 from inference.requests import InferOptions
@@ -68,8 +69,11 @@ class SuiteRunOptions(SuiteOptions):
         "word error rate beside the published one: pooled over all words, or mean of clips", "pooled"
     )
     min_coverage: float = option("least share of clips that a metric must have a value of; below, exit 1", 0.9)
-    cache: str | None = option("SQLite file of known values; none measures all again", CACHE)
-    workers: int = option("processes for measurements without a model; 0 is half of the cores, at most 8", 0)
+    cache: str | None = option("SQLite file of known values; none measures all again", DEFAULT)
+    workers: int = option(
+        "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3 GB of free memory",
+        0,
+    )
     progress: bool = option("show bars with the time left", True)
 
 
@@ -356,12 +360,12 @@ def _columns(
     Processes of torchrun measure a share each into the cache, and the first one then finds all there; {} in the others.
     """
     from eval.clip_list import read_clips
-    from eval.scoring import score
+    from eval.scoring import default_workers, score
 
     rank, processes, local = ranks()
     found = read_clips(folder / MANIFEST)
     store = None if options.cache is None else Path(options.cache)
-    workers = options.workers or max(1, min(8, (os.cpu_count() or 2) // 2 // processes))
+    workers = options.workers or default_workers(processes)
 
     def bound(clips: "Sequence[ClipFile]") -> "list[ClipFile]":
         from eval.codec_bound import bound_clips

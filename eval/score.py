@@ -6,7 +6,6 @@
 `python -m eval.doctor` lists the measurements, what each needs and its options.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.output import folder_for, require_at_least
+from eval.score_cache import DEFAULT
 from magihuman.cli import option
 from magihuman.errors import UserError, report_and_exit
 
 if TYPE_CHECKING:
     from eval.clip_file import ClipFile
     from eval.scoring import Options, Scored
-
-CACHE = "runs/score_cache.sqlite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +46,11 @@ class ScoreOptions:
     min_coverage: float = option(
         "least share of clips, of those that a metric applies to, that must have a value; below, exit 1", 0.9
     )
-    cache: str | None = option("SQLite file of known values; none measures all again", CACHE)
-    workers: int = option("processes for measurements without a model; 0 is half of the cores, at most 8", 0)
+    cache: str | None = option("SQLite file of known values; none measures all again", DEFAULT)
+    workers: int = option(
+        "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3 GB of free memory",
+        0,
+    )
     progress: bool = option("show bars with the time left", True)
 
 
@@ -68,7 +69,7 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     """
     from eval.clip_list import read_clips
     from eval.score_report import write_scores
-    from eval.scoring import plan, score, select
+    from eval.scoring import default_workers, plan, score, select
 
     require_at_least(workers=(options.workers, 0))
     require_share(options.min_coverage)
@@ -86,7 +87,7 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
             file=sys.stderr,
         )
     store = Path(options.cache) if options.cache else None
-    processes = options.workers or max(1, min(8, (os.cpu_count() or 2) // 2))
+    processes = options.workers or default_workers()
 
     def scored(part: "Sequence[ClipFile]") -> "Scored":
         return score(part, names, of_measurements, store, options.progress, processes)

@@ -18,6 +18,7 @@ from typing import Any
 
 from magihuman.errors import UserError
 
+DEFAULT = "runs/score_cache.sqlite"
 VERSION = 1
 WAIT = 60.0  # seconds for another process's write
 

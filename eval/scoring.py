@@ -11,6 +11,7 @@ the other, so that one model is in memory.
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from eval.score_summary import summarise
 from magihuman.errors import UserError
 
 CHEAP, ALL = "cheap", "all"
+MEMORY_PER_WORKER = 3 * 10**9
+"""Bytes: a clip of 5 s in 1080p with its reference takes 2 to 3 GB."""
 Options = Mapping[str, Mapping[str, Any]]
 """Settings of measurements: measurement -> setting -> value, a text as on the command line or a value."""
 
@@ -86,6 +89,18 @@ def select(names: Sequence[str]) -> list[str]:
     if not chosen:
         raise UserError("metrics= is empty; give cheap, all or names, see `python -m eval.doctor`")
     return list(chosen)
+
+
+def default_workers(processes: int = 1) -> int:
+    """Processes for measurements without a model: half of the cores, at most 8, one per `MEMORY_PER_WORKER` of free memory.
+
+    Args:
+        processes: that start workers on this machine, as of torchrun; they share it.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available // MEMORY_PER_WORKER
+    return max(1, int(min(8, (os.cpu_count() or 2) // 2, free)) // processes)
 
 
 def _owners() -> dict[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 from eval import stats
 from eval.faults import FAULTS, Fault
 from eval.metrics.registry import Measurement, Metric, measurements
+from eval.score_cache import DEFAULT
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def run(
     metrics: str = "all",
     faults: str = "all",
     seed: int = 0,
-    cache: str | None = "runs/score_cache.sqlite",
+    cache: str | None = DEFAULT,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Plant faults into made clips of talking faces and see which metric notices which fault.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.clip_file import MeasurementError, NotMeasured
+from eval.clip_file import SILENT_PEAK, MeasurementError, NotMeasured
 from eval.fingerprint import fingerprint, missing_file
 from eval.metrics.registry import Measurement, Metric, MissingDependency, missing_package
 from magihuman.cli import option
@@ -30,7 +30,6 @@ _LEAST = 25  # frames of a track: 1 s
 _SMOOTHED = 13  # frames of the median of a box
 _MARGIN = 0.4  # of half a box, on each side; three times below, as the network was trained
 _GREY = 110  # beside the frame
-_SILENT = 1e-3  # peak
 _STILL = 0.05  # 8-bit levels between frames
 
 
@@ -145,7 +144,7 @@ def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float]:
     from eval.syncnet import FPS, MOST, WINDOW, sync_scores
 
     wave = clip.wave(RATE)
-    if not len(wave) or np.abs(wave).max() < _SILENT:
+    if not len(wave) or np.abs(wave).max() < SILENT_PEAK:
         raise NotMeasured("the audio is silent")
     frames = clip.frames if abs(clip.fps - FPS) < 0.01 else clip.frames_at(FPS)
     if model.find is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.clip_file import ClipFile, MeasurementError, NotMeasured
+from eval.clip_file import SILENT_PEAK, ClipFile, MeasurementError, NotMeasured
 from eval.extractor import load_extractor, missing_extractor
 from eval.fingerprint import fingerprint, local_model, missing_model
 from eval.metrics.registry import Measurement, Metric, MissingDependency, missing_package
@@ -22,8 +22,6 @@ from magihuman.cli import option
 from magihuman.errors import UserError
 
 RATE = 16000
-SILENT_PEAK = 1e-3
-"""-60 dB of full scale."""
 LONGEST = 30.0
 """Seconds of each voice that are used: more tells nothing new of it, and attention over it is slow."""
 Embedding = Callable[[np.ndarray], np.ndarray]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eval.clip_file import ClipFile, MeasurementError, NotMeasured
+from eval.clip_file import SILENT_PEAK, ClipFile, MeasurementError, NotMeasured
 from eval.languages import language_code
 from eval.metrics.registry import Measurement, Metric, MissingDependency
 from eval.speech_recognition import RATE, Recogniser, load_recogniser, missing_recogniser, recogniser_identity
@@ -22,8 +22,6 @@ from eval.transcripts import compare, error_rate, rules_for, units
 from magihuman.cli import option
 from magihuman.errors import UserError
 
-SILENT_PEAK = 1e-3
-"""-60 dB of full scale: below, no recogniser is asked, since they write words for silence."""
 NO_REFERENCE = "no reference text; give a manifest with dialogue or prompts with a block 'Dialogue:'"
 
 

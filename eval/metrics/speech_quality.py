@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.clip_file import ClipFile, NotMeasured
+from eval.clip_file import SILENT_PEAK, ClipFile, NotMeasured
 from eval.fingerprint import fingerprint
 from eval.metrics.registry import Measurement, Metric, MissingDependency, missing_package
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 RATE = 16000
 WINDOW = int(9.01 * RATE)
-SILENT_PEAK = 1e-3
-"""-60 dB of full scale: what stays below is silence, which has no quality of speech."""
 _POLYNOMIALS = {
     "dnsmos_sig": (-0.08397278, 1.22083953, 0.0052439),
     "dnsmos_bak": (-0.13166888, 1.60915514, -0.39604546),
