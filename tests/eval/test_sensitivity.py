@@ -115,6 +115,13 @@ def committed() -> dict[str, Any]:
     return json.loads(COMMITTED.read_text())
 
 
+def test_claims_of_dnsmos_hold_in_its_committed_matrix() -> None:
+    found = json.loads((COMMITTED.parents[1] / "sensitivity_speech/sensitivity.json").read_text())
+    assert broken_claims(found) == []
+    claims = {metric.key: list(metric.sees) for metric in measurements()["speech_quality"].metrics}
+    assert {key: row["claims"] for key, row in found["metrics"].items()} == claims
+
+
 def test_every_claim_holds_in_the_committed_matrix(committed: dict[str, Any]) -> None:
     assert broken_claims(committed) == []
 
