@@ -99,7 +99,7 @@ class Measurement:
         options: dataclass of its settings, fields made by `magihuman.cli.option`; NAME.FIELD=value on the command line.
         missing: options -> what is not there, or None. Imports and loads nothing, opens no connection.
         load: options -> model, once per run, only when a value is not in the cache.
-        identity: options -> what a value depends on beside the clip, for the cache's key (weights by their fingerprint);
+        identity: options -> what a value depends on besides the clip, for the cache's key (weights by their fingerprint);
             without it all options by value.
         version: raise it whenever values change.
         costly: whether it needs a model: left out of `metrics=cheap`.

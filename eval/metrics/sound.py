@@ -110,7 +110,7 @@ def clipped_share(wave: np.ndarray) -> float:
 
 
 def hum(wave: np.ndarray, rate: int = RATE) -> float:
-    """Level of 50 or 60 Hz and their harmonics up to the sixth over the spectrum beside them, in dB, the mean of the six.
+    """Level of 50 or 60 Hz and their harmonics up to the sixth over the neighbouring frequencies, in dB, the mean of the six.
 
     Speech has lines, too, but its pitch moves: over the whole clip none is as narrow as hum. Per harmonic at least 0 dB.
     """
@@ -188,7 +188,7 @@ _METRICS = (
     Metric("clipped_audio", "samples at the top", "share", "down", sees=("clip_audio",)),
     Metric("silence_share", "silence", "share", "target", sees=("mute",)),
     Metric("audio_snr", "loud over quiet parts", "dB", "up", sees=("hiss", "hum")),
-    Metric("hum", "hum: 50 or 60 Hz over the spectrum beside", "dB", "down", sees=("hum",)),
+    Metric("hum", "hum: 50 or 60 Hz over neighbouring frequencies", "dB", "down", sees=("hum",)),
     Metric("bandwidth", "bandwidth: 99 % of the energy below", "kHz", "target", sees=("muffle",)),
     Metric("pitch_median", "median pitch", "Hz", "target", sees=("pitch",)),
 )  # fmt: skip

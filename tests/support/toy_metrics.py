@@ -8,6 +8,7 @@ import numpy as np
 
 import eval.metrics
 from eval.metrics import registry
+from eval.score_rows import ClipRow, Value
 
 HEAD = """
 from pathlib import Path
@@ -66,3 +67,48 @@ def write_clip(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(path, images, fps, wave if audio else None, 16000 if audio else 0)
     return path
+
+
+TOY = """
+def brightness(clip, _):
+    note("toy_brightness")
+    return {"toy_brightness": float(clip.frames.mean())}
+
+def loud(clip, _):
+    note("toy_loud")
+    return {"toy_loud": float(abs(clip.wave(16000)).mean()), "toy_text": clip.name}
+
+def worded(clip, options):
+    note("toy_words")
+    if "nan" in clip.prompt:
+        return {"toy_words": float("nan")}
+    if "parse" in clip.prompt:
+        raise MeasurementError("the answer has no digit")
+    if "crash" in clip.prompt:
+        raise ZeroDivisionError("of nothing")
+    return {"toy_words": len(clip.prompt.split()) * options.factor, "toy_units": 2}
+
+@dataclass(frozen=True)
+class ToyOptions:
+    factor: int = option("multiplies the words", 1)
+
+MEASUREMENTS = (
+    Measurement("toy_brightness", (Metric("toy_brightness", "brightness", direction="target"),), brightness),
+    Measurement("toy_loud", (Metric("toy_loud", "loudness", "dB", "up"),), loud, inputs=("audio",)),
+    Measurement(
+        "toy_words", (Metric("toy_words", "words", direction="down", weight="toy_units"), Metric("toy_units", "units")),
+        worded, inputs=("prompt",), options=ToyOptions,
+    ),
+    Measurement(
+        "toy_absent", (Metric("toy_absent", "absent"),), brightness, costly=True,
+        missing=lambda options: MissingDependency("there are no weights", "hf download toy/toy"),
+    ),
+)
+"""
+NAMES = ["toy_brightness", "toy_loud", "toy_words"]
+
+
+def row(clip: str, group: str = "", **values: float | None) -> ClipRow:
+    """A row with values by metric; None is a failure."""
+    found = {key: Value(v) if v is not None else Value(None, "failed", "broken") for key, v in values.items()}
+    return ClipRow(clip, group or clip, "", None, None, found)
