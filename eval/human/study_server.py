@@ -63,8 +63,13 @@ class StudyServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
         self.plan = read_plan(folder)
         self.raters = {token: number for number, token in enumerate(self.plan.tokens)}
-        self.media = {name: folder / MEDIA / f"{name}.mp4" for name in self.plan.media}
-        missing = [path.name for path in self.media.values() if not path.is_file()]
+        self.media = {
+            self.address(rater, number, side): folder / MEDIA / f"{name}.mp4"
+            for rater, trials in enumerate(self.plan.trials)
+            for number, trial in enumerate(trials)
+            for side, name in self.plan.sides(trial).items()
+        }
+        missing = sorted({path.name for path in self.media.values() if not path.is_file()})
         if missing:
             raise UserError(
                 f"{folder / MEDIA} lacks {len(missing)} clips of the plan, such as {missing[0]}; copy the whole study"
@@ -86,6 +91,10 @@ class StudyServer(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
+    def address(self, rater: int, trial: int, side: str) -> str:
+        """ID of a clip as raters see it, of one question only: a clip that comes again is not known by its address."""
+        return hashlib.sha256(f"{self.plan.tokens[rater]} {trial} {side}".encode()).hexdigest()[:16]
+
     def next_trial(self, rater: int) -> dict[str, Any]:
         """What the page shows: progress, and the first unanswered trial."""
         trials = self.plan.trials[rater]
@@ -97,15 +106,13 @@ class StudyServer(ThreadingHTTPServer):
             "total": len(trials),
         }
         if number < len(trials):
-            trial = trials[number]
-            sides = self.plan.sides(trial)
             found["trial"] = {
                 "number": number,
-                **{side: f"{media}.mp4" for side, media in sides.items()},
+                **{side: f"{self.address(rater, number, side)}.mp4" for side in SIDES},
                 "played": self.store.heard(rater, number),
             }
             if self.plan.settings.show_prompt:
-                found["trial"]["prompt"] = self.plan.pairs[trial.pair].prompt
+                found["trial"]["prompt"] = self.plan.pairs[trials[number].pair].prompt
         return found
 
     def play(self, rater: int, given: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,7 @@ from browser import Browser
 from human_study import PROMPT, SECRET, SYSTEMS, HttpRater, made_study
 
 from eval.human.study_plan import DAMAGED, StudyPlan, assign_trials, write_plan
-from eval.human.study_server import StudyServer, _range, links, open_votes
+from eval.human.study_server import StudyHandler, StudyServer, _range, links, open_votes
 from eval.human.vote_store import VoteRefused, VoteStore
 from magihuman.errors import UserError
 
@@ -204,7 +205,7 @@ def test_no_byte_names_a_system_a_file_or_a_prompt(server: StudyServer, tmp_path
     for method in ("GET", "HEAD"):
         for path in ("/", f"/r/{token}", f"/r/{token}/next", "/r/wrong", "/plan.json", "/favicon.ico"):
             rater.request(method, path)
-    for media in server.plan.media:
+    for media in server.media:
         assert rater.request("GET", f"/media/{media}.mp4")[0] == 200
     watch(rater, 0)
     rater.post("vote", trial=0, choice="tie")
@@ -216,6 +217,17 @@ def test_no_byte_names_a_system_a_file_or_a_prompt(server: StudyServer, tmp_path
     assert [
         word for word in words if word.lower().encode() in sent.replace(b"krepeat", b"").replace(b"event.repeat", b"")
     ] == []
+
+
+def test_a_clip_has_another_address_in_every_question(server: StudyServer) -> None:
+    asked = sum(map(len, server.plan.trials))
+    assert len(server.media) == 2 * asked  # no address twice
+    assert len(set(server.media.values())) == len(server.plan.media) < 2 * asked
+    assert not server.media.keys() & server.plan.media.keys()
+    for rater, trials in enumerate(server.plan.trials):
+        for number, trial in enumerate(trials):
+            for side, name in server.plan.sides(trial).items():
+                assert server.media[server.address(rater, number, side)].stem == name
 
 
 def test_the_prompt_is_shown_where_the_plan_says_so(tmp_path: Path) -> None:
@@ -376,6 +388,17 @@ window.simulated = setInterval(() => {
 """
 
 
+def wait_while_answering(browser: Browser, condition: str, seconds: float = 120) -> None:
+    """Wait until an expression is true, for as long as a question is answered every `seconds`: machines differ."""
+    answered, since = -1, time.monotonic()
+    while not browser.evaluate(condition):
+        if (now := browser.evaluate("document.querySelector('#progress').value")) != answered:
+            answered, since = now, time.monotonic()
+        state = "[...document.querySelectorAll('#problem, #state')].map((part) => part.textContent).join('; ')"
+        assert time.monotonic() < since + seconds, f"stuck after {answered} answers: {browser.evaluate(state)}"
+        time.sleep(0.05)
+
+
 def rate(folder: Path, study: Path, total: int, kills: tuple[int, ...]) -> list[str]:
     """A simulated rater answers all; the server is killed after so many answers and started again. Returns the choices."""
     served = Served(study)
@@ -389,7 +412,7 @@ def rate(folder: Path, study: Path, total: int, kills: tuple[int, ...]) -> list[
         assert browser.evaluate("[...document.querySelectorAll('#votes button')].every((button) => button.disabled)")
         browser.evaluate(SIMULATED)
         for kill in kills:
-            browser.wait(f"document.querySelector('#progress').value >= {kill}", 300)
+            wait_while_answering(browser, f"document.querySelector('#progress').value >= {kill}")
             confirmed = browser.evaluate("document.querySelector('#progress').value")
             served.kill()
             raw = sqlite3.connect(study / "votes.sqlite")
@@ -398,7 +421,7 @@ def rate(folder: Path, study: Path, total: int, kills: tuple[int, ...]) -> list[
             browser.wait("!document.querySelector('#problem').hidden")
             assert browser.evaluate("document.querySelector('#problem').textContent").startswith("The server cannot be")
             served = Served(study, served.port)
-        browser.wait("!document.querySelector('#end').hidden", 300)
+        wait_while_answering(browser, "!document.querySelector('#end').hidden")
         assert browser.errors == []
     store = open_votes(study)
     votes = store.votes()
@@ -410,6 +433,55 @@ def rate(folder: Path, study: Path, total: int, kills: tuple[int, ...]) -> list[
 def test_a_real_browser_rates_all_pairs_and_the_server_is_killed(study: tuple[Path, StudyPlan], tmp_path: Path) -> None:
     choices = rate(tmp_path, study[0], 9, (3,))
     assert choices == [("left", "tie", "right")[k % 3] for k in range(1, 10)]
+
+
+def test_a_clip_that_breaks_off_is_loaded_again(
+    server: StudyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the server is killed in the middle of a clip: nobody has to reload the page."""
+    whole, asked = StudyHandler._clip, Counter[str]()
+
+    def break_off_twice(handler: StudyHandler, path: Path) -> None:
+        asked[handler.path] += 1
+        if asked[handler.path] > 2:
+            whole(handler, path)
+        else:
+            handler._head(200, {"Content-Type": "video/mp4", "Content-Length": str(path.stat().st_size)})
+            handler.wfile.write(path.read_bytes()[:200])
+            handler.close_connection = True
+
+    monkeypatch.setattr(StudyHandler, "_clip", break_off_twice)
+    with Browser(tmp_path) as browser:
+        browser.call("Page.navigate", url=links(server.plan, f"http://127.0.0.1:{server.server_address[1]}")[0])
+        browser.wait(OPENED)
+        browser.click("#begin")
+        browser.evaluate(SIMULATED)
+        browser.wait("document.querySelector('#progress').value >= 1")
+        assert browser.evaluate("document.querySelector('#problem').hidden")
+    assert sorted(asked.values())[-2:] == [3, 3]
+
+
+def test_a_device_that_cannot_play_a_clip_is_told_so(server: StudyServer, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(bytes(5000))
+    name = server.address(0, 0, "right")
+    good, server.media[name] = server.media[name], damaged
+    problem = "document.querySelector('#problem')"
+    with Browser(tmp_path) as browser:
+        browser.call("Page.navigate", url=links(server.plan, f"http://127.0.0.1:{server.server_address[1]}")[0])
+        browser.wait(OPENED)
+        browser.click("#begin")
+        browser.wait(f"!{problem}.hidden")
+        browser.evaluate(SIMULATED)
+        browser.wait("document.querySelectorAll('figure.done').length === 1")  # the other clip plays
+        assert browser.evaluate(f"{problem}.textContent").startswith("This device cannot play clip B. Please open")
+        server.media[name] = good  # another device
+        browser.call("Page.reload")
+        browser.wait(OPENED)
+        browser.click("#begin")
+        browser.evaluate(SIMULATED)
+        browser.wait("document.querySelector('#progress').value >= 1")
+        assert browser.evaluate(f"{problem}.hidden")
 
 
 def test_keys_jumps_and_a_second_tab(server: StudyServer, tmp_path: Path) -> None:
