@@ -38,9 +38,10 @@ def run(
         UserError: a folder without results, an unknown metric, or clips measured in two ways.
     """
     from eval import tables
+    from eval.metrics.registry import metrics as registered
     from eval.score import require_share
     from eval.score_report import read_rows_of
-    from eval.score_summary import compare, summarise
+    from eval.score_summary import compare, rates_differ, summarise
 
     start = time.perf_counter()
     require_share(min_coverage)
@@ -53,8 +54,14 @@ def run(
         example = f"{own['clips'][0].clip!r} here, {other['clips'][0].clip!r} there"
         raise UserError(f"clips={clips} and baseline={baseline} have no clip of the same name ({example})")
     changed = measured_otherwise(Path(clips), Path(baseline))
-    references = {key: m["value"] for key, m in summarise(own.get("reference") or other.get("reference") or []).items()}
-    targets = {key: value for key, value in references.items() if value is not None}
+    real = {row.clip: row for row in own.get("reference") or other.get("reference") or []}
+    targets = {key: m["value"] for key, m in summarise(list(real.values())).items() if m["value"] is not None}
+    met = [row for row in own["clips"] if row.clip in common and row.clip in real]
+    if reason := rates_differ(met, [real[row.clip] for row in met]):
+        aimed = [key for key in targets if registered()[key].per_frame and registered()[key].direction == "target"]
+        targets = {key: value for key, value in targets.items() if key not in aimed}
+        if aimed:
+            print(f"note: the reference is no target of {', '.join(aimed)}: {reason}", file=sys.stderr)
     found = compare(own["clips"], other["clips"], targets, min_coverage)
     wanted = [name.strip() for name in metrics.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in found]:

@@ -11,7 +11,7 @@
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def write_scores(
     used = next(iter(columns.values())).used
     values: dict[str, Any] = {
         "format": FORMAT, "clips": len(next(iter(columns.values())).rows), "suite": None, **(facts or {}),
+        "fps": {name: _rates(scored.rows) for name, scored in columns.items()},
         "columns": summaries, "by_language": by_language(columns["clips"].rows), "measurements": used,
     }  # fmt: skip
     values["labels"] = {key: metrics()[key].heading for key in summaries["clips"]}
@@ -75,6 +76,11 @@ def write_scores(
         return score_panels(rows, summaries)
 
     return publish(folder, "summary", values, {"summary": draw}, tables.clip_scores_text(values))
+
+
+def _rates(rows: Sequence[ClipRow]) -> list[float]:
+    """The frame rates among clips, ascending."""
+    return sorted({round(row.fps, 2) for row in rows if row.fps})
 
 
 def _unchanged(folder: Path, content: str, values: Mapping[str, Any]) -> dict[str, Any] | None:

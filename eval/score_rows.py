@@ -27,7 +27,11 @@ class Value(NamedTuple):
 
 @dataclass
 class ClipRow:
-    """What was measured on a clip: values by metric key, and texts such as a transcript by key."""
+    """What was measured on a clip: values by metric key, and texts such as a transcript by key.
+
+    Attributes:
+        fps: frames per second of the file, 0 without video; None where it cannot be read or was not written.
+    """
 
     clip: str
     group: str
@@ -36,6 +40,7 @@ class ClipRow:
     sha256: str | None
     values: dict[str, Value] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    fps: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         values = {
@@ -44,7 +49,7 @@ class ClipRow:
         }
         return {
             "clip": self.clip, "group": self.group, "prompt": self.prompt, "language": self.language,
-            "sha256": self.sha256, "values": values, "texts": self.texts,
+            "sha256": self.sha256, "fps": self.fps, "values": values, "texts": self.texts,
         }  # fmt: skip
 
     @classmethod
@@ -56,7 +61,7 @@ class ClipRow:
         }
         return cls(
             str(content["clip"]), str(content["group"]), str(content.get("prompt", "")), content.get("language"),
-            content.get("sha256"), values, dict(content.get("texts", {})),
+            content.get("sha256"), values, dict(content.get("texts", {})), _number(content.get("fps")),
         )  # fmt: skip
 
 

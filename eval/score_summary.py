@@ -119,6 +119,10 @@ def compare(
         if reason := _not_comparable(rows, baseline, key, entry["coverage"], used, min_coverage):
             found[key] = {**entry, "verdict": "not compared", "reason": reason}
             continue
+        seen = [name for name, there in zip(common, both[:, k], strict=True) if there]
+        if metric.per_frame and (reason := rates_differ([own[c] for c in seen], [other[c] for c in seen])):
+            found[key] = {**entry, "verdict": "not compared", "reason": reason}
+            continue
         mine, theirs = draws[0][:, k], draws[1][:, k]
         change = mine - theirs
         low, high = stats.ends_of(change[1:], used)
@@ -159,6 +163,24 @@ def _not_comparable(
         return f"{coverage:.0%} of the clips have a value in both, and min_coverage is {min_coverage:.0%}"
     return (
         "" if groups >= stats.FEWEST else f"{groups} prompts have a value in both, and a verdict needs {stats.FEWEST}"
+    )
+
+
+SAME_RATE = 0.01
+"""Share by which two frame rates may differ: 23.976 and 24 are the same."""
+
+
+def rates_differ(rows: Sequence[ClipRow], others: Sequence[ClipRow]) -> str:
+    """Why values that depend on the frame rate cannot be compared between the clips of two lists, in pairs; "" if they can."""
+    if any(row.fps is None for row in (*rows, *others)):
+        return "it depends on the frame rate, and results of an older version do not have it; run eval.score again"
+    rates = [(float(a.fps or 0), float(b.fps or 0)) for a, b in zip(rows, others, strict=True)]
+    apart = Counter((a, b) for a, b in rates if abs(a - b) > SAME_RATE * max(a, b))
+    if not apart:
+        return ""
+    (own, other), _ = apart.most_common(1)[0]
+    return (
+        f"it depends on the frame rate, and {apart.total()} of {len(rates)} clips have two: {own:.4g} and {other:.4g}"
     )
 
 

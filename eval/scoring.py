@@ -200,10 +200,28 @@ class _Run:
         for p in self.plans:
             if isinstance(p.measurement, SetMeasurement):
                 sets.update(self._compare(p))
+        self._rates()
         for row in self.rows:
             row.values = {key: row.values[key] for key in metrics() if key in row.values}
         used = {p.name: {"version": p.measurement.version, "identity": dict(p.identity)} for p in able}
         return Scored(self.rows, sets, used, self.measured)
+
+    def _rates(self) -> None:
+        """Frame rates of the clips, for comparisons; cached, since a file has to be opened for its own."""
+        keys = [row.sha256 and self.cache.key(fact="fps", clip=row.sha256) for row in self.rows]
+        known = self.cache.get(key for key in keys if key)
+        fresh: dict[str, bytes] = {}
+        for row, clip, key in zip(self.rows, self.clips, keys, strict=True):
+            if key and key in known:
+                row.fps = float(known[key])
+                continue
+            try:
+                row.fps = clip.fps
+            except UnreadableClip:  # its values say so
+                continue
+            if key:
+                fresh[key] = repr(row.fps).encode()
+        self.cache.put(fresh)
 
     def _hash(self, path: Path | None) -> str | None:
         if path is None:

@@ -409,9 +409,23 @@ def clip_scores(values: Values, keys: Sequence[str] = ()) -> str:
         parts.append(f"Published: {values['published_source']}.")
     if languages := _language_table(values.get("by_language") or {}, shown):
         parts.append(languages)
+    if note := _rate_note(values, shown):
+        parts.append(note)
     if not keys and (lost := _lost(columns, valued)):
         parts.append("Without a value:\n\n" + "\n".join(f"- {line}" for line in lost))
     return "\n\n".join(parts)
+
+
+def _rate_note(values: Values, shown: Sequence[str]) -> str:
+    """Which rows cannot be compared between columns, since their clips have several frame rates; "" where they have one."""
+    rates = values.get("fps") or {}
+    rows = [metrics()[key].label for key in shown if metrics()[key].per_frame]
+    if not rows or len({rate for column in rates.values() for rate in column}) < 2:
+        return ""
+    told = "; ".join(
+        f"{CLIP_COLUMNS.get(name, name)} {', '.join(f'{rate:g}' for rate in of)}" for name, of in rates.items() if of
+    )
+    return f"Frames per second: {told}. Not to be compared between rates: {', '.join(rows)}."
 
 
 def _clip_cell(measure: Values | None) -> str:
@@ -458,7 +472,8 @@ def clip_scores_text(values: Values) -> str:
     ]
     rows = [["", *(CLIP_COLUMNS.get(name, name) for name in columns)]]
     rows += [[metrics()[key].heading, *(_clip_cell(c.get(key)) for c in columns.values())] for key in shown]
-    return "\n".join([*aligned(rows), *(line.replace("`", "") for line in _lost(columns, shown))])
+    notes = [note] if (note := _rate_note(values, shown)) else []
+    return "\n".join([*aligned(rows), *notes, *(line.replace("`", "") for line in _lost(columns, shown))])
 
 
 def clip_comparison(values: Values, keys: Sequence[str] = ()) -> str:

@@ -223,7 +223,7 @@ MEASUREMENTS = (
             Metric("av_offset", "sound after the picture (envelope)", "ms", "target", target=0.0, sees=("delay",)),
             Metric("av_offset_size", "offset of sound and picture, either way (envelope)", "ms", "down", best=0.0,
                    sees=("delay",)),
-            Metric("av_confidence", "confidence of the offset: margin of the correlation", direction="up"),
+            Metric("av_confidence", "confidence of the offset: margin of the correlation", direction="up", per_frame=True),
         ),
         measure_offset,
         inputs=("frames", "audio"),
@@ -232,7 +232,7 @@ MEASUREMENTS = (
     ),
     Measurement(
         "av_align",
-        (Metric("av_align", "AV-Align: onsets and peaks of motion", "IoU", "up"),),
+        (Metric("av_align", "AV-Align: onsets and peaks of motion", "IoU", "up", per_frame=True),),
         measure_av_align,
         inputs=("frames", "audio"),
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),

@@ -1,4 +1,9 @@
-"""Motion of a clip without a reference: how much and how fast, frozen and repeated frames, flicker, errors along the flow."""
+"""Motion of a clip without a reference: how much and how fast, frozen and repeated frames, flicker, errors along the flow.
+
+Motion is per second. The others look from frame to frame: every second frame of a made clip has 0.98 times the motion, but
+1.8 times the change where nothing moves and 2.2 times the residual, and of a clip with noise 1.2 and 1.9 times. No division by
+the time between frames suits both motion, which grows with it, and noise, which does not; hence `per_frame`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +116,16 @@ MEASUREMENTS = (
             Metric("motion", "motion: mean optical flow", "frame heights/s", "target", sees=("slow", "freeze")),
             Metric("motion_speed", "speed of what moves", "frame heights/s", "target", sees=("slow",)),
             Metric("moving_share", "share of the picture that moves", direction="target", sees=("freeze",)),
-            Metric("frozen_share", "frozen frames", "share", "down", best=0.0, sees=("freeze",)),
-            Metric("repeated_share", "repeated frames", "share", "down", best=0.0, sees=("judder",)),
-            Metric("luma_flicker", "change where nothing moves", "8-bit levels", "down", best=0.0, sees=("pixel_noise",)),
-            Metric("brightness_flicker", "flicker of the brightness", "8-bit levels", "down", best=0.0, sees=("flicker",)),
-            Metric("warping_error", "warping error along the flow", "8-bit levels", "down", best=0.0, sees=("pixel_noise",)),
+            Metric("frozen_share", "frozen frames", "share", "down", best=0.0, sees=("freeze",), per_frame=True),
+            Metric("repeated_share", "repeated frames", "share", "down", best=0.0, sees=("judder",), per_frame=True),
+            Metric("luma_flicker", "change where nothing moves", "8-bit levels", "down", best=0.0, sees=("pixel_noise",),
+                   per_frame=True),
+            Metric("brightness_flicker", "flicker of the brightness", "8-bit levels", "down", best=0.0, sees=("flicker",),
+                   per_frame=True),
+            Metric("warping_error", "warping error along the flow", "8-bit levels", "down", best=0.0, sees=("pixel_noise",),
+                   per_frame=True),
             Metric("interpolation_residual", "residual to the neighbouring frames", "8-bit levels", "target",
-                   sees=("slow", "pixel_noise", "flicker")),
+                   sees=("slow", "pixel_noise", "flicker"), per_frame=True),
         ),
         measure_motion,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),

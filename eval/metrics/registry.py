@@ -39,6 +39,8 @@ class Metric:
             the mean of clips.
         share: whether values lie in [0,1] and an average of only zeros or ones gets Wilson's interval.
         sees: faults of `eval.faults` whose strengths it claims to order, from none to strong.
+        per_frame: whether the same scene has another value at another frame rate, as the change from frame to frame has: clips
+            of different rates are then not compared.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Metric:
     weight: str = ""
     share: bool = False
     sees: tuple[str, ...] = ()
+    per_frame: bool = False
 
     @property
     def title(self) -> str:

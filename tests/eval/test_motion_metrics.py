@@ -91,6 +91,33 @@ def test_a_fade_is_no_flicker_of_the_brightness(tmp_path: Path) -> None:
     assert measure_motion(written(tmp_path, flickering))["brightness_flicker"] == pytest.approx(4, abs=0.4)
 
 
+def test_motion_is_the_same_at_two_frame_rates_and_residuals_are_not(tmp_path: Path) -> None:
+    """Every second frame of the same scene, with noise."""
+    noise = np.random.default_rng(0).normal(0, 3, (40, SIDE, SIDE, 1))
+    frames = np.clip(np.rint(moving(1, 40) + noise), 0, 255).astype(np.uint8)
+    found = []
+    for step in (1, 2):
+        write_mp4(tmp_path / "a.mp4", frames[::step], FPS / step, crf=8)
+        found.append(measure_motion(ClipFile(tmp_path / "a.mp4")))
+    whole, half = found
+    for key in ("motion", "motion_speed", "moving_share"):
+        assert half[key] == pytest.approx(whole[key], rel=0.06), key
+        assert not metrics()[key].per_frame
+    assert half["interpolation_residual"] > 1.1 * whole["interpolation_residual"]
+    for key in ("luma_flicker", "brightness_flicker", "warping_error", "interpolation_residual"):
+        assert metrics()[key].per_frame
+
+
+def test_a_slow_pan_is_frozen_at_a_high_frame_rate_only() -> None:
+    """3 levels per 80 ms are 1.5 per 40 ms: why frozen and repeated frames are not compared between rates."""
+    luma = np.repeat((np.arange(0, 30, 1.5)[:, None, None]).astype(np.uint8), SIDE, 1).repeat(SIDE, 2)
+    still = np.zeros((19, SIDE, SIDE, 2), np.float16)
+    assert repeats(Motion(luma, still, FPS)) == (1, 0)
+    assert repeats(Motion(luma[::2], still[:9], FPS / 2)) == (0, 0)
+    assert metrics()["frozen_share"].per_frame
+    assert metrics()["repeated_share"].per_frame
+
+
 def test_two_frames_are_too_few(tmp_path: Path) -> None:
     with pytest.raises(NotMeasured, match="needs three frames"):
         measure_motion(written(tmp_path, moving(2, 2)))

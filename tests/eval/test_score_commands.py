@@ -160,6 +160,31 @@ def test_comparison_that_cannot_be_made(two_folders, capsys):
             compare_scores(str(own), str(other))
 
 
+def test_two_frame_rates_are_said(tmp_path, capsys):
+    """Clips at 12.5 frames/s, reference at 25: in the table, as a target, and between two folders."""
+    from eval.compare_scores import run as compare_scores
+    from eval.score import ScoreOptions, run
+
+    for n in range(5):
+        for folder, fps in (("slow", 12.5), ("fast", 25.0)):
+            write_clip(tmp_path / folder / f"{n}.mp4", level=60 + n, frames=6, fps=fps)
+    for folder in ("slow", "fast"):
+        given = {
+            "clips": str(tmp_path / folder),
+            "reference": str(tmp_path / "fast"),
+            "output": str(tmp_path / f"of-{folder}"),
+        }
+        run(ScoreOptions(**given, metrics="motion", cache=str(tmp_path / "c.sqlite"), progress=False, workers=1))
+    assert json.loads((tmp_path / "of-slow/summary.json").read_text())["fps"] == {"clips": [12.5], "reference": [25.0]}
+    text = (tmp_path / "of-slow/summary.md").read_text()
+    assert "Frames per second: clips 12.5; reference 25. Not to be compared between rates: frozen frames, " in text
+    assert "Not to be compared" not in (tmp_path / "of-fast/summary.md").read_text()
+    found = compare_scores(str(tmp_path / "of-slow"), str(tmp_path / "of-fast"))["metrics"]
+    assert found["warping_error"]["reason"].endswith("5 of 5 clips have two: 12.5 and 25")
+    assert found["motion"]["verdict"] != "not compared"
+    assert "the reference is no target of interpolation_residual" in capsys.readouterr().err
+
+
 def test_results_are_read_as_they_were_written(two_folders):
     from eval.score_report import read_rows_of
 

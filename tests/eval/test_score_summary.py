@@ -155,6 +155,26 @@ def test_clips_that_a_metric_does_not_apply_to_are_no_lack_of_coverage(toy):
     assert compare(rows(0.0, 4), rows(1.0, 2))["toy_loud"]["verdict"] == "not compared"
 
 
+def test_clips_of_two_frame_rates_are_not_compared_by_what_depends_on_it(tmp_path):
+    text = "MEASUREMENTS = (Measurement('toy_rated', (Metric('toy_step', 's', direction='down', per_frame=True), "
+    text += "Metric('toy_still', 's', direction='down')), None),)"
+
+    def rows(shift: float, *rates: float | None) -> list[ClipRow]:
+        found = [row(str(n), toy_step=n + shift, toy_still=n + shift) for n in range(10)]
+        for one, rate in zip(found, rates * 10, strict=False):
+            one.fps = rate
+        return found
+
+    with metric_file(tmp_path / "m", text, "toy_rated"):
+        same, near = compare(rows(0, 25), rows(1, 25)), compare(rows(0, 24), rows(1, 23.976))
+        apart, old = compare(rows(0, 12.5, 25), rows(1, 25)), compare(rows(0, None), rows(1, 25))
+    assert same["toy_step"]["verdict"] == near["toy_step"]["verdict"] == "better"
+    assert apart["toy_still"]["verdict"] == old["toy_still"]["verdict"] == "better"
+    assert apart["toy_step"]["verdict"] == "not compared"
+    assert apart["toy_step"]["reason"].endswith("5 of 10 clips have two: 12.5 and 25")
+    assert old["toy_step"]["reason"].endswith("run eval.score again")
+
+
 def test_few_prompts_have_no_verdict(toy):
     """Two of two that are higher are so by chance in half of all comparisons."""
     own, other = ([row(str(n), toy_loud=n + shift) for n in range(5)] for shift in (1.0, 0.0))

@@ -184,7 +184,7 @@ def test_a_damaged_cache_is_put_aside(toy, tmp_path, capsys):
     assert scored.measured == 1
     assert "is damaged" in capsys.readouterr().err
     with sqlite3.connect(cache) as data:
-        assert data.execute("select count(*) from results").fetchone() == (1,)
+        assert data.execute("select count(*) from results").fetchone() == (2,)  # the value and the frame rate
 
 
 def test_a_process_that_hashes_keeps_no_other_waiting(tmp_path, monkeypatch):
