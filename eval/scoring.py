@@ -5,13 +5,15 @@
 
 Values, and reasons that follow from the clip's content, are cached; unexpected errors are not, and are tried again by the next
 run. Measurements without a model are made together, clip by clip, so that a clip is decoded once; those with a model one after
-the other, so that one model is in memory.
+the other, so that one model is in memory. A model that takes batches gets them (`eval.metrics.registry.InBatches`); a clip
+that cannot be measured leaves the others of its batch alone.
 """
 
 import io
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,15 @@ from typing import Any
 import numpy as np
 
 from eval.clip_file import ClipFile, MeasurementError, NotMeasured, UnreadableClip
-from eval.metrics.registry import Measurement, MissingDependency, SetMeasurement, measurements, metrics, plain_options
+from eval.metrics.registry import (
+    InBatches,
+    Measurement,
+    MissingDependency,
+    SetMeasurement,
+    measurements,
+    metrics,
+    plain_options,
+)
 from eval.score_cache import ScoreCache
 from eval.score_rows import FAILED, OK, SKIPPED, UNAVAILABLE, ClipRow, Value
 from eval.score_summary import summarise
@@ -29,6 +39,8 @@ from magihuman.errors import UserError
 CHEAP, ALL = "cheap", "all"
 MEMORY_PER_WORKER = 3 * 10**9
 """Bytes: a clip of 5 s in 1080p with its reference takes 2 to 3 GB."""
+_EXPECTED = (NotMeasured, MeasurementError, UnreadableClip)
+"""Follow from the clip alone; any other error may be the machine's."""
 Options = Mapping[str, Mapping[str, Any]]
 """Settings of measurements: measurement -> setting -> value, a text as on the command line or a value."""
 
@@ -63,6 +75,12 @@ class _Plan:
     options: Any
     missing: MissingDependency | None
     identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> InBatches | None:
+        """How it measures several clips at once; None where it takes one at a time."""
+        measure = self.measurement.measure if isinstance(self.measurement, Measurement) else None
+        return measure if isinstance(measure, InBatches) else None
 
 
 def select(names: Sequence[str]) -> list[str]:
@@ -140,11 +158,13 @@ def plan(names: Sequence[str], options: Options) -> list[_Plan]:
             made = measurement.options(**values, **{k: v for k, v in given.items() if not isinstance(v, str)})
         elif given:
             raise UserError(f"{name} has no options, and {name}.{next(iter(given))} was given")
-        missing = measurement.missing(made)
-        identity: Mapping[str, Any] = {}
-        if missing is None:
-            identity = measurement.identity(made) if measurement.identity else plain_options(made)
-        plans.append(_Plan(name, measurement, made, missing, identity))
+        one = _Plan(name, measurement, made, measurement.missing(made))
+        if one.missing is None and measurement.identity:
+            one.identity = measurement.identity(made)
+        elif one.missing is None:
+            unused = {"batch"} if one.batches else set()
+            one.identity = {key: value for key, value in plain_options(made).items() if key not in unused}
+        plans.append(one)
     return plans
 
 
@@ -193,8 +213,9 @@ class _Run:
             for row in self.rows:
                 self._fill(row, unable, {}, UNAVAILABLE, str(unable.missing))
         per_clip = [p for p in able if isinstance(p.measurement, Measurement)]
-        together = [p for p in per_clip if not p.measurement.costly]
-        for group in [together, *([p] for p in per_clip if p.measurement.costly)]:
+        alone = [p for p in per_clip if p.measurement.costly or p.batches]
+        together = [p for p in per_clip if p not in alone]
+        for group in [together, *([p] for p in alone)]:
             self._measure(group)
         sets: dict[str, dict[str, Any]] = {}
         for p in self.plans:
@@ -237,7 +258,7 @@ class _Run:
         """Key of a measurement of a clip; None where the file cannot be read."""
         if (content := self._hash(clip.path)) is None:
             return None
-        seen = clip.only((*p.measurement.inputs, *p.measurement.optional))
+        seen = _seen(p.measurement, clip)
         return self.cache.key(
             measurement=p.name, version=p.measurement.version, identity=dict(p.identity), clip=content,
             reference=self._hash(seen.reference.path) if seen.reference else None, prompt=seen.prompt,
@@ -302,7 +323,11 @@ class _Run:
     def _found(
         self, todo: Sequence[tuple[int, list[_Plan]]], models: Mapping[str, Any]
     ) -> Iterator[tuple[int, dict[str, tuple[dict[str, Any], bool]]]]:
-        """Content by measurement of every clip, and whether it may be cached."""
+        """Content by measurement of every clip, and whether it may be cached; in any order."""
+        first = todo[0][1][0]
+        if first.batches and first.missing is None:
+            yield from self._in_batches(first, first.batches, [index for index, _ in todo], models[first.name])
+            return
         light = all(p.measurement.load is None for _, left in todo for p in left)
         if self.workers > 1 and light and len(todo) > 1:
             import multiprocessing
@@ -330,6 +355,41 @@ class _Run:
                     found[p.name] = _measure_one(p.measurement, clip, models[p.name])
             clip.release()
             yield index, found
+
+    def _in_batches(
+        self, p: _Plan, batches: InBatches, todo: Sequence[int], model: Any
+    ) -> Iterator[tuple[int, dict[str, tuple[dict[str, Any], bool]]]]:
+        """As `_found`, of a measurement that takes batches: clips that lack something take no place in one."""
+        size, waiting = int(p.options.batch), {}
+        for number, index in enumerate(todo):
+            clip = self.clips[index]
+            try:
+                _require(p.measurement, clip)
+                waiting[index] = batches.prepare(_seen(p.measurement, clip), model)
+            except Exception as error:
+                yield index, {p.name: _content(p.measurement, error)}
+            finally:
+                clip.release()
+            if waiting and (len(waiting) >= size or number == len(todo) - 1):
+                found, problem = _together(batches, list(waiting.values()), model)
+                if problem:
+                    note = (
+                        f"{p.name}: a batch of {len(waiting)} clips failed ({problem}); they were measured one by one"
+                    )
+                    if all(isinstance(one, (Mapping, *_EXPECTED)) for one in found):
+                        # No clip was at fault: more batches of this size would fail, too, each after its time.
+                        size = len(waiting) // 2
+                        note += f", and the next batches have {size}; {p.name}.batch={size} avoids this"
+                    self._say(note)
+                for done, one in zip(waiting, found, strict=True):
+                    yield done, {p.name: _content(p.measurement, one)}
+                waiting = {}
+
+    @staticmethod
+    def _say(text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
 
     def _fill(
         self,
@@ -478,19 +538,54 @@ def _require(measurement: Measurement | SetMeasurement, clip: ClipFile) -> None:
         raise NotMeasured("the file has no audio")
 
 
+def _seen(measurement: Measurement | SetMeasurement, clip: ClipFile) -> ClipFile:
+    """The clip with what a measurement declares."""
+    return clip.only((*measurement.inputs, *measurement.optional))
+
+
 def _measure_one(measurement: Measurement | SetMeasurement, clip: ClipFile, model: Any) -> tuple[dict[str, Any], bool]:
-    """Content of a measurement of a clip, and whether it follows from the clip alone, so that it may be cached."""
+    """Content of a measurement of a clip, and whether it may be cached; see `_content`."""
     assert isinstance(measurement, Measurement)
     try:
         _require(measurement, clip)
-        found = dict(measurement.measure(clip.only((*measurement.inputs, *measurement.optional)), model))
-    except NotMeasured as error:
-        return {"values": {}, "status": SKIPPED, "reason": _words(error)}, True
-    except (MeasurementError, UnreadableClip) as error:
-        texts = error.texts if isinstance(error, MeasurementError) else {}
-        return {"values": {}, "status": FAILED, "reason": _words(error), "texts": texts}, True
+        found: Mapping[str, Any] | Exception = dict(measurement.measure(_seen(measurement, clip), model))
     except Exception as error:
-        return {"values": {}, "status": FAILED, "reason": f"{type(error).__name__}: {_words(error)}"}, False
+        found = error
+    return _content(measurement, found)
+
+
+def _together(
+    batches: InBatches, prepared: Sequence[Any], model: Any
+) -> tuple[Sequence[Mapping[str, Any] | Exception], str]:
+    """Values or exception of every clip of a batch, and why it failed as a whole and was measured again clip by clip; else "".
+
+    One clip's unexpected error is then its own, and a batch that is too large for the memory costs time only.
+    """
+    try:
+        found = batches.together(prepared, model)
+        if len(found) != len(prepared):
+            raise RuntimeError(f"{len(found)} results for {len(prepared)} clips")
+        return found, ""
+    except Exception as error:
+        if len(prepared) == 1:
+            return [error], ""
+        problem = f"{type(error).__name__}: {_words(error)[:200]}"
+    # Outside of `except`: the error's traceback keeps the tensors of the failed batch alive.
+    return [_together(batches, [one], model)[0][0] for one in prepared], problem
+
+
+def _content(
+    measurement: Measurement | SetMeasurement, found: Mapping[str, Any] | Exception
+) -> tuple[dict[str, Any], bool]:
+    """What is stored of a clip's values or exception, and whether it follows from the clip alone, so that it may be cached."""
+    if isinstance(found, NotMeasured):
+        return {"values": {}, "status": SKIPPED, "reason": _words(found)}, True
+    if isinstance(found, Exception) and not isinstance(found, _EXPECTED):
+        return {"values": {}, "status": FAILED, "reason": f"{type(found).__name__}: {_words(found)}"}, False
+    if isinstance(found, Exception):
+        texts = found.texts if isinstance(found, MeasurementError) else {}
+        return {"values": {}, "status": FAILED, "reason": _words(found), "texts": texts}, True
+    found = dict(found)
     texts = {key: str(found.pop(key)) for key in list(found) if key.endswith("_text")}
     declared = {metric.key for metric in measurement.metrics}
     if unknown := found.keys() - declared:

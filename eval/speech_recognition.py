@@ -55,7 +55,7 @@ class Recogniser(Protocol):
     """Turns speech into text."""
 
     def transcribe(self, waves: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Transcript]:
-        """Transcripts of a batch, the same as one by one.
+        """Transcripts of a batch, the same as one by one but for rounding, which float32 makes rare.
 
         Args:
             waves: each fp32 [N] in [-1,1] at `RATE`.
@@ -127,13 +127,13 @@ def _missing_class(kind: str) -> MissingDependency | None:
     )
 
 
-def load_recogniser(model: str, device: str = "auto", dtype: str = "auto") -> Recogniser:
+def load_recogniser(model: str, device: str = "auto", dtype: str = "float32") -> Recogniser:
     """A recogniser that is on this machine.
 
     Args:
         model: glm, whisper, qwen3, smoke, a Hub name in the local cache, or a folder.
         device: auto (a GPU if there is one), cpu, cuda or cuda:0.
-        dtype: auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16.
 
     Raises:
         UserError: absent, incomplete, damaged, or no speech recogniser.
@@ -151,7 +151,7 @@ def load_recogniser(model: str, device: str = "auto", dtype: str = "auto") -> Re
 class TransformersRecogniser:
     """GLM-ASR, Whisper or Qwen3-ASR; arguments and errors as of `load_recogniser`."""
 
-    def __init__(self, model: str, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(self, model: str, device: str = "auto", dtype: str = "float32") -> None:
         import torch
         import transformers
 
@@ -160,8 +160,6 @@ class TransformersRecogniser:
         folder = local_model(_source(model))
         self._kind, self._name, self._revision = _kind(folder), _name(model), fingerprint(folder)
         place = choose_device(device)
-        if dtype == "auto":
-            dtype = "float32" if place.type == "cpu" else "bfloat16"
         try:
             self._processor: Any = transformers.AutoProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False

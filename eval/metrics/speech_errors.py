@@ -8,7 +8,7 @@ pooled: all errors over all units, so that long clips count more; `wer_clip_mean
 exceed 1. A clip in which nobody should speak has no error rate; words that are heard in it are `hallucinated_speech`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,15 @@ import numpy as np
 
 from eval.clip_file import SILENT_PEAK, ClipFile, MeasurementError, NotMeasured
 from eval.languages import language_code
-from eval.metrics.registry import Measurement, Metric, MissingDependency
-from eval.speech_recognition import RATE, Recogniser, load_recogniser, missing_recogniser, recogniser_identity
+from eval.metrics.registry import InBatches, Measurement, Metric, MissingDependency
+from eval.speech_recognition import (
+    RATE,
+    Recogniser,
+    Transcript,
+    load_recogniser,
+    missing_recogniser,
+    recogniser_identity,
+)
 from eval.transcripts import compare, error_rate, rules_for, units
 from magihuman.cli import option
 from magihuman.errors import UserError
@@ -35,7 +42,18 @@ class SpeechErrorsOptions:
         "glm",
     )
     device: str = option("auto, cpu, cuda or cuda:0", "auto")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto: bfloat16 on a GPU, else float32", "auto")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "of weights and arithmetic, on every device; float32: 4 bytes for each of 1.5e9 parameters of glm or whisper, and "
+        "transcripts that hardly depend on rounding",
+        "float32",
+    )
+    batch: int = option(
+        "clips that are recognised at once; each takes about 0.5 GB with whisper in float32, besides the weights", 8
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UserError(f"speech_errors.batch={self.batch} must be at least 1")
 
 
 def missing(options: SpeechErrorsOptions) -> MissingDependency | None:
@@ -49,16 +67,21 @@ def load(options: SpeechErrorsOptions) -> Recogniser:
 
 
 def identity(options: SpeechErrorsOptions) -> Mapping[str, Any]:
-    """Model with its revision, and the precision."""
+    """Model with its revision, and the precision; it is the same on every device."""
     return {**recogniser_identity(options.model), "dtype": options.dtype}
 
 
-def measure(clip: ClipFile, recogniser: Recogniser) -> Mapping[str, Any]:
-    """Error rates of a clip, with the transcript, its recogniser and the unit as texts.
+@dataclass(frozen=True)
+class _Speech:
+    """Of a clip: the words that are asked for, their language's code, and the audio fp32 [N] at `RATE`; None is silence."""
 
-    Returns:
-        Values by key; those that do not apply are `NotMeasured`: rates where nobody should speak, hallucinated speech where
-        somebody should.
+    dialogue: str
+    language: str | None
+    wave: np.ndarray | None
+
+
+def prepare(clip: ClipFile, recogniser: Recogniser) -> _Speech:
+    """What the recogniser and the comparison need of a clip.
 
     Raises:
         NotMeasured: the spoken words are not known.
@@ -71,16 +94,31 @@ def measure(clip: ClipFile, recogniser: Recogniser) -> Mapping[str, Any]:
     except UserError as error:
         raise MeasurementError(str(error)) from error
     wave = clip.wave(RATE)
-    if not len(wave) or np.abs(wave).max() < SILENT_PEAK:
-        heard, source = "", "none, the audio is silent"
-    else:
-        transcript = recogniser.transcribe([wave], [language])[0]
+    silent = not len(wave) or np.abs(wave).max() < SILENT_PEAK
+    return _Speech(clip.dialogue, language, None if silent else wave)
+
+
+def together(clips: Sequence[_Speech], recogniser: Recogniser) -> list[Mapping[str, Any]]:
+    """Error rates of each clip, with the transcript, its recogniser and the unit as texts; silence is not recognised.
+
+    Returns:
+        Values by key; those that do not apply are `NotMeasured`: rates where nobody should speak, hallucinated speech where
+        somebody should.
+    """
+    waves = [(clip.wave, clip.language) for clip in clips if clip.wave is not None]
+    transcripts = iter(recogniser.transcribe([w for w, _ in waves], [code for _, code in waves]) if waves else ())
+    return [_values(clip, None if clip.wave is None else next(transcripts)) for clip in clips]
+
+
+def _values(clip: _Speech, transcript: Transcript | None) -> Mapping[str, Any]:
+    heard, source = "", "none, the audio is silent"
+    if transcript is not None:
         heard, source = transcript.text, f"{transcript.model}, {transcript.revision}"
         source += f"; {transcript.note}" if transcript.note else ""
-    rules = rules_for(clip.dialogue, language)
+    rules = rules_for(clip.dialogue, clip.language)
     texts = {"transcript_text": heard, "recogniser_text": source, "unit_text": rules.note}
     words_heard = float(bool(units(heard, rules)))
-    found = compare(clip.dialogue, heard, language)
+    found = compare(clip.dialogue, heard, clip.language)
     counted = found.edits
     if not counted.reference:
         nobody = NotMeasured("nobody should speak (the dialogue is empty); see hallucinated_speech")
@@ -102,6 +140,9 @@ def measure(clip: ClipFile, recogniser: Recogniser) -> Mapping[str, Any]:
     else:
         values |= {"korean_wer": error_rate(found.korean_words), "korean_words": found.korean_words.reference}
     return {**texts, **values}
+
+
+measure = InBatches(prepare, together)
 
 
 def _rate(key: str, label: str, weight: str = "wer_units", sees: tuple[str, ...] = ()) -> Metric:

@@ -7,7 +7,7 @@ The paper of daVinci-MagiHuman reports three numbers without saying which of the
 card's soft scores and the expectations are all given. The answer is greedy unless samples= asks for several.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 
 from eval.clip_file import MeasurementError
 from eval.fingerprint import fingerprint, local_model, missing_model
-from eval.metrics.registry import Measurement, Metric, MissingDependency, plain_options
+from eval.metrics.registry import InBatches, Measurement, Metric, MissingDependency, plain_options
 from eval.video_judge import (
     CHAT,
     GRADES,
@@ -53,6 +53,11 @@ class JudgeOptions:
         "of the weights: 2 or 4 bytes for each of 8.3e9 parameters", "bfloat16"
     )
     device: str = option("auto, cpu, cuda or cuda:0", "auto")
+    batch: int = option(
+        "clips that are answered at once (sampled answers are made one by one); each takes about 1 GB for 5 s in 1080p, beside "
+        "17 GB of weights in bfloat16: 4 fit into 24 GB",
+        4,
+    )
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.max_tokens < 1 or not self.fps > 0:
@@ -60,6 +65,8 @@ class JudgeOptions:
                 f"videoscore2: samples={self.samples}, max_tokens={self.max_tokens}, fps={self.fps}: samples are 0 or more, "
                 "the others positive"
             )
+        if self.batch < 1:
+            raise UserError(f"videoscore2.batch={self.batch} must be at least 1")
         if self.samples and not self.temperature > 0:
             raise UserError(f"videoscore2.temperature={self.temperature} must be positive; samples=0 is greedy")
 
@@ -77,7 +84,7 @@ class Judge:
     """The model with its tokenizer.
 
         judge = Judge(JudgeOptions())
-        judge.answer(frames, fps=25, prompt="A woman ...")
+        judge.answers([judge.inputs(frames, fps=25, prompt="A woman ...")])
 
     Raises:
         UserError: the weights are not here, lack tensors, or are no Qwen2.5-VL.
@@ -113,9 +120,11 @@ class Judge:
         if any(len(ids) != 1 for ids in digits):
             raise UserError(f"videoscore2.weights={options.weights}: its tokenizer has no token for each digit")
         self.digits = [ids[0] for ids in digits]
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends) if isinstance(ends, list) else {ends}
 
     def inputs(self, frames: np.ndarray, fps: float, prompt: str) -> "dict[str, torch.Tensor]":
-        """Arguments of the model for frames uint8 [F,H,W,3] of a video at `fps`.
+        """Arguments of the model for frames uint8 [F,H,W,3] of a video at `fps`, on the CPU: of the sampled frames only.
 
         The prompt is only text: special tokens that are spelled in it are not read as such.
         """
@@ -131,7 +140,7 @@ class Judge:
         ids = torch.tensor([[*before, *video, *after, *asked, *end]])
         kinds = torch.zeros_like(ids)
         kinds[:, len(before) : len(before) + len(video)] = 2  # video; 0 is text
-        given = {
+        return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": kinds,
@@ -140,46 +149,92 @@ class Judge:
             # As the card's script does, by the wanted rate, not by the one that rounding gives.
             "second_per_grid_ts": torch.tensor([vision.temporal_patch_size / self.options.fps]),
         }
-        return {name: value.to(self.device) for name, value in given.items()}
 
-    def answer(self, frames: np.ndarray, fps: float, prompt: str) -> list[Answer]:
-        """One greedy answer, or as many sampled ones as the options ask for.
+    def _joined(self, clips: "Sequence[Mapping[str, torch.Tensor]]") -> "dict[str, torch.Tensor]":
+        """Inputs of several clips as one batch on the judge's device: texts padded on the left, patches and grids in a row."""
+        import torch
 
-        Raises:
-            MeasurementError: an answer has no scores.
+        longest = max(clip["input_ids"].shape[1] for clip in clips)
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in clips[0]}
+        for clip in clips:
+            # Padding is the first token of every question: a penalty on repetition (the checkpoint may have one) must not
+            # count a token that the clip alone would not have. Masked, it is seen by nothing else.
+            fill = {"input_ids": int(clip["input_ids"][0, 0]), "attention_mask": 0, "mm_token_type_ids": 0}
+            for name, value in clip.items():
+                if name in fill:
+                    value = torch.nn.functional.pad(value, (longest - value.shape[1], 0), value=fill[name])
+                parts[name].append(value)
+        return {name: torch.cat(values).to(self.device) for name, values in parts.items()}
+
+    def answers(self, clips: "Sequence[Mapping[str, torch.Tensor]]") -> list[list[Answer] | MeasurementError]:
+        """Of each clip one greedy answer, all made at once, or as many sampled ones as the options ask for, one by one.
+
+        Args:
+            clips: of `inputs`.
+
+        Returns:
+            For each clip its answers, or the error where one of them has no scores.
+        """
+        options = self.options
+        if not options.samples:
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return [self._read([made]) for made in self._generate(self._joined(clips), greedy)]
+        sampling = {"do_sample": True, "temperature": options.temperature}
+        return [self._read(self._samples(self._joined([clip]), sampling)) for clip in clips]
+
+    def _samples(self, given: "dict[str, torch.Tensor]", sampling: Mapping[str, Any]) -> list[tuple[list[int], Any]]:
+        """As many sampled answers of one clip as the options ask for: alone, so that no other clip takes random numbers."""
+        import torch
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.options.seed)
+            return [self._generate(given, sampling)[0] for _ in range(self.options.samples)]
+
+    def _generate(
+        self, given: "dict[str, torch.Tensor]", sampling: Mapping[str, Any]
+    ) -> "list[tuple[list[int], torch.Tensor]]":
+        """Of each clip the tokens of an answer, to its end token, and for each token the logits [5] of the digits, fp32.
+
+        Of all logits (0.6 GB for one long answer) only those of the digits are kept, before temperature and penalties.
         """
         import torch
 
-        given = self.inputs(frames, fps, prompt)
-        options = self.options
-        if options.samples:
-            sampling: dict[str, Any] = {"do_sample": True, "temperature": options.temperature}
-        else:
-            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        answers, texts, failures = [], [], []
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.inference_mode():
-            torch.manual_seed(options.seed)
-            # One after the other: the logits of one long answer take 0.6 GB.
-            for _ in range(options.samples or 1):
-                made = self.model.generate(
-                    **given, **sampling, max_new_tokens=options.max_tokens, num_beams=1,
-                    return_dict_in_generate=True, output_logits=True,
-                )  # fmt: skip
-                ids = made.sequences[0, given["input_ids"].shape[1] :].tolist()
-                texts.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
-                try:
-                    answers.append(self._read(ids, made.logits))
-                except MeasurementError as error:
-                    failures.append(str(error))
-        if failures:
-            # The mean of those that can be read would be of other answers than asked for.
-            several = f"{len(failures)} of {len(texts)} answers have no scores; " if len(texts) > 1 else ""
-            raise MeasurementError(several + failures[0], {"videoscore2_text": _BETWEEN.join(texts)})
-        return [replace(answer, text=text) for answer, text in zip(answers, texts, strict=True)]
+        seen: list[torch.Tensor] = []
 
-    def _read(self, ids: list[int], logits: "tuple[torch.Tensor, ...]") -> Answer:
-        """Text, grades and digits' logits of the generated tokens; `logits` [1,V] per token, before any processing."""
+        def keep(head: Any, hidden: Any, logits: "torch.Tensor") -> None:
+            seen.append(logits[:, -1, self.digits].float())
+
+        hook = self.model.get_output_embeddings().register_forward_hook(keep)
+        try:
+            with torch.inference_mode():
+                tokens = self.model.generate(**given, **sampling, max_new_tokens=self.options.max_tokens, num_beams=1)
+        finally:
+            hook.remove()
+        digits = torch.stack(seen, 1).cpu()
+        found = []
+        for row, ids in enumerate(tokens[:, given["input_ids"].shape[1] :].tolist()):
+            ended = next((place + 1 for place, token in enumerate(ids) if token in self.ends), len(ids))
+            found.append((ids[:ended], digits[row, :ended]))
+        return found
+
+    def _read(self, made: "Sequence[tuple[list[int], torch.Tensor]]") -> list[Answer] | MeasurementError:
+        """Answers of a clip from their tokens and logits [T,5] of digits; an error where one of them has no scores."""
+        answers, failures = [], []
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids, _ in made]
+        for text, (ids, digits) in zip(texts, made, strict=True):
+            try:
+                answers.append(replace(self._scored(ids, digits), text=text))
+            except MeasurementError as error:
+                failures.append(str(error))
+        if not failures:
+            return answers
+        # The mean of those that can be read would be of other answers than asked for.
+        several = f"{len(failures)} of {len(texts)} answers have no scores; " if len(texts) > 1 else ""
+        return MeasurementError(several + failures[0], {"videoscore2_text": _BETWEEN.join(texts)})
+
+    def _scored(self, ids: list[int], digits: "torch.Tensor") -> Answer:
+        """Text, grades and digits' logits of an answer's tokens; `digits` fp32 [T,5]."""
         text = self._text(ids)
         grades = parse_answer(text)
         places = {len(self._text(ids[:n])): n for n, token in enumerate(ids) if token in self.digits}
@@ -187,20 +242,28 @@ class Judge:
         for grade in grades:
             if (place := places.get(grade.position)) is None:
                 raise MeasurementError(f"the score at character {grade.position} of the answer is no token of its own")
-            found.append(logits[place][0, self.digits].float().cpu().numpy())
+            found.append(digits[place].numpy())
         return Answer(text, tuple(grade.value for grade in grades), tuple(found))
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def measure(clip: "ClipFile", judge: Judge) -> Mapping[str, Any]:
-    """Grades, soft scores and expectations of the three dimensions, means over the answers; and the answers.
+def prepare(clip: "ClipFile", judge: Judge) -> "dict[str, torch.Tensor]":
+    """Input of the judge, of the sampled frames only: 70 MB for 5 s in 1080p.
 
     Raises:
-        MeasurementError: an answer cannot be read.
+        MeasurementError: too few frames, or too narrow ones.
     """
-    answers = judge.answer(clip.frames, clip.fps, clip.prompt)
+    return judge.inputs(clip.frames, clip.fps, clip.prompt)
+
+
+def together(clips: "Sequence[Mapping[str, torch.Tensor]]", judge: Judge) -> list[Mapping[str, Any] | MeasurementError]:
+    """Of each clip grades, soft scores and expectations of the three dimensions, means over the answers; and the answers."""
+    return [found if isinstance(found, MeasurementError) else _values(found) for found in judge.answers(clips)]
+
+
+def _values(answers: Sequence[Answer]) -> dict[str, Any]:
     values: dict[str, Any] = {"videoscore2_text": _BETWEEN.join(answer.text for answer in answers)}
     for number, key in enumerate(_DIMENSIONS):
         scores = [(answer.grades[number], *soft_scores(answer.digits[number])) for answer in answers]
@@ -216,7 +279,7 @@ def missing(options: JudgeOptions) -> MissingDependency | None:
 
 def identity(options: JudgeOptions) -> Mapping[str, Any]:
     """Weights and all settings that answers depend on."""
-    unused = {"weights", "device"} | (set() if options.samples else {"temperature", "seed"})
+    unused = {"weights", "device", "batch"} | (set() if options.samples else {"temperature", "seed"})
     kept = {name: value for name, value in plain_options(options).items() if name not in unused}
     # Without the folder's path: results hold no path of a machine, and the same weights elsewhere are the same judge.
     name = Path(options.weights).expanduser().name
@@ -231,7 +294,7 @@ MEASUREMENTS = (
             for key, label in _DIMENSIONS.items()
             for suffix, score in _SCORES.items()
         ),
-        measure,
+        InBatches(prepare, together),
         inputs=("frames", "prompt"),
         options=JudgeOptions,
         missing=missing,

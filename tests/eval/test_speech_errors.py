@@ -1,23 +1,26 @@
 """Error rates of clips: pooled and mean, what is skipped and why, the cache, and spoken digits from clip to rate."""
 
 import socket
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_recognisers import save_glm
+import torch
+from tiny_recognisers import save_glm, save_whisper
 from wave_files import speech_like, write_wave
 
 from eval import speech_recognition
 from eval.clip_file import ClipFile, MeasurementError, NotMeasured
 from eval.metrics.registry import measurements
-from eval.metrics.speech_errors import NO_REFERENCE, SpeechErrorsOptions, identity, measure
+from eval.metrics.speech_errors import NO_REFERENCE, SpeechErrorsOptions, identity, load, measure
 from eval.score_rows import ClipRow, Value
 from eval.score_summary import summarise
 from eval.scoring import score
-from eval.speech_recognition import Transcript
+from eval.speech_recognition import Transcript, TransformersRecogniser
+from magihuman.errors import UserError
 
 
 class Planted:
@@ -155,6 +158,65 @@ def test_a_whole_run_with_a_real_architecture_and_its_cache(
     before = identity(SpeechErrorsOptions(str(folder)))
     save_glm(folder, 2)
     assert identity(SpeechErrorsOptions(str(folder))) != before
+
+
+@pytest.mark.parametrize("save", [save_glm, save_whisper], ids=["glm", "whisper"])
+def test_a_batch_gives_the_rows_of_single_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Path, int], Path]
+) -> None:
+    """Clips of other lengths and languages together with silence, a broken file, and what cannot be compared."""
+    monkeypatch.setattr(speech_recognition, "MAX_TOKENS", 8)
+    inner, asked = TransformersRecogniser.transcribe, []
+    monkeypatch.setattr(
+        TransformersRecogniser, "transcribe", lambda self, *given: asked.append(len(given[0])) or inner(self, *given)
+    )
+    (tmp_path / "broken.wav").write_bytes(b"broken")
+    clips = [
+        ClipFile(write_wave(tmp_path / "a.wav", speech_like(1.0)), dialogue="hello world", language="en"),
+        ClipFile(tmp_path / "broken.wav", dialogue="hello", language="en"),
+        ClipFile(write_wave(tmp_path / "b.wav", speech_like(2.3, 0.1)), dialogue="你好", language="zh"),
+        ClipFile(write_wave(tmp_path / "silent.wav", np.zeros(16000)), dialogue="good morning"),
+        ClipFile(write_wave(tmp_path / "c.wav", speech_like(0.5, 0.2)), dialogue=""),
+        ClipFile(write_wave(tmp_path / "d.wav", speech_like(0.7, 0.05)), dialogue="nuqneH", language="Klingon"),
+        ClipFile(write_wave(tmp_path / "e.wav", speech_like(1.7, 0.4)), dialogue="blue river", language="en"),
+    ]
+    options = {"model": str(save(tmp_path / "model", 1)), "device": "cpu"}
+
+    def rows(batch: int) -> list[ClipRow]:
+        asked.clear()
+        return score(clips, ["speech_errors"], {"speech_errors": {**options, "batch": batch}}, progress=False).rows
+
+    together = rows(8)
+    assert asked == [4], "neither silence nor what failed before"
+    assert len({row.texts["transcript_text"] for row in together if "transcript_text" in row.texts}) >= 3
+    assert [row.values["hallucinated_speech"].status for row in together] == [
+        "skipped", "failed", "skipped", "skipped", "ok", "failed", "skipped",
+    ]  # fmt: skip
+    assert rows(3) == together
+    assert asked == [2, 2], "a place of the first batch is the silent clip's"
+    assert rows(1) == together
+    assert asked == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [{}, {"dtype": "bfloat16"}])
+def test_the_precision_in_the_identity_is_the_one_that_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: dict[str, str]
+) -> None:
+    folder = save_glm(tmp_path / "model", 1)
+    given = SpeechErrorsOptions(str(folder), **dtype)
+    for device in ("cpu", "meta"):  # as if it were a GPU
+        monkeypatch.setattr("inference.loading.choose_device", lambda _, device=device: torch.device(device))
+        network = load(given)._network
+        assert (network.device.type, str(network.dtype)) == (device, f"torch.{identity(given)['dtype']}")
+
+
+def test_options_are_checked_and_the_size_of_a_batch_is_no_part_of_the_identity(tmp_path: Path) -> None:
+    folder = save_glm(tmp_path / "model", 1)
+    assert identity(SpeechErrorsOptions(str(folder), batch=1)) == identity(SpeechErrorsOptions(str(folder), batch=9))
+    with pytest.raises(UserError, match=r"^speech_errors.batch=0 must be at least 1"):
+        SpeechErrorsOptions(batch=0)
+    with pytest.raises(UserError, match="dtype"):
+        score([], ["speech_errors"], {"speech_errors": {"dtype": "auto"}}, progress=False)
 
 
 needs_digits = pytest.mark.skipif(

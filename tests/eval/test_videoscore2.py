@@ -3,13 +3,14 @@
 import shutil
 import socket
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from decoded_clip import decoded_clip
 from tiny_judge import save_tiny_judge
+from torch.multiprocessing.reductions import StorageWeakRef
 from toy_metrics import write_clip
 
 from eval import video_judge
@@ -153,23 +154,28 @@ def clip() -> ClipFile:
     return decoded_clip(frames, prompt="A woman waves.")
 
 
-def plant(judge: Judge, monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[dict[str, object]]:
-    """Let the model say `answers` in turn, sure of every token but torn between 4 (.6) and 5 (.4) at every digit."""
-    calls: list[dict[str, object]] = []
-    size = judge.model.config.text_config.vocab_size
+def given(judge: Judge) -> dict[str, torch.Tensor]:
+    made = clip()
+    return judge.inputs(made.frames, made.fps, made.prompt)
 
-    def generate(**settings: object) -> SimpleNamespace:
-        ids = judge.tokenizer.encode(answers[len(calls)], add_special_tokens=False)
-        calls.append(settings)
-        logits = torch.full((len(ids), 1, size), -30.0)
-        for place, token in enumerate(ids):
-            logits[place, 0, token] = 30
-            if token in judge.digits:
-                logits[place, 0, judge.digits] = torch.tensor([0, 0, 0, 0.6, 0.4]).log() + 7
-        given = settings["input_ids"]
-        return SimpleNamespace(sequences=torch.cat([given, torch.tensor([ids])], 1), logits=tuple(logits))
 
-    monkeypatch.setattr(judge.model, "generate", generate)
+def plant(judge: Judge, monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[Any]:
+    """Let the model say `answers` in turn, torn between 4 (.6) and 5 (.4) at every digit; its calls: settings, clips."""
+    waiting, calls = list(answers), []
+
+    def generate(batch: dict[str, torch.Tensor], sampling: dict[str, Any]) -> list[tuple[list[int], torch.Tensor]]:
+        count = len(batch["input_ids"])
+        calls.append((sampling, count))
+        made = []
+        for ids in (judge.tokenizer.encode(waiting.pop(0), add_special_tokens=False) for _ in range(count)):
+            digits = torch.full((len(ids), 5), -30.0)
+            digits[[place for place, token in enumerate(ids) if token in judge.digits]] = (
+                torch.tensor([0, 0, 0, 0.6, 0.4]).log() + 7
+            )
+            made.append((ids, digits))
+        return made
+
+    monkeypatch.setattr(judge, "_generate", generate)
     return calls
 
 
@@ -196,14 +202,14 @@ class TestTinyModel:
             assert values[f"videoscore2_{key}"] == value
             assert values[f"videoscore2_{key}_soft"] == pytest.approx(2.4)
             assert values[f"videoscore2_{key}_expected"] == pytest.approx(4.4)
-        assert calls[0]["do_sample"] is False
+        assert [(sampling["do_sample"], count) for sampling, count in calls] == [(False, 1)]
 
     def test_sampled_answers_are_averaged(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         judge = load(folder, samples=2)
         calls = plant(judge, monkeypatch, PLAIN, PLAIN.replace("4", "1"))
         values = JUDGE.measure(clip(), judge)
         assert values["videoscore2_visual"] == 2.5
-        assert [(call["do_sample"], call["temperature"]) for call in calls] == [(True, 0.7)] * 2
+        assert calls == [({"do_sample": True, "temperature": 0.7}, 1)] * 2
         assert values["videoscore2_text"].count("visual quality") == 2
 
     def test_an_answer_without_scores_is_a_failure(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,34 +229,32 @@ class TestTinyModel:
         judge.model.generation_config.repetition_penalty = 1.5
         judge.digits = list(range(judge.model.config.text_config.vocab_size))
         seen: list[list[int]] = []
-        inner = judge._read
-        monkeypatch.setattr(judge, "_read", lambda ids, logits: seen.append(ids) or inner(ids, logits))
+        inner = judge._scored
+        monkeypatch.setattr(judge, "_scored", lambda ids, digits: seen.append(ids) or inner(ids, digits))
 
         def first_places(text: str) -> tuple[Grade, ...]:
             return tuple(Grade(3, len(judge._text(seen[0][:place]))) for place in (0, 4, 9))
 
         monkeypatch.setattr("eval.metrics.videoscore2.parse_answer", first_places)
-        made = clip()
-        (answer,) = judge.answer(made.frames, made.fps, made.prompt)
-        given = judge.inputs(made.frames, made.fps, made.prompt)
-        length, ids = given["input_ids"].shape[1], torch.tensor([seen[0]])
-        given["input_ids"] = torch.cat([given["input_ids"], ids], 1)
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-        given["mm_token_type_ids"] = torch.cat([given["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+        ((answer,),) = judge.answers([given(judge)])
+        whole = given(judge)
+        length, ids = whole["input_ids"].shape[1], torch.tensor([seen[0]])
+        whole["input_ids"] = torch.cat([whole["input_ids"], ids], 1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        whole["mm_token_type_ids"] = torch.cat([whole["mm_token_type_ids"], torch.zeros_like(ids)], 1)
         with torch.inference_mode():
-            logits = judge.model(**given).logits[0, length - 1 :]
+            logits = judge.model(**whole).logits[0, length - 1 :]
         lengths = [len(judge._text(seen[0][:place])) for place in range(len(seen[0]))]
         for found, start in zip(answer.digits, (0, 4, 9), strict=True):
             place = max(n for n, size in enumerate(lengths) if size == lengths[start])
             np.testing.assert_allclose(found, logits[place].numpy(), atol=1e-4)
 
     def test_same_seed_same_answer_and_the_global_generator_is_left_alone(self, folder: Path) -> None:
-        judge, made = load(folder, samples=1, temperature=2.0), clip()
+        judge = load(folder, samples=1, temperature=2.0)
 
         def said(judge: Judge) -> str:
-            with pytest.raises(MeasurementError) as error:
-                judge.answer(made.frames, made.fps, made.prompt)
-            return str(error.value)
+            (error,) = judge.answers([given(judge)])
+            return str(error)
 
         torch.manual_seed(5)
         before = torch.random.get_rng_state()
@@ -264,7 +268,7 @@ class TestTinyModel:
         def of(**settings: object) -> object:
             return JUDGE.identity(JudgeOptions(weights=str(folder), **settings))
 
-        assert of() == of(device="cpu") == of(seed=7)
+        assert of() == of(device="cpu") == of(seed=7) == of(batch=1)
         assert len({str(of(**s)) for s in ({}, {"fps": 4.0}, {"samples": 1}, {"samples": 1, "seed": 7})}) == 4
 
     def test_the_same_weights_elsewhere_are_the_same_judge(self, folder: Path, tmp_path: Path) -> None:
@@ -300,11 +304,111 @@ class TestTinyModel:
             Judge(JudgeOptions())
 
     @pytest.mark.parametrize(
-        "wrong", [{"samples": -1}, {"fps": 0.0}, {"max_tokens": 0}, {"samples": 1, "temperature": 0.0}]
+        "wrong", [{"batch": 0}, {"samples": -1}, {"fps": 0.0}, {"max_tokens": 0}, {"samples": 1, "temperature": 0.0}]
     )
     def test_wrong_settings_are_one_line(self, wrong: dict[str, float]) -> None:
         with pytest.raises(UserError, match=rf"{list(wrong)[-1]}={list(wrong.values())[-1]}"):
             JudgeOptions(**wrong)
+
+
+def wide_awake(folder: Path, **settings: object) -> Judge:
+    """A judge with larger random weights: it says something else of every clip, and no token twice in a row for long."""
+    judge = load(folder, **settings)
+    draw = torch.Generator().manual_seed(1)
+    for weights in judge.model.parameters():
+        if weights.ndim > 1:
+            weights.data = 2 * torch.randn(weights.shape, generator=draw) / weights.shape[-1] ** 0.5
+    return judge
+
+
+def clips() -> list[ClipFile]:
+    """Of other sizes, lengths and languages."""
+    made = []
+    for shape, prompt in [((10, 48, 64), "A dog."), ((40, 64, 48), "Ein Hund bellt laut."), ((75, 90, 160), "雨")]:
+        frames = np.random.default_rng(shape[0]).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        made.append(decoded_clip(frames, prompt=prompt))
+    return made
+
+
+class TestBatch:
+    @pytest.mark.parametrize("penalty", [1.0, 1.5])
+    def test_tokens_and_logits_are_those_of_single_clips(self, folder: Path, penalty: float) -> None:
+        """Texts of three lengths, videos of three grids; answers that end at three places, one of them at the limit."""
+        judge = wide_awake(folder)
+        judge.model.generation_config.repetition_penalty = penalty
+        inputs = [JUDGE.measure.prepare(made, judge) for made in clips()]
+        assert (
+            len({one["input_ids"].shape[1] for one in inputs})
+            == len({str(one["video_grid_thw"]) for one in inputs})
+            == 3
+        )
+        greedy = {"do_sample": False}
+        free = [judge._generate(judge._joined([one]), greedy)[0][0] for one in inputs]
+        ends = next(
+            {free[0][n], free[1][m]} for n in range(3, 20) for m in range(n + 1, 24)
+            if not {free[0][n], free[1][m]} & {*free[0][:n], *free[1][:m], *free[2]}
+        )  # fmt: skip
+        judge.model.generation_config.eos_token_id = list(ends)
+        judge.ends = ends
+        alone = [judge._generate(judge._joined([one]), greedy)[0] for one in inputs]
+        batch = judge._generate(judge._joined(inputs), greedy)
+        assert [ids for ids, _ in batch] == [ids for ids, _ in alone]
+        assert len({len(ids) for ids, _ in batch}) == 3
+        assert len(batch[2][0]) == judge.options.max_tokens
+        for (ids, found), (_, expected) in zip(batch, alone, strict=True):
+            assert found.shape == (len(ids), 5)
+            assert expected.std() > 0.5
+            np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
+
+    def test_padding_stands_on_the_left_and_adds_no_token(self, folder: Path) -> None:
+        """A penalty on repetition looks at all tokens before, also at masked ones."""
+        judge = load(folder)
+        inputs = [JUDGE.measure.prepare(made, judge) for made in clips()]
+        batch = judge._joined(inputs)
+        for row, one in enumerate(inputs):
+            length = one["input_ids"].shape[1]
+            assert set(batch["input_ids"][row].tolist()) == set(one["input_ids"][0].tolist())
+            for name in ("input_ids", "mm_token_type_ids", "attention_mask"):
+                assert torch.equal(batch[name][row, -length:], one[name][0])
+            assert batch["attention_mask"][row].sum() == length
+        assert torch.equal(batch["pixel_values_videos"], torch.cat([one["pixel_values_videos"] for one in inputs]))
+
+    def test_of_all_logits_those_of_the_digits_are_kept(self, folder: Path) -> None:
+        judge = wide_awake(folder)
+        shapes, stored, alive = [], [], []
+
+        def watch(head: Any, hidden: Any, logits: torch.Tensor) -> None:
+            alive.append(sum(not storage.expired() for storage in stored))
+            shapes.append(tuple(logits.shape))
+            stored.append(StorageWeakRef(logits.untyped_storage()))
+
+        judge.model.get_output_embeddings().register_forward_hook(watch)
+        inputs = [JUDGE.measure.prepare(made, judge) for made in clips()]
+        ((_, digits), *_) = judge._generate(judge._joined(inputs), {"do_sample": False})
+        assert digits.shape == (24, 5)
+        assert shapes == [(3, 1, judge.model.config.text_config.vocab_size)] * 24
+        assert max(alive) <= 1, "of the last token at most"
+
+    @pytest.mark.parametrize("settings", [{}, {"samples": 2, "temperature": 2.0}], ids=["greedy", "sampled"])
+    def test_answers_do_not_depend_on_the_batch(self, folder: Path, settings: dict[str, object]) -> None:
+        judge = wide_awake(folder, max_tokens=5, **settings)
+        inputs = [JUDGE.measure.prepare(made, judge) for made in clips()]
+        alone = [judge.answers([one])[0] for one in inputs]
+        for order in ([0, 1, 2], [2, 0]):
+            for found, number in zip(judge.answers([inputs[number] for number in order]), order, strict=True):
+                assert isinstance(found, MeasurementError)
+                assert (str(found), found.texts) == (str(alone[number]), alone[number].texts)
+        assert len({str(one.texts) for one in alone}) == 3
+
+    def test_values_belong_to_their_clips(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge = load(folder)
+        calls = plant(judge, monkeypatch, PLAIN, "I refuse.", PLAIN.replace("4", "2"))
+        inputs = [JUDGE.measure.prepare(made, judge) for made in clips()]
+        first, failed, last = JUDGE.measure.together(inputs, judge)
+        assert (first["videoscore2_visual"], last["videoscore2_visual"]) == (4, 2)
+        assert isinstance(failed, MeasurementError)
+        assert failed.texts == {"videoscore2_text": "I refuse."}
+        assert [count for _, count in calls] == [3]
 
 
 class TestRunner:
