@@ -35,7 +35,6 @@ class Processes:
     def __init__(self, shards: Path) -> None:
         self.shards = shards
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
 
     def start(self, folder: Path, *overrides: str, **environment: str):
         arguments = (str(folder), str(self.shards), ["+recipe=pretrain", *MORE, *overrides], environment)

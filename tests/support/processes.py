@@ -40,7 +40,6 @@ class Launcher:
     def __init__(self, shards: Path, more: list[str] = MORE, seconds: int = 120) -> None:
         self.shards, self.more, self.seconds = shards, more, seconds
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
 
     def run(self, folder: Path, strategy: str, size: int, *overrides: str, nodes: int = 1) -> list[int | None]:
         """Exit codes by rank; when one process dies the others are killed, as a launcher would.

@@ -86,7 +86,6 @@ def child(rank: int, port: int, folder: str) -> None:
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
     port = free_port()
     processes = [context.Process(target=child, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:

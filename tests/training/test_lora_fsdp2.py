@@ -80,7 +80,6 @@ def child(rank: int, port: int, folder: str) -> None:
 def test_two_processes_shard_the_base_with_its_adapters(tmp_path) -> None:
     port = free_port()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["magihuman.zoo", "torch", "magihuman.models.denoiser"])
     processes = [context.Process(target=child, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
     for process in processes:
         process.start()

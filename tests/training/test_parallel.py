@@ -117,7 +117,6 @@ def of_two(rank: int, port: int, folder: str) -> None:
 
 def test_a_mesh_and_averages_of_two_processes_of_which_one_has_no_sound(tmp_path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_stub", "lightning.pytorch", "recipes.pretrain"])
     port = free_port()
     processes = [context.Process(target=of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:
