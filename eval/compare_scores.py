@@ -5,13 +5,19 @@
 Both are output folders of `eval.score` or `eval.run`. Only clips that both have are compared.
 """
 
+import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.output import publish
 from magihuman.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.metrics.registry import Metric
+    from eval.score_rows import ClipRow
 
 FORMAT = "magihuman-clip-comparison/1"
 
@@ -53,7 +59,8 @@ def run(
     if not common:
         example = f"{own['clips'][0].clip!r} here, {other['clips'][0].clip!r} there"
         raise UserError(f"clips={clips} and baseline={baseline} have no clip of the same name ({example})")
-    changed = measured_otherwise(Path(clips), Path(baseline))
+    summaries = [read_summary(Path(folder)) for folder in (clips, baseline)]
+    changed = measured_otherwise(*(summary["measurements"] for summary in summaries))
     real = {row.clip: row for row in own.get("reference") or other.get("reference") or []}
     targets = {key: m["value"] for key, m in summarise(list(real.values())).items() if m["value"] is not None}
     met = [row for row in own["clips"] if row.clip in common and row.clip in real]
@@ -63,17 +70,15 @@ def run(
         if aimed:
             print(f"note: the reference is no target of {', '.join(aimed)}: {reason}", file=sys.stderr)
     found = compare(own["clips"], other["clips"], targets, min_coverage)
+    found |= compare_sets(own["clips"], other["clips"], *summaries)
     wanted = [name.strip() for name in metrics.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in found]:
-        if unknown[0] in distances_of_sets():
-            raise UserError(
-                f"metrics={unknown[0]} is a distance of sets, without values per clip: see summary.json of both"
-            )
         raise UserError(f"metrics={unknown[0]} is in neither; they have {', '.join(found)}")
     found = {key: entry for key, entry in found.items() if not wanted or key in wanted}
     for key, reason in changed.items():
         if key in found:
             found[key] = {**found[key], "verdict": "not compared", "reason": reason}
+            found[key] |= {"change": None, "low": None, "high": None, "needed": None}
     values = {
         "format": FORMAT, "name": short(clips, baseline), "baseline_name": short(baseline, clips), "min_coverage": min_coverage,
         "clips": len({row.clip for part in (own, other) for row in part["clips"]}), "common": len(common),
@@ -106,35 +111,122 @@ def short(name: str, other: str) -> str:
     return name if Path(name).name == Path(other).name else Path(name).name
 
 
-def distances_of_sets() -> set[str]:
-    """Metrics that have one value for a whole set of clips."""
-    from eval.metrics.registry import SetMeasurement, measurements
-
-    return {m.key for one in measurements().values() if isinstance(one, SetMeasurement) for m in one.metrics}
-
-
-def measured_otherwise(own: Path, other: Path) -> dict[str, str]:
-    """Metrics that two result folders measured with other versions or settings, with the reason.
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of a result folder.
 
     Raises:
-        UserError: a summary.json that cannot be read.
+        UserError: it cannot be read.
     """
-    from eval.metrics.registry import measurements
     from eval.score_report import SUMMARY
     from magihuman.io.text import load_json
 
-    used = []
-    for folder in (own, other):
-        try:
-            used.append(load_json(folder / SUMMARY)["measurements"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / SUMMARY} cannot be read ({error}); run eval.score again") from error
+    try:
+        content = load_json(folder / SUMMARY)
+        return {**content, "measurements": dict(content["measurements"]), "clips": dict(content["columns"]["clips"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SUMMARY} cannot be read ({error}); run eval.score again") from error
+
+
+def measured_otherwise(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    """Metrics that two results measured with other versions or settings, with the reason, by their `measurements`."""
+    from eval.metrics.registry import measurements
+
     reasons = {}
-    for name in used[0].keys() & used[1].keys() & measurements().keys():
-        if used[0][name] != used[1][name]:
+    for name in own.keys() & other.keys() & measurements().keys():
+        if own[name] != other[name]:
             reason = f"{name} was measured with other settings or another version; score both again"
             reasons.update({metric.key: reason for metric in measurements()[name].metrics})
     return reasons
+
+
+def compare_sets(
+    rows: "Sequence[ClipRow]",
+    baseline: "Sequence[ClipRow]",
+    summary: Mapping[str, Any],
+    other_summary: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Differences of distances of sets, such as FID, by the influences of the groups on both.
+
+    Values are of all clips of a set, so there is a difference only where both have the same clips and reference clips.
+
+    Args:
+        summary, other_summary: of the two, with the values of their sets.
+
+    Returns:
+        Metric -> entries as of `eval.score_summary.compare`, with "interval" and "baseline_interval", each [low, high].
+    """
+    from eval.metrics.registry import SetMeasurement, measurements
+
+    found = {}
+    for name, one in measurements().items():
+        if not isinstance(one, SetMeasurement):
+            continue
+        at_own_rate = not summary["measurements"].get(name, {}).get("identity", {}).get("fps")
+        for metric in one.metrics:
+            a, b = summary["clips"].get(metric.key), other_summary["clips"].get(metric.key)
+            if a is None and b is None:
+                continue
+            a, b = a or {}, b or {}
+            entry = {
+                "value": a.get("value"), "interval": [a.get("low"), a.get("high")], "baseline": b.get("value"),
+                "baseline_interval": [b.get("low"), b.get("high")], "n": min(a.get("n", 0), b.get("n", 0)),
+                "total": len({row.clip for row in (*rows, *baseline)}), "change": None, "low": None, "high": None,
+                "needed": None,
+            }  # fmt: skip
+            entry["coverage"] = entry["n"] / entry["total"]
+            reason = _sets_differ(a, b, rows, baseline, metric, at_own_rate)
+            refused = {"verdict": "not compared", "reason": reason}
+            found[metric.key] = entry | (refused if reason else _set_change(metric, entry, rows, baseline))
+    return found
+
+
+def _sets_differ(
+    a: Mapping[str, Any], b: Mapping[str, Any], rows: "Sequence[ClipRow]", baseline: "Sequence[ClipRow]", metric: "Metric",
+    at_own_rate: bool,
+) -> str:  # fmt: skip
+    """Why two values of a distance have no difference; "" where they have one."""
+    from eval.score_summary import rates_differ
+    from eval.stats import FEWEST
+
+    for whose, part in (("the clips have", a), ("the baseline has", b)):
+        if part.get("value") is None:
+            return f"{whose} no value" + (f": {part['reason']}" if part.get("reason") else "")
+    own, other = ({row.clip: row for row in part} for part in (rows, baseline))
+    if own.keys() != other.keys() or a["n"] != b["n"]:
+        return (
+            f"a distance is of all clips of a set, and these are {a['n']} here and {b['n']} there that are not the same"
+        )
+    if a.get("reference") is None or a.get("reference") != b.get("reference"):
+        return "the reference clips are not the same, or unknown as of an older version"
+    if {name: row.group for name, row in own.items()} != {name: row.group for name, row in other.items()}:
+        return "the clips of the same names are of other groups"
+    if any(metric.key not in row.influence for row in (*rows, *baseline)):
+        return "results of an older version have no influences of prompts; run eval.score again"
+    if (groups := len({row.group for row in rows})) < FEWEST:
+        return f"{groups} prompts have a value in both, and a verdict needs {FEWEST}"
+    return rates_differ(list(own.values()), [other[name] for name in own]) if metric.per_frame and at_own_rate else ""
+
+
+def _set_change(
+    metric: "Metric", entry: Mapping[str, Any], rows: "Sequence[ClipRow]", baseline: "Sequence[ClipRow]"
+) -> dict[str, Any]:
+    """Difference, interval and verdict of two values from the same reference clips."""
+    from eval.score_summary import NEEDED
+    from eval.set_distance import difference
+
+    moved: list[dict[str, float]] = [{}, {}]
+    for part, of in zip((rows, baseline), moved, strict=True):
+        for row in part:
+            of[row.group] = of.get(row.group, 0.0) + row.influence[metric.key]
+    error, half = difference(*moved)
+    change = entry["value"] - entry["baseline"]
+    low, high = change - half, change + half
+    gain = -1 if metric.direction == "down" else 1
+    word = "undecided" if low <= 0 <= high else "better" if gain * change > 0 else "worse"
+    needed = math.ceil(NEEDED * (error / change) ** 2 * entry["n"]) if abs(change) > 1e-12 and error > 0 else None
+    return {
+        "change": change, "low": low, "high": high, "verdict": word, "reason": "", "groups": len(moved[0]), "needed": needed,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class ClipRow:
 
     Attributes:
         fps: frames per second of the file, 0 without video; None where it cannot be read or was not written.
+        influence: distance of sets -> the clip's share of what its group moves the distance by; see `eval.set_distance`.
     """
 
     clip: str
@@ -41,6 +42,7 @@ class ClipRow:
     values: dict[str, Value] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     fps: float | None = None
+    influence: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         values = {
@@ -50,6 +52,7 @@ class ClipRow:
         return {
             "clip": self.clip, "group": self.group, "prompt": self.prompt, "language": self.language,
             "sha256": self.sha256, "fps": self.fps, "values": values, "texts": self.texts,
+            **({"influence": self.influence} if self.influence else {}),
         }  # fmt: skip
 
     @classmethod
@@ -62,6 +65,7 @@ class ClipRow:
         return cls(
             str(content["clip"]), str(content["group"]), str(content.get("prompt", "")), content.get("language"),
             content.get("sha256"), values, dict(content.get("texts", {})), _number(content.get("fps")),
+            {str(key): float(value) for key, value in content.get("influence", {}).items()},
         )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def compare(
         }
         needed = None
         if abs(change[0]) > 1e-12 and spread > 0:
-            needed = int(np.ceil(_NEEDED * (spread / change[0]) ** 2 * n / used))
+            needed = int(np.ceil(NEEDED * (spread / change[0]) ** 2 * n / used))
         found[key] = {**entry, "verdict": word, "reason": "", "needed": needed}
     return found
 
@@ -148,7 +148,7 @@ def _applies(row: ClipRow | None, key: str) -> bool:
     return row is None or key not in row.values or row.values[key].status != SKIPPED
 
 
-_NEEDED = (1.959964 + 0.841621) ** 2
+NEEDED = (1.959964 + 0.841621) ** 2
 """(z of a two-sided 5 % + z of POWER) squared: groups needed = this x (deviation / difference) squared."""
 
 

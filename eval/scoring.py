@@ -9,11 +9,13 @@ the other, so that one model is in memory. A model that takes batches gets them 
 that cannot be measured leaves the others of its batch alone.
 """
 
+import hashlib
 import io
 import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +53,8 @@ class Scored:
 
     Attributes:
         rows: a row per clip, in the clips' order.
-        sets: values of set measurements by key, each {"value", "low", "high", "n", "status", "reason"}.
+        sets: values of set measurements by key, each {"value", "low", "high", "n", "status", "reason"}, and "reference", a hash
+            of the reference clips that were used.
         used: measurement -> {"version", "identity"} of those that could run.
         measured: how many values had to be measured; 0 where all came from the cache.
     """
@@ -430,8 +433,11 @@ class _Run:
         if p.missing is not None:
             return none(UNAVAILABLE, str(p.missing))
         # By content: clips of one prompt share a reference, and a kernel distance counts no clip twice.
-        found_by = {self._hash(c.reference.path) or c.name: c.reference for c in self.clips if c.reference is not None}
-        references = list(found_by.values())
+        found_by: dict[str, tuple[ClipFile, str]] = {}
+        for c in self.clips:
+            if c.reference is not None:
+                found_by.setdefault(self._hash(c.reference.path) or c.name, (c.reference, c.group))
+        references = [clip for clip, _ in found_by.values()]
         if not references:
             return none(SKIPPED, "there are no reference clips; give reference=FOLDER")
         load = _LazyModel(p)
@@ -446,31 +452,46 @@ class _Run:
             status = FAILED if failed or failed_real else SKIPPED
             return {key: {**measure, **counts} for key, measure in none(status, lost).items()}
         try:
-            found = measurement.compare(own, real)
+            groups, of_reference = [self.clips[i].group for i in own], [list(found_by.values())[i][1] for i in real]
+            found = measurement.compare(list(own.values()), list(real.values()), groups, of_reference)
         except NotMeasured as error:
             return none(SKIPPED, _words(error), len(own))
         except Exception as error:
             return none(FAILED, f"{type(error).__name__}: {_words(error)}", len(own))
         result = none(SKIPPED, "not defined for these clips", len(own))
+        used = hashlib.sha256("".join(sorted(list(found_by)[i] for i in real)).encode()).hexdigest()[:16]
+        clips_of = Counter(row.group for row in self.rows)
         for key, value in found.items():
+            plain: dict[str, Any]
             plain = value.to_dict() if hasattr(value, "to_dict") else {"value": float(value), "low": None, "high": None}
-            result[key] = {"status": OK, "reason": "", **plain, "n": len(own), "total": len(self.clips)}
+            influence: Mapping[str, float] = plain.pop("influence", {})
+            for row in self.rows if influence else ():
+                row.influence[key] = influence.get(row.group, 0.0) / clips_of[row.group]
+            result[key] = {
+                "status": OK,
+                "reason": "",
+                **plain,
+                "n": len(own),
+                "total": len(self.clips),
+                "reference": used,
+            }
         for measure in result.values():
             measure.update(counts, reason=measure["reason"] or lost)
         return result
 
     def _features(
         self, p: _Plan, clips: Sequence[ClipFile], load: "_LazyModel", what: str
-    ) -> tuple[list[np.ndarray], str, int]:
-        """Features of the clips that have them, the last reason why one has none, and how many failed."""
+    ) -> tuple[dict[int, np.ndarray], str, int]:
+        """Features of the clips that have them by their number, the last reason why one has none, and how many failed."""
         keys = [self._key(p, clip) for clip in clips]
         known = self.cache.get(key for key in keys if key is not None)
-        features, lost, failed = [], "", 0
+        features: dict[int, np.ndarray] = {}
+        lost, failed = "", 0
         missing = sum(key not in known for key in keys)
         with self._bar(missing, f"{p.name}: {what}") as bar:
-            for clip, key in zip(clips, keys, strict=True):
+            for number, (clip, key) in enumerate(zip(clips, keys, strict=True)):
                 if key is not None and key in known:
-                    features.append(np.load(io.BytesIO(known[key]), allow_pickle=False))
+                    features[number] = np.load(io.BytesIO(known[key]), allow_pickle=False)
                     continue
                 try:
                     _require(p.measurement, clip)
@@ -481,7 +502,7 @@ class _Run:
                     lost = f"{clip.name}: {_words(error)}"
                     failed += not isinstance(error, NotMeasured)
                 else:
-                    features.append(found)
+                    features[number] = found
                     if key is not None:
                         file = io.BytesIO()
                         np.save(file, found, allow_pickle=False)

@@ -493,17 +493,24 @@ def _comparison_rows(values: Values, keys: Sequence[str] = ()) -> tuple[list[str
     rows = []
     for key in keys or found:
         entry = found[key]
-        if entry["verdict"] == "not compared":
+        refused = entry["verdict"] == "not compared"
+        if refused and entry.get("value") is None and entry.get("baseline") is None:
             continue
         change = {"value": entry["change"], "low": entry["low"], "high": entry["high"]}
         rows.append(
             [
-                metrics()[key].heading, format_value(entry["value"]), format_value(entry["baseline"]),
-                format_interval(change, signed=True), entry["verdict"], f"{entry['n']} of {entry['total']}",
+                metrics()[key].heading, _side(entry, "value", "interval"), _side(entry, "baseline", "baseline_interval"),
+                "" if refused else format_interval(change, signed=True), entry["verdict"], f"{entry['n']} of {entry['total']}",
                 "" if entry["needed"] is None else f"{entry['needed']:,}",
             ]
         )  # fmt: skip
     return header, rows
+
+
+def _side(entry: Values, value: str, interval: str) -> str:
+    """A value of one side; with its interval where there is one, as of distances of sets."""
+    low, high = entry.get(interval, (None, None))
+    return format_interval({"value": entry[value], "low": low, "high": high})
 
 
 def _comparison_notes(values: Values) -> list[str]:

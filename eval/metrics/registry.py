@@ -154,13 +154,14 @@ class SetMeasurement:
     Attributes:
         name, metrics, inputs, optional, options, missing, load, identity, version, costly: as of `Measurement`.
         features: (clip, model) -> fp32 [D] or [k,D], cached per clip.
-        compare: (features of the clips, of the reference clips) -> values by key, each a value or an `eval.stats.Measure`.
+        compare: (features of the clips, of the reference clips, groups of the clips, of the reference clips) -> values by key,
+            each a value, an `eval.stats.Measure` or an `eval.set_distance.Distance`.
     """
 
     name: str
     metrics: tuple[Metric, ...]
     features: Callable[["ClipFile", Any], "np.ndarray"]
-    compare: "Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Mapping[str, Any]]"
+    compare: "Callable[[Sequence[np.ndarray], Sequence[np.ndarray], Sequence[str], Sequence[str]], Mapping[str, Any]]"
     inputs: tuple[str, ...] = ("frames",)
     options: type | None = None
     missing: Callable[[Any], MissingDependency | None] = lambda options: None

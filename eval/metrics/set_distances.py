@@ -153,18 +153,32 @@ def audio_features(clip: "ClipFile", model: _Loaded) -> "np.ndarray":
 
 
 def _compare(distance: str, kernel: str) -> Any:
-    def compare(clips: "Sequence[np.ndarray]", reference: "Sequence[np.ndarray]") -> "Mapping[str, Measure]":
+    def compare(
+        clips: "Sequence[np.ndarray]",
+        reference: "Sequence[np.ndarray]",
+        groups: Sequence[str],
+        of_reference: Sequence[str],
+    ) -> "Mapping[str, Measure]":
         from eval.set_distance import frechet, kernel_distance
 
-        return {distance: frechet(clips, reference), kernel: kernel_distance(clips, reference)}
+        sets = (clips, reference, groups, of_reference)
+        return {distance: frechet(*sets), kernel: kernel_distance(*sets)}
 
     return compare
 
 
 def _metrics(distance: str, kernel: str, of: str) -> tuple[Metric, Metric]:
     return (
-        Metric(distance, f"{distance.upper()}: Fréchet distance of {of}", direction="down", best=0.0),
-        Metric(kernel, f"{kernel.upper()}: unbiased kernel distance of {of}", direction="down"),
+        Metric(
+            distance,
+            f"{distance.upper()}: Fréchet distance of {of}",
+            direction="down",
+            best=0.0,
+            per_frame=of == "videos",
+        ),
+        Metric(
+            kernel, f"{kernel.upper()}: unbiased kernel distance of {of}", direction="down", per_frame=of == "videos"
+        ),
     )
 
 
@@ -181,6 +195,7 @@ def _measurement(
         missing=_missing(name),
         load=_load,
         identity=_identity,
+        version=2,
     )
 
 

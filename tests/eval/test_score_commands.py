@@ -137,6 +137,49 @@ def test_comparison_of_two_result_folders(two_folders, capsys):
     assert "better" in capsys.readouterr().out
 
 
+def test_distances_of_sets_are_compared_by_their_prompts(tmp_path, capsys):
+    """FID of two systems against one reference: values with intervals, a difference, and why there is none."""
+    import torch
+
+    from eval.compare_scores import run as compare_scores
+    from eval.score import main
+    from eval.set_distance import difference
+
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([x[:, 0].flatten(1).mean(1), x[:, 0, :8].flatten(1).mean(1)], 1)
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    for n in range(6):
+        for folder, level in (("real", 60), ("near", 64), ("far", 120)):
+            write_clip(tmp_path / folder / f"{n}.mp4", level=level + 7 * n % 13, frames=4 + n % 3)
+    common = ["metrics=fid", f"fid.extractor={tmp_path / 'mean.pt'}", "fid.size=16", "fid.frames=2", "progress=false"]
+    common += [f"reference={tmp_path / 'real'}", f"cache={tmp_path / 'c.sqlite'}", "workers=1"]
+    for folder in ("near", "far"):
+        main([f"clips={tmp_path / folder}", f"output={tmp_path / 'o' / folder}", *common])
+    found = compare_scores(str(tmp_path / "o/near"), str(tmp_path / "o/far"), output=str(tmp_path / "o/compared"))[
+        "metrics"
+    ]
+    fid = found["fid"]
+    assert (fid["verdict"], fid["n"], fid["groups"]) == ("better", 6, 6)
+    assert fid["change"] == pytest.approx(fid["value"] - fid["baseline"])
+    moved = []
+    for folder in ("near", "far"):
+        lines = [json.loads(line) for line in (tmp_path / "o" / folder / "results.jsonl").read_text().splitlines()]
+        moved.append({line["clip"]: line["influence"]["fid"] for line in lines if line["column"] == "clips"})
+    assert fid["high"] - fid["change"] == pytest.approx(difference(*moved)[1])
+    line = next(line for line in (tmp_path / "o/compared/comparison.md").read_text().splitlines() if "FID" in line)
+    assert line.count("[") == 3
+    capsys.readouterr()
+    write_clip(tmp_path / "real/5.mp4", level=200, frames=4)
+    main([f"clips={tmp_path / 'far'}", f"output={tmp_path / 'o/far'}", *common])
+    apart = compare_scores(str(tmp_path / "o/near"), str(tmp_path / "o/far"))["metrics"]["fid"]
+    assert (apart["verdict"], apart["change"]) == ("not compared", None)
+    assert apart["reason"].startswith("the reference clips are not the same")
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FID")]
+    assert printed[-1].count("[") == 2  # both values with their intervals, and no difference
+
+
 def test_comparison_that_cannot_be_made(two_folders, capsys):
     from eval.compare_scores import run as compare_scores
 
@@ -152,7 +195,7 @@ def test_comparison_that_cannot_be_made(two_folders, capsys):
         compare_scores(str(own), str(other))
     assert ended.value.code == 1
     assert "too few clips have a value in both: toy_brightness" in capsys.readouterr().err
-    with pytest.raises(UserError, match="fid is a distance of sets"):
+    with pytest.raises(UserError, match="metrics=fid is in neither"):
         compare_scores(str(own), str(other), metrics="fid", min_coverage=0)
     for content, message in (("{}\n", "line 1 is no result"), ("", "is empty"), ("[1]", "line 1 is no result")):
         (other / "results.jsonl").write_text(content)

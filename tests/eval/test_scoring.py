@@ -225,7 +225,7 @@ import numpy as np
 def features(clip, _):
     note("features")
     return np.array([clip.frames.mean()])
-def apart(own, real):
+def apart(own, real, groups, of_real):
     if len(own) < 2:
         raise NotMeasured("needs two clips")
     return {"toy_apart": float(np.mean(own) - np.mean(real))}

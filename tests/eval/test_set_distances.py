@@ -11,7 +11,7 @@ from tiny_onnx import write_mean
 from eval.clip_file import MeasurementError, NotMeasured
 from eval.extractor import load_extractor
 from eval.metrics.registry import SetMeasurement, measurements
-from eval.set_distance import frechet, kernel_distance
+from eval.set_distance import Distance, difference, frechet, kernel_distance
 from magihuman.errors import UserError
 
 FID, FVD, FAD = (measurements()[name] for name in ("fid", "fvd", "fad"))
@@ -99,9 +99,99 @@ class TestKernelDistance:
         assert kernel_distance(x, y).value == pytest.approx(whole.value, rel=1e-12)
         assert kernel_distance(x, y).high == pytest.approx(whole.high, rel=1e-12)
 
+    def test_pairs_of_one_prompt_are_left_out(self) -> None:
+        """By the definition: means of kernels over all pairs of clips of two prompts, and the jackknife without each."""
+        rng = np.random.default_rng(10)
+        x, y = sets(rng, 9, 4), sets(rng, 5, 4, shift=0.5)
+        of_x, of_y = list("aaabbccde"), list("abcdd")
+
+        def mean(own: list[np.ndarray], others: list[np.ndarray], a: list[str], b: list[str], without: str) -> float:
+            pairs = [
+                (float(u[0].astype(float) @ v[0]) / 4 + 1) ** 3
+                for u, p in zip(own, a, strict=True)
+                for v, q in zip(others, b, strict=True)
+                if p != q and without not in (p, q)
+            ]
+            return float(np.mean(pairs))
+
+        def value(without: str = "") -> float:
+            within = mean(x, x, of_x, of_x, without) + mean(y, y, of_y, of_y, without)
+            return within - 2 * mean(x, y, of_x, of_y, without)
+
+        found = kernel_distance(x, y, of_x, of_y)
+        assert found.value == pytest.approx(value(), rel=1e-6)
+        left_out = np.array([value(p) for p in "abcde"])
+        error = np.sqrt(4 / 5 * np.square(left_out - left_out.mean()).sum())
+        assert found.high - found.value == pytest.approx(3.1824 * error, rel=1e-4)  # t of 4 prompts of the reference
+        assert sum(found.influence.values()) == pytest.approx(0, abs=1e-9)
+
     def test_needs_three_clips(self) -> None:
         x = sets(np.random.default_rng(9), 2, 4, k=9)
         assert (kernel_distance(x, x).value, kernel_distance(x, x).status) == (None, "skipped")
+        x = sets(np.random.default_rng(9), 6, 4)
+        assert kernel_distance(x, x, list("aaabbb"), list("aaabbb")).reason.startswith("2 and 2 prompts; 3 on each")
+
+
+def of_prompts(
+    rng: np.random.Generator, prompts: int, per: int, d: int
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[str], list[str]]:
+    """Clips of two systems and reference clips, of 2 frames, all alike within a prompt; names of their prompts."""
+    prompt, own, other = (rng.standard_normal((prompts, 1, 1, d)) for _ in range(3))
+
+    def clips(mean: np.ndarray, count: int) -> list[np.ndarray]:
+        noise = 0.6 * rng.standard_normal((prompts, count, 1, d)) + 0.5 * rng.standard_normal((prompts, count, 2, d))
+        return list((mean + noise).reshape(prompts * count, 2, d))
+
+    names = [str(number) for number in range(prompts)]
+    made, base = clips(prompt + 0.5 * own + 0.3, per), clips(0.9 * (prompt + 0.5 * other) + 0.45, per)
+    return made, base, clips(prompt, 1), [name for name in names for _ in range(per)], names
+
+
+class TestGroups:
+    def test_copies_of_every_clip_leave_the_interval(self) -> None:
+        """Four equal clips of a prompt are one observation; as clips of their own they would halve the interval."""
+        rng = np.random.default_rng(11)
+        x, y = sets(rng, 30, 3), sets(rng, 30, 3, shift=0.4)
+        names = [str(n) for n in range(30)]
+        for distance in (frechet, kernel_distance):
+            one = distance(x, y, names, names)
+            four = distance([clip for clip in x for _ in range(4)], y, [n for n in names for _ in range(4)], names)
+            assert four.high - four.low == pytest.approx(one.high - one.low, rel=0.05)
+
+    def test_of_one_prompt_has_no_interval(self) -> None:
+        x = sets(np.random.default_rng(12), 10, 3)
+        found = frechet(x, x, ["a"] * 10, ["a"] * 10)
+        assert (found.low, found.high) == (None, None)
+        assert found.value is not None
+
+    def test_difference_of_equal_sets_is_certain_and_of_other_groups_an_error(self) -> None:
+        one = {"a": 0.25, "b": -0.5, "c": 0.25}
+        assert difference(one, one) == (0, 0)
+        error, half = difference({"a": 1.0, "b": -1.0}, {"a": 0.0, "b": 0.0})
+        assert error == pytest.approx(2)  # sqrt(2 / 1 x (1 + 1))
+        assert half == pytest.approx(2 * 12.7062, rel=1e-4)
+        with pytest.raises(ValueError, match="no common error"):
+            difference(one, {"a": 0.0, "b": 0.0})
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("prompts", "per"), [(10, 4), (40, 4), (100, 1)])
+    def test_intervals_cover(self, prompts: int, per: int) -> None:
+        """Clips, references and two systems share prompts: at nominal 95 %, at least 92 % of intervals cover, but for chance.
+
+        The truth is the mean over the repetitions: of the Fréchet distance at this number of samples, with its bias.
+        """
+        rng = np.random.default_rng(13)
+        runs = 300
+        for distance, d in ((frechet, 4), (kernel_distance, 32)):
+            found: list[tuple[Distance, float, float]] = []
+            for _ in range(runs):
+                made, base, real, groups, names = of_prompts(rng, prompts, per, d)
+                own, other = distance(made, real, groups, names), distance(base, real, groups, names)
+                found.append((own, own.value - other.value, difference(own.influence, other.influence)[1]))
+            values, changes = np.array([own.value for own, _, _ in found]), np.array([change for _, change, _ in found])
+            covered = np.mean([own.low <= values.mean() <= own.high for own, _, _ in found])
+            differing = np.mean([abs(change - changes.mean()) <= half for _, change, half in found])
+            assert min(covered, differing) > 0.92 - 2 * np.sqrt(0.92 * 0.08 / runs), (distance, covered, differing)
 
 
 class Mean(torch.nn.Module):
@@ -213,7 +303,7 @@ class TestFeatures:
 
     def test_values_are_measures_by_key(self) -> None:
         rng = np.random.default_rng(0)
-        found = FVD.compare(sets(rng, 20, 4), sets(rng, 20, 4))
+        found = FVD.compare(sets(rng, 20, 4), sets(rng, 20, 4), *[[str(n) for n in range(20)]] * 2)
         assert {key: m.status for key, m in found.items()} == {"fvd": "ok", "kvd": "ok"}
         assert {metric.key for metric in FVD.metrics} == set(found)
 
