@@ -3,22 +3,30 @@
     clips = read_clips(Path("clips"), reference=Path("real"))
 
 In a folder every media file is a clip, with its prompt from NAME.json (the record of `python -m magihuman.infer`) or NAME.txt
-next to it. A manifest is a table (.csv, .tsv, .jsonl, .json) with the column `clip` and any of `COLUMNS`; its paths are
-relative to the file.
+next to it; of an output folder of `eval.run`, which has references and codec bounds, too, the clips of its manifest. Names that
+begin with a dot are no clips: macOS writes `._NAME.mp4` beside NAME.mp4 on foreign disks. A manifest is a table (.csv, .tsv,
+.jsonl, .json) with the column `clip` and any of `COLUMNS`; its paths are relative to the file.
 """
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from eval.clip_file import ClipFile
 from eval.languages import language_code
+from eval.suites.suite_items import MANIFEST, SETTINGS
 from magihuman.errors import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 COLUMNS = ("clip", "name", "prompt", "dialogue", "language", "group", "reference", "voice", "image")
-"""Columns of a manifest; others are ignored."""
+"""Columns of a manifest that are used."""
+WRITTEN = ("part",)
+"""Columns that `eval.run` writes beside them."""
+NEAR = 0.65
+"""Similarity from which on an unknown column is taken for a misspelt one (difflib): lang and language have 0.67."""
 _TAG = re.compile(r"<[^<>\n]*,\s*([^<>,\n]+?)\s*>\s*[:：]")
 
 
@@ -26,18 +34,18 @@ def read_clips(source: Path, reference: Path | None = None) -> list[ClipFile]:
     """Clips of a folder or manifest, sorted by name.
 
     Args:
-        source: folder (its subfolders, too) or manifest.
+        source: folder (its subfolders, too) or manifest. Of a folder with `SETTINGS`, made by `eval.run`, the `MANIFEST` in it.
         reference: folder or manifest of true clips, matched by name; a manifest's own column `reference` goes first.
 
     Raises:
         UserError: nothing there, no clips, two of the same name, or a row that cannot be used.
     """
-    clips = _folder(source, "clips") if source.is_dir() else _manifest(source, "clips")
+    clips = _listed(source, "clips")
     twice = _repeated([clip.name for clip in clips])
     if twice is not None:
         raise UserError(f"clips={source} has two clips called {twice!r}; give names in a manifest's column `name`")
     if reference is not None:
-        found = _folder(reference, "reference") if reference.is_dir() else _manifest(reference, "reference")
+        found = _listed(reference, "reference")
         by_name = {clip.name: clip for clip in found}
         for clip in clips:
             clip.reference = clip.reference or by_name.get(clip.name)
@@ -81,8 +89,28 @@ def _clip(path: Path, **known: Any) -> ClipFile:
     return ClipFile(path, **known)
 
 
+def _listed(source: Path, setting: str) -> list[ClipFile]:
+    if not source.is_dir():
+        return _manifest(source, setting)
+    if not (source / SETTINGS).is_file():
+        return _folder(source, setting)
+    manifest = source / MANIFEST
+    if not manifest.is_file():
+        raise UserError(
+            f"{setting}={source} is a folder of eval.run without {MANIFEST}: its clips are not finished; repeat that command, or "
+            f"give {setting}={source / 'clips'}"
+        )
+    clips = _manifest(manifest, setting)
+    print(
+        f"note: {setting}={source} is a folder of eval.run: its {MANIFEST} is read (clips: {len(clips)})",
+        file=sys.stderr,
+    )
+    return clips
+
+
 def _folder(folder: Path, setting: str) -> list[ClipFile]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
         raise UserError(f"{setting}={folder} has no media files ({', '.join(SUFFIXES)})")
     return [
@@ -113,14 +141,31 @@ def _manifest(file: Path, setting: str) -> list[ClipFile]:
         raise UserError(f"{setting}={file} does not exist; give a folder of clips or a manifest ({', '.join(TABLES)})")
     if file.suffix.lower() not in TABLES:
         raise UserError(f"{setting}={file} is neither a folder nor a manifest ({', '.join(TABLES)})")
+    rows = list(read_rows(file, f"{setting}={file}", (["clip"],), ("clip", "prompt")))
+    _require_columns(dict.fromkeys(name for row in rows for name in row.values), f"{setting}={file}")
     clips = []
-    for row in read_rows(file, f"{setting}={file}", (["clip"],), ("clip", "prompt")):
+    for row in rows:
         if row.problem:
             raise UserError(f"{setting}={file}: {row.where} {row.problem}")
         clips.append(_row_clip(row.values, f"{setting}={file}: {row.where}", file.parent))
     if not clips:
         raise UserError(f"{setting}={file} has no rows")
     return clips
+
+
+def _require_columns(given: Collection[str], where: str) -> None:
+    """Say which columns are not used.
+
+    Raises:
+        UserError: one is called nearly as a column that the table lacks: dialog, lang.
+    """
+    absent = [name for name in COLUMNS if name not in given]
+    unused = [name for name in given if name not in (*COLUMNS, *WRITTEN)]
+    for name in unused:
+        if near := get_close_matches(name, absent, n=1, cutoff=NEAR):
+            raise UserError(f"{where}: unknown column {name!r}; did you mean {near[0]}? rename or remove it")
+    if unused:
+        print(f"note: {where}: columns that are not used: {', '.join(unused)}", file=sys.stderr)
 
 
 def _row_clip(values: Mapping[str, Any], where: str, folder: Path) -> ClipFile:

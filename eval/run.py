@@ -21,7 +21,7 @@ from eval.output import portable, require_at_least
 from eval.published import SOURCE, ComparedMetrics, published_rows
 from eval.score import clip_sets, require_coverage, require_share, split_options
 from eval.score_cache import DEFAULT
-from eval.suites.suite_items import Suite, SuiteItem, SuiteOptions
+from eval.suites.suite_items import MANIFEST, SETTINGS, Suite, SuiteItem, SuiteOptions
 from inference.requests import MANIFEST as MADE
 from inference.requests import InferOptions
 from inference.torchrun import from_first, ranks, together, wait_for_all
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m eval.run"
 FORMAT = "magihuman-suite/1"
-SETTINGS, PROMPTS, MANIFEST, CLIPS = "suite.json", "prompts.jsonl", "manifest.jsonl", "clips"
-"""Files and the folder of clips in the output folder."""
+PROMPTS, CLIPS = "prompts.jsonl", "clips"
+"""List of prompts and folder of clips in the output folder."""
 OURS = ("prompt", "prompts", "image", "audio", "gallery")
 """Options of generating that the suite decides."""
 SPEED = ("batch", "memory", "progress", "gallery", "output", "prompts", "seed")
@@ -335,7 +335,7 @@ def _manifest(folder: Path, clips: Sequence[SuiteClip]) -> str:
             "prompt": item.prompt,
             "dialogue": item.dialogue,
             "language": item.language,
-            "group": item.group or item.name,
+            "group": item.group or item.prompt or item.name,
             "reference": shown(item.reference),
             "voice": shown(item.voice or item.audio),
             "image": shown(item.image),

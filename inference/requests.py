@@ -261,8 +261,7 @@ def _request(row: TableRow, index: int, seed: int, where: str, folder: Path) -> 
         raise UserError(f"{where}: the prompt is missing or empty")
     check_length(prompt, f"{where}: the prompt")
     name = texts.get("name", f"{index:04d}-{slug(prompt)}")
-    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,120}", name) or name.startswith("."):
-        raise UserError(f"{where}: {name!r} cannot be a file name; use up to 120 characters without slashes")
+    check_name(name, where)
     paths = {key: str(folder / texts[key]) for key in ("image", "audio") if key in texts}
     for key, file in paths.items():
         if not os.path.isfile(file):
@@ -275,6 +274,16 @@ def _request(row: TableRow, index: int, seed: int, where: str, folder: Path) -> 
         negative_prompt=texts.get("negative_prompt"),
         **paths,
     )
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse what cannot be the name of a clip's file.
+
+    Raises:
+        UserError: slashes, control characters, a dot in front, or over 120 characters; `where` says where it stands.
+    """
+    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,120}", name) or name.startswith("."):
+        raise UserError(f"{where}: {name!r} cannot be a file name; use up to 120 characters without slashes")
 
 
 def check_seed(value: Any, where: str) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from eval.languages import language_code
 from eval.suites.suite_items import Suite, SuiteItem, SuiteOptions
-from inference.requests import check_seconds, check_seed, slug
+from inference.requests import check_length, check_name, check_seconds, check_seed, slug
 from magihuman.errors import UserError
 from magihuman.io.text import CAPTION_COLUMNS, TABLES, TableRow, prompt_rows
 
@@ -59,6 +59,9 @@ def _item(row: TableRow, index: int, file: Path, first_frame: bool) -> SuiteItem
         raise UserError(f"{where} {error}") from None
     if not prompt:
         raise UserError(f"{where}: the prompt is missing or empty")
+    check_length(prompt, f"{where}: the prompt")
+    name = texts.get("name") or f"{index:04d}-{slug(prompt)}"
+    check_name(name, where)  # before the list of prompts is made of it, whose lines the user does not know
     paths = {key: file.parent / texts[key] for key in PATHS if texts.get(key)}
     for key, path in paths.items():
         if not path.is_file():
@@ -70,7 +73,7 @@ def _item(row: TableRow, index: int, file: Path, first_frame: bool) -> SuiteItem
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return SuiteItem(
-        name=texts.get("name") or f"{index:04d}-{slug(prompt)}",
+        name=name,
         prompt=prompt,
         dialogue=texts.get("dialogue"),
         language=texts.get("language") or None,

@@ -15,6 +15,8 @@ from magihuman.errors import UserError
 
 BLOCKS, DESCRIPTION = "blocks", "description"
 TEMPLATES = (BLOCKS, DESCRIPTION)
+SETTINGS, MANIFEST = "suite.json", "manifest.jsonl"
+"""Files in an output folder of `eval.run`: its settings, and its clips for `eval.clip_list`."""
 _QUOTES = str.maketrans(dict.fromkeys('"“”„«»「」『』', "'"))
 
 
@@ -88,7 +90,7 @@ class SuiteItem:
         language: of the dialogue, as an ISO code or a name, None where unknown.
         image, audio: condition the clip; voice: of the wanted speaker; reference: the true clip.
         seconds, seed, negative_prompt: of this item, None for the run's.
-        group: items of one group are alike, and their clips are resampled together; "": the item is a group by itself.
+        group: items of one group are alike, and their clips are resampled together; "": items of one prompt are a group.
         part: of the suite, such as "set1" or "age/19-30".
     """
 

@@ -23,7 +23,7 @@ from magihuman.errors import UserError
 from magihuman.io.text import load_json, read_rows
 
 FETCH = (
-    "hf download FreedomIntelligence/TalkVid --repo-type dataset --revision bench --local-dir talkvid_bench "
+    "hf download FreedomIntelligence/TalkVid --repo-type dataset --revision bench --local-dir talkvid "
     "(for non-commercial use)"
 )
 PARTS = ("age", "gender", "ethnicity", "language")
@@ -39,7 +39,7 @@ def read_talkvid(options: SuiteOptions) -> Suite:
     """
     folder, chosen = options.folder(FETCH), options.chosen_parts(PARTS)
     clips: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.mp4")):
+    for path in _files(folder, "*.mp4"):
         if path.stem in clips:
             raise UserError(f"suite_path={folder} has two clips called {path.name}: {clips[path.stem]} and {path}")
         clips[path.stem] = path
@@ -76,8 +76,13 @@ def read_talkvid(options: SuiteOptions) -> Suite:
     )
 
 
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Files below a folder, without those that macOS adds, whose names begin with a dot."""
+    return sorted(path for path in folder.rglob(pattern) if not path.name.startswith("."))
+
+
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.rglob("*.json")):
+    for path in _files(folder, "*.json"):
         try:
             content = load_json(path)
         except (OSError, ValueError) as error:

@@ -37,7 +37,7 @@ def read_versebench(options: SuiteOptions) -> Suite:
     folder, chosen = options.folder(FETCH), options.chosen_parts(PARTS)
     items, notes = [], []
     for part in chosen:
-        records = sorted((folder / part).glob("*.json"))
+        records = sorted(path for path in (folder / part).glob("*.json") if not path.name.startswith("."))
         if not records:
             raise UserError(f"suite_path={folder} has no {part}/*.json; fetch the suite with: {FETCH}")
         items += [_item(path, part, options) for path in records]

@@ -64,6 +64,47 @@ def test_references_are_found_by_name(tmp_path):
     assert [c.reference and c.reference.path.name for c in clips] == ["a.mp4", "b.mp4", None]
 
 
+def test_files_that_macos_adds_are_no_clips(tmp_path):
+    write_clip(tmp_path / "a.mp4", frames=3)
+    for name in ("._a.mp4", ".Trashes/b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert [clip.name for clip in read_clips(tmp_path)] == ["a"]
+
+
+def test_of_a_folder_of_eval_run_the_generated_clips_are_taken(tmp_path, capsys):
+    """References and the codec bound lie in the same folder."""
+    for name in ("clips/a", "clips/left-out", "references/a", "bound/a"):
+        write_clip(tmp_path / f"{name}.mp4", frames=3)
+    (tmp_path / "suite.json").write_text("{}")
+    with pytest.raises(UserError, match="folder of eval.run without manifest.jsonl: its clips are not finished"):
+        read_clips(tmp_path)
+    row = {"clip": "clips/a.mp4", "name": "a", "prompt": "x", "reference": "references/a.mp4", "part": "set1"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    (clip,) = read_clips(tmp_path)
+    assert (clip.name, clip.prompt, clip.path.parent.name) == ("a", "x", "clips")
+    assert clip.reference.path == tmp_path / "references/a.mp4"
+    said = f"note: clips={tmp_path} is a folder of eval.run: its manifest.jsonl is read (clips: 1)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_columns_of_a_manifest_are_used_named_or_refused(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", frames=3)
+    file = tmp_path / "m.csv"
+    for given, meant in (
+        ("dialog", "dialogue"),
+        ("lang", "language"),
+        ("promt", "prompt"),
+        ("references", "reference"),
+    ):
+        file.write_text(f"clip,{given}\na.mp4,x\n")
+        with pytest.raises(UserError, match=f"unknown column '{given}'; did you mean {meant}\\?"):
+            read_clips(file)
+    file.write_text("clip,prompt,prompt_id,video,seed\na.mp4,x,7,v,3\n")
+    assert [clip.prompt for clip in read_clips(file)] == ["x"]
+    assert capsys.readouterr().err == f"note: clips={file}: columns that are not used: prompt_id, video, seed\n"
+
+
 def test_what_a_prompt_lets_people_say():
     assert spoken("A quiet room.\n\nBackground Sound:\n<Rain>") == ("", None)
     assert spoken('A man says "hello".') == (None, None)

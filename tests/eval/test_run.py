@@ -107,7 +107,8 @@ def test_a_suite_is_generated_and_scored_with_its_bound_and_settings(command: Co
     assert len(found["weights"]["checkpoint"]["sha256"]) == 64
     rows = [json.loads(line) for line in (command.output / "manifest.jsonl").read_text().splitlines()]
     assert rows[0] == {
-        "clip": "clips/a.mp4", "name": "a", "prompt": "first", "dialogue": "two words", "language": "en", "group": "a",
+        "clip": "clips/a.mp4", "name": "a", "prompt": "first", "dialogue": "two words", "language": "en",
+        "group": "first",
         "reference": str(command.output.parent / "real.mp4"),
     }  # fmt: skip
 
@@ -148,7 +149,7 @@ def test_more_prompts_and_clips_keep_those_that_are_there(command: Command, toy:
     assert seeds == {"a": 0, "a_s1": 1_000_003, "b": 9, "b_s1": 10}
     rows = [json.loads(line) for line in (command.output / "results.jsonl").read_text().splitlines()]
     assert {(row["clip"], row["group"]) for row in rows if row.get("column", "clips") == "clips"} == {
-        ("a", "a"), ("a_s1", "a"), ("b", "b"), ("b_s1", "b")
+        ("a", "first"), ("a_s1", "first"), ("b", "second"), ("b_s1", "second")
     }  # fmt: skip
     assert (summary["suite"]["used"], summary["suite"]["clips_per_prompt"]) == (2, 2)
     assert command("limit=1")["clips"] == 1
@@ -259,6 +260,13 @@ def test_compared_metrics_are_in_the_registry() -> None:
         for average in ("pooled", "mean"):
             for row in published_rows(TABLE, ComparedMetrics(score, average)).values():
                 assert set(row) <= set(metrics())
+
+
+def test_rows_of_one_prompt_are_one_group(command: Command, suite: Path) -> None:
+    """Six seeds of a prompt are no six prompts: there is an interval of none."""
+    suite.write_text("".join(json.dumps({"prompt": "same", "name": f"n{k}", "seed": k}) + "\n" for k in range(6)))
+    measure = command("metrics=toy_brightness")["columns"]["clips"]["toy_brightness"]
+    assert (measure["n"], measure["low"], measure["high"]) == (6, None, None)
 
 
 def test_a_bound_needs_references(command: Command, suite: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,6 +181,8 @@ def talkvid(tmp_path: Path) -> Path:
     clip(folder / "language" / "Chinese" / "video-b-scene2.mp4")
     clip(folder / "video-c.mp4")
     clip(folder / "without-a-record.mp4")
+    for added in ("._video-c.mp4", "._bench.json"):  # by macOS
+        (folder / added).write_bytes(b"\0\5\x16\7")
     records = [
         talk("video-a-scene1"), talk("video-b-scene2", Language="Chinese", Gender="Female"),
         talk("video-c", Language="Other languages"), talk("not-here"),
@@ -290,6 +292,8 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "image": "no.png"}, r"image .*no\.png does not exist"), ({"name": "a"}, "the prompt is missing"),
         ({"prompt": "a", "colour": "red"}, "unknown field 'colour'"), ({"prompt": "a", "seed": -1}, "seed must be"),
+        ({"prompt": "a", "name": "b/c"}, r"mine\.json entry 1: 'b/c' cannot be a file name"),
+        ({"prompt": "a " * 3000}, r"mine\.json entry 1: the prompt has 3000 words"),
         ({"prompt": ["a", "b"]}, "has a list of 2"), ({"prompt": "a", "language": "Klingon"}, r"entry 1: language 'Klingon'"),
     ],
 )  # fmt: skip
