@@ -97,8 +97,8 @@ def _listed(source: Path, setting: str) -> list[ClipFile]:
     manifest = source / MANIFEST
     if not manifest.is_file():
         raise UserError(
-            f"{setting}={source} is a folder of eval.run without {MANIFEST}: its clips are not finished; repeat that command, or "
-            f"give {setting}={source / 'clips'}"
+            f"{setting}={source} is a folder of eval.run without {MANIFEST}: its clips are not finished; repeat that command, "
+            f"or give {setting}={source / 'clips'}"
         )
     clips = _manifest(manifest, setting)
     print(

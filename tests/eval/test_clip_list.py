@@ -77,7 +77,7 @@ def test_of_a_folder_of_eval_run_the_generated_clips_are_taken(tmp_path, capsys)
     for name in ("clips/a", "clips/left-out", "references/a", "bound/a"):
         write_clip(tmp_path / f"{name}.mp4", frames=3)
     (tmp_path / "suite.json").write_text("{}")
-    with pytest.raises(UserError, match="folder of eval.run without manifest.jsonl: its clips are not finished"):
+    with pytest.raises(UserError, match=r"folder of eval\.run without manifest\.jsonl: its clips are not finished"):
         read_clips(tmp_path)
     row = {"clip": "clips/a.mp4", "name": "a", "prompt": "x", "reference": "references/a.mp4", "part": "set1"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
