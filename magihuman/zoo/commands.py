@@ -137,7 +137,8 @@ def convert(
 def card(folder: str, scores: str | None = None) -> str:
     """Write the model card of a checkpoint, README.md, or write its block in an existing one anew.
 
-    The numbers are those of the folder's and its run's JSON files. Text outside of the block is kept.
+    The numbers are those of the folder's and its run's JSON files. Text outside of the block is kept. Scores that eval.run
+    made with other weights are refused; of clips that do not say what made them, the card says so.
 
     Args:
         folder: export, LoRA or decoder; or a run folder, of which all that it has exported gets a card
@@ -147,7 +148,7 @@ def card(folder: str, scores: str | None = None) -> str:
         what was written.
 
     Raises:
-        UserError: no checkpoint there, or a file that cannot be read.
+        UserError: no checkpoint there, a file that cannot be read, or scores of other weights.
     """
     from magihuman.zoo.model_card import write_card
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from magihuman.codecs.bundle import ROLES, bundle_spec
 from magihuman.errors import UserError
@@ -161,15 +162,16 @@ def merge_lora(src: str, target: Path, lora: str, limit: int, role: str | None) 
     total = sum(tensor.numel() * tensor.element_size() for tensor in merged.values())
     with staged(target, total) as work:
         save_export(work / NEW, merged, config, limit)
-        add_card(work / NEW, target, src, config)
+        add_card(work / NEW, target, src, config, {"name": lora, **fingerprint(lora_files.find(lora))})
     return f"{target}: {len(merged)} tensors with {lora} merged, {readable_size(total)}"
 
 
-def add_card(new: Path, target: Path, src: str, config: ExportConfig) -> None:
+def add_card(new: Path, target: Path, src: str, config: ExportConfig, lora: Mapping[str, Any] | None = None) -> None:
     """Write the model card of a converted checkpoint, and the record of its training where the source has one.
 
     Args:
         new: folder that becomes `target`.
+        lora: name and fingerprint of the LoRA that was merged into it.
     """
     from magihuman.zoo.model_card import CONVERTED, TRAINING, write_card
 
@@ -178,7 +180,9 @@ def add_card(new: Path, target: Path, src: str, config: ExportConfig) -> None:
     run = source.parent if source.name == "export" else source
     known = next((file for file in (run / "run.json", run / TRAINING) if file.is_file()), None)
     record = {} if known is None else read_json(known, "the record of the training")
-    write_json(new / TRAINING, {**record, CONVERTED: {"name": src, **fingerprint(source)}})
+    write_json(
+        new / TRAINING, {**record, CONVERTED: {"name": src, **fingerprint(source), **({"lora": lora} if lora else {})}}
+    )
     write_card(new, title=target.resolve().name, config=config)
 
 

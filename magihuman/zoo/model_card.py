@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig
 from magihuman.io.files import CONFIGS, write_atomically
 from magihuman.io.markdown import commit, table
-from magihuman.io.provenance import README, portable, without_secrets
+from magihuman.io.provenance import README, fingerprint, portable, without_secrets
 from magihuman.io.text import load_json
 from magihuman.zoo import names
 
@@ -37,6 +37,10 @@ SCORE_FILES = ("summary.json", "clip_values.json")
 LATENCY = CONFIGS.parent / "inference" / "results" / "latency"
 """Committed measurements of `python -m inference.benchmark`."""
 UNKNOWN = "unknown"
+OPTIONS = {"transformer": "checkpoint", "second": "sr", "lora": "lora", "decoder": "turbo"}
+"""Role -> option of generating by which weights of this role are given; the name that eval.run records them under."""
+SHORT = 12
+"""Digits of a sha256 that is shown beside a name only."""
 LICENCES = {RELEASED_REPO: "Apache-2.0", "tiny": "Apache-2.0"}
 """Of weights: the published ones as quoted in magihuman/zoo/README.md, and those that ship with this package."""
 CODEC_LICENCES = (
@@ -63,6 +67,8 @@ class ScoreTable:
         scores: metric -> measure; others: title -> metric -> measure, of references, bounds and published results.
         labels: metric -> label with unit and direction, where the file has one.
         verdicts: comparison -> verdict.
+        about: number of clips, suite and weights, as far as the file says.
+        weights: option of generating -> {"name", "sha256"} of what made the clips, the sha256 "" where the file does not say.
     """
 
     name: str
@@ -71,6 +77,8 @@ class ScoreTable:
     others: Mapping[str, Mapping[str, Measured]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     verdicts: Mapping[str, str] = field(default_factory=dict)
+    about: str = ""
+    weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,10 @@ class CardFacts:
         config: content of config.json.
         record: run.json of the training, {} without one; settings: its config.yaml.
         scores: of the evaluations.
-        origin: {"name", "sha256", "of"} of the checkpoint that it was converted from, {} where it was not.
+        origin: {"name", "sha256", "of"} of the checkpoint that it was converted from, {} where it was not; with the same under
+            "lora" where a LoRA was merged into it.
         base: checkpoint that a LoRA belongs to.
+        notes: about the files, one line each.
     """
 
     title: str
@@ -94,6 +104,7 @@ class CardFacts:
     scores: Sequence[ScoreTable] = ()
     origin: Mapping[str, Any] = field(default_factory=dict)
     base: str = ""
+    notes: Sequence[str] = ()
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -130,14 +141,15 @@ def write_card(
         Notes for the user, one line each.
 
     Raises:
-        UserError: no checkpoint there, a result file that cannot be read, or a README.md with a broken block.
+        UserError: no checkpoint there, a result file that cannot be read or is of other weights, or a README.md with a broken
+            block.
     """
     facts = read_facts(folder, scores, title=title, config=config)
     block, file = f"{BEGIN}\n{card_text(facts)}\n{END}\n", folder / README
     front = front_matter(facts)
     if not file.is_file():
         write_atomically(file, f"{front}\n{block}")
-        return []
+        return [*facts.notes]
     try:
         old = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -155,7 +167,17 @@ def write_card(
     if new != old:
         write_atomically(file, new)
     edited = after.strip() or before.strip() != front.strip()
-    return [f"{file}: only the model card's block is written anew; the text outside of it is kept"] if edited else []
+    kept = [f"{file}: only the model card's block is written anew; the text outside of it is kept"] if edited else []
+    lost = [source for source in _sources(rest.partition(END)[0]) if source not in _sources(block)]
+    gone = [f"{file}: the scores from {', '.join(lost)} are no longer in it; give scores= again to have them"] * bool(
+        lost
+    )
+    return [*facts.notes, *gone, *kept]
+
+
+def _sources(block: str) -> list[str]:
+    """Files from which a card's block has scores."""
+    return re.findall(r"^From `([^`\n]+)`", block, re.MULTILINE)
 
 
 def write_run_cards(run: Path) -> list[str]:
@@ -203,16 +225,54 @@ def read_facts(
         role = "second"
     origin = record.get(CONVERTED) or {}
     tables = [] if origin else run_scores(home, record)  # those of the source are of other weights
+    homes = (folder, home / "export", home / "adapter", home) if inside else (folder,)
+    given, notes = _own_scores(scores, role, homes, origin)
     return CardFacts(
         title=title or home.resolve().name,
         role=role,
         config=config,
         record=record,
         settings=_settings(home),
-        scores=[*tables, *(read_scores(path) for path in scores)],
+        scores=[*tables, *given],
         origin=origin,
         base=portable(base),
+        notes=notes,
     )
+
+
+def _own_scores(
+    paths: Sequence[Path], role: str, homes: Sequence[Path], origin: Mapping[str, Any]
+) -> tuple[list[ScoreTable], list[str]]:
+    """Scores of files that a user names, and notes on those that do not say whose they are.
+
+    Args:
+        homes: folders whose fingerprint an evaluation may have recorded: the checkpoint's own; in a run also its export and
+            its LoRA, which are the same network, and the run folder, which lora=, sr= and turbo= take.
+
+    Raises:
+        UserError: scores of other weights.
+    """
+    found, notes = [], []
+    for path in paths:
+        scores = read_scores(path)
+        option = OPTIONS[role]
+        if role in ("transformer", "lora"):
+            option = "lora" if "lora" in scores.weights else "checkpoint"
+        made = scores.weights.get(option, {})
+        if made.get("sha256"):
+            known = [fingerprint(home)["sha256"] for home in homes if home.is_dir()]
+            known += [(origin.get("lora") or origin).get("sha256")]
+            if made["sha256"] not in known:
+                raise UserError(
+                    f"scores={path} are of {option}={made['name']} (sha256 {made['sha256'][:SHORT]}), not of {homes[0]} "
+                    f"({known[0][:SHORT]}); give those of `python -m eval.run` with {OPTIONS[role]}={homes[0]}"
+                )
+        else:
+            unknown = "the file does not say which weights made the clips"
+            notes.append(f"scores={path}: {unknown}; the card says so, too")
+            scores = replace(scores, about="; ".join(filter(None, (scores.about, unknown))))
+        found.append(scores)
+    return found, notes
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -274,6 +334,8 @@ def read_scores(path: Path, name: str = "") -> ScoreTable:
         UserError: there is none, or it is of another form.
     """
     file = next((path / file for file in SCORE_FILES if (path / file).is_file()), path)
+    if not file.exists():
+        raise UserError(f"scores={path} does not exist; give a {' or a '.join(SCORE_FILES)}, or a folder that has one")
     if file.is_dir():
         raise UserError(f"scores={path} holds neither {' nor '.join(SCORE_FILES)}; give a folder of an evaluation")
     folder = file.resolve().parent.name
@@ -294,10 +356,29 @@ def _scores_of(values: Mapping[str, Any], name: str, source: str) -> ScoreTable:
             columns = dict(values["columns"])
             for maker, known in (values.get("published") or {}).items():
                 columns[f"{maker} (published)"] = {key: {"value": value} for key, value in known.items()}
-            return ScoreTable(name, source, columns.pop("clips"), columns, labels)
+            about, weights = _made_with(values)
+            return ScoreTable(name, source, columns.pop("clips"), columns, labels, about=about, weights=weights)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"scores={source} is not of the form {kind} ({error!r}); evaluate again") from None
     raise UserError(f"scores={source} is of the format {kind!r}; give a {' or a '.join(SCORE_FILES)}")
+
+
+def _made_with(values: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, str]]]:
+    """`about` and `weights` of a summary.json; eval.score, which knows files only, records no suite."""
+    suite = values.get("suite") or {}
+    chosen = suite.get("generating") or {}
+    hashes = {option: str(made["sha256"]) for option, made in (suite.get("weights") or {}).items()}
+    weights = {
+        option: {"name": str(chosen.get(option) or UNKNOWN), "sha256": hashes.get(option, "")}
+        for option in OPTIONS.values()
+        if option in hashes or chosen.get(option)
+    }
+    said = [f"{values['clips']} clips"] if values.get("clips") else []
+    if suite:
+        said.append(f"{suite['used']} of the {suite['items']} prompts of suite `{suite['suite']}`")
+    for option, made in weights.items():
+        said.append(f"{option} {_code(_public(made['name']))}, sha256 `{made['sha256'][:SHORT] or UNKNOWN}`")
+    return "; ".join(said), weights
 
 
 def _with_bound(name: str, source: str, measures: Mapping[str, Measured], labels: Mapping[str, str]) -> ScoreTable:
@@ -489,10 +570,10 @@ def _scores(facts: CardFacts) -> Iterable[str]:
     if not facts.scores:
         return
     yield "## Scores"
-    yield (
-        "Intervals are 95 % bootstrap intervals over prompts or clips of one training; another seed may give other values. "
-        "*bound*: true clips through the codecs, which no model of their latents can beat."
-    )
+    about = "Intervals are 95 % bootstrap intervals over prompts or clips of one training; another seed may give other values."
+    if any("bound" in _columns(found) for found in facts.scores):
+        about += " *bound*: true clips through the codecs, which no model of their latents can beat."
+    yield about
     for found in facts.scores:
         yield f"### {found.name}"
         if found.scores:
@@ -504,7 +585,13 @@ def _scores(facts: CardFacts) -> Iterable[str]:
         ]
         if empty:
             yield f"Without a value: {'; '.join(empty)}."
-        yield f"From `{found.source}`."
+        yield f"From `{found.source}`{f': {found.about}' if found.about else ''}."
+
+
+def _columns(found: ScoreTable) -> list[str]:
+    """Titles of the other columns that a table has: those with a value in one of its rows."""
+    rows = [key for key, measure in found.scores.items() if not _empty(measure)]
+    return [title for title, column in found.others.items() if any(not _empty(column.get(key, {})) for key in rows)]
 
 
 def _empty(measure: Measured) -> bool:
@@ -615,7 +702,10 @@ def _origin(facts: CardFacts) -> Iterable[str]:
     record, lines = facts.record, []
     made = record.get("provenance", {})
     if facts.origin:
-        lines.append(f"Converted from {_fingerprint(facts.origin)}.")
+        merged = (
+            f", with the LoRA {_fingerprint(facts.origin['lora'])} merged into it" if "lora" in facts.origin else ""
+        )
+        lines.append(f"Converted from {_fingerprint(facts.origin)}{merged}.")
     if record.get("created"):
         lines.append(f"Training begun {record['created']}.")
     if made.get("code"):

@@ -17,6 +17,7 @@ from magihuman import zoo
 from magihuman.errors import UserError
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import ExportConfig, Sampling, released_dtypes, save_export
+from magihuman.io.provenance import fingerprint
 from magihuman.models import lora
 from magihuman.models.config import LoraConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
@@ -97,6 +98,8 @@ def test_convert_merges_and_inspect_describes(tmp_path) -> None:
     text = convert(str(base), str(tmp_path / "merged"), lora=str(folder))
     assert "47 tensors with" in text
     assert zoo.config_of(tmp_path / "merged") == OWN
+    made = json.loads((tmp_path / "merged" / "training.json").read_text())["converted"]  # for the model card
+    assert (made["sha256"], made["lora"]["sha256"]) == (fingerprint(base)["sha256"], fingerprint(folder)["sha256"])
     one, two = zoo.load(tmp_path / "merged"), zoo.load(base, lora=folder, compute_dtype=torch.bfloat16)
     state = two.denoiser.model.state_dict()
     assert all(torch.equal(t.to(state[k].dtype), state[k]) for k, t in one.denoiser.model.state_dict().items())

@@ -207,13 +207,14 @@ def test_scores_of_a_clip_evaluation(run: Path, monkeypatch: pytest.MonkeyPatch)
     }
     write_json(other / "summary.json", summary)
     said = card(str(run), scores=str(other))
-    assert said == f"written: {run}/export/README.md"
+    unknown = "the file does not say which weights made the clips"
+    assert said == f"written: {run}/export/README.md\nnote: scores={other}: {unknown}; the card says so, too"
     text = (run / "export" / "README.md").read_text()
     row = "| visual quality ↑ | 4.71 | 4.5 to 4.9 | 4.9 | 4.8 | 4.76 | 20 |"
     assert "| metric | value | 95 % interval | reference | bound | LTX 2.3 (published) | n |" in text
     assert row in text
     assert "Without a value: loudness (no audio)." in text
-    assert "From `versebench/summary.json`." in text
+    assert f"From `versebench/summary.json`: {unknown}." in text
     monkeypatch.chdir(other)
     card(str(run), scores="summary.json")
     assert (run / "export" / "README.md").read_text() == text
@@ -226,10 +227,82 @@ def test_scores_of_a_clip_evaluation(run: Path, monkeypatch: pytest.MonkeyPatch)
     for wrong, message in (
         (other, "is of the format 'other/1'"),
         (run, "holds neither"),
-        (run / "x", "cannot be read"),
+        (run / "x", "x does not exist; give a summary.json or a clip_values.json, or a folder"),
     ):
         with pytest.raises(UserError, match=message):
             card(str(run), scores=str(wrong))
+
+
+def suite_scores(folder: Path, **weights: str) -> Path:
+    """summary.json of eval.run: option of generating=sha256 of what it was given."""
+    folder.mkdir(exist_ok=True)
+    measure = {"value": 4.71, "low": 4.5, "high": 4.9, "n": 6, "total": 6, "status": "ok", "reason": ""}
+    suite = {
+        **{"suite": "puppets", "items": 200, "limit": 3, "used": 3},
+        "generating": {option: f"some/{option}" for option in weights},
+        "weights": {option: {"sha256": sha256, "of": "all bytes"} for option, sha256 in weights.items()},
+    }
+    values = {"format": "magihuman-clip-scores/1", "clips": 6, "columns": {"clips": {"quality": measure}}, "labels": {}}
+    write_json(folder / "summary.json", {**values, "suite": suite})
+    return folder
+
+
+def test_scores_of_another_checkpoint_are_refused(run: Path) -> None:
+    """By the hash that eval.run records; the card shows it, the suite and how much of it was used."""
+    own = fingerprint(run / "export")["sha256"]
+    before = write_card(run / "export")
+    scores = suite_scores(run / "suite", checkpoint="0c" * 32)
+    message = (
+        rf"suite are of checkpoint=some/checkpoint \(sha256 0c0c0c0c0c0c\), not of .*export \({own[:12]}\); give those"
+    )
+    with pytest.raises(UserError, match=message):
+        card(str(run), scores=str(scores))
+    scores = suite_scores(scores, checkpoint=own, lora="0d" * 32)  # of the checkpoint with a LoRA
+    with pytest.raises(UserError, match="are of lora=some/lora"):
+        card(str(run), scores=str(scores))
+    assert "quality" not in (run / "export" / "README.md").read_text()
+    assert before == []
+    suite_scores(scores, checkpoint=own)
+    assert "note" not in card(str(run), scores=str(scores))
+    said = f"6 clips; 3 of the 200 prompts of suite `puppets`; checkpoint `some/checkpoint`, sha256 `{own[:12]}`."
+    assert f"\nFrom `suite/summary.json`: {said}\n" in (run / "export" / "README.md").read_text()
+
+
+def test_scores_of_a_conversion_are_its_own_or_its_sources(tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    zoo_convert("tiny/base", target)
+    for sha256 in (fingerprint(target)["sha256"], fingerprint(zoo.find("tiny/base"))["sha256"]):
+        assert "note" not in card(str(target), scores=str(suite_scores(tmp_path / "suite", checkpoint=sha256)))
+    scores = suite_scores(tmp_path / "suite", checkpoint=fingerprint(zoo.find("tiny/distill"))["sha256"])
+    with pytest.raises(UserError, match="are of checkpoint=some/checkpoint"):
+        card(str(target), scores=str(scores))
+    # A LoRA was merged: the source alone is another network.
+    record = json.loads((target / "training.json").read_text())
+    source = record["converted"]["sha256"]
+    record["converted"]["lora"] = {"name": "my/lora", "sha256": "0d" * 32, "of": "all bytes"}
+    write_json(target / "training.json", record)
+    with pytest.raises(UserError, match="are of checkpoint=some/checkpoint"):
+        card(str(target), scores=str(suite_scores(tmp_path / "suite", checkpoint=source)))
+    card(str(target), scores=str(suite_scores(tmp_path / "suite", checkpoint=source, lora="0d" * 32)))
+    assert f"with the LoRA `my/lora`, sha256 `{'0d' * 32}` merged into it." in (target / "README.md").read_text()
+
+
+def test_scores_that_go_are_said(run: Path) -> None:
+    own = fingerprint(run / "export")["sha256"]
+    card(str(run), scores=str(suite_scores(run / "suite", checkpoint=own)))
+    assert "note: " + str(run / "export" / "README.md") + ": the scores from suite/summary.json are no longer" in card(
+        str(run)
+    )
+    assert "note" not in card(str(run))
+
+
+def test_the_bound_is_explained_where_it_is_a_column(run: Path) -> None:
+    write_card(run / "export")
+    assert "*bound*" in (run / "export" / "README.md").read_text()
+    scores = {key: {**measure, "bound": None} for key, measure in VALUES["scores"].items()}
+    write_json(run / "eval" / "clip_values.json", {**VALUES, "scores": scores})
+    write_card(run / "export")
+    assert "bound" not in (run / "export" / "README.md").read_text()
 
 
 def test_texts_of_others_break_no_table_and_name_no_folder(run: Path) -> None:
