@@ -3,8 +3,8 @@
     clip = ClipFile(Path("a.mp4"), prompt="A woman ... Dialogue: ...")
     clip.frames, clip.fps, clip.wave(16000)
 
-Frames are decoded at the file's own frame rate and size, audio is mixed to one channel. Nothing longer than `MAX_SECONDS`
-and no frames of more than `MAX_BYTES` are decoded: the error says so before memory is taken.
+Frames are decoded at the file's own frame rate and size; audio is mixed to one channel, or comes in its own one or two.
+Nothing longer than `MAX_SECONDS` and no frames of more than `MAX_BYTES` are decoded: the error says so before memory is taken.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 120.0
 MAX_BYTES = 6 * 1024**3
+RATES = (1.0, 240.0)
+"""Frames per second of clips that are read. A container that says another number, 0 among them, is damaged or no clip."""
 SILENT_PEAK = 1e-3
 """-60 dB of full scale: audio below counts as silent."""
+CANCELLED = 0.1
+"""The mean of two channels below this share of the louder one (-20 dB, both RMS) is not what is heard; of one channel alone it
+has a half."""
 
 
 class NotMeasured(Exception):
@@ -55,6 +60,7 @@ class _Media:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.waves: dict[int, np.ndarray] = {}
+        self.pairs: dict[int, np.ndarray] = {}
 
     @cached_property
     def info(self) -> "MediaInfo":
@@ -67,6 +73,11 @@ class _Media:
             raise UnreadableClip(_reason(error)) from error
         if info.seconds > MAX_SECONDS:
             raise UnreadableClip(f"it lasts {info.seconds:.0f} s, and {MAX_SECONDS:.0f} s is the most")
+        if info.kind == "video" and not RATES[0] <= info.fps <= RATES[1]:  # also for NaN
+            raise UnreadableClip(
+                f"its container says {info.fps:g} frames per second, and {RATES[0]:g} to {RATES[1]:g} are read; write it anew, "
+                "such as by ffmpeg -r 25"
+            )
         return info
 
     @property
@@ -98,27 +109,48 @@ class _Media:
             raise UnreadableClip(_reason(error)) from error
 
     def wave(self, rate: int) -> np.ndarray:
-        from magihuman.errors import UserError
-        from magihuman.media.reading import read_audio, read_sound
-
         if not self.info.has_audio:
             raise NotMeasured("the file has no audio")
         if rate not in self.waves:
-            try:
-                if self.info.kind == "video":
-                    known = "frames" in self.__dict__
-                    count = len(self.frames) if known else round(self.info.seconds * self.info.fps)
-                    wave = read_sound(self.path, round(count * rate / self.info.fps), rate)
-                else:
-                    wave = read_audio(self.path, rate)
-            except (UserError, OSError) as error:
-                raise UnreadableClip(_reason(error)) from error
-            self.waves[rate] = np.zeros(0, np.float32) if wave is None else wave.numpy()[0]
+            wave = self._sound(rate, 1)[0]
+            if self.info.audio_channels > 1:
+                mean, own = (
+                    np.sqrt(np.square(x).mean(-1)).max() if x.size else 0.0 for x in (wave, self.channels(rate))
+                )
+                if mean < CANCELLED * own and np.abs(self.channels(rate)).max() >= SILENT_PEAK:
+                    raise MeasurementError(
+                        f"its channels cancel: their mean has {mean / own:.1%} of the louder one, and one channel is measured"
+                    )
+            self.waves[rate] = wave
         return self.waves[rate]
+
+    def channels(self, rate: int) -> np.ndarray:
+        if self.info.audio_channels < 2:
+            return self.wave(rate)[None]
+        if rate not in self.pairs:
+            self.pairs[rate] = self._sound(rate, 2)
+        return self.pairs[rate]
+
+    def _sound(self, rate: int, channels: int) -> np.ndarray:
+        """fp32 [channels,N]."""
+        from magihuman.errors import UserError
+        from magihuman.media.reading import read_audio, read_sound
+
+        try:
+            if self.info.kind == "video":
+                known = "frames" in self.__dict__
+                count = len(self.frames) if known else round(self.info.seconds * self.info.fps)
+                wave = read_sound(self.path, round(count * rate / self.info.fps), rate, channels)
+            else:
+                wave = read_audio(self.path, rate, channels)
+        except (UserError, OSError) as error:
+            raise UnreadableClip(_reason(error)) from error
+        return np.zeros((channels, 0), np.float32) if wave is None else wave.numpy()
 
     def release(self) -> None:
         self.__dict__.pop("frames", None)
         self.waves.clear()
+        self.pairs.clear()
 
 
 @dataclass(eq=False)
@@ -157,7 +189,7 @@ class ClipFile:
         """Size, frame rate, length, tracks.
 
         Raises:
-            UnreadableClip: empty, truncated, no media, or too long.
+            UnreadableClip: empty, truncated, no media, too long, or with an impossible frame rate.
         """
         return self.media.info
 
@@ -192,9 +224,21 @@ class ClipFile:
 
         Raises:
             NotMeasured: the file has no audio.
+            MeasurementError: two channels cancel each other, so that their mean is not what is heard.
             UnreadableClip: it cannot be decoded.
         """
         return self.media.wave(rate)
+
+    def channels(self, rate: int) -> np.ndarray:
+        """The audio as `wave` gives it, in its own channels: fp32 [1,N], or [2,N] of two or more.
+
+        Raises:
+            NotMeasured: the file has no audio.
+            UnreadableClip: it cannot be decoded.
+        """
+        if not self.has_audio:
+            raise NotMeasured("the file has no audio")
+        return self.media.channels(rate)
 
     def only(self, inputs: Collection[str]) -> "ClipFile":
         """The clip with what a measurement declares that it uses: no reference, prompt, dialogue, voice or image besides.

@@ -227,7 +227,7 @@ MEASUREMENTS = (
         ),
         measure_offset,
         inputs=("frames", "audio"),
-        version=2,
+        version=3,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),
     ),
     Measurement(
@@ -235,6 +235,7 @@ MEASUREMENTS = (
         (Metric("av_align", "AV-Align: onsets and peaks of motion", "IoU", "up", per_frame=True),),
         measure_av_align,
         inputs=("frames", "audio"),
+        version=2,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),
     ),
 )  # fmt: skip

@@ -180,6 +180,7 @@ MEASUREMENTS = (
         ),
         measure,
         inputs=("frames", "audio"),
+        version=2,
         options=LipSyncOptions,
         missing=missing,
         load=load,

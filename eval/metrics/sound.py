@@ -1,10 +1,14 @@
-"""Sound of a clip without a reference: loudness, clipping, silence, noise, hum, bandwidth, pitch."""
+"""Sound of a clip without a reference: loudness, clipping, silence, balance, noise, hum, bandwidth, pitch.
+
+Loudness adds the channels up as BS.1770 asks for, so one channel reads 3 LU below the same in two. Clipping and silence are of
+the worst channel. Noise, hum, bandwidth and pitch are of the channels' mean, and have no value where these cancel.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.clip_file import NotMeasured
+from eval.clip_file import MeasurementError, NotMeasured
 from eval.metrics.registry import Measurement, Metric
 
 if TYPE_CHECKING:
@@ -31,23 +35,34 @@ def measure_sound(clip: "ClipFile", options: Any = None) -> dict[str, Any]:
     Raises:
         NotMeasured: no audio, or less than `SHORTEST` of it.
     """
-    wave = clip.wave(RATE)
-    if len(wave) < SHORTEST * RATE:
-        raise NotMeasured(f"it has {len(wave) / RATE:.2f} s of audio, and {SHORTEST} s is the least")
-    peak = float(np.abs(wave).max())
+    channels = clip.channels(RATE)
+    length = channels.shape[1]
+    if length < SHORTEST * RATE:
+        raise NotMeasured(f"it has {length / RATE:.2f} s of audio, and {SHORTEST} s is the least")
+    peak = float(np.abs(channels).max())
     if peak == 0:
         silent = NotMeasured("its audio is digital silence")
         return {**{metric.key: silent for metric in _METRICS}, "silence_share": 1.0}
     values: dict[str, Any] = {"peak_level": 20 * float(np.log10(peak)), "silence_share": 1.0}
-    loudness = integrated_loudness(wave)
+    loudness = integrated_loudness(channels)
     if loudness is None:
         return values
-    levels = frame_levels(wave)
-    return values | {
+    levels = [frame_levels(channel) for channel in channels]
+    loud = max(loud_level(level) for level in levels)
+    heard = [c for c, level in zip(channels, levels, strict=True) if loud_level(level) >= loud - PAUSE]
+    values |= {
         "loudness": loudness,
-        "silence_share": silence_share(levels),
-        "clipped_audio": clipped_share(wave),
-        "audio_snr": noise_distance(levels),
+        "silence_share": max(silence_share(level, loud) for level in levels),
+        "clipped_audio": max(clipped_share(channel) for channel in heard),
+        "channel_balance": balance(channels) if len(channels) == 2 else NotMeasured("it has one channel"),
+    }
+    try:
+        wave = clip.wave(RATE)
+    except MeasurementError as error:  # two channels that cancel each other
+        mixed = ("audio_snr", "hum", "bandwidth", "pitch_median")
+        return values | dict.fromkeys(mixed, NotMeasured(str(error)))
+    return values | {
+        "audio_snr": noise_distance(frame_levels(wave)),
         "hum": hum(wave),
         "bandwidth": bandwidth(wave),
         "pitch_median": pitch_median(wave),
@@ -55,9 +70,10 @@ def measure_sound(clip: "ClipFile", options: Any = None) -> dict[str, Any]:
 
 
 def integrated_loudness(wave: np.ndarray, rate: int = RATE) -> float | None:
-    """Integrated loudness in LUFS of one channel (ITU-R BS.1770-4: K-weighting, blocks of 400 ms, both gates).
+    """Integrated loudness in LUFS of [N] or [channels,N] (ITU-R BS.1770-4: K-weighting, blocks of 400 ms, both gates).
 
-    A sine of 997 Hz at full scale is -3.01 LUFS. None where every block is below `QUIETEST`.
+    Left, right and centre count alike. A sine of 997 Hz at full scale in one channel is -3.01 LUFS, in two 0. None where every
+    block is below `QUIETEST`.
 
     Raises:
         ValueError: another rate than 48 kHz.
@@ -70,9 +86,9 @@ def integrated_loudness(wave: np.ndarray, rate: int = RATE) -> float | None:
     shelf = lfilter([1.53512485958697, -2.69169618940638, 1.19839281085285],
                     [1.0, -1.69065929318241, 0.73248077421585], wave.astype(np.float64))  # fmt: skip
     weighted = lfilter([1.0, -2.0, 1.0], [1.0, -1.99004745483398, 0.99007225036621], shelf)
-    energy = np.concatenate([[0.0], np.cumsum(weighted**2)])
+    energy = np.concatenate([[0.0], np.cumsum(np.atleast_2d(weighted**2).sum(0))])
     block, step = round(0.4 * rate), round(0.1 * rate)
-    starts = np.arange(0, len(wave) - block + 1, step)
+    starts = np.arange(0, wave.shape[-1] - block + 1, step)
     power = np.maximum((energy[starts + block] - energy[starts]) / block, 1e-30)
     loudness = -0.691 + 10 * np.log10(power)
     heard = loudness > QUIETEST
@@ -89,9 +105,20 @@ def frame_levels(wave: np.ndarray, rate: int = RATE) -> np.ndarray:
     return 10 * np.log10(np.maximum((frames.astype(np.float64) ** 2).mean(1), 1e-10))
 
 
-def silence_share(levels: np.ndarray) -> float:
-    """Share of frames over `PAUSE` below the loud ones (95th percentile), whatever the volume."""
-    return float((levels < np.quantile(levels, 0.95) - PAUSE).mean())
+def loud_level(levels: np.ndarray) -> float:
+    """Level of the loud frames in dB: the 95th percentile."""
+    return float(np.quantile(levels, 0.95))
+
+
+def silence_share(levels: np.ndarray, loud: float) -> float:
+    """Share of frames over `PAUSE` below the level `loud`, of the loud frames of the loudest channel: whatever the volume."""
+    return float((levels < loud - PAUSE).mean())
+
+
+def balance(channels: np.ndarray) -> float:
+    """Level of the left channel over the right one in dB, at most 60 either way: exchanged channels have the other sign."""
+    left, right = np.maximum(np.square(channels.astype(np.float64)).mean(1), 1e-12)
+    return float(np.clip(10 * np.log10(left / right), -60, 60))
 
 
 def noise_distance(levels: np.ndarray) -> float:
@@ -187,9 +214,10 @@ _METRICS = (
     Metric("peak_level", "peak", "dB to full scale", "target", sees=("volume",)),
     Metric("clipped_audio", "samples at the top", "share", "down", sees=("clip_audio",)),
     Metric("silence_share", "silence", "share", "target", sees=("mute",)),
+    Metric("channel_balance", "balance: left channel over right", "dB", "target"),
     Metric("audio_snr", "loud over quiet parts", "dB", "up", sees=("hiss", "hum")),
     Metric("hum", "hum: 50 or 60 Hz over neighbouring frequencies", "dB", "down", sees=("hum",)),
     Metric("bandwidth", "bandwidth: 99 % of the energy below", "kHz", "target", sees=("muffle",)),
     Metric("pitch_median", "median pitch", "Hz", "target", sees=("pitch",)),
 )  # fmt: skip
-MEASUREMENTS = (Measurement("sound", _METRICS, measure_sound, inputs=("audio",)),)
+MEASUREMENTS = (Measurement("sound", _METRICS, measure_sound, inputs=("audio",), version=2),)

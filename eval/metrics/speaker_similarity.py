@@ -140,6 +140,7 @@ MEASUREMENTS = (
         (Metric("speaker_similarity", "likeness to the given voice (cosine)", "", "up", best=1, sees=("voice",)),),
         measure,
         inputs=("audio", "voice"),
+        version=2,
         options=SpeakerSimilarityOptions,
         missing=missing,
         load=load,

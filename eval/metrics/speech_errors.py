@@ -173,6 +173,7 @@ MEASUREMENTS = (
         ),
         measure,
         inputs=("audio", "dialogue"),
+        version=2,
         options=SpeechErrorsOptions,
         missing=missing,
         load=load,

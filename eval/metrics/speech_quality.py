@@ -133,6 +133,7 @@ MEASUREMENTS = (
         ),
         measure,
         inputs=("audio",),
+        version=2,
         optional=("dialogue",),
         missing=missing,
         load=load,

@@ -209,6 +209,41 @@ def _dies(job):
     os._exit(9)
 
 
+@pytest.mark.parametrize("fps", [0.0, 0.01, 90000.0, float("nan")])
+def test_an_impossible_frame_rate_is_a_reason(toy, tmp_path, monkeypatch, fps):
+    from dataclasses import replace
+
+    from magihuman.media import reading
+
+    clip = ClipFile(write_clip(tmp_path / "a.mp4", frames=3))
+    known = reading.probe(clip.path)
+    monkeypatch.setattr(reading, "probe", lambda path: replace(known, fps=fps))
+    row = score([clip], ["toy_loud", "toy_brightness"], progress=False).rows[0]
+    for value in row.values.values():
+        assert value.status == "failed"
+        assert value.reason.startswith(f"its container says {fps:g} frames per second, and 1 to 240 are read")
+    assert row.fps is None
+
+
+def test_a_written_rate_of_a_thousand_is_refused(toy, tmp_path):
+    clip = ClipFile(write_clip(tmp_path / "a.mp4", frames=50, fps=1000.0, audio=False))
+    assert (
+        "says 1000 frames per second"
+        in score([clip], ["toy_brightness"], progress=False).rows[0].values["toy_brightness"].reason
+    )
+
+
+def test_channels_that_cancel_are_a_failure_with_its_reason(toy, tmp_path):
+    """What needs one channel would have called this clip silent."""
+    from magihuman.media.mp4 import write_mp4
+
+    wave = 0.3 * np.sin(2 * np.pi * 220 * np.arange(6400) / 16000).astype(np.float32)
+    write_mp4(tmp_path / "a.mp4", np.zeros((10, 32, 32, 3), np.uint8), 25, np.stack([wave, -wave]), 16000)
+    value = score([ClipFile(tmp_path / "a.mp4")], ["toy_loud"], progress=False).rows[0].values["toy_loud"]
+    assert (value.status, value.value) == ("failed", None)
+    assert value.reason.startswith("its channels cancel: their mean has 0.")
+
+
 def test_a_killed_process_is_one_line(toy, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.scoring._measure_in_worker", _dies)
     clips = [ClipFile(write_clip(tmp_path / f"{n}.mp4", frames=3)) for n in range(2)]

@@ -108,6 +108,8 @@ def test_table_and_figure_show_claims_and_effects(values: dict[str, Any]) -> Non
 COMMITTED = Path(__file__).resolve().parents[2] / "eval/results/sensitivity/sensitivity.json"
 NEEDS_A_MODEL = {"words", "voice"}
 """Faults that only a recogniser and a speaker network can order; they are in the matrix to show it."""
+OF_TWO_CHANNELS = {"channel_balance"}
+"""Metrics without a value of the matrix's clips, whose sound has one channel."""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_the_committed_matrix_has_todays_claims_and_faults(committed: dict[str, 
     known = {name: [float(s) for s in fault.strengths] for name, fault in FAULTS.items()}
     assert {name: [float(s) for s in fault["strengths"]] for name, fault in committed["faults"].items()} == known
     measured = {metric.key for name in NAMES for metric in measurements()[name].metrics}
-    assert measured <= committed["metrics"].keys()
+    assert measured - OF_TWO_CHANNELS <= committed["metrics"].keys()
 
 
 def test_every_fault_is_claimed_or_a_known_blind_spot(committed: dict[str, Any]) -> None:

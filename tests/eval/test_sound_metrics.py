@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.clip_file import ClipFile, NotMeasured
+from eval.clip_file import SILENT_PEAK, ClipFile, MeasurementError, NotMeasured
 from eval.metrics import sound
 from magihuman.media.mp4 import write_mp4
 
@@ -40,12 +40,17 @@ def test_loudness_leaves_out_silence_and_quiet_parts() -> None:
     assert sound.integrated_loudness(np.full(RATE, 1e-6)) is None
 
 
+def share(wave: np.ndarray) -> float:
+    levels = sound.frame_levels(wave)
+    return sound.silence_share(levels, sound.loud_level(levels))
+
+
 def test_silence_share_does_not_depend_on_the_volume() -> None:
     half = np.where(TIME < 1.5, voice(), 0)
-    shares = [sound.silence_share(sound.frame_levels(half * gain)) for gain in (1, 0.01)]
+    shares = [share(half * gain) for gain in (1, 0.01)]
     assert shares[0] == pytest.approx(shares[1])
     assert shares[0] >= 0.5
-    assert sound.silence_share(sound.frame_levels(sine(300))) == 0
+    assert share(sine(300)) == 0
 
 
 def test_noise_distance_is_the_ratio_of_speech_and_noise() -> None:
@@ -87,15 +92,63 @@ def test_clipping_is_seen_after_the_volume_was_turned_down() -> None:
     assert sound.clipped_share(clipped) > 3 * sound.clipped_share(clean)
 
 
-def written(tmp_path: Path, wave: np.ndarray) -> ClipFile:
-    count = max(3, round(len(wave) / RATE * 25))
-    write_mp4(tmp_path / "a.mp4", np.zeros((count, 32, 32, 3), np.uint8), 25, wave[None], RATE)
+def written(tmp_path: Path, *channels: np.ndarray) -> ClipFile:
+    count = max(3, round(len(channels[0]) / RATE * 25))
+    write_mp4(tmp_path / "a.mp4", np.zeros((count, 32, 32, 3), np.uint8), 25, np.stack(channels), RATE)
     return ClipFile(tmp_path / "a.mp4")
+
+
+MIXED = ("audio_snr", "hum", "bandwidth", "pitch_median")
+
+
+def test_loudness_adds_the_channels() -> None:
+    """EBU Tech 3341: 1 kHz at -23 dB in both channels is -23 LUFS."""
+    tone = sine(1000, -23)
+    assert sound.integrated_loudness(np.stack([tone, tone])) == pytest.approx(-23, abs=0.1)
+    assert sound.integrated_loudness(np.stack([tone, 0 * tone])) == sound.integrated_loudness(tone)
+    assert sound.integrated_loudness(tone[None]) == sound.integrated_loudness(tone)
+
+
+def test_channels_that_cancel_are_heard_and_never_called_silent(tmp_path: Path) -> None:
+    clip = written(tmp_path, voice(), -voice())
+    values = sound.measure_sound(clip)
+    assert values["loudness"] == pytest.approx(sound.integrated_loudness(voice()) + 3.01, abs=0.3)
+    assert values["silence_share"] < 0.6
+    assert all("channels cancel: their mean has" in str(values[key]) for key in MIXED)
+    with pytest.raises(MeasurementError, match="channels cancel"):
+        clip.wave(16000)
+    clip = written(tmp_path, voice(), voice())
+    assert isinstance(sound.measure_sound(clip)["hum"], float)
+    np.testing.assert_allclose(clip.wave(16000), clip.channels(16000)[0], atol=2e-3)
+
+
+def test_a_dead_and_a_clipped_and_an_exchanged_channel_are_seen(tmp_path: Path) -> None:
+    right = 0.5 * voice()
+    good, dead, clipped, exchanged = (
+        sound.measure_sound(written(tmp_path, *channels))
+        for channels in (
+            (voice(), right),
+            (voice(), 0 * right),
+            (voice(), np.clip(8 * right, -0.5, 0.5)),
+            (right, voice()),
+        )
+    )
+    assert good["silence_share"] < 0.6 < dead["silence_share"] == 1
+    assert dead["clipped_audio"] < 0.02
+    assert clipped["clipped_audio"] > 3 * good["clipped_audio"]
+    assert good["channel_balance"] == pytest.approx(6.02, abs=0.2)
+    assert exchanged["channel_balance"] == pytest.approx(-6.02, abs=0.2)
+    assert dead["channel_balance"] == 60
+
+
+def test_quiet_noise_that_cancels_is_silence(tmp_path: Path) -> None:
+    assert np.abs(written(tmp_path, 2e-4 * voice(), -2e-4 * voice()).wave(16000)).max() < SILENT_PEAK
 
 
 def test_a_coded_clip_gives_all_values(tmp_path: Path) -> None:
     values = sound.measure_sound(written(tmp_path, voice()))
     assert set(values) == {metric.key for metric in sound.MEASUREMENTS[0].metrics}
+    assert str(values["channel_balance"]) == "it has one channel"
     assert values["pitch_median"] == pytest.approx(120, rel=0.03)
     assert values["loudness"] == pytest.approx(sound.integrated_loudness(voice()), abs=0.3)
 
