@@ -164,6 +164,7 @@ class ClipFile:
         dialogue: spoken words that are asked for, None where unknown, "" where nobody should speak.
         language: ISO 639 code ("en", "zh", "yue", ...) or a name ("Chinese"), None where not declared.
         group: clips of one group (a prompt) are alike and resampled together; by default the prompt, else the name.
+        part: of a suite, such as "set1" or "age/19-30"; results are given by part, too.
         reference: the true clip, None without one.
         voice, image: files with the voice and the first frame that were given, None without.
     """
@@ -177,6 +178,7 @@ class ClipFile:
     reference: "ClipFile | None" = None
     voice: Path | None = None
     image: Path | None = None
+    part: str = ""
     media: _Media = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

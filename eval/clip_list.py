@@ -21,10 +21,8 @@ from eval.suites.suite_items import MANIFEST, SETTINGS
 from magihuman.errors import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-COLUMNS = ("clip", "name", "prompt", "dialogue", "language", "group", "reference", "voice", "image")
+COLUMNS = ("clip", "name", "prompt", "dialogue", "language", "group", "reference", "voice", "image", "part")
 """Columns of a manifest that are used."""
-WRITTEN = ("part",)
-"""Columns that `eval.run` writes beside them."""
 NEAR = 0.65
 """Similarity from which on an unknown column is taken for a misspelt one (difflib): lang and language have 0.67."""
 _TAG = re.compile(r"<[^<>\n]*,\s*([^<>,\n]+?)\s*>\s*[:：]")
@@ -160,7 +158,7 @@ def _require_columns(given: Collection[str], where: str) -> None:
         UserError: one is called nearly as a column that the table lacks: dialog, lang.
     """
     absent = [name for name in COLUMNS if name not in given]
-    unused = [name for name in given if name not in (*COLUMNS, *WRITTEN)]
+    unused = [name for name in given if name not in COLUMNS]
     for name in unused:
         if near := get_close_matches(name, absent, n=1, cutoff=NEAR):
             raise UserError(f"{where}: unknown column {name!r}; did you mean {near[0]}? rename or remove it")
@@ -178,7 +176,7 @@ def _row_clip(values: Mapping[str, Any], where: str, folder: Path) -> ClipFile:
     for name, path in paths.items():
         if not path.is_file():
             raise UserError(f"{where}: {name} {str(path)!r} does not exist")
-    known: dict[str, Any] = {name: values.get(name) or "" for name in ("name", "prompt", "group")}
+    known: dict[str, Any] = {name: values.get(name) or "" for name in ("name", "prompt", "group", "part")}
     known["dialogue"] = values.get("dialogue")  # empty cells of .csv are left out: "" (silence) is stated in JSON only
     try:
         known["language"] = language_code(values["language"]) if values.get("language") else None

@@ -189,7 +189,8 @@ def _size_and_length(clip: ClipFile) -> tuple[tuple[int, int] | None, float | No
 def _clip_at(path: Path, clip: ClipFile, reference: ClipFile) -> ClipFile:
     """A clip at another path, with its reference."""
     known = {
-        name: getattr(clip, name) for name in ("name", "prompt", "dialogue", "language", "group", "voice", "image")
+        name: getattr(clip, name)
+        for name in ("name", "prompt", "dialogue", "language", "group", "voice", "image", "part")
     }
     return ClipFile(path, **known, reference=reference)
 

@@ -74,6 +74,7 @@ class SuiteRunOptions(SuiteOptions):
         "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3 GB of free memory",
         0,
     )
+    show_parts: bool = option("tables by part of the suite in summary.md; summary.json always has them", False)
     progress: bool = option("show bars with the time left", True)
 
 
@@ -134,7 +135,7 @@ def run(
         columns = _columns(folder, options, making, names, measuring or {})
     if rank:
         return {}
-    facts = {"suite": settings, **({"published_source": SOURCE} if published else {})}
+    facts = {"suite": settings, "show_parts": options.show_parts, **({"published_source": SOURCE} if published else {})}
     values = write_scores(folder, columns, facts, published)
     require_coverage(values["columns"]["clips"], options.min_coverage, names if options.metrics else [])
     return values

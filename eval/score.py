@@ -33,7 +33,7 @@ class ScoreOptions:
 
     clips: str = option(
         "folder of media files, each with its prompt in NAME.txt or NAME.json, or a manifest (.csv, .tsv, .jsonl, .json) with "
-        "the column clip and any of name, prompt, dialogue, language, group, reference, voice, image"
+        "the column clip and any of name, prompt, dialogue, language, group, reference, voice, image, part"
     )
     reference: str | None = option("folder or manifest of true clips of the same names; they are scored, too", None)
     metrics: str = option("cheap (all without a model), all, or names of measurements or metrics with commas", "cheap")
@@ -50,6 +50,9 @@ class ScoreOptions:
     workers: int = option(
         "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3 GB of free memory",
         0,
+    )
+    show_parts: bool = option(
+        "tables by part (the manifest's column) in summary.md; summary.json always has them", False
     )
     progress: bool = option("show bars with the time left", True)
 
@@ -100,7 +103,7 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     sets = clip_sets(found, bound if options.bound else None)
     columns = {name: scored(part) for name, part in sets.items()}
     asked = {"clips": options.clips, "reference": options.reference, "metrics": names}
-    values = write_scores(folder, columns, {"source": asked})
+    values = write_scores(folder, columns, {"source": asked, "show_parts": options.show_parts})
     require_coverage(values["columns"]["clips"], options.min_coverage, names)
     return values
 
@@ -123,7 +126,7 @@ def clip_sets(
             raise UserError("bound=true needs reference clips; give reference=FOLDER or a manifest with reference")
         sets["bound"] = bound(paired)
     if paired:
-        names = ("name", "prompt", "dialogue", "language", "group", "voice", "image")
+        names = ("name", "prompt", "dialogue", "language", "group", "voice", "image", "part")
         sets["reference"] = [
             replace(clip.reference, **{name: getattr(clip, name) for name in names})
             for clip in paired

@@ -19,7 +19,7 @@ from eval import tables
 from eval.metrics.registry import metrics
 from eval.output import publish
 from eval.score_rows import ClipRow
-from eval.score_summary import by_language
+from eval.score_summary import by_language, by_part
 from eval.scoring import Scored
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
@@ -59,7 +59,8 @@ def write_scores(
     values: dict[str, Any] = {
         "format": FORMAT, "clips": len(next(iter(columns.values())).rows), "suite": None, **(facts or {}),
         "fps": {name: _rates(scored.rows) for name, scored in columns.items()},
-        "columns": summaries, "by_language": by_language(columns["clips"].rows), "measurements": used,
+        "columns": summaries, "by_language": by_language(columns["clips"].rows),
+        "parts": by_part(columns["clips"].rows), "measurements": used,
     }  # fmt: skip
     values["labels"] = {key: metrics()[key].heading for key in summaries["clips"]}
     if published:

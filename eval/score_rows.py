@@ -30,6 +30,7 @@ class ClipRow:
     """What was measured on a clip: values by metric key, and texts such as a transcript by key.
 
     Attributes:
+        part: of a suite, as "age/19-30"; "" without.
         fps: frames per second of the file, 0 without video; None where it cannot be read or was not written.
         influence: distance of sets -> the clip's share of what its group moves the distance by; see `eval.set_distance`.
     """
@@ -43,6 +44,7 @@ class ClipRow:
     texts: dict[str, str] = field(default_factory=dict)
     fps: float | None = None
     influence: dict[str, float] = field(default_factory=dict)
+    part: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         values = {
@@ -52,7 +54,7 @@ class ClipRow:
         return {
             "clip": self.clip, "group": self.group, "prompt": self.prompt, "language": self.language,
             "sha256": self.sha256, "fps": self.fps, "values": values, "texts": self.texts,
-            **({"influence": self.influence} if self.influence else {}),
+            **({"influence": self.influence} if self.influence else {}), **({"part": self.part} if self.part else {}),
         }  # fmt: skip
 
     @classmethod
@@ -65,7 +67,7 @@ class ClipRow:
         return cls(
             str(content["clip"]), str(content["group"]), str(content.get("prompt", "")), content.get("language"),
             content.get("sha256"), values, dict(content.get("texts", {})), _number(content.get("fps")),
-            {str(key): float(value) for key, value in content.get("influence", {}).items()},
+            {str(key): float(value) for key, value in content.get("influence", {}).items()}, str(content.get("part", "")),
         )  # fmt: skip
 
 

@@ -76,6 +76,16 @@ def by_language(rows: Sequence[ClipRow]) -> dict[str, dict[str, dict[str, Any]]]
     return {language: summarise([row for row in rows if row.language == language]) for language in languages}
 
 
+def by_part(rows: Sequence[ClipRow]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`summarise` of the clips of each part, where there are several: of "age/19-30" for "age" and for "age/19-30"; else {}."""
+    members: dict[str, list[ClipRow]] = {}
+    for row in rows:
+        levels = row.part.split("/") if row.part else []
+        for depth in range(1, len(levels) + 1):
+            members.setdefault("/".join(levels[:depth]), []).append(row)
+    return {part: summarise(members[part]) for part in sorted(members)} if len(members) > 1 else {}
+
+
 # ---- Paired differences ----
 
 

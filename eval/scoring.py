@@ -207,7 +207,7 @@ class _Run:
     ) -> None:
         self.clips, self.plans, self.cache, self.progress, self.workers = clips, plans, cache, progress, workers
         self.hashes: dict[Path, str] = {}
-        self.rows = [ClipRow(c.name, c.group, c.prompt, c.language, self._hash(c.path)) for c in clips]
+        self.rows = [ClipRow(c.name, c.group, c.prompt, c.language, self._hash(c.path), part=c.part) for c in clips]
         self.measured = 0
 
     def result(self) -> Scored:

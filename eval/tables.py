@@ -409,11 +409,26 @@ def clip_scores(values: Values, keys: Sequence[str] = ()) -> str:
         parts.append(f"Published: {values['published_source']}.")
     if languages := _language_table(values.get("by_language") or {}, shown):
         parts.append(languages)
+    if values.get("show_parts"):
+        parts += _part_tables(values.get("parts") or {}, shown)
     if note := _rate_note(values, shown):
         parts.append(note)
     if not keys and (lost := _lost(columns, valued)):
         parts.append("Without a value:\n\n" + "\n".join(f"- {line}" for line in lost))
     return "\n\n".join(parts)
+
+
+def _part_tables(parts: Mapping[str, Mapping[str, Values]], shown: Sequence[str]) -> list[str]:
+    """A table of the parts of a suite, and one for those below each: set1, set2; age/0-19, age/19-30."""
+    found = []
+    for above in sorted({part.rpartition("/")[0] for part in parts}):
+        of = {part: column for part, column in parts.items() if part.rpartition("/")[0] == above}
+        keys = [key for key in shown if any(column.get(key, {}).get("value") is not None for column in of.values())]
+        rows = [[metrics()[key].heading, *(_clip_cell(column.get(key)) for column in of.values())] for key in keys]
+        counts = [next((measure["total"] for measure in column.values()), 0) for column in of.values()]
+        heads = [f"{part} ({count} clips)" for part, count in zip(of, counts, strict=True)]
+        found.append(table(["", *heads], rows))
+    return found
 
 
 def _rate_note(values: Values, shown: Sequence[str]) -> str:

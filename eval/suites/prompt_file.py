@@ -9,7 +9,7 @@ from magihuman.errors import UserError
 from magihuman.io.text import CAPTION_COLUMNS, TABLES, TableRow, prompt_rows
 
 PATHS = ("image", "audio", "voice", "reference")
-TEXTS = ("name", "dialogue", "language", "negative_prompt", "group")
+TEXTS = ("name", "dialogue", "language", "negative_prompt", "group", "part")
 IGNORED = ("clip",)
 """Columns of a manifest of clips (`eval.clip_list`) that mean nothing here, where clips are made."""
 
@@ -85,4 +85,5 @@ def _item(row: TableRow, index: int, file: Path, first_frame: bool) -> SuiteItem
         seed=check_seed(values["seed"], where) if values.get("seed") is not None else None,
         negative_prompt=texts.get("negative_prompt"),
         group=texts.get("group", ""),
+        part=texts.get("part", ""),
     )

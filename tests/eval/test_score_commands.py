@@ -228,6 +228,31 @@ def test_two_frame_rates_are_said(tmp_path, capsys):
     assert "the reference is no target of interpolation_residual" in capsys.readouterr().err
 
 
+def test_parts_of_a_manifest_are_in_the_summary_and_on_request_in_the_table(toy, tmp_path):
+    from eval.score import ScoreOptions, run
+
+    parts = {"a": "age/young", "b": "age/old", "c": "set1"}
+    lines = [json.dumps({"clip": f"{name}.mp4", "part": part}) for name, part in parts.items()]
+    for level, name in enumerate(parts):
+        write_clip(tmp_path / f"{name}.mp4", level=60 * level, frames=3)
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    given = {
+        "clips": str(tmp_path / "m.jsonl"),
+        "metrics": "toy_brightness",
+        "cache": None,
+        "progress": False,
+        "workers": 1,
+    }
+    found = run(ScoreOptions(**given, output=str(tmp_path / "o")))
+    assert list(found["parts"]) == ["age", "age/old", "age/young", "set1"]
+    assert found["parts"]["age"]["toy_brightness"]["n"] == 2
+    assert "age" not in (tmp_path / "o/summary.md").read_text()
+    run(ScoreOptions(**given, output=str(tmp_path / "o"), show_parts=True))
+    text = (tmp_path / "o/summary.md").read_text()
+    assert "|  | age (2 clips) | set1 (1 clips) |" in text
+    assert "|  | age/old (1 clips) | age/young (1 clips) |" in text
+
+
 def test_results_are_read_as_they_were_written(two_folders):
     from eval.score_report import read_rows_of
 

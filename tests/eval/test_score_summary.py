@@ -5,7 +5,7 @@ import pytest
 from toy_metrics import metric_file, row
 
 from eval.score_rows import ClipRow, Value
-from eval.score_summary import compare, summarise
+from eval.score_summary import by_part, compare, summarise
 
 # ---- Averages ----
 
@@ -70,6 +70,16 @@ def test_an_error_rate_without_any_error_is_not_certain(toy):
 def test_one_prompt_has_no_interval(toy):
     found = summarise([row("a", "p", toy_loud=1.0), row("b", "p", toy_loud=3.0)])["toy_loud"]
     assert (found["value"], found["low"], found["high"], found["n"]) == (2.0, None, None, 2)
+
+
+def test_parts_have_averages_of_their_own_and_of_the_part_above(toy):
+    rows = [row(str(n), toy_loud=float(n)) for n in range(4)]
+    for one, part in zip(rows, ("age/0-19", "age/0-19", "age/60+", "gender"), strict=True):
+        one.part = part
+    found = by_part([*rows, row("alone", toy_loud=9.0)])
+    values = {part: (summary["toy_loud"]["value"], summary["toy_loud"]["n"]) for part, summary in found.items()}
+    assert values == {"age": (1.0, 3), "age/0-19": (0.5, 2), "age/60+": (2.0, 1), "gender": (3.0, 1)}
+    assert by_part([row("alone", toy_loud=9.0)]) == {}
 
 
 # ---- Paired differences ----

@@ -267,7 +267,15 @@ def test_puppets_are_the_held_out_ones_with_their_true_clips(tmp_path: Path) -> 
 def test_a_file_of_prompts(tmp_path: Path) -> None:
     clip(tmp_path / "real.mp4")
     rows = [
-        {"prompt": "A dog.", "name": "dog", "reference": "real.mp4", "seed": 5, "seconds": 2, "group": "animals"},
+        {
+            "prompt": "A dog.",
+            "name": "dog",
+            "reference": "real.mp4",
+            "seed": 5,
+            "seconds": 2,
+            "group": "animals",
+            "part": "pets/large",
+        },
         {"caption": "A cat.", "dialogue": "", "language": "fr"},
     ]
     file = tmp_path / "mine.jsonl"
@@ -281,6 +289,7 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
         "animals",
     )
     assert dog.dialogue is None
+    assert (dog.part, cat.part) == ("pets/large", "")
     assert (cat.name, cat.dialogue, cat.language) == ("0001-a-cat", "", "fr")
     lines = tmp_path / "mine.txt"
     lines.write_text("A dog.\n\nA cat.\n")
