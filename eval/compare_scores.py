@@ -155,13 +155,12 @@ def compare_sets(
     Returns:
         Metric -> entries as of `eval.score_summary.compare`, with "interval" and "baseline_interval", each [low, high].
     """
-    from eval.metrics.registry import SetMeasurement, measurements
+    from eval.metrics.registry import SetMeasurement, measurements, rate_bound
 
-    found = {}
-    for name, one in measurements().items():
+    found, bound = {}, rate_bound(summary["measurements"])
+    for one in measurements().values():
         if not isinstance(one, SetMeasurement):
             continue
-        at_own_rate = not summary["measurements"].get(name, {}).get("identity", {}).get("fps")
         for metric in one.metrics:
             a, b = summary["clips"].get(metric.key), other_summary["clips"].get(metric.key)
             if a is None and b is None:
@@ -174,17 +173,16 @@ def compare_sets(
                 "needed": None,
             }  # fmt: skip
             entry["coverage"] = entry["n"] / entry["total"]
-            reason = _sets_differ(a, b, rows, baseline, metric, at_own_rate)
+            reason = _sets_differ(a, b, rows, baseline, metric.key, metric.key in bound)
             refused = {"verdict": "not compared", "reason": reason}
             found[metric.key] = entry | (refused if reason else _set_change(metric, entry, rows, baseline))
     return found
 
 
 def _sets_differ(
-    a: Mapping[str, Any], b: Mapping[str, Any], rows: "Sequence[ClipRow]", baseline: "Sequence[ClipRow]", metric: "Metric",
-    at_own_rate: bool,
+    a: Mapping[str, Any], b: Mapping[str, Any], rows: "Sequence[ClipRow]", baseline: "Sequence[ClipRow]", key: str, bound: bool,
 ) -> str:  # fmt: skip
-    """Why two values of a distance have no difference; "" where they have one."""
+    """Why two values of the distance `key` have no difference; "" where they have one. `bound`: to the frame rate."""
     from eval.score_summary import rates_differ
     from eval.stats import FEWEST
 
@@ -200,11 +198,11 @@ def _sets_differ(
         return "the reference clips are not the same, or unknown as of an older version"
     if {name: row.group for name, row in own.items()} != {name: row.group for name, row in other.items()}:
         return "the clips of the same names are of other groups"
-    if any(metric.key not in row.influence for row in (*rows, *baseline)):
+    if any(key not in row.influence for row in (*rows, *baseline)):
         return "results of an older version have no influences of prompts; run eval.score again"
     if (groups := len({row.group for row in rows})) < FEWEST:
         return f"{groups} prompts have a value in both, and a verdict needs {FEWEST}"
-    return rates_differ(list(own.values()), [other[name] for name in own]) if metric.per_frame and at_own_rate else ""
+    return rates_differ(list(own.values()), [other[name] for name in own]) if bound else ""
 
 
 def _set_change(

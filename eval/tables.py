@@ -10,7 +10,7 @@ verdicts in `eval.paired`.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from eval.metrics.registry import SIGNS, measurements, metrics, metrics_of
+from eval.metrics.registry import SIGNS, measurements, metrics, metrics_of, rate_bound
 from magihuman.io.markdown import aligned, table
 
 Values = Mapping[str, Any]
@@ -434,7 +434,8 @@ def _part_tables(parts: Mapping[str, Mapping[str, Values]], shown: Sequence[str]
 def _rate_note(values: Values, shown: Sequence[str]) -> str:
     """Which rows cannot be compared between columns, since their clips have several frame rates; "" where they have one."""
     rates = values.get("fps") or {}
-    rows = [metrics()[key].label for key in shown if metrics()[key].per_frame]
+    bound = rate_bound(values["measurements"])
+    rows = [metrics()[key].label for key in shown if key in bound]
     if not rows or len({rate for column in rates.values() for rate in column}) < 2:
         return ""
     told = "; ".join(

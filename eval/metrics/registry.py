@@ -239,6 +239,20 @@ def metrics() -> Mapping[str, Metric]:
     return found
 
 
+def rate_bound(used: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Metrics whose values depend on the clips' frame rate, as measured.
+
+    Args:
+        used: measurement -> {"identity": ...}, as in summary.json; one with a set `fps` reads all clips at that rate.
+    """
+    return {
+        metric.key
+        for name, one in measurements().items()
+        for metric in one.metrics
+        if metric.per_frame and not used.get(name, {}).get("identity", {}).get("fps")
+    }
+
+
 def metrics_of(*modules: str) -> list[Metric]:
     """Metrics of modules of `eval.metrics`, named by their last part.
 

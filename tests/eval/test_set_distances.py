@@ -10,7 +10,7 @@ from tiny_onnx import write_mean
 
 from eval.clip_file import MeasurementError, NotMeasured
 from eval.extractor import load_extractor
-from eval.metrics.registry import SetMeasurement, measurements
+from eval.metrics.registry import SetMeasurement, measurements, rate_bound
 from eval.set_distance import Distance, difference, frechet, kernel_distance
 from magihuman.errors import UserError
 
@@ -306,6 +306,13 @@ class TestFeatures:
         found = FVD.compare(sets(rng, 20, 4), sets(rng, 20, 4), *[[str(n) for n in range(20)]] * 2)
         assert {key: m.status for key, m in found.items()} == {"fvd": "ok", "kvd": "ok"}
         assert {metric.key for metric in FVD.metrics} == set(found)
+
+
+def test_videos_read_at_a_set_rate_do_not_depend_on_the_files() -> None:
+    own, fixed = (rate_bound({"fvd": {"identity": {"fps": fps}}}) for fps in (None, 8.0))
+    assert {"fvd", "kvd", "warping_error"} <= own
+    assert own - fixed == {"fvd", "kvd"}
+    assert "fid" not in own
 
 
 @pytest.mark.parametrize(
