@@ -8,7 +8,9 @@ Both are output folders of `eval.score` or `eval.run`. Only clips that both have
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,11 @@ FORMAT = "magihuman-clip-comparison/1"
 def run(
     clips: str, baseline: str, output: str | None = None, metrics: str = "", min_coverage: float = 0.9
 ) -> dict[str, Any]:
-    """Compare two scored sets of clips, clip by clip of the same name, with intervals over prompts.
+    """Compare two scored sets of clips, clip by clip, with intervals over prompts.
 
-    Prints a table; with output= writes comparison.json, comparison.md and comparison.png. Metrics with a target need the scores
-    of reference clips for a verdict. Ends with status 1 where a metric that both have lacks coverage, or no clip is common.
+    Clips are paired by name, or by prompt where that gives more pairs. Prints a table; with output= writes comparison.json,
+    comparison.md and comparison.png. Metrics with a target need the scores of reference clips for a verdict. Ends with status 1
+    where a metric that both have lacks coverage, or no clip is common.
 
     Args:
         clips: output folder of eval.score or eval.run
@@ -41,13 +44,12 @@ def run(
         The content of comparison.json.
 
     Raises:
-        UserError: a folder without results, an unknown metric, or clips measured in two ways.
+        UserError: a folder without results, an unknown metric, or no clip in common.
     """
     from eval import tables
-    from eval.metrics.registry import metrics as registered
     from eval.score import require_share
     from eval.score_report import read_rows_of
-    from eval.score_summary import compare, rates_differ, summarise
+    from eval.score_summary import compare
 
     start = time.perf_counter()
     require_share(min_coverage)
@@ -55,21 +57,22 @@ def run(
     for folder, columns in ((clips, own), (baseline, other)):
         if "clips" not in columns:
             raise UserError(f"{folder} has no scores of clips; run eval.score again")
-    common = {row.clip for row in own["clips"]} & {row.clip for row in other["clips"]}
+    other, notes = paired_by_prompt(own, other)
+    there = {row.clip for row in other["clips"]}
+    common = {row.clip: row for row in own["clips"] if row.clip in there}
     if not common:
         example = f"{own['clips'][0].clip!r} here, {other['clips'][0].clip!r} there"
-        raise UserError(f"clips={clips} and baseline={baseline} have no clip of the same name ({example})")
+        raise UserError(
+            f"clips={clips} and baseline={baseline} have no clip of the same name ({example}) and none of the same prompt; "
+            "give prompts in NAME.txt or the same names in a manifest, and score again"
+        )
+    if apart := [row.clip for row in other["clips"] if row.clip in common and row.prompt != common[row.clip].prompt]:
+        notes.append(f"{len(apart)} clips of the same name have two prompts, such as {apart[0]!r}")
+    references, note = common_references(own, other)
+    notes += [note] if note else []
     summaries = [read_summary(Path(folder)) for folder in (clips, baseline)]
     changed = measured_otherwise(*(summary["measurements"] for summary in summaries))
-    real = {row.clip: row for row in own.get("reference") or other.get("reference") or []}
-    targets = {key: m["value"] for key, m in summarise(list(real.values())).items() if m["value"] is not None}
-    met = [row for row in own["clips"] if row.clip in common and row.clip in real]
-    if reason := rates_differ(met, [real[row.clip] for row in met]):
-        aimed = [key for key in targets if registered()[key].per_frame and registered()[key].direction == "target"]
-        targets = {key: value for key, value in targets.items() if key not in aimed}
-        if aimed:
-            print(f"note: the reference is no target of {', '.join(aimed)}: {reason}", file=sys.stderr)
-    found = compare(own["clips"], other["clips"], targets, min_coverage)
+    found = compare(own["clips"], other["clips"], references, min_coverage)
     found |= compare_sets(own["clips"], other["clips"], *summaries)
     wanted = [name.strip() for name in metrics.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in found]:
@@ -82,7 +85,7 @@ def run(
     values = {
         "format": FORMAT, "name": short(clips, baseline), "baseline_name": short(baseline, clips), "min_coverage": min_coverage,
         "clips": len({row.clip for part in (own, other) for row in part["clips"]}), "common": len(common),
-        "metrics": found, "seconds": round(time.perf_counter() - start, 2),
+        "notes": notes, "metrics": found, "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
 
     def draw() -> Any:
@@ -104,6 +107,51 @@ def run(
         print(f"too few clips have a value in both: {', '.join(lacking)}; see min_coverage", file=sys.stderr)
         raise SystemExit(1)
     return content
+
+
+Columns = dict[str, "list[ClipRow]"]
+
+
+def paired_by_prompt(own: Columns, other: Columns) -> tuple[Columns, list[str]]:
+    """The columns of `other` with the names of the clips of `own` that have the same prompts, where names give fewer pairs.
+
+    Several clips of a prompt are paired in the order of their names.
+
+    Returns:
+        The columns, and what was done, if anything.
+    """
+
+    def by_prompt(rows: "Sequence[ClipRow]") -> dict[tuple[str, int], str]:
+        seen: Counter[str] = Counter()
+        found = {}
+        for row in sorted(rows, key=lambda row: row.clip):
+            if row.prompt:
+                found[row.prompt, seen[row.prompt]] = row.clip
+                seen[row.prompt] += 1
+        return found
+
+    mine, theirs = by_prompt(own["clips"]), by_prompt(other["clips"])
+    names = {theirs[key]: mine[key] for key in theirs if key in mine}
+    if len(names) <= len({row.clip for row in own["clips"]} & {row.clip for row in other["clips"]}):
+        return other, []
+    taken = set(names.values())  # a clip without a partner must not have a partner's name
+    renamed = {
+        column: [replace(row, clip=names.get(row.clip, row.clip + " (baseline)" * (row.clip in taken))) for row in rows]
+        for column, rows in other.items()
+    }
+    return renamed, [f"{len(names)} clips are paired by their prompts, since their names are not the same"]
+
+
+def common_references(own: Columns, other: Columns) -> "tuple[list[ClipRow], str]":
+    """Scores of the reference clips that both sets have, or one of them; none where these are not the same, with a note."""
+    mine, theirs = ({row.clip: row for row in part.get("reference", [])} for part in (own, other))
+    apart = [name for name in mine if name in theirs and mine[name].sha256 != theirs[name].sha256]
+    if apart:
+        return [], (
+            f"the two were scored with different reference clips, such as that of {apart[0]!r}: metrics with a target have no "
+            "better side"
+        )
+    return list({**theirs, **mine}.values()), ""
 
 
 def short(name: str, other: str) -> str:
@@ -211,6 +259,7 @@ def _set_change(
     """Difference, interval and verdict of two values from the same reference clips."""
     from eval.score_summary import NEEDED
     from eval.set_distance import difference
+    from eval.stats import FEWEST
 
     moved: list[dict[str, float]] = [{}, {}]
     for part, of in zip((rows, baseline), moved, strict=True):
@@ -221,7 +270,9 @@ def _set_change(
     low, high = change - half, change + half
     gain = -1 if metric.direction == "down" else 1
     word = "undecided" if low <= 0 <= high else "better" if gain * change > 0 else "worse"
-    needed = math.ceil(NEEDED * (error / change) ** 2 * entry["n"]) if abs(change) > 1e-12 and error > 0 else None
+    needed = None
+    if abs(change) > 1e-12 and error > 0:
+        needed = math.ceil(max(NEEDED * (error / change) ** 2, FEWEST / len(moved[0])) * entry["n"])
     return {
         "change": change, "low": low, "high": high, "verdict": word, "reason": "", "groups": len(moved[0]), "needed": needed,
     }  # fmt: skip

@@ -75,7 +75,7 @@ def difference_points(found: Mapping[str, Mapping[str, Any]], title: str) -> Fig
         axes.plot([np.clip(value, -limit, limit)], [place], "o", color=colours[entry["verdict"]], ms=4)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(shown)), [metrics()[key].heading for key in reversed(shown)], fontsize=7)
-    axes.set_xlabel("difference / half of its 95 % interval, cut at 6: beyond ±1 it is not chance", fontsize=8)
+    axes.set_xlabel("difference / half of its 95 % interval, cut at 6; the colour is the verdict", fontsize=8)
     axes.set_title(title, fontsize=9)
     handles = [axes.plot([], [], "o", color=colour, label=word)[0] for word, colour in colours.items()]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(handles))

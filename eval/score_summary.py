@@ -9,7 +9,7 @@ metric has none.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ def _measure(
         known, used = values[np.isfinite(values)], len(np.unique(groups[np.isfinite(values)]))
         low, high = stats.ends_of(draws[1:], used)
         metric, edges = metrics()[key], set(known)
-        if (metric.share and edges in ({0.0}, {1.0})) or (metric.weight and edges == {0.0}):
+        rate = metric.weight or (metric.best == 0.0 and not metric.unit)
+        if (metric.share and edges in ({0.0}, {1.0})) or (rate and edges == {0.0}):
             # Resampling could only repeat the value. Of an error rate: the share of prompts with any error.
             ends = stats.proportion(round(float(known[0]) * used), used)
             low, high = float(ends.low or 0.0), float(ends.high or 0.0)
@@ -90,15 +91,13 @@ def by_part(rows: Sequence[ClipRow]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def compare(
-    rows: Sequence[ClipRow],
-    baseline: Sequence[ClipRow],
-    targets: Mapping[str, float] | None = None,
-    min_coverage: float = 0.9,
+    rows: Sequence[ClipRow], baseline: Sequence[ClipRow], references: Sequence[ClipRow] = (), min_coverage: float = 0.9
 ) -> dict[str, dict[str, Any]]:
     """Differences between two scored sets over the clips that both have, by name.
 
     Args:
-        targets: metric -> value aimed at, of metrics whose target is the reference's own.
+        references: scores of the reference clips under the clips' names: what metrics without a target of their own aim at.
+            They are resampled together with the clips, since all three share a prompt.
         min_coverage: least share of the clips of both sets together that have a value in both. Clips that a metric does not
             apply to in either set are not counted.
 
@@ -106,19 +105,25 @@ def compare(
         Metric -> {"value", "baseline" (averages over the common clips), "change", "low", "high" (value minus baseline),
         "verdict" (better, worse, undecided; different or undecided where no side is better; not compared), "reason", "n"
         (common clips), "total" (clips of either that it applies to), "coverage", "groups", "needed" (clips that would show a
-        difference of this size with a power of 80 %; None where the change is 0)}.
+        difference of this size with a power of 80 %; None where the change is 0)}. Where the metric has a target, also
+        "target" and "gain", "gain_low", "gain_high": by how much the clips are nearer to it than the baseline; the verdict
+        and "needed" are of the gain.
     """
-    own, other = ({row.clip: row for row in part} for part in (rows, baseline))
+    own, other, real = ({row.clip: row for row in part} for part in (rows, baseline, references))
     names = sorted(own.keys() | other.keys())
     common = [name for name in names if name in own and name in other]
     keys = [key for key in metrics() if any(key in row.values for row in (*rows, *baseline))]
-    groups, count = _groups([other[name].group for name in common])
-    a, weight_a = _columns([own[name] for name in common], keys)
-    b, weight_b = _columns([other[name] for name in common], keys)
-    both = np.isfinite(a) & np.isfinite(b)
-    a, b = np.where(both, a, np.nan), np.where(both, b, np.nan)
-    sums = [_by_group(values, weights, groups, count) for values, weights in ((a, weight_a), (b, weight_b))]
-    draws = [_resampled(*part) for part in sums]
+    groups, count = _joined([own[name].group for name in common], [other[name].group for name in common])
+    empty = ClipRow("", "", "", None, None)
+    three = [[part.get(name, empty) for name in common] for part in (own, other, real)]
+    columns = [_columns(part, keys) for part in three]
+    both = np.isfinite(columns[0][0]) & np.isfinite(columns[1][0])
+    sums, draws = _paired(columns[:2], both, groups, count)
+    # Of metrics with a target that the references give: averages of all three over the clips that have all three.
+    aimed = [k for k, key in enumerate(keys) if metrics()[key].direction == "target" and metrics()[key].target is None]
+    all_three = (both & np.isfinite(columns[2][0]))[:, aimed]
+    of_aimed = [(values[:, aimed], weights[:, aimed]) for values, weights in columns]
+    gain_sums, gain_draws = _paired(of_aimed, all_three, groups, count)
     found = {}
     for k, key in enumerate(keys):
         metric, n = metrics()[key], int(both[:, k].sum())
@@ -129,28 +134,88 @@ def compare(
         if reason := _not_comparable(rows, baseline, key, entry["coverage"], used, min_coverage):
             found[key] = {**entry, "verdict": "not compared", "reason": reason}
             continue
-        seen = [name for name, there in zip(common, both[:, k], strict=True) if there]
-        if metric.per_frame and (reason := rates_differ([own[c] for c in seen], [other[c] for c in seen])):
+        seen = np.flatnonzero(both[:, k]).tolist()
+        if metric.per_frame and (reason := rates_differ(*([part[c] for c in seen] for part in three[:2]))):
             found[key] = {**entry, "verdict": "not compared", "reason": reason}
             continue
-        mine, theirs = draws[0][:, k], draws[1][:, k]
-        change = mine - theirs
+        change = draws[0][:, k] - draws[1][:, k]
         low, high = stats.ends_of(change[1:], used)
-        target = metric.target if metric.target is not None else (targets or {}).get(key)
-        word = _verdict(metric, mine, theirs, target, used)
-        spread = _spread(sums[0], sums[1], k)
         entry |= {
-            "value": float(mine[0]),
-            "baseline": float(theirs[0]),
-            "change": float(change[0]),
-            "low": low,
-            "high": high,
-        }
-        needed = None
-        if abs(change[0]) > 1e-12 and spread > 0:
-            needed = int(np.ceil(NEEDED * (spread / change[0]) ** 2 * n / used))
-        found[key] = {**entry, "verdict": word, "reason": "", "needed": needed}
+            "value": float(draws[0][0, k]), "baseline": float(draws[1][0, k]), "change": float(change[0]),
+            "low": low, "high": high, "reason": "",
+        }  # fmt: skip
+        spread = _spread([_deviations(*part, k) for part in sums], (1.0, -1.0))
+        effect = float(change[0])
+        if metric.direction in ("up", "down"):
+            word = _verdict(low, high) if metric.direction == "up" else _verdict(-high, -low)
+        else:
+            gain: _Gain | None = None
+            if metric.target is not None:
+                gain = _Gain([part[:, k] for part in draws], [_deviations(*part, k) for part in sums], metric.target)
+            elif k in aimed and references:
+                at = aimed.index(k)
+                entry["reason"] = _no_target(three, all_three[:, at], groups, n, metric, min_coverage)
+                if not entry["reason"]:
+                    gain = _Gain([part[:, at] for part in gain_draws], [_deviations(*part, at) for part in gain_sums])
+            if gain is None:
+                word = "undecided" if low <= 0 <= high else "different"
+            else:
+                low, high = stats.ends_of(gain.draws[1:], used)
+                word, effect, spread = _verdict(low, high), float(gain.draws[0]), gain.spread
+                entry |= {"target": gain.target, "gain": effect, "gain_low": low, "gain_high": high}
+        found[key] = {**entry, "verdict": word, "needed": _needed(effect, spread, n / used)}
     return found
+
+
+class _Gain:
+    """By how much clips are nearer to a target than a baseline: |baseline - target| - |clips - target|.
+
+    Args:
+        draws: averages [1 + R] of clips and baseline, and of the references where these are the target.
+        deviations: of the groups from the same averages, see `_deviations`.
+        target: where it is a number.
+    """
+
+    def __init__(
+        self, draws: Sequence[np.ndarray], deviations: Sequence[np.ndarray], target: float | None = None
+    ) -> None:
+        aims = draws[2] if target is None else np.full(len(draws[0]), target)
+        self.target = float(aims[0])
+        self.draws = np.abs(draws[1] - aims) - np.abs(draws[0] - aims)
+        own, other = (float(np.sign(part[0] - aims[0])) for part in draws[:2])
+        # To first order; what the sides share of the references' deviation falls away.
+        self.spread = _spread(deviations, (-own, other, own - other)[: len(deviations)])
+
+
+def _paired(
+    columns: Sequence[tuple[np.ndarray, np.ndarray]], there: np.ndarray, groups: np.ndarray, count: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
+    """Sums by group, and averages with the same draws, of columns (values, weights) over the clips that are `there` [n,K]."""
+    sums = [_by_group(np.where(there, values, np.nan), weights, groups, count) for values, weights in columns]
+    return sums, [_resampled(*part) for part in sums]
+
+
+def _no_target(
+    three: Sequence[Sequence[ClipRow]],
+    there: np.ndarray,
+    groups: np.ndarray,
+    n: int,
+    metric: Metric,
+    min_coverage: float,
+) -> str:
+    """Why the references are no target of a metric; "" where they are.
+
+    Args:
+        three: rows of clips, baseline and references.
+        there: bool, which of them have a value in all; groups: of all of them.
+        n: clips with a value in clips and baseline.
+    """
+    if there.sum() < min_coverage * n or len(np.unique(groups[there])) < stats.FEWEST:
+        return f"no better side: {there.sum()} of {n} clips have a reference with a value"
+    clips, real = ([part[c] for c in np.flatnonzero(there).tolist()] for part in (three[0], three[2]))
+    if metric.per_frame and (reason := rates_differ(clips, real)):
+        return f"no better side, for the references: {reason}"
+    return ""
 
 
 def _applies(row: ClipRow | None, key: str) -> bool:
@@ -194,29 +259,28 @@ def rates_differ(rows: Sequence[ClipRow], others: Sequence[ClipRow]) -> str:
     )
 
 
-def _verdict(metric: Metric, mine: np.ndarray, theirs: np.ndarray, target: float | None, groups: int) -> str:
-    """Whether the interval of the gain excludes 0; without a better side, whether that of the change does."""
-    change = mine - theirs
-    if metric.direction == "target" and target is not None:
-        gain = np.abs(theirs - target) - np.abs(mine - target)
-    elif metric.direction in ("up", "down"):
-        gain = change if metric.direction == "up" else -change
-    else:
-        low, high = stats.ends_of(change[1:], groups)
-        return "different" if low > 0 or high < 0 else "undecided"
-    low, high = stats.ends_of(gain[1:], groups)
+def _verdict(low: float, high: float) -> str:
+    """Whether the interval of a gain excludes 0."""
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 
-def _spread(own: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], k: int) -> float:
-    """Deviation between groups of the paired difference, of a ratio by its linear approximation."""
-    used = own[1][:, k] > 0
-    parts = []
-    for sums, totals in (own, other):
-        s, t = sums[used, k], totals[used, k]
-        ratio = s.sum() / t.sum()
-        parts.append((s - ratio * t) / t.mean())
-    return float(np.std(parts[0] - parts[1], ddof=1)) if used.sum() > 1 else 0.0
+def _needed(effect: float, spread: float, clips_per_group: float) -> int | None:
+    """Clips that show an effect of this size with a probability of `POWER`; no fewer groups than a verdict needs."""
+    if abs(effect) <= 1e-12 or not spread > 0:
+        return None
+    return int(np.ceil(max(stats.FEWEST, NEEDED * (spread / effect) ** 2) * clips_per_group))
+
+
+def _spread(deviations: Sequence[np.ndarray], signs: Sequence[float]) -> float:
+    """Deviation between groups of a sum of averages with signs."""
+    return float(np.std(np.sum([sign * part for sign, part in zip(signs, deviations, strict=True)], axis=0), ddof=1))
+
+
+def _deviations(sums: np.ndarray, totals: np.ndarray, k: int) -> np.ndarray:
+    """What every group with a value adds to an average, a ratio of sums, to first order: fp64 [groups]."""
+    used = totals[:, k] > 0
+    s, t = sums[used, k], totals[used, k]
+    return np.asarray((s - s.sum() / t.sum() * t) / t.mean())
 
 
 # ---- Resampling ----
@@ -226,6 +290,21 @@ def _groups(names: Sequence[str]) -> tuple[np.ndarray, int]:
     """Number of each clip's group, and how many groups there are."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], int), len(numbers)
+
+
+def _joined(own: Sequence[str], other: Sequence[str]) -> tuple[np.ndarray, int]:
+    """As `_groups` of pairs: clips that are one group in either of two sets are one, directly or through others."""
+    root: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def find(node: tuple[int, str]) -> tuple[int, str]:
+        while (above := root.setdefault(node, node)) != node:
+            root[node] = root[above]
+            node = root[node]
+        return node
+
+    for mine, theirs in zip(own, other, strict=True):
+        root[find((0, mine))] = find((1, theirs))
+    return _groups([repr(find((0, mine))) for mine in own])
 
 
 def _columns(rows: Sequence[ClipRow], keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -530,17 +530,24 @@ def _side(entry: Values, value: str, interval: str) -> str:
 
 
 def _comparison_notes(values: Values) -> list[str]:
-    counted = sum(entry["verdict"] != "not compared" for entry in values["metrics"].values())
-    notes = [
-        "Difference with its 95 % interval over prompts, on the clips that both have. Clips needed: so many show a "
-        f"difference of this size in four of five repetitions. Of {counted} metrics at 95 %, about {counted / 20:.1f} differ "
-        "by chance."
-    ]
-    reasons: dict[str, list[str]] = {}
-    for key, entry in values["metrics"].items():
-        if entry["verdict"] == "not compared":
-            reasons.setdefault(entry["reason"], []).append(key)
-    return notes + [f"Not compared: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    found: Values = values["metrics"]
+    compared = [entry for entry in found.values() if entry["verdict"] != "not compared"]
+    notes = []
+    if compared:
+        notes.append(
+            "Difference with its 95 % interval over prompts, on the clips that both have. Clips needed: so many show a "
+            f"difference of this size in four of five repetitions. Of {len(compared)} metrics at 95 %, about "
+            f"{len(compared) / 20:.1f} differ by chance."
+        )
+    if any("gain" in entry for entry in compared):
+        notes.append("Of metrics with a target (=) verdict and clips needed are of the distance to the target.")
+    notes += [note[0].upper() + note[1:] + "." for note in values.get("notes", [])]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for key, entry in found.items():
+        if entry["reason"]:
+            refused = "Not compared: " if entry["verdict"] == "not compared" else ""
+            reasons.setdefault((refused, entry["reason"]), []).append(key)
+    return notes + [f"{refused}{', '.join(keys)}: {reason}" for (refused, reason), keys in reasons.items()]
 
 
 BY_FORMAT: dict[str, Callable[[Values], str]] = {

@@ -77,6 +77,7 @@ METRICS: tuple[Metric, ...] = (
         "syllable_error",
         "syllable error rate, (S + D + I) / N",
         direction="down",
+        best=0.0,
         of=lambda clip: clip.syllables.errors / clip.syllables.reference,
         sees=("consonants", "vowels"),
     ),

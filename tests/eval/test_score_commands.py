@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +227,61 @@ def test_two_frame_rates_are_said(tmp_path, capsys):
     found = compare_scores(str(tmp_path / "of-slow"), str(tmp_path / "of-fast"))["metrics"]
     assert found["warping_error"]["reason"].endswith("5 of 5 clips have two: 12.5 and 25")
     assert found["motion"]["verdict"] != "not compared"
-    assert "the reference is no target of interpolation_residual" in capsys.readouterr().err
+    capsys.readouterr()
+    assert compare_scores(str(tmp_path / "of-slow"), str(tmp_path / "of-slow"))["metrics"]["motion"]["reason"] == ""
+    assert "interpolation_residual: no better side, for the references: it depends" in capsys.readouterr().out
+
+
+def test_clips_of_other_names_are_paired_by_their_prompts(toy, tmp_path, capsys):
+    from eval.compare_scores import run as compare_scores
+    from eval.score_report import write_scores
+    from eval.scoring import Scored
+
+    def results(name: str, clips: list[str], shift: float) -> str:
+        rows = [replace(row(clip, toy_loud=n + shift), prompt=f"p{n % 5}") for n, clip in enumerate(clips)]
+        write_scores(tmp_path / name, {"clips": Scored(rows)})
+        return str(tmp_path / name)
+
+    own = results("own", [f"{n:02d}" for n in range(10)], 1.0)
+    # One clip has the name of another prompt's clip.
+    other = results("other", [f"take{n}" if n != 3 else "07" for n in range(10)], 0.0)
+    found = compare_scores(own, other, min_coverage=0)
+    assert (found["common"], found["metrics"]["toy_loud"]["change"]) == (10, pytest.approx(1.0))
+    assert found["metrics"]["toy_loud"]["verdict"] == "better"
+    assert "10 clips are paired by their prompts, since their names are not the same." in capsys.readouterr().out
+    by_name = compare_scores(own, results("reversed", [f"{9 - n:02d}" for n in range(10)], 0.0), min_coverage=0)
+    assert by_name["metrics"]["toy_loud"]["change"] == pytest.approx(1.0)
+    assert "8 clips of the same name have two prompts, such as '09'." in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "other")
+    rows = [row("x", toy_loud=1.0)]
+    write_scores(tmp_path / "other", {"clips": Scored(rows)})
+    with pytest.raises(UserError, match=r"no clip of the same name .* and none of the same prompt; give prompts"):
+        compare_scores(own, other)
+
+
+def test_sets_with_other_references_have_no_nearer_side(toy, tmp_path, capsys):
+    from eval.compare_scores import run as compare_scores
+    from eval.score_report import write_scores
+    from eval.scoring import Scored
+
+    def results(name: str, level: float, reference: float, sha256: str | None) -> str:
+        rows = [row(str(n), toy_brightness=n + level) for n in range(10)]
+        real = [replace(row(str(n), toy_brightness=n + reference), sha256=sha256) for n in range(10)]
+        write_scores(
+            tmp_path / name, {"clips": Scored(rows), "reference": Scored(real)} if sha256 else {"clips": Scored(rows)}
+        )
+        return str(tmp_path / name)
+
+    own, other = results("own", 1.0, 1.0, "a"), results("other", 0.0, 0.0, "b")
+    for pair in ((own, other), (other, own)):
+        assert compare_scores(*pair)["metrics"]["toy_brightness"]["verdict"] == "different"
+        assert "The two were scored with different reference clips, such as that of '0'" in capsys.readouterr().out
+    same = results("other", 0.0, 1.0, "a")
+    assert compare_scores(own, same)["metrics"]["toy_brightness"]["verdict"] == "better"
+    without = results("other", 0.0, 1.0, None)
+    assert compare_scores(own, without)["metrics"]["toy_brightness"]["verdict"] == "better"
+    assert compare_scores(without, own)["metrics"]["toy_brightness"]["verdict"] == "worse"
+    assert "Of metrics with a target (=) verdict and clips needed are of the distance" in capsys.readouterr().out
 
 
 def test_parts_of_a_manifest_are_in_the_summary_and_on_request_in_the_table(toy, tmp_path):
@@ -320,8 +376,6 @@ def test_ten_thousand_clips_are_read_compared_and_plotted_in_20_s(tmp_path):
 
 def test_reference_and_bound_are_scored_beside_the_clips(toy, tmp_path, monkeypatch):
     """The bound is measured against the reference, and has its prompt; the reference has none to be measured against."""
-    from dataclasses import replace
-
     import eval.codec_bound
     from eval.score import main
     from eval.score_report import read_rows_of
