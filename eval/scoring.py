@@ -413,9 +413,7 @@ class _Run:
             if value is not None:
                 row.values[metric.key] = Value(value)
             elif status == OK:
-                row.values[metric.key] = Value(
-                    None, SKIPPED, (reasons or {}).get(metric.key, "not defined for this clip")
-                )
+                row.values[metric.key] = Value(None, SKIPPED, (reasons or {})[metric.key])
             else:
                 row.values[metric.key] = Value(None, status, reason)
 
@@ -616,6 +614,9 @@ def _content(
     wrong = [key for key, value in values.items() if value is not None and not math.isfinite(value)]
     if wrong:
         return {"values": {}, "status": FAILED, "reason": f"{wrong[0]} is {values[wrong[0]]}", "texts": texts}, True
+    if lacking := [metric.key for metric in measurement.metrics if found.get(metric.key) is None]:
+        problem = f"{measurement.name} gives neither a value of {lacking[0]} nor NotMeasured with a reason"
+        return {"values": {}, "status": FAILED, "reason": problem, "texts": texts}, False
     return {"values": values, "status": OK, "texts": texts, "reasons": reasons}, True
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eval.clip_file import MeasurementError
+from eval.clip_file import MeasurementError, NotMeasured
 from eval.extractor import Extractor, load_extractor, missing_extractor
 from eval.fingerprint import fingerprint
 from eval.metrics.registry import Measurement, Metric, MissingDependency
@@ -107,10 +107,10 @@ def _embeddings(model: _FaceModels, faces: list[np.ndarray]) -> np.ndarray:
     return found / lengths
 
 
-def measure(clip: "ClipFile", model: _FaceModels) -> Mapping[str, float | None]:
+def measure(clip: "ClipFile", model: _FaceModels) -> Mapping[str, float | NotMeasured]:
     """Mean cosines of the largest face of each frame, and the share of frames with a face.
 
-    identity_to_first needs two frames with a face, identity_to_image a face in the clip's image; they are absent otherwise.
+    identity_to_first needs two frames with a face, identity_to_image a face in the clip's image; else they are a `NotMeasured`.
 
     Raises:
         MeasurementError: the image cannot be read.
@@ -118,17 +118,23 @@ def measure(clip: "ClipFile", model: _FaceModels) -> Mapping[str, float | None]:
     frames = clip.frames
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(model.options.frames, len(frames))).round().astype(int))
     seen = [(frames[number], found[0]) for number in chosen if (found := model.find(frames[number]))]
-    values: dict[str, float | None] = {"faces_found": len(seen) / len(chosen)}
+    values: dict[str, float | NotMeasured] = {"faces_found": len(seen) / len(chosen)}
     if not seen:
-        return values
+        return values | dict.fromkeys(("identity_to_first", "identity_to_image"), NotMeasured("no frame shows a face"))
     embeddings = _embeddings(model, [aligned_face(frame, face) for frame, face in seen])
     if len(seen) > 1:
         values["identity_to_first"] = float((embeddings[1:] @ embeddings[0]).mean())
-    if clip.image is not None:
-        image = _read_image(clip.image)
-        if found := model.find(image):
-            (given,) = _embeddings(model, [aligned_face(image, found[0])])
-            values["identity_to_image"] = float((embeddings @ given).mean())
+    else:
+        values["identity_to_first"] = NotMeasured("only one frame shows a face")
+    if clip.image is None:
+        values["identity_to_image"] = NotMeasured(
+            "there is no image to compare with; give a manifest with the column image"
+        )
+    elif found := model.find(image := _read_image(clip.image)):
+        (given,) = _embeddings(model, [aligned_face(image, found[0])])
+        values["identity_to_image"] = float((embeddings @ given).mean())
+    else:
+        values["identity_to_image"] = NotMeasured(f"the image {clip.image.name} shows no face")
     return values
 
 
@@ -158,5 +164,6 @@ MEASUREMENTS = (
         load=load,
         identity=identity,
         costly=True,
+        version=2,
     ),
 )

@@ -27,7 +27,7 @@ LEAST_SIDE = WINDOW * 2**4
 """Shorter side below which the last of the five scales of MS-SSIM is smaller than the window."""
 
 
-def measure_fidelity(clip: "ClipFile", options: Any = None) -> dict[str, float | None]:
+def measure_fidelity(clip: "ClipFile", options: Any = None) -> dict[str, float | NotMeasured]:
     """Values of `MEASUREMENTS` for a clip and its reference, over the frames that both have.
 
     Raises:
@@ -36,14 +36,18 @@ def measure_fidelity(clip: "ClipFile", options: Any = None) -> dict[str, float |
     frames, truth = _pair(clip)
     chosen = spread(len(frames), MOST_FRAMES)
     small, small_truth = (small_luma(x[chosen], SHORT_SIDE) for x in (frames, truth))
-    values: dict[str, float | None] = {"clip_psnr": psnr_of_clips(frames, truth)}
-    if min(small.shape[1:]) < WINDOW:
-        return values
+    side = min(small.shape[1:])
+
+    def too_small(least: int) -> NotMeasured:
+        return NotMeasured(f"it needs {least} pixels on the shorter side, and the clip has {side}")
+
+    values: dict[str, float | NotMeasured] = {"clip_psnr": psnr_of_clips(frames, truth)}
+    if side < WINDOW:
+        return values | dict.fromkeys(("clip_ssim", "mirror_margin", "clip_ms_ssim"), too_small(WINDOW))
     same = _ssim(small, small_truth)
     values["clip_ssim"] = same
     values["mirror_margin"] = same - _ssim(small, small_truth[:, :, ::-1])
-    if min(small.shape[1:]) >= LEAST_SIDE:
-        values["clip_ms_ssim"] = _ms_ssim(small, small_truth)
+    values["clip_ms_ssim"] = _ms_ssim(small, small_truth) if side >= LEAST_SIDE else too_small(LEAST_SIDE)
     return values
 
 
@@ -114,6 +118,7 @@ MEASUREMENTS = (
         ),
         measure_fidelity,
         inputs=("frames", "reference"),
+        version=2,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),
     ),
 )  # fmt: skip

@@ -132,7 +132,7 @@ def fixed_crop(frames: np.ndarray, crop: str) -> np.ndarray:
     return np.stack([cv2.resize(frame[top : top + high, left : left + wide], (SIZE, SIZE)) for frame in frames])
 
 
-def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float]:
+def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float | NotMeasured]:
     """LSE-D, LSE-C and the offset of the sound, of the face that is seen longest; no offset at either end of the search.
 
     Raises:
@@ -164,10 +164,14 @@ def measure(clip: "ClipFile", model: _LipSync) -> Mapping[str, float]:
     speech = model.network.of_speech(mfcc(wave))[:count]
     count = min(len(lips), len(speech))
     scores = sync_scores(lips[:count], speech[:count])
-    values = {"lse_d": scores.distance, "lse_c": scores.confidence}
-    if abs(scores.offset) < MOST:  # at the end of the search nothing was found
-        values["lip_sync_offset"] = 1000 / FPS * scores.offset
-    return values
+    found = abs(scores.offset) < MOST
+    return {
+        "lse_d": scores.distance,
+        "lse_c": scores.confidence,
+        "lip_sync_offset": 1000 / FPS * scores.offset
+        if found
+        else NotMeasured("the best offset is the end of the search"),
+    }
 
 
 MEASUREMENTS = (
@@ -180,7 +184,7 @@ MEASUREMENTS = (
         ),
         measure,
         inputs=("frames", "audio"),
-        version=2,
+        version=3,
         options=LipSyncOptions,
         missing=missing,
         load=load,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.clip_file import NotMeasured
 from eval.metrics.registry import Measurement, Metric, missing_package
 from eval.optical_flow import STILL, motion_of
 
@@ -25,8 +26,8 @@ LEAST_STILL, LEAST_MOVING = 0.02, 0.005
 BLOCK = 16
 
 
-def measure_motion(clip: "ClipFile", options: Any = None) -> dict[str, float | None]:
-    """Values of `MEASUREMENTS` for a clip.
+def measure_motion(clip: "ClipFile", options: Any = None) -> dict[str, float | NotMeasured]:
+    """Values of `MEASUREMENTS` for a clip; of one where nothing moves, or everything does, some are a `NotMeasured`.
 
     Raises:
         NotMeasured: fewer than three frames.
@@ -37,13 +38,16 @@ def measure_motion(clip: "ClipFile", options: Any = None) -> dict[str, float | N
     moving = magnitude >= STILL
     share = float(moving.mean())
     frozen, repeated = repeats(motion)
+    still = still_change(motion)
     return {
         "motion": float(per_frame.mean()),
-        "motion_speed": float(magnitude[moving].mean(dtype=np.float64)) if share >= LEAST_MOVING else None,
+        "motion_speed": float(magnitude[moving].mean(dtype=np.float64))
+        if share >= LEAST_MOVING
+        else NotMeasured(f"less than {LEAST_MOVING:.1%} of its picture moves"),
         "moving_share": share,
         "frozen_share": frozen,
         "repeated_share": repeated,
-        "luma_flicker": still_change(motion),
+        "luma_flicker": NotMeasured(f"less than {LEAST_STILL:.0%} of its picture is still") if still is None else still,
         "brightness_flicker": brightness_flicker(motion),
         "warping_error": warping_error(motion),
         "interpolation_residual": interpolation_residual(motion),
@@ -128,6 +132,7 @@ MEASUREMENTS = (
                    sees=("slow", "pixel_noise", "flicker"), per_frame=True),
         ),
         measure_motion,
+        version=2,
         missing=lambda options: missing_package("cv2", "opencv-python-headless"),
     ),
 )  # fmt: skip

@@ -26,11 +26,13 @@ class PuppetMetric(Metric):
 
     Attributes:
         of: value of a clip; None where it has none, such as the mouth at consonants of a clip without consonants.
+        lacks: why a clip has none; needed where `of` may give None.
         compared: whether `eval.dmd2` compares it between columns.
     """
 
     of: "Callable[[ClipScore], float | None]" = lambda clip: None
     compared: bool = False
+    lacks: str = ""
 
 
 def _right(clip: "ClipScore", names: tuple[str, ...]) -> float:
@@ -41,6 +43,7 @@ def _is_right(name: str) -> "Callable[[ClipScore], float]":
     return partial(_right, names=(name,))
 
 
+_NO_SYNC = "its mouth does not move, or its audio is silent"
 METRICS: tuple[Metric, ...] = (
     PuppetMetric(
         "attributes",
@@ -117,6 +120,7 @@ METRICS: tuple[Metric, ...] = (
         direction="up",
         share=True,
         of=lambda clip: None if clip.sync.lag is None else float(clip.sync.lag == 0),
+        lacks=_NO_SYNC,
     ),
     PuppetMetric(
         "sync_lag",
@@ -124,6 +128,7 @@ METRICS: tuple[Metric, ...] = (
         "frames",
         "down",
         of=lambda clip: None if clip.sync.lag is None else float(abs(clip.sync.lag)),
+        lacks=_NO_SYNC,
         sees=("delay",),
     ),
     Metric("sync_retrieval", f"own audio found among {CANDIDATES}", direction="up"),
@@ -151,6 +156,7 @@ METRICS: tuple[Metric, ...] = (
         "log ratio",
         "down",
         of=lambda clip: clip.lip_shape,
+        lacks="no vowel is heard",
         compared=True,
         sees=("lip_shape",),
     ),
@@ -160,6 +166,7 @@ METRICS: tuple[Metric, ...] = (
         "share of their vowel's",
         "down",
         of=lambda clip: clip.lips_open,
+        lacks="neither m nor b is heard",
         compared=True,
         sees=("open_lips",),
     ),
@@ -201,6 +208,7 @@ METRICS: tuple[Metric, ...] = (
         "dB to the audio",
         "down",
         of=lambda clip: clip.hiss,
+        lacks="its audio is silent",
         compared=True,
         sees=("hiss",),
     ),
@@ -210,6 +218,7 @@ METRICS: tuple[Metric, ...] = (
         "dB to the audio",
         "down",
         of=lambda clip: clip.hum,
+        lacks="its audio is silent",
         compared=True,
         sees=("hum",),
     ),
@@ -219,7 +228,7 @@ METRICS: tuple[Metric, ...] = (
 CLIP_METRICS = {metric.key: metric for metric in METRICS if isinstance(metric, PuppetMetric)}
 
 
-def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | None]:
+def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]:
     """Values of a clip whose prompt is a caption of the tiny world, by key."""
     from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
     from eval.puppet_scores import score_clip
@@ -234,9 +243,15 @@ def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | None]:
     if abs(clip.fps - FPS) > 0.01 or info.height != info.width:
         raise NotMeasured(f"it has {info.width}x{info.height} at {clip.fps:g} fps; puppets are square at {FPS} fps")
     scores = score_clip(clip.frames, clip.wave(SAMPLE_RATE) if clip.has_audio else None, clip.prompt)
-    return {key: metric.of(scores) for key, metric in CLIP_METRICS.items()}
+    values = {key: metric.of(scores) for key, metric in CLIP_METRICS.items()}
+    lacks = {
+        key: NotMeasured(metric.lacks) for key, metric in CLIP_METRICS.items() if values[key] is None and metric.lacks
+    }
+    return values | lacks
 
 
 MEASUREMENTS = (
-    Measurement("puppets", tuple(CLIP_METRICS.values()), _measure, inputs=("frames", "prompt"), optional=("audio",)),
+    Measurement(
+        "puppets", tuple(CLIP_METRICS.values()), _measure, inputs=("frames", "prompt"), optional=("audio",), version=2
+    ),
 )

@@ -81,10 +81,6 @@ class MissingDependency:
         return f"{self.what}; {self.remedy}"
 
 
-Values = Mapping[str, float | None]
-"""Key of a metric -> value. None or an absent key counts as skipped, `NotMeasured(reason)` with that reason."""
-
-
 @dataclass(frozen=True)
 class InBatches:
     """`measure` of a measurement whose model takes several clips at once; called with one clip, it is a batch of one.
@@ -117,9 +113,10 @@ class Measurement:
     Attributes:
         name: as in `metrics=` on the command line; unique.
         metrics: all that it gives.
-        measure: (clip, model) -> values by key, without side effects. `model` is what `load` returned, else the options. A
-            value may be `NotMeasured(reason)` where one of several metrics does not apply. A key that ends in "_text" is kept
-            in the clip's row as text (a transcript, a judge's answer), not as a metric. `InBatches` where a model is much
+        measure: (clip, model) -> values by key, without side effects. `model` is what `load` returned, else the options. The
+            value of a metric that does not apply, of several, is `NotMeasured(reason)`; where one is absent or None the clip
+            has failed. A key that ends in "_text" is kept in the clip's row as text (a transcript, a judge's answer), not as
+            a metric. `InBatches` where a model is much
             faster with several clips at once.
         inputs: of "frames", "audio", "reference", "prompt", "dialogue", "voice", "image": what a clip must have; a clip without
             one is skipped with that reason before `measure` is called.

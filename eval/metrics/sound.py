@@ -46,7 +46,8 @@ def measure_sound(clip: "ClipFile", options: Any = None) -> dict[str, Any]:
     values: dict[str, Any] = {"peak_level": 20 * float(np.log10(peak)), "silence_share": 1.0}
     loudness = integrated_loudness(channels)
     if loudness is None:
-        return values
+        quiet = NotMeasured(f"its audio is below {QUIETEST:g} LUFS throughout")
+        return {**{metric.key: quiet for metric in _METRICS}, **values}
     levels = [frame_levels(channel) for channel in channels]
     loud = max(loud_level(level) for level in levels)
     heard = [c for c, level in zip(channels, levels, strict=True) if loud_level(level) >= loud - PAUSE]
@@ -65,7 +66,7 @@ def measure_sound(clip: "ClipFile", options: Any = None) -> dict[str, Any]:
         "audio_snr": noise_distance(frame_levels(wave)),
         "hum": hum(wave),
         "bandwidth": bandwidth(wave),
-        "pitch_median": pitch_median(wave),
+        "pitch_median": pitch_median(wave) or NotMeasured("fewer than five of its frames are voiced"),
     }
 
 
@@ -220,4 +221,4 @@ _METRICS = (
     Metric("bandwidth", "bandwidth: 99 % of the energy below", "kHz", "target", sees=("muffle",)),
     Metric("pitch_median", "median pitch", "Hz", "target", sees=("pitch",)),
 )  # fmt: skip
-MEASUREMENTS = (Measurement("sound", _METRICS, measure_sound, inputs=("audio",), version=2),)
+MEASUREMENTS = (Measurement("sound", _METRICS, measure_sound, inputs=("audio",), version=3),)

@@ -80,6 +80,7 @@ class TestAlignment:
 class TestMeasure:
     def test_the_same_person(self, model: face_identity._FaceModels) -> None:
         values = FACES.measure(decoded_clip(np.stack([frame_of(SKIN["anna"])] * 6)), model)
+        assert str(values.pop("identity_to_image")).startswith("there is no image to compare with")
         assert values == {"faces_found": 1.0, "identity_to_first": pytest.approx(1.0)}
 
     def test_another_person_in_the_second_half(self, model: face_identity._FaceModels) -> None:
@@ -97,17 +98,25 @@ class TestMeasure:
     def test_frames_without_a_face_are_counted_and_left_out(self, model: face_identity._FaceModels) -> None:
         frames = np.stack([frame_of(NO_SKIN)] + [frame_of(SKIN["anna"])] * 3)
         values = FACES.measure(decoded_clip(frames), model)
-        assert values == {"faces_found": 0.75, "identity_to_first": pytest.approx(1.0)}
+        assert (values["faces_found"], values["identity_to_first"]) == (0.75, pytest.approx(1.0))
+        alone = FACES.measure(decoded_clip(np.stack([frame_of(NO_SKIN)] * 3 + [frame_of(SKIN["anna"])])), model)
+        assert str(alone["identity_to_first"]) == "only one frame shows a face"
 
     def test_without_any_face_there_is_no_cosine(self, model: face_identity._FaceModels) -> None:
-        assert FACES.measure(decoded_clip(np.stack([frame_of(NO_SKIN)] * 4)), model) == {"faces_found": 0.0}
+        values = FACES.measure(decoded_clip(np.stack([frame_of(NO_SKIN)] * 4)), model)
+        assert values.pop("faces_found") == 0
+        assert {key: str(value) for key, value in values.items()} == dict.fromkeys(
+            ("identity_to_first", "identity_to_image"), "no frame shows a face"
+        )
 
     def test_an_image_without_a_face_gives_no_cosine_with_it(
         self, model: face_identity._FaceModels, tmp_path: Path
     ) -> None:
         Image.fromarray(frame_of(NO_SKIN)).save(tmp_path / "wall.png")
         clip = decoded_clip(np.stack([frame_of(SKIN["anna"])] * 4), image=tmp_path / "wall.png")
-        assert FACES.measure(clip, model) == {"faces_found": 1.0, "identity_to_first": pytest.approx(1.0)}
+        values = FACES.measure(clip, model)
+        assert (values["faces_found"], values["identity_to_first"]) == (1.0, pytest.approx(1.0))
+        assert str(values["identity_to_image"]) == "the image wall.png shows no face"
 
     def test_an_image_that_cannot_be_read_is_failed(self, model: face_identity._FaceModels, tmp_path: Path) -> None:
         (tmp_path / "ben.png").write_bytes(b"nonsense")

@@ -249,7 +249,8 @@ class TestMeasure:
     def test_at_the_end_of_the_search_there_is_no_offset(self, network: SyncNet, planted: dict[str, int]) -> None:
         planted["late"] = 15
         model = lip_sync._LipSync(network, None, "centre")
-        assert set(LIP_SYNC.measure(decoded_clip(talking(), sound()), model)) == {"lse_d", "lse_c"}
+        values = LIP_SYNC.measure(decoded_clip(talking(), sound()), model)
+        assert str(values["lip_sync_offset"]) == "the best offset is the end of the search"
 
     def test_the_real_network_runs_on_a_face_that_is_found_later(self, weights: Path) -> None:
         model = LIP_SYNC.load(LIP_SYNC.options(weights=str(weights), crop="centre", device="cpu"))
@@ -262,7 +263,7 @@ class TestMeasure:
         model.find = lambda frame: next(found)
         values = LIP_SYNC.measure(decoded_clip(talking(), sound()), model)
         assert seen == [25]  # 26 frames of the track, one less window than there are
-        assert np.isfinite(list(values.values())).all()
+        assert np.isfinite([values["lse_d"], values["lse_c"]]).all()
 
     @pytest.mark.parametrize(
         ("frames", "wave", "reason"),

@@ -51,7 +51,7 @@ def test_half_the_speed_is_half_the_motion(tmp_path: Path) -> None:
 def test_a_static_clip_is_frozen_and_has_no_speed(tmp_path: Path) -> None:
     values = measure_motion(written(tmp_path, moving(0)))
     assert values["motion"] == pytest.approx(0, abs=1e-3)
-    assert values["motion_speed"] is None
+    assert str(values["motion_speed"]) == "less than 0.5% of its picture moves"
     assert values["frozen_share"] == 1
     assert values["repeated_share"] == 0
 
@@ -81,6 +81,11 @@ def test_flicker_of_known_size() -> None:
     assert still_change(motion) == pytest.approx(6)
     everywhere = Motion(luma, np.ones((9, SIDE, SIDE, 2), np.float16), FPS)
     assert still_change(everywhere) is None
+
+
+def test_noise_alone_has_no_still_part(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (6, SIDE, SIDE, 3)).astype(np.uint8)
+    assert str(measure_motion(written(tmp_path, noise))["luma_flicker"]) == "less than 2% of its picture is still"
 
 
 def test_a_fade_is_no_flicker_of_the_brightness(tmp_path: Path) -> None:

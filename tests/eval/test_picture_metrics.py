@@ -103,9 +103,14 @@ def test_clips_that_do_not_fit_their_reference_are_skipped_with_the_reason(tmp_p
 
 def test_small_clips_have_no_ms_ssim(tmp_path: Path) -> None:
     truth = clip(tmp_path, "truth", textured(64))
-    assert set(fidelity.measure_fidelity(clip(tmp_path, "same", textured(64), truth))) == {
-        "clip_psnr", "clip_ssim", "mirror_margin"
-    }  # fmt: skip
+    values = fidelity.measure_fidelity(clip(tmp_path, "same", textured(64), truth))
+    assert values["clip_ssim"] == pytest.approx(1)
+    assert str(values["clip_ms_ssim"]) == "it needs 176 pixels on the shorter side, and the clip has 64"
+    tiny = clip(tmp_path, "tiny", textured(8))
+    values = fidelity.measure_fidelity(clip(tmp_path, "same-tiny", textured(8), tiny))
+    assert {str(values[key]) for key in ("clip_ssim", "mirror_margin", "clip_ms_ssim")} == {
+        "it needs 11 pixels on the shorter side, and the clip has 8"
+    }
 
 
 def test_frames_are_spread_over_the_clip() -> None:

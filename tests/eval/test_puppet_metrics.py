@@ -121,3 +121,19 @@ def test_rows_are_in_the_order_of_the_committed_tables() -> None:
     assert {metric.key for metric in metrics_of("puppet_clips")} > CLIP_METRICS.keys()
     with pytest.raises(KeyError):
         metrics_of("no_such_module")
+
+
+def test_a_metric_without_a_value_says_why(tmp_path):
+    """A puppet that stands still and says nothing."""
+    frames = render(PUPPET)
+    path = tmp_path / "still.mp4"
+    write_mp4(path, frames[:1].repeat(len(frames), 0), FPS)
+    values = measurements()["puppets"].measure(ClipFile(path, prompt=PUPPET.caption), None)
+    reasons = {key: str(value) for key, value in values.items() if isinstance(value, NotMeasured)}
+    assert reasons == {
+        **dict.fromkeys(("sync_lag0", "sync_lag"), "its mouth does not move, or its audio is silent"),
+        "lip_shape": "no vowel is heard",
+        "lips_open": "neither m nor b is heard",
+        **dict.fromkeys(("pause_hiss", "mains_hum"), "its audio is silent"),
+    }
+    assert None not in values.values()

@@ -69,6 +69,21 @@ def test_a_measurement_sees_only_what_it_declares(toy, tmp_path):
         assert score([clip], ["peek"], progress=False).rows[0].values["peek"].value == 1.0
 
 
+def test_a_missing_value_without_a_reason_is_a_failure_that_names_it(tmp_path):
+    text = "MEASUREMENTS = (Measurement('vague', (Metric('vague', 'v'), Metric('absent', 'a'), Metric('told', 't')), "
+    text += (
+        "lambda c, m: {'vague': 1.0, 'told': NotMeasured('nobody speaks'), **({'absent': 2.0} if c.prompt else {})},"
+    )
+    text += "inputs=(), optional=('prompt',)),)"
+    path = write_clip(tmp_path / "a.mp4", frames=3)
+    with metric_file(tmp_path / "m", text, "vaguely"):
+        clips = [ClipFile(path, "a", prompt="x"), ClipFile(path, "b")]
+        good, bad = (r.values for r in score(clips, ["vague"], progress=False).rows)
+    assert good == {"vague": Value(1.0), "absent": Value(2.0), "told": Value(None, "skipped", "nobody speaks")}
+    reason = "vague gives neither a value of absent nor NotMeasured with a reason"
+    assert set(bad.values()) == {Value(None, "failed", reason)}
+
+
 def test_what_a_measurement_does_not_declare_is_a_mistake_in_it(tmp_path):
     text = "MEASUREMENTS = (Measurement('wrong', (Metric('wrong', 'w'),), lambda c, m: {'other': 1.0}),)"
     with (

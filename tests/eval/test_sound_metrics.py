@@ -161,4 +161,10 @@ def test_silent_clips_give_no_values_but_the_reason(tmp_path: Path) -> None:
         sound.measure_sound(written(tmp_path, voice()[: RATE // 5]))
     faint = sound.measure_sound(written(tmp_path, 2e-4 * voice()))
     assert faint["silence_share"] == 1
-    assert "loudness" not in faint
+    assert {str(faint[key]) for key in ("loudness", "hum", "pitch_median")} == {
+        "its audio is below -70 LUFS throughout"
+    }
+    noise = np.random.default_rng(3).normal(0, 0.1, RATE)
+    assert (
+        str(sound.measure_sound(written(tmp_path, noise))["pitch_median"]) == "fewer than five of its frames are voiced"
+    )
