@@ -137,7 +137,7 @@ def run(
         return {}
     facts = {"suite": settings, "show_parts": options.show_parts, **({"published_source": SOURCE} if published else {})}
     values = write_scores(folder, columns, facts, published)
-    require_coverage(values["columns"]["clips"], options.min_coverage, names if options.metrics else [])
+    require_coverage(values, options.min_coverage, names if options.metrics else [])
     return values
 
 

@@ -104,7 +104,7 @@ def run(options: ScoreOptions, of_measurements: "Options | None" = None) -> dict
     columns = {name: scored(part) for name, part in sets.items()}
     asked = {"clips": options.clips, "reference": options.reference, "metrics": names}
     values = write_scores(folder, columns, {"source": asked, "show_parts": options.show_parts})
-    require_coverage(values["columns"]["clips"], options.min_coverage, names)
+    require_coverage(values, options.min_coverage, names)
     return values
 
 
@@ -141,16 +141,19 @@ def require_share(min_coverage: float) -> None:
         raise UserError(f"min_coverage={min_coverage:g} should be between 0 and 1")
 
 
-def require_coverage(summary: dict[str, dict[str, Any]], min_coverage: float, named: Sequence[str]) -> None:
+def require_coverage(values: dict[str, Any], min_coverage: float, named: Sequence[str]) -> None:
     """End with exit status 1 and a line per metric that too few clips have a value of.
 
-    Clips that a metric does not apply to are not counted. A metric or measurement that was asked for by name must have a value.
+    Clips that a metric does not apply to are not counted, nor are metrics that were kept from an earlier run. A metric or
+    measurement that was asked for by name must have a value.
     """
     from eval.metrics.registry import measurements
 
     owner = {metric.key: name for name, one in measurements().items() for metric in one.metrics}
     problems: dict[str, str] = {}
-    for key, measure in summary.items():
+    for key, measure in values["columns"]["clips"].items():
+        if key in values["kept"]:
+            continue
         failed = measure.get("failed", 0)
         applies = measure["n"] + failed
         if applies and measure["n"] < min_coverage * applies:

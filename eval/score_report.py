@@ -11,18 +11,21 @@
 
 import gc
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from eval import tables
-from eval.metrics.registry import metrics
+from eval.metrics.registry import SetMeasurement, measurements, metrics
 from eval.output import publish
 from eval.score_rows import ClipRow
 from eval.score_summary import by_language, by_part
 from eval.scoring import Scored
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
+from magihuman.io.text import load_json
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 FORMAT = "magihuman-clip-scores/1"
@@ -36,6 +39,9 @@ def write_scores(
 ) -> dict[str, Any]:
     """Print the table and write a result folder.
 
+    Metrics of earlier results in the folder, which this run did not measure, are kept where clips and inputs are the same;
+    "kept" in summary.json lists them. Without any value nothing is written over earlier results.
+
     Args:
         columns: "clips", and "reference" and "bound" where they were scored.
         facts: further content of summary.json, such as "suite".
@@ -47,6 +53,7 @@ def write_scores(
     Raises:
         OSError: it cannot be written.
     """
+    columns, kept = _with_earlier(folder, columns)
     lines = [
         json.dumps({"column": name, **row.to_dict()}, ensure_ascii=False)
         for name, scored in columns.items()
@@ -60,11 +67,19 @@ def write_scores(
         "format": FORMAT, "clips": len(next(iter(columns.values())).rows), "suite": None, **(facts or {}),
         "fps": {name: _rates(scored.rows) for name, scored in columns.items()},
         "columns": summaries, "by_language": by_language(columns["clips"].rows),
-        "parts": by_part(columns["clips"].rows), "measurements": used,
+        "parts": by_part(columns["clips"].rows), "measurements": used, "kept": kept,
     }  # fmt: skip
     values["labels"] = {key: metrics()[key].heading for key in summaries["clips"]}
     if published:
         values["published"] = published
+    if (folder / RESULTS).is_file() and all(
+        measure["value"] is None for s in summaries.values() for measure in s.values()
+    ):
+        print(
+            f"{tables.clip_scores_text(values)}\nno metric has a value: the earlier results in {folder} stay",
+            flush=True,
+        )
+        return values
     if (before := _unchanged(folder, content, values)) is not None:
         print(f"{tables.clip_scores_text(values)}\n{folder} holds these results already", flush=True)
         return before
@@ -77,6 +92,55 @@ def write_scores(
         return score_panels(rows, summaries)
 
     return publish(folder, "summary", values, {"summary": draw}, tables.clip_scores_text(values))
+
+
+def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[str, Scored], list[str]]:
+    """The columns with what a folder's earlier results have beyond them, and the keys of these metrics.
+
+    Kept are metrics of single clips by measurements of today's version, if every clip has the content and the inputs that it had then.
+    Whatever else is replaced is said.
+    """
+    if not (folder / RESULTS).is_file():
+        return columns, []
+    try:
+        rows = {(name, row.clip): row for name, part in read_rows_of(folder).items() for row in part}
+        used = dict(load_json(folder / SUMMARY)["measurements"])
+        versions = {name: one["version"] for name, one in used.items()}
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"note: the earlier results in {folder} cannot be read and are replaced ({error})", file=sys.stderr)
+        return columns, []
+    known, asked = (
+        measurements(),
+        {key for row in columns["clips"].rows for key in row.values} | columns["clips"].sets.keys(),
+    )
+    keys = {name: [metric.key for metric in known[name].metrics] if name in known else [name] for name in used}
+    left = {name: keys[name] for name in used if not asked & {*keys[name]}}
+    now = [(row, rows.get((name, row.clip))) for name, scored in columns.items() for row in scored.rows]
+    same = all(
+        old is not None and row.inputs and (old.sha256, old.inputs) == (row.sha256, row.inputs) for row, old in now
+    )
+    fresh = {
+        n for n in left if n in known and not isinstance(known[n], SetMeasurement) and versions[n] == known[n].version
+    }
+    kept = [key for name in left if name in fresh and same for key in left[name]]
+    lost = [key for name in left if name not in fresh or not same for key in left[name]]
+    if lost:
+        why = "they are of another version, or of sets" if same else "clips, prompts or references are others"
+        print(
+            f"note: earlier values of {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''} in {folder} are replaced: {why}; "
+            "name their metrics to measure them, too",
+            file=sys.stderr,
+        )
+    if not kept:
+        return columns, []
+    print(f"kept {len(kept)} metrics of the earlier results in {folder}", file=sys.stderr)
+    for row, old in now:
+        assert old is not None
+        found = {**{key: old.values[key] for key in kept if key in old.values}, **row.values}
+        row.values = {key: found[key] for key in metrics() if key in found}
+        row.texts = {**({} if lost else old.texts), **row.texts}
+    earlier = {name: used[name] for name in left if name in fresh}
+    return {name: replace(scored, used={**earlier, **scored.used}) for name, scored in columns.items()}, kept
 
 
 def _rates(rows: Sequence[ClipRow]) -> list[float]:

@@ -31,6 +31,7 @@ class ClipRow:
 
     Attributes:
         part: of a suite, as "age/19-30"; "" without.
+        inputs: hash of the prompt, reference, voice and whatever else is known of the clip; "" where it was not written.
         fps: frames per second of the file, 0 without video; None where it cannot be read or was not written.
         influence: distance of sets -> the clip's share of what its group moves the distance by; see `eval.set_distance`.
     """
@@ -45,6 +46,7 @@ class ClipRow:
     fps: float | None = None
     influence: dict[str, float] = field(default_factory=dict)
     part: str = ""
+    inputs: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         values = {
@@ -53,7 +55,7 @@ class ClipRow:
         }
         return {
             "clip": self.clip, "group": self.group, "prompt": self.prompt, "language": self.language,
-            "sha256": self.sha256, "fps": self.fps, "values": values, "texts": self.texts,
+            "sha256": self.sha256, "inputs": self.inputs, "fps": self.fps, "values": values, "texts": self.texts,
             **({"influence": self.influence} if self.influence else {}), **({"part": self.part} if self.part else {}),
         }  # fmt: skip
 
@@ -68,6 +70,7 @@ class ClipRow:
             str(content["clip"]), str(content["group"]), str(content.get("prompt", "")), content.get("language"),
             content.get("sha256"), values, dict(content.get("texts", {})), _number(content.get("fps")),
             {str(key): float(value) for key, value in content.get("influence", {}).items()}, str(content.get("part", "")),
+            str(content.get("inputs", "")),
         )  # fmt: skip
 
 

@@ -207,7 +207,10 @@ class _Run:
     ) -> None:
         self.clips, self.plans, self.cache, self.progress, self.workers = clips, plans, cache, progress, workers
         self.hashes: dict[Path, str] = {}
-        self.rows = [ClipRow(c.name, c.group, c.prompt, c.language, self._hash(c.path), part=c.part) for c in clips]
+        self.rows = [
+            ClipRow(c.name, c.group, c.prompt, c.language, self._hash(c.path), part=c.part, inputs=self._inputs(c))
+            for c in clips
+        ]
         self.measured = 0
 
     def result(self) -> Scored:
@@ -256,6 +259,14 @@ class _Run:
             except OSError:
                 return None
         return self.hashes[path]
+
+    def _inputs(self, clip: ClipFile) -> str:
+        """Hash of what is known of a clip besides its own content."""
+        reference = self._hash(clip.reference.path) if clip.reference else None
+        return self.cache.key(
+            prompt=clip.prompt, dialogue=clip.dialogue, language=clip.language, reference=reference,
+            voice=self._hash(clip.voice), image=self._hash(clip.image),
+        )[:16]  # fmt: skip
 
     def _key(self, p: _Plan, clip: ClipFile) -> str | None:
         """Key of a measurement of a clip; None where the file cannot be read."""

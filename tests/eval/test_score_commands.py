@@ -350,6 +350,64 @@ def test_too_few_values_end_with_status_1(toy, tmp_path, capsys):
     main([*words, "metrics=toy_words"])  # it applies to no clip, the broken one included: said, and not counted
 
 
+def test_other_metrics_are_added_to_the_results_of_a_folder(toy, tmp_path, capsys):
+    """A run with one metric more, or one that fails, replaces nothing of the same clips."""
+    from eval.score import main
+    from eval.score_report import read_rows_of
+
+    for name in ("clips/a", "clips/b", "real/a"):
+        write_clip(tmp_path / f"{name}.mp4", frames=4)
+    output = tmp_path / "o"
+    words = [f"clips={tmp_path / 'clips'}", f"output={output}", "cache=", "progress=false", "workers=1"]
+    main([*words, "metrics=toy_loud,toy_brightness"])
+    before = read_rows_of(output)["clips"]
+    with pytest.raises(SystemExit):
+        main([*words, "metrics=toy_absent"])
+    assert "kept 2 metrics of the earlier results" in capsys.readouterr().err
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["kept"] == ["toy_loud", "toy_brightness"]
+    assert set(summary["measurements"]) == {"toy_loud", "toy_brightness"}
+    for old, new in zip(before, read_rows_of(output)["clips"], strict=True):
+        assert new.values == {
+            **old.values,
+            "toy_absent": Value(None, "unavailable", "there are no weights; hf download toy/toy"),
+        }
+        assert new.texts == {"toy_text": new.clip}
+
+    def changed(*more: str) -> str:
+        capsys.readouterr()
+        main([*words, "metrics=toy_brightness", *more])
+        assert list(read_rows_of(output)["clips"][0].values) == ["toy_brightness"]
+        error = capsys.readouterr().err
+        main([*words, "metrics=toy_loud,toy_brightness"])
+        return error
+
+    assert "are replaced: clips, prompts or references are others" in changed(f"reference={tmp_path / 'real'}")
+    write_clip(tmp_path / "clips/b.mp4", level=30, frames=4)
+    assert "earlier values of toy_loud in" in changed()
+    (tmp_path / "clips/a.txt").write_text("another prompt")
+    assert "are replaced: clips, prompts or references" in changed()
+    summary = json.loads((output / "summary.json").read_text())
+    summary["measurements"]["toy_loud"]["version"] = 0
+    (output / "summary.json").write_text(json.dumps(summary))
+    assert "they are of another version, or of sets" in changed()
+
+
+def test_a_run_without_any_value_writes_nothing_over_results(toy, tmp_path, capsys):
+    from eval.score import main
+
+    write_clip(tmp_path / "clips/a.mp4", frames=4)
+    words = [f"clips={tmp_path / 'clips'}", f"output={tmp_path / 'o'}", "cache=", "progress=false", "workers=1"]
+    main([*words, "metrics=toy_loud"])
+    before = (tmp_path / "o/results.jsonl").read_text()
+    write_clip(tmp_path / "clips/a.mp4", level=20, frames=4)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "metrics=toy_absent"])
+    assert ended.value.code == 1
+    assert "no metric has a value: the earlier results in" in capsys.readouterr().out
+    assert (tmp_path / "o/results.jsonl").read_text() == before
+
+
 @pytest.mark.slow
 def test_ten_thousand_clips_are_read_compared_and_plotted_in_20_s(tmp_path):
     """Two folders of 10,000 clips with 40 metrics each."""
