@@ -66,8 +66,8 @@ def load_extractor(path: Path, device: str = "auto") -> Extractor:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # The last line of a TorchScript traceback is the error.
-    return (lines[-1] if lines else type(error).__name__)[:200]
+    # The last line of a TorchScript traceback is the error; further sentences are torch's guesses.
+    return (lines[-1].partition(". ")[0] if lines else type(error).__name__)[:200]
 
 
 def _torchscript(path: Path, device: str) -> Extractor:

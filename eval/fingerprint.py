@@ -74,7 +74,7 @@ def missing_file(path: str | Path | None, option: str, content: str) -> MissingD
     if path is None:
         return MissingDependency(f"no {content}", f"{option}=FILE")
     if not Path(path).expanduser().is_file():
-        return MissingDependency(f"{option}={path} is no file", f"give {content}")
+        return MissingDependency(f"{option}={path} is no file", f"{option}=FILE, {content}")
     return None
 
 

@@ -159,6 +159,8 @@ def blind_spots(values: Mapping[str, Any]) -> list[str]:
 
 # ---- Figure ----
 
+LEAST_WIDTH = 7.5
+"""Inches, for the legend and the line below the matrix, which do not wrap."""
 COLOURS = {"ordered": "#3b8f5a", "seen": "#a8d5a2", "reversed": "#e8a13a", "blind": "#f1f1f1", "no value": "#ffffff"}
 MEANINGS = {
     "ordered": "seen, strengths ordered",
@@ -175,7 +177,8 @@ def figure(values: Mapping[str, Any]) -> "Figure":
     from matplotlib.patches import Patch, Rectangle
 
     faults, rows = values["faults"], values["metrics"]
-    drawn = Figure(figsize=(3.6 + 0.46 * len(faults), 2.2 + 0.27 * len(rows)), layout="constrained")
+    size = max(3.6 + 0.46 * len(faults), LEAST_WIDTH), 2.2 + 0.27 * len(rows)
+    drawn = Figure(figsize=size, layout="constrained")
     axes = drawn.add_subplot()
     for down, row in enumerate(rows.values()):
         for right, fault in enumerate(faults):
@@ -203,10 +206,11 @@ def figure(values: Mapping[str, Any]) -> "Figure":
         side.set_visible(False)
     handles = [Patch(fc=colour, ec="#b0b0b0", label=MEANINGS[name]) for name, colour in COLOURS.items()]
     handles.append(Patch(fc="white", ec="black", lw=1.4, label="the metric claims to see it"))
-    drawn.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3, frameon=False)
-    axes.set_xlabel(
-        f"Numbers: change to the worse at the strongest fault, in standard deviations of {values['clips']} clean clips",
-        fontsize=8,
+    about = (
+        f"Numbers: change to the worse at the strongest fault, in standard deviations of {values['clips']} clean clips"
+    )
+    drawn.legend(
+        handles=handles, fontsize=8, loc="outside lower center", ncols=3, frameon=False, title=about, title_fontsize=8
     )
     return drawn
 

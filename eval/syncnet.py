@@ -101,9 +101,11 @@ def load_syncnet(path: Path, device: str = "auto") -> SyncNet:
 
     try:
         state = torch.load(path.expanduser(), map_location="cpu", weights_only=True)
-    except Exception as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # of many types, and torch's text is a page on how to read it unsafely
         raise UserError(
-            f"{path} is no file of weights that can be read safely: {' '.join(str(error).split())[:160]}"
+            f"{path} is no PyTorch file of tensors; give syncnet_v2.model of github.com/joonson/syncnet_python"
         ) from error
     network = SyncNet()
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}

@@ -122,6 +122,9 @@ def test_neither_folder_nor_hub_name() -> None:
 def test_missing_files_name_the_option(tmp_path: Path) -> None:
     file = tmp_path / "w.onnx"
     assert str(missing_file(None, "x.weights", "weights of X")) == "no weights of X; x.weights=FILE"
-    assert str(missing_file(file, "x.weights", "weights of X")) == f"x.weights={file} is no file; give weights of X"
+    assert (
+        str(missing_file(file, "x.weights", "weights of X"))
+        == f"x.weights={file} is no file; x.weights=FILE, weights of X"
+    )
     file.write_bytes(b"x")
     assert missing_file(file, "x.weights", "weights of X") is None

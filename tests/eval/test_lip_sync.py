@@ -148,9 +148,16 @@ class TestNetwork:
                 return Path.touch, (tmp_path / "executed",)
 
         torch.save({"a": Trap()}, tmp_path / "trap.model")
-        with pytest.raises(UserError, match=r"no file of weights that can be read safely"):
+        with pytest.raises(UserError, match=r"trap.model is no PyTorch file of tensors"):
             load_syncnet(tmp_path / "trap.model")
         assert not (tmp_path / "executed").exists()
+
+    def test_a_text_is_refused_in_a_line_of_our_own(self, tmp_path: Path) -> None:
+        """Torch's text is a page on how to load the file unsafely."""
+        (tmp_path / "notes.md").write_text("# Notes\n\nsome words\n")
+        whole = r"^\S+notes\.md is no PyTorch file of tensors; give syncnet_v2\.model of github\.com/joonson/syncnet_python$"
+        with pytest.raises(UserError, match=whole):
+            load_syncnet(tmp_path / "notes.md")
 
 
 def face(left: float, top: float = 50.0, size: float = 40.0) -> Face:

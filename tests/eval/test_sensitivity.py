@@ -103,6 +103,17 @@ def test_table_and_figure_show_claims_and_effects(values: dict[str, Any]) -> Non
     assert len(framed) == 2
 
 
+def test_nothing_of_a_figure_with_few_faults_is_cut(committed: dict[str, Any]) -> None:
+    metrics = {name: committed["metrics"][name] for name in list(committed["metrics"])[:3]}
+    for names in (["blur"], ["blur", "hum", "delay"]):
+        faults = {name: committed["faults"][name] for name in names}
+        drawn = figure({**committed, "faults": faults, "metrics": metrics})
+        drawn.draw_without_rendering()
+        box = drawn.get_tightbbox()  # of all that is drawn, in inches
+        assert box.x0 >= 0
+        assert box.x1 <= drawn.get_figwidth()
+
+
 # ---- The committed matrix, and its evidence ----
 
 COMMITTED = Path(__file__).resolve().parents[2] / "eval/results/sensitivity/sensitivity.json"

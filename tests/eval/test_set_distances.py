@@ -228,6 +228,7 @@ class TestExtractors:
         with pytest.raises(UserError, match=f"{name} is no readable ONNX") as error:
             load_extractor(Path(networks[name]), "cpu")
         assert "\n" not in str(error.value)
+        assert "internal miniz error" not in str(error.value)  # torch's guesses, cut off in a word
 
     @pytest.mark.parametrize("name", ["mean.pt", "images.onnx"])
     def test_wrong_input_is_one_line(self, networks: dict[str, str], name: str) -> None:
