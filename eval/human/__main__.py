@@ -29,7 +29,7 @@ def serve(study: str = "study", port: int = 8000, host: str = "127.0.0.1", url: 
         url: address under which raters reach the server, for the links; none is http://HOST:PORT
 
     Raises:
-        UserError: no study there, votes of another plan, or the port is taken.
+        UserError: no study there, votes of another plan, the port is taken, or url is no address.
     """
     from eval.human.study_server import serve_study
 
@@ -56,17 +56,17 @@ def report(study: str = "study", output: str | None = None) -> dict[str, Any]:
 
 
 def coverage(
-    output: str = "eval/results/human_coverage.json", studies: int = 1000, raters: int = 10, pairs: int = 100,
-    rater_sd: float = 0.5, prompt_sd: float = 1.0, win: float = 0.8, seed: int = 0,
+    output: str | None = None, studies: int = 1000, raters: int = 10, pairs: int = 100, rater_sd: float = 0.5,
+    prompt_sd: float = 1.0, win: float = 0.8, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Simulate studies: how often the intervals hold the true share of wins, and how wide they are.
 
-      python -m eval.human coverage raters=5 pairs=40 output=coverage.json
+      python -m eval.human coverage raters=5 pairs=40
 
     Use it to plan: a study of R raters and P pairs can tell differences of about half the width.
 
     Args:
-        output: result file
+        output: result file; none: only print
         studies: simulated, of each kind
         raters: of each study
         pairs: of each rater with one opponent

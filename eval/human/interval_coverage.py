@@ -1,6 +1,7 @@
 """Simulation of human studies: how often 95 % intervals hold the true share of wins.
 
-    python -m eval.human coverage                       # writes eval/results/human_coverage.json
+    python -m eval.human coverage                                           # prints
+    python -m eval.human coverage output=eval/results/human_coverage.json   # the committed result
 
 A vote is a win with probability sigmoid(m + a + b): a is the rater's, b the prompt's deviation, both normal. The true share
 is the mean over all raters and prompts, by Gauss-Hermite quadrature.
@@ -83,9 +84,9 @@ def coverage_table(values: dict[str, Any]) -> str:
 
 
 def simulate_coverage(
-    output: str, studies: int, raters: int, pairs: int, rater_sd: float, prompt_sd: float, win: float, seed: int
+    output: str | None, studies: int, raters: int, pairs: int, rater_sd: float, prompt_sd: float, win: float, seed: int
 ) -> dict[str, Any]:
-    """Simulate both designs, write the result file and print the table; the command `coverage`.
+    """Simulate both designs, print the table and write the result file where there is `output`; the command `coverage`.
 
     Raises:
         UserError: impossible settings.
@@ -111,7 +112,8 @@ def simulate_coverage(
         "format": FORMAT, "settings": settings, "true_share": round(true_share(mean, float(np.hypot(rater_sd, prompt_sd))), 4),
         "designs": designs, "seconds": round(time.perf_counter() - start, 1), "provenance": provenance(),
     }  # fmt: skip
-    write_result(Path(output), values)
     print(coverage_table(values))
-    print(f"written to {output} ({values['seconds']:.0f} s)")
+    if output is not None:
+        write_result(Path(output), values)
+        print(f"written to {output}")
     return values

@@ -57,7 +57,7 @@ class StudySettings:
     share: bool = option("all raters judge the same pairs; false: as many different pairs as there are", True)
     repeats: int = option("pairs that a rater sees twice, with sides exchanged", 6)
     checks: int = option("attention checks per rater: a clip against an obviously damaged copy of itself", 6)
-    failures: int = option("a rater who fails more attention checks than this is excluded", 1)
+    failures: int = option("a rater who fails more attention checks than this is excluded; less than checks", 1)
     height: int = option("of the clips; 0: the smallest of all clips, so that none is enlarged", 0)
     loudness: float = option("integrated loudness of all clips, LUFS (EBU R 128)", -23.0)
     question: str = option("what raters are asked", QUESTION)
@@ -141,16 +141,12 @@ def assign_trials(
         UserError: an opponent has too few pairs.
     """
     quotas = [settings.pairs // len(pools) + (k < settings.pairs % len(pools)) for k in range(len(pools))]
-    if not all(quotas):
-        raise UserError(
-            f"pairs={settings.pairs} is too few for {len(pools)} opponents; give pairs={len(pools)} or more"
-        )
     orders = [rng.permutation(pool) for pool in pools]
     for order, quota in zip(orders, quotas, strict=True):
         if len(order) < quota:
             raise UserError(
                 f"pairs={settings.pairs} needs {quota} pairs with every opponent, and with one there are {len(order)}; "
-                f"give pairs={len(pools) * min(map(len, pools))} at most, or more clips"
+                f"give {fitting(len(pools) * min(map(len, pools)), settings)}, or more clips"
             )
     every: list[list[Trial]] = []
     left: list[np.ndarray] = []
@@ -172,6 +168,24 @@ def assign_trials(
             asked.insert(place, Trial("repeat", early[k].pair, not early[k].focus_left))
         every.append(asked)
     return every
+
+
+def fitting(pairs: int, settings: StudySettings) -> str:
+    """Settings of a study of so many pairs, "pairs=16 checks=4 repeats=2": those given as far as they fit, else fewer."""
+    wanted = {"pairs": pairs, "checks": settings.checks, "repeats": settings.repeats, "failures": settings.failures}
+    if pairs < least_pairs(settings):
+        checks = min(settings.checks, pairs // 4)
+        repeats = min(settings.repeats, pairs // 8)
+        failures = min(settings.failures, checks - 1) if checks else settings.failures
+        wanted |= {"checks": checks, "repeats": repeats, "failures": failures}
+    return " ".join(
+        f"{name}={value}" for name, value in wanted.items() if name == "pairs" or value != getattr(settings, name)
+    )
+
+
+def least_pairs(settings: StudySettings) -> int:
+    """Pairs that repeats and checks need: half of the questions, without the checks, must be pairs to repeat."""
+    return 2 * settings.repeats + settings.checks
 
 
 # ---- Which clips are a pair ----
@@ -243,23 +257,36 @@ def check_settings(settings: StudySettings) -> str:
         raters=(settings.raters, 1), pairs=(settings.pairs, 1), seed=(settings.seed, 0), repeats=(settings.repeats, 0),
         checks=(settings.checks, 0), failures=(settings.failures, 0), height=(settings.height, 0),
     )  # fmt: skip
-    least = 2 * settings.repeats + settings.checks
+    if 0 < settings.checks <= settings.failures:
+        raise UserError(
+            f"failures={settings.failures} of checks={settings.checks} excludes nobody; give failures={settings.checks - 1} or "
+            "fewer, or checks=0 for a study without checks"
+        )
+    systems = parse_systems(settings.systems, settings.focus)
+    least, opponents = max(least_pairs(settings), len(systems) - 1), len(systems) - 1
     if settings.pairs < least:
         raise UserError(
-            f"pairs={settings.pairs} is too few for repeats={settings.repeats} and checks={settings.checks}; give "
-            f"pairs={least} or more, or fewer of these"
+            f"pairs={settings.pairs} is too few for repeats={settings.repeats}, checks={settings.checks} and {opponents} "
+            f"opponents; give pairs={least} or more, or {fitting(max(settings.pairs, opponents), settings)}"
         )
     if not -50 <= settings.loudness <= -10:
         raise UserError(f"loudness={settings.loudness} is impossible; give -50 to -10 LUFS, usually -23")
     if settings.height and (settings.height < 16 or settings.height % 2):
         raise UserError(f"height={settings.height} is impossible; give an even number of at least 16, or 0")
-    systems = parse_systems(settings.systems, settings.focus)
-    text = INSTRUCTIONS
+    text, given = INSTRUCTIONS, {}
+    if settings.question != QUESTION:
+        given[f"question={settings.question}"] = settings.question
     if settings.instructions is not None:
-        text = read_text(settings.instructions, f"instructions={settings.instructions}")
-    for name in systems:
-        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", f"{settings.question}\n{text}", re.IGNORECASE):
-            raise UserError(f"the question or the instructions name the system {name!r}; raters must not know it")
+        given[f"instructions={settings.instructions}"] = text = read_text(
+            settings.instructions, f"instructions={settings.instructions}"
+        )
+    for setting, words in given.items():  # the usual texts name no system, whatever a system is called
+        for name in systems:
+            if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", words, re.IGNORECASE):
+                raise UserError(
+                    f"{setting} has the name of the system {name!r}, which raters must not know; reword it, or give the system "
+                    "another name in systems="
+                )
     return text
 
 
@@ -449,6 +476,8 @@ def read_plan(folder: Path) -> StudyPlan:
 
 def exclusion_rule(settings: StudySettings) -> str:
     """The rule in words, as it stands in the plan and in the report."""
+    if not settings.checks:
+        return "no rater is excluded: there are no attention checks"
     return (
         f"a rater who fails more than {settings.failures} of {settings.checks} attention checks is excluded; a check is failed "
         "unless the undamaged clip is chosen"

@@ -292,12 +292,14 @@ def serve_study(study: str, port: int = 8000, host: str = "127.0.0.1", url: str 
     """Serve until Ctrl-C; the command `serve`.
 
     Raises:
-        UserError: as of `StudyServer`.
+        UserError: as of `StudyServer`, or an impossible port or url.
     """
     from magihuman.io.files import write_atomically
 
     if not 0 <= port < 65536:
         raise UserError(f"port={port} is impossible; give 0 to 65535")
+    if url is not None and not re.match(r"https?://[^/]", url):
+        raise UserError(f"url={url} gives links that cannot be clicked; begin it with https:// or http://")
     folder = Path(study)
     with StudyServer(folder, host, port) as server:
         try:

@@ -19,6 +19,7 @@ from eval.human.study_plan import (
     assign_trials,
     balance,
     check_settings,
+    exclusion_rule,
     make_plan,
     matched,
     read_plan,
@@ -84,10 +85,36 @@ def test_the_seed_decides() -> None:
 
 
 def test_too_few_clips_name_the_number_that_fits() -> None:
-    with pytest.raises(UserError, match=r"pairs=300 needs 150 pairs .* there are 100; give pairs=200 at most"):
+    with pytest.raises(UserError, match=r"pairs=300 needs 150 pairs .* there are 100; give pairs=200, or more clips"):
         assigned(pairs=300)
-    with pytest.raises(UserError, match="pairs=1 is too few for 2 opponents; give pairs=2 or more"):
-        assigned(pairs=1, repeats=0, checks=0)
+
+
+@pytest.mark.parametrize("pool", [1, 2, 3, 8])
+@pytest.mark.parametrize("pairs", [1, 3, 16, 18, 200])
+@pytest.mark.parametrize("opponents", [1, 2])
+def test_the_setting_that_a_message_names_works(opponents: int, pairs: int, pool: int) -> None:
+    """From any number of pairs, at most two messages lead to a plan of all opponents."""
+    systems = ",".join(f"{name}=." for name in ("x", "y", "z")[: opponents + 1])
+    settings = replace(SETTINGS, systems=systems, focus="x", pairs=pairs)
+    for _ in range(3):
+        try:
+            check_settings(settings)
+            asked = assigned(opponents, pool, **{k: getattr(settings, k) for k in ("pairs", "checks", "repeats")})
+            break
+        except UserError as error:
+            advice = str(error).rpartition("give ")[2].rpartition(" or more, or ")[2].removesuffix(", or more clips")
+            named = dict(word.split("=") for word in advice.split())
+            settings = replace(settings, **{name: int(value) for name, value in named.items()})
+    assert {t.pair // pool for t in asked[0] if t.kind == "pair"} == set(range(opponents))
+
+
+def test_small_studies_get_whole_settings() -> None:
+    with pytest.raises(UserError, match=r"there are 8; give pairs=16 checks=4 repeats=2, or more clips$"):
+        assigned(pool=8)
+    with pytest.raises(UserError, match=r"give pairs=18 or more, or pairs=4 checks=1 repeats=0 failures=0$"):
+        check_settings(replace(SETTINGS, systems="x=.,y=.", focus="x", pairs=4))
+    with pytest.raises(UserError, match=r"pairs=1 is too few .* and 2 opponents; give pairs=2 or more, or pairs=2"):
+        check_settings(replace(SETTINGS, systems="x=.,y=.,z=.", focus="x", pairs=1, checks=0, repeats=0))
 
 
 def clip(name: str, prompt: str = "") -> ClipFile:
@@ -111,16 +138,36 @@ def test_clips_are_matched_by_prompt_or_by_name() -> None:
         ({"systems": "a|b=.,c=."}, "may hold letters"),
         ({"focus": "x"}, "focus=x"),
         ({"raters": 0}, "raters=0 is impossible"),
-        ({"pairs": 10}, "pairs=10 is too few for repeats=6 and checks=6; give pairs=18"),
+        ({"pairs": 10}, "pairs=10 is too few for repeats=6, checks=6 and 1 opponents; give pairs=18"),
+        ({"checks": 1}, "failures=1 of checks=1 excludes nobody; give failures=0 or fewer, or checks=0"),
+        ({"failures": 7}, "failures=7 of checks=6 excludes nobody; give failures=5"),
         ({"loudness": 0.0}, "loudness=0.0 is impossible"),
         ({"height": 101}, "height=101 is impossible"),
-        ({"question": "Is A better?"}, "name the system 'a'"),
+        (
+            {"question": "Is A better?"},
+            r"question=Is A better\? has the name of the system 'a', .*; reword it, or give",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(changed: dict[str, object], message: str) -> None:
     settings = replace(SETTINGS, systems="a=.,bb=.", focus="a", question="Which?")
     with pytest.raises(UserError, match=message):
         check_settings(replace(replace(settings, instructions=None), **changed))  # type: ignore[arg-type]
+
+
+def test_texts_of_the_program_name_no_system(tmp_path: Path) -> None:
+    """Systems may be called as words of the usual question and instructions; an own text is read for them."""
+    settings = replace(SETTINGS, systems="a=.,clip=.", focus="clip")
+    assert check_settings(settings).startswith("You will see pairs of short clips")
+    (tmp_path / "own.txt").write_text("Choose the better clip.")
+    with pytest.raises(UserError, match=r"own\.txt has the name of the system 'clip'"):
+        check_settings(replace(settings, instructions=str(tmp_path / "own.txt")))
+
+
+def test_without_checks_nobody_is_excluded() -> None:
+    settings = replace(SETTINGS, systems="x=.,y=.", focus="x", checks=0)
+    check_settings(settings)
+    assert exclusion_rule(settings) == "no rater is excluded: there are no attention checks"
 
 
 def test_loudness_is_that_of_the_standard() -> None:
@@ -243,7 +290,9 @@ def test_a_clip_that_cannot_be_shown_is_left_out_and_said(tmp_path: Path) -> Non
         write_clips(tmp_path / name, 4)
     (tmp_path / SYSTEMS[1] / f"{SECRET}002.mp4").write_bytes(b"")
     places = ",".join(f"{name}={tmp_path / name}" for name in SYSTEMS[:2])
-    settings = StudySettings(places, SYSTEMS[0], raters=1, pairs=3, repeats=1, checks=1, output=str(tmp_path / "study"))
+    settings = StudySettings(
+        places, SYSTEMS[0], raters=1, pairs=3, repeats=1, checks=1, failures=0, output=str(tmp_path / "study")
+    )
     plan = make_plan(settings)
     assert sum(pair.opponent != DAMAGED for pair in plan.pairs) == 3
     assert any("1 clips cannot be shown" in note and f"{SECRET}002" in note and "empty" in note for note in plan.notes)

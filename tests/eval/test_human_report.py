@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from human_study import made_study
 
-from eval.human.interval_coverage import coverage_of, simulated_study, true_share
+from eval.human.__main__ import coverage
+from eval.human.interval_coverage import coverage_of, coverage_table, simulated_study, true_share
 from eval.human.study_plan import DAMAGED, StudyPair, StudyPlan, StudySettings, Trial, assign_trials
 from eval.human.study_report import named_votes, report_markdown, report_study, study_values, votes_csv
 from eval.human.study_server import open_votes
@@ -234,8 +235,18 @@ def test_intervals_over_raters_and_prompts_hold_where_independent_ones_fail(shar
     assert found["independent votes"]["coverage"] <= 0.8
 
 
+def test_a_simulation_writes_only_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"studies": 2, "raters": 2, "pairs": 2}
+    before = (REPO / "eval/results/human_coverage.json").read_bytes()
+    values = coverage(**small)
+    assert (REPO / "eval/results/human_coverage.json").read_bytes() == before
+    assert capsys.readouterr().out == coverage_table(values) + "\n"
+    coverage(output=str(tmp_path / "a.json"), **small)
+    assert json.loads((tmp_path / "a.json").read_text())["designs"] == values["designs"]
+
+
 def test_the_committed_simulation_shows_both_coverages() -> None:
-    """eval/results/human_coverage.json, made by `python -m eval.human coverage`."""
+    """eval/results/human_coverage.json, made by `python -m eval.human coverage output=...`."""
     values = json.loads((REPO / "eval/results/human_coverage.json").read_text())
     assert values["settings"]["rater_sd"] == 0.5
     assert values["settings"]["prompt_sd"] == 1.0

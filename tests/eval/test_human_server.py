@@ -24,7 +24,7 @@ from browser import Browser
 from human_study import PROMPT, SECRET, SYSTEMS, HttpRater, made_study
 
 from eval.human.study_plan import DAMAGED, StudyPlan, assign_trials, write_plan
-from eval.human.study_server import StudyHandler, StudyServer, _range, links, open_votes
+from eval.human.study_server import StudyHandler, StudyServer, _range, links, open_votes, serve_study
 from eval.human.vote_store import VoteRefused, VoteStore
 from magihuman.errors import UserError
 
@@ -231,7 +231,7 @@ def test_a_clip_has_another_address_in_every_question(server: StudyServer) -> No
 
 
 def test_the_prompt_is_shown_where_the_plan_says_so(tmp_path: Path) -> None:
-    plan = made_study(tmp_path, clips=3, systems=2, pairs=2, repeats=0, checks=1, raters=1, show_prompt=True)
+    plan = made_study(tmp_path, clips=3, systems=2, pairs=2, repeats=0, checks=0, raters=1, show_prompt=True)
     with StudyServer(tmp_path / "study", port=0) as server:
         assert server.next_trial(0)["trial"]["prompt"].startswith(PROMPT)
         server.store.close()
@@ -531,3 +531,9 @@ def test_links_carry_the_public_address(template: tuple[Path, StudyPlan]) -> Non
     plan = template[1]
     assert links(plan, "https://example.org/study/")[1] == f"https://example.org/study/r/{plan.tokens[1]}"
     assert json.loads((template[0] / "plan.json").read_text())["raters"][1]["token"] == plan.tokens[1]
+
+
+@pytest.mark.parametrize("url", ["mystudy.example.com/x", "https://", "ftp://host/x", ""])
+def test_an_address_that_gives_no_links_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=f"url={url} gives links that cannot be clicked; begin it with https://"):
+        serve_study("study", url=url)
