@@ -166,7 +166,7 @@ def test_looking_for_a_model_imports_neither_torch_nor_transformers(folders: Cal
         f"assert missing_recogniser({str(folders('glmasr'))!r}) is None; recogniser_identity({str(folders('glmasr'))!r}); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_what_is_missing_is_named(

@@ -64,7 +64,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

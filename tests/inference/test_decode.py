@@ -302,7 +302,7 @@ def test_the_next_chunk_is_made_while_one_is_encoded(tmp_path: Path, monkeypatch
     def slow(self: Mp4Writer, frames: Any) -> None:
         threads.add(threading.current_thread())
         # The first chunk is not done before the second has been made: in one thread this would wait for ever.
-        assert made.wait(timeout=20)
+        assert made.wait(timeout=100)
         add(self, frames)
 
     def chunks() -> Iterator[torch.Tensor]:

@@ -91,11 +91,11 @@ def test_a_lock_is_held_against_other_processes(tmp_path: Path) -> None:
     waiting = context.Process(target=_try_lock, args=(path, True, answers))
     with locked(path):
         refused.start()
-        assert answers.get(timeout=60) == "refused"
+        assert answers.get(timeout=300) == "refused"
         waiting.start()
         waiting.join(1.0)
         assert answers.empty()
-    assert answers.get(timeout=60) == "locked"
+    assert answers.get(timeout=300) == "locked"
     for process in (refused, waiting):
         process.join()
 

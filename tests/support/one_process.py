@@ -44,7 +44,7 @@ class Processes:
 
     def run(self, folder: Path, *overrides: str, **environment: str) -> int:
         process = self.start(folder, *overrides, **environment)
-        process.join(120)
+        process.join(300)
         assert process.exitcode is not None
         return process.exitcode
 

@@ -37,7 +37,7 @@ class Launcher:
 
     child = staticmethod(train_child)
 
-    def __init__(self, shards: Path, more: list[str] = MORE, seconds: int = 120) -> None:
+    def __init__(self, shards: Path, more: list[str] = MORE, seconds: int = 300) -> None:
         self.shards, self.more, self.seconds = shards, more, seconds
         self.context = multiprocessing.get_context("forkserver")
 

@@ -91,7 +91,7 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(200)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
     for rank in range(2):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,10 +240,12 @@ def test_a_server_that_does_not_answer_holds_up_no_preempted_run(tmp_path, monke
     monkeypatch.setattr(wandb_log, "PREEMPTED_SECONDS", 0.1)
     folder, run = RunFolder(tmp_path / "a"), FakeRun()
     folder.update(status="preempted")
-    run.finish = lambda **_: time.sleep(5)
+    answered = threading.Event()
+    run.finish = lambda **_: answered.wait(100)
     before = time.monotonic()
     online(folder, run).close()
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < 50
+    answered.set()
     assert [call[0] for call in run.calls] == ["mark_preempting"]
 
 

@@ -122,7 +122,7 @@ def test_a_mesh_and_averages_of_two_processes_of_which_one_has_no_sound(tmp_path
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         process.kill()
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

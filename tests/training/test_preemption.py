@@ -38,7 +38,7 @@ def write_scontrol(folder: Path, facts: str = "JobState=RUNNING BatchFlag=1 Reas
     return folder / "asked"
 
 
-def wait_for(condition, alive, seconds: float = 60.0) -> None:
+def wait_for(condition, alive, seconds: float = 300.0) -> None:
     """Until the condition holds; a process that ends before is a failure."""
     until = time.monotonic() + seconds
     while not condition():
@@ -87,7 +87,7 @@ def test_a_signal_at_any_stage_is_recorded_and_requeued_and_changes_nothing(
     wait_for(reached.exists, process.is_alive)
     assert (folder / LOCK).exists()
     os.kill(process.pid, signal.SIGUSR1)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == preemption.STOPPED
     record = json.loads((folder / "run.json").read_text())
     assert (record["status"], record["stage"], record["requeue"]) == ("preempted", stage, "accepted")
@@ -127,7 +127,7 @@ def test_a_signal_to_one_process_of_two_while_the_other_waits_for_it(processes, 
     wait_for(waiting, both[0].is_alive)
     os.kill(both[1].pid, signal.SIGUSR1)
     for process in both:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in both] == [preemption.STOPPED] * 2
     record = RunFolder(folder).read()
     assert (record["status"], record["stage"]) == ("preempted", "training")
@@ -159,19 +159,19 @@ def test_signals_and_kills_of_processes_that_the_training_starts_itself(shards, 
         """The first process, and the id of the second, when a step is done."""
         (folder / "metrics.csv").unlink(missing_ok=True)
         first = subprocess.Popen(command, cwd=CONFIGS.parent, env=environment)
-        wait_for((folder / "metrics.csv").exists, lambda: first.poll() is None, 400)
+        wait_for((folder / "metrics.csv").exists, lambda: first.poll() is None)
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         (second,) = [int(pid) for pid in children if b"magihuman.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return first, second
 
     first, second = start()
     os.kill(second, signal.SIGUSR1)
-    assert first.wait(60) == preemption.STOPPED
+    assert first.wait(300) == preemption.STOPPED
     assert RunFolder(folder).read()["status"] == "preempted"
     first, second = start()
     first.kill()
     first.wait()
-    wait_for(lambda: not Path(f"/proc/{second}").exists(), lambda: True, 20)
+    wait_for(lambda: not Path(f"/proc/{second}").exists(), lambda: True)
     assert state_of(folder) == "lost"
 
 
@@ -190,7 +190,7 @@ def test_a_signal_in_the_first_moments_requeues_before_anything_begins(tmp_path)
 
     wait_for(handled, lambda: process.poll() is None)
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == preemption.STOPPED, errors
     assert "SIGUSR1: stopped before the training began; Slurm job 17 is requeued" in errors
     assert asked.read_text().splitlines()[-1] == "requeue 17"
@@ -245,7 +245,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """A process that has installed the handlers with a grace of half a second."""
     head = "import os, signal, time, threading\nfrom magihuman import preemption\n"
     head += "preemption.GRACE = 0.5\npreemption.install()\n"
-    return subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=300)
 
 
 def test_a_main_thread_that_does_not_come_back_is_ended_and_recorded() -> None:

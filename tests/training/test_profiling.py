@@ -60,19 +60,23 @@ def test_a_loader_timer_measures_nothing_else() -> None:
     assert timer.take() == 0.0
 
 
-def slower(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, seconds: float) -> None:
-    """Make a method sleep first."""
-    whole = getattr(where, name)
+def slower(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, seconds: float) -> list[float]:
+    """Make a method sleep first; returns the list of the seconds that its calls take, longer on a busy machine."""
+    whole, took = getattr(where, name), []
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
+        start = time.monotonic()
         time.sleep(seconds)
-        return whole(*arguments, **named)
+        made = whole(*arguments, **named)
+        took.append(time.monotonic() - start)
+        return made
 
     monkeypatch.setattr(where, name, wrapped)
+    return took
 
 
 def test_shares_of_the_time_are_what_was_slept_and_add_up(shards, tmp_path, monkeypatch, capsys) -> None:
-    slower(monkeypatch, Batches, "__getitem__", 0.3)
+    took = slower(monkeypatch, Batches, "__getitem__", 0.3)
     slower(monkeypatch, Checkpointer, "save", 0.3)
     slower(monkeypatch, Pretrain, "validation_metrics", 0.2)
     monkeypatch.setattr(SlowParts, "WINDOW", 0.5)
@@ -90,7 +94,7 @@ def test_shares_of_the_time_are_what_was_slept_and_add_up(shards, tmp_path, monk
     def seconds(name: str) -> list[float]:
         return [float(row[f"time/{name}"]) * wall for row, wall in zip(rows[1:], walls, strict=True)]
 
-    assert all(0.3 <= waited < 0.5 for waited in seconds("data"))
+    assert all(0.3 <= waited < max(took) + 0.2 for waited in seconds("data"))
     # The checkpoint of a step is written after its line.
     assert [saved > 0.29 for saved in seconds("checkpoint")] == [False, True, False, True]
     assert [measured > 0.19 for measured in seconds("evaluation")] == [True, False, True, True]

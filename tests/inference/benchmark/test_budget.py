@@ -122,8 +122,8 @@ def test_a_hanging_step_is_interrupted(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(budget, "_GRACE", 0.1)
     run = BudgetedRun(tmp_path, "r", 60)
     start = time.monotonic()
-    run.run([Step("hangs", 0.01, lambda: time.sleep(30) or {}), Step("next", 0.01, dict)])
-    assert time.monotonic() - start < 5
+    run.run([Step("hangs", 0.01, lambda: time.sleep(100) or {}), Step("next", 0.01, dict)])
+    assert time.monotonic() - start < 50
     assert run.status == {"hangs": "failed", "next": "done"}
     line = json.loads(run.results.read_text().splitlines()[0])
     assert line["reason"] == "StepTimeout: stopped after 0 s"
