@@ -5,9 +5,9 @@ a single test.
 """
 
 import os
-from multiprocessing import forkserver
 from pathlib import Path
 
+import fork_server
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
@@ -20,22 +20,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks here are too small for more, and cores are for tests
-
-
-# One server forks the processes of all tests, and its first user would choose what it has imported; each process
-# imports the rest itself, which takes a training longer than its steps.
-forkserver.set_forkserver_preload(
-    [
-        "training_stub",
-        "lightning.pytorch",
-        "hydra",
-        "magihuman.train",
-        "recipes.pretrain",
-        "data.encode",
-        "webdataset.writer",
-    ]
-)
-forkserver.set_forkserver_preload = lambda modules: None
+fork_server.preload()
 
 
 @pytest.hookimpl(tryfirst=True)

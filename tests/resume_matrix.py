@@ -25,6 +25,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests" / "support"), str(REPO / "tests" / "training")]
 
+import fork_server  # noqa: E402
 import torch  # noqa: E402
 import training_stub  # noqa: E402
 from processes import Launcher, seen  # noqa: E402
@@ -270,4 +271,5 @@ def run(output: str = "", only: str = "", strategies: str = "", kills: int = 2, 
 
 
 if __name__ == "__main__":
+    fork_server.preload()
     cli.run(run, "python tests/resume_matrix.py")
