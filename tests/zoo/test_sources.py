@@ -129,7 +129,9 @@ class TestWhatItIs:
 @pytest.mark.parametrize(
     ("role", "matrices", "total"), [("base", "BF16", 30_642_008_128), ("distill", "F32", 61_197_676_608)]
 )
-def test_the_whole_release_loads_by_name(tmp_path: Path, role: str, matrices: str, total: int) -> None:
+def test_the_whole_release_loads_by_name(
+    tmp_path: Path, role: str, matrices: str, total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At full size: the published shards, their index, every name and shape; on the meta device."""
     make_hollow(tmp_path / role, zoo.arch("15b"), matrices)
     files = weight_files(tmp_path / role)
@@ -141,6 +143,8 @@ def test_the_whole_release_loads_by_name(tmp_path: Path, role: str, matrices: st
     assert zoo.config_of(tmp_path / role).model == zoo.arch("15b")
     assert f"331 tensors in {SHARDS[role]} files" in describe(tmp_path / role)
     if role == "base":
+        # Reading 30 GB of zeros takes a minute of a processor; tests of weight_checks find what is not finite.
+        monkeypatch.setattr("magihuman.io.export.require_finite", lambda tensors, source: None)
         loaded = zoo.load(tmp_path / role, device="meta", compute_dtype=torch.bfloat16)
         state = loaded.denoiser.model.state_dict()
         assert state.keys() == specs.keys()
