@@ -17,8 +17,6 @@ from eval.tables import CLIP_COLUMNS
 
 COLOURS = {"clips": "tab:blue", "bound": "tab:orange", "reference": "tab:green"}
 BINS = 24
-PANELS = 40
-"""Most metrics in a figure; the table has all."""
 
 
 def score_panels(
@@ -26,7 +24,7 @@ def score_panels(
 ) -> Figure:
     """A panel per metric: the distribution over clips of every column, with the average and its interval above it."""
     first = next(iter(summaries.values()))
-    keys = [key for key in metrics() if first.get(key, {}).get("value") is not None][:PANELS]
+    keys = [key for key in metrics() if first.get(key, {}).get("value") is not None]
     across = min(4, max(1, len(keys)))
     down = max(1, math.ceil(len(keys) / across))
     figure = Figure(figsize=(3.6 * across, 2.3 * down + 0.5), layout="constrained")

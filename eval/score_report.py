@@ -97,8 +97,8 @@ def write_scores(
 def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[str, Scored], list[str]]:
     """The columns with what a folder's earlier results have beyond them, and the keys of these metrics.
 
-    Kept are metrics of single clips by measurements of today's version, if every clip has the content and the inputs that it had then.
-    Whatever else is replaced is said.
+    Kept are metrics of single clips by measurements of today's version, if every clip has the content and the inputs that it
+    had then. Whatever else is replaced is said.
     """
     if not (folder / RESULTS).is_file():
         return columns, []

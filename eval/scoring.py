@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from eval.clip_file import ClipFile, MeasurementError, NotMeasured, UnreadableClip
+from eval.metrics.puppet_clips import PUPPETS, is_caption
 from eval.metrics.registry import (
     InBatches,
     Measurement,
@@ -86,8 +87,11 @@ class _Plan:
         return measure if isinstance(measure, InBatches) else None
 
 
-def select(names: Sequence[str]) -> list[str]:
+def select(names: Sequence[str], prompts: Sequence[str] | None = None) -> list[str]:
     """Names of measurements for what a user lists: measurements, metric keys, cheap, all.
+
+    Args:
+        prompts: of the clips, where they are known: cheap has the puppets' metrics only where one is a puppet's caption.
 
     Raises:
         UserError: an unknown name, with similar ones.
@@ -98,7 +102,9 @@ def select(names: Sequence[str]) -> list[str]:
         if name == ALL:
             chosen.update(dict.fromkeys(known))
         elif name == CHEAP:
-            chosen.update(dict.fromkeys(n for n, measurement in known.items() if not measurement.costly))
+            there = prompts is None or any(map(is_caption, prompts))
+            cheap = (n for n, measurement in known.items() if not measurement.costly and (there or n != PUPPETS))
+            chosen.update(dict.fromkeys(cheap))
         elif name in known or name in owner:
             chosen[name if name in known else owner[name]] = None
         else:
@@ -194,7 +200,7 @@ def score(
     Raises:
         UserError: an unknown name or option, or a cache that cannot be used.
     """
-    plans = plan(select(names), options or {})
+    plans = plan(select(names, [clip.prompt for clip in clips]), options or {})
     with ScoreCache(cache) as store:
         return _Run(clips, plans, store, progress, workers).result()
 

@@ -228,16 +228,22 @@ METRICS: tuple[Metric, ...] = (
 CLIP_METRICS = {metric.key: metric for metric in METRICS if isinstance(metric, PuppetMetric)}
 
 
-def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]:
-    """Values of a clip whose prompt is a caption of the tiny world, by key."""
-    from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
-    from eval.puppet_scores import score_clip
+def is_caption(prompt: str) -> bool:
+    """Whether a prompt is a caption of the tiny world that says something."""
+    from data.tiny.puppets import parse_caption
 
     try:
-        words = parse_caption(clip.prompt)["words"]
+        return bool(parse_caption(prompt)["words"])
     except ValueError:
-        words = ()
-    if not words:
+        return False
+
+
+def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]:
+    """Values of a clip whose prompt is a caption of the tiny world, by key."""
+    from data.tiny.puppets import FPS, SAMPLE_RATE
+    from eval.puppet_scores import score_clip
+
+    if not is_caption(clip.prompt):
         raise NotMeasured("its prompt is no caption of the tiny world")
     info = clip.info
     if abs(clip.fps - FPS) > 0.01 or info.height != info.width:
@@ -250,8 +256,9 @@ def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]
     return values | lacks
 
 
+PUPPETS = "puppets"
 MEASUREMENTS = (
     Measurement(
-        "puppets", tuple(CLIP_METRICS.values()), _measure, inputs=("frames", "prompt"), optional=("audio",), version=2
+        PUPPETS, tuple(CLIP_METRICS.values()), _measure, inputs=("frames", "prompt"), optional=("audio",), version=2
     ),
 )

@@ -408,6 +408,16 @@ def test_a_run_without_any_value_writes_nothing_over_results(toy, tmp_path, caps
     assert (tmp_path / "o/results.jsonl").read_text() == before
 
 
+def test_the_figure_has_every_metric(tmp_path):
+    keys = ", ".join(f"Metric('drawn_{k}', 'm', direction='up')" for k in range(50))
+    with metric_file(tmp_path / "m", f"MEASUREMENTS = (Measurement('drawn', ({keys}), None),)", "drawn_metrics"):
+        from eval.score_figures import score_panels
+        from eval.score_summary import summarise
+
+        rows = [row(f"clip-{n}", **{f"drawn_{k}": n + k for k in range(50)}) for n in range(3)]
+        assert len(score_panels({"clips": rows}, {"clips": summarise(rows)}).axes) == 50
+
+
 @pytest.mark.slow
 def test_ten_thousand_clips_are_read_compared_and_plotted_in_20_s(tmp_path):
     """Two folders of 10,000 clips with 40 metrics each."""

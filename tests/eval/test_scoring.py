@@ -60,6 +60,18 @@ def test_every_clip_has_a_value_or_the_reason(toy, tmp_path):
     assert silent.exists()
 
 
+def test_cheap_has_the_puppets_metrics_where_a_prompt_is_a_caption(toy, tmp_path):
+    from data.tiny.puppets import EXAMPLE
+
+    assert "puppets" in select(["cheap"])
+    path = write_clip(tmp_path / "a.mp4")
+    clips = [ClipFile(path, name, prompt=prompt) for name, prompt in (("a", "A woman speaks."), ("b", EXAMPLE))]
+    assert "puppets" not in select(["cheap"], ["A woman speaks.", ""])
+    assert "puppets" in select(["cheap", "puppets"], [""])
+    assert "puppets" not in score(clips[:1], ["cheap"], progress=False).used
+    assert "puppets" in score(clips, ["cheap"], progress=False).used
+
+
 def test_a_measurement_sees_only_what_it_declares(toy, tmp_path):
     text = "def peek(clip, _):\n    return {'peek': float(clip.reference is not None) + len(clip.prompt)}\n"
     text += "MEASUREMENTS = (Measurement('peek', (Metric('peek', 'peek'),), peek, optional=('reference',)),)"
