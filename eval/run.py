@@ -190,9 +190,16 @@ def _weights(making: InferOptions) -> dict[str, Any]:
         given = getattr(making, name)
         if given is None and making.checkpoint not in zoo.checkpoint_names():
             given = os.environ.get(RELEASED_VARIABLES.get(name, ""))
-        if given is not None and Path(given).exists():
-            paths[name] = Path(given)
-    return {name: fingerprint(path) for name, path in paths.items()}
+        if given is not None and Path(given).expanduser().exists():
+            paths[name] = Path(given).expanduser()
+    return {name: fingerprint(_exported(path)) for name, path in paths.items()}
+
+
+def _exported(path: Path) -> Path:
+    """The weights in a run folder, whose other files change with every command; another path as it is."""
+    if (path / "run.json").is_file():
+        return next((inner for inner in (path / "export", path / "adapter") if inner.is_dir()), path)
+    return path
 
 
 GROWING = ("limit", "used", "items", "clips_per_prompt", "judge_score", "wer_average", "suite_path", "published_items")

@@ -411,3 +411,19 @@ def test_processes_share_generating_and_scoring(command: Command, toy: Path, tmp
     alone = command("bound=true", "batch=1")
     assert alone["columns"] == shared["columns"]
     assert calls(toy) == []
+
+
+def test_weights_of_a_run_are_those_of_its_export(tmp_path: Path) -> None:
+    """Whatever a later command writes beside them."""
+    for folder, kind in (("trained", "export"), ("lora", "adapter")):
+        (tmp_path / folder / kind).mkdir(parents=True)
+        (tmp_path / folder / kind / "model.safetensors").write_bytes(kind.encode())
+        (tmp_path / folder / "run.json").write_text("{}")
+    given = InferOptions(checkpoint="tiny/base", lora=str(tmp_path / "lora"), sr=str(tmp_path / "trained"))
+    before = program._weights(given)
+    for folder in ("trained", "lora"):
+        (tmp_path / folder / "run.json").write_text('{"state": "finished"}')
+    assert program._weights(given) == before
+    assert before["lora"]["sha256"] != before["sr"]["sha256"]
+    (tmp_path / "lora/adapter/model.safetensors").write_bytes(b"trained on")
+    assert program._weights(given)["lora"] != before["lora"]
