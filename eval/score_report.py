@@ -53,7 +53,7 @@ def write_scores(
     Raises:
         OSError: it cannot be written.
     """
-    columns, kept = _with_earlier(folder, columns)
+    columns, kept, lost = _with_earlier(folder, columns)
     lines = [
         json.dumps({"column": name, **row.to_dict()}, ensure_ascii=False)
         for name, scored in columns.items()
@@ -80,6 +80,8 @@ def write_scores(
             flush=True,
         )
         return values
+    if lost:
+        print(lost, file=sys.stderr)
     if (before := _unchanged(folder, content, values)) is not None:
         print(f"{tables.clip_scores_text(values)}\n{folder} holds these results already", flush=True)
         return before
@@ -94,21 +96,21 @@ def write_scores(
     return publish(folder, "summary", values, {"summary": draw}, tables.clip_scores_text(values))
 
 
-def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[str, Scored], list[str]]:
-    """The columns with what a folder's earlier results have beyond them, and the keys of these metrics.
+def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[str, Scored], list[str], str]:
+    """The columns with what a folder's earlier results have beyond them, the keys of these metrics, and which are not kept.
 
     Kept are metrics of single clips by measurements of today's version, if every clip has the content and the inputs that it
-    had then. Whatever else is replaced is said.
+    had then.
     """
     if not (folder / RESULTS).is_file():
-        return columns, []
+        return columns, [], ""
     try:
         rows = {(name, row.clip): row for name, part in read_rows_of(folder).items() for row in part}
         used = dict(load_json(folder / SUMMARY)["measurements"])
         versions = {name: one["version"] for name, one in used.items()}
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"note: the earlier results in {folder} cannot be read and are replaced ({error})", file=sys.stderr)
-        return columns, []
+        return columns, [], ""
     known, asked = (
         measurements(),
         {key for row in columns["clips"].rows for key in row.values} | columns["clips"].sets.keys(),
@@ -124,15 +126,11 @@ def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[
     }
     kept = [key for name in left if name in fresh and same for key in left[name]]
     lost = [key for name in left if name not in fresh or not same for key in left[name]]
-    if lost:
-        why = "they are of another version, or of sets" if same else "clips, prompts or references are others"
-        print(
-            f"note: earlier values of {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''} in {folder} are replaced: {why}; "
-            "name their metrics to measure them, too",
-            file=sys.stderr,
-        )
+    why = "they are of another version, or of sets" if same else "clips, prompts or references are others"
+    note = f"earlier values of {', '.join(lost[:4])}{' ...' if len(lost) > 4 else ''} in {folder} are replaced: {why}; "
+    note = f"note: {note}name their metrics to measure them, too" if lost else ""
     if not kept:
-        return columns, []
+        return columns, [], note
     print(f"kept {len(kept)} metrics of the earlier results in {folder}", file=sys.stderr)
     for row, old in now:
         assert old is not None
@@ -140,7 +138,7 @@ def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[
         row.values = {key: found[key] for key in metrics() if key in found}
         row.texts = {**({} if lost else old.texts), **row.texts}
     earlier = {name: used[name] for name in left if name in fresh}
-    return {name: replace(scored, used={**earlier, **scored.used}) for name, scored in columns.items()}, kept
+    return {name: replace(scored, used={**earlier, **scored.used}) for name, scored in columns.items()}, kept, note
 
 
 def _rates(rows: Sequence[ClipRow]) -> list[float]:

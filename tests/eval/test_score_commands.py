@@ -404,7 +404,9 @@ def test_a_run_without_any_value_writes_nothing_over_results(toy, tmp_path, caps
     with pytest.raises(SystemExit) as ended:
         main([*words, "metrics=toy_absent"])
     assert ended.value.code == 1
-    assert "no metric has a value: the earlier results in" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "no metric has a value: the earlier results in" in said.out
+    assert "are replaced" not in said.err
     assert (tmp_path / "o/results.jsonl").read_text() == before
 
 
