@@ -1,6 +1,7 @@
 """Latency on the CPU: every command at tiny size, distances from the reference, one network for both stages."""
 
 import time
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,14 @@ def test_distances_from_the_reference() -> None:
         truth.errors((video * torch.nan, audio))
 
 
+def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak rates of small products and copies: those in bf16 take minutes on a CPU without it."""
+    monkeypatch.setitem(timers._SIDE, "cpu", 1 << 8)
+    monkeypatch.setitem(timers._COPIED, "cpu", 1 << 20)
+
+
 def test_every_command_at_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_SIDE", "_COPIED"):
-        monkeypatch.setitem(getattr(timers, name), "cpu", 1 << 8 if name == "_SIDE" else 1 << 20)
+    small_peaks(monkeypatch)
     monkeypatch.setattr(micro.Microbenchmark, "budget", 0.0)
     monkeypatch.setattr(video_decoders, "make", partial(make, seconds=0.36))
     short = ["size=tiny", f"output={tmp_path}"]
@@ -166,10 +172,20 @@ def _check_rows(by_kind: dict[str, list[Any]]) -> None:
 
 def test_released_parts_with_narrow_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of the released sizes with a small transformer, a student decoder and thin codecs."""
+    small_peaks(monkeypatch)
     narrow = {"base_dim": 8, "decoder_base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
     monkeypatch.setattr(components, "WAN", {**components.WAN, **narrow})
     thin = {"encoder_hidden_size": 8, "channel_multiples": [1, 1, 1, 1, 1], "decoder_channels": 8}
     monkeypatch.setattr(components, "OOBLECK", {**components.OOBLECK, **thin})
+    whole = components.students.arch
+
+    def narrow_arch(name: str) -> dict[str, Any]:
+        found = deepcopy(whole(name))
+        for stage in found["network"]["stages"] if name == "b" else ():
+            stage["width"] //= 16
+        return found
+
+    monkeypatch.setattr(components.students, "arch", narrow_arch)
     chosen = MeasureOptions(
         size="256p", steps=1, seconds=0.12, text=8, decoder="b", model="small", warm=1, repeat=1, budget=0.1,
         output=str(tmp_path),
