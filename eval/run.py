@@ -71,7 +71,7 @@ class SuiteRunOptions(SuiteOptions):
     min_coverage: float = option("least share of clips that a metric must have a value of; below, exit 1", 0.9)
     cache: str | None = option("SQLite file of known values; none measures all again", DEFAULT)
     workers: int = option(
-        "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3 GB of free memory",
+        "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3.2 GB of free memory",
         0,
     )
     show_parts: bool = option("tables by part of the suite in summary.md; summary.json always has them", False)

@@ -48,7 +48,7 @@ class ScoreOptions:
     )
     cache: str | None = option("SQLite file of known values; none measures all again", DEFAULT)
     workers: int = option(
-        "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3 GB of free memory",
+        "processes for measurements without a model; 0 is half of the cores, at most 8, and one per 3.2 GB of free memory",
         0,
     )
     show_parts: bool = option(
