@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,9 @@ def run(
     found |= compare_sets(own["clips"], other["clips"], *summaries)
     wanted = [name.strip() for name in metrics.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in found]:
-        raise UserError(f"metrics={unknown[0]} is in neither; they have {', '.join(found)}")
+        near = get_close_matches(unknown[0], found, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"they have {', '.join(found)}"
+        raise UserError(f"metrics={unknown[0]} is in neither; {hint}")
     found = {key: entry for key, entry in found.items() if not wanted or key in wanted}
     for key, reason in changed.items():
         if key in found:

@@ -197,8 +197,9 @@ def test_comparison_that_cannot_be_made(two_folders, capsys):
         compare_scores(str(own), str(other))
     assert ended.value.code == 1
     assert "too few clips have a value in both: toy_brightness" in capsys.readouterr().err
-    with pytest.raises(UserError, match="metrics=fid is in neither"):
-        compare_scores(str(own), str(other), metrics="fid", min_coverage=0)
+    for name, hint in (("fid", "they have toy_"), ("toy_lod", "did you mean toy_loud")):
+        with pytest.raises(UserError, match=f"metrics={name} is in neither; {hint}"):
+            compare_scores(str(own), str(other), metrics=name, min_coverage=0)
     for content, message in (("{}\n", "line 1 is no result"), ("", "is empty"), ("[1]", "line 1 is no result")):
         (other / "results.jsonl").write_text(content)
         with pytest.raises(UserError, match=message):
