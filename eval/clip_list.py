@@ -4,13 +4,14 @@
 
 In a folder every media file is a clip, with its prompt from NAME.json (the record of `python -m magihuman.infer`) or NAME.txt
 next to it; of an output folder of `eval.run`, which has references and codec bounds, too, the clips of its manifest. Names that
-begin with a dot are no clips: macOS writes `._NAME.mp4` beside NAME.mp4 on foreign disks. A manifest is a table (.csv, .tsv,
-.jsonl, .json) with the column `clip` and any of `COLUMNS`; its paths are relative to the file.
+begin with a dot are skipped: macOS writes a `._NAME.mp4` for each NAME.mp4 on a disk of another system. A manifest is a table
+(.csv, .tsv, .jsonl, .json) with the column `clip` and any of `COLUMNS`; its paths are relative to the file.
 """
 
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,21 @@ def _clip(path: Path, **known: Any) -> ClipFile:
         known["dialogue"], language = spoken(prompt)
         known["language"] = known.get("language") or language
     return ClipFile(path, **known)
+
+
+def by_prompt(clips: Iterable[tuple[str, str]]) -> dict[tuple[str, int], str]:
+    """Names of clips by prompt and number: several clips of a prompt are numbered in the order of their names.
+
+    Args:
+        clips: (name, prompt); clips without a prompt are left out.
+    """
+    seen: Counter[str] = Counter()
+    found = {}
+    for name, prompt in sorted(clips):
+        if prompt:
+            found[prompt, seen[prompt]] = name
+            seen[prompt] += 1
+    return found
 
 
 def _listed(source: Path, setting: str) -> list[ClipFile]:

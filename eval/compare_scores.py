@@ -8,7 +8,6 @@ Both are output folders of `eval.score` or `eval.run`. Only clips that both have
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -123,26 +122,22 @@ def paired_by_prompt(own: Columns, other: Columns) -> tuple[Columns, list[str]]:
     Returns:
         The columns, and what was done, if anything.
     """
+    from eval.clip_list import by_prompt
 
-    def by_prompt(rows: "Sequence[ClipRow]") -> dict[tuple[str, int], str]:
-        seen: Counter[str] = Counter()
-        found = {}
-        for row in sorted(rows, key=lambda row: row.clip):
-            if row.prompt:
-                found[row.prompt, seen[row.prompt]] = row.clip
-                seen[row.prompt] += 1
-        return found
-
-    mine, theirs = by_prompt(own["clips"]), by_prompt(other["clips"])
+    mine, theirs = (by_prompt((row.clip, row.prompt) for row in part["clips"]) for part in (own, other))
     names = {theirs[key]: mine[key] for key in theirs if key in mine}
     if len(names) <= len({row.clip for row in own["clips"]} & {row.clip for row in other["clips"]}):
         return other, []
-    taken = set(names.values())  # a clip without a partner must not have a partner's name
+    pairs, taken = len(names), set(names.values())
+    for row in other["clips"]:
+        if row.clip not in names and row.clip in taken:
+            names[row.clip] = (
+                f"{row.clip} (baseline)"  # without a partner, it must not have the name of another's partner
+            )
     renamed = {
-        column: [replace(row, clip=names.get(row.clip, row.clip + " (baseline)" * (row.clip in taken))) for row in rows]
-        for column, rows in other.items()
+        column: [replace(row, clip=names.get(row.clip, row.clip)) for row in rows] for column, rows in other.items()
     }
-    return renamed, [f"{len(names)} clips are paired by their prompts, since their names are not the same"]
+    return renamed, [f"{pairs} clips are paired by their prompts, since their names are not the same"]
 
 
 def common_references(own: Columns, other: Columns) -> "tuple[list[ClipRow], str]":

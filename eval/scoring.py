@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from eval.clip_file import ClipFile, MeasurementError, NotMeasured, UnreadableClip
-from eval.metrics.puppet_clips import PUPPETS, is_caption
 from eval.metrics.registry import (
     InBatches,
     Measurement,
@@ -91,7 +90,7 @@ def select(names: Sequence[str], prompts: Sequence[str] | None = None) -> list[s
     """Names of measurements for what a user lists: measurements, metric keys, cheap, all.
 
     Args:
-        prompts: of the clips, where they are known: cheap has the puppets' metrics only where one is a puppet's caption.
+        prompts: of the clips, where they are known: cheap has only what applies to one of them.
 
     Raises:
         UserError: an unknown name, with similar ones.
@@ -102,9 +101,7 @@ def select(names: Sequence[str], prompts: Sequence[str] | None = None) -> list[s
         if name == ALL:
             chosen.update(dict.fromkeys(known))
         elif name == CHEAP:
-            there = prompts is None or any(map(is_caption, prompts))
-            cheap = (n for n, measurement in known.items() if not measurement.costly and (there or n != PUPPETS))
-            chosen.update(dict.fromkeys(cheap))
+            chosen.update(dict.fromkeys(n for n, one in known.items() if not one.costly and _applies(one, prompts)))
         elif name in known or name in owner:
             chosen[name if name in known else owner[name]] = None
         else:
@@ -116,6 +113,13 @@ def select(names: Sequence[str], prompts: Sequence[str] | None = None) -> list[s
     if not chosen:
         raise UserError("metrics= is empty; give cheap, all or names, see `python -m eval.doctor`")
     return list(chosen)
+
+
+def _applies(measurement: Measurement | SetMeasurement, prompts: Sequence[str] | None) -> bool:
+    """Whether a measurement applies to a clip of one of the prompts; true where they are not known."""
+    if prompts is None or not isinstance(measurement, Measurement):
+        return True
+    return any(map(measurement.applies_to, prompts))
 
 
 def default_workers(processes: int = 1) -> int:
@@ -267,7 +271,7 @@ class _Run:
         return self.hashes[path]
 
     def _inputs(self, clip: ClipFile) -> str:
-        """Hash of what is known of a clip besides its own content."""
+        """Hash of a clip's prompt, dialogue, language, reference, voice and image."""
         reference = self._hash(clip.reference.path) if clip.reference else None
         return self.cache.key(
             prompt=clip.prompt, dialogue=clip.dialogue, language=clip.language, reference=reference,

@@ -196,19 +196,11 @@ def matched(focus: Sequence[ClipFile], other: Sequence[ClipFile]) -> list[tuple[
 
     Several clips of a prompt are paired in the order of their names. Clips of the same name and different prompts are no pair.
     """
+    from eval.clip_list import by_prompt
 
-    def by_prompt(clips: Sequence[ClipFile]) -> dict[tuple[str, int], ClipFile]:
-        seen: Counter[str] = Counter()
-        found = {}
-        for clip in sorted(clips, key=lambda clip: clip.name):
-            if clip.prompt:
-                found[clip.prompt, seen[clip.prompt]] = clip
-                seen[clip.prompt] += 1
-        return found
-
-    mine, theirs = by_prompt(focus), by_prompt(other)
-    prompts = [(mine[key], theirs[key]) for key in mine if key in theirs]
-    named = {clip.name: clip for clip in other}
+    own, named = ({clip.name: clip for clip in clips} for clips in (focus, other))
+    mine, theirs = (by_prompt((clip.name, clip.prompt) for clip in clips) for clips in (focus, other))
+    prompts = [(own[mine[key]], named[theirs[key]]) for key in mine if key in theirs]
     names = [
         (clip, named[clip.name])
         for clip in sorted(focus, key=lambda clip: clip.name)

@@ -256,9 +256,14 @@ def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]
     return values | lacks
 
 
-PUPPETS = "puppets"
 MEASUREMENTS = (
     Measurement(
-        PUPPETS, tuple(CLIP_METRICS.values()), _measure, inputs=("frames", "prompt"), optional=("audio",), version=2
+        "puppets",
+        tuple(CLIP_METRICS.values()),
+        _measure,
+        inputs=("frames", "prompt"),
+        optional=("audio",),
+        version=2,
+        applies_to=is_caption,
     ),
 )

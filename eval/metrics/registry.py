@@ -116,8 +116,7 @@ class Measurement:
         measure: (clip, model) -> values by key, without side effects. `model` is what `load` returned, else the options. The
             value of a metric that does not apply, of several, is `NotMeasured(reason)`; where one is absent or None the clip
             has failed. A key that ends in "_text" is kept in the clip's row as text (a transcript, a judge's answer), not as
-            a metric. `InBatches` where a model is much
-            faster with several clips at once.
+            a metric. `InBatches` where a model is much faster with several clips at once.
         inputs: of "frames", "audio", "reference", "prompt", "dialogue", "voice", "image": what a clip must have; a clip without
             one is skipped with that reason before `measure` is called.
         optional: inputs that are used where a clip has them. `measure` sees no other input than these two name, so a value
@@ -129,6 +128,7 @@ class Measurement:
             without it all options by value. The size of a batch is left out.
         version: raise it whenever values change.
         costly: whether it needs a model: left out of `metrics=cheap`.
+        applies_to: prompt -> whether it measures clips of such a prompt; `metrics=cheap` leaves it out where no clip has one.
     """
 
     name: str
@@ -142,6 +142,7 @@ class Measurement:
     version: int = 1
     costly: bool = False
     optional: tuple[str, ...] = ()
+    applies_to: Callable[[str], bool] = lambda prompt: True
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class SpeechErrorsOptions:
         "float32",
     )
     batch: int = option(
-        "clips that are recognised at once; each takes about 0.5 GB with whisper in float32, besides the weights", 8
+        "clips of a batch; each takes about 0.5 GB with whisper in float32, in addition to the weights", 8
     )
 
     def __post_init__(self) -> None:

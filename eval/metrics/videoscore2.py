@@ -54,8 +54,8 @@ class JudgeOptions:
     )
     device: str = option("auto, cpu, cuda or cuda:0", "auto")
     batch: int = option(
-        "clips that are answered at once (sampled answers are made one by one); each takes about 1 GB for 5 s in 1080p, beside "
-        "17 GB of weights in bfloat16: 4 fit into 24 GB",
+        "clips of a batch (with samples=, one at a time); each takes about 1 GB for 5 s in 1080p, in addition to 17 GB of "
+        "weights in bfloat16, so that 4 should fit into 24 GB",
         4,
     )
 

@@ -40,7 +40,7 @@ UNKNOWN = "unknown"
 OPTIONS = {"transformer": "checkpoint", "second": "sr", "lora": "lora", "decoder": "turbo"}
 """Role -> option of generating by which weights of this role are given; the name that eval.run records them under."""
 SHORT = 12
-"""Digits of a sha256 that is shown beside a name only."""
+"""Digits of a sha256 that a message or a card shows; comparisons use all of them."""
 LICENCES = {RELEASED_REPO: "Apache-2.0", "tiny": "Apache-2.0"}
 """Of weights: the published ones as quoted in magihuman/zoo/README.md, and those that ship with this package."""
 CODEC_LICENCES = (
@@ -169,10 +169,8 @@ def write_card(
     edited = after.strip() or before.strip() != front.strip()
     kept = [f"{file}: only the model card's block is written anew; the text outside of it is kept"] if edited else []
     lost = [source for source in _sources(rest.partition(END)[0]) if source not in _sources(block)]
-    gone = [f"{file}: the scores from {', '.join(lost)} are no longer in it; give scores= again to have them"] * bool(
-        lost
-    )
-    return [*facts.notes, *gone, *kept]
+    gone = f"{file}: the scores from {', '.join(lost)} are no longer in it; give scores= again to have them"
+    return [*facts.notes, *([gone] if lost else []), *kept]
 
 
 def _sources(block: str) -> list[str]:

@@ -414,7 +414,7 @@ def test_processes_share_generating_and_scoring(command: Command, toy: Path, tmp
 
 
 def test_weights_of_a_run_are_those_of_its_export(tmp_path: Path) -> None:
-    """Whatever a later command writes beside them."""
+    """Later commands write into the run folder, and the identity stays."""
     for folder, kind in (("trained", "export"), ("lora", "adapter")):
         (tmp_path / folder / kind).mkdir(parents=True)
         (tmp_path / folder / kind / "model.safetensors").write_bytes(kind.encode())
