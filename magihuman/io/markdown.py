@@ -78,3 +78,11 @@ def render(text: str, kinds: Kinds, page: str = "README.md") -> str:
         return f"<!-- {kind} {words} -->\n{shown}\n<!-- end -->"
 
     return block_pattern(kinds).sub(block, text)
+
+
+def inline_code(text: str) -> str:
+    """Inline code of one line, also in a cell of a table, whatever is in the text."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    space = " " * bool(longest)
+    return f"{'`' * (longest + 1)}{space}{line}{space}{'`' * (longest + 1)}"

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from magihuman.codecs.bundle import RELEASED_REPO, ROLES, bundle_spec
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig
 from magihuman.io.files import CONFIGS, write_atomically
-from magihuman.io.markdown import commit, table
-from magihuman.io.provenance import README, fingerprint, portable, without_secrets
-from magihuman.io.text import load_json
+from magihuman.io.markdown import commit, inline_code, table
+from magihuman.io.provenance import README, portable
 from magihuman.zoo import names
+from magihuman.zoo.card_scores import UNKNOWN, Measured, ScoreTable, own_scores, public, read_object, run_scores
 
 if TYPE_CHECKING:
     from magihuman.zoo.decoders import DecoderConfig
@@ -32,15 +32,8 @@ BEGIN = "<!-- model card: written by magihuman, and written again after evaluati
 END = "<!-- end of model card -->"
 TRAINING, CONVERTED = "training.json", "converted"
 """Copy of run.json beside the weights of a shipped or converted checkpoint, and its entry about the conversion."""
-SCORE_FILES = ("summary.json", "clip_values.json")
-"""Of the evaluations; the first that a folder has counts."""
 LATENCY = CONFIGS.parent / "inference" / "results" / "latency"
 """Committed measurements of `python -m inference.benchmark`."""
-UNKNOWN = "unknown"
-OPTIONS = {"transformer": "checkpoint", "second": "sr", "lora": "lora", "decoder": "turbo"}
-"""Role -> option of generating by which weights of this role are given; the name that eval.run records them under."""
-SHORT = 12
-"""Digits of a sha256 that a message or a card shows; comparisons use all of them."""
 LICENCES = {RELEASED_REPO: "Apache-2.0", "tiny": "Apache-2.0"}
 """Of weights: the published ones as quoted in magihuman/zoo/README.md, and those that ship with this package."""
 CODEC_LICENCES = (
@@ -53,32 +46,6 @@ SETTINGS = (
     "trainer.accumulate", "trainer.devices", "trainer.nodes", "trainer.precision", "strategy.name",
 )  # fmt: skip
 """Of config.yaml, besides all of the recipe's own."""
-
-Measured = Mapping[str, Any]
-"""A measure of a result file: value, low, high, n, status, reason."""
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """Scores of an evaluation.
-
-    Attributes:
-        name: of the evaluation; source: its file.
-        scores: metric -> measure; others: title -> metric -> measure, of references, bounds and published results.
-        labels: metric -> label with unit and direction, where the file has one.
-        verdicts: comparison -> verdict.
-        about: number of clips, suite and weights, as far as the file says.
-        weights: option of generating -> {"name", "sha256"} of what made the clips, the sha256 "" where the file does not say.
-    """
-
-    name: str
-    source: str
-    scores: Mapping[str, Measured] = field(default_factory=dict)
-    others: Mapping[str, Mapping[str, Measured]] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    verdicts: Mapping[str, str] = field(default_factory=dict)
-    about: str = ""
-    weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,9 +180,9 @@ def read_facts(
     inside = folder.name in ("export", "adapter") and (folder.parent / "run.json").is_file()
     home = folder.parent if inside else folder
     record_file = next((f for f in (home / "run.json", home / TRAINING) if f.is_file()), None)
-    record = _read(record_file) if record_file is not None else {}
+    record = read_object(record_file) if record_file is not None else {}
     lora = folder / ADAPTER_CONFIG
-    base = _read(lora).get("base_model_name_or_path") or "" if lora.is_file() else ""
+    base = read_object(lora).get("base_model_name_or_path") or "" if lora.is_file() else ""
     if config is None:
         config = decoders.config_of(folder) or load_config(folder)
     role = "lora" if lora.is_file() else "transformer" if isinstance(config, ExportConfig) else "decoder"
@@ -224,7 +191,7 @@ def read_facts(
     origin = record.get(CONVERTED) or {}
     tables = [] if origin else run_scores(home, record)  # those of the source are of other weights
     homes = (folder, home / "export", home / "adapter", home) if inside else (folder,)
-    given, notes = _own_scores(scores, role, homes, origin)
+    given, notes = own_scores(scores, role, homes, origin)
     return CardFacts(
         title=title or home.resolve().name,
         role=role,
@@ -236,51 +203,6 @@ def read_facts(
         base=portable(base),
         notes=notes,
     )
-
-
-def _own_scores(
-    paths: Sequence[Path], role: str, homes: Sequence[Path], origin: Mapping[str, Any]
-) -> tuple[list[ScoreTable], list[str]]:
-    """Scores of files that a user names, and notes on those that do not say whose they are.
-
-    Args:
-        homes: folders whose fingerprint an evaluation may have recorded: the checkpoint's own; in a run also its export and
-            its LoRA, which are the same network, and the run folder, which lora=, sr= and turbo= take.
-
-    Raises:
-        UserError: scores of other weights.
-    """
-    found, notes = [], []
-    for path in paths:
-        scores = read_scores(path)
-        option = OPTIONS[role]
-        if role in ("transformer", "lora"):
-            option = "lora" if "lora" in scores.weights else "checkpoint"
-        made = scores.weights.get(option, {})
-        if made.get("sha256"):
-            known = [fingerprint(home)["sha256"] for home in homes if home.is_dir()]
-            known += [(origin.get("lora") or origin).get("sha256")]
-            if made["sha256"] not in known:
-                raise UserError(
-                    f"scores={path} are of {option}={made['name']} (sha256 {made['sha256'][:SHORT]}), not of {homes[0]} "
-                    f"({known[0][:SHORT]}); give those of `python -m eval.run` with {OPTIONS[role]}={homes[0]}"
-                )
-        else:
-            unknown = "the file does not say which weights made the clips"
-            notes.append(f"scores={path}: {unknown}; the card says so, too")
-            scores = replace(scores, about="; ".join(filter(None, (scores.about, unknown))))
-        found.append(scores)
-    return found, notes
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = load_json(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); restore it or move it away") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object; restore it or move it away")
-    return values
 
 
 def _settings(home: Path) -> dict[str, Any]:
@@ -295,93 +217,6 @@ def _settings(home: Path) -> dict[str, Any]:
 
 def _is_second(provenance: Mapping[str, Any]) -> bool:
     return str(provenance.get("released", "")).endswith("_sr") or provenance.get("stage") == "second"
-
-
-def run_scores(run: Path, record: Mapping[str, Any]) -> list[ScoreTable]:
-    """Scores of the evaluations that run.json has: from their result files in the run folder, else from run.json itself."""
-    found = []
-    for name, result in record.get("results", {}).items():
-        if not isinstance(result, Mapping):
-            continue
-        if result.get("format"):  # eval.run returns the content of its summary.json
-            found.append(_scores_of(result, name, "run.json"))
-            continue
-        paths = [Path(path) for path in (result.get(key) for key in ("scores", "compare")) if isinstance(path, str)]
-        files = [run / path.parent.name / file for path in paths for file in SCORE_FILES]
-        file = next((file for file in files if file.is_file()), None)
-        measures = {
-            key: {"n": result.get("n"), **value}
-            for key, value in result.items()
-            if isinstance(value, Mapping) and "value" in value
-        }
-        read = read_scores(file, name) if file is not None else _with_bound(name, "run.json", measures, {})
-        verdicts = {
-            about: str(verdict)
-            for claims in (result.get("verdicts") or {}).values()
-            for about, verdict in claims.items()
-        }
-        if read.scores or verdicts:
-            found.append(ScoreTable(name, read.source, read.scores, read.others, read.labels, verdicts))
-    return found
-
-
-def read_scores(path: Path, name: str = "") -> ScoreTable:
-    """Scores of a result file, or of the first of `SCORE_FILES` in a folder.
-
-    Raises:
-        UserError: there is none, or it is of another form.
-    """
-    file = next((path / file for file in SCORE_FILES if (path / file).is_file()), path)
-    if not file.exists():
-        raise UserError(f"scores={path} does not exist; give a {' or a '.join(SCORE_FILES)}, or a folder that has one")
-    if file.is_dir():
-        raise UserError(f"scores={path} holds neither {' nor '.join(SCORE_FILES)}; give a folder of an evaluation")
-    folder = file.resolve().parent.name
-    return _scores_of(_read(file), name or folder, f"{folder}/{file.name}")
-
-
-def _scores_of(values: Mapping[str, Any], name: str, source: str) -> ScoreTable:
-    """Scores of the content of a result file.
-
-    Raises:
-        UserError: it is of another form.
-    """
-    kind, labels = str(values.get("format", "")), values.get("labels") or {}
-    try:
-        if kind.startswith("magihuman-clip-values/"):
-            return _with_bound(name, source, values["scores"], labels)
-        if kind.startswith("magihuman-clip-scores/"):
-            columns = dict(values["columns"])
-            for maker, known in (values.get("published") or {}).items():
-                columns[f"{maker} (published)"] = {key: {"value": value} for key, value in known.items()}
-            about, weights = _made_with(values)
-            return ScoreTable(name, source, columns.pop("clips"), columns, labels, about=about, weights=weights)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"scores={source} is not of the form {kind} ({error!r}); evaluate again") from None
-    raise UserError(f"scores={source} is of the format {kind!r}; give a {' or a '.join(SCORE_FILES)}")
-
-
-def _made_with(values: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, str]]]:
-    """`about` and `weights` of a summary.json; eval.score, which knows files only, records no suite."""
-    suite = values.get("suite") or {}
-    chosen = suite.get("generating") or {}
-    hashes = {option: str(made["sha256"]) for option, made in (suite.get("weights") or {}).items()}
-    weights = {
-        option: {"name": str(chosen.get(option) or UNKNOWN), "sha256": hashes.get(option, "")}
-        for option in OPTIONS.values()
-        if option in hashes or chosen.get(option)
-    }
-    said = [f"{values['clips']} clips"] if values.get("clips") else []
-    if suite:
-        said.append(f"{suite['used']} of the {suite['items']} prompts of suite `{suite['suite']}`")
-    for option, made in weights.items():
-        said.append(f"{option} {_code(_public(made['name']))}, sha256 `{made['sha256'][:SHORT] or UNKNOWN}`")
-    return "; ".join(said), weights
-
-
-def _with_bound(name: str, source: str, measures: Mapping[str, Measured], labels: Mapping[str, str]) -> ScoreTable:
-    bound = {key: {"value": m["bound"]} for key, m in measures.items() if m.get("bound") is not None}
-    return ScoreTable(name, source, measures, {"bound": bound} if bound else {}, labels)
 
 
 # ---- Front matter ----
@@ -496,7 +331,7 @@ def _use(facts: CardFacts) -> Iterable[str]:
             if guidance.needed
             else "1 (no guidance)",
         ),
-        *([("negative_prompt", _code(sampling.negative_prompt))] if sampling.negative_prompt else []),
+        *([("negative_prompt", inline_code(sampling.negative_prompt))] if sampling.negative_prompt else []),
         (
             "clip",
             f"{size.frames} frames of {size.width}x{size.height} at {facts.config.contract.fps:g} per second, "
@@ -516,38 +351,21 @@ def _training(facts: CardFacts) -> Iterable[str]:
     for parent in record.get("parents", ()):
         role = {"init": "initial weights"}.get(str(parent.get("role")), str(parent.get("role")))
         rows.append((role, _fingerprint(parent)))
-    rows += [(_code(key), _code(value)) for key, value in _chosen(facts.settings)]
+    rows += [(inline_code(key), inline_code(value)) for key, value in _chosen(facts.settings)]
     if not rows:
         return
     yield "## Training"
     yield table(("setting", "value"), rows, "ll")
     if command := record.get("provenance", {}).get("command"):
-        yield f"```bash\n{shlex.join(_public(list(command)))}\n```"
+        yield f"```bash\n{shlex.join(public(list(command)))}\n```"
 
 
 def _fingerprint(parent: Mapping[str, Any]) -> str:
-    name = _code(_public(str(parent.get("name"))))
+    name = inline_code(public(str(parent.get("name"))))
     if not parent.get("sha256"):
         return name
     part = "" if parent.get("of") in (None, "all bytes") else f" of {parent['of']}"
     return f"{name}, sha256{part} `{parent['sha256']}`"
-
-
-def _code(text: str) -> str:
-    """Inline code of one line, also in a cell of a table, whatever is in the text."""
-    line = " ".join(text.split()).replace("|", "\\|")
-    longest = max(map(len, re.findall("`+", line)), default=0)
-    space = " " * bool(longest)
-    return f"{'`' * (longest + 1)}{space}{line}{space}{'`' * (longest + 1)}"
-
-
-def _public(node: Any) -> Any:
-    """A word of a command, a setting or a message, without folders of this machine, passwords and signatures."""
-    if isinstance(node, Mapping):
-        return {key: _public(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_public(value) for value in node]
-    return portable(without_secrets(node)) if isinstance(node, str) else node
 
 
 def _chosen(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -560,7 +378,7 @@ def _chosen(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is None or value == {}:
             continue
-        shown = _public(value)
+        shown = public(value)
         yield path, shown if isinstance(shown, str) else json.dumps(shown)
 
 
@@ -579,7 +397,7 @@ def _scores(facts: CardFacts) -> Iterable[str]:
         if found.verdicts:
             yield table(("compared with", "verdict"), found.verdicts.items(), "ll")
         empty = [
-            f"{key} ({_public(str(m['reason']))})" for key, m in found.scores.items() if _empty(m) and m.get("reason")
+            f"{key} ({public(str(m['reason']))})" for key, m in found.scores.items() if _empty(m) and m.get("reason")
         ]
         if empty:
             yield f"Without a value: {'; '.join(empty)}."
@@ -640,7 +458,7 @@ def latency_rows(facts: CardFacts, folder: Path = LATENCY) -> list[tuple[str, ..
     passes *= 2 if config.sampling.guidance.needed else 1
     found: dict[tuple[str, str], tuple[str, ...]] = {}
     for file in sorted(folder.glob("*.json")):
-        values = _read(file)
+        values = read_object(file)
         if values.get("format") != "magihuman-latency/1" or values.get("kind") != "measure":
             continue
         made = values["provenance"]
@@ -688,7 +506,7 @@ def _licences(facts: CardFacts) -> Iterable[str]:
     rows = [("these weights", f"{own}, as their initial weights" if derived else own)]
     for parent in facts.record.get("parents", ()):
         licence = _licence_of_parent(parent) if parent.get("role") == "init" else UNKNOWN
-        rows.append((f"{parent.get('role')}: {_code(_public(str(parent.get('name'))))}", licence))
+        rows.append((f"{parent.get('role')}: {inline_code(public(str(parent.get('name'))))}", licence))
     if isinstance(facts.config, ExportConfig) and bundle_spec(facts.codecs).published:
         rows += CODEC_LICENCES
     yield "## Licences"
