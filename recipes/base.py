@@ -49,6 +49,7 @@ class Recipe(L.LightningModule):
 
     Attributes:
         sigma: prior of the noise levels; sampling: settings of inference. A recipe sets both; exports store them.
+        parent: config of the checkpoint `init` that the transformer starts from, or None.
         denoiser: the trained network (made in `configure_model`, so that sharded strategies can shard it).
         ema: average of its weights, or None.
         step: optimiser steps so far; batches: batches of this process so far. Both are kept over a resume.
@@ -89,6 +90,7 @@ class Recipe(L.LightningModule):
         self.meter = Meter(self.watched)
         self.spent: dict[str, float] = {}
         self._not_finite: dict[str, int] = {}
+        self.parent = None if context.init is None or context.model is None else zoo.config_of(context.init)
         self._context_group: Any = None
 
     # What a recipe implements
@@ -114,6 +116,11 @@ class Recipe(L.LightningModule):
             found.append(
                 f"strategy.context_parallel={together} does not divide trainer.devices={trainer.devices}: tokens and heads are "
                 "exchanged between nodes in every layer, which is slow"
+            )
+        if self.parent is not None and self.parent.sigma_prior is None:
+            found.append(
+                f"the noise levels that init={self.context.init} was trained with are unknown; this training uses recipe.sigma="
+                f"{self.sigma.to_dict()}"
             )
         return found
 
@@ -329,7 +336,8 @@ class Recipe(L.LightningModule):
             contract=self.context.contract,
             size=self.context.size,
             provenance={**self.context.provenance, "steps": self.step, "averaged": self.context.optim.ema_decay > 0},
-            sigma_prior=self.sigma,
+            # What the weights had learned before has noise levels that are unknown then, whatever they were trained with here.
+            sigma_prior=None if self.parent is not None and self.parent.sigma_prior is None else self.sigma,
             sampling=self.sampling,
         )
 

@@ -17,7 +17,8 @@ accurate: with v_F = v_T the gradient would only push along the guidance.
 
 Specific to this network and to joint audio and video:
   - Without timestep input v_F = v_T at p_student = p_data holds only if both were trained with the same prior of noise
-    levels, so the fake score uses the teacher's prior. The levels of step 3 are free: they weight the integral.
+    levels, so the fake score uses the teacher's prior. The more entries the latents have, the less the prior matters,
+    since they show the level. The levels of step 3 are free: they weight the integral.
   - Audio has a hundredth of the video's entries, so every mean and normaliser is per modality.
   - First frames and audio given as conditioning stay clean in the inputs of all networks, and are left out of the loss.
   - The fake score cannot tell the steps k apart. Fitted to all of them it learns a mixture, and final samples
@@ -38,7 +39,13 @@ from torch import Tensor, nn
 from magihuman import zoo
 from magihuman.distill.collapse_monitor import CollapseMonitor, MonitorSettings, update_statistics
 from magihuman.distill.discriminator import Discriminator, GanSettings
-from magihuman.distill.fake_score_settings import FakeScoreSettings, check_resume, check_settings, rename_old_names
+from magihuman.distill.fake_score_settings import (
+    FakeScoreSettings,
+    check_resume,
+    check_settings,
+    first_steps,
+    rename_old_names,
+)
 from magihuman.distill.networks import Networks, build_networks, frozen
 from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout, micro_batches, roll_out, sampler
@@ -77,9 +84,9 @@ class DMD2(Recipe):
     """Distribution matching distillation (DMD-2).
 
     Args:
-        sampling: of the student: solver, steps K, shift; guidance is off.
-        sigma: prior of the fake score's noise levels; None takes the teacher's. Another one is refused, except for
-            released weights, whose prior is unknown and counts as uniform.
+        steps: K of the student, which is sampled without guidance; solver, shift: of its sampler.
+        sigma: prior of the fake score's noise levels; None takes the teacher's, uniform levels where that is unknown (released
+            weights). Another one than a known prior is noted.
         score: noise levels of the student's objective.
         guidance: of the teacher in the objective; None takes the one that its checkpoint is sampled with.
         fake_score: its learning rate, updates R and steps.
@@ -88,7 +95,7 @@ class DMD2(Recipe):
         gan: GAN loss on real latents, off with weight 0.
         video_weight, audio_weight: of the modalities, in both objectives.
         first_frame, audio_conditioning: probabilities of conditioning on the batch's latents.
-        first_step: the student is trained on this step and later ones.
+        first_step: the student is trained on this step and later ones; None is K // 2.
         micro_batch: samples that go through the networks together; None for the whole batch.
 
     Raises:
@@ -106,7 +113,9 @@ class DMD2(Recipe):
         self,
         context: TrainingContext,
         *,
-        sampling: Sampling,
+        steps: int = 8,
+        solver: str = "renoise",
+        shift: float = 5.0,
         sigma: SigmaPrior | None = None,
         score: ScoreLevels = SCORE,
         guidance: Guidance | None = None,
@@ -119,16 +128,17 @@ class DMD2(Recipe):
         audio_weight: float = 1.0,
         first_frame: float = 0.1,
         audio_conditioning: float = 0.1,
-        first_step: int = 0,
+        first_step: int | None = 0,
         micro_batch: int | None = None,
     ) -> None:
         super().__init__(context)
         self.automatic_optimization = False
         if context.init is None:
             raise UserError("dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base")
-        teacher = zoo.config_of(context.init)
-        first = {"recipe.first_step": first_step, "recipe.fake_score.first_step": fake_score.first_step}
-        check_settings(context, teacher, sigma, networks, first, sampling.steps, micro_batch)
+        assert self.parent is not None
+        teacher = self.parent
+        self.first_step, self.fake_score_first_step = first_steps(steps, first_step, fake_score.first_step)
+        check_settings(context, networks, micro_batch)
         require_weights(video_weight=video_weight, audio_weight=audio_weight)
         require_shares(first_frame=first_frame, audio_conditioning=audio_conditioning)
         if fake_score.warmup >= self.max_steps:
@@ -136,15 +146,15 @@ class DMD2(Recipe):
                 f"recipe.fake_score.warmup={fake_score.warmup} leaves the student none of trainer.max_steps="
                 f"{self.max_steps}; raise max_steps, or lower the warm-up"
             )
-        self.sigma = sigma or teacher.sigma_prior
+        self.sigma = sigma or teacher.assumed_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
-        self.sampling = replace(sampling, guidance=Guidance(1, 1, 0, 1))
+        self.sampling = Sampling(solver, steps, shift, Guidance(1, 1, 0, 1))
         self.score, self.fake_score_settings = score, fake_score
         self.sharing, self.lora = networks, lora
         self.modality_weights = {"video": video_weight, "audio": audio_weight}
         self.first_frame, self.audio_conditioning = first_frame, audio_conditioning
-        self.first_step, self.micro_batch = first_step, micro_batch
+        self.micro_batch = micro_batch
         self.monitor = CollapseMonitor(monitor, stream(context.seed, "health") % 2**40)
         self.gan, self.taps = gan, gan.layers(context.transformer[0].num_layers)
         self.discriminator: Discriminator | None = None
@@ -156,6 +166,13 @@ class DMD2(Recipe):
         found = super().notes()
         if self.gan.weight and self.gan.start >= self.max_steps:
             found.append(f"recipe.gan.start={self.gan.start} is not reached within trainer.max_steps={self.max_steps}")
+        assert self.parent is not None
+        if self.parent.sigma_prior not in (None, self.sigma):
+            found.append(
+                f"recipe.sigma={self.sigma.to_dict()} is not the prior that {self.context.init} was trained with "
+                f"({self.parent.sigma_prior.to_dict()}), and without timestep input both infer the level under theirs; remove "
+                "recipe.sigma to take the teacher's"
+            )
         return found
 
     # One iteration
@@ -191,7 +208,7 @@ class DMD2(Recipe):
     def fake_score_objective(self, micro: MicroBatch, update: int) -> Tensor:
         """Loss of the fake score, and of the discriminator once the GAN loss is active."""
         rollout, conditioning = self.current_rollout(micro), micro.conditioning
-        x0 = rollout.estimate(self.choose_steps(micro, update, self.fake_score_settings.first_step))
+        x0 = rollout.estimate(self.choose_steps(micro, update, self.fake_score_first_step))
         levels = [self.sigma.sample(1, g) for g in micro.generators]
         sigma = Pair(*(torch.cat([level[m] for level in levels]).to(x0.video.device) for m in (0, 1)))
         noise = micro.normal()

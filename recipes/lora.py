@@ -45,8 +45,8 @@ class Lora(Pretrain):
     Args:
         lora: rank, alpha, and whether embedders and heads are trained.
         merge: also export the merged network.
-        sigma: prior of the noise levels; None takes the checkpoint's. Without timestep input the network infers the
-            level from its input under this prior, so another prior makes it unlearn.
+        sigma: prior of the noise levels; None takes the checkpoint's, uniform levels where that is unknown. Without
+            timestep input the network infers the level from its input under this prior, so another prior makes it unlearn.
         sampling: settings stored in the exports; None takes the checkpoint's.
         pretraining: the other settings of `recipes.pretrain.Pretrain`, without `tread`.
 
@@ -79,7 +79,7 @@ class Lora(Pretrain):
         super().__init__(
             # The average is a second LoRA, not a second network.
             replace(context, optim=replace(context.optim, ema_decay=0.0)),
-            sigma=sigma or parent.sigma_prior,
+            sigma=sigma or parent.assumed_prior,
             sampling=sampling or parent.sampling,
             **pretraining,
         )

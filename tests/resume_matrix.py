@@ -41,7 +41,7 @@ COMMON = [
     "+callbacks.spy={_target_: training_stub.Spy}",
 ]  # fmt: skip
 DMD2 = [
-    "+recipe=dmd2", "recipe.fake_score.warmup=1", "recipe.fake_score.updates=2", "recipe.sampling.steps=3",
+    "+recipe=dmd2", "recipe.fake_score.warmup=1", "recipe.fake_score.updates=2", "recipe.steps=3",
     "recipe.first_step=0", "recipe.fake_score.first_step=0", "recipe.gan={weight: 0.1, start: 3}",
     "recipe.monitor={every: 2, prompts: 2, samples: 2, patience: 99}",
 ]  # fmt: skip

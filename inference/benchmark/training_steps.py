@@ -221,7 +221,6 @@ class TrainingBench(Bench):
         # on and that no samples are drawn to monitor the training.
         return RandomDMD2(
             self._context(betas=(0.0, 0.999), weight_decay=0.01),
-            sampling=Sampling("renoise", 8, 5.0, Guidance(1, 1, 0, 1)),
             networks="lora",
             lora=LoraConfig(self.ranks["dmd2"]),
             fake_score=FakeScoreSettings(lr=1e-4, warmup=0),

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from magihuman.errors import UserError
-from magihuman.flow.sigmas import SigmaPrior
-from magihuman.io.export import ExportConfig
 from magihuman.models.config import LORAS
 from magihuman.training.context import TrainingContext
 
@@ -20,7 +18,7 @@ class FakeScoreSettings:
         updates: R, per iteration.
         warmup: iterations at the start in which only the fake score is trained.
         samples_per_rollout: updates that use a rollout before the student is rolled out again.
-        first_step: steps before this one are left out; their data estimates are blurred.
+        first_step: steps before this one are left out, since their data estimates are blurred; None is the last step.
 
     Raises:
         UserError: at construction, for values out of range.
@@ -30,7 +28,7 @@ class FakeScoreSettings:
     updates: int = 5
     warmup: int = 10
     samples_per_rollout: int = 6
-    first_step: int = 0
+    first_step: int | None = 0
 
     def __post_init__(self) -> None:
         if self.updates < 1 or self.samples_per_rollout < 1 or self.warmup < 0 or not self.lr > 0:
@@ -40,30 +38,15 @@ class FakeScoreSettings:
             )
 
 
-def check_settings(
-    context: TrainingContext,
-    teacher: ExportConfig,
-    sigma: SigmaPrior | None,
-    sharing: str,
-    first_steps: dict[str, int],
-    steps: int,
-    micro_batch: int | None,
-) -> None:
+def check_settings(context: TrainingContext, sharing: str, micro_batch: int | None) -> None:
     """Refuse combinations of settings that DMD-2 cannot train with.
 
     Args:
-        sigma: prior set for the fake score, or None.
-        sharing: recipe.networks; first_steps: setting -> step; steps: K.
+        sharing: recipe.networks.
 
     Raises:
         UserError: naming the setting.
     """
-    # The prior of released weights is unknown; config.json of those trained here has it.
-    if sigma is not None and sigma != teacher.sigma_prior and "released" not in teacher.provenance:
-        raise UserError(
-            f"recipe.sigma={sigma.to_dict()} is not the prior that {context.init} was trained with "
-            f"({teacher.sigma_prior.to_dict()}); without timestep input the fake score needs the teacher's: remove recipe.sigma"
-        )
     if context.trainer.accumulate != 1:
         raise UserError(
             f"trainer.accumulate={context.trainer.accumulate} is not supported by dmd2, which updates two networks; "
@@ -82,9 +65,25 @@ def check_settings(
         raise UserError(
             "strategy.reshard_after_forward=false would keep all networks of dmd2 gathered in memory; leave it true"
         )
-    for name, step in first_steps.items():
-        if not 0 <= step < steps:
-            raise UserError(f"{name}={step} is not one of the {steps} steps of recipe.sampling; give 0 to {steps - 1}")
+
+
+def first_steps(steps: int, student: int | None, fake_score: int | None) -> tuple[int, int]:
+    """First step of a K-step student that student and fake score are trained on; None gives K // 2 and K - 1.
+
+        first_steps(8, None, None)    # (4, 7)
+        first_steps(1, None, None)    # (0, 0)
+
+    Raises:
+        UserError: no step at all, or a step that the student does not have.
+    """
+    if steps < 1:
+        raise UserError(f"recipe.steps={steps} must be at least 1")
+    given = {"recipe.first_step": student, "recipe.fake_score.first_step": fake_score}
+    if wrong := [f"{name}={step}" for name, step in given.items() if step is not None and not 0 <= step < steps]:
+        raise UserError(
+            f"{' and '.join(wrong)} must be one of the steps 0 to {steps - 1} of recipe.steps={steps}; null derives it"
+        )
+    return steps // 2 if student is None else student, steps - 1 if fake_score is None else fake_score
 
 
 def check_resume(checkpoint: Mapping[str, Any], init: str | None, state: Mapping[str, Any]) -> None:

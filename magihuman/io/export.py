@@ -59,7 +59,8 @@ class ExportConfig:
 
     Attributes:
         codecs: name of the codecs and text encoder (`magihuman.codecs.bundle`), stored under "world"; contract: their latents.
-        sigma_prior: distribution of noise levels in training.
+        sigma_prior: distribution of noise levels in training; None if it is unknown: of the released weights, and of what was
+            trained from them.
         provenance: facts about the training (command, seed, parents by sha256, metrics).
     """
 
@@ -67,10 +68,15 @@ class ExportConfig:
     pack: PackConfig
     codecs: str
     contract: Contract
-    sigma_prior: SigmaPrior = field(default_factory=SigmaPrior)
+    sigma_prior: SigmaPrior | None = None
     sampling: Sampling = field(default_factory=Sampling)
     size: Size = field(default_factory=Size)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def assumed_prior(self) -> SigmaPrior:
+        """`sigma_prior`, or uniform noise levels if it is unknown."""
+        return self.sigma_prior or SigmaPrior("uniform")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -79,7 +85,7 @@ class ExportConfig:
             "pack": self.pack.to_dict(),
             "world": self.codecs,
             "contract": self.contract.to_dict(),
-            "sigma_prior": self.sigma_prior.to_dict(),
+            "sigma_prior": None if self.sigma_prior is None else self.sigma_prior.to_dict(),
             "sampling": asdict(self.sampling),
             "size": asdict(self.size),
             "provenance": self.provenance,
@@ -95,16 +101,18 @@ class ExportConfig:
             for name, schema in (("sampling", Sampling), ("size", Size)):
                 check_limits(values[name], name)
                 check(values[name], schema, name)
-            sampling = dict(values["sampling"])
+            sampling, prior, provenance = dict(values["sampling"]), values["sigma_prior"], values.get("provenance", {})
+            if "released" in provenance:  # before version 0.3.0 these files called the unknown prior uniform
+                prior = None
             return cls(
                 model=DiTConfig.from_dict(values["model"]),
                 pack=PackConfig.from_dict(values["pack"]),
                 codecs=values["world"],
                 contract=Contract.from_dict(values["contract"]),
-                sigma_prior=SigmaPrior.from_dict(values["sigma_prior"]),
+                sigma_prior=None if prior is None else SigmaPrior.from_dict(prior),
                 sampling=Sampling(**{**sampling, "guidance": Guidance.from_dict(sampling["guidance"])}),
                 size=Size(**values["size"]),
-                provenance=values.get("provenance", {}),
+                provenance=provenance,
             )
         except KeyError as error:
             raise UserError(f"the checkpoint's config.json has no {error}") from None

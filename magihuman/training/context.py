@@ -155,7 +155,7 @@ def build_recipe(node: Mapping[str, Any], context: TrainingContext) -> Any:
         try:
             make_solver(sampling.solver, sampling.steps, sampling.shift)
         except UserError as error:
-            raise UserError(f"recipe.sampling: {error}") from None
+            raise UserError(f"sampler of the recipe: {error}") from None
     return recipe
 
 

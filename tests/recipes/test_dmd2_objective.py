@@ -11,6 +11,7 @@ from toy_mixture import Mixture, gaussian, ring
 
 from inference.sampling import sample
 from magihuman.distill.discriminator import Discriminator, GanSettings
+from magihuman.distill.fake_score_settings import first_steps
 from magihuman.distill.objective import matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout
 from magihuman.errors import UserError
@@ -18,7 +19,7 @@ from magihuman.flow.guidance import Guidance, combine
 from magihuman.flow.path import add_noise, velocity_target, x0_from_velocity
 from magihuman.flow.sampling import Conditioning, Pair, seeded
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior, sigma_grid
-from magihuman.io.export import Sampling
+from magihuman.io.export import ExportConfig
 
 EVERYWHERE = torch.ones(1, 1)
 
@@ -166,18 +167,59 @@ def test_what_a_blind_network_knows_depends_on_its_prior(dimensions, low, high) 
     assert low <= (five - one).norm() / truth.velocity(y, torch.full((256,), 0.8)).norm() <= high
 
 
-def test_a_fake_score_with_another_prior_is_refused(tmp_path: Path) -> None:
-    sampling = Sampling("renoise", 4, 5.0)
+def test_the_fake_score_has_the_teachers_prior_and_another_one_is_noted(tmp_path: Path) -> None:
     settings = toy_dmd2.make_context(tmp_path)
-    with pytest.raises(UserError, match=r"recipe.sigma=.*is not the prior.*remove recipe.sigma"):
-        toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0))
-    assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=toy_dmd2.PRIOR).sigma == toy_dmd2.PRIOR
-    assert toy_dmd2.DMD2(settings, sampling=sampling).sigma == toy_dmd2.PRIOR
+    for sigma in (None, toy_dmd2.PRIOR):
+        made = toy_dmd2.DMD2(settings, sigma=sigma)
+        assert (made.sigma, made.notes()) == (toy_dmd2.PRIOR, [])
+    other = SigmaPrior(shift=1.0)
+    made = toy_dmd2.DMD2(settings, sigma=other)
+    assert made.sigma == made.export_config().sigma_prior == other
+    (note,) = made.notes()
+    assert "'shift': 1.0" in note
+    assert f"is not the prior that {tmp_path} was trained with" in note
+    assert "remove recipe.sigma" in note
 
-    # Of published weights nobody knows it.
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": {"released": "base"}}))
-    assert toy_dmd2.DMD2(settings, sampling=sampling, sigma=SigmaPrior(shift=1.0)).sigma.shift == 1
+
+def test_the_prior_of_published_weights_is_unknown_and_stays_so(tmp_path: Path) -> None:
+    settings = toy_dmd2.make_context(tmp_path)
+    file, own = tmp_path / "config.json", toy_dmd2.PRIOR.to_dict()
+    # As conversions wrote it before version 0.3.0, and as they and what is trained from them do now.
+    for made, prior in (
+        ({"released": "base"}, own),
+        ({"released": "base"}, None),
+        ({"recipe": "recipes.lora.Lora"}, None),
+    ):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": made, "sigma_prior": prior}))
+        for sigma in (None, toy_dmd2.PRIOR):
+            recipe = toy_dmd2.DMD2(settings, sigma=sigma)
+            assert recipe.sigma == (sigma or SigmaPrior("uniform"))
+            (note,) = recipe.notes()
+            assert f"noise levels that init={tmp_path} was trained with are unknown" in note
+            exported = recipe.export_config()
+            assert exported.sigma_prior is None
+            assert ExportConfig.from_dict(exported.to_dict()) == exported
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sigma_prior": own}))
+    assert toy_dmd2.DMD2(settings).export_config().sigma_prior == toy_dmd2.PRIOR  # the control: known
+
+
+@pytest.mark.parametrize(("steps", "given", "found"), [
+    (8, (None, None), (4, 7)), (4, (None, None), (2, 3)), (2, (None, None), (1, 1)), (1, (None, None), (0, 0)),
+    (4, (0, None), (0, 3)), (8, (0, 0), (0, 0)), (2, (1, 0), (1, 0)),
+])  # fmt: skip
+def test_first_steps_follow_from_the_number_of_steps(steps, given, found) -> None:
+    assert first_steps(steps, *given) == found
+
+
+@pytest.mark.parametrize(("steps", "given", "said"), [
+    (4, (4, None), "recipe.first_step=4 must be one of the steps 0 to 3 of recipe.steps=4; null derives it"),
+    (2, (4, 7), "recipe.first_step=4 and recipe.fake_score.first_step=7 must be one of the steps 0 to 1"),
+    (8, (0, -1), "recipe.fake_score.first_step=-1 must be"), (0, (None, None), "recipe.steps=0 must be at least 1"),
+])  # fmt: skip
+def test_a_step_that_the_student_does_not_have_is_refused(steps, given, said) -> None:
+    with pytest.raises(UserError) as error:
+        first_steps(steps, *given)
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize(("size", "dtype", "low", "high"), [
@@ -272,7 +314,7 @@ def gradients(folder: Path, tiles: int = 1, teacher_video: float = 0.5, **weight
         lambda x, s: Pair(teacher_video * x.video, 0.6 * x.audio),
         lambda x, s: Pair(0.3 * x.video + 0.1, 0.2 * x.audio - 0.1), student, student,
     )  # fmt: skip
-    made = PairDMD2(toy_dmd2.make_context(folder), networks, None, sampling=Sampling("renoise", 2, 5.0), **weights)
+    made = PairDMD2(toy_dmd2.make_context(folder), networks, None, steps=2, **weights)
     made.configure_model()
     draw = torch.Generator().manual_seed(10)
 
@@ -362,7 +404,7 @@ def test_the_objective_is_guided_as_the_teacher_is_sampled(tmp_path, monkeypatch
     assert set(seen) == {5.0, 2.0, 4.0}
     in_the_sampler = torch.tensor(seen).view(100, 2)  # [steps, modalities]
 
-    settings = {"sampling": Sampling("renoise", 8, 5.0), "guidance": guidance}
+    settings = {"steps": 8, "guidance": guidance}
     made = SidesDMD2(toy_dmd2.make_context(tmp_path), None, None, **settings)
     sigma = sigma_grid(100, 5.0)[:-1]
     x = Pair(torch.zeros(100, 3, 1, 2, 2), torch.zeros(100, 2, 4))

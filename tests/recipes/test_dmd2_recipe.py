@@ -24,17 +24,15 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
 from magihuman.flow.sampling import Conditioning, Pair
-from magihuman.io.export import Sampling
 from magihuman.models.tokens import patchify
 
 GUIDANCE = Guidance(3.0, 1.5, 500, 2.0)
-RENOISE = Sampling("renoise", 3, 5.0)
 
 
 def made(folder: Path, *, precision: str = "fp32", **settings: Any) -> Watched:
     chosen = make_context(folder, guidance=GUIDANCE, precision=precision, lr=1e-2)
     fake_score = FakeScoreSettings(lr=1e-2, updates=2, warmup=0)
-    recipe = Watched(chosen, **{"sampling": RENOISE, "fake_score": fake_score, **settings})
+    recipe = Watched(chosen, **{"steps": 3, "fake_score": fake_score, **settings})
     recipe.configure_model()
     return recipe
 
@@ -165,7 +163,7 @@ class Phases(Watched):
 def phases(folder: Path, **settings: Any) -> tuple[Phases, list[Any]]:
     recipe = Phases(
         make_context(folder, guidance=GUIDANCE, precision="bf16"),
-        sampling=RENOISE, fake_score=FakeScoreSettings(updates=2, warmup=1), micro_batch=1, **settings,
+        steps=3, fake_score=FakeScoreSettings(updates=2, warmup=1), micro_batch=1, **settings,
     )  # fmt: skip
     recipe.held = []
     recipe.configure_model()
@@ -213,7 +211,7 @@ def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(tmp_path) -> No
     for size in (None, 2):
         torch.manual_seed(0)
         settings = {"fake_score": FakeScoreSettings(lr=1e-4, updates=2, warmup=0), "micro_batch": size}
-        recipe = Noted(make_context(tmp_path, guidance=GUIDANCE), sampling=RENOISE, **settings)
+        recipe = Noted(make_context(tmp_path, guidance=GUIDANCE), steps=3, **settings)
         recipe.gradients = []
         recipe.configure_model()
         recipe.training_step(training_stub.batch(range(3)), 0)
@@ -228,7 +226,7 @@ def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(tmp_path) -> No
 def test_settings_reach_what_they_set(tmp_path, monkeypatch) -> None:
     recipe = Watched(
         make_context(tmp_path, guidance=GUIDANCE, steps=10, lr=5e-4, schedule="linear", final=0.1),
-        sampling=Sampling("renoise", 3, 5.0, GUIDANCE), fake_score=FakeScoreSettings(lr=3e-4, warmup=4),
+        steps=3, fake_score=FakeScoreSettings(lr=3e-4, warmup=4),
         gan=GanSettings(weight=0.1, lr=7e-4), video_weight=2.0, audio_weight=0.5, first_step=2,
         guidance=Guidance(1, 1, 0, 1), monitor=MonitorSettings(every=1, prompts=1, samples=2),
     )  # fmt: skip
@@ -294,7 +292,7 @@ def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> 
 
 def test_a_student_is_not_gan_before_its_first_update(tmp_path, monkeypatch) -> None:
     recipe = Watched(
-        make_context(tmp_path), sampling=RENOISE, fake_score=FakeScoreSettings(updates=1, warmup=4), micro_batch=3,
+        make_context(tmp_path), steps=3, fake_score=FakeScoreSettings(updates=1, warmup=4), micro_batch=3,
         monitor=MonitorSettings(every=1, prompts=2, samples=4, patience=2),
     )  # fmt: skip
     recipe.configure_model()
@@ -321,7 +319,7 @@ def teacher(tmp_path_factory) -> Path:
 def common(teacher: Path) -> list[str]:
     return [
         "+recipe=dmd2", f"init={teacher}", "trainer.max_steps=6", "checkpoint.every_steps=100",
-        "recipe.fake_score.warmup=2", "recipe.fake_score.updates=2", "recipe.sampling.steps=3", "recipe.first_step=0",
+        "recipe.fake_score.warmup=2", "recipe.fake_score.updates=2", "recipe.steps=3", "recipe.first_step=0",
         "recipe.fake_score.first_step=0", "recipe.monitor={every: 2, prompts: 2, samples: 2, patience: 99}",
         "recipe.first_frame=0.5", "callbacks.validation=null",
     ]  # fmt: skip

@@ -34,7 +34,7 @@ def part(first_frame: bool = False) -> MicroBatch:
 
 
 def made(folder: Path, kind: type[Alone] = Alone, **settings: Any) -> Any:
-    recipe = kind(make_context(folder, guidance=GUIDANCE), **{"sampling": RENOISE, **settings})
+    recipe = kind(make_context(folder, guidance=GUIDANCE), **{"steps": 8, **settings})
     recipe.configure_model()
     return recipe
 
@@ -166,7 +166,7 @@ def test_updates_and_passes_of_a_cycle_are_counted(
     """A cycle of 8 steps and 5 updates is one rollout 8, fake score 5 x 4, student 4, fake score 1, guided teacher 2."""
     warmup, cycles = 2, 5
     fake_score = FakeScoreSettings(updates=updates, warmup=warmup, samples_per_rollout=samples_per_rollout)
-    recipe = made(tmp_path, Watched, sampling=Sampling("renoise", steps, 5.0), fake_score=fake_score)
+    recipe = made(tmp_path, Watched, steps=steps, fake_score=fake_score)
     passes, moved = [], []
     for cycle in range(cycles):
         before = [w.clone() for w in recipe.networks.weights("student").values()]

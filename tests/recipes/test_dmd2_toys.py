@@ -11,7 +11,6 @@ from toy_mixture import Figures, Mixture, compare, ring
 
 from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
-from magihuman.io.export import Sampling
 
 RING = ring()
 COUNT = 4000
@@ -33,7 +32,7 @@ def recipe(
     context = toy_dmd2.make_context(folder, steps=cycles, seed=seed, lr=rates[0], ema_decay=0.95)
     fake_score = FakeScoreSettings(lr=rates[1], updates=5, warmup=10)
     return PointDMD2(
-        context, start, field, sound, sampling=Sampling("renoise", 4, 5.0), score=ScoreLevels(shift), fake_score=fake_score
+        context, start, field, sound, steps=4, score=ScoreLevels(shift), fake_score=fake_score
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ LORA = [*COMMON, "+recipe=lora", "recipe.lora.rank=2", "recipe.text_drop=0.4", "
 SR = [*COMMON, "+recipe=sr", "callbacks.validation.every_steps=2"]
 DMD2 = [
     *COMMON, "+recipe=dmd2", "recipe.fake_score={warmup: 1, updates: 2, first_step: 0, lr: 1e-4}", "optim.lr=1e-4",
-    "recipe.sampling.steps=2", "recipe.first_step=0", "recipe.micro_batch=2", "recipe.first_frame=0.5",
+    "recipe.steps=2", "recipe.first_step=0", "recipe.micro_batch=2", "recipe.first_frame=0.5",
     "recipe.monitor={every: 2, prompts: 2, samples: 2, patience: 99}", "callbacks.validation=null",
     "recipe.gan={weight: 0.1, start: 2}",
 ]  # fmt: skip

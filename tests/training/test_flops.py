@@ -140,7 +140,7 @@ class TestDMD2:
 
     def made(self, folder: Path, guidance: Guidance = UNGUIDED, **settings: Any) -> Alone:
         usual: dict[str, Any] = {
-            "sampling": Sampling("renoise", 8, 5.0), "fake_score": FakeScoreSettings(updates=5, warmup=1), "lora": SIZE
+            "steps": 8, "fake_score": FakeScoreSettings(updates=5, warmup=1), "lora": SIZE
         }  # fmt: skip
         recipe = Alone(make_context(folder, guidance=guidance), **{**usual, **settings})
         recipe.configure_model()
