@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the parent process imports the tasks only by name
 
     from magihuman.codecs.bundle import CodecBundle
 
+PRELOADED = ("data.encode", "torch", "webdataset.writer", "magihuman.codecs.bundle")  # once for all workers
 AGAIN = "the same command tries again"
 CRASHED = f"crashes the decoder (its process died twice; {AGAIN})"
 SILENCE = 1e-4  # peak below which audio counts as silent (-80 dB)
@@ -127,8 +128,10 @@ def write_shard(job: ShardJob, tick: Tick, excluded: frozenset[str]) -> ShardRes
                 state = "is silent" if clip.wave is not None else "is missing"
                 rejected[planned.key] = f"its audio {state} (silent=true takes it)"
                 continue
-            bucket = Bucket(planned.frames, planned.height, planned.width, audio)
-            if problem := _encode(codecs, options, bucket, planned, clip, writer):
+            tensors = encode_clip(
+                codecs, clip if audio else replace(clip, wave=None), planned, options.pixels, options.device
+            )
+            if problem := store(writer, codecs, planned, tensors):
                 rejected[planned.key] = problem
     return ShardResult(writer.entries, rejected, frozenset(transient))
 
@@ -191,39 +194,44 @@ def _still(path: str, size: tuple[int, int]) -> torch.Tensor:
         return reader.read(fps=1000.0, frames=1, size=size).frames
 
 
-def _encode(
-    codecs: CodecBundle,
-    options: PrepareOptions,
-    bucket: Bucket,
-    planned: PlannedClip,
-    clip: MediaClip,
-    writer: ShardWriter,
-) -> str:
-    """Encode a clip and add it to the shard; returns why it cannot be, or "".
+def encode_clip(
+    codecs: CodecBundle, clip: MediaClip, planned: PlannedClip, pixels: bool = False, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Tensors of a clip's sample: video, text, audio where the clip has a wave, and what the arguments ask for.
 
     By itself, because codecs round otherwise in batches: a sample must not depend on the clips that are encoded with it.
-    """
-    import torch
 
+    Args:
+        clip: at the size of `planned` (`large` where it has one) and at the codecs' frame and sample rate.
+        pixels: add the frames.
+    """
     from magihuman.flow.super_resolution import shrink_pictures
 
-    frames = clip.frames[None].to(options.device)  # [1,F,H,W,3]
-    pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    frames = clip.frames[None].to(device)  # [1,F,H,W,3]
+    pictures = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     tensors: dict[str, torch.Tensor] = {}
     if planned.large is not None:
-        tensors[LARGE] = codecs.video_codec.encode(pixels)[0].cpu()
+        tensors[LARGE] = codecs.video_codec.encode(pictures)[0].cpu()
         # From the same pixels, so that both sizes are aligned to a fraction of a pixel.
-        pixels = shrink_pictures(pixels, bucket.height, bucket.width)
-    tensors["video"] = codecs.video_codec.encode(pixels)[0].cpu()
-    if options.pixels:
-        tensors["frames"] = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).byte().cpu()  # [3,F,H,W]
-    if bucket.audio and clip.wave is not None:
+        pictures = shrink_pictures(pictures, planned.height, planned.width)
+    tensors["video"] = codecs.video_codec.encode(pictures)[0].cpu()
+    if pixels:
+        tensors["frames"] = ((pictures[0] + 1) * 127.5).round().clamp(0, 255).byte().cpu()  # [3,F,H,W]
+    if clip.wave is not None:
         # One audio latent per pixel frame: the wave is as long as the frames, to the sample.
-        wave = clip.wave[:, : codecs.audio_codec.hop * bucket.frames]
-        tensors["audio"] = codecs.audio_codec.encode(wave[None].to(options.device))[0].cpu()
+        wave = clip.wave[:, : codecs.audio_codec.hop * planned.frames]
+        tensors["audio"] = codecs.audio_codec.encode(wave[None].to(device))[0].cpu()
     tensors["text"] = codecs.text_encoder.encode([planned.caption])[0].cpu()
+    return tensors
+
+
+def store(writer: ShardWriter, codecs: CodecBundle, planned: PlannedClip, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Add a clip's sample to a shard; returns why it cannot be, or ""."""
+    import torch
+
     if not all(bool(torch.isfinite(value.half()).all()) for value in tensors.values()):
         return "its latents are not finite in half precision"
+    bucket = Bucket(planned.frames, planned.height, planned.width, "audio" in tensors)
     meta = {
         "caption": planned.caption,
         "source": planned.relative.encode("utf-8", "backslashreplace").decode(),

@@ -26,7 +26,7 @@ from typing import Any
 
 from data.captions import read_tables
 from data.clip_plan import ClipFormats, PlannedClip, make_plan
-from data.encode import VERSION, ShardJob, ShardResult, describe_codecs, probe_files, write_shard
+from data.encode import PRELOADED, VERSION, ShardJob, ShardResult, describe_codecs, probe_files, write_shard
 from data.options import PrepareOptions
 from data.prepare_report import PrepareReport, make_report
 from data.scan import MediaFile, list_files
@@ -40,7 +40,6 @@ PROBED = "seen.jsonl"  # the result of probing each file,
 SETTINGS = "settings.json"  # options and codecs that decide the samples,
 CRASHED = "crashed.json"  # and the files of an unfinished run that crash the decoder
 PROBE_CHUNK = 32  # files per probing task
-PRELOADED = ("data.encode", "torch", "webdataset.writer", "magihuman.codecs.bundle")  # once for all workers
 
 
 def prepare(options: PrepareOptions) -> PrepareReport:
