@@ -12,7 +12,7 @@ import torch
 from eval import dmd2, readme_tables
 from eval.clip_values import read_clip_values
 from eval.clips import held_out, noise_seed
-from eval.generate import TIMED, Sampler, sample_all
+from eval.generate import TIMED, Sampler, sample_all, tiny_pipelines
 from eval.output import short_names
 from eval.paired import claims
 from eval.puppets import generate
@@ -104,6 +104,18 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
         "speed against teacher, 2 steps, CFG",
     ]
     assert result["verdicts"][COLUMNS[-1]].keys() == set(about)
+
+
+def test_checkpoints_are_sampled_with_the_bits_of_the_reference(runs, world):
+    (pipeline,) = tiny_pipelines("eval.dmd2", str(runs / "teacher"), device="cpu")
+    assert pipeline.denoiser.tier == "exact"
+    prompts = [puppet.caption for puppet in held_out(2)]
+    reference = Pipeline(zoo.load(str(runs / "teacher")), world)
+    settings = reference.settings()
+    assert settings.guidance.needed
+    for own, other in zip(*(one.draft(prompts, [3, 4], settings) for one in (pipeline, reference)), strict=True):
+        assert torch.equal(own.video, other.video)
+        assert torch.equal(own.audio, other.audio)
 
 
 def test_pictures_are_not_empty(runs, compared):
