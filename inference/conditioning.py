@@ -76,16 +76,19 @@ def _unusable(path: str | Path, error: UserError) -> UserError:
     return UserError(f"audio={path}: {error}{hint}")
 
 
-def read_negative_prompt(path: str | Path) -> tuple[str, str | None]:
+def read_negative_prompt(path: str | Path, setting: str = "negative_prompt_file") -> tuple[str, str | None]:
     """The text of a negative prompt's file, without the line feed at its end, and a warning if it is not the
     released one.
+
+    Args:
+        setting: that names the file, for messages.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8.
     """
-    text = read_text(path, f"negative_prompt_file={path}").rstrip("\n")
+    text = read_text(path, f"{setting}={path}").rstrip("\n")
     if not text.strip():
-        raise UserError(f"negative_prompt_file={path} is empty")
+        raise UserError(f"{setting}={path} is empty")
     found = hashlib.sha256(text.encode()).hexdigest()
     if found == NEGATIVE_SHA256:
         return text, None

@@ -19,6 +19,7 @@ Specific to this network and to joint audio and video:
   - Without timestep input v_F = v_T at p_student = p_data holds only if both were trained with the same prior of noise
     levels, so the fake score uses the teacher's prior. The more entries the latents have, the less the prior matters,
     since they show the level. The levels of step 3 are free: they weight the integral.
+  - Motion weights of a loss change what it learns (`magihuman.training.motion`), so the fake score has the teacher's.
   - Audio has a hundredth of the video's entries, so every mean and normaliser is per modality.
   - First frames and audio given as conditioning stay clean in the inputs of all networks, and are left out of the loss.
   - The fake score cannot tell the steps k apart. Fitted to all of them it learns a mixture, and final samples
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman import zoo
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.distill.collapse_monitor import CollapseMonitor, MonitorSettings, update_statistics
 from magihuman.distill.discriminator import Discriminator, GanSettings
 from magihuman.distill.fake_score_settings import (
@@ -55,6 +57,7 @@ from magihuman.flow.path import add_noise, x0_from_velocity
 from magihuman.flow.sampling import MODALITIES, Pair, each
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior
 from magihuman.io.export import Sampling
+from magihuman.io.text_features import read_text_features
 from magihuman.models.config import LORAS, LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import distillation_flops
@@ -62,6 +65,7 @@ from magihuman.models.lora import base_state, lora_state, merge, without_base
 from magihuman.training import parallel
 from magihuman.training.callbacks import evaluating
 from magihuman.training.context import TrainingContext
+from magihuman.training.motion import motion_weight
 from magihuman.training.optim import (
     build_optimizer,
     build_schedule,
@@ -89,6 +93,8 @@ class DMD2(Recipe):
             weights). Another one than a known prior is noted.
         score: noise levels of the student's objective.
         guidance: of the teacher in the objective; None takes the one that its checkpoint is sampled with.
+        negative: file with the text features of the teacher's unconditional branch (`python -m inference.encode_text`); None
+            takes those of the empty prompt, which is refused where the codecs' guided models expect a negative prompt.
         fake_score: its learning rate, updates R and steps.
         networks: weight sharing: full, lora_fake_score or lora, see `magihuman.distill.networks`; lora: size of LoRAs.
         monitor: limits of the collapse monitor.
@@ -119,6 +125,7 @@ class DMD2(Recipe):
         sigma: SigmaPrior | None = None,
         score: ScoreLevels = SCORE,
         guidance: Guidance | None = None,
+        negative: str | None = None,
         fake_score: FakeScoreSettings = FAKE_SCORE,
         networks: str = "full",
         lora: LoraConfig = LORA,
@@ -149,8 +156,12 @@ class DMD2(Recipe):
         self.sigma = sigma or teacher.assumed_prior
         self.teacher_sampling = teacher.sampling
         self.guidance = guidance or teacher.sampling.guidance
+        self.negative = self.unconditional_text(negative, monitor.every > 0)
         self.sampling = Sampling(solver, steps, shift, Guidance(1, 1, 0, 1))
         self.score, self.fake_score_settings = score, fake_score
+        recorded = float(teacher.provenance.get("motion_floor", 1.0))
+        self.motion_floor = recorded if fake_score.motion_floor is None else fake_score.motion_floor
+        require_shares(**{"fake_score.motion_floor": self.motion_floor})
         self.sharing, self.lora = networks, lora
         self.modality_weights = {"video": video_weight, "audio": audio_weight}
         self.first_frame, self.audio_conditioning = first_frame, audio_conditioning
@@ -161,6 +172,25 @@ class DMD2(Recipe):
         self.student_updates = self.fake_score_updates = 0
         self.networks: Networks | None = None
         self.strict_loading = networks == "full"  # else the frozen base is not in the checkpoint
+
+    def unconditional_text(self, negative: str | None, monitored: bool) -> Tensor:
+        """[S,Ct] text features of the teacher's unconditional branch; `monitored`: its samples are watched, too.
+
+        Raises:
+            UserError: the file `negative` cannot be used, is given for nothing, or is needed and not given.
+        """
+        guided = self.guidance.needed or (monitored and self.teacher_sampling.guidance.needed)
+        if negative is not None:
+            if not guided:
+                raise UserError(f"recipe.negative={negative} has no effect, as the teacher is not guided: leave it out")
+            return read_text_features(negative, self.context.contract.text_channels, "recipe.negative")
+        if guided and bundle_spec(self.context.codecs).negative_prompt:
+            raise UserError(
+                "guidance of the released model needs the features of its negative prompt: "
+                "`MAGIHUMAN_RELEASE=CHECKOUT python -m inference.encode_text output=negative.safetensors` makes them; give "
+                "recipe.negative=negative.safetensors (or, for the empty prompt, null_text.safetensors of the shards)"
+            )
+        return self.context.null_text
 
     def notes(self) -> list[str]:
         found = super().notes()
@@ -214,7 +244,8 @@ class DMD2(Recipe):
         noise = micro.normal()
         noisy = conditioning.insert(each(add_noise, x0, noise, sigma))
         velocity = self.velocity("fake_score", micro.text, noisy, sigma)
-        losses = each(fake_score_loss, velocity, x0, noise, conditioning.mask)
+        weights = Pair(motion_weight(x0.video, self.motion_floor), torch.ones_like(sigma.audio).view(-1, 1, 1))
+        losses = each(fake_score_loss, velocity, x0, noise, conditioning.mask, weights)
         for name, values, mask in zip(MODALITIES, losses, conditioning.mask, strict=True):
             self.meter.add(f"fake_score/{name}", values, mask.flatten(1).amax(1))
         loss = self.weighted(losses)
@@ -311,8 +342,8 @@ class DMD2(Recipe):
         unguided = self.velocity("teacher", text, x, sigma)
         if not guidance.needed:
             return unguided, unguided
-        null = [self.context.null_text.to(x.video.device)] * len(text)
-        unconditional = self.velocity("teacher", null, x, sigma)
+        negative = [self.negative.to(x.video.device)] * len(text)
+        unconditional = self.velocity("teacher", negative, x, sigma)
         scales = (guidance.at(name, levels, x.video) for name, levels in zip(MODALITIES, sigma, strict=True))
         return Pair(*map(combine, unguided, unconditional, scales)), unguided
 
@@ -365,7 +396,7 @@ class DMD2(Recipe):
             steps=self.sampling.steps, updates=settings.updates,
             samples_per_rollout=settings.samples_per_rollout, student_updated=step >= settings.warmup,
             discriminator=self.gan.network if with_gan else None,
-            null_text=len(self.context.null_text) if self.guidance.needed else None,
+            null_text=len(self.negative) if self.guidance.needed else None,
             discriminator_layers=self.taps[-1] + 1,
         )  # fmt: skip
         return float(sum(count(sample) for sample in self.samples(batch)))

@@ -14,7 +14,7 @@ One batch:
 A missing or clean modality adds nothing to the loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from magihuman.errors import UserError
 from magihuman.flow.path import masked_mean_per_sample, velocity_target
 from magihuman.flow.sigmas import SigmaPrior
-from magihuman.io.export import Sampling
+from magihuman.io.export import ExportConfig, Sampling
 from magihuman.models.config import TreadConfig
 from magihuman.models.flops import passes
 from magihuman.training.context import TrainingContext
@@ -107,6 +107,11 @@ class Pretrain(Recipe):
         super().configure_model()
         assert self.denoiser is not None
         self.denoiser.model.tread = self.tread
+
+    def export_config(self) -> ExportConfig:
+        """As in every recipe, with the latest floor of the motion weights, which a fake score should be trained with, too."""
+        config, floor = super().export_config(), value_at(self.motion_floor, self.progress)
+        return replace(config, provenance={**config.provenance, "motion_floor": floor})
 
     def loss(self, batch: dict[str, Any], rng: BatchRng) -> Tensor:
         noised = self.noised(batch, rng, conditioned=True)

@@ -31,8 +31,8 @@ from magihuman.distill.discriminator import GanSettings
 from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
-from magihuman.flow.sigmas import SigmaPrior
 from magihuman.io.export import CONFIG, ExportConfig, Sampling, Size
+from magihuman.io.text_features import write_text_features
 from magihuman.models.config import Checkpointing, Contract, LoraConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import forward_flops
@@ -47,6 +47,7 @@ from recipes.lora import Lora
 CHECKPOINTING: dict[str, Checkpointing] = {"none": False, "blocks": True, "attention": "attention"}
 """Values of trainer.activation_checkpointing: nothing is recomputed, whole blocks, or all but attention."""
 
+NEGATIVE = "negative.safetensors"
 _RANKS = {"lora": 32, "dmd2": 128}
 _TIMED = 4
 
@@ -190,8 +191,7 @@ class TrainingBench(Bench):
             codecs="released",
             contract=self._contract(),
             size=Size(),
-            # As long as the prompt: the released negative prompt has 1,719 characters.
-            null_text=torch.zeros(self.stage.text, config.text_in_channels),
+            null_text=torch.zeros(1, config.text_in_channels),
             optim=OptimSettings(**settings),
             trainer=TrainerSettings(100, precision="bf16"),
             strategy=StrategySettings(),
@@ -221,6 +221,7 @@ class TrainingBench(Bench):
         # on and that no samples are drawn to monitor the training.
         return RandomDMD2(
             self._context(betas=(0.0, 0.999), weight_decay=0.01),
+            negative=str(self.parent / NEGATIVE),
             networks="lora",
             lora=LoraConfig(self.ranks["dmd2"]),
             fake_score=FakeScoreSettings(lr=1e-4, warmup=0),
@@ -251,16 +252,18 @@ class TrainingBench(Bench):
         return Contract("random", "random", "random", *channels, (4, 16, 16), 25.0, 51200, 2)
 
     def _write_parent(self) -> None:
-        """Make a checkpoint folder with a config.json only: recipes read sampler and noise levels of `init` there."""
+        """Make a checkpoint folder with a config.json only, where recipes read the sampler of `init`, and features of a
+        negative prompt as long as the prompt: the released one has 1,719 characters."""
         config = ExportConfig(
             model=self.stage.config,
             pack=self.stage.pack,
             codecs="released",
             contract=self._contract(),
-            sigma_prior=SigmaPrior(),
             sampling=Sampling(guidance=Guidance()),
         )
         (self.parent / CONFIG).write_text(json.dumps(config.to_dict()))
+        negative = torch.zeros(self.stage.text, self.stage.config.text_in_channels)
+        write_text_features(self.parent / NEGATIVE, negative, {})
 
 
 class _Resident(L.LightningModule):

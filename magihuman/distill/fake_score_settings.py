@@ -19,6 +19,8 @@ class FakeScoreSettings:
         warmup: iterations at the start in which only the fake score is trained.
         samples_per_rollout: updates that use a rollout before the student is rolled out again.
         first_step: steps before this one are left out, since their data estimates are blurred; None is the last step.
+        motion_floor: of the weights of its loss (`magihuman.training.motion`), which should be the teacher's; None takes the
+            one that the teacher's training ended with, 1 (no weights) where that is not recorded.
 
     Raises:
         UserError: at construction, for values out of range.
@@ -29,6 +31,7 @@ class FakeScoreSettings:
     warmup: int = 10
     samples_per_rollout: int = 6
     first_step: int | None = 0
+    motion_floor: float | None = None
 
     def __post_init__(self) -> None:
         if self.updates < 1 or self.samples_per_rollout < 1 or self.warmup < 0 or not self.lr > 0:

@@ -49,6 +49,12 @@ def surrogate_loss(x0: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
     return masked_mean_per_sample(0.5 * (x0 - (x0 - gradient).detach()).square(), mask)
 
 
-def fake_score_loss(velocity: Tensor, x0: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
-    """Flow-matching loss on student samples: mean (v - (eps - x0))^2 over generated positions, [B]."""
-    return masked_mean_per_sample((velocity.float() - velocity_target(x0, noise).detach()).square(), mask)
+def fake_score_loss(velocity: Tensor, x0: Tensor, noise: Tensor, mask: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Flow-matching loss on student samples: mean w (v - (eps - x0))^2 over generated positions, [B].
+
+    Args:
+        weight: w, broadcastable; those of the teacher's training, since they change what is learned
+            (`magihuman.training.motion`).
+    """
+    error = velocity.float() - velocity_target(x0, noise).detach()
+    return masked_mean_per_sample(weight * error.square(), mask)

@@ -1,4 +1,12 @@
-"""Motion weights of the loss, and the sync gap: how much the audio helps to predict the moving part of the video."""
+"""Motion weights of the loss, and the sync gap: how much the audio helps to predict the moving part of the video.
+
+The weights w are a function of the clean clip, which the network does not see. So they change what it learns: the minimiser
+of E[w (F(x) - v)^2] is E[w v | x] / E[w | x], not E[v | x]. The two agree where the noisy x
+shows which clip it is, at low noise, and differ where several clips with different motion are possible: the network leans
+towards those that move more at a position. Hence:
+  - a floor that rises to 1 by the end of a training (`recipe.motion_floor`) leaves no bias; one that ends below keeps some;
+  - a fake score that is compared with the network needs the same weights (`recipes.dmd2`).
+"""
 
 from collections.abc import Sequence
 

@@ -11,8 +11,8 @@ from toy_mixture import Mixture, gaussian, ring
 
 from inference.sampling import sample
 from magihuman.distill.discriminator import Discriminator, GanSettings
-from magihuman.distill.fake_score_settings import first_steps
-from magihuman.distill.objective import matching_gradient, surrogate_loss
+from magihuman.distill.fake_score_settings import FakeScoreSettings, first_steps
+from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
 from magihuman.distill.rollout import MicroBatch, Rollout
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance, combine
@@ -20,6 +20,7 @@ from magihuman.flow.path import add_noise, velocity_target, x0_from_velocity
 from magihuman.flow.sampling import Conditioning, Pair, seeded
 from magihuman.flow.sigmas import ScoreLevels, SigmaPrior, sigma_grid
 from magihuman.io.export import ExportConfig
+from magihuman.training.motion import motion_weight
 
 EVERYWHERE = torch.ones(1, 1)
 
@@ -201,6 +202,38 @@ def test_the_prior_of_published_weights_is_unknown_and_stays_so(tmp_path: Path) 
             assert ExportConfig.from_dict(exported.to_dict()) == exported
     file.write_text(json.dumps({**json.loads(file.read_text()), "sigma_prior": own}))
     assert toy_dmd2.DMD2(settings).export_config().sigma_prior == toy_dmd2.PRIOR  # the control: known
+
+
+def test_a_fake_score_needs_the_motion_weights_of_its_teacher(tmp_path: Path) -> None:
+    """Two clips that a noisy input cannot tell apart; E[w v | x] / E[w | x] minimises the weighted loss, not E[v | x]."""
+    draw = torch.Generator().manual_seed(10)
+    clips = torch.randn(2, 3, 4, 2, 2, generator=draw) * torch.tensor([[1.0, 0.1], [0.1, 1.0]]).view(2, 1, 1, 1, 2)
+    noisy = 0.9 * torch.randn(1, 3, 4, 2, 2, generator=draw)
+    noise = (noisy - 0.1 * clips) / 0.9
+    probability = torch.exp(-0.5 * (noise.square() - noise.square().mean(0)).flatten(1).sum(1)).view(2, 1, 1, 1, 1)
+    probability = probability / probability.sum()
+    assert probability.min() > 0.05
+    velocity, weight = noise - clips, motion_weight(clips, 0.4)
+    plain = (probability * velocity).sum(0, keepdim=True)
+    weighted = (probability * weight * velocity).sum(0) / (probability * weight).sum(0)
+
+    def slope(at: Tensor, weights: Tensor | float) -> float:
+        at = at.detach().expand(2, 3, 4, 2, 2).clone().requires_grad_()
+        loss = fake_score_loss(at, clips, noise, torch.ones(1, 1, 1, 1, 1), weights)
+        (loss * probability.flatten()).sum().backward()
+        return float(at.grad.sum(0).abs().max())
+
+    assert slope(weighted, weight) < 1e-6 < 1e-3 < slope(plain, weight)
+    assert slope(plain, 1.0) < 1e-6 < 1e-3 < slope(weighted, 1.0)
+
+    # The recipe takes the floor that the teacher's training recorded, unless it is given.
+    file, settings = tmp_path / "config.json", toy_dmd2.make_context(tmp_path)
+    assert toy_dmd2.DMD2(settings).motion_floor == 1
+    file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": {"motion_floor": 0.7}}))
+    assert toy_dmd2.DMD2(settings).motion_floor == 0.7
+    assert toy_dmd2.DMD2(settings, fake_score=FakeScoreSettings(motion_floor=0.5)).motion_floor == 0.5
+    with pytest.raises(UserError, match=r"recipe.fake_score.motion_floor=1.5 should be in \[0, 1\]"):
+        toy_dmd2.DMD2(settings, fake_score=FakeScoreSettings(motion_floor=1.5))
 
 
 @pytest.mark.parametrize(("steps", "given", "found"), [

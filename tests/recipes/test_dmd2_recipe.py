@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import training_stub
 from processes import Launcher, assert_same, final_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_dit import patchify_target
 from toy_dmd2 import Watched, make_context
 
@@ -24,6 +25,7 @@ from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
 from magihuman.flow.sampling import Conditioning, Pair
+from magihuman.io.text_features import write_text_features
 from magihuman.models.tokens import patchify
 
 GUIDANCE = Guidance(3.0, 1.5, 500, 2.0)
@@ -221,6 +223,63 @@ def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(tmp_path) -> No
         assert whole.keys() == parts.keys()
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=2e-3, atol=1e-5)
+
+
+def test_the_fake_scores_loss_has_the_motion_weights_of_its_samples(tmp_path, monkeypatch) -> None:
+    asked: list[tuple[torch.Tensor, float]] = []
+
+    def weights(x0: torch.Tensor, floor: float) -> torch.Tensor:
+        asked.append((x0, floor))
+        return torch.full((len(x0), 1, 1, 1, 1), 4.0)
+
+    def loss(floor: float) -> dict[str, float]:
+        settings = FakeScoreSettings(lr=1e-2, updates=2, warmup=0, motion_floor=floor)
+        recipe = made(tmp_path, fake_score=settings)
+        recipe.fake_score_objective(conditioned(), 0)
+        return recipe.meter.flush()
+
+    before = loss(1.0)
+    monkeypatch.setattr("recipes.dmd2.motion_weight", weights)
+    after = loss(0.3)
+    assert after["fake_score/video"] == pytest.approx(4 * before["fake_score/video"])
+    assert after["fake_score/audio"] == before["fake_score/audio"]
+    ((x0, floor),) = asked
+    assert floor == 0.3
+    assert torch.equal(x0[[1, 3], :, 0], conditioned().conditioning.latents.video[[1, 3], :, 0])
+
+
+def test_the_unconditional_branch_reads_the_negative_features(tmp_path) -> None:
+    draw, file = torch.Generator().manual_seed(4), tmp_path / "n" / "negative.safetensors"
+    write_text_features(file, torch.randn(3, 5, generator=draw), {})
+    context = replace(make_context(tmp_path / "teacher", guidance=GUIDANCE), codecs="released")
+    with pytest.raises(UserError) as error:
+        Watched(context)
+    assert "python -m inference.encode_text output=negative.safetensors" in str(error.value)
+    assert "recipe.negative=negative.safetensors" in str(error.value)
+    unguided, watched = Guidance(1, 1, 0, 1), MonitorSettings(every=5)
+    with pytest.raises(
+        UserError, match="needs the features of its negative prompt"
+    ):  # the monitor samples the teacher guided
+        Watched(context, guidance=unguided, monitor=watched)
+    assert torch.equal(Watched(context, guidance=unguided).negative, context.null_text)
+    with pytest.raises(UserError, match="has no effect, as the teacher is not guided"):
+        Watched(context, guidance=unguided, negative=str(file))
+    assert torch.equal(Watched(replace(context, codecs="tiny")).negative, context.null_text)
+
+    recipe = Watched(context, negative=str(file))
+    recipe.configure_model()
+    recipe.student_objective(conditioned())
+    texts = [call.text for call in recipe.calls if call.role == "teacher"]
+    assert all(torch.equal(text, load_file(file)["text"].float()) for text in texts[1])
+    assert all(torch.equal(a, b) for a, b in zip(texts[0], conditioned().text, strict=True))
+
+    wrong_width, other_file = {"text": torch.zeros(3, 4)}, {"x": torch.zeros(1)}
+    for content, said in ((wrong_width, r"shape \[3, 4\].*takes 5 channels"), (other_file, "holds no text")):
+        save_file(content, file)
+        with pytest.raises(UserError, match=rf"recipe.negative=.*{said}.*python -m inference.encode_text"):
+            Watched(context, negative=str(file))
+    with pytest.raises(UserError, match=r"recipe.negative=none.safetensors is not a file"):
+        Watched(context, negative="none.safetensors")
 
 
 def test_settings_reach_what_they_set(tmp_path, monkeypatch) -> None:
