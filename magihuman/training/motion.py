@@ -5,7 +5,7 @@ of E[w (F(x) - v)^2] is E[w v | x] / E[w | x], not E[v | x]. The two agree where
 shows which clip it is, at low noise, and differ where several clips with different motion are possible: the network leans
 towards those that move more at a position. Hence:
   - a floor that rises to 1 by the end of a training (`recipe.motion_floor`) leaves no bias; one that ends below keeps some;
-  - a fake score that is compared with the network needs the same weights (`recipes.dmd2`).
+  - a fake score that is compared with the network in a distillation needs the same weights.
 """
 
 from collections.abc import Sequence
