@@ -1,16 +1,18 @@
 """Evaluation of few-step students of the tiny world: against their teacher, the teacher in few steps, and real puppets.
 
     python -m eval.dmd2 student=tiny/distill
-    python -m eval.dmd2 student=runs/dmd2/a,runs/dmd2/b teacher=tiny/base prompts=40 seeds=3
+    python -m eval.dmd2 student=runs/dmd2/a,runs/dmd2/b,runs/dmd2/c one_recipe=true      # verdict on the recipe
 
 All columns are clips of the same held-out prompts (`eval.clips`), models from the same noise; decoders and metrics
-are the same for all (`eval.paired`).
+are the same for all (`eval.paired`). Claims (`eval.verdicts`) are on quality, against the teacher and its few-step
+baselines; on what is matched, against real puppets and against the distillation's target: the teacher with the guidance of
+the training; and on speed.
 """
 
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,28 +20,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.tiny.puppets import SKINS
 from eval import tables
 from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, through_codec
 from eval.diversity import Reference, by_prompt, embed, real_draw
 from eval.generate import Sampler, sample_all, tiny_pipelines
 from eval.output import folder_for, publish, require_at_least, short_names
-from eval.paired import ROWS, Column, Comparison, claims, column
+from eval.paired import ROWS, Column, Comparison, column, share_distance_of
 from eval.scores import Scores
+from eval.verdicts import match_claim, quality_claim, scope, speed_claim
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
     from inference.settings import Settings
+    from magihuman.flow.guidance import Guidance
 
-FORMAT = "magihuman-compare/1"
+FORMAT = "magihuman-compare/2"
 
 
 def run(
     student: str,
     teacher: str = "tiny/base",
-    prompts: int = 40,
-    seeds: int = 3,
+    prompts: int = 120,
+    seeds: int = 4,
+    one_recipe: bool = False,
     batch: int = 10,
     output: str | None = None,
     cache: str | None = "tiny_world/compare",
@@ -57,6 +61,7 @@ def run(
         teacher: checkpoint that they were distilled from, likewise
         prompts: number of captions
         seeds: clips of each caption; diversity needs at least 2
+        one_recipe: the students are one recipe trained with several seeds: one verdict, on the recipe
         batch: clips sampled at once; changes memory and speed only
         output: folder; none is compare/ in a run folder, else runs/compare/NAME
         cache: folder in which the teacher's latents are cached for the next comparison; none caches nothing
@@ -69,22 +74,24 @@ def run(
         and the bound's value.
 
     Raises:
-        UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, or a value that cannot
-            be used.
+        UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, students that are not one
+            recipe, or a value that cannot be used.
     """
     require_at_least(prompts=(prompts, 2), seeds=(seeds, 1), batch=(batch, 1), keep=(keep, 1))
     names = [part.strip() for part in student.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(f"student={student} should name one or more checkpoints, each once, with commas")
+    if one_recipe:
+        require_one_recipe(names)
     start = time.perf_counter()
-    samplers = _samplers(names, teacher, device)
+    samplers, targets = _samplers(names, teacher, device)
     folder = Path(output) if output else folder_for("compare", *names)
     captions = [puppet.caption for puppet in held_out(prompts)]
     sample_all(
         samplers, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
     )  # fmt: skip
     columns, shown = _measured(samplers, captions, seeds, min(keep, prompts), progress)
-    values = _values(Comparison(columns), {"prompts": prompts, "seeds": list(range(seeds))})
+    values = _values(Comparison(columns), targets, one_recipe, {"prompts": prompts, "seeds": list(range(seeds))})
     values["seconds"] = round(time.perf_counter() - start, 1)
     from eval import figures
 
@@ -134,8 +141,70 @@ def sampler_words(settings: "Settings") -> str:
     return f"{settings.steps} {kind}steps, {'CFG' if settings.guidance.needed else 'no CFG'}"
 
 
-def _samplers(names: Sequence[str], teacher: str, device: str) -> list[Sampler]:
-    """The teacher with its own settings, with as few steps as the students, with the students' sampler; the students."""
+def training_settings(checkpoint: str) -> Mapping[str, Any]:
+    """Settings that a checkpoint was trained with, from its run folder or its export; {} where there is no record.
+
+    Raises:
+        UserError: an unknown checkpoint, or a record that cannot be read.
+    """
+    import yaml
+
+    from magihuman import zoo
+
+    folder = zoo.find(checkpoint)
+    homes = (folder.parent, folder) if folder.name == "export" else (folder,)
+    files = [home / name for home in homes for name in ("config.yaml", "training.yaml")]
+    file = next((file for file in files if file.is_file()), None)
+    try:
+        return {} if file is None else dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); restore it") from None
+
+
+def require_one_recipe(names: Sequence[str]) -> None:
+    """Refuse students that are not one recipe trained with several seeds.
+
+    Raises:
+        UserError: a student without a record of its settings, two of the same seed, or settings that differ.
+    """
+    from eval.compare_runs.run_records import NO_SETTING, flatten
+
+    ignored = {*NO_SETTING, "seed", "after_fit", "prompts", "callbacks"}  # what changes no weights
+    known = {name: training_settings(name) for name in names}
+    if unknown := [name for name, settings in known.items() if not settings]:
+        raise UserError(f"one_recipe=true, but {unknown[0]} has no record of its settings (config.yaml, training.yaml)")
+    plain = [
+        {
+            path: value
+            for path, value in flatten(settings)
+            if not any(path == name or path.startswith(f"{name}.") for name in ignored)
+        }
+        for settings in known.values()
+    ]
+    paths = sorted({path for settings in plain for path in settings})
+    differ = [path for path in paths if any(settings.get(path) != plain[0].get(path) for settings in plain)]
+    if differ:
+        raise UserError(f"one_recipe=true, but {', '.join(names)} differ in {', '.join(differ)}; leave one_recipe out")
+    if len(names) < 2 or len({settings.get("seed") for settings in known.values()}) < len(names):
+        raise UserError(f"one_recipe=true needs two or more students of different seeds, not {', '.join(names)}")
+
+
+def _target_guidance(name: str, own: "Guidance") -> "Guidance | None":
+    """Guidance of the teacher in a student's training, its own where the settings say null; None where it is not known."""
+    from magihuman.flow.guidance import Guidance
+
+    recipe = training_settings(name).get("recipe") or {}
+    if "guidance" not in recipe:
+        return None
+    return own if recipe["guidance"] is None else Guidance.from_dict(recipe["guidance"])
+
+
+def _samplers(names: Sequence[str], teacher: str, device: str) -> tuple[list[Sampler], dict[str, str | None]]:
+    """The teacher with its own settings, as the students' target, in as few steps, with their sampler; the students.
+
+    Returns:
+        samplers, and for each student's the name of its target's; None where the guidance of its training is not known.
+    """
     pipelines = tiny_pipelines("eval.dmd2", teacher, *names, device=device)
     full, few = pipelines[0].settings(), pipelines[1].settings()
     for name, pipeline in zip(names, pipelines[1:], strict=True):
@@ -147,17 +216,26 @@ def _samplers(names: Sequence[str], teacher: str, device: str) -> list[Sampler]:
             )
     in_few = pipelines[0].settings(steps=few.steps, cfg=1.0)
     alone = few if few.guidance.needed else replace(few, guidance=in_few.guidance)
+    guidances = {name: _target_guidance(name, full.guidance) for name in names}
+    aims = {
+        name: None if guidance is None else replace(full, guidance=guidance) for name, guidance in guidances.items()
+    }
     samplers: list[Sampler] = []
-    for settings in (full, in_few, replace(alone, negative_prompt=full.negative_prompt)):
+    few_alone = replace(alone, negative_prompt=full.negative_prompt)
+    for settings in (full, *(aim for aim in aims.values() if aim is not None), in_few, few_alone):
         name = f"teacher, {sampler_words(settings)}"
         if settings not in [sampler.settings for sampler in samplers]:
+            scales = settings.guidance
+            more = f"shift {settings.shift:g}, scales {scales.video_high:g}, {scales.video_low:g}, {scales.audio:g}"
             taken = name in [sampler.name for sampler in samplers]
-            title = f"{name}, shift {settings.shift:g}" if taken else name
-            samplers.append(Sampler(title, pipelines[0], settings, cache=True))
+            samplers.append(Sampler(f"{name}, {more}" if taken else name, pipelines[0], settings, cache=True))
     titles = ["student"] if len(names) == 1 else [f"student {name}" for name in short_names(names)]
-    for name, pipeline in zip(titles, pipelines[1:], strict=True):
-        samplers.append(Sampler(f"{name}, {sampler_words(few)}", pipeline, few))
-    return samplers
+    targets: dict[str, str | None] = {}
+    for name, title, pipeline in zip(names, titles, pipelines[1:], strict=True):
+        student = Sampler(f"{title}, {sampler_words(few)}", pipeline, few)
+        targets[student.name] = next((sampler.name for sampler in samplers if sampler.settings == aims[name]), None)
+        samplers.append(student)
+    return samplers, targets
 
 
 def _measured(
@@ -198,8 +276,10 @@ def _measured(
 # ---- Result files ----
 
 
-def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
-    """Content of compare.json."""
+def _values(
+    found: Comparison, targets: Mapping[str, str | None], one_recipe: bool, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Content of compare.json; `targets`: of a student's column, the column that its training matched."""
     columns = {}
     for own in found.columns:
         rows = {}
@@ -207,22 +287,37 @@ def _values(found: Comparison, facts: dict[str, Any]) -> dict[str, Any]:
             rows[row.name] = found.value(own, row).to_dict()
             if row.direction == "target" and own.role not in ("truth", "bound"):
                 rows[row.name]["off"] = found.off(own, row).to_dict()
-        counts = np.bincount(own.skins.ravel(), minlength=len(SKINS)).tolist()
-        columns[own.name] = {
-            "role": own.role, "n": own.clips, "skins": dict(zip(SKINS, counts, strict=True)), **own.facts, "rows": rows
-        }  # fmt: skip
-    students, others = found.of_role("student"), found.of_role("teacher", "baseline")
-    against = {
-        own.name: {o.name: {row.name: found.against(own, o, row) for row in ROWS} for o in others} for own in students
-    }
-    diverse = [row for row in ROWS if row.diversity]
-    diversity = {own.name: {row.name: found.kept(own, row) for row in diverse} for own in students}
-    values: dict[str, Any] = {
-        "format": FORMAT, "held_out_seed": HELD_OUT_SEED, **facts, "columns": columns, "against": against,
-        "diversity": diversity,
+        shares = {}
+        for name, attribute in own.open.items():
+            counts = dict(zip(attribute.shares, attribute.counts.sum(0).astype(int).tolist(), strict=True))
+            world = share_distance_of([attribute])
+            shares[name] = {"counts": counts, "expected": attribute.shares, "w": world.value, "p": world.p}
+        columns[own.name] = {"role": own.role, "n": own.clips, "shares": shares, **own.facts, "rows": rows}
+    students = found.of_role("student")
+    judged = {f"recipe, {len(students)} training seeds": students} if one_recipe else {s.name: [s] for s in students}
+    return {
+        "format": FORMAT, "held_out_seed": HELD_OUT_SEED, **facts, "columns": columns,
+        "scope": {name: scope(len(own)) for name, own in judged.items()},
+        "claims": {name: _claims(found, own, targets[own[0].name]) for name, own in judged.items()},
     }  # fmt: skip
-    values["claims"] = {name: claims(values, name) for name in against}
-    return values
+
+
+def _claims(found: Comparison, own: Sequence[Column], target: str | None) -> list[dict[str, Any]]:
+    """Claims on a checkpoint, or on a recipe of several training seeds."""
+    others = found.of_role("teacher", "baseline")
+    claims = [quality_claim(other.name, found.quality(own, other)) for other in others]
+    claims.append(match_claim("real puppets, through the codec", found.match(own, found.bound)))
+    aim = next((other for other in others if other.name == target), None)
+    about = "the distillation's target"
+    if aim is None:
+        claims.append({**match_claim(f"{about}, which its settings do not say", {}), "verdict": "n/a"})
+    else:
+        claims.append(match_claim(f"{about}: {aim.name}", found.match(own, aim)))
+    teacher = found.of_role("teacher")[0]
+    mine = {key: float(np.mean([c.facts[key] for c in own])) for key in ("seconds_per_clip",) if key in own[0].facts}
+    if mine and "seconds_per_clip" in teacher.facts:
+        claims.append(speed_claim({**own[0].facts, **mine}, teacher.name, teacher.facts))
+    return claims
 
 
 def _write_report(

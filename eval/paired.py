@@ -1,22 +1,22 @@
-"""Paired comparison of samplers on the same prompts, several clips of each: intervals over prompts, verdicts.
+"""Paired comparison of samplers on the same prompts, several clips of each: intervals over prompts, rows of verdicts.
 
     found = Comparison(columns)
-    found.against(student, teacher, ROWS[0])["verdict"]   # better, worse, within noise
+    found.quality([student], teacher)["vowels"]["verdict"]   # better, worse, equal, undecided; see `eval.verdicts`
 
 Clips of one prompt are alike, so prompts are resampled instead of clips, and all columns alike, which makes differences
 between columns paired. A row of `ROWS` is a statistic of one column under weights of the prompts; intervals, differences
 and verdicts are arithmetic on its draws. The resampling is own code: scipy's bootstrap cannot share its draws between
-columns and statistics.
+columns and statistics. Shares of categories (skin tones) are compared as counts per prompt.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data.tiny.puppets import SKINS
-from eval import stats
+from eval import stats, verdicts
 from eval.diversity import SPACES, DistributionMetrics
 from eval.metrics import puppet_clips, puppet_diversity
 from eval.metrics.puppet_clips import CANDIDATES, CLIP_METRICS
@@ -24,11 +24,40 @@ from eval.metrics.registry import metrics
 from eval.puppet_scores import ClipScore
 from eval.puppet_speech import pitch
 from eval.scores import Scores, clip_values
-from eval.stats import RESAMPLES, Measure, ends_of, unavailable
-from eval.tables import format_interval
+from eval.stats import RESAMPLES, Estimate, Measure, Parts, RatioEstimate, ends_of, unavailable
 
-TOLERANCE = 0.1  # of diversity: within 10 % of the teacher's
-FASTER = 1.05  # ratio of times from which they count as different
+
+@dataclass(frozen=True)
+class OpenAttribute:
+    """An attribute that captions leave open, of the clips of a column.
+
+    Attributes:
+        numbers: recognised category of every clip, int [P,S]; -1 where none was recognised.
+        shares: category -> its share in the world, in the order of the numbers; sum 1.
+    """
+
+    numbers: np.ndarray
+    shares: dict[str, float]
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Shares of the world [k]."""
+        return np.array(list(self.shares.values()))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Clips of a prompt in each category [P,k]."""
+        return np.stack([(self.numbers == number).sum(1) for number in range(len(self.shares))], 1).astype(float)
+
+    def influence(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shares [k], and what every prompt adds to them [P,k]: their mean over prompts is 0, shares + mean the estimate.
+
+        The linearised ratio of counts to recognised clips, as prompts may have different numbers of these.
+        """
+        counts = self.counts
+        total = counts.sum(1, keepdims=True)
+        shares = counts.sum(0) / max(total.sum(), 1.0)
+        return shares, (counts - total * shares) / max(total.mean(), 1e-9)
 
 
 @dataclass
@@ -38,7 +67,7 @@ class Column:
     Attributes:
         name: as shown; role: truth, bound, teacher, baseline or student.
         values: name -> value per clip [P,S]; NaN where a clip has none.
-        skins: numbers of skin tones [P,S].
+        open: name of an attribute that captions leave open -> its categories.
         distribution: diversity within prompts and distances to real puppets.
         facts: calls, seconds_per_clip and sampling settings.
     """
@@ -46,13 +75,19 @@ class Column:
     name: str
     role: str
     values: dict[str, np.ndarray]
-    skins: np.ndarray
+    open: dict[str, OpenAttribute]
     distribution: DistributionMetrics
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Prompts, clips of each."""
+        prompts, draws = self.distribution.nearest.shape
+        return int(prompts), int(draws)
+
+    @property
     def clips(self) -> int:
-        return int(self.skins.size)
+        return self.distribution.nearest.size
 
 
 def column(
@@ -82,7 +117,8 @@ def column(
     }
     tones = list(SKINS)
     skins = np.array([[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores])
-    return Column(name, role, values, skins.T, distribution, facts or {})
+    equal = dict.fromkeys(tones, 1 / len(tones))
+    return Column(name, role, values, {"skin tones": OpenAttribute(skins.T, equal)}, distribution, facts or {})
 
 
 def _voice(clip: ClipScore, wave: np.ndarray | None) -> tuple[float, float, float]:
@@ -101,9 +137,9 @@ def _voice(clip: ClipScore, wave: np.ndarray | None) -> tuple[float, float, floa
 Statistic = Callable[[Column, Column, np.ndarray], np.ndarray | None]
 
 
-def weights(prompts: int) -> np.ndarray:
-    """How often every prompt is drawn: [1 + RESAMPLES, P]; the first row is the sample itself."""
-    drawn = np.random.Generator(np.random.PCG64([0, prompts])).integers(prompts, size=(RESAMPLES, prompts))
+def weights(prompts: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """How often every prompt is drawn: [1 + resamples, P]; the first row is the sample itself."""
+    drawn = np.random.Generator(np.random.PCG64([0, prompts])).integers(prompts, size=(resamples, prompts))
     counts = np.stack([np.bincount(row, minlength=prompts) for row in drawn])
     return np.vstack([np.ones(prompts), counts]).astype(float)
 
@@ -140,19 +176,12 @@ def sync_skill(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | N
     return (weight @ own.values["own"].mean(1) - chance) / np.where(best > 0, best, np.nan)
 
 
-def skin_tones(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray:
-    """Effective number of skin tones: exp of the entropy of their shares, 1 to 3."""
-    counts = weight @ np.stack([(own.skins == tone).sum(1) for tone in range(len(SKINS))], 1)  # [R, tones]
-    share = counts / counts.sum(1, keepdims=True)
-    return np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum(1))
-
-
 def deviation_of(*names: str) -> Statistic:
     """Standard deviation between clips of one prompt, the root mean square over prompts and `names`."""
 
     def statistic(own: Column, bound: Column, weight: np.ndarray) -> np.ndarray | None:
-        squares = np.zeros(len(own.skins))
-        counts = np.zeros(len(own.skins))
+        squares = np.zeros(own.shape[0])
+        counts = np.zeros(own.shape[0])
         for name in names:
             known = np.isfinite(own.values[name])
             enough = known.sum(1) > 1
@@ -192,23 +221,30 @@ def energy_in(space: str) -> Statistic:
 
 @dataclass(frozen=True)
 class Row:
-    """A compared metric.
+    """A compared metric. One with a better side is compared by its difference, one with a target by its ratio.
 
     Attributes:
         name: key of the metric.
-        diversity: whether it is of diversity; share: whether it is a mean of values in [0,1].
+        share: whether it is a mean of values in [0,1].
         needs: what is missing where there is no value.
     """
 
     name: str
     statistic: Statistic
-    diversity: bool = False
     share: bool = False
     needs: str = "several clips of a prompt"
 
     @property
     def direction(self) -> str:
         return metrics()[self.name].direction
+
+    @property
+    def margin(self) -> float | None:
+        """Largest difference that counts as equal: the metric's own, else that of its kind; None: never equal."""
+        own = metrics()[self.name].margin
+        if own is not None:
+            return own
+        return verdicts.TARGET_MARGIN if self.direction == "target" else verdicts.SHARE_MARGIN if self.share else None
 
 
 _ORDER = [metric.key for metric in (*puppet_clips.METRICS, *puppet_diversity.METRICS)]
@@ -224,10 +260,9 @@ ROWS = tuple(
             Row("sync_retrieval", mean_of("sync_retrieval"), share=True, needs=f"{CANDIDATES} prompts with audio"),
             Row("nearest", mean_of("nearest")),
             *(Row(f"energy_{space}", energy_in(space)) for space in SPACES),
-            Row("skin_tones", skin_tones, diversity=True),
-            *(Row(f"spread_{space}", dispersion_in(space), diversity=True) for space in SPACES),
-            Row("pitch", deviation_of("semitones"), diversity=True),
-            Row("timing", deviation_of("start_ms", "end_ms"), diversity=True),
+            *(Row(f"spread_{space}", dispersion_in(space)) for space in SPACES),
+            Row("pitch", deviation_of("semitones")),
+            Row("timing", deviation_of("start_ms", "end_ms")),
         ),
         key=lambda row: _ORDER.index(row.name),
     )
@@ -238,11 +273,7 @@ ROWS = tuple(
 
 
 def measure_of(draws: np.ndarray | None, count: int, row: Row) -> Measure:
-    """The first draw with the percentile interval of the others.
-
-    Where a statistic is at its ceiling (all skin tones equally often), all other draws lie below: the interval
-    reaches up to the value then.
-    """
+    """The first draw with the percentile interval of the others, which reaches up to the value where all lie on one side."""
     if draws is None or not np.isfinite(draws[0]):
         return unavailable(f"needs {row.needs}", count)
     value, (low, high) = float(draws[0]), ends_of(draws[1:])
@@ -252,23 +283,26 @@ def measure_of(draws: np.ndarray | None, count: int, row: Row) -> Measure:
 class Comparison:
     """Columns of the same prompts, resampled together.
 
+    What is judged is a list of columns: one checkpoint, or several that are one recipe trained with several seeds. Of these
+    the mean is judged, and its variance has a component between seeds (`eval.stats.Estimate`).
+
     Args:
-        columns: in the order of the table; one has the role bound, one teacher.
+        columns: in the order of the table; one has the role bound.
+        rows: that are compared; resamples: of the prompts.
 
     Raises:
         ValueError: columns of other prompts or numbers of clips.
     """
 
-    def __init__(self, columns: Sequence[Column]) -> None:
-        shapes = {c.skins.shape for c in columns}
+    def __init__(self, columns: Sequence[Column], rows: Sequence[Row] = ROWS, resamples: int = RESAMPLES) -> None:
+        shapes = {c.shape for c in columns}
         if len(shapes) != 1:
             raise ValueError(f"columns need the same prompts and draws, not {sorted(shapes)}")
-        self.columns = list(columns)
-        self.prompts, self.draws = columns[0].skins.shape
+        self.columns, self.rows = list(columns), list(rows)
+        self.prompts, self.draws = columns[0].shape
         self.bound = self.of_role("bound")[0]
-        self.teacher = self.of_role("teacher")[0]
-        weight = weights(self.prompts)
-        self.found = {(c.name, row.name): row.statistic(c, self.bound, weight) for c in columns for row in ROWS}
+        weight = weights(self.prompts, resamples)
+        self.found = {(c.name, row.name): row.statistic(c, self.bound, weight) for c in columns for row in rows}
 
     def of_role(self, *roles: str) -> list[Column]:
         return [c for c in self.columns if c.role in roles]
@@ -285,111 +319,96 @@ class Comparison:
         mine, bound = self.found[own.name, row.name], self.found[self.bound.name, row.name]
         return measure_of(None if mine is None or bound is None else mine / bound - 1, own.clips, row)
 
-    def against(self, own: Column, baseline: Column, row: Row) -> dict[str, Any]:
-        """Paired difference of `own` and `baseline`, as plain values.
+    def quality(self, own: Sequence[Column], baseline: Column) -> dict[str, dict[str, Any]]:
+        """Rows with a better side, by their differences from a baseline; see `eval.verdicts.decide`."""
+        found = {}
+        for row in self.rows:
+            if row.direction in ("up", "down"):
+                sign = -1 if row.direction == "down" else 1
+                draws = self._draws(own, baseline, row)
+                if draws is None:
+                    found[row.name] = verdicts.not_measured("difference", f"needs {row.needs}", own[0].clips)
+                else:
+                    gain = self._gain(sign * (draws[0] - draws[1]), row)
+                    found[row.name] = verdicts.of_gain(gain, row.margin, len(own) * own[0].clips, sign)
+        return verdicts.decide(found)
 
-        Returns:
-            {"change": measure in the metric's unit; "gain": the change with the sign that makes positive better, of
-            metrics with a target by how much nearer to the bound, as a share of the bound; "verdict": better or worse
-            where the gain's interval excludes 0, else within noise; n/a without values}.
+    def match(self, own: Sequence[Column], target: Column) -> dict[str, dict[str, Any]]:
+        """Rows with a target, by their ratios to a column that is to be matched, and shares of open attributes.
+
+        Against the bound, whose clips are true ones, shares are compared with those of the world, which are known.
         """
-        mine, theirs = self.found[own.name, row.name], self.found[baseline.name, row.name]
-        bound = self.found[self.bound.name, row.name]
-        changes = gains = None
-        if mine is not None and theirs is not None and bound is not None:
-            changes = mine - theirs
+        found = {}
+        for row in self.rows:
             if row.direction == "target":
-                gains = np.abs(theirs / bound - 1) - np.abs(mine / bound - 1)
-            else:
-                gains = -changes if row.direction == "down" else changes
-        gain, word = measure_of(gains, own.clips, row), "n/a"
-        if gain.low is not None and gain.high is not None:
-            word = "better" if gain.low > 0 else "worse" if gain.high < 0 else "within noise"
-        change = measure_of(changes, own.clips, row)
-        return {"change": change.to_dict(), "gain": gain.to_dict(), "verdict": word}
+                draws = self._draws(own, target, row)
+                if draws is None or row.margin is None:
+                    found[row.name] = verdicts.not_measured("ratio", f"needs {row.needs}", own[0].clips)
+                else:
+                    found[row.name] = verdicts.of_ratio(self._ratio(*draws), row.margin, len(own) * own[0].clips)
+        for name in own[0].open:
+            distance = share_distance_of(
+                [c.open[name] for c in own], None if target is self.bound else target.open[name]
+            )
+            found[name] = verdicts.of_shares(distance, clips=len(own) * own[0].clips)
+        return verdicts.decide(found)
 
-    def kept(self, own: Column, row: Row) -> dict[str, Any]:
-        """Diversity as a ratio to the teacher's, and whether it is within `TOLERANCE`, as plain values.
+    def _draws(self, own: Sequence[Column], other: Column, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
+        """Draws of columns [seeds, 1 + n] and of the other one [1 + n], those that are finite in all; None with few of them."""
+        theirs, mine = self.found[other.name, row.name], [self.found[c.name, row.name] for c in own]
+        known = [draws for draws in mine if draws is not None]
+        if theirs is None or len(known) < len(own):
+            return None
+        stacked = np.stack(known)
+        finite = np.isfinite(stacked).all(0) & np.isfinite(theirs)
+        if not finite[0] or finite.mean() < 0.9:
+            return None
+        return stacked[:, finite], theirs[finite]
 
-        Returns:
-            {"ratio": measure; "verdict": kept where the ratio is within; lost or over where the whole interval is outside;
-            low or high, both "within noise", where only the ratio is; n/a without values}.
-        """
-        mine, theirs = self.found[own.name, row.name], self.found[self.teacher.name, row.name]
-        ratio = measure_of(None if mine is None or theirs is None else mine / theirs, own.clips, row)
-        under, over = 1 - TOLERANCE, 1 + TOLERANCE
-        if ratio.value is None or ratio.low is None or ratio.high is None:
-            word = "n/a"
-        elif ratio.value < under:
-            word = "lost" if ratio.high < under else "low, within noise"
-        elif ratio.value > over:
-            word = "over" if ratio.low > over else "high, within noise"
-        else:
-            word = "kept"
-        return {"ratio": ratio.to_dict(), "verdict": word}
+    @property
+    def _resampled(self) -> float:
+        """What a bootstrap's variance lacks: P / (P - 1)."""
+        return self.prompts / (self.prompts - 1)
+
+    def _gain(self, gains: np.ndarray, row: Row) -> Estimate:
+        """Mean over training seeds of differences [seeds, 1 + n]."""
+        variance = float(gains[:, 1:].mean(0).var()) * self._resampled
+        if row.share:
+            # Half a prompt for each way to differ: the interval of equal shares has a width, too (Agresti and Min 2005).
+            variance += 1 / (self.prompts + 2) ** 2
+        parts: Parts = ((variance, self.prompts - 1.0),)
+        if len(gains) > 1:
+            parts = (*parts, (float(gains[:, 0].var(ddof=1)) / len(gains), len(gains) - 1.0))
+        return Estimate(float(gains[:, 0].mean()), parts)
+
+    def _ratio(self, mine: np.ndarray, theirs: np.ndarray) -> RatioEstimate:
+        """Ratio of the mean over training seeds of draws [seeds, 1 + n] to draws [1 + n]."""
+        (own, both), (_, other) = (np.cov(mine[:, 1:].mean(0), theirs[1:], ddof=0) * self._resampled).tolist()
+        parts = [(own, both, other, self.prompts - 1.0)]
+        if len(mine) > 1:
+            parts.append((float(mine[:, 0].var(ddof=1)) / len(mine), 0.0, 0.0, len(mine) - 1.0))
+        return RatioEstimate(float(mine[:, 0].mean()), float(theirs[0]), tuple(parts))
 
 
-# ---- Verdicts from the values of a compare.json ----
+def share_distance_of(own: Sequence[OpenAttribute], other: OpenAttribute | None = None) -> stats.ShareDistance:
+    """Distance of the shares of checkpoints of one recipe from those of the world, or of another column.
 
-
-def claims(values: Mapping[str, Any], student: str) -> list[dict[str, Any]]:
-    """Verdicts on a student: against each baseline, on diversity, on speed.
-
-    The word for a baseline: better where some metric is and none is worse, worse in the opposite case, mixed where there
-    are both, within noise where there are neither. For diversity: kept, or not kept where a metric is lost or over.
-
-    Returns:
-        [{"about", "verdict" (the word), "details" (lines)}].
+    Args:
+        own: of every checkpoint; other: of the same prompts, None for the world.
     """
-    columns = values["columns"]
-    teacher = next(name for name, c in columns.items() if c["role"] == "teacher")
-    found = [_against_claim(name, rows) for name, rows in values["against"][student].items()]
-    found.append(_diversity_claim(values["diversity"][student]))
-    mine, theirs = (columns[name].get("seconds_per_clip") for name in (student, teacher))
-    if mine and theirs:
-        ratio = theirs / mine
-        word = "faster" if ratio > FASTER else "slower" if ratio < 1 / FASTER else "as fast"
-        calls = f"{columns[student]['calls']} against {columns[teacher]['calls']} network calls"
-        how = f"{ratio:.1f} times: {mine:.3f} s against {theirs:.3f} s of denoising per clip; {calls}"
-        found.append({"about": f"speed against {teacher}", "verdict": word, "details": [how]})
-    return found
-
-
-def _against_claim(baseline: str, rows: Mapping[str, Any]) -> dict[str, Any]:
-    better, worse, level = (
-        [name for name, verdict in rows.items() if verdict["verdict"] == word]
-        for word in ("better", "worse", "within noise")
-    )
-    word = "mixed" if better and worse else "better" if better else "worse" if worse else "within noise"
-    details = [
-        f"{title}: {'; '.join(_change(name, rows[name]) for name in names)}"
-        for title, names in (("better", better), ("worse", worse))
-        if names
-    ]
-    details += [f"within noise: {', '.join(level)}"] if level else []
-    return {"about": f"against {baseline}", "verdict": word, "details": details}
-
-
-def _diversity_claim(kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether clips of a prompt differ as the teacher's do, within `TOLERANCE`."""
-    known = {name: found for name, found in kept.items() if found["verdict"] != "n/a"}
-    words = [found["verdict"] for found in known.values()]
-    lost = any(word in ("lost", "over") for word in words)
-    near = any("noise" in word for word in words)
-    details = [f"{name} {format_interval(found['ratio'])}: {found['verdict']}" for name, found in known.items()]
-    return {
-        "about": f"diversity: within {TOLERANCE:.0%} of the teacher's (ratios)".replace("%", " %"),
-        "verdict": "not kept" if lost else "kept within noise" if near else "kept" if known else "n/a",
-        "details": ["; ".join(details)] if known else ["needs several seeds"],
-    }
-
-
-def _change(name: str, verdict: Mapping[str, Any]) -> str:
-    """Change of a metric in its unit; of one with a target, how much nearer to the bound or farther from it."""
-    if metrics()[name].direction != "target":
-        return f"{name} {format_interval(verdict['change'], signed=True)}"
-    gain = verdict["gain"]
-    if gain["value"] > 0:
-        return f"{name} {format_interval(gain, 100, unit=' %')} nearer the bound"
-    turned = {"value": -gain["value"], "low": -gain["high"], "high": -gain["low"]}
-    return f"{name} {format_interval(turned, 100, unit=' %')} farther from the bound"
+    found = [attribute.influence() for attribute in own]
+    shares = np.stack([shares for shares, _ in found])  # [seeds,k]
+    effect = np.stack([effect for _, effect in found])  # [seeds,P,k]
+    expected = own[0].expected
+    if other is not None:
+        theirs, their_effect = other.influence()
+        expected = (shares.mean(0) + theirs) / 2
+        known = expected > 0
+        shares, effect, expected = (
+            shares[:, known] - theirs[known], (effect - their_effect)[..., known], expected[known]
+        )  # fmt: skip
+    else:
+        shares = shares - expected
+    if len(expected) < 2:  # one category in both
+        return stats.ShareDistance(0.0, 1, ((0.0, 1.0),))
+    return stats.share_distance(shares[:, None] + effect, expected)

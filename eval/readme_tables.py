@@ -4,9 +4,10 @@
     python -m eval.readme_tables check=true   # compare only
 
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
-SET`, `distill`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`, `overview all`, `metrics MODULE ...`, `sees`,
-`stream`, `resume`, `coverage FILE`, `clip_scores FILE`, and those of `inference.benchmark.result_tables`. Behind the file,
-scores, sr, distill, decoding and clip_scores take the metrics to show.
+SET`, `distill`, `distill_values`, `verdict_power FILE`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`,
+`overview all`, `metrics MODULE ...`, `sees`, `stream`, `resume`, `coverage FILE`, `clip_scores FILE`, and those of
+`inference.benchmark.result_tables`. Behind the file, scores, sr, distill, distill_values, decoding and clip_scores take the
+metrics to show.
 """
 
 import json
@@ -199,6 +200,7 @@ KINDS: markdown.Kinds = {
     "sr": sr_table,
     "clip_scores": _with_origin(tables.clip_scores),
     "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
+    "distill_values": _with_origin(partial(tables.comparison_values, brief=True), tables.COMPARISON),
     "conditions": _with_origin(tables.conditioning),
     "decoding": _with_origin(tables.decoders),
     "ablation": _with_origin(tables.ablation),

@@ -4,12 +4,13 @@
 
 Every table in a README and in a result's .md is made here, from the plain values of a result file. Names, units and
 directions of metrics, and the order of rows, are in `eval.metrics`, figures in `eval.figures`, intervals in `eval.stats`,
-verdicts in `eval.paired`.
+verdicts in `eval.verdicts`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from eval import verdicts
 from eval.metrics.registry import SIGNS, measurements, metrics, metrics_of, rate_bound
 from magihuman.io.markdown import aligned, table
 
@@ -18,7 +19,7 @@ Values = Mapping[str, Any]
 
 LEGEND = (
     "↑ higher, ↓ lower, = nearer to the codec reconstruction is better; in brackets there: the deviation from it. "
-    "95 % intervals over prompts: of 20 rows, one differs by chance."
+    "95 % intervals over prompts."
 )
 
 # The decoder study's files have its own quantities under keys that mean another one in all other files.
@@ -251,8 +252,8 @@ def conditioning(values: Values) -> str:
 
 # Metrics of a compare.json in a README that names none.
 COMPARISON = (
-    "attributes", "vowels", "vowels_exact", "sync_skill", "sync_retrieval", "sharpness", "mouth_sharpness", "amplitude",
-    "nearest", "energy_look", "skin_tones", "spread_look", "spread_voice",
+    "attributes", "vowels", "vowels_exact", "onsets", "sync_skill", "sync_retrieval", "sharpness", "amplitude", "lip_shape",
+    "energy_look", "spread_look", "spread_voice", "timing",
 )  # fmt: skip
 
 
@@ -261,36 +262,45 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
 
     Args:
         brief: of several students, leave out the ground truth, other baselines than the teacher in the students'
-            sampler, and the verdicts' details.
+            sampler, and the verdicts' rows.
 
     Raises:
         KeyError: a metric that the file does not have.
     """
-    columns, students = values["columns"], values["claims"]
-    brief = brief and len(students) > 1
+    brief = brief and sum(c["role"] == "student" for c in values["columns"].values()) > 1
+    shown = verdict_lines(values, rows=not brief)
+    return "\n".join([comparison_values(values, keys, brief), "", *shown, "", verdict_note(values)])
+
+
+def comparison_values(values: Values, keys: Sequence[str] = (), brief: bool = False) -> str:
+    """The same without verdicts; also of files whose verdicts followed another rule."""
+    columns = values["columns"]
+    students = [name for name, c in columns.items() if c["role"] == "student"]
     names = {name: f"{name} ({c['calls']} calls)" if "calls" in c else name for name, c in columns.items()}
     if brief:
-        others = [name for name in columns if name not in students]
-        shown = [*others[1:3], others[-1], *students]
+        of_role = {
+            role: [name for name, c in columns.items() if c["role"] == role]
+            for role in ("bound", "teacher", "baseline")
+        }
+        shown = [*of_role["bound"], *of_role["teacher"], *of_role["baseline"][-1:], *students]
         names = {name: name.split(",")[0] if name in students else names[name] for name in shown}
     tables = {name: columns[name]["rows"] for name in names}
     rows = metric_rows(tables, chosen(tables, keys), format_deviation)
-    if not keys:
-        rows.append(["skin tones", *(_counts(columns[name]["skins"]) for name in names)])
+    for attribute in next(iter(columns.values())).get("shares", {}):
+        cells = [columns[name]["shares"][attribute] for name in names]
+        rows.append([f"{attribute}, p of the world's shares", *(_share_cell(cell) for cell in cells)])
     costs = {"seconds_per_clip": [_or_empty(columns[name].get("seconds_per_clip"), 3) for name in names]}
     if len(students) > 1:
         made = [columns[name].get("trained", {}) for name in names]
         costs["state_mb"] = [_or_empty(m.get("state_mb"), 0) for m in made]
         costs["process_gb"] = [_or_empty(m.get("process_gb"), 2) for m in made]
     rows += [[metrics()[key].heading, *cells] for key, cells in costs.items() if any(cells)]
-    verdicts = verdict_lines(values)
-    if brief:
-        verdicts = [
-            f"- {names[name]}: " + "; ".join(f"{claim['about']}: **{claim['verdict'].upper()}**" for claim in found)
-            for name, found in students.items()
-        ]
     counts = f"{values['prompts']} prompts x {len(values['seeds'])} seeds."
-    return "\n".join([table(["", *names.values()], rows), "", f"{counts} {LEGEND}", "", *verdicts])
+    return "\n".join([table(["", *names.values()], rows), "", f"{counts} {LEGEND}"])
+
+
+def _share_cell(found: Values) -> str:
+    return f"{_counts(found['counts'])}, p={found['p']:.2g}"
 
 
 def _or_empty(value: float | None, digits: int) -> str:
@@ -308,24 +318,71 @@ def comparison_text(values: Values) -> str:
     for key in next(iter(columns.values()))["rows"]:
         cells = [format_half(column["rows"][key]) for column in columns.values()]
         rows.append([f"{SIGNS[metrics()[key].direction]} {key}", *cells])
-    rows.append(["  skins", *(_counts(column["skins"]) for column in columns.values())])
+    for attribute in next(iter(columns.values()))["shares"]:
+        rows.append(
+            [f"  {attribute}", *(_counts(column["shares"][attribute]["counts"]) for column in columns.values())]
+        )
     rows.append(["↓ seconds", *(_or_empty(c.get("seconds_per_clip"), 3) for c in columns.values())])
     rows.append(["↓ calls", *(str(c.get("calls", "")) for c in columns.values())])
     numbered = [f"({number}) {name}" for number, name in enumerate(columns, 1)]
-    verdicts = [line.replace("**", "") for line in verdict_lines(values)]
-    return "\n".join([about, *numbered, "", *aligned(rows), LEGEND, "", *verdicts])
+    judged = [line.replace("**", "") for line in verdict_lines(values)]
+    return "\n".join([about, *numbered, "", *aligned(rows), LEGEND, "", *judged, verdict_note(values).replace("*", "")])
 
 
-def verdict_lines(values: Values) -> list[str]:
-    """The verdicts of `eval.paired.claims` as a Markdown list, under the student's name where there are several."""
+WORDS = ("better", "worse", "lower", "higher", "different", "undecided", "equal", "n/a")
+
+
+def verdict_lines(values: Values, rows: bool = True) -> list[str]:
+    """The claims of a compare.json as a Markdown list, under the name of what is judged where there are several.
+
+    Args:
+        rows: below each claim a line per word with the rows that got it.
+    """
     lines = []
-    for student, found in values["claims"].items():
-        lines += [f"{student}:", ""] if len(values["claims"]) > 1 else []
-        for claim in found:
+    for judged, claims in values["claims"].items():
+        lines += [f"{judged} ({values['scope'][judged]}):", ""]
+        for claim in claims:
             lines.append(f"- {claim['about']}: **{claim['verdict'].upper()}**")
-            lines += [f"  - {detail}" for detail in claim["details"]]
+            if rows:
+                lines += [f"  - {text}" for text in ([claim["text"]] if "text" in claim else _words(claim["rows"]))]
         lines.append("")
     return lines[:-1]
+
+
+def _words(rows: Mapping[str, Values]) -> list[str]:
+    """A line per word with its rows and their intervals."""
+    found: dict[str, list[str]] = {word: [] for word in WORDS}
+    for name, row in rows.items():
+        shown = "" if row["value"] is None else f" {_verdict_measure(row)}"
+        found[row["verdict"]].append(name + shown)
+    return [f"{word}: {'; '.join(names)}" for word, names in found.items() if names]
+
+
+def _verdict_measure(row: Values) -> str:
+    if row["kind"] == "shares":
+        return f"w {format_interval(row, digits=2)}"
+    return format_interval(row, digits=2) if row["kind"] == "ratio" else format_interval(row, signed=True)
+
+
+def verdict_note(values: Values) -> str:
+    """The rule of the verdicts in words, with the number of rows that Holm's correction counts."""
+    claims = [claim for found in values["claims"].values() for claim in found]
+    counts = sorted({sum(row["value"] is not None for row in claim["rows"].values()) for claim in claims} - {0})
+    margins = [
+        f"{name} {row['margin']:g}"
+        for name, row in next((claim["rows"] for claim in claims if claim["about"].startswith("quality")), {}).items()
+        if row["margin"] is not None
+    ]
+    margins = [
+        f"{verdicts.TARGET_MARGIN:.0%} for ratios".replace("%", " %"),
+        f"{verdicts.CATEGORY_MARGIN:g} for w",
+        *margins,
+    ]
+    return (
+        "Differences have 95 % intervals, ratios and distances of shares (w) 90 % intervals, over prompts. *equal*: the 90 % "
+        f"interval lies within the margin: {', '.join(margins)}. Other words have p < {verdicts.ERROR:g} after Holm's "
+        f"correction over the {' or '.join(map(str, counts))} rows of their claim. *undecided*: neither was shown."
+    )
 
 
 SENSITIVITY_SIGNS = {
@@ -556,7 +613,7 @@ BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-decoders/1": decoders,
     "magihuman-ablation/1": ablation,
     "magihuman-conditions/1": conditioning,
-    "magihuman-compare/1": comparison,
+    "magihuman-compare/2": comparison,
     "magihuman-sensitivity/1": sensitivity,
     "magihuman-clip-scores/1": clip_scores,
     "magihuman-clip-comparison/1": clip_comparison,

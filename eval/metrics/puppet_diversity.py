@@ -3,11 +3,10 @@
 from eval.metrics.registry import Metric
 
 METRICS = (
-    Metric("nearest", "appearance: distance to the nearest real puppet", direction="down"),
-    Metric("energy_look", "appearance: energy distance to real puppets", direction="down"),
-    Metric("energy_motion", "motion: energy distance to real puppets", direction="down"),
-    Metric("energy_voice", "voice: energy distance to real puppets", direction="down"),
-    Metric("skin_tones", "diversity: effective number of skin tones, of 3", direction="target"),
+    Metric("nearest", "appearance: distance to the nearest real puppet", direction="target"),
+    Metric("energy_look", "appearance: energy distance to real puppets", direction="down", margin=0.005),
+    Metric("energy_motion", "motion: energy distance to real puppets", direction="down", margin=0.005),
+    Metric("energy_voice", "voice: energy distance to real puppets", direction="down", margin=0.005),
     Metric("spread_look", "diversity of appearance: distance of a prompt's clips", direction="target"),
     Metric("spread_motion", "diversity of motion: distance of a prompt's clips", direction="target"),
     Metric("spread_voice", "diversity of voice: distance of a prompt's clips", direction="target"),

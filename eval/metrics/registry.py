@@ -39,6 +39,8 @@ class Metric:
             the mean of clips.
         share: whether values lie in [0,1] and an average of only zeros or ones gets Wilson's interval.
         sees: faults of `eval.faults` whose strengths it claims to order, from none to strong.
+        margin: largest difference between two models that a comparison (`eval.verdicts`) calls equal: in the metric's unit, of
+            one with a target a share of the value that is aimed at. None: .1 with a target, .05 of shares, else no equality.
         per_frame: whether the same scene has another value at another frame rate, as the change from frame to frame has: clips
             of different rates are then not compared.
     """
@@ -53,6 +55,7 @@ class Metric:
     share: bool = False
     sees: tuple[str, ...] = ()
     per_frame: bool = False
+    margin: float | None = None
 
     @property
     def title(self) -> str:

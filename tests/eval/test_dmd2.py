@@ -14,9 +14,8 @@ from eval.clip_values import read_clip_values
 from eval.clips import held_out, noise_seed
 from eval.generate import TIMED, Sampler, sample_all, tiny_pipelines
 from eval.output import short_names
-from eval.paired import claims
 from eval.puppets import generate
-from eval.tables import format_interval
+from eval.tables import format_interval, verdict_lines, verdict_note
 from inference.pipeline import Pipeline
 from magihuman import zoo
 from magihuman.cli import run as command
@@ -96,14 +95,19 @@ def test_a_run_folder_gets_its_comparison_and_its_page(runs, compared):
     }  # fmt: skip
     assert values["columns"][COLUMNS[2]]["calls"] == 4
     assert student["rows"]["vowels"]["value"] < 0.75
-    assert values["against"][COLUMNS[-1]][COLUMNS[2]].keys() == student["rows"].keys()
-    about = [claim["about"] for claim in values["claims"][COLUMNS[-1]]]
-    assert about == [
-        *(f"against {name}" for name in COLUMNS[2:5]),
-        "diversity: within 10 % of the teacher's (ratios)",
+    claims = values["claims"][COLUMNS[-1]]
+    assert [claim["about"] for claim in claims] == [
+        *(f"quality against {name}" for name in COLUMNS[2:5]),
+        "match with real puppets, through the codec",
+        "match with the distillation's target, which its settings do not say",  # this run folder has no config.yaml
         "speed against teacher, 2 steps, CFG",
     ]
-    assert result["verdicts"][COLUMNS[-1]].keys() == set(about)
+    assert result["verdicts"][COLUMNS[-1]] == {claim["about"]: claim["verdict"] for claim in claims}
+    assert claims[0]["rows"].keys() | claims[3]["rows"].keys() == {*student["rows"], "skin tones"}
+    assert claims[4]["verdict"] == "n/a"
+    assert claims[0]["rows"]["vowels"]["verdict"] in ("equal", "undecided")  # two untrained networks
+    assert "nothing about other training seeds" in values["scope"][COLUMNS[-1]]
+    assert sum(student["shares"]["skin tones"]["counts"].values()) == 6
 
 
 def test_checkpoints_are_sampled_with_the_bits_of_the_reference(runs, world):
@@ -202,12 +206,13 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     assert lines[3].startswith("| face, hair, shirt and wall as prompted ↑ | 1.000 [")
     off = 100 * values["columns"][COLUMNS[2]]["rows"]["sharpness"]["off"]["value"]
     assert f"({off:+.0f}"[:4] in lines[4]
-    assert lines[5].startswith("| denoising, s per clip ↓ |  |  | ")
+    assert lines[5].startswith("| skin tones, p of the world's shares | light ")
+    assert lines[6].startswith("| denoising, s per clip ↓ |  |  | ")
     assert "- speed against teacher, 2 steps, CFG: **" in text
     assert "training process" not in text
     other = COLUMNS[-1].replace("student", "student b")
     values = copy.deepcopy(values)
-    for part in ("columns", "claims"):
+    for part in ("columns", "claims", "scope"):
         values[part][other] = values[part][COLUMNS[-1]]
     (tmp_path / "c.json").write_text(json.dumps(values))
     lines = readme_tables.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
@@ -215,7 +220,11 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     assert lines[1] == f"|  | {' | '.join([*header, 'student', 'student b'])} |"
     assert "| training state in a checkpoint, MB ↓ |  |  |  | 2 | 2 |" in lines
     assert "| peak memory of the training process, GB ↓ |  |  |  | 1.23 | 1.23 |" in lines
-    assert sum(line.startswith("- student b: against teacher, 2 steps, CFG: **") for line in lines) == 1
+    assert sum(line.startswith("- quality against teacher, 2 steps, CFG: **") for line in lines) == 2
+    assert not any(line.startswith("  - ") for line in lines)
+    only = readme_tables.render("<!-- distill_values c.json sharpness -->\n<!-- end -->")
+    assert "quality" not in only
+    assert "student b" in only
     with pytest.raises(UserError, match="cannot be rendered"):
         readme_tables.render("<!-- distill c.json no_such_row -->\n<!-- end -->")
 
@@ -233,36 +242,86 @@ def test_cells_are_short(measure, text):
     assert format_interval({**measure, "n": 3, "status": "ok", "reason": ""}) == text
 
 
-def test_a_claim_says_by_how_much_and_to_which_side():
-    def verdict(word: str, change: float, gain: float) -> dict:
-        return {
-            "verdict": word,
-            **{key: {"value": v, "low": v - 0.01, "high": v + 0.01, "n": 9, "status": "ok", "reason": ""}
-               for key, v in (("change", change), ("gain", gain))},
-        }  # fmt: skip
+def test_verdicts_are_shown_with_their_rows_and_the_rule():
+    def row(kind: str, word: str, value: float, margin: float) -> dict:
+        ends = {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9, "status": "ok", "reason": ""}
+        return {"kind": kind, **ends, "margin": margin, "p": 0.01, "verdict": word}
 
-    ratio = {"value": 0.8, "low": 0.7, "high": 0.88, "n": 9, "status": "ok", "reason": ""}
+    missing = {"kind": "ratio", "value": None, "low": None, "high": None, "margin": None, "p": None, "verdict": "n/a"}
+    rows = {"vowels": row("difference", "better", 0.05, 0.05), "onsets": row("difference", "equal", 0.0, 0.05)}
+    match = {
+        "skin tones": row("shares", "different", 0.25, 0.2),
+        "timing": row("ratio", "lower", 0.8, 0.1),
+        "pitch": missing,
+    }
     values = {
-        "columns": {
-            "full": {"role": "teacher", "calls": 64, "seconds_per_clip": 0.8},
-            "own": {"role": "student", "calls": 8, "seconds_per_clip": 0.1},
-        },
-        "against": {"own": {"full": {
-            "vowels": verdict("better", 0.05, 0.05),
-            "sharpness": verdict("worse", 0.002, -0.12),
-            "skin_tones": verdict("within noise", 0.0, 0.0),
-        }}},
-        "diversity": {"own": {"skin_tones": {"ratio": ratio, "verdict": "lost"}}},
+        "scope": {"own": "one checkpoint; says nothing about other training seeds"},
+        "claims": {"own": [
+            {"about": "quality against full", "verdict": "better", "rows": rows},
+            {"about": "match with real puppets", "verdict": "different", "rows": match},
+        ]},
     }  # fmt: skip
-    against, diversity, speed = claims(values, "own")
-    assert against["verdict"] == "mixed"
-    assert against["details"] == [
-        "better: vowels +0.0500 [+0.0400, +0.0600]",
-        "worse: sharpness 12.00 % [11.00, 13.00] farther from the bound",
-        "within noise: skin_tones",
+    assert verdict_lines(values) == [
+        "own (one checkpoint; says nothing about other training seeds):",
+        "",
+        "- quality against full: **BETTER**",
+        "  - better: vowels +0.0500 [+0.0400, +0.0600]",
+        "  - equal: onsets 0.0000 [-0.0100, +0.0100]",
+        "- match with real puppets: **DIFFERENT**",
+        "  - lower: timing 0.80 [0.79, 0.81]",
+        "  - different: skin tones w 0.25 [0.24, 0.26]",
+        "  - n/a: pitch",
     ]
-    assert (diversity["verdict"], diversity["details"]) == ("not kept", ["skin_tones 0.800 [0.700, 0.880]: lost"])
-    assert speed["details"][0].startswith("8.0 times: 0.100 s against 0.800 s")
+    assert len(verdict_lines(values, rows=False)) == 4
+    note = verdict_note(values)
+    assert "10 % for ratios, 0.2 for w, vowels 0.05, onsets 0.05" in note
+    assert "Holm's correction over the 2 rows" in note
+
+
+def trained(folder: Path, **settings: object) -> str:
+    """A run folder with the settings of a training, and an empty export."""
+    (folder / "export").mkdir(parents=True)
+    (folder / "export" / "config.json").write_text("{}")
+    plain = {
+        "seed": 0,
+        "data": {"seed": "${seed}"},
+        "recipe": {"guidance": None},
+        "optim": {"lr": 0.1},
+        "folder": str(folder),
+    }
+    (folder / "config.yaml").write_text(json.dumps({**plain, **settings}))  # JSON is YAML
+    return str(folder)
+
+
+def test_seeds_of_one_recipe_have_the_same_settings(tmp_path):
+    names = [trained(tmp_path / f"s{seed}", seed=seed) for seed in (0, 1, 2)]
+    dmd2.require_one_recipe(names)
+    other = trained(tmp_path / "other", seed=3, optim={"lr": 0.2})
+    with pytest.raises(UserError, match=r"differ in optim\.lr"):
+        dmd2.require_one_recipe([*names, other])
+    for wrong in ([names[0]], [names[0], trained(tmp_path / "again")]):
+        with pytest.raises(UserError, match="different seeds"):
+            dmd2.require_one_recipe(wrong)
+    (tmp_path / "s1" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="has no record of its settings"):
+        dmd2.require_one_recipe(names)
+
+
+def test_the_target_is_the_teacher_with_the_guidance_of_the_training(runs, tmp_path):
+    """One more column where it is no other column already; the shipped student records what it was trained with."""
+    guided = FULL.guidance
+    assert dmd2._target_guidance(trained(tmp_path / "null"), guided) == guided
+    plain = Guidance(1.0, 1.0, audio=1.0)
+    name = trained(tmp_path / "one", recipe={"guidance": plain.to_dict()})
+    assert dmd2._target_guidance(name, guided) == plain
+    assert dmd2._target_guidance(str(runs / "a"), guided) is None
+    assert dmd2._target_guidance("tiny/distill", guided) == Guidance(1.0, 1.0, 500, 1.0)
+    samplers, targets = dmd2._samplers(["tiny/distill"], "tiny/base", "cpu")
+    assert [sampler.name for sampler in samplers] == [
+        "teacher, 32 steps, CFG", "teacher, 32 steps, no CFG", "teacher, 8 steps, no CFG",
+        "teacher, 8 re-noise steps, no CFG", "student, 8 re-noise steps, no CFG",
+    ]  # fmt: skip
+    assert targets == {samplers[-1].name: "teacher, 32 steps, no CFG"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import SKINS, draw_puppet, synthesise
+from eval import verdicts
 from eval.clips import Clips, ground_truth, held_out, through_codec
 from eval.diversity import (
     SPACES,
@@ -19,12 +20,27 @@ from eval.diversity import (
     real_draw,
 )
 from eval.metrics.puppet_clips import CLIP_METRICS
-from eval.paired import ROWS, Column, Comparison, column, deviation_of, energy_in, skin_tones, weights
+from eval.paired import (
+    ROWS,
+    Column,
+    Comparison,
+    OpenAttribute,
+    column,
+    deviation_of,
+    energy_in,
+    share_distance_of,
+    weights,
+)
 from eval.puppet_speech import Recognised, pitch, recognise
 from magihuman.codecs.bundle import load_bundle
 
 ROW = {row.name: row for row in ROWS}
 PROMPTS, DRAWS = 20, 3
+
+
+def skin_tones(numbers: np.ndarray) -> OpenAttribute:
+    """Three categories that are equally frequent in the world."""
+    return OpenAttribute(numbers, dict.fromkeys(SKINS, 1 / 3))
 
 
 def made(name: str, role: str, *, base: float = 0.0, skins: np.ndarray | None = None, seed: int = 0) -> Column:
@@ -35,36 +51,48 @@ def made(name: str, role: str, *, base: float = 0.0, skins: np.ndarray | None = 
     values = dict.fromkeys((*names, "sync_retrieval", "nearest", "own", "semitones", "start_ms"), shared + base + noise)
     values["other"] = values["own"] * 0.3
     values["end_ms"] = values["start_ms"]
-    tones = np.tile(np.arange(3), (PROMPTS, 1)) if skins is None else skins
+    tones = skin_tones(np.tile(np.arange(3), (PROMPTS, 1)) if skins is None else skins)
     terms = tuple(np.zeros((PROMPTS, PROMPTS)) for _ in range(3))
     dispersion = dict.fromkeys(SPACES, shared[:, 0] + base)
     distribution = DistributionMetrics(dispersion, shared + base, dict.fromkeys(SPACES, terms))  # type: ignore[arg-type]
-    return Column(name, role, values, tones, distribution)
+    return Column(name, role, values, {"skin tones": tones}, distribution)
 
 
 def compared(*others: Column) -> Comparison:
     return Comparison([made("bound", "bound"), made("teacher", "teacher", base=-0.02), *others])
 
 
-def test_effective_number_of_skin_tones_in_closed_form():
-    alone = np.ones((1, 100))
+def test_distance_of_shares_in_closed_form():
+    """Independent clips, one per prompt: F is the chi-square statistic over its degrees of freedom times (n - 1) / n."""
+    from scipy.stats import chisquare
 
-    def number(*counts: int) -> float:
-        tones = np.repeat(np.arange(3), counts)[:, None]
-        return float(skin_tones(replace(made("a", "student"), skins=tones), made("b", "bound"), alone)[0])
-
-    assert number(0, 100, 0) == pytest.approx(1)
-    assert number(50, 0, 50) == pytest.approx(2)
-    assert number(25, 53, 22) == pytest.approx(2.763, abs=1e-3)  # 8 re-noise steps of tiny/base
+    counts = np.array([25, 53, 22])
+    tones = skin_tones(np.repeat(np.arange(3), counts)[:, None])
+    found = share_distance_of([tones])
+    assert found.value == pytest.approx(np.sqrt(chisquare(counts).statistic / 100))  # Cohen's w
+    (variance, freedom), shares = found.parts[0], counts / 100
+    assert variance == pytest.approx((shares * (1 - shares) / 99 / (1 / 3)).sum() / 2)
+    assert freedom == 99
+    assert found.p == pytest.approx(chisquare(counts).pvalue, rel=0.3)
+    # Three equal clips of a prompt are no more evidence than one; against itself there is no distance.
+    again = share_distance_of([skin_tones(tones.numbers.repeat(3, 1))])
+    assert (again.value, again.p) == pytest.approx((found.value, found.p))
+    assert share_distance_of([tones], tones).value == 0
+    unequal = OpenAttribute(tones.numbers, {"a": 0.25, "b": 0.53, "c": 0.22})
+    assert share_distance_of([unequal]).value == pytest.approx(0, abs=1e-12)
+    # What was not recognised counts in neither.
+    holes = np.concatenate([tones.numbers, np.full((20, 1), -1)])
+    assert share_distance_of([skin_tones(holes)]).value == pytest.approx(found.value)
 
 
 def test_deviation_within_a_prompt_leaves_out_what_was_not_heard():
     values = np.array([[1.0, 3.0, np.nan], [5.0, 9.0, 7.0], [np.nan, 2.0, np.nan]])
-    own = Column("a", "student", {"x": values}, np.zeros((3, 3), int), made("b", "bound").distribution)
+    distribution = replace(made("b", "bound").distribution, nearest=values)
+    own = Column("a", "student", {"x": values}, {}, distribution)
     found = deviation_of("x")(own, own, np.ones((1, 3)))
     assert found is not None
     assert found[0] == pytest.approx(np.sqrt((2 + 4) / 2))  # variances 2 and 4; the third prompt has one value
-    nothing = Column("a", "student", {"x": values[2:]}, np.zeros((1, 3), int), own.distribution)
+    nothing = Column("a", "student", {"x": values[2:]}, {}, replace(distribution, nearest=values[2:]))
     assert deviation_of("x")(nothing, nothing, np.ones((1, 1))) is None
 
 
@@ -101,39 +129,93 @@ def test_distances_are_root_mean_squares():
 @pytest.mark.parametrize(
     ("row", "student", "baseline", "word"),
     [
-        ("sharpness", 0.01, -0.10, "better"),
-        ("sharpness", 0.12, -0.02, "worse"),  # over-shoot is an error as large as blur
-        ("sharpness", 0.12, -0.20, "better"),
-        ("attributes", 0.05, 0.0, "better"),
-        ("attributes", -0.05, 0.0, "worse"),
-        ("flicker", 0.05, 0.0, "worse"),
-        ("nearest", -0.05, 0.0, "better"),
-        ("attributes", 0.0, 0.0, "within noise"),
+        ("attributes", 0.25, 0.0, "better"),
+        ("attributes", -0.25, 0.0, "worse"),
+        ("attributes", 0.0, 0.0, "undecided"),  # 20 prompts: half a prompt each way is a standard error of 1/22
+        ("lip_shape", 0.05, 0.0, "worse"),
+        ("lip_shape", -0.05, 0.0, "better"),
+        ("lip_shape", -0.01, 0.0, "equal"),
+        ("sync_skill", 0.05, 0.0, "better"),
     ],
 )
-def test_verdicts_know_which_way_is_better(row, student, baseline, word):
+def test_quality_knows_which_way_is_better(row, student, baseline, word):
     found = compared(made("few", "baseline", base=baseline), made("student", "student", base=student))
     _, _, few, own = found.columns
-    verdict = found.against(own, few, ROW[row])
+    verdict = found.quality([own], few)[row]
     assert verdict["verdict"] == word
-    assert verdict["change"]["value"] == pytest.approx(student - baseline, abs=1e-9)
+    if row != "sync_skill":
+        assert verdict["value"] == pytest.approx(student - baseline, abs=1e-9)
+
+
+def test_rows_of_quality_and_rows_to_match():
+    found = compared(made("student", "student"))
+    quality, match = found.quality([found.columns[2]], found.columns[1]), found.match([found.columns[2]], found.bound)
+    assert {"attributes", "vowels", "onsets", "lip_shape", "lips_open", "sync_skill", "energy_look"} <= quality.keys()
+    targets = {"sharpness", "amplitude", "flicker", "nearest", "spread_look", "pitch", "timing", "skin tones"}
+    assert targets <= match.keys()
+    assert not quality.keys() & match.keys()
+    assert all(row["margin"] for row in (*quality.values(), *match.values()))
+
+
+@pytest.mark.parametrize(("base", "word"), [(0.0, "equal"), (0.3, "higher"), (-0.3, "lower"), (-0.1, "undecided")])
+def test_stillness_over_sharpness_and_nearness_are_no_virtues(base, word):
+    """Less flicker than true clips is lower, not better; so are blur, and clips nearer to real ones than real ones are."""
+    found = compared(made("student", "student", base=base))
+    rows = found.match([found.columns[2]], found.bound)
+    for name in ("flicker", "sharpness", "nearest", "spread_look"):
+        noisy = rows[name]
+        if word == "undecided":  # a ratio at the margin
+            assert noisy["value"] == pytest.approx(0.9, abs=0.01)
+        else:
+            assert noisy["verdict"] == word, name
+
+
+def test_the_interval_of_a_ratio_decides():
+    """Shares of a known ratio, with noise: the word follows from the interval and the margin."""
+    for base, seed in ((0.0, 1), (0.02, 2), (0.09, 3), (0.2, 4)):
+        own = made("student", "student", base=base)
+        noise = np.random.default_rng(seed).normal(0, 0.25, (PROMPTS, 1))
+        own.values["amplitude"] = own.values["amplitude"] * (1 + noise)
+        found = compared(own)
+        row = found.match([own], found.bound)["amplitude"]
+        equal = row["low"] > 0.9 and row["high"] < 1 / 0.9
+        assert (row["verdict"] == "equal") == equal
+    # A lost spread is lower, not missing.
+    lost = made("student", "student")
+    lost.values["semitones"] = np.zeros((PROMPTS, DRAWS))
+    bound, teacher = (made(name, name) for name in ("bound", "teacher"))
+    for column_ in (bound, teacher):
+        column_.values["semitones"] = np.random.default_rng(1).normal(size=(PROMPTS, DRAWS))
+    row = Comparison([bound, teacher, lost]).match([lost], bound)["pitch"]
+    assert (row["verdict"], row["value"]) == ("lower", 0)
 
 
 def test_differences_are_paired():
     """Prompts differ by .1, columns by .03: unpaired intervals overlap, paired ones have no width."""
     found = compared(made("student", "student", base=0.01))
-    own, teacher = found.columns[2], found.teacher
-    value, other = found.value(own, ROW["sharpness"]), found.value(teacher, ROW["sharpness"])
+    own, teacher = found.columns[2], found.columns[1]
+    value, other = found.value(own, ROW["lip_shape"]), found.value(teacher, ROW["lip_shape"])
     assert value.low < other.high
-    change = found.against(own, teacher, ROW["sharpness"])["change"]
-    assert change["low"] == pytest.approx(0.03)
-    assert change["high"] == pytest.approx(0.03)
+    change = found.quality([own], teacher)["lip_shape"]
+    assert (change["low"], change["high"]) == pytest.approx((0.03, 0.03))
 
 
-def test_noise_is_called_noise():
-    found = compared(made("few", "baseline", seed=5), made("student", "student", seed=6))
-    words = [found.against(found.columns[3], found.columns[2], ROW[n])["verdict"] for n in ("attributes", "sharpness")]
-    assert words == ["within noise", "within noise"]
+def test_a_recipe_of_three_seeds_is_less_certain_than_one_checkpoint():
+    """Seeds differ by .02: the mean of three has a wider interval than one of them, of 2 degrees of freedom."""
+    rng = np.random.default_rng(5)
+    students = []
+    for number, base in enumerate((0.01, 0.03, 0.05)):
+        own = made(f"student {number}", "student", base=base)
+        own.values["lip_shape"] = own.values["lip_shape"] + rng.normal(0, 0.01, (PROMPTS, DRAWS))
+        students.append(own)
+    found = compared(*students)
+    one, three = (found.quality(own, found.columns[1])["lip_shape"] for own in (students[1:2], students))
+    assert three["high"] - three["low"] > 3 * (one["high"] - one["low"])
+    assert three["value"] == pytest.approx(0.05, abs=0.01)
+    between = np.std([0.01, 0.03, 0.05], ddof=1) / np.sqrt(3) * 4.303  # t of 2 degrees of freedom
+    assert (three["high"] - three["low"]) / 2 == pytest.approx(between, rel=0.2)
+    assert one["verdict"] == "worse"
+    assert three["verdict"] == "undecided"
 
 
 def test_prompts_not_clips_are_resampled():
@@ -144,8 +226,9 @@ def test_prompts_not_clips_are_resampled():
     for draws in (1, DRAWS):
         some = made("a", "student")
         values = {key: prompts.repeat(draws, 1) for key in some.values}
+        distribution = replace(some.distribution, nearest=some.distribution.nearest[:, :draws])
         columns = [
-            replace(some, name=role, role=role, values=values, skins=some.skins[:, :draws])
+            replace(some, name=role, role=role, values=values, open={}, distribution=distribution)
             for role in ("bound", "teacher")
         ]
         found = Comparison(columns)
@@ -164,22 +247,36 @@ def test_all_right_keeps_a_doubt():
 
 
 @pytest.mark.parametrize(
-    ("counts", "word"), [((20, 20, 20), "kept"), ((0, 60, 0), "lost"), ((29, 2, 29), "lost"), ((22, 27, 11), "kept")]
+    ("counts", "word"),
+    [
+        ((160, 160, 160), "equal"),
+        ((120, 240, 120), "different"),
+        ((0, 480, 0), "different"),
+        ((30, 60, 30), "different"),
+        ((36, 44, 40), "undecided"),
+    ],
 )
-def test_diversity_has_to_stay_within_a_tenth(counts, word):
-    tones = np.random.default_rng(2).permutation(np.repeat(np.arange(3), counts)).reshape(PROMPTS, DRAWS)
-    found = compared(made("student", "student", skins=tones))
-    kept = found.kept(found.columns[2], ROW["skin_tones"])
-    assert kept["verdict"] == word
-    assert kept["ratio"]["low"] <= kept["ratio"]["value"] <= kept["ratio"]["high"]
-    over = compared(made("student", "student", base=0.3))
-    assert over.kept(over.columns[2], ROW["spread_look"])["verdict"] == "over"
+def test_shares_are_tested_as_shares(counts, word):
+    tones = np.random.default_rng(2).permutation(np.repeat(np.arange(3), counts)).reshape(-1, 4)
+    found = verdicts.decide({"skin tones": verdicts.of_shares(share_distance_of([skin_tones(tones)]))})["skin tones"]
+    assert found["verdict"] == word
+    assert found["low"] <= found["value"] <= found["high"]
+
+
+def test_shares_of_columns_are_compared_with_each_other():
+    """The world's shares and the teacher's are two comparators: a student may match one of them."""
+    rng = np.random.default_rng(4)
+    skewed, fair = (rng.choice(3, (PROMPTS, 9), p=p) for p in ((0.7, 0.2, 0.1), (1 / 3, 1 / 3, 1 / 3)))
+    own, teacher = skin_tones(skewed), skin_tones(rng.permutation(skewed.ravel()).reshape(skewed.shape))
+    assert share_distance_of([own], teacher).p > 0.2
+    assert share_distance_of([own]).p < 1e-6
+    assert share_distance_of([own], skin_tones(fair)).p < 1e-6
 
 
 def test_columns_of_other_prompts_are_refused():
     other = made("student", "student")
     with pytest.raises(ValueError, match="same prompts"):
-        compared(replace(other, skins=other.skins[:5]))
+        compared(replace(other, distribution=replace(other.distribution, nearest=other.distribution.nearest[:5])))
 
 
 def test_real_draws_keep_the_caption_and_nothing_else():
@@ -212,17 +309,16 @@ def test_pitch_is_heard():
 
 
 SPOILT = {
-    "blurred": {"nearest", "energy_look", "sharpness"},
-    "saturated": {"nearest", "energy_look", "sharpness", "amplitude"},
-    "no middle": {"energy_look", "skin_tones"},
+    "blurred": {
+        "energy_look": "worse", "eyes": "lower", "sharpness": "lower", "flicker": "lower", "nearest": "higher",
+    },
+    "saturated": {"energy_look": "worse", "sharpness": "higher", "nearest": "higher"},
+    "no middle": {"skin tones": "different"},
     "one tone and one way to say it": {
-        "energy_look", "energy_motion", "skin_tones", "spread_look", "spread_voice", "pitch", "timing",
+        "energy_look": "worse", "spread_look": "lower", "spread_voice": "lower", "pitch": "lower", "timing": "lower",
+        "skin tones": "different",
     },
 }  # fmt: skip
-LOST = {
-    "no middle": {"skin_tones"},
-    "one tone and one way to say it": {"skin_tones", "spread_look", "spread_voice", "pitch", "timing"},
-}
 
 
 def spoilt_puppets(prompts: int, draws: int) -> Comparison:
@@ -267,18 +363,14 @@ def test_real_and_spoilt_puppets_are_called_what_they_are():
     """One test, so that one process makes the clips."""
     found = spoilt_puppets(12, 3)
     columns = {own.name: own for own in found.columns}
-    for name, rows in SPOILT.items():
-        words = {row: found.against(columns[name], found.bound, ROW[row])["verdict"] for row in rows}
-        assert words == dict.fromkeys(rows, "worse"), name
-    for name, rows in LOST.items():
-        for row in rows:
-            kept = found.kept(columns[name], ROW[row])
-            assert (kept["verdict"], kept["ratio"]["status"]) == ("lost", "ok"), (name, row)
-    # The floor, another real draw: of all rows, chance may call one or two of 19 worse.
-    words = [found.against(found.teacher, found.bound, row)["verdict"] for row in ROWS if row.direction != "target"]
-    assert words.count("worse") <= 1
+    for name, own in columns.items():
+        rows = {**found.quality([own], found.bound), **found.match([own], found.bound)}
+        words = {row: rows[row]["verdict"] for row in SPOILT.get(name, {})}
+        assert words == SPOILT.get(name, {}), name
+        if name in ("bound", "teacher"):  # the floor: the same clips, and another real draw
+            assert {row["verdict"] for row in rows.values()} <= {"equal", "undecided", "n/a"}, name
     for space in SPACES:
-        measure = found.value(found.teacher, ROW[f"energy_{space}"])
+        measure = found.value(columns["teacher"], ROW[f"energy_{space}"])
         assert measure.low < 0.01
     # 12 prompts are too few for the retrieval among 20.
     retrieval = found.value(found.bound, ROW["sync_retrieval"])
