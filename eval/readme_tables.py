@@ -201,6 +201,7 @@ KINDS: markdown.Kinds = {
     "clip_scores": _with_origin(tables.clip_scores),
     "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
     "distill_values": _with_origin(partial(tables.comparison_values, brief=True), tables.COMPARISON),
+    "verdict_power": _with_origin(tables.verdict_power),
     "conditions": _with_origin(tables.conditioning),
     "decoding": _with_origin(tables.decoders),
     "ablation": _with_origin(tables.ablation),

@@ -385,6 +385,52 @@ def verdict_note(values: Values) -> str:
     )
 
 
+def verdict_power(values: Values) -> str:
+    """Markdown of a verdict_power.json: words of rows for known losses, of claims without a loss, of training seeds."""
+    studies, losses = values["studies"], [f"{loss:g}" for loss in values["losses"]]
+    designs = {name: found for name, found in values["designs"].items() if losses[-1] in found}
+
+    def percent(counts: Mapping[str, int], *words: str) -> str:
+        return f"{100 * sum(counts.get(word, 0) for word in words) / studies:.0f}"
+
+    rows = []
+    for kind in values["kinds"]:
+        for loss in losses:
+            cells = []
+            for found in designs.values():
+                counts = found[loss]["rows"][kind["row"]]
+                others = [word for word in counts if word not in ("equal", "undecided", "n/a")]
+                right = others if loss == "0" else kind["right"]
+                cells.append(
+                    f"{percent(counts, 'equal')} / {percent(counts, 'undecided', 'n/a')} / {percent(counts, *right)}"
+                )
+            rows.append([kind["label"], f"{100 * float(loss):.0f} %", *cells])
+    cases = {f"{name}: nothing lost": found["0"] for name, found in designs.items()}
+    apart = f"training seeds differ by {100 * values['seed_deviation']:g} %"
+    cases |= {f"{name}: {apart}": found["0"] for name, found in values["designs"].items() if name not in designs}
+    false = ("better", "worse", "mixed", "different")
+    claims = [
+        [
+            case,
+            *(
+                f"{percent(counts, 'equal')} / {percent(counts, 'undecided')} / {percent(counts, *false)}"
+                for counts in (found["claims"][claim] for claim in ("quality", "match"))
+            ),
+        ]
+        for case, found in cases.items()
+    ]
+    head = "% of studies: equal / undecided / a difference, to the right side where there is a loss, and false where there is none"
+    return "\n\n".join(
+        [
+            f"{head}; prompts x clips of each:",
+            table(["row", "loss", *designs], rows, "l" + "r" * (1 + len(designs))),
+            "Words of claims where nothing is lost, % of studies: equal / undecided / a false difference:",
+            table(["", "quality", "match"], claims),
+            f"{studies} simulated studies of each cell, judged by the functions of `eval.dmd2`, with all of its rows.",
+        ]
+    )
+
+
 SENSITIVITY_SIGNS = {
     "ordered": "**{effect}**",
     "seen": "{effect}",
@@ -614,6 +660,7 @@ BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-ablation/1": ablation,
     "magihuman-conditions/1": conditioning,
     "magihuman-compare/2": comparison,
+    "magihuman-verdict-power/1": verdict_power,
     "magihuman-sensitivity/1": sensitivity,
     "magihuman-clip-scores/1": clip_scores,
     "magihuman-clip-comparison/1": clip_comparison,

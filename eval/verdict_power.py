@@ -33,6 +33,7 @@ LOSSES = (0.0, 0.1, 0.2, 0.3)
 WORLD = {"equal shares": (1 / 3, 1 / 3, 1 / 3), "unequal shares": (0.6, 0.3, 0.1)}
 FEATURES, SCALE = 16, 0.4
 """Numbers of an embedded clip and their deviation: energy distances vary as those of appearance do."""
+JUDGED = {1: "one checkpoint", 3: "three training seeds"}
 SEED_DEVIATION = 0.05
 """Deviation between training seeds of a mean or a spread, as a share of it, and of the first category's share."""
 
@@ -104,7 +105,7 @@ def made_column(
         rest = np.array(world[1:]) * (1 - first) / (1 - world[0])
         numbers = rng.choice(len(world), (prompts, draws), p=[first, *rest])
         attributes[label] = OpenAttribute(numbers, dict(zip("abc", world, strict=True)))
-    distribution = _distribution(rng, hard, draws, off["spread_voice"] * off["energy_voice"])
+    distribution = _distribution(rng, hard, draws, off["spread_voice"])
     values["nearest"] = distribution.nearest
     return Column(name, role, values, attributes, distribution)
 
@@ -161,8 +162,8 @@ def study(
 
 def run(
     designs: str = "40x3,120x4,200x5",
-    studies: int = 400,
-    resamples: int = 500,
+    studies: int = 200,
+    resamples: int = 400,
     output: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def run(
     found: dict[str, Any] = {}
     middle = sizes[len(sizes) // 2]
     cells = [(f"{p}x{s}", p, s, loss, 1, 0.0) for p, s in sizes for loss in LOSSES]
-    cells += [(f"{middle[0]}x{middle[1]}, {k} of many", *middle, 0.0, k, SEED_DEVIATION) for k in (1, 3)]
+    cells += [(f"{middle[0]}x{middle[1]}, {text}", *middle, 0.0, k, SEED_DEVIATION) for k, text in JUDGED.items()]
     with tqdm(total=len(cells) * studies, desc="studies", disable=not progress) as bar:
         for number, (name, prompts, draws, loss, checkpoints, deviation) in enumerate(cells):
             rows: dict[str, Counter[str]] = {kind.row: Counter() for kind in KINDS}

@@ -90,9 +90,9 @@ def values_of(**metrics: np.ndarray) -> ClipValues:
 
 def test_a_constant_difference_has_no_width_and_its_sign_is_the_metrics_own() -> None:
     base = np.linspace(0.2, 0.9, 12)
-    mine, theirs = values_of(vowels=base + 0.1, flicker=base + 0.1), values_of(vowels=base, flicker=base)
+    mine, theirs = values_of(vowels=base + 0.1, syllable_error=base + 0.1), values_of(vowels=base, syllable_error=base)
     found = paired_differences(mine, theirs)
-    for metric, verdict in (("vowels", "better"), ("flicker", "worse")):
+    for metric, verdict in (("vowels", "better"), ("syllable_error", "worse")):
         assert found[metric]["value"] == pytest.approx(0.1)
         assert [found[metric]["low"], found[metric]["high"]] == pytest.approx([0.1, 0.1])
         assert (found[metric]["verdict"], found[metric]["n"]) == (verdict, 12)
@@ -120,7 +120,7 @@ def test_only_shared_prompts_count_and_few_give_no_interval() -> None:
     few = values_of(vowels=base[: FEWEST - 1])
     found = paired_differences(few, theirs)["vowels"]
     assert (found["n"], found["low"], found["verdict"]) == (FEWEST - 2, None, "")
-    assert paired_differences(values_of(vowels=base), values_of(flicker=base)) == {}
+    assert paired_differences(values_of(vowels=base), values_of(syllable_error=base)) == {}
 
 
 def test_with_a_target_nearer_is_better_from_both_sides() -> None:
