@@ -419,7 +419,7 @@ def verdict_power(values: Values) -> str:
         ]
         for case, found in cases.items()
     ]
-    head = "% of studies: equal / undecided / a difference, to the right side where there is a loss, and false where there is none"
+    head = "% of studies: equal / undecided / a difference, to the right side with a loss, false without"
     return "\n\n".join(
         [
             f"{head}; prompts x clips of each:",
