@@ -165,3 +165,19 @@ def test_rates_of_a_small_simulation():
     ]
     assert words[0].count("better") + words[0].count("worse") >= 6
     assert words[1].count("better") + words[1].count("worse") <= 1
+
+
+def test_the_table_of_rates_counts_every_study(tmp_path):
+    from eval import verdict_power
+    from eval.tables import verdict_power as table
+    from magihuman.errors import UserError
+
+    values = verdict_power.run("12x2,12x3", studies=2, resamples=100, output=str(tmp_path), progress=False)
+    cells = [cell for line in table(values).splitlines() for cell in line.split("|") if cell.count(" / ") == 2]
+    rates = [[int(number) for number in cell.split("/")] for cell in cells if cell.split("/")[0].strip().isdigit()]
+    assert len(rates) == 8 * 4 * 2 + 2 * 4
+    assert all(sum(rate[:2]) <= 100 for rate in rates)
+    assert values["designs"]["12x3, three training seeds"].keys() == {"0"}
+    assert (tmp_path / "verdict_power.md").read_text().startswith("% of studies")
+    with pytest.raises(UserError, match="designs=40 should be PROMPTSxCLIPS"):
+        verdict_power.run("40")
