@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magihuman.models.forward_mode import apply
 from magihuman.models.tokens import VIDEO, Layout
 
 BACKENDS = ("auto", "math", "sdpa", "flash", "flex", "windowed", "reference")
@@ -147,11 +148,11 @@ class _Permute(torch.autograd.Function):
 
 
 def _sample_major(x: Tensor, layout: Layout) -> Tensor:
-    return x if layout.order is None else _Permute.apply(x, layout.order, layout.inverse)
+    return x if layout.order is None else apply(_Permute, x, layout.order, layout.inverse)
 
 
 def _packed(x: Tensor, layout: Layout) -> Tensor:
-    return x if layout.order is None else _Permute.apply(x, layout.inverse, layout.order)
+    return x if layout.order is None else apply(_Permute, x, layout.inverse, layout.order)
 
 
 def _to_dense(x: Tensor, layout: Layout) -> list[Tensor]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from magihuman.models.forward_mode import apply
+
 EPS = 1e-6
 ALPHA = 1.702
 LIMIT = 7.0
@@ -24,7 +26,7 @@ def rms_norm(x: Tensor, offset: Tensor) -> Tensor:
         x: [n,...,width]; offset: the stored weight, 0 at initialisation, of the shape of x without its first
             dimension or of its last alone.
     """
-    normed, _ = _RMSNorm.apply(x.float(), 1 + offset.float())
+    normed, _ = apply(_RMSNorm, x.float(), 1 + offset.float())
     return normed.to(x.dtype)
 
 
@@ -209,7 +211,7 @@ def _silu_slope(grad: Tensor, u: Tensor) -> Tensor:
 
 def gelu7(y: Tensor) -> Tensor:
     """u sigmoid(1.702 u) with u = min(y, 7), in fp32. [..., n] -> [..., n] of the same dtype (SPEC 1.5)."""
-    return _Gelu7.apply(y)
+    return apply(_Gelu7, y)
 
 
 def swiglu7(gate: Tensor, linear: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ def swiglu7(gate: Tensor, linear: Tensor) -> Tensor:
 
     [..., n] twice -> [..., n] of the same dtype.
     """
-    return _Swiglu7.apply(gate, linear)
+    return apply(_Swiglu7, gate, linear)
 
 
 def swiglu7_projection(x: Tensor, weight: Tensor, update: Update | None = None) -> Tensor:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magihuman.models.forward_mode import apply
+
 
 def rotary_bands(head_dim: int) -> Tensor:
     """Frequencies of one axis: 1 / 10000^(j / nb), nb = head_dim / 8. fp32 [nb]."""
@@ -43,7 +45,7 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
         fp32, shape of x.
     """
     sin, cos = table.unsqueeze(-2).chunk(2, dim=-1)  # [L,1,3nb]
-    return _Rotate.apply(x, sin, cos)
+    return apply(_Rotate, x, sin, cos)
 
 
 class _Rotate(torch.autograd.Function):
