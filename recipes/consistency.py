@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
-from magihuman.distill.fake_score_settings import check_resume
 from magihuman.distill.objective import surrogate_loss
 from magihuman.distill.rollout import MicroBatch, micro_batches
 from magihuman.distill.tangent import consistency_tangent, normalised, velocity_and_derivative
@@ -235,4 +234,6 @@ class Consistency(Recipe):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        check_resume(checkpoint, self.context.init, self.state_dict())
+        saved, init = checkpoint["recipe"]["init"], self.context.init
+        if saved != init:
+            raise UserError(f"the checkpoint was distilled from init={saved}, not from init={init}; give init={saved}")

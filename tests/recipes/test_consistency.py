@@ -4,6 +4,7 @@ distribution, and settings that are refused."""
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import small_dit
 import torch
-import toy_dmd2
 import training_stub
+from processes import Launcher
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from toy_dmd2 import PRIOR, join, make_context, part
 from toy_mixture import Figures, compare, ring
-from torch import Tensor, nn
 
+from magihuman.config import StrategySettings
 from magihuman.distill.rollout import roll_out
 from magihuman.distill.tangent import consistency_tangent, normalised, velocity_and_derivative
 from magihuman.errors import UserError
@@ -232,6 +235,73 @@ def test_tangents_are_normalised_over_generated_positions() -> None:
     assert small.tolist() == pytest.approx([0.03 / (size / 100 + 0.1), 0.04 / (size / 100 + 0.1), 0.0])
 
 
+# Points with a known distribution
+
+RING = ring(16)
+"""Fourteen thin directions, from which a network that is told no level can read it."""
+
+
+def flow_matching(updates: int) -> nn.Module:
+    """A network that is told no level, fitted to the ring by flow matching."""
+    torch.manual_seed(1)
+    draw = torch.Generator().manual_seed(1)
+    net = nn.Sequential(
+        nn.Linear(16, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 16)
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    for _ in range(updates):
+        x0, _ = RING.draw(256, draw)
+        noise = torch.randn(x0.shape, generator=draw)
+        sigma = PRIOR.sample(256, draw)[0][:, None]
+        loss = (net((1 - sigma) * x0 + sigma * noise) - (noise - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+@torch.no_grad()
+def sampled(network: nn.Module, steps: int, count: int = 2000) -> Figures:
+    def velocity(x: Pair, sigma: Pair) -> Pair:
+        return Pair(*network(x.video, x.audio, []))
+
+    nothing = Conditioning.nothing(part(torch.zeros(count, 16), 1))
+    return compare(join(roll_out(Sampling("renoise", steps, 5.0), velocity, seeded([0]), nothing).end), RING)
+
+
+@pytest.fixture
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small products are slower with more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_one_and_two_steps_get_near_a_ring(tmp_path: Path) -> None:
+    """Measured distances: in one step 1.13 before and .32 after, in two .98 and .32; the teacher in 32 Euler steps .35."""
+    net = flow_matching(1000)
+    student, teacher = Points(copy.deepcopy(net)), Points(net)
+    recipe = made(tmp_path, student, teacher, steps=200)
+    recipe.ema = EMA(student, 0.97)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    draw = torch.Generator().manual_seed(2)
+    for cycle in range(200):
+        clean = part(RING.draw(256, draw)[0], 32)
+        index = torch.arange(32 * cycle, 32 * cycle + 32)
+        batch = {"video": clean.video, "audio": clean.audio, "text": [torch.zeros(2, 5)] * 32, "index": index}
+        rng = recipe.begin_batch(batch)
+        optimizer.zero_grad()
+        recipe.loss(batch, rng).backward()
+        optimizer.step()
+        recipe.after_step()
+    for steps in (1, 2):
+        before, after = sampled(teacher, steps), sampled(recipe.network, steps)
+        assert before.modes == 0
+        assert after.distance <= 0.4 * before.distance, after
+        assert after.modes >= 5, after
+
+
 # Settings
 
 
@@ -253,7 +323,6 @@ def test_export_and_weight_of_the_derivative_follow_the_settings(tmp_path: Path)
         (["recipe.steps=0"], "recipe.steps=0 must be at least 1"),
         (["trainer.compile=true"], "trainer.compile=true excludes the forward-mode derivative"),
         (["strategy=zero2"], "this recipe runs with strategy=single or ddp or fsdp2, not zero2"),
-        (["strategy=ddp", "trainer.devices=2", "strategy.context_parallel=2"], "strategy.context_parallel=2 excludes"),
         (["recipe.derivative=2"], "recipe.derivative=2 should be in [0, 1]"),
     ],
 )
@@ -269,3 +338,43 @@ def test_prompts_alone_are_refused(tmp_path: Path) -> None:
     batch = {**training_stub.batch(range(2)), "real": False}
     with pytest.raises(UserError, match="data=prompts has none; choose data=shards"):
         recipe.loss(batch, recipe.begin_batch(batch))
+
+
+def test_tokens_shared_by_processes_and_another_teacher_are_refused(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    together = replace(context, strategy=StrategySettings("ddp", context_parallel=2))
+    with pytest.raises(UserError, match=r"strategy.context_parallel=2 excludes the forward-mode derivative"):
+        Consistency(together)
+    state: dict[str, Any] = {}
+    Consistency(context).on_save_checkpoint(state)
+    other = make_context(tmp_path / "other")
+    with pytest.raises(UserError, match=r"distilled from init=\S+, not from init=\S+other"):
+        Consistency(other).on_load_checkpoint(state)
+
+
+# Two processes train what one does
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(shards: Path, tmp_path: Path) -> None:
+    """With whole and with sharded weights, whose gathering goes on around the forward-mode derivative."""
+    make_context(tmp_path / "teacher")
+    world = Launcher(
+        shards,
+        [
+            "+recipe=consistency", f"init={tmp_path / 'teacher'}", "recipe.first_frame=0.5", "recipe.derivative=1.0",
+            "trainer.precision=fp32", "optim.lr=1e-3", "+optim.eps=1e-4", "trainer.log_every=1", "callbacks.validation=null",
+            "data.module.batch_size=4", "trainer.devices=%d", "strategy=%s",
+        ],
+    )  # fmt: skip
+    found = []
+    for strategy, processes in (("single", 1), ("ddp", 2), ("fsdp2", 2)):
+        assert world.run(tmp_path / strategy, strategy, processes) == [0] * processes
+        state = load_file(tmp_path / strategy / "export" / "model-00001-of-00001.safetensors")
+        found.append(torch.cat([state[name].flatten() for name in sorted(state) if state[name].dtype == torch.float32]))
+    start = load_file(tmp_path / "teacher" / "model-00001-of-00001.safetensors")
+    before = torch.cat([start[name].flatten() for name in sorted(start) if start[name].dtype == torch.float32])
+    moved = (found[0] - before).norm()
+    assert moved > 1e-4 * before.norm()
+    for weights in found[1:]:
+        assert (weights - found[0]).norm() <= 1e-3 * moved
