@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
+from magihuman.codecs.bundle import bundle_spec
 from magihuman.distill.objective import surrogate_loss
 from magihuman.distill.rollout import MicroBatch, micro_batches
 from magihuman.distill.tangent import consistency_tangent, normalised, velocity_and_derivative
@@ -113,6 +114,11 @@ class Consistency(Recipe):
         require_shares(derivative=derivative, first_frame=first_frame, audio_conditioning=audio_conditioning)
         self.sigma, self.sampling = sigma, Sampling("renoise", steps, shift, UNGUIDED)
         self.guidance = guidance or zoo.config_of(context.init).sampling.guidance
+        if self.guidance.needed and bundle_spec(context.codecs).negative_prompt:
+            raise UserError(
+                "the released model is guided away from its own negative prompt, which recipe=consistency does not take; set "
+                "recipe.guidance={video_high: 1, video_low: 1, audio: 1}"
+            )
         self.derivative, self.floor = derivative, floor
         self.modality_weights = Pair(video_weight, audio_weight)  # type: ignore[arg-type]
         self.first_frame, self.audio_conditioning = first_frame, audio_conditioning

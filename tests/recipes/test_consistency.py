@@ -340,11 +340,17 @@ def test_prompts_alone_are_refused(tmp_path: Path) -> None:
         recipe.loss(batch, recipe.begin_batch(batch))
 
 
-def test_tokens_shared_by_processes_and_another_teacher_are_refused(tmp_path: Path) -> None:
+def test_shared_tokens_a_negative_prompt_and_another_teacher_are_refused(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     together = replace(context, strategy=StrategySettings("ddp", context_parallel=2))
     with pytest.raises(UserError, match=r"strategy.context_parallel=2 excludes the forward-mode derivative"):
         Consistency(together)
+    released = replace(context, codecs="released")
+    with pytest.raises(
+        UserError, match="guided away from its own negative prompt, which recipe=consistency does not take"
+    ):
+        Consistency(released, guidance=Guidance())
+    assert Consistency(released).guidance == UNGUIDED
     state: dict[str, Any] = {}
     Consistency(context).on_save_checkpoint(state)
     other = make_context(tmp_path / "other")
