@@ -60,7 +60,10 @@ class _Rope(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.register_buffer("bands", rotary_bands(head_dim))
+        place = torch.get_default_device()
+        with torch.device("cpu"):  # a division on the device "meta" would import torch._dynamo, which takes 1.5 s
+            bands = rotary_bands(head_dim)
+        self.register_buffer("bands", bands.to(place))
 
 
 class Embedders(nn.Module):

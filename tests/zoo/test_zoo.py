@@ -262,6 +262,22 @@ class TestVerify:
         assert "\n" not in str(caught.value)
 
 
+def test_loading_a_checkpoint_imports_no_compiler() -> None:
+    """torch._dynamo takes 1.5 CPU seconds, which every command that samples would pay; the bands are still right."""
+    code = (
+        "import sys, torch\n"
+        "from magihuman import zoo\n"
+        "from magihuman.models.rotary import rotary_bands\n"
+        "meta = zoo.build(zoo.arch('tiny'), zoo.pack('tiny'), compute_dtype=torch.float32, device='meta').model\n"
+        "assert all(tensor.is_meta for tensor in meta.state_dict().values())\n"
+        "model = zoo.load('tiny/base').denoiser.model\n"
+        "assert torch.equal(model.adapter.rope.bands, rotary_bands(model.config.head_dim))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 class TestCommandLine:
     """python -m magihuman.zoo."""
 
