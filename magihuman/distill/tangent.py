@@ -4,9 +4,9 @@
     change = consistency_tangent(teacher_v, velocity.video, derivative.video)
     surrogate_loss(student_v, -normalised(change, mask, 0.1), mask)     # its gradient moves the velocity by +change
 
-The derivative is computed by forward-mode differentiation: one pass without a graph, about the cost of two forward
-passes. Attention runs in plain operators, since fused kernels have no forward-mode derivative: all scores of one layer are in
-memory at once, batch x heads x n x n numbers, and as many of their derivative.
+The derivative is computed by forward-mode differentiation: one pass without a graph, whose matrix products count like a
+forward and a backward pass to the input. Attention runs in plain operators, since fused kernels have no forward-mode
+derivative: all scores of one layer are in memory at once, batch x heads x n x n numbers, and as many of their derivative.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,7 @@ from magihuman.models.denoiser import Denoiser
 def velocity_and_derivative(network: Denoiser, x: Pair, text: Sequence[Tensor], direction: Pair) -> tuple[Pair, Pair]:
     """F(x) and its derivative J_F(x) d along a direction d, both fp32 without gradients.
 
-    Computed in fp32 also where the network computes in bf16, whose rounding errors are larger than the derivative of many
-    layers near convergence.
+    Computed in fp32 also where the network computes in bf16, since the tangent is a difference of nearly equal terms.
 
     Args:
         x: latents [B,C,T,h,w] and [B,A,Ca]; text: B tensors [S,Ct]; direction: d, of the shapes of x.
