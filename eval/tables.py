@@ -277,7 +277,7 @@ def comparison_values(values: Values, keys: Sequence[str] = (), brief: bool = Fa
     columns = values["columns"]
     students = [name for name, c in columns.items() if c["role"] == "student"]
     names = {name: f"{name} ({c['calls']} calls)" if "calls" in c else name for name, c in columns.items()}
-    if brief:
+    if brief and len(students) > 1:
         of_role = {
             role: [name for name, c in columns.items() if c["role"] == role]
             for role in ("bound", "teacher", "baseline")
