@@ -116,6 +116,8 @@ class StrategySettings:
         replicas: fsdp2 only: copies of the network, each sharded over processes / replicas neighbouring processes
             (hybrid sharding, HSDP); `auto` is one per node, 1 shards over all processes.
         reshard_after_forward: fsdp2 only: free a block's gathered weights after its forward pass.
+        gather: fsdp2 only: dtype in which the blocks' matrices are gathered; compute: that of the products
+            (trainer.precision), fp32: as they are stored.
         offload: fsdp2 and ZeRO: optimiser (fsdp2 and zero3: weights too) on the CPU.
         context_parallel: ddp and fsdp2: processes that share the tokens of one batch (`magihuman.context_parallel`),
             neighbours by rank; 1 for none.
@@ -124,6 +126,7 @@ class StrategySettings:
     name: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     replicas: int | Literal["auto"] = "auto"
     reshard_after_forward: bool = True
+    gather: Literal["compute", "fp32"] = "compute"
     offload: bool = False
     context_parallel: int = 1
 
@@ -413,6 +416,7 @@ def _check_pairs(settings: TrainSettings) -> None:
     for setting, given, takers in (
         (f"strategy.replicas={strategy.replicas}", strategy.replicas not in ("auto", 1), ("fsdp2",)),
         ("strategy.reshard_after_forward=false", not strategy.reshard_after_forward, ("fsdp2",)),
+        ("strategy.gather=fp32", strategy.gather == "fp32", ("fsdp2",)),
         ("strategy.offload=true", strategy.offload, ("fsdp2", "zero1", "zero2", "zero3")),
         ("checkpoint.asynchronous=true", settings.checkpoint.asynchronous, ("fsdp2",)),
     ):

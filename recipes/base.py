@@ -213,7 +213,10 @@ class Recipe(L.LightningModule):
         """
         assert self.device_mesh is not None
         mesh, strategy = self.device_mesh, self.context.strategy
-        parallel.shard(network, mesh, reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload)
+        parallel.shard(
+            network, mesh, gather=strategy.gather,
+            reshard_after_forward=strategy.reshard_after_forward, offload=strategy.offload,
+        )  # fmt: skip
         device = torch.device("cpu") if strategy.offload else self.trainer.strategy.root_device
         parallel.fill(network, weights, device)
 

@@ -12,9 +12,9 @@ fast links in a node and only gradients cross the network; `strategy.replicas` s
 shard is the smallest, for what does not fit one node. With ddp and fsdp2 `strategy.context_parallel` splits the tokens of a
 batch over neighbouring processes as well (`magihuman.context_parallel`).
 
-The unit of sharding is a block of the transformer. Weights are gathered in fp32 and cast by the network
-itself, exactly where SPEC 1.5 places the casts: FSDP2's own mixed precision would put the norms of a block
-into bf16 too.
+The matrices of each half of a block (attention, MLP) are gathered together, by default (`strategy.gather`) in the dtype
+of the products: with bf16 half the traffic and memory of fp32, and the same numbers, since the network casts them there
+anyway (SPEC 1.5). Norms, embedders, heads, and the average of gradients over processes stay in fp32.
 """
 
 import os
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
@@ -37,6 +37,8 @@ from torch.utils._pytree import tree_map_only
 from magihuman.config import StrategySettings, TrainerSettings
 from magihuman.errors import UserError
 from magihuman.models.denoiser import Denoiser
+from magihuman.models.dit import Block
+from magihuman.models.layers import ExpertLinear
 from magihuman.schema import one_line
 from magihuman.training.checkpoint import SyncedFiles, check_shares
 
@@ -290,12 +292,19 @@ def plugins(settings: StrategySettings) -> list[Any]:
     return found
 
 
-def blocks(denoiser: Denoiser) -> Iterator[nn.Module]:
+def blocks(denoiser: Denoiser) -> Iterator[Block]:
     """The transformer's layers."""
-    yield from denoiser.model.block.layers
+    yield from denoiser.model.block.layers  # type: ignore[misc]
 
 
-def shard(denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, offload: bool = False) -> None:
+def shard(
+    denoiser: Denoiser,
+    mesh: Any,
+    *,
+    reshard_after_forward: bool = True,
+    offload: bool = False,
+    gather: Literal["compute", "fp32"] = "compute",
+) -> None:
     """Shard every block, then the remaining weights, with FSDP2, in place.
 
     Args:
@@ -303,13 +312,26 @@ def shard(denoiser: Denoiser, mesh: Any, *, reshard_after_forward: bool = True, 
         reshard_after_forward: free a block's gathered weights after its forward pass (less memory, one more
             gather).
         offload: keep shards and optimiser on the CPU.
+        gather: compute: fp32 matrices of the blocks are gathered in the compute dtype; fp32: as they are stored.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+    model, dtype = denoiser.model, denoiser.model.compute_dtype
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward, "offload_policy": policy}
+    if gather == "fp32" or dtype == torch.float32:
+        for block in blocks(denoiser):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        return
+    # FSDP2 has one precision for all weights of a unit, and a unit takes what is left to it: first all but the matrices.
+    matrices = {weight for m in model.modules() if isinstance(m, ExpertLinear) for weight in m.parameters()}
+    fully_shard(model, **options, ignored_params=matrices)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks(denoiser):
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
-    fully_shard(denoiser.model, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+        for half in (block.attention, block.mlp):
+            others = set(half.parameters()) - matrices
+            fully_shard(half, **options, mp_policy=precision, ignored_params=others)
 
 
 def fill(module: nn.Module, weights: Mapping[str, torch.Tensor] | None, device: torch.device) -> None:
