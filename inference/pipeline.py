@@ -105,7 +105,8 @@ class Pipeline:
         self.folder = loaded.folder
         self.codecs = codecs
         self.second = second
-        self.decoder = Decoder(codecs.video_codec if decoder is None else decoder, tile)
+        codec = codecs.video_codec if decoder is None else decoder
+        self.decoder = None if codec is None else Decoder(codec, tile)
         self.stages = stages
         self.output_size, self.crf = output_size, crf
         self.device = next(self.denoiser.parameters()).device if stages is None else stages.device
@@ -173,12 +174,15 @@ class Pipeline:
         image: str | Path | None = None,
         audio: str | Path | None = None,
         progress: StageProgress | None = None,
+        decode: bool = True,
         **options: Any,
     ) -> list[Clip]:
         """Make a clip per prompt.
 
         Args:
             batch: how many are computed at once; it changes memory and speed, not the clips.
+            decode: False samples without decoding and returns no clips, on processes that compute the network together
+                with the one that decodes.
             image, audio: first frame and audio track, the same for all prompts.
             options: as for `settings`.
 
@@ -197,7 +201,7 @@ class Pipeline:
             image_files = None if image is None else [image] * len(part)
             audio_files = None if audio is None else [audio] * len(part)
             drafts = self.draft(part, seeds[start : start + batch], chosen, image_files, audio_files, progress)
-            made += [self.decode(draft) for draft in drafts]
+            made += [self.decode(draft) for draft in drafts] if decode else []
         return made
 
     def draft(
@@ -348,6 +352,7 @@ class Pipeline:
 
     def frames(self, draft: Draft) -> Iterator[torch.Tensor]:
         """A draft's frames, uint8 [n,H,W,3] on the CPU each, in as many parts as the decoder makes."""
+        assert self.decoder is not None
         parts = self.decoder.stream(draft.video)
         while True:
             # The next chunk may be on the device while this one is written: waiting for it would end that.
@@ -412,3 +417,20 @@ def with_first_stage(loaded: Loaded, codecs: CodecBundle, first: str) -> Pipelin
     if key not in _first_stages:
         _first_stages[key] = zoo.load(first, device)
     return Pipeline(_first_stages[key], codecs, second=loaded)
+
+
+_turbo_decoders: dict[tuple[str, str], Any] = {}
+
+
+def with_turbo(loaded: Loaded, codecs: CodecBundle, checkpoint: str) -> Pipeline:
+    """The network `loaded`, with the published Turbo decoder where that lies next to `checkpoint`."""
+    from inference.loading import WAN, chosen_turbo
+    from magihuman.zoo import decoders
+
+    turbo = chosen_turbo(checkpoint, None, codecs.name)
+    if turbo in (None, WAN) or codecs.video_codec is None:  # without codecs this process does not decode
+        return Pipeline(loaded, codecs)
+    key = turbo, str(next(loaded.denoiser.parameters()).device)
+    if key not in _turbo_decoders:
+        _turbo_decoders[key] = decoders.load(turbo, key[1], None)
+    return Pipeline(loaded, codecs, decoder=_turbo_decoders[key])

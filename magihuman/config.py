@@ -318,8 +318,12 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
                 check_call(call, f"{group}.{name}")
             elif group == "callbacks" and name not in (known := _callbacks()):
                 raise UserError(f"unknown setting callbacks.{name}{suggest(name, known)}; there are {', '.join(known)}")
-    if (samples := (settings.callbacks or {}).get("samples")) and samples.get("prompts") == []:
-        raise UserError("prompts is empty; give at least one for the sample clips, or set callbacks.samples=null")
+    samples = (settings.callbacks or {}).get("samples")
+    if samples and samples.get("prompts") == [] and not samples.get("held_out"):
+        raise UserError(
+            "prompts is empty; give at least one for the sample clips, callbacks.samples.held_out=8 for captions of held-out "
+            "clips, or callbacks.samples=null"
+        )
     _check_pairs(settings)
     if settings.logger.tensorboard and find_spec("tensorboard") is None:
         raise UserError(

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from magihuman.codecs import tiny_captions
 from magihuman.codecs.protocols import AudioCodec, TextEncoder, VideoCodec
@@ -201,7 +201,8 @@ def require_allowed(name: str) -> None:
 
 @dataclass(frozen=True)
 class CodecBundle:
-    """Codecs, text encoder and contract; `height`, `width` and `frames` are the usual clip.
+    """Codecs, text encoder and contract; `height`, `width` and `frames` are the usual clip. Codecs are None where a process
+    samples and does not decode.
 
         CodecBundle("own", contract, video_codec, audio_codec, text_encoder, height=64, width=64, frames=25)
 
@@ -211,8 +212,8 @@ class CodecBundle:
 
     name: str
     contract: Contract
-    video_codec: VideoCodec
-    audio_codec: AudioCodec
+    video_codec: VideoCodec | Any
+    audio_codec: AudioCodec | Any
     text_encoder: TextEncoder
     height: int
     width: int

@@ -14,6 +14,7 @@ the features: one token per word, from its bytes, its index, and the previous wo
 import hashlib
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def uncapped_attention() -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
+
+
+class StoredFeatures:
+    """A text encoder of known prompts: [S,Ct] fp32 by prompt."""
+
+    def __init__(self, features: Mapping[str, torch.Tensor]) -> None:
+        self.features = dict(features)
+        self.channels = next(iter(self.features.values())).shape[-1]
+
+    def encode(self, prompts: list[str]) -> list[torch.Tensor]:
+        """Raises KeyError for a prompt whose features are not known."""
+        return [self.features[prompt] for prompt in prompts]
 
 
 class T5GemmaEncoder(nn.Module):

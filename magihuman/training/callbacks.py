@@ -539,7 +539,7 @@ class SampledClips(L.Callback):
         name: of the callback in the configuration.
         pipeline: made from (checkpoint, codecs), with `generate(prompts, seeds, **settings)` that returns
             clips with `frames` uint8 [F,H,W,3] and `save(path)`; injected, so that the core needs no
-            inference code.
+            inference code. Processes that sample with the main one pass decode=False and get no clips.
         every_steps: interval.
         settings: for `generate`, for example steps.
     """
@@ -550,6 +550,7 @@ class SampledClips(L.Callback):
         self.pipeline = pipeline
         self.every_steps = require_interval(name, every_steps)
         self.settings = dict(settings or {})
+        self.features: dict[str, torch.Tensor] = {}  # of prompts, where they are known without a text encoder
         self._codecs: Any = None
 
     def on_fit_start(self, trainer: L.Trainer, recipe: Any) -> None:
@@ -561,24 +562,48 @@ class SampledClips(L.Callback):
         """Whether clips are sampled after this batch."""
         return bool(recipe.stepped) and (recipe.step % self.every_steps == 0 or recipe.step >= recipe.max_steps)
 
-    def takes_part(self, trainer: L.Trainer, recipe: Any) -> bool:
-        """Whether this process samples: all sample a network together that is sharded or splits its tokens; the main process
-        alone samples another one."""
+    def shared(self, recipe: Any) -> bool:
+        """Whether all processes sample together: a network that is sharded, or that splits its tokens."""
         strategy = recipe.context.strategy
-        return trainer.is_global_zero or strategy.name in ("fsdp2", "zero3") or strategy.context_parallel > 1
+        return strategy.name in ("fsdp2", "zero3") or strategy.context_parallel > 1
+
+    def takes_part(self, trainer: L.Trainer, recipe: Any) -> bool:
+        """Whether this process samples: all together, or the main process alone."""
+        return trainer.is_global_zero or self.shared(recipe)
 
     def generate(self, trainer: L.Trainer, recipe: Any, prompts: Sequence[str]) -> list[Any]:
-        """A clip per prompt by the network as it would be exported now; seeds are 0, 1, ..."""
-        from magihuman.codecs.bundle import load_bundle
+        """A clip per prompt by the network as it would be exported now, on the main process; seeds are 0, 1, ..."""
         from magihuman.zoo import Loaded
 
         if self._codecs is None:
-            self._codecs = load_bundle(recipe.context.codecs)
-        network = recipe.network
+            self._codecs = self._load_codecs(trainer, recipe, prompts)
+        network, own = recipe.network, {} if trainer.is_global_zero else {"decode": False}
         with evaluating(network):
             loaded = Loaded(network, recipe.export_config(), Path(trainer.default_root_dir))
             pipeline = self.pipeline(loaded, self._codecs)
-            return list(pipeline.generate(list(prompts), list(range(len(prompts))), **self.settings))
+            return list(pipeline.generate(list(prompts), list(range(len(prompts))), **self.settings, **own))
+
+    def _load_codecs(self, trainer: L.Trainer, recipe: Any, prompts: Sequence[str]) -> Any:
+        """The bundle for sampling, with the features of its prompts instead of a text encoder. Processes that sample together
+        get the main process's features, and no codecs of their own: those of the release are 20 GB with the text encoder."""
+        from magihuman.codecs.bundle import CodecBundle, bundle_spec, load_bundle, load_media_codecs
+        from magihuman.codecs.text_encoders import StoredFeatures
+
+        name, contract, size = recipe.context.codecs, recipe.context.contract, recipe.context.size
+        features = {"": recipe.context.null_text, **self.features}
+        missing = [p for p in dict.fromkeys((*prompts, recipe.sampling.negative_prompt)) if p not in features]
+        media: tuple[Any, Any] = None, None
+        if trainer.is_global_zero:
+            if missing or not bundle_spec(name).published:
+                whole = load_bundle(name, recipe.device)
+                media, contract = (whole.video_codec, whole.audio_codec), whole.contract
+                features |= {prompt: whole.text_encoder.encode([prompt])[0].cpu() for prompt in missing}
+            else:
+                media = load_media_codecs(name, recipe.device)
+        if self.shared(recipe):
+            features = trainer.strategy.broadcast(features)
+        texts = StoredFeatures(features)
+        return CodecBundle(name, contract, *media, texts, height=size.height, width=size.width, frames=size.frames)
 
 
 class Samples(SampledClips):
@@ -586,6 +611,8 @@ class Samples(SampledClips):
 
     Args:
         prompts: one clip each.
+        held_out: clips in addition, for so many captions of the clips that are held out from training; their features are
+            read with them, so that no text encoder is loaded.
         pipeline, every_steps, settings: as of `SampledClips`.
     """
 
@@ -595,10 +622,32 @@ class Samples(SampledClips):
         prompts: Sequence[str],
         every_steps: int = 1000,
         settings: dict[str, Any] | None = None,
+        held_out: int = 0,
     ) -> None:
         super().__init__("samples", pipeline, every_steps, settings)
         self.prompts = list(prompts)
+        self.held_out = held_out
         self.folder: Path | None = None
+
+    def on_train_start(self, trainer: L.Trainer, recipe: Any) -> None:
+        """Read the held-out captions. Raises UserError where there are none."""
+        if not self.held_out or self.features or not self.takes_part(trainer, recipe):
+            return
+        if trainer.is_global_zero:
+            for batch in trainer.datamodule.val_dataloader() or ():  # type: ignore[attr-defined]
+                found = zip(batch["caption"], batch["text"], strict=True)
+                self.features |= {caption: text for caption, text in found if caption}
+                if len(self.features) >= self.held_out:
+                    break
+        if self.shared(recipe):
+            self.features = trainer.strategy.broadcast(self.features)
+        self.features = dict(list(self.features.items())[: self.held_out])
+        if not self.features:
+            raise UserError(
+                f"callbacks.samples.held_out={self.held_out} needs captions of held-out clips, and there are none; raise "
+                "data.module.val_fraction, or give prompts= and callbacks.samples.held_out=0"
+            )
+        self.prompts += [caption for caption in self.features if caption not in self.prompts]
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.due(recipe) and self.takes_part(trainer, recipe):

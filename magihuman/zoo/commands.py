@@ -22,6 +22,8 @@ from magihuman.zoo.footprint import BF16, FORMS, FP32, Form
 from magihuman.zoo.memory_plan import GB, MEMORY, RESERVE, SIZES, ClipRequest, Memory, peak
 
 FPS = 25.0
+CLIPS = {"pretrain": 4, "sr": 1, "lora": 1, "dmd2": 2}
+"""Clips at once on one of eight GPUs by task, as in configs/experiment/pretrain_15b, sr_540p and dmd2_15b.yaml."""
 LIMITS = {
     **{"seconds": 600, "text": TEXT_LIMIT, "batch": 1000, "height": 16384, "width": 16384, "rank": 8192},
     **{"gpus": 100_000, "gpu_gb": 100_000, "steps": 10**9},
@@ -169,7 +171,7 @@ class ClipOptions:
     model: str = option("an architecture or a checkpoint of `python -m magihuman.zoo list`, or a checkpoint's folder")
     seconds: float = option("length of the clip", 5.0)
     text: int = option("tokens of a prompt", USUAL_TEXT)
-    batch: int = option("clips at once (per GPU)", 1)
+    batch: int = option("clips at once (per GPU); 0 is 1, and for training that of the 15B experiments", 0)
     guided: bool | None = option("infer: with guidance in the base stage; none is the checkpoint's own setting", None)
     cfg_passes: Literal[1, 2] = option("infer: 1, both guidance branches at once; 2, one after the other", 1)
 
@@ -177,10 +179,15 @@ class ClipOptions:
         for name, number in vars(self).items():
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            if not 0 < number < float("inf"):
+            if not (0 < number < float("inf") or (name == "batch" and number == 0)):
                 raise UserError(f"{name}={number:g} is impossible; give a positive number")
             if number > LIMITS.get(name, number):
                 raise UserError(f"{name}={number:g} is too much; give at most {LIMITS[name]}")
+
+    @property
+    def clips(self) -> int:
+        """Clips at once."""
+        return self.batch or 1
 
 
 @dataclass(frozen=True)
@@ -190,10 +197,10 @@ class PlanOptions(ClipOptions):
     All numbers are computed from the config, in decimal GB.
     """
 
-    task: Literal["infer", "pretrain", "lora", "dmd2"] = option("infer, pretrain, lora or dmd2", "infer")
+    task: Literal["infer", "pretrain", "sr", "lora", "dmd2"] = option("infer, pretrain, sr, lora or dmd2", "infer")
     resolution: str | None = option(
         "256p, 540p or 1080p with the released codecs; the latter two include super-resolution by a network of the "
-        "same shape",
+        "same shape; none is 256p, and 540p for task=sr",
         None,
     )
     height: int | None = option("of the clip in pixels, instead of resolution", None)
@@ -201,7 +208,7 @@ class PlanOptions(ClipOptions):
     gpu_gb: float | None = option("memory of a GPU in GB; none is that of gpu", None)
     gpu: str = option(f"kind of GPU: {', '.join(GPUS)}", "h100")
     gpus: int = option("over which training state is sharded", 1)
-    steps: int = option("pretrain and lora: optimiser steps for the predicted hours", 1000)
+    steps: int = option("pretrain, sr and lora: optimiser steps for the predicted hours", 1000)
     dtype: Literal["bfloat16", "float32"] = option("of the network's products: bfloat16 or float32", "bfloat16")
     memory: Memory = option("infer: fast, balanced or low", "fast")  # noqa: RUF009
     weights: Form | None = option(  # noqa: RUF009
@@ -213,8 +220,14 @@ class PlanOptions(ClipOptions):
     )
     ema: Literal["gpu", "cpu"] = option("training: EMA weights on the gpu or the cpu", "gpu")
     rank: int = option("lora and dmd2: rank of the LoRAs", 128)
+    gan: bool = option("dmd2: with the GAN loss", True)
     optim: Literal["adamw", "adamw8bit"] = option("training: AdamW, or with moments in 8 bits", "adamw")
     context_parallel: int = option("training: GPUs that share the tokens of a batch", 1)
+
+    @property
+    def clips(self) -> int:
+        """Clips at once; where they are not given, as the experiments have them."""
+        return self.batch or CLIPS.get(self.task, 1)
 
 
 @dataclass(frozen=True)
@@ -233,7 +246,11 @@ def plan(options: PlanOptions) -> str:
     Raises:
         UserError: an impossible setting.
     """
-    request = _sized(infer_request(options), options.resolution, options.height, options.width)
+    request = infer_request(options)
+    sized = options.resolution, options.height, options.width
+    if options.task == "sr" and request.released and sized == (None, None, None):
+        sized = "540p", None, None
+    request = _sized(request, *sized)
     request = replace(
         request, turbo=options.turbo, memory=options.memory, weights=options.weights,
         compute=BF16 if options.dtype == "bfloat16" else FP32,
@@ -245,8 +262,8 @@ def plan(options: PlanOptions) -> str:
     available = int(device.memory if options.gpu_gb is None else options.gpu_gb * GB)
     if options.task == "infer":
         sides = "with guidance" if request.guided else "without guidance"
-        return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {options.batch}", available)
-    tokens = request.tokens(*last).times(options.batch)
+        return memory_plan.inference_report(request, f"{what}, {clip}, {sides}, batch {options.clips}", available)
+    tokens = request.tokens(*last).times(options.clips)
     together = options.context_parallel
     for name, number in (("gpus", options.gpus), ("key/value heads", request.base.num_query_groups)):
         if number % together:
@@ -254,18 +271,19 @@ def plan(options: PlanOptions) -> str:
                 f"context_parallel={together} does not divide the {number} {name}; choose one of {divisors(number)}"
             )
     step = memory_plan.TrainingStep(
-        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank, options.optim, together
-    )
+        request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank, options.optim, together,
+        options.gan,
+    )  # fmt: skip
     per = "GPU" if together == 1 else f"group of {together} GPUs"
-    title = f"{what}, {clip}, batch {options.batch} per {per}, {tokens.total} tokens"
+    title = f"{what}, {clip}, batch {options.clips} per {per}, {tokens.total} tokens"
     report = memory_plan.training_report(step, options.task, options.gpus, title, available)
     if options.task == "dmd2" or options.dtype != "bfloat16":
         return report + "\nno time is predicted for dmd2 and for dtype=float32"
     one = request.tokens(*last)
     frames = (request.frames - 1) // request.stride[0] + 1
     clip_tokens = SampleTokens(one.video, one.audio, one.text, frames)
-    seconds = memory_plan.predict_step(step, options.task, clip_tokens, options.batch, options.gpus, device)
-    clips = options.batch * options.gpus // together
+    seconds = memory_plan.predict_step(step, options.task, clip_tokens, options.clips, options.gpus, device)
+    clips = options.clips * options.gpus // together
     return f"{report}\n{memory_plan.time_report(seconds, options.steps, clips, options.gpus, device)}"
 
 
@@ -288,7 +306,7 @@ def peaks(options: PeaksOptions) -> str:
                     named = {"resolution": resolution, "decoder": decoder, "weights": weights, "memory": memory}
                     rows.append({**named, "bytes": peak(mode), "how": "computed"})
     shared = ("seconds", "text", "batch", "guided", "cfg_passes")
-    settings = {name: getattr(options, name) for name in shared} | {"guided": plain.guided}
+    settings = {name: getattr(options, name) for name in shared} | {"batch": options.clips, "guided": plain.guided}
     if options.output is not None:
         given = [f"{name}={value}" for name, value in settings.items()]
         command = ["magihuman.zoo", "peaks", options.model, *given, f"output={options.output}"]
@@ -303,7 +321,7 @@ def peaks(options: PeaksOptions) -> str:
         }
         write_result(Path(options.output), values)
     sides = "with guidance" if plain.guided else "without guidance"
-    clip = f"{options.model}, {options.seconds:g} s, {sides}, batch {options.batch}"
+    clip = f"{options.model}, {options.seconds:g} s, {sides}, batch {options.clips}"
     lines = [
         f"{clip}: peak in GB by memory=; computed, none measured",
         " " * 28 + "".join(f"{memory:>10}" for memory in MEMORY),
@@ -336,7 +354,7 @@ def infer_request(options: ClipOptions) -> ClipRequest:
     audio = round(options.seconds * FPS) + 1
     return ClipRequest(
         base, patch, stride, released, (audio - 1) // stride[0] * stride[0] + 1, audio, height, width,
-        text=options.text, batch=options.batch, cfg_passes=options.cfg_passes,
+        text=options.text, batch=options.clips, cfg_passes=options.cfg_passes,
         guided=guided if options.guided is None else options.guided,
     )  # fmt: skip
 

@@ -94,6 +94,15 @@ def layer_bytes(config: DiTConfig, form: str) -> list[int]:
     return sizes
 
 
+def half_counts(config: DiTConfig) -> list[int]:
+    """Numbers in the matrices of each half of a block: attention, MLP, of every layer."""
+    counts = [0] * (2 * config.num_layers)
+    for key, shape, is_matrix in config.tensors():
+        if is_matrix:
+            counts[2 * int(key.split(".")[2]) + (".mlp." in key)] += prod(shape)
+    return counts
+
+
 def streamed_bytes(config: DiTConfig, form: str) -> int:
     """With streamed layers: embedders, heads, and one slot each for the even and the odd layers."""
     layers = layer_bytes(config, form)

@@ -269,6 +269,7 @@ class TrainingStep:
         ema: device of the EMA weights, "gpu" or "cpu"; rank: of the LoRAs.
         optim: "adamw", or "adamw8bit" for trained networks; LoRAs are counted with fp32 moments.
         context_parallel: GPUs that share the tokens (`magihuman.context_parallel`).
+        gan: dmd2: with its GAN loss on features of the teacher.
     """
 
     config: DiTConfig
@@ -279,6 +280,7 @@ class TrainingStep:
     rank: int = 128
     optim: str = "adamw"
     context_parallel: int = 1
+    gan: bool = False
 
     @property
     def trained_bytes(self) -> int:
@@ -293,11 +295,11 @@ def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
     (fsdp2 keeps one per node; strategy.replicas=1 shards over all GPUs).
 
     Args:
-        task: "pretrain", "lora" or "dmd2"; sharing: of the latter, a key of LORAS.
+        task: "pretrain", "sr", "lora" or "dmd2"; sharing: of the latter, a key of LORAS.
     """
     count, lora = step.config.parameter_count(), footprint.lora_count(step.config, step.rank)
     ema = FP32 if step.ema == "gpu" else 0
-    if task == "pretrain":
+    if task in ("pretrain", "sr"):
         return step.trained_bytes + ema * count
     if task == "lora":  # a frozen base, the trained LoRA, and its EMA
         return BF16 * count + (ADAM + ema) * lora
@@ -306,31 +308,51 @@ def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
     return BF16 * count + trained + ema * (lora if roles["student"] else count)  # BF16: the teacher
 
 
-def gathered_bytes(step: TrainingStep, gpus: int) -> int:
-    """In addition to its shards: fp32 weights of this and the next block, and one block's gradient."""
+def only_loras(task: str, sharing: str) -> bool:
+    """Whether nothing but LoRAs is trained; the frozen base is then stored in the compute dtype."""
+    return task == "lora" or (task == "dmd2" and sharing == "lora")
+
+
+def gathered_bytes(step: TrainingStep, task: str, gpus: int, sharing: str = "full") -> int:
+    """In addition to its shards: weights of the unit in work and the next one, and one unit's gradient while it is averaged.
+
+    Units are the halves of a block, gathered in the compute dtype, and in fp32 whole blocks (`magihuman.training.parallel`);
+    gradients are averaged in fp32.
+    """
     if gpus == 1:
         return 0
-    return 3 * max(footprint.layer_bytes(step.config, "fp32"))
+    if step.compute == FP32:
+        return 3 * max(footprint.layer_bytes(step.config, "fp32"))
+    unit = max(footprint.half_counts(step.config))
+    return 2 * BF16 * unit + (0 if only_loras(task, sharing) else (BF16 + FP32) * unit)
 
 
-def work_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
-    """Activations, and copies of fp32 master weights in the compute dtype.
+def gan_bytes(step: TrainingStep, own: TokenCounts) -> int:
+    """Activations of the pass through the teacher to the last of the default taps (`magihuman.distill.discriminator`), which
+    are kept together with the student's until the backward pass."""
+    layers = range(3 * step.config.num_layers // 4 + 1)
+    if step.checkpointing:
+        return len(layers) * footprint.kept_bytes(step.config, own, step.compute, step.checkpointing)
+    return sum(footprint.saved_bytes(step.config, i, own, step.compute) for i in layers)
 
-    Where only LoRAs are trained there are no master weights: the frozen base is stored in the compute dtype.
-    """
+
+def work_bytes(step: TrainingStep, task: str, sharing: str = "full", gpus: int = 1) -> int:
+    """Activations, and copies of fp32 master weights in the compute dtype; sharded ones are gathered in it instead."""
     own = step.tokens.share(step.context_parallel)
     activations = footprint.training_bytes(step.config, own, step.compute, step.checkpointing)
     if step.context_parallel > 1:
         activations += footprint.exchange_bytes(step.config, own, step.compute)
-    if task == "lora" or (task == "dmd2" and sharing == "lora"):
+    if task == "dmd2" and step.gan:
+        activations += gan_bytes(step, own)
+    if only_loras(task, sharing) or gpus > 1:
         return activations
     return activations + footprint.cast_bytes(step.config, step.compute, step.checkpointing)
 
 
 def per_gpu(step: TrainingStep, task: str, gpus: int, sharing: str = "full") -> int:
     """Peak of one GPU when the state is sharded over all of them."""
-    work = work_bytes(step, task, sharing)
-    return state_bytes(step, task, sharing) // gpus + gathered_bytes(step, gpus) + work + RESERVE
+    work = work_bytes(step, task, sharing, gpus)
+    return state_bytes(step, task, sharing) // gpus + gathered_bytes(step, task, gpus, sharing) + work + RESERVE
 
 
 UTILISATION = 0.45
@@ -344,7 +366,7 @@ def predict_step(step: TrainingStep, task: str, clip: SampleTokens, batch: int, 
     optimiser state at the memory's full rate.
 
     Args:
-        task: "pretrain" or "lora"; clip: tokens of each of the `batch` clips of a GPU, or of a group that shares them.
+        task: "pretrain", "sr" or "lora"; clip: tokens of each of the `batch` clips of a GPU, or of a group that shares them.
     """
     config, tokens = step.config, clip.video + clip.audio + clip.text
     lora = LoraConfig(step.rank) if task == "lora" else None
@@ -375,9 +397,10 @@ def training_report(step: TrainingStep, task: str, gpus: int, title: str, availa
     """Memory by kind, a table over cluster sizes, and what to change if it does not fit."""
     ways = list(LORAS) if task == "dmd2" else ["full"]
     lines = [f"{title}; every number is computed, none measured"]
-    largest = max(work_bytes(step, task, way) for way in ways)
+    largest = max(work_bytes(step, task, way, gpus) for way in ways)
+    gathered = max(gathered_bytes(step, task, max(gpus, 2), way) for way in ways)
     lines.append(f"{'activations':<28}{largest / GB:>10.2f}  GB per GPU")
-    lines.append(f"{'gathered blocks':<28}{gathered_bytes(step, max(gpus, 2)) / GB:>10.2f}  with several GPUs")
+    lines.append(f"{'gathered weights':<28}{gathered / GB:>10.2f}  with several GPUs")
     lines.append(f"{'assumed for CUDA itself':<28}{RESERVE / GB:>10.2f}")
     clusters = sorted(n for n in {*CLUSTERS, gpus} if n % step.context_parallel == 0)
     header = "".join(f"{f'{n} GPU':>10}" for n in clusters)

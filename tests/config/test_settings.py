@@ -42,7 +42,8 @@ def test_every_choice_of_every_group_is_valid(group, name) -> None:
     assert validate(node("+recipe=pretrain", *overrides))
 
 
-NEEDED = {name: ["data.module.shards=x"] for name in ("dmd2_15b", "sr_540p", "sr_1080p", "turbo_wan")}
+SHARDS = ("dmd2_15b", "pretrain_1b", "pretrain_15b", "sr_540p", "sr_1080p", "sr_1b", "turbo_wan")
+NEEDED = {name: ["data.module.shards=x"] for name in SHARDS}
 """Overrides without which an experiment does not begin: nobody but the user has its clips."""
 
 

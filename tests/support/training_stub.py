@@ -361,7 +361,7 @@ class NetworkPipeline:
     def __init__(self, loaded: Any, world: Any) -> None:
         self.network = loaded.denoiser
 
-    def generate(self, prompts: list[str], seeds: list[int]) -> list[FakeClip]:
+    def generate(self, prompts: list[str], seeds: list[int], decode: bool = True) -> list[FakeClip]:
         for seed in seeds:
             clip = batch(range(seed, seed + 1))
             self.network(clip["video"], clip["audio"], clip["text"])

@@ -86,7 +86,12 @@ def run(rank: int, port: int, folder: str) -> None:
             gradients = {
                 key: weight.grad.full_tensor() for key, weight in denoiser.named_parameters() if weight.grad is not None
             }
-            found[f"{kind} {gather}"] = {"seen": seen, "stored": stored, "gradients": gradients, "reduced": set(reduced)}
+            found[f"{kind} {gather}"] = {
+                "seen": seen,
+                "stored": stored,
+                "gradients": gradients,
+                "reduced": set(reduced),
+            }
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     torch.distributed.destroy_process_group()

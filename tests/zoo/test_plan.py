@@ -127,7 +127,29 @@ class TestTraining:
         available = memory_plan.per_gpu(self.RUN, "pretrain", 8)
         report = memory_plan.training_report(attention, "pretrain", 8, "", available)
         assert "  recompute attention in the backward pass as well: checkpointing=true" in report
-        assert memory_plan.gathered_bytes(self.RUN, 1) == 0
+
+    def test_sharded_weights_are_gathered_by_halves_of_a_block(self) -> None:
+        assert memory_plan.gathered_bytes(self.RUN, "pretrain", 1) == 0
+        # The MLP of the first and last blocks: three experts of 5120 x (20480 + 20480) with GELU7, or SwiGLU7 as wide.
+        mlp = max(footprint.half_counts(BIG))
+        attention = 3 * 5120 * (5120 + 2 * 8 * 128 + 40 + 5120)
+        assert footprint.half_counts(BIG)[0] == attention < mlp
+        assert 4 * (attention + footprint.half_counts(BIG)[1]) == pytest.approx(
+            footprint.layer_bytes(BIG, "fp32")[0], rel=1e-4
+        )
+        assert memory_plan.gathered_bytes(self.RUN, "pretrain", 8) == (2 * 2 + 2 + 4) * mlp
+        assert memory_plan.gathered_bytes(self.RUN, "lora", 8) == 2 * 2 * mlp  # without gradients of the base
+        fp32 = replace(self.RUN, compute=4)
+        assert memory_plan.gathered_bytes(fp32, "pretrain", 8) == 3 * max(footprint.layer_bytes(BIG, "fp32"))
+        # What is gathered in bf16 is not copied to bf16 again.
+        alone, sharded = (memory_plan.work_bytes(self.RUN, "pretrain", gpus=gpus) for gpus in (1, 8))
+        assert alone - sharded == footprint.cast_bytes(BIG, 2, True)
+
+    def test_the_gan_loss_keeps_the_teachers_activations(self) -> None:
+        with_gan = replace(self.RUN, gan=True)
+        more = memory_plan.work_bytes(with_gan, "dmd2") - memory_plan.work_bytes(self.RUN, "dmd2")
+        assert more == 31 * 4 * 5120 * 4050  # fp32 inputs of the layers up to the last tap, 30 of 40
+        assert memory_plan.work_bytes(with_gan, "pretrain") == memory_plan.work_bytes(self.RUN, "pretrain")
 
     def test_tokens_are_shared(self) -> None:
         even = replace(self.RUN, tokens=TokenCounts(3584, 128, 344))
@@ -136,9 +158,9 @@ class TestTraining:
         exchanged = 3 * 2 * (40 + 2 * 8) * 128 * 4056 // 4
         assert shared - casts - exchanged == pytest.approx((whole - casts) / 4, rel=1e-9)
         assert TokenCounts(5, 4, 1).share(4) == TokenCounts(2, 1, 1)  # the first process has the odd ones
-        report = plan(PlanOptions("15b", task="pretrain", resolution="1080p", gpus=8))
+        report = plan(PlanOptions("15b", task="pretrain", resolution="1080p", gpus=8, batch=1))
         assert "  share the tokens of a clip between 4 GPUs: context_parallel=4" in report
-        report = plan(PlanOptions("15b", task="pretrain", resolution="1080p", gpus=8, context_parallel=4))
+        report = plan(PlanOptions("15b", task="pretrain", resolution="1080p", gpus=8, batch=1, context_parallel=4))
         assert "batch 1 per group of 4 GPUs" in report
         assert "fits: 8 GPU needs" in report
         assert "1000 steps of 2 clips" in report
@@ -222,7 +244,7 @@ class TestCommand:
         ("settings", "message"),
         [
             ("resolution=8k", "256p, 540p, 1080p"),
-            ("task=sing", "infer, pretrain, lora, dmd2"),
+            ("task=sing", "infer, pretrain, sr, lora, dmd2"),
             ("memory=none", "fast, balanced, low"),
             ("weights=int8", "bf16, fp8, int4"),
             ("height=250", "multiple of 32"),
