@@ -25,7 +25,7 @@ LAYERS = 8
 
 def composed(experiment: str) -> tuple[TrainSettings, dict[str, Any]]:
     shards = [] if "puppets" in experiment else ["data.module.shards=x"]  # its data configuration makes them
-    node = plain(training_stub.compose(["folder=run", f"+experiment={experiment}", "init=tiny/base", *shards]))
+    node = plain(training_stub.compose(["folder=run", f"+experiment={experiment}", *shards]))
     return validate(node), node
 
 
@@ -84,6 +84,7 @@ def test_rates_clips_per_update_and_weights_of_the_loss(experiment: str, rate: f
     settings, node = composed(experiment)
     assert (settings.optim.lr, settings.optim.ema_decay) == (rate, decay)
     assert node["data"]["module"]["batch_size"] * settings.trainer.accumulate == clips
+    assert settings.init == (None if experiment == "pretrain_1b" else "weights/base")
     assert node["recipe"]["motion_floor"] == 1.0
     assert settings.trainer.activation_checkpointing is True
     assert settings.checkpoint.every_minutes == 60
@@ -156,7 +157,8 @@ def miniature(experiment: str, base: Path, clips: Path, *overrides: str) -> list
     return [
         f"+experiment={experiment}", f"init={base}", f"data.module.shards={clips}", "data.module.num_workers=0",
         "data.module.val_fraction=0.3", "data.module.batch_size=4", "logger=csv", "trainer=debug", "strategy=single",
-        "trainer.precision=fp32", "trainer.max_steps=2", "trainer.progress=false", "optim.warmup=1", "trainer.activation_checkpointing=true",
+        "trainer.precision=fp32", "trainer.max_steps=2", "trainer.log_every=1", "trainer.progress=false", "optim.warmup=1",
+        "trainer.activation_checkpointing=true",
         *(f"model.dit.{name}={value}" for name, value in (shape | lists).items()),
         *overrides,
     ]  # fmt: skip
@@ -191,9 +193,11 @@ def test_dmd2_in_miniature(
     for name, value in codecs.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MAGIHUMAN_T5GEMMA", raising=False)
+    negative = tmp_path / "negative.safetensors"
+    save_file({"text": torch.randn(5, TEXT_CHANNELS)}, negative)
     sizes = [
         "recipe.lora.rank=2", "recipe.fake_score.warmup=1", "recipe.gan.start=1", "callbacks.samples.held_out=2",
-        "callbacks.samples.every_steps=2", "callbacks.validation=null",
+        "callbacks.samples.every_steps=3", f"recipe.negative={negative}", "callbacks.validation=null",
         "recipe.monitor={every: 2, prompts: 1, samples: 2, patience: 99}", "trainer.max_steps=3", "optim.ema_decay=0",
         "optim.lr=1e-3", "callbacks.samples.settings.steps=2",
     ]  # fmt: skip
@@ -205,14 +209,10 @@ def test_dmd2_in_miniature(
     for name in ("fake_score/video", "fake_score/audio", "loss", "gan/discriminator", "gan/student"):
         assert float(last[name]) > 0, name
     assert moved(run, base) > 1e-4
-    exported = zoo.config_of(run)
-    assert (exported.sampling.solver, exported.sampling.steps, exported.sampling.guidance.needed) == (
-        "renoise",
-        8,
-        False,
-    )
+    sampling = zoo.config_of(run).sampling
+    assert (sampling.solver, sampling.steps, sampling.guidance.needed) == ("renoise", 8, False)
     # Held-out captions, decoded by the release's Turbo decoder, without a text encoder.
-    assert sorted(file.name for file in (run / "samples").rglob("*.mp4")) == ["00.mp4", "00.mp4", "01.mp4", "01.mp4"]
+    assert sorted(file.name for file in (run / "samples").rglob("*.mp4")) == ["00.mp4", "01.mp4"]
     assert "magihuman.codecs.turbo_vaed" in sys.modules
 
 
@@ -224,8 +224,7 @@ def test_pretraining_in_miniature(release: Path, clips: Path, tmp_path: Path) ->
     assert len(lines) == 2
     # Two updates by Adam at the experiment's rate, from the base.
     assert 0.5e-5 < moved(run, base) < 2.5e-5
-    prior = json.loads((run / "export" / "config.json").read_text())["sigma_prior"]
-    assert (prior["kind"], prior["shift"], prior["coupling"]) == ("shifted", 5.0, "shared")
+    assert zoo.config_of(run).sigma_prior is None  # that of the release, which is unknown, counts still
 
 
 def test_super_resolution_in_miniature(release: Path, clips: Path, tmp_path: Path) -> None:
