@@ -351,3 +351,20 @@ def find(options: InferOptions, shared: bool = False) -> Source:
         device=device,
         dtype=dtype,
     )
+
+
+_turbo_decoders: dict[tuple[str, str], Any] = {}
+
+
+def with_turbo(loaded: "Loaded", codecs: "CodecBundle", checkpoint: str) -> "Pipeline":
+    """The network `loaded`, with the published Turbo decoder where that lies next to `checkpoint`."""
+    from inference.pipeline import Pipeline
+    from magihuman.zoo import decoders
+
+    turbo = chosen_turbo(checkpoint, None, codecs.name)
+    if turbo in (None, WAN) or codecs.video_codec is None:  # without codecs this process does not decode
+        return Pipeline(loaded, codecs)
+    key = turbo, str(next(loaded.denoiser.parameters()).device)
+    if key not in _turbo_decoders:
+        _turbo_decoders[key] = decoders.load(turbo, key[1], None)
+    return Pipeline(loaded, codecs, decoder=_turbo_decoders[key])

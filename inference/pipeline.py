@@ -417,20 +417,3 @@ def with_first_stage(loaded: Loaded, codecs: CodecBundle, first: str) -> Pipelin
     if key not in _first_stages:
         _first_stages[key] = zoo.load(first, device)
     return Pipeline(_first_stages[key], codecs, second=loaded)
-
-
-_turbo_decoders: dict[tuple[str, str], Any] = {}
-
-
-def with_turbo(loaded: Loaded, codecs: CodecBundle, checkpoint: str) -> Pipeline:
-    """The network `loaded`, with the published Turbo decoder where that lies next to `checkpoint`."""
-    from inference.loading import WAN, chosen_turbo
-    from magihuman.zoo import decoders
-
-    turbo = chosen_turbo(checkpoint, None, codecs.name)
-    if turbo in (None, WAN) or codecs.video_codec is None:  # without codecs this process does not decode
-        return Pipeline(loaded, codecs)
-    key = turbo, str(next(loaded.denoiser.parameters()).device)
-    if key not in _turbo_decoders:
-        _turbo_decoders[key] = decoders.load(turbo, key[1], None)
-    return Pipeline(loaded, codecs, decoder=_turbo_decoders[key])
