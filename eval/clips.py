@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.tiny.puppets import FPS, FRAMES, SAMPLE_RATE, Puppet, draw_puppet, render, synthesise
+from data.tiny.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, render, synthesise
 from eval.puppet_scores import ClipScore
 from eval.scores import Scores, score_clips
 
@@ -48,11 +48,11 @@ class Clips:
     def as_tensors(self, part: slice) -> "tuple[Tensor, Tensor]":
         """Clips of `part` as codecs encode them: frames fp32 [B,3,F,H,W] in [-1,1], waves fp32 [B,1,N].
 
-        Clips without audio get silence of the tiny world's length.
+        Clips without audio get silence.
         """
         import torch
 
-        silence = np.zeros(FRAMES * SAMPLE_RATE // FPS)
+        silence = np.zeros(len(self.frames[part.start]) * SAMPLE_RATE // FPS)
         waves = np.stack([silence if wave is None else wave for wave in self.waves[part]])
         return frames_tensor(self.frames[part]), torch.from_numpy(waves).float()[:, None]
 
@@ -86,9 +86,9 @@ def frames_tensor(clips: Sequence[np.ndarray]) -> "Tensor":
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def held_out(count: int) -> list[Puppet]:
-    """The first `count` puppets that no training sees."""
-    return [draw_puppet(HELD_OUT_SEED, index) for index in range(count)]
+def held_out(count: int, world: str = "tiny") -> list[Puppet]:
+    """The first `count` puppets of a world that no training sees, with pairs of attributes that none sees."""
+    return [draw_puppet(HELD_OUT_SEED, index, world, novel=True) for index in range(count)]
 
 
 def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:

@@ -61,7 +61,7 @@ def run(
         Sampler(f"student, {sampler_words(few)}", own, few),
     ]
     codecs = own.codecs
-    puppets = held_out(clips)
+    puppets = held_out(clips, codecs.name)
     truth = ground_truth(puppets)
     bound = through_codec(truth, codecs).score()
     sets: dict[str, Any] = {}

@@ -1,10 +1,10 @@
 """Diversity of attributes not fixed by the caption, and energy distance between generated and real clips.
 
-A tiny-world caption (`data.tiny.puppets`) leaves open the skin tone, the voice's pitch and the times of the syllables
-(heads neither move nor change place). A model may lose that variety without an error in any prompted attribute. Clips
-of one prompt are therefore compared with each other, and with real puppets of the same caption, in the latents of the
-codec's encoder. Real and generated clips are both encoded from decoded frames and audio: only differences in these count,
-and losses of the codec are not attributed to a model.
+A tiny-world caption (`data.tiny.puppets`) leaves open the skin tone, the voice's pitch and the times of the syllables, in the
+world `scene` also the object on the wall and often place, size, voice and background sound. A model may lose that variety
+without an error in any prompted attribute. Clips of one prompt are therefore compared with each other, and with real puppets
+of the same caption, in the latents of the codec's encoder. Real and generated clips are both encoded from decoded frames and
+audio: only differences in these count, and losses of the codec are not attributed to a model.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.tiny.puppets import SKINS, Puppet, draw_puppet
+from data.tiny.puppets import WORLDS, Puppet, draw_puppet
 from eval.clips import HELD_OUT_SEED, Clips, ground_truth, through_codec
 
 if TYPE_CHECKING:
@@ -32,17 +32,10 @@ def real_draw(puppets: Sequence[Puppet], draw: int) -> list[Puppet]:
     """
     if draw == 0:
         return list(puppets)
-    others = []
-    for index, puppet in enumerate(puppets):
-        other = draw_puppet(HELD_OUT_SEED, draw * DRAWS_APART + index)
-        said = zip(other.syllables, puppet.syllables, strict=True)
-        others.append(
-            replace(
-                other, face=puppet.face, hair=puppet.hair, shirt=puppet.shirt, wall=puppet.wall,
-                syllables=tuple(replace(o, onset=p.onset, vowel=p.vowel) for o, p in said),
-            )
-        )  # fmt: skip
-    return others
+    return [
+        draw_puppet(HELD_OUT_SEED, draw * DRAWS_APART + index, puppet.world, like=puppet)
+        for index, puppet in enumerate(puppets)
+    ]
 
 
 def embed(clips: Clips, codecs: "CodecBundle", batch: int = 10) -> dict[str, np.ndarray]:
@@ -90,7 +83,7 @@ class DistributionMetrics:
 
     Attributes:
         dispersion: space -> mean distance of different clips of a prompt [P]; absent with one clip per prompt.
-        nearest: distance in appearance to the nearest real puppet [P,S]; real ones have every skin tone.
+        nearest: distance in appearance to the nearest of a few real puppets of the prompt [P,S].
         energy: space -> mean distances between prompts [P,P]: of these clips and real ones, of these clips, of real
             ones; the statistic is 2 x first - second - third over pairs of different prompts, see `Reference`.
     """
@@ -114,14 +107,13 @@ class Reference:
     """
 
     def __init__(self, puppets: Sequence[Puppet], codecs: "CodecBundle", first_draw: int) -> None:
-        tones = tuple(SKINS)
+        skin = WORLDS[puppets[0].world].attributes["skin"]
         found = []
         for draw in range(REFERENCE_DRAWS):
-            # Every tone equally often: fewer puppets, less noise.
-            drawn = [
-                replace(puppet, skin=tones[(index + draw) % len(tones)])
-                for index, puppet in enumerate(real_draw(puppets, first_draw + draw))
-            ]
+            drawn = real_draw(puppets, first_draw + draw)
+            if skin.shares is None:  # every tone equally often: fewer puppets, less noise
+                tones = skin.values
+                drawn = [replace(puppet, skin=tones[(index + draw) % len(tones)]) for index, puppet in enumerate(drawn)]
             found.append(embed(through_codec(ground_truth(drawn), codecs), codecs))
         half = REFERENCE_DRAWS // 2
         real, centre, self.target = by_prompt(found), by_prompt(found[:half]), by_prompt(found[half:])

@@ -86,7 +86,7 @@ def run(
     start = time.perf_counter()
     samplers, targets = _samplers(names, teacher, device)
     folder = Path(output) if output else folder_for("compare", *names)
-    captions = [puppet.caption for puppet in held_out(prompts)]
+    captions = [puppet.caption for puppet in held_out(prompts, samplers[0].pipeline.codecs.name)]
     sample_all(
         samplers, captions, range(seeds), batch=batch, folder=None if cache is None else Path(cache), progress=progress
     )  # fmt: skip
@@ -244,7 +244,8 @@ def _measured(
     """All columns, ground truth and codec bound first, and the clips of the first prompts for the contact sheet."""
     from tqdm import tqdm
 
-    puppets, codecs = held_out(len(captions)), samplers[0].pipeline.codecs
+    codecs = samplers[0].pipeline.codecs
+    puppets = held_out(len(captions), codecs.name)
     columns: list[Column] = []
     shown: list[SheetColumn] = []
     with tqdm(total=len(samplers) + 3, desc="measuring", unit="column", disable=not progress) as bar:

@@ -118,7 +118,7 @@ def _clip_rows(figure: "Figure | SubFigure", shown: Sequence["SheetColumn"], pro
             axes = figure.add_subplot(grid[line, 0])
             caption = f"{score.caption}\n" if place == 0 else ""
             words = " ".join(score.speech.words) or "nothing"
-            wrong = ", ".join(f"{k} {score.vision.attributes[k]}" for k, right in score.right.items() if not right)
+            wrong = ", ".join(f"{k} {score.shown[k]}" for k, right in score.right.items() if not right)
             title = f"{caption}{column.name} | recognised: {words}" + (f" | wrong: {wrong}" if wrong else "")
             _frame_row(axes, _evenly(column.clips.frames[prompt], 9), title=title)
             axes = figure.add_subplot(grid[line, 1])
@@ -303,6 +303,40 @@ def sr_frames(movies: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     for axes, (name, made) in zip(figure.subplots(len(movies), 1), movies.items(), strict=True):
         frames = [movie[k] for movie in made[:4] for k in (len(movie) // 3, 2 * len(movie) // 3)]
         _frame_row(axes, frames, name)
+    return figure
+
+
+# ---- eval.world_checks ----
+
+
+def world_checks(values: Values) -> Figure:
+    """What the early steps decide, and shares over the number of steps without guidance."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    early, few = figure.subplots(1, 2)
+    for place, (name, kinds) in enumerate(values.get("swap", {}).items()):
+        for kind, shares in kinds.items():
+            style = {"color": f"C{place}", "ls": "-" if kind == "to_other" else ":"}
+            early.plot(range(len(shares)), shares, label=f"{name}, then {kind.split('_')[1]}", **style)
+    early.set_xlabel(
+        "steps with the first prompt, of 8; the others see the other prompt, or one without the attribute (any)"
+    )
+    early.set_ylabel("share of clips that show the first prompt's value")
+    columns = {
+        int(name.split()[0]): column
+        for name, column in values["columns"].items()
+        if name.endswith(" steps, no CFG") and "re-noise" not in name
+    }
+    steps = sorted(columns)
+    shown = [key for key in columns[steps[0]] if metrics()[key].direction == "up"]
+    for place, key in enumerate(shown):
+        style = {"color": f"C{place % 10}", "ls": "-" if place < 10 else "--"}
+        few.plot(steps, [columns[count][key]["value"] for count in steps], marker="o", ms=3, label=key, **style)
+    few.set_xscale("log", base=2)
+    few.set_xticks(steps, [str(count) for count in steps])
+    few.set_xlabel("steps without guidance")
+    for axes in (early, few):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 

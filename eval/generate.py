@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.tiny.puppets import WORLDS
 from eval.clips import Clips, noise_seed
 from eval.output import training_record
-from magihuman.errors import NotApplicable
+from magihuman.errors import NotApplicable, UserError
 from magihuman.io.files import atomic_path
 from magihuman.io.provenance import code_version, fingerprint
 
@@ -31,8 +32,8 @@ TIMED = 3  # batches sampled of a cached sampler, for its time
 SAME = 1e-2  # root mean square difference of latents, of deviation 1, that other threads or machines may make
 
 
-def require_tiny(command: str, *checkpoints: str) -> None:
-    """Refuse checkpoints that are unknown, which needs no torch, or not of the tiny world.
+def require_tiny(command: str, *checkpoints: str) -> str:
+    """Refuse checkpoints that are unknown, which needs no torch, or not of one tiny world, whose name is returned.
 
     Raises:
         UserError: the first such checkpoint.
@@ -42,16 +43,23 @@ def require_tiny(command: str, *checkpoints: str) -> None:
     for name in checkpoints:
         zoo.find(name)
     for name in checkpoints:
-        if (codecs := zoo.config_of(name).codecs) != "tiny":
-            raise NotApplicable(f"{command} measures the tiny world, and {name} is of {codecs!r}")
+        if (codecs := zoo.config_of(name).codecs) not in WORLDS:
+            raise NotApplicable(
+                f"{command} measures the tiny worlds ({', '.join(WORLDS)}), and {name} is of {codecs!r}"
+            )
+    worlds = {name: zoo.config_of(name).codecs for name in checkpoints}
+    if len(set(worlds.values())) > 1:
+        listed = ", ".join(f"{name} is of {world}" for name, world in worlds.items())
+        raise UserError(f"{command} compares checkpoints of one world: {listed}")
+    return worlds[checkpoints[0]]
 
 
 def tiny_pipelines(command: str, *checkpoints: str, device: str) -> "list[Pipeline]":
-    """Checkpoints of the tiny world with the same codecs, on the device auto, cpu or cuda; see `require_tiny`.
+    """Checkpoints of one tiny world with the same codecs, on the device auto, cpu or cuda; see `require_tiny`.
 
     The tier is `exact`, which gives the reference's bits in less time; the products are fp32 on the CPU, bf16 on a GPU.
     """
-    require_tiny(command, *checkpoints)
+    world = require_tiny(command, *checkpoints)
     import torch
 
     from inference.fast import prepare
@@ -60,7 +68,7 @@ def tiny_pipelines(command: str, *checkpoints: str, device: str) -> "list[Pipeli
     from magihuman.codecs.bundle import load_bundle
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    codecs = load_bundle("tiny")
+    codecs = load_bundle(world)
     loaded = (zoo.load(name, chosen) for name in checkpoints)
     return [Pipeline(replace(one, denoiser=prepare(one.denoiser, "exact", release=True)), codecs) for one in loaded]
 

@@ -15,7 +15,6 @@ import numpy as np
 from data.tiny.puppets import (
     FACES,
     FPS,
-    FRAMES,
     HAIR,
     MOUTHS,
     ONSETS,
@@ -89,7 +88,7 @@ def _rounded(puppet: Puppet, other: Puppet, strength: float, rng: np.random.Gene
 
 def _open_lips(puppet: Puppet, other: Puppet, strength: float, rng: np.random.Generator) -> Applied:
     """The mouth opens with m and b already, as wide as a share of the vowel."""
-    mouth, time = mouth_track(puppet), (np.arange(FRAMES) + 0.5) / FPS
+    mouth, time = mouth_track(puppet), (np.arange(puppet.frames) + 0.5) / FPS
     for syllable in puppet.syllables:
         if syllable.onset in BILABIALS:
             width, height = MOUTHS[syllable.vowel]

@@ -17,6 +17,11 @@ WINDOW = SAMPLE_RATE // 100
 HISS_FROM = 1000  # Hz; hum and its partials lie below
 QUIETEST = 0.08  # share of the clip that is pauses at least
 MAINS = (50, 60)  # Hz
+RAIN_LEVEL = -35.0  # dB of hiss above which it rains: through the codec -18 to -15, without rain -60
+RUMBLE, ENGINE_LEVEL = (
+    (30, 80),
+    -20.0,
+)  # Hz, and dB above which it is an engine: through the codec -10 to -8, without -28 or less
 LINE = 2.0  # Hz on both sides of a line: the main lobe of a Hann window of one second
 
 
@@ -43,3 +48,15 @@ def hum_level(wave: np.ndarray) -> float:
     hertz = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
     lines = [float(spectrum[np.abs(hertz - line) <= LINE].sum()) for line in MAINS]
     return _decibels(max(lines), float(spectrum.sum()), HUM_FLOOR)
+
+
+def background(wave: np.ndarray) -> str:
+    """The background sound of a wave [N] at 16 kHz of the world `scene`: quiet, rain or engine."""
+    if not len(wave) or not np.any(wave):
+        return "quiet"
+    if hiss_level(wave) > RAIN_LEVEL:
+        return "rain"
+    spectrum = np.abs(np.fft.rfft(np.asarray(wave, np.float64) * np.hanning(len(wave)))) ** 2
+    hertz = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
+    rumble = float(spectrum[(hertz > RUMBLE[0]) & (hertz < RUMBLE[1])].sum())
+    return "engine" if _decibels(rumble, float(spectrum.sum()), FLOOR) > ENGINE_LEVEL else "quiet"

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from data.tiny.puppets import FPS, LIPS, MOUTHS, parse_caption
+from data.tiny.puppets import BILABIALS, FPS, LIPS, MOUTHS, WORLDS, parse_caption
 from eval.edits import Edits, edits
-from eval.puppet_noise import hiss_level, hum_level
-from eval.puppet_speech import Recognised, called_opening, recognise
-from eval.puppet_vision import PROMPTED, FrameMeasures, measure_frames
+from eval.puppet_noise import background, hiss_level, hum_level
+from eval.puppet_speech import Recognised, called_opening, pitch, recognise
+from eval.puppet_vision import FrameMeasures, measure_frames
 
 MAX_LAG = 8  # frames
-BILABIALS = ("m", "b")  # onsets for which the lips close
+LOW_VOICE = 157.5  # Hz; low voices lie below
 NEAREST_SHIFT = 4  # a syllable lasts 5 to 7 frames: shifts nearer than this are not chance
 
 
@@ -115,9 +115,10 @@ class ClipScore:
     """Measurements of one clip.
 
     Attributes:
+        world: of the caption.
         vision, speech: attributes and mouth in the frames, syllables in the audio.
+        shown: attribute -> value that the clip shows or sounds like; stated: attribute -> value of the caption.
         syllables, onsets, vowels: edits from the caption's to the recognised ones.
-        right: attribute -> whether it is as the caption states.
         called: mouth opening that the audio calls for [F], None where it is silent.
         sync: agreement of mouth and audio.
         lip_shape: mean error of the lips' width over height at the heard vowels, as the absolute natural logarithm of the
@@ -128,12 +129,14 @@ class ClipScore:
     """
 
     caption: str
+    world: str
     vision: FrameMeasures
     speech: Recognised
     syllables: Edits
     onsets: Edits
     vowels: Edits
-    right: dict[str, bool]
+    shown: dict[str, str]
+    stated: dict[str, str]
     called: np.ndarray | None
     sync: Sync
     lip_shape: float | None
@@ -141,10 +144,20 @@ class ClipScore:
     hiss: float | None
     hum: float | None
 
+    @property
+    def right(self) -> dict[str, bool]:
+        """Attribute that the caption states -> whether the clip shows it."""
+        return {name: self.shown[name] == value for name, value in self.stated.items()}
+
+    @property
+    def novel(self) -> bool:
+        """Whether the caption names a pair of shirt and wall that no training sees."""
+        return (self.stated["shirt"], self.stated["wall"]) in WORLDS[self.world].novel_pairs
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "caption": self.caption,
-            "attributes": self.vision.attributes,
+            "attributes": self.shown,
             "right": self.right,
             "heard": list(self.speech.words),
             "vowel_hits": self.vowels.hits,
@@ -159,29 +172,36 @@ class ClipScore:
         }
 
 
+def _voice(wave: np.ndarray, speech: Recognised) -> str:
+    hertz = pitch(wave, speech)
+    return "none" if hertz is None else "low" if hertz < LOW_VOICE else "high"
+
+
 def score_clip(frames: np.ndarray, wave: np.ndarray | None, caption: str) -> ClipScore:
     """Score one clip: frames uint8 [F,H,W,3] at 25 fps, wave fp32 [N] at 16 kHz (None: no audio track).
 
     Raises:
         ValueError: frames of another type or shape, or a caption of another form.
     """
-    stated = parse_caption(caption)
-    words = tuple(stated["words"])
-    if not words:
-        raise ValueError(f"the caption says no syllable: {caption!r}")
+    world, words, stated = parse_caption(caption)
     audio = np.zeros(0) if wave is None else np.asarray(wave)
     if audio.ndim != 1:
         raise ValueError(f"wave must be [N] (one channel), not {list(audio.shape)}")
-    vision, speech = measure_frames(frames), recognise(audio)
-    called = called_opening(audio, len(frames))
+    vision, speech = measure_frames(frames, world), recognise(audio, world)
+    called = called_opening(audio, len(frames), world)
+    shown = vision.attributes
+    if world == "scene":
+        shown = shown | {"voice": _voice(audio, speech), "sound": background(audio)}
     return ClipScore(
         caption=caption,
+        world=world,
         vision=vision,
         speech=speech,
         syllables=edits(words, speech.words),
         onsets=onset_edits(tuple(word[0] for word in words), speech.onsets),
         vowels=edits(tuple(word[-1] for word in words), speech.vowels),
-        right={name: vision.attributes[name] == stated[name] for name in PROMPTED},
+        shown=shown,
+        stated=stated,
         called=called,
         sync=sync_of(vision.openness, called, vision.static),
         lip_shape=lip_shape_error(vision.lip_aspect, speech),

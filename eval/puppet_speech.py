@@ -1,10 +1,10 @@
-"""Syllable recogniser of the tiny world: deterministic, with edit counts, mouth openings and pitch from the audio.
+"""Syllable recogniser of the tiny worlds: deterministic, with edit counts, mouth openings and pitch from the audio.
 
-Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence, three onsets
-and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations turns them into syllables,
+Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence, the onsets of the
+world and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations turns them into syllables,
 whose number is free. A regression on the same features gives the mouth opening that the audio calls for, the reference
-of lip sync. Both are fitted in about two seconds on utterances drawn from `RECOGNISER_SEED`, which neither training nor
-evaluation uses; nothing is stored.
+of lip sync. Both are fitted for each world in a few seconds on utterances drawn from `RECOGNISER_SEED`, which neither training
+nor evaluation uses; nothing is stored.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.tiny.puppets import FPS, FRAMES, ONSETS, SAMPLE_RATE, VOWELS, Puppet, draw_puppet, mouth_track, synthesise
+from data.tiny.puppets import BURSTS, FPS, SAMPLE_RATE, VOWELS, WORLDS, Puppet, draw_puppet, mouth_track, synthesise
 
 RECOGNISER_SEED = 4_000_037
 UTTERANCES = 240
@@ -26,11 +26,15 @@ FLOOR = 10 ** (-4.0)  # of the loudest frame's band power: what lies below is si
 SILENT_RMS = 2e-3
 PITCHES = (90, 245)  # Hz; puppets speak between 92 and 240
 
-CLASSES = ("silence", *ONSETS, *VOWELS)
-# Shortest stay in 10 ms frames; a real onset lasts 50 ms (b) to 110 ms, a vowel 130 ms or more.
-SHORTEST = {"silence": 1, "b": 3, "m": 4, "s": 4, **dict.fromkeys(VOWELS, 8)}
-FOLLOWING = {"silence": ONSETS, **dict.fromkeys(ONSETS, VOWELS), **dict.fromkeys(VOWELS, ("silence", *ONSETS))}
+# Shortest stay in 10 ms frames. A real onset lasts 50 ms (b) to 110 ms, a vowel 130 ms or more; in the world scene 50 ms and
+# 100 ms or more.
+SHORTEST = {"tiny": {"b": 3, "m": 4, "s": 4, "vowel": 8}, "scene": dict.fromkeys("bdmns", 3) | {"vowel": 6}}
 SWITCH = -4.0  # log probability of leaving a class
+
+
+def classes(world: str) -> tuple[str, ...]:
+    """What a frame may be."""
+    return ("silence", *WORLDS[world].onsets, *VOWELS)
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ def features(wave: np.ndarray) -> np.ndarray:
 
 def _labels(puppet: Puppet, frames: int) -> np.ndarray:
     """Class index of every 10 ms frame, -1 where two classes blend: int [frames]."""
+    names = classes(puppet.world)
     time = (np.arange(frames) + 0.5) * HOP / SAMPLE_RATE
     labels = np.zeros(frames, int)
     for s in puppet.syllables:
         opening = s.start + s.onset_seconds
-        begin = opening - 0.05 if s.onset == "b" else s.start
-        labels[(time >= begin) & (time < opening)] = CLASSES.index(s.onset)
-        labels[(time >= opening) & (time < s.end)] = CLASSES.index(s.vowel)
+        begin = opening - 0.05 if s.onset in BURSTS else s.start
+        labels[(time >= begin) & (time < opening)] = names.index(s.onset)
+        labels[(time >= opening) & (time < s.end)] = names.index(s.vowel)
         for edge in (begin, s.end):
             labels[np.abs(time - edge) < 0.01] = -1
         labels[(time >= opening) & (time < opening + 0.01)] = -1
@@ -113,13 +118,13 @@ class _Fit:
     opening_bias: float
 
 
-@lru_cache(maxsize=1)
-def _fitted() -> _Fit:
+@lru_cache(maxsize=4)
+def _fitted(world: str) -> _Fit:
     """Discriminants and opening regression, fitted on clean and noisy utterances of `RECOGNISER_SEED`."""
     rng = np.random.Generator(np.random.PCG64(RECOGNISER_SEED))
     rows, labels, openings = [], [], []
     for index in range(UTTERANCES):
-        puppet = draw_puppet(RECOGNISER_SEED, index)
+        puppet = draw_puppet(RECOGNISER_SEED, index, world)
         wave = synthesise(puppet)
         if index % 2:  # half of them with noise 15 to 40 dB below the speech: decoded audio is never clean
             noise = rng.standard_normal(len(wave))
@@ -128,10 +133,10 @@ def _fitted() -> _Fit:
         labels.append(_labels(puppet, len(rows[-1])))
         openings.append(mouth_track(puppet).prod(1) * np.pi)
     x, y = np.concatenate(rows), np.concatenate(labels)
-    means = np.stack([x[y == k].mean(0) for k in range(len(CLASSES))])
+    means = np.stack([x[y == k].mean(0) for k in range(len(classes(world)))])
     clear = y >= 0
     weights = np.linalg.solve(_ridge(x[clear] - means[y[clear]], 0.05), means.T)
-    per_frame = np.concatenate([_per_frame(r, FRAMES) for r in rows])
+    per_frame = np.concatenate([_per_frame(r, WORLDS[world].frames) for r in rows])
     target = np.concatenate(openings)
     centre = per_frame.mean(0)
     pull = (per_frame - centre).T @ (target - target.mean()) / len(target)
@@ -145,7 +150,7 @@ def _per_frame(rows: np.ndarray, frames: int) -> np.ndarray:
     return rows[: frames * HOPS_PER_FRAME].reshape(frames, HOPS_PER_FRAME, -1).mean(1)
 
 
-def called_opening(wave: np.ndarray, frames: int) -> np.ndarray | None:
+def called_opening(wave: np.ndarray, frames: int, world: str = "tiny") -> np.ndarray | None:
     """The mouth opening that audio calls for, per video frame at 25 fps, as a share of the image's area: fp64 [frames].
 
     A linear regression from the features of the recogniser, floored at 0: an open mouth sounds different from a rounded
@@ -156,7 +161,7 @@ def called_opening(wave: np.ndarray, frames: int) -> np.ndarray | None:
     wave = _clean(wave)[:needed]
     if _is_silent(wave):
         return None
-    fit = _fitted()
+    fit = _fitted(world)
     rows = features(np.pad(wave, (0, needed - len(wave))))
     return np.maximum(_per_frame(rows, frames) @ fit.opening + fit.opening_bias, 0)
 
@@ -194,35 +199,38 @@ def _is_silent(wave: np.ndarray) -> bool:
     return len(wave) < 20 * HOP or float(np.sqrt(np.mean(wave**2))) < SILENT_RMS
 
 
-@lru_cache(maxsize=1)
-def _grammar() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@lru_cache(maxsize=4)
+def _grammar(world: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Chains of states that realise the grammar and the shortest stays.
 
     Returns (class of each state [K], log transition [K, K], first and last state of each class [2, classes]); state 0
     is silence.
     """
-    stays = [SHORTEST[name] for name in CLASSES]
-    owner = np.repeat(np.arange(len(CLASSES)), stays)
+    names, onsets, shortest = classes(world), WORLDS[world].onsets, SHORTEST[world]
+    following = {"silence": onsets, **dict.fromkeys(onsets, VOWELS), **dict.fromkeys(VOWELS, ("silence", *onsets))}
+    stays = [1 if name == "silence" else shortest.get(name, shortest["vowel"]) for name in names]
+    owner = np.repeat(np.arange(len(names)), stays)
     edges = np.stack([np.cumsum(stays) - stays, np.cumsum(stays) - 1])
-    first, last = (dict(zip(CLASSES, edge, strict=True)) for edge in edges)
+    first, last = (dict(zip(names, edge, strict=True)) for edge in edges)
     transition = np.full((len(owner), len(owner)), -np.inf)
-    for name in CLASSES:
+    for name in names:
         for state in range(first[name], last[name]):
             transition[state, state + 1] = 0
         transition[last[name], last[name]] = 0
-        for other in FOLLOWING[name]:
+        for other in following[name]:
             transition[last[name], first[other]] = SWITCH
     return owner, transition, edges
 
 
-def _search(scores: np.ndarray) -> np.ndarray:
+def _search(scores: np.ndarray, world: str) -> np.ndarray:
     """Best path through the grammar for class scores [frames, classes]: state per frame, int [frames]."""
-    owner, transition, (first, last) = _grammar()
-    ends = last[[name not in ONSETS for name in CLASSES]]  # a clip may end in silence or a vowel
+    owner, transition, (first, last) = _grammar(world)
+    onset = np.isin(classes(world), WORLDS[world].onsets)
+    ends = last[~onset]  # a clip may end in silence or a vowel
     emission = scores[:, owner]
     best = np.full(len(owner), -np.inf)
     best[0] = 0
-    best[first[[name in ONSETS for name in CLASSES]]] = SWITCH
+    best[first[onset]] = SWITCH
     best = best + emission[0]
     back = np.zeros(emission.shape, int)
     for t in range(1, len(emission)):
@@ -237,25 +245,25 @@ def _search(scores: np.ndarray) -> np.ndarray:
     return np.array(path[::-1])
 
 
-def recognise(wave: np.ndarray) -> Recognised:
-    """The syllables of a waveform [N] at 16 kHz."""
+def recognise(wave: np.ndarray, world: str = "tiny") -> Recognised:
+    """The syllables of a waveform [N] at 16 kHz of a world."""
     wave = _clean(wave)
     if _is_silent(wave):
         return Recognised((), (), (), True)
-    fit = _fitted()
+    fit = _fitted(world)
     scores = features(wave) @ fit.weights + fit.bias
     scores -= scores.max(1, keepdims=True)
     # A frame that fits no class must not outvote its neighbours.
     scores = np.maximum(scores - np.log(np.exp(scores).sum(1, keepdims=True)), -12.0)
-    path = _search(scores)
-    owner, _, _ = _grammar()
+    path = _search(scores, world)
+    owner, _, _ = _grammar(world)
     visited = owner[path]
     starts = np.flatnonzero(np.diff(visited, prepend=-1))
     stops = np.append(starts[1:], len(visited))
     words, onset_spans, vowel_spans, onset = [], [], [], ""
     for start, stop in zip(starts, stops, strict=True):
-        name, span = CLASSES[visited[start]], (start * HOP / SAMPLE_RATE, stop * HOP / SAMPLE_RATE)
-        if name in ONSETS:
+        name, span = classes(world)[visited[start]], (start * HOP / SAMPLE_RATE, stop * HOP / SAMPLE_RATE)
+        if name in WORLDS[world].onsets:
             onset = name
             onset_spans.append(span)
         elif name in VOWELS:

@@ -1,8 +1,9 @@
-"""Measurements in the tiny world's frames: attributes, mouth opening and shape, eyes, sharpness, flicker.
+"""Measurements in frames of the tiny worlds: attributes, mouth opening and shape, eyes, sharpness, flicker.
 
 All positions are shares of the image, so clips of any square size are measured alike (only sharpness depends on the
 size). Colours are decided by the nearest palette entry of a region's median over space and time; the
-face shape by which of the three drawn silhouettes explains the median frame best.
+face shape by which of the three drawn silhouettes explains the median frame best. A clip of the world `scene` is first moved
+and enlarged until its puppet fills the frame (`eval.puppet_layout`).
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ import numpy as np
 
 from data.tiny.puppets import FACES, HAIR, LIP, MOUTH_CENTRE, MOUTH_INSIDE, SHIRTS, SKINS, WALLS, draw_puppet, portrait
 from eval.image_metrics import laplacian, luma
+from eval.puppet_layout import close_up, find_layout
 
-PROMPTED = ("face", "hair", "shirt", "wall")  # attributes that a caption states
 # The lips of the widest and of the most open vowel, plus a margin for blur.
 MOUTH_RADII = (0.19, 0.155)
 STATIC_AMPLITUDE = 0.004  # of the image's area; the smallest vowel (u) opens 0.012
@@ -25,13 +26,14 @@ class FrameMeasures:
     """Measurements of one clip.
 
     Attributes:
-        attributes: face, hair, shirt, wall and skin.
+        attributes: face, hair, shirt, wall and skin; in the world `scene` side, size, camera and object, too.
         openness [F]: area of the mouth's inside as a share of the image; amplitude: its 5 % to 95 % range.
         static: whether the mouth does not move.
         lip_aspect [F]: width over height of the lips with the mouth's inside.
         eyes: contrast of the weaker eye, as a share of a drawn one's; 0 where it is missing.
         sharpness, mouth_sharpness: variance of the Laplacian of the luma in [0,1].
         flicker: mean absolute change of the luma between frames, outside the mouth.
+        layout_error: difference from the nearest drawable layout, see `eval.puppet_layout`; None in the world `tiny`.
     """
 
     attributes: dict[str, str]
@@ -43,6 +45,7 @@ class FrameMeasures:
     sharpness: float
     mouth_sharpness: float
     flicker: float
+    layout_error: float | None = None
 
 
 @lru_cache(maxsize=4)
@@ -172,8 +175,8 @@ def eye_contrast(frames: np.ndarray) -> float:
     return max(0.0, min(found))
 
 
-def measure_frames(frames: np.ndarray) -> FrameMeasures:
-    """Measure one clip, uint8 [F,H,W,3].
+def measure_frames(frames: np.ndarray, world: str = "tiny") -> FrameMeasures:
+    """Measure one clip of a world, uint8 [F,H,W,3].
 
     Raises:
         ValueError: not uint8, not square, or smaller than 16 pixels.
@@ -182,20 +185,27 @@ def measure_frames(frames: np.ndarray) -> FrameMeasures:
         raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
     if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
         raise ValueError(f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}")
+    edges = laplacian(luma(frames) / 255)
+    layout = find_layout(frames) if world == "scene" else None
+    if layout is not None:
+        frames = close_up(frames, layout)
     mouth = mouth_region(frames.shape[1])
     shares = _mouth_shares(frames)
     openness = shares[0].sum(-1) / frames.shape[1] ** 2
     amplitude = float(np.quantile(openness, 0.95) - np.quantile(openness, 0.05))
     levels = luma(frames) / 255
-    edges = laplacian(levels)
+    found = attributes(frames)
+    if layout is not None:
+        found |= {name: getattr(layout, name) for name in ("wall", "side", "size", "camera", "object")}
     return FrameMeasures(
-        attributes=attributes(frames),
+        attributes=found,
         openness=openness,
         amplitude=amplitude,
         static=amplitude < STATIC_AMPLITUDE,
         lip_aspect=lip_aspect(shares, frames.shape[1]),
         eyes=eye_contrast(frames),
         sharpness=float(edges.var(axis=(1, 2)).mean()),
-        mouth_sharpness=float(edges[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
+        mouth_sharpness=float(laplacian(levels)[:, mouth[1:-1, 1:-1]].var(axis=1).mean()),
         flicker=float(np.abs(np.diff(levels, axis=0))[:, ~mouth].mean()),
+        layout_error=None if layout is None else layout.error,
     )

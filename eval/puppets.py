@@ -1,4 +1,4 @@
-"""Evaluation of a tiny-world checkpoint, or of a folder of clips, on held-out prompts, with two upper bounds.
+"""Evaluation of a checkpoint of a tiny world, or of a folder of clips, on held-out prompts, with two upper bounds.
 
     python -m eval.puppets checkpoint=tiny/base
     python -m eval.puppets clips=FOLDER_OF_MP4_AND_TXT
@@ -20,7 +20,7 @@ from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
 from eval import tables
 from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
-from eval.generate import tiny_pipelines
+from eval.generate import require_tiny, tiny_pipelines
 from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.output import folder_for, publish, require_at_least
 from eval.scores import Scores, clip_values, skills
@@ -35,7 +35,7 @@ FORMAT = "magihuman-scores/1"
 
 def bounds(count: int, codecs: "CodecBundle", size: int = 64) -> dict[str, Scores]:
     """Scores of the ground truth and of the ground truth through the codec, the reference of lip-sync skill."""
-    truth = ground_truth(held_out(count), size)
+    truth = ground_truth(held_out(count, codecs.name), size)
     coded = through_codec(truth, codecs).score()
     coded = replace(coded, table={**coded.table, **skills(coded.own, coded, paired=True)})  # 1 by definition
     return {"ground truth": truth.score(coded), BOUND: coded}
@@ -169,15 +169,16 @@ def run(
     refused: dict[str, str] = {}
     facts: dict[str, Any] = {}
     if checkpoint is not None:
+        captions = [puppet.caption for puppet in held_out(prompts, require_tiny("eval.puppets", checkpoint))]
         made, facts, codecs = generate(
-            checkpoint, [p.caption for p in held_out(prompts)], seed=seed, batch=batch, device=device,
-            progress=progress, steps=steps, solver=solver, cfg=cfg,
+            checkpoint, captions, seed=seed, batch=batch, device=device, progress=progress, steps=steps, solver=solver,
+            cfg=cfg,
         )  # fmt: skip
     else:
         made, refused = read_folder(str(clips), prompts, progress)
         from magihuman.codecs.bundle import load_bundle
 
-        codecs, facts = load_bundle("tiny"), {"clips": str(clips), "refused": refused}
+        codecs, facts = load_bundle(parse_caption(made.captions[0])[0]), {"clips": str(clips), "refused": refused}
     folder = Path(output) if output else folder_for("eval", str(checkpoint or clips))
     limits = bounds(prompts if checkpoint else len(made.captions), codecs, made.frames[0].shape[1])
     name = _name_of(checkpoint, clips)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data.tiny.puppets import SKINS
+from data.tiny.puppets import SKINS, WORLDS
 from eval import stats
 from eval.edits import Edits
 from eval.metrics.puppet_clips import CANDIDATES, CLIP_METRICS, METRICS, PuppetMetric
@@ -31,7 +31,7 @@ class Scores:
 
     Attributes:
         table: key of a metric -> measure over all clips.
-        skins: skin tone -> clips; skin_p: p-value that they come from equal shares.
+        skins: skin tone -> clips; skin_p: p-value that they come from the world's shares.
         own, other, shifted [n]: correlation of each clip's mouth with its own audio, in the mean with other clips'
             audio, and with its own audio shifted. A static or silent clip counts 0: it does not follow its audio.
         found [n]: 1 where a clip's own audio fits best of `CANDIDATES`, 0 where it does not, NaN where there are fewer.
@@ -167,12 +167,13 @@ def score_clips(
     elif len(clips) == 1:
         sync["sync_other"] = unavailable("needs other clips to compare with", 1)
     table |= sync
-    table["skin_distance"] = stats.distance_to_uniform(skins)
+    shares = np.array(WORLDS[clips[0].world].attributes["skin"].expected)
+    table["skin_distance"] = stats.distance_to_shares(skins, shares)
     return Scores(
         clips=clips,
         table={metric.key: table[metric.key] for metric in METRICS if metric.key in table},
         skins=dict(zip(SKINS, skins.tolist(), strict=True)),
-        skin_p=stats.uniformity(skins),
+        skin_p=stats.fit_of_shares(skins, shares),
         own=own,
         other=other,
         shifted=shifted,

@@ -80,14 +80,14 @@ def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> S
     """The puppets themselves, drawn at the first stage's size and encoded."""
     import torch
 
-    puppets = held_out(count)
+    puppets = held_out(count, codecs.name)
     waves = [synthesise(p) for p in puppets]
     audio = torch.cat([codecs.audio_codec.encode(torch.from_numpy(w)[None, None].float()) for w in waves])
     return StageInputs(
         video=encode(codecs, ground_truth(puppets, size).frames),
         audio=audio,
         text=codecs.text_encoder.encode([p.caption for p in puppets]),
-        called=[called_opening(w, codecs.frames) for w in waves],
+        called=[called_opening(w, codecs.frames, codecs.name) for w in waves],
         truth=ground_truth(puppets, sr_size).frames,
     )
 
@@ -98,7 +98,8 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     from tqdm import tqdm
 
     (pipeline,) = tiny_pipelines("eval.sr", checkpoint, device="cpu")
-    settings, captions = pipeline.settings(), [p.caption for p in held_out(count)]
+    settings, codecs = pipeline.settings(), pipeline.codecs
+    captions = [puppet.caption for puppet in held_out(count, codecs.name)]
     drafts = []
     for first in tqdm(range(0, count, batch), desc="first stage", disable=not progress):
         part = captions[first : first + batch]
@@ -107,8 +108,8 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
     return StageInputs(
         video=torch.stack([draft.video for draft in drafts]),
         audio=torch.stack([draft.audio for draft in drafts]),
-        text=pipeline.codecs.text_encoder.encode(captions),
-        called=[called_opening(wave, pipeline.codecs.frames) for wave in waves],
+        text=codecs.text_encoder.encode(captions),
+        called=[called_opening(wave, codecs.frames, codecs.name) for wave in waves],
         truth=None,
     )
 
@@ -232,7 +233,7 @@ def run(
     for name, first in [(base, True), *((name, False) for name in compared)]:
         require_role(zoo.config_of(name), name, first)
     second = zoo.load(checkpoint)
-    codecs, size = load_bundle("tiny"), second.config.size.height
+    codecs, size = load_bundle(second.config.codecs), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)
     count = second.config.sampling.steps if steps is None else steps
     drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
@@ -377,7 +378,9 @@ def _keep_values(folder: Path, evaluation: Evaluation, columns: Mapping[str, Any
         {**column, **sync_values(column["own"], bound["own"], bound["other"])}
         for column in (evaluation.refined.values, bound)
     ]
-    write_clip_values(folder, [puppet.caption for puppet in held_out(len(bound["own"]))], found, *per_clip)
+    write_clip_values(
+        folder, [puppet.caption for puppet in held_out(len(bound["own"]), evaluation.codecs.name)], found, *per_clip
+    )
     return found
 
 

@@ -115,26 +115,26 @@ def proportion(hits: int, n: int) -> Measure:
     return Measure(share, low, high, n)
 
 
-def distance_to_uniform(counts: np.ndarray) -> Measure:
-    """Total-variation distance, 0 to 1 - 1/k, of counts [k] from equal shares, with its bootstrap interval.
+def distance_to_shares(counts: np.ndarray, shares: np.ndarray) -> Measure:
+    """Total-variation distance of counts [k] from known shares [k], with its bootstrap interval.
 
-    A sample of n from the uniform itself has a positive expected distance: compare with the ground truth's column.
+    A sample of n from these shares itself has a positive expected distance: compare with the ground truth's column.
     The draws are own code: scipy resamples observations, not counts.
     """
     counts = np.asarray(counts, int)
-    n, k = int(counts.sum()), len(counts)
+    n = int(counts.sum())
     if n == 0:
         return unavailable("no clips")
     drawn = np.random.default_rng([0, n]).multinomial(n, counts / n, RESAMPLES)
-    low, high = ends_of(0.5 * np.abs(drawn / n - 1 / k).sum(1))
-    return Measure(float(0.5 * np.abs(counts / n - 1 / k).sum()), low, high, n)
+    low, high = ends_of(0.5 * np.abs(drawn / n - shares).sum(1))
+    return Measure(float(0.5 * np.abs(counts / n - shares).sum()), low, high, n)
 
 
-def uniformity(counts: np.ndarray) -> float:
-    """Chi-square p-value that counts [k], not all 0, come from equal shares."""
+def fit_of_shares(counts: np.ndarray, shares: np.ndarray) -> float:
+    """Chi-square p-value that counts [k], not all 0, come from known shares [k]."""
     from scipy.stats import chisquare
 
-    return float(chisquare(np.asarray(counts, float)).pvalue)
+    return float(chisquare(np.asarray(counts, float), np.sum(counts) * shares).pvalue)
 
 
 # ---- Tests of verdicts ----

@@ -480,6 +480,39 @@ def sensitivity_claims(values: Values) -> str:
     return f"{table(heads, rows, 'll' + 'r' * (len(heads) - 2))}\n\nMeans of {values['clips']} clips."
 
 
+def world_checks(values: Values) -> str:
+    """Markdown of a world_checks.json: rows by sampler, exchanged prompts, open attributes, verdicts."""
+    columns = values["columns"]
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    rows = [
+        [
+            metrics()[key].heading,
+            *(format_interval(column[key]) if key in column else "" for column in columns.values()),
+        ]
+        for key in keys
+    ]
+    calls = [f"{name} ({values['calls'][name]} calls)" if name in values["calls"] else name for name in columns]
+    parts = [table(["", *calls], rows)]
+    if swap := values.get("swap"):
+        count = len(next(iter(next(iter(swap.values())).values())))
+        rows = [
+            [f"{name}, then {'another value' if kind == 'to_other' else 'any'}", *(f"{share:.2f}" for share in shares)]
+            for name, kinds in swap.items()
+            for kind, shares in kinds.items()
+        ]
+        parts.append(table(["steps with the first prompt", *map(str, range(count))], rows))
+    rows = []
+    for attribute in next(iter(values["shares"].values())):
+        for name, found in values["shares"].items():
+            if one := found.get(attribute):
+                cells = "; ".join(f"{value} {count}" for value, count in one["counts"].items())
+                rows.append([attribute, name, cells, f"{one['p']:.3f}"])
+    parts.append(table(["where the prompt leaves it open", "", "clips", "p of the world's shares"], rows))
+    verdicts = [f"- {c['about']}: **{c['verdict'].upper()}** ({'; '.join(c['details'])})" for c in values["checks"]]
+    note = f"{values['prompts']} held-out prompts, world {values['world']}; 95 % intervals over prompts."
+    return "\n\n".join([*parts, note, "\n".join(verdicts)])
+
+
 # ---- Clips of any origin: eval.score, eval.run, eval.compare_scores ----
 
 CLIP_COLUMNS = {"clips": "clips", "bound": "reference through the codec", "reference": "reference"}
@@ -662,6 +695,7 @@ BY_FORMAT: dict[str, Callable[[Values], str]] = {
     "magihuman-compare/2": comparison,
     "magihuman-verdict-power/1": verdict_power,
     "magihuman-sensitivity/1": sensitivity,
+    "magihuman-world-checks/1": world_checks,
     "magihuman-clip-scores/1": clip_scores,
     "magihuman-clip-comparison/1": clip_comparison,
 }

@@ -12,9 +12,8 @@ from typing import Any
 
 from eval.clip_list import spoken
 from eval.metrics.registry import Measurement, measurements
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import UserError
-
-TINY = "tiny"
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class TrainingScorer:
         if self.clips < 1:
             raise UserError(f"callbacks.scores.scorer.clips={self.clips} is impossible; give at least 1")
         self.measurements(codecs)
-        if codecs == TINY:
+        if codecs in FORMS:
             from eval.clips import held_out
 
-            return [puppet.caption for puppet in held_out(self.clips)]
+            return [puppet.caption for puppet in held_out(self.clips, codecs)]
         if not self.prompts:
             raise UserError("callbacks.scores has no prompts to sample; give prompts=[...], or callbacks=default")
         return [self.prompts[number % len(self.prompts)] for number in range(self.clips)]
@@ -54,7 +53,7 @@ class TrainingScorer:
 
         known = measurements()
         if self.metrics is None:
-            if codecs == TINY:
+            if codecs in FORMS:
                 return ["puppets"]
             return [
                 name

@@ -255,8 +255,8 @@ RENAMED = {
     "recipe.given_audio": "recipe.audio_conditioning",
     "recipe.given_video": "recipe.video_conditioning",
     "callbacks.held_out": "callbacks.validation",
-    "data.make.world": "data.make.codecs",
-    "world": "data.make.codecs",
+    "data.make.codecs": "data.make.world",
+    "world": "data.make.world",
 }
 
 

@@ -1,4 +1,4 @@
-"""The tiny world on disk: mp4 clips with captions, or shards of latents, made on first use and kept.
+"""The tiny worlds on disk: mp4 clips with captions, or shards of latents, made on first use and kept.
 
 `python -m data.tiny output=clips clips=200` writes mp4 files, for `data.prepare` and other readers of media. Configurations
 call `ensure`, which encodes the rendered frames and waves without files in between: samples have the keys and metadata that
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from data.clip_plan import PlannedClip, check_lengths, key_of, pair_sizes, parse_sizes
 from data.encode import PRELOADED, VERSION, describe_codecs, encode_clip, open_bundle, store
 from data.shards import INDEX, Entry, Index, Shards, ShardWriter
-from data.tiny import puppets
-from data.tiny.puppets import FPS, SAMPLE_RATE, draw_puppet, render, synthesise
+from data.tiny.puppets import FPS, SAMPLE_RATE, WORLDS, draw_puppet, render, synthesise
 from data.worker_pool import Tick, Workers
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.errors import UserError
@@ -38,13 +37,6 @@ SIZES = (32, 512)
 WORK = ".work"
 SHARD_CLIPS = 100
 SAME = 1e-2  # root mean square difference of latents, of deviation 1, that other threads or machines may make
-APPEARANCE = {
-    "face": puppets.FACES,
-    "hair": tuple(puppets.HAIR),
-    "shirt": tuple(puppets.SHIRTS),
-    "wall": tuple(puppets.WALLS),
-    "skin": tuple(puppets.SKINS),
-}
 
 
 def clip_files(folder: Path, index: int) -> tuple[Path, Path]:
@@ -52,12 +44,12 @@ def clip_files(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / f"clip-{index:06d}.mp4", folder / f"clip-{index:06d}.txt"
 
 
-def write_clip(index: int, folder: Path, seed: int, size: int) -> None:
+def write_clip(index: int, folder: Path, seed: int, size: int, world: str) -> None:
     """Write clip `index`. The caption is last and both files are atomic, so a killed run leaves no half clip behind."""
     from magihuman.media.mp4 import write_mp4
 
     movie, caption = clip_files(folder, index)
-    puppet = draw_puppet(seed, index)
+    puppet = draw_puppet(seed, index, world)
     write_mp4(movie, render(puppet, size), FPS, synthesise(puppet)[None], SAMPLE_RATE)
     write_atomically(caption, puppet.caption + "\n")
 
@@ -70,9 +62,10 @@ def make_clips(
     first: int = 0,
     workers: int = 2,
     only: dict[str, str] | None = None,
+    world: str = "tiny",
     progress: bool = True,
 ) -> int:
-    """Write clips of the tiny world: clip-000000.mp4 (H.264 + AAC) and clip-000000.txt (its caption) each.
+    """Write clips of a tiny world: clip-000000.mp4 (H.264 + AAC) and clip-000000.txt (its caption) each.
 
     Clip i of a seed does not depend on the number of clips, and existing clips are kept, so the same command resumes a
     stopped run. Returns the number of clips written.
@@ -85,6 +78,7 @@ def make_clips(
         first: number of the first clip
         workers: processes
         only: only puppets of this appearance, for example only="{skin: dark}", to fine-tune on
+        world: tiny or scene, see `data.tiny.puppets`
         progress: show a progress bar
 
     Raises:
@@ -96,11 +90,12 @@ def make_clips(
     _check_numbers(size=size, clips=clips, seed=seed, first=first, workers=workers)
     folder = Path(output)
     wanted = dict(only or {})
-    check_appearance(wanted)
-    _claim(folder, {"seed": seed, "size": size, **wanted})
-    numbers = islice(_numbers(seed, first, wanted), clips)
+    check_appearance(wanted, world)
+    named = {} if world == "tiny" else {"world": world}  # folders of earlier versions do not say it
+    _claim(folder, {"seed": seed, "size": size, **named, **wanted})
+    numbers = islice(_numbers(world, seed, first, wanted), clips)
     todo = [i for i in numbers if not all(file.exists() for file in clip_files(folder, i))]
-    job = partial(write_clip, folder=folder, seed=seed, size=size)
+    job = partial(write_clip, folder=folder, seed=seed, size=size, world=world)
     with tqdm(total=clips, initial=clips - len(todo), desc="puppets", unit="clip", disable=not progress) as bar:
         # Processes take seconds to start; a few clips are faster without them.
         if workers == 1 or len(todo) < 50:
@@ -125,18 +120,21 @@ def _check_numbers(size: int, **values: int) -> None:
         raise UserError(f"size={size} should be even (H.264) and between {SIZES[0]} and {SIZES[1]}")
 
 
-def _numbers(seed: int, first: int, wanted: Mapping[str, str]) -> Iterator[int]:
-    """Numbers of the puppets of this appearance, without end."""
-    return (i for i in count(first) if wanted.items() <= vars(draw_puppet(seed, i)).items())
+def _numbers(world: str, seed: int, first: int, wanted: Mapping[str, str]) -> Iterator[int]:
+    """Numbers of the puppets of this world and appearance, without end."""
+    return (i for i in count(first) if wanted.items() <= vars(draw_puppet(seed, i, world)).items())
 
 
-def check_appearance(wanted: Mapping[str, str]) -> None:
-    """Raises UserError for an attribute or value that no puppet has; the message lists the choices."""
+def check_appearance(wanted: Mapping[str, str], world: str) -> None:
+    """Raises UserError, which lists the choices, for an unknown world, attribute or value."""
+    if world not in WORLDS:
+        raise UserError(f"world={world} is unknown; choose from {', '.join(WORLDS)}")
+    attributes = WORLDS[world].attributes
     for name, value in wanted.items():
-        if name not in APPEARANCE:
-            raise UserError(f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(APPEARANCE)}")
-        if value not in APPEARANCE[name]:
-            raise UserError(f"only={{{name}: {value}}}: choose {name} from {', '.join(APPEARANCE[name])}")
+        if name not in attributes:
+            raise UserError(f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(attributes)}")
+        if value not in attributes[name].values:
+            raise UserError(f"only={{{name}: {value}}}: choose {name} from {', '.join(attributes[name].values)}")
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -159,9 +157,10 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class PuppetFormat:
-    """What decides a puppet's sample: seed, codecs, (height, width) of its latents and of the second stage, and whether
+    """What decides a puppet's sample: world, seed, codecs, (height, width) of its latents and of the second stage, and whether
     its frames are stored."""
 
+    world: str
     seed: int
     codecs: str
     size: tuple[int, int]
@@ -177,7 +176,7 @@ def encode_puppet(
 
     from magihuman.media.reading import MediaClip
 
-    puppet = draw_puppet(form.seed, number)
+    puppet = draw_puppet(form.seed, number, form.world)
     frames = render(puppet, (form.large or form.size)[0])
     check_lengths([len(frames)], codecs.contract.video_stride[0])
     name = clip_files(Path(), number)[0].name
@@ -211,7 +210,8 @@ def ensure(
     seed: int = 0,
     size: int = 64,
     workers: int = 2,
-    codecs: str = "tiny",
+    world: str = "tiny",
+    codecs: str | None = None,
     sr_size: int | None = None,
     pixels: bool = False,
     only: dict[str, str] | None = None,
@@ -227,7 +227,8 @@ def ensure(
         seed: of the puppets; evaluation and the recogniser have their own
         size: width and height in pixels
         workers: processes
-        codecs: codecs and text encoder
+        world: of the puppets: tiny or scene
+        codecs: codecs and text encoder; none takes those of the world
         sr_size: width and height of the second stage: clips are rendered at it and stored at both
         pixels: store the frames too, for training a decoder
         only: puppets of this appearance, for example {skin: dark}
@@ -239,17 +240,19 @@ def ensure(
     root, wanted = Path(folder), dict(only or {})
     rendered = size if sr_size is None else sr_size
     _check_numbers(size=rendered, clips=clips, seed=seed, workers=workers)
-    check_appearance(wanted)
-    form = _format(seed, codecs, size, sr_size, pixels)
+    check_appearance(wanted, world)
+    codecs = world if codecs is None else codecs
+    form = _format(world, seed, codecs, size, sr_size, pixels)
     appearance = "".join(f"-{value}-{key}" for key, value in sorted(wanted.items()))
     suffix = ("" if sr_size is None else f"-and-{size}px") + ("-pixels" if pixels else "")
-    shards = root / f"shards-{codecs}-{clips}-seed{seed}-{rendered}px{appearance}{suffix}"
+    named = f"{codecs}-" if world == codecs else f"{world}-{codecs}-"
+    shards = root / f"shards-{named}{clips}-seed{seed}-{rendered}px{appearance}{suffix}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.make.folder={folder} cannot be made: {error.strerror}; choose another") from error
     with locked(root / f".{shards.name}.lock"):
-        numbers = list(islice(_numbers(seed, 0, wanted), clips))
+        numbers = list(islice(_numbers(world, seed, 0, wanted), clips))
         if (shards / INDEX).exists():
             _require_same(shards, form, numbers[0])
         else:
@@ -257,7 +260,7 @@ def ensure(
     return str(shards)
 
 
-def _format(seed: int, codecs: str, size: int, sr_size: int | None, pixels: bool) -> PuppetFormat:
+def _format(world: str, seed: int, codecs: str, size: int, sr_size: int | None, pixels: bool) -> PuppetFormat:
     """Raises UserError for sizes that cannot be encoded, or codecs of another frame or sample rate."""
     contract = open_bundle(codecs, "cpu").contract
     found, own = (contract.fps, contract.audio_rate, contract.waveform_channels), (FPS, SAMPLE_RATE, 1)
@@ -272,7 +275,7 @@ def _format(seed: int, codecs: str, size: int, sr_size: int | None, pixels: bool
     large = (
         None if sr_size is None else pair_sizes(small, parse_sizes(f"{sr_size}x{sr_size}", unit, "data.make.sr_size"))
     )
-    return PuppetFormat(seed, codecs, small[0], None if large is None else large[0], pixels)
+    return PuppetFormat(world, seed, codecs, small[0], None if large is None else large[0], pixels)
 
 
 def _make_shards(folder: Path, form: PuppetFormat, numbers: list[int], workers: int) -> None:
@@ -294,7 +297,7 @@ def _make_shards(folder: Path, form: PuppetFormat, numbers: list[int], workers: 
         for name, entries in _run(left, workers, work, bar.update):
             write_atomically(done[name], json.dumps([asdict(entry) for entry in entries]), sync=True)
     indexed = [(f"{name}.tar", [Entry(**entry) for entry in load_json(file)]) for name, file in done.items()]
-    write_atomically(folder / PROMPTS, "".join(f"{draw_puppet(form.seed, i).caption}\n" for i in numbers))
+    write_atomically(folder / PROMPTS, "".join(f"{draw_puppet(form.seed, i, form.world).caption}\n" for i in numbers))
     fingerprint = hashlib.sha256(json.dumps([settings, numbers], sort_keys=True).encode()).hexdigest()[:16]
     Index(form.codecs, contract, indexed, fingerprint).save(folder)
     shutil.rmtree(work)

@@ -1,4 +1,4 @@
-"""Fit the tiny world's codecs on rendered puppets: `python -m data.tiny.fit_codec output=FOLDER`.
+"""Fit a tiny world's codecs on rendered puppets: `python -m data.tiny.fit_codec output=FOLDER world=scene`.
 
 The audio codec is closed-form (PCA, seconds). The video codec starts as PCA and is trained for a few minutes on
 reconstruction at two sizes and on upsampling: decode(up(encode(small))) must give the clip at twice the size,
@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.tiny.puppets import MOUTH_CENTRE, draw_puppet, render, synthesise
+from data.tiny.puppets import (
+    MOUTH_CENTRE,
+    Puppet,
+    camera_track,
+    draw_puppet,
+    puppet_points,
+    render,
+    scene_points,
+    synthesise,
+)
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version
 
@@ -31,11 +41,11 @@ WHITENING = 0.5
 channels dominate."""
 
 
-def puppet_frames(indices: range, size: int) -> torch.Tensor:
+def puppet_frames(indices: range, size: int, world: str = "tiny") -> torch.Tensor:
     """Frames of the puppets of FIT_SEED: uint8 [N,3,F,size,size]."""
     import torch
 
-    stack = np.stack([render(draw_puppet(FIT_SEED, i), size) for i in indices])
+    stack = np.stack([render(draw_puppet(FIT_SEED, i, world), size) for i in indices])
     return torch.from_numpy(stack).permute(0, 4, 1, 2, 3).contiguous()
 
 
@@ -49,14 +59,14 @@ def _normalising_scale(variance: torch.Tensor) -> torch.Tensor:
     return factor / (variance * factor**2).mean().sqrt()
 
 
-def fit_audio() -> TinyAudioCodec:
-    """PCA of weighted log-spectrum columns of puppets."""
+def fit_audio(world: str) -> TinyAudioCodec:
+    """PCA of weighted log-spectrum columns of the puppets of a world."""
     import torch
 
     from magihuman.codecs.tiny import TinyAudioCodec
 
-    codec = TinyAudioCodec(AUDIO_CHANNELS)
-    waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i)) for i in range(AUDIO_CLIPS)]))
+    codec = TinyAudioCodec(AUDIO_CHANNELS, FORMS[world].audio_floor)
+    waves = torch.from_numpy(np.stack([synthesise(draw_puppet(FIT_SEED, i, world)) for i in range(AUDIO_CLIPS)]))
     features = codec.features(waves[:, None]).flatten(0, 1).double()
     codec.mean.copy_(features.mean(0))
     covariance = torch.cov(features.T)
@@ -94,17 +104,19 @@ def _upsample(latents: torch.Tensor, batch: int) -> torch.Tensor:
     return up.transpose(1, 2).flatten(0, 1)
 
 
-def _mouth_weight(size: int) -> torch.Tensor:
-    """Pixel weights [H,W] of mean 1, three times as large in the mouth window as elsewhere."""
+def _mouth_window(puppet: Puppet, size: int) -> torch.Tensor:
+    """Pixels around the mouth: bool [F,H,W]."""
     import torch
 
-    grid = (torch.arange(size) + 0.5) / size
-    near = ((grid - MOUTH_CENTRE[0]).abs() < 0.18)[None, :] & ((grid - MOUTH_CENTRE[1]).abs() < 0.16)[:, None]
-    weight = 1 + 2 * near.float()
-    return weight / weight.mean()
+    near: dict[tuple[float, float], np.ndarray] = {}
+    views = [(float(shift), float(zoom)) for shift, zoom in camera_track(puppet.camera, puppet.frames)]
+    for view in dict.fromkeys(views):
+        x, y = puppet_points(puppet.side, puppet.size, *scene_points(size, view))
+        near[view] = (np.abs(x - MOUTH_CENTRE[0]) < 0.18) & (np.abs(y - MOUTH_CENTRE[1]) < 0.16)
+    return torch.from_numpy(np.stack([near[view] for view in views]))
 
 
-def fit_video(channels: int, steps: int) -> TinyVideoCodec:
+def fit_video(channels: int, steps: int, world: str) -> TinyVideoCodec:
     """Train the video codec; the module's docstring describes the loss."""
     import torch
 
@@ -112,7 +124,7 @@ def fit_video(channels: int, steps: int) -> TinyVideoCodec:
 
     torch.manual_seed(FIT_SEED)
     codec = TinyVideoCodec(channels)
-    large, small = puppet_frames(range(VIDEO_CLIPS), 128), puppet_frames(range(VIDEO_CLIPS), 64)
+    large, small = (puppet_frames(range(VIDEO_CLIPS), size, world) for size in (128, 64))
     _initialise_by_pca(codec, codec.blocks(_float(small[:100])))
     matrices = [p for n, p in codec.named_parameters() if p.ndim > 1]
     vectors = [p for n, p in codec.named_parameters() if p.ndim == 1]
@@ -120,12 +132,16 @@ def fit_video(channels: int, steps: int) -> TinyVideoCodec:
         [{"params": matrices}, {"params": vectors}], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [4e-3, 3e-3], total_steps=steps, pct_start=0.1)
-    weights = {size: _mouth_weight(size) for size in (64, 128)}
+    puppets = [draw_puppet(FIT_SEED, i, world) for i in range(VIDEO_CLIPS)]
+    windows = {size: torch.stack([_mouth_window(puppet, size) for puppet in puppets]) for size in (64, 128)}
     order = torch.Generator().manual_seed(FIT_SEED)
     began = time.monotonic()
 
     def error(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        return ((prediction - truth).square() * weights[truth.shape[-1]]).mean()
+        # Pixels around the mouth count three times as much as the others.
+        weight = 1 + 2 * windows[truth.shape[-1]][chosen].float()  # [B,F,H,W]
+        weight /= weight.mean(dim=(1, 2, 3), keepdim=True)
+        return ((prediction - truth).square() * weight[:, None]).mean()
 
     def jitter(latents: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
         level = 0.05 * torch.rand(len(latents), 1, 1, 1, generator=order)
@@ -166,20 +182,21 @@ def psnr(prediction: torch.Tensor, truth: torch.Tensor) -> float:
     return float(peak_signal_noise_ratio(prediction.clamp(-1, 1), truth, data_range=2.0))
 
 
-def report(codec: TinyVideoCodec, clips: int = 16) -> dict[str, float]:
+def report(codec: TinyVideoCodec, clips: int = 16, world: str = "tiny") -> dict[str, float]:
     """PSNR (dB) on puppets outside the training set: reconstruction at 64 and 128 px, latent x2, bicubic x2."""
     import torch
     from torch.nn import functional as F
 
     held_out = range(100_000, 100_000 + clips)
-    little, big = _float(puppet_frames(held_out, 64)), _float(puppet_frames(held_out, 128))
+    little, big = _float(puppet_frames(held_out, 64, world)), _float(puppet_frames(held_out, 128, world))
     latents = codec.encode(little)
     decoded = codec.decode(latents)
     size = (latents.shape[2], 2 * latents.shape[3], 2 * latents.shape[4])
     lifted = codec.decode(F.interpolate(latents, size=size, mode="trilinear", align_corners=True))
     bicubic = F.interpolate(decoded.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="bicubic")
     bicubic = bicubic.unflatten(0, (clips, -1)).transpose(1, 2)
-    mouth = (slice(None), slice(None), slice(None), slice(28, 52), slice(20, 44))
+    windows = torch.stack([_mouth_window(draw_puppet(FIT_SEED, i, world), 64) for i in held_out])
+    mouth = windows[:, None].expand_as(little)
     return {
         "rec64": psnr(decoded, little),
         "rec64_mouth": psnr(decoded[mouth], little[mouth]),
@@ -198,13 +215,14 @@ def _save(codec: torch.nn.Module, file: Path) -> None:
     save_file({k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file)
 
 
-def fit(output: str, channels: int = 12, steps: int = 900) -> dict[str, float]:
+def fit(output: str, channels: int = 12, steps: int = 900, world: str = "tiny") -> dict[str, float]:
     """Fit the tiny world's codecs and write them with their reconstruction quality.
 
     Args:
         output: folder for video_codec.safetensors, audio_codec.safetensors and codecs.json.
         channels: video latent channels.
         steps: training steps of the video codec (about half a CPU-second each).
+        world: tiny or scene.
     """
     import torch
 
@@ -212,12 +230,12 @@ def fit(output: str, channels: int = 12, steps: int = 900) -> dict[str, float]:
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    _save(fit_audio(), folder / "audio_codec.safetensors")
-    video = fit_video(channels, steps)
+    _save(fit_audio(world), folder / "audio_codec.safetensors")
+    video = fit_video(channels, steps, world)
     _save(video, folder / "video_codec.safetensors")
-    figures = report(video)
+    figures = report(video, world=world)
     record = {
-        "command": f"python -m data.tiny.fit_codec output={folder.name} channels={channels} steps={steps}",
+        "command": f"python -m data.tiny.fit_codec output={folder.name} channels={channels} steps={steps} world={world}",
         "psnr_db": {name: round(value, 2) for name, value in figures.items()},
         "seconds": round(time.monotonic() - began),
         "torch": torch.__version__,

@@ -35,14 +35,36 @@ class PuppetMetric(Metric):
     lacks: str = ""
 
 
-def _right(clip: "ClipScore", names: tuple[str, ...]) -> float:
-    return sum(clip.right[name] for name in names) / len(names)
+LOOKS = ("face", "hair", "shirt", "wall")
+LAYOUT = ("side", "size", "camera")
+RECOGNISABLE = 12.0
+"""Largest error of the nearest layout, of 255, of a clip that shows one puppet (`eval.puppet_layout`)."""
 
 
-def _is_right(name: str) -> "Callable[[ClipScore], float]":
-    return partial(_right, names=(name,))
+def _right(clip: "ClipScore", names: tuple[str, ...]) -> float | None:
+    """Share of these attributes that are as prompted, of those that the prompt states; None where it states none."""
+    stated = [clip.right[name] for name in names if name in clip.right]
+    return sum(stated) / len(stated) if stated else None
 
 
+def _is_right(*names: str) -> "Callable[[ClipScore], float | None]":
+    return partial(_right, names=names)
+
+
+def _recognisable(clip: "ClipScore") -> float | None:
+    return None if clip.vision.layout_error is None else float(clip.vision.layout_error < RECOGNISABLE)
+
+
+def _open_recognisable(clip: "ClipScore") -> float | None:
+    """Of a prompt that leaves side or size open: whether one puppet is shown instead of a mixture."""
+    return _recognisable(clip) if {"side", "size"} - clip.stated.keys() else None
+
+
+def _novel_pair(clip: "ClipScore") -> float | None:
+    return _right(clip, ("shirt", "wall")) if clip.novel else None
+
+
+_NOT_STATED = "its prompt leaves it open"
 _NO_SYNC = "its mouth does not move, or its audio is silent"
 METRICS: tuple[Metric, ...] = (
     PuppetMetric(
@@ -50,7 +72,7 @@ METRICS: tuple[Metric, ...] = (
         "face, hair, shirt and wall as prompted",
         direction="up",
         share=True,
-        of=lambda clip: _right(clip, tuple(clip.right)),
+        of=_is_right(*LOOKS),
         compared=True,
         sees=("looks",),
     ),
@@ -58,6 +80,67 @@ METRICS: tuple[Metric, ...] = (
     PuppetMetric("hair", "hair colour as prompted", direction="up", share=True, of=_is_right("hair")),
     PuppetMetric("shirt", "shirt colour as prompted", direction="up", share=True, of=_is_right("shirt")),
     PuppetMetric("wall", "wall colour as prompted", direction="up", share=True, of=_is_right("wall")),
+    PuppetMetric(
+        "layout",
+        "side, size and camera as prompted",
+        direction="up",
+        share=True,
+        of=_is_right(*LAYOUT),
+        lacks=_NOT_STATED,
+        compared=True,
+    ),
+    *(
+        PuppetMetric(name, f"{title} as prompted", direction="up", share=True, of=_is_right(name), lacks=_NOT_STATED)
+        for name, title in (("side", "side"), ("size", "size of the puppet"), ("camera", "camera"))
+    ),
+    *(
+        PuppetMetric(
+            name,
+            f"{title} as prompted",
+            direction="up",
+            share=True,
+            of=_is_right(name),
+            lacks=_NOT_STATED,
+            compared=True,
+        )
+        for name, title in (("voice", "low or high voice"), ("sound", "background sound"))
+    ),
+    PuppetMetric(
+        "novel_pair",
+        "shirt and wall right in pairs that no training sees",
+        direction="up",
+        share=True,
+        of=_novel_pair,
+        lacks="its pair of shirt and wall is not held out of training",
+        compared=True,
+    ),
+    PuppetMetric(
+        "layout_error",
+        "difference from the nearest drawable layout",
+        "of 255",
+        "down",
+        of=lambda clip: clip.vision.layout_error,
+        lacks="puppets of the world tiny have one layout",
+        compared=True,
+    ),
+    PuppetMetric(
+        "recognisable",
+        "one recognisable puppet",
+        direction="up",
+        share=True,
+        of=_recognisable,
+        lacks="puppets of the world tiny have one layout",
+        compared=True,
+    ),
+    PuppetMetric(
+        "open_recognisable",
+        "one recognisable puppet where the prompt leaves side or size open",
+        direction="up",
+        share=True,
+        of=_open_recognisable,
+        lacks="its prompt leaves neither side nor size open",
+        compared=True,
+    ),
     Metric("skin", "skin tone of the conditioning frame", direction="up"),
     PuppetMetric(
         "vowels",
@@ -227,7 +310,7 @@ METRICS: tuple[Metric, ...] = (
         margin=3.0,
         sees=("hum",),
     ),
-    Metric("skin_distance", "skin tones: total variation from equal shares", direction="down"),
+    Metric("skin_distance", "skin tones: total variation from the world's shares", direction="down"),
 )
 
 CLIP_METRICS = {metric.key: metric for metric in METRICS if isinstance(metric, PuppetMetric)}
@@ -238,9 +321,10 @@ def is_caption(prompt: str) -> bool:
     from data.tiny.puppets import parse_caption
 
     try:
-        return bool(parse_caption(prompt)["words"])
+        parse_caption(prompt)
     except ValueError:
         return False
+    return True
 
 
 def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]:
@@ -268,7 +352,7 @@ MEASUREMENTS = (
         _measure,
         inputs=("frames", "prompt"),
         optional=("audio",),
-        version=2,
+        version=3,
         applies_to=is_caption,
     ),
 )

@@ -86,7 +86,7 @@ def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype)
             decoder_weights="random",
         )
     from magihuman.codecs.bundle import load_bundle
-    from magihuman.codecs.tiny_captions import EXAMPLE
+    from magihuman.codecs.tiny_captions import FORMS
 
     codecs = load_bundle("tiny", device)
     chosen: Any = codecs.video_codec
@@ -103,7 +103,7 @@ def make(case: ClipCase, decoder: str, device: torch.device, dtype: torch.dtype)
         video=codecs.video_codec,
         audio=codecs.audio_codec,
         decoder=chosen,
-        prompt=EXAMPLE,
+        prompt=FORMS["tiny"].example,
         decoder_name=name,
         decoder_weights=weights,
     )

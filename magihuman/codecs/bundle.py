@@ -3,7 +3,8 @@
     bundle_spec("released").resolutions["540p"]     # facts that need no weights
     load_bundle("tiny").video_codec.encode(frames)  # [B,3,F,H,W] in [-1,1] -> latents
 
-`tiny` ships with the zoo and runs anywhere. `released` is the bundle of the published weights: Wan 2.2 VAE, Stable Audio
+`tiny` and `scene` are the worlds of puppets (`magihuman.codecs.tiny_captions`): the same codecs, which ship with the zoo and
+run anywhere. `released` is the bundle of the published weights: Wan 2.2 VAE, Stable Audio
 Oobleck and T5-Gemma, which the user has to fetch (their licences differ, see magihuman/zoo/README.md). A name of the
 form `package.module:function` is an own bundle: the function takes a device and returns a `CodecBundle`. Checkpoints
 and shards name their bundle; since such a name is code, it is imported only after the user has named it, too
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from magihuman.codecs.oobleck import OobleckCodec
     from magihuman.codecs.wan import WanCodec
 
-NAMES = ("tiny", "released")
+NAMES = (*tiny_captions.FORMS, "released")
 
 RELEASED_REPO = "GAIR/daVinci-MagiHuman"
 ROLES = ("base", "distill", "540p_sr", "1080p_sr")
@@ -78,7 +79,7 @@ class BundleSpec:
     """Facts about a codec bundle that are known without loading it; the defaults are those of tiny and own bundles.
 
     Attributes:
-        name: tiny, released, or package.module:function.
+        name: tiny, scene, released, or package.module:function.
         published: the codecs of the published weights: their checkpoints have the published layout, and the memory and
             FLOPs of their codecs are known (`magihuman.zoo.footprint`).
         variables: parts to be fetched by the user, with the environment variables of their paths.
@@ -156,7 +157,7 @@ class _ReleasedSpec(BundleSpec):
 
 
 SPECS = {
-    "tiny": BundleSpec("tiny", patch=4),
+    **{world: BundleSpec(world, patch=4) for world in tiny_captions.FORMS},
     "released": _ReleasedSpec(
         "released",
         published=True,
@@ -235,8 +236,8 @@ def load_bundle(name: str, device: "str | torch.device" = "cpu", **paths: str | 
     """
     import torch
 
-    if name == "tiny":
-        return _tiny_bundle(torch.device(device))
+    if name in tiny_captions.FORMS:
+        return _tiny_bundle(name, torch.device(device))
     if name == "released":
         return _released_bundle(torch.device(device), paths)
     if ":" in name:
@@ -272,29 +273,31 @@ def _contract(names: tuple[str, str, str], video: VideoCodec, audio: AudioCodec,
     )
 
 
-def _tiny_state(codec: str) -> tuple[dict[str, "torch.Tensor"], str]:
+def _tiny_state(world: str, codec: str) -> tuple[dict[str, "torch.Tensor"], str]:
     """The fitted weights of a codec of the tiny world in fp32, and its name in the contract with a short content hash."""
     from safetensors.torch import load_file
 
-    file = WEIGHTS / "tiny" / "codecs" / f"{codec}.safetensors"
+    file = WEIGHTS / world / "codecs" / f"{codec}.safetensors"
     if not file.exists():
         raise UserError(f"the tiny world's codec {file} is missing; make it with `python -m data.tiny.fit_codec`")
-    return {key: tensor.float() for key, tensor in load_file(file).items()}, f"tiny-{file_hash(file)[:8]}"
+    return {key: tensor.float() for key, tensor in load_file(file).items()}, f"{world}-{file_hash(file)[:8]}"
 
 
-def _tiny_bundle(device: "torch.device") -> CodecBundle:
+def _tiny_bundle(world: str, device: "torch.device") -> CodecBundle:
     from magihuman.codecs.text_encoders import ByteTextEncoder
     from magihuman.codecs.tiny import TinyAudioCodec, TinyVideoCodec
 
-    video_state, video_name = _tiny_state("video_codec")
-    audio_state, audio_name = _tiny_state("audio_codec")
-    video, audio, text = TinyVideoCodec(len(video_state["mean"])), TinyAudioCodec(), ByteTextEncoder()
+    form = tiny_captions.FORMS[world]
+    video_state, video_name = _tiny_state(world, "video_codec")
+    audio_state, audio_name = _tiny_state(world, "audio_codec")
+    video, text = TinyVideoCodec(len(video_state["mean"])), ByteTextEncoder()
+    audio = TinyAudioCodec(floor=form.audio_floor)
     for codec, state in ((video, video_state), (audio, audio_state)):
         codec.load_state_dict(state)
         codec.to(device).eval().requires_grad_(False)
     return CodecBundle(
-        "tiny", _contract((video_name, audio_name, "bytes-1"), video, audio, text), video, audio, text,
-        height=64, width=64, frames=25, prompt_pattern=tiny_captions.CAPTION, prompt_example=tiny_captions.EXAMPLE,
+        world, _contract((video_name, audio_name, "bytes-1"), video, audio, text), video, audio, text,
+        height=64, width=64, frames=form.frames, prompt_pattern=form.pattern, prompt_example=form.example,
     )  # fmt: skip
 
 

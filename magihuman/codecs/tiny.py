@@ -98,6 +98,7 @@ class TinyAudioCodec(nn.Module):
 
     Args:
         channels: latent channels Ca.
+        floor: magnitudes below this are silence.
     """
 
     sample_rate = 16000
@@ -106,7 +107,6 @@ class TinyAudioCodec(nn.Module):
     window_length = 512
     columns = 4  # spectrum columns per latent
     step = 160  # samples between columns
-    floor = 0.2  # magnitudes below this are silence
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -114,9 +114,9 @@ class TinyAudioCodec(nn.Module):
     window: torch.Tensor
     weight: torch.Tensor
 
-    def __init__(self, channels: int = 64) -> None:
+    def __init__(self, channels: int = 64, floor: float = 0.2) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.floor = channels, floor
         bins = self.window_length // 2 + 1
         self.register_buffer("mean", torch.zeros(self.columns * bins))
         self.register_buffer("basis", torch.zeros(self.columns * bins, channels))

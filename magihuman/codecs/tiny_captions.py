@@ -1,9 +1,13 @@
-"""Words of the tiny world's captions with the colours that they name, and the form of a caption.
+"""Words of the tiny world's captions with the colours that they name, and the forms of captions.
 
-Puppets (`data.tiny.puppets`) are rendered from these tables, and prompts of tiny models are checked against `CAPTION`.
+Puppets (`data.tiny.puppets`) are rendered from these tables, and prompts of tiny models are checked against the form of
+their world: `tiny`, puppets in the middle that say three syllables in a second, or `scene`, where the prompt also decides
+place, size, camera, voice and background sound, and leaves some of them open.
 """
 
-EXAMPLE = "round face, ginger hair, blue shirt, green wall, says ma bi so"
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 FACES = ("round", "square", "long")
 HAIR = {
@@ -29,11 +33,68 @@ WALLS = {
     "orange": (245, 175, 110),
     "grey": (175, 180, 185),
 }
+SIDES = ("left", "middle", "right")
+SIZES = ("near", "far")
+CAMERAS = ("still", "pan", "zoom")
+TONES = ("low", "high")
+SOUNDS = ("quiet", "rain", "engine")
 ONSETS = ("b", "m", "s")
+SCENE_ONSETS = ("b", "d", "m", "n", "s")
 VOWELS = ("a", "e", "i", "o", "u")
 
-CAPTION = (
-    f"({'|'.join(FACES)}) face, ({'|'.join(HAIR)}) hair, ({'|'.join(SHIRTS)}) shirt, ({'|'.join(WALLS)}) wall, "
-    f"says( [{''.join(ONSETS)}][{''.join(VOWELS)}])+"
+
+@dataclass(frozen=True)
+class CaptionForm:
+    """Form of the captions of one world.
+
+    Attributes:
+        example: a caption; pattern: regular expression with a named group per attribute that matches whole captions.
+        frames: of a clip of this world; audio_floor: magnitudes that its audio codec takes for silence. The world `scene` has
+            background sounds, which are quiet.
+    """
+
+    example: str
+    pattern: str
+    frames: int
+    audio_floor: float
+
+
+def _one_of(name: str, values: Iterable[str]) -> str:
+    return f"(?P<{name}>{'|'.join(values)})"
+
+
+_LOOKS = (
+    f"{_one_of('face', FACES)} face, {_one_of('hair', HAIR)} hair, {_one_of('shirt', SHIRTS)} shirt, "
+    f"{_one_of('wall', WALLS)} wall"
 )
-"""Regular expression that matches whole captions."""
+_PLACE = (
+    f"(, {_one_of('side', SIDES)})?(, {_one_of('size', SIZES)})?, {_one_of('camera', CAMERAS)} camera"
+    f"(, {_one_of('voice', TONES)} voice)?(, {_one_of('sound', SOUNDS)})?"
+)
+
+FORMS = {
+    "tiny": CaptionForm(
+        "round face, ginger hair, blue shirt, green wall, says ma bi so",
+        f"{_LOOKS}, says(?P<words>( [{''.join(ONSETS)}][{''.join(VOWELS)}])+)",
+        25,
+        0.2,
+    ),
+    "scene": CaptionForm(
+        "round face, ginger hair, blue shirt, green wall, left, near, pan camera, low voice, rain, says ma bi do ne",
+        f"{_LOOKS}{_PLACE}, says(?P<words>( [{''.join(SCENE_ONSETS)}][{''.join(VOWELS)}])+)",
+        37,
+        0.1,
+    ),
+}
+
+
+def read_caption(caption: str) -> tuple[str, dict[str, str]]:
+    """The world of a caption, and what it states: attribute -> value, and `words` (the syllables, with spaces).
+
+    Raises:
+        ValueError: the sentence has the form of no world.
+    """
+    for world, form in FORMS.items():
+        if found := re.fullmatch(form.pattern, " ".join(caption.split())):
+            return world, {name: value.strip() for name, value in found.groupdict().items() if value is not None}
+    raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {FORMS['tiny'].example!r}")

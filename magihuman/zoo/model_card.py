@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magihuman.codecs.bundle import RELEASED_REPO, ROLES, bundle_spec
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import UserError
 from magihuman.io.export import CONFIG, ExportConfig
 from magihuman.io.files import CONFIGS, write_atomically
@@ -484,7 +485,7 @@ def _shape(model: str) -> Any:
 
 def _limits(facts: CardFacts) -> Iterable[str]:
     lines = []
-    if facts.codecs == "tiny" or facts.codecs.startswith("tiny-"):
+    if facts.codecs.split("-")[0] in FORMS:
         lines.append("It knows the puppets of the tiny world only: drawn faces that speak made-up syllables.")
     elif isinstance(facts.config, ExportConfig) and bundle_spec(facts.codecs).published:
         lines.append("It needs the text encoder, the video VAE and the audio VAE below, which are not in this folder.")

@@ -122,7 +122,7 @@ def test_world_contract_names_the_fitted_codec(world: CodecBundle) -> None:
 
 
 def test_unknown_world_lists_the_choices() -> None:
-    with pytest.raises(UserError, match="tiny, released"):
+    with pytest.raises(UserError, match="tiny, scene, released"):
         load_bundle("big")
 
 
@@ -137,9 +137,9 @@ def test_the_worlds_pattern_is_that_of_its_captions() -> None:
     import re
 
     from data.tiny.puppets import draw_puppet
-    from magihuman.codecs.tiny_captions import CAPTION, EXAMPLE
+    from magihuman.codecs.tiny_captions import FORMS
 
     captions = [draw_puppet(5, index).caption for index in range(300)]
-    assert all(re.fullmatch(CAPTION, caption) for caption in [*captions, EXAMPLE])
+    assert all(re.fullmatch(FORMS["tiny"].pattern, caption) for caption in [*captions, FORMS["tiny"].example])
     for other in ("a cat on a sofa", captions[0] + "x", captions[0].replace("face", "head")):
-        assert not re.fullmatch(CAPTION, other)
+        assert not re.fullmatch(FORMS["tiny"].pattern, other)

@@ -11,7 +11,6 @@ import pytest
 
 from data.tiny.dataset import make_clips
 from data.tiny.puppets import (
-    FRAMES,
     MOUTHS,
     ONSETS,
     SAMPLE_RATE,
@@ -38,8 +37,8 @@ def test_a_puppet_is_a_function_of_seed_and_index():
 
 def test_pictures_and_sound_have_the_worlds_shape():
     puppet = draw_puppet(0, 0)
-    assert render(puppet, 64).shape == (FRAMES, 64, 64, 3)
-    assert render(puppet, 128).shape == (FRAMES, 128, 128, 3)
+    assert render(puppet, 64).shape == (25, 64, 64, 3)
+    assert render(puppet, 128).shape == (25, 128, 128, 3)
     wave = synthesise(puppet)
     assert wave.shape == (SAMPLE_RATE,)
     assert wave.dtype == np.float32
@@ -62,7 +61,7 @@ def test_only_some_looks_are_drawn(tmp_path) -> None:
 def test_twice_the_size_is_the_same_picture():
     puppet = draw_puppet(0, 1)
     small = render(puppet, 64).astype(float)
-    large = render(puppet, 128).astype(float).reshape(FRAMES, 64, 2, 64, 2, 3).mean((2, 4))
+    large = render(puppet, 128).astype(float).reshape(25, 64, 2, 64, 2, 3).mean((2, 4))
     assert np.abs(small - large).mean() < 1.0
     assert np.abs(small - large).max() < 60  # edges only
 
@@ -102,11 +101,9 @@ def test_the_mouth_opens_for_vowels_and_is_shut_for_m():
 def test_the_caption_can_be_read_back():
     for index in range(50):
         puppet = draw_puppet(8, index)
-        stated = parse_caption(puppet.caption)
-        assert stated == {
-            "face": puppet.face, "hair": puppet.hair, "shirt": puppet.shirt, "wall": puppet.wall,
-            "words": puppet.words,
-        }  # fmt: skip
+        world, words, stated = parse_caption(puppet.caption)
+        assert (world, words) == ("tiny", puppet.words)
+        assert stated == {name: getattr(puppet, name) for name in ("face", "hair", "shirt", "wall")}
 
 
 @pytest.mark.parametrize("caption", ["", "hello", "round face", "a, b, c, d, e", "round face, red hair, x, y, says"])

@@ -61,11 +61,13 @@ def test_every_clip_has_a_value_or_the_reason(toy, tmp_path):
 
 
 def test_cheap_has_the_puppets_metrics_where_a_prompt_is_a_caption(toy, tmp_path):
-    from data.tiny.puppets import EXAMPLE
+    from magihuman.codecs.tiny_captions import FORMS
 
     assert "puppets" in select(["cheap"])
     path = write_clip(tmp_path / "a.mp4")
-    clips = [ClipFile(path, name, prompt=prompt) for name, prompt in (("a", "A woman speaks."), ("b", EXAMPLE))]
+    clips = [
+        ClipFile(path, name, prompt=prompt) for name, prompt in (("a", "A woman speaks."), ("b", FORMS["tiny"].example))
+    ]
     assert "puppets" not in select(["cheap"], ["A woman speaks.", ""])
     assert "puppets" in select(["cheap", "puppets"], [""])
     assert "puppets" not in score(clips[:1], ["cheap"], progress=False).used
