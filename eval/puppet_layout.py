@@ -4,9 +4,8 @@
     close = close_up(frames, layout)     # uint8 [F,H,W,3], measured by `eval.puppet_vision` like a puppet of the world `tiny`
 
 Every combination of place, size, camera and face shape is compared with the first, middle and last frame, in the palette
-colours nearest to what it shows in its regions; the combination with the smallest error is taken. The error of a real clip
-through the codec is about 4 of 255; where no combination comes near, a person would not recognise one puppet either (two half-transparent
-puppets, or none).
+colours nearest to what it shows in its regions; the combination with the smallest error is taken. Where no combination comes
+near, a person would not recognise one puppet either: two half-transparent puppets, or none.
 """
 
 from dataclasses import dataclass
@@ -44,7 +43,8 @@ class PuppetLayout:
 
     Attributes:
         side, size, camera, object: as in `data.tiny.puppets`; wall: its colour's name.
-        error: mean absolute difference of the frames from the drawn combination, outside of mouth and object, of 255.
+        error: absolute difference of the frames from the drawn combination, of 255, outside of mouth and object: its sum over
+            all pixels by the number of the puppet's.
     """
 
     side: str
@@ -156,7 +156,10 @@ def find_layout(frames: np.ndarray) -> PuppetLayout:
     best = int(errors.argmin())
     side, size, camera, _ = known.names[best]
     wall = list(WALLS)[chosen["wall"][best]]
-    return PuppetLayout(side, size, camera, _object(pixels, side, size, camera, wall), wall, float(errors[best]))
+    share = (1 - known.shares[best, 0]) @ known.counted[best] / known.counted[best].sum()
+    return PuppetLayout(
+        side, size, camera, _object(pixels, side, size, camera, wall), wall, float(errors[best] / share)
+    )
 
 
 def _object(pixels: np.ndarray, side: str, size: str, camera: str, wall: str) -> str:

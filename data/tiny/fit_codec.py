@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
 FIT_SEED = 7001  # of the puppets; training and evaluation use others
 AUDIO_CLIPS, AUDIO_CHANNELS = 800, 64
 VIDEO_CLIPS, VIDEO_BATCH = 300, 6
+VIDEO_FRAMES = 17  # of a clip in a step; the codec does not look across latent frames
 WHITENING = 0.5
 """1 gives every channel the same variance, so that a model's loss is mostly unpredictable detail; with 0 the first few
 channels dominate."""
@@ -139,7 +140,7 @@ def fit_video(channels: int, steps: int, world: str) -> TinyVideoCodec:
 
     def error(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         # Pixels around the mouth count three times as much as the others.
-        weight = 1 + 2 * windows[truth.shape[-1]][chosen].float()  # [B,F,H,W]
+        weight = 1 + 2 * windows[truth.shape[-1]][chosen, seen].float()  # [B,F,H,W]
         weight /= weight.mean(dim=(1, 2, 3), keepdim=True)
         return ((prediction - truth).square() * weight[:, None]).mean()
 
@@ -149,7 +150,9 @@ def fit_video(channels: int, steps: int, world: str) -> TinyVideoCodec:
 
     for step in range(steps):
         chosen = torch.randint(VIDEO_CLIPS, (VIDEO_BATCH,), generator=order)
-        big, little = _float(large[chosen]), _float(small[chosen])
+        first = int(torch.randint(large.shape[2] - VIDEO_FRAMES + 1, (1,), generator=order))
+        seen = slice(first, first + VIDEO_FRAMES)
+        big, little = _float(large[chosen, :, seen]), _float(small[chosen, :, seen])
         low, high = codec.encode_blocks(codec.blocks(little)), codec.encode_blocks(codec.blocks(big))
         lifted = _upsample(low, VIDEO_BATCH)
         deviation = low.detach().std()
