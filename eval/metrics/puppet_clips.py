@@ -37,7 +37,7 @@ class PuppetMetric(Metric):
 
 LOOKS = ("face", "hair", "shirt", "wall")
 LAYOUT = ("side", "size", "camera")
-RECOGNISABLE = 40.0
+RECOGNISABLE = 36.0
 """Largest error of the nearest layout, of 255, of a clip that shows one puppet (`eval.puppet_layout`)."""
 
 

@@ -1,4 +1,4 @@
-"""The world `scene`: captions leave attributes open with known shares, held-out pairs are not drawn, drawing follows the words."""
+"""The world `scene`: known shares of what captions leave open, pairs that are held out, drawing that follows the words."""
 
 from collections import Counter
 from itertools import pairwise

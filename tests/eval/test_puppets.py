@@ -187,7 +187,7 @@ def test_the_sheet_says_what_is_wrong_apart_from_what_is_heard():
     clips = ground_truth(puppets)
     scores = clips.score()
     clip = scores.clips[0]
-    clip.right.update(face=False, shirt=False)
+    clip.stated.update(face="another", shirt="another")
     sheet = figures.contact_sheet([SheetColumn("t", "model", clips, scores.clips)])
     face, shirt, heard = (clip.vision.attributes["face"], clip.vision.attributes["shirt"], " ".join(clip.speech.words))
     title = sheet.axes[0].get_title(loc="left")
