@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.tiny.puppets import SKINS
+from data.tiny.puppets import WORLDS
 from eval import stats, verdicts
 from eval.diversity import SPACES, DistributionMetrics
 from eval.metrics import puppet_clips, puppet_diversity
@@ -32,7 +32,7 @@ class OpenAttribute:
     """An attribute that captions leave open, of the clips of a column.
 
     Attributes:
-        numbers: recognised category of every clip, int [P,S]; -1 where none was recognised.
+        numbers: recognised category of every clip, int [P,S]; -1 where none was recognised, or the caption states it.
         shares: category -> its share in the world, in the order of the numbers; sum 1.
     """
 
@@ -115,10 +115,37 @@ def column(
             if metric.compared
         },
     }
-    tones = list(SKINS)
-    skins = np.array([[tones.index(clip.vision.attributes["skin"]) for clip in draw.clips] for draw in scores])
-    equal = dict.fromkeys(tones, 1 / len(tones))
-    return Column(name, role, values, {"skin tones": OpenAttribute(skins.T, equal)}, distribution, facts or {})
+    return Column(name, role, values, open_attributes(scores), distribution, facts or {})
+
+
+OPEN_TITLES = {
+    "skin": "skin tones",
+    "side": "sides",
+    "size": "sizes",
+    "voice": "voices",
+    "sound": "background sounds",
+    "object": "objects",
+}
+
+
+def open_attributes(scores: Sequence[Scores]) -> dict[str, OpenAttribute]:
+    """Attributes that captions of these clips leave open, by title; a clip whose caption states one does not count."""
+    found = {}
+    for name, attribute in WORLDS[scores[0].clips[0].world].open.items():
+        categories = dict(zip(attribute.values, attribute.expected, strict=True))
+        order = list(categories)
+        numbers = np.array(
+            [
+                [
+                    order.index(clip.shown[name]) if name not in clip.stated and clip.shown[name] in order else -1
+                    for clip in draw.clips
+                ]
+                for draw in scores
+            ]
+        ).T
+        if any(name not in clip.stated for clip in scores[0].clips):
+            found[OPEN_TITLES[name]] = OpenAttribute(numbers, categories)
+    return found
 
 
 def _voice(clip: ClipScore, wave: np.ndarray | None) -> tuple[float, float, float]:

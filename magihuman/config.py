@@ -255,7 +255,6 @@ RENAMED = {
     "recipe.given_audio": "recipe.audio_conditioning",
     "recipe.given_video": "recipe.video_conditioning",
     "callbacks.held_out": "callbacks.validation",
-    "data.make.codecs": "data.make.world",
     "world": "data.make.world",
 }
 

@@ -119,6 +119,7 @@ METRICS: tuple[Metric, ...] = (
         "difference from the nearest drawable layout",
         "of 255",
         "down",
+        margin=3.0,
         of=lambda clip: clip.vision.layout_error,
         lacks="puppets of the world tiny have one layout",
         compared=True,

@@ -132,7 +132,6 @@ def test_every_model_size_builds_its_settings(size) -> None:
             "callbacks.validaton, did you mean 'validation'?; there are",
         ),
         (["+recipe=pretrain", "prompts=[]"], "prompts is empty; give at least one for the sample clips"),
-        (["+recipe=pretrain", "+data.make.codecs=tiny"], "data.make.codecs is data.make.world"),
         (["+recipe=pretrain", "name=../../x"], "name=../../x is not the name of a folder"),
         (["+recipe=pretrain", "data.module.batch_size=0"], "data.module.batch_size=0, the samples of a step"),
         (
