@@ -26,6 +26,10 @@ from eval.sensitivity import blind_spots, broken_claims
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 
+# Without a value in the world tiny, whose puppets the faults are made of.
+SCENE_ONLY = {
+    "layout", "side", "size", "camera", "voice", "sound", "novel_pair", "layout_error", "recognisable", "open_recognisable",
+}  # fmt: skip
 COMMITTED = Path(__file__).resolve().parents[2] / "eval" / "results" / "sensitivity_puppets" / "sensitivity.json"
 PUPPETS = [draw_puppet(72, index) for index in range(12)]
 ROW_OF = {
@@ -183,9 +187,9 @@ def test_each_fault_is_ordered_by_its_row() -> None:
 def test_the_committed_matrix_confirms_every_claim() -> None:
     values = json.loads(COMMITTED.read_text())
     assert set(values["faults"]) == {*PUPPET_FAULTS, "codec"}
-    assert set(values["metrics"]) == CLIP_METRICS.keys()
+    assert set(values["metrics"]) == CLIP_METRICS.keys() - SCENE_ONLY
     assert {name: tuple(row["claims"]) for name, row in values["metrics"].items()} == {
-        name: metric.sees for name, metric in CLIP_METRICS.items()
+        name: metric.sees for name, metric in CLIP_METRICS.items() if name not in SCENE_ONLY
     }
     assert broken_claims(values) == []
     for fault, key in ROW_OF.items():

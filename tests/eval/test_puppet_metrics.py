@@ -132,6 +132,10 @@ def test_a_metric_without_a_value_says_why(tmp_path):
     reasons = {key: str(value) for key, value in values.items() if isinstance(value, NotMeasured)}
     assert reasons == {
         **dict.fromkeys(("sync_lag0", "sync_lag"), "its mouth does not move, or its audio is silent"),
+        **dict.fromkeys(("layout", "side", "size", "camera", "voice", "sound"), "its prompt leaves it open"),
+        **dict.fromkeys(("layout_error", "recognisable"), "puppets of the world tiny have one layout"),
+        "novel_pair": "its pair of shirt and wall is not held out of training",
+        "open_recognisable": "its prompt leaves neither side nor size open",
         "lip_shape": "no vowel is heard",
         "lips_open": "neither m nor b is heard",
         **dict.fromkeys(("pause_hiss", "mains_hum"), "its audio is silent"),
