@@ -50,7 +50,9 @@ def require_tiny(command: str, *checkpoints: str) -> str:
     worlds = {name: zoo.config_of(name).codecs for name in checkpoints}
     if len(set(worlds.values())) > 1:
         listed = ", ".join(f"{name} is of {world}" for name, world in worlds.items())
-        raise UserError(f"{command} compares checkpoints of one world: {listed}")
+        raise UserError(
+            f"{command} compares checkpoints of one world: {listed}; give teacher= or base= of the same world"
+        )
     return worlds[checkpoints[0]]
 
 

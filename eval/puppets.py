@@ -91,7 +91,7 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
     """The first `limit` mp4 files of a folder with their captions, and the reasons why others could not be used.
 
     Raises:
-        UserError: no folder, no mp4 in it, or none that can be used.
+        UserError: no folder, no mp4 in it, none that can be used, or clips of several worlds.
     """
     from tqdm import tqdm
 
@@ -104,16 +104,20 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
             f"clips={folder} holds no .mp4; give a folder of mp4 files, each with a caption in a .txt of the same name"
         )
     clips, refused = Clips(), {}
+    first: dict[str, str] = {}  # world -> its first clip
     for movie in tqdm(movies, desc="reading", unit="clip", disable=not progress):
         try:
             caption = movie.with_suffix(".txt").read_text(encoding="utf-8").strip()
-            parse_caption(caption)
+            world, *_ = parse_caption(caption)
             clip = read_clip(movie, fps=FPS, rate=SAMPLE_RATE)
             if clip.frames.shape[1] != clip.frames.shape[2]:
                 raise ValueError(f"is {clip.frames.shape[2]}x{clip.frames.shape[1]}; the tiny world is square")
         except (OSError, ValueError, MediaError) as error:
             refused[movie.name] = str(error)
             continue
+        if len(first := {world: movie.name} | first) > 1:
+            named = " and ".join(f"{name} is of {world}" for world, name in sorted(first.items()))
+            raise UserError(f"clips={folder} holds clips of several worlds: {named}; give a folder of one world")
         clips.frames.append(clip.frames.numpy())
         clips.waves.append(None if clip.wave is None else clip.wave.numpy().mean(0))
         clips.captions.append(caption)

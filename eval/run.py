@@ -54,7 +54,7 @@ class SuiteRunOptions(SuiteOptions):
     share the clips, in generating as in scoring.
     """
 
-    checkpoint: str = option("as of python -m magihuman.infer")
+    checkpoint: str = option("as of python -m magihuman.infer; suite=puppets takes the puppets of its world")
     output: str = option("folder")
     clips_per_prompt: int = option("clips of every prompt, each with a seed of its own", 1)
     seed: int = option("of the noise; clip k of prompt i gets (seed + k) * 1000003 + i, unless the suite has seeds", 0)

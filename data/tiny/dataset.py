@@ -126,7 +126,7 @@ def _numbers(world: str, seed: int, first: int, wanted: Mapping[str, str]) -> It
 
 
 def check_appearance(wanted: Mapping[str, str], world: str) -> None:
-    """Raises UserError, which lists the choices, for an unknown world, attribute or value."""
+    """Raises UserError for an unknown world, attribute or value, with the choices, or for a pair that no clip of it has."""
     if world not in WORLDS:
         raise UserError(f"world={world} is unknown; choose from {', '.join(WORLDS)}")
     attributes = WORLDS[world].attributes
@@ -135,6 +135,12 @@ def check_appearance(wanted: Mapping[str, str], world: str) -> None:
             raise UserError(f"only={{{name}: {value}}}: puppets have no {name}; choose from {', '.join(attributes)}")
         if value not in attributes[name].values:
             raise UserError(f"only={{{name}: {value}}}: choose {name} from {', '.join(attributes[name].values)}")
+    shirt, wall = wanted.get("shirt", ""), wanted.get("wall", "")
+    if (shirt, wall) in WORLDS[world].novel_pairs:
+        raise UserError(
+            f"only={{shirt: {shirt}, wall: {wall}}}: world={world} keeps this pair for evaluation, so no clip has it; give "
+            "another shirt or wall"
+        )
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

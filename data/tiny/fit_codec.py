@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.tiny.dataset import check_appearance
 from data.tiny.puppets import (
     MOUTH_CENTRE,
     Puppet,
@@ -226,7 +227,11 @@ def fit(output: str, channels: int = 12, steps: int = 900, world: str = "tiny") 
         channels: video latent channels.
         steps: training steps of the video codec (about half a CPU-second each).
         world: tiny or scene.
+
+    Raises:
+        UserError: an unknown world.
     """
+    check_appearance({}, world)
     import torch
 
     torch.set_num_threads(1)

@@ -28,6 +28,9 @@ class SuiteOptions:
         "versebench, talkvid, puppets, or a file of prompts (.txt, or a .csv, .tsv, .jsonl or .json with prompt and any of "
         "name, dialogue, language, image, audio, voice, reference, seconds, seed, negative_prompt)"
     )
+    checkpoint: str | None = option(
+        "as of python -m magihuman.infer; suite=puppets takes the puppets of its world", None
+    )
     suite_path: str | None = option("folder of the suite's local copy (versebench, talkvid)", None)
     parts: str | None = option(
         "parts of the suite, by commas: set1,set2,set3 of versebench, age,gender,ethnicity,language of talkvid; none is all",

@@ -97,4 +97,5 @@ def read_caption(caption: str) -> tuple[str, dict[str, str]]:
     for world, form in FORMS.items():
         if found := re.fullmatch(form.pattern, " ".join(caption.split())):
             return world, {name: value.strip() for name, value in found.groupdict().items() if value is not None}
-    raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {FORMS['tiny'].example!r}")
+    expected = " or ".join(f"{form.example!r} (world {world})" for world, form in FORMS.items())
+    raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {expected}")

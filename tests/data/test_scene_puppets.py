@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from data.tiny.dataset import check_appearance
+from data.tiny.fit_codec import fit
 from data.tiny.puppets import (
     CENTRES,
     FPS,
@@ -21,6 +23,7 @@ from data.tiny.puppets import (
     render,
     synthesise,
 )
+from magihuman.errors import UserError
 
 SCENE = WORLDS["scene"]
 
@@ -56,6 +59,19 @@ def test_held_out_pairs_are_drawn_for_evaluation_alone(puppets) -> None:
     assert not any((puppet.shirt, puppet.wall) in NOVEL_PAIRS for puppet in puppets)
     novel = [draw_puppet(5, index, "scene", novel=True) for index in range(600)]
     assert np.mean([(puppet.shirt, puppet.wall) in NOVEL_PAIRS for puppet in novel]) == pytest.approx(1 / 6, abs=0.05)
+
+
+def test_a_held_out_pair_cannot_be_asked_for() -> None:
+    with pytest.raises(UserError, match=r"only=\{shirt: red, wall: pink\}: world=scene keeps this pair for evaluation"):
+        check_appearance({"shirt": "red", "wall": "pink"}, "scene")
+    check_appearance({"shirt": "red", "wall": "pink"}, "tiny")
+    check_appearance({"shirt": "red", "wall": "blue"}, "scene")
+
+
+def test_codecs_of_an_unknown_world_are_refused_before_the_folder_is_made(tmp_path) -> None:
+    with pytest.raises(UserError, match="world=city is unknown; choose from tiny, scene"):
+        fit(str(tmp_path / "codecs"), world="city")
+    assert not (tmp_path / "codecs").exists()
 
 
 def test_another_puppet_of_a_caption_differs_in_what_is_open_alone(puppets) -> None:

@@ -18,6 +18,7 @@ from eval.clips import HELD_OUT_SEED, SheetColumn, ground_truth, held_out, throu
 from eval.puppets import bounds
 from magihuman.cli import run as command
 from magihuman.codecs.bundle import CodecBundle, load_bundle
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,14 @@ def test_bad_clips_of_a_folder_are_named_and_skipped(folder, tmp_path, capsys):
     assert "not a tiny-world caption" in column["refused"]["clip-000002.mp4"]
     assert "clip-000003.mp4" in capsys.readouterr().out
     assert column["table"]["sync_retrieval"]["status"] == "unavailable"
+
+
+def test_a_folder_with_clips_of_two_worlds_is_refused(folder, tmp_path):
+    for number, caption in enumerate([(folder / "clip-000000.txt").read_text(), FORMS["scene"].example]):
+        (tmp_path / f"{number}.mp4").write_bytes((folder / "clip-000000.mp4").read_bytes())
+        (tmp_path / f"{number}.txt").write_text(caption)
+    with pytest.raises(UserError, match=r"several worlds: 1\.mp4 is of scene and 0\.mp4 is of tiny"):
+        program.read_folder(tmp_path, 2, progress=False)
 
 
 @pytest.mark.parametrize(

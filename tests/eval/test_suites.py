@@ -11,11 +11,13 @@ from PIL import Image
 
 from data.tiny.puppets import draw_puppet
 from eval.clip_file import ClipFile
-from eval.clips import HELD_OUT_SEED
+from eval.clips import HELD_OUT_SEED, held_out
+from eval.generate import require_tiny
 from eval.suites.suite_catalog import read_suite
 from eval.suites.suite_items import SuiteOptions, language_of, prompt_of
 from inference.prompting.format import check_form, spoken_text
 from magihuman.errors import UserError
+from magihuman.io.files import WEIGHTS
 from magihuman.media.mp4 import write_mp4
 from magihuman.media.reading import probe
 
@@ -259,6 +261,28 @@ def test_puppets_are_the_held_out_ones_with_their_true_clips(tmp_path: Path) -> 
     from data.tiny.puppets import render
 
     assert np.abs(ClipFile(item.reference).frames.astype(int) - render(puppet)).mean() < 2
+
+
+def test_puppets_are_of_the_checkpoints_world(tmp_path: Path) -> None:
+    trained = tmp_path / "model"
+    trained.mkdir()
+    config = json.loads((WEIGHTS / "tiny" / "base" / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({**config, "world": "scene"}))
+    suite = read_suite(options("puppets", checkpoint=str(trained)))
+    assert [item.prompt for item in suite.items] == [puppet.caption for puppet in held_out(200, "scene")]
+    assert suite.facts["world"] == "scene"
+    reference = suite.prepare(suite.items[0], tmp_path).reference
+    assert reference is not None
+    assert len(ClipFile(reference).frames) == 37
+    with pytest.raises(
+        UserError, match=r"tiny/base is of tiny, .* is of scene; give teacher= or base= of the same world"
+    ):
+        require_tiny("eval.dmd2", "tiny/base", str(trained))
+    (trained / "config.json").write_text(json.dumps({**config, "world": "released"}))
+    with pytest.raises(
+        UserError, match=r"suite=puppets measures the tiny worlds \(tiny, scene\), and .* is of 'released'"
+    ):
+        read_suite(options("puppets", checkpoint=str(trained)))
 
 
 # ---- Files ----
