@@ -317,9 +317,7 @@ def world_checks(values: Values) -> Figure:
         for kind, shares in kinds.items():
             style = {"color": f"C{place}", "ls": "-" if kind == "to_other" else ":"}
             early.plot(range(len(shares)), shares, label=f"{name}, then {kind.split('_')[1]}", **style)
-    early.set_xlabel(
-        "steps with the first prompt, of 8; the others see the other prompt, or one without the attribute (any)"
-    )
+    early.set_xlabel("steps of 8 with the first prompt;\nthe others see another value, or none (any)")
     early.set_ylabel("share of clips that show the first prompt's value")
     columns = {
         int(name.split()[0]): column

@@ -223,6 +223,7 @@ KINDS: markdown.Kinds = {
     "overview": overview_table,
     "stream": stream_table,
     "resume": resume_table,
+    "world": _with_origin(tables.world_checks),
     "sees": _with_origin(tables.sensitivity_claims),
     "coverage": coverage_of_intervals,
     "metrics": tables.glossary,

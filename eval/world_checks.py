@@ -46,7 +46,7 @@ ROWS = (
 def run(
     checkpoint: str = "tiny/base",
     prompts: int = 60,
-    swaps: int = 24,
+    swaps: int = 16,
     seed: int = 0,
     batch: int = 12,
     output: str | None = None,
@@ -122,7 +122,7 @@ def run(
             [
                 SheetColumn(name, "", made, scores[name].clips[:SHOWN])
                 for name, made in clips.items()
-                if _is_shown(name)
+                if _is_shown(name, full)
             ],
         ),
     }
@@ -144,13 +144,9 @@ def _samplers(pipeline: "Pipeline") -> list[Sampler]:
     return list(found.values())
 
 
-def _is_shown(name: str) -> bool:
-    """Whether the contact sheet has this column: bound, own settings, few steps without guidance."""
-    return (
-        name == BOUND
-        or ("CFG" in name and "no CFG" not in name and name.startswith("32"))
-        or name.endswith("steps, no CFG")
-    )
+def _is_shown(name: str, full: str) -> bool:
+    """Whether the contact sheet has this column: bound, own settings, few UniPC steps without guidance."""
+    return name in (BOUND, full, *(f"{steps} steps, no CFG" for steps in FEW))
 
 
 def _per_clip(scores: Scores) -> dict[str, np.ndarray]:

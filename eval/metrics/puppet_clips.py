@@ -37,8 +37,8 @@ class PuppetMetric(Metric):
 
 LOOKS = ("face", "hair", "shirt", "wall")
 LAYOUT = ("side", "size", "camera")
-RECOGNISABLE = 36.0
-"""Largest error of the nearest layout, of 255, of a clip that shows one puppet (`eval.puppet_layout`)."""
+RECOGNISABLE = 0.35
+"""Largest error of the nearest layout of a clip that shows one puppet (`eval.puppet_layout`)."""
 
 
 def _right(clip: "ClipScore", names: tuple[str, ...]) -> float | None:
@@ -116,10 +116,10 @@ METRICS: tuple[Metric, ...] = (
     ),
     PuppetMetric(
         "layout_error",
-        "difference from the nearest drawable layout",
-        "of 255",
+        "pixels that no drawable layout explains",
+        "share of the puppet's",
         "down",
-        margin=3.0,
+        margin=0.05,
         of=lambda clip: clip.vision.layout_error,
         lacks="puppets of the world tiny have one layout",
         compared=True,

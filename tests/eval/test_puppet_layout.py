@@ -21,7 +21,7 @@ def test_every_layout_is_found_on_drawn_clips() -> None:
         puppet = draw_puppet(50, index, "scene")
         layout = find_layout(render(puppet))
         assert {name: getattr(layout, name) for name in FOUND} == {name: getattr(puppet, name) for name in FOUND}
-        assert layout.error < 3
+        assert layout.error < 0.03
 
 
 def test_the_size_of_the_image_does_not_matter() -> None:
@@ -51,7 +51,7 @@ def test_two_half_transparent_puppets_are_not_recognisable() -> None:
         other = replace(puppet, side="right")
         clear = find_layout(render(puppet)).error
         mixed = find_layout(((render(puppet).astype(int) + render(other)) // 2).astype(np.uint8)).error
-        assert clear < 3 < RECOGNISABLE < mixed
+        assert clear < 0.03 < RECOGNISABLE < mixed
 
 
 def test_a_clip_without_a_puppet_is_not_recognisable() -> None:
