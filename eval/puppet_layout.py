@@ -45,7 +45,7 @@ class PuppetLayout:
     Attributes:
         side, size, camera, object: as in `data.tiny.puppets`; wall: its colour's name.
         error: pixels outside of mouth and object that differ from the drawn combination by more than `WRONG`, as a share of
-            the puppet's pixels; at most .1 of real clips through the codec, at least .39 of two half-transparent puppets.
+            the puppet's pixels; at most .1 of real clips through the codec, mostly above .3 of two half-transparent puppets.
     """
 
     side: str

@@ -2,8 +2,8 @@
 
     hiss_level(wave), hum_level(wave)    # -60.0, -40.0 of a clean puppet
 
-Puppets pause before, between and after their syllables, for at least 80 ms of a second, in digital silence; their voices
-have no partial below 90 Hz.
+Puppets pause before, between and after their syllables; their voices have no partial below 90 Hz. In the world `tiny` the
+pauses are digital silence, of 80 ms of a second at least; in `scene` they hold the background sound, which `background` names.
 """
 
 import numpy as np
@@ -35,6 +35,8 @@ def hiss_level(wave: np.ndarray) -> float:
     White noise 30 dB below the audio gives about -30. A wave [N] at 16 kHz without any signal gives the floor.
     """
     count = len(wave) // WINDOW
+    if not count:
+        return FLOOR
     windows = np.asarray(wave, np.float64)[: count * WINDOW].reshape(count, WINDOW) * np.hanning(WINDOW)
     power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
     above = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE) >= HISS_FROM
@@ -51,9 +53,9 @@ def hum_level(wave: np.ndarray) -> float:
 
 
 def background(wave: np.ndarray) -> str:
-    """The background sound of a wave [N] at 16 kHz of the world `scene`: quiet, rain or engine."""
-    if not len(wave) or not np.any(wave):
-        return "quiet"
+    """The background sound of a wave [N] at 16 kHz of the world `scene`: quiet, rain or engine; none where it is silent."""
+    if len(wave) < WINDOW or not np.any(wave):
+        return "none"
     if hiss_level(wave) > RAIN_LEVEL:
         return "rain"
     spectrum = np.abs(np.fft.rfft(np.asarray(wave, np.float64) * np.hanning(len(wave)))) ** 2

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.tiny.puppets import WORLDS, Puppet
-from eval import stats, tables
+from data.tiny.puppets import WORLDS, Puppet, draw_puppet
+from eval import stats, tables, verdicts
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
 from eval.dmd2 import sampler_words
 from eval.generate import Sampler, sample_all, tiny_pipelines
@@ -26,6 +26,7 @@ from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.metrics.registry import metrics
 from eval.output import folder_for, publish, require_at_least
 from eval.scores import Scores, clip_values
+from eval.tables import format_interval
 
 if TYPE_CHECKING:
     from inference.pipeline import Pipeline
@@ -73,7 +74,7 @@ def run(
     Raises:
         UserError: an unknown checkpoint, one not of a tiny world, or a value that cannot be used.
     """
-    require_at_least(prompts=(prompts, 2), swaps=(swaps, 0), batch=(batch, 1), seed=(seed, 0))
+    require_at_least(prompts=(prompts, stats.FEWEST), swaps=(swaps, 0), batch=(batch, 1), seed=(seed, 0))
     start = time.perf_counter()
     (pipeline,) = tiny_pipelines("eval.world_checks", checkpoint, device=device)
     world = pipeline.codecs.name
@@ -96,19 +97,21 @@ def run(
             for name, found in per_clip.items()
         },
         "calls": {sampler.name: sampler.calls for sampler in samplers},
-        "against_full": {
+        "samplers": {
             sampler.name: {
-                key: stats.mean(change).to_dict()
-                for key in ROWS
-                if len(change := _differences(per_clip[sampler.name][key], per_clip[full][key]))
+                "steps": sampler.settings.steps,
+                "solver": sampler.settings.solver,
+                "guided": sampler.settings.guidance.needed,
             }
-            for sampler in samplers[1:]
+            for sampler in samplers
         },
+        "against_full": {s.name: _compared(per_clip[s.name], per_clip[full]) for s in samplers[1:]},
         "shares": {name: _open_shares(found, world) for name, found in scores.items()},
         "checkpoint": samplers[0].facts()["checkpoint"],
         "trained": samplers[0].facts()["trained"],
     }  # fmt: skip
     if swaps:
+        values["swaps"] = swaps
         values["swap"] = _swap(pipeline, world, swaps, seed, batch, progress)
     values["checks"] = checks(values)
     values["seconds"] = round(time.perf_counter() - start, 1)
@@ -158,12 +161,6 @@ def _per_clip(scores: Scores) -> dict[str, np.ndarray]:
 def _measure(key: str, values: np.ndarray) -> stats.Measure:
     known = values[np.isfinite(values)]
     return stats.share(known) if key in CLIP_METRICS and CLIP_METRICS[key].share else stats.mean(known)
-
-
-def _differences(own: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Differences of the clips that both have a value of."""
-    change = own - other
-    return change[np.isfinite(change)]
 
 
 def _open_shares(scores: Scores, world: str) -> dict[str, dict[str, Any]]:
@@ -222,9 +219,12 @@ def _exchanges(world: str, count: int, seed: int) -> list[_Exchange]:
     rng = np.random.Generator(np.random.PCG64(seed))
     attributes, jobs = WORLDS[world].attributes, []
     for name in [name for name in SWAPPED if name in attributes]:
-        for index, puppet in enumerate(held_out(count, world)):
+        for index in range(count):
+            puppet = draw_puppet(HELD_OUT_SEED, index, world)
             first = replace(puppet, stated=puppet.stated | {name})
             others = [value for value in attributes[name].values if value != getattr(first, name)]
+            if name == "wall":  # pairs that no training has seen test something else
+                others = [value for value in others if (puppet.shirt, value) not in WORLDS[world].novel_pairs]
             then = {"to_other": replace(first, **{name: others[int(rng.integers(len(others)))]})}  # type: ignore[arg-type]
             if attributes[name].stated < 1:
                 then["to_any"] = replace(first, stated=first.stated - {name})
@@ -263,55 +263,102 @@ def _exchanged(pipeline: "Pipeline", jobs: Sequence[_Exchange], seed: int) -> Cl
 
 
 def checks(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the world can tell: [{"about", "verdict": yes, partly, no or undecided, "details"}]."""
-    unguided = [name for name in values["against_full"] if name.startswith("32") and "no CFG" in name]
+    """What the world can tell: [{"about", "verdict": yes, partly, no, undecided or n/a, "details"}]."""
+    known = values["samplers"]
+    full = known[values["full"]]
+
+    def unguided(steps: int) -> str | None:
+        """The column with the own solver, without guidance."""
+        wanted = {**full, "steps": steps, "guided": False}
+        return next((name for name, one in known.items() if one == wanted), None)
+
     return [
-        _worse_check("guidance matters", values, unguided),
-        *(_worse_check(f"{steps} steps without training hurt", values, [f"{steps} steps, no CFG"]) for steps in FEW),
+        _worse_check("guidance matters", values, unguided(full["steps"]) if full["guided"] else None),
+        *(_worse_check(f"{steps} steps without training hurt", values, unguided(steps)) for steps in FEW),
         *_early_checks(values),
-        *_ceiling_checks(values),
+        *_ceiling_checks(values, unguided(FEW[0])),
     ]
 
 
-def _worse_check(about: str, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Whether rows get worse than with the checkpoint's own settings; one row alone may be chance."""
-    worse, better = [], []
-    for name in names:
-        for key, change in values["against_full"].get(name, {}).items():
-            direction = metrics()[key].direction
-            if direction not in ("up", "down") or change["low"] is None:
-                continue
-            sign = 1 if direction == "up" else -1
-            low, high = sorted(sign * change[end] for end in ("low", "high"))
-            text = f"{key} {change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
-            if high < 0:
-                worse.append(text)
-            elif low > 0:
-                better.append(text)
-    details = [f"worse than {values['full']}: {'; '.join(worse) or 'none'}"]
-    details += [f"better: {'; '.join(better)}"] if better else []
-    return {"about": about, "verdict": "yes" if len(worse) > 1 else "undecided" if worse else "no", "details": details}
+def _worse_check(about: str, values: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """Whether some row gets worse than with the checkpoint's own settings, after Holm's correction for the rows."""
+    rows = values["against_full"].get(name)
+    if not rows:
+        return {"about": about, "verdict": "n/a", "details": ["no such column"]}
+    words = {key: row["verdict"] for key, row in rows.items()}
+    listed = {
+        word: "; ".join(f"{key} {format_interval(rows[key], signed=True)}" for key in words if words[key] == word)
+        for word in ("worse", "better", "undecided")
+    }
+    verdict = "yes" if listed["worse"] else "undecided" if listed["undecided"] else "no"
+    return {
+        "about": about,
+        "verdict": verdict,
+        "details": [
+            f"{word} than {values['full']}: {text}" for word, text in listed.items() if text and word != "undecided"
+        ],
+    }
+
+
+def _compared(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Rows with a better side, prompt by prompt; see `eval.verdicts.decide`."""
+    found = {}
+    for key in ROWS:
+        metric = metrics()[key]
+        change = own[key] - other[key]
+        change = change[np.isfinite(change)]
+        if metric.direction not in ("up", "down") or not len(change):
+            continue
+        if len(change) < stats.FEWEST:
+            found[key] = verdicts.not_measured("difference", f"needs {stats.FEWEST} prompts with a value", len(change))
+            continue
+        sign = 1 if metric.direction == "up" else -1
+        share = key in CLIP_METRICS and CLIP_METRICS[key].share
+        # As in `eval.paired`: the interval of equal shares has a width, too.
+        variance = float(change.var(ddof=1)) / len(change) + (1 / (len(change) + 2) ** 2 if share else 0.0)
+        gain = stats.Estimate(sign * float(change.mean()), ((variance, len(change) - 1.0),))
+        margin = metric.margin if metric.margin is not None else verdicts.SHARE_MARGIN if share else None
+        found[key] = verdicts.of_gain(gain, margin, len(change), sign)
+    return verdicts.decide(found)
 
 
 def _early_checks(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Whether half of the steps already decide an attribute: at least a quarter of the way from none of the steps to all."""
+    """Whether half of the steps already decide an attribute, by the interval of the share of the way that they go.
+
+    Yes: at least a quarter of the way from none of the steps to all; no: less.
+    """
     found = []
     for name, kinds in values.get("swap", {}).items():
         for kind, shares in kinds.items():
-            rise = (shares[SWAP_STEPS // 2] - shares[0]) / max(shares[-1] - shares[0], 1e-9)
+            count = values["swaps"]
+            (_, before), (low, high), (after, _) = (
+                _interval(shares[k], count) for k in (0, SWAP_STEPS // 2, SWAP_STEPS)
+            )
+            quarter = shares[0] + 0.25 * (shares[-1] - shares[0])
+            decided = after > before  # the prompt decides it at all
+            word = "yes" if decided and low >= quarter else "no" if decided and high < quarter else "undecided"
             about = f"the first half of the steps decides {name} ({kind.replace('_', ' ')})"
             listed = " ".join(f"{share:.2f}" for share in shares)
-            found.append({"about": about, "verdict": "yes" if rise >= 0.25 else "no", "details": [listed]})
+            found.append({"about": about, "verdict": word, "details": [listed]})
     return found
 
 
-def _ceiling_checks(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _interval(share: float, count: int) -> tuple[float, float]:
+    measure = stats.proportion(round(share * count), count)
+    assert measure.low is not None
+    assert measure.high is not None
+    return measure.low, measure.high
+
+
+def _ceiling_checks(values: Mapping[str, Any], name: str | None) -> list[dict[str, Any]]:
     """Rows that few steps without training have at their ceiling."""
-    column = values["columns"].get("8 steps, no CFG", {})
+    about = f"no row is at its ceiling in {FEW[0]} steps without guidance"
+    if name is None:
+        return [{"about": about, "verdict": "n/a", "details": ["no such column"]}]
+    column = values["columns"][name]
     shares = [key for key in column if key in CLIP_METRICS and CLIP_METRICS[key].share]
     full = [key for key in shares if column[key]["value"] >= CEILING]
     word = "yes" if not full else "no" if len(full) > len(shares) / 2 else "partly"
-    about = "no row is at its ceiling in 8 steps without guidance"
     return [{"about": about, "verdict": word, "details": [", ".join(full) or "none"]}]
 
 
