@@ -442,7 +442,7 @@ def test_the_output_is_named_only_where_it_fails(
         (["sizes=66x64"], "sizes=66x64 cannot be trained: height must be divisible by 4 and width by 4; the nearest"),
         (["codecs=tiny", "sizes=64x64,60x60"], "60x60 cannot be trained: height must be divisible by 16 and width by"),
         (["pixels=true", "sizes=66x60"], "sizes=66x60 cannot be trained: height must be divisible by 4 and width by 4"),
-        (["codecs=toy"], "codecs 'toy' are unknown; choose one of tiny, released"),
+        (["codecs=toy"], "codecs 'toy' are unknown; choose one of tiny, scene, released"),
         (["captions=maybe"], "captions='maybe' should be one of required, optional"),
         (["table=nowhere.csv"], "table=nowhere.csv is not a file ending in .csv, .tsv, .jsonl, .json; give"),
         (["shard_clips=0"], "shard_clips=0 is out of range; give at least 1"),

@@ -77,18 +77,26 @@ def test_the_same_call_gives_the_same_interval():
     assert stats.mean(values) == stats.mean(values)
 
 
-def test_distance_to_uniform():
-    assert stats.distance_to_uniform(np.array([10, 10, 10])).value == 0
-    assert stats.distance_to_uniform(np.array([30, 0, 0])).value == pytest.approx(2 / 3)
-    collapsed = stats.distance_to_uniform(np.array([0, 1, 31]))  # the prototype's collapsed student
-    even = stats.distance_to_uniform(np.array([66, 67, 67]))
+def test_distance_to_known_shares():
+    equal, unequal = np.full(3, 1 / 3), np.array([0.5, 0.3, 0.2])
+    assert stats.distance_to_shares(np.array([10, 10, 10]), equal).value == pytest.approx(0)
+    assert stats.distance_to_shares(np.array([30, 0, 0]), equal).value == pytest.approx(2 / 3)
+    assert stats.distance_to_shares(np.array([10, 10, 10]), unequal).value == pytest.approx(1 / 6)
+    collapsed = stats.distance_to_shares(np.array([0, 1, 31]), equal)  # the prototype's collapsed student
+    even = stats.distance_to_shares(np.array([66, 67, 67]), equal)
     assert collapsed.low > 0.55 > 0.12 > even.high
-    assert stats.uniformity(np.array([0, 1, 31])) < 1e-10
-    assert stats.uniformity(np.array([11, 11, 10])) > 0.9
+    assert stats.fit_of_shares(np.array([0, 1, 31]), equal) < 1e-10
+    assert stats.fit_of_shares(np.array([11, 11, 10]), equal) > 0.9
+    assert stats.fit_of_shares(np.array([50, 30, 20]), unequal) == pytest.approx(1)
+    assert stats.fit_of_shares(np.array([50, 30, 20]), equal) < 0.01
 
 
 def test_nothing_is_unavailable_with_a_reason_never_zero():
-    for measure in (stats.mean(np.array([])), stats.proportion(0, 0), stats.distance_to_uniform(np.zeros(3, int))):
+    for measure in (
+        stats.mean(np.array([])),
+        stats.proportion(0, 0),
+        stats.distance_to_shares(np.zeros(3, int), np.full(3, 1 / 3)),
+    ):
         assert measure.value is None
         assert measure.status == "unavailable"
         assert measure.reason
