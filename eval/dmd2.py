@@ -292,7 +292,8 @@ def _values(
         for name, attribute in own.open.items():
             counts = dict(zip(attribute.shares, attribute.counts.sum(0).astype(int).tolist(), strict=True))
             world = share_distance_of([attribute])
-            shares[name] = {"counts": counts, "expected": attribute.shares, "w": world.value, "p": world.p}
+            w, p = (world.value, world.p) if world else (None, None)
+            shares[name] = {"counts": counts, "expected": attribute.shares, "w": w, "p": p}
         columns[own.name] = {"role": own.role, "n": own.clips, "shares": shares, **own.facts, "rows": rows}
     students = found.of_role("student")
     judged = {f"recipe, {len(students)} training seeds": students} if one_recipe else {s.name: [s] for s in students}

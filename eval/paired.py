@@ -10,7 +10,7 @@ columns and statistics. Shares of categories (skin tones) are compared as counts
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from eval.metrics.registry import metrics
 from eval.puppet_scores import ClipScore
 from eval.puppet_speech import pitch
 from eval.scores import Scores, clip_values
-from eval.stats import RESAMPLES, Estimate, Measure, Parts, RatioEstimate, ends_of, unavailable
+from eval.stats import FEWEST, RESAMPLES, Estimate, Measure, Parts, RatioEstimate, ends_of, unavailable
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class OpenAttribute:
     def expected(self) -> np.ndarray:
         """Shares of the world [k]."""
         return np.array(list(self.shares.values()))
+
+    @property
+    def recognised(self) -> np.ndarray:
+        """Clips of a prompt that count, int [P]."""
+        return np.asarray((self.numbers >= 0).sum(1))
 
     @property
     def counts(self) -> np.ndarray:
@@ -254,12 +259,22 @@ class Row:
         name: key of the metric.
         share: whether it is a mean of values in [0,1].
         needs: what is missing where there is no value.
+        values: of which a prompt has any in `clips` clips at least, to count; none: every prompt counts.
     """
 
     name: str
     statistic: Statistic
     share: bool = False
     needs: str = "several clips of a prompt"
+    values: tuple[str, ...] = ()
+    clips: int = 1
+
+    def prompts(self, *columns: Column) -> int:
+        """Number of prompts that have a value in each of the columns."""
+        known = np.ones(columns[0].shape[0], bool)
+        for own in columns if self.values else ():
+            known &= np.any([np.isfinite(own.values[name]).sum(1) >= self.clips for name in self.values], 0)
+        return int(known.sum())
 
     @property
     def direction(self) -> str:
@@ -279,7 +294,7 @@ ROWS = tuple(
     sorted(
         (
             *(
-                Row(name, mean_of_known(name), share=metric.share, needs="clips with a value")
+                Row(name, mean_of_known(name), share=metric.share, needs="clips with a value", values=(name,))
                 for name, metric in CLIP_METRICS.items()
                 if metric.compared
             ),
@@ -288,8 +303,8 @@ ROWS = tuple(
             Row("nearest", mean_of("nearest")),
             *(Row(f"energy_{space}", energy_in(space)) for space in SPACES),
             *(Row(f"spread_{space}", dispersion_in(space)) for space in SPACES),
-            Row("pitch", deviation_of("semitones")),
-            Row("timing", deviation_of("start_ms", "end_ms")),
+            Row("pitch", deviation_of("semitones"), values=("semitones",), clips=2),
+            Row("timing", deviation_of("start_ms", "end_ms"), values=("start_ms", "end_ms"), clips=2),
         ),
         key=lambda row: _ORDER.index(row.name),
     )
@@ -335,10 +350,11 @@ class Comparison:
         return [c for c in self.columns if c.role in roles]
 
     def value(self, own: Column, row: Row) -> Measure:
-        """Measure of a column; Wilson's interval over prompts where all clips are right, or all wrong."""
+        """Measure of a column; Wilson's interval over prompts with a value where all clips are right, or all wrong."""
         draws = self.found[own.name, row.name]
         if row.share and draws is not None and draws[0] in (0.0, 1.0):
-            return stats.proportion(round(draws[0] * self.prompts), self.prompts)
+            prompts = row.prompts(own)
+            return stats.proportion(round(draws[0] * prompts), prompts)
         return measure_of(draws, own.clips, row)
 
     def off(self, own: Column, row: Row) -> Measure:
@@ -352,11 +368,11 @@ class Comparison:
         for row in self.rows:
             if row.direction in ("up", "down"):
                 sign = -1 if row.direction == "down" else 1
-                draws = self._draws(own, baseline, row)
-                if draws is None:
-                    found[row.name] = verdicts.not_measured("difference", f"needs {row.needs}", own[0].clips)
+                draws, prompts = self._draws(own, baseline, row), row.prompts(*own, baseline)
+                if draws is None or prompts < FEWEST:
+                    found[row.name] = verdicts.not_measured("difference", _lacks(row, draws, prompts), own[0].clips)
                 else:
-                    gain = self._gain(sign * (draws[0] - draws[1]), row)
+                    gain = _gain(sign * (draws[0] - draws[1]), row, prompts)
                     found[row.name] = verdicts.of_gain(gain, row.margin, len(own) * own[0].clips, sign)
         return verdicts.decide(found)
 
@@ -368,16 +384,17 @@ class Comparison:
         found = {}
         for row in self.rows:
             if row.direction == "target":
-                draws = self._draws(own, target, row)
-                if draws is None or row.margin is None:
-                    found[row.name] = verdicts.not_measured("ratio", f"needs {row.needs}", own[0].clips)
+                draws, prompts = self._draws(own, target, row), row.prompts(*own, target)
+                if draws is None or row.margin is None or prompts < FEWEST:
+                    found[row.name] = verdicts.not_measured("ratio", _lacks(row, draws, prompts), own[0].clips)
                 else:
-                    found[row.name] = verdicts.of_ratio(self._ratio(*draws), row.margin, len(own) * own[0].clips)
+                    found[row.name] = verdicts.of_ratio(_ratio(*draws, prompts), row.margin, len(own) * own[0].clips)
         for name in own[0].open:
-            distance = share_distance_of(
-                [c.open[name] for c in own], None if target is self.bound else target.open[name]
-            )
-            found[name] = verdicts.of_shares(distance, clips=len(own) * own[0].clips)
+            shown = [c.open[name] for c in own]
+            other = None if target is self.bound else target.open[name]
+            there = recognised_prompts(shown, other)
+            clips = int(sum(attribute.recognised[there].sum() for attribute in shown))
+            found[name] = verdicts.of_shares(share_distance_of(shown, other), clips=clips)
         return verdicts.decide(found)
 
     def _draws(self, own: Sequence[Column], other: Column, row: Row) -> tuple[np.ndarray, np.ndarray] | None:
@@ -392,43 +409,63 @@ class Comparison:
             return None
         return stacked[:, finite], theirs[finite]
 
-    @property
-    def _resampled(self) -> float:
-        """What a bootstrap's variance lacks: P / (P - 1)."""
-        return self.prompts / (self.prompts - 1)
 
-    def _gain(self, gains: np.ndarray, row: Row) -> Estimate:
-        """Mean over training seeds of differences [seeds, 1 + n]."""
-        variance = float(gains[:, 1:].mean(0).var()) * self._resampled
-        if row.share:
-            # Half a prompt for each way to differ: the interval of equal shares has a width, too (Agresti and Min 2005).
-            variance += 1 / (self.prompts + 2) ** 2
-        parts: Parts = ((variance, self.prompts - 1.0),)
-        if len(gains) > 1:
-            parts = (*parts, (float(gains[:, 0].var(ddof=1)) / len(gains), len(gains) - 1.0))
-        return Estimate(float(gains[:, 0].mean()), parts)
-
-    def _ratio(self, mine: np.ndarray, theirs: np.ndarray) -> RatioEstimate:
-        """Ratio of the mean over training seeds of draws [seeds, 1 + n] to draws [1 + n]."""
-        (own, both), (_, other) = (np.cov(mine[:, 1:].mean(0), theirs[1:], ddof=0) * self._resampled).tolist()
-        parts = [(own, both, other, self.prompts - 1.0)]
-        if len(mine) > 1:
-            parts.append((float(mine[:, 0].var(ddof=1)) / len(mine), 0.0, 0.0, len(mine) - 1.0))
-        return RatioEstimate(float(mine[:, 0].mean()), float(theirs[0]), tuple(parts))
+def _lacks(row: Row, draws: object, prompts: int) -> str:
+    """Reason for a row without a verdict."""
+    if draws is None or prompts >= FEWEST:
+        return f"needs {row.needs}"
+    return f"{prompts} prompts have a value in both, and a verdict needs {FEWEST}"
 
 
-def share_distance_of(own: Sequence[OpenAttribute], other: OpenAttribute | None = None) -> stats.ShareDistance:
+def _resampled(prompts: int) -> float:
+    """What a bootstrap's variance over prompts lacks: P / (P - 1)."""
+    return prompts / (prompts - 1)
+
+
+def _gain(gains: np.ndarray, row: Row, prompts: int) -> Estimate:
+    """Mean over training seeds of differences [seeds, 1 + n], of a number of prompts that have a value in all columns."""
+    variance = float(gains[:, 1:].mean(0).var()) * _resampled(prompts)
+    if row.share:
+        # Half a prompt for each way to differ: the interval of equal shares has a width, too (Agresti and Min 2005).
+        variance += 1 / (prompts + 2) ** 2
+    parts: Parts = ((variance, prompts - 1.0),)
+    if len(gains) > 1:
+        parts = (*parts, (float(gains[:, 0].var(ddof=1)) / len(gains), len(gains) - 1.0))
+    return Estimate(float(gains[:, 0].mean()), parts)
+
+
+def _ratio(mine: np.ndarray, theirs: np.ndarray, prompts: int) -> RatioEstimate:
+    """Ratio of the mean over training seeds of draws [seeds, 1 + n] to draws [1 + n]; `prompts` as above."""
+    (own, both), (_, other) = (np.cov(mine[:, 1:].mean(0), theirs[1:], ddof=0) * _resampled(prompts)).tolist()
+    parts = [(own, both, other, prompts - 1.0)]
+    if len(mine) > 1:
+        parts.append((float(mine[:, 0].var(ddof=1)) / len(mine), 0.0, 0.0, len(mine) - 1.0))
+    return RatioEstimate(float(mine[:, 0].mean()), float(theirs[0]), tuple(parts))
+
+
+def recognised_prompts(own: Sequence[OpenAttribute], other: OpenAttribute | None = None) -> np.ndarray:
+    """Whether a prompt has a recognised clip in each of the columns, bool [P]; only such prompts tell anything of shares."""
+    return np.all([attribute.recognised > 0 for attribute in (*own, *((other,) if other else ()))], 0)
+
+
+def share_distance_of(own: Sequence[OpenAttribute], other: OpenAttribute | None = None) -> stats.ShareDistance | None:
     """Distance of the shares of checkpoints of one recipe from those of the world, or of another column.
 
     Args:
         own: of every checkpoint; other: of the same prompts, None for the world.
+
+    Returns:
+        The distance over the prompts that have recognised clips in all of these; None with fewer than `FEWEST` of them.
     """
-    found = [attribute.influence() for attribute in own]
+    there = recognised_prompts(own, other)
+    if there.sum() < FEWEST:
+        return None
+    found = [replace(attribute, numbers=attribute.numbers[there]).influence() for attribute in own]
     shares = np.stack([shares for shares, _ in found])  # [seeds,k]
     effect = np.stack([effect for _, effect in found])  # [seeds,P,k]
     expected = own[0].expected
     if other is not None:
-        theirs, their_effect = other.influence()
+        theirs, their_effect = replace(other, numbers=other.numbers[there]).influence()
         expected = (shares.mean(0) + theirs) / 2
         known = expected > 0
         shares, effect, expected = (
@@ -436,6 +473,4 @@ def share_distance_of(own: Sequence[OpenAttribute], other: OpenAttribute | None 
         )  # fmt: skip
     else:
         shares = shares - expected
-    if len(expected) < 2:  # one category in both
-        return stats.ShareDistance(0.0, 1, ((0.0, 1.0),))
     return stats.share_distance(shares[:, None] + effect, expected)

@@ -239,7 +239,7 @@ class ShareDistance:
 
     Attributes:
         value: w, at least 0.
-        free: categories - 1, the degrees of freedom of the shares.
+        free: categories - 1, at least 1: the degrees of freedom of the shares.
         parts: mean variance per free share in units of q, with the degrees of freedom of its clusters.
     """
 
@@ -268,17 +268,25 @@ class ShareDistance:
 def share_distance(off: np.ndarray, expected: np.ndarray) -> ShareDistance:
     """Distance of shares from expected ones.
 
+    The variance over prompts is at least 1 / (P + 1)^2, what one more prompt, drawn from `expected`, adds to it: prompts of
+    equal shares, such as those with one category in all clips, do not show that there is no variance.
+
     Args:
-        off: influence of every prompt on the difference of the shares [seeds,P,k]; means over P are the differences of a
-            training seed; rows sum to 0.
+        off: influence of every prompt on the difference of the shares [seeds,P,k], only of prompts that have recognised
+            clips; means over P are the differences of a training seed; rows sum to 0.
         expected: shares [k] > 0 that the differences are divided by; sum 1.
+
+    Raises:
+        ValueError: fewer than two prompts.
     """
     seeds, prompts, categories = off.shape
+    if prompts < 2:
+        raise ValueError(f"a variance over prompts needs two of them, not {prompts}")
     apart = off.mean(1)  # [seeds,k]
     together = off.mean(0)  # [P,k]
-    free = categories - 1
+    free = max(categories - 1, 1)  # one category in all clips of both: no distance, and the least variance
     variance = together.var(0, ddof=1) / prompts
-    parts = [(float((variance / expected).sum() / free), prompts - 1.0)]
+    parts = [(max(float((variance / expected).sum() / free), 1 / (prompts + 1) ** 2), prompts - 1.0)]
     if seeds > 1:
         parts.append((float((apart.var(0, ddof=1) / seeds / expected).sum() / free), seeds - 1.0))
     return ShareDistance(float(np.sqrt((apart.mean(0) ** 2 / expected).sum())), free, tuple(parts))

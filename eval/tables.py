@@ -300,7 +300,7 @@ def comparison_values(values: Values, keys: Sequence[str] = (), brief: bool = Fa
 
 
 def _share_cell(found: Values) -> str:
-    return f"{_counts(found['counts'])}, p={found['p']:.2g}"
+    return f"{_counts(found['counts'])}, p={'n/a' if found['p'] is None else format(found['p'], '.2g')}"
 
 
 def _or_empty(value: float | None, digits: int) -> str:

@@ -59,11 +59,11 @@ def of_gain(gain: Estimate, margin: float | None, clips: int = 0, sign: int = 1)
 def of_ratio(ratio: RatioEstimate, margin: float, clips: int = 0) -> Finding:
     """Row with a target: equal within 1 - margin to 1 / (1 - margin), lower, higher or undecided.
 
-    Lower and higher need the whole interval outside of the margin. The measure is the ratio with its 90 % interval.
+    Lower and higher need the whole 95 % interval outside of the margin. The measure is the ratio with its 90 % interval.
     """
     under, over = ratio.minus(1 - margin), ratio.minus(1 / (1 - margin))
     equal = max(under.above(0), over.below(0))
-    differs = min(1.0, under.below(0), over.above(0))
+    differs = min(1.0, 2 * min(under.below(0), over.above(0)))  # either side counts as a difference
     low, high = ratio.interval(1 - 2 * ERROR)
     if not math.isfinite(low) or ratio.other <= 0:
         return not_measured("ratio", "what it is compared with may be 0", clips)
@@ -71,8 +71,15 @@ def of_ratio(ratio: RatioEstimate, margin: float, clips: int = 0) -> Finding:
     return Finding("ratio", measure, margin, equal, differs, "lower" if ratio.own < ratio.other else "higher")
 
 
-def of_shares(distance: ShareDistance, margin: float = CATEGORY_MARGIN, clips: int = 0) -> Finding:
-    """Row of category shares: equal where the 90 % confidence region lies within the margin, different, or undecided."""
+def of_shares(distance: ShareDistance | None, margin: float = CATEGORY_MARGIN, clips: int = 0) -> Finding:
+    """Row of category shares: equal where the 90 % confidence region lies within the margin, different, or undecided.
+
+    Args:
+        distance: None where fewer than `stats.FEWEST` prompts have recognised clips: n/a.
+        clips: that were recognised.
+    """
+    if distance is None:
+        return not_measured("shares", f"needs {stats.FEWEST} prompts with recognised clips", clips)
     measure = Measure(distance.value, *distance.interval(1 - 2 * ERROR), clips)
     equal = 0.0 if measure.high is not None and measure.high < margin else 1.0
     return Finding("shares", measure, margin, equal, distance.p, "different")

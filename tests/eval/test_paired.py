@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import SKINS, draw_puppet, synthesise
-from eval import verdicts
+from eval import stats, verdicts
 from eval.clips import Clips, ground_truth, held_out, through_codec
 from eval.diversity import (
     SPACES,
@@ -80,9 +80,14 @@ def test_distance_of_shares_in_closed_form():
     assert share_distance_of([tones], tones).value == 0
     unequal = OpenAttribute(tones.numbers, {"a": 0.25, "b": 0.53, "c": 0.22})
     assert share_distance_of([unequal]).value == pytest.approx(0, abs=1e-12)
-    # What was not recognised counts in neither.
-    holes = np.concatenate([tones.numbers, np.full((20, 1), -1)])
-    assert share_distance_of([skin_tones(holes)]).value == pytest.approx(found.value)
+    # What was not recognised counts in neither: not in the distance, its variance or the degrees of freedom.
+    holes = np.concatenate([tones.numbers, np.full((300, 1), -1)])
+    with_holes = share_distance_of([skin_tones(holes)])
+    assert with_holes.value == pytest.approx(found.value)
+    assert with_holes.parts == ((pytest.approx(variance), 99),)
+    # Of two columns, prompts count that both have.
+    moved = np.roll(np.concatenate([np.full((300, 1), -1), tones.numbers]), -250, 0)  # rows 50 to 149
+    assert share_distance_of([skin_tones(holes)], skin_tones(moved)).parts[0][1] == 49
 
 
 def test_deviation_within_a_prompt_leaves_out_what_was_not_heard():
@@ -244,6 +249,64 @@ def test_all_right_keeps_a_doubt():
     measure = Comparison(found.columns).value(right, ROW["vowels"])
     assert measure.value == measure.high == 1
     assert measure.low == pytest.approx(0.839, abs=1e-3)  # Wilson, 20 of 20
+
+
+def test_wrong_differences_of_shares_are_rare_where_few_prompts_leave_an_attribute_open():
+    """40 prompts x 3 clips of the world's shares, one prompt of four open: variances over all 40 are wrong in 9 %."""
+    shares, wrong = {"a": 0.5, "b": 0.3, "c": 0.2}, 0
+    for study in range(400):
+        numbers = np.full((40, 3), -1)
+        numbers[::4] = np.random.default_rng([1, study]).choice(3, (10, 3), p=list(shares.values()))
+        wrong += share_distance_of([OpenAttribute(numbers, shares)]).p < 0.05
+    assert wrong <= 27  # 400 x 5 %: more than 27 has a chance of 5 %
+
+
+@pytest.mark.parametrize("known", [0, 1, 4, 5])
+def test_shares_of_few_prompts(known):
+    """Nothing recognised, or in too few prompts, is neither equal nor different; `n` counts recognised clips."""
+    numbers = np.full((PROMPTS, DRAWS), -1)
+    numbers[:known, :2] = 1
+    teacher = made("teacher", "teacher", skins=numbers)
+    found = compared(made("student", "student", skins=numbers))
+    own = found.columns[2]
+    rows = [found.match([own], target)["skin tones"] for target in (found.bound, found.columns[1], teacher)]
+    assert [row["n"] for row in rows] == [2 * known] * 3
+    words = [row["verdict"] for row in rows]
+    assert words == (["n/a"] * 3 if known < 5 else ["different", "different", "undecided"])
+
+
+def test_only_prompts_with_a_value_count():
+    """A row that 6 of 20 prompts have: Wilson's interval of 6, 5 degrees of freedom; with 4 of them no verdict."""
+    columns = compared(made("student", "student", base=0.01)).columns
+    for own in columns:
+        own.values["novel_pair"] = np.ones((PROMPTS, DRAWS))
+        own.values["novel_pair"][6:] = np.nan
+        own.values["amplitude"] = own.values["amplitude"] * own.values["novel_pair"]
+    found, student = Comparison(columns), columns[2]
+    measure = found.value(student, ROW["novel_pair"])
+    assert (measure.n, measure.low) == (6, pytest.approx(0.6097, abs=1e-4))  # 6 / (6 + 1.96^2)
+    gain = found.quality([student], columns[1])["novel_pair"]
+    assert gain["high"] == pytest.approx(2.5706 / 8, abs=1e-4)  # t of 5 degrees of freedom, a deviation of 1 / (6 + 2)
+    student.values["amplitude"] = columns[0].values["amplitude"] * np.random.default_rng(1).uniform(
+        0.5, 1.5, (PROMPTS, 1)
+    )
+    weight = weights(PROMPTS)
+    mine, theirs = (ROW["amplitude"].statistic(c, c, weight) for c in (student, columns[0]))
+    drawn = np.stack([mine, theirs])[:, 1:]
+    gap = np.cov(drawn[:, np.isfinite(drawn).all(0)], ddof=0) * 6 / 5
+    ratio = stats.RatioEstimate(mine[0], theirs[0], ((gap[0, 0], gap[0, 1], gap[1, 1], 5.0),)).interval(0.9)
+    row = Comparison(columns).match([student], columns[0])["amplitude"]
+    assert (row["low"], row["high"]) == pytest.approx(ratio)
+    for name in ("amplitude", "novel_pair", "semitones", "vowels"):
+        student.values[name] = student.values[name].copy()
+        student.values[name][4:] = np.nan
+    student.values["semitones"][4:, 0] = 1.0  # one clip of a prompt has no deviation
+    few = Comparison(columns)
+    rows = {**few.quality([student], columns[1]), **few.match([student], columns[0])}
+    for name in ("amplitude", "novel_pair", "pitch", "vowels"):
+        assert rows[name]["verdict"] == "n/a"
+        assert rows[name]["reason"] == "4 prompts have a value in both, and a verdict needs 5"
+    assert ROW["pitch"].prompts(student) == 4
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,15 @@ def test_share_distance_is_the_chi_square_of_clustered_clips():
             assert np.mean(np.array(plain) < 0.05) > 0.2
         else:
             assert np.corrcoef(found, plain)[0, 1] > 0.95
+
+
+def test_prompts_of_equal_shares_do_not_show_that_there_is_no_variance():
+    """With no measured variance, that of one more prompt from the expected shares: 1 / (P + 1)^2 per free share."""
+    expected = np.array([0.5, 0.3, 0.2])
+    found = stats.share_distance(np.tile(np.array([1.0, 0, 0]) - expected, (1, 9, 1)), expected)
+    assert found.parts == ((pytest.approx(0.01), 8.0),)
+    assert found.value == pytest.approx(1.0)  # sqrt(.25 / .5 + .09 / .3 + .04 / .2)
+    one_category = stats.share_distance(np.zeros((1, 9, 1)), np.ones(1))
+    assert (one_category.value, one_category.p, one_category.parts[0][0]) == (0, 1, pytest.approx(0.01))
+    with pytest.raises(ValueError, match="needs two of them, not 1"):
+        stats.share_distance(np.zeros((1, 1, 3)), expected)

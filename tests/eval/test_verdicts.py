@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from statistics import NormalDist
 
 import pytest
 
@@ -68,6 +69,18 @@ def test_rows_with_a_target(ratio, error, word):
     assert (row["verdict"] == "equal") == (row["low"] > 0.9 and row["high"] < 1 / 0.9)
 
 
+def test_wrong_differences_of_ratios_are_rare_where_intervals_are_wide():
+    """True ratio 1, estimates at 200 quantiles of a normal error of 10: both sides together are wrong in 5 % at most."""
+    quantiles = [NormalDist(1, 10).inv_cdf((k + 0.5) / 200) for k in range(200)]
+    found = [of_ratio(RatioEstimate(own, 1.0, ((100.0, 0.0, 0.0, 1e6),)), 0.1).differs for own in quantiles]
+    assert 0.04 <= sum(p < 0.05 for p in found) / 200 <= 0.05
+    assert max(found) <= 1
+    # 1.881 errors under the margin: a one-sided p-value of .03
+    assert of_ratio(RatioEstimate(0.8, 1.0, (((0.1 / 1.8808) ** 2, 0.0, 0.0, 1e6),)), 0.1).differs == pytest.approx(
+        0.06, rel=1e-3
+    )
+
+
 @pytest.mark.parametrize(
     ("w", "clips", "word"),
     [(0.0, 480, "equal"), (0.0, 60, "undecided"), (0.25, 480, "different"), (0.25, 60, "undecided")],
@@ -79,6 +92,12 @@ def test_rows_of_shares(w, clips, word):
     assert found.measure.high == pytest.approx(w + math.sqrt(4.605 / clips), rel=1e-3)
     if w:
         assert found.differs == pytest.approx(math.exp(-clips * w * w / 2), rel=1e-3)  # of two degrees of freedom
+
+
+def test_shares_of_too_few_prompts_have_no_word():
+    row = decide({"a": of_shares(None, clips=4)})["a"]
+    assert (row["verdict"], row["p"], row["n"]) == ("n/a", None, 4)
+    assert row["reason"] == "needs 5 prompts with recognised clips"
 
 
 def test_differences_are_corrected_for_the_rows_of_their_claim():
