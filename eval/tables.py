@@ -367,7 +367,7 @@ def _verdict_measure(row: Values) -> str:
 def verdict_note(values: Values) -> str:
     """The rule of the verdicts in words, with the number of rows that Holm's correction counts."""
     claims = [claim for found in values["claims"].values() for claim in found]
-    counts = sorted({sum(row["value"] is not None for row in claim["rows"].values()) for claim in claims} - {0})
+    counts = sorted({sum(row["value"] is not None for row in claim["rows"].values()) for claim in claims} - {0}) or [0]
     margins = [
         f"{name} {row['margin']:g}"
         for name, row in next((claim["rows"] for claim in claims if claim["about"].startswith("quality")), {}).items()
