@@ -12,6 +12,7 @@ from data.captions import Captions
 from data.clip_plan import ClipPlan
 from data.scan import Listing
 from data.shards import Bucket, Entry
+from magihuman.codecs.tiny_captions import FORMS, of_another_form, read_caption
 from magihuman.io.files import write_atomically
 
 
@@ -31,13 +32,14 @@ class FileResult:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """Result of a run: settings, files, clips per bucket, seconds of video, faulty caption tables."""
+    """Result of a run: settings, files, clips per bucket, seconds of video, faulty caption tables, what is odd though valid."""
 
     settings: Mapping[str, Any]
     files: Sequence[FileResult]
     buckets: Mapping[str, int]
     seconds: float
     table_problems: Sequence[tuple[str, str]]
+    notes: Sequence[str] = ()
 
     def count(self, status: str) -> int:
         return sum(result.status == status for result in self.files)
@@ -71,6 +73,7 @@ class PrepareReport:
             "buckets": dict(self.buckets),
             "reasons": dict(self.reasons),
             "table_problems": [{"table": table, "problem": problem} for table, problem in self.table_problems],
+            "notes": list(self.notes),
             "per_file": [vars(result) for result in self.files],
         }
         return json.dumps(content, indent=1) + "\n"
@@ -86,6 +89,7 @@ class PrepareReport:
             *(f"  {number:>6} x {kind}" for kind, number in self.reasons[:8]),
             *(f"  {number:>6} x taken, {note}" for note, number in notes.most_common(8)),
             *(f"  {table}: {problem}" for table, problem in self.table_problems[:5]),
+            *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
 
@@ -151,7 +155,27 @@ def make_report(
     buckets = Counter(entry.bucket for entry in entries)
     seconds = sum(Bucket.parse(name).frames * number for name, number in buckets.items()) / fps
     problems = [(table, problem) for table, problems in captions.problems.items() for problem in problems]
-    return PrepareReport(settings, files, dict(sorted(buckets.items())), seconds, problems)
+    odd = form_note([clip.caption for clip in plan.clips if clip.key in stored], settings["codecs"])
+    notes = [] if odd is None else [odd]
+    return PrepareReport(settings, files, dict(sorted(buckets.items())), seconds, problems, notes)
+
+
+def form_note(captions: Sequence[str], codecs: str) -> str | None:
+    """What to say where most captions have not the form of the codecs' tiny world, else None.
+
+    Such codecs cut clips of another world to the length of their own.
+    """
+    captions = [caption for caption in captions if caption]
+    strange = of_another_form(captions, codecs)
+    if 2 * len(strange) <= len(captions):
+        return None
+    first = strange[0] if len(strange[0]) <= 120 else f"{strange[0][:117]}..."
+    try:
+        world, _ = read_caption(strange[0])
+        remedy = f"give codecs={world}, whose clips have {FORMS[world].frames} frames (codecs={codecs}: {FORMS[codecs].frames})"
+    except ValueError:
+        remedy = f"codecs={codecs} are fitted to puppets alone: give codecs=released or your own for other videos"
+    return f"{len(strange)} of {len(captions)} captions have not the form of codecs={codecs}, the first: {first!r}; {remedy}"
 
 
 def _named_but_missing(captions: Captions, root: Path) -> list[FileResult]:

@@ -150,7 +150,7 @@ def _scores_rows(values: Values, keys: Sequence[str] = ()) -> list[list[str]]:
     rows = [["", *tables], *metric_rows(tables, chosen(tables, keys))]
     if not keys:
         counts = [f"{_counts(column['skins'])}, p={column['skin_uniform_p']:.2g}" for column in columns.values()]
-        rows.append(["skin tones (not prompted), p of equal shares", *counts])
+        rows.append(["skin tones (not prompted), p of the world's shares", *counts])
     return rows
 
 

@@ -21,7 +21,8 @@ from eval.image_metrics import ClipErrors, clip_errors
 from eval.output import publish, require_at_least
 from eval.stats import mean, unavailable
 from eval.tables import DECODER_KEYS
-from magihuman.errors import UserError
+from magihuman.codecs.tiny_captions import FORMS
+from magihuman.errors import NotApplicable, UserError
 from magihuman.io.files import write_result
 
 if TYPE_CHECKING:
@@ -141,6 +142,12 @@ def run(
     for role, source in sources.items():  # before torch is loaded
         decoders.require(source, role)
     configs: dict[str, Any] = {role: decoders.config_of(source) for role, source in sources.items()}
+    for role, source in sources.items():
+        world, _, _ = configs[role].latents.codec.rpartition("-")
+        if world in FORMS and world != "tiny":
+            raise NotApplicable(
+                f"eval.turbo_vae measures decoders of the world tiny, and {role}={source} is of {world}"
+            )
     import torch
 
     from eval.clips import frames_tensor, ground_truth, held_out

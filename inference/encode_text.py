@@ -18,7 +18,7 @@ def make(
         output: the safetensors file: text [S,Ct] fp16
         text: what to encode; none takes the release's negative prompt, from its code in the folder MAGIHUMAN_RELEASE
         file: a text file instead of text
-        codecs: whose text encoder: released, tiny, or package.module:function of your own
+        codecs: whose text encoder: released, tiny, scene, or package.module:function of your own
         device: auto, cpu or cuda
 
     Returns:

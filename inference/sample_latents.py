@@ -43,7 +43,7 @@ def make(
         batch: clips at once
         steps: solver steps; none takes the checkpoint's setting
         cfg: guidance scale, 1 is off; none takes the checkpoint's setting
-        codecs: package.module:function of your own codecs, for a checkpoint that was trained with them
+        codecs: that the checkpoint should be of; your own, package.module:function, have to be given
         device: auto, cpu or cuda
         progress: show a bar
 
@@ -65,6 +65,10 @@ def make(
     target = Path(output)
     if clips < 1 or batch < 1:
         raise UserError(f"clips={clips} and batch={batch} must be at least 1")
+    if codecs is not None and (found := zoo.config_of(checkpoint).codecs) != codecs:
+        raise UserError(
+            f"codecs={codecs}: checkpoint={checkpoint} is of the codecs {found}; give a checkpoint and a teacher of {codecs}"
+        )
     facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed)}
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f".{target.name}.lock")):

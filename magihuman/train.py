@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.cli import calm_bars
+from magihuman.codecs.tiny_captions import of_another_form
 from magihuman.composition import RUN_NAME, choose_folder, plain, with_cause
 from magihuman.config import TrainSettings, available, changes, groups, validate
 from magihuman.console import is_main_process, say, stage
@@ -252,6 +253,12 @@ def stops_at_this_place(run: Any) -> int:
 def notes(settings: TrainSettings, data: Any, recipe: Any) -> list[str]:
     """What is odd about a training although it can run."""
     found = list(recipe.notes())
+    prompts = ((settings.callbacks or {}).get("samples") or {}).get("prompts") or []
+    if strange := of_another_form(prompts, codecs := getattr(data, "codecs", "")):
+        found.append(
+            f"{len(strange)} of {len(prompts)} prompts of the sample clips have not the form of codecs={codecs}, the first: "
+            f"{strange[0]!r}; give prompts= of it, or prompts=[] callbacks.samples.held_out=4 for captions of held-out clips"
+        )
     clips, batch = getattr(data, "train_samples", None), getattr(data, "batch_size", 0)
     if clips is not None and clips < batch:
         found.append(

@@ -159,8 +159,11 @@ class DMD2(Recipe):
         self.negative = self.unconditional_text(negative, monitor.every > 0)
         self.sampling = Sampling(solver, steps, shift, Guidance(1, 1, 0, 1))
         self.score, self.fake_score_settings = score, fake_score
-        recorded = float(teacher.provenance.get("motion_floor", 1.0))
-        self.motion_floor = recorded if fake_score.motion_floor is None else fake_score.motion_floor
+        recorded = (
+            teacher.provenance.get("motion_floor") if fake_score.motion_floor is None else fake_score.motion_floor
+        )
+        self.motion_weights_known = recorded is not None
+        self.motion_floor = 1.0 if recorded is None else float(recorded)
         require_shares(**{"fake_score.motion_floor": self.motion_floor})
         self.sharing, self.lora = networks, lora
         self.modality_weights = {"video": video_weight, "audio": audio_weight}
@@ -183,7 +186,7 @@ class DMD2(Recipe):
         if negative is not None:
             if not guided:
                 raise UserError(f"recipe.negative={negative} has no effect, as the teacher is not guided: leave it out")
-            return read_text_features(negative, self.context.contract.text_channels, "recipe.negative")
+            return read_text_features(negative, "recipe.negative", self.context.codecs, self.context.contract)
         if guided and bundle_spec(self.context.codecs).negative_prompt:
             raise UserError(
                 "guidance of the released model needs the features of its negative prompt: "
@@ -196,6 +199,11 @@ class DMD2(Recipe):
         found = super().notes()
         if self.gan.weight and self.gan.start >= self.max_steps:
             found.append(f"recipe.gan.start={self.gan.start} is not reached within trainer.max_steps={self.max_steps}")
+        if not self.motion_weights_known:
+            found.append(
+                f"the motion weights of the loss that init={self.context.init} was trained with are unknown; the fake score is "
+                "trained without motion weights (recipe.fake_score.motion_floor=F sets them)"
+            )
         assert self.parent is not None
         if self.parent.sigma_prior not in (None, self.sigma):
             found.append(

@@ -99,3 +99,11 @@ def read_caption(caption: str) -> tuple[str, dict[str, str]]:
             return world, {name: value.strip() for name, value in found.groupdict().items() if value is not None}
     expected = " or ".join(f"{form.example!r} (world {world})" for world, form in FORMS.items())
     raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {expected}")
+
+
+def of_another_form(captions: Iterable[str], codecs: str) -> list[str]:
+    """Those of the captions, empty ones left out, that have not the form of the world that `codecs` are of; codecs of no world
+    have no form."""
+    if codecs not in FORMS:
+        return []
+    return [text for text in captions if text and not re.fullmatch(FORMS[codecs].pattern, " ".join(text.split()))]

@@ -6,11 +6,12 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path
+from magihuman.models.config import Contract
 
 
 def write_text_features(path: str | Path, features: torch.Tensor, facts: dict[str, str]) -> None:
@@ -21,25 +22,35 @@ def write_text_features(path: str | Path, features: torch.Tensor, facts: dict[st
         save_file({"text": features.half().cpu().contiguous()}, partial, metadata=facts)
 
 
-def read_text_features(path: str | Path, channels: int, setting: str) -> torch.Tensor:
+def read_text_features(path: str | Path, setting: str, codecs: str, contract: Contract) -> torch.Tensor:
     """Features of one prompt, fp32 [S,Ct].
 
     Args:
-        channels: Ct that the network takes; setting: that names the file, for messages.
+        setting: that names the file, for messages.
+        codecs: whose text encoder the network takes; contract: theirs. Files that do not name their encoder, such as
+            null_text.safetensors, are checked by their channels alone.
 
     Raises:
         UserError: the file is missing, damaged, or of another text encoder.
     """
-    remedy = f"make it with `python -m inference.encode_text output={path}`"
+    of = "" if codecs == "released" else f' text="..." codecs={codecs}'
+    remedy = f"make it with `python -m inference.encode_text output={path}{of}`"
     if not Path(path).is_file():
         raise UserError(f"{setting}={path} is not a file; {remedy}")
     try:
-        text = load_file(path)["text"].float()
-    except (OSError, SafetensorError, KeyError) as error:
+        with safe_open(path, "pt") as file:
+            text = file.get_tensor("text").float()
+            encoder = (file.metadata() or {}).get("encoder", contract.text_encoder)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{setting}={path} holds no text features ({error}); {remedy}") from error
-    if text.ndim != 2 or not len(text) or text.shape[1] != channels or not text.isfinite().all():
+    if encoder != contract.text_encoder:
+        raise UserError(
+            f"{setting}={path} holds features of the text encoder {encoder}, and the network takes those of "
+            f"{contract.text_encoder}; {remedy}"
+        )
+    if text.ndim != 2 or not len(text) or text.shape[1] != contract.text_channels or not text.isfinite().all():
         raise UserError(
             f"{setting}={path} holds text features of shape {list(text.shape)}, or not finite ones, and the network takes "
-            f"{channels} channels; {remedy}"
+            f"{contract.text_channels} channels; {remedy}"
         )
     return text

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from magihuman import zoo
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.config import ModelSettings, OptimSettings, StrategySettings, TrainerSettings, TrainSettings, parse_time
 from magihuman.errors import UserError
 from magihuman.flow.solvers import make_solver
@@ -191,6 +192,12 @@ def require_same_model(settings: TrainSettings, contract: Contract) -> None:
     assert model is not None
     assert settings.init is not None
     folder, parent = zoo.find(settings.init), zoo.config_of(settings.init)
+    made = (settings.data.make or {}).get("world")
+    if made is not None and made != parent.codecs and parent.codecs in FORMS:
+        raise UserError(
+            f"init={settings.init} is of the world {parent.codecs}, and the data are of {made}; give "
+            f"data.make.world={parent.codecs}, or an init of {made}"
+        )
     parent.contract.require(contract, f"init={settings.init}", "the shards")
     allowed = getattr(locate(settings.recipe["_target_"], "recipe"), "may_differ_from_init", ())
     for part, mine, theirs in (("dit", model.dit, parent.model), ("pack", model.pack, parent.pack)):

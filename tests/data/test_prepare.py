@@ -23,8 +23,9 @@ from data import prepare as prepare_module
 from data.clip_plan import PlannedClip
 from data.options import PrepareOptions
 from data.prepare import prepare
-from data.prepare_report import PrepareReport
+from data.prepare_report import PrepareReport, form_note
 from data.shards import Shards
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import UserError
 from magihuman.media.container import MediaError
 
@@ -503,6 +504,22 @@ def test_buckets_by_length_and_shape(tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.buckets == {"13x128x64+a": 1, "13x64x64+a": 1, "25x64x128+a": 1, "25x64x64+a": 2}
     assert report.seconds == pytest.approx((3 * 25 + 2 * 13) / 25)
+
+
+def test_captions_of_another_world_than_the_codecs_are_noted(tmp_path: Path) -> None:
+    tiny, scene = FORMS["tiny"].example, FORMS["scene"].example
+    assert form_note([tiny, tiny, scene, ""], "tiny") is None
+    assert form_note(["a man speaks"], "released") is None
+    note = form_note([scene, tiny, scene], "tiny")
+    assert note is not None
+    assert note.startswith(f"2 of 3 captions have not the form of codecs=tiny, the first: {scene!r}; give codecs=scene")
+    assert "37 frames (codecs=tiny: 25)" in note
+    from data.tiny.dataset import make_clips
+
+    make_clips(str(tmp_path / "clips"), 1, seed=11, workers=1, world="scene", progress=False)
+    report = prepared(tmp_path / "clips", tmp_path / "shards", workers=1)
+    assert "note: 1 of 1 captions have not the form of codecs=tiny" in report.summary()
+    assert "give codecs=scene" in json.loads((tmp_path / "shards" / "report.json").read_text())["notes"][0]
 
 
 def test_tiny_world_end_to_end(tmp_path: Path) -> None:

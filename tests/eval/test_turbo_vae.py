@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from eval import ablation, readme_tables, turbo_vae
 from eval.clip_values import read_clip_values
 from magihuman.codecs.bundle import load_bundle
-from magihuman.errors import UserError
+from magihuman.errors import NotApplicable, UserError
 from magihuman.zoo import decoders as zoo
 
 
@@ -43,6 +43,13 @@ def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) 
         assert (tmp_path / "out" / name).stat().st_size > 500
     with pytest.raises(UserError, match="student=nothing is not a decoder"):
         turbo_vae.run(student="nothing", teacher=None)
+
+
+def test_a_decoder_of_another_world_is_not_measured(tmp_path: Path) -> None:
+    config = zoo.DecoderConfig("causal", zoo.arch("tiny")["network"], zoo.Latents.of(load_bundle("scene").contract))
+    folder = zoo.save(tmp_path / "export", zoo.build(config, seed=0).state_dict(), config)
+    with pytest.raises(NotApplicable, match=r"measures decoders of the world tiny, and student=.* is of scene"):
+        turbo_vae.run(student=str(folder))
 
 
 def test_the_shipped_student_is_what_its_table_says() -> None:

@@ -1,6 +1,7 @@
 """Files of text features: what the encoder says, of the text that was meant."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,22 @@ from magihuman.io.text_features import read_text_features
 def test_a_file_holds_the_features_of_its_text(tmp_path: Path) -> None:
     output, words = tmp_path / "new" / "negative.safetensors", tmp_path / "words.txt"
     words.write_text("grey wall\n")
-    encoder = load_bundle("tiny").text_encoder
+    bundle = load_bundle("tiny")
+    encoder = bundle.text_encoder
     for given, text in (({"text": "pink wall"}, "pink wall"), ({"file": str(words)}, "grey wall")):
         said = encode_text.make(str(output), codecs="tiny", device="cpu", **given)
         expected = encoder.encode([text])[0]
         assert f"{len(expected)} tokens of 9 characters" in said
-        found = read_text_features(output, encoder.channels, "recipe.negative")
+        found = read_text_features(output, "recipe.negative", "tiny", bundle.contract)
         torch.testing.assert_close(found, expected.half().float(), rtol=0, atol=0)
         with safe_open(output, "pt") as file:
             assert file.metadata()["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    other = replace(bundle.contract, text_encoder="t5")
+    remedy = rf'make it with `python -m inference.encode_text output={output} text="\.\.\." codecs=scene`'
+    with pytest.raises(
+        UserError, match=f"holds features of the text encoder bytes-1, and the network takes those of t5; {remedy}"
+    ):
+        read_text_features(output, "recipe.negative", "scene", other)
 
 
 def test_a_text_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,8 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(PROMPT)
     with pytest.raises(UserError, match="clips=0 and batch=20 must be at least 1"):
         sample_latents.make(str(tmp_path), output, clips=0)
+    with pytest.raises(UserError, match="codecs=scene: checkpoint=tiny/base is of the codecs tiny; give a checkpoint"):
+        sample_latents.make(str(tmp_path), output, codecs="scene")
 
 
 def test_who_comes_second_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

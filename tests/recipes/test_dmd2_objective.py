@@ -182,6 +182,20 @@ def test_the_fake_score_has_the_teachers_prior_and_another_one_is_noted(tmp_path
     assert "remove recipe.sigma" in note
 
 
+def test_unknown_motion_weights_of_the_teacher_are_noted(tmp_path: Path) -> None:
+    settings, file = toy_dmd2.make_context(tmp_path), tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    for provenance, given, used, noted in (
+        ({"motion_floor": 0.7}, None, 0.7, 0),
+        ({}, None, 1.0, 1),
+        ({}, 0.5, 0.5, 0),
+    ):
+        file.write_text(json.dumps({**written, "provenance": provenance}))
+        made = toy_dmd2.DMD2(settings, fake_score=FakeScoreSettings(motion_floor=given))
+        assert (made.motion_floor, len(made.notes())) == (used, noted)
+        assert all("recipe.fake_score.motion_floor=F sets them" in note for note in made.notes())
+
+
 def test_the_prior_of_published_weights_is_unknown_and_stays_so(tmp_path: Path) -> None:
     settings = toy_dmd2.make_context(tmp_path)
     file, own = tmp_path / "config.json", toy_dmd2.PRIOR.to_dict()
@@ -193,7 +207,7 @@ def test_the_prior_of_published_weights_is_unknown_and_stays_so(tmp_path: Path) 
     ):
         file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": made, "sigma_prior": prior}))
         for sigma in (None, toy_dmd2.PRIOR):
-            recipe = toy_dmd2.DMD2(settings, sigma=sigma)
+            recipe = toy_dmd2.DMD2(settings, sigma=sigma, fake_score=FakeScoreSettings(motion_floor=1.0))
             assert recipe.sigma == (sigma or SigmaPrior("uniform"))
             (note,) = recipe.notes()
             assert f"noise levels that init={tmp_path} was trained with are unknown" in note

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from magihuman import train, zoo
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.config import available, validate
 from magihuman.errors import UserError
 from magihuman.io.files import CONFIGS
@@ -83,6 +84,18 @@ def test_a_training_starts_from_another_ones_weights(shards, tmp_path) -> None:
     assert [p["role"] for p in record["parents"]] == ["shards", "init"]
 
 
+def test_prompts_of_another_world_are_noted() -> None:
+    tiny, scene = FORMS["tiny"].example, FORMS["scene"].example
+    settings, recipe = SimpleNamespace(callbacks={"samples": {"prompts": [tiny, scene]}}), SimpleNamespace(notes=list)
+    (note,) = train.notes(settings, SimpleNamespace(codecs="scene"), recipe)
+    assert note.startswith(
+        f"1 of 2 prompts of the sample clips have not the form of codecs=scene, the first: {tiny!r}; give"
+    )
+    assert train.notes(settings, SimpleNamespace(codecs="released"), recipe) == []
+    settings.callbacks["samples"] = None
+    assert train.notes(settings, SimpleNamespace(codecs="scene"), recipe) == []
+
+
 def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     parent = training_stub.train_here(tmp_path / "a", shards, ["+recipe=pretrain"])
@@ -121,6 +134,10 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
         ),
         (["+recipe=pretrain", "init=tiny/turbo"], "init=tiny/turbo is a video decoder"),
         (["+recipe=pretrain", "init=tiny/sr"], "init=tiny/sr is a model of another size than model.pack (coords_style"),
+        (
+            ["+recipe=dmd2", "data.make.world=scene"],
+            "init=tiny/base is of the world tiny, and the data are of scene; give data.make.world=tiny",
+        ),
         (["+recipe=turbo_vae", "init=tiny/base"], "init=tiny/base is not a decoder"),
         (["+recipe=pretrain", "model.dit.audio_in_channels=8"], "set model.dit.audio_in_channels=64"),
         (["+recipe=pretrain", "data.make.size=72"], "prepare them at multiples of 16x16"),

@@ -49,7 +49,9 @@ def make_context(
     """Settings of a recipe whose teacher is a small network with random weights, saved in `folder`."""
     size = Size(9, 16, 16)
     sampling = Sampling("unipc", 6, 5.0, guidance)
-    config = ExportConfig(DIT, PackConfig(), "stub", training_stub.CONTRACT, PRIOR, sampling, size)
+    config = ExportConfig(
+        DIT, PackConfig(), "stub", training_stub.CONTRACT, PRIOR, sampling, size, provenance={"motion_floor": 1.0}
+    )
     network = SingleStreamDiT(DIT, compute_dtype=torch.float32, linear_dtype=torch.float32)
     network.init_weights(seed=1)
     draw = torch.Generator().manual_seed(1)
