@@ -29,10 +29,12 @@ from data.tiny.puppets import (
     layers,
     puppet_points,
     scene_points,
+    wall_shading,
 )
 from magihuman.codecs.tiny_captions import CAMERAS, FACES, SIDES, SIZES
 
 PIXELS = 64  # clips are compared at this size
+MOUTH_RADII = (0.19, 0.155)  # of the lips of the widest and of the most open vowel, with a margin for blur
 REGIONS = ("wall", "hair", "skin", "neck", "shirt", "white", "pupil")
 CLIPPED = 60.0  # of 255: an error that counts no more than this, so that few wrong pixels do not decide
 WRONG = 35.0  # of 255: a pixel that differs by more is wrong; the noise of models on the wall is less
@@ -62,15 +64,17 @@ class _Hypotheses:
 
     Attributes:
         names: (side, size, camera, face) of each.
-        shares [H,R,P]: share of each region in the colour of a pixel; pure [H,R,P]: 1/n where one region is alone, n of them.
-        counted [H,P]: 1 where the error counts.
-        shading [H,P]: of the wall.
+        shares [H,R,P]: weight of each region's colour in a pixel, with the shading of the wall.
+        pure [H,R,P]: 1/n in the n pixels that show one region alone.
+        counted [H,P]: 1 where the error counts; puppet [H]: how many of these pixels show the puppet.
+        shading [H,P]: brightness of the wall.
     """
 
     names: tuple[tuple[str, str, str, str], ...]
     shares: np.ndarray
     pure: np.ndarray
     counted: np.ndarray
+    puppet: np.ndarray
     shading: np.ndarray
 
 
@@ -80,7 +84,7 @@ def _views(camera: str) -> list[tuple[float, float]]:
 
 
 def _shares(face: str, side: str, size: str, thing: str, view: tuple[float, float]) -> dict[str, np.ndarray]:
-    """Share of each colour in every pixel: name -> [PIXELS, PIXELS]; with the wall, they sum to 1."""
+    """Share of each colour in every pixel: name -> [PIXELS, PIXELS]; shares of a pixel sum to 1, the wall included."""
     found = {"wall": np.ones((PIXELS, PIXELS))}
     for name, mask in layers(face, side, size, thing, PIXELS, view):
         found = {key: value * (1 - mask) for key, value in found.items()}
@@ -90,7 +94,7 @@ def _shares(face: str, side: str, size: str, thing: str, view: tuple[float, floa
 
 def _mouth(side: str, size: str, view: tuple[float, float]) -> np.ndarray:
     x, y = puppet_points(side, size, *scene_points(PIXELS, view))
-    return ((x - MOUTH_CENTRE[0]) / 0.19) ** 2 + ((y - MOUTH_CENTRE[1]) / 0.155) ** 2 < 1
+    return ((x - MOUTH_CENTRE[0]) / MOUTH_RADII[0]) ** 2 + ((y - MOUTH_CENTRE[1]) / MOUTH_RADII[1]) ** 2 < 1
 
 
 def _thing(side: str, size: str, view: tuple[float, float]) -> np.ndarray:
@@ -108,11 +112,13 @@ def _hypotheses() -> _Hypotheses:
         shares.append([np.concatenate([one[region].ravel() for one in seen]) for region in REGIONS])
         hidden = [_mouth(side, size, view) | _thing(side, size, view) for view in _views(camera)]
         counted.append(1 - np.concatenate([mask.ravel() for mask in hidden]))
-        shading.append(np.concatenate([1.03 - 0.08 * scene_points(PIXELS, view)[1].ravel() for view in _views(camera)]))
-    share = np.array(shares, np.float32)
-    alone = (share > 0.95) * np.array(counted, np.float32)[:, None]
+        shading.append(np.concatenate([wall_shading(scene_points(PIXELS, view)[1]).ravel() for view in _views(camera)]))
+    share, valid, bright = (np.array(values, np.float32) for values in (shares, counted, shading))
+    alone = (share > 0.95) * valid[:, None]
     pure = alone / np.maximum(alone.sum(2, keepdims=True), 1)
-    return _Hypotheses(names, share, pure, np.array(counted, np.float32), np.array(shading, np.float32))
+    puppet = ((1 - share[:, 0]) * valid).sum(1)
+    share[:, 0] *= bright
+    return _Hypotheses(names, share, pure, valid, puppet, bright)
 
 
 def _nearest(found: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> np.ndarray:
@@ -150,15 +156,13 @@ def find_layout(frames: np.ndarray) -> PuppetLayout:
     painted[:, REGIONS.index("neck")] = 0.86 * painted[:, REGIONS.index("skin")]
     for name, colour in EYE_COLOURS.items():
         painted[:, REGIONS.index(name)] = colour
-    shares = known.shares.copy()
-    shares[:, 0] *= known.shading
-    difference = np.abs(np.einsum("hrp,hrc->hpc", shares, painted, optimize=True) - pixels).mean(2)
+    difference = np.abs(np.einsum("hrp,hrc->hpc", known.shares, painted, optimize=True) - pixels).mean(2)
     errors = (np.minimum(difference, CLIPPED) * known.counted).sum(1) / known.counted.sum(1)
     best = int(errors.argmin())
     side, size, camera, _ = known.names[best]
     wall = list(WALLS)[chosen["wall"][best]]
     wrong = (difference[best] > WRONG) @ known.counted[best]
-    error = float(wrong / ((1 - known.shares[best, 0]) @ known.counted[best]))
+    error = float(wrong / known.puppet[best])
     return PuppetLayout(side, size, camera, _object(pixels, side, size, camera, wall), wall, error)
 
 

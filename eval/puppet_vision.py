@@ -12,12 +12,23 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.tiny.puppets import FACES, HAIR, LIP, MOUTH_CENTRE, MOUTH_INSIDE, SHIRTS, SKINS, WALLS, draw_puppet, portrait
+from data.tiny.puppets import (
+    FACES,
+    HAIR,
+    LIP,
+    MOUTH_CENTRE,
+    MOUTH_INSIDE,
+    SHIRTS,
+    SKINS,
+    WALLS,
+    draw_puppet,
+    pixel_grid,
+    portrait,
+    wall_shading,
+)
 from eval.image_metrics import laplacian, luma
-from eval.puppet_layout import close_up, find_layout
+from eval.puppet_layout import MOUTH_RADII, close_up, find_layout
 
-# The lips of the widest and of the most open vowel, plus a margin for blur.
-MOUTH_RADII = (0.19, 0.155)
 STATIC_AMPLITUDE = 0.004  # of the image's area; the smallest vowel (u) opens 0.012
 
 
@@ -49,17 +60,9 @@ class FrameMeasures:
 
 
 @lru_cache(maxsize=4)
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres x, y as shares of the image: each [size, size]."""
-    centres = (np.arange(size) + 0.5) / size
-    y, x = np.meshgrid(centres, centres, indexing="ij")
-    return x, y
-
-
-@lru_cache(maxsize=4)
 def _regions(size: int) -> dict[str, np.ndarray]:
     """Regions of each colour for any face shape, and the mouth: boolean [size, size] each."""
-    x, y = _grid(size)
+    x, y = pixel_grid(size)
     aside = np.abs(x - 0.5)
     forehead = (aside < 0.10) & (y > 0.345) & (y < 0.395)
     nose = (aside < 0.15) & (y > 0.485) & (y < 0.515)
@@ -95,7 +98,7 @@ def attributes(frames: np.ndarray) -> dict[str, str]:
     size = still.shape[0]
     regions = _regions(size)
     # The wall darkens downwards by the drawing's gradient; undo it before the colours are compared.
-    shading = 1.03 - 0.08 * _grid(size)[1]
+    shading = wall_shading(pixel_grid(size)[1])
     wall = np.median((still / shading[..., None])[regions["wall"]], axis=0)
     found = {"wall": _nearest(wall, WALLS)}
     for name, palette in (("hair", HAIR), ("shirt", SHIRTS), ("skin", SKINS)):
@@ -140,7 +143,7 @@ def lip_aspect(shares: np.ndarray, size: int) -> np.ndarray:
     weights = np.clip(shares.sum(0), 0, None)  # [F, pixels]
     total = weights.sum(-1)
     spread = []
-    for axis in _grid(size):
+    for axis in pixel_grid(size):
         places = axis[region]
         centre = (weights @ places) / np.maximum(total, 1e-9)
         spread.append((weights * (places - centre[:, None]) ** 2).sum(-1))
@@ -152,7 +155,7 @@ def lip_aspect(shares: np.ndarray, size: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def eye_regions(size: int) -> np.ndarray:
     """Regions of both eyes with a margin for blur: boolean [2,size,size]."""
-    x, y = _grid(size)
+    x, y = pixel_grid(size)
     return np.stack([((x - 0.5 - aside) / 0.055) ** 2 + ((y - 0.44) / 0.046) ** 2 < 1 for aside in (-0.095, 0.095)])
 
 

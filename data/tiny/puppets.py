@@ -360,7 +360,8 @@ def camera_track(camera: str, frames: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel centres x, y as shares of the image: each [size, size]."""
     grid = (np.arange(size) + 0.5) / size
     y, x = np.meshgrid(grid, grid, indexing="ij")
     return x, y
@@ -369,8 +370,13 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 def scene_points(size: int, view: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Place in the scene of every pixel centre for a camera (shift, enlargement): x, y, each [size, size]."""
     shift, zoom = view
-    x, y = _grid(size)
+    x, y = pixel_grid(size)
     return 0.5 + (x - 0.5) / zoom + shift, 0.5 + (y - 0.5) / zoom
+
+
+def wall_shading(y: np.ndarray) -> np.ndarray:
+    """Brightness of the wall at heights y of the scene; it darkens downwards."""
+    return 1.03 - 0.08 * y
 
 
 def puppet_points(side: str, size: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -407,10 +413,11 @@ def _head(face: str, x: np.ndarray, y: np.ndarray, grow: float = 0.0) -> np.ndar
 def layers(
     face: str, side: str, size: str, thing: str, pixels: int, view: tuple[float, float]
 ) -> tuple[tuple[str, np.ndarray], ...]:
-    """Coverages [pixels, pixels] of what is painted one over the other onto the wall: (name of the colour, coverage).
+    """Masks of coverage [pixels, pixels] in [0,1], in the order of painting onto the wall: (name of the colour, mask).
 
     Args:
-        thing: object on the wall; view: of the camera, see `camera_track`.
+        thing: object on the wall.
+        view: (shift, enlargement) of the camera, see `camera_track`.
     """
     sx, sy = scene_points(pixels, view)
     x, y = puppet_points(side, size, sx, sy)
@@ -457,7 +464,7 @@ def colours(puppet: Puppet) -> dict[str, np.ndarray]:
 def portrait(puppet: Puppet, size: int, view: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
     """The static part of a clip, as the camera sees it: fp64 [size,size,3] in 0..255."""
     _, y = scene_points(size, view)
-    image = np.array(WALLS[puppet.wall], float) * (1.03 - 0.08 * y[..., None])
+    image = np.array(WALLS[puppet.wall], float) * wall_shading(y)[..., None]
     palette = colours(puppet)
     for name, mask in layers(puppet.face, puppet.side, puppet.size, puppet.object, size, view):
         image = image * (1 - mask[..., None]) + palette[name] * mask[..., None]
