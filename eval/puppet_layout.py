@@ -127,6 +127,15 @@ def _nearest(found: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> np.
     return np.asarray(np.square(found[:, None] - entries).sum(2).argmin(1))
 
 
+def require_whole_factor(pixels: int) -> None:
+    """Raises ValueError unless clips of this height and width are a multiple of `PIXELS`."""
+    if pixels % PIXELS or not pixels:
+        raise ValueError(
+            f"puppets of the world scene are measured at multiples of {PIXELS} pixels, not {pixels}; scale the clip, for "
+            f"example to {PIXELS}x{PIXELS}"
+        )
+
+
 def _small(frames: np.ndarray) -> np.ndarray:
     """First, middle and last frame at `PIXELS`: fp32 [3 * PIXELS^2, 3].
 
@@ -134,11 +143,8 @@ def _small(frames: np.ndarray) -> np.ndarray:
         ValueError: a size that is no multiple of `PIXELS`.
     """
     chosen = frames[[0, len(frames) // 2, len(frames) - 1]].astype(np.float32)
-    factor, rest = divmod(chosen.shape[1], PIXELS)
-    if rest or not factor:
-        raise ValueError(
-            f"puppets of the world scene are measured at multiples of {PIXELS} pixels, not {chosen.shape[1]}"
-        )
+    require_whole_factor(chosen.shape[1])
+    factor = chosen.shape[1] // PIXELS
     return chosen.reshape(3, PIXELS, factor, PIXELS, factor, 3).mean((2, 4)).reshape(-1, 3)
 
 

@@ -27,7 +27,7 @@ from data.tiny.puppets import (
     wall_shading,
 )
 from eval.image_metrics import laplacian, luma
-from eval.puppet_layout import MOUTH_RADII, close_up, find_layout
+from eval.puppet_layout import MOUTH_RADII, close_up, find_layout, require_whole_factor
 
 STATIC_AMPLITUDE = 0.004  # of the image's area; the smallest vowel (u) opens 0.012
 
@@ -178,16 +178,26 @@ def eye_contrast(frames: np.ndarray) -> float:
     return max(0.0, min(found))
 
 
+def require_measurable(frames: np.ndarray, world: str = "tiny") -> None:
+    """Raises ValueError unless a clip of a world is uint8 [F,H,W,3], square, and of a length and size that is measured."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
+    if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
+        raise ValueError(
+            f"puppets are square, at least 16 pixels and 2 frames; this clip has {frames.shape[2]}x{frames.shape[1]} "
+            f"pixels and {len(frames)} frames"
+        )
+    if world == "scene":
+        require_whole_factor(frames.shape[1])
+
+
 def measure_frames(frames: np.ndarray, world: str = "tiny") -> FrameMeasures:
     """Measure one clip of a world, uint8 [F,H,W,3].
 
     Raises:
-        ValueError: not uint8, not square, or smaller than 16 pixels.
+        ValueError: what `require_measurable` refuses.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(f"frames must be uint8 [F,H,W,3], not {frames.dtype} {list(frames.shape)}")
-    if frames.shape[1] != frames.shape[2] or frames.shape[1] < 16 or len(frames) < 2:
-        raise ValueError(f"the tiny world is square, at least 16 pixels and 2 frames, not {list(frames.shape)}")
+    require_measurable(frames, world)
     edges = laplacian(luma(frames) / 255)
     layout = find_layout(frames) if world == "scene" else None
     if layout is not None:

@@ -23,6 +23,7 @@ from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, h
 from eval.generate import require_tiny, tiny_pipelines
 from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.output import folder_for, publish, require_at_least
+from eval.puppet_vision import require_measurable
 from eval.scores import Scores, clip_values, skills
 from magihuman.errors import UserError
 from magihuman.io.files import write_result
@@ -110,15 +111,15 @@ def read_folder(folder: str | Path, limit: int, progress: bool = True) -> tuple[
             caption = movie.with_suffix(".txt").read_text(encoding="utf-8").strip()
             world, *_ = parse_caption(caption)
             clip = read_clip(movie, fps=FPS, rate=SAMPLE_RATE)
-            if clip.frames.shape[1] != clip.frames.shape[2]:
-                raise ValueError(f"is {clip.frames.shape[2]}x{clip.frames.shape[1]}; the tiny world is square")
+            frames = clip.frames.numpy()
+            require_measurable(frames, world)
         except (OSError, ValueError, MediaError) as error:
             refused[movie.name] = str(error)
             continue
         if len(first := {world: movie.name} | first) > 1:
             named = " and ".join(f"{name} is of {world}" for world, name in sorted(first.items()))
             raise UserError(f"clips={folder} holds clips of several worlds: {named}; give a folder of one world")
-        clips.frames.append(clip.frames.numpy())
+        clips.frames.append(frames)
         clips.waves.append(None if clip.wave is None else clip.wave.numpy().mean(0))
         clips.captions.append(caption)
     if not clips.captions:

@@ -123,6 +123,29 @@ def test_a_folder_with_clips_of_two_worlds_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        (
+            (96, 96),
+            "puppets of the world scene are measured at multiples of 64 pixels, not 96; scale the clip, for example to 64x64",
+        ),
+        ((64, 48), "puppets are square, at least 16 pixels and 2 frames; this clip has 64x48 pixels and 3 frames"),
+    ],
+)
+def test_a_clip_of_a_size_that_is_not_measured_is_named_in_one_line(size, reason, tmp_path, capsys):
+    from magihuman.media.mp4 import write_mp4
+
+    width, height = size
+    write_mp4(tmp_path / "a.mp4", np.full((3, height, width, 3), 128, np.uint8), 25)
+    (tmp_path / "a.txt").write_text(FORMS["scene"].example)
+    with pytest.raises(SystemExit):
+        command(program.run, "python -m eval.puppets", [f"clips={tmp_path}", "progress=false"])
+    error = capsys.readouterr().err
+    assert f"none of 1 files can be used; the first, a.mp4: {reason}" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give either checkpoint=NAME_OR_FOLDER or clips=FOLDER"),
