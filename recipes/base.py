@@ -61,6 +61,7 @@ class Recipe(L.LightningModule):
         fixed_on_resume: names of the recipe's settings that a resumed training must not change (`gan.taps` for a setting
             inside another).
         renamed_values: old -> new names of values of these settings, for runs of earlier versions.
+        needs_clips: whether the recipe trains on clips in any case; then data=prompts, prompts alone, is refused.
         strategies: names of the strategies that the recipe supports.
         watched: names of the losses that end the training when they diverge (`magihuman.training.callbacks.Divergence`).
         shown: names of the metrics in the lines of progress.
@@ -70,6 +71,7 @@ class Recipe(L.LightningModule):
     sigma: SigmaPrior
     sampling: Sampling
     optimizers_needed = 1
+    needs_clips = True
     may_differ_from_init: tuple[str, ...] = ()
     fixed_on_resume: tuple[str, ...] = ()
     renamed_values: ClassVar[Mapping[str, str]] = {}

@@ -148,13 +148,7 @@ class Consistency(Recipe):
         return total
 
     def noised(self, batch: dict[str, Any], rng: BatchRng, conditioned: bool = True) -> tuple[MicroBatch, Pair, Pair]:
-        """A batch with its conditioning, its noisy latents x, and the noise level of every entry, of the shapes of the masks.
-
-        Raises:
-            UserError: data of prompts only.
-        """
-        if not batch.get("real", True):
-            raise UserError("consistency noises the latents of clips, and data=prompts has none; choose data=shards")
+        """A batch with its conditioning, its noisy latents x, and every entry's noise level, of the shapes of the masks."""
         first, audio = (self.first_frame, self.audio_conditioning) if conditioned else (0.0, 0.0)
         (micro,) = micro_batches(batch, rng, first_frame=first, audio_conditioning=audio, gan=False, size=None)
         clean, mask = micro.conditioning.latents, micro.conditioning.mask

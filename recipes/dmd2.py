@@ -109,6 +109,7 @@ class DMD2(Recipe):
     """
 
     optimizers_needed = 2
+    needs_clips = False  # without conditioning and GAN loss
     watched = ("fake_score/video", "fake_score/audio")  # "loss", the size of the gradient, may grow from nothing
     shown = ("fake_score/video", "fake_score/audio", "loss", "monitor/diversity_video")
     learning_rates = "optim.lr and recipe.fake_score.lr"

@@ -32,6 +32,17 @@ def test_every_recipe_composes_with_every_size(recipe) -> None:
     assert settings.trainer.max_steps > 0
 
 
+@pytest.mark.parametrize("recipe", available("recipe"))
+def test_prompts_alone_are_refused_before_their_file_is_asked_for(recipe) -> None:
+    reason = (
+        "data.module.file is not given"
+        if recipe == "dmd2"
+        else "this recipe trains on clips, and data=prompts has none"
+    )
+    with pytest.raises(UserError, match=reason):
+        validate(node(f"+recipe={recipe}", "data=prompts"))
+
+
 @pytest.mark.parametrize(
     ("group", "name"), [(g, n) for g in ("optim", "trainer", "logger", "callbacks", "strategy") for n in available(g)]
 )

@@ -333,13 +333,6 @@ def test_what_it_cannot_train_with_is_one_line(overrides: list[str], message: st
     assert "\n" not in str(error.value)
 
 
-def test_prompts_alone_are_refused(tmp_path: Path) -> None:
-    recipe = made(tmp_path, nn.Identity(), nn.Identity())
-    batch = {**training_stub.batch(range(2)), "real": False}
-    with pytest.raises(UserError, match="data=prompts has none; choose data=shards"):
-        recipe.loss(batch, recipe.begin_batch(batch))
-
-
 def test_shared_tokens_a_negative_prompt_and_another_teacher_are_refused(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     together = replace(context, strategy=StrategySettings("ddp", context_parallel=2))
