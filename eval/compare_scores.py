@@ -46,7 +46,7 @@ def run(
     Raises:
         UserError: a folder without results, an unknown metric, or no clip in common.
     """
-    from eval import tables
+    from eval import clip_tables
     from eval.score import require_share
     from eval.score_report import read_rows_of
     from eval.score_summary import compare
@@ -100,7 +100,7 @@ def run(
         "comparison",
         values,
         {"comparison": draw},
-        tables.clip_comparison_text(values),
+        clip_tables.clip_comparison_text(values),
     )
     lacking = [
         key for key, e in found.items() if e["coverage"] < min_coverage and e["reason"].endswith(f"{min_coverage:.0%}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval import tables
+from eval import puppet_tables
 from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, through_codec
 from eval.diversity import Reference, by_prompt, embed, real_draw
@@ -96,7 +96,7 @@ def run(
     from eval import figures
 
     drawn = {"compare": partial(figures.comparison_points, values), "sheet": partial(figures.contact_sheet, shown)}
-    publish(folder, "compare", values, drawn, tables.comparison_text(values))
+    publish(folder, "compare", values, drawn, puppet_tables.comparison_text(values))
     saved: list[Path] = []
     for one in shown:
         if one.role in ("teacher", "student"):
@@ -337,7 +337,7 @@ def _write_report(
     )
     about = f"Metric by metric: [compare.png]({compare}), all clips: [sheet.png]({sheet}), all values: [compare.json]"
     paragraphs = [
-        tables.comparison(values),
+        puppet_tables.comparison(values),
         "![curves and clips](report.png)",
         f"{about}({numbers}).",
         "Clips: " + ", ".join(f"[{Path(link).stem}]({link})" for link in clips) + ".",

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from eval.formatting import Values
 from eval.metrics.registry import metrics
-from eval.tables import DECODER_KEYS, SR_COLUMNS, Values, ablation_title
+from eval.puppet_tables import DECODER_KEYS, SR_COLUMNS, ablation_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

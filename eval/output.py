@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import tables
+from eval import clip_tables, puppet_tables
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically, write_result
 from magihuman.io.provenance import code_version, portable, processor
@@ -22,6 +22,21 @@ from magihuman.io.text import load_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+BY_FORMAT: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "magihuman-scores/1": puppet_tables.scores,
+    "magihuman-sr/1": puppet_tables.super_resolution,
+    "magihuman-decoders/1": puppet_tables.decoders,
+    "magihuman-ablation/1": puppet_tables.ablation,
+    "magihuman-conditions/1": puppet_tables.conditioning,
+    "magihuman-compare/2": puppet_tables.comparison,
+    "magihuman-verdict-power/1": puppet_tables.verdict_power,
+    "magihuman-sensitivity/1": clip_tables.sensitivity,
+    "magihuman-world-checks/1": puppet_tables.world_checks,
+    "magihuman-clip-scores/1": clip_tables.clip_scores,
+    "magihuman-clip-comparison/1": clip_tables.clip_comparison,
+}
+"""Format of a result file -> its .md."""
 
 
 def require_at_least(**given: tuple[int, int]) -> None:
@@ -59,14 +74,14 @@ def publish(
 
     Args:
         folder: made where it does not exist; None prints only.
-        values: content of the result file, of a format in `eval.tables.BY_FORMAT`; the provenance is added.
+        values: content of the result file, of a format in `BY_FORMAT`; the provenance is added.
         figures: name -> what draws it; written as PNG, when the values are safe.
         text: for the terminal instead of the Markdown table.
 
     Returns:
         The content of NAME.json.
     """
-    table = tables.BY_FORMAT[values["format"]](values)
+    table = BY_FORMAT[values["format"]](values)
     content = {**values, "provenance": provenance()}
     if folder is not None:
         write_result(folder / f"{name}.json", content)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.tiny.puppets import FPS, SAMPLE_RATE, parse_caption
-from eval import tables
+from eval import puppet_tables
 from eval.clip_values import reported, sync_values, write_clip_values
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
 from eval.generate import require_tiny, tiny_pipelines
@@ -207,7 +207,7 @@ def run(
     for file, why in refused.items():
         print(f"not used: {file}: {why}")
     write_result(folder / "clips.json", {of: [clip.to_dict() for clip in c.clips] for of, c in columns.items()})
-    publish(folder, "scores", values, drawn, tables.scores_text(values))
+    publish(folder, "scores", values, drawn, puppet_tables.scores_text(values))
     bound = limits[BOUND].table
     found = {key: {**m.to_dict(), "bound": bound[key].value} for key, m in scores.table.items()}
     write_clip_values(

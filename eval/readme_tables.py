@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval import tables
+from eval import clip_tables, formatting, output, puppet_tables
 from inference.benchmark.result_tables import TABLES as BENCHMARK_TABLES
 from magihuman.errors import UserError
 from magihuman.io import markdown
@@ -33,7 +33,7 @@ def _read(file: str) -> Values:
 
 
 def _with_origin(render_values: Callable[..., str], default: tuple[str, ...] = ()) -> Callable[..., str]:
-    """Function of (file, *metrics): table of a result file by a function of `eval.tables`, with its origin below."""
+    """Function of (file, *metrics): table of a result file with its origin below."""
 
     def table(file: str, *keys: str) -> str:
         values, chosen = _read(file), keys or default
@@ -51,7 +51,7 @@ def sr_table(file: str, name: str = "clip", *keys: str) -> str:
     """
     values = _read(file)
     about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
-    shown = tables.super_resolution_set(values["sets"][name], keys)
+    shown = puppet_tables.super_resolution_set(values["sets"][name], keys)
     return f"{shown}\n\n{about} {markdown.origin(file, values['provenance'])}"
 
 
@@ -113,7 +113,7 @@ def overview_table(_: str = "") -> str:
     }
     found = {name: _read(file) for name, file in files.items()}
 
-    value = tables.format_interval
+    value = formatting.format_interval
     base = found["pretrain"]["columns"]["base"]
     teacher, student = (
         next(c for name, c in found["dmd2"]["columns"].items() if name.startswith(start))
@@ -209,24 +209,24 @@ def coverage_of_intervals(file: str) -> str:
 
 KINDS: markdown.Kinds = {
     **BENCHMARK_TABLES,
-    "scores": _with_origin(tables.scores, tables.SCORES),
+    "scores": _with_origin(puppet_tables.scores, puppet_tables.SCORES),
     "sr": sr_table,
-    "clip_scores": _with_origin(tables.clip_scores),
-    "distill": _with_origin(partial(tables.comparison, brief=True), tables.COMPARISON),
-    "distill_values": _with_origin(partial(tables.comparison_values, brief=True), tables.COMPARISON),
-    "verdict_power": _with_origin(tables.verdict_power),
-    "conditions": _with_origin(tables.conditioning),
-    "decoding": _with_origin(tables.decoders),
-    "ablation": _with_origin(tables.ablation),
+    "clip_scores": _with_origin(clip_tables.clip_scores),
+    "distill": _with_origin(partial(puppet_tables.comparison, brief=True), puppet_tables.COMPARISON),
+    "distill_values": _with_origin(partial(puppet_tables.comparison_values, brief=True), puppet_tables.COMPARISON),
+    "verdict_power": _with_origin(puppet_tables.verdict_power),
+    "conditions": _with_origin(puppet_tables.conditioning),
+    "decoding": _with_origin(puppet_tables.decoders),
+    "ablation": _with_origin(puppet_tables.ablation),
     "cost": cost_table,
     "peaks": peaks_table,
     "overview": overview_table,
     "stream": stream_table,
     "resume": resume_table,
-    "world": _with_origin(tables.world_checks),
-    "sees": _with_origin(tables.sensitivity_claims),
+    "world": _with_origin(puppet_tables.world_checks),
+    "sees": _with_origin(clip_tables.sensitivity_claims),
     "coverage": coverage_of_intervals,
-    "metrics": tables.glossary,
+    "metrics": formatting.glossary,
 }
 
 
@@ -248,7 +248,7 @@ def update(check: bool = False) -> None:
     rendered = {page: render(page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()) for page in pages}
     for page in sorted((REPO / "eval" / "results").rglob("*.md")):
         values = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-        rendered[page] = tables.BY_FORMAT[values["format"]](values) + "\n"
+        rendered[page] = output.BY_FORMAT[values["format"]](values) + "\n"
     for page, new in rendered.items():
         if page.read_text(encoding="utf-8") == new:
             continue

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from eval.clip_tables import CLIP_COLUMNS
 from eval.metrics.registry import metrics
 from eval.score_rows import ClipRow
-from eval.tables import CLIP_COLUMNS
 
 COLOURS = {"clips": "tab:blue", "bound": "tab:orange", "reference": "tab:green"}
 BINS = 24

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval import tables
+from eval import clip_tables
 from eval.metrics.registry import SetMeasurement, measurements, metrics
 from eval.output import publish
 from eval.score_rows import ClipRow
@@ -76,14 +76,14 @@ def write_scores(
         measure["value"] is None for s in summaries.values() for measure in s.values()
     ):
         print(
-            f"{tables.clip_scores_text(values)}\nno metric has a value: the earlier results in {folder} stay",
+            f"{clip_tables.clip_scores_text(values)}\nno metric has a value: the earlier results in {folder} stay",
             flush=True,
         )
         return values
     if lost:
         print(lost, file=sys.stderr)
     if (before := _unchanged(folder, content, values)) is not None:
-        print(f"{tables.clip_scores_text(values)}\n{folder} holds these results already", flush=True)
+        print(f"{clip_tables.clip_scores_text(values)}\n{folder} holds these results already", flush=True)
         return before
     write_atomically(folder / RESULTS, content)
     rows = {name: scored.rows for name, scored in columns.items()}
@@ -93,7 +93,7 @@ def write_scores(
 
         return score_panels(rows, summaries)
 
-    return publish(folder, "summary", values, {"summary": draw}, tables.clip_scores_text(values))
+    return publish(folder, "summary", values, {"summary": draw}, clip_tables.clip_scores_text(values))
 
 
 def _with_earlier(folder: Path, columns: Mapping[str, Scored]) -> tuple[Mapping[str, Scored], list[str], str]:

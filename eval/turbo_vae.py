@@ -19,8 +19,8 @@ import numpy as np
 from eval.clip_values import reported, write_clip_values
 from eval.image_metrics import ClipErrors, clip_errors
 from eval.output import publish, require_at_least
+from eval.puppet_tables import DECODER_KEYS
 from eval.stats import mean, unavailable
-from eval.tables import DECODER_KEYS
 from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import NotApplicable, UserError
 from magihuman.io.files import write_result
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = "magihuman-decoders/1"
 CHUNK = 2  # latents per chunk, for the seams
-ROWS = ("psnr", "ssim", "change", "flicker", "seam", "drift", "sharpness")  # see tables.DECODER_KEYS
+ROWS = ("psnr", "ssim", "change", "flicker", "seam", "drift", "sharpness")  # see puppet_tables.DECODER_KEYS
 
 
 @dataclass

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.tiny.puppets import WORLDS, Puppet, draw_puppet
-from eval import stats, tables, verdicts
+from eval import puppet_tables, stats, verdicts
 from eval.clips import BOUND, HELD_OUT_SEED, Clips, SheetColumn, ground_truth, held_out, noise_seed, through_codec
 from eval.dmd2 import sampler_words
+from eval.formatting import format_interval
 from eval.generate import Sampler, sample_all, tiny_pipelines
 from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.metrics.registry import metrics
 from eval.output import folder_for, publish, require_at_least
 from eval.scores import Scores, clip_values
-from eval.tables import format_interval
 
 if TYPE_CHECKING:
     from inference.pipeline import Pipeline
@@ -129,7 +129,7 @@ def run(
             ],
         ),
     }
-    publish(folder, "world_checks", values, drawn, tables.world_checks(values))
+    publish(folder, "world_checks", values, drawn, puppet_tables.world_checks(values))
     return {"world_checks": str(folder / "world_checks.json"), "checks": values["checks"]}
 
 

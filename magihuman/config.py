@@ -307,7 +307,7 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     settings: TrainSettings = build(TrainSettings, node)
     _check_values(settings)
     check_call(settings.recipe, "recipe", provided=("context",))
-    prompts_only = _setting(settings, "data.module._target_") == "data.module.PromptDataModule"
+    prompts_only = str(_setting(settings, "data.module._target_")).endswith(".PromptDataModule")
     # Said before the data's own settings are checked: their file would be given for nothing.
     if prompts_only and getattr(locate(settings.recipe["_target_"], "recipe"), "needs_clips", False):
         raise UserError("this recipe trains on clips, and data=prompts has none; leave it out, or choose data=shards")

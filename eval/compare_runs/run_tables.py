@@ -10,8 +10,8 @@ import numpy as np
 
 from eval.compare_runs.run_page import SHOWN_CURVES, ComparedRuns, TableColumn, curve_order
 from eval.compare_runs.run_records import RunRecord, Series, thin
+from eval.formatting import format_interval
 from eval.metrics.registry import SIGNS
-from eval.tables import format_interval
 from magihuman.io.files import write_atomically
 from magihuman.io.markdown import table
 

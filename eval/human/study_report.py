@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.formatting import format_interval
 from eval.human.study_plan import StudyPlan, exclusion_rule, read_plan
 from eval.human.study_statistics import OUTCOMES, VoteTable, agreement, independent, shares, side_bias, strengths
 from eval.human.vote_store import Vote
 from eval.stats import proportion
-from eval.tables import format_interval
 from magihuman.io.markdown import table
 from magihuman.io.text import load_json
 

@@ -12,10 +12,11 @@ import torch
 from eval import dmd2, readme_tables
 from eval.clip_values import read_clip_values
 from eval.clips import held_out, noise_seed
+from eval.formatting import format_interval
 from eval.generate import TIMED, Sampler, sample_all, tiny_pipelines
 from eval.output import short_names
+from eval.puppet_tables import verdict_lines, verdict_note
 from eval.puppets import generate
-from eval.tables import format_interval, verdict_lines, verdict_note
 from inference.pipeline import Pipeline
 from magihuman import zoo
 from magihuman.cli import run as command

@@ -12,7 +12,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from data.tiny.puppets import FPS, LIPS, MOUTHS, SAMPLE_RATE, SKINS, draw_puppet, mouth_track, render, synthesise
-from eval import tables
+from eval import clip_tables
 from eval.clips import Clips, ground_truth, held_out, through_codec
 from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.puppet_faults import PUPPET_FAULTS
@@ -199,12 +199,12 @@ def test_the_committed_matrix_confirms_every_claim() -> None:
     assert {row["faults"]["mirror"]["verdict"] for row in values["metrics"].values()} <= {"blind", "no value"}
     assert blind_spots(values) == ["mirror", "volume"]
     assert COMMITTED.with_suffix(".png").stat().st_size > 50_000
-    assert "| consonants right |" in tables.sensitivity(values)
-    claims = tables.sensitivity_claims(values).splitlines()
+    assert "| consonants right |" in clip_tables.sensitivity(values)
+    claims = clip_tables.sensitivity_claims(values).splitlines()
     assert "| 1.000 | 1.000 | 0.667, 0.333, 0.000 |" in next(line for line in claims if "consonants right ↑" in line)
     assert claims[0].count("|") == 6
     plain = {**values, "faults": {name: about for name, about in values["faults"].items() if name != "codec"}}
-    assert tables.sensitivity_claims(plain).splitlines()[0].count("|") == 5
+    assert clip_tables.sensitivity_claims(plain).splitlines()[0].count("|") == 5
 
 
 def test_options_of_the_command_are_checked() -> None:

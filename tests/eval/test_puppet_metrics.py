@@ -35,7 +35,7 @@ MEASUREMENTS = (Measurement("pixel_mean", (METRIC,), lambda clip, _: {"pixel_mea
 '''
 USE = """
 import json
-from eval import clip_values, tables
+from eval import clip_values, formatting, puppet_tables
 from eval.clips import ground_truth, held_out
 from eval.compare_runs.run_differences import paired_differences
 from eval.metrics.registry import measurements, metrics
@@ -50,9 +50,9 @@ values = {
 print(json.dumps({
     "seconds": scores.table["vowel_seconds"].value,
     "spoken": sum(s.vowel_seconds for p in puppets for s in p.syllables) / 2,
-    "terminal": tables.scores_text(found),
-    "markdown": tables.scores(found, ["vowel_seconds"]),
-    "glossary": tables.glossary("puppet_clips", "pixel_mean"),
+    "terminal": puppet_tables.scores_text(found),
+    "markdown": puppet_tables.scores(found, ["vowel_seconds"]),
+    "glossary": formatting.glossary("puppet_clips", "pixel_mean"),
     "dmd2": [row.name for row in ROWS],
     "puppets": [metric.key for metric in measurements()["puppets"].metrics],
     "differences": paired_differences(values["mine"], values["theirs"]),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval import tables
+from eval import output
 from eval.faults import FAULTS, Fault
 from eval.metrics.registry import Metric, measurements, metrics
 from eval.sensitivity import blind_spots, broken_claims, cell, figure, matrix, measure_faults, run
@@ -95,7 +95,7 @@ def test_other_numbers_of_clips_are_refused() -> None:
 
 
 def test_table_and_figure_show_claims_and_effects(values: dict[str, Any]) -> None:
-    assert "| false | (-2.3) ✓ | · |" in tables.BY_FORMAT[values["format"]](values)
+    assert "| false | (-2.3) ✓ | · |" in output.BY_FORMAT[values["format"]](values)
     axes = figure(values).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["dust", "rust"]
     assert sorted(text.get_text() for text in axes.texts) == ["-2.3", "2.3"]

@@ -188,7 +188,7 @@ def test_rates_of_a_small_simulation():
 
 def test_the_table_of_rates_counts_every_study(tmp_path):
     from eval import verdict_power
-    from eval.tables import verdict_power as table
+    from eval.puppet_tables import verdict_power as table
     from magihuman.errors import UserError
 
     values = verdict_power.run("12x2,12x3", studies=2, resamples=100, output=str(tmp_path), progress=False)
