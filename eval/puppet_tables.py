@@ -321,9 +321,10 @@ def verdict_power(values: Values) -> str:
         for case, found in cases.items()
     ]
     head = "% of studies: equal / undecided / a difference, to the right side with a loss, false without"
+    third = " x prompts that leave attributes open" if any(name.count("x") == 2 for name in designs) else ""
     return "\n\n".join(
         [
-            f"{head}; prompts x clips of each:",
+            f"{head}; prompts x clips of each{third}:",
             table(["row", "loss", *designs], rows, "l" + "r" * (1 + len(designs))),
             "Words of claims where nothing is lost, % of studies: equal / undecided / a false difference:",
             table(["", "quality", "match"], claims),

@@ -2,6 +2,7 @@
 
     python -m eval.verdict_power output=eval/results/dmd2
     python -m eval.verdict_power designs=200x5 studies=100
+    python -m eval.verdict_power designs=120x4x30       # 30 of 120 prompts leave an attribute open, as in the world scene
 
 A study is a made-up comparison with all rows of `eval.paired.ROWS`, judged by the same functions as a real one: a bound
 and a baseline drawn from one distribution, and a student from the same one, but for a loss in one row of each kind. The
@@ -103,16 +104,21 @@ def made_column(
     for label, world in WORLD.items():
         first = world[0] * off[label]
         rest = np.array(world[1:]) * (1 - first) / (1 - world[0])
-        numbers = rng.choice(len(world), (prompts, draws), p=[first, *rest])
+        numbers = np.where(hard["open"], rng.choice(len(world), (prompts, draws), p=[first, *rest]), -1)
         attributes[label] = OpenAttribute(numbers, dict(zip("abc", world, strict=True)))
     distribution = _distribution(rng, hard, draws, off["spread_voice"])
     values["nearest"] = distribution.nearest
     return Column(name, role, values, attributes, distribution)
 
 
-def prompt_effects(rng: np.random.Generator, prompts: int) -> dict[str, np.ndarray]:
-    """What clips of a prompt share in all columns [P,1]; "real": embedded true clips [P,3,D], "among": their distances."""
+def prompt_effects(rng: np.random.Generator, prompts: int, leave_open: int) -> dict[str, np.ndarray]:
+    """What clips of a prompt share in all columns [P,1]; "real": embedded true clips [P,3,D], "among": their distances.
+
+    Args:
+        leave_open: prompts whose caption leaves the attributes of `WORLD` open ("open"); the others state them.
+    """
     return {
+        "open": np.arange(prompts)[:, None] < leave_open,
         "all": np.exp(BETWEEN * rng.normal(size=(prompts, 1))),
         "right": rng.beta(45, 2, (prompts, 1)),
         "mouth": rng.normal(size=(prompts, 1)),
@@ -137,15 +143,23 @@ def _distribution(
 
 
 def study(
-    seed: Sequence[int], prompts: int, draws: int, loss: float, checkpoints: int, deviation: float, resamples: int
+    seed: Sequence[int],
+    prompts: int,
+    draws: int,
+    loss: float,
+    checkpoints: int,
+    deviation: float,
+    resamples: int,
+    leave_open: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Claims on quality and match of one made-up comparison.
 
     Args:
+        leave_open: prompts that leave the attributes of `WORLD` open; None: all.
         checkpoints: training seeds that are judged as one recipe; deviation: between them.
     """
     rng = np.random.default_rng(list(seed))
-    hard = prompt_effects(rng, prompts)
+    hard = prompt_effects(rng, prompts, prompts if leave_open is None else leave_open)
     columns = [made_column("bound", "bound", rng, hard, draws), made_column("baseline", "baseline", rng, hard, draws)]
     own = [
         made_column(
@@ -172,7 +186,7 @@ def run(
     Prints a table; with output= writes verdict_power.json and verdict_power.md.
 
     Args:
-        designs: prompts x clips of each, with commas
+        designs: prompts x clips of each, with commas; a third number: prompts that leave attributes open, else all
         studies: simulated comparisons of each cell
         resamples: of the prompts in each; eval.dmd2 takes 2000
         output: folder; none prints only
@@ -190,16 +204,17 @@ def run(
     require_at_least(studies=(studies, 1), resamples=(resamples, 100))
     start = time.perf_counter()
     found: dict[str, Any] = {}
-    middle = sizes[len(sizes) // 2]
-    cells = [(f"{p}x{s}", p, s, loss, 1, 0.0) for p, s in sizes for loss in LOSSES]
-    cells += [(f"{middle[0]}x{middle[1]}, {text}", *middle, 0.0, k, SEED_DEVIATION) for k, text in JUDGED.items()]
+    names = ["x".join(map(str, size)) for size in sizes]
+    middle = len(sizes) // 2
+    cells = [(name, size, loss, 1, 0.0) for name, size in zip(names, sizes, strict=True) for loss in LOSSES]
+    cells += [(f"{names[middle]}, {text}", sizes[middle], 0.0, k, SEED_DEVIATION) for k, text in JUDGED.items()]
     with tqdm(total=len(cells) * studies, desc="studies", disable=not progress) as bar:
-        for number, (name, prompts, draws, loss, checkpoints, deviation) in enumerate(cells):
+        for number, (name, (prompts, draws, *leave_open), loss, checkpoints, deviation) in enumerate(cells):
             rows: dict[str, Counter[str]] = {kind.row: Counter() for kind in KINDS}
             claims: dict[str, Counter[str]] = {"quality": Counter(), "match": Counter()}
             wrong = Counter[str]()
             for index in range(studies):
-                result = study((number, index), prompts, draws, loss, checkpoints, deviation, resamples)
+                result = study((number, index), prompts, draws, loss, checkpoints, deviation, resamples, *leave_open)
                 for claim, judged in result.items():
                     claims[claim][judged["verdict"]] += 1
                     wrong[claim] += any(row["verdict"] not in ("equal", "undecided") for row in judged["rows"].values())
@@ -221,11 +236,16 @@ def run(
     return publish(None if output is None else Path(output), "verdict_power", values)
 
 
-def _design(text: str) -> tuple[int, int]:
-    prompts, _, draws = text.strip().partition("x")
-    if not (prompts.isdecimal() and draws.isdecimal() and int(prompts) >= 5 and int(draws) >= 2):
-        raise UserError(f"designs={text} should be PROMPTSxCLIPS, such as 120x4, with 5 prompts and 2 clips at least")
-    return int(prompts), int(draws)
+def _design(text: str) -> tuple[int, ...]:
+    """Prompts, clips of each and, where given, prompts that leave attributes open."""
+    numbers = text.strip().split("x")
+    size = tuple(int(number) for number in numbers if number.isdecimal())
+    if len(size) != len(numbers) or len(size) not in (2, 3) or size[0] < 5 or size[1] < 2 or size[2:] > size[:1]:
+        raise UserError(
+            f"designs={text} should be PROMPTSxCLIPS or PROMPTSxCLIPSxOPEN, such as 120x4 or 120x4x30, with 5 prompts and 2 "
+            "clips at least, and no more open prompts than prompts"
+        )
+    return size
 
 
 if __name__ == "__main__":

@@ -186,17 +186,34 @@ def test_rates_of_a_small_simulation():
     assert words[1].count("better") + words[1].count("worse") <= 1
 
 
+def test_shares_are_of_the_prompts_that_leave_an_attribute_open():
+    """With 60 of 120 prompts shares have the words and intervals of 60 prompts; with 4 no word. Other rows are unchanged."""
+    from eval.verdict_power import study
+
+    def rows(leave_open: int | None) -> dict[str, dict]:
+        return study((4, 0), 120, 4, 0.0, 1, 0.0, 100, leave_open)["match"]["rows"]
+
+    every, half, few = rows(None), rows(60), rows(4)
+    widths = [row["unequal shares"]["high"] - row["unequal shares"]["value"] for row in (every, half)]
+    assert widths[1] / widths[0] == pytest.approx(2**0.5, rel=0.2)
+    assert [row["equal shares"]["n"] for row in (every, half, few)] == [480, 240, 16]
+    assert (few["equal shares"]["verdict"], few["unequal shares"]["verdict"]) == ("n/a", "n/a")
+    assert half["amplitude"]["value"] == every["amplitude"]["value"]
+
+
 def test_the_table_of_rates_counts_every_study(tmp_path):
     from eval import verdict_power
     from eval.puppet_tables import verdict_power as table
     from magihuman.errors import UserError
 
-    values = verdict_power.run("12x2,12x3", studies=2, resamples=100, output=str(tmp_path), progress=False)
+    values = verdict_power.run("12x2,12x3x6", studies=2, resamples=100, output=str(tmp_path), progress=False)
     cells = [cell for line in table(values).splitlines() for cell in line.split("|") if cell.count(" / ") == 2]
     rates = [[int(number) for number in cell.split("/")] for cell in cells if cell.split("/")[0].strip().isdigit()]
     assert len(rates) == 8 * 4 * 2 + 2 * 4
     assert all(sum(rate[:2]) <= 100 for rate in rates)
-    assert values["designs"]["12x3, three training seeds"].keys() == {"0"}
+    assert values["designs"]["12x3x6, three training seeds"].keys() == {"0"}
     assert (tmp_path / "verdict_power.md").read_text().startswith("% of studies")
-    with pytest.raises(UserError, match="designs=40 should be PROMPTSxCLIPS"):
-        verdict_power.run("40")
+    assert "prompts x clips of each x prompts that leave attributes open:" in table(values)
+    for wrong in ("40", "40x3x", "40x3x41", "4x3", "40x1"):
+        with pytest.raises(UserError, match=f"designs={wrong} should be PROMPTSxCLIPS"):
+            verdict_power.run(wrong)
