@@ -68,7 +68,7 @@ _LOOKS = (
     f"{_one_of('wall', WALLS)} wall"
 )
 _PLACE = (
-    f"(, {_one_of('side', SIDES)})?(, {_one_of('size', SIZES)})?, {_one_of('camera', CAMERAS)} camera"
+    f"(, {_one_of('side', SIDES)})?(, {_one_of('size', SIZES)})?(, {_one_of('camera', CAMERAS)} camera)?"
     f"(, {_one_of('voice', TONES)} voice)?(, {_one_of('sound', SOUNDS)})?"
 )
 
@@ -80,8 +80,8 @@ FORMS = {
         0.2,
     ),
     "scene": CaptionForm(
-        "round face, ginger hair, blue shirt, green wall, left, near, pan camera, low voice, rain, says ma bi do ne",
-        f"{_LOOKS}{_PLACE}, says(?P<words>( [{''.join(SCENE_ONSETS)}][{''.join(VOWELS)}])+)",
+        "round face, ginger hair, blue shirt, green wall, says ma bi do ne, left, near, pan camera, low voice, rain",
+        f"{_LOOKS}, says(?P<words>( [{''.join(SCENE_ONSETS)}][{''.join(VOWELS)}])+){_PLACE}",
         37,
         0.1,
     ),
