@@ -127,6 +127,7 @@ OPEN_TITLES = {
     "skin": "skin tones",
     "side": "sides",
     "size": "sizes",
+    "camera": "cameras",
     "voice": "voices",
     "sound": "background sounds",
     "object": "objects",
