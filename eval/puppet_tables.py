@@ -77,13 +77,17 @@ def super_resolution(values: Values) -> str:
     parts = []
     for name, content in values["sets"].items():
         title = titles.get(name, f"first stage: the clip itself, details {name} times coarser")
-        parts.append(f"### {title} ({values['clips']} clips, 95 % intervals)\n\n{super_resolution_set(content)}")
+        steps = "".join(f"; {column}: {count} steps" for column, count in values.get("steps_of", {}).items())
+        parts.append(f"### {title} ({values['clips']} clips, 95 % intervals{steps})\n\n{super_resolution_set(content)}")
     return "\n\n".join(parts)
 
 
 def super_resolution_set(content: Values, keys: Sequence[str] = ()) -> str:
     """Markdown of one set of clips: every column, then the paired differences of the second stage and each of them."""
-    names = {name: SR_COLUMNS.get(name, name) for name in content["columns"]}
+    # "sr, 2 steps" is the second stage, too.
+    names = {
+        name: SR_COLUMNS.get(name, name.replace("sr, ", f"{SR_COLUMNS['sr']}, ", 1)) for name in content["columns"]
+    }
     own, known = content["against"], content["columns"]
     shown = chosen(known, keys)
     rows = metric_rows(known, shown)

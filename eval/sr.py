@@ -9,7 +9,8 @@ base    samples of the first stage for the puppet's caption, with its own audio.
         sync can be measured.
 
 Columns: bicubic (decoded, then enlarged), latents (enlarged trilinearly, then decoded: the second stage's input
-without noise), sr, and as the codec bound the puppet drawn at 128 pixels, through the codec.
+without noise), sr, with `steps=5,2,1` sr in other numbers of steps, and as the codec bound the puppet drawn at 128 pixels,
+through the codec.
 """
 
 import time
@@ -186,7 +187,7 @@ def run(
     clips: int = 200,
     parts: str = "table,audio,steps",
     others: str | None = None,
-    steps: int | None = None,
+    steps: int | str | None = None,
     seed: int = 0,
     batch: int = 10,
     output: str | None = None,
@@ -204,7 +205,7 @@ def run(
             without the audio on coarser and coarser first stages; over the number of solver steps; against other
             checkpoints
         others: run folders or names of the other checkpoints, with commas, for parts=others
-        steps: solver steps; none takes the checkpoint's
+        steps: solver steps, none takes each checkpoint's own; several with commas (5,2,1): the first compared with the others
         seed: of all noise
         batch: clips computed at once; changes memory and speed only
         output: folder; none is eval/ in a run folder, else runs/eval/NAME
@@ -222,6 +223,7 @@ def run(
         if part not in PARTS:
             raise UserError(f"parts={parts}: {part!r} is unknown; choose from {', '.join(PARTS)}")
     require_at_least(clips=(clips, 2), batch=(batch, 1))
+    counts = _step_counts(steps)
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
     compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
@@ -235,7 +237,8 @@ def run(
     second = zoo.load(checkpoint)
     codecs, size = load_bundle(second.config.codecs), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)
-    count = second.config.sampling.steps if steps is None else steps
+    counts = counts or [second.config.sampling.steps]
+    count = counts[0]
     drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
     evaluation = Evaluation(second, codecs, drawn, size, count, seed, batch)
     results: dict[str, Any] = {"scores": str(folder / f"{chosen[0]}.json")}
@@ -245,16 +248,17 @@ def run(
         start, drawings = time.perf_counter(), {}
         if part == "table":
             sampled = sampled_clips(clips, base, seed, batch, progress)
-            values, frames = _table(evaluation, sampled)
+            values, frames = _table(evaluation, sampled, counts[1:])
             drawings["clips"] = partial(figures.sr_frames, frames)
             results |= reported(_keep_values(folder, evaluation, values["sets"]["clip"]["columns"]))
         elif part == "audio":
             values = _audio(evaluation)
             drawings["audio"] = partial(figures.sr_audio, values)
         elif part == "others":
-            values = _others(evaluation, {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]})
+            loaded = {checkpoint: second} | {name: zoo.load(name) for name in compared[1:]}
+            values = _others(evaluation, loaded, counts if steps is not None else [])
         else:
-            values = _steps(evaluation)
+            values = _steps(evaluation, counts if counts[1:] else [*STEPS, count])
             drawings["steps"] = partial(figures.sr_steps, values)
         facts = {
             "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
@@ -264,6 +268,22 @@ def run(
         publish(folder, part, facts, drawings)
         results[part] = values["sets"]
     return results
+
+
+def _step_counts(steps: int | str | None) -> list[int]:
+    """Numbers of the option steps=, each once, in its order; none for None.
+
+    Raises:
+        UserError: something else than whole numbers from 1 on.
+    """
+    words = [] if steps is None else str(steps).split(",")
+    if wrong := [word for word in words if not word.strip().isdecimal() or int(word) < 1]:
+        raise UserError(f"steps={steps}: {wrong[0]!r} is no number of steps; give for example steps=5 or steps=5,2,1")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _column(name: str, steps: int) -> str:
+    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
 
 
 @dataclass
@@ -335,11 +355,12 @@ class Evaluation:
 
         return upsample_latents(inputs.video[part], self.edge, self.edge)
 
-    def enlarged(self, inputs: StageInputs) -> dict[str, Measured]:
-        """Clips enlarged by three methods."""
+    def enlarged(self, inputs: StageInputs, steps: Sequence[int] = ()) -> dict[str, Measured]:
+        """Clips enlarged by three methods, and by the second stage in other numbers of steps."""
         methods: dict[str, Method] = {"bicubic": self.bicubic, "latents": self.upsampled}
         measured = {name: self.measure(method, inputs) for name, method in methods.items()}
-        return {**measured, "sr": self.refined if inputs is self.drawn else self.measure(self.refine, inputs)}
+        measured["sr"] = self.refined if inputs is self.drawn else self.measure(self.refine, inputs)
+        return measured | {_column("sr", n): self.measure(partial(self.refine, steps=n), inputs) for n in steps}
 
     @cached_property
     def refined(self) -> Measured:
@@ -357,12 +378,14 @@ class Evaluation:
         return paired_columns({**{name: m.values for name, m in measured.items()}, "bound": self.bound}, against)
 
 
-def _table(evaluation: Evaluation, sampled: StageInputs) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Both sets of clips enlarged by three methods, and the codec bound."""
+def _table(
+    evaluation: Evaluation, sampled: StageInputs, steps: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+    """Both sets of clips enlarged by three methods, by the second stage in other numbers of steps, too, and the codec bound."""
     sets: dict[str, Any] = {}
     measured: dict[str, Measured] = {}
     for name, inputs in (("clip", evaluation.drawn), ("base", sampled)):
-        columns = evaluation.enlarged(inputs)
+        columns = evaluation.enlarged(inputs, steps)
         measured |= {f"{name}: {column}": found for column, found in columns.items()}
         sets[name] = evaluation.set_of(columns)
     frames = {name: found.frames for name, found in measured.items()}
@@ -398,23 +421,30 @@ def _audio(evaluation: Evaluation) -> dict[str, Any]:
     return {"sets": sets}
 
 
-def _steps(evaluation: Evaluation) -> dict[str, Any]:
+def _steps(evaluation: Evaluation, counts: Sequence[int]) -> dict[str, Any]:
     """The second stage with different numbers of solver steps."""
     measured = {
         str(count): evaluation.refined
         if count == evaluation.steps
         else evaluation.measure(partial(evaluation.refine, steps=count), evaluation.drawn)
-        for count in STEPS
+        for count in sorted(set(counts))
     }
     sets = {"clip": evaluation.set_of(measured, against=str(evaluation.steps))}
     return {"sets": sets, "seconds_per_clip": {count: found.seconds for count, found in measured.items()}}
 
 
-def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"]) -> dict[str, Any]:
-    """Several second stages on the same clips with the same noise."""
+def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"], counts: Sequence[int]) -> dict[str, Any]:
+    """Several second stages on the same clips with the same noise, in the steps of their exports or in all of `counts`."""
     short = dict(zip(checkpoints, short_names(list(checkpoints)), strict=True))
-    measured = {short[name]: replace(evaluation, second=loaded).refined for name, loaded in checkpoints.items()}
+    measured: dict[str, Measured] = {}
+    steps_of: dict[str, int] = {}
+    for name, loaded in checkpoints.items():
+        for steps in counts or [loaded.config.sampling.steps]:
+            column = _column(short[name], steps) if counts[1:] else short[name]
+            measured[column] = replace(evaluation, second=loaded, steps=steps).refined
+            steps_of[column] = steps
     return {
+        **({} if counts[1:] else {"steps_of": steps_of}),
         "sets": {"clip": evaluation.set_of(measured, against=next(iter(measured)))},
         "trained": {short[name]: training_record(name) for name in checkpoints},
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference.sampling import Scales, sample
 from magihuman.flow.sampling import Noise, Pair, Shapes, draw_noise
-from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, signal_amplitude, start
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, SOLVER, signal_amplitude, start
 from magihuman.models.denoiser import Denoiser
 
 
@@ -70,7 +70,7 @@ def refine(
         negative_text,
         shape,
         steps,
-        "unipc",
+        SOLVER,
         guidance,
         shift,
         audio_latent=noised_audio,

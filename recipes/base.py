@@ -222,6 +222,23 @@ class Recipe(L.LightningModule):
         device = torch.device("cpu") if strategy.offload else self.trainer.strategy.root_device
         parallel.fill(network, weights, device)
 
+    def frozen_checkpoint(self, name: str) -> Denoiser:
+        """A checkpoint next to the trained network, without gradients of its weights; sharded and split like that one.
+
+        Every process calls it at the same place. The matrices are stored in the dtype of the products.
+        """
+        dtype = torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
+        if self.context.strategy.name != "fsdp2":
+            network = zoo.load(name, compute_dtype=dtype).denoiser.requires_grad_(False)
+        else:
+            config = zoo.config_of(name)
+            network = zoo.build(config.model, config.pack, compute_dtype=dtype, linear_dtype=dtype, device="meta")
+            network.requires_grad_(False)
+            whole = zoo.load(name, compute_dtype=dtype).denoiser.state_dict() if self.global_rank == 0 else None
+            self.shard(network, whole)
+        self.split_tokens(network)
+        return network
+
     @property
     def trained(self) -> nn.Module:
         """The network that is optimised and averaged; a recipe may override it."""

@@ -206,21 +206,8 @@ class Consistency(Recipe):
         if self.denoiser is not None:
             return
         super().configure_model()
-        self.teacher = [self.make_teacher()]
-
-    def make_teacher(self) -> Denoiser:
-        """The frozen checkpoint, sharded like the student; its matrices are stored in the compute dtype."""
         assert self.context.init is not None
-        dtype = torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
-        if self.context.strategy.name != "fsdp2":
-            return zoo.load(self.context.init, compute_dtype=dtype).denoiser.requires_grad_(False)
-        shape, pack = self.context.transformer
-        network = zoo.build(shape, pack, compute_dtype=dtype, linear_dtype=dtype, device="meta").requires_grad_(False)
-        whole = None
-        if self.global_rank == 0:
-            whole = zoo.load(self.context.init, compute_dtype=dtype).denoiser.state_dict()
-        self.shard(network, whole)
-        return network
+        self.teacher = [self.frozen_checkpoint(self.context.init)]
 
     def on_fit_start(self) -> None:
         for network in self.teacher:

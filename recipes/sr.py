@@ -19,7 +19,9 @@ the target is X - z. With the usual target eps - z the first estimate would be z
 cannot work with this solver. The network has no noise level as input and needs none: x_s contains noise of size s b.
 
 Which noise levels. The grid of K steps is sigma(u) = 5u / (1 + 4u) at u = 1, 1 - 1/K, ..., 1/K. Over all K its points
-have the distribution of the prior `shifted` with shift 5, which is therefore the prior of training.
+have the distribution of the prior `shifted` with shift 5, which is therefore the prior of training. K steps or fewer ask for
+no velocity below sigma(1/K), which is .556 for 5 steps, .833 for 2 and 1 for 1: with `sigma: null` u is uniform in [1/K, 1]
+(the positions of inference are up to 2e-4 lower, since the solver's u begins at .999).
 
 Which weights. Euler's result is X - sum_i d_i v_i with d_i = sigma_i - sigma_{i+1}, so velocity errors e_i cause
 the error sum_i d_i e_i, and since the d_i sum to one, Jensen's inequality bounds its square by sum_i d_i |e_i|^2:
@@ -34,12 +36,20 @@ Measured after 150 steps from tiny/base, 3 seeds, 40 clips (eval/results/tiny_sr
 `step` and better in lip sync, hence the default; the plain path is 8.2 dB below it, a uniform prior .53 dB, the start
 of the path alone .19 dB.
 
+Fewer steps: distillation. v(x, s) is a mean over all clips z that fit x. One step from the start X leads to X - v(X, 1) =
+E[z | X], the mean of the clips, which is blurred where many fit; further steps choose among them. With a `teacher`, a second
+stage of more steps, the end of the path is not the clip but z = R(X), the teacher's own result from the same start X with the
+same audio, text and first frame. R is a function, so X determines X - z: v(X, 1) = X - R(X), and one step leads to R(X). Below
+the start v(x, s) is a mean only over those X whose lines meet in x. This is reflow, and with s = 1 alone its distillation to
+one step (Liu et al. 2022, arXiv 2209.03003). The errors of the teacher's results are learned, too.
+
 One batch: first-stage latents of each clip (`magihuman.training.first_stage`); index k and audio noise level from
 ranges around the released values; X by the function of inference (`magihuman.flow.super_resolution.start`);
 audio s eps + (1 - s) a, a point of the audio's own flow path, whose velocity is a small auxiliary task; for some clips
 the first latent frame is clean, at the size of this stage. Texts are not dropped: the second stage uses no guidance.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,10 +59,15 @@ from torch import Tensor
 from magihuman import zoo
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
+from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import masked_mean_per_sample
+from magihuman.flow.sampling import Conditioning, Noise, Pair, denoise
 from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
-from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, start
+from magihuman.flow.solvers import make_solver
+from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, SOLVER, start
 from magihuman.io.export import ExportConfig, Sampling
+from magihuman.models.config import DiTConfig, PackConfig
+from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import passes, samples
 from magihuman.training.context import TrainingContext
 from magihuman.training.first_stage import FirstStage, FirstStageSettings
@@ -86,28 +101,33 @@ class SuperResolution(Recipe):
 
     Args:
         first_stage: the latents to refine.
-        sigma: prior of the position on the path (its audio part is not used).
+        steps: K of the exported sampling settings, which have no guidance; shift: of the solver's grid.
+        sigma: prior of the position on the path (its audio part is not used); None: positions that K steps ask for, see above.
+        teacher: checkpoint of a second stage whose results, in the steps of its export and without guidance, are the ends of
+            the paths; None: the clips are. It computes in the precision of the training.
         weight: of a velocity error by its position on the path: "one" or "step", see above.
         path: "bridge" from the solver's true start; "flow" from plain noise, for comparison only.
         noise_index: range of the index into the noise table; audio_noise: range of the audio's noise level.
         audio_weight: of the audio's loss.
         motion_floor: loss weight of positions without motion (`motion_weight`); 1 gives all the same weight. May be a ramp.
         first_frame: probability that the first frame is clean.
-        sampling: settings stored in the export for inference.
 
     Raises:
-        UserError: shards without a second size, or an invalid range.
+        UserError: shards without a second size, an invalid range, or a teacher that does not fit.
     """
 
+    fixed_on_resume = ("teacher",)
     may_differ_from_init = ("coords_style", "frame_receptive_field", "local_attn_layers")
 
     def __init__(
         self,
         context: TrainingContext,
         *,
-        sigma: SigmaPrior,
-        sampling: Sampling,
         first_stage: FirstStageSettings,
+        steps: int = 5,
+        shift: float = 5.0,
+        sigma: SigmaPrior | None = None,
+        teacher: str | None = None,
         weight: Literal["step", "one"] = "one",
         path: Literal["bridge", "flow"] = "bridge",
         noise_index: tuple[int, int] = (180, 260),
@@ -121,8 +141,11 @@ class SuperResolution(Recipe):
                 "these shards hold clips at one size; prepare them with sr_sizes=, or set "
                 "recipe.first_stage.size=[HEIGHT,WIDTH] to make the first stage's latents from them"
             )
+        if steps < 1:
+            raise UserError(f"recipe.steps={steps} must be at least 1")
         super().__init__(context)
-        self.settings, self.sigma, self.sampling = first_stage, sigma, sampling
+        self.settings, self.sampling = first_stage, Sampling(SOLVER, steps, shift, Guidance(1, 1, 0, 1))
+        self.sigma = sigma or SigmaPrior("shifted", shift=shift, low=1 / steps)
         self.weight, self.path = weight, path
         self.noise_index, self.audio_noise = noise_index, audio_noise
         self.audio_weight, self.motion_floor, self.first_frame = audio_weight, motion_floor, first_frame
@@ -138,6 +161,51 @@ class SuperResolution(Recipe):
                 f"recipe.noise_index={list(noise_index)} should be a range within 0 to 999 and "
                 f"recipe.audio_noise={list(audio_noise)} one within 0 to 1"
             )
+        self.teacher_config = None if teacher is None else self.require_teacher(teacher)
+        # In a list, so that Lightning does not save it as a submodule; `recipe.teacher` names it.
+        self.teacher: list[Denoiser] = []
+        self.teacher_name = teacher
+
+    def require_teacher(self, name: str) -> ExportConfig:
+        """Config of the checkpoint `name`.
+
+        Raises:
+            UserError: it is no second stage for these clips, or the path has another start than its results.
+        """
+        config, (_, pack) = zoo.config_of(name), self.context.transformer
+        if self.path != "bridge":
+            raise UserError(f"recipe.teacher={name} refines from the start of recipe.path=bridge, not of {self.path}")
+        config.contract.require(self.context.contract, f"recipe.teacher={name}", "the shards")
+        if config.codecs != self.context.codecs:
+            raise UserError(
+                f"recipe.teacher={name} is for the codecs {config.codecs}, and the shards have {self.context.codecs}; give a "
+                "teacher of theirs"
+            )
+        if config.pack.coords_style != pack.coords_style:
+            raise UserError(
+                f"recipe.teacher={name} has coordinates {config.pack.coords_style}, and this training {pack.coords_style}; "
+                "give a second stage, such as tiny/sr"
+            )
+        return config
+
+    def notes(self) -> list[str]:
+        found = super().notes()
+        if self.teacher_config is not None and self.teacher_config.sampling.guidance.needed:
+            found.append(
+                f"recipe.teacher={self.teacher_name} is sampled with guidance by default; here its results are without"
+            )
+        return found
+
+    def configure_model(self) -> None:
+        if self.denoiser is not None:
+            return
+        super().configure_model()
+        if self.teacher_name is not None:
+            self.teacher = [self.frozen_checkpoint(self.teacher_name)]
+
+    def on_fit_start(self) -> None:
+        for network in self.teacher:
+            network.to(self.device)
 
     @property
     def first_stage(self) -> FirstStage:
@@ -214,11 +282,12 @@ class SuperResolution(Recipe):
         mask = torch.ones(samples, 1, frames, 1, 1, device=device)
         if conditioned and frames > 1:
             mask[:, :, 0] = (first >= self.first_frame).float().view(-1, 1, 1, 1).to(device)
+        end = self.refined(source, noisy_audio, batch["text"], clean, mask) if self.teacher else clean
         level = sigma.view(-1, 1, 1, 1, 1) * mask
         return SRBatch(
-            video=(1 - level) * clean + level * source,
+            video=(1 - level) * end + level * source,
             audio=noisy_audio,
-            video_target=source - clean,
+            video_target=source - end,
             audio_target=noise[1] - audio,
             mask=mask,
             sigma=sigma,
@@ -240,6 +309,23 @@ class SuperResolution(Recipe):
         self.meter.add("noise_index", index)
         self.meter.add("audio_noise", scale)
         return start(video, audio, noise, zero_snr_table()[index], scale)
+
+    def refined(self, source: Tensor, audio: Tensor, text: list[Tensor], clean: Tensor, mask: Tensor) -> Tensor:
+        """Results of the teacher [B,C,T,H,W], fp32, by the loop of inference, without gradients.
+
+        Args:
+            source, audio: the start X [B,C,T,H,W] and the noisy audio [B,A,Ca], as `SRBatch` has it.
+            clean: the clips; frames where the mask [B,1,T,1,1] is 0 are theirs, in every step and in the result.
+        """
+        assert self.teacher_config is not None
+        (network,), sampling = self.teacher, self.teacher_config.sampling
+        solver = make_solver(SOLVER, sampling.steps, sampling.shift)
+        given = Conditioning(Pair(clean, audio), Pair(mask, torch.ones_like(audio[:, :1, :1])))
+
+        def velocity(x: Pair, _: int) -> Pair:
+            return Pair(*network(x.video, x.audio, text))
+
+        return denoise(velocity, (solver, None), Noise(Pair(source, audio)), given).video
 
     @torch.no_grad()
     def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
@@ -263,10 +349,12 @@ class SuperResolution(Recipe):
         return metrics | {"val/start": errors[0], "val/audio_gap": (errors[1] - errors[0]) / max(errors[1], 1e-12)}
 
     def batch_flops(self, batch: dict[str, Any]) -> float:
-        """See `Recipe.batch_flops`: the second stage's tokens, plus the expected first-stage passes, which run on a
-        random share of the clips. The codec does not count."""
-        total = super().batch_flops({**batch, "video": batch.get("video_sr", batch["video"])})
-        settings = self.settings
+        """See `Recipe.batch_flops`: the second stage's tokens, the teacher's steps, and the expected first-stage passes,
+        which run on a random share of the clips. The codec does not count."""
+        large = batch.get("video_sr", batch["video"])
+        total, settings, teacher = super().batch_flops({**batch, "video": large}), self.settings, self.teacher_config
+        if teacher is not None:
+            total += teacher.sampling.steps * self.forward_flops(teacher.model, teacher.pack, large.shape, batch)
         if settings.base_share == 0:
             return total
         base = self.first_stage.base
@@ -275,12 +363,14 @@ class SuperResolution(Recipe):
         if settings.size is not None:
             strides = self.context.contract.video_stride[1:]
             shape = (*shape[:-2], *(side // by for side, by in zip(settings.size, strides, strict=True)))
-        lengths = [len(text) for text in batch["text"]]
-        once = sum(
-            passes(base.model.config, sample).forward
-            for sample in samples(base.pack, shape, batch["audio"].shape[1], lengths)
-        )
+        once = self.forward_flops(base.model.config, base.pack, shape, batch)
         return total + settings.base_share * settings.base_steps * once
+
+    @staticmethod
+    def forward_flops(model: DiTConfig, pack: PackConfig, shape: Sequence[int], batch: dict[str, Any]) -> int:
+        """Of one forward pass of the batch through another network, with video latents of `shape` [...,T,h,w]."""
+        lengths = [len(text) for text in batch["text"]]
+        return sum(passes(model, sample).forward for sample in samples(pack, shape, batch["audio"].shape[1], lengths))
 
     def export_config(self) -> ExportConfig:
         """As in every recipe, with the size of the second stage as the clip's, and marked as a second stage."""

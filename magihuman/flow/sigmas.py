@@ -60,6 +60,7 @@ class SigmaPrior(PlainConfig):
         kind: "uniform"; "shifted", uniform with timestep shift; "logit_normal", logistic of a normal variable, then
             shifted.
         shift: see `shift_sigma`; 1 is none.
+        low: u is uniform in [low, 1] before the shift, not in [0, 1]; not for logit_normal.
         mean, std: of the normal variable, logit_normal only.
         coupling: "shared", video and audio of a sample have one level; "independent", the audio of some samples has a
             level of its own.
@@ -75,6 +76,7 @@ class SigmaPrior(PlainConfig):
     std: float = 1.0
     coupling: str = "shared"
     independent_fraction: float = 1.0
+    low: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -87,6 +89,10 @@ class SigmaPrior(PlainConfig):
             raise UserError("a uniform sigma prior has no shift; set kind to shifted, or shift to 1")
         if not 0 <= self.independent_fraction <= 1:
             raise UserError(f"independent_fraction must be within 0 and 1, not {self.independent_fraction}")
+        if not 0 <= self.low <= 1 or (self.low and self.kind == "logit_normal"):
+            raise UserError(
+                f"low={self.low} of a {self.kind} sigma prior must be within 0 and 1, and 0 for logit_normal"
+            )
 
     def sample(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Noise levels of video and of audio, fp32 [batch] each.
@@ -103,7 +109,8 @@ class SigmaPrior(PlainConfig):
         if self.kind == "logit_normal":
             draw = torch.randn(batch, generator=generator)
             return shift_sigma(torch.sigmoid(self.mean + self.std * draw), self.shift)
-        return shift_sigma(torch.rand(batch, generator=generator), self.shift)
+        u = torch.rand(batch, generator=generator)
+        return shift_sigma(self.low + (1 - self.low) * u, self.shift)
 
 
 @dataclass(frozen=True)

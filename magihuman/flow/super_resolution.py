@@ -14,6 +14,7 @@ from magihuman.flow.sigmas import zero_snr_table
 
 NOISE_INDEX = 220  # of the discretised table, `magihuman.flow.sigmas`
 AUDIO_NOISE = 0.7
+SOLVER = "unipc"  # of the released second stage, and of ours
 
 
 def signal_amplitude(index: int) -> float:

@@ -131,6 +131,42 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     assert "| lip-sync skill (other clips' audio 0, codec bound 1) ↑ |" in text
 
 
+def test_several_numbers_of_steps_are_columns(world: CodecBundle, tmp_path: Path, monkeypatch: Any) -> None:
+    without_truth = replace(sr.drawn_clips(2, world, 64, 128), truth=None)
+    monkeypatch.setattr(sr, "sampled_clips", lambda *_: without_truth)
+    made = sr.run("tiny/sr", clips=2, parts="table,steps", steps="2,1", output=str(tmp_path), progress=False)
+    columns, differences = (made["table"]["clip"][key] for key in ("columns", "differences"))
+    assert list(columns) == ["bicubic", "latents", "sr", "sr, 1 step", "bound"]
+    steps = made["steps"]["clip"]["columns"]
+    assert list(steps) == ["1", "2", "bound"]
+    assert (columns["sr"], columns["sr, 1 step"]) == (steps["2"], steps["1"])
+    change = columns["sr"]["psnr"]["value"] - columns["sr, 1 step"]["psnr"]["value"]
+    assert differences["sr, 1 step"]["psnr"]["value"] == pytest.approx(change)
+    assert change != 0
+    assert "sr, 1 step" in made["table"]["base"]["columns"]
+    header = sr_table(str(tmp_path / "table.json"), "clip", "psnr").splitlines()[0]
+    assert "| second stage | second stage, 1 step | truth through the codec |" in header
+    assert header.endswith("| second stage minus second stage, 1 step |")
+
+
+def test_each_checkpoint_is_sampled_in_its_own_steps_or_in_the_given_ones(world: CodecBundle, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    shutil.copytree(zoo.find("tiny/sr"), run / "export")
+    config = json.loads((run / "export/config.json").read_text())
+    config["sampling"]["steps"] = 1
+    (run / "export/config.json").write_text(json.dumps(config))
+    own, given = (
+        sr.run("tiny/sr", clips=2, parts="others", others=str(run), steps=steps, output=str(tmp_path), progress=False)
+        for steps in (None, "1,2")
+    )
+    columns, both = own["others"]["clip"]["columns"], given["others"]["clip"]["columns"]
+    assert list(columns) == ["sr", "one", "bound"]
+    assert list(both) == ["sr, 1 step", "sr, 2 steps", "one, 1 step", "one, 2 steps", "bound"]
+    assert columns["one"] == both["one, 1 step"] == both["sr, 1 step"] != both["sr, 2 steps"] == both["one, 2 steps"]
+    assert columns["sr"] not in both.values()
+    assert "second stage, 1 step | second stage, 2 steps | one, 1 step" in (tmp_path / "others.md").read_text()
+
+
 def test_other_checkpoints_are_compared_and_their_training_is_told(world: CodecBundle, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "again"
     shutil.copytree(zoo.find("tiny/sr"), run / "export")
@@ -170,6 +206,8 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
         ({"parts": "tables"}, "choose from table, audio, steps"),
         ({"clips": 1}, "clips=1 is impossible; give at least 2"),
         ({"parts": "others"}, "belong together"),
+        ({"steps": "5,x"}, "steps=5,x: 'x' is no number of steps; give for example steps=5 or steps=5,2,1"),
+        ({"steps": 0}, "steps=0: '0' is no number of steps"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(settings: dict[str, Any], message: str) -> None:

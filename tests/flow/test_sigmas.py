@@ -96,6 +96,8 @@ def test_prior_round_trip_and_refusals() -> None:
         ({"kind": "uniform", "shift": 2.0}, "no shift"),
         ({"std": 0.0}, "std > 0"),
         ({"independent_fraction": 1.5}, "within 0 and 1"),
+        ({"low": 1.5}, r"low=1\.5 of a shifted sigma prior must be within 0 and 1"),
+        ({"low": 0.5, "kind": "logit_normal"}, "0 for logit_normal"),
         ({"sigma": 1.0}, "sigma"),
     ):
         with pytest.raises(UserError, match=message):

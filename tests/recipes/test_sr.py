@@ -17,7 +17,6 @@ from magihuman.flow.sampling import seeded
 from magihuman.flow.sigmas import SigmaPrior, sigma_grid
 from magihuman.flow.solvers import make_solver
 from magihuman.flow.super_resolution import coarsen, start, upsample_latents
-from magihuman.io.export import Sampling
 from magihuman.models.config import PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.training.first_stage import FirstStage, FirstStageSettings
@@ -255,7 +254,7 @@ def test_settings_that_cannot_be_are_one_line() -> None:
     one_size = replace(recipe().context, sr_size=None)
     stage = FirstStageSettings()
     with pytest.raises(UserError, match="hold clips at one size; prepare them with sr_sizes="):
-        SuperResolution(one_size, sigma=SigmaPrior(), sampling=Sampling(), first_stage=stage)
+        SuperResolution(one_size, first_stage=stage)
     with pytest.raises(UserError, match="noise_index"):
         recipe(noise_index=(300, 200))
     with pytest.raises(UserError, match="base_share needs"):

@@ -7,7 +7,7 @@ import training_stub
 
 from magihuman.flow.sigmas import SigmaPrior
 from magihuman.flow.super_resolution import NOISE_INDEX
-from magihuman.io.export import Sampling, Size
+from magihuman.io.export import Size
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.training.context import TrainingContext
 from magihuman.training.first_stage import FirstStageSettings
@@ -33,11 +33,7 @@ def recipe(**settings: Any) -> SuperResolution:
         optim=build(OptimSettings, node["optim"]), trainer=build(TrainerSettings, node["trainer"]),
         strategy=StrategySettings(), sr_size=(32, 32),
     )  # fmt: skip
-    usual: dict[str, Any] = {
-        "sigma": SigmaPrior("shifted", shift=5.0),
-        "sampling": Sampling(steps=5),
-        "first_stage": FirstStageSettings(),
-    }
+    usual: dict[str, Any] = {"sigma": SigmaPrior("shifted", shift=5.0), "first_stage": FirstStageSettings()}
     made = SuperResolution(context, **{**usual, **settings})
     made.configure_model()
     return made

@@ -228,6 +228,16 @@ def test_other_recipes_train_what_one_process_trains(shards, teacher, tmp_path, 
     assert_same_training(alone, shared)
 
 
+@pytest.mark.slow
+def test_processes_that_share_a_second_stage_and_its_teacher_train_what_one_trains(shards, teacher, tmp_path) -> None:
+    second = training_stub.train_here(tmp_path / "second", shards, ["+recipe=sr", f"init={teacher}", *NETWORK])
+    distilled = [*SR, f"init={second}", f"recipe.teacher={second}", "recipe.steps=2", "recipe.sigma=null"]
+    world, alone, shared = Launcher(shards, distilled), tmp_path / "alone", tmp_path / "shared"
+    assert world.run(alone, "single", 1) == [0]
+    assert world.run(shared, "fsdp2", 2, TWO, *SHARDED) == [0, 0]
+    assert_same_training(alone, shared)
+
+
 def test_processes_compare_what_they_have_read(monkeypatch) -> None:
     """Places of the samples and their keys: another sample is in the place of one that a process could not read."""
     seen: list[int] = []
