@@ -98,7 +98,7 @@ def read_caption(caption: str) -> tuple[str, dict[str, str]]:
         if found := re.fullmatch(form.pattern, " ".join(caption.split())):
             return world, {name: value.strip() for name, value in found.groupdict().items() if value is not None}
     expected = " or ".join(f"{form.example!r} (world {world})" for world, form in FORMS.items())
-    raise ValueError(f"not a tiny-world caption: {caption!r}; expected the form {expected}")
+    raise ValueError(f"not a tiny-world caption: {caption!r}; expected words in the order of {expected}")
 
 
 def of_another_form(captions: Iterable[str], codecs: str) -> list[str]:

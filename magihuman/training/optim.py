@@ -32,7 +32,7 @@ ENDS = ("conv_in", "conv_out")
 def orthogonalise(matrices: torch.Tensor, steps: int, eps: float = 1e-7) -> torch.Tensor:
     """Replace the singular values of every matrix [E,n,m] by about 1 (Newton-Schulz); same shape.
 
-    In bf16 on a GPU; in fp32 on a CPU, where many processors emulate bf16 (measured on one: products 4 times slower).
+    In bf16 on a GPU; in fp32 on a CPU, many of which emulate bf16.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()

@@ -46,7 +46,7 @@ def test_the_close_up_shows_the_puppet_as_if_it_filled_the_frame() -> None:
 
 
 def test_two_half_transparent_puppets_are_not_recognisable() -> None:
-    """But for few, whose colours are those of the wall."""
+    """But for a sixth (4 of these 24), whose colours are near to that of the wall."""
     alone, mixed = [], []
     for index in range(24):
         puppet = replace(draw_puppet(52, index, "scene"), side="left", camera="still")
@@ -55,6 +55,7 @@ def test_two_half_transparent_puppets_are_not_recognisable() -> None:
         mixed.append(find_layout(((render(puppet).astype(int) + render(other)) // 2).astype(np.uint8)).error)
     assert max(alone) < 0.03
     assert np.mean(np.array(mixed) > RECOGNISABLE) > 0.75
+    assert np.median(mixed) > 0.8
     assert all(np.array(mixed) > 2 * np.array(alone) + 0.02)
 
 
