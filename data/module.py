@@ -483,9 +483,14 @@ class PromptDataModule(_Resumable):
         batch_size: samples per step over all ranks together.
         seed: of the order.
 
+    Attributes:
+        has_clips: false: recipes that train on clips refuse it (`magihuman.config`).
+
     Raises:
         UserError: no prompts, one longer than `MAX_CHARACTERS`, or a batch size below 1.
     """
+
+    has_clips = False
 
     def __init__(
         self,

@@ -77,17 +77,29 @@ def super_resolution(values: Values) -> str:
     parts = []
     for name, content in values["sets"].items():
         title = titles.get(name, f"first stage: the clip itself, details {name} times coarser")
-        steps = "".join(f"; {column}: {count} steps" for column, count in values.get("steps_of", {}).items())
-        parts.append(f"### {title} ({values['clips']} clips, 95 % intervals{steps})\n\n{super_resolution_set(content)}")
+        steps = steps_of_columns(values)
+        about = f"{values['clips']} clips, 95 % intervals{steps and f'; {steps}'}"
+        parts.append(f"### {title} ({about})\n\n{super_resolution_set(content)}")
     return "\n\n".join(parts)
+
+
+def step_count(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
+def steps_of_columns(values: Values) -> str:
+    """Solver steps of columns whose names do not say them, such as "second stage: 2 steps; one: 1 step"; "" without any."""
+    return "; ".join(f"{_sr_title(name)}: {step_count(count)}" for name, count in values.get("steps_of", {}).items())
+
+
+def _sr_title(column: str) -> str:
+    # "sr, 2 steps" is the second stage, too.
+    return SR_COLUMNS.get(column, column.replace("sr, ", f"{SR_COLUMNS['sr']}, ", 1))
 
 
 def super_resolution_set(content: Values, keys: Sequence[str] = ()) -> str:
     """Markdown of one set of clips: every column, then the paired differences of the second stage and each of them."""
-    # "sr, 2 steps" is the second stage, too.
-    names = {
-        name: SR_COLUMNS.get(name, name.replace("sr, ", f"{SR_COLUMNS['sr']}, ", 1)) for name in content["columns"]
-    }
+    names = {name: _sr_title(name) for name in content["columns"]}
     own, known = content["against"], content["columns"]
     shown = chosen(known, keys)
     rows = metric_rows(known, shown)
@@ -295,8 +307,10 @@ def verdict_power(values: Values) -> str:
     studies, losses = values["studies"], [f"{loss:g}" for loss in values["losses"]]
     designs = {name: found for name, found in values["designs"].items() if losses[-1] in found}
 
-    def percent(counts: Mapping[str, int], *words: str) -> str:
-        return f"{100 * sum(counts.get(word, 0) for word in words) / studies:.0f}"
+    def shares(counts: Mapping[str, int], *words: str) -> str:
+        known = ("equal",), ("undecided",), words, ("n/a",)
+        *shown, missing = (f"{100 * sum(counts.get(word, 0) for word in of) / studies:.0f}" for of in known)
+        return " / ".join(shown) + (f" (n/a {missing})" if counts.get("n/a") else "")
 
     rows = []
     for kind in values["kinds"]:
@@ -306,22 +320,14 @@ def verdict_power(values: Values) -> str:
                 counts = found[loss]["rows"][kind["row"]]
                 others = [word for word in counts if word not in ("equal", "undecided", "n/a")]
                 right = others if loss == "0" else kind["right"]
-                cells.append(
-                    f"{percent(counts, 'equal')} / {percent(counts, 'undecided', 'n/a')} / {percent(counts, *right)}"
-                )
+                cells.append(shares(counts, *right))
             rows.append([kind["label"], f"{100 * float(loss):.0f} %", *cells])
     cases = {f"{name}: nothing lost": found["0"] for name, found in designs.items()}
     apart = f"training seeds differ by {100 * values['seed_deviation']:g} %"
     cases |= {f"{name}: {apart}": found["0"] for name, found in values["designs"].items() if name not in designs}
     false = ("better", "worse", "mixed", "different")
     claims = [
-        [
-            case,
-            *(
-                f"{percent(counts, 'equal')} / {percent(counts, 'undecided')} / {percent(counts, *false)}"
-                for counts in (found["claims"][claim] for claim in ("quality", "match"))
-            ),
-        ]
+        [case, *(shares(found["claims"][claim], *false) for claim in ("quality", "match"))]
         for case, found in cases.items()
     ]
     head = "% of studies: equal / undecided / a difference, to the right side with a loss, false without"

@@ -50,7 +50,10 @@ def sr_table(file: str, name: str = "clip", *keys: str) -> str:
         name: of the set, such as clip or base; keys: metrics to show, all where none is given.
     """
     values = _read(file)
-    about = f"{values['clips']} clips, {values['steps']} steps, 95 % intervals over clips."
+    steps = puppet_tables.steps_of_columns(values)
+    if "steps_of" not in values and values["part"] != "steps":  # all columns have the same
+        steps = puppet_tables.step_count(values["steps"])
+    about = ", ".join([f"{values['clips']} clips", *([steps] if steps else []), "95 % intervals over clips."])
     shown = puppet_tables.super_resolution_set(values["sets"][name], keys)
     return f"{shown}\n\n{about} {markdown.origin(file, values['provenance'])}"
 

@@ -34,6 +34,7 @@ from eval.metrics.registry import metrics
 from eval.output import folder_for, publish, require_at_least, short_names, training_record
 from eval.puppet_scores import correlation
 from eval.puppet_speech import called_opening
+from eval.puppet_tables import step_count
 from eval.puppet_vision import measure_frames, mouth_region
 from magihuman.errors import UserError
 
@@ -205,7 +206,8 @@ def run(
             without the audio on coarser and coarser first stages; over the number of solver steps; against other
             checkpoints
         others: run folders or names of the other checkpoints, with commas, for parts=others
-        steps: solver steps, none takes each checkpoint's own; several with commas (5,2,1): the first compared with the others
+        steps: solver steps, none takes each checkpoint's own; several with commas (5,2,1): the first compared with the
+            others; parts=audio takes the first alone
         seed: of all noise
         batch: clips computed at once; changes memory and speed only
         output: folder; none is eval/ in a run folder, else runs/eval/NAME
@@ -234,6 +236,7 @@ def run(
 
     for name, first in [(base, True), *((name, False) for name in compared)]:
         require_role(zoo.config_of(name), name, first)
+    _require_different(compared)
     second = zoo.load(checkpoint)
     codecs, size = load_bundle(second.config.codecs), second.config.size.height
     folder = Path(output) if output else folder_for("eval", checkpoint)
@@ -252,6 +255,10 @@ def run(
             drawings["clips"] = partial(figures.sr_frames, frames)
             results |= reported(_keep_values(folder, evaluation, values["sets"]["clip"]["columns"]))
         elif part == "audio":
+            if counts[1:]:
+                print(
+                    f"parts=audio is measured in {step_count(count)}, the first of steps={steps}; the others are ignored"
+                )
             values = _audio(evaluation)
             drawings["audio"] = partial(figures.sr_audio, values)
         elif part == "others":
@@ -282,8 +289,20 @@ def _step_counts(steps: int | str | None) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
+def _require_different(checkpoints: Sequence[str]) -> None:
+    """Raises UserError for a checkpoint that is given twice, also under two names of its folder."""
+    from magihuman import zoo
+
+    seen: dict[Path, str] = {}
+    for name in checkpoints:
+        folder = zoo.find(name).resolve()
+        if folder in seen:
+            raise UserError(f"others={name} is the same checkpoint as {seen[folder]}; give each checkpoint once")
+        seen[folder] = name
+
+
 def _column(name: str, steps: int) -> str:
-    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
+    return f"{name}, {step_count(steps)}"
 
 
 @dataclass
@@ -390,7 +409,12 @@ def _table(
         sets[name] = evaluation.set_of(columns)
     frames = {name: found.frames for name, found in measured.items()}
     seconds = {name: found.seconds for name, found in measured.items()}
-    return {"sets": sets, "seconds_per_clip": seconds}, {**frames, "truth": (evaluation.drawn.truth or [])[:8]}
+    # The names of the other columns have their steps.
+    steps_of = {"steps_of": {"sr": evaluation.steps}} if steps else {}
+    return {**steps_of, "sets": sets, "seconds_per_clip": seconds}, {
+        **frames,
+        "truth": (evaluation.drawn.truth or [])[:8],
+    }
 
 
 def _keep_values(folder: Path, evaluation: Evaluation, columns: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -440,11 +464,14 @@ def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"], counts:
     steps_of: dict[str, int] = {}
     for name, loaded in checkpoints.items():
         for steps in counts or [loaded.config.sampling.steps]:
-            column = _column(short[name], steps) if counts[1:] else short[name]
+            column = short[name]
+            if counts[1:]:
+                column = _column(column, steps)
+            else:
+                steps_of[column] = steps
             measured[column] = replace(evaluation, second=loaded, steps=steps).refined
-            steps_of[column] = steps
     return {
-        **({} if counts[1:] else {"steps_of": steps_of}),
+        "steps_of": steps_of,
         "sets": {"clip": evaluation.set_of(measured, against=next(iter(measured)))},
         "trained": {short[name]: training_record(name) for name in checkpoints},
     }

@@ -23,6 +23,7 @@ from eval.metrics.puppet_clips import CLIP_METRICS
 from eval.metrics.registry import metrics
 from eval.output import publish, require_at_least
 from eval.paired import Column, Comparison, OpenAttribute
+from eval.stats import FEWEST
 from eval.verdicts import match_claim, quality_claim
 from magihuman.errors import UserError
 
@@ -35,6 +36,8 @@ WORLD = {"equal shares": (1 / 3, 1 / 3, 1 / 3), "unequal shares": (0.6, 0.3, 0.1
 FEATURES, SCALE = 16, 0.4
 """Numbers of an embedded clip and their deviation: energy distances vary as those of appearance do."""
 JUDGED = {1: "one checkpoint", 3: "three training seeds"}
+SAME = ("equal", "undecided", "n/a")
+"""Words of rows that claim no difference."""
 SEED_DEVIATION = 0.05
 """Deviation between training seeds of a mean or a spread, as a share of it, and of the first category's share."""
 
@@ -186,7 +189,7 @@ def run(
     Prints a table; with output= writes verdict_power.json and verdict_power.md.
 
     Args:
-        designs: prompts x clips of each, with commas; a third number: prompts that leave attributes open, else all
+        designs: prompts x clips of each, with commas, each once; a third number: prompts that leave attributes open, else all
         studies: simulated comparisons of each cell
         resamples: of the prompts in each; eval.dmd2 takes 2000
         output: folder; none prints only
@@ -200,7 +203,7 @@ def run(
     """
     from tqdm import tqdm
 
-    sizes = [_design(text) for text in designs.split(",")]
+    sizes = list(dict.fromkeys(_design(text) for text in designs.split(",")))
     require_at_least(studies=(studies, 1), resamples=(resamples, 100))
     start = time.perf_counter()
     found: dict[str, Any] = {}
@@ -217,7 +220,7 @@ def run(
                 result = study((number, index), prompts, draws, loss, checkpoints, deviation, resamples, *leave_open)
                 for claim, judged in result.items():
                     claims[claim][judged["verdict"]] += 1
-                    wrong[claim] += any(row["verdict"] not in ("equal", "undecided") for row in judged["rows"].values())
+                    wrong[claim] += any(row["verdict"] not in SAME for row in judged["rows"].values())
                 for kind in KINDS:
                     rows[kind.row][result[kind.claim]["rows"][kind.row]["verdict"]] += 1
                 bar.update()
@@ -240,10 +243,11 @@ def _design(text: str) -> tuple[int, ...]:
     """Prompts, clips of each and, where given, prompts that leave attributes open."""
     numbers = text.strip().split("x")
     size = tuple(int(number) for number in numbers if number.isdecimal())
-    if len(size) != len(numbers) or len(size) not in (2, 3) or size[0] < 5 or size[1] < 2 or size[2:] > size[:1]:
+    right = len(size) == len(numbers) and len(size) in (2, 3) and size[0] >= FEWEST and size[1] >= 2
+    if not right or any(not FEWEST <= leave_open <= size[0] for leave_open in size[2:]):
         raise UserError(
-            f"designs={text} should be PROMPTSxCLIPS or PROMPTSxCLIPSxOPEN, such as 120x4 or 120x4x30, with 5 prompts and 2 "
-            "clips at least, and no more open prompts than prompts"
+            f"designs={text} should be PROMPTSxCLIPS or PROMPTSxCLIPSxOPEN, such as 120x4 or 120x4x30, with at least {FEWEST} "
+            f"prompts and 2 clips, and with {FEWEST} to all prompts open: fewer have no verdict on shares"
         )
     return size
 

@@ -268,7 +268,11 @@ def _refuse_old_names(node: Mapping[str, Any]) -> None:
             inner = inner.get(part) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping) and last in inner:
             raise UserError(f"{old} is {new} since version 0.2.0")
-    if (node.get("recipe") or {}).get("networks") == "lora_critic":
+    recipe = node.get("recipe") or {}
+    if "sampling" in recipe and "steps" in recipe:
+        names = [f"recipe.{name}" for name in ("solver", "shift") if name in recipe]
+        raise UserError(f"recipe.sampling of this recipe is now {' and '.join(['recipe.steps', *names])}")
+    if recipe.get("networks") == "lora_critic":
         raise UserError("recipe.networks=lora_critic is recipe.networks=lora_fake_score since version 0.2.0")
 
 
@@ -307,10 +311,16 @@ def validate(node: Mapping[str, Any]) -> TrainSettings:
     settings: TrainSettings = build(TrainSettings, node)
     _check_values(settings)
     check_call(settings.recipe, "recipe", provided=("context",))
-    prompts_only = str(_setting(settings, "data.module._target_")).endswith(".PromptDataModule")
+    recipe, module = settings.recipe["_target_"], _setting(settings, "data.module._target_")
     # Said before the data's own settings are checked: their file would be given for nothing.
-    if prompts_only and getattr(locate(settings.recipe["_target_"], "recipe"), "needs_clips", False):
-        raise UserError("this recipe trains on clips, and data=prompts has none; leave it out, or choose data=shards")
+    if (
+        module is not None
+        and not getattr(locate(module, "data.module"), "has_clips", True)
+        and getattr(locate(recipe, "recipe"), "needs_clips", False)
+    ):
+        raise UserError(
+            f"the recipe {recipe} trains on clips, and data=prompts has none; leave it out, or choose data=shards"
+        )
     made = settings.data.make is not None
     if made:
         check_call(settings.data.make, "data.make")

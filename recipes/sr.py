@@ -19,19 +19,21 @@ the target is X - z. With the usual target eps - z the first estimate would be z
 cannot work with this solver. The network has no noise level as input and needs none: x_s contains noise of size s b.
 
 Which noise levels. The grid of K steps is sigma(u) = 5u / (1 + 4u) at u = 1, 1 - 1/K, ..., 1/K. Over all K its points
-have the distribution of the prior `shifted` with shift 5, which is therefore the prior of training. K steps or fewer ask for
-no velocity below sigma(1/K), which is .556 for 5 steps, .833 for 2 and 1 for 1: with `sigma: null` u is uniform in [1/K, 1]
-(the positions of inference are up to 2e-4 lower, since the solver's u begins at .999).
+have the distribution of the prior `shifted` with shift 5, which is therefore the prior of training. The last of K steps begins
+at sigma(1/K), which is .556 for 5 steps, .833 for 2 and 1 for 1, and K steps or fewer ask for no velocity below: with
+`sigma: null` u is uniform in the interval [1/K, 1], which ends there (the positions of inference are up to 2e-4 lower, since
+the solver's u begins at .999).
 
 Which weights. Euler's result is X - sum_i d_i v_i with d_i = sigma_i - sigma_{i+1}, so velocity errors e_i cause
 the error sum_i d_i e_i, and since the d_i sum to one, Jensen's inequality bounds its square by sum_i d_i |e_i|^2:
 an error counts as much as the length of its step. For many steps and under the shifted prior that is the
-weight d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform prior with weight one. For five
-steps it is too large at the end: the last step goes from s = .556 to 0 with the estimate at .556, and the weight
-below .556, which is .556 of the total, falls on positions that inference never visits. `weight: one` counts all positions
-alike, a fifth of them below .556, and so emphasises the first steps. The bound also ignores how far training can lower
-each error: close to the clip, v is noise that x_s hardly contains any more, so that loss stays high (.24
-below s = .2 against .02 above .8 in tiny/sr's last steps) and dominates the others.
+weight d sigma / d u = 5 / (1 + 4u)^2 (`weight: step`), the same objective as a uniform prior with weight one; for u
+in [l, 1] its mean is 1 / (1 + 4l), by which it is divided. For five steps it is too large at the end: the last step
+goes from s = .556 to 0 with the estimate at .556, and the weight below .556, which is .556 of the total, falls on
+positions that inference never visits. `weight: one` counts all positions alike, a fifth of them below .556, and so
+emphasises the first steps. The bound also ignores how far training can lower each error: close to the clip, v is
+noise that x_s hardly contains any more, so that loss stays high (.24 below s = .2 against .02 above .8 in tiny/sr's
+last steps) and dominates the others.
 Measured after 150 steps from tiny/base, 3 seeds, 40 clips (eval/results/tiny_sr/ablation): `one` is .93 dB above
 `step` and better in lip sync, hence the default; the plain path is 8.2 dB below it, a uniform prior .53 dB, the start
 of the path alone .19 dB.
@@ -65,7 +67,7 @@ from magihuman.flow.sampling import Conditioning, Noise, Pair, denoise
 from magihuman.flow.sigmas import SigmaPrior, zero_snr_table
 from magihuman.flow.solvers import make_solver
 from magihuman.flow.super_resolution import AUDIO_NOISE, NOISE_INDEX, SOLVER, start
-from magihuman.io.export import ExportConfig, Sampling
+from magihuman.io.export import ExportConfig, Sampling, Size
 from magihuman.models.config import DiTConfig, PackConfig
 from magihuman.models.denoiser import Denoiser
 from magihuman.models.flops import passes, samples
@@ -102,7 +104,8 @@ class SuperResolution(Recipe):
     Args:
         first_stage: the latents to refine.
         steps: K of the exported sampling settings, which have no guidance; shift: of the solver's grid.
-        sigma: prior of the position on the path (its audio part is not used); None: positions that K steps ask for, see above.
+        sigma: prior of the position on the path (its audio part is not used); None: u uniform in [1/K, 1], which ends where the
+            last step begins, see above.
         teacher: checkpoint of a second stage whose results, in the steps of its export and without guidance, are the ends of
             the paths; None: the clips are. It computes in the precision of the training.
         weight: of a velocity error by its position on the path: "one" or "step", see above.
@@ -172,9 +175,18 @@ class SuperResolution(Recipe):
         Raises:
             UserError: it is no second stage for these clips, or the path has another start than its results.
         """
-        config, (_, pack) = zoo.config_of(name), self.context.transformer
+        if not name:
+            raise UserError("recipe.teacher is empty; give a second stage, such as tiny/sr, or null")
+        try:
+            config = zoo.config_of(name)
+        except UserError as error:
+            raise UserError(f"recipe.teacher={name}: {error}") from None
+        _, pack = self.context.transformer
         if self.path != "bridge":
-            raise UserError(f"recipe.teacher={name} refines from the start of recipe.path=bridge, not of {self.path}")
+            raise UserError(
+                f"recipe.teacher={name} refines from the start of recipe.path=bridge, not of {self.path}; leave one of the two "
+                "settings out"
+            )
         config.contract.require(self.context.contract, f"recipe.teacher={name}", "the shards")
         if config.codecs != self.context.codecs:
             raise UserError(
@@ -189,10 +201,23 @@ class SuperResolution(Recipe):
         return config
 
     def notes(self) -> list[str]:
-        found = super().notes()
-        if self.teacher_config is not None and self.teacher_config.sampling.guidance.needed:
+        found, teacher, name = super().notes(), self.teacher_config, f"recipe.teacher={self.teacher_name}"
+        if teacher is None:
+            return found
+        if teacher.sampling.guidance.needed:
+            found.append(f"{name} is sampled with guidance by default; here its results are without")
+        if teacher.sampling.steps <= self.sampling.steps:
             found.append(
-                f"recipe.teacher={self.teacher_name} is sampled with guidance by default; here its results are without"
+                f"{name} is sampled in {teacher.sampling.steps} steps, no more than recipe.steps="
+                f"{self.sampling.steps}: nothing is saved"
+            )
+        own, theirs = self.export_config(), teacher.size
+        if theirs != own.size:
+            found.append(f"{name} is for clips of {_shape(theirs)}, and this training is of {_shape(own.size)}")
+        if teacher.model.local_attn_layers != own.model.local_attn_layers:
+            found.append(
+                f"{name} has local attention in layers {list(teacher.model.local_attn_layers)}, and this training in "
+                f"{list(own.model.local_attn_layers)}"
             )
         return found
 
@@ -243,10 +268,14 @@ class SuperResolution(Recipe):
         return total
 
     def step_weight(self, sigma: Tensor) -> Tensor:
-        """d sigma / d u of the solver's grid at sigma [B]: s / (1 + (s - 1) u)^2, of mean 1 over the grid."""
+        """d sigma / d u of the solver's grid at sigma [B], s / (1 + (s - 1) u)^2, divided by its mean for u in [low, 1].
+
+        `low` is that of the prior; under a prior `shifted` with the solver's shift s the weights have mean 1.
+        """
         shift = self.sampling.shift
         u = sigma / (shift - (shift - 1) * sigma)
-        return shift / (1 + (shift - 1) * u).square()
+        mean = 1 / (1 + (shift - 1) * self.sigma.low)
+        return shift / (1 + (shift - 1) * u).square() / mean
 
     def paired(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with `video` at the first stage's size and `video_sr` at the second's, fp32.
@@ -329,7 +358,14 @@ class SuperResolution(Recipe):
 
     @torch.no_grad()
     def validation_metrics(self, network: Any, batch: dict[str, Any], rng: BatchRng) -> dict[str, float]:
-        """Losses, and the audio gap: how much worse motion is predicted from the released start if the audio is noise."""
+        """Errors of the average or the trained network on clips without a given first frame.
+
+        Returns:
+            val/video, val/audio: mean squared velocity errors on the path of training, whose end is the teacher's result where
+                there is a teacher, else the clip. val/start: mean squared error, against the clip, of the estimate from the
+                released start, where the clip moves. val/audio_gap: share of this error with noise for audio that the audio
+                removes; against the clip, too. Clips without audio have val/video alone.
+        """
         batch = self.paired(batch)
         noised = self.noised(batch, rng, conditioned=False)
         video_velocity, audio_velocity = network(noised.video, noised.audio, batch["text"])
@@ -380,3 +416,7 @@ class SuperResolution(Recipe):
             height, width = self.context.sr_size
             config = replace(config, size=replace(config.size, height=height, width=width))
         return config
+
+
+def _shape(size: Size) -> str:
+    return f"{size.frames} frames of {size.height} x {size.width}"

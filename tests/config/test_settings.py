@@ -37,10 +37,19 @@ def test_prompts_alone_are_refused_before_their_file_is_asked_for(recipe) -> Non
     reason = (
         "data.module.file is not given"
         if recipe == "dmd2"
-        else "this recipe trains on clips, and data=prompts has none"
+        else rf"the recipe recipes\.{recipe}\.\w+ trains on clips, and data=prompts has none"
     )
     with pytest.raises(UserError, match=reason):
         validate(node(f"+recipe={recipe}", "data=prompts"))
+
+
+def test_data_without_clips_are_refused_by_what_their_class_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.module.LatentDataModule.has_clips", False, raising=False)
+    with pytest.raises(UserError, match="trains on clips"):
+        validate(node("+recipe=pretrain"))
+    monkeypatch.setattr("data.module.PromptDataModule.has_clips", True)
+    with pytest.raises(UserError, match=r"data\.module\.file is not given"):
+        validate(node("+recipe=pretrain", "data=prompts"))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,7 @@ def test_every_model_size_builds_its_settings(size) -> None:
         ),
         (["+recipe=pretrain", "model.dit.head_dim=10"], "head_dim"),
         (["+recipe=dmd2", "+recipe.critic.lr=1e-4"], "recipe.critic is recipe.fake_score since version 0.2.0"),
+        (["+recipe=sr", "+recipe.sampling.steps=2"], "of this recipe is now recipe.steps and recipe.shift"),
         (["+recipe=dmd2", "recipe.networks=lora_critic"], "is recipe.networks=lora_fake_score since version 0.2.0"),
         (["+recipe=pretrain", "+callbacks.held_out=null"], "callbacks.held_out is callbacks.validation"),
         (

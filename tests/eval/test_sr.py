@@ -125,7 +125,10 @@ def test_the_command_writes_tables_and_pictures(world: CodecBundle, tmp_path: Pa
     assert table[0] == f"|  | {' | '.join(ways + gains)} |"
     assert table[2].startswith("| PSNR, dB ↑ | ")
     assert len(table) == 6
-    assert table[-1].startswith("2 clips, 1 steps, 95 % intervals over clips. From [")
+    assert table[-1].startswith("2 clips, 1 step, 95 % intervals over clips. From [")
+    assert (
+        sr_table(str(tmp_path / "steps.json")).splitlines()[-1].startswith("2 clips, 95 % intervals over clips. From [")
+    )
     text = (tmp_path / "steps.md").read_text()
     assert text.startswith("### first stage: the clip itself")
     assert "| lip-sync skill (other clips' audio 0, codec bound 1) ↑ |" in text
@@ -144,7 +147,9 @@ def test_several_numbers_of_steps_are_columns(world: CodecBundle, tmp_path: Path
     assert differences["sr, 1 step"]["psnr"]["value"] == pytest.approx(change)
     assert change != 0
     assert "sr, 1 step" in made["table"]["base"]["columns"]
-    header = sr_table(str(tmp_path / "table.json"), "clip", "psnr").splitlines()[0]
+    table = sr_table(str(tmp_path / "table.json"), "clip", "psnr").splitlines()
+    assert table[-1].startswith("2 clips, second stage: 2 steps, 95 % intervals over clips. From [")
+    header = table[0]
     assert "| second stage | second stage, 1 step | truth through the codec |" in header
     assert header.endswith("| second stage minus second stage, 1 step |")
 
@@ -155,9 +160,12 @@ def test_each_checkpoint_is_sampled_in_its_own_steps_or_in_the_given_ones(world:
     config = json.loads((run / "export/config.json").read_text())
     config["sampling"]["steps"] = 1
     (run / "export/config.json").write_text(json.dumps(config))
-    own, given = (
-        sr.run("tiny/sr", clips=2, parts="others", others=str(run), steps=steps, output=str(tmp_path), progress=False)
-        for steps in (None, "1,2")
+    own = sr.run("tiny/sr", clips=2, parts="others", others=str(run), output=str(tmp_path), progress=False)
+    labels = "second stage: 5 steps; one: 1 step"
+    assert f"95 % intervals; {labels})" in (tmp_path / "others.md").read_text()
+    assert f"2 clips, {labels}, 95 % intervals" in sr_table(str(tmp_path / "others.json"))
+    given = sr.run(
+        "tiny/sr", clips=2, parts="others", others=str(run), steps="1,2", output=str(tmp_path), progress=False
     )
     columns, both = own["others"]["clip"]["columns"], given["others"]["clip"]["columns"]
     assert list(columns) == ["sr", "one", "bound"]
@@ -165,6 +173,7 @@ def test_each_checkpoint_is_sampled_in_its_own_steps_or_in_the_given_ones(world:
     assert columns["one"] == both["one, 1 step"] == both["sr, 1 step"] != both["sr, 2 steps"] == both["one, 2 steps"]
     assert columns["sr"] not in both.values()
     assert "second stage, 1 step | second stage, 2 steps | one, 1 step" in (tmp_path / "others.md").read_text()
+    assert "2 clips, 95 % intervals" in sr_table(str(tmp_path / "others.json"))
 
 
 def test_other_checkpoints_are_compared_and_their_training_is_told(world: CodecBundle, tmp_path: Path) -> None:
@@ -197,6 +206,22 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
     assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bound"]
 
 
+def test_one_checkpoint_by_two_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(zoo.find("tiny/sr"), tmp_path / "runs" / "one" / "export")
+    monkeypatch.chdir(tmp_path)
+    for others in ("runs/one,runs/one/export", f"runs/one,{tmp_path}/runs/one/"):
+        with pytest.raises(UserError, match=f"others={others.split(',')[1]} is the same checkpoint as runs/one; give"):
+            sr.run("tiny/sr", clips=2, parts="others", others=others, progress=False)
+
+
+def test_steps_that_a_part_ignores_are_said(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sr, "COARSE", (1,))
+    for steps, said in (("1,2", True), ("1", False)):
+        sr.run("tiny/sr", clips=2, parts="audio", steps=steps, output=str(tmp_path), progress=False)
+        line = f"parts=audio is measured in 1 step, the first of steps={steps}; the others are ignored"
+        assert (line in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -206,6 +231,10 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
         ({"parts": "tables"}, "choose from table, audio, steps"),
         ({"clips": 1}, "clips=1 is impossible; give at least 2"),
         ({"parts": "others"}, "belong together"),
+        (
+            {"parts": "others", "others": "tiny/sr"},
+            "others=tiny/sr is the same checkpoint as tiny/sr; give each checkpoint once",
+        ),
         ({"steps": "5,x"}, "steps=5,x: 'x' is no number of steps; give for example steps=5 or steps=5,2,1"),
         ({"steps": 0}, "steps=0: '0' is no number of steps"),
     ],

@@ -206,7 +206,7 @@ def test_the_table_of_rates_counts_every_study(tmp_path):
     from eval.puppet_tables import verdict_power as table
     from magihuman.errors import UserError
 
-    values = verdict_power.run("12x2,12x3x6", studies=2, resamples=100, output=str(tmp_path), progress=False)
+    values = verdict_power.run("12x2,12x3x6,12x2", studies=2, resamples=100, output=str(tmp_path), progress=False)
     cells = [cell for line in table(values).splitlines() for cell in line.split("|") if cell.count(" / ") == 2]
     rates = [[int(number) for number in cell.split("/")] for cell in cells if cell.split("/")[0].strip().isdigit()]
     assert len(rates) == 8 * 4 * 2 + 2 * 4
@@ -214,6 +214,10 @@ def test_the_table_of_rates_counts_every_study(tmp_path):
     assert values["designs"]["12x3x6, three training seeds"].keys() == {"0"}
     assert (tmp_path / "verdict_power.md").read_text().startswith("% of studies")
     assert "prompts x clips of each x prompts that leave attributes open:" in table(values)
-    for wrong in ("40", "40x3x", "40x3x41", "4x3", "40x1"):
+    assert [name for name in values["designs"] if "," not in name] == ["12x2", "12x3x6"]
+    counts = values["designs"]["12x2"]["0.3"]["rows"]
+    counts["equal shares"] = {"equal": 1, "n/a": 1}
+    assert "| shares, in the world equal | 30 % | 50 / 0 / 0 (n/a 50) |" in table(values)
+    for wrong in ("40", "40x3x", "40x3x41", "40x3x4", "40x3x0", "4x3", "40x1"):
         with pytest.raises(UserError, match=f"designs={wrong} should be PROMPTSxCLIPS"):
             verdict_power.run(wrong)

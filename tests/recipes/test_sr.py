@@ -148,6 +148,13 @@ def test_step_weights_are_the_grid_s_step_lengths() -> None:
     assert float(behind.double().mean()) == pytest.approx(0.2, abs=2e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_step_weights_have_mean_one_where_positions_end_early(steps: int) -> None:
+    made = recipe(steps=steps, sigma=None, weight="step")
+    weights = made.step_weight(made.sigma.sample(50_000, torch.Generator().manual_seed(0))[0])
+    assert float(weights.mean()) == pytest.approx(1, abs=0.01)
+
+
 def test_weight_and_audio_weight_enter_the_loss() -> None:
     batch = clips()
     losses = {

@@ -159,10 +159,12 @@ def test_a_teacher_that_does_not_fit_is_one_line(teacher: str, tmp_path: Path) -
     ):
         with pytest.raises(UserError, match=message):
             recipe(teacher=other(tmp_path / name, **changes))
-    with pytest.raises(UserError, match=r"refines from the start of recipe\.path=bridge, not of flow"):
+    with pytest.raises(UserError, match=r"refines from the start of recipe\.path=bridge, not of flow; leave one of"):
         recipe(teacher=teacher, path="flow")
-    with pytest.raises(UserError, match="nowhere' is neither a folder nor"):
+    with pytest.raises(UserError, match=r"recipe\.teacher=nowhere: .*nowhere' is neither a folder nor"):
         recipe(teacher="nowhere")
+    with pytest.raises(UserError, match=r"recipe\.teacher is empty; give a second stage, such as tiny/sr, or null"):
+        recipe(teacher="")
 
 
 def test_results_without_a_teacher_s_own_guidance_are_noted(teacher: str, tmp_path: Path) -> None:
@@ -170,6 +172,16 @@ def test_results_without_a_teacher_s_own_guidance_are_noted(teacher: str, tmp_pa
     notes = recipe(teacher=other(tmp_path, sampling=guided)).notes()
     assert any("is sampled with guidance by default; here its results are without" in note for note in notes)
     assert not any("guidance" in note for note in recipe(teacher=teacher).notes())
+
+
+def test_a_teacher_of_other_clips_or_as_few_steps_is_noted(teacher: str, tmp_path: Path) -> None:
+    assert recipe(teacher=teacher, steps=2).notes() == []
+    (few,) = recipe(teacher=teacher, steps=3).notes()
+    assert few.endswith("is sampled in 3 steps, no more than recipe.steps=3: nothing is saved")
+    changes = {"size": Size(9, 64, 32), "model": replace(SMALL, local_attn_layers=(1,))}
+    size, layers = recipe(teacher=other(tmp_path, **changes), steps=2).notes()
+    assert size.endswith("is for clips of 9 frames of 64 x 32, and this training is of 9 frames of 32 x 32")
+    assert layers.endswith("has local attention in layers [1], and this training in []")
 
 
 def test_a_training_takes_a_run_as_its_teacher_and_its_export_names_the_steps(tmp_path: Path) -> None:
@@ -181,6 +193,11 @@ def test_a_training_takes_a_run_as_its_teacher_and_its_export_names_the_steps(tm
     assert (config.sampling.steps, config.sigma_prior) == (2, SigmaPrior("shifted", shift=5.0, low=0.5))
     with pytest.raises(UserError, match=r"was saved with another recipe\.teacher"):
         training_stub.train_here(tmp_path / "two", shards, [*settings, "recipe.teacher=null", "trainer.max_steps=2"])
+
+
+def test_the_prior_s_shift_is_the_solver_s() -> None:
+    composed = training_stub.compose(["+recipe=sr", "recipe.shift=3.0", "folder=x"]).recipe
+    assert composed.sigma.shift == composed.shift == 3.0
 
 
 def test_the_experiment_differs_from_tiny_sr_in_what_its_file_says() -> None:
