@@ -363,8 +363,8 @@ class SuperResolution(Recipe):
         Returns:
             val/video, val/audio: mean squared velocity errors on the path of training, whose end is the teacher's result where
                 there is a teacher, else the clip. val/start: mean squared error, against the clip, of the estimate from the
-                released start, where the clip moves. val/audio_gap: share of this error with noise for audio that the audio
-                removes; against the clip, too. Clips without audio have val/video alone.
+                released start, where the clip moves. val/audio_gap: (n - e) / n, where e is val/start and n the same error with
+                noise for audio. Clips without audio have val/video alone.
         """
         batch = self.paired(batch)
         noised = self.noised(batch, rng, conditioned=False)
