@@ -84,6 +84,7 @@ def super_resolution(values: Values) -> str:
 
 
 def step_count(count: int) -> str:
+    """1 step, 2 steps."""
     return f"{count} step{'s' if count > 1 else ''}"
 
 
