@@ -48,7 +48,8 @@ class CaptionForm:
     """Form of the captions of one world.
 
     Attributes:
-        example: a caption; pattern: regular expression with a named group per attribute that matches whole captions.
+        example: a caption; pattern: regular expression with a named group per attribute that matches whole captions. The
+            number of syllables tells the worlds apart: up to 3 in `tiny`, 4 to 6 in `scene`.
         frames: of a clip of this world; audio_floor: magnitudes that its audio codec takes for silence. The world `scene` has
             background sounds, which are quiet.
     """
@@ -75,13 +76,13 @@ _PLACE = (
 FORMS = {
     "tiny": CaptionForm(
         "round face, ginger hair, blue shirt, green wall, says ma bi so",
-        f"{_LOOKS}, says(?P<words>( [{''.join(ONSETS)}][{''.join(VOWELS)}])+)",
+        f"{_LOOKS}, says(?P<words>( [{''.join(ONSETS)}][{''.join(VOWELS)}]){{1,3}})",
         25,
         0.2,
     ),
     "scene": CaptionForm(
         "round face, ginger hair, blue shirt, green wall, says ma bi do ne, left, near, pan camera, low voice, rain",
-        f"{_LOOKS}, says(?P<words>( [{''.join(SCENE_ONSETS)}][{''.join(VOWELS)}])+){_PLACE}",
+        f"{_LOOKS}, says(?P<words>( [{''.join(SCENE_ONSETS)}][{''.join(VOWELS)}]){{4,6}}){_PLACE}",
         37,
         0.1,
     ),

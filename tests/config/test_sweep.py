@@ -44,11 +44,11 @@ def frozen(words: tuple[str, ...] = (), **content) -> Points:
 
 @pytest.mark.parametrize("name", available("sweep"))
 def test_every_sweep_is_valid(name) -> None:
-    points = freeze(read_file(name), [], Path("runs/sweeps") / name, "runs").points
+    sweep = freeze(read_file(name), [], Path("runs/sweeps") / name, "runs")
+    points = sweep.points
+    assert sweep.recipe in available("recipe")
     assert [point.element for point in points] == list(range(len(points)))
-    assert [point.folder for point in points] == [
-        f"runs/{read_file(name).fixed['recipe']}/{name}-{n}" for n in range(len(points))
-    ]
+    assert [point.folder for point in points] == [f"runs/{sweep.recipe}/{name}-{n}" for n in range(len(points))]
     assert len({point.wandb for point in points}) == len(points)
 
 
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read_are_one_line() -> None:
     Path("broken.yaml").write_text("grid: [")
     Path("list.yaml").write_text("- 1")
     for name, message in {
-        "pretrain_lrs": "no sweep 'pretrain_lrs', did you mean 'pretrain_lr'?; choose from dmd2_lr, ",
+        "pretrain_lrs": "no sweep 'pretrain_lrs', did you mean 'pretrain_lr'?; choose from dmd2_arms, dmd2_lr, ",
         "no/where.yaml": "no sweep 'no/where.yaml'",
         "broken.yaml": "broken.yaml cannot be read: while parsing",
         "list.yaml": "list.yaml: should be a mapping with fixed, grid, points, seeds, metric",
