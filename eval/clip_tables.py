@@ -15,7 +15,7 @@ CLIP_COLUMNS = {"clips": "clips", "bound": "reference through the codec", "refer
 
 
 def clip_scores(values: Values, keys: Sequence[str] = ()) -> str:
-    """Markdown of a summary.json of `eval.score` or `eval.run`: a column per set of clips, published values beside them.
+    """Table of a summary.json of `eval.score` or `eval.run`: one column per set of clips and one per published source.
 
     Metrics that no column has a value of are listed below with the reason; n stands where not all clips have a value.
     """

@@ -64,10 +64,10 @@ class _Hypotheses:
 
     Attributes:
         names: (side, size, camera, face) of each.
-        shares [H,R,P]: weight of each region's colour in a pixel, with the shading of the wall.
+        shares [H,R,P]: share of each region's colour in a pixel; that of the wall is multiplied by `shading`.
         pure [H,R,P]: 1/n in the n pixels that show one region alone.
         counted [H,P]: 1 where the error counts; puppet [H]: how many of these pixels show the puppet.
-        shading [H,P]: brightness of the wall.
+        shading [H,P]: brightness factor of the wall.
     """
 
     names: tuple[tuple[str, str, str, str], ...]

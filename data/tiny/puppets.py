@@ -9,8 +9,8 @@ files are written, they are treated like real videos.
 A caption states looks and syllables. In the world `tiny` it leaves open skin tone, pitch and timing. In `scene` it also
 states, with a probability each, place, size, camera, voice and background sound; what it does not state is drawn with shares
 that are known and unequal, which measures the diversity of a model's samples. These words come last, because the text encoder
-gives every word its index: so the k-th syllable is the same word of every caption. Pairs of shirt and wall in `NOVEL_PAIRS` are
-never drawn unless asked for: evaluation uses them as combinations that no training has seen.
+gives every word its index: in this order the k-th syllable has the same index in every caption. Pairs of shirt and wall in
+`NOVEL_PAIRS` are never drawn unless asked for: evaluation uses them as combinations that no training has seen.
 """
 
 from collections.abc import Mapping
@@ -377,7 +377,7 @@ def scene_points(size: int, view: tuple[float, float]) -> tuple[np.ndarray, np.n
 
 
 def wall_shading(y: np.ndarray) -> np.ndarray:
-    """Brightness of the wall at heights y of the scene; it darkens downwards."""
+    """Brightness factor of the wall at heights y (0 top, 1 bottom of the scene); lower parts are darker."""
     return 1.03 - 0.08 * y
 
 
@@ -415,10 +415,10 @@ def _head(face: str, x: np.ndarray, y: np.ndarray, grow: float = 0.0) -> np.ndar
 def layers(
     face: str, side: str, size: str, thing: str, pixels: int, view: tuple[float, float]
 ) -> tuple[tuple[str, np.ndarray], ...]:
-    """Masks of coverage [pixels, pixels] in [0,1], in the order of painting onto the wall: (name of the colour, mask).
+    """Layers of the picture from back to front, without the wall: (name of the colour, coverage [pixels, pixels] in [0,1]).
 
     Args:
-        thing: object on the wall.
+        thing: background object, a member of `OBJECTS`.
         view: (shift, enlargement) of the camera, see `camera_track`.
     """
     sx, sy = scene_points(pixels, view)
