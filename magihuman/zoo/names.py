@@ -73,9 +73,9 @@ def choices(name: str, *kinds: str) -> str:
     own = [each for kind in kinds for each in known[kind]]
     other = next((kind for kind, names in known.items() if name in names), None)
     last, by_last = name.rpartition("/")[2], {each.rpartition("/")[2]: each for each in own}
-    close = difflib.get_close_matches(last, by_last)
-    close.sort(key=lambda each: len(each) != len(last))  # 14b is meant to be 15b rather than 1b
-    hint = f"; did you mean {by_last[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(name, own) or [by_last[each] for each in difflib.get_close_matches(last, by_last)]
+    close.sort(key=lambda each: len(each.rpartition("/")[2]) != len(last))  # 14b is meant to be 15b rather than 1b
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     if other is not None:
         hint = f"; {name!r} is {_USES[other]}"
     return ", ".join(own) + hint

@@ -247,6 +247,8 @@ class TestFind:
         with pytest.raises(UserError, match="did you mean 'tiny/base'") as caught:
             zoo.find("tiny/bse")
         assert "hf download" not in str(caught.value)
+        with pytest.raises(UserError, match="did you mean 'scene/base'"):  # two shipped names end alike
+            zoo.find("scene/bse")
 
     def test_misspelt_path_is_no_hub_id(self, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
