@@ -72,10 +72,12 @@ def choices(name: str, *kinds: str) -> str:
     }
     own = [each for kind in kinds for each in known[kind]]
     other = next((kind for kind, names in known.items() if name in names), None)
-    last, by_last = name.rpartition("/")[2], {each.rpartition("/")[2]: each for each in own}
-    close = difflib.get_close_matches(name, own) or [by_last[each] for each in difflib.get_close_matches(last, by_last)]
-    close.sort(key=lambda each: len(each.rpartition("/")[2]) != len(last))  # 14b is meant to be 15b rather than 1b
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    last, lasts = name.rpartition("/")[2], {each.rpartition("/")[2] for each in own}
+    close = difflib.get_close_matches(last, lasts)
+    close.sort(key=lambda each: len(each) != len(last))  # 14b is meant to be 15b rather than 1b
+    # Several names may end alike, such as tiny/base and scene/base.
+    alike = [each for each in own if close and each.rpartition("/")[2] == close[0]]
+    hint = f"; did you mean {difflib.get_close_matches(name, alike, cutoff=0)[0]!r}?" if alike else ""
     if other is not None:
         hint = f"; {name!r} is {_USES[other]}"
     return ", ".join(own) + hint
