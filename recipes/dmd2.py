@@ -198,6 +198,11 @@ class DMD2(Recipe):
 
     def notes(self) -> list[str]:
         found = super().notes()
+        if self.gan.weight and self.gan.updates is not None and self.gan.updates > self.fake_score_settings.updates:
+            found.append(
+                f"recipe.gan.updates={self.gan.updates} is more than the fake score's {self.fake_score_settings.updates} "
+                "(recipe.fake_score.updates); the discriminator is trained with all of them"
+            )
         if self.gan.weight and self.gan.start >= self.max_steps:
             found.append(f"recipe.gan.start={self.gan.start} is not reached within trainer.max_steps={self.max_steps}")
         if not self.motion_weights_known:
@@ -231,7 +236,7 @@ class DMD2(Recipe):
         for update in range(self.fake_score_settings.updates):
             for m in micro:
                 self.manual_backward(self.fake_score_objective(m, update) * (len(m.text) / len(rng)))
-            self.update("fake_score", fake_score_optimizer)
+            self.update("fake_score", fake_score_optimizer, heads=self.trains_heads(update))
             self.fake_score_updates += 1
         if self.step >= self.fake_score_settings.warmup:
             heads = [] if self.discriminator is None else list(self.discriminator.parameters())
@@ -258,7 +263,7 @@ class DMD2(Recipe):
         for name, values, mask in zip(MODALITIES, losses, conditioning.mask, strict=True):
             self.meter.add(f"fake_score/{name}", values, mask.flatten(1).amax(1))
         loss = self.weighted(losses)
-        if self.gan_active:
+        if self.trains_heads(update):
             assert self.discriminator is not None
             level = self.score.at(micro.uniform()).to(x0.video.device)
             features = partial(self.features, micro.text)
@@ -298,16 +303,21 @@ class DMD2(Recipe):
             loss = loss + self.gan.weight * gan_loss
         return loss
 
-    def update(self, role: str, optimizer: Any) -> None:
-        """Clip, step, and free the gradients, so that memory holds those of one network at a time."""
+    def update(self, role: str, optimizer: Any, heads: bool = False) -> None:
+        """Clip, step, and free the gradients, so that memory holds those of one network at a time.
+
+        Args:
+            heads: whether those of the discriminator were trained, too; the fake score's optimiser has them.
+        """
         assert self.networks is not None
         norm = clip_gradients(list(self.networks.weights(role).values()), self.context.optim.clip_norm)
         self.count_norm("grad_norm" if role == "student" else f"grad_norm/{role}", norm)
-        if role == "fake_score" and self.discriminator is not None and self.gan_active:  # one optimiser for both
-            heads = list(self.discriminator.parameters())
+        if heads:
+            assert self.discriminator is not None
+            weights = list(self.discriminator.parameters())
             if self.context.strategy.name == "fsdp2":
-                parallel.average_gradients(heads)
-            self.count_norm("grad_norm/gan", clip_gradients(heads, None))
+                parallel.average_gradients(weights)
+            self.count_norm("grad_norm/gan", clip_gradients(weights, None))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -361,6 +371,10 @@ class DMD2(Recipe):
         """Whether this iteration has a GAN loss."""
         return self.discriminator is not None and self.step >= self.gan.start
 
+    def trains_heads(self, update: int) -> bool:
+        """Whether the discriminator is trained with the fake score's update number `update` of this iteration."""
+        return self.gan_active and (self.gan.updates is None or update < self.gan.updates)
+
     def features(self, text: list[Tensor], x: Pair) -> list[tuple[Tensor, Tensor]]:
         """Inputs of the discriminator heads."""
         assert self.networks is not None
@@ -406,7 +420,7 @@ class DMD2(Recipe):
             samples_per_rollout=settings.samples_per_rollout, student_updated=step >= settings.warmup,
             discriminator=self.gan.network if with_gan else None,
             null_text=len(self.negative) if self.guidance.needed else None,
-            discriminator_layers=self.taps[-1] + 1,
+            discriminator_layers=self.taps[-1] + 1, discriminator_updates=self.gan.updates,
         )  # fmt: skip
         return float(sum(count(sample) for sample in self.samples(batch)))
 

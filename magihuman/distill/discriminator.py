@@ -34,6 +34,7 @@ class GanSettings:
         start: iteration from which on the GAN loss is active, after distribution matching has settled.
         taps: layers whose features the heads read; None takes three in the middle of the trunk.
         network: whose features: "teacher" (constant) or "fake_score" (adapted to student samples).
+        updates: the heads are trained with the first so many updates of the fake score in an iteration; None: with all.
         lr: of the heads. slope: weight of the finite-difference penalty; step: size of the difference.
 
     Raises:
@@ -44,6 +45,7 @@ class GanSettings:
     start: int = 0
     taps: tuple[int, ...] | None = None
     network: str = "teacher"
+    updates: int | None = None
     lr: float = 1e-3
     slope: float = 0.1
     step: float = 0.05
@@ -51,6 +53,11 @@ class GanSettings:
     def __post_init__(self) -> None:
         if self.network not in ("teacher", "fake_score"):
             raise UserError(f"recipe.gan.network={self.network!r} is unknown; choose teacher or fake_score")
+        if self.updates is not None and self.updates < 1:
+            raise UserError(
+                f"recipe.gan.updates={self.updates} never trains the discriminator; give 1 or more, or null for all updates "
+                "of the fake score (recipe.gan.weight=0 trains without GAN loss)"
+            )
         if min(self.weight, self.slope, self.start) < 0 or not min(self.step, self.lr) > 0:
             raise UserError(
                 "recipe.gan needs weight, slope and start of at least 0 and a positive step and lr, not "

@@ -219,6 +219,7 @@ def distillation_flops(
     null_text: int | None = None,
     discriminator: str | None = None,
     discriminator_layers: int = 0,
+    discriminator_updates: int | None = None,
 ) -> int:
     """FLOPs of one iteration with a student, a teacher and a fake score of the same architecture, of one sample.
 
@@ -229,9 +230,10 @@ def distillation_flops(
         updates: of the fake score; student_updated: whether one update of the student follows them.
         null_text: tokens of the negative prompt, if the teacher is guided.
         discriminator: role of the network whose features the discriminator heads read, teacher or fake_score;
-            None without a GAN loss; discriminator_layers: blocks up to the last feature. Each update of the fake score
-            takes three forward passes (real, generated and perturbed latents), that of the student one forward and
-            backward. The blocks after the last feature are not computed.
+            None without a GAN loss; discriminator_layers: blocks up to the last feature. Each update of the heads takes
+            three forward passes (real, generated and perturbed latents), that of the student one forward and backward.
+            The blocks after the last feature are not computed.
+        discriminator_updates: of the heads; None: one with each update of the fake score.
     """
     sizes = {role: lora if role in loras else None for role in ("student", "fake_score", "teacher")}
     student, fake_score, teacher = (passes(config, sample, lora=size) for size in sizes.values())
@@ -243,5 +245,6 @@ def distillation_flops(
             total += passes(config, replace(sample, text=null_text)).forward
     if discriminator is not None:
         features = passes(config, sample, lora=sizes[discriminator], layers=discriminator_layers)
-        total += 3 * updates * features.forward + student_updated * features.through
+        trained = updates if discriminator_updates is None else min(updates, discriminator_updates)
+        total += 3 * trained * features.forward + student_updated * features.through
     return total

@@ -20,7 +20,7 @@ from magihuman.distill.collapse_monitor import MonitorSettings
 from magihuman.distill.discriminator import GanSettings
 from magihuman.distill.fake_score_settings import FakeScoreSettings
 from magihuman.distill.objective import fake_score_loss, matching_gradient, surrogate_loss
-from magihuman.distill.rollout import MicroBatch, Rollout
+from magihuman.distill.rollout import MicroBatch, Rollout, micro_batches
 from magihuman.errors import UserError
 from magihuman.flow.guidance import Guidance
 from magihuman.flow.path import add_noise
@@ -349,7 +349,23 @@ def test_a_sample_that_is_not_finite_spoils_no_weight(tmp_path, monkeypatch) -> 
     assert recipe.meter.flush()["grad_norm/gan"] > 0
 
 
-def test_a_student_is_not_gan_before_its_first_update(tmp_path, monkeypatch) -> None:
+def test_the_discriminator_is_trained_with_the_first_updates_only(tmp_path) -> None:
+    recipe = made(tmp_path, fake_score=FakeScoreSettings(updates=3, warmup=0), gan=GanSettings(weight=0.1, updates=2))
+    weights = list(recipe.discriminator.parameters())
+    losses = []
+    (part,) = micro_batches(
+        batch(0), recipe.begin_batch(batch(0)), first_frame=0, audio_conditioning=0, gan=True, size=None
+    )
+    for update in range(3):
+        losses.append(recipe.fake_score_objective(part, update))
+    moved = [any(g is not None for g in torch.autograd.grad(loss, weights, allow_unused=True)) for loss in losses]
+    assert moved == [True, True, False]
+    with pytest.raises(UserError, match=r"recipe.gan.updates=0 never trains the discriminator; give 1 or more"):
+        GanSettings(weight=0.1, updates=0)
+    assert any("recipe.gan.updates=9" in note for note in made(tmp_path, gan=GanSettings(weight=1, updates=9)).notes())
+
+
+def test_a_student_is_not_checked_before_its_first_update(tmp_path, monkeypatch) -> None:
     recipe = Watched(
         make_context(tmp_path), steps=3, fake_score=FakeScoreSettings(updates=1, warmup=4), micro_batch=3,
         monitor=MonitorSettings(every=1, prompts=2, samples=4, patience=2),

@@ -184,16 +184,21 @@ class TestDMD2:
         for trained in (5, 6):  # passes whose gradients end at data: the fake score's alone, then the student's too
             assert counted(lambda: recipe.training_step(batch, 0)) == recipe.batch_flops(batch) - trained * inputs
 
-    @pytest.mark.parametrize(("networks", "judge"), [("full", "teacher"), ("lora", "fake_score")])
-    def test_an_iteration_with_the_discriminator(self, tmp_path: Path, networks: str, judge: str) -> None:
+    @pytest.mark.parametrize(
+        ("networks", "judge", "updates"),
+        [("full", "teacher", None), ("full", "teacher", 1), ("lora", "fake_score", None)],
+    )
+    def test_an_iteration_with_the_discriminator(
+        self, tmp_path: Path, networks: str, judge: str, updates: int | None
+    ) -> None:
         """Its heads read the last block; the final linears behind it are not computed."""
         fake_score = FakeScoreSettings(updates=2, warmup=0)
-        gan = GanSettings(weight=0.1, taps=(1,), network=judge)
+        gan = GanSettings(weight=0.1, taps=(1,), network=judge, updates=updates)
         recipe = self.made(tmp_path, fake_score=fake_score, networks=networks, gan=gan)
         batch = training_stub.batch(range(2))
         run = counted(lambda: recipe.training_step(batch, 0))
-        # The heads' linears for both modalities: trained on three latents in a turn, passed through for the student.
-        heads = 2 * 2 * (2 * 3 * 3 + 2) * 2 * ((HIDDEN + 16) * 128 + 128)
+        # The heads' linears for both modalities: trained on three latents in an update, passed through for the student.
+        heads = 2 * 2 * ((updates or 2) * 3 * 3 + 2) * 2 * ((HIDDEN + 16) * 128 + 128)
         texts = 2 * HIDDEN * (2 + 3) * 5  # latents have gradients in the student's turn, texts have none
         inputs = 3 * (embedding(2) + embedding(3)) + texts
         assert run == recipe.batch_flops(batch) + heads - inputs
