@@ -17,7 +17,7 @@ WINDOW, DEVIATION = 11, 1.5  # pixels, of SSIM's Gaussian
 
 
 def psnr(frames: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 [F,H,W,3], over all frames or over the pixels `where` [H,W] bool.
+    """Peak signal-to-noise ratio in dB of uint8 [F,H,W,3], over all frames or over the pixels `where`, bool [H,W] or [F,H,W].
 
     Raises:
         ValueError: clips of different shapes.
@@ -26,7 +26,8 @@ def psnr(frames: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None)
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     _require_same(frames, truth)
-    a, b = (torch.from_numpy((x if where is None else x[:, where]).astype(np.float64)) for x in (frames, truth))
+    counted = np.broadcast_to(True if where is None else where, frames.shape[:3])
+    a, b = (torch.from_numpy(x[counted].astype(np.float64)) for x in (frames, truth))
     return min(CEILING, float(peak_signal_noise_ratio(a, b, data_range=255.0)))
 
 

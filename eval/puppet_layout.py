@@ -25,6 +25,7 @@ from data.tiny.puppets import (
     SHIRTS,
     SKINS,
     WALLS,
+    Puppet,
     camera_track,
     layers,
     puppet_points,
@@ -92,8 +93,15 @@ def _shares(face: str, side: str, size: str, thing: str, view: tuple[float, floa
     return found
 
 
-def _mouth(side: str, size: str, view: tuple[float, float]) -> np.ndarray:
-    x, y = puppet_points(side, size, *scene_points(PIXELS, view))
+def mouth_pixels(puppet: Puppet, size: int) -> np.ndarray:
+    """Where a puppet's mouth is drawn, with a margin, in frames of `size` x `size`: boolean [F,size,size]."""
+    views = [(float(shift), float(zoom)) for shift, zoom in camera_track(puppet.camera, puppet.frames)]
+    regions = {view: _mouth(puppet.side, puppet.size, view, size) for view in dict.fromkeys(views)}
+    return np.stack([regions[view] for view in views])
+
+
+def _mouth(side: str, size: str, view: tuple[float, float], pixels: int = PIXELS) -> np.ndarray:
+    x, y = puppet_points(side, size, *scene_points(pixels, view))
     return ((x - MOUTH_CENTRE[0]) / MOUTH_RADII[0]) ** 2 + ((y - MOUTH_CENTRE[1]) / MOUTH_RADII[1]) ** 2 < 1
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a super-resolution checkpoint of the tiny world: against plain enlarging, with and without the audio.
+"""Evaluation of a super-resolution checkpoint of a puppet world: against plain enlarging, with and without the audio.
 
     python -m eval.sr checkpoint=tiny/sr output=eval/results/tiny_sr
 
@@ -16,7 +16,7 @@ through the codec.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,10 +32,11 @@ from eval.image_metrics import psnr, ssim
 from eval.metrics.puppet_clips import CANDIDATES
 from eval.metrics.registry import metrics
 from eval.output import folder_for, publish, require_at_least, short_names, training_record
+from eval.puppet_layout import mouth_pixels
 from eval.puppet_scores import correlation
 from eval.puppet_speech import called_opening
 from eval.puppet_tables import step_count
-from eval.puppet_vision import measure_frames, mouth_region
+from eval.puppet_vision import measure_frames
 from magihuman.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class StageInputs:
         video [n,C,T,h,w], audio [n,A,Ca]: first-stage latents; text: n tensors [S,Ct].
         called: per clip the mouth opening that its audio calls for, [F].
         truth: true frames uint8 [F,H,W,3] at the second stage's size, or None where there are none.
+        mouths: per clip with a truth the region of the mouth, bool [F,H,W].
+        world: of the puppets.
     """
 
     video: "Tensor"
@@ -64,6 +67,8 @@ class StageInputs:
     text: "list[Tensor]"
     called: list[np.ndarray | None]
     truth: list[np.ndarray] | None
+    mouths: list[np.ndarray] = field(default_factory=list)
+    world: str = "tiny"
 
 
 Method = Callable[[StageInputs, slice], "Tensor"]
@@ -91,6 +96,8 @@ def drawn_clips(count: int, codecs: "CodecBundle", size: int, sr_size: int) -> S
         text=codecs.text_encoder.encode([p.caption for p in puppets]),
         called=[called_opening(w, codecs.frames, codecs.name) for w in waves],
         truth=ground_truth(puppets, sr_size).frames,
+        mouths=[mouth_pixels(p, sr_size) for p in puppets],
+        world=codecs.name,
     )
 
 
@@ -113,6 +120,7 @@ def sampled_clips(count: int, checkpoint: str, seed: int, batch: int, progress: 
         text=codecs.text_encoder.encode(captions),
         called=[called_opening(wave, codecs.frames, codecs.name) for wave in waves],
         truth=None,
+        world=codecs.name,
     )
 
 
@@ -134,14 +142,14 @@ def bicubic(frames: "Tensor", size: int) -> "Tensor":
     return large.add(0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, frames.shape[:2])
 
 
-def _clip_values(frames: np.ndarray, number: int, inputs: StageInputs, mouth: np.ndarray) -> dict[str, float]:
+def _clip_values(frames: np.ndarray, number: int, inputs: StageInputs) -> dict[str, float]:
     """Metrics of one clip, frames uint8 [F,H,W,3].
 
     `own` and `other` are the mouth's correlation with the clip's own audio and, in the mean, with that of the next
     clips; a static mouth counts 0, since it follows nothing.
     """
     count = len(inputs.text)
-    vision = measure_frames(frames)
+    vision = measure_frames(frames, inputs.world)
     called = [inputs.called[(number + k) % count] for k in range(min(CANDIDATES, count))]
     follows = [0.0 if vision.static or c is None else correlation(vision.openness, c) for c in called]
     values = {
@@ -153,7 +161,7 @@ def _clip_values(frames: np.ndarray, number: int, inputs: StageInputs, mouth: np
     }
     if inputs.truth is not None:
         truth = inputs.truth[number]
-        values["psnr"], values["mouth_psnr"] = psnr(frames, truth), psnr(frames, truth, mouth)
+        values["psnr"], values["mouth_psnr"] = psnr(frames, truth), psnr(frames, truth, inputs.mouths[number])
         values["ssim"] = ssim(frames, truth)
     return values
 
@@ -184,7 +192,7 @@ def paired_columns(values: Mapping[str, Mapping[str, np.ndarray]], against: str)
 
 def run(
     checkpoint: str = "tiny/sr",
-    base: str = "tiny/base",
+    base: str | None = None,
     clips: int = 200,
     parts: str = "table,audio,steps",
     others: str | None = None,
@@ -194,13 +202,13 @@ def run(
     output: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure a super-resolution checkpoint of the tiny world on held-out clips.
+    """Measure a super-resolution checkpoint of a puppet world on held-out clips.
 
     Prints the tables; writes, for each part, PART.json and PART.md, and figures: clips.png, audio.png, steps.png.
 
     Args:
         checkpoint: shipped name, exported folder or run folder of the second stage
-        base: first stage, whose samples are refined, too
+        base: first stage, whose samples are refined, too; none takes the base of the checkpoint's world
         clips: number of clips
         parts: any of table, audio, steps, others, with commas: against enlarging without a network; with and
             without the audio on coarser and coarser first stages; over the number of solver steps; against other
@@ -218,7 +226,7 @@ def run(
         value, low, high and the bound's value.
 
     Raises:
-        UserError: a checkpoint other than of the tiny world, or of the other stage, or a value that cannot be used.
+        UserError: a checkpoint of no puppet world, of another one, or of the other stage, or a value that cannot be used.
     """
     chosen = [part.strip() for part in parts.split(",")]
     for part in chosen:
@@ -229,7 +237,9 @@ def run(
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
     compared = [checkpoint, *(str(others).split(",") if others is not None else [])]
-    require_tiny("eval.sr", base, *compared)
+    world = require_tiny("eval.sr", *compared)
+    base = base or f"{world}/base"
+    require_tiny("eval.sr", checkpoint, base)
     from inference.settings import require_role
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
@@ -337,7 +347,7 @@ class Evaluation:
             if made.dtype != torch.uint8:
                 made = frames_to_uint8(self.codecs.video_codec.decode(made))
             for i, frames in enumerate(made.numpy(), first):
-                for name, value in _clip_values(frames, i, inputs, mouth_region(self.size)).items():
+                for name, value in _clip_values(frames, i, inputs).items():
                     values[name].append(value)
             kept += list(made.numpy())[: 8 - len(kept)]
         return Measured({name: np.array(column) for name, column in values.items()}, kept, round(spent / count, 4))

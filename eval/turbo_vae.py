@@ -1,4 +1,4 @@
-"""Evaluation of a light decoder of the tiny world on held-out clips, against the codec and the decoder it learned from.
+"""Evaluation of a light decoder of a puppet world on held-out clips, against the codec and the decoder it learned from.
 
     python -m eval.turbo_vae student=tiny/turbo
 
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.tiny.puppets import WORLDS
 from eval.clip_values import reported, write_clip_values
 from eval.image_metrics import ClipErrors, clip_errors
 from eval.output import publish, require_at_least
 from eval.puppet_tables import DECODER_KEYS
 from eval.stats import mean, unavailable
-from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import NotApplicable, UserError
 from magihuman.io.files import write_result
 
@@ -113,17 +113,17 @@ def in_chunks(codec: Any, latents: "Tensor", first: int) -> "Tensor":
 
 def run(
     student: str = "tiny/turbo",
-    teacher: str | None = "tiny/teacher",
+    teacher: str | None = "auto",
     clips: int = 24,
     sampled: str | None = None,
     output: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a student decoder of the tiny world.
+    """Evaluate a student decoder of a puppet world.
 
     Args:
         student: a decoder that ships, an export or a run folder
-        teacher: the decoder that it learned from; none leaves it out
+        teacher: the decoder that it learned from; auto takes the one that ships for the student's world, none leaves it out
         clips: number of held-out puppets
         sampled: file of latents that a diffusion model made, or none
         output: folder for scores.json, scores.md, scores.png, clips.png and values per clip; none prints the table only
@@ -136,18 +136,26 @@ def run(
         UserError: a decoder that cannot be found, or of other latents.
     """
     require_at_least(clips=(clips, 1))
-    sources = {role: name for role, name in (("teacher", teacher), ("student", student)) if name is not None}
     from magihuman.zoo import decoders
 
-    for role, source in sources.items():  # before torch is loaded
-        decoders.require(source, role)
-    configs: dict[str, Any] = {role: decoders.config_of(source) for role, source in sources.items()}
-    for role, source in sources.items():
-        world, _, _ = configs[role].latents.codec.rpartition("-")
-        if world in FORMS and world != "tiny":
-            raise NotApplicable(
-                f"eval.turbo_vae measures decoders of the world tiny, and {role}={source} is of {world}"
-            )
+    def latents_of(role: str, name: str) -> decoders.Latents:
+        decoders.require(name, role)
+        config = decoders.config_of(name)
+        assert config is not None
+        return config.latents
+
+    own = latents_of("student", student)  # before torch is loaded
+    world = own.world
+    if world is None:
+        raise NotApplicable(
+            f"eval.turbo_vae measures decoders of the puppet worlds ({', '.join(WORLDS)}), and student={student} is of "
+            f"{own.codec!r}"
+        )
+    if teacher == "auto":
+        teacher = decoders.teacher_of(world)
+    sources = {role: name for role, name in (("teacher", teacher), ("student", student)) if name is not None}
+    if teacher is not None:
+        latents_of("teacher", teacher).require(own, f"teacher={teacher}", f"student={student}")
     import torch
 
     from eval.clips import frames_tensor, ground_truth, held_out
@@ -156,13 +164,13 @@ def run(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    codecs = load_bundle("tiny")
-    mine = decoders.Latents.of(codecs.contract)
+    codecs = load_bundle(world)
+    own.require(decoders.Latents.of(codecs.contract), f"student={student}", f"the world {world}")
     loaded: dict[str, Any] = {"codec": codecs.video_codec}
     for role, source in sources.items():
-        configs[role].latents.require(mine, f"{role}={source}", "the tiny world")
         loaded[role] = decoders.load(source, dtype=torch.float32)
-    truth = np.stack(ground_truth(held_out(clips)).frames)  # [N,F,H,W,3]
+    puppets = held_out(clips, world)
+    truth = np.stack(ground_truth(puppets).frames)  # [N,F,H,W,3]
     latents = codecs.video_codec.encode(frames_tensor(list(truth)))
     columns: dict[str, DecoderScore] = {}
     shown = {"truth": truth}
@@ -175,10 +183,17 @@ def run(
             name = "student, teacher as truth"
             columns[name], _ = score_decoder(name, loaded["student"].decode, latents, shown["teacher"])
         if sampled is not None:
-            columns |= _on_sampled(sampled, loaded, mine.codec)
+            columns |= _on_sampled(sampled, loaded, own.codec)
     report: dict[str, Any] = {
         "format": FORMAT,
-        "settings": {"student": student, "teacher": teacher, "clips": clips, "sampled": sampled, "chunk": CHUNK},
+        "settings": {
+            "world": world,
+            "student": student,
+            "teacher": teacher,
+            "clips": clips,
+            "sampled": sampled,
+            "chunk": CHUNK,
+        },
         "threads": torch.get_num_threads(),
         "columns": {name: column.to_dict() for name, column in columns.items()},
     }
@@ -190,7 +205,7 @@ def run(
     drawn = {"scores": partial(figures.decoder_bars, report), "clips": partial(figures.decoder_frames, shown)}
     publish(folder, "scores", report, drawn)
     write_result(folder / "clips.json", {name: [asdict(clip) for clip in c.clips] for name, c in columns.items()})
-    found = _keep_values(folder, columns["student"], [puppet.caption for puppet in held_out(clips)])
+    found = _keep_values(folder, columns["student"], [puppet.caption for puppet in puppets])
     return {"scores": str(folder / "scores.json"), **reported(found)}
 
 

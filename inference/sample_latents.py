@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.codecs.bundle import allow_codecs
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import UserError
 from magihuman.io.files import atomic_path, locked
 
@@ -19,7 +20,7 @@ def make(
     prompts: str,
     output: str,
     checkpoint: str = "tiny/base",
-    teacher: str = "tiny/teacher",
+    teacher: str | None = None,
     clips: int = 200,
     seed: int = 0,
     batch: int = 20,
@@ -37,7 +38,7 @@ def make(
         prompts: a prompt file as for infer, or a folder of .txt captions
         output: the safetensors file: video [N,C,T,h,w] fp16 and frames [N,3,F,H,W] uint8
         checkpoint: what samples, as for infer
-        teacher: decoder of layout wan, or the Wan 2.2 VAE's file
+        teacher: decoder of layout wan, or the Wan 2.2 VAE's file; none takes the one of the checkpoint's puppet world
         clips: how many; prompts are taken in turn
         seed: clip i gets seed + i
         batch: clips at once
@@ -60,6 +61,7 @@ def make(
     from inference.pipeline import Pipeline
     from magihuman import zoo
     from magihuman.codecs.bundle import load_bundle
+    from magihuman.zoo import decoders
 
     allow_codecs(codecs)
     target = Path(output)
@@ -69,6 +71,7 @@ def make(
         raise UserError(
             f"codecs={codecs}: checkpoint={checkpoint} is of the codecs {found}; give a checkpoint and a teacher of {codecs}"
         )
+    teacher = teacher or decoders.teacher_of(zoo.config_of(checkpoint).codecs)
     facts = {"checkpoint": checkpoint, "teacher": teacher, "seed": str(seed)}
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f".{target.name}.lock")):
@@ -137,7 +140,7 @@ def open_teacher(source: str, codecs: Any, device: Any) -> Any:
     """A teacher decoder of the codecs' latents: one of ours, or the bundle's own video codec where `source` is its file.
 
     Raises:
-        UserError: it takes other latents.
+        UserError: it takes other latents, or is not found.
     """
     import torch
 
@@ -145,6 +148,8 @@ def open_teacher(source: str, codecs: Any, device: Any) -> Any:
     from magihuman.zoo import decoders
 
     config = decoders.config_of(source)
+    if config is None and codecs.name in FORMS:
+        decoders.require(source, "teacher")
     if config is None:
         return WanCodec.load(source, device=device)
     config.latents.require(decoders.Latents.of(codecs.contract), f"teacher={source}", f"codecs {codecs.name!r}")

@@ -1,8 +1,8 @@
-"""Train the tiny world's teacher decoder: `python -m data.tiny.fit_decoder output=FOLDER` (about 6 CPU-minutes).
+"""Train a puppet world's teacher decoder: `python -m data.tiny.fit_decoder output=FOLDER world=scene`.
 
-The tiny video codec's decoder is almost linear, too simple to distil. The teacher is a decoder in Wan 2.2's layout for
-the same latents: convolutions over time and space, attention in the middle, sixty times the arithmetic and sharper
-frames. As the latents are the same, its students decode the samples of the tiny models.
+The decoders of the puppet worlds' video codecs are almost linear, too simple to distil. The teacher is a decoder in Wan
+2.2's layout for the same latents: convolutions over time and space, attention in the middle, sixty times the arithmetic and
+sharper frames. As the latents are the same, its students decode the samples of the world's models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.tiny.dataset import check_appearance
 from data.tiny.fit_codec import FIT_SEED, psnr, puppet_frames
+from magihuman.errors import UserError
 from magihuman.io.provenance import code_version
 
 if TYPE_CHECKING:  # torch takes a second to import and --help does not need it
@@ -37,6 +39,7 @@ def _cropped(latents: Tensor, frames: Tensor, side: int, rng: torch.Generator) -
 
 def train(
     output: str,
+    world: str = "tiny",
     steps: int = 1000,
     clips: int = 300,
     batch: int = 2,
@@ -51,14 +54,19 @@ def train(
 
     Args:
         output: folder for config.json and model.safetensors; also written on the way, with OUTPUT.state.pt next to it
-        steps: training steps, each of 0.3 CPU-seconds
+        world: tiny or scene, whose codec's latents it decodes
+        steps: training steps
         clips: puppets to train on
         batch: clips per step
         crop: side of the square of latents that is trained on, at a random position of each clip
         width: channels of the last block; the first block has four times as many
         lr: peak learning rate of Muon; the first and last layer have AdamW with a sixth of it
         threads: CPU threads
+
+    Raises:
+        UserError: an unknown world, or a stopped training of other settings.
     """
+    check_appearance({}, world)
     import torch
 
     from magihuman.codecs.bundle import load_bundle
@@ -71,9 +79,10 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(FIT_SEED)
     began, rng = time.monotonic(), torch.Generator().manual_seed(FIT_SEED)
-    codecs = load_bundle("tiny")
+    codecs = load_bundle(world)
     size = codecs.height
-    frames, truth = puppet_frames(range(clips), size), puppet_frames(VALIDATION, size).float() / 127.5 - 1
+    frames = puppet_frames(range(clips), size, world)
+    truth = puppet_frames(VALIDATION, size, world).float() / 127.5 - 1
     validation = codecs.video_codec.encode(truth)
     figures = {"codec": psnr(codecs.video_codec.decode(validation), truth)}
     config = WanDecoderConfig(codecs.contract.video_channels, width, multipliers=(1, 2, 4), double_time=(True, True))
@@ -82,10 +91,15 @@ def train(
     settings = OptimSettings("muon", lr, adamw_lr=lr / 6, betas=(0.9, 0.98), warmup=10)
     optimiser = build_optimizer(teacher, None, settings)
     schedule = build_schedule(optimiser, settings, steps)
+    asked = f"world={world} steps={steps} clips={clips} batch={batch} crop={crop} width={width} lr={lr:g}"
     state, done, spent = Path(f"{output}.state.pt"), 0, 0.0
     parts: dict[str, Any] = {"teacher": teacher, "average": average, "optimiser": optimiser, "schedule": schedule}
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if saved["asked"] != asked:
+            raise UserError(
+                f"{state} is of a training with {saved['asked']}, not {asked}; remove it or give another output="
+            )
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         rng.set_state(saved["draw"])
@@ -110,8 +124,7 @@ def train(
                 figures["teacher"] = psnr(torch.cat([average.module(z) for z in validation.split(4)]), truth)
             print("  ".join(f"{name} {value:.2f} dB" for name, value in figures.items()), flush=True)
             record = {
-                "command": f"python -m data.tiny.fit_decoder output={Path(output).name} steps={steps} clips={clips} "
-                f"batch={batch} crop={crop} width={width} lr={lr:g}",
+                "command": f"python -m data.tiny.fit_decoder output={Path(output).name} {asked}",
                 "steps": step,
                 "held_out_psnr_db": {name: round(value, 2) for name, value in figures.items()},
                 "cpu_seconds": round(spent + time.process_time()),
@@ -127,6 +140,7 @@ def train(
             torch.save(
                 {
                     **{name: part.state_dict() for name, part in parts.items()},
+                    "asked": asked,
                     "draw": rng.get_state(),
                     "step": step,
                     "seconds": spent + time.process_time(),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from magihuman.codecs.tiny_captions import FORMS
 from magihuman.errors import UserError
 from magihuman.io.files import WEIGHTS
 from magihuman.io.text import load_json
@@ -52,6 +53,12 @@ class Latents(PlainConfig):
     def of(cls, contract: "Contract") -> "Latents":
         """Those of a codec bundle."""
         return cls(contract.video_codec, contract.video_channels, contract.video_stride)
+
+    @property
+    def world(self) -> str | None:
+        """The puppet world of the codec, with which its name begins; None for codecs of no world."""
+        name = self.codec.rpartition("-")[0]
+        return name if name in FORMS else None
 
     def require(self, other: "Latents", mine: str, theirs: str) -> None:
         """Raises UserError unless both are equal; `mine` and `theirs` name the owners in the message."""
@@ -247,6 +254,19 @@ def save(folder: str | Path, state: "Mapping[str, Tensor]", config: DecoderConfi
         write_json(new / CONFIG, config.to_dict())
         keep_readme(Path(folder), new)
     return Path(folder)
+
+
+def teacher_of(codecs: str) -> str:
+    """Name under which the teacher decoder of a puppet world ships: scene -> scene/teacher.
+
+    Raises:
+        UserError: codecs of no puppet world, for which none ships.
+    """
+    if codecs not in FORMS:
+        raise UserError(
+            f"no teacher decoder ships for the codecs {codecs!r}, only for {', '.join(FORMS)}; give teacher="
+        )
+    return f"{codecs}/teacher"
 
 
 def require(decoder: str | Path, setting: str) -> Path:

@@ -8,9 +8,9 @@ import pytest
 from data.tiny.puppets import draw_puppet, mouth_track, render, synthesise
 from eval.clips import ground_truth, held_out, through_codec
 from eval.metrics.puppet_clips import CLIP_METRICS, RECOGNISABLE
-from eval.puppet_layout import close_up, find_layout
+from eval.puppet_layout import close_up, find_layout, mouth_pixels
 from eval.puppet_scores import score_clip
-from eval.puppet_vision import measure_frames
+from eval.puppet_vision import measure_frames, mouth_region
 from magihuman.codecs.bundle import load_bundle
 
 FOUND = ("side", "size", "camera", "object", "wall")
@@ -22,6 +22,18 @@ def test_every_layout_is_found_on_drawn_clips() -> None:
         layout = find_layout(render(puppet))
         assert {name: getattr(layout, name) for name in FOUND} == {name: getattr(puppet, name) for name in FOUND}
         assert layout.error < 0.03
+
+
+def test_a_mouth_is_drawn_within_its_pixels_wherever_the_puppet_stands() -> None:
+    for index in range(12):
+        puppet = draw_puppet(50, index, "scene")
+        track = mouth_track(puppet)
+        differs = (render(puppet, 128) != render(puppet, 128, np.zeros_like(track))).any(-1)
+        pixels = mouth_pixels(puppet, 128)
+        assert differs.any()
+        assert not (differs & ~pixels).any()
+        assert pixels.mean() < 0.1
+    assert (mouth_pixels(draw_puppet(50, 0), 128) == mouth_region(128)).all()
 
 
 def test_the_size_of_the_image_does_not_matter() -> None:

@@ -206,6 +206,26 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
     assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bound"]
 
 
+def test_a_second_stage_of_the_scene_has_the_scenes_first_stage(tmp_path: Path, monkeypatch: Any) -> None:
+    run = tmp_path / "runs" / "scene_sr"
+    shutil.copytree(zoo.find("scene/base"), run / "export")
+    config = json.loads((run / "export/config.json").read_text())
+    config["pack"]["coords_style"] = "v1"
+    config["size"] |= {"height": 128, "width": 128}
+    config["sampling"] = json.loads((zoo.find("tiny/sr") / "config.json").read_text())["sampling"]
+    config["provenance"]["stage"] = "second"
+    (run / "export/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"scene_sr is of scene, tiny/base is of tiny; give .*base= of the same world"):
+        sr.run(str(run), "tiny/base", clips=2)
+    monkeypatch.setattr(sr, "STEPS", (1,))
+    made = sr.run(str(run), clips=2, parts="steps", steps=1, output=str(tmp_path), progress=False)
+    assert json.loads((tmp_path / "steps.json").read_text())["base"] == "scene/base"
+    bound = {key: measure["value"] for key, measure in made["steps"]["clip"]["columns"]["bound"].items()}
+    assert 29 < bound["psnr"] < 34  # codecs.json says 31.5
+    assert 23 < bound["mouth_psnr"] < bound["psnr"]
+    assert bound["sync_r"] > 0.9  # the mouth is found where the puppet is
+
+
 def test_one_checkpoint_by_two_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(zoo.find("tiny/sr"), tmp_path / "runs" / "one" / "export")
     monkeypatch.chdir(tmp_path)

@@ -45,11 +45,24 @@ def test_the_table_of_a_student_beside_its_codec(student: Path, tmp_path: Path) 
         turbo_vae.run(student="nothing", teacher=None)
 
 
-def test_a_decoder_of_another_world_is_not_measured(tmp_path: Path) -> None:
-    config = zoo.DecoderConfig("causal", zoo.arch("tiny")["network"], zoo.Latents.of(load_bundle("scene").contract))
-    folder = zoo.save(tmp_path / "export", zoo.build(config, seed=0).state_dict(), config)
-    with pytest.raises(NotApplicable, match=r"measures decoders of the world tiny, and student=.* is of scene"):
-        turbo_vae.run(student=str(folder))
+def _untrained(folder: Path, latents: zoo.Latents) -> str:
+    config = zoo.DecoderConfig("causal", zoo.arch("tiny")["network"], latents)
+    return str(zoo.save(folder, zoo.build(config, seed=0).state_dict(), config))
+
+
+def test_a_student_is_measured_in_its_own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _untrained(tmp_path / "scene", zoo.Latents.of(load_bundle("scene").contract))
+    with pytest.raises(UserError, match=r"teacher=tiny/teacher takes latents of 'tiny-.*, but student=.* of 'scene-"):
+        turbo_vae.run(student=folder, teacher="tiny/teacher")
+    monkeypatch.setattr(zoo, "teacher_of", lambda world: str(tmp_path / world))
+    report = turbo_vae.run(student=folder, clips=2)
+    assert report["settings"]["world"] == "scene"
+    assert report["settings"]["teacher"] == folder
+    assert report["columns"]["student, teacher as truth"]["table"]["psnr"]["value"] == 99
+    assert 27 < report["columns"]["codec"]["table"]["psnr"]["value"] < 32  # codecs.json says 29.3
+    other = _untrained(tmp_path / "other", zoo.Latents("another-0123", 12, (4, 4, 4)))
+    with pytest.raises(NotApplicable, match=r"puppet worlds \(tiny, scene\), and student=.* is of 'another-0123'"):
+        turbo_vae.run(student=other)
 
 
 def test_the_shipped_student_is_what_its_table_says() -> None:

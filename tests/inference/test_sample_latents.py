@@ -61,6 +61,12 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
         sample_latents.make(str(tmp_path), output, clips=0)
     with pytest.raises(UserError, match="codecs=scene: checkpoint=tiny/base is of the codecs tiny; give a checkpoint"):
         sample_latents.make(str(tmp_path), output, codecs="scene")
+    with pytest.raises(
+        UserError, match=r"teacher=tiny/teacher takes latents of 'tiny-.* but codecs 'scene' has those of"
+    ):
+        sample_latents.make(str(tmp_path), output, "scene/base", "tiny/teacher")
+    with pytest.raises(UserError, match=r"teacher=runs/none is not a decoder; give a run folder"):
+        sample_latents.make(str(tmp_path), output, "scene/base", "runs/none")
 
 
 def test_who_comes_second_waits_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

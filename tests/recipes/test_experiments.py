@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from data.shards import Index, ShardWriter
 from magihuman import zoo
+from magihuman.codecs.tiny_captions import of_another_form
 from magihuman.composition import plain
 from magihuman.config import TrainSettings, validate
 from magihuman.flow.guidance import Guidance
@@ -23,9 +24,11 @@ from magihuman.zoo.commands import CLIPS, PlanOptions
 LAYERS = 8
 
 
-def composed(experiment: str) -> tuple[TrainSettings, dict[str, Any]]:
-    shards = [] if "puppets" in experiment else ["data.module.shards=x"]  # its data configuration makes them
-    node = plain(training_stub.compose(["folder=run", f"+experiment={experiment}", *shards]))
+def composed(experiment: str, *overrides: str) -> tuple[TrainSettings, dict[str, Any]]:
+    shards = ["data.module.shards=x"]
+    if "puppets" in experiment or experiment.startswith("scene"):
+        shards = []  # the data configuration makes them
+    node = plain(training_stub.compose(["folder=run", f"+experiment={experiment}", *shards, *overrides]))
     return validate(node), node
 
 
@@ -113,6 +116,57 @@ def test_the_plan_has_the_experiments_clips_and_they_fit(experiment: str, task: 
     # The figures in the experiments' comments.
     needed = report.split(f"\nfits: 8 GPU{sharing} needs ")[1].split(" GB")[0]
     assert f"computed {needed} GB per GPU of 8" in (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
+
+
+SCENE_SR = ("scene_sr", "scene_sr2", "scene_sr_ablation")
+
+
+@pytest.mark.parametrize("experiment", [*SCENE_SR, "scene_turbo"])
+def test_the_scenes_experiments_are_of_the_scene_alone(experiment: str) -> None:
+    settings, node = composed(experiment)
+    assert (node["data"]["make"]["world"], node["data"]["codecs"]) == ("scene", "scene")
+    assert '"tiny/' not in json.dumps(node)  # no checkpoint or decoder of the world tiny
+    assert of_another_form(node["prompts"], "scene") == []
+    if experiment == "scene_turbo":
+        assert (node["recipe"]["sampled"]["checkpoint"], settings.init) == ("scene/base", None)
+        _, given = composed(experiment, "recipe.sampled.teacher=runs/mine")
+        assert given["after_fit"]["eval"]["teacher"] == "runs/mine"
+    else:
+        assert settings.init == ("scene/sr" if experiment == "scene_sr2" else "scene/base")
+
+
+def test_the_scenes_second_stages_differ_in_what_their_files_say() -> None:
+    five = composed("scene_sr")[1]
+    assert five["recipe"]["first_stage"]["base"] == five["callbacks"]["samples"]["pipeline"]["first"] == "scene/base"
+    for steps in (2, 1):
+        settings, fewer = composed("scene_sr2", "init=runs/sr/mine", f"recipe.steps={steps}")
+        assert {key for key in fewer["recipe"] if fewer["recipe"][key] != five["recipe"][key]} == {
+            "steps", "sigma", "teacher",
+        }  # fmt: skip
+        assert settings.init == fewer["recipe"]["teacher"] == "runs/sr/mine"
+        assert (fewer["recipe"]["steps"], fewer["recipe"]["sigma"]) == (steps, None)
+
+
+def test_the_arms_of_the_scenes_ablation_differ_in_the_setting_of_their_command() -> None:
+    text = (CONFIGS / "experiment" / "scene_sr_ablation.yaml").read_text()
+    commands = [line.split()[5:] for line in text.splitlines() if "magihuman.train +experiment" in line]
+    full = composed("scene_sr_ablation")[1]
+    assert full["trainer"]["max_steps"] == 1000
+    changed = {}
+    for name, _, *overrides in commands:
+        node = composed("scene_sr_ablation", *overrides)[1]
+        changed[name.removeprefix("name=").removesuffix("-sSEED")] = {
+            key: value for key, value in node["recipe"].items() if value != full["recipe"][key]
+        }
+    assert changed == {
+        "full": {},
+        "short_prior": {"sigma": None},
+        "fixed_index": {"noise_index": [220, 220]},
+        "step_weight": {"weight": "step"},
+        "plain_flow": {"path": "flow"},
+        "uniform_prior": {"sigma": {"kind": "uniform", "shift": 1}},
+        "start_only": {"sigma": {"kind": "shifted", "shift": 1000}},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -130,5 +130,15 @@ def test_what_is_no_decoder_is_taken_for_the_published_one(tmp_path: Path) -> No
         assert "hf download" not in str(caught.value)
 
 
+def test_worlds_of_latents_and_their_teachers() -> None:
+    codecs = ("tiny-0123", "scene-9a", "another-1", "wan2.2")
+    assert [Latents(codec, 4, (4, 4, 4)).world for codec in codecs] == ["tiny", "scene", None, None]
+    assert decoders.teacher_of("scene") == "scene/teacher"
+    with pytest.raises(
+        UserError, match="no teacher decoder ships for the codecs 'released', only for tiny, scene; give"
+    ):
+        decoders.teacher_of("released")
+
+
 def test_a_network_is_a_student_of_ours() -> None:
     assert isinstance(decoders.build(CONFIG, "meta"), CausalDecoder)
