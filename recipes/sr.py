@@ -239,7 +239,8 @@ class SuperResolution(Recipe):
             chosen, base, codec = self.settings, None, None
             if chosen.base_share > 0:
                 assert chosen.base is not None
-                loaded = zoo.load(chosen.base, self.device, torch.bfloat16)
+                dtype = torch.bfloat16 if self.context.trainer.precision == "bf16" else torch.float32
+                loaded = zoo.load(chosen.base, self.device, dtype)
                 base = loaded.denoiser.requires_grad_(False)
             if chosen.size is not None:
                 codec = load_bundle(self.context.codecs, self.device).video_codec
