@@ -240,7 +240,7 @@ def run(
 
 
 def _design(text: str) -> tuple[int, ...]:
-    """Prompts, clips of each and, where given, prompts that leave attributes open."""
+    """Prompts, clips of each and, where not all do, prompts that leave attributes open."""
     numbers = text.strip().split("x")
     size = tuple(int(number) for number in numbers if number.isdecimal())
     right = len(size) == len(numbers) and len(size) in (2, 3) and size[0] >= FEWEST and size[1] >= 2
@@ -249,7 +249,7 @@ def _design(text: str) -> tuple[int, ...]:
             f"designs={text} should be PROMPTSxCLIPS or PROMPTSxCLIPSxOPEN, such as 120x4 or 120x4x30, with at least {FEWEST} "
             f"prompts and 2 clips, and with {FEWEST} to all prompts open: fewer have no verdict on shares"
         )
-    return size
+    return size[:2] if size[2:] == size[:1] else size
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def test_the_table_of_rates_counts_every_study(tmp_path):
     from eval.puppet_tables import verdict_power as table
     from magihuman.errors import UserError
 
-    values = verdict_power.run("12x2,12x3x6,12x2", studies=2, resamples=100, output=str(tmp_path), progress=False)
+    values = verdict_power.run("12x2,12x3x6,12x2x12", studies=2, resamples=100, output=str(tmp_path), progress=False)
     cells = [cell for line in table(values).splitlines() for cell in line.split("|") if cell.count(" / ") == 2]
     rates = [[int(number) for number in cell.split("/")] for cell in cells if cell.split("/")[0].strip().isdigit()]
     assert len(rates) == 8 * 4 * 2 + 2 * 4
