@@ -221,6 +221,7 @@ class PlanOptions(ClipOptions):
     ema: Literal["gpu", "cpu"] = option("training: EMA weights on the gpu or the cpu", "gpu")
     rank: int = option("lora and dmd2: rank of the LoRAs", 128)
     gan: bool = option("dmd2: with the GAN loss", True)
+    teacher: int | None = option("sr: steps of a frozen teacher of the same shape (recipe.teacher)", None)
     optim: Literal["adamw", "adamw8bit"] = option("training: AdamW, or with moments in 8 bits", "adamw")
     context_parallel: int = option("training: GPUs that share the tokens of a batch", 1)
 
@@ -246,6 +247,8 @@ def plan(options: PlanOptions) -> str:
     Raises:
         UserError: an impossible setting.
     """
+    if options.teacher is not None and options.task != "sr":
+        raise UserError(f"teacher={options.teacher} is of task=sr, and the task is {options.task}; leave it out")
     request = infer_request(options)
     sized = options.resolution, options.height, options.width
     if options.task == "sr" and request.released and sized == (None, None, None):
@@ -272,7 +275,7 @@ def plan(options: PlanOptions) -> str:
             )
     step = memory_plan.TrainingStep(
         request.base, tokens, request.compute, options.checkpointing, options.ema, options.rank, options.optim, together,
-        options.gan,
+        options.gan, options.teacher or 0,
     )  # fmt: skip
     per = "GPU" if together == 1 else f"group of {together} GPUs"
     title = f"{what}, {clip}, batch {options.clips} per {per}, {tokens.total} tokens"

@@ -270,6 +270,7 @@ class TrainingStep:
         optim: "adamw", or "adamw8bit" for trained networks; LoRAs are counted with fp32 moments.
         context_parallel: GPUs that share the tokens (`magihuman.context_parallel`).
         gan: dmd2: with its GAN loss on features of the teacher.
+        teacher: sr: steps of a frozen teacher of the same shape (`recipe.teacher`), 0 for none.
     """
 
     config: DiTConfig
@@ -281,6 +282,7 @@ class TrainingStep:
     optim: str = "adamw"
     context_parallel: int = 1
     gan: bool = False
+    teacher: int = 0
 
     @property
     def trained_bytes(self) -> int:
@@ -300,7 +302,7 @@ def state_bytes(step: TrainingStep, task: str, sharing: str = "full") -> int:
     count, lora = step.config.parameter_count(), footprint.lora_count(step.config, step.rank)
     ema = FP32 if step.ema == "gpu" else 0
     if task in ("pretrain", "sr"):
-        return step.trained_bytes + ema * count
+        return step.trained_bytes + ema * count + (step.compute * count if step.teacher else 0)
     if task == "lora":  # a frozen base, the trained LoRA, and its EMA
         return BF16 * count + (ADAM + ema) * lora
     roles = {role: role in LORAS[sharing] for role in ("student", "fake_score")}
@@ -374,12 +376,13 @@ def predict_step(step: TrainingStep, task: str, clip: SampleTokens, batch: int, 
     base = forward_flops(config, clip.video, clip.audio, clip.text, frames=clip.frames, window=clip.window)
     again = 0 if not step.checkpointing else base.products + (base.attention if step.checkpointing is True else 0)
     again += lora_flops(config, lora, tokens) if lora and step.checkpointing else 0
+    again += step.teacher * base.total
     flops = batch_share * (passes(config, clip, lora=lora).update + again)
     trained = config.parameter_count() if lora is None else footprint.lora_count(config, step.rank)
     one_pass = footprint.weight_bytes(config, "bf16") + batch_share * (
         product_bytes(config, tokens) + pointwise_bytes(config, tokens)
     )
-    moved = (4 if step.checkpointing else 3) * one_pass + 2 * ADAM * trained // gpus
+    moved = ((4 if step.checkpointing else 3) + step.teacher) * one_pass + 2 * ADAM * trained // gpus
     return max(flops / (UTILISATION * device.bf16), moved / device.bandwidth)
 
 

@@ -1,6 +1,7 @@
 """zoo plan: what it computes, what it advises, what it refuses."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -115,6 +116,14 @@ class TestTraining:
         # Moments in 8 bits: 2.03 bytes per weight instead of 8, of all but norms, biases and what has narrow rows.
         small = memory_plan.state_bytes(replace(self.RUN, ema="cpu", optim="adamw8bit"), "pretrain")
         assert small == pytest.approx(10.03 * 15_299_419_136, rel=2e-3)
+
+    def test_a_teacher_of_the_second_stage_is_one_more_network_in_bf16(self) -> None:
+        without, of_one = (memory_plan.state_bytes(replace(self.RUN, teacher=steps), "sr") for steps in (0, 1))
+        assert of_one - without == 2 * 15_299_419_136
+        assert memory_plan.state_bytes(replace(self.RUN, teacher=5), "sr") == of_one
+        shown = [plan(PlanOptions("15b", task="sr", gpus=8, teacher=steps)) for steps in (None, 5)]
+        totals = [re.search(r"state \(sharded\).*\n +sr +([\d.]+)", report) for report in shown]
+        assert [float(total[1]) for total in totals if total] == pytest.approx([20 * 15.299, 22 * 15.299], abs=0.1)
 
     def test_recomputing_saves(self) -> None:
         kept = memory_plan.work_bytes(replace(self.RUN, checkpointing=False), "pretrain")
@@ -251,6 +260,8 @@ class TestCommand:
             ("resolution=256p height=256", "contradict"),
             ("seconds=-1.0", "positive"),
             ("gpu_gb=0", "gpu_gb=0 is impossible"),
+            ("task=sr teacher=0", "teacher=0 is impossible"),
+            ("task=pretrain teacher=5", "teacher=5 is of task=sr, and the task is pretrain"),
         ],
     )
     def test_mistakes(self, settings: str, message: str) -> None:
@@ -296,6 +307,7 @@ class TestTime:
         assert self.seconds(batch=4, context_parallel=2) == pytest.approx(2 * self.seconds())
         assert self.seconds(device="l40s") == pytest.approx(989 / 362 * self.seconds())
         assert self.seconds("pretrain") == pytest.approx((4 * base.total - base.ends) / (0.45 * 989e12))
+        assert self.seconds("sr", teacher=5) == pytest.approx((9 * base.total - base.ends) / (0.45 * 989e12))
 
     def test_traffic_decides_where_there_is_little_to_compute(self) -> None:
         few = SampleTokens(8, 4, 4, 1)
