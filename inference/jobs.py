@@ -24,6 +24,7 @@ from inference.settings import longest, parse_output_size, resolve
 from inference.torchrun import ranks
 from magihuman.codecs.bundle import bundle_spec
 from magihuman.codecs.oobleck import WINDOW_LATENTS
+from magihuman.codecs.tiny_captions import order_fault
 from magihuman.errors import UserError
 from magihuman.io.files import write_atomically
 from magihuman.io.provenance import code_version, file_hash
@@ -233,9 +234,10 @@ class Resolver:
         if strange:
             short = strange[0] if len(strange[0]) <= 60 else strange[0][:57] + "..."
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            fault = order_fault(strange[0], codecs.name)
+            ending = f", such as {codecs.prompt_example!r}" if fault is None else f": {fault}"
             self._note(
-                f"the prompt {short!r}{more} is not of the only form that the {codecs.name} text encoder knows, such as "
-                f"{codecs.prompt_example!r}"
+                f"the prompt {short!r}{more} is not of the only form that the {codecs.name} text encoder knows{ending}"
             )
 
     def _settings(self, request: Request) -> "Settings":

@@ -72,6 +72,11 @@ _PLACE = (
     f"(, {_one_of('side', SIDES)})?(, {_one_of('size', SIZES)})?(, {_one_of('camera', CAMERAS)} camera)?"
     f"(, {_one_of('voice', TONES)} voice)?(, {_one_of('sound', SOUNDS)})?"
 )
+_ORDER = (
+    ".* face", ".* hair", ".* shirt", ".* wall", "says .*", "|".join(SIDES), "|".join(SIZES), ".* camera", ".* voice",
+    "|".join(SOUNDS),
+)  # fmt: skip
+"""Parts of a caption in their order."""
 
 FORMS = {
     "tiny": CaptionForm(
@@ -98,8 +103,22 @@ def read_caption(caption: str) -> tuple[str, dict[str, str]]:
     for world, form in FORMS.items():
         if found := re.fullmatch(form.pattern, " ".join(caption.split())):
             return world, {name: value.strip() for name, value in found.groupdict().items() if value is not None}
+    if fault := order_fault(caption, *FORMS):
+        raise ValueError(f"not a puppet's caption: {caption!r}; {fault}")
     expected = " or ".join(f"{form.example!r} (world {world})" for world, form in FORMS.items())
-    raise ValueError(f"not a tiny-world caption: {caption!r}; expected words in the order of {expected}")
+    raise ValueError(f"not a puppet's caption: {caption!r}; expected words in the order of {expected}")
+
+
+def order_fault(caption: str, *worlds: str) -> str | None:
+    """The first part that is out of place, and the caption in the right order; None where another order makes no caption of
+    these worlds of it."""
+    parts = [" ".join(part.split()) for part in caption.split(",")]
+    right = sorted(parts, key=lambda part: next((i for i, form in enumerate(_ORDER) if re.fullmatch(form, part)), -1))
+    forms = [FORMS[world].pattern for world in worlds if world in FORMS]
+    if parts == right or not any(re.fullmatch(form, ", ".join(right)) for form in forms):
+        return None
+    first = next(part for part, other in zip(parts, right, strict=True) if part != other)
+    return f"{first!r} is out of place, the right order is {', '.join(right)!r}"
 
 
 def of_another_form(captions: Iterable[str], codecs: str) -> list[str]:

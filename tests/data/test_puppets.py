@@ -22,6 +22,7 @@ from data.tiny.puppets import (
     synthesise,
 )
 from magihuman.cli import run
+from magihuman.codecs.tiny_captions import order_fault
 from magihuman.errors import UserError
 from magihuman.media.reading import probe, read_clip
 
@@ -108,8 +109,34 @@ def test_the_caption_can_be_read_back():
 
 @pytest.mark.parametrize("caption", ["", "hello", "round face", "a, b, c, d, e", "round face, red hair, x, y, says"])
 def test_another_sentence_is_refused(caption):
-    with pytest.raises(ValueError, match=r"not a tiny-world caption.* \(world tiny\) or .* \(world scene\)"):
+    with pytest.raises(ValueError, match=r"not a puppet's caption.* \(world tiny\) or .* \(world scene\)"):
         parse_caption(caption)
+
+
+LOOKS = "round face, ginger hair, blue shirt, green wall"
+
+
+@pytest.mark.parametrize(
+    ("caption", "first", "right"),
+    [
+        (f"{LOOKS}, left, says ma bi do ne, far", "left", f"{LOOKS}, says ma bi do ne, left, far"),
+        (f"{LOOKS}, says ma bi do ne, far, left", "far", f"{LOOKS}, says ma bi do ne, left, far"),
+        ("ginger hair,  round face, blue shirt, green wall, says ma", "ginger hair", f"{LOOKS}, says ma"),
+    ],
+)
+def test_of_a_caption_in_another_order_the_first_part_out_of_place_is_named(caption, first, right):
+    with pytest.raises(ValueError, match="not a puppet's caption") as caught:
+        parse_caption(caption)
+    assert str(caught.value).endswith(f"; {first!r} is out of place, the right order is {right!r}")
+
+
+def test_an_order_is_not_blamed_for_what_is_wrong_otherwise():
+    assert order_fault("says ma, round face", "tiny", "scene") is None  # incomplete
+    assert order_fault(f"{LOOKS}, says ma, ma", "tiny", "scene") is None
+    wrong = f"{LOOKS}, far, says ma bi do ne"
+    assert order_fault(wrong, "tiny") is None  # no caption of that world in any order
+    assert order_fault(wrong, "released") is None
+    assert order_fault(wrong, "scene") == f"'far' is out of place, the right order is '{LOOKS}, says ma bi do ne, far'"
 
 
 def test_clips_are_ordinary_files_that_do_not_depend_on_the_run(tmp_path: Path):

@@ -109,7 +109,7 @@ def test_bad_clips_of_a_folder_are_named_and_skipped(folder, tmp_path, capsys):
     column = report["columns"][tmp_path.name]
     assert column["n"] == 1
     assert set(column["refused"]) == {"clip-000001.mp4", "clip-000002.mp4", "clip-000003.mp4"}
-    assert "not a tiny-world caption" in column["refused"]["clip-000002.mp4"]
+    assert "not a puppet's caption" in column["refused"]["clip-000002.mp4"]
     assert "clip-000003.mp4" in capsys.readouterr().out
     assert column["table"]["sync_retrieval"]["status"] == "unavailable"
 

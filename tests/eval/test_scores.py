@@ -205,9 +205,9 @@ def test_what_cannot_be_scored_is_refused(frames, waves):
         score_clips([], [], [])
     with pytest.raises(ValueError, match="one channel"):
         score_clip(frames[0], waves[0][None], PUPPETS[0].caption)
-    with pytest.raises(ValueError, match="not a tiny-world caption"):
+    with pytest.raises(ValueError, match="not a puppet's caption"):
         score_clip(frames[0], waves[0], "a man speaks")
-    with pytest.raises(ValueError, match="not a tiny-world caption"):
+    with pytest.raises(ValueError, match="not a puppet's caption"):
         score_clip(frames[0], waves[0], "round face, grey hair, red shirt, blue wall, says")
 
 
