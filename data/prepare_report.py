@@ -161,7 +161,7 @@ def make_report(
 
 
 def form_note(captions: Sequence[str], codecs: str) -> str | None:
-    """What to say where most captions have not the form of the codecs' tiny world, else None.
+    """What to say where most captions have not the form of the codecs' puppet world, else None.
 
     Such codecs cut clips of another world to the length of their own.
     """

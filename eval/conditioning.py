@@ -1,4 +1,4 @@
-"""Evaluation of students of the tiny world conditioned on a first frame, on audio, and on both, against their teacher.
+"""Evaluation of students of puppets conditioned on a first frame, on audio, and on both, against their teacher.
 
     python -m eval.conditioning student=tiny/distill
 
@@ -48,7 +48,7 @@ def run(
         progress: show a bar
 
     Raises:
-        UserError: an unknown checkpoint, or one not of the tiny world.
+        UserError: an unknown checkpoint, or one of no puppet world.
     """
     from tqdm import tqdm
 

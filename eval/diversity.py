@@ -1,6 +1,6 @@
 """Diversity of attributes not fixed by the caption, and energy distance between generated and real clips.
 
-A tiny-world caption (`data.tiny.puppets`) leaves open the skin tone, the voice's pitch and the times of the syllables, in the
+A puppet's caption (`data.tiny.puppets`) leaves open the skin tone, the voice's pitch and the times of the syllables, in the
 world `scene` also the object on the wall and often place, size, voice and background sound. A model may lose that variety
 without an error in any prompted attribute. Clips of one prompt are therefore compared with each other, and with real puppets
 of the same caption, in the latents of the codec's encoder. Real and generated clips are both encoded from decoded frames and

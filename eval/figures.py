@@ -95,7 +95,7 @@ def score_bars(values: Values) -> Figure:
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylim(0, 1.08)
     _legend(figure, {name: f"C{number}" for number, name in enumerate(columns)})
-    figure.suptitle("Tiny world: clips and their upper bounds (95 % intervals over clips)", fontsize=11)
+    figure.suptitle("Puppets: clips and their upper bounds (95 % intervals over clips)", fontsize=11)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Faults of the tiny world's clips: wrong syllables, lips of another shape, missing eyes, another mouth.
+"""Faults of puppets' clips: wrong syllables, lips of another shape, missing eyes, another mouth.
 
     frames, wave = PUPPET_FAULTS["eyes"].plant(puppet, other, 0.5, np.random.default_rng(0))
 

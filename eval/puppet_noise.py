@@ -1,4 +1,4 @@
-"""Noise in the tiny world's audio: hiss in the pauses of speech, and mains hum, in dB to the whole audio.
+"""Noise in puppets' audio: hiss in the pauses of speech, and mains hum, in dB to the whole audio.
 
     hiss_level(wave), hum_level(wave)    # -60.0, -40.0 of a clean puppet
 

@@ -1,4 +1,4 @@
-"""Scores of one tiny-world clip: attributes, syllables, lip sync, shape of the lips, noise.
+"""Scores of one puppet's clip: attributes, syllables, lip sync, shape of the lips, noise.
 
     score_clip(frames, wave, caption).vowels.hits
 

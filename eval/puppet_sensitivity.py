@@ -61,7 +61,7 @@ def puppet_matrix(puppets: Sequence[Puppet], faults: Sequence[str], progress: bo
 
 
 def run(clips: int = 40, faults: str = "all", output: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """Plant faults into held-out puppets and measure them with all metrics of the tiny world.
+    """Plant faults into held-out puppets and measure them with all metrics of puppets.
 
     Prints the matrix; writes sensitivity.json, sensitivity.md and sensitivity.png.
 

@@ -1,4 +1,4 @@
-"""Syllable recogniser of the tiny worlds: deterministic, with edit counts, mouth openings and pitch from the audio.
+"""Syllable recogniser of puppets: deterministic, with edit counts, mouth openings and pitch from the audio.
 
 Log-mel frames are classified by Gaussians with one shared covariance (linear discriminants) over silence, the onsets of the
 world and five vowels; a Viterbi search through the grammar (onset vowel)* with minimum durations turns them into syllables,

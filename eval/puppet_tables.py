@@ -1,4 +1,4 @@
-"""Markdown and terminal tables of the tiny worlds' result files, one function per kind of file.
+"""Markdown and terminal tables of the puppets' result files, one function per kind of file.
 
     print(scores(json.loads(Path("scores.json").read_text()), ["vowels", "sync_skill"]))
 

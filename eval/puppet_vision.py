@@ -1,4 +1,4 @@
-"""Measurements in frames of the tiny worlds: attributes, mouth opening and shape, eyes, sharpness, flicker.
+"""Measurements in frames of puppets: attributes, mouth opening and shape, eyes, sharpness, flicker.
 
 All positions are shares of the image, so clips of any square size are measured alike (only sharpness depends on the
 size). Colours are decided by the nearest palette entry of a region's median over space and time; the

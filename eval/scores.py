@@ -1,4 +1,4 @@
-"""Scores of tiny-world clips: attributes, syllables and lip sync, with 95 % intervals over clips.
+"""Scores of puppets' clips: attributes, syllables and lip sync, with 95 % intervals over clips.
 
     score_clips(frames, waves, captions, reference=bound).table["vowels"].value
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "recipes": {"magihuman"},
     "data": {"magihuman"},
     "inference": {"magihuman"},
-    # The metrics of the tiny world need its palette and its voice.
+    # The metrics of puppets need their palette and their voice.
     "eval": {"magihuman", "inference", "data"},
 }
 # The benchmark of training steps runs the recipes.
@@ -236,7 +236,7 @@ SAME_SUBJECT = {
     "conditioning": "read in inference, evaluated in eval",
     "sampling": "the loop in magihuman.flow, its networks in inference",
     "decoders": "loaded by magihuman.zoo, timed by inference.benchmark",
-    "tiny": "the tiny world's clips in data, its codecs in magihuman.codecs",
+    "tiny": "puppets' clips in data, their codecs in magihuman.codecs",
 }
 
 

@@ -1,1 +1,1 @@
-"""The tiny world: puppets, their clips and shards, and the training of its codecs."""
+"""Puppets, their clips and shards, and the training of its codecs."""

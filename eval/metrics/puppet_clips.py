@@ -1,4 +1,4 @@
-"""Metrics of the tiny world's clips: what a puppet shows and says, against its caption and its own audio.
+"""Metrics of puppets' clips: what a puppet shows and says, against its caption and its own audio.
 
     CLIP_METRICS["vowels"].of(score_clip(frames, wave, caption))
 
@@ -22,7 +22,7 @@ CANDIDATES = 20
 
 @dataclass(frozen=True)
 class PuppetMetric(Metric):
-    """A metric with one value per clip of the tiny world.
+    """A metric with one value per clip of puppets.
 
     Attributes:
         of: value of a clip; None where it has none, such as the mouth at consonants of a clip without consonants.
@@ -318,7 +318,7 @@ CLIP_METRICS = {metric.key: metric for metric in METRICS if isinstance(metric, P
 
 
 def is_caption(prompt: str) -> bool:
-    """Whether a prompt is a caption of the tiny world that says something."""
+    """Whether a prompt is a caption of a puppet that says something."""
     from data.tiny.puppets import parse_caption
 
     try:
@@ -329,12 +329,12 @@ def is_caption(prompt: str) -> bool:
 
 
 def _measure(clip: ClipFile, _: Any) -> Mapping[str, float | NotMeasured | None]:
-    """Values of a clip whose prompt is a caption of the tiny world, by key."""
+    """Values of a clip whose prompt is a caption of a puppet, by key."""
     from data.tiny.puppets import FPS, SAMPLE_RATE
     from eval.puppet_scores import score_clip
 
     if not is_caption(clip.prompt):
-        raise NotMeasured("its prompt is no caption of the tiny world")
+        raise NotMeasured("its prompt is no caption of a puppet")
     info = clip.info
     if abs(clip.fps - FPS) > 0.01 or info.height != info.width:
         raise NotMeasured(f"it has {info.width}x{info.height} at {clip.fps:g} fps; puppets are square at {FPS} fps")

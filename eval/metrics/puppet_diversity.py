@@ -1,4 +1,4 @@
-"""Metrics of several clips per prompt of the tiny world, and distances to real puppets; measured by `eval.paired`."""
+"""Metrics of several clips per prompt of puppets, and distances to real puppets; measured by `eval.paired`."""
 
 from eval.metrics.registry import Metric
 

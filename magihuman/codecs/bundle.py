@@ -1,7 +1,7 @@
 """Codec bundles: the video codec, audio codec and text encoder that a model works with, and their latent contract.
 
     bundle_spec("released").resolutions["540p"]     # facts that need no weights
-    load_bundle("tiny").video_codec.encode(frames)  # [B,3,F,H,W] in [-1,1] -> latents
+    load_bundle("scene").video_codec.encode(frames)  # [B,3,F,H,W] in [-1,1] -> latents
 
 `tiny` and `scene` are the worlds of puppets (`magihuman.codecs.tiny_captions`): the same codecs, which ship with the zoo and
 run anywhere. `released` is the bundle of the published weights: Wan 2.2 VAE, Stable Audio
@@ -274,12 +274,12 @@ def _contract(names: tuple[str, str, str], video: VideoCodec, audio: AudioCodec,
 
 
 def _tiny_state(world: str, codec: str) -> tuple[dict[str, "torch.Tensor"], str]:
-    """The fitted weights of a codec of the tiny world in fp32, and its name in the contract with a short content hash."""
+    """The fitted weights of a codec of the puppets in fp32, and its name in the contract with a short content hash."""
     from safetensors.torch import load_file
 
     file = WEIGHTS / world / "codecs" / f"{codec}.safetensors"
     if not file.exists():
-        raise UserError(f"the tiny world's codec {file} is missing; make it with `python -m data.tiny.fit_codec`")
+        raise UserError(f"the puppets' codec {file} is missing; make it with `python -m data.tiny.fit_codec`")
     return {key: tensor.float() for key, tensor in load_file(file).items()}, f"{world}-{file_hash(file)[:8]}"
 
 

@@ -130,7 +130,7 @@ OOBLECK_DECODER = CodecMemory(FP32 * OOBLECK_PARAMETERS, 4.72e6, 313_000_000)
 # FLOPs per audio latent.
 OOBLECK_DECODE, OOBLECK_ENCODE = 5_042_339_840, 5_042_077_696
 
-# -- the tiny world's linear maps; a few copies of the clip
+# -- the puppets' linear maps; a few copies of the clip
 
 TINY_VIDEO = CodecMemory(219_200, 12 * FP32)
 TINY_AUDIO = CodecMemory(136_160, 8 * FP32 * 640)

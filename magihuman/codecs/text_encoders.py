@@ -1,4 +1,4 @@
-"""Text encoders: T5-Gemma of the release through transformers, and a byte encoder without weights for the tiny world.
+"""Text encoders: T5-Gemma of the release through transformers, and a byte encoder without weights for puppets.
 
     features = T5GemmaEncoder.load("t5gemma-9b-9b-ul2").encode(["a prompt"])   # list of fp32 [S,3584]
 
@@ -36,7 +36,7 @@ MAX_WORD_BYTES = 24
 
 
 class ByteTextEncoder:
-    """Features of the tiny world: one vector per whitespace-separated word, a pure function of its bytes.
+    """Features of puppets: one vector per whitespace-separated word, a pure function of its bytes.
 
     The vector concatenates a signed random projection of the word's (byte, position) pairs (64), the same
     of the word before (32), and sinusoids of the word's index (32). An empty prompt gives one token of

@@ -1,4 +1,4 @@
-"""Video and audio codec of the tiny world, fitted on a CPU in minutes (`python -m data.tiny.fit_codec`).
+"""Video and audio codec of the puppets, fitted on a CPU in minutes (`python -m data.tiny.fit_codec`).
 
 `TinyVideoCodec` is a linear map of 4x4x4 pixel blocks plus small convolutional corrections, fitted so that its latents
 can be *upsampled*: decoding trilinearly enlarged latents (x2) beats bicubic upsampling of the pixels. Super-resolution

@@ -1,4 +1,4 @@
-"""Words of the tiny world's captions with the colours that they name, and the forms of captions.
+"""Words of the puppets' captions with the colours that they name, and the forms of captions.
 
 Puppets (`data.tiny.puppets`) are rendered from these tables, and prompts of tiny models are checked against the form of
 their world: `tiny`, puppets in the middle that say three syllables in a second, or `scene`, where the prompt also decides

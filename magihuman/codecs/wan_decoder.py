@@ -1,4 +1,4 @@
-"""The Wan 2.2 decoder for training: whole clips with gradients, as the teacher of the tiny world (`data.tiny.fit_decoder`).
+"""The Wan 2.2 decoder for training: whole clips with gradients, as the puppets' teacher decoder (`data.tiny.fit_decoder`).
 
 `wan.WanCodec` decodes latent by latent, as inference needs. Here every convolution runs once over the whole clip, with
 the same result (tested).

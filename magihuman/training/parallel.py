@@ -2,7 +2,7 @@
 
 | strategy | what each process holds | for |
 |---|---|---|
-| single | everything, one process | the tiny world, one GPU |
+| single | everything, one process | puppets, one GPU |
 | ddp | a copy of everything | small models on many GPUs |
 | fsdp2 | a shard of weights, gradients, optimiser and average | large models; any number of optimisers |
 | zero1, zero2, zero3 | DeepSpeed: a shard of the optimiser; and of gradients; and of weights | one optimiser, by preference |

@@ -486,7 +486,7 @@ def _shape(model: str) -> Any:
 def _limits(facts: CardFacts) -> Iterable[str]:
     lines = []
     if facts.codecs.split("-")[0] in FORMS:
-        lines.append("It knows the puppets of the tiny world only: drawn faces that speak made-up syllables.")
+        lines.append("It knows puppets only: drawn faces that speak made-up syllables.")
     elif isinstance(facts.config, ExportConfig) and bundle_spec(facts.codecs).published:
         lines.append("It needs the text encoder, the video VAE and the audio VAE below, which are not in this folder.")
     elif isinstance(facts.config, ExportConfig):

@@ -1,4 +1,4 @@
-"""The tiny world's codecs, text features and contract."""
+"""Puppets' codecs, text features and contract."""
 
 import hashlib
 

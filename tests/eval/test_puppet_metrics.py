@@ -101,9 +101,9 @@ def test_a_puppets_file_is_measured_as_the_puppet(clip: ClipFile) -> None:
 
 def test_other_clips_are_no_puppets(clip: ClipFile, tmp_path: Path) -> None:
     measure = measurements()["puppets"].measure
-    with pytest.raises(NotMeasured, match="no caption of the tiny world"):
+    with pytest.raises(NotMeasured, match="no caption of a puppet"):
         measure(ClipFile(clip.path, prompt="A woman speaks."), None)
-    with pytest.raises(NotMeasured, match="no caption of the tiny world"):
+    with pytest.raises(NotMeasured, match="no caption of a puppet"):
         measure(ClipFile(clip.path, prompt="round face, grey hair, red shirt, blue wall, says"), None)
     wide = tmp_path / "wide.mp4"
     write_mp4(wide, render(PUPPET)[:, :32], FPS, None, SAMPLE_RATE)
