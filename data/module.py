@@ -495,8 +495,8 @@ class PromptDataModule(_Resumable):
     def __init__(
         self,
         file: str,
-        codecs: str = "tiny",
-        frames: int = 25,
+        codecs: str = "scene",
+        frames: int = 37,
         height: int = 64,
         width: int = 64,
         batch_size: int = 16,

@@ -26,8 +26,8 @@ class PrepareOptions:
     input: str = option("folder of video files, searched with its subfolders")
     output: str = option("folder for the shards, made if it does not exist")
     codecs: str = option(
-        "codecs and text encoder: tiny or scene (of that world of puppets), released, or package.module:function for your own",
-        "tiny",
+        "codecs and text encoder: scene or tiny (of that world of puppets), released, or package.module:function for your own",
+        "scene",
     )
     workers: int = option("processes, 0 for one per CPU core, or a single one with device=cuda", 0)
     device: str = option("where the codecs run: cpu, cuda, cuda:1", "cpu")

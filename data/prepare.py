@@ -1,6 +1,6 @@
 """Preparation of training data: a folder of media files to webdataset shards of latents, text features and metadata.
 
-    python -m data.prepare input=VIDEOS output=SHARDS [codecs=tiny] [workers=2]
+    python -m data.prepare input=VIDEOS output=SHARDS [codecs=scene] [workers=2]
 
 A run that was stopped, even by SIGKILL, resumes when the same command is given again. The bytes of the shards depend
 neither on interruptions nor on the number of workers.

@@ -1,7 +1,7 @@
-"""Clips of the tiny world that are evaluated: held-out puppets, their ground truth, and the same through the codec.
+"""Clips of puppets that are evaluated: held-out puppets, their ground truth, and the same through the codec.
 
     truth = ground_truth(held_out(40))
-    scores = through_codec(truth, load_bundle("tiny")).score()
+    scores = through_codec(truth, load_bundle("scene")).score()
 
 The puppets are 0, 1, 2, ... of the seed `HELD_OUT_SEED`; no recipe trains on that seed.
 """
@@ -98,7 +98,7 @@ def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:
 
 
 def through_codec(clips: Clips, codecs: "CodecBundle", batch: int = 8) -> Clips:
-    """The same clips encoded and decoded again by the tiny world's codecs."""
+    """The same clips encoded and decoded again by the puppets' codecs."""
     result = Clips()
     for start in range(0, len(clips.frames), batch):
         part = slice(start, start + batch)

@@ -1,6 +1,6 @@
 """The codec bound: true clips encoded and decoded by a checkpoint's codecs, which no model of their latents can beat.
 
-    clips = bound_clips(read_clips(Path("clips"), Path("real")), "tiny/base", Path("scores/bound"))
+    clips = bound_clips(read_clips(Path("clips"), Path("real")), "scene/base", Path("scores/bound"))
 
 The clips are written as mp4 files with a record each and are scored like generated ones: what a metric loses from the true
 clip to its bound is no fault of the model. The video codec's own decoder is used, also where clips are generated with a

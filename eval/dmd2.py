@@ -1,6 +1,6 @@
-"""Evaluation of few-step students of the tiny world: against their teacher, the teacher in few steps, and real puppets.
+"""Evaluation of few-step students of puppets: against their teacher, the teacher in few steps, and real puppets.
 
-    python -m eval.dmd2 student=tiny/distill
+    python -m eval.dmd2 student=runs/dmd2/NAME
     python -m eval.dmd2 student=runs/dmd2/a,runs/dmd2/b,runs/dmd2/c one_recipe=true      # verdict on the recipe
 
 All columns are clips of the same held-out prompts (`eval.clips`), models from the same noise; decoders and metrics
@@ -40,7 +40,7 @@ FORMAT = "magihuman-compare/2"
 
 def run(
     student: str,
-    teacher: str = "tiny/base",
+    teacher: str = "scene/base",
     prompts: int = 120,
     seeds: int = 4,
     one_recipe: bool = False,
@@ -51,7 +51,7 @@ def run(
     keep: int = 4,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compare distilled students of the tiny world with their teacher, on held-out prompts.
+    """Compare distilled students with their teacher, on held-out prompts.
 
     Prints the table and a verdict in words; writes compare.json, compare.md, compare.png, sheet.png and sample clips.
     For one student clip_values.json is written, too, and in its run folder report.md and report.png.
@@ -74,7 +74,7 @@ def run(
         and the bound's value.
 
     Raises:
-        UserError: an unknown checkpoint, one not of the tiny world, students of different sampling, students that are not one
+        UserError: an unknown checkpoint, one of no puppet world, students of different sampling, students that are not one
             recipe, or a value that cannot be used.
     """
     require_at_least(prompts=(prompts, 2), seeds=(seeds, 1), batch=(batch, 1), keep=(keep, 1))

@@ -1,4 +1,4 @@
-"""Checkpoints of the tiny world, and timed sampling of several of them from the same prompts and noise.
+"""Checkpoints of puppet worlds, and timed sampling of several of them from the same prompts and noise.
 
 Every batch is sampled by each sampler before the next, so that times compare on a machine whose load changes. Latents
 that are measured again and again (a teacher's) can be cached in a folder; the cache is used only if the first batch,
@@ -33,7 +33,7 @@ SAME = 1e-2  # root mean square difference of latents, of deviation 1, that othe
 
 
 def require_tiny(command: str, *checkpoints: str) -> str:
-    """Refuse checkpoints that are unknown, which needs no torch, or not of one tiny world, whose name is returned.
+    """Refuse checkpoints that are unknown, which needs no torch, or not of one puppet world, whose name is returned.
 
     Raises:
         UserError: the first such checkpoint.
@@ -44,9 +44,7 @@ def require_tiny(command: str, *checkpoints: str) -> str:
         zoo.find(name)
     for name in checkpoints:
         if (codecs := zoo.config_of(name).codecs) not in WORLDS:
-            raise NotApplicable(
-                f"{command} measures the tiny worlds ({', '.join(WORLDS)}), and {name} is of {codecs!r}"
-            )
+            raise NotApplicable(f"{command} measures puppets ({', '.join(WORLDS)}), and {name} is of {codecs!r}")
     worlds = {name: zoo.config_of(name).codecs for name in checkpoints}
     if len(set(worlds.values())) > 1:
         listed = ", ".join(f"{name} is of {world}" for name, world in worlds.items())
@@ -57,7 +55,7 @@ def require_tiny(command: str, *checkpoints: str) -> str:
 
 
 def tiny_pipelines(command: str, *checkpoints: str, device: str) -> "list[Pipeline]":
-    """Checkpoints of one tiny world with the same codecs, on the device auto, cpu or cuda; see `require_tiny`.
+    """Checkpoints of one puppet world with the same codecs, on the device auto, cpu or cuda; see `require_tiny`.
 
     The tier is `exact`, which gives the reference's bits in less time; the products are fp32 on the CPU, bf16 on a GPU.
     """

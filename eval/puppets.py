@@ -1,6 +1,6 @@
-"""Evaluation of a checkpoint of a tiny world, or of a folder of clips, on held-out prompts, with two upper bounds.
+"""Evaluation of a checkpoint of a puppet world, or of a folder of clips, on held-out prompts, with two upper bounds.
 
-    python -m eval.puppets checkpoint=tiny/base
+    python -m eval.puppets checkpoint=scene/base
     python -m eval.puppets clips=FOLDER_OF_MP4_AND_TXT
 
 The prompts are those of held-out puppets (`eval.clips`). The bounds are the puppets themselves, and the puppets through the
@@ -52,7 +52,7 @@ def generate(
     progress: bool = True,
     **overrides: Any,
 ) -> tuple[Clips, dict[str, Any], "CodecBundle"]:
-    """Sample a checkpoint of the tiny world.
+    """Sample a checkpoint of a puppet world.
 
     Args:
         overrides: of the checkpoint's sampling settings, see `inference.pipeline.Pipeline.settings`.
@@ -61,7 +61,7 @@ def generate(
         clips, facts (settings, seconds), codecs.
 
     Raises:
-        UserError: unknown checkpoint, one not of the tiny world, or a setting that cannot be.
+        UserError: unknown checkpoint, one of no puppet world, or a setting that cannot be.
     """
     (pipeline,) = tiny_pipelines("eval.puppets", checkpoint, device=device)
     from tqdm import tqdm
@@ -142,7 +142,7 @@ def run(
     keep: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a tiny-world checkpoint, or a folder of clips, with its upper bounds.
+    """Evaluate a checkpoint of a puppet world, or a folder of clips, with its upper bounds.
 
     Prints the table; writes scores.json, scores.md, scores.png, clips.json, clips.png, clip_values.json and a few mp4 files.
 

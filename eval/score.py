@@ -42,7 +42,7 @@ class ScoreOptions:
         "score the reference clips through the video and audio codec, too: what no model of their latents can beat",
         False,
     )
-    codecs: str = option("checkpoint whose codecs bound=true uses", "tiny/base")
+    codecs: str = option("checkpoint whose codecs bound=true uses", "scene/base")
     min_coverage: float = option(
         "least share of clips, of those that a metric applies to, that must have a value; below, exit 1", 0.9
     )

@@ -1,8 +1,8 @@
 """Scores of clips that a training samples (`callbacks=scores`), by metrics of the registry that need no model.
 
 scorer = TrainingScorer(clips=16)
-prompts = scorer.choose("tiny")                        # of the clips to sample
-scorer(files, prompts, "tiny")["vowels"]["value"]
+prompts = scorer.choose("scene")                       # of the clips to sample
+scorer(files, prompts, "scene")["vowels"]["value"]
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ class TrainingScorer:
 
     Attributes:
         clips: how many.
-        prompts: of codecs other than the tiny world's; with fewer prompts than clips they come in turn.
-        metrics: measurements or keys of metrics; None: the puppets' in the tiny world, else all that need the clip alone.
+        prompts: of codecs other than the puppets'; with fewer prompts than clips they come in turn.
+        metrics: measurements or keys of metrics; None: of puppets their own, else all that need the clip alone.
     """
 
     clips: int = 16
@@ -31,7 +31,7 @@ class TrainingScorer:
     metrics: Sequence[str] | None = None
 
     def choose(self, codecs: str) -> list[str]:
-        """A prompt per clip; of the tiny world captions that no training sees.
+        """A prompt per clip; of puppets captions that no training sees.
 
         Raises:
             UserError: no clips, no prompts, or metrics that are unknown or need a model.

@@ -1,6 +1,6 @@
-"""Checks of a tiny world by a model that was trained in it: can it tell a good recipe from a bad one?
+"""Checks of a puppet world by a model that was trained in it: can it tell a good recipe from a bad one?
 
-    python -m eval.world_checks checkpoint=tiny/base
+    python -m eval.world_checks checkpoint=scene/base
 
 A world is worth training in if guidance matters, few steps hurt, the early steps decide something, and no row is at its
 ceiling. The checkpoint is sampled with its own settings and with fewer steps, with and without guidance, from the same noise,
@@ -45,7 +45,7 @@ ROWS = (
 
 
 def run(
-    checkpoint: str = "tiny/base",
+    checkpoint: str = "scene/base",
     prompts: int = 60,
     swaps: int = 16,
     seed: int = 0,
@@ -54,7 +54,7 @@ def run(
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Check what a tiny world can tell, by a checkpoint that was trained in it.
+    """Check what a puppet world can tell, by a checkpoint that was trained in it.
 
     Prints the tables; writes world_checks.json, world_checks.md, world_checks.png and sheet.png.
 
@@ -72,7 +72,7 @@ def run(
         Where world_checks.json is, and the checks.
 
     Raises:
-        UserError: an unknown checkpoint, one not of a tiny world, or a value that cannot be used.
+        UserError: an unknown checkpoint, one of no puppet world, or a value that cannot be used.
     """
     require_at_least(prompts=(prompts, stats.FEWEST), swaps=(swaps, 0), batch=(batch, 1), seed=(seed, 0))
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Resolves checkpoints, codecs, decoder and device of a command, and loads the pipeline.
 
-pipeline = find(InferOptions(checkpoint="tiny/base", device="cpu")).load()
+pipeline = find(InferOptions(checkpoint="scene/base", device="cpu")).load()
 """
 
 import re

@@ -1,6 +1,6 @@
 """What to generate: the options of `python -m magihuman.infer`, and the requests of the command line or a prompt file.
 
-    InferOptions(checkpoint="tiny/base", prompt="round face, says ma", output="x.mp4").command()
+    InferOptions(checkpoint="scene/base", prompt="round face, says ma", output="x.mp4").command()
 
 A prompt file has lines (`.txt`) or is a table (`.csv`, `.tsv`, `.jsonl`, `.json`). A request keeps its name and seed
 whatever the other lines are, so an interrupted batch continues where it was. Imports no torch.
@@ -44,7 +44,7 @@ class InferOptions:
     # command: whether the reproducing command states the value.
     checkpoint: str = option(
         "a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or a folder of the published weights",
-        "tiny/base",
+        "scene/base",
     )
     lora: str | None = option(
         "LoRA merged into the checkpoint: the folder adapter/ of a run with recipe=lora, or the run", None

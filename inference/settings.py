@@ -1,6 +1,6 @@
 """Sampling settings of a clip: the checkpoint's defaults with the user's options in their place.
 
-resolve(zoo.config_of("tiny/base"), options=InferOptions(steps=4)).frames     # 25
+resolve(zoo.config_of("scene/base"), options=InferOptions(steps=4)).frames    # 37
 """
 
 import math

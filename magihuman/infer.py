@@ -7,7 +7,7 @@ from typing import Any
 PROGRAM = "python -m magihuman.infer"
 EXAMPLES = """\
 examples:
-  python -m magihuman.infer prompt="round face, ginger hair, blue shirt, green wall, says ma bi so" output=x.mp4
+  python -m magihuman.infer prompt="round face, ginger hair, blue shirt, green wall, says ma bi do ne, left, rain" output=x.mp4
   python -m magihuman.infer checkpoint=runs/pretrain/first prompts=prompts.txt output=clips gallery=true
   python -m magihuman.infer image=face.png audio=speech.wav prompt="..." output=x.mp4
   python -m magihuman.infer checkpoint=RELEASE/distill resolution=540p seconds=auto prompt="..." output=x.mp4

@@ -95,7 +95,7 @@ class Consistency(Recipe):
         super().__init__(context)
         if context.init is None:
             raise UserError(
-                "consistency distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
+                "consistency distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=scene/base"
             )
         if steps < 1 or not shift > 0 or not floor > 0:
             raise UserError(

@@ -142,7 +142,7 @@ class DMD2(Recipe):
         super().__init__(context)
         self.automatic_optimization = False
         if context.init is None:
-            raise UserError("dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base")
+            raise UserError("dmd2 distils a trained checkpoint; give init=NAME_OR_FOLDER, for example init=scene/base")
         assert self.parent is not None
         teacher = self.parent
         self.first_step, self.fake_score_first_step = first_steps(steps, first_step, fake_score.first_step)

@@ -69,7 +69,7 @@ class Lora(Pretrain):
     ) -> None:
         if context.init is None:
             raise UserError(
-                "lora fine-tunes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=tiny/base"
+                "lora fine-tunes a trained checkpoint; give init=NAME_OR_FOLDER, for example init=scene/base"
             )
         if context.optim.algorithm == "muon":
             raise UserError(f"optim.algorithm={context.optim.algorithm} does not support LoRA; choose optim=adamw")

@@ -1,4 +1,4 @@
-"""The tiny worlds on disk: mp4 clips with captions, or shards of latents, made on first use and kept.
+"""Puppets on disk: mp4 clips with captions, or shards of latents, made on first use and kept.
 
 `python -m data.tiny output=clips clips=200` writes mp4 files, for `data.prepare` and other readers of media. Configurations
 call `ensure`, which encodes the rendered frames and waves without files in between: samples have the keys and metadata that
@@ -62,10 +62,10 @@ def make_clips(
     first: int = 0,
     workers: int = 2,
     only: dict[str, str] | None = None,
-    world: str = "tiny",
+    world: str = "scene",
     progress: bool = True,
 ) -> int:
-    """Write clips of a tiny world: clip-000000.mp4 (H.264 + AAC) and clip-000000.txt (its caption) each.
+    """Write clips of a puppet world: clip-000000.mp4 (H.264 + AAC) and clip-000000.txt (its caption) each.
 
     Clip i of a seed does not depend on the number of clips, and existing clips are kept, so the same command resumes a
     stopped run. Returns the number of clips written.
@@ -78,7 +78,7 @@ def make_clips(
         first: number of the first clip
         workers: processes
         only: only puppets of this appearance, for example only="{skin: dark}", to fine-tune on
-        world: tiny or scene, see `data.tiny.puppets`
+        world: scene or tiny, see `data.tiny.puppets`
         progress: show a progress bar
 
     Raises:
@@ -216,7 +216,7 @@ def ensure(
     seed: int = 0,
     size: int = 64,
     workers: int = 2,
-    world: str = "tiny",
+    world: str = "scene",
     codecs: str | None = None,
     sr_size: int | None = None,
     pixels: bool = False,
@@ -233,7 +233,7 @@ def ensure(
         seed: of the puppets; evaluation and the recogniser have their own
         size: width and height in pixels
         workers: processes
-        world: of the puppets: tiny or scene
+        world: of the puppets: scene or tiny
         codecs: codecs and text encoder; none takes those of the world
         sr_size: width and height of the second stage: clips are rendered at it and stored at both
         pixels: store the frames too, for training a decoder

@@ -1,4 +1,4 @@
-"""Fit a tiny world's codecs on rendered puppets: `python -m data.tiny.fit_codec output=FOLDER world=scene`.
+"""Fit a puppet world's codecs on rendered puppets: `python -m data.tiny.fit_codec output=FOLDER world=scene`.
 
 The audio codec is closed-form (PCA, seconds). The video codec starts as PCA and is trained for a few minutes on
 reconstruction at two sizes and on upsampling: decode(up(encode(small))) must give the clip at twice the size,
@@ -219,14 +219,14 @@ def _save(codec: torch.nn.Module, file: Path) -> None:
     save_file({k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in codec.state_dict().items()}, file)
 
 
-def fit(output: str, channels: int = 12, steps: int = 900, world: str = "tiny") -> dict[str, float]:
-    """Fit the tiny world's codecs and write them with their reconstruction quality.
+def fit(output: str, channels: int = 12, steps: int = 900, world: str = "scene") -> dict[str, float]:
+    """Fit a puppet world's codecs and write them with their reconstruction quality.
 
     Args:
         output: folder for video_codec.safetensors, audio_codec.safetensors and codecs.json.
         channels: video latent channels.
         steps: training steps of the video codec (about half a CPU-second each).
-        world: tiny or scene.
+        world: scene or tiny.
 
     Raises:
         UserError: an unknown world.

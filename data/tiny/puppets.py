@@ -1,10 +1,10 @@
-"""Puppets, the clips of the tiny worlds: synthetic cartoon faces that speak syllables.
+"""Puppets and their worlds: synthetic cartoon faces that speak syllables.
 
 A puppet is rendered from signed distances (any size, anti-aliased) and speaks by formant synthesis; one articulation
 drives mouth and audio. Everything is a pure function of (world, seed, index), so any clip can be made again. After the mp4
 files are written, they are treated like real videos.
 
-    python -m data.tiny output=clips clips=200 world=scene
+    python -m data.tiny output=clips clips=200
 
 A caption states looks and syllables. In the world `tiny` it leaves open skin tone, pitch and timing. In `scene` it also
 states, with a probability each, place, size, camera, voice and background sound; what it does not state is drawn with shares
@@ -510,7 +510,7 @@ def render(puppet: Puppet, size: int = 64, mouth: np.ndarray | None = None) -> n
 
 
 def parse_caption(caption: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
-    """World, syllables and stated attributes of a tiny-world caption: ("scene", ("ma", "do"), {"face": "round", ...}).
+    """World, syllables and stated attributes of a puppet's caption: ("scene", ("ma", "do"), {"face": "round", ...}).
 
     Raises:
         ValueError: the sentence has the form of no world.

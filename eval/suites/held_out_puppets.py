@@ -1,4 +1,4 @@
-"""Puppets of a tiny world that no training sees (`eval.clips.HELD_OUT_SEED`), with their true clips as references."""
+"""Puppets that no training sees (`eval.clips.HELD_OUT_SEED`), with their true clips as references."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,13 +13,13 @@ CRF = 0
 
 
 def read_puppets(options: SuiteOptions) -> Suite:
-    """The first `COUNT` held-out puppets of the checkpoint's world (`tiny` without a checkpoint): captions, and the puppets as
+    """The first `COUNT` held-out puppets of the checkpoint's world (`scene` without a checkpoint): captions, and the puppets as
     drawn and spoken as references.
 
     Their "speech" is syllables, so they have no language. Pictures are not given: they would show what captions leave open.
 
     Raises:
-        UserError: an option that this suite does not have, or a checkpoint that is of no tiny world.
+        UserError: an option that this suite does not have, or a checkpoint that is of no puppet world.
     """
     from eval.clips import HELD_OUT_SEED, held_out
     from eval.generate import require_tiny
@@ -28,7 +28,7 @@ def read_puppets(options: SuiteOptions) -> Suite:
     for name in ("suite_path", "parts", "transcripts"):
         if (value := getattr(options, name)) is not None:
             raise UserError(f"{name}={value} is not for suite=puppets; leave it out")
-    world = "tiny" if options.checkpoint is None else require_tiny("suite=puppets", options.checkpoint)
+    world = "scene" if options.checkpoint is None else require_tiny("suite=puppets", options.checkpoint)
     puppets = held_out(COUNT, world)
     items = tuple(
         SuiteItem(f"puppet-{index:03d}", puppet.caption, dialogue=" ".join(puppet.words))

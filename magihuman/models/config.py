@@ -264,7 +264,7 @@ class Contract(PlainConfig):
         """Raise unless both contracts are equal.
 
         Args:
-            mine, theirs: owners of the two contracts, for the message ("checkpoint tiny/base", "shards runs/x").
+            mine, theirs: owners of the two contracts, for the message ("checkpoint scene/base", "shards runs/x").
 
         Raises:
             UserError: naming every field that differs.

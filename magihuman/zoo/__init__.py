@@ -3,7 +3,7 @@
 python -m magihuman.zoo list | inspect PATH | verify DIR [--strict] | convert SRC DST | plan MODEL
 
 from magihuman import zoo
-denoiser = zoo.load("tiny/base").denoiser
+denoiser = zoo.load("scene/base").denoiser
 """
 
 from magihuman.zoo.checkpoints import Loaded, arch, build, config_of, find, load, pack

@@ -1,7 +1,7 @@
 """Names to networks: the only constructor of models.
 
 `arch(name)` reads hyperparameters from configs/model, `build` makes a network, `load` opens a checkpoint: one
-that ships with the package ("tiny/base"), an exported folder, a run folder, or the published weights, also in the local
+that ships with the package ("scene/base"), an exported folder, a run folder, or the published weights, also in the local
 cache of the Hugging Face Hub; nothing is downloaded. Finding one needs no torch.
 """
 
@@ -170,7 +170,7 @@ def load(
 ) -> Loaded:
     """Load a checkpoint for inference or evaluation.
 
-        denoiser = zoo.load("tiny/base").denoiser
+        denoiser = zoo.load("scene/base").denoiser
 
     Args:
         checkpoint: see `find`.

@@ -59,7 +59,7 @@ def inspect(path: str) -> str:
     """Tensors, shapes, dtypes, sizes, config and provenance of a checkpoint.
 
     Args:
-        path: safetensors file, exported or diffusers-style folder, LoRA, run folder, or a shipped name such as tiny/base
+        path: safetensors file, exported or diffusers-style folder, LoRA, run folder, or a shipped name such as scene/base
 
     Raises:
         UserError: there is no checkpoint.

@@ -20,12 +20,12 @@ from magihuman.media.reading import read_clip
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "clips"
-    make_clips(str(folder), 3, size=128, workers=1, progress=False)
+    make_clips(str(folder), 3, size=128, workers=1, world="tiny", progress=False)
     return folder
 
 
 def prepared(clips: Path, output: Path, **settings: str) -> Path:
-    prepare(PrepareOptions(str(clips), str(output), workers=1, progress=False, **settings))  # type: ignore[arg-type]
+    prepare(PrepareOptions(str(clips), str(output), "tiny", workers=1, progress=False, **settings))  # type: ignore[arg-type]
     return output
 
 

@@ -517,20 +517,20 @@ def test_captions_of_another_world_than_the_codecs_are_noted(tmp_path: Path) -> 
     from data.tiny.dataset import make_clips
 
     make_clips(str(tmp_path / "clips"), 1, seed=11, workers=1, world="scene", progress=False)
-    report = prepared(tmp_path / "clips", tmp_path / "shards", workers=1)
+    report = prepared(tmp_path / "clips", tmp_path / "shards", codecs="tiny", workers=1)
     assert "note: 1 of 1 captions have not the form of codecs=tiny" in report.summary()
     assert "give codecs=scene" in json.loads((tmp_path / "shards" / "report.json").read_text())["notes"][0]
 
 
-def test_tiny_world_end_to_end(tmp_path: Path) -> None:
+def test_puppets_end_to_end(tmp_path: Path) -> None:
     """Puppets to mp4 to latents and back: the picture and the sound's spectrum survive."""
     from data.inspect import inspect
     from data.tiny.dataset import make_clips
     from magihuman.codecs.bundle import load_bundle
     from magihuman.media.reading import read_clip
 
-    make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, progress=False)
-    prepared(tmp_path / "clips", tmp_path / "shards", workers=1, pixels=True)
+    make_clips(str(tmp_path / "clips"), 4, seed=11, workers=1, world="tiny", progress=False)
+    prepared(tmp_path / "clips", tmp_path / "shards", codecs="tiny", workers=1, pixels=True)
     reader, world = Shards(tmp_path / "shards"), load_bundle("tiny")
     assert reader.contract == world.contract
     for i in range(4):

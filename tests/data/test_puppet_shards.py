@@ -1,6 +1,7 @@
 """Shards of puppets without media files: what data.prepare makes of the mp4 files, but for their losses; resumable."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,23 @@ from data.options import PrepareOptions
 from data.prepare import prepare
 from data.shards import INDEX, Shards
 from data.tiny import dataset
-from data.tiny.dataset import ensure, make_clips
 from inference.sample_latents import read_prompts
 from magihuman.codecs.bundle import load_bundle
 from magihuman.errors import UserError
 
+ensure = partial(dataset.ensure, world="tiny")  # the shorter clips
+
 
 def through_mp4(folder: Path, clips: int, size: int, **settings: object) -> Shards:
-    make_clips(str(folder / "clips"), clips, size=size, workers=1, progress=False)
-    options = PrepareOptions(str(folder / "clips"), str(folder / "shards"), workers=1, progress=False, **settings)  # type: ignore[arg-type]
+    dataset.make_clips(str(folder / "clips"), clips, size=size, workers=1, world="tiny", progress=False)
+    options = PrepareOptions(
+        str(folder / "clips"),
+        str(folder / "shards"),
+        "tiny",
+        workers=1,
+        progress=False,
+        **settings,  # type: ignore[arg-type]
+    )
     prepare(options)
     return Shards(folder / "shards")
 

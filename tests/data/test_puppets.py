@@ -1,15 +1,16 @@
-"""The tiny world: a pure function of seed and index, written as ordinary files, resumable."""
+"""Puppets: a pure function of seed and index, written as ordinary files, resumable."""
 
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.tiny.dataset import make_clips
+from data.tiny import dataset
 from data.tiny.puppets import (
     MOUTHS,
     ONSETS,
@@ -25,6 +26,8 @@ from magihuman.cli import run
 from magihuman.codecs.tiny_captions import order_fault
 from magihuman.errors import UserError
 from magihuman.media.reading import probe, read_clip
+
+make_clips = partial(dataset.make_clips, world="tiny")  # the shorter clips
 
 
 def test_a_puppet_is_a_function_of_seed_and_index():
@@ -202,7 +205,7 @@ def test_clips_of_two_worlds_do_not_mix(tmp_path: Path):
 def test_bad_settings_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        run(make_clips, "python -m data.tiny", arguments)
+        run(dataset.make_clips, "python -m data.tiny", arguments)
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert message in error

@@ -32,7 +32,7 @@ def world() -> CodecBundle:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("clips")
-    make_clips(str(path), 24, seed=80, workers=1, progress=False)
+    make_clips(str(path), 24, seed=80, workers=1, world="tiny", progress=False)
     return path
 
 

@@ -249,7 +249,7 @@ def test_what_is_no_talkvid_bench(talkvid: Path, tmp_path: Path) -> None:
 
 def test_puppets_are_the_held_out_ones_with_their_true_clips(tmp_path: Path) -> None:
     suite = read_suite(options("puppets"))
-    puppet = draw_puppet(HELD_OUT_SEED, 7)
+    puppet = draw_puppet(HELD_OUT_SEED, 7, "scene", novel=True)
     assert (len(suite.items), suite.items[7].prompt, suite.items[7].dialogue) == (
         200,
         puppet.caption,
@@ -279,9 +279,7 @@ def test_puppets_are_of_the_checkpoints_world(tmp_path: Path) -> None:
     ):
         require_tiny("eval.dmd2", "tiny/base", str(trained))
     (trained / "config.json").write_text(json.dumps({**config, "world": "released"}))
-    with pytest.raises(
-        UserError, match=r"suite=puppets measures the tiny worlds \(tiny, scene\), and .* is of 'released'"
-    ):
+    with pytest.raises(UserError, match=r"suite=puppets measures puppets \(tiny, scene\), and .* is of 'released'"):
         read_suite(options("puppets", checkpoint=str(trained)))
 
 

@@ -81,7 +81,7 @@ def test_a_checkpoint_that_does_not_say_its_stage_may_be_either() -> None:
 
 def test_a_second_stage_enlarges_and_says_when_it_stretches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def resolver(**options: int) -> Resolver:
-        return Resolver(find(InferOptions(sr="tiny/sr", device="cpu", **options)), tmp_path)
+        return Resolver(find(InferOptions(checkpoint="tiny/base", sr="tiny/sr", device="cpu", **options)), tmp_path)
 
     request = Request("x", PROMPT, 0)
     with pytest.raises(UserError, match="128x128 is smaller than the first's 144x64; give a larger sr_width="):

@@ -178,6 +178,7 @@ def test_prompts_alone_are_enough(tmp_path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("round face, ginger hair, blue shirt, green wall, says ma bi so\n" * 3)
     common = ["+recipe=dmd2", "data=prompts", f"data.module.file={file}", "trainer=debug", "logger=csv"]
+    common += ["init=tiny/base", "data.module.codecs=tiny", "data.module.frames=25"]
     small = ["data.module.batch_size=1", "trainer.max_steps=1", "callbacks=none", "after_fit=null"]
     fast = ["recipe.steps=2", "recipe.fake_score.updates=1", "recipe.fake_score.warmup=0"]
     steps = ["recipe.first_step=0", "recipe.fake_score.first_step=0", "recipe.monitor.every=0"]

@@ -36,7 +36,7 @@ def test_dmd2_of_the_released_base_follows_published_recipes() -> None:
     settings, node = composed("dmd2_15b")
     recipe = node["recipe"]
     assert (recipe["steps"], recipe["solver"], recipe["shift"]) == (8, "renoise", 5.0)
-    # What the tiny world taught stays there: all steps are trained, and both networks draw the same levels.
+    # All steps are trained, and both networks draw the same levels.
     assert (recipe["first_step"], recipe["fake_score"]["first_step"]) == (0, 0)
     assert recipe["sigma"] == {"kind": "shifted", "shift": 5.0}
     assert recipe["score"] == {"shift": 5.0, "low": 0.02, "high": 0.98}

@@ -124,6 +124,9 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
         assert not (folder / "checkpoints").exists()
 
 
+TINY_SR = ["+recipe=sr", "init=tiny/base", "data.make.world=tiny"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -133,9 +136,12 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
             "next to a GPU, and there is none; leave it out",
         ),
         (["+recipe=pretrain", "init=tiny/turbo"], "init=tiny/turbo is a video decoder"),
-        (["+recipe=pretrain", "init=tiny/sr"], "init=tiny/sr is a model of another size than model.pack (coords_style"),
         (
-            ["+recipe=dmd2", "data.make.world=scene"],
+            ["+recipe=pretrain", "init=tiny/sr", "data.make.world=tiny"],
+            "init=tiny/sr is a model of another size than model.pack (coords_style",
+        ),
+        (
+            ["+recipe=dmd2", "init=tiny/base"],
             "init=tiny/base is of the world tiny, and the data are of scene; give data.make.world=tiny",
         ),
         (["+recipe=turbo_vae", "init=tiny/base"], "init=tiny/base is not a decoder"),
@@ -157,9 +163,9 @@ def test_what_does_not_fit_together_is_one_line_before_anything_is_made(shards, 
             ["+recipe=sr", "recipe.sampling.steps=2"],
             "recipe.sampling of this recipe is now recipe.steps and recipe.shift",
         ),
-        (["+recipe=sr", "recipe.teacher=tiny/base"], "has coordinates v2, and this training v1; give a second stage"),
+        ([*TINY_SR, "recipe.teacher=tiny/base"], "has coordinates v2, and this training v1; give a second stage"),
         (["+recipe=sr", "recipe.first_stage={base: tiny/x, base_share: 0.5}"], "'tiny/x' is neither a folder nor"),
-        (["+recipe=sr", "data=tiny"], "these shards hold clips at one size"),
+        ([*TINY_SR, "data=tiny"], "these shards hold clips at one size"),
         (["+recipe=turbo_vae", "recipe.crop=0"], "recipe.crop=0 is at least 1"),
         (["+recipe=pretrain", "callbacks.samples.every_steps=0"], "callbacks.samples.every_steps=0 is no interval"),
         (["+recipe=pretrain", "callbacks.validation.every_steps=-1"], "callbacks.validation.every_steps=-1 is no"),
@@ -250,4 +256,4 @@ def test_an_evaluation_that_does_not_apply_is_skipped(tmp_path, capsys) -> None:
     run = RunFolder(tmp_path)
     after_fit(SimpleNamespace(after_fit={"eval": step, "none": None}), run)
     assert "results" not in run.read()
-    assert "after_fit.eval is skipped: eval.puppets measures the tiny world" in capsys.readouterr().out
+    assert "after_fit.eval is skipped: eval.puppets measures puppets" in capsys.readouterr().out

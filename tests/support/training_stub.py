@@ -370,7 +370,7 @@ class NetworkPipeline:
 
 def puppets_only() -> None:
     """An evaluation that does not apply."""
-    raise NotApplicable("eval.puppets measures the tiny world")
+    raise NotApplicable("eval.puppets measures puppets")
 
 
 def fixed_score() -> dict[str, Any]:

@@ -80,10 +80,10 @@ def test_an_error_of_the_scorer_is_a_note(shards: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_values_are_those_of_eval_on_the_same_clips(tmp_path: Path) -> None:
-    """In the tiny world, with its codecs, the pipeline and the puppets' metrics."""
+    """On puppets, with their codecs, the pipeline and the puppets' metrics."""
     from data.tiny.dataset import ensure
 
-    puppets = Path(ensure(folder=str(tmp_path / "puppets"), clips=6, seed=0, size=64, workers=1))
+    puppets = Path(ensure(folder=str(tmp_path / "puppets"), clips=6, workers=1, world="tiny"))
     network = [
         "callbacks=scores", "callbacks.scores.every_steps=2", "callbacks.scores.settings={steps: 1}",
         "callbacks.scores.pipeline={_target_: inference.pipeline.Pipeline, _partial_: true}",
