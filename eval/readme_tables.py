@@ -154,7 +154,7 @@ def overview_table(_: str = "") -> str:
          f"1080p from {peak / 1e9:.1f} GB (computed)", "memory", "magihuman/zoo/README.md"],
     ]  # fmt: skip
     return markdown.table(
-        ["what", "command", "result in the tiny world, 95 % interval"],
+        ["what", "command", "result in the puppet world tiny, 95 % interval"],
         [
             [f"[{title}]({page})", f"`python -m magihuman.{command}`", f"[{text}]({files[name]})"]
             for title, command, text, name, page in rows
