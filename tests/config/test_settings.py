@@ -12,6 +12,7 @@ import pytest
 import training_stub
 
 from magihuman import multirun
+from magihuman.codecs.tiny_captions import of_another_form
 from magihuman.composition import plain
 from magihuman.config import LoggerSettings, OptimSettings, available, changes, parse_time, validate
 from magihuman.errors import UserError
@@ -25,9 +26,18 @@ def node(*overrides: str) -> dict[str, Any]:
     return plain(training_stub.compose(["folder=run", *overrides]))
 
 
+def require_one_world(made: dict[str, Any]) -> None:
+    """Where the configuration draws puppets: initial checkpoint and prompts of the sample clips are of their world."""
+    if (make := made["data"].get("make")) is None:
+        return
+    assert made["init"] is None or made["init"].startswith(f"{make['world']}/")
+    assert of_another_form(made["prompts"], make["world"]) == []
+
+
 @pytest.mark.parametrize("recipe", available("recipe"))
 def test_every_recipe_composes_with_every_size(recipe) -> None:
-    settings = validate(node(f"+recipe={recipe}"))
+    settings = validate(made := node(f"+recipe={recipe}"))
+    require_one_world(made)
     assert settings.recipe["_target_"].startswith(f"recipes.{recipe}.")
     assert settings.trainer.max_steps > 0
 
@@ -52,9 +62,10 @@ def test_data_without_clips_are_refused_by_what_their_class_says(monkeypatch: py
         validate(node("+recipe=pretrain", "data=prompts"))
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), [(g, n) for g in ("optim", "trainer", "logger", "callbacks", "strategy") for n in available(g)]
-)
+GROUPS = ("captions", "optim", "trainer", "logger", "callbacks", "strategy")
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in GROUPS for n in available(g)])
 def test_every_choice_of_every_group_is_valid(group, name) -> None:
     overrides = [f"{group}={name}", "optim=adamw"] if group == "strategy" else [f"{group}={name}"]
     overrides += ["strategy=fsdp2"] if name == "node" else []
@@ -69,7 +80,9 @@ NEEDED = {name: ["data.module.shards=x"] for name in SHARDS}
 
 @pytest.mark.parametrize("experiment", available("experiment"))
 def test_every_experiment_composes(experiment) -> None:
-    assert validate(node(f"+experiment={experiment}", *NEEDED.get(experiment, ()))).name == experiment
+    made = node(f"+experiment={experiment}", *NEEDED.get(experiment, ()))
+    assert validate(made).name == experiment
+    require_one_world(made)
 
 
 @pytest.mark.parametrize("size", available("model"))
