@@ -126,6 +126,11 @@ def overview_table(_: str = "") -> str:
     # The same calls without distillation, which have the same speed.
     columns = found["dmd2"]["columns"].values()
     few = next(c for c in columns if c["role"] == "baseline" and c["calls"] == student["calls"])
+    compared = "; ".join(
+        f"{title} {value(student['rows'][key])}, teacher {value(teacher['rows'][key])}, in as many calls without distillation "
+        f"{value(few['rows'][key])}"
+        for title, key in (("consonants right", "onsets"), ("lip-sync skill", "sync_skill"))
+    )
     gain = found["sr"]["sets"]["clip"]["differences"]["latents"]["psnr"]
     decoders = {name: found["turbo_vae"]["columns"][name] for name in ("teacher", "student")}
     cheaper = decoders["teacher"]["cost"]["flops"] / decoders["student"]["cost"]["flops"]
@@ -136,9 +141,8 @@ def overview_table(_: str = "") -> str:
          f"lip-sync skill {value(base['table']['sync_skill'])}", "pretrain",
          "recipes/README.md#pretraining"],
         ["DMD-2 distillation", "train +recipe=dmd2",
-         f"{student['calls']} network calls instead of {teacher['calls']}, {speed:.1f} times faster; lip-sync skill "
-         f"{value(student['rows']['sync_skill'])}, teacher {value(teacher['rows']['sync_skill'])}, in as many calls without "
-         f"distillation {value(few['rows']['sync_skill'])}{_verdicts_of(found['dmd2'])}", "dmd2",
+         f"{student['calls']} network calls instead of {teacher['calls']}, {speed:.1f} times faster; {compared}"
+         f"{_verdicts_of(found['dmd2'])}", "dmd2",
          "recipes/README.md#dmd-2"],
         ["Super-resolution", "train +recipe=sr", f"PSNR {value(gain)} dB above enlarged latents", "sr",
          "recipes/README.md#super-resolution"],
@@ -153,10 +157,16 @@ def overview_table(_: str = "") -> str:
         ["Memory planner, offloading", "zoo plan 15b resolution=1080p gpu_gb=28",
          f"1080p from {peak / 1e9:.1f} GB (computed)", "memory", "magihuman/zoo/README.md"],
     ]  # fmt: skip
+    worlds = {"dmd2": "scene", "memory": "15B"}
     return markdown.table(
-        ["what", "command", "result in the puppet world tiny, 95 % interval"],
+        ["what", "command", "world", "result, 95 % interval"],
         [
-            [f"[{title}]({page})", f"`python -m magihuman.{command}`", f"[{text}]({files[name]})"]
+            [
+                f"[{title}]({page})",
+                f"`python -m magihuman.{command}`",
+                worlds.get(name, "tiny"),
+                f"[{text}]({files[name]})",
+            ]
             for title, command, text, name, page in rows
         ],
     )
