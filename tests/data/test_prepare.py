@@ -558,9 +558,9 @@ def test_puppets_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     for file in (tmp_path / "clips").glob("clip-000002.*"):
         shutil.copy(file, tmp_path / "one")
-    prepared(tmp_path / "one", tmp_path / "alone", workers=1, pixels=True)
+    prepared(tmp_path / "one", tmp_path / "alone", codecs="tiny", workers=1, pixels=True)
     assert stored(tmp_path / "alone").items() <= stored(tmp_path / "shards").items()
-    large = prepared(tmp_path / "clips", tmp_path / "large", sizes="128x128", workers=1)
+    large = prepared(tmp_path / "clips", tmp_path / "large", codecs="tiny", sizes="128x128", workers=1)
     assert large.buckets == {"25x128x128+a": 4}
     assert Shards(tmp_path / "large").read(0).tensors["video"].shape == (world.contract.video_channels, 7, 32, 32)
 

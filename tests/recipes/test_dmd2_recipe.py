@@ -156,9 +156,9 @@ class Phases(Watched):
         roles = ("student", "fake_score", "teacher")
         return [n for n in roles if any(w.grad is not None for w in self.networks.role(n).parameters())]
 
-    def update(self, role: str, optimizer: Any) -> None:
+    def update(self, role: str, optimizer: Any, heads: bool = False) -> None:
         before = self.with_gradients()
-        super().update(role, optimizer)
+        super().update(role, optimizer, heads)
         self.held.append((role, before, self.with_gradients()))
 
 
@@ -202,10 +202,10 @@ def test_one_network_at_a_time_has_gradients_and_the_teacher_never_moves(tmp_pat
 class Noted(Watched):
     """Keeps the gradients of every update."""
 
-    def update(self, role: str, optimizer: Any) -> None:
+    def update(self, role: str, optimizer: Any, heads: bool = False) -> None:
         weights = self.networks.weights(role)
         self.gradients.append((role, {name: w.grad.clone() for name, w in weights.items() if w.grad is not None}))
-        super().update(role, optimizer)
+        super().update(role, optimizer, heads)
 
 
 def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(tmp_path) -> None:

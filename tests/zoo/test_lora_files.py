@@ -165,7 +165,7 @@ def test_infer_applies_an_adapter_and_its_record_names_it(tmp_path) -> None:
     prompt = "round face, ginger hair, blue shirt, green wall, says ma bi so"
     records = []
     for name, options in (("plain", {"steps": 2}), ("tuned", {"lora": str(folder)})):
-        given = {"prompt": prompt, "output": str(tmp_path / f"{name}.mp4"), **options}
+        given = {"checkpoint": "tiny/base", "prompt": prompt, "output": str(tmp_path / f"{name}.mp4"), **options}
         run(InferOptions(**given, device="cpu", progress=False))
         records.append(json.loads((tmp_path / f"{name}.json").read_text()))
     assert records[0]["lora"] is None
