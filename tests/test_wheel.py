@@ -82,7 +82,7 @@ def test_its_files_are_those_of_git(source: Path, wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == tracked - results
     assert wheel.name.startswith(f"magihuman-{__version__}-")
-    assert wheel.stat().st_size < 60e6
+    assert wheel.stat().st_size < 100e6  # the largest file that PyPI takes
 
 
 def test_a_clip_from_an_empty_folder(installed: Path, empty: Path) -> None:
