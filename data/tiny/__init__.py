@@ -1,1 +1,1 @@
-"""Puppets, their clips and shards, and the training of its codecs."""
+"""Puppets, their clips and shards, and the training of their codecs."""

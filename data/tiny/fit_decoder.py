@@ -96,10 +96,8 @@ def train(
     parts: dict[str, Any] = {"teacher": teacher, "average": average, "optimiser": optimiser, "schedule": schedule}
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        if saved["asked"] != asked:
-            raise UserError(
-                f"{state} is of a training with {saved['asked']}, not {asked}; remove it or give another output="
-            )
+        if (before := saved.get("asked", "settings that it does not name")) != asked:
+            raise UserError(f"{state} is of a training with {before}, not {asked}; remove it or give another output=")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         rng.set_state(saved["draw"])

@@ -110,8 +110,7 @@ def read_caption(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def order_fault(caption: str, *worlds: str) -> str | None:
-    """The first part that is out of place, and the caption in the right order; None where another order makes no caption of
-    these worlds of it."""
+    """Message naming the first misplaced part of a caption and the right order; None if no reordering gives a valid caption."""
     parts = [" ".join(part.split()) for part in caption.split(",")]
     right = sorted(parts, key=lambda part: next((i for i, form in enumerate(_ORDER) if re.fullmatch(form, part)), -1))
     forms = [FORMS[world].pattern for world in worlds if world in FORMS]
