@@ -8,12 +8,14 @@ The puppets are 0, 1, 2, ... of the seed `HELD_OUT_SEED`; no recipe trains on th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.tiny.puppets import FPS, SAMPLE_RATE, Puppet, draw_puppet, render, synthesise
+from eval.processes import in_processes
 from eval.puppet_scores import ClipScore
 from eval.scores import Scores, score_clips
 
@@ -93,8 +95,12 @@ def held_out(count: int, world: str = "tiny") -> list[Puppet]:
 
 def ground_truth(puppets: Sequence[Puppet], size: int = 64) -> Clips:
     """The puppets as they are drawn and spoken."""
-    waves: list[np.ndarray | None] = [synthesise(p) for p in puppets]
-    return Clips([render(p, size) for p in puppets], waves, [p.caption for p in puppets])
+    drawn = in_processes(partial(_drawn, size=size), puppets)
+    return Clips([frames for frames, _ in drawn], [wave for _, wave in drawn], [p.caption for p in puppets])
+
+
+def _drawn(puppet: Puppet, size: int) -> tuple[np.ndarray, np.ndarray]:
+    return render(puppet, size), synthesise(puppet)
 
 
 def through_codec(clips: Clips, codecs: "CodecBundle", batch: int = 8) -> Clips:

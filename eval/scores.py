@@ -21,6 +21,7 @@ from data.tiny.puppets import SKINS, WORLDS
 from eval import stats
 from eval.edits import Edits
 from eval.metrics.puppet_clips import CANDIDATES, CLIP_METRICS, METRICS, PuppetMetric
+from eval.processes import in_processes
 from eval.puppet_scores import ClipScore, correlation, score_clip
 from eval.stats import Measure, unavailable
 
@@ -143,7 +144,7 @@ def score_clips(
         raise ValueError(f"{len(frames)} clips, {len(waves)} waves, {len(captions)} captions: not the same number")
     if not frames:
         raise ValueError("no clips to score")
-    clips = tuple(score_clip(f, w, c) for f, w, c in zip(frames, waves, captions, strict=True))
+    clips = tuple(in_processes(_score, zip(frames, waves, captions, strict=True)))
     own = np.array([clip.sync.r or 0.0 for clip in clips])
     shifted = np.array([clip.sync.shifted or 0.0 for clip in clips])
     other, found = _against_others(clips)
@@ -179,3 +180,7 @@ def score_clips(
         shifted=shifted,
         found=found,
     )
+
+
+def _score(clip: tuple[np.ndarray, np.ndarray | None, str]) -> ClipScore:
+    return score_clip(*clip)

@@ -27,6 +27,19 @@ def tune_cpu(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def take_threads_of(processes: int) -> None:
+    """Use the threads of all `processes` of a training on this machine, once the others have ended.
+
+    Lightning gives each a share of the cores, and writes it into OMP_NUM_THREADS, which limits other libraries too.
+    """
+    import torch
+
+    threads = processes * torch.get_num_threads()
+    torch.set_num_threads(threads)
+    if "OMP_NUM_THREADS" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
 def bf16_slowdown() -> float:
     """How many times longer a matrix product takes in bf16 than in fp32 on this CPU, measured in about 0.05 s.
 

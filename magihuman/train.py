@@ -27,7 +27,7 @@ from magihuman.codecs.tiny_captions import of_another_form
 from magihuman.composition import RUN_NAME, choose_folder, plain, with_cause
 from magihuman.config import TrainSettings, available, changes, groups, validate
 from magihuman.console import is_main_process, say, stage
-from magihuman.cpu import bf16_slowdown, tune_cpu
+from magihuman.cpu import bf16_slowdown, take_threads_of, tune_cpu
 from magihuman.errors import NotApplicable, UserError, report_and_exit
 from magihuman.io.files import CONFIGS, disk_problem, require_writable
 from magihuman.io.provenance import fingerprint
@@ -182,6 +182,7 @@ def stages(
     if session.trainer.is_global_zero:
         run.update(export=fingerprint(run.export))
         write_cards(run)
+        take_threads_of(settings.trainer.devices)
         after_fit(settings, run)
         write_cards(run)  # again: with their scores
         run.update(status="finished", stage=None)
@@ -365,7 +366,8 @@ def warn_of_slow_bf16(settings: TrainSettings) -> None:
     if slowdown > SLOW_BF16:
         say(
             f"note: matrix products are {slowdown:.0f} times slower in bf16 than in fp32 on this CPU, as on most "
-            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, and results differ by rounding"
+            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, trainer=cores, which is fp32 in a process per "
+            "core, faster still, and results differ by rounding"
         )
 
 

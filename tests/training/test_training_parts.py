@@ -375,3 +375,14 @@ def test_a_lock_that_deepspeed_will_wait_for_is_said(monkeypatch, tmp_path, caps
             (tmp_path / "py311_cpu/deepspeed_shm_comm/lock").touch()
         assert parallel.build_strategy(StrategySettings("zero2"), TrainerSettings(1)) == "strategy"
         assert (f"while {tmp_path}/py311_cpu/deepspeed_shm_comm/lock exists" in capsys.readouterr().out) == there
+
+
+def test_evaluations_after_a_training_have_the_threads_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Lightning sets it
+    try:
+        cpu.tune_cpu(1)
+        cpu.take_threads_of(2)
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (2, "2")
+    finally:
+        torch.set_num_threads(before)
