@@ -2,10 +2,12 @@
 
     python -m eval.ablation runs=runs/turbo_vae output=eval/results/tiny_turbo/ablation
     python -m eval.ablation runs=eval/results/tiny_sr/others.json output=eval/results/tiny_sr/ablation
+    python -m eval.ablation runs=runs/compare/arms/compare.json output=eval/results/dmd2/ablation
 
 Decoders: run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.turbo_vae`. Second stages: the file that
-`eval.sr parts=others` made of such runs. The variant `full` is what the others are compared with, seed by seed, so that
-the effect of the seed cancels.
+`eval.sr parts=others` made of such runs. Few-step students: the file that `eval.dmd2` made of runs with any names; their
+variants are the words recipe.KEY=VALUE of their commands, `full` without such words. The variant `full` is what the others are
+compared with, seed by seed, so that the effect of the seed cancels.
 """
 
 import json
@@ -19,6 +21,7 @@ import numpy as np
 
 from eval.output import publish, training_record
 from magihuman.errors import UserError
+from magihuman.io.text import load_json
 
 FULL = "full"
 NAME = re.compile(r"(?P<variant>[a-z_]+)-s(?P<seed>\d+)")
@@ -32,6 +35,11 @@ SHOWN = (
     ("student, sampled latents, teacher as truth", "psnr"),
 )
 SHOWN_SR = ("psnr", "mouth_psnr", "ssim", "sharpness", "sync_skill")
+SHOWN_DMD2 = (
+    "attributes", "recognisable", "vowels", "onsets", "sync_skill", "lip_shape", "sharpness", "flicker", "amplitude",
+    "energy_look", "energy_motion", "energy_voice", "spread_look", "spread_motion", "spread_voice",
+)  # fmt: skip
+RECIPE_WORD = re.compile(r"(?<=\brecipe\.)[\w.]+=(?:\{[^}]*\}|\S+)")
 Metrics = dict[str, dict[int, dict[str, float]]]
 """variant -> seed -> "column: row" -> value."""
 
@@ -42,7 +50,7 @@ def read(runs: Path) -> tuple[Metrics, list[str]]:
     Raises:
         UserError: none of the variant `full`, a variant without its seeds, or runs with different metrics.
     """
-    metrics, commands = _of_second_stages(runs) if runs.suffix == ".json" else _of_decoders(runs)
+    metrics, commands = _of_comparison(runs) if runs.suffix == ".json" else _of_decoders(runs)
     if FULL not in metrics:
         raise UserError(f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`")
     first = min(metrics[FULL])
@@ -75,15 +83,34 @@ def _of_decoders(runs: Path) -> tuple[Metrics, list[str]]:
     return dict(metrics), commands
 
 
-def _of_second_stages(file: Path) -> tuple[Metrics, list[str]]:
+def _of_comparison(file: Path) -> tuple[Metrics, list[str]]:
     metrics: Metrics = defaultdict(dict)
     if not file.exists():
-        raise UserError(f"there is no file runs={file}; `python -m eval.sr parts=others ...` writes it")
-    compared = json.loads(file.read_text())
+        raise UserError(f"there is no file runs={file}; `eval.sr parts=others` or `eval.dmd2` writes it")
+    compared = load_json(file)
+    if "sets" not in compared:
+        return _of_students(compared)
     for name, table in compared["sets"]["clip"]["columns"].items():
         if match := NAME.fullmatch(name):
             metrics[match["variant"]][int(match["seed"])] = {row: table[row]["value"] for row in SHOWN_SR}
     return dict(metrics), [run.get("command", "") for run in compared["trained"].values()]
+
+
+def _of_students(compared: dict[str, Any]) -> tuple[Metrics, list[str]]:
+    metrics: Metrics = defaultdict(dict)
+    commands = []
+    for name, column in compared["columns"].items():
+        if column["role"] != "student":
+            continue
+        command, seed = column["trained"].get("command"), column["trained"].get("seed")
+        if command is None or seed is None:
+            raise UserError(f"{name} has no record of its training; compare run folders")
+        variant = " ".join(RECIPE_WORD.findall(command)) or FULL
+        if seed in metrics[variant]:
+            raise UserError(f"two students of variant {variant} have seed {seed}: {name} is the second; leave one out")
+        metrics[variant][seed] = {row: column["rows"][row]["value"] for row in SHOWN_DMD2}
+        commands.append(command)
+    return dict(metrics), commands
 
 
 def compare(metrics: Metrics) -> dict[str, dict[str, dict[str, float]]]:
@@ -107,7 +134,8 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
     """Make the table of an ablation.
 
     Args:
-        runs: folder of the run folders VARIANT-sSEED, one variant called full; or others.json of `eval.sr`
+        runs: folder of the run folders VARIANT-sSEED, one variant called full; or others.json of `eval.sr`; or compare.json of
+            `eval.dmd2`
         output: folder for ablation.json, ablation.md and ablation.png; none prints the table only
 
     Raises:

@@ -381,8 +381,13 @@ def ablation_bars(values: Values) -> Figure:
     """Differences from `full` as bars with their standard deviation over seeds, a panel per metric."""
     means = values["table"]
     variants, names = sorted(set(means) - {"full"}), list(means["full"])
-    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    across = min(len(names), 7)
+    down = -(-len(names) // across)
+    figure = Figure(figsize=(3.2 * across, 3.4 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes in list(panels)[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(figure.axes, names, strict=False):
         cells = [means[variant][name] for variant in variants]
         axes.bar(
             range(len(variants)), [c["difference"] for c in cells], yerr=[c["difference_sd"] for c in cells],

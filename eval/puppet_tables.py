@@ -7,10 +7,13 @@
 """
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
+from statistics import fmean
 
 from eval import verdicts
 from eval.formatting import Values, chosen, format_deviation, format_half, format_interval, format_value, metric_rows
 from eval.metrics.registry import SIGNS, metrics
+from eval.stats import holm
 from magihuman.io.markdown import aligned, table
 
 LEGEND = (
@@ -131,12 +134,25 @@ def decoders(values: Values, keys: Sequence[str] = ()) -> str:
 
 
 def ablation(values: Values) -> str:
-    """Markdown of an ablation.json: a row per variant, the mean and the difference from `full` ± sd over seeds."""
-    means = values["table"]
-    names = list(means["full"])
-    header = ["", *(ablation_title(name) for name in names)]
+    """Markdown of an ablation.json: a row per variant, its mean over seeds and the difference from `full`.
+
+    The standard deviation of a difference between two trainings of one seed is pooled over the variants, since each has few
+    seeds: n seeds of k variants give k (n - 1) degrees of freedom.
+    """
+    means, seeds = values["table"], len(values["seeds"])
+    names, others = list(means["full"]), sorted(set(means) - {"full"})
+    freedom, half, p = len(others) * (seeds - 1), dict.fromkeys(names, 0.0), {}
+    if freedom:
+        from scipy.stats import t  # takes a second
+
+        for name in names:
+            error = sqrt(fmean(means[variant][name]["difference_sd"] ** 2 for variant in others) / seeds)
+            half[name] = t.ppf(0.975, freedom) * error
+            for variant in others:
+                p[variant, name] = 2 * t.sf(abs(means[variant][name]["difference"]) / max(error, 1e-12), freedom)
+    different = {key for key, corrected in zip(p, holm(list(p.values())), strict=True) if corrected < 0.05}
     rows = []
-    for variant in ["full", *sorted(set(means) - {"full"})]:
+    for variant in ["full", *others]:
         cells = []
         for name in names:
             cell = means[variant][name]
@@ -144,11 +160,17 @@ def ablation(values: Values) -> str:
             cells.append(format_value(cell["mean"], digits))
             if variant != "full":
                 change = format_value(cell["difference"], digits, signed=True)
-                cells[-1] += f" ({change} ± {format_value(cell['difference_sd'], digits)})"
+                if freedom:
+                    change += f" ± {format_value(half[name], digits)}"
+                cells[-1] += f" (**{change}**)" if (variant, name) in different else f" ({change})"
         rows.append([variant, *cells])
-    seeds = f"Means over {len(values['seeds'])} seeds"
-    note = f"{seeds}; in brackets the difference from full, seed by seed, ± its standard deviation."
-    return f"{table(header, rows)}\n\n{note}"
+    note = f"Means over {seeds} seeds; in brackets the difference from full, seed by seed"
+    if freedom:
+        note += (
+            f", ± half its 95 % interval over training seeds (standard deviation pooled over variants, {freedom} degrees of "
+            f"freedom). Bold: p < .05 after Holm's correction over all {len(p)} differences"
+        )
+    return f"{table(['', *(ablation_title(name) for name in names)], rows)}\n\n{note}."
 
 
 def ablation_title(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,3 +168,32 @@ def test_second_stages_are_read_from_their_comparison(tmp_path: Path) -> None:
     assert "train name=plain_flow-s1" in made["commands"]
     with pytest.raises(UserError, match="no file"):
         ablation.summarise(str(tmp_path / "none.json"))
+
+
+def test_students_are_named_by_the_recipe_words_of_their_commands(tmp_path: Path) -> None:
+    guidance = "recipe.guidance={video_high: 1.0, video_low: 1.0}"
+    columns: dict[str, Any] = {"teacher": {"role": "teacher", "rows": {}}}
+    for seed, level in enumerate((0.7, 0.8, 0.9)):
+        for words, more in (("", 0.0), (guidance, -0.1), ("recipe.gan.weight=0.0 recipe.steps=4", 0.001 * seed)):
+            rows = {row: {"value": level + more} for row in ablation.SHOWN_DMD2}
+            trained = {"command": f"train +recipe=dmd2 name=x{seed} {words}", "seed": seed}
+            columns[f"student {len(columns)}"] = {"role": "student", "rows": rows, "trained": trained}
+    file = tmp_path / "compare.json"
+    file.write_text(json.dumps({"columns": columns}))
+    ablation.summarise(str(file), str(tmp_path))
+    made = json.loads((tmp_path / "ablation.json").read_text())
+    assert set(made["table"]) == {"full", guidance.removeprefix("recipe."), "gan.weight=0.0 steps=4"}
+    assert made["table"][guidance.removeprefix("recipe.")]["vowels"]["difference"] == pytest.approx(-0.1)
+    # Deviations of the two variants' differences are 0 and .001: pooled .001 / sqrt(2),
+    # the mean's over sqrt(3); t of 4 degrees of freedom is 2.776, and 2.776 x .00041 = .0011.
+    lines = (tmp_path / "ablation.md").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("| guidance")).count("(**-0.1000 ± 0.0011**)") == 15
+    assert next(line for line in lines if line.startswith("| gan.weight")).count("(+0.0010 ± 0.0011)") == 15
+    again = {**columns, "student z": columns["student 1"]}
+    file.write_text(json.dumps({"columns": again}))
+    with pytest.raises(UserError, match=r"two students of variant full have seed 0: student z"):
+        ablation.summarise(str(file))
+    columns["student 1"]["trained"] = {}
+    file.write_text(json.dumps({"columns": columns}))
+    with pytest.raises(UserError, match="student 1 has no record of its training; compare run folders"):
+        ablation.summarise(str(file))
