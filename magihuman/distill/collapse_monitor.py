@@ -9,7 +9,8 @@ its own settings, before the first step; the student every `every` iterations, w
     lag        error of the fake score on student samples / the teacher's: well above 1, the fake score is inaccurate
     balance    norm of the audio's gradient / the video's: far from 1, one modality dominates
 
-Every process samples prompts of its own; all use the mean over processes, so that they stop together.
+Every process samples prompts of its own, its share of them but at least one; all use the mean over processes, so that they stop
+together.
 
     monitor = CollapseMonitor(MonitorSettings(every=20, patience=3), seed=0)
     monitor.sample_teacher(texts, latents, teacher_sampler)
@@ -50,7 +51,7 @@ class MonitorSettings:
 
     Attributes:
         every: iterations between checks; 0 disables the monitor.
-        prompts, samples: number of prompts, and samples of each.
+        prompts, samples: number of prompts over all processes, and samples of each.
         std, diversity, lag, balance: lowest and highest value of each statistic.
 
     Raises:
@@ -151,9 +152,10 @@ class CollapseMonitor:
         return {name: value for name, value in ratios.items() if value is not None}
 
     def sample_teacher(self, texts: Sequence[Tensor], latents: Pair, teacher: Sampler) -> None:
-        """Measure the teacher on the first prompts of a batch, once per run; later calls do nothing."""
+        """Measure the teacher on the first prompts of a process's batch, once per run; later calls do nothing."""
         if self.reference is None:
-            kept = [text.cpu() for text in texts[: self.settings.prompts]]
+            processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            kept = [text.cpu() for text in texts[: -(-self.settings.prompts // processes)]]
             shape = (list(latents.video.shape[1:]), list(latents.audio.shape[1:]))
             self.reference = {"texts": kept, "shape": shape, **self._sample(kept, shape, teacher)}
 

@@ -49,6 +49,16 @@ def test_the_teacher_passes_and_saturation_is_measured() -> None:
     assert louder["monitor/std_audio"] == pytest.approx(1.5)
 
 
+def test_processes_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    like = Pair(torch.zeros(4, 2, 3, 4, 4), torch.zeros(4, 9, 4))
+    for processes, own in ((1, 4), (2, 2), (3, 2), (64, 1)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda n=processes: n)
+        shared = CollapseMonitor(MonitorSettings(prompts=4, samples=2), seed=5)
+        shared.sample_teacher([torch.zeros(2, 5)] * 4, like, sampler(1.0, 3))
+        assert len(shared.reference["texts"]) == own
+
+
 def test_the_teacher_is_sampled_once_and_the_first_student_is_remembered() -> None:
     checked = monitor(begin=0.5)
     before = dict(checked.reference)
