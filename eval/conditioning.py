@@ -1,6 +1,6 @@
 """Evaluation of students of puppets conditioned on a first frame, on audio, and on both, against their teacher.
 
-    python -m eval.conditioning student=tiny/distill
+    python -m eval.conditioning student=scene/distill
 
 First frames and audio are those of held-out puppets. A prompt leaves the skin tone open; with a first frame it is known.
 With conditioning audio, the mouth is compared with the opening that this audio calls for.
@@ -26,8 +26,8 @@ SHOWN = ("attributes", "skin", "sync_skill", "sync_retrieval", "vowels")
 
 
 def run(
-    student: str = "tiny/distill",
-    teacher: str = "tiny/base",
+    student: str = "scene/distill",
+    teacher: str = "scene/base",
     clips: int = 100,
     seed: int = 0,
     batch: int = 10,

@@ -1,6 +1,6 @@
 """Evaluation of a light decoder of a puppet world on held-out clips, against the codec and the decoder it learned from.
 
-    python -m eval.turbo_vae student=tiny/turbo
+    python -m eval.turbo_vae student=scene/turbo
 
 Every decoder gets the same latents: those of held-out puppets, and on request some that a diffusion model made
 (`python -m inference.sample_latents`), for which the teacher's frames are the truth.
@@ -112,7 +112,7 @@ def in_chunks(codec: Any, latents: "Tensor", first: int) -> "Tensor":
 
 
 def run(
-    student: str = "tiny/turbo",
+    student: str = "scene/turbo",
     teacher: str | None = "auto",
     clips: int = 24,
     sampled: str | None = None,

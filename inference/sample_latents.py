@@ -1,6 +1,6 @@
 """Latents sampled from a checkpoint, with a teacher's frames of them, for training and judging light decoders.
 
-    python -m inference.sample_latents checkpoint=tiny/base prompts=FILE output=sampled.safetensors
+    python -m inference.sample_latents checkpoint=scene/base prompts=FILE output=sampled.safetensors
 
 In use, a decoder gets sampled latents, whose statistics differ from those of encoded videos; the teacher's frames are
 their ground truth.
@@ -19,7 +19,7 @@ from magihuman.io.files import atomic_path, locked
 def make(
     prompts: str,
     output: str,
-    checkpoint: str = "tiny/base",
+    checkpoint: str = "scene/base",
     teacher: str | None = None,
     clips: int = 200,
     seed: int = 0,

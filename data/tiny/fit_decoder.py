@@ -39,7 +39,7 @@ def _cropped(latents: Tensor, frames: Tensor, side: int, rng: torch.Generator) -
 
 def train(
     output: str,
-    world: str = "tiny",
+    world: str = "scene",
     steps: int = 1000,
     clips: int = 300,
     batch: int = 2,

@@ -204,7 +204,7 @@ def shuffle(x: Tensor, time: int, space: int) -> Tensor:
 class CausalDecoderCodec(nn.Module):
     """The decoder of a `VideoCodec` (`magihuman.codecs.protocols`), in chunks; encoding needs the teacher's codec.
 
-        frames = zoo.decoders.load("tiny/turbo").decode(latents)   # [B,C,T,h,w] -> [B,3,F,H,W]
+        frames = zoo.decoders.load("scene/turbo").decode(latents)   # [B,C,T,h,w] -> [B,3,F,H,W]
 
     Args:
         network: in the compute dtype; gradients are turned off.

@@ -1,6 +1,6 @@
 """Light video decoders by name: architectures, exported folders, run folders, and the published Turbo-VAED.
 
-    codec = decoders.load("tiny/turbo")
+    codec = decoders.load("scene/turbo")
     frames = codec.decode(latents)
 
 An export is a folder with `model.safetensors` and `config.json`: layout (`causal`, `released`, or `wan` for teachers),

@@ -13,7 +13,7 @@ from magihuman.codecs.wan_decoder import WanDecoder
 from magihuman.errors import UserError
 from magihuman.zoo import decoders
 
-SMALL = {"steps": 3, "clips": 2, "batch": 1, "crop": 4, "width": 4}
+SMALL = {"steps": 3, "clips": 2, "batch": 1, "crop": 4, "width": 4, "world": "tiny"}
 
 
 def test_a_stopped_training_goes_on_to_the_same_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_a_stopped_training_goes_on_to_the_same_teacher(tmp_path: Path, monkeypa
     with pytest.raises(
         UserError, match=r"b.state.pt is of a training with world=tiny steps=3 .*, not world=scene steps=3 "
     ):
-        fit_decoder.train(str(tmp_path / "b"), **SMALL, world="scene")
+        fit_decoder.train(str(tmp_path / "b"), **{**SMALL, "world": "scene"})
     again = fit_decoder.train(str(tmp_path / "b"), **SMALL)
     assert saved == [1, 2, 3]
     assert again == through
@@ -49,7 +49,7 @@ def test_a_stopped_training_goes_on_to_the_same_teacher(tmp_path: Path, monkeypa
 def test_a_teacher_says_its_world_and_another_world_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_decoder, "VALIDATION", range(100_000, 100_002))
     scene, tiny = (load_bundle(name) for name in ("scene", "tiny"))
-    found = fit_decoder.train(str(tmp_path / "t"), **{**SMALL, "steps": 2}, world="scene")
+    found = fit_decoder.train(str(tmp_path / "t"), **{**SMALL, "steps": 2, "world": "scene"})
     config = decoders.config_of(tmp_path / "t")
     assert config is not None
     assert config.latents == decoders.Latents.of(scene.contract)

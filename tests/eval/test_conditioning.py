@@ -21,7 +21,7 @@ def result(tmp_path_factory) -> tuple[dict, dict]:
     config = json.loads((folder / "teacher" / "config.json").read_text())
     config["sampling"]["steps"] = 8  # faster than its 32
     (folder / "teacher" / "config.json").write_text(json.dumps(config))
-    values = conditioning.run(teacher=str(folder / "teacher"), clips=2, output=str(folder), progress=False)
+    values = conditioning.run("tiny/distill", str(folder / "teacher"), clips=2, output=str(folder), progress=False)
     return values, json.loads((folder / "conditions.json").read_text())
 
 
@@ -77,4 +77,6 @@ def test_what_is_given_is_in_the_samples() -> None:
 )
 def test_bad_settings_are_told(settings, message) -> None:
     with pytest.raises(UserError, match=message):
-        conditioning.run(**{"clips": 2, "progress": False, **settings})
+        conditioning.run(
+            **{"student": "tiny/distill", "teacher": "tiny/base", "clips": 2, "progress": False, **settings}
+        )

@@ -67,12 +67,12 @@ def test_a_student_is_measured_in_its_own_world(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_shipped_student_is_what_its_table_says() -> None:
-    """tiny/turbo: far better than the linear codec, no seam, and no worse than its teacher where it was measured."""
-    table = json.loads((Path(turbo_vae.__file__).with_name("results") / "tiny_turbo" / "scores.json").read_text())
+    """scene/turbo: far better than the linear codec, no seam, and no worse than its teacher where it was measured."""
+    table = json.loads((Path(turbo_vae.__file__).with_name("results") / "scene_turbo" / "scores.json").read_text())
     told = {name: column["table"]["psnr"]["value"] for name, column in table["columns"].items()}
     assert told["student"] > told["teacher"] > told["codec"] + 1
     assert table["columns"]["student"]["cost"]["streaming"] < 1e-5
-    report = turbo_vae.run(student="tiny/turbo", teacher=None, clips=3)
+    report = turbo_vae.run(student="scene/turbo", teacher=None, clips=3)
     found = {name: column["table"]["psnr"]["value"] for name, column in report["columns"].items()}
     assert found["student"] > found["codec"] + 1.5
     assert found["student"] == pytest.approx(told["student"], abs=2)  # of 3 clips, not 24
@@ -80,12 +80,13 @@ def test_the_shipped_student_is_what_its_table_says() -> None:
 
 
 def test_the_readme_shows_the_rows_that_it_asks_for() -> None:
-    folder = "eval/results/tiny_turbo"
+    folder = "eval/results/scene_turbo"
     shown = readme_tables.render(f"<!-- decoding {folder}/scores.json psnr seconds -->\n<!-- end -->").splitlines()
     values = json.loads((readme_tables.REPO / folder / "scores.json").read_text())["columns"]["student"]
     assert [line.split(" | ")[0] for line in shown[3:5]] == ["| PSNR, dB ↑", "| processor seconds per clip ↓"]
     assert f"{values['table']['psnr']['value']:.2f} [" in shown[3]
     assert f"| {values['cost']['seconds']:.3g} |" in shown[4]
+    folder = "eval/results/tiny_turbo"
     table = json.loads((readme_tables.REPO / folder / "ablation_align" / "ablation.json").read_text())["table"]
     shown = readme_tables.render(f"<!-- ablation {folder}/ablation_align/ablation.json -->\n<!-- end -->").splitlines()
     assert f"| no_align | {table['no_align']['student: psnr']['mean']:.2f} (+0.34" in "\n".join(shown)

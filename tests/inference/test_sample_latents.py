@@ -21,7 +21,8 @@ PROMPT = "round face, ginger hair, blue shirt, green wall, says ma bi so"
 def test_frames_are_the_teachers_of_the_stored_latents(tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "sampled.safetensors"
     prompts.write_text(f"{PROMPT}\n{PROMPT.replace('blue', 'red')}\n")
-    given = {"output": str(output), "clips": 3, "steps": 2, "cfg": 1.0, "batch": 2, "progress": False}
+    given = {"checkpoint": "tiny/base", "teacher": "tiny/teacher"}
+    given |= {"output": str(output), "clips": 3, "steps": 2, "cfg": 1.0, "batch": 2, "progress": False}
     assert sample_latents.make(str(prompts), **given) == str(output)
     file = SampledLatents(output, 12)
     assert len(file) == 3
@@ -60,7 +61,7 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="clips=0 and batch=20 must be at least 1"):
         sample_latents.make(str(tmp_path), output, clips=0)
     with pytest.raises(UserError, match="codecs=scene: checkpoint=tiny/base is of the codecs tiny; give a checkpoint"):
-        sample_latents.make(str(tmp_path), output, codecs="scene")
+        sample_latents.make(str(tmp_path), output, "tiny/base", codecs="scene")
     with pytest.raises(
         UserError, match=r"teacher=tiny/teacher takes latents of 'tiny-.* but codecs 'scene' has those of"
     ):
