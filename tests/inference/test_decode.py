@@ -398,7 +398,10 @@ def test_infer_refuses_a_decoder_of_other_latents_before_anything_is_loaded(
     checkpoint, turbo = fake_checkpoint(tmp_path / "base" / "export"), _turbo(tmp_path / "turbo", "other")
     for argument, words in (
         (f"turbo={turbo}", "takes latents of 'other'"),
-        ("turbo=tiny/nosuch", "neither a folder nor a shipped name (scene/teacher, scene/turbo, tiny/teacher, tiny/turbo)"),
+        (
+            "turbo=tiny/nosuch",
+            "neither a folder nor a shipped name (scene/teacher, scene/turbo, tiny/teacher, tiny/turbo)",
+        ),
         ("tile=30", "give a multiple of 4 pixels"),
     ):
         with pytest.raises(SystemExit) as left:
