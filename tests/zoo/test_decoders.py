@@ -120,8 +120,8 @@ def test_what_is_no_decoder_is_taken_for_the_published_one(tmp_path: Path) -> No
     with pytest.raises(UserError, match="a run folder whose training has exported nothing yet"):
         decoders.load(tmp_path)
     for name, told in (
-        ("tiny/turb", r"\(tiny/teacher, tiny/turbo; did you mean 'tiny/turbo'\?\)$"),
-        ("tiny/nosuch", r"\(tiny/teacher, tiny/turbo\)$"),
+        ("tiny/turb", r"\(scene/teacher, scene/turbo, tiny/teacher, tiny/turbo; did you mean 'tiny/turbo'\?\)$"),
+        ("tiny/nosuch", r"\(scene/teacher, scene/turbo, tiny/teacher, tiny/turbo\)$"),
         ("b", "'b' is the architecture of a decoder, which has no weights"),
         ("tiny/base", "'tiny/base' is a checkpoint, for checkpoint="),
     ):
