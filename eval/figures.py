@@ -384,8 +384,8 @@ def ablation_bars(values: Values) -> Figure:
     across = min(len(names), 7)
     down = -(-len(names) // across)
     figure = Figure(figsize=(3.2 * across, 3.4 * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for axes in list(panels)[len(names) :]:
+    figure.subplots(down, across)
+    for axes in figure.axes[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(figure.axes, names, strict=False):
         cells = [means[variant][name] for variant in variants]

@@ -30,11 +30,14 @@ def tune_cpu(threads: int | None) -> None:
 def take_threads_of(processes: int) -> None:
     """Use the threads of all `processes` of a training on this machine, once the others have ended.
 
-    Lightning gives each a share of the cores, and writes it into OMP_NUM_THREADS, which limits other libraries too.
+    Lightning gives each a share of the cores, and writes it into OMP_NUM_THREADS, which limits other libraries too. A process
+    that Slurm binds to its own cores has no others.
     """
     import torch
 
-    threads = processes * torch.get_num_threads()
+    own = torch.get_num_threads()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else processes * own
+    threads = max(own, min(processes * own, allowed))
     torch.set_num_threads(threads)
     if "OMP_NUM_THREADS" in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)

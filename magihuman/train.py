@@ -366,8 +366,8 @@ def warn_of_slow_bf16(settings: TrainSettings) -> None:
     if slowdown > SLOW_BF16:
         say(
             f"note: matrix products are {slowdown:.0f} times slower in bf16 than in fp32 on this CPU, as on most "
-            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, trainer=cores, which is fp32 in a process per "
-            "core, faster still, and results differ by rounding"
+            "without AVX512-BF16 or AMX; trainer.precision=fp32 is faster here, also as part of trainer=cores (a process "
+            "per core), and results differ by rounding"
         )
 
 

@@ -381,8 +381,10 @@ def test_evaluations_after_a_training_have_the_threads_of_all_its_processes(monk
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Lightning sets it
     try:
-        cpu.tune_cpu(1)
-        cpu.take_threads_of(2)
-        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (2, "2")
+        for cores, threads in ((4, 2), (1, 1)):  # of one core a process that Slurm binds to it
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+            cpu.tune_cpu(1)
+            cpu.take_threads_of(2)
+            assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (threads, str(threads))
     finally:
         torch.set_num_threads(before)
