@@ -388,7 +388,8 @@ class DMD2(Recipe):
             return self.teacher_velocity(x, text, sigma, self.teacher_sampling.guidance)[0]
 
         latents = Pair(batch["video"], batch["audio"])
-        self.monitor.sample_teacher(batch["text"], latents, make_sampler(self.teacher_sampling, guided))
+        together = self.context.strategy.context_parallel
+        self.monitor.sample_teacher(batch["text"], latents, make_sampler(self.teacher_sampling, guided), together)
         with evaluating(self.network):
             student = make_sampler(self.sampling, partial(self.velocity, "average"))
             statistics = self.monitor.measure(student) | self.monitor.ratios()

@@ -9,8 +9,8 @@ its own settings, before the first step; the student every `every` iterations, w
     lag        error of the fake score on student samples / the teacher's: well above 1, the fake score is inaccurate
     balance    norm of the audio's gradient / the video's: far from 1, one modality dominates
 
-Every process samples prompts of its own, its share of them but at least one; all use the mean over processes, so that they stop
-together.
+Every process samples prompts of its own samples: its share of them, but at least one. Processes of a context group, which train
+on the same samples, have the same prompts. All use the mean over processes, so that they stop together.
 
     monitor = CollapseMonitor(MonitorSettings(every=20, patience=3), seed=0)
     monitor.sample_teacher(texts, latents, teacher_sampler)
@@ -151,11 +151,15 @@ class CollapseMonitor:
         ratios["monitor/balance"] = ratio("dm/audio", "dm/video")
         return {name: value for name, value in ratios.items() if value is not None}
 
-    def sample_teacher(self, texts: Sequence[Tensor], latents: Pair, teacher: Sampler) -> None:
-        """Measure the teacher on the first prompts of a process's batch, once per run; later calls do nothing."""
+    def sample_teacher(self, texts: Sequence[Tensor], latents: Pair, teacher: Sampler, together: int = 1) -> None:
+        """Measure the teacher on the first prompts of a process's batch, once per run; later calls do nothing.
+
+        Args:
+            together: processes that train on the same samples (strategy.context_parallel).
+        """
         if self.reference is None:
             processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            kept = [text.cpu() for text in texts[: -(-self.settings.prompts // processes)]]
+            kept = [text.cpu() for text in texts[: -(-self.settings.prompts * together // processes)]]
             shape = (list(latents.video.shape[1:]), list(latents.audio.shape[1:]))
             self.reference = {"texts": kept, "shape": shape, **self._sample(kept, shape, teacher)}
 

@@ -52,10 +52,10 @@ def test_the_teacher_passes_and_saturation_is_measured() -> None:
 def test_processes_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     like = Pair(torch.zeros(4, 2, 3, 4, 4), torch.zeros(4, 9, 4))
-    for processes, own in ((1, 4), (2, 2), (3, 2), (64, 1)):
+    for processes, together, own in ((1, 1, 4), (2, 1, 2), (3, 1, 2), (64, 1, 1), (2, 2, 4), (8, 4, 2), (6, 2, 2)):
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda n=processes: n)
         shared = CollapseMonitor(MonitorSettings(prompts=4, samples=2), seed=5)
-        shared.sample_teacher([torch.zeros(2, 5)] * 4, like, sampler(1.0, 3))
+        shared.sample_teacher([torch.zeros(2, 5)] * 4, like, sampler(1.0, 3), together)
         assert len(shared.reference["texts"]) == own
 
 
