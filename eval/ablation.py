@@ -7,7 +7,8 @@
 Decoders: run folders are named VARIANT-sSEED and hold eval/scores.json of `eval.turbo_vae`. Second stages: the file that
 `eval.sr parts=others` made of such runs. Few-step students: the file that `eval.dmd2` made of runs with any names; their
 variants are the words recipe.KEY=VALUE of their commands, `full` without such words. The variant `full` is what the others are
-compared with, seed by seed, so that the effect of the seed cancels.
+compared with, seed by seed, so that the effect of the seed cancels. Second stages that `eval.sr steps=5,2,1` sampled have their
+metrics in each number of steps; clips enlarged without a network are rows of the table, too.
 """
 
 import json
@@ -24,7 +25,7 @@ from magihuman.errors import UserError
 from magihuman.io.text import load_json
 
 FULL = "full"
-NAME = re.compile(r"(?P<variant>[a-z_]+)-s(?P<seed>\d+)")
+NAME = re.compile(r"(?P<variant>[a-z_]+)-s(?P<seed>\d+)(?:, (?P<steps>\d+ steps?))?")
 SHOWN = (
     ("student", "psnr"),
     ("student", "ssim"),
@@ -35,22 +36,27 @@ SHOWN = (
     ("student, sampled latents, teacher as truth", "psnr"),
 )
 SHOWN_SR = ("psnr", "mouth_psnr", "ssim", "sharpness", "sync_skill")
+SHOWN_SR_STEPS = ("psnr", "mouth_psnr", "sharpness")
+"""In each of several numbers of steps."""
+UNTRAINED = ("bicubic", "latents")
 SHOWN_DMD2 = (
     "attributes", "recognisable", "vowels", "onsets", "sync_skill", "lip_shape", "sharpness", "flicker", "amplitude",
     "energy_look", "energy_motion", "energy_voice", "spread_look", "spread_motion", "spread_voice",
 )  # fmt: skip
 RECIPE_WORD = re.compile(r"(?<=\brecipe\.)[\w.]+=(?:\{[^}]*\}|\S+)")
 Metrics = dict[str, dict[int, dict[str, float]]]
-"""variant -> seed -> "column: row" -> value."""
+"""variant -> seed -> metric ("COLUMN: psnr" of a decoder's column, "psnr, 5 steps" of a number of steps) -> value."""
+Found = tuple[Metrics, list[str], dict[str, dict[str, float]]]
+"""Metrics of runs, their commands, and the metrics of clips enlarged without a network by column."""
 
 
-def read(runs: Path) -> tuple[Metrics, list[str]]:
-    """Metrics of all runs named in that form, and the commands of the runs.
+def read(runs: Path) -> Found:
+    """Metrics of all runs named in that form.
 
     Raises:
         UserError: none of the variant `full`, a variant without its seeds, or runs with different metrics.
     """
-    metrics, commands = _of_comparison(runs) if runs.suffix == ".json" else _of_decoders(runs)
+    metrics, commands, untrained = _of_comparison(runs) if runs.suffix == ".json" else _of_decoders(runs)
     if FULL not in metrics:
         raise UserError(f"runs={runs} holds no evaluated run named {FULL}-s0; see `python -m eval.ablation --help`")
     first = min(metrics[FULL])
@@ -63,10 +69,10 @@ def read(runs: Path) -> tuple[Metrics, list[str]]:
                     f"{variant}-s{seed} was evaluated otherwise than {FULL}-s{first}: only one of them has "
                     f"{', '.join(sorted(differing))}; evaluate them alike"
                 )
-    return metrics, commands
+    return metrics, commands, untrained
 
 
-def _of_decoders(runs: Path) -> tuple[Metrics, list[str]]:
+def _of_decoders(runs: Path) -> Found:
     metrics: Metrics = defaultdict(dict)
     commands = []
     for scores in sorted(runs.glob("*/eval/scores.json")):
@@ -80,23 +86,34 @@ def _of_decoders(runs: Path) -> tuple[Metrics, list[str]]:
             if column in columns and columns[column]["table"][row]["value"] is not None
         }
         commands.append(training_record(run).get("command", ""))
-    return dict(metrics), commands
+    return dict(metrics), commands, {}
 
 
-def _of_comparison(file: Path) -> tuple[Metrics, list[str]]:
+def _of_comparison(file: Path) -> Found:
     metrics: Metrics = defaultdict(dict)
     if not file.exists():
         raise UserError(f"there is no file runs={file}; `eval.sr parts=others` or `eval.dmd2` writes it")
     compared = load_json(file)
     if "sets" not in compared:
         return _of_students(compared)
-    for name, table in compared["sets"]["clip"]["columns"].items():
-        if match := NAME.fullmatch(name):
-            metrics[match["variant"]][int(match["seed"])] = {row: table[row]["value"] for row in SHOWN_SR}
-    return dict(metrics), [run.get("command", "") for run in compared["trained"].values()]
+    columns = compared["sets"]["clip"]["columns"]
+    found = {name: match for name in columns if (match := NAME.fullmatch(name))}
+    for name, match in found.items():
+        steps, table = match["steps"], columns[name]
+        rows = SHOWN_SR_STEPS if steps else SHOWN_SR
+        metrics[match["variant"]].setdefault(int(match["seed"]), {}).update(
+            {f"{row}, {steps}" if steps else row: table[row]["value"] for row in rows}
+        )
+    names = list(dict.fromkeys(row for seeds in metrics.values() for rows in seeds.values() for row in rows))
+    untrained = {
+        column: {name: columns[column][name.partition(", ")[0]]["value"] for name in names}
+        for column in UNTRAINED
+        if column in columns
+    }
+    return dict(metrics), [run.get("command", "") for run in compared["trained"].values()], untrained
 
 
-def _of_students(compared: dict[str, Any]) -> tuple[Metrics, list[str]]:
+def _of_students(compared: dict[str, Any]) -> Found:
     metrics: Metrics = defaultdict(dict)
     commands = []
     for name, column in compared["columns"].items():
@@ -110,7 +127,7 @@ def _of_students(compared: dict[str, Any]) -> tuple[Metrics, list[str]]:
             raise UserError(f"two students of variant {variant} have seed {seed}: {name} is the second; leave one out")
         metrics[variant][seed] = {row: column["rows"][row]["value"] for row in SHOWN_DMD2}
         commands.append(command)
-    return dict(metrics), commands
+    return dict(metrics), commands, {}
 
 
 def compare(metrics: Metrics) -> dict[str, dict[str, dict[str, float]]]:
@@ -141,11 +158,12 @@ def summarise(runs: str = "runs/turbo_vae", output: str | None = None) -> dict[s
     Raises:
         UserError: runs that cannot be compared.
     """
-    metrics, commands = read(Path(runs))
+    metrics, commands, untrained = read(Path(runs))
     report: dict[str, Any] = {
         "format": "magihuman-ablation/1",
         "seeds": sorted(metrics[FULL]),
         "table": compare(metrics),
+        "untrained": untrained,
         "figures": {variant: {str(s): row for s, row in rows.items()} for variant, rows in metrics.items()},
         "commands": commands,
     }

@@ -134,7 +134,8 @@ def decoders(values: Values, keys: Sequence[str] = ()) -> str:
 
 
 def ablation(values: Values) -> str:
-    """Markdown of an ablation.json: a row per variant, its mean over seeds and the difference from `full`.
+    """Markdown of an ablation.json: a row per variant, its mean over seeds and the difference from `full`, after rows of what
+    was made without a network.
 
     The standard deviation of a difference between two trainings of one seed is pooled over the variants, since each has few
     seeds: n seeds of k variants give k (n - 1) degrees of freedom.
@@ -151,12 +152,15 @@ def ablation(values: Values) -> str:
             for variant in others:
                 p[variant, name] = 2 * t.sf(abs(means[variant][name]["difference"]) / max(error, 1e-12), freedom)
     different = {key for key, corrected in zip(p, holm(list(p.values())), strict=True) if corrected < 0.05}
-    rows = []
+    rows = [
+        [SR_COLUMNS[column], *(format_value(found[name], _digits(means["full"][name]["mean"])) for name in names)]
+        for column, found in values.get("untrained", {}).items()
+    ]
     for variant in ["full", *others]:
         cells = []
         for name in names:
             cell = means[variant][name]
-            digits = 2 if abs(means["full"][name]["mean"]) >= 2 else 4  # differences are small
+            digits = _digits(means["full"][name]["mean"])
             cells.append(format_value(cell["mean"], digits))
             if variant != "full":
                 change = format_value(cell["difference"], digits, signed=True)
@@ -173,10 +177,18 @@ def ablation(values: Values) -> str:
     return f"{table(['', *(ablation_title(name) for name in names)], rows)}\n\n{note}."
 
 
+def _digits(mean: float) -> int:
+    """Decimals of a metric of an ablation, whose differences are small."""
+    return 2 if abs(mean) >= 2 else 4
+
+
 def ablation_title(name: str) -> str:
-    """Heading of a metric of an ablation, "psnr" or "COLUMN: psnr" of a decoder's column."""
+    """Heading of a metric of an ablation: "psnr", "psnr, 5 steps", or "COLUMN: psnr" of a decoder's column."""
     column, colon, key = name.rpartition(": ")
-    return f"{column}{colon}{metrics()[DECODER_KEYS.get(key, key) if column else key].heading}"
+    if column:
+        return f"{column}{colon}{metrics()[DECODER_KEYS.get(key, key)].heading}"
+    key, comma, steps = name.partition(", ")
+    return f"{metrics()[key].heading}{comma}{steps}"
 
 
 def conditioning(values: Values) -> str:

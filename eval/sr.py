@@ -197,6 +197,7 @@ def run(
     parts: str = "table,audio,steps",
     others: str | None = None,
     steps: int | str | None = None,
+    first_size: int | None = None,
     seed: int = 0,
     batch: int = 10,
     output: str | None = None,
@@ -216,6 +217,8 @@ def run(
         others: run folders or names of the other checkpoints, with commas, for parts=others
         steps: solver steps, none takes each checkpoint's own; several with commas (5,2,1): the first compared with the
             others; parts=audio takes the first alone
+        first_size: side of the first stage's clips in pixels; none takes that of the base. With another size the clips are
+            drawn puppets alone, so parts=table is refused
         seed: of all noise
         batch: clips computed at once; changes memory and speed only
         output: folder; none is eval/ in a run folder, else runs/eval/NAME
@@ -233,6 +236,10 @@ def run(
         if part not in PARTS:
             raise UserError(f"parts={parts}: {part!r} is unknown; choose from {', '.join(PARTS)}")
     require_at_least(clips=(clips, 2), batch=(batch, 1))
+    if first_size is not None and "table" in chosen:
+        raise UserError(
+            f"parts=table refines samples of the base at its own size; leave out first_size={first_size} or table"
+        )
     counts = _step_counts(steps)
     if ("others" in chosen) != (others is not None):
         raise UserError("parts=others and others=RUN,RUN belong together; give both or none")
@@ -252,7 +259,10 @@ def run(
     folder = Path(output) if output else folder_for("eval", checkpoint)
     counts = counts or [second.config.sampling.steps]
     count = counts[0]
-    drawn = drawn_clips(clips, codecs, zoo.config_of(base).size.height, size)
+    stride = second.config.contract.video_stride[1]
+    if first_size is not None and not (0 < first_size <= size and first_size % stride == 0):
+        raise UserError(f"first_size={first_size}: give a multiple of {stride}, the codec's stride, up to {size}")
+    drawn = drawn_clips(clips, codecs, first_size or zoo.config_of(base).size.height, size)
     evaluation = Evaluation(second, codecs, drawn, size, count, seed, batch)
     results: dict[str, Any] = {"scores": str(folder / f"{chosen[0]}.json")}
     from eval import figures
@@ -279,7 +289,8 @@ def run(
             drawings["steps"] = partial(figures.sr_steps, values)
         facts = {
             "format": "magihuman-sr/1", "part": part, "checkpoint": checkpoint, "base": base, "clips": clips,
-            "steps": count, "sampling_seed": seed, "held_out_seed": HELD_OUT_SEED,
+            **({"first_size": first_size} if first_size else {}), "steps": count,
+            "sampling_seed": seed, "held_out_seed": HELD_OUT_SEED,
             "seconds": round(time.perf_counter() - start, 1), **values,
         }  # fmt: skip
         publish(folder, part, facts, drawings)
@@ -384,10 +395,13 @@ class Evaluation:
 
         return upsample_latents(inputs.video[part], self.edge, self.edge)
 
+    def untrained(self) -> dict[str, Method]:
+        """Enlarging without a network, by column."""
+        return {"bicubic": self.bicubic, "latents": self.upsampled}
+
     def enlarged(self, inputs: StageInputs, steps: Sequence[int] = ()) -> dict[str, Measured]:
         """Clips enlarged by three methods, and by the second stage in other numbers of steps."""
-        methods: dict[str, Method] = {"bicubic": self.bicubic, "latents": self.upsampled}
-        measured = {name: self.measure(method, inputs) for name, method in methods.items()}
+        measured = {name: self.measure(method, inputs) for name, method in self.untrained().items()}
         measured["sr"] = self.refined if inputs is self.drawn else self.measure(self.refine, inputs)
         return measured | {_column("sr", n): self.measure(partial(self.refine, steps=n), inputs) for n in steps}
 
@@ -468,7 +482,8 @@ def _steps(evaluation: Evaluation, counts: Sequence[int]) -> dict[str, Any]:
 
 
 def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"], counts: Sequence[int]) -> dict[str, Any]:
-    """Several second stages on the same clips with the same noise, in the steps of their exports or in all of `counts`."""
+    """Several second stages on the same clips with the same noise, in the steps of their exports or in all of `counts`, and
+    the clips enlarged without a network."""
     short = dict(zip(checkpoints, short_names(list(checkpoints)), strict=True))
     measured: dict[str, Measured] = {}
     steps_of: dict[str, int] = {}
@@ -480,9 +495,11 @@ def _others(evaluation: Evaluation, checkpoints: Mapping[str, "Loaded"], counts:
             else:
                 steps_of[column] = steps
             measured[column] = replace(evaluation, second=loaded, steps=steps).refined
+    first = next(iter(measured))
+    measured |= {name: evaluation.measure(method, evaluation.drawn) for name, method in evaluation.untrained().items()}
     return {
         "steps_of": steps_of,
-        "sets": {"clip": evaluation.set_of(measured, against=next(iter(measured)))},
+        "sets": {"clip": evaluation.set_of(measured, against=first)},
         "trained": {short[name]: training_record(name) for name in checkpoints},
     }
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval import sr
+from eval import ablation, sr
 from eval.clip_values import read_clip_values
 from eval.clips import ground_truth, held_out
+from eval.formatting import format_value
 from eval.puppet_vision import measure_frames
 from eval.readme_tables import sr_table
 from magihuman import zoo
@@ -168,8 +169,8 @@ def test_each_checkpoint_is_sampled_in_its_own_steps_or_in_the_given_ones(world:
         "tiny/sr", clips=2, parts="others", others=str(run), steps="1,2", output=str(tmp_path), progress=False
     )
     columns, both = own["others"]["clip"]["columns"], given["others"]["clip"]["columns"]
-    assert list(columns) == ["sr", "one", "bound"]
-    assert list(both) == ["sr, 1 step", "sr, 2 steps", "one, 1 step", "one, 2 steps", "bound"]
+    assert list(columns) == ["sr", "one", "bicubic", "latents", "bound"]
+    assert list(both) == ["sr, 1 step", "sr, 2 steps", "one, 1 step", "one, 2 steps", "bicubic", "latents", "bound"]
     assert columns["one"] == both["one, 1 step"] == both["sr, 1 step"] != both["sr, 2 steps"] == both["one, 2 steps"]
     assert columns["sr"] not in both.values()
     assert "second stage, 1 step | second stage, 2 steps | one, 1 step" in (tmp_path / "others.md").read_text()
@@ -183,7 +184,7 @@ def test_other_checkpoints_are_compared_and_their_training_is_told(world: CodecB
     (run / "run.json").write_text(json.dumps({"steps": 7, "provenance": made}))
     results = sr.run("tiny/sr", clips=2, parts="others", others=str(run), steps=1, output=str(tmp_path), progress=False)
     columns = results["others"]["clip"]["columns"]
-    assert list(columns) == ["sr", "again", "bound"]
+    assert list(columns) == ["sr", "again", "bicubic", "latents", "bound"]
     assert columns["sr"] == columns["again"]  # the same weights on the same noise
     differences = results["others"]["clip"]["differences"]["again"]
     assert all(row["value"] == 0 for row in differences.values())
@@ -203,7 +204,44 @@ def test_runs_of_one_name_keep_their_columns(tmp_path: Path) -> None:
         shutil.copytree(zoo.find("tiny/sr"), run / "export")
     others = ",".join(map(str, runs))
     results = sr.run("tiny/sr", clips=2, parts="others", others=others, steps=1, output=str(tmp_path), progress=False)
-    assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bound"]
+    assert list(results["others"]["clip"]["columns"]) == ["tiny/sr", *map(str, runs), "bicubic", "latents", "bound"]
+
+
+def test_an_ablation_of_second_stages_has_each_number_of_steps_and_enlarging_without_a_network(
+    world: CodecBundle, tmp_path: Path
+) -> None:
+    """`first_size`: the same second stage on smaller clips of the first one."""
+    runs = []
+    for number, name in enumerate(("full-s0", "full-s1", "less-s0", "less-s1")):
+        run = tmp_path / "runs" / name
+        shutil.copytree(zoo.find("tiny/sr"), run / "export")
+        (run / "run.json").write_text(json.dumps({"steps": number, "provenance": {"command": [name]}}))
+        runs.append(str(run))
+    made = sr.run(
+        runs[0], clips=2, parts="others", others=",".join(runs[1:]), steps="1,2", first_size=32, output=str(tmp_path),
+        progress=False,
+    )  # fmt: skip
+    compared = json.loads((tmp_path / "others.json").read_text())
+    assert compared["first_size"] == 32
+    columns = made["others"]["clip"]["columns"]
+    assert columns["bicubic"]["psnr"]["value"] < 27 < columns["bound"]["psnr"]["value"]  # 28.8 from 64 pixels
+    compared["sets"]["clip"]["columns"]["less-s0, 2 steps"]["psnr"]["value"] += 1.0
+    compared["sets"]["clip"]["columns"]["less-s1, 2 steps"]["psnr"]["value"] += 1.5
+    (tmp_path / "others.json").write_text(json.dumps(compared))
+    ablation.summarise(str(tmp_path / "others.json"), str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    names = [f"{row}, {steps}" for steps in ("1 step", "2 steps") for row in ("psnr", "mouth_psnr", "sharpness")]
+    assert list(report["table"]["full"]) == names
+    assert report["commands"] == ["full-s0", "full-s1", "less-s0", "less-s1"]
+    differences = [report["table"]["less"][name]["difference"] for name in names]
+    assert differences == pytest.approx([0, 0, 0, 1.25, 0, 0])
+    assert report["table"]["less"]["psnr, 2 steps"]["difference_sd"] == pytest.approx(0.5 / 2**0.5)
+    lines = (tmp_path / "out" / "ablation.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|  |"))
+    assert lines[first].startswith("|  | PSNR, dB ↑, 1 step | PSNR around the mouth, dB ↑, 1 step |")
+    bicubic = format_value(columns["bicubic"]["psnr"]["value"], 2)
+    assert lines[first + 2].startswith(f"| frames enlarged bicubically | {bicubic} |")
+    assert [line.split(" | ")[0] for line in lines[first + 3 : first + 6]] == ["| latents enlarged", "| full", "| less"]
 
 
 def test_a_second_stage_of_the_scene_has_the_scenes_first_stage(tmp_path: Path, monkeypatch: Any) -> None:
@@ -248,6 +286,12 @@ def test_steps_that_a_part_ignores_are_said(tmp_path: Path, monkeypatch: Any, ca
         ({"checkpoint": "tiny/base"}, "tiny/base is a checkpoint, for the first stage"),
         ({"base": "tiny/sr"}, "tiny/sr is a checkpoint, for the second stage"),
         ({"parts": "others", "others": "tiny/sr,tiny/distill"}, "tiny/distill is a checkpoint, for the first"),
+        (
+            {"first_size": 32},
+            "parts=table refines samples of the base at its own size; leave out first_size=32 or table",
+        ),
+        ({"first_size": 30, "parts": "steps"}, "first_size=30: give a multiple of 4, the codec's stride, up to 128"),
+        ({"first_size": 256, "parts": "steps"}, "first_size=256: give a multiple of 4"),
         ({"parts": "tables"}, "choose from table, audio, steps"),
         ({"clips": 1}, "clips=1 is impossible; give at least 2"),
         ({"parts": "others"}, "belong together"),
