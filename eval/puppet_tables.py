@@ -213,13 +213,13 @@ def comparison(values: Values, keys: Sequence[str] = (), brief: bool = False) ->
     """Markdown of a compare.json of `eval.dmd2`: a column per sampler, then the verdicts.
 
     Args:
-        brief: of several students, leave out the ground truth, other baselines than the teacher in the students'
-            sampler, and the verdicts' rows.
+        brief: of several students that are judged each for itself, leave out the ground truth, other baselines than the
+            teacher in the students' sampler, and the verdicts' rows.
 
     Raises:
         KeyError: a metric that the file does not have.
     """
-    brief = brief and sum(c["role"] == "student" for c in values["columns"].values()) > 1
+    brief = brief and len(values["claims"]) > 1
     shown = verdict_lines(values, rows=not brief)
     return "\n".join([comparison_values(values, keys, brief), "", *shown, "", verdict_note(values)])
 
@@ -292,7 +292,11 @@ def verdict_lines(values: Values, rows: bool = True) -> list[str]:
     """
     lines = []
     for judged, claims in values["claims"].items():
-        lines += [f"{judged} ({values['scope'][judged]}):", ""]
+        # The scope of several training seeds begins with "the recipe".
+        lines += [
+            f"{judged} ({values['scope'][judged]}):" if "recipe" not in judged else f"{values['scope'][judged]}:",
+            "",
+        ]
         for claim in claims:
             lines.append(f"- {claim['about']}: **{claim['verdict'].upper()}**")
             if rows:

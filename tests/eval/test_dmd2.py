@@ -225,6 +225,19 @@ def test_the_readme_shows_a_committed_comparison(compared, tmp_path, monkeypatch
     assert "| peak memory of the training process, GB ↓ |  |  |  | 1.23 | 1.23 |" in lines
     assert sum(line.startswith("- quality against teacher, 2 steps, CFG: **") for line in lines) == 2
     assert not any(line.startswith("  - ") for line in lines)
+    claims, scope = (
+        values["claims"][COLUMNS[-1]],
+        "the recipe, from 2 training seeds (1 degree of freedom between them)",
+    )
+    recipe = {**values, "claims": {"recipe, 2 training seeds": claims}, "scope": {"recipe, 2 training seeds": scope}}
+    (tmp_path / "c.json").write_text(json.dumps(recipe))
+    whole = readme_tables.render("<!-- distill c.json sharpness -->\n<!-- end -->").splitlines()
+    assert whole[1].startswith(
+        "|  | ground truth | through codec | teacher, 2 steps, CFG (4 calls) | teacher, 1 steps, no"
+    )
+    assert f"{scope}:" in whole
+    assert any(line.startswith("  - ") for line in whole)
+    (tmp_path / "c.json").write_text(json.dumps(values))
     only = readme_tables.render("<!-- distill_values c.json sharpness -->\n<!-- end -->")
     assert "quality" not in only
     assert "student b" in only
