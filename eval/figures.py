@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from eval.formatting import Values
 from eval.metrics.registry import metrics
-from eval.puppet_tables import DECODER_KEYS, SR_COLUMNS, ablation_title
+from eval.puppet_tables import DECODER_KEYS, SR_COLUMNS, ablation_intervals, ablation_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -378,24 +378,26 @@ def decoder_frames(shown: Mapping[str, np.ndarray]) -> Figure:
 
 
 def ablation_bars(values: Values) -> Figure:
-    """Differences from `full` as bars with their standard deviation over seeds, a panel per metric."""
+    """Differences from `full` as bars with their 95 % interval over training seeds, a panel per metric."""
     means = values["table"]
     variants, names = sorted(set(means) - {"full"}), list(means["full"])
-    across = min(len(names), 7)
+    half, _ = ablation_intervals(values)
+    across = min(len(names), 5)
     down = -(-len(names) // across)
-    figure = Figure(figsize=(3.2 * across, 3.4 * down), layout="constrained")
-    figure.subplots(down, across)
+    figure = Figure(figsize=(2 + 2.6 * across, down * (1.1 + 0.32 * len(variants))), layout="constrained")
+    figure.subplots(down, across, sharey=True)
     for axes in figure.axes[len(names) :]:
         axes.set_axis_off()
+    places = range(len(variants))
     for axes, name in zip(figure.axes, names, strict=False):
-        cells = [means[variant][name] for variant in variants]
-        axes.bar(
-            range(len(variants)), [c["difference"] for c in cells], yerr=[c["difference_sd"] for c in cells],
-            capsize=3, color=[f"C{i}" for i in range(len(variants))],
-        )  # fmt: skip
-        axes.axhline(0, color="black", linewidth=0.6)
-        axes.set_xticks(range(len(variants)), [v.replace("_", "\n") for v in variants], fontsize=8)
+        differences = [means[variant][name]["difference"] for variant in variants]
+        axes.barh(places, differences, xerr=half[name], capsize=3, color=[f"C{i}" for i in places])
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_yticks(places, [_wrapped(variant, 28) for variant in variants], fontsize=7)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.locator_params(axis="x", nbins=4)
         title = f"{ablation_title(name)}\ndifference from full ({means['full'][name]['mean']:.4g})"
-        axes.set_title(_wrapped(title, 34), fontsize=8)
-        axes.grid(axis="y", alpha=0.3)
+        axes.set_title(_wrapped(title, 36), fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    figure.axes[0].invert_yaxis()  # the order of the table; shared by all panels
     return figure

@@ -133,32 +133,36 @@ def decoders(values: Values, keys: Sequence[str] = ()) -> str:
     return table(["", *(f"{name} (n={column['n']})" for name, column in columns.items())], rows)
 
 
-def ablation(values: Values) -> str:
+def ablation(values: Values, keys: Sequence[str] = ()) -> str:
     """Markdown of an ablation.json: a row per variant, its mean over seeds and the difference from `full`, after rows of what
     was made without a network.
 
-    The standard deviation of a difference between two trainings of one seed is pooled over the variants, since each has few
-    seeds: n seeds of k variants give k (n - 1) degrees of freedom.
+    Args:
+        keys: metrics to show; none shows all. Holm's correction always counts all.
     """
     means, seeds = values["table"], len(values["seeds"])
     names, others = list(means["full"]), sorted(set(means) - {"full"})
-    freedom, half, p = len(others) * (seeds - 1), dict.fromkeys(names, 0.0), {}
+    if unknown := [key for key in keys if key not in names]:
+        raise KeyError(unknown[0])
+    shown = keys or names
+    half, freedom = ablation_intervals(values)
+    p = {}
     if freedom:
         from scipy.stats import t  # takes a second
 
-        for name in names:
-            error = sqrt(fmean(means[variant][name]["difference_sd"] ** 2 for variant in others) / seeds)
-            half[name] = t.ppf(0.975, freedom) * error
-            for variant in others:
-                p[variant, name] = 2 * t.sf(abs(means[variant][name]["difference"]) / max(error, 1e-12), freedom)
+        scale = float(t.ppf(0.975, freedom))
+        for variant in others:
+            for name in names:
+                size = abs(means[variant][name]["difference"]) / max(half[name] / scale, 1e-12)
+                p[variant, name] = 2 * t.sf(size, freedom)
     different = {key for key, corrected in zip(p, holm(list(p.values())), strict=True) if corrected < 0.05}
     rows = [
-        [SR_COLUMNS[column], *(format_value(found[name], _digits(means["full"][name]["mean"])) for name in names)]
+        [SR_COLUMNS[column], *(format_value(found[name], _digits(means["full"][name]["mean"])) for name in shown)]
         for column, found in values.get("untrained", {}).items()
     ]
     for variant in ["full", *others]:
         cells = []
-        for name in names:
+        for name in shown:
             cell = means[variant][name]
             digits = _digits(means["full"][name]["mean"])
             cells.append(format_value(cell["mean"], digits))
@@ -174,7 +178,27 @@ def ablation(values: Values) -> str:
             f", ± half its 95 % interval over training seeds (standard deviation pooled over variants, {freedom} degrees of "
             f"freedom). Bold: p < .05 after Holm's correction over all {len(p)} differences"
         )
-    return f"{table(['', *(ablation_title(name) for name in names)], rows)}\n\n{note}."
+    return f"{table(['', *(ablation_title(name) for name in shown)], rows)}\n\n{note}."
+
+
+def ablation_intervals(values: Values) -> tuple[dict[str, float], int]:
+    """Half the 95 % interval of a difference from `full` by metric, 0 for one seed; and its degrees of freedom.
+
+    The standard deviation of a difference between two trainings of one seed is pooled over the variants, since each has few
+    seeds: n seeds of k variants give k (n - 1) degrees of freedom.
+    """
+    means, seeds = values["table"], len(values["seeds"])
+    others = set(means) - {"full"}
+    freedom, half = len(others) * (seeds - 1), dict.fromkeys(means["full"], 0.0)
+    if freedom:
+        from scipy.stats import t  # takes a second
+
+        scale = float(t.ppf(0.975, freedom))
+        half = {
+            name: scale * sqrt(fmean(means[variant][name]["difference_sd"] ** 2 for variant in others) / seeds)
+            for name in half
+        }
+    return half, freedom
 
 
 def _digits(mean: float) -> int:

@@ -6,8 +6,8 @@
 A block of a README between `<!-- KIND FILE ... -->` and `<!-- end -->` belongs to this command. Kinds: `scores`, `sr FILE
 SET`, `distill`, `distill_values`, `verdict_power FILE`, `conditions`, `decoding`, `ablation`, `cost FILE ...`, `peaks`,
 `overview all`, `metrics MODULE ...`, `sees`, `stream`, `resume`, `coverage FILE`, `clip_scores FILE`, and those of
-`inference.benchmark.result_tables`. Behind the file, scores, sr, distill, distill_values, decoding and clip_scores take the
-metrics to show.
+`inference.benchmark.result_tables`. Behind the file, scores, sr, distill, distill_values, decoding, ablation and clip_scores
+take the metrics to show.
 """
 
 import json

@@ -250,7 +250,7 @@ def test_a_clip_depends_on_its_prompt_and_the_seed_only(untrained):
 
 def test_no_title_meets_another_and_no_legend_hides_points() -> None:
     results = ROOT / "eval" / "results"
-    for name in ("tiny_turbo/ablation", "tiny_turbo/ablation_align", "tiny_sr/ablation"):
+    for name in ("tiny_turbo/ablation", "tiny_turbo/ablation_align", "tiny_sr/ablation", "dmd2/ablation"):
         figure = figures.ablation_bars(json.loads((results / name / "ablation.json").read_text()))
         figure.draw_without_rendering()
         boxes = [axes.title.get_window_extent() for axes in figure.axes]
