@@ -109,7 +109,7 @@ def overview_table(_: str = "") -> str:
     files = {
         "pretrain": "eval/results/tiny_base/scores.json",
         "dmd2": "eval/results/dmd2/compare.json",
-        "sr": "eval/results/tiny_sr/table.json",
+        "sr": "eval/results/scene_sr/table.json",
         "turbo_vae": "eval/results/scene_turbo/scores.json",
         "lora": "eval/results/tiny_lora/scores.json",
         "memory": "inference/results/memory_peaks.json",
@@ -157,14 +157,14 @@ def overview_table(_: str = "") -> str:
         ["Memory planner, offloading", "zoo plan 15b resolution=1080p gpu_gb=28",
          f"1080p from {peak / 1e9:.1f} GB (computed)", "memory", "magihuman/zoo/README.md"],
     ]  # fmt: skip
-    worlds = {"dmd2": "scene", "turbo_vae": "scene", "memory": "15B"}
+    worlds = {"pretrain": "tiny", "lora": "tiny", "memory": "15B"}
     return markdown.table(
         ["what", "command", "world", "result, 95 % interval"],
         [
             [
                 f"[{title}]({page})",
                 f"`python -m magihuman.{command}`",
-                worlds.get(name, "tiny"),
+                worlds.get(name, "scene"),
                 f"[{text}]({files[name]})",
             ]
             for title, command, text, name, page in rows

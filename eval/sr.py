@@ -1,6 +1,6 @@
 """Evaluation of a super-resolution checkpoint of a puppet world: against plain enlarging, with and without the audio.
 
-    python -m eval.sr checkpoint=tiny/sr output=eval/results/tiny_sr
+    python -m eval.sr checkpoint=scene/sr output=eval/results/scene_sr
 
 The clips are those of held-out puppets (`eval.clips`); the second stage gets two sets of them:
 
@@ -191,7 +191,7 @@ def paired_columns(values: Mapping[str, Mapping[str, np.ndarray]], against: str)
 
 
 def run(
-    checkpoint: str = "tiny/sr",
+    checkpoint: str = "scene/sr",
     base: str | None = None,
     clips: int = 200,
     parts: str = "table,audio,steps",

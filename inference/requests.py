@@ -50,7 +50,8 @@ class InferOptions:
         "LoRA merged into the checkpoint: the folder adapter/ of a run with recipe=lora, or the run", None
     )
     sr: str | None = option(
-        "checkpoint of the second stage (super-resolution): tiny/sr, a run folder, the folder 540p_sr or 1080p_sr", None
+        "checkpoint of the second stage (super-resolution): scene/sr, a run folder, the folder 540p_sr or 1080p_sr",
+        None,
     )
     turbo: str | None = option(
         "a small, fast decoder: a name of `python -m magihuman.zoo list`, an exported folder, a run folder, or the "

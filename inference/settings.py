@@ -230,7 +230,7 @@ def require_role(config: ExportConfig, name: object, first: bool) -> None:
     second = released.endswith("_sr") or config.provenance.get("stage") == "second"
     known = second or bool(released) or config.pack.coords_style == "v2"
     if first == second and known:
-        use = "second stage; give it as sr=" if second else "first stage; one for the second, as tiny/sr, is wanted"
+        use = "second stage; give it as sr=" if second else "first stage; one for the second, as scene/sr, is wanted"
         raise UserError(f"{name} is {released or 'a checkpoint'}, for the {use}")
 
 

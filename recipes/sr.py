@@ -176,7 +176,7 @@ class SuperResolution(Recipe):
             UserError: it is no second stage for these clips, or the path has another start than its results.
         """
         if not name:
-            raise UserError("recipe.teacher is empty; give a second stage, such as tiny/sr, or null")
+            raise UserError("recipe.teacher is empty; give a second stage, such as scene/sr, or null")
         try:
             config = zoo.config_of(name)
         except UserError as error:
@@ -196,7 +196,7 @@ class SuperResolution(Recipe):
         if config.pack.coords_style != pack.coords_style:
             raise UserError(
                 f"recipe.teacher={name} has coordinates {config.pack.coords_style}, and this training {pack.coords_style}; "
-                "give a second stage, such as tiny/sr"
+                "give a second stage, such as scene/sr"
             )
         return config
 

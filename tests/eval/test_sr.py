@@ -305,4 +305,4 @@ def test_steps_that_a_part_ignores_are_said(tmp_path: Path, monkeypatch: Any, ca
 )
 def test_what_cannot_be_measured_is_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sr.run(**settings)
+        sr.run(**{"checkpoint": "tiny/sr", "base": "tiny/base", **settings})

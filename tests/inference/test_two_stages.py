@@ -67,7 +67,7 @@ def test_samples_of_a_training_keep_both_stages_on_its_device() -> None:
 @pytest.mark.parametrize("name", ["tiny/base", "tiny/distill"])
 def test_a_first_stage_is_no_second_one(name: str) -> None:
     with pytest.raises(
-        UserError, match=f"{name} is a checkpoint, for the first stage; one for the second, as tiny/sr, is wanted"
+        UserError, match=f"{name} is a checkpoint, for the first stage; one for the second, as scene/sr, is wanted"
     ):
         find(InferOptions(sr=name, device="cpu"))
 

@@ -163,7 +163,7 @@ def test_a_teacher_that_does_not_fit_is_one_line(teacher: str, tmp_path: Path) -
         recipe(teacher=teacher, path="flow")
     with pytest.raises(UserError, match=r"recipe\.teacher=nowhere: .*nowhere' is neither a folder nor"):
         recipe(teacher="nowhere")
-    with pytest.raises(UserError, match=r"recipe\.teacher is empty; give a second stage, such as tiny/sr, or null"):
+    with pytest.raises(UserError, match=r"recipe\.teacher is empty; give a second stage, such as scene/sr, or null"):
         recipe(teacher="")
 
 
@@ -200,9 +200,9 @@ def test_the_prior_s_shift_is_the_solver_s() -> None:
     assert composed.sigma.shift == composed.shift == 3.0
 
 
-def test_the_experiment_differs_from_tiny_sr_in_what_its_file_says() -> None:
-    two, five = (training_stub.compose([f"+experiment={name}", "folder=x"]) for name in ("tiny_sr2", "tiny_sr"))
-    assert (two.init, two.name, two.recipe.teacher) == ("tiny/sr", "tiny_sr2", "tiny/sr")
+def test_the_experiment_differs_from_scene_sr_in_what_its_file_says() -> None:
+    two, five = (training_stub.compose([f"+experiment={name}", "folder=x"]) for name in ("scene_sr2", "scene_sr"))
+    assert (two.init, two.name, two.recipe.teacher) == ("scene/sr", "scene_sr2", "scene/sr")
     assert (two.recipe.steps, two.recipe.sigma) == (2, None)
     assert {key for key in two.recipe if two.recipe[key] != five.recipe[key]} == {"steps", "sigma", "teacher"}
     assert (two.optim, two.trainer) == (five.optim, five.trainer)
