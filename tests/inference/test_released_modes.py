@@ -340,7 +340,7 @@ def test_a_prompt_of_many_tokens_is_cut_and_said_so(
     ("settings", "message"),
     [
         ({"height": 40}, "height=40 is not a multiple of 32; the nearest is 32"),
-        ({"sr": "base"}, "is base, for the first stage; one for the second, as tiny/sr, is wanted"),
+        ({"sr": "base"}, "is base, for the first stage; one for the second, as scene/sr, is wanted"),
         ({"checkpoint": "540p_sr"}, "is 540p_sr, for the second stage; give it as sr="),
         ({"sr_height": 64}, "sr_height=64 needs a checkpoint for the second stage"),
         ({"resolution": "720p", "height": None, "width": None}, "choose one of 256p, 540p, 1080p"),
