@@ -205,4 +205,5 @@ def test_the_experiment_differs_from_scene_sr_in_what_its_file_says() -> None:
     assert (two.init, two.name, two.recipe.teacher) == ("scene/sr", "scene_sr2", "scene/sr")
     assert (two.recipe.steps, two.recipe.sigma) == (2, None)
     assert {key for key in two.recipe if two.recipe[key] != five.recipe[key]} == {"steps", "sigma", "teacher"}
-    assert (two.optim, two.trainer) == (five.optim, five.trainer)
+    assert (two.trainer.max_steps, five.trainer.max_steps) == (250, 1000)
+    assert (two.optim, two.trainer) == (five.optim, {**five.trainer, "max_steps": 250})
