@@ -406,12 +406,21 @@ def require_finite(video: torch.Tensor, audio: torch.Tensor, settings: Settings)
 _first_stages: dict[tuple[str, str], Loaded] = {}
 
 
-def with_first_stage(loaded: Loaded, codecs: CodecBundle, first: str) -> Pipeline:
+def with_first_stage(loaded: Loaded, codecs: CodecBundle, first: str | None = None) -> Pipeline:
     """The second stage `loaded` behind the checkpoint `first`, which is read once per process, to the same device.
 
+    Args:
+        first: None is the shipped base of the codecs' world, such as scene/base.
+
     Raises:
-        UserError: a checkpoint that cannot be found, or of other codecs.
+        UserError: a checkpoint that cannot be found, or of other codecs; None where no base ships for the codecs.
     """
+    if first is None:
+        first = f"{codecs.name}/base"
+        if first not in zoo.checkpoint_names():
+            raise UserError(
+                f"no first stage ships for codecs={codecs.name}; set callbacks.samples.pipeline.first to its checkpoint"
+            )
     device = next(loaded.denoiser.parameters()).device
     key = first, str(device)
     if key not in _first_stages:

@@ -60,8 +60,13 @@ def test_samples_of_a_training_keep_both_stages_on_its_device() -> None:
     assert pipeline.second is not None
     devices = {next(d.parameters()).device.type for d in (pipeline.denoiser, pipeline.second.denoiser)}
     assert devices == {"meta"}
-    again = with_first_stage(zoo.load("tiny/sr"), load_bundle("tiny"), "tiny/base")
+    again = with_first_stage(zoo.load("tiny/sr"), load_bundle("tiny"))  # the world's base
     assert again.device.type == "cpu"
+    assert torch.equal(next(again.denoiser.parameters()), next(zoo.load("tiny/base").denoiser.parameters()))
+    with pytest.raises(
+        UserError, match=r"no first stage ships for codecs=mine; set callbacks.samples.pipeline.first to"
+    ):
+        with_first_stage(zoo.load("tiny/sr"), replace(load_bundle("tiny"), name="mine"))
 
 
 @pytest.mark.parametrize("name", ["tiny/base", "tiny/distill"])
